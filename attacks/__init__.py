@@ -1,0 +1,1 @@
+"""The adversary: attacks that see only an observation, never the truth."""

@@ -1,0 +1,1 @@
+"""Mathematics and cryptography on tensors and bytes; knows no federation."""

@@ -1,0 +1,24 @@
+"""Fixtures every room shares: the optional data folder, one-thread torch, real assets only where they are asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of real data and models beside the repository, or skip the test."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("real data and models are not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
