@@ -1,0 +1,1 @@
+"""Adapt foundation models together, and prove what the result reveals."""

@@ -1,0 +1,188 @@
+"""The records that cross room boundaries: what a round plans, what leaves a client, what a run reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Observer = Literal["public", "client", "server", "colluding_server"]
+Verdict = Literal["leaked", "not leaked", "inconclusive", "not applicable"]
+RunStatus = Literal["complete", "interrupted", "budget exhausted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyStatement:
+    """State one epsilon with the five fields without which it means nothing.
+
+    `epsilon` is infinity where nothing is guaranteed; it is never 0 for "unknown" and never left out.
+    `mechanism` is the ordered list of events in words, `slack` the accountant's numeric excess, already inside `epsilon`.
+    """
+
+    observer: Observer
+    epsilon: float
+    delta: float
+    unit: str  # "record", "person with 4 records", "client", "none"
+    adjacency: str
+    mechanism: tuple[str, ...]
+    accountant: str
+    slack: float
+    note: str = ""
+
+    @property
+    def finite(self) -> bool:
+        """Tell whether anything is guaranteed at all."""
+        return math.isfinite(self.epsilon)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundPlan:
+    """Tell a client everything about the round it is asked to take part in."""
+
+    run_id: bytes
+    round: int
+    cohort: tuple[int, ...]
+    fingerprint: str  # SHA-256 over the exact global tensors
+    mechanism: str  # digest of what decides epsilon
+    phase: Literal["private", "public"] = "private"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientUpdate:
+    """Hold the one thing that leaves a client in a round: opaque bytes; no count and no loss travel beside them."""
+
+    round: int
+    client: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSum:
+    """Hold what the server learned in a round: the sum over the survivors, nothing about any one of them."""
+
+    round: int
+    survivors: tuple[int, ...]
+    values: Any  # float64 array [d], the decoded sum
+    loss_sum: float | None  # present only where the run releases it (no privacy unit)
+    weight_sum: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRecord:
+    """Record one finished or aborted round; everything in it may be published."""
+
+    round: int
+    phase: Literal["private", "public"]
+    cohort: tuple[int, ...]
+    survivors: tuple[int, ...]
+    dropped: Mapping[int, str] = field(default_factory=dict)  # client -> stage at which it was lost
+    aborted: str = ""  # reason; empty when the round was opened
+    loss: float  # of the global model on the public evaluation set, nats
+    metric: float
+    metric_name: str
+    epsilon_spent: float  # the largest over data owners so far; infinity without a guarantee
+    bytes_up: int  # all clients together
+    bytes_down: int
+    seconds: float  # wall time of the whole round
+    client_seconds: float  # wall time inside clients' training
+    evaluation_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOutcome:
+    """Show how one data owner fared; `source` says whether the number was released or is a simulation's own view."""
+
+    client: str
+    examples: int
+    participations: int
+    metric: float
+    metric_before: float
+    epsilon: float
+    budget: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveredPair:
+    """Show one true item beside what the attack recovered (text, or a label)."""
+
+    truth: str
+    recovered: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditFinding:
+    """Report one attack by one observer on one form of the update, with its control and its baseline."""
+
+    observer: Observer
+    attack: str
+    point: Literal["raw", "clipped", "noised", "aggregated"]
+    verdict: Verdict
+    measure: str  # for instance "token F1", "PSNR dB", "TPR at 1 % FPR", "epsilon lower bound"
+    score: float | None
+    low: float | None = None  # 95 % interval
+    high: float | None = None
+    baseline: float | None = None  # the same measure for guessing from the prior
+    control: float | None = None  # the same attack with the defence off
+    seconds: float = 0.0
+    knowledge: tuple[str, ...] = ()
+    reason: str = ""
+    pairs: tuple[RecoveredPair, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditSummary:
+    """Collect what an audit found, with its budget and the lower bound it puts under the ledger's upper bound."""
+
+    budget: str
+    cpu_seconds: float
+    findings: tuple[AuditFinding, ...]
+    epsilon_lower: float | None  # statistical lower bound, None when no canary audit ran
+    epsilon_lower_method: str = ""
+    sentence: str = ""  # one line a manager understands
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSummary:
+    """Say what a run would train, send, spend and reveal; trains nothing."""
+
+    headline: str
+    trains: str
+    trainable_parameters: int
+    total_parameters: int
+    sends: str
+    bytes_up_per_client_round: int
+    bytes_down_per_client_round: int
+    spends: str
+    noise_multiplier: float
+    statements: tuple[PrivacyStatement, ...]
+    reveals: Mapping[Observer, str]
+    breaks: str  # the collusion statement
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """Hold everything a report shows; a pure function turns it into a page."""
+
+    format: int = 1
+    name: str
+    status: RunStatus
+    stamps: tuple[str, ...]  # for instance "NOT PRIVATE: privacy noise came from a seed"
+    config: Mapping[str, Any]
+    plan: PlanSummary
+    rounds: tuple[RoundRecord, ...]
+    statements: tuple[PrivacyStatement, ...]
+    budget_epsilon: float
+    metric_name: str
+    metric_final: float
+    metric_zero_round: float
+    metric_majority: float | None
+    higher_is_better: bool
+    clients: tuple[ClientOutcome, ...]
+    clients_source: str  # "simulation's own view, never released" or "charged release"
+    audit: AuditSummary | None
+    ledger_entries: int
+    ledger_head: str
+    software: Mapping[str, str]
+    seconds: float
