@@ -1,0 +1,311 @@
+"""The one shape every attack has: `run(observation, model, prior, budget, seed) -> Reconstruction`.
+
+An attack is a pure function that either returns a `Finding` or raises `NotApplicable` with the reason; `PlainAttack`
+wraps it into the contract: requirements are checked, time is measured, the knowledge that was really read is
+recorded, and global random state is left alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from attacks.observation import Knowledge, Observation
+
+Family = Literal[
+    "presence",
+    "labels",
+    "linear",
+    "least squares",
+    "span",
+    "matching",
+    "text search",
+    "fedavg",
+    "membership",
+    "active",
+    "aggregate",
+    "learned",
+]
+ItemKind = Literal[
+    "token_set", "token_counts", "sequence", "image", "inputs", "embedding", "label_counts", "labels", "scores"
+]
+
+
+class NotApplicable(Exception):
+    """The attack cannot say anything about this observation; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Bound the effort of one attack: CPU seconds, iterations of its main loop, and restarts.
+
+    Guarantee: an attack stopped by `iterations` and `restarts` is deterministic by seed; one stopped by `seconds`
+    says so in its reason.
+    """
+
+    seconds: float
+    iterations: int
+    restarts: int
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0 or self.iterations < 1 or self.restarts < 1:
+            raise ValueError(
+                f"seconds {self.seconds}, iterations {self.iterations}, restarts {self.restarts}: all must be positive"
+            )
+
+    @staticmethod
+    def quick() -> Budget:
+        """Return the budget for a first look: seconds per attack."""
+        return Budget(seconds=20.0, iterations=400, restarts=1, name="quick")
+
+    @staticmethod
+    def standard() -> Budget:
+        """Return the budget of an ordinary audit: minutes per attack."""
+        return Budget(seconds=180.0, iterations=2_000, restarts=4, name="standard")
+
+    @staticmethod
+    def exhaustive() -> Budget:
+        """Return the budget of the strongest attacker we simulate: up to an hour per attack."""
+        return Budget(seconds=3_600.0, iterations=20_000, restarts=16, name="exhaustive")
+
+    @staticmethod
+    def named(name: str) -> Budget:
+        """Return a preset by name.
+
+        Raises: ValueError naming the presets.
+        """
+        presets = {"quick": Budget.quick, "standard": Budget.standard, "exhaustive": Budget.exhaustive}
+        if name not in presets:
+            raise ValueError(f"budget is {name!r}, must be one of {sorted(presets)}")
+        return presets[name]()
+
+    def start(self) -> Deadline:
+        """Start the clock of this budget."""
+        return Deadline(stop_at=time.process_time() + self.seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deadline:
+    """The moment, in CPU seconds of this process, at which an attack has to stop."""
+
+    stop_at: float
+
+    @property
+    def expired(self) -> bool:
+        """Say whether the budget's seconds are used up."""
+        return time.process_time() >= self.stop_at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prior:
+    """Hold what an attacker may bring along that is not about this client; every part is optional.
+
+    `token_frequencies` has one non-negative entry per vocabulary entry. `examples` are public data, for example
+    {"images": (n, c, h, w), "labels": (n,), "token_ids": (n, t)}. `language_model` maps token ids (n, t) to next-
+    token log-probabilities (n, t, vocabulary). `reference_models` are models trained without the target (membership).
+    `client` simulates the client's exact pipeline: a batch of examples and a seed in, the tensors it would send out
+    (learned inversion).
+    """
+
+    token_frequencies: Tensor | None = None
+    examples: Mapping[str, Tensor] | None = None
+    language_model: Callable[[Tensor], Tensor] | None = None
+    reference_models: tuple[nn.Module, ...] | None = None
+    candidates: Mapping[str, Tensor] | None = None
+    client: Callable[[Mapping[str, Tensor], int], Mapping[str, Tensor]] | None = None
+    image_mean: Tensor | None = None
+    image_std: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Item:
+    """Hold one recovered thing and how sure the attack is of it (0 to 1).
+
+    `value` by kind: token_set (k,) ids; token_counts (vocabulary,); sequence (t,) ids with -1 for an unknown
+    position; image (c, h, w); inputs (features,); embedding (t, d); label_counts (classes,); labels (n,); scores
+    (candidates,).
+    """
+
+    kind: ItemKind
+    value: Tensor
+    confidence: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Finding:
+    """Hold what an attack function returns before the contract adds time and knowledge."""
+
+    items: tuple[Item, ...] = ()
+    confidence: float = 0.0
+    reason: str = ""
+    details: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reconstruction:
+    """Report one run of one attack.
+
+    Guarantee: `confidence` is the attack's own estimate in [0, 1], made without the truth; `knowledge_used` names the
+    assumptions and priors that were read; `applicable=False` always comes with a reason and without items.
+    """
+
+    attack: str
+    items: tuple[Item, ...]
+    confidence: float
+    seconds: float
+    knowledge_used: tuple[str, ...]
+    applicable: bool
+    reason: str = ""
+    details: Mapping[str, float | int | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.confidence <= 1.0:
+            raise ValueError(f"{self.attack}: confidence is {self.confidence}, must lie in [0, 1]")
+        if not self.applicable and (self.items or not self.reason):
+            raise ValueError(f"{self.attack}: a result that is not applicable has a reason and no items")
+        object.__setattr__(self, "details", MappingProxyType(dict(self.details)))
+
+    def of(self, kind: ItemKind) -> tuple[Tensor, ...]:
+        """Return the values of one kind of item, in order."""
+        return tuple(item.value for item in self.items if item.kind == kind)
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """What the audit and the contract suite call."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def requires(self) -> tuple[str, ...]: ...
+
+    def run(
+        self, observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+    ) -> Reconstruction: ...
+
+
+Attempt = Callable[[Observation, "nn.Module | None", Prior, Budget, int], Finding]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainAttack:
+    """Wrap an attack function into the contract.
+
+    `requires` names facts that must be known (from the protocol or granted), "model", or "prior.<field>"; when one is
+    missing the result is not applicable and names it.
+    """
+
+    name: str
+    family: Family
+    attempt: Attempt
+    requires: tuple[str, ...] = ()
+    summary: str = ""
+
+    def run(
+        self, observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+    ) -> Reconstruction:
+        """Run the attack; never raises for an observation it does not fit."""
+        started = time.process_time()
+        read: set[str] = set()
+        watched, watched_prior = _watch(observation, prior, read)
+        try:
+            _require(self.requires, watched, model, watched_prior)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                finding = self.attempt(watched, model, watched_prior, budget, seed)
+        except NotApplicable as refusal:
+            missing = not_applicable(str(refusal), attack=self.name)
+            return replace(missing, seconds=time.process_time() - started, knowledge_used=tuple(sorted(read)))
+        return Reconstruction(
+            attack=self.name,
+            items=finding.items,
+            confidence=min(1.0, max(0.0, finding.confidence)),
+            seconds=time.process_time() - started,
+            knowledge_used=tuple(sorted(read)),
+            applicable=True,
+            reason=finding.reason,
+            details=finding.details,
+        )
+
+
+def not_applicable(reason: str, *, attack: str = "") -> Reconstruction:
+    """Return the honest answer of an attack that does not fit this observation."""
+    return Reconstruction(
+        attack=attack, items=(), confidence=0.0, seconds=0.0, knowledge_used=(), applicable=False, reason=reason
+    )
+
+
+def working_copy(model: nn.Module | None, observation: Observation) -> nn.Module:
+    """Return a private copy of the model in evaluation mode, holding the broadcast weights when they were observed.
+
+    Guarantee: the caller's model is not touched. Raises: NotApplicable when there is no model or the broadcast does
+    not fit it.
+    """
+    if model is None:
+        raise NotApplicable("the attack needs the broadcast model")
+    private = copy.deepcopy(model).eval()
+    if observation.broadcast is not None:
+        own = dict(private.named_parameters()) | dict(private.named_buffers())
+        for name, value in observation.broadcast.items():
+            if name not in own or own[name].shape != value.shape:
+                raise NotApplicable(f"the broadcast holds {name!r}, which the model does not have in that shape")
+            with torch.no_grad():
+                own[name].copy_(value)
+    return private
+
+
+class _WatchedKnowledge(Knowledge):
+    """Knowledge that notes which granted facts are read, so that the ledger cannot forget one."""
+
+    def __getattribute__(self, name: str) -> object:
+        value = object.__getattribute__(self, name)
+        if value is not None and name in _KNOWLEDGE_FIELDS:
+            object.__getattribute__(self, "read").add(name)
+        return value
+
+
+class _WatchedPrior(Prior):
+    """Prior that notes which of its parts are read."""
+
+    def __getattribute__(self, name: str) -> object:
+        value = object.__getattribute__(self, name)
+        if value is not None and name in _PRIOR_FIELDS:
+            object.__getattribute__(self, "read").add(f"prior.{name}")
+        return value
+
+
+_KNOWLEDGE_FIELDS = frozenset(entry.name for entry in fields(Knowledge))
+_PRIOR_FIELDS = frozenset(entry.name for entry in fields(Prior))
+
+
+def _watch(observation: Observation, prior: Prior, read: set[str]) -> tuple[Observation, Prior]:
+    knowledge = _WatchedKnowledge(**{name: getattr(observation.knowledge, name) for name in _KNOWLEDGE_FIELDS})
+    watched_prior = _WatchedPrior(**{name: getattr(prior, name) for name in _PRIOR_FIELDS})
+    object.__setattr__(knowledge, "read", read)
+    object.__setattr__(watched_prior, "read", read)
+    return replace(observation, knowledge=knowledge), watched_prior
+
+
+def _require(requires: Iterable[str], observation: Observation, model: nn.Module | None, prior: Prior) -> None:
+    missing = []
+    for fact in requires:
+        if fact == "model":
+            present = model is not None
+        elif fact.startswith("prior."):
+            present = getattr(prior, fact.removeprefix("prior.")) is not None
+        else:
+            present = observation.known(fact) is not None
+        if not present:
+            missing.append(fact)
+    if missing:
+        raise NotApplicable(f"not known to this observer: {', '.join(missing)}")

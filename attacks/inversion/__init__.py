@@ -1,0 +1,1 @@
+"""Attacks that rebuild inputs, labels or tokens from an observed update."""
