@@ -1,0 +1,230 @@
+"""Read frozen dataclasses from TOML tables: types, bounds, choices, unknown keys, all problems at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ffm_secure.errors import ConfigError
+
+T = TypeVar("T")
+_LARGEST_FILE = 1 << 20
+
+
+class Problems(list[str]):
+    """Collect problems as lines of name, value and what to do."""
+
+    def add(self, name: str, value: object, advice: str) -> None:
+        """Note one problem."""
+        shown = repr(value)
+        self.append(f"{name} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {advice}")
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str = "",
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[Any, ...] = (),
+    pattern: str = "",
+    only_for: tuple[str, ...] = (),
+) -> Any:
+    """Declare a field with its bounds; the same words serve the error, the documentation and the check."""
+    rules = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "below": below,
+        "choices": choices,
+        "pattern": pattern,
+        "only_for": only_for,
+    }
+    return dataclasses.field(
+        default=default, metadata={key: rule for key, rule in rules.items() if rule not in (None, "", ())}
+    )
+
+
+def parse_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+      ConfigError: the file is missing, too large, not UTF-8 or not TOML.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ConfigError(str(path), [f"file size = {path.stat().st_size} bytes: must be at most {_LARGEST_FILE}"])
+        return tomllib.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror or error}"]) from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(str(path), [f"is not TOML: {str(error)[:200]}"]) from None
+
+
+def set_value(table: dict[str, Any], override: str, problems: Problems) -> None:
+    """Apply one `section.key=value` override in place; the value is read as TOML, or as a plain string."""
+    name, separator, text = override.partition("=")
+    keys = [key.strip() for key in name.split(".")]
+    if not separator or not all(keys):
+        problems.add("--set", override, "must look like section.key=value")
+        return
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        value = text
+    here: Any = table
+    for key in keys[:-1]:
+        here = here.setdefault(key, {})
+        if not isinstance(here, dict):
+            problems.add("--set", override, f"'{key}' is not a table")
+            return
+    here[keys[-1]] = value
+
+
+def read_table(kind: type[T], table: object, where: str, problems: Problems) -> T | None:
+    """Build `kind` from a table, noting every problem under its dotted name."""
+    if not isinstance(table, dict):
+        problems.add(where or "run", table, "must be a table")
+        return None
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    before = len(problems)
+    for key in table:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(fields)}"
+            problems.append(f"{_join(where, str(key))}: unknown key; {hint}")
+    values = {}
+    for name, field in fields.items():
+        dotted = _join(where, name)
+        if name in table:
+            values[name] = _read_value(hints[name], table[name], dotted, field.metadata, problems)
+        elif field.default is dataclasses.MISSING:
+            advice = field.metadata.get("choices") or field.metadata.get("help") or "required"
+            problems.append(f"{dotted}: missing; {_say_choices(advice)}")
+    _check_relevance(fields, values, table, where, problems)
+    return kind(**values) if len(problems) == before else None
+
+
+def _check_relevance(
+    fields: Mapping[str, dataclasses.Field[Any]],
+    values: Mapping[str, Any],
+    table: Mapping[str, Any],
+    where: str,
+    problems: Problems,
+) -> None:
+    """Refuse a key that the chosen kind would ignore: a setting nobody reads is a mistake."""
+    chosen = values.get("kind")
+    for name, field in fields.items():
+        kinds = field.metadata.get("only_for")
+        if kinds and name in table and chosen is not None and chosen not in kinds and values[name] != field.default:
+            problems.add(
+                _join(where, name), values[name], f"is not read with kind = '{chosen}', only with {_say_choices(kinds)}"
+            )
+
+
+def _read_value(hint: Any, value: object, name: str, rules: Mapping[str, Any], problems: Problems) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return read_table(typing.cast(type, hint), value, name, problems)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            problems.add(name, value, "must be a list")
+            return ()
+        inner = typing.get_args(hint)[0]
+        return tuple(_read_value(inner, item, f"{name}[{index}]", rules, problems) for index, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except OverflowError:
+            problems.add(name, value, "is too large")
+            return None
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        problems.add(name, value, f"must be a {hint.__name__}, not a {type(value).__name__}")
+        return None
+    _check(value, name, rules, problems)
+    return value
+
+
+def _check(value: Any, name: str, rules: Mapping[str, Any], problems: Problems) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        problems.add(name, value, "must be a finite number")
+        return
+    if rules.get("choices") and value not in rules["choices"]:
+        close = difflib.get_close_matches(str(value), [str(choice) for choice in rules["choices"]], n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        problems.add(name, value, f"must be {_say_choices(rules['choices'])}{hint}")
+    if "minimum" in rules and value < rules["minimum"]:
+        problems.add(name, value, f"must be at least {rules['minimum']}")
+    if "maximum" in rules and value > rules["maximum"]:
+        problems.add(name, value, f"must be at most {rules['maximum']}")
+    if "above" in rules and value <= rules["above"]:
+        problems.add(name, value, f"must be above {rules['above']}")
+    if "below" in rules and value >= rules["below"]:
+        problems.add(name, value, f"must be below {rules['below']}")
+    if "pattern" in rules and not re.fullmatch(rules["pattern"], value):
+        problems.add(name, value, f"must be {rules.get('help') or rules['pattern']}")
+
+
+def _say_choices(advice: object) -> str:
+    if isinstance(advice, tuple):
+        return "one of " + ", ".join(repr(choice) for choice in advice)
+    return str(advice)
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def to_table(value: Any) -> Any:
+    """Turn a config into plain dicts and lists, every key written out."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_table(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [to_table(item) for item in value]
+    if isinstance(value, types.MappingProxyType):
+        return dict(value)
+    return value
+
+
+def dump_toml(config: Any) -> str:
+    """Write a config as TOML: scalars first, then one table per section."""
+    table = to_table(config)
+    lines = [f"{key} = {_literal(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    for section, values in table.items():
+        if isinstance(values, dict):
+            lines += ["", f"[{section}]", *(f"{key} = {_literal(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, int):
+        return str(value)
+    escaped = "".join(_escape(character) for character in str(value))
+    return f'"{escaped}"'
+
+
+def _escape(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    if ord(character) < 0x20 or ord(character) == 0x7F:
+        return f"\\u{ord(character):04x}"
+    return character
