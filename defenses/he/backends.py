@@ -1,0 +1,338 @@
+"""Four ways to carry integer vectors to a sum, in one shape and with bit-identical results.
+
+A client object has `encrypt(values) -> chunks` and `decrypt_sum(chunks, parties) -> int64 sum`; a server object has
+`add(chunks)` and `sum_chunks()`. What differs is who can read what lies between, which `defenses.he.collusion` states.
+
+    plain     everyone reads everything: the definition of the right answer
+    masking   any masking protocol, plugged in as two callables
+    bfv       exact lattice encryption
+    ckks      approximate lattice encryption, rounded to integers above its noise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from defenses.errors import ParameterError, ProtocolError
+from defenses.he import tags
+from defenses.he.engines import server_engine
+from defenses.he.keys import KeyHolder
+from defenses.he.packing import Integers, pack, unpack
+from defenses.he.parameters import Parameters, require
+from defenses.he.wire import (
+    Agreement,
+    check_parties,
+    check_party,
+    decode_parameters,
+    encode_parameters,
+    read_chunks,
+    write_chunks,
+)
+
+Words = npt.NDArray[np.uint64]
+_WORDS_PER_CHUNK: Final = 1 << 16
+
+
+class SumClient(Protocol):
+    """One client's side of one agreement."""
+
+    def encrypt(self, values: Integers) -> Iterator[bytes]:
+        """Yield the chunks of this client's upload."""
+
+    def decrypt_sum(self, chunks: Iterable[bytes], parties: Sequence[bytes]) -> Integers:
+        """Open the sum of exactly these parties."""
+
+
+class SumServer(Protocol):
+    """The server's side of one agreement."""
+
+    @property
+    def parties(self) -> tuple[bytes, ...]:
+        """List whose uploads were added."""
+
+    def add(self, chunks: Iterable[bytes]) -> None:
+        """Add one complete upload, or nothing of it."""
+
+    def sum_chunks(self) -> Iterator[bytes]:
+        """Yield the chunks of the sum."""
+
+
+def check_values(values: Integers, agreement: Agreement) -> None:
+    """Refuse a vector of another kind, length or magnitude than agreed.
+
+    Raises:
+        ParameterError: names what was agreed, never a value.
+    """
+    if not isinstance(values, np.ndarray) or values.dtype != np.int64 or values.shape != (agreement.length,):
+        raise ParameterError(
+            f"values: pass an int64 array of shape ({agreement.length},), not {type(values).__name__} "
+            f"{getattr(values, 'dtype', '')} {getattr(values, 'shape', '')}"
+        )
+    if max(int(values.max()), -int(values.min())) > agreement.value_bound:
+        raise ParameterError(f"values exceed the agreed bound {agreement.value_bound}: clip before encrypting")
+
+
+def _within(total: Integers, count: int, agreement: Agreement) -> bool:
+    largest = count * agreement.value_bound
+    return max(int(total.max()), -int(total.min())) <= largest
+
+
+class _WordChunks:
+    """Carry 64-bit words as little-endian chunks: the common half of the plain and the masking backend."""
+
+    def __init__(self, agreement: Agreement, mechanism: bytes) -> None:
+        if agreement.parties * agreement.value_bound >= 2**62:
+            raise ParameterError("parties * value_bound must stay below 2^62")
+        self.agreement = agreement
+        self._digest = agreement.digest(mechanism)
+        self._count = -(-agreement.length // _WORDS_PER_CHUNK)
+
+    def write(self, words: npt.NDArray[Any], **header: Any) -> Iterator[bytes]:
+        parts = (words[start : start + _WORDS_PER_CHUNK] for start in range(0, len(words), _WORDS_PER_CHUNK))
+        payloads = (part.astype("<u8").tobytes() for part in parts)
+        return write_chunks(payloads, digest=self._digest, count=self._count, **header)
+
+    def read(self, chunks: Iterable[bytes], *, role: Any) -> tuple[bytes, Words]:
+        words = np.empty(self.agreement.length, dtype=np.uint64)
+        start, sender = 0, b""
+        limit = 8 * _WORDS_PER_CHUNK
+        for party, payload in read_chunks(chunks, role=role, digest=self._digest, count=self._count, limit=limit):
+            sender = party
+            target = words[start : start + _WORDS_PER_CHUNK]
+            if len(payload) != 8 * len(target):
+                raise ProtocolError
+            target[:] = np.frombuffer(payload, dtype="<u8")
+            start += len(target)
+        return sender, words
+
+
+class WordAccumulator:
+    """Add plain or masked words modulo 2^64; one vector of memory and one upload."""
+
+    def __init__(self, agreement: Agreement, mechanism: str) -> None:
+        self._chunks = _WordChunks(agreement, mechanism.encode())
+        self._total = np.zeros(agreement.length, dtype=np.uint64)
+        self._parties: list[bytes] = []
+
+    @property
+    def parties(self) -> tuple[bytes, ...]:
+        """List whose uploads were added."""
+        return tuple(self._parties)
+
+    def add(self, chunks: Iterable[bytes]) -> None:
+        """Add one complete upload, or nothing of it."""
+        party, words = self._chunks.read(chunks, role="upload")
+        if party in self._parties or len(self._parties) >= self._chunks.agreement.parties:
+            raise ProtocolError
+        self._total += words
+        self._parties.append(party)
+
+    def sum_chunks(self) -> Iterator[bytes]:
+        """Yield the chunks of the sum."""
+        return self._chunks.write(self._total, role="sum")
+
+
+class PlainClient:
+    """Send integers as they are: no secrecy, the reference for the other backends."""
+
+    def __init__(self, agreement: Agreement, party: bytes) -> None:
+        check_party(party)
+        self._chunks = _WordChunks(agreement, b"plain")
+        self._party = party
+
+    def encrypt(self, values: Integers) -> Iterator[bytes]:
+        """Yield the chunks of this client's upload."""
+        check_values(values, self._chunks.agreement)
+        return self._chunks.write(values.view(np.uint64), role="upload", party=self._party)
+
+    def decrypt_sum(self, chunks: Iterable[bytes], parties: Sequence[bytes]) -> Integers:
+        """Open the sum of exactly these parties."""
+        agreement = self._chunks.agreement
+        check_parties(parties, agreement)
+        total = self._chunks.read(chunks, role="sum")[1].view(np.int64)
+        if not _within(total, len(parties), agreement):
+            raise ProtocolError
+        return total
+
+
+class MaskingClient:
+    """Adapt a masking protocol: `mask` hides this client's words, `open_sum` takes the masks off their sum.
+
+    Both work on uint64 words modulo 2^64. `open_sum(words, parties)` is whatever recovery the protocol offers.
+    """
+
+    def __init__(self, agreement: Agreement, party: bytes, *, mask: Callable[[Words], Words],
+                 open_sum: Callable[[Words, Sequence[bytes]], Words]) -> None:  # fmt: skip
+        check_party(party)
+        self._chunks = _WordChunks(agreement, b"masking")
+        self._party = party
+        self._mask = mask
+        self._open_sum = open_sum
+
+    def encrypt(self, values: Integers) -> Iterator[bytes]:
+        """Yield the chunks of this client's upload."""
+        check_values(values, self._chunks.agreement)
+        masked = self._mask(values.view(np.uint64))
+        return self._chunks.write(masked, role="upload", party=self._party)
+
+    def decrypt_sum(self, chunks: Iterable[bytes], parties: Sequence[bytes]) -> Integers:
+        """Open the sum of exactly these parties; a sum whose masks do not cancel is refused."""
+        agreement = self._chunks.agreement
+        check_parties(parties, agreement)
+        words = self._open_sum(self._chunks.read(chunks, role="sum")[1], parties)
+        total = words.astype(np.uint64, copy=False).view(np.int64)
+        if total.shape != (agreement.length,) or not _within(total, len(parties), agreement):
+            raise ProtocolError
+        return total
+
+    def __repr__(self) -> str:
+        return "MaskingClient(<hidden>)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a masking client holds secrets and cannot be pickled")
+
+
+def _chunk_count(agreement: Agreement, parameters: Parameters) -> int:
+    """Count the ciphertexts of one upload: values, then tags."""
+    total = agreement.length + tags.coordinates(agreement.value_bound)
+    return -(-total // parameters.values_per_chunk)
+
+
+def _require(agreement: Agreement, parameters: Parameters) -> None:
+    require(parameters, parties=agreement.parties, value_bound=agreement.value_bound, length=agreement.length)
+
+
+class EncryptedClient:
+    """Encrypt for, and open, one agreement under the key of its run (BFV or CKKS, whichever the parameters say).
+
+    Guarantee: `decrypt_sum` returns the exact sum of exactly the named parties' vectors, each once, from this
+    agreement, or raises. The server cannot have it open anything else (`defenses.he.tags`).
+    Assumes: no client works with the server.
+    """
+
+    __slots__ = ("_agreement", "_count", "_digest", "_holder", "_party")
+
+    def __init__(self, holder: KeyHolder, agreement: Agreement, party: bytes) -> None:
+        check_party(party)
+        _require(agreement, holder.parameters)
+        if agreement.run != holder.run:
+            raise ParameterError("the agreement belongs to another run than the key: rotate the key with the run")
+        self._holder = holder
+        self._agreement = agreement
+        self._party = party
+        self._digest = agreement.digest(encode_parameters(holder.parameters))
+        self._count = _chunk_count(agreement, holder.parameters)
+
+    def encrypt(self, values: Integers) -> Iterator[bytes]:
+        """Yield the chunks of this client's upload, encrypting one at a time."""
+        check_values(values, self._agreement)
+        engine, parameters = self._holder.engine(), self._holder.parameters
+        tag = self._holder.tagger(self._digest).tag(values, self._party, self._agreement.value_bound)
+        step, length = parameters.values_per_chunk, self._agreement.length
+
+        def payloads() -> Iterator[bytes]:
+            for start in range(0, self._count * step, step):
+                part = values[start : start + step]
+                if start + step > length:
+                    part = np.concatenate([part, tag[max(start - length, 0) : start + step - length]])
+                yield engine.encrypt(pack(part, parameters))
+
+        return write_chunks(payloads(), role="upload", digest=self._digest, count=self._count, party=self._party)
+
+    def decrypt_sum(self, chunks: Iterable[bytes], parties: Sequence[bytes]) -> Integers:
+        """Open the sum of exactly these parties.
+
+        Raises:
+            ProtocolError: too few or repeated parties, a malformed or incomplete sum, a second opening of the same
+                agreement; or a sum that fails its checks, after which the key is burnt and the run needs a new one.
+        """
+        check_parties(parties, self._agreement)
+        engine, agreement = self._holder.engine(), self._agreement
+        limit = engine.payload_limit
+        received = read_chunks(chunks, role="sum", digest=self._digest, count=self._count, limit=limit)
+        # Everything is loaded before anything is opened: a malformed sum fails without touching the key.
+        ciphertexts = [engine.load(payload) for _, payload in received]
+        self._holder.begin_opening(self._digest)
+        try:
+            opened = self._open(ciphertexts)
+            total, tag = opened[: agreement.length], opened[agreement.length :]
+            tagger = self._holder.tagger(self._digest)
+            good = _within(total, len(parties), agreement)
+            if not good or not tagger.verify(total, tag, parties, agreement.value_bound):
+                raise ProtocolError
+        except Exception:
+            self._holder.burn()
+            raise ProtocolError from None
+        return total
+
+    def _open(self, ciphertexts: list[Any]) -> Integers:
+        engine, parameters = self._holder.engine(), self._holder.parameters
+        step = parameters.values_per_chunk
+        opened = np.empty(len(ciphertexts) * step, dtype=np.int64)
+        for index, ciphertext in enumerate(ciphertexts):
+            opened[index * step : (index + 1) * step] = unpack(engine.decrypt(ciphertext), parameters)
+        return opened[: self._agreement.length + tags.coordinates(self._agreement.value_bound)]
+
+    def __repr__(self) -> str:
+        return "EncryptedClient(<hidden>)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an encrypting client holds a secret and cannot be pickled")
+
+
+class Accumulator:
+    """Add ciphertexts without any key: all it is given is the public bundle and the agreement.
+
+    Memory: the sum and one upload, whatever the number of clients.
+    """
+
+    def __init__(self, public_bundle: bytes, agreement: Agreement) -> None:
+        parameters = decode_parameters(public_bundle)
+        _require(agreement, parameters)
+        self._engine = server_engine(parameters)
+        self._agreement = agreement
+        self._digest = agreement.digest(public_bundle)
+        self._count = _chunk_count(agreement, parameters)
+        self._total: list[Any] = []
+        self._parties: list[bytes] = []
+        self._broken = False
+
+    @property
+    def parties(self) -> tuple[bytes, ...]:
+        """List whose uploads were added."""
+        return tuple(self._parties)
+
+    def add(self, chunks: Iterable[bytes]) -> None:
+        """Add one complete upload, or nothing of it.
+
+        Raises:
+            ProtocolError: a malformed, reordered, incomplete, foreign or repeated upload, or one party too many.
+        """
+        if self._broken or len(self._parties) >= self._agreement.parties:
+            raise ProtocolError
+        limit, party, loaded = self._engine.payload_limit, b"", []
+        for party, payload in read_chunks(chunks, role="upload", digest=self._digest, count=self._count, limit=limit):
+            if party in self._parties:
+                raise ProtocolError
+            loaded.append(self._engine.load(payload))
+        self._parties.append(party)
+        if not self._total:
+            self._total = loaded
+            return
+        try:
+            for total, other in zip(self._total, loaded):
+                self._engine.add(total, other)
+        except ProtocolError:
+            self._broken = True
+            raise
+
+    def sum_chunks(self) -> Iterator[bytes]:
+        """Yield the chunks of the sum; refused while fewer parties were added than may be opened."""
+        if self._broken or len(self._parties) < self._agreement.fewest:
+            raise ProtocolError
+        payloads = (self._engine.save(ciphertext) for ciphertext in self._total)
+        return write_chunks(payloads, role="sum", digest=self._digest, count=self._count)

@@ -1,0 +1,314 @@
+"""The only module that imports TenSEAL: slots to ciphertext bytes and back, with every hostile byte string refused.
+
+Two engines share one shape. `SealEngine` uses the SEAL bindings below TenSEAL: one prime, seeded symmetric
+ciphertexts, secret key expanded from a seed. `VectorEngine` uses TenSEAL's high-level vectors, for builds whose SEAL
+bindings do not work; its ciphertexts are about twice as large.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any, Final, NoReturn, Protocol, TypeVar
+
+import numpy as np
+
+from defenses.errors import DefenseError, ParameterError, ProtocolError
+from defenses.he.packing import Integers
+from defenses.he.parameters import CKKS_TOLERANCE, Parameters, ntt_prime
+from defenses.he.wire import Scratch
+
+try:
+    import tenseal
+    from tenseal import sealapi
+except ImportError as error:  # pragma: no cover - exercised in a process of its own
+    tenseal = sealapi = None
+    _REASON = f"TenSEAL is not usable ({type(error).__name__}); install it with: pip install 'ffm-secure[he]'"
+else:
+    _REASON = f"TenSEAL {tenseal.__version__}"
+
+SEED_BYTES: Final = 64
+# One seeded polynomial or two full ones, 8 bytes a coefficient, and what compression may add.
+_FRAMING_BYTES: Final = 4096
+_Result = TypeVar("_Result")
+
+
+def available() -> tuple[bool, str]:
+    """Say whether homomorphic encryption works here, and its version or what to install."""
+    return tenseal is not None, _REASON
+
+
+def require_tenseal() -> None:
+    """Refuse to go on without TenSEAL.
+
+    Raises:
+        ParameterError: says what to install.
+    """
+    if tenseal is None:
+        raise ParameterError(_REASON)
+
+
+class Engine(Protocol):
+    """Encrypt, add and open single chunks; without a secret key only load, add and save work."""
+
+    @property
+    def payload_limit(self) -> int:
+        """Bound the bytes of one chunk."""
+
+    def encrypt(self, slots: Integers) -> bytes:
+        """Encrypt one packed vector of `slots` int64 values."""
+
+    def load(self, payload: bytes) -> Any:
+        """Load one ciphertext; raises ProtocolError for whatever is not one under these parameters."""
+
+    def add(self, total: Any, other: Any) -> None:
+        """Add `other` into `total`."""
+
+    def save(self, ciphertext: Any) -> bytes:
+        """Serialise one ciphertext."""
+
+    def decrypt(self, ciphertext: Any) -> Integers:
+        """Open one ciphertext to int64 slots; raises ProtocolError where it is not near integers."""
+
+
+def server_engine(parameters: Parameters) -> Engine:
+    """Open an engine without any key."""
+    require_tenseal()
+    return SealEngine(parameters) if parameters.seeded else VectorEngine(parameters, _without_key(parameters))
+
+
+def _guarded(action: Callable[[], _Result]) -> _Result:
+    """Turn whatever a foreign library raises into the one constant failure."""
+    try:
+        return action()
+    except DefenseError:
+        raise
+    except Exception:
+        raise ProtocolError from None
+
+
+def _round(decoded: Any) -> Integers:
+    """Round CKKS slots to integers; a slot far from any integer betrays overflow or foreign noise."""
+    floats = np.asarray(decoded, dtype=np.float64)
+    if not np.isfinite(floats).all() or np.abs(floats).max() >= 2.0**53:
+        raise ProtocolError
+    nearest = np.rint(floats)
+    if np.abs(floats - nearest).max() > CKKS_TOLERANCE:
+        raise ProtocolError
+    return nearest.astype(np.int64)
+
+
+def _check_shape(ciphertext: Any, parameters: Parameters) -> None:
+    """Refuse a loaded ciphertext that is not two polynomials at the data level and our scale, or hides nothing."""
+    ckks = parameters.scheme == "ckks"
+    good = (
+        ciphertext.size() == 2
+        and ciphertext.poly_modulus_degree() == parameters.poly_modulus_degree
+        and ciphertext.coeff_modulus_size() == len(parameters.data_bits)
+        and ciphertext.is_ntt_form() == ckks
+        and not ciphertext.is_transparent()
+        and _scale_of(ciphertext) == (2.0**parameters.scale_bits if ckks else 1.0)
+    )
+    if not good:
+        raise ProtocolError
+
+
+def _scale_of(ciphertext: Any) -> float:
+    # A property in the SEAL bindings, a method in TenSEAL's own.
+    return float(ciphertext.scale() if callable(ciphertext.scale) else ciphertext.scale)
+
+
+def _seal_context(parameters: Parameters, random: Any = None) -> Any:
+    settings = sealapi.EncryptionParameters(getattr(sealapi.SCHEME_TYPE, parameters.scheme.upper()))
+    degree = parameters.poly_modulus_degree
+    settings.set_poly_modulus_degree(degree)
+    settings.set_coeff_modulus(sealapi.CoeffModulus.Create(degree, list(parameters.coefficient_bits)))
+    if parameters.scheme == "bfv":
+        settings.set_plain_modulus(sealapi.PlainModulus.Batching(degree, parameters.plain_bits))
+    if random is not None:
+        settings.set_random_generator(random)
+    context = sealapi.SEALContext(settings, True, sealapi.SEC_LEVEL_TYPE.TC128)
+    if not context.parameters_set():
+        raise ParameterError(f"SEAL refuses the parameters: {context.parameters_error_message()}")
+    return context
+
+
+class SealEngine:
+    """Use SEAL directly: seeded symmetric ciphertexts under one prime.
+
+    `seed` (64 secret bytes) expands to the secret key; without it the engine can load, add and save only.
+
+    Assumes: encryption randomness comes from SEAL, which draws a fresh seed from the operating system for every
+    ciphertext. The generator seeded here expands the secret key and is used for nothing else.
+    """
+
+    __slots__ = ("_context", "_decryptor", "_encoder", "_encryptor", "_evaluator", "parameters")
+
+    def __init__(self, parameters: Parameters, seed: bytes | None = None) -> None:
+        self.parameters = parameters
+        self._context = context = _seal_context(parameters)
+        self._evaluator = sealapi.Evaluator(context)
+        encoder = sealapi.BatchEncoder if parameters.scheme == "bfv" else sealapi.CKKSEncoder
+        self._encoder = encoder(context)
+        self._encryptor: Any = None
+        self._decryptor: Any = None
+        if seed is not None:
+            if len(seed) != SEED_BYTES or not any(seed):
+                raise ValueError(f"a key seed has {SEED_BYTES} random bytes")
+            words = list(struct.unpack(">8Q", seed))
+            # A context of its own: a fixed generator must never reach the encryptor.
+            expanding = _seal_context(parameters, sealapi.Blake2xbPRNGFactory(words))
+            secret = sealapi.KeyGenerator(expanding).secret_key()
+            self._encryptor = sealapi.Encryptor(context, secret)
+            self._decryptor = sealapi.Decryptor(context, secret)
+
+    @property
+    def payload_limit(self) -> int:
+        """Bound the bytes of one chunk."""
+        return 16 * self.parameters.poly_modulus_degree * len(self.parameters.data_bits) + _FRAMING_BYTES
+
+    def encrypt(self, slots: Integers) -> bytes:
+        """Encrypt one packed vector."""
+        if self._encryptor is None:
+            raise ProtocolError
+        plain = sealapi.Plaintext()
+        if self.parameters.scheme == "bfv":
+            self._encoder.encode(slots.tolist(), plain)
+        else:
+            self._encoder.encode(slots.astype(np.float64).tolist(), 2.0**self.parameters.scale_bits, plain)
+        with Scratch() as scratch:
+            self._encryptor.encrypt_symmetric(plain).save(scratch.path)
+            return scratch.read()
+
+    def load(self, payload: bytes) -> Any:
+        """Load one ciphertext."""
+        if len(payload) > self.payload_limit:
+            raise ProtocolError
+
+        def load() -> Any:
+            ciphertext = sealapi.Ciphertext(self._context)
+            with Scratch() as scratch:
+                # SEAL itself refuses foreign parameters and coefficients outside the modulus.
+                ciphertext.load(self._context, scratch.write(payload))
+            _check_shape(ciphertext, self.parameters)
+            return ciphertext
+
+        return _guarded(load)
+
+    def add(self, total: Any, other: Any) -> None:
+        """Add `other` into `total`."""
+        _guarded(lambda: self._evaluator.add_inplace(total, other))
+
+    def save(self, ciphertext: Any) -> bytes:
+        """Serialise one ciphertext."""
+        with Scratch() as scratch:
+            ciphertext.save(scratch.path)
+            return scratch.read()
+
+    def decrypt(self, ciphertext: Any) -> Integers:
+        """Open one ciphertext."""
+        decryptor = self._decryptor
+        if decryptor is None:
+            raise ProtocolError
+        plain = sealapi.Plaintext()
+
+        def decode() -> Integers:
+            decryptor.decrypt(ciphertext, plain)
+            if self.parameters.scheme == "bfv":
+                return np.array(self._encoder.decode_int64(plain), dtype=np.int64)
+            return _round(self._encoder.decode_double(plain))
+
+        return _guarded(decode)
+
+    def __repr__(self) -> str:
+        return "SealEngine(<hidden>)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an encryption engine holds a secret and cannot be pickled")
+
+
+class VectorEngine:
+    """Use TenSEAL's high-level vectors, one ciphertext each; `context` may or may not hold the secret key."""
+
+    __slots__ = ("_context", "parameters")
+
+    def __init__(self, parameters: Parameters, context: bytes) -> None:
+        self.parameters = parameters
+        self._context = _guarded(lambda: tenseal.context_from(context, n_threads=1))
+
+    @staticmethod
+    def generate(parameters: Parameters) -> bytes:
+        """Generate a context with a fresh secret key, in TenSEAL's own format."""
+        return bytes(_new_context(parameters).serialize(False, True, False, False))
+
+    @property
+    def payload_limit(self) -> int:
+        """Bound the bytes of one chunk."""
+        return 16 * self.parameters.poly_modulus_degree * len(self.parameters.data_bits) + _FRAMING_BYTES
+
+    def encrypt(self, slots: Integers) -> bytes:
+        """Encrypt one packed vector."""
+        if self.parameters.scheme == "bfv":
+            vector = tenseal.bfv_vector(self._context, slots.tolist())
+        else:
+            scale = 2.0**self.parameters.scale_bits
+            vector = tenseal.ckks_vector(self._context, slots.astype(np.float64).tolist(), scale=scale)
+        return bytes(vector.serialize())
+
+    def load(self, payload: bytes) -> Any:
+        """Load one ciphertext."""
+        if len(payload) > self.payload_limit:
+            raise ProtocolError
+        reader = tenseal.bfv_vector_from if self.parameters.scheme == "bfv" else tenseal.ckks_vector_from
+
+        def load() -> Any:
+            vector = reader(self._context, payload)
+            parts = vector.ciphertext()
+            if vector.size() != self.parameters.slots or len(parts) != 1:
+                raise ProtocolError
+            _check_shape(parts[0], self.parameters)
+            return vector
+
+        return _guarded(load)
+
+    def add(self, total: Any, other: Any) -> None:
+        """Add `other` into `total`."""
+        _guarded(lambda: total.add_(other))
+
+    def save(self, ciphertext: Any) -> bytes:
+        """Serialise one ciphertext."""
+        return bytes(ciphertext.serialize())
+
+    def decrypt(self, ciphertext: Any) -> Integers:
+        """Open one ciphertext."""
+        if not self._context.has_secret_key():
+            raise ProtocolError
+
+        def decode() -> Integers:
+            decoded = ciphertext.decrypt()
+            return np.array(decoded, dtype=np.int64) if self.parameters.scheme == "bfv" else _round(decoded)
+
+        return _guarded(decode)
+
+    def __repr__(self) -> str:
+        return "VectorEngine(<hidden>)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an encryption engine holds a secret and cannot be pickled")
+
+
+def _new_context(parameters: Parameters) -> Any:
+    bfv = parameters.scheme == "bfv"
+    return tenseal.context(
+        tenseal.SCHEME_TYPE.BFV if bfv else tenseal.SCHEME_TYPE.CKKS,
+        parameters.poly_modulus_degree,
+        plain_modulus=ntt_prime(parameters.plain_bits, parameters.poly_modulus_degree) if bfv else None,
+        coeff_mod_bit_sizes=list(parameters.coefficient_bits),
+        encryption_type=tenseal.ENCRYPTION_TYPE.SYMMETRIC,
+        n_threads=1,
+    )
+
+
+def _without_key(parameters: Parameters) -> bytes:
+    """Build a context from public numbers alone; the key TenSEAL insists on generating is dropped at once."""
+    return bytes(_new_context(parameters).serialize(False, False, False, False))

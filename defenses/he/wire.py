@@ -1,0 +1,191 @@
+"""What travels: agreements, chunk headers and parameter bundles, as versioned bytes with strict decoding."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, NoReturn
+
+from defenses.errors import ParameterError, ProtocolError
+from defenses.he.parameters import Parameters
+
+PARTY_BYTES: Final = 32
+RUN_BYTES: Final = 16
+Role = Literal["upload", "sum"]
+
+_MAGIC: Final = b"ffm-he/1"
+_ROLES: Final[dict[Role, int]] = {"upload": 1, "sum": 2}
+_HEADER: Final = struct.Struct(">8sB16s32sII")
+_PARAMETERS: Final = struct.Struct(">8sBBIBBBBBBBB")
+_SCHEMES: Final = ("bfv", "ckks")
+_NOBODY: Final = bytes(PARTY_BYTES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """State what one sum is about; every party and the server hold the same.
+
+    `run` are 16 bytes fresh for every run, `round` never repeats within it. Each party brings `length` integers with
+    |x| <= `value_bound`; at most `parties` vectors are added and a sum of fewer than `fewest` is never opened.
+    """
+
+    run: bytes
+    round: int
+    length: int
+    value_bound: int
+    parties: int
+    fewest: int
+
+    def __post_init__(self) -> None:
+        if len(self.run) != RUN_BYTES:
+            raise ParameterError(f"run has {len(self.run)} bytes: use {RUN_BYTES} random bytes, fresh for every run")
+        for name in ("length", "value_bound", "fewest"):
+            if getattr(self, name) < 1:
+                raise ParameterError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.round < 2**63:
+            raise ParameterError(f"round = {self.round}: must be between 0 and 2^63 - 1")
+        if self.fewest > self.parties:
+            raise ParameterError(f"fewest = {self.fewest} exceeds parties = {self.parties}: no sum could be opened")
+
+    def digest(self, mechanism: bytes) -> bytes:
+        """Hash the agreement together with the encoded mechanism that carries it."""
+        numbers = struct.pack(">QQQQQ", self.round, self.length, self.value_bound, self.parties, self.fewest)
+        return hashlib.sha256(_MAGIC + b" agreement" + self.run + numbers + mechanism).digest()
+
+
+def check_party(party: bytes) -> None:
+    """Refuse an identity that is not 32 bytes.
+
+    Raises:
+        ParameterError: names the length found.
+    """
+    if not isinstance(party, bytes) or len(party) != PARTY_BYTES or party == _NOBODY:
+        raise ParameterError(f"a party is named by its {PARTY_BYTES}-byte roster identity, not by {party!r:.40}")
+
+
+def check_parties(parties: Sequence[bytes], agreement: Agreement) -> None:
+    """Refuse a list of parties whose sum may not be opened; constant message."""
+    distinct = len(set(parties)) == len(parties) and all(
+        isinstance(party, bytes) and len(party) == PARTY_BYTES and party != _NOBODY for party in parties
+    )
+    if not distinct or not agreement.fewest <= len(parties) <= agreement.parties:
+        raise ProtocolError
+
+
+def write_chunks(payloads: Iterable[bytes], *, role: Role, digest: bytes, count: int, party: bytes = _NOBODY,
+                 ) -> Iterator[bytes]:  # fmt: skip
+    """Put a header before each payload: version, role, agreement, party, position, number of chunks."""
+    for index, payload in enumerate(payloads):
+        yield _HEADER.pack(_MAGIC, _ROLES[role], digest[:16], party, index, count) + payload
+
+
+def read_chunks(chunks: Iterable[bytes], *, role: Role, digest: bytes, count: int, limit: int,
+                ) -> Iterator[tuple[bytes, bytes]]:  # fmt: skip
+    """Yield (party, payload) of a complete, ordered upload or sum of one party under one agreement.
+
+    Raises:
+        ProtocolError: another version, role, agreement, order, count or party, or a payload above `limit` bytes.
+    """
+    first: bytes | None = None
+    seen = 0
+    for chunk in chunks:
+        if not isinstance(chunk, bytes) or not _HEADER.size < len(chunk) <= _HEADER.size + limit:
+            raise ProtocolError
+        magic, code, bound, party, index, total = _HEADER.unpack_from(chunk)
+        first = party if first is None else first
+        expected = (_MAGIC, _ROLES[role], digest[:16], first, seen, count)
+        if (magic, code, bound, party, index, total) != expected or seen >= count:
+            raise ProtocolError
+        if (party == _NOBODY) != (role == "sum"):
+            raise ProtocolError
+        seen += 1
+        yield party, chunk[_HEADER.size :]
+    if seen != count:
+        raise ProtocolError
+
+
+def encode_parameters(parameters: Parameters) -> bytes:
+    """Encode a parameter set; this is all the server holds of an encryption, and nothing in it depends on the key."""
+    each = parameters
+    return _PARAMETERS.pack(
+        _MAGIC, _SCHEMES.index(each.scheme), each.seeded, each.poly_modulus_degree, each.plain_bits, each.scale_bits,
+        each.lanes, each.lane_bits, each.digits, each.digit_bits, 0, len(each.coefficient_bits),
+    ) + bytes(each.coefficient_bits)  # fmt: skip
+
+
+def decode_parameters(bundle: bytes) -> Parameters:
+    """Decode a parameter set strictly: one byte string for each set and nothing after it.
+
+    Raises:
+        ProtocolError: anything else.
+    """
+    try:
+        magic, scheme, seeded, degree, plain, scale, lanes, lane_bits, digits, digit_bits, _, primes = (
+            _PARAMETERS.unpack_from(bundle)
+        )
+        parameters = Parameters(
+            scheme="ckks" if scheme else "bfv",
+            poly_modulus_degree=degree,
+            coefficient_bits=tuple(bundle[_PARAMETERS.size : _PARAMETERS.size + primes]),
+            plain_bits=plain,
+            scale_bits=scale,
+            lanes=lanes,
+            lane_bits=lane_bits,
+            digits=digits,
+            digit_bits=digit_bits,
+            seeded=bool(seeded),
+        )
+        if magic == _MAGIC and encode_parameters(parameters) == bundle:
+            return parameters
+    except (struct.error, TypeError, ValueError, AttributeError):
+        pass
+    raise ProtocolError
+
+
+class Scratch:
+    """Lend a path to libraries that only read and write files, without leaving anything on a disk.
+
+    Guarantee: on Linux the path names anonymous memory of this process (memfd); elsewhere, or when not `anonymous`,
+    it is a file in a fresh directory with mode 0700, in memory where there is /dev/shm, removed on exit.
+    """
+
+    __slots__ = ("_anonymous", "_descriptor", "_directory", "path")
+
+    def __init__(self, *, anonymous: bool = True) -> None:
+        self._anonymous = anonymous and hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
+
+    def __enter__(self) -> Scratch:
+        self._directory: str | None = None
+        if self._anonymous:
+            self._descriptor = os.memfd_create("ffm-he", os.MFD_CLOEXEC)
+            self.path = f"/proc/self/fd/{self._descriptor}"
+            return self
+        base = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        self._directory = tempfile.mkdtemp(prefix="ffm-he-", dir=base)
+        self.path = os.path.join(self._directory, "scratch")
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        return self
+
+    def read(self) -> bytes:
+        """Return what the library wrote last."""
+        return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+
+    def write(self, content: bytes) -> str:
+        """Replace the content and return the path to load it from."""
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, content, 0)
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+        if self._directory is not None:
+            os.unlink(self.path)
+            os.rmdir(self._directory)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a scratch file may hold secrets and cannot be pickled")
