@@ -1,0 +1,244 @@
+"""One object owns sampler, bound, noise and accounting event, so an event cannot describe what is not running."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from defenses.dp.clip import AdaptiveCount, Clipping, ClippingKind, clip_vector
+from defenses.dp.events import Adjacency, Event, GaussianEvent, NonPrivateEvent
+from defenses.dp.noise import WIDENING, add_gaussian, gaussian
+from defenses.dp.per_sample import ClippedSum
+from defenses.dp.sampling import Indices, fixed_size_sample, poisson_sample
+from defenses.errors import BudgetExceeded, NotPrivateError, ParameterError
+from defenses.random_source import RandomSource
+
+RecordSampling = Literal["poisson", "full", "fixed_size"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordMechanism:
+    """Describe differentially private training on records: everything that decides epsilon, and nothing else.
+
+    `noise_multiplier` is the noise over the bound on one record, for the whole step (with adaptive clipping that
+    includes the count). `expected_batch_size` is the public constant every noisy sum is divided by.
+    `sampling_rate` 1 with `full` sampling gives no amplification; `fixed_size` draws exactly
+    round(rate * population) records and needs the adjacency `replace_one` or `zero_out`.
+
+    Guarantee: `event` is made from the same fields that `sample` and `privatise` run on; `start` hands out at most
+    `steps` steps. The divisor never depends on the data.
+    """
+
+    sampling_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    expected_batch_size: float
+    steps: int
+    records_per_person: int = 1
+    adjacency: Adjacency = "add_remove"
+    clipping: ClippingKind = "flat"
+    sampling: RecordSampling = "poisson"
+    quantile: float = 0.5
+    clip_learning_rate: float = 0.2
+    count_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.noise_multiplier >= 0:
+            raise ParameterError(f"noise_multiplier = {self.noise_multiplier}: must not be negative")
+        if not self.expected_batch_size > 0:
+            raise ParameterError(f"expected_batch_size = {self.expected_batch_size}: must be a positive constant")
+        if not 0 < self.sampling_rate <= 1:
+            raise ParameterError(f"sampling_rate = {self.sampling_rate}: must lie in (0, 1]")
+        if self.steps < 1:
+            raise ParameterError(f"steps = {self.steps}: must be at least 1")
+        self.gradient_noise_multiplier()
+        if self.noise_multiplier > 0:
+            self.event("check")
+
+    @property
+    def bound(self) -> Clipping:
+        """Return the clipping of the first step (of every step, unless it adapts)."""
+        return Clipping(
+            kind=self.clipping, clip_norm=self.clip_norm, quantile=self.quantile, learning_rate=self.clip_learning_rate
+        )
+
+    def gradient_noise_multiplier(self) -> float:
+        """Return the noise multiplier of the gradient alone; above the stated one when a count is released with it."""
+        if self.clipping != "adaptive":
+            return self.noise_multiplier
+        return AdaptiveCount(total=self.noise_multiplier, count_noise=self.count_noise).gradient
+
+    def event(self, release: str) -> Event:
+        """Return the event of all `steps` steps: what a ledger reserves before data are touched."""
+        return self._event(release, self.steps)
+
+    def _event(self, release: str, steps: int) -> Event:
+        if self.noise_multiplier == 0:
+            return NonPrivateEvent(reason=f"{release}: noise_multiplier is 0")
+        return GaussianEvent(
+            unit="person" if self.records_per_person > 1 else "record",
+            records_per_person=self.records_per_person,
+            adjacency=self.adjacency,
+            sampling=self.sampling,
+            sampling_rate=self.sampling_rate,
+            noise_multiplier=self.noise_multiplier,
+            steps=steps,
+            clip_norm=self.clip_norm,
+            release=release,
+        )
+
+    def sample(self, population: int, source: RandomSource) -> Indices:
+        """Draw the records of one step. The result may be empty; the step then releases noise alone."""
+        if self.sampling == "full":
+            return np.arange(population, dtype=np.int64)
+        if self.sampling == "fixed_size":
+            return fixed_size_sample(population, size=round(self.sampling_rate * population), source=source)
+        return poisson_sample(population, rate=self.sampling_rate, source=source)
+
+    def privatise(
+        self, clipped_sum: Mapping[str, Tensor] | ClippedSum, source: RandomSource, *, clip_norm: float | None = None
+    ) -> dict[str, Tensor]:
+        """Return (sum + N(0, (noise_multiplier * clip_norm)^2)) / expected_batch_size, by parameter.
+
+        Zeros in, for an empty batch, give noise out. `clip_norm` is for an adaptive bound that has moved.
+        """
+        bound = self.clip_norm if clip_norm is None else clip_norm
+        gradients = clipped_sum
+        if isinstance(clipped_sum, ClippedSum):
+            if clipped_sum.clip != replace(self.bound, clip_norm=bound):
+                raise NotPrivateError(
+                    f"the sum was clipped as {clipped_sum.clip.kind} at {clipped_sum.clip.clip_norm}, the mechanism "
+                    f"states {self.clipping} at {bound}"
+                )
+            gradients = clipped_sum.gradients
+        assert isinstance(gradients, Mapping)
+        std = self.gradient_noise_multiplier() * bound * WIDENING
+        noisy = {name: add_gaussian(value, std=std, source=source) for name, value in sorted(gradients.items())}
+        return {name: noisy[name] / self.expected_batch_size for name in gradients}
+
+    def start(self) -> RecordRun:
+        """Open the run that draws, bounds and releases at most `steps` steps."""
+        return RecordRun(self)
+
+    def digest(self) -> str:
+        """Return a hash of everything that decides epsilon; changing speed settings cannot change it."""
+        return _digest("record", asdict(self))
+
+
+class RecordRun:
+    """Run the steps of a `RecordMechanism`: sample, then privatise, in turn, never more than stated.
+
+    Guarantee: every `sample` is followed by exactly one `privatise` of a sum with the current bound; `event` covers
+    the steps begun, so a sampled step counts as spent even if it is never released.
+    """
+
+    def __init__(self, mechanism: RecordMechanism) -> None:
+        self.mechanism = mechanism
+        self.bound = mechanism.bound
+        self._begun = 0
+        self._open = False
+
+    @property
+    def steps_taken(self) -> int:
+        """Return how many steps have been begun."""
+        return self._begun
+
+    def sample(self, population: int, source: RandomSource) -> Indices:
+        """Begin a step: draw its records.
+
+        Raises: BudgetExceeded after the last stated step; ParameterError when the previous step was not released.
+        """
+        if self._open:
+            raise ParameterError("the last batch was never privatised; every sampled step must release its noise")
+        if self._begun >= self.mechanism.steps:
+            raise BudgetExceeded(f"all {self.mechanism.steps} steps of this mechanism are used")
+        self._begun += 1
+        self._open = True
+        return self.mechanism.sample(population, source)
+
+    def privatise(self, clipped_sum: ClippedSum, source: RandomSource) -> dict[str, Tensor]:
+        """Release the step: noisy sum over the public divisor. Moves an adaptive bound, by its own noisy count."""
+        if not self._open:
+            raise NotPrivateError("privatise before sample: the event would describe a sampler that did not run")
+        released = self.mechanism.privatise(clipped_sum, source, clip_norm=self.bound.clip_norm)
+        if self.bound.kind == "adaptive":
+            centred = clipped_sum.within - clipped_sum.batch_size / 2
+            noise = gaussian(1, std=self.mechanism.count_noise * WIDENING, source=source)[0]
+            # rounding to 1/16 keeps the low bits of the float noise inside, as for gradients
+            noisy = round(16 * (centred + noise)) / 16
+            self.bound = self.bound.follow(noisy / self.mechanism.expected_batch_size + 0.5)
+        self._open = False
+        return released
+
+    def event(self, release: str) -> Event | None:
+        """Return the event of the steps begun so far, None before the first."""
+        return self.mechanism._event(release, self._begun) if self._begun else None
+
+
+def _digest(kind: str, values: Mapping[str, object]) -> str:
+    text = json.dumps({"version": 1, "kind": kind, **values}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientMechanism:
+    """Describe client-level privacy: each client's whole update is one vector, bounded once, noised in shares.
+
+    `noise_multiplier` is the noise of the whole opened sum over the bound on one client. Every client adds variance
+    (noise_multiplier * clip_norm)^2 / honest_survivors, so the sum holds enough as soon as `honest_survivors` clients
+    whose shares no colluder knows are in it. `participations` is the most rounds one client takes part in
+    (`participation_cap`); no amplification by sampling is claimed. `scale` is the number of integer steps in 1.0.
+
+    Guarantee: with at least `honest_survivors` honest clients in every opened sum, the stated multiplier holds.
+    """
+
+    noise_multiplier: float
+    clip_norm: float
+    honest_survivors: int
+    participations: int
+    adjacency: Adjacency = "zero_out"
+
+    def __post_init__(self) -> None:
+        if not self.noise_multiplier >= 0:
+            raise ParameterError(f"noise_multiplier = {self.noise_multiplier}: must not be negative")
+        if not self.clip_norm > 0:
+            raise ParameterError(f"clip_norm = {self.clip_norm}: must be positive")
+        if self.honest_survivors < 1 or self.participations < 1:
+            raise ParameterError(
+                f"honest_survivors = {self.honest_survivors}, participations = {self.participations}: at least 1 each"
+            )
+
+    def clip(self, update: Tensor) -> Tensor:
+        """Bound a whole update vector in L2."""
+        return clip_vector(update, clip_norm=self.clip_norm)
+
+    def event(self, release: str) -> Event:
+        """Return the event of float Gaussian shares over all participations."""
+        if self.noise_multiplier == 0:
+            return NonPrivateEvent(reason=f"{release}: noise_multiplier is 0")
+        return GaussianEvent(
+            unit="client",
+            adjacency=self.adjacency,
+            sampling="full",
+            sampling_rate=1.0,
+            noise_multiplier=self.noise_multiplier,
+            steps=self.participations,
+            clip_norm=self.clip_norm,
+            release=release,
+        )
+
+    def add_share(self, update: Tensor, source: RandomSource) -> Tensor:
+        """Clip the update and add this client's float share of the noise."""
+        std = self.noise_multiplier * self.clip_norm / math.sqrt(self.honest_survivors) * WIDENING
+        return add_gaussian(self.clip(update), std=std, source=source)
+
+    def digest(self) -> str:
+        """Return a hash of everything that decides epsilon."""
+        return _digest("client", asdict(self))

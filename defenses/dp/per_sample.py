@@ -1,0 +1,352 @@
+"""Clipped sums of per-sample gradients from one forward and one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from defenses.dp.clip import Clipping
+from defenses.dp.layers import Cover, Dense, Outer, Recorder, Rows, Use, cover
+from defenses.errors import NotPrivateError, ParameterError
+
+Losses = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClippedSum:
+    """Hold the sum over samples of clipped gradients, with the bound that was applied.
+
+    `batch_size` and `within` (samples whose norm was at most the bound) are private: they leave only with noise.
+    """
+
+    gradients: dict[str, Tensor]
+    batch_size: int
+    clip: Clipping
+    within: int = 0
+
+    def __add__(self, other: ClippedSum) -> ClippedSum:
+        """Add another micro-batch of the same step."""
+        if self.clip != other.clip or self.gradients.keys() != other.gradients.keys():
+            raise ParameterError("only sums with the same parameters and the same clipping can be added")
+        gradients = {name: value + other.gradients[name] for name, value in self.gradients.items()}
+        return ClippedSum(
+            gradients=gradients,
+            batch_size=self.batch_size + other.batch_size,
+            clip=self.clip,
+            within=self.within + other.within,
+        )
+
+
+class PerSampleEngine:
+    """Compute sums of clipped per-sample gradients of a model's trainable parameters.
+
+    The model is untouched between calls: modules are rerouted only while a loss is computed and differentiated.
+    `close()` forgets the model; the engine is also a context manager.
+
+    Guarantee: one forward and one backward pass; every sample contributes at most the clipping bound (norms, factors
+    and sums in float32 whatever the precision of the forward pass); a sample with NaN or Inf contributes zero; a
+    gradient that reaches a parameter by any path the engine does not see is an error, not a leak.
+    Assumes: each loss depends on its own sample only. `probe_sensitivity` checks that on random data.
+    Raises: NotPrivateError, naming the culprit, for anything outside the covered kinds.
+    """
+
+    def __init__(self, model: nn.Module, *, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
+        trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self._model = model
+        self._recorder = Recorder()
+        self._names = _names(trainable, parameters)
+        self._covers = _covers(model, self._recorder)
+        self._parameters = {name: parameter for parameter, name in self._names.items()}
+        self._batch_norms = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm)
+        ]
+        self._graph_seen = False
+        self._closed = False
+        _refuse(_uncovered(model, self._covers, trainable))
+        self._refuse_batch_statistics()
+
+    @property
+    def model(self) -> nn.Module:
+        """Return the model."""
+        return self._model
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the trained parameters by name."""
+        return dict(self._parameters)
+
+    def clipped_sum(self, losses: Losses, *, clip: Clipping, batch_size: int | None = None) -> ClippedSum:
+        """Sum the clipped gradients of a batch; `losses()` runs the forward pass and returns `[batch]` losses.
+
+        `batch_size` is needed only when the forward pass does not go through the engine's model and some input is
+        fed once for the whole batch.
+        """
+        uses, values = self._differentiate(losses, batch_size)
+        poisoned = ~torch.isfinite(values)
+        squared = {name: _squared_norm(parts, self._parameters[name]) for name, parts in uses.items()}
+        if not squared:
+            return self.empty(clip)
+        for name in squared:
+            squared[name] = torch.where(poisoned, torch.inf, squared[name])
+        factors = clip.factors(squared)
+        sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in self._parameters.items()}
+        for name, parts in uses.items():
+            for part in parts:
+                sums[name] += _weighted_sum(part, factors[name], self._parameters[name].shape)
+        within = clip.within(squared) if clip.kind == "adaptive" else 0
+        return ClippedSum(gradients=sums, batch_size=len(values), clip=clip, within=within)
+
+    def per_sample(self, losses: Losses, *, batch_size: int | None = None) -> dict[str, Tensor]:
+        """Return every gradient as `[batch, *shape]`: for tests and small models, nothing is clipped."""
+        uses, values = self._differentiate(losses, batch_size)
+        result = {}
+        for name, parameter in self._parameters.items():
+            parts = [_dense(part, parameter.shape).values for part in uses.get(name, [])]
+            zero = torch.zeros(len(values), *parameter.shape, device=parameter.device)
+            result[name] = torch.stack(parts).sum(0) if parts else zero
+        return result
+
+    def empty(self, clip: Clipping) -> ClippedSum:
+        """Return the sum over an empty batch: zeros, to which the step still adds its noise."""
+        zeros = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in self._parameters.items()}
+        return ClippedSum(gradients=zeros, batch_size=0, clip=clip)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._closed = True
+        self._covers = []
+        self._recorder.uses.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _differentiate(self, losses: Losses, batch_size: int | None) -> tuple[dict[str, list[Use]], Tensor]:
+        if self._closed:
+            raise ParameterError("the engine is closed; open a new one")
+        self._refuse_batch_statistics()
+        self._refuse_new_parameters()
+        try:
+            with self._recording(batch_size):
+                values = losses()
+                _check_losses(values, self._recorder.batch)
+                self._refuse_foreign_leaves(values)
+                if values.requires_grad:
+                    values.backward(torch.ones_like(values))  # type: ignore[no-untyped-call]
+            self._refuse_stray_gradients()
+            uses = {self._names[parameter]: parts for parameter, parts in self._recorder.uses.items()}
+        finally:
+            self._recorder.uses = {}
+        for name, parts in uses.items():
+            seen = {part.batch for part in parts} - {len(values)}
+            if seen:
+                raise NotPrivateError(
+                    f"{name}: its module saw {sorted(seen)} rows where the batch has {len(values)} samples; the "
+                    "first axis of its input must be the batch (a prompt fed once must be an ExpandedParameter)"
+                )
+        return uses, values.detach()
+
+    @contextmanager
+    def _recording(self, batch_size: int | None) -> Iterator[None]:
+        kept = {name: parameter.grad for name, parameter in self._parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self._recorder.batch = batch_size
+        watch = None if batch_size else self._model.register_forward_pre_hook(self._note_batch, with_kwargs=True)
+        before = [(item, item.module.__dict__.get(item.attribute)) for item in self._covers]
+        try:
+            for item in self._covers:
+                item.module.__dict__[item.attribute] = item.replacement
+            yield
+            self._stray = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
+        finally:
+            for item, value in before:
+                if value is None:
+                    item.module.__dict__.pop(item.attribute, None)
+                else:
+                    item.module.__dict__[item.attribute] = value
+            if watch is not None:
+                watch.remove()
+            for name, parameter in self._parameters.items():
+                parameter.grad = kept[name]
+
+    def _note_batch(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
+        sizes = {value.shape[0] for value in tensors}
+        self._recorder.batch = max(sizes) if sizes and len(sizes - {1}) <= 1 else None
+
+    def _refuse_stray_gradients(self) -> None:
+        if self._stray:
+            raise NotPrivateError(
+                f"{', '.join(self._stray)}: a gradient arrived outside the covered modules, so it is not per sample; "
+                "the parameter is used by another path than its module's forward"
+            )
+
+    def _refuse_foreign_leaves(self, values: Tensor) -> None:
+        """Walk the graph once: a trainable leaf the engine does not know would be trained without a bound."""
+        if self._graph_seen or values.grad_fn is None:
+            return
+        known = set(self._names)
+        foreign = [leaf for leaf in _leaves(values) if isinstance(leaf, nn.Parameter) and leaf not in known]
+        if foreign:
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in foreign)
+            raise NotPrivateError(f"the loss trains parameters of shape {shapes} that are not part of the model")
+        self._graph_seen = True
+
+    def _refuse_batch_statistics(self) -> None:
+        guilty = [
+            f"{name} ({type(module).__name__}: statistics over the batch mix samples; call .eval() on it or replace it)"
+            for name, module in self._batch_norms
+            if _mixes(module)
+        ]
+        _refuse(guilty)
+
+    def _refuse_new_parameters(self) -> None:
+        trainable = [(name, value) for name, value in self._model.named_parameters() if value.requires_grad]
+        fresh = [name for name, value in trainable if value not in self._names]
+        _refuse([f"{name} (became trainable after the engine was opened)" for name in fresh])
+
+
+def _mixes(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return module.training and module.track_running_stats
+    return module.training or getattr(module, "running_mean", None) is None
+
+
+def _names(
+    trainable: Mapping[str, nn.Parameter], parameters: Mapping[str, nn.Parameter] | None
+) -> dict[nn.Parameter, str]:
+    chosen = trainable if parameters is None else parameters
+    names = {parameter: name for name, parameter in chosen.items()}
+    outside = [name for name, value in trainable.items() if value not in names]
+    _refuse([f"{name} (trainable, but not among the parameters given to the engine)" for name in outside])
+    return names
+
+
+def _covers(model: nn.Module, recorder: Recorder) -> list[Cover]:
+    found: list[Cover] = []
+    owned: set[nn.Module] = set()
+    for module in model.modules():
+        if module in owned or not any(value.requires_grad for value in module.parameters()):
+            continue
+        item = cover(module, recorder)
+        if item is not None and item.parameters:
+            found.append(item)
+            owned.update({module.relative_attention_bias} if item.attribute == "compute_bias" else ())  # type: ignore[arg-type]
+    return found
+
+
+def _uncovered(model: nn.Module, covers: list[Cover], trainable: Mapping[str, nn.Parameter]) -> list[str]:
+    """Name every place that holds a trainable parameter no cover takes care of; a tied parameter has several places."""
+    covered: dict[nn.Parameter, list[nn.Module]] = {}
+    for item in covers:
+        for parameter in item.parameters:
+            covered.setdefault(parameter, []).append(item.module)
+    names = {parameter: name for name, parameter in trainable.items()}
+    guilty = []
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter not in names:
+                continue
+            homes = covered.get(parameter, [])
+            if not any(home is module or module in set(home.modules()) for home in homes):
+                guilty.append(f"{names[parameter]} (in {path or 'the model'}, {type(module).__name__})")
+    return guilty
+
+
+def _refuse(guilty: list[str]) -> None:
+    if guilty:
+        raise NotPrivateError("no per-sample gradients for: " + "; ".join(guilty))
+
+
+def _leaves(values: Tensor) -> Iterator[Tensor]:
+    stack = [values.grad_fn]
+    seen: set[object] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def _check_losses(values: object, batch: int | None) -> None:
+    if not isinstance(values, Tensor) or values.ndim != 1:
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise NotPrivateError(
+            f"losses() returned {shape}: it must return one loss per sample, shape [batch]; a mean over samples or "
+            "tokens of the batch couples samples (use reduction='none' and reduce within each sample)"
+        )
+    if batch is not None and len(values) != batch:
+        raise NotPrivateError(f"losses() returned {len(values)} losses for a batch of {batch}; return one a sample")
+
+
+def _dense(use: Use, shape: torch.Size) -> Dense:
+    return use if isinstance(use, Dense) else use.dense(shape)
+
+
+def _squared_norm(parts: list[Use], parameter: nn.Parameter) -> Tensor:
+    """Return the squared norm `[batch]` of the sum of all uses of one parameter, and merge what must be merged."""
+    if len(parts) > 1 and any(isinstance(part, Dense) for part in parts):
+        total = torch.stack([_dense(part, parameter.shape).values for part in parts]).sum(0)
+        parts[:] = [Dense(total)]
+    result = torch.zeros(parts[0].batch, device=parameter.device)
+    for i, left in enumerate(parts):
+        result = result + _inner(left, left)
+        for right in parts[i + 1 :]:
+            result = result + 2.0 * _inner(left, right)
+    return result.clamp_min(0.0)
+
+
+def _inner(left: Use, right: Use) -> Tensor:
+    """Return the inner product `[batch]` of two per-sample gradients without forming them."""
+    if isinstance(left, Dense) and isinstance(right, Dense):
+        flat = left.values.flatten(1)
+        return torch.einsum("bn,bn->b", flat, right.values.flatten(1)) if left is not right else flat.square().sum(1)
+    if isinstance(left, Outer) and isinstance(right, Outer):
+        rows = torch.bmm(left.rows.float(), right.rows.float().transpose(1, 2))
+        return (rows * torch.bmm(left.columns.float(), right.columns.float().transpose(1, 2))).sum((1, 2))
+    if isinstance(left, Rows) and isinstance(right, Rows):
+        same = left.indices[:, :, None] == right.indices[:, None, :]
+        return (torch.bmm(left.values.float(), right.values.float().transpose(1, 2)) * same).sum((1, 2))
+    if isinstance(left, Outer) and isinstance(right, Rows):
+        return _inner(right, left)
+    assert isinstance(left, Rows)
+    assert isinstance(right, Outer)
+    index = left.indices[:, None, :].expand(-1, right.rows.shape[1], -1)
+    products = torch.bmm(right.columns.float(), left.values.float().transpose(1, 2))
+    return (right.rows.float().gather(2, index) * products).sum((1, 2))
+
+
+def _weighted_sum(use: Use, factors: Tensor, shape: torch.Size) -> Tensor:
+    """Sum the gradients over samples, scaled by `factors`; a factor of zero removes a sample even if it is NaN."""
+    gone = factors == 0
+    clean = bool(gone.any())
+    if isinstance(use, Dense):
+        flat = use.values.flatten(1)
+        return (factors @ (flat.masked_fill(gone[:, None], 0.0) if clean else flat)).reshape(shape)
+    if isinstance(use, Outer):
+        rows, columns = use.rows.float() * factors[:, None, None], use.columns.float()
+        if clean:
+            rows = rows.masked_fill(gone[:, None, None], 0.0)
+            columns = columns.masked_fill(gone[:, None, None], 0.0)
+        return (rows.flatten(0, 1).t() @ columns.flatten(0, 1)).reshape(shape)
+    values = use.values.float() * factors[:, None, None]
+    if clean:
+        values = values.masked_fill(gone[:, None, None], 0.0)
+    out = torch.zeros(shape, device=values.device)
+    return out.index_add_(0, use.indices.reshape(-1), values.flatten(0, 1))
