@@ -1,0 +1,46 @@
+"""Secure aggregation `ffm-secagg/1`: the server learns the sum of the clients' vectors and nothing else.
+
+A session, in process:
+
+    operator, people = Identity.generate(source), [Identity.generate(source) for _ in range(5)]
+    roster = Roster.issue(operator, [person.public_key for person in people])
+    graph = find_graph_parameters(5, corrupted=0.0, dropouts=0.2, mode="active")
+    parameters = SessionParameters(run_id=run_id, round=1, mode="active", graph=graph.kind, clients=5,
+        neighbours=graph.neighbours, threshold=graph.threshold, minimum_survivors=4, modulus_bits=32, length=length,
+        layout_hash=..., quantization_hash=..., model_hash=..., roster=roster)
+    policy = ClientPolicy(operator=operator.public_key, minimum_survivors=4)
+    clients = {person.id: ClientSession(person, parameters, policy, RandomSource.system()) for person in people}
+    outcome = drive(clients, ServerSession(parameters), lambda owner: ring_vector_of(owner))
+
+Over a network the same two classes take and return the bytes; see `ClientSession` and `ServerSession`.
+"""
+
+from defenses.secagg.client import ClientSession, Stage
+from defenses.secagg.driver import Outcome, drive
+from defenses.secagg.graph import GraphParameters, find_graph_parameters
+from defenses.secagg.keys import Identity, ReplayGuard, Roster
+from defenses.secagg.masks import Mask, RingVector, add_masks
+from defenses.secagg.parameters import FEWEST_SURVIVORS, ClientPolicy, SessionParameters
+from defenses.secagg.ring import (
+    HEADER,
+    MODULUS_BITS,
+    OpenedSum,
+    Quantizer,
+    add_into,
+    check_overflow,
+    frame,
+    from_signed,
+    modulus_for,
+    pack,
+    signed,
+    unframe,
+    unpack,
+)
+from defenses.secagg.server import NotEnoughClients, RingSum, ServerSession, Traffic
+
+__all__ = [
+    "FEWEST_SURVIVORS", "HEADER", "MODULUS_BITS", "ClientPolicy", "ClientSession", "GraphParameters", "Identity",
+    "Mask", "NotEnoughClients", "OpenedSum", "Outcome", "Quantizer", "ReplayGuard", "RingSum", "RingVector", "Roster",
+    "ServerSession", "SessionParameters", "Stage", "Traffic", "add_into", "add_masks", "check_overflow", "drive",
+    "find_graph_parameters", "frame", "from_signed", "modulus_for", "pack", "signed", "unframe", "unpack",
+]  # fmt: skip

@@ -65,7 +65,8 @@ def build_graph(kind: GraphKind, *, count: int, neighbours: int, transcript: byt
     """
     if kind == "complete" or neighbours >= count - 1:
         return Graph(count, neighbours=count - 1, ring=None)
-    return Graph(count, neighbours=neighbours, ring=_permutation(count, derive_key(transcript, salt=b"", label="graph")))
+    ring = _permutation(count, derive_key(transcript, salt=b"", label="graph"))
+    return Graph(count, neighbours=neighbours, ring=ring)
 
 
 def _permutation(count: int, key: bytes) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from defenses.errors import ParameterError
 
-RingVector = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
+RingVector = npt.NDArray[np.unsignedinteger[Any]]
 Word = type[np.uint32] | type[np.uint64]
 
 CHUNK_BYTES = 1 << 16
@@ -43,7 +43,8 @@ def keystream(seed: bytes, count: int, word: Word) -> RingVector:
     The slow, obvious definition; `add_masks` is the fast one.
     """
     stream = _open(seed)(bytes(count * np.dtype(word).itemsize))
-    return np.frombuffer(stream, dtype=np.dtype(word).newbyteorder("<")).astype(word)
+    words: RingVector = np.frombuffer(stream, dtype=word)
+    return words.copy()
 
 
 def _open(seed: bytes) -> Callable[[bytes], bytes]:
@@ -62,7 +63,7 @@ class MaskStreams:
     def __init__(self, masks: Sequence[Mask], word: Word) -> None:
         self.chunk_words = CHUNK_BYTES // np.dtype(word).itemsize
         self._keystream = np.empty(self.chunk_words, dtype=word)
-        self._view = memoryview(self._keystream).cast("B")
+        self._view = memoryview(self._keystream).cast("B")  # type: ignore[arg-type]
         self._streams = [
             (
                 Cipher(algorithms.AES256(mask.seed), modes.CTR(bytes(16))).encryptor().update_into,

@@ -275,7 +275,7 @@ def pack(ring: RingVector, modulus_bits: int) -> bytes:
     """
     _require_modulus(modulus_bits)
     if ring.dtype != word_type(modulus_bits) or ring.ndim != 1:
-        raise ParameterError(f"a ring vector modulo 2^{modulus_bits} is a flat {word_type(modulus_bits).__name__} array")
+        raise ParameterError(f"a vector modulo 2^{modulus_bits} is a flat array of {word_type(modulus_bits).__name__}")
     out = bytearray(packed_bytes(len(ring), modulus_bits))
     for part in chunks(len(ring), _CHUNK):
         pack_into(_window(out, part, modulus_bits), np.ascontiguousarray(ring[part]), modulus_bits)

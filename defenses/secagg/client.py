@@ -1,0 +1,350 @@
+"""One client's side of one session: takes bytes, returns bytes, only moves forward."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Concatenate, NoReturn, ParamSpec, TypeVar
+
+from defenses.errors import ParameterError, ProtocolError
+from defenses.random_source import RandomSource
+from defenses.secagg import messages, shamir
+from defenses.secagg.graph import Graph, build_graph
+from defenses.secagg.keys import Identity, agree, public_of, verify_signature
+from defenses.secagg.masks import Mask, MaskStreams, RingVector, chunks, word_type
+from defenses.secagg.parameters import ClientPolicy, SessionParameters
+from defenses.secagg.ring import pack_into, packed_bytes
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class Stage(IntEnum):
+    """Name what a client may be asked for next."""
+
+    ADVERTISE = 0
+    SHARE = 1
+    MASK = 2
+    CONFIRM = 3
+    UNMASK = 4
+    DONE = 5
+    ABORTED = 6
+
+
+Method = Callable[Concatenate["ClientSession", Arguments], Result]
+
+
+def _step(expected: Stage) -> Callable[[Method[Arguments, Result]], Method[Arguments, Result]]:
+    """Let a method run once, at its stage; whatever goes wrong erases the secrets and looks the same from outside."""
+
+    def decorate(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
+        @functools.wraps(method)
+        def run(session: ClientSession, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            following = session._following(expected)
+            try:
+                result = method(session, *args, **kwargs)
+            except Exception:
+                session.discard()
+            except BaseException:
+                session.discard()
+                raise
+            else:
+                session._stage = following
+                return result
+            # Raised outside the handler, so that it carries no trace of the cause.
+            raise ProtocolError
+
+        return run
+
+    return decorate
+
+
+class _Secrets:
+    """Hold what must not outlive the session."""
+
+    __slots__ = ("channels", "mask_key", "self_secret", "shares")
+
+    def __init__(self, mask_key: bytes, self_secret: bytes) -> None:
+        self.mask_key = bytearray(mask_key)
+        self.self_secret = bytearray(self_secret)
+        self.channels: dict[int, bytearray] = {}
+        self.shares: dict[int, tuple[bytes, bytes]] = {}
+
+    def erase(self) -> None:
+        """Overwrite what can be overwritten and forget the rest; copies made by the interpreter may survive."""
+        for buffer in (self.mask_key, self.self_secret, *self.channels.values()):
+            buffer[:] = bytes(len(buffer))
+        self.channels.clear()
+        self.shares.clear()
+
+
+class ClientSession:
+    """Take part in one session of ffm-secagg/1.
+
+    Call in order, each once: `advertise`, `share`, `mask`, `confirm` (active mode only), `unmask`. Each takes the
+    server's message for the stage and returns the client's. A session that was left at any point stays left: there is
+    no going back and no resuming, a client that restarts counts as lost.
+
+    Guarantee: nothing but uniformly random bytes, ciphertexts, signatures and ids leaves before the client has seen
+    `threshold` confirmations (active mode) of one set of at least `minimum_survivors` survivors; for every neighbour
+    at most one of its two secrets is revealed; all secrets are erased on completion, on failure and by `discard`.
+    Assumes: at most the policy's number of colluders work with the server; the operator's roster is honest.
+    Raises: ParameterError from the constructor when the parameters are weaker than the policy, and from `mask` for a
+    vector of the wrong kind (the session goes on); ProtocolError, always the same, for everything else.
+    Source: Bonawitz et al. 2017 (ePrint 2017/281); Bell et al. 2020 (ePrint 2020/704).
+    """
+
+    def __init__(
+        self, identity: Identity, parameters: SessionParameters, policy: ClientPolicy, source: RandomSource
+    ) -> None:
+        policy.admit(parameters)
+        if identity.id not in parameters.roster.members:
+            raise ParameterError("this identity is not on the operator's roster")
+        identity.guard.enter(parameters.run_id, parameters.round)
+        self._identity, self._parameters, self._policy, self._source = identity, parameters, policy, source
+        self._stage = Stage.ADVERTISE
+        self._secrets: _Secrets | None = None
+        self._channel_key: bytearray | None = None
+        self._advert: messages.Advert | None = None
+        self._adverts: list[messages.Advert] = []
+        self._transcript = b""
+        self._graph = Graph(0, neighbours=0, ring=None)
+        self._place = -1
+        self._neighbours: list[int] = []
+        self._survivors: list[int] = []
+
+    @property
+    def id(self) -> bytes:
+        """Return this client's id."""
+        return self._identity.id
+
+    @property
+    def stage(self) -> Stage:
+        """Return what the client may be asked for next."""
+        return self._stage
+
+    @property
+    def transcript(self) -> bytes:
+        """Return the session transcript, empty before `share`; not a secret."""
+        return self._transcript
+
+    def __repr__(self) -> str:
+        return f"ClientSession({self.id.hex()[:16]}, {self._stage.name.lower()}, secrets=<hidden>)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a client session holds secrets and cannot be pickled or copied")
+
+    def discard(self) -> None:
+        """Erase all secrets and leave the session for good."""
+        self._forget()
+        self._stage = Stage.ABORTED
+
+    def _forget(self) -> None:
+        if self._secrets is not None:
+            self._secrets.erase()
+            self._secrets = None
+        if self._channel_key is not None:
+            self._channel_key[:] = bytes(len(self._channel_key))
+            self._channel_key = None
+
+    def _following(self, expected: Stage) -> Stage:
+        """Check that the stage is the expected one and return the next; until it is done the session counts as left."""
+        if self._stage is not expected:
+            self.discard()
+            raise ProtocolError
+        self._stage = Stage.ABORTED
+        if expected is Stage.MASK and self._parameters.mode == "semi_honest":
+            return Stage.UNMASK
+        return Stage(expected + 1)
+
+    def _held(self) -> _Secrets:
+        if self._secrets is None:
+            raise ProtocolError
+        return self._secrets
+
+    @_step(Stage.ADVERTISE)
+    def advertise(self) -> bytes:
+        """Draw fresh keys and return their signed advert (R0)."""
+        channel, mask, secret, nonce = (self._source.random_bytes(32) for _ in range(4))
+        self._channel_key, self._secrets = bytearray(channel), _Secrets(mask, secret)
+        unsigned = messages.Advert(
+            id=self.id, channel_key=public_of(channel), mask_key=public_of(mask), nonce=nonce, signature=b""
+        )
+        signature = self._identity.sign(unsigned.statement(self._parameters.session_id))
+        self._advert = messages.Advert(
+            id=self.id, channel_key=unsigned.channel_key, mask_key=unsigned.mask_key, nonce=nonce, signature=signature
+        )
+        return messages.write_advert(self._advert)
+
+    @_step(Stage.SHARE)
+    def share(self, roster: bytes) -> bytes:
+        """Check everybody's adverts, deal shares of both secrets to the neighbours and return them encrypted (R1)."""
+        self._adverts = self._checked_adverts(roster)
+        self._transcript = messages.transcript_of(self._parameters.session_id, self._adverts)
+        self._place = [advert.id for advert in self._adverts].index(self.id)
+        self._graph = build_graph(
+            self._parameters.graph, count=len(self._adverts), neighbours=self._parameters.neighbours,
+            transcript=self._transcript,
+        )  # fmt: skip
+        self._neighbours = self._graph.neighbours(self._place)
+        if len(self._neighbours) < self._parameters.threshold:
+            raise ProtocolError
+        return self._deal()
+
+    def _checked_adverts(self, roster: bytes) -> list[messages.Advert]:
+        adverts = messages.read_roster(roster)
+        self._policy.admit_cohort(self._parameters, len(adverts))
+        members = self._parameters.roster.members
+        keys = {key for advert in adverts for key in (advert.channel_key, advert.mask_key)}
+        if self._advert not in adverts or len(keys) != 2 * len(adverts):
+            raise ProtocolError
+        for advert in adverts:
+            if advert.id not in members:
+                raise ProtocolError
+            if advert is not self._advert:
+                statement = advert.statement(self._parameters.session_id)
+                verify_signature(members[advert.id], advert.signature, statement)
+        return adverts
+
+    def _deal(self) -> bytes:
+        """Split both secrets, set up the channel to every neighbour and seal its two shares."""
+        held, transcript = self._held(), self._transcript
+        key_shares, self_shares = (
+            shamir.split(
+                bytes(secret), threshold=self._parameters.threshold, shares=len(self._neighbours), source=self._source
+            )
+            for secret in (held.mask_key, held.self_secret)
+        )
+        peers = [self._adverts[neighbour] for neighbour in self._neighbours]
+        shared = agree(bytes(self._channel_key or b""), (peer.channel_key for peer in peers))
+        ciphertexts = []
+        for index, (peer, secret) in enumerate(zip(peers, shared, strict=True)):
+            outgoing = messages.channel_key(secret, transcript=transcript, sender=self.id, receiver=peer.id)
+            incoming = messages.channel_key(secret, transcript=transcript, sender=peer.id, receiver=self.id)
+            held.channels[index] = bytearray(incoming)
+            ciphertexts.append(
+                messages.seal_shares(
+                    outgoing, point=index + 1, key_share=key_shares[index], self_share=self_shares[index],
+                    transcript=transcript, sender=self.id, receiver=peer.id,
+                )
+            )
+        if self._channel_key is not None:
+            self._channel_key[:] = bytes(len(self._channel_key))
+            self._channel_key = None
+        commitment = messages.self_commitment(transcript, self.id, bytes(held.self_secret))
+        unsigned = messages.SealedShares(self.id, commitment, b"", ciphertexts)
+        signature = self._identity.sign(unsigned.statement(transcript))
+        return messages.SealedShares(self.id, commitment, signature, ciphertexts).to_bytes()
+
+    def mask(self, delivery: bytes, vector: RingVector, *, update: bytes | None = None) -> bytearray:
+        """Open the neighbours' shares and return the masked vector, packed and signed (R2).
+
+        `vector` is not changed. `update` names the update inside, so that it enters no second session: give it
+        whenever one update might be offered again.
+
+        Shapes: vector uint32 (modulus up to 32 bits) or uint64, [length]; message length * m / 8 + 98 bytes.
+        """
+        if vector.dtype != word_type(self._parameters.modulus_bits) or vector.shape != (self._parameters.length,):
+            raise ParameterError(
+                f"vector: {vector.dtype} of shape {vector.shape}; this session sums "
+                f"{word_type(self._parameters.modulus_bits).__name__} of shape ({self._parameters.length},)"
+            )
+        return self._mask(delivery, vector, update)
+
+    @_step(Stage.MASK)
+    def _mask(self, delivery: bytes, vector: RingVector, update: bytes | None) -> bytearray:
+        held = self._held()
+        for index, ciphertext in messages.read_delivery(delivery, len(self._neighbours)):
+            neighbour = self._neighbours[index]
+            held.shares[neighbour] = messages.open_shares(
+                bytes(held.channels[index]), ciphertext, point=self._graph.share_point(self._place, neighbour),
+                transcript=self._transcript, sender=self._adverts[neighbour].id, receiver=self.id,
+            )  # fmt: skip
+        if len(held.shares) < self._parameters.threshold:
+            raise ProtocolError
+        if update is not None:
+            self._identity.guard.spend(update)
+        message = self._upload(vector, self._masks(held))
+        # The keys behind the masks have done their work; the shares of others are all that unmasking needs.
+        for buffer in (held.mask_key, held.self_secret, *held.channels.values()):
+            buffer[:] = bytes(len(buffer))
+        return message
+
+    def _masks(self, held: _Secrets) -> list[Mask]:
+        """Return the self mask and one mask for each neighbour whose shares arrived."""
+        sharers = [self._adverts[neighbour] for neighbour in sorted(held.shares)]
+        shared = agree(bytes(held.mask_key), (peer.mask_key for peer in sharers))
+        masks = [Mask(messages.self_seed(bytes(held.self_secret), transcript=self._transcript, owner=self.id))]
+        for peer, secret in zip(sharers, shared, strict=True):
+            seed = messages.pair_seed(secret, transcript=self._transcript, one=self.id, other=peer.id)
+            masks.append(Mask(seed, negative=self.id > peer.id))
+        return masks
+
+    def _upload(self, vector: RingVector, masks: list[Mask]) -> bytearray:
+        """Mask, pack and hash chunk by chunk, so that a vector passes through the cache once."""
+        bits, start = self._parameters.modulus_bits, messages.HEADER_BYTES + messages.ID_BYTES + 64
+        message = bytearray(start + packed_bytes(len(vector), bits))
+        payload = memoryview(message)[start:]
+        streams, digest = MaskStreams(masks, word_type(bits)), hashlib.sha256()
+        for part in chunks(len(vector), streams.chunk_words):
+            chunk = vector[part].copy()
+            streams.add_to(chunk)
+            window = payload[packed_bytes(part.start, bits) : packed_bytes(part.stop, bits)]
+            pack_into(window, chunk, bits)
+            digest.update(window)
+        statement = messages.body_statement("masked", self._transcript, self.id, digest.digest())
+        message[:start] = messages.header(messages.Kind.MASKED) + self.id + self._identity.sign(statement)
+        return message
+
+    @_step(Stage.CONFIRM)
+    def confirm(self, survivors: bytes) -> bytes:
+        """Check who is said to have uploaded and sign that set (R3, active mode)."""
+        self._accept_survivors(messages.read_survivors(survivors, len(self._adverts)))
+        return messages.write_confirmation(self.id, self._identity.sign(self._alive_statement()))
+
+    def _accept_survivors(self, survivors: list[int]) -> None:
+        """Accept a set of survivors with me in it, of enough clients, and with no neighbour I have no share from."""
+        alive = set(survivors) & set(self._neighbours)
+        if self._place not in survivors or len(survivors) < self._parameters.minimum_survivors:
+            raise ProtocolError
+        if not alive <= self._held().shares.keys() or len(alive) < self._parameters.threshold:
+            raise ProtocolError
+        self._survivors = survivors
+
+    def _alive_statement(self) -> bytes:
+        return messages.alive_statement(self._transcript, (self._adverts[place].id for place in self._survivors))
+
+    @_step(Stage.UNMASK)
+    def unmask(self, request: bytes) -> bytes:
+        """Answer the only unmask request: one share for each neighbour, of its self mask if it uploaded, else its key.
+
+        Who uploaded was fixed by `confirm` in active mode; the server names it here in semi-honest mode.
+        """
+        if self._parameters.mode == "active":
+            self._check_confirmations(request)
+        else:
+            self._accept_survivors(messages.read_request(request, len(self._adverts)))
+        held, survivors = self._held(), set(self._survivors)
+        body = messages.write_shares(
+            [self_share if owner in survivors else key_share
+             for owner, (key_share, self_share) in sorted(held.shares.items())]
+        )  # fmt: skip
+        statement = messages.body_statement("response", self._transcript, self.id, hashlib.sha256(body).digest())
+        signature = self._identity.sign(statement)
+        self._forget()
+        return messages.header(messages.Kind.RESPONSE) + self.id + signature + body
+
+    def _check_confirmations(self, request: bytes) -> None:
+        """Require valid confirmations, by enough surviving neighbours, of the very set this client confirmed."""
+        statement, members = self._alive_statement(), self._parameters.roster.members
+        confirmations = messages.read_active_request(request, len(self._neighbours))
+        survivors = set(self._survivors)
+        if len(confirmations) < self._parameters.threshold:
+            raise ProtocolError
+        for index, signature in confirmations:
+            neighbour = self._neighbours[index]
+            if neighbour not in survivors:
+                raise ProtocolError
+            verify_signature(members[self._adverts[neighbour].id], signature, statement)

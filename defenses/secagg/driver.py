@@ -1,0 +1,72 @@
+"""Run one session in process: every client's bytes to the server and back, with clients lost where you say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from defenses.errors import ProtocolError
+from defenses.secagg.client import ClientSession, Stage
+from defenses.secagg.masks import RingVector
+from defenses.secagg.server import RingSum, ServerSession, Traffic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Hold what a session gave: the sum, the bytes of each client, and at which stage each missing client was lost."""
+
+    sum: RingSum
+    traffic: Mapping[bytes, Traffic]
+    lost: Mapping[bytes, Stage]
+
+
+def drive(
+    clients: Mapping[bytes, ClientSession],
+    server: ServerSession,
+    inputs: Callable[[bytes], RingVector | None],
+    drop: Mapping[bytes, Stage] | None = None,
+) -> Outcome:
+    """Carry one session from adverts to sum.
+
+    `inputs` is asked for a client's ring vector when that client masks, not before, and one vector is held at a time:
+    local training can happen inside, and None says that it failed and the client is lost. A client named in `drop`
+    sends nothing from that stage on. A client whose own session refuses a message counts as lost at that stage.
+
+    Guarantee: `inputs` is called at most once per client and never for one that was lost before masking.
+    Raises: NotEnoughClients or ProtocolError when the sum cannot be opened; then nothing of it is known.
+    """
+    lost: dict[bytes, Stage] = {}
+
+    def each(stage: Stage, send: Callable[[bytes, ClientSession], bytes]) -> None:
+        """Let every remaining client act at one stage."""
+        for owner, session in clients.items():
+            if owner not in lost and drop is not None and drop.get(owner) is stage:
+                lost[owner] = stage
+                session.discard()
+            if owner in lost:
+                continue
+            try:
+                send(owner, session)
+            except ProtocolError:
+                if server.stage is Stage.ABORTED:
+                    raise
+                lost[owner] = stage
+                session.discard()
+
+    def upload(owner: bytes, session: ClientSession) -> bytes:
+        delivery, vector = server.delivery_for(owner), inputs(owner)
+        if vector is None:
+            raise ProtocolError
+        return server.receive_masked_input(session.mask(delivery, vector))
+
+    def confirm(owner: bytes, session: ClientSession) -> bytes:
+        return server.receive_confirmation(session.confirm(server.survivors_message(owner)))
+
+    each(Stage.ADVERTISE, lambda owner, session: server.receive_advertisement(session.advertise()))
+    server.roster_message()
+    each(Stage.SHARE, lambda owner, session: server.receive_shares(session.share(server.roster_message(owner))))
+    each(Stage.MASK, upload)
+    if any(session.stage is Stage.CONFIRM for session in clients.values()):
+        each(Stage.CONFIRM, confirm)
+    each(Stage.UNMASK, lambda owner, session: server.receive_response(session.unmask(server.request_for(owner))))
+    return Outcome(sum=server.finish(), traffic=server.traffic, lost=lost)

@@ -1,0 +1,386 @@
+"""The aggregator's side of one session: routes shares, adds uploads into one accumulator, opens the sum."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+
+from defenses.errors import ProtocolError
+from defenses.random_source import RandomSource
+from defenses.secagg import messages, shamir
+from defenses.secagg.client import Stage
+from defenses.secagg.graph import Graph, build_graph
+from defenses.secagg.keys import agree, public_of, verify_signature
+from defenses.secagg.masks import Mask, RingVector, add_masks, word_type
+from defenses.secagg.parameters import SessionParameters
+from defenses.secagg.ring import add_packed, packed_bytes, reduce
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Method = Callable[Concatenate["ServerSession", Arguments], Result]
+
+
+class NotEnoughClients(ProtocolError):
+    """Too few clients are left to open the sum; the round is over and nothing was revealed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingSum:
+    """Hold an opened sum: the ring vector, reduced modulo 2^modulus_bits, and whose vectors are in it."""
+
+    vector: RingVector
+    modulus_bits: int
+    survivors: tuple[bytes, ...]
+    transcript: bytes
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Count the bytes one client sent and received, by stage."""
+
+    up: dict[Stage, int]
+    down: dict[Stage, int]
+
+    @property
+    def total(self) -> tuple[int, int]:
+        """Return all bytes up and all bytes down."""
+        return sum(self.up.values()), sum(self.down.values())
+
+
+def _receives(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
+    """Turn whatever a client's message provokes into one ProtocolError that leaves the session as it was."""
+
+    @functools.wraps(method)
+    def run(session: ServerSession, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return method(session, *args, **kwargs)
+        except Exception:
+            pass
+        raise ProtocolError
+
+    return run
+
+
+class ServerSession:
+    """Aggregate one session of ffm-secagg/1 without learning more than the sum.
+
+    For each stage first feed the clients' messages to the `receive_` method (in any order, each client once), then
+    ask for what goes back; the first question closes the stage for good. In order: `receive_advertisement`,
+    `roster_message`, `receive_shares`, `delivery_for`, `receive_masked_input`, then `survivors_message` and
+    `receive_confirmation` in active mode, then `request_for`, `receive_response`, `finish`.
+
+    Guarantee: a `receive_` method returns the sender's id, or raises ProtocolError and is as if it had not been called,
+    so one client's nonsense never ends the session for the others. Vectors are added to one accumulator as they come:
+    at any number of clients the session holds one vector, plus the message being added.
+    Raises: NotEnoughClients (a ProtocolError) when a stage closes with too few; ProtocolError from `finish` when the
+    shares do not fit together.
+    """
+
+    def __init__(self, parameters: SessionParameters, *, source: RandomSource | None = None) -> None:
+        self._parameters = parameters
+        self._source = source if source is not None else RandomSource.system()
+        self._stage = Stage.ADVERTISE
+        self._adverts: dict[bytes, messages.Advert] = {}
+        self._order: list[bytes] = []
+        self._place: dict[bytes, int] = {}
+        self._transcript = b""
+        self._graph = Graph(0, neighbours=0, ring=None)
+        self._shares: dict[int, messages.SealedShares] = {}
+        self._commitments: dict[int, bytes] = {}
+        self._sharers: set[int] = set()
+        self._uploaded: set[int] = set()
+        self._survivors: list[int] = []
+        self._accumulator = np.zeros(0, dtype=np.uint32)
+        self._confirmations: dict[int, bytes] = {}
+        self._requested: set[int] = set()
+        self._responses: dict[int, dict[int, bytes]] = {}
+        self._roster_message = b""
+        self._traffic: dict[bytes, Traffic] = {}
+
+    @property
+    def stage(self) -> Stage:
+        """Return which stage's messages are being received."""
+        return self._stage
+
+    @property
+    def traffic(self) -> Mapping[bytes, Traffic]:
+        """Return the bytes of each client so far: accepted messages up, messages handed out down."""
+        return self._traffic
+
+    @property
+    def participants(self) -> tuple[bytes, ...]:
+        """Return the ids of those still expected to answer at this stage, sorted."""
+        if self._stage is Stage.ADVERTISE:
+            return tuple(sorted(self._adverts))
+        if self._stage is Stage.SHARE:
+            return tuple(self._order)
+        places = sorted(self._sharers) if self._stage is Stage.MASK else self._survivors
+        return tuple(self._order[place] for place in places)
+
+    def _require(self, stage: Stage) -> None:
+        if self._stage is not stage:
+            raise ProtocolError
+
+    def _count_up(self, owner: bytes, size: int) -> None:
+        traffic = self._traffic.setdefault(owner, Traffic({}, {}))
+        traffic.up[self._stage] = traffic.up.get(self._stage, 0) + size
+
+    def _send(self, owner: bytes, message: bytes) -> bytes:
+        traffic = self._traffic.setdefault(owner, Traffic({}, {}))
+        traffic.down[self._stage] = traffic.down.get(self._stage, 0) + len(message)
+        return message
+
+    def _abort_unless(self, condition: bool) -> None:
+        if not condition:
+            self._stage = Stage.ABORTED
+            raise NotEnoughClients
+
+    # R0
+
+    @_receives
+    def receive_advertisement(self, message: bytes) -> bytes:
+        """Accept a client's advert and return its id."""
+        self._require(Stage.ADVERTISE)
+        advert = messages.read_advert(message)
+        if advert.id in self._adverts or len(self._adverts) >= self._parameters.clients:
+            raise ProtocolError
+        known = {key for other in self._adverts.values() for key in (other.channel_key, other.mask_key)}
+        if advert.channel_key == advert.mask_key or known & {advert.channel_key, advert.mask_key}:
+            raise ProtocolError
+        statement = advert.statement(self._parameters.session_id)
+        verify_signature(self._parameters.roster.members[advert.id], advert.signature, statement)
+        self._adverts[advert.id] = advert
+        self._count_up(advert.id, len(message))
+        return advert.id
+
+    def roster_message(self, owner: bytes | None = None) -> bytes:
+        """Return everybody's adverts, the same bytes for all; the first call closes R0.
+
+        Give `owner` to have the bytes counted as sent to that client.
+        """
+        if self._stage is Stage.ADVERTISE:
+            needed = max(self._parameters.minimum_survivors, self._parameters.threshold + 1)
+            self._abort_unless(len(self._adverts) >= needed)
+            self._order = sorted(self._adverts)
+            self._place = {owner: place for place, owner in enumerate(self._order)}
+            adverts = [self._adverts[owner] for owner in self._order]
+            self._transcript = messages.transcript_of(self._parameters.session_id, adverts)
+            self._graph = build_graph(
+                self._parameters.graph, count=len(adverts), neighbours=self._parameters.neighbours,
+                transcript=self._transcript,
+            )  # fmt: skip
+            self._roster_message = messages.write_roster(adverts)
+            self._stage = Stage.SHARE
+        self._require(Stage.SHARE)
+        return self._roster_message if owner is None else self._send(owner, self._roster_message)
+
+    # R1
+
+    @_receives
+    def receive_shares(self, message: bytes) -> bytes:
+        """Accept a client's encrypted shares and return its id."""
+        self._require(Stage.SHARE)
+        sealed = messages.SealedShares.from_bytes(message)
+        place = self._place[sealed.id]
+        if place in self._shares or len(sealed.ciphertexts) != len(self._graph.neighbours(place)):
+            raise ProtocolError
+        self._verify(sealed.id, sealed.signature, sealed.statement(self._transcript))
+        self._shares[place] = sealed
+        self._commitments[place] = sealed.commitment
+        self._count_up(sealed.id, len(message))
+        return sealed.id
+
+    def _verify(self, owner: bytes, signature: bytes, statement: bytes) -> None:
+        verify_signature(self._parameters.roster.members[owner], signature, statement)
+
+    def delivery_for(self, owner: bytes) -> bytes:
+        """Return the shares the neighbours dealt to a client; the first call closes R1."""
+        if self._stage is Stage.SHARE:
+            needed = max(self._parameters.minimum_survivors, self._parameters.threshold + 1)
+            self._abort_unless(len(self._shares) >= needed)
+            self._sharers = set(self._shares)
+            self._accumulator = np.zeros(self._parameters.length, dtype=word_type(self._parameters.modulus_bits))
+            self._stage = Stage.MASK
+        self._require(Stage.MASK)
+        place = self._place[owner]
+        if place not in self._sharers:
+            raise ProtocolError
+        neighbours = self._graph.neighbours(place)
+        ciphertexts = [
+            (index, self._shares[neighbour].ciphertexts[self._graph.share_point(place, neighbour) - 1])
+            for index, neighbour in enumerate(neighbours)
+            if neighbour in self._sharers
+        ]
+        return self._send(owner, messages.write_delivery(ciphertexts, len(neighbours)))
+
+    # R2
+
+    @_receives
+    def receive_masked_input(self, message: bytes | bytearray | memoryview) -> bytes:
+        """Add a client's masked vector to the accumulator and return its id."""
+        self._require(Stage.MASK)
+        upload = messages.SignedBody.from_bytes(message, messages.Kind.MASKED)
+        place, bits = self._place[upload.id], self._parameters.modulus_bits
+        if place not in self._sharers or place in self._uploaded:
+            raise ProtocolError
+        if len(upload.body) != packed_bytes(self._parameters.length, bits):
+            raise ProtocolError
+        self._verify(upload.id, upload.signature, upload.statement("masked", self._transcript))
+        add_packed(self._accumulator, upload.body, bits)
+        self._uploaded.add(place)
+        self._count_up(upload.id, len(message))
+        return upload.id
+
+    add_masked_input = receive_masked_input
+
+    def _close_uploads(self) -> None:
+        self._abort_unless(len(self._uploaded) >= self._parameters.minimum_survivors)
+        self._survivors = sorted(self._uploaded)
+        self._shares.clear()
+        self._stage = Stage.CONFIRM if self._parameters.mode == "active" else Stage.UNMASK
+
+    # R3
+
+    def survivors_message(self, owner: bytes | None = None) -> bytes:
+        """Return who uploaded, the same bytes for all (active mode); the first call closes R2."""
+        if self._stage is Stage.MASK and self._parameters.mode == "active":
+            self._close_uploads()
+        self._require(Stage.CONFIRM)
+        message = messages.write_survivors(self._survivors, len(self._order))
+        return message if owner is None else self._send(owner, message)
+
+    @_receives
+    def receive_confirmation(self, message: bytes) -> bytes:
+        """Accept a client's signature on the set of survivors and return its id."""
+        self._require(Stage.CONFIRM)
+        owner, signature = messages.read_confirmation(message)
+        place = self._place[owner]
+        if place not in self._uploaded or place in self._confirmations:
+            raise ProtocolError
+        self._verify(owner, signature, self._alive_statement())
+        self._confirmations[place] = signature
+        self._count_up(owner, len(message))
+        return owner
+
+    def _alive_statement(self) -> bytes:
+        return messages.alive_statement(self._transcript, (self._order[place] for place in self._survivors))
+
+    # R4
+
+    def request_for(self, owner: bytes) -> bytes:
+        """Return the unmask request for a client; the first call closes R2 (semi-honest) or R3 (active).
+
+        Raises: NotEnoughClients when too few of this client's neighbours confirmed; the session goes on without it.
+        """
+        if self._stage is Stage.MASK and self._parameters.mode == "semi_honest":
+            self._close_uploads()
+        if self._stage is Stage.CONFIRM:
+            self._abort_unless(len(self._confirmations) >= self._parameters.threshold + 1)
+            self._stage = Stage.UNMASK
+        self._require(Stage.UNMASK)
+        place = self._place[owner]
+        if place not in self._uploaded:
+            raise ProtocolError
+        message = self._request(place)
+        self._requested.add(place)
+        return self._send(owner, message)
+
+    def _request(self, place: int) -> bytes:
+        if self._parameters.mode == "semi_honest":
+            return messages.write_request(self._survivors, len(self._order))
+        if place not in self._confirmations:
+            raise ProtocolError
+        neighbours, wanted = self._graph.neighbours(place), self._parameters.threshold
+        confirmed = [
+            (index, self._confirmations[neighbour])
+            for index, neighbour in enumerate(neighbours)
+            if neighbour in self._confirmations
+        ]
+        if len(confirmed) < wanted:
+            raise NotEnoughClients
+        return messages.write_active_request(confirmed[:wanted], len(neighbours))
+
+    @_receives
+    def receive_response(self, message: bytes) -> bytes:
+        """Accept a client's shares of its neighbours' secrets and return its id."""
+        self._require(Stage.UNMASK)
+        response = messages.SignedBody.from_bytes(message, messages.Kind.RESPONSE)
+        place = self._place[response.id]
+        if place not in self._requested or place in self._responses:
+            raise ProtocolError
+        owners = [neighbour for neighbour in self._graph.neighbours(place) if neighbour in self._sharers]
+        shares = messages.read_shares(response.body)
+        if len(shares) != len(owners):
+            raise ProtocolError
+        self._verify(response.id, response.signature, response.statement("response", self._transcript))
+        self._responses[place] = dict(zip(owners, shares, strict=True))
+        self._count_up(response.id, len(message))
+        return response.id
+
+    def finish(self) -> RingSum:
+        """Rebuild the secrets that open the sum, remove the masks and return it; can be called once.
+
+        Guarantee: for every client either its self-mask secret or its key is rebuilt, never both, and each is checked
+        against what the client committed to.
+        Raises: NotEnoughClients when some client has fewer than `threshold` answers; ProtocolError when its answers
+        give no secret that fits.
+        """
+        self._abort_unless(self._stage in (Stage.UNMASK, Stage.DONE, Stage.ABORTED))
+        self._require(Stage.UNMASK)
+        self._stage = Stage.ABORTED
+        collected = self._collect_shares()
+        masks = [self._self_mask(place, collected[place]) for place in self._survivors]
+        for place in sorted(self._sharers - self._uploaded):
+            masks.extend(self._pair_masks(place, collected[place]))
+        add_masks(self._accumulator, masks)
+        self._stage = Stage.DONE
+        return RingSum(
+            vector=reduce(self._accumulator, self._parameters.modulus_bits),
+            modulus_bits=self._parameters.modulus_bits,
+            survivors=tuple(self._order[place] for place in self._survivors),
+            transcript=self._transcript,
+        )
+
+    def _collect_shares(self) -> dict[int, dict[int, bytes]]:
+        """Return for each client whose shares went out the answers about it, by share point.
+
+        A client that shared, never uploaded and has no surviving neighbour left no mask in the sum.
+        """
+        collected: dict[int, dict[int, bytes]] = {place: {} for place in sorted(self._sharers)}
+        for holder, shares in self._responses.items():
+            for owner, share in shares.items():
+                collected[owner][self._graph.share_point(holder, owner)] = share
+        for place, shares in collected.items():
+            needed = place in self._uploaded or self._uploaded.intersection(self._graph.neighbours(place))
+            if needed and len(shares) < self._parameters.threshold:
+                raise NotEnoughClients
+        return collected
+
+    def _recover(self, shares: Mapping[int, bytes], accept: Callable[[bytes], bool]) -> bytes:
+        return shamir.recover(shares, threshold=self._parameters.threshold, accept=accept, source=self._source)
+
+    def _self_mask(self, place: int, shares: Mapping[int, bytes]) -> Mask:
+        owner, commitment = self._order[place], self._commitments[place]
+        secret = self._recover(
+            shares, lambda guess: messages.self_commitment(self._transcript, owner, guess) == commitment
+        )
+        return Mask(messages.self_seed(secret, transcript=self._transcript, owner=owner), negative=True)
+
+    def _pair_masks(self, place: int, shares: Mapping[int, bytes]) -> list[Mask]:
+        """Return the masks that survivors share with one lost client, signed to cancel what they uploaded."""
+        owner = self._order[place]
+        partners = [neighbour for neighbour in self._graph.neighbours(place) if neighbour in self._uploaded]
+        if not partners:
+            return []
+        advertised = self._adverts[owner].mask_key
+        secret = self._recover(shares, lambda guess: public_of(guess) == advertised)
+        peers = [self._order[partner] for partner in partners]
+        shared = agree(secret, (self._adverts[peer].mask_key for peer in peers))
+        return [
+            Mask(messages.pair_seed(key, transcript=self._transcript, one=owner, other=peer), negative=peer < owner)
+            for peer, key in zip(peers, shared, strict=True)
+        ]

@@ -1,0 +1,97 @@
+"""Build the parties of a session, small and seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from defenses.random_source import RandomSource
+from defenses.secagg import ClientPolicy, ClientSession, Identity, Roster, ServerSession, SessionParameters, drive
+from defenses.secagg.driver import Outcome
+from defenses.secagg.graph import Mode, threshold_above
+from defenses.secagg.masks import RingVector, word_type
+from defenses.secagg.ring import reduce
+
+
+@dataclass(frozen=True)
+class Parties:
+    """Everybody in one session."""
+
+    source: RandomSource
+    operator: Identity
+    people: dict[bytes, Identity]
+    parameters: SessionParameters
+    policy: ClientPolicy
+
+    def clients(self) -> dict[bytes, ClientSession]:
+        return {
+            owner: ClientSession(person, self.parameters, self.policy, self.source.derive("client", place))
+            for place, (owner, person) in enumerate(self.people.items())
+        }
+
+    def server(self) -> ServerSession:
+        return ServerSession(self.parameters, source=self.source.derive("server"))
+
+    def vectors(self) -> dict[bytes, RingVector]:
+        word, bits = word_type(self.parameters.modulus_bits), self.parameters.modulus_bits
+        stream = self.source.derive("vectors")
+        return {
+            owner: reduce(stream.words(self.parameters.length).astype(word), bits) for owner in self.people
+        }
+
+    def next_round(self, **changes: object) -> Parties:
+        changes.setdefault("round", self.parameters.round + 1)
+        return replace(self, parameters=replace(self.parameters, **changes))  # type: ignore[arg-type]
+
+
+def gather(
+    count: int = 5,
+    *,
+    mode: Mode = "active",
+    seed: int = 0,
+    length: int = 11,
+    modulus_bits: int = 32,
+    neighbours: int | None = None,
+    threshold: int | None = None,
+    minimum_survivors: int = 3,
+    colluders: int = 0,
+    **policy: object,
+) -> Parties:
+    """Bring `count` clients and an operator together."""
+    source = RandomSource.seeded(seed)
+    operator = Identity.generate(source)
+    people = sorted((Identity.generate(source) for _ in range(count)), key=lambda person: person.id)
+    degree = neighbours if neighbours is not None else count - 1
+    parameters = SessionParameters(
+        run_id=source.random_bytes(16), round=1, mode=mode, graph="complete" if neighbours is None else "harary",
+        clients=count, neighbours=degree,
+        threshold=threshold or threshold_above(neighbours=degree, corrupted=colluders, mode=mode),
+        minimum_survivors=minimum_survivors, modulus_bits=modulus_bits, length=length, layout_hash=b"l" * 32,
+        quantization_hash=b"q" * 32, model_hash=b"m" * 32,
+        roster=Roster.issue(operator, [person.public_key for person in people]),
+    )  # fmt: skip
+    settings: dict[str, object] = {"modes": frozenset({mode}), "colluders": colluders, **policy}
+    return Parties(
+        source, operator, {person.id: person for person in people}, parameters,
+        ClientPolicy(operator=operator.public_key, **settings),  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def plain_sum(vectors: Mapping[bytes, RingVector], survivors: tuple[bytes, ...], modulus_bits: int) -> list[int]:
+    """Add up with Python integers: the obvious definition."""
+    columns = zip(*(vectors[owner].tolist() for owner in survivors), strict=True)
+    return [sum(column) % (1 << modulus_bits) for column in columns]
+
+
+def run(parties: Parties, drop: Mapping[bytes, object] | None = None) -> tuple[Outcome, dict[bytes, RingVector]]:
+    """Drive one session over random vectors."""
+    vectors = parties.vectors()
+    return drive(parties.clients(), parties.server(), vectors.__getitem__, drop), vectors  # type: ignore[arg-type]
+
+
+def assert_exact(outcome: Outcome, vectors: Mapping[bytes, RingVector]) -> None:
+    """Check that the opened sum is the plain sum over the survivors."""
+    expected = plain_sum(vectors, outcome.sum.survivors, outcome.sum.modulus_bits)
+    np.testing.assert_array_equal(outcome.sum.vector, np.array(expected, dtype=outcome.sum.vector.dtype))
