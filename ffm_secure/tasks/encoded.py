@@ -1,0 +1,128 @@
+"""Tokenised texts and pictures kept compact, and how they become padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_CHUNK = 4096  # texts tokenised at a time: Python lists of token numbers never exist for the whole set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EncodedText:
+    """Hold n token sequences end to end: sequence i is `tokens[offsets[i]:offsets[i + 1]]`."""
+
+    tokens: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    segments: NDArray[np.int8] | None = None  # 0 for the first text of a pair, 1 for the second; beside tokens
+    labels: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the number of tokens of each sequence."""
+        return np.diff(self.offsets)
+
+    def positions(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return where the tokens of the chosen sequences lie, padded to the longest, and which places are real."""
+        starts, lengths = self.offsets[indices], self.offsets[indices + 1] - self.offsets[indices]
+        steps = np.arange(int(lengths.max(initial=0)), dtype=np.int64)[None, :]
+        real = steps < lengths[:, None]
+        return np.where(real, starts[:, None] + steps, 0), real
+
+    def take(self, indices: Any) -> EncodedText:
+        """Choose sequences."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        places, real = self.positions(chosen)
+        lengths = self.offsets[chosen + 1] - self.offsets[chosen]
+        flat = places[real]
+        return EncodedText(
+            tokens=self.tokens[flat],
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            segments=None if self.segments is None else self.segments[flat],
+            labels=None if self.labels is None else self.labels[chosen],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EncodedImages:
+    """Hold n pictures as bytes, at the size the model wants: uint8 [n, channels, side, side]."""
+
+    pixels: Tensor
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Any) -> EncodedImages:
+        """Choose pictures."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return EncodedImages(pixels=self.pixels[torch.from_numpy(chosen)], labels=self.labels[chosen])
+
+
+Encoded = EncodedText | EncodedImages
+
+
+def encode_texts(
+    tokenizer: Any, columns: Sequence[Sequence[str]], *, max_length: int, labels: NDArray[np.int64] | None
+) -> EncodedText:
+    """Tokenise one or two columns of text, cut to `max_length` tokens. An empty text becomes one unknown token."""
+    count = len(columns[0])
+    paired = len(columns) == 2
+    tokens: list[NDArray[np.int32]] = []
+    segments: list[NDArray[np.int8]] = []
+    lengths = np.zeros(count, dtype=np.int64)
+    for start in range(0, count, _CHUNK):
+        texts = [[str(text) for text in column[start : start + _CHUNK]] for column in columns]
+        out = tokenizer(
+            *texts,
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=paired,
+            verbose=False,
+        )
+        rows = [row or [_spare(tokenizer)] for row in out["input_ids"]]
+        lengths[start : start + len(rows)] = [len(row) for row in rows]
+        tokens.append(np.fromiter((t for row in rows for t in row), dtype=np.int32))
+        if paired and "token_type_ids" in out:
+            kinds = [row or [0] for row in out["token_type_ids"]]
+            segments.append(np.fromiter((t for row in kinds for t in row), dtype=np.int8))
+    return EncodedText(
+        tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        segments=np.concatenate(segments) if segments else None,
+        labels=labels,
+    )
+
+
+def _spare(tokenizer: Any) -> int:
+    for candidate in (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def pad_texts(
+    encoded: EncodedText, indices: NDArray[np.int64], *, pad: int, device: str, length: int | None = None
+) -> dict[str, Tensor]:
+    """Build `input_ids`, `attention_mask`, for pairs `token_type_ids` [B, T]; T is the longest here or `length`."""
+    places, real = encoded.positions(indices)
+    if length is not None and places.shape[1] < length:
+        extra = ((0, 0), (0, length - places.shape[1]))
+        places, real = np.pad(places, extra), np.pad(real, extra)
+    batch = {"input_ids": np.where(real, encoded.tokens[places], pad), "attention_mask": real}
+    if encoded.segments is not None:
+        batch["token_type_ids"] = np.where(real, encoded.segments[places], 0)
+    out = {name: torch.from_numpy(values.astype(np.int64)).to(device) for name, values in batch.items()}
+    if encoded.labels is not None:
+        out["labels"] = torch.from_numpy(encoded.labels[indices]).to(device)
+    return out

@@ -1,0 +1,158 @@
+"""Text tasks: classification of one text or a pair, causal language modelling, masked language modelling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ffm_secure.errors import ModelError
+from ffm_secure.models import Backbone
+from ffm_secure.tasks.base import Classification, Columns, Task, TaskData, as_indices, logits, text_columns
+from ffm_secure.tasks.encoded import EncodedText, encode_texts, pad_texts
+
+IGNORED = -100  # target of a position that is not predicted
+
+
+class _Text(Task):
+    """What the text tasks share: the tokenizer and padding."""
+
+    def __init__(self, backbone: Backbone, data: TaskData, **options: Any) -> None:
+        super().__init__(backbone, data, **options)
+        if backbone.tokenizer is None:
+            raise ModelError(f"{self.kind}: the model {backbone.source} has no tokenizer")
+        if not 1 <= len(data.text_columns) <= (2 if self.kind == "text_classification" else 1):
+            raise ModelError(f"{self.kind}: cannot read text columns {list(data.text_columns)}; set task.text_column")
+        self.tokenizer = backbone.tokenizer
+
+    def encode(self, examples: Columns) -> EncodedText:
+        """Tokenise the text columns, cut to `max_length` tokens."""
+        columns = text_columns(examples, self.data.text_columns)
+        return encode_texts(self.tokenizer, columns, max_length=self.max_length, labels=self._labels(examples))
+
+    def batch(
+        self, encoded: EncodedText, indices: Any, *, device: str, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Build `input_ids` and `attention_mask` [B, T], and `labels` [B] where there are any."""
+        chosen = as_indices(indices)
+        return pad_texts(encoded, chosen, pad=self.tokenizer.pad_token_id, device=device, length=self.length)
+
+    def _labels(self, examples: Columns) -> NDArray[np.int64] | None:
+        return None
+
+
+class TextClassification(Classification, _Text):
+    """Assign one of a fixed set of labels to a text or a pair of texts."""
+
+    kind = "text_classification"
+
+    def _labels(self, examples: Columns) -> NDArray[np.int64] | None:
+        return self.labels(examples)
+
+
+class CausalLM(_Text):
+    """Predict each token from those before it. One example is one sequence; longer texts are cut, not split."""
+
+    kind = "causal_lm"
+    metric_name = "perplexity"
+    higher_is_better = False
+
+    def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return each sample's mean token cross-entropy; a sample with nothing to predict has loss 0."""
+        nats, counted = self._token_losses(model, batch)
+        return nats.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+
+    def _token_losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        counted = batch["attention_mask"][:, 1:].bool() & batch["attention_mask"][:, :-1].bool()
+        targets = batch["input_ids"][:, 1:].masked_fill(~counted, IGNORED)
+        scores = logits(model, batch)[:, :-1].float()
+        return token_cross_entropy(scores, targets), counted
+
+    def _score(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, float, int]:
+        nats, counted = self._token_losses(model, batch)
+        return float(nats.double().sum()), 0.0, int(counted.sum())
+
+    def _metric(self, loss: float, share_right: float) -> float:
+        return math.exp(min(loss, 700.0))
+
+
+class MaskedLM(_Text):
+    """Restore hidden tokens: 15 % of each text, at least one; 80 % of these masked, 10 % replaced, 10 % kept.
+
+    Training masks come from the caller's generator, evaluation masks from a fixed seed and the row, so that batch size
+    and order do not change the figure. The metric is the share of hidden tokens restored.
+    Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1.
+    """
+
+    kind = "masked_lm"
+    metric_name = "masked-token accuracy"
+    higher_is_better = True
+    rate = 0.15
+    evaluation_seed = 20_190_524
+
+    def __init__(self, backbone: Backbone, data: TaskData, **options: Any) -> None:
+        super().__init__(backbone, data, **options)
+        if self.tokenizer.mask_token_id is None:
+            raise ModelError(f"masked_lm: the tokenizer of {backbone.source} has no mask token; try 'causal_lm'")
+        self.special = np.zeros(len(self.tokenizer), dtype=bool)
+        self.special[list(self.tokenizer.all_special_ids)] = True
+
+    def batch(
+        self, encoded: EncodedText, indices: Any, *, device: str, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Build `input_ids` with hidden tokens, `attention_mask`, and `targets` [B, T] (-100 where nothing is asked).
+
+        Without a generator the masks are those of the evaluation.
+        """
+        if generator is None:
+            return self._evaluation_batch(encoded, as_indices(indices), device)
+        batch = super().batch(encoded, indices, device="cpu")
+        draws = torch.rand((3, *batch["input_ids"].shape), generator=generator).double().numpy()
+        return self._hide(batch, draws, device)
+
+    def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return each sample's mean cross-entropy over its hidden tokens."""
+        nats = token_cross_entropy(logits(model, batch).float(), batch["targets"])
+        return nats.sum(dim=1) / (batch["targets"] != IGNORED).sum(dim=1).clamp(min=1)
+
+    def _evaluation_batch(self, encoded: EncodedText, indices: NDArray[np.int64], device: str) -> dict[str, Tensor]:
+        batch = super().batch(encoded, indices, device="cpu")
+        shape = tuple(batch["input_ids"].shape)
+        draws = np.ones((3, *shape))
+        for row, index in enumerate(indices):
+            length = int(encoded.offsets[index + 1] - encoded.offsets[index])
+            stream = np.random.Generator(np.random.Philox(key=[self.evaluation_seed, int(index)]))
+            draws[:, row, :length] = stream.random((3, length))
+        return self._hide(batch, draws, device)
+
+    def _hide(self, batch: dict[str, Tensor], draws: NDArray[np.float64], device: str) -> dict[str, Tensor]:
+        """Hide tokens by three uniform draws a place: whether, how, and by which token."""
+        tokens = batch["input_ids"].numpy()
+        open_to = batch["attention_mask"].numpy().astype(bool) & ~self.special[tokens]
+        chance = np.where(open_to, draws[0], 2.0)
+        hidden = (chance < self.rate) | ((chance == chance.min(axis=1, keepdims=True)) & open_to)
+        shown = np.where(draws[1] < 0.8, self.tokenizer.mask_token_id, tokens)
+        other = (draws[2] * len(self.tokenizer)).astype(np.int64)
+        shown = np.where(draws[1] >= 0.9, other, shown)
+        out = dict(batch)
+        out["input_ids"] = torch.from_numpy(np.where(hidden, shown, tokens))
+        out["targets"] = torch.from_numpy(np.where(hidden, tokens, IGNORED))
+        return {name: value.to(device) for name, value in out.items()}
+
+    def _score(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, float, int]:
+        scores, targets = logits(model, batch), batch["targets"]
+        asked = targets != IGNORED
+        scores, wanted = scores[asked].float(), targets[asked]
+        nats = nn.functional.cross_entropy(scores, wanted, reduction="sum")
+        return float(nats), float((scores.argmax(dim=1) == wanted).sum()), len(wanted)
+
+
+def token_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross-entropy [B, T] of scores [B, T, V]; 0 where the target is -100."""
+    flat = nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return flat.view(targets.shape)

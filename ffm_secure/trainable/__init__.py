@@ -1,0 +1,40 @@
+"""What is trained and sent: everything, the head, LoRA adapters, a soft prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ffm_secure.errors import ModelError
+from ffm_secure.models import Backbone
+from ffm_secure.trainable.base import TrainableModel, replicate
+from ffm_secure.trainable.full import attach_full
+from ffm_secure.trainable.lora import attach_head, attach_lora
+from ffm_secure.trainable.prompt import attach_prompt
+
+TRAINABLES: dict[str, Callable[..., TrainableModel]] = {
+    "full": attach_full,
+    "head": attach_head,
+    "lora": attach_lora,
+    "prompt": attach_prompt,
+}
+_KEYS = {"kind", "rank", "alpha", "dropout", "target_modules", "length"}
+
+
+def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> TrainableModel:
+    """Choose what is trained. The backbone stays as it is: its frozen tensors are shared, never changed.
+
+    `spec` is the table `[model.trainable]`: `kind` and the options of that kind; options of other kinds are not read.
+    """
+    kind = spec.get("kind")
+    if kind not in TRAINABLES:
+        raise ModelError(f"model.trainable.kind = {kind!r}: must be one of {', '.join(TRAINABLES)}")
+    unknown = sorted(set(spec) - _KEYS)
+    if unknown:
+        raise ModelError(f"model.trainable.{unknown[0]}: unknown option; known are {', '.join(sorted(_KEYS))}")
+    if task_kind != backbone.kind:
+        raise ModelError(f"the model was loaded for {backbone.kind}, not for {task_kind}")
+    return TRAINABLES[kind](backbone, spec, task_kind=task_kind, seed=seed)
+
+
+__all__ = ["TRAINABLES", "TrainableModel", "attach", "replicate"]

@@ -1,0 +1,163 @@
+"""Soft prompts: trained vectors in front of every input, a view per sample so that each has its own gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PromptTuningConfig
+from torch import Tensor, nn
+
+from defenses.dp.expanded import ExpandedParameter
+from ffm_secure.errors import ModelError
+from ffm_secure.models import Backbone
+from ffm_secure.trainable.base import (
+    OWN_TENSORS,
+    PEFT_TENSORS,
+    TrainableModel,
+    read_tensors,
+    sharing_copy,
+    write_own,
+    write_peft,
+)
+from ffm_secure.trainable.lora import TASK_TYPES, named_inside
+from ffm_secure.trainable.targets import head_modules
+
+PROMPT = "prompt_embeddings"
+
+
+class PromptedModel(nn.Module):
+    """Put a soft prompt in front of the input and call the model; its logits are those of the real tokens alone.
+
+    Text goes through `inputs_embeds` with the attention mask extended; pictures get the prompt between the class token
+    and the patches (Jia et al. 2022, arXiv:2203.12119, the shallow form).
+    """
+
+    def __init__(self, model: Any, prompt: Tensor, *, kind: str, max_positions: int | None) -> None:
+        super().__init__()
+        self.model, self.kind, self.max_positions = model, kind, max_positions
+        self.prompt = ExpandedParameter(prompt)
+        self.config = model.config
+
+    def forward(self, **batch: Any) -> Any:
+        """Return the model's output for one batch."""
+        if self.kind == "image_classification":
+            return self._pictures(batch["pixel_values"])
+        tokens, mask = batch["input_ids"], batch["attention_mask"]
+        count, length = tokens.shape[0], self.prompt.value.shape[0]
+        if self.max_positions is not None and tokens.shape[1] + length > self.max_positions:
+            raise ModelError(
+                f"{tokens.shape[1]} tokens and {length} of the soft prompt exceed the {self.max_positions} positions "
+                "of the model; lower task.max_length or model.trainable.length"
+            )
+        words = self.model.get_input_embeddings()(tokens)
+        inputs: dict[str, Any] = {
+            "inputs_embeds": torch.cat((self.prompt(count).to(words.dtype), words), dim=1),
+            "attention_mask": torch.cat((mask.new_ones(count, length), mask), dim=1),
+        }
+        if batch.get("token_type_ids") is not None:
+            segments = batch["token_type_ids"]
+            inputs["token_type_ids"] = torch.cat((segments.new_zeros(count, length), segments), dim=1)
+        if self.kind == "text_classification" and hasattr(self.model, "score"):
+            return self._last_token(inputs)
+        out = self.model(**inputs)
+        if self.kind != "text_classification":
+            out.logits = out.logits[:, length:]
+        return out
+
+    def _last_token(self, inputs: dict[str, Any]) -> Any:
+        """Classify from the last real token. Given embeddings, decoders would take the last padded place instead."""
+        out = self.model.base_model(**inputs)
+        mask = inputs["attention_mask"]
+        places = torch.arange(mask.shape[1], device=mask.device)
+        last = (mask * places).argmax(dim=1)
+        hidden = out.last_hidden_state[torch.arange(len(last), device=mask.device), last]
+        return _Logits(self.model.score(hidden))
+
+    def _pictures(self, pixels: Tensor) -> Any:
+        prompt = self.prompt(pixels.shape[0])
+
+        def insert(module: nn.Module, args: Any, tokens: Tensor) -> Tensor:
+            return torch.cat((tokens[:, :1], prompt.to(tokens.dtype), tokens[:, 1:]), dim=1)
+
+        handle = self.model.vit.embeddings.register_forward_hook(insert)
+        try:
+            return self.model(pixel_values=pixels)
+        finally:
+            handle.remove()
+
+
+class _Logits:
+    """The one field of a model output that tasks read."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Prompt(TrainableModel):
+    """A soft prompt, with the head trained along where there is one."""
+
+    kind = "prompt"
+
+    def export(self, folder: Path, base_model_name: str) -> None:
+        """Write a PEFT PROMPT_TUNING adapter; for tasks PEFT has no prompts for, our own versioned files."""
+        task = TASK_TYPES.get(self.backbone.kind)
+        length, width = self.parameters[PROMPT].shape
+        if task is None:
+            table = {"kind": self.kind, "task": self.backbone.kind, "length": length, "width": width}
+            write_own(folder, table, self.parameters, base_model_name)
+            return
+        config: Any = self.backbone.model.config
+        heads = head_modules(self.backbone)
+        peft = PromptTuningConfig(
+            task_type=task,
+            num_virtual_tokens=length,
+            token_dim=width,
+            num_transformer_submodules=1,
+            num_attention_heads=config.num_attention_heads,
+            num_layers=config.num_hidden_layers,
+        )
+        if heads:
+            peft.modules_to_save = list(heads)
+        write_peft(folder, peft, self.parameters, base_model_name)
+
+    def import_(self, folder: Path) -> None:
+        """Read what `export` wrote."""
+        own = TASK_TYPES.get(self.backbone.kind) is None
+        self.load_tensors(read_tensors(folder, OWN_TENSORS if own else PEFT_TENSORS))
+
+
+def attach_prompt(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> Prompt:
+    """Put `length` trained vectors in front of every input; they start as random words of the vocabulary.
+
+    Source: Lester et al. 2021, arXiv:2104.08691, section 2.1.
+    """
+    length = int(spec.get("length", 16))
+    limit = backbone.max_positions
+    if length < 1 or (limit is not None and length >= limit):
+        raise ModelError(f"model.trainable.length = {length}: must be from 1 to below {limit}, the model's positions")
+    heads = head_modules(backbone)
+    owned = [p for _, p in named_inside(backbone.model, heads)]
+    model = sharing_copy(backbone.model, own=owned)
+    wrapped = PromptedModel(model, _start(backbone, length, seed), kind=task_kind, max_positions=limit)
+    parameters = {PROMPT: wrapped.prompt.value}
+    parameters |= {f"base_model.{name}": p for name, p in named_inside(model, heads)}
+    lines = [f"soft prompt of {length} tokens x {backbone.hidden_size}: {parameters[PROMPT].numel():,} numbers"]
+    if heads:
+        rest = sum(p.numel() for p in parameters.values()) - parameters[PROMPT].numel()
+        lines.append(f"the head is trained along: {', '.join(heads)}, {rest:,} numbers")
+    return Prompt(backbone=backbone, model=wrapped, parameters=parameters, description=lines)
+
+
+def _start(backbone: Backbone, length: int, seed: int) -> Tensor:
+    """Draw where the prompt starts: rows of the vocabulary, or small numbers for pictures."""
+    model: Any = backbone.model
+    stream = torch.Generator().manual_seed(seed)
+    if backbone.kind == "image_classification":
+        if model.config.model_type != "vit":
+            raise ModelError(f"model.trainable.kind = 'prompt': pictures need a ViT, this is {backbone.architecture}")
+        return torch.randn((length, backbone.hidden_size), generator=stream) * float(model.config.initializer_range)
+    words: Tensor = model.get_input_embeddings().weight.detach()
+    return words[torch.randint(len(words), (length,), generator=stream)].float().clone()

@@ -1,0 +1,90 @@
+"""Which modules a trainable kind touches: the head of a model, and where LoRA goes by architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ffm_secure.errors import ModelError
+from ffm_secure.models import Backbone
+
+ALL_LINEAR = "all-linear"
+
+# The query and value projections of each family, by transformers' model_type. One fused projection counts as both.
+QUERY_VALUE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "albert"), ("query", "value")),
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "opt"), ("q_proj", "v_proj")),
+    **dict.fromkeys(("gemma3_text", "stablelm", "gptj", "gpt_neo", "olmo2", "smollm3"), ("q_proj", "v_proj")),
+    **dict.fromkeys(("vit", "bart"), ("q_proj", "v_proj")),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value",)),
+    "distilbert": ("q_lin", "v_lin"),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "mpnet": ("q", "v"),
+    "gpt2": ("c_attn",),
+    "phi3": ("qkv_proj",),
+}
+
+
+def head_modules(backbone: Backbone) -> tuple[str, ...]:
+    """Name the modules that answer the task: the classification head, and whatever the checkpoint did not hold.
+
+    A module that also holds a tensor of the checkpoint (a decoder tied to the input embeddings) is left out.
+    """
+    model, fresh = backbone.model, set(backbone.fresh)
+    names: list[str] = []
+    if backbone.kind.endswith("classification"):
+        body = model.base_model_prefix
+        names = [n for n, child in model.named_children() if n != body and any(True for _ in child.parameters())]
+    for parent in dict.fromkeys(name.rpartition(".")[0] for name in backbone.fresh):
+        whole = all(f"{parent}.{inner}" in fresh for inner, _ in model.get_submodule(parent).named_parameters())
+        if whole and not any(parent == name or parent.startswith(f"{name}.") for name in names):
+            names.append(parent)
+    return tuple(names)
+
+
+def lora_targets(backbone: Backbone, wanted: Sequence[str], *, outside: Iterable[str]) -> tuple[str, ...]:
+    """Choose the modules LoRA adapts: those asked for, every linear one, or query and value by architecture.
+
+    Raises:
+      ModelError: for a name that fits nothing and for an unknown architecture; it lists the candidates.
+    """
+    linear = _linear_modules(backbone.model, outside=tuple(outside))
+    if tuple(wanted) == (ALL_LINEAR,):
+        return tuple(linear)
+    model_type = str(backbone.config.model_type)
+    chosen = tuple(wanted) or QUERY_VALUE.get(model_type, ())
+    missing = [name for name in chosen if not any(matches(path, name) for path in linear)]
+    if missing or not chosen:
+        what = f"{missing[0]!r} fits no linear module" if missing else f"nothing is chosen for {model_type!r} models"
+        leaves = sorted({path.rpartition(".")[2] for path in linear})
+        raise ModelError(
+            f"model.trainable.target_modules: {what} of {backbone.architecture}; "
+            f"use {[ALL_LINEAR]} or some of {', '.join(leaves) or 'none: it has no linear modules'}"
+        )
+    return chosen
+
+
+def matches(path: str, target: str) -> bool:
+    """Tell whether a module path is meant by a target name, by the rule PEFT uses."""
+    return path == target or path.endswith(f".{target}")
+
+
+def is_conv1d(model: nn.Module, targets: Sequence[str]) -> bool:
+    """Tell whether the targets are GPT-2's transposed linear modules."""
+    return any(isinstance(m, Conv1D) for path, m in model.named_modules() if any(matches(path, t) for t in targets))
+
+
+def _linear_modules(model: nn.Module, *, outside: tuple[str, ...]) -> list[str]:
+    """List the paths of linear modules in the body of a model: not in its head, not its output embeddings."""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not output
+        and not any(path == name or path.startswith(f"{name}.") for name in outside)
+    ]
