@@ -129,7 +129,8 @@ def clip_vector(vector: Tensor, *, clip_norm: float) -> Tensor:
         return torch.zeros_like(vector)
     if norm <= clip_norm:
         return vector.clone()
-    return (vector.to(torch.float64) * (clip_norm / norm)).to(vector.dtype)
+    scaled: Tensor = vector.to(torch.float64) * (clip_norm / norm)
+    return scaled.to(vector.dtype)
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:

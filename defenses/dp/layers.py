@@ -238,6 +238,20 @@ class Cover:
     parameters: tuple[nn.Parameter, ...]
 
 
+def seen_once(module: nn.Module) -> bool:
+    """Return whether an adapter library feeds this prompt as a batch of one and repeats the output.
+
+    No gradient by sample exists there, whatever is hooked.
+    """
+    source = type(module).__module__
+    return source.startswith("peft.tuners.") and type(module).__name__ in {
+        "PromptEmbedding",
+        "PromptEncoder",
+        "MultitaskPromptEmbedding",
+        "CPTEmbedding",
+    }
+
+
 def cover(module: nn.Module, recorder: Recorder) -> Cover | None:
     """Return the cover of a module with trainable parameters, or None when this kind of module is not known."""
     for build in (_cover_core, _cover_norm, _cover_adapter, _cover_relative_bias, _cover_broadcast):

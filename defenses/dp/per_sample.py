@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.dp.clip import Clipping
-from defenses.dp.layers import Cover, Dense, Outer, Recorder, Rows, Use, cover
+from defenses.dp.layers import Cover, Dense, Outer, Recorder, Rows, Use, cover, seen_once
 from defenses.errors import NotPrivateError, ParameterError
 
 Losses = Callable[[], Tensor]
@@ -70,7 +70,7 @@ class PerSampleEngine:
         ]
         self._graph_seen = False
         self._closed = False
-        _refuse(_uncovered(model, self._covers, trainable))
+        _refuse(_prompts_seen_once(model) + _uncovered(model, self._covers, trainable))
         self._refuse_batch_statistics()
 
     @property
@@ -233,6 +233,14 @@ def _names(
     outside = [name for name, value in trainable.items() if value not in names]
     _refuse([f"{name} (trainable, but not among the parameters given to the engine)" for name in outside])
     return names
+
+
+def _prompts_seen_once(model: nn.Module) -> list[str]:
+    return [
+        f"{name} ({type(module).__name__} is fed as a batch of one and repeated; hold the prompt in an ExpandedParameter)"
+        for name, module in model.named_modules()
+        if seen_once(module) and any(value.requires_grad for value in module.parameters())
+    ]
 
 
 def _covers(model: nn.Module, recorder: Recorder) -> list[Cover]:
