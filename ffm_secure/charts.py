@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ffm_secure.report_markup import Html, figure, join, tag
 
 WIDTH, HEIGHT = 420.0, 220.0
-LEFT, RIGHT, TOP, BOTTOM = 58.0, 122.0, 14.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 58.0, 128.0, 14.0, 34.0
 LABEL_GAP = 17.0
 MOST_DOTS = 60
 
@@ -36,7 +36,15 @@ class Level:
 
 def short(value: float) -> str:
     """Write a value beside a line, where little room is."""
-    return figure(value, 3)
+    if not math.isfinite(value) or value == 0 or abs(value) >= 1e-3:
+        return figure(value, 3)
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def seconds(value: float) -> str:
+    """Write seconds beside a line."""
+    return f"{short(value)} s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,9 @@ class _Frame:
 
     def x(self, value: float) -> float:
         inner = WIDTH - LEFT - RIGHT
-        return LEFT + (inner / 2 if self.last == self.first else inner * (value - self.first) / (self.last - self.first))
+        return LEFT + (
+            inner / 2 if self.last == self.first else inner * (value - self.first) / (self.last - self.first)
+        )
 
     def y(self, value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - self.low) / (self.high - self.low))
@@ -102,12 +112,13 @@ def _rule(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
 
 
 def _tick(value: float, ticks: Sequence[float], shown: Callable[[float], str]) -> str:
-    if shown is not short:
+    if shown not in (short, seconds):
         return shown(value)
+    unit = " s" if shown is seconds else ""
     step = ticks[1] - ticks[0]
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     digits += 0 if abs(step * 10**digits - round(step * 10**digits)) < 1e-6 else 1
-    return f"{value:,.{digits}f}" if digits <= 5 and abs(value) < 1e6 else f"{value:.2g}"
+    return (f"{value:,.{digits}f}" if digits <= 4 and abs(value) < 1e5 else f"{value:.2g}") + unit
 
 
 def _grid(frame: _Frame, ticks: Sequence[float], shown: Callable[[float], str]) -> Html:
@@ -122,8 +133,10 @@ def _grid(frame: _Frame, ticks: Sequence[float], shown: Callable[[float], str]) 
 def _round_axis(frame: _Frame, rounds: Sequence[int]) -> Html:
     middle = (rounds[0] + rounds[-1]) // 2
     chosen = sorted({rounds[0], rounds[-1]} | ({middle} if rounds[-1] - rounds[0] >= 4 else set()))
-    parts = [_text(frame.x(value), HEIGHT - 12, f"{value:,}", "tick middle") for value in chosen]
-    return join([*parts, _text(WIDTH - RIGHT + 16, HEIGHT - 12, "round", "tick start")])
+    words = [f"round {value:,}" if place == 0 else f"{value:,}" for place, value in enumerate(chosen)]
+    return join(
+        _text(frame.x(value), HEIGHT - 12, word, "tick middle") for value, word in zip(chosen, words, strict=True)
+    )
 
 
 def _level(frame: _Frame, level: Level) -> Html:
@@ -145,10 +158,17 @@ def _line(frame: _Frame, line: Series, shown: Callable[[float], str]) -> Html:
     every = max(1, math.ceil(len(points) / MOST_DOTS))
     visible = "dot" if len(points) <= 24 else "dot faint"
     dots = [
-        tag("circle", tag("title", f"round {x:,}: {line.label} {shown(y)}"), cx=f"{frame.x(x):.1f}",
-            cy=f"{frame.y(y):.1f}", r=2.6, class_=f"{visible} {line.role}")
-        for x, y in points[::every] if math.isfinite(y)
-    ]  # fmt: skip
+        tag(
+            "circle",
+            tag("title", f"round {x:,}: {line.label} {shown(y)}"),
+            cx=f"{frame.x(x):.1f}",
+            cy=f"{frame.y(y):.1f}",
+            r=2.6,
+            class_=f"{visible} {line.role}",
+        )
+        for x, y in points[::every]
+        if math.isfinite(y)
+    ]
     return join([tag("path", d="".join(path), class_=f"line {line.role}"), *dots])
 
 
@@ -158,9 +178,7 @@ def _crossed(frame: _Frame, value: int) -> Html:
     return tag("g", tag("title", f"round {value:,} was aborted"), cross)
 
 
-def _labels(
-    frame: _Frame, series: Sequence[Series], levels: Sequence[Level], shown: Callable[[float], str]
-) -> Html:
+def _labels(frame: _Frame, series: Sequence[Series], levels: Sequence[Level], shown: Callable[[float], str]) -> Html:
     wanted = [(frame.y(level.value), f"{level.label} {shown(level.value)}", f"{level.role} soft") for level in levels]
     for line in series:
         last = next((v for v in reversed(line.y) if math.isfinite(v)), None)
@@ -189,6 +207,20 @@ def spread(places: Sequence[float], *, gap: float, low: float, high: float) -> l
     overflow = max([0.0, *[value - high for value in result[-1:]]])
     underflow = max([0.0, *[low - (value - overflow) for value in result[:1]]])
     return [value - overflow + underflow for value in result]
+
+
+def sparkline(values: Sequence[float]) -> Html | None:
+    """Draw the shape of a curve without axes, as an ornament of a figure given in words."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2 or min(finite) == max(finite):
+        return None
+    low, span, last = min(finite), max(finite) - min(finite), len(finite) - 1
+    points = [(4 + 232 * i / last, 44 - 38 * (value - low) / span) for i, value in enumerate(finite)]
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    dot = tag("circle", cx=f"{points[-1][0]:.1f}", cy=f"{points[-1][1]:.1f}", r=3.5, class_="dot first")
+    return tag(
+        "svg", tag("path", d=path, class_="line first"), dot, viewBox="0 0 240 50", aria_hidden="true", class_="spark"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +255,11 @@ def _bar(row: Bar, low: float, span: float) -> Html:
     if row.low is not None and row.high is not None:
         width = place(row.high) - place(row.low)
         parts.append(
-            tag("span", class_="whisker", style=f"inset-inline-start:{_percent(place(row.low))};inline-size:{_percent(width)}")
+            tag(
+                "span",
+                class_="whisker",
+                style=f"inset-inline-start:{_percent(place(row.low))};inline-size:{_percent(width)}",
+            )
         )
     return tag(
         "li",
@@ -260,11 +296,16 @@ def _change(row: Change, low: float, span: float, better_up: bool) -> Html:
         worse = (row.after < row.before) == better_up and row.after != row.before
         kind = f"reach {'bad' if worse else 'first'}"
         parts = [
-            tag("span", class_=kind, style=f"inset-inline-start:{_percent(start)};inline-size:{_percent(stop - start)}"),
+            tag(
+                "span", class_=kind, style=f"inset-inline-start:{_percent(start)};inline-size:{_percent(stop - start)}"
+            ),
             tag("span", class_="ring", style=f"inset-inline-start:{_percent((row.before - low) / span)}"),
-            tag("span", class_=f"point {'bad' if worse else 'first'}",
-                style=f"inset-inline-start:{_percent((row.after - low) / span)}"),
-        ]  # fmt: skip
+            tag(
+                "span",
+                class_=f"point {'bad' if worse else 'first'}",
+                style=f"inset-inline-start:{_percent((row.after - low) / span)}",
+            ),
+        ]
     return tag(
         "li",
         tag("span", row.label, class_="what"),
@@ -290,8 +331,17 @@ def histogram(values: Sequence[float], *, description: str, low: float, high: fl
         tall = (base - 26) * found / most
         where = f"{start + slot * span / slots:.4g} to {start + (slot + 1) * span / slots:.4g}: {found:,}"
         x, y = left + slot * width + 0.75, base - tall
-        parts.append(tag("rect", tag("title", where), x=f"{x:.1f}", y=f"{y:.1f}", width=f"{width - 1.5:.1f}",
-                         height=f"{tall:.1f}", class_=f"bin {role}"))  # fmt: skip
+        parts.append(
+            tag(
+                "rect",
+                tag("title", where),
+                x=f"{x:.1f}",
+                y=f"{y:.1f}",
+                width=f"{width - 1.5:.1f}",
+                height=f"{tall:.1f}",
+                class_=f"bin {role}",
+            )
+        )
     parts.append(_rule(left, base, WIDTH - right, base, "grid"))
     for place, value in enumerate(ticks):
         x = left + (WIDTH - left - right) * (value - start) / span

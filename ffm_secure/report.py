@@ -21,7 +21,11 @@ __all__ = ["from_json", "render_html", "render_json", "write"]
 
 FORMAT = 1
 _WORDS = {"infinity": math.inf, "-infinity": -math.inf, "nan": math.nan}
-_hints = cache(get_type_hints)
+
+
+@cache
+def _hints(record: Any) -> dict[str, Any]:
+    return get_type_hints(record)
 
 
 def render_json(summary: RunSummary) -> str:
@@ -178,7 +182,10 @@ def _decode(value: Any, hint: Any, at: str) -> Any:
     if origin is Mapping:
         if not isinstance(value, dict):
             raise _wrong(at, value, "an object")
-        return {_decode_key(key, arguments[0], at): _decode(item, arguments[1], f"{at}.{key}") for key, item in value.items()}
+        return {
+            _decode_key(key, arguments[0], at): _decode(item, arguments[1], f"{at}.{key}")
+            for key, item in value.items()
+        }
     return value if hint is Any else _decode_scalar(value, hint, at)
 
 

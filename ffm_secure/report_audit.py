@@ -29,23 +29,37 @@ _POINTS = {
 def audit_body(audit: AuditSummary | None) -> Html:
     """List the findings, worst first."""
     if audit is None:
-        return tag("p", "No attack was run. `ffm-secure audit` attacks what each observer saw and adds the result here.", class_="empty")
-    tally = [
-        tag("span", _badge(verdict), f" {sum(f.verdict == verdict for f in audit.findings)}", class_="tally")
-        for verdict in _ORDER
-        if any(f.verdict == verdict for f in audit.findings)
-    ]
+        return tag(
+            "p",
+            "No attack was run. `ffm-secure audit` attacks what each observer saw and adds the result here.",
+            class_="empty",
+        )
     placed = sorted(enumerate(audit.findings), key=lambda item: (_ORDER.index(item[1].verdict), item[0]))
     ran = [_finding(place, finding) for place, finding in placed if finding.verdict != "not applicable"]
     skipped = [_skipped(finding) for _, finding in placed if finding.verdict == "not applicable"]
-    spent = tag("span", "budget ", audit.budget, ", used ", number(audit.cpu_seconds, duration(audit.cpu_seconds), "audit.cpu_seconds"), " of processor time")
+    spent = tag(
+        "span",
+        "Budget ",
+        audit.budget,
+        ", used ",
+        number(audit.cpu_seconds, duration(audit.cpu_seconds), "audit.cpu_seconds"),
+        " of processor time",
+    )
     return tag(
         "div",
         tag("p", audit.sentence, class_="lede") if audit.sentence else None,
-        tag("p", *tally, tag("span", spent, class_="under"), class_="tallies"),
-        tag("div", *ran, class_="cards two findings") if ran else None,
+        tally(audit),
+        tag("p", spent, class_="under"),
+        tag("div", *ran, class_="cards") if ran else None,
         folded(f"{len(skipped)} not applicable, and why", tag("ul", *skipped, class_="plain")) if skipped else None,
     )
+
+
+def tally(audit: AuditSummary) -> Html | None:
+    """Count the verdicts, worst first."""
+    found = [(verdict, sum(finding.verdict == verdict for finding in audit.findings)) for verdict in _ORDER]
+    parts = [tag("span", _badge(verdict), f" {total}", class_="tally") for verdict, total in found if total]
+    return tag("p", *parts, class_="tallies") if parts else None
 
 
 def _badge(verdict: Verdict) -> Html:
@@ -63,35 +77,65 @@ def _finding(place: int, finding: AuditFinding) -> Html:
     rows: list[tuple[str, Html | str]] = [("Time", number(finding.seconds, duration(finding.seconds), f"{at}.seconds"))]
     if finding.knowledge:
         rows.insert(0, ("Knows", ", ".join(finding.knowledge)))
-    return tag(
-        "article",
+    told = tag(
+        "div",
         tag("p", _badge(finding.verdict), class_="verdict"),
         tag("h3", finding.attack),
         tag("p", f"by {OBSERVERS[finding.observer]}, on the {_POINTS[finding.point]}", class_="under"),
         tag("p", finding.reason) if finding.reason else None,
-        _scores(finding, at),
         facts(rows),
-        _pairs(finding.pairs) if finding.pairs else None,
-        class_=f"card finding {_KIND[finding.verdict][0]}",
     )
+    scored = tag("div", _scores(finding, at), _pairs(finding.pairs) if finding.pairs else None)
+    return tag("article", told, scored, class_=f"card finding {_KIND[finding.verdict][0]}")
 
 
 def _scores(finding: AuditFinding, at: str) -> Html:
     if finding.score is None:
         return tag("p", f"{finding.measure}: no score", class_="under")
     values = [v for v in (finding.score, finding.low, finding.high, finding.baseline, finding.control) if v is not None]
-    unit = all(math.isfinite(v) and 0 <= v <= 1 for v in values) and "dB" not in finding.measure and "psilon" not in finding.measure
+    unit = (
+        all(math.isfinite(v) and 0 <= v <= 1 for v in values)
+        and "dB" not in finding.measure
+        and "psilon" not in finding.measure
+    )
     interval: list[Html | str] = []
     if finding.low is not None and finding.high is not None:
-        low, high = number(finding.low, figure(finding.low, 3), f"{at}.low"), number(finding.high, figure(finding.high, 3), f"{at}.high")
+        low, high = (
+            number(finding.low, figure(finding.low, 2), f"{at}.low"),
+            number(finding.high, figure(finding.high, 2), f"{at}.high"),
+        )
         interval = [tag("span", " (", low, " to ", high, ")", class_="range")]
     shown = join([number(finding.score, figure(finding.score, 3), f"{at}.score"), *interval])
-    rows = [Bar(label="this attack", value=finding.score, shown=shown, role=_KIND[finding.verdict][0], low=finding.low, high=finding.high)]
-    for label, value, field in (("guessing", finding.baseline, "baseline"), ("defence off", finding.control, "control")):
+    rows = [
+        Bar(
+            label="this attack",
+            value=finding.score,
+            shown=shown,
+            role=_KIND[finding.verdict][0],
+            low=finding.low,
+            high=finding.high,
+        )
+    ]
+    for label, value, field in (
+        ("guessing", finding.baseline, "baseline"),
+        ("defence off", finding.control, "control"),
+    ):
         if value is not None:
-            rows.append(Bar(label=label, value=value, shown=number(value, figure(value, 3), f"{at}.{field}"), role="quiet"))
-    note = " (bar: 95 % interval)" if interval else ""
-    return tag("div", tag("p", f"{finding.measure}{note}", class_="measure"), bars(rows, top=1.0 if unit else None))
+            rows.append(
+                Bar(label=label, value=value, shown=number(value, figure(value, 3), f"{at}.{field}"), role="quiet")
+            )
+    heading = tag(
+        "p",
+        f"{finding.measure[:1].upper()}{finding.measure[1:]}",
+        ", with its 95 % interval" if interval else None,
+        class_="measure",
+    )
+    about = (
+        tag("p", tag("a", "What this epsilon is about", href="#bounds"), class_="under")
+        if "psilon" in finding.measure
+        else None
+    )
+    return tag("div", heading, bars(rows, top=1.0 if unit else None), about)
 
 
 def _pairs(pairs: Sequence[RecoveredPair]) -> Html:

@@ -25,7 +25,10 @@ def clients_body(summary: RunSummary) -> Html:
 
 def _ordered(summary: RunSummary) -> list[ClientOutcome]:
     sign = -1 if summary.higher_is_better else 1
-    return sorted(summary.clients, key=lambda c: (math.isnan(c.metric), 0.0 if math.isnan(c.metric) else -sign * c.metric, c.client))
+    return sorted(
+        summary.clients,
+        key=lambda c: (math.isnan(c.metric), 0.0 if math.isnan(c.metric) else -sign * c.metric, c.client),
+    )
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
@@ -41,11 +44,12 @@ def _spread(summary: RunSummary) -> Html | None:
     worse = sum(_worse(summary, client) for client in summary.clients)
     rows: list[tuple[str, str]] = [
         ("Worst client", figure(ordered[0])),
-        ("Worst tenth", figure(_quantile(ordered, 0.1))),
         ("Median", figure(_quantile(ordered, 0.5))),
         ("Best client", figure(ordered[-1])),
         ("Worse than before", f"{count(worse)} of {count(len(summary.clients))}"),
     ]
+    if len(values) > MOST_ROWS:
+        rows.insert(1, ("Worst tenth, at best", figure(_quantile(ordered, 0.1))))
     return facts(rows, "facts row")
 
 
@@ -56,10 +60,17 @@ def _worse(summary: RunSummary, client: ClientOutcome) -> bool:
 
 def _few(summary: RunSummary) -> Html:
     rows = [
-        Change(label=c.client, before=c.metric_before, after=c.metric, shown=f"{figure(c.metric_before)} → {figure(c.metric)}")
+        Change(
+            label=c.client,
+            before=c.metric_before,
+            after=c.metric,
+            shown=f"{figure(c.metric_before)} → {figure(c.metric)}",
+        )
         for c in _ordered(summary)
     ]
-    caption = f"{summary.metric_name} of the final model for each client, worst first. Ring: before training. Dot: after."
+    caption = (
+        f"{summary.metric_name} of the final model for each client, worst first. Ring: before training. Dot: after."
+    )
     return tag("figure", changes(rows, better_up=summary.higher_is_better), tag("figcaption", caption), class_="wide")
 
 
@@ -71,14 +82,20 @@ def _many(summary: RunSummary) -> Html:
         known = sorted(value for value in values if math.isfinite(value))
         median = figure(_quantile(known, 0.5)) if known else "unknown"
         words = f"{heading}: {summary.metric_name} of {amount(len(known), 'client')}, median {median}"
-        chart = histogram(values, description=words, low=min(finite), high=max(finite), role=role, note=f"median {median}")
+        chart = histogram(
+            values, description=words, low=min(finite), high=max(finite), role=role, note=f"median {median}"
+        )
         figures.append(tag("figure", tag("h3", heading), chart))
     note = f"How many clients have which {summary.metric_name}; both on one scale."
     return tag("div", tag("div", *figures, class_="figures"), tag("p", note, class_="under"))
 
 
 def _table(summary: RunSummary) -> Html:
-    about = f" Epsilon of each owner's own ledger; {five_fields(worst(summary.statements)[1])}." if summary.statements else ""
+    about = (
+        f" Epsilon of each owner's own ledger; {five_fields(worst(summary.statements)[1])}."
+        if summary.statements
+        else ""
+    )
     return table(
         [
             Column(heading="Client", cell=lambda c: c.client, field="client", text=True),

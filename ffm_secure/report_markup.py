@@ -5,11 +5,11 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any
 
-from ffm_secure.types import Observer, PrivacyStatement
+from ffm_secure.types import Observer, PrivacyStatement, RoundRecord
 
 INFINITE = "none (infinite)"
 OBSERVERS: dict[Observer, str] = {
@@ -19,9 +19,9 @@ OBSERVERS: dict[Observer, str] = {
     "colluding_server": "a server with colluding clients",
 }
 # Control characters, lone surrogates and direction overrides could hide or reorder what a reader sees.
-_UNSEEN = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(9), 11, 12, *range(14, 32), *range(127, 160))}
-_UNSEEN |= {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFFFE, 0xFFFF)}
-_UNSEEN |= {code: "\N{REPLACEMENT CHARACTER}" for code in range(0xD800, 0xE000)}
+_UNSEEN = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "�")
+_UNSEEN |= dict.fromkeys((*range(8234, 8239), *range(8294, 8298), 65534, 65535), "�")
+_UNSEEN |= dict.fromkeys(range(55296, 57344), "�")
 _VOID = {"meta", "br"}
 
 
@@ -161,14 +161,74 @@ def amount(value: int, noun: str) -> str:
     return f"{count(value)} {noun}{'' if value == 1 else 's'}"
 
 
-def five_fields(statement: PrivacyStatement) -> str:
-    """Say in one line what an epsilon is about; printed beside every epsilon."""
-    events = "; ".join(statement.mechanism[:2]) or "no mechanism"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """Hold one statement with every observer it is made for in the same words, and its places in report.json."""
+
+    statement: PrivacyStatement
+    places: tuple[int, ...]
+    against: str
+
+    @property
+    def heading(self) -> str:
+        """Name the observers as a heading."""
+        return f"Against {self.against}"
+
+
+def promises(statements: Sequence[PrivacyStatement]) -> list[Promise]:
+    """Put statements together that differ in nothing but the observer."""
+    groups: dict[PrivacyStatement, list[int]] = {}
+    for place, statement in enumerate(statements):
+        groups.setdefault(replace(statement, observer="public"), []).append(place)
+    found = []
+    for places in groups.values():
+        names = listed([OBSERVERS[statements[place].observer] for place in places])
+        everyone = len(places) >= len(OBSERVERS) and len(places) == len(statements)
+        found.append(
+            Promise(
+                statement=statements[places[0]],
+                places=tuple(places),
+                against=f"every observer: {names}" if everyone else names,
+            )
+        )
+    return found
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join words as a sentence does, each once.
+
+    >>> listed(["a", "b", "a", "c"])
+    'a, b and c'
+    """
+    unique = list(dict.fromkeys(words))
+    return unique[0] if len(unique) == 1 else f"{', '.join(unique[:-1])} and {unique[-1]}"
+
+
+def _events(statement: PrivacyStatement) -> str:
     more = f"; and {len(statement.mechanism) - 2} more" if len(statement.mechanism) > 2 else ""
+    return ("; ".join(statement.mechanism[:2]) or "none") + more
+
+
+def five_fields(statement: PrivacyStatement, against: str = "") -> str:
+    """Say in one line what an epsilon is about; printed beside every epsilon."""
     return (
-        f"unit {statement.unit} · adjacency {statement.adjacency} · against {OBSERVERS[statement.observer]} · "
-        f"mechanism {events}{more} · delta {small(statement.delta)}, {statement.accountant}, "
+        f"unit {statement.unit} · adjacency {statement.adjacency} · against {against or OBSERVERS[statement.observer]} · "
+        f"mechanism {_events(statement)} · delta {small(statement.delta)}, {statement.accountant}, "
         f"slack {small(statement.slack)}"
+    )
+
+
+def five_facts(statement: PrivacyStatement, against: str = "") -> Html:
+    """List what an epsilon is about."""
+    accounted = f"{small(statement.delta)}; {statement.accountant}; slack {small(statement.slack)}"
+    return facts(
+        [
+            ("Unit", statement.unit),
+            ("Adjacency", statement.adjacency),
+            ("Observer", against or OBSERVERS[statement.observer]),
+            ("Mechanism", _events(statement)),
+            ("Delta, accountant", accounted),
+        ]
     )
 
 
@@ -183,27 +243,37 @@ class Column:
 
 
 def table(columns: Sequence[Column], rows: Sequence[Any], *, caption: str, of: str = "", kind: str = "") -> Html:
-    """Build a data table whose first column names the row."""
-    head = tag("tr", *[
-        tag("th", column.heading, scope="col", data_field=column.field or None, class_=None if column.text else "n")
-        for column in columns
-    ])  # fmt: skip
+    """Build a data table whose first column names the row; a tight one labels its cells, to be stacked on a phone."""
+    head = tag("tr", *[_head(column) for column in columns])
     return tag(
         "table",
         tag("caption", caption),
         tag("thead", head),
-        tag("tbody", *[_row(columns, row) for row in rows]),
+        tag("tbody", *[_row(columns, row, labelled="tight" in kind) for row in rows]),
         class_=kind or None,
         data_of=of or None,
     )
 
 
-def _row(columns: Sequence[Column], row: Any) -> Html:
+def _head(column: Column) -> Html:
+    long = any(len(word) > 14 for word in column.heading.split())
+    kinds = [*([] if column.text else ["n"]), *(["long"] if long else [])]
+    return tag("th", column.heading, scope="col", data_field=column.field or None, class_=" ".join(kinds) or None)
+
+
+def _row(columns: Sequence[Column], row: Any, *, labelled: bool) -> Html:
     cells = []
     for place, column in enumerate(columns):
         name, scope = ("th", "row") if place == 0 else ("td", None)
-        cells.append(tag(name, column.cell(row), scope=scope, class_=None if column.text else "n"))
+        label = column.heading if labelled else None
+        cells.append(tag(name, column.cell(row), scope=scope, class_=None if column.text else "n", data_label=label))
     return tag("tr", *cells)
+
+
+def phase_column(rounds: Sequence[RoundRecord]) -> list[Column]:
+    """Return a column of phases, where there is more than one."""
+    some = any(record.phase != "private" for record in rounds)
+    return [Column(heading="Phase", cell=lambda record: record.phase, field="phase")] if some else []
 
 
 def folded(heading: str, *children: Child, open_: bool = False) -> Html:

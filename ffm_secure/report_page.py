@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 
-from ffm_secure.report_audit import audit_body
+from ffm_secure.charts import sparkline
+from ffm_secure.report_audit import audit_body, tally
 from ffm_secure.report_clients import clients_body
 from ffm_secure.report_markup import (
     INFINITE,
@@ -20,11 +21,13 @@ from ffm_secure.report_markup import (
     duration,
     facts,
     figure,
+    five_facts,
     five_fields,
     folded,
+    listed,
     number,
+    promises,
     size,
-    small,
     tag,
 )
 from ffm_secure.report_privacy import bounds_body, budget_words, lower_bound, spent_body, statements_body, worst
@@ -115,14 +118,17 @@ def _alarms(summary: RunSummary) -> list[str]:
     stamped = any(stamp.upper().startswith("NOT PRIVATE") for stamp in summary.stamps)
     if not stamped and not any(statement.finite for statement in summary.statements):
         found.append(f"NOT PRIVATE: epsilon is {INFINITE} against every observer.")
-    for statement in summary.statements:
-        if statement.finite and statement.epsilon > summary.budget_epsilon:
-            found.append(f"OVER BUDGET: epsilon {bound(statement.epsilon)} of {bound(summary.budget_epsilon)} ({five_fields(statement)}).")
+    for promise in promises(summary.statements):
+        epsilon, budget = promise.statement.epsilon, summary.budget_epsilon
+        if math.isfinite(epsilon) and epsilon > budget:
+            found.append(
+                f"OVER BUDGET: epsilon {bound(epsilon)} of {bound(budget)} ({five_fields(promise.statement, promise.against)})."
+            )
     lower = lower_bound(summary)
     if lower is not None and lower.contradicts:
         found.append(
             f"CONTRADICTION: the audit measured epsilon of at least {bound(lower.value, upper=False)}, the accounting "
-            f"promised at most {bound(lower.upper.epsilon)} ({five_fields(lower.upper)}). Trust neither until this is explained."
+            f"promises at most {bound(lower.upper.epsilon)} ({five_fields(lower.upper)}). Trust neither until this is explained."
         )
     return found
 
@@ -140,7 +146,9 @@ def _warnings(summary: RunSummary) -> list[str]:
     elif not _beats(summary, summary.metric_zero_round):
         found.append(f"No gain: the final {summary.metric_name} is no better than before training.")
     elif summary.metric_majority is not None and not _beats(summary, summary.metric_majority):
-        found.append(f"No gain: the final {summary.metric_name} is no better than always guessing the most common class.")
+        found.append(
+            f"No gain: the final {summary.metric_name} is no better than always guessing the most common class."
+        )
     return found
 
 
@@ -166,23 +174,28 @@ def _learned(summary: RunSummary) -> str:
     if not math.isfinite(after):
         return f"After {rounds} the {summary.metric_name} is {figure(after)}: training diverged"
     if math.isnan(before) or before == after:
-        return f"{name} was {figure(after)} after {rounds}"
-    words = f"{name} {'rose' if after > before else 'fell'} from {figure(before)} to {figure(after)} in {rounds}"
-    return words if _beats(summary, before) else f"{words}, which is worse than not training"
+        return f"{name} was {figure(after, 3)} after {rounds}"
+    words = f"{name} {'rose' if after > before else 'fell'} from {figure(before, 3)} to {figure(after, 3)} in {rounds}"
+    if not _beats(summary, before):
+        return f"{words}, which is worse than not training"
+    majority = summary.metric_majority
+    return (
+        words if majority is None else f"{words} (always guessing the most common class scores {figure(majority, 3)})"
+    )
 
 
 def _kept(summary: RunSummary) -> str:
     kept = [OBSERVERS[s.observer] for s in summary.statements if s.finite and s.epsilon <= summary.budget_epsilon]
     open_ = [OBSERVERS[s.observer] for s in summary.statements if not s.finite]
     if not kept:
-        return "no privacy is guaranteed against anyone" if not any(s.finite for s in summary.statements) else "the privacy budget was overspent"
-    words = f"the privacy budget was kept against {_listed(kept)}"
-    return words if not open_ else f"{words}, but nothing is guaranteed against {_listed(open_)}"
-
-
-def _listed(words: Sequence[str]) -> str:
-    unique = list(dict.fromkeys(words))
-    return unique[0] if len(unique) == 1 else f"{', '.join(unique[:-1])} and {unique[-1]}"
+        return (
+            "no privacy is guaranteed against anyone"
+            if not any(s.finite for s in summary.statements)
+            else "the privacy budget was overspent"
+        )
+    everyone = len(kept) == len(summary.statements) and len(set(kept)) == len(OBSERVERS)
+    words = f"the privacy budget was kept against {'every observer' if everyone else listed(kept)}"
+    return words if not open_ else f"{words}, but nothing is guaranteed against {listed(open_)}"
 
 
 def _exposed(audit: AuditSummary | None) -> str:
@@ -195,8 +208,10 @@ def _exposed(audit: AuditSummary | None) -> str:
     return f"{leaks} of {amount(len(audit.findings), 'attack')} found a leak"
 
 
-def _card(heading: str, big: Child, *rest: Child) -> Html:
-    return tag("article", tag("h3", heading), tag("p", big, class_="big"), *rest, class_="card")
+def _card(heading: str, big: Child, *rest: Child, words: bool = False) -> Html:
+    return tag(
+        "article", tag("h3", heading), tag("p", big, class_="big words" if words else "big"), *rest, class_="card"
+    )
 
 
 def _learned_card(summary: RunSummary) -> Html:
@@ -209,46 +224,53 @@ def _learned_card(summary: RunSummary) -> Html:
         rows.append(("Always the most common class", majority))
     final = number(summary.metric_final, figure(summary.metric_final), "metric_final")
     note = tag("p", f"{summary.metric_name}, on the public evaluation set; {best}", class_="under")
-    return _card("Learned", final, note, facts(rows))
+    return _card(
+        "Learned",
+        final,
+        note,
+        facts(rows),
+        sparkline([record.metric for record in summary.rounds]),
+        words=not math.isfinite(summary.metric_final),
+    )
 
 
 def _spent_card(summary: RunSummary) -> Html:
     if not summary.statements:
-        return _card("Spent", INFINITE, tag("p", "No privacy statement was made.", class_="under"))
+        return _card("Spent", INFINITE, tag("p", "No privacy statement was made.", class_="under"), words=True)
     place, statement = worst(summary.statements)
     shown = number(statement.epsilon, bound(statement.epsilon), f"statements.{place}.epsilon")
     budget = tag("span", " of ", number(summary.budget_epsilon, budget_words(summary.budget_epsilon), "budget_epsilon"))
-    note = tag("p", "epsilon, the largest over data owners" if statement.finite else "no epsilon is guaranteed", class_="under")
-    rows: list[tuple[str, Child]] = [
-        ("Unit", statement.unit),
-        ("Adjacency", statement.adjacency),
-        ("Observer", OBSERVERS[statement.observer]),
-        ("Mechanism", "; ".join(statement.mechanism) if len(statement.mechanism) <= 2 else
-         f"{'; '.join(statement.mechanism[:2])}; and {len(statement.mechanism) - 2} more"),
-        ("Delta, accountant, slack", f"{small(statement.delta)}, {statement.accountant}, {small(statement.slack)}"),
-    ]  # fmt: skip
-    open_ = [s for s in summary.statements if not s.finite and s is not statement]
-    rows += [(f"Against {OBSERVERS[s.observer]}", INFINITE) for s in open_]
-    return _card("Spent", tag("span", shown, budget if statement.finite else None), note, facts(rows))
+    note = tag(
+        "p", "epsilon, the largest over data owners" if statement.finite else "no epsilon is guaranteed", class_="under"
+    )
+    against = next(promise.against for promise in promises(summary.statements) if place in promise.places)
+    open_ = [s for s in summary.statements if not s.finite] if statement.finite else []
+    rest = facts([(f"Against {OBSERVERS[s.observer]}", INFINITE) for s in open_]) if open_ else None
+    return _card(
+        "Spent",
+        tag("span", shown, budget if statement.finite else None),
+        note,
+        five_facts(statement, against),
+        rest,
+        words=not statement.finite,
+    )
 
 
 def _exposed_card(audit: AuditSummary | None) -> Html:
     if audit is None:
-        return _card("Exposed", "not audited", tag("p", "No attack was run on this run: exposure is not measured.", class_="under"))
+        return _card(
+            "Exposed",
+            "not audited",
+            tag("p", "No attack was run on this run: exposure is not measured.", class_="under"),
+            words=True,
+        )
     leaks = sum(finding.verdict == "leaked" for finding in audit.findings)
-    rows: list[tuple[str, Child]] = [
-        (word.capitalize(), count(sum(finding.verdict == word for finding in audit.findings)))
-        for word in ("leaked", "inconclusive", "not leaked", "not applicable")
-    ]
-    if audit.epsilon_lower is not None:
-        shown = bound(audit.epsilon_lower, upper=False)
-        rows.append(("Measured epsilon, at least", number(audit.epsilon_lower, shown, "audit.epsilon_lower")))
     return _card(
         "Exposed",
         f"{leaks} of {len(audit.findings)}",
         tag("p", f"attack{'' if len(audit.findings) == 1 else 's'} found a leak", class_="under"),
-        facts(rows),
-        tag("p", audit.sentence, class_="under") if audit.sentence else None,
+        tag("p", audit.sentence) if audit.sentence else None,
+        tally(audit),
     )
 
 
@@ -270,7 +292,11 @@ def _plan_body(summary: RunSummary) -> Html:
         number(down, size(down), "plan.bytes_down_per_client_round"),
         " down, per client and round",
     )
-    noise = tag("span", "noise multiplier ", number(plan.noise_multiplier, figure(plan.noise_multiplier), "plan.noise_multiplier"))
+    noise = tag(
+        "span",
+        "noise multiplier ",
+        number(plan.noise_multiplier, figure(plan.noise_multiplier), "plan.noise_multiplier"),
+    )
     reveals = facts([(f"To {OBSERVERS[name]}", plan.reveals[name]) for name in sorted(plan.reveals)])
     return tag(
         "div",
@@ -285,10 +311,12 @@ def _plan_body(summary: RunSummary) -> Html:
         tag(
             "div",
             tag("article", tag("h3", "Reveals"), reveals, class_="card plain"),
-            tag("article", tag("h3", "Breaks if"), tag("p", plan.breaks), class_="card plain"),
+            tag("article", tag("h3", "What breaks it"), tag("p", plan.breaks), class_="card plain"),
             class_="cards two",
         ),
-        folded("The epsilon that was planned", statements_body(plan.statements, of="plan.statements")) if plan.statements else None,
+        folded("The epsilon that was planned", statements_body(plan.statements, of="plan.statements"))
+        if plan.statements
+        else None,
     )
 
 
@@ -303,14 +331,23 @@ def _configuration_body(summary: RunSummary) -> Html:
     plain = [(name, _value(config[name])) for name in sorted(config) if name not in tables]
     groups = [tag("article", tag("h3", "Run"), facts(plain, "facts code"), class_="card plain")] if plain else []
     for name in tables:
-        rows = [(key, _value(config[name][key])) for key in sorted(config[name])]
+        rows = [(key, _value(config[name][key], outer=True)) for key in _kind_first(config[name])]
         groups.append(tag("article", tag("h3", f"[{name}]"), facts(rows, "facts code"), class_="card plain"))
-    return tag("div", *groups, class_="cards columns") if groups else tag("p", "No configuration was recorded.", class_="empty")
+    return (
+        tag("div", *groups, class_="cards columns")
+        if groups
+        else tag("p", "No configuration was recorded.", class_="empty")
+    )
 
 
-def _value(value: object) -> str:
+def _kind_first(table: Mapping[str, object]) -> list[str]:
+    return sorted(table, key=lambda key: (key != "kind", key))
+
+
+def _value(value: object, *, outer: bool = False) -> str:
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_value(value[key])}" for key in sorted(value)) + " }"
+        inside = ", ".join(f"{key} = {_value(value[key])}" for key in _kind_first(value))
+        return inside if outer and inside else f"{{ {inside} }}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_value(item) for item in value) + "]"
     if isinstance(value, bool):
@@ -329,5 +366,11 @@ def _ledger_body(summary: RunSummary) -> Html:
     return tag(
         "div",
         facts([("Entries", entries), ("Head of the hash chain", tag("code", summary.ledger_head or "none"))]),
-        tag("p", "Compare this head with the one `ffm-secure ledger` prints: equal heads mean equal histories.", class_="under"),
+        tag(
+            "p",
+            "Compare this head with the one ",
+            tag("code", "ffm-secure ledger"),
+            " prints: equal heads mean equal histories.",
+            class_="under",
+        ),
     )

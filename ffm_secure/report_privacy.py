@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ffm_secure.charts import Bar, Level, Series, bars, line_chart
@@ -13,17 +13,21 @@ from ffm_secure.report_markup import (
     Child,
     Column,
     Html,
+    Promise,
     bound,
-    figure,
+    five_facts,
     five_fields,
     folded,
     number,
+    phase_column,
+    promises,
     small,
     table,
     tag,
 )
-from ffm_secure.types import PrivacyStatement, RunSummary
+from ffm_secure.types import PrivacyStatement, RoundRecord, RunSummary
 
+UNBOUNDED = "No mechanism bounds what this observer learns."
 _SHOWN_EVENTS = 4
 
 
@@ -56,59 +60,65 @@ def lower_bound(summary: RunSummary) -> LowerBound | None:
     upper = max(finite, key=lambda statement: statement.epsilon)
     # An observer without a guarantee may have been the one who measured it: then nothing is contradicted.
     everyone = len(finite) == len(summary.statements)
-    return LowerBound(value=audit.epsilon_lower, upper=upper, contradicts=everyone and audit.epsilon_lower > upper.epsilon)
+    return LowerBound(
+        value=audit.epsilon_lower, upper=upper, contradicts=everyone and audit.epsilon_lower > upper.epsilon
+    )
 
 
 def spent_body(summary: RunSummary) -> Html:
-    """Draw epsilon over rounds against the budget, one panel per statement."""
+    """Draw epsilon over rounds against the budget, one panel for each promise."""
     if not summary.statements:
         return tag("p", "No privacy statement was made.", class_="empty")
-    panels = [_panel(summary, place, statement) for place, statement in enumerate(summary.statements)]
+    panels = [_panel(summary, promise) for promise in promises(summary.statements)]
     numbers = table(
         [
             Column(heading="Round", cell=lambda r: str(r.round), field="round"),
             Column(heading="Epsilon so far", cell=lambda r: bound(r.epsilon_spent), field="epsilon_spent"),
-            Column(heading="Phase", cell=lambda r: r.phase, field="phase", text=True),
+            *phase_column(summary.rounds),
         ],
         summary.rounds,
         caption=f"Largest epsilon over data owners after each round. {five_fields(worst(summary.statements)[1])}",
         of="rounds",
     )
-    return tag(
-        "div",
-        tag("div", *panels, class_="figures"),
-        folded("The numbers behind these charts", numbers) if summary.rounds else None,
-    )
+    return tag("div", *panels, folded("The numbers behind these charts", numbers) if summary.rounds else None)
 
 
-def _panel(summary: RunSummary, place: int, statement: PrivacyStatement) -> Html:
-    heading = tag("h3", f"Against {OBSERVERS[statement.observer]}")
-    caption = tag("figcaption", five_fields(statement))
-    if not statement.finite:
-        why = statement.note or "No mechanism bounds what this observer learns."
-        return tag("figure", heading, tag("p", INFINITE, class_="big bad"), tag("p", why), caption)
+def _panel(summary: RunSummary, promise: Promise) -> Html:
+    statement, note = promise.statement, None
     traced = [record for record in summary.rounds if math.isfinite(record.epsilon_spent)]
-    if not traced or not math.isclose(traced[-1].epsilon_spent, statement.epsilon, rel_tol=1e-6):
-        shown = number(statement.epsilon, bound(statement.epsilon), f"statements.{place}.epsilon")
-        note = "Only the largest epsilon is recorded round by round; this is the value at the end."
-        return tag("figure", heading, tag("p", shown, class_="big"), _budget_bars(summary, statement), tag("p", note, class_="under"), caption)
-    levels = [Level(label="budget", value=summary.budget_epsilon, role="second")] if math.isfinite(summary.budget_epsilon) else []
-    rounds = [record.round for record in traced]
-    chart = line_chart(
-        [Series(label="spent", x=rounds, y=[record.epsilon_spent for record in traced], step=True)],
-        description=f"Epsilon against {OBSERVERS[statement.observer]} over {len(rounds)} rounds: {bound(traced[0].epsilon_spent)} "
-        f"after round {rounds[0]}, {bound(statement.epsilon)} after round {rounds[-1]}, budget {budget_words(summary.budget_epsilon)}.",
-        levels=levels,
+    if not statement.finite:
+        drawn = tag("p", INFINITE, class_="big bad")
+        note = tag("p", statement.note or UNBOUNDED)
+    elif not traced or not math.isclose(traced[-1].epsilon_spent, statement.epsilon, rel_tol=1e-6):
+        drawn = _budget_bars(summary, statement)
+        note = tag(
+            "p", "Only the largest epsilon is recorded round by round; this is the value at the end.", class_="under"
+        )
+    else:
+        drawn = _epsilon_chart(summary, promise, traced)
+    figure_ = tag("div", tag("h3", promise.heading), drawn, note)
+    return tag("figure", figure_, five_facts(statement, promise.against), class_="split")
+
+
+def _epsilon_chart(summary: RunSummary, promise: Promise, traced: Sequence[RoundRecord]) -> Html:
+    budget = summary.budget_epsilon
+    first, last = traced[0], traced[-1]
+    return line_chart(
+        [Series(label="spent", x=[r.round for r in traced], y=[r.epsilon_spent for r in traced], step=True)],
+        description=f"Epsilon against {promise.against} over rounds: {bound(first.epsilon_spent)} after round {first.round}, "
+        f"{bound(last.epsilon_spent)} after round {last.round}, budget {budget_words(budget)}.",
+        levels=[Level(label="budget", value=budget, role="second")] if math.isfinite(budget) else [],
         shown=bound,
         from_zero=True,
     )
-    return tag("figure", heading, chart, caption)
 
 
 def _budget_bars(summary: RunSummary, statement: PrivacyStatement) -> Html:
     rows = [Bar(label="spent", value=statement.epsilon, shown=bound(statement.epsilon))]
     if math.isfinite(summary.budget_epsilon):
-        rows.append(Bar(label="budget", value=summary.budget_epsilon, shown=bound(summary.budget_epsilon), role="second"))
+        rows.append(
+            Bar(label="budget", value=summary.budget_epsilon, shown=bound(summary.budget_epsilon), role="quiet")
+        )
     return bars(rows)
 
 
@@ -116,32 +126,30 @@ def statements_body(statements: Sequence[PrivacyStatement], of: str = "statement
     """List every epsilon with its five fields; infinity is a word with its reason."""
     if not statements:
         return tag("p", "No privacy statement was made.", class_="empty")
-    columns = [
-        ("Observer", lambda s: OBSERVERS[s.observer]),
-        ("Epsilon", _epsilon),
+    columns: list[tuple[str, Callable[[PrivacyStatement], Child]]] = [
         ("Unit", lambda s: s.unit),
         ("Adjacency", lambda s: s.adjacency),
         ("Mechanism, in order", _events),
         ("Delta and accountant", _accountant),
     ]
-    head = tag("tr", *[tag("th", heading, scope="col") for heading, _ in columns])
+    headings = ["Observer", "Epsilon", *[heading for heading, _ in columns]]
+    head = tag("tr", *[tag("th", heading, scope="col") for heading in headings])
     rows = []
     for place, statement in enumerate(statements):
-        cells = [tag("th", columns[0][1](statement), scope="row", data_label="Observer")]
         shown = number(statement.epsilon, bound(statement.epsilon), f"{of}.{place}.epsilon")
-        cells.append(tag("td", tag("span", shown, class_="strong" if statement.finite else "strong bad"), _why(statement), data_label="Epsilon"))
-        cells += [tag("td", cell(statement), data_label=heading) for heading, cell in columns[2:]]
+        strong = tag("span", shown, class_="strong" if statement.finite else "strong bad")
+        cells = [
+            tag("th", OBSERVERS[statement.observer], scope="row", data_label="Observer"),
+            tag("td", strong, _why(statement), data_label="Epsilon"),
+            *[tag("td", cell(statement), data_label=heading) for heading, cell in columns],
+        ]
         rows.append(tag("tr", *cells))
     caption = tag("caption", "Upper bounds on privacy loss, one per observer; smaller is better.")
     return tag("table", caption, tag("thead", head), tag("tbody", *rows), class_="stack")
 
 
-def _epsilon(statement: PrivacyStatement) -> Child:
-    return bound(statement.epsilon)
-
-
 def _why(statement: PrivacyStatement) -> Html | None:
-    why = statement.note or ("" if statement.finite else "No mechanism bounds what this observer learns.")
+    why = statement.note or ("" if statement.finite else UNBOUNDED)
     return tag("span", why, class_="why") if why else None
 
 
@@ -165,7 +173,9 @@ def bounds_body(summary: RunSummary) -> Html:
     audit = summary.audit
     lower = audit.epsilon_lower if audit is not None else None
     if audit is None or lower is None:
-        said = tag("p", "No lower bound was measured: no canary audit ran. The promises below are untested.", class_="lede")
+        said = tag(
+            "p", "No lower bound was measured: no canary audit ran. The promises below are untested.", class_="lede"
+        )
     else:
         said = tag(
             "p",
@@ -175,22 +185,19 @@ def bounds_body(summary: RunSummary) -> Html:
             "Accounting promises that it is at most the following.",
             class_="lede",
         )
-    panels = [_bounds(summary, statement, lower) for statement in summary.statements]
-    return tag("div", said, tag("div", *panels, class_="figures"))
+    panels = [_bounds(summary, promise, lower) for promise in promises(summary.statements)]
+    return tag("div", said, *panels)
 
 
-def _bounds(summary: RunSummary, statement: PrivacyStatement, lower: float | None) -> Html:
-    rows = []
+def _bounds(summary: RunSummary, promise: Promise, lower: float | None) -> Html:
+    statement, rows = promise.statement, []
     if lower is not None:
         rows.append(Bar(label="measured, at least", value=lower, shown=bound(lower, upper=False), role="second"))
-    rows.append(Bar(label="promised, at most", value=statement.epsilon, shown=bound(statement.epsilon), role="first" if statement.finite else "bad"))
+    kind = "first" if statement.finite else "bad"
+    rows.append(Bar(label="promised, at most", value=statement.epsilon, shown=bound(statement.epsilon), role=kind))
     if math.isfinite(summary.budget_epsilon):
-        rows.append(Bar(label="budget", value=summary.budget_epsilon, shown=bound(summary.budget_epsilon), role="quiet"))
-    heading = tag("h3", f"Against {OBSERVERS[statement.observer]}")
-    return tag("figure", heading, bars(rows), tag("figcaption", five_fields(statement)))
-
-
-def spread_words(values: Sequence[float]) -> str:
-    """Say the range of some epsilons in words."""
-    finite = [value for value in values if math.isfinite(value)]
-    return f"{figure(min(finite))} to {figure(max(finite))}" if finite else INFINITE
+        rows.append(
+            Bar(label="budget", value=summary.budget_epsilon, shown=bound(summary.budget_epsilon), role="quiet")
+        )
+    about = tag("figcaption", five_fields(statement, promise.against))
+    return tag("figure", tag("div", tag("h3", promise.heading), bars(rows)), about, class_="split")

@@ -5,8 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ffm_secure.charts import Level, Series, line_chart
-from ffm_secure.report_markup import Column, Html, amount, duration, figure, folded, number, size, table, tag
+from ffm_secure.charts import Level, Series, line_chart, seconds
+from ffm_secure.report_markup import (
+    Column,
+    Html,
+    amount,
+    duration,
+    facts,
+    figure,
+    folded,
+    number,
+    phase_column,
+    size,
+    table,
+    tag,
+)
 from ffm_secure.types import RoundRecord, RunSummary
 
 _NO_ROUNDS = "No round has finished yet."
@@ -42,34 +55,44 @@ def utility_body(summary: RunSummary) -> Html:
         return tag("p", _NO_ROUNDS, class_="empty")
     x = [record.round for record in rounds]
     metric, loss = [record.metric for record in rounds], [record.loss for record in rounds]
-    levels = [Level(label="before", value=summary.metric_zero_round)] if math.isfinite(summary.metric_zero_round) else []
+    levels = (
+        [Level(label="before", value=summary.metric_zero_round)] if math.isfinite(summary.metric_zero_round) else []
+    )
     if summary.metric_majority is not None and math.isfinite(summary.metric_majority):
         levels.append(Level(label="majority", value=summary.metric_majority, role="second"))
     direction = "Higher is better." if summary.higher_is_better else "Lower is better."
     lost = sum(not math.isfinite(value) for value in metric)
     gaps = f" Not a finite number in {amount(lost, 'round')}: gaps in the line." if lost else ""
     metric_chart = line_chart(
-        [Series(label="after", x=x, y=metric)], description=_described(summary.metric_name, rounds, metric), levels=levels
+        [Series(label="after", x=x, y=metric)],
+        description=_described(summary.metric_name, rounds, metric),
+        levels=levels,
     )
-    loss_chart = line_chart([Series(label="loss", x=x, y=loss, role="second")], description=_described("Loss", rounds, loss))
+    loss_chart = line_chart(
+        [Series(label="loss", x=x, y=loss, role="second")], description=_described("Loss", rounds, loss)
+    )
     numbers = table(
         [
             Column(heading="Round", cell=lambda r: str(r.round), field="round"),
             Column(heading=summary.metric_name, cell=lambda r: figure(r.metric), field="metric"),
             Column(heading="Loss, nats", cell=lambda r: figure(r.loss), field="loss"),
-            Column(heading="Phase", cell=lambda r: r.phase, field="phase", text=True),
+            *phase_column(rounds),
         ],
         rounds,
         caption="Global model on the public evaluation set, after each round",
         of="rounds",
     )
-    baseline = "Dashed: the model before training" + (", and always guessing the most common class." if summary.metric_majority is not None else ".")
+    baseline = "Dashed: the model before training" + (
+        ", and always guessing the most common class." if summary.metric_majority is not None else "."
+    )
     return tag(
         "div",
         tag(
             "div",
-            _figure(summary.metric_name, metric_chart, f"{direction} {baseline}{gaps}"),
-            _figure("loss", loss_chart, "Nats per sample on the public evaluation set. Lower is better."),
+            _figure(
+                summary.metric_name[:1].upper() + summary.metric_name[1:], metric_chart, f"{direction} {baseline}{gaps}"
+            ),
+            _figure("Loss", loss_chart, "Nats per sample on the public evaluation set. Lower is better."),
             class_="figures",
         ),
         folded("The numbers behind these charts", numbers),
@@ -83,17 +106,21 @@ def cost_body(summary: RunSummary) -> Html:
         return tag("p", _NO_ROUNDS, class_="empty")
     x, lost = [record.round for record in rounds], _aborted(rounds)
     up, down = [float(record.bytes_up) for record in rounds], [float(record.bytes_down) for record in rounds]
-    seconds, inside = [record.seconds for record in rounds], [record.client_seconds for record in rounds]
+    whole, inside = [record.seconds for record in rounds], [record.client_seconds for record in rounds]
     traffic = line_chart(
         [Series(label="up", x=x, y=up), Series(label="down", x=x, y=down, role="second")],
         description=f"Bytes per round, all clients together: {size(sum(up))} up and {size(sum(down))} down in total.",
-        shown=size, from_zero=True, aborted=lost,
-    )  # fmt: skip
+        shown=size,
+        from_zero=True,
+        aborted=lost,
+    )
     time = line_chart(
-        [Series(label="whole", x=x, y=seconds), Series(label="training", x=x, y=inside, role="second")],
-        description=f"Seconds per round: {duration(sum(seconds))} in total, {duration(sum(inside))} inside clients' training.",
-        shown=duration, from_zero=True, aborted=lost,
-    )  # fmt: skip
+        [Series(label="whole", x=x, y=whole), Series(label="clients", x=x, y=inside, role="second")],
+        description=f"Seconds per round: {duration(sum(whole))} in total, {duration(sum(inside))} inside clients' training.",
+        shown=seconds,
+        from_zero=True,
+        aborted=lost,
+    )
     numbers = table(
         [
             Column(heading="Round", cell=lambda r: str(r.round), field="round"),
@@ -109,16 +136,23 @@ def cost_body(summary: RunSummary) -> Html:
         kind="tight",
     )
     total = tag(
-        "p", f"In total {size(sum(up))} up, {size(sum(down))} down; the run took ",
-        number(summary.seconds, duration(summary.seconds), "seconds"), ".", class_="lede",
-    )  # fmt: skip
+        "p",
+        f"In total {size(sum(up))} up, {size(sum(down))} down; the run took ",
+        number(summary.seconds, duration(summary.seconds), "seconds"),
+        ".",
+        class_="lede",
+    )
     return tag(
         "div",
         total,
-        tag("div", _figure("Bytes per round", traffic, "All clients together."),
-            _figure("Seconds per round", time, "Wall time of the whole round, and the part inside clients' training."), class_="figures"),
+        tag(
+            "div",
+            _figure("Bytes per round", traffic, "All clients together."),
+            _figure("Seconds per round", time, "Wall time of the whole round, and the part in which clients trained."),
+            class_="figures",
+        ),
         folded("The numbers behind these charts", numbers),
-    )  # fmt: skip
+    )
 
 
 def participation_body(summary: RunSummary) -> Html:
@@ -128,12 +162,14 @@ def participation_body(summary: RunSummary) -> Html:
         return tag("p", _NO_ROUNDS, class_="empty")
     x, lost = [record.round for record in rounds], _aborted(rounds)
     asked, arrived = [float(len(r.cohort)) for r in rounds], [float(len(r.survivors)) for r in rounds]
-    missing = int(sum(asked) - sum(arrived))
     words = f"{amount(int(sum(arrived)), 'update')} arrived of {int(sum(asked)):,} asked for; {amount(len(lost), 'round')} aborted."
     chart = line_chart(
         [Series(label="asked", x=x, y=asked, role="quiet"), Series(label="arrived", x=x, y=arrived)],
-        description=words, from_zero=True, aborted=lost, shown=lambda value: f"{value:g}",
-    )  # fmt: skip
+        description=words,
+        from_zero=True,
+        aborted=lost,
+        shown=lambda value: f"{value:g}",
+    )
     numbers = table(
         [
             Column(heading="Round", cell=lambda r: str(r.round), field="round"),
@@ -145,14 +181,35 @@ def participation_body(summary: RunSummary) -> Html:
         rounds,
         caption="Clients asked and arrived, round by round",
         of="rounds",
+        kind="tight",
     )
     return tag(
         "div",
-        tag("p", words, class_="lede"),
-        tag("div", _figure("Clients per round", chart, "A cross on the axis marks an aborted round; what it reserved stays spent."),
-            _aborts(rounds) if lost else None, class_="figures"),
-        folded("The numbers behind this chart", numbers) if missing or lost or rounds else None,
-    )  # fmt: skip
+        tag(
+            "div",
+            _figure(
+                "Clients per round",
+                chart,
+                "A cross on the axis marks an aborted round; what it reserved stays spent." if lost else "",
+            ),
+            tag("div", _turnout(rounds), _aborts(rounds) if lost else None),
+            class_="figures",
+        ),
+        folded("The numbers behind this chart", numbers),
+    )
+
+
+def _turnout(rounds: Sequence[RoundRecord]) -> Html:
+    asked, arrived = sum(len(r.cohort) for r in rounds), sum(len(r.survivors) for r in rounds)
+    smallest = min((len(r.survivors) for r in opened(rounds)), default=0)
+    return facts(
+        [
+            ("Updates asked for", f"{asked:,}"),
+            ("Updates that arrived", f"{arrived:,}" + (f" ({100 * arrived / asked:.3g} %)" if asked else "")),
+            ("Smallest sum opened", f"over {amount(smallest, 'client')}" if smallest else "none"),
+            ("Rounds aborted", f"{len(rounds) - len(opened(rounds)):,}"),
+        ]
+    )
 
 
 def _dropped(record: RoundRecord) -> str:

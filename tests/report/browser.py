@@ -28,11 +28,26 @@ class Browser:
         self._home = tempfile.TemporaryDirectory(prefix="report-browser-")
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        arguments = [program, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                     "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", f"--user-data-dir={self._home.name}"]  # fmt: skip
+        arguments = [
+            program,
+            "--headless=new",
+            "--remote-debugging-pipe",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--hide-scrollbars",
+            f"--user-data-dir={self._home.name}",
+        ]
         # Chromium reads commands from descriptor 3 and answers on 4, each message ended by a zero byte.
         shell = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
-        self._process = subprocess.Popen(["/bin/bash", "-c", shell, "bash", *arguments], pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            ["/bin/bash", "-c", shell, "bash", *arguments],
+            pass_fds=(to_browser, from_browser),
+            stderr=subprocess.DEVNULL,
+        )
         os.close(to_browser)
         os.close(from_browser)
         self._rest, self._last, self.events = b"", 0, []  # type: ignore[var-annotated]
@@ -44,7 +59,9 @@ class Browser:
     def __enter__(self) -> Browser:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._write)
         try:
             self._process.wait(timeout=10)
@@ -57,7 +74,9 @@ class Browser:
     def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
         """Send one command and wait for its answer."""
         self._last += 1
-        message: dict[str, Any] = {"id": self._last, "method": method, "params": parameters} | ({"sessionId": session} if session else {})
+        message: dict[str, Any] = {"id": self._last, "method": method, "params": parameters} | (
+            {"sessionId": session} if session else {}
+        )
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._receive()
@@ -83,7 +102,9 @@ class Browser:
     def open(self, path: Path, *, width: int, dark: bool = False, media: str = "") -> None:
         """Load a file in a window of a given width and colour scheme."""
         self.events.clear()
-        self.page("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.page(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.page("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.page("Page.navigate", url=path.as_uri())
@@ -105,7 +126,11 @@ class Browser:
 
     def requests(self) -> list[str]:
         """Return the addresses the page asked for since it was opened."""
-        return [event["params"]["request"]["url"] for event in self.events if event.get("method") == "Network.requestWillBeSent"]
+        return [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event.get("method") == "Network.requestWillBeSent"
+        ]
 
     def screenshot(self, path: Path) -> None:
         """Save a picture of the whole page."""

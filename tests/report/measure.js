@@ -49,6 +49,20 @@
     }
   }
 
+  // A short word broken over two lines is a column too narrow.
+  let words = 0;
+  for (const { node, holder } of new Map(lines.map(l => [l.node, l])).values()) {
+    if (getComputedStyle(holder).whiteSpace === 'pre' || holder.closest('.code, code, mark')) continue;
+    for (const match of node.textContent.matchAll(/[\p{L}\p{N}.,]{2,12}/gu)) {
+      const before = node.textContent[match.index - 1], after = node.textContent[match.index + match[0].length];
+      if ([before, after].some(c => c && !/\s/.test(c)) || ++words > 6000) continue;
+      const range = document.createRange();
+      range.setStart(node, match.index);
+      range.setEnd(node, match.index + match[0].length);
+      if (new Set([...range.getClientRects()].filter(b => b.width > 0.5).map(b => Math.round(b.top))).size > 1) faults.push(`short word broken: ${match[0]} in ${name(holder)}`);
+    }
+  }
+
   const parse = c => (c.match(/[\d.]+/g) || []).map(Number);
   const light = ([r, g, b]) => [r, g, b].map(v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [0.2126, 0.7152, 0.0722][i], 0);
   const ground = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c.length === 3 || c[3] === 1) return c; } return [255, 255, 255]; };
