@@ -182,7 +182,8 @@ class SealEngine:
 
     def load(self, payload: bytes) -> Any:
         """Load one ciphertext."""
-        if len(payload) > self.payload_limit:
+        # SEAL would ignore bytes behind the size its own header states.
+        if len(payload) > self.payload_limit or int.from_bytes(payload[8:16], "little") != len(payload):
             raise ProtocolError
 
         def load() -> Any:

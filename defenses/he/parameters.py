@@ -148,7 +148,7 @@ def error_bound(parameters: Parameters, parties: int) -> float:
 
 def lint(parameters: Parameters, *, parties: int, value_bound: int, length: int) -> list[str]:
     """List every reason why this set cannot carry an exact, 128-bit-secure sum; an empty list means it can."""
-    problems = _lint_request(parties, value_bound, length) + _lint_ring(parameters)
+    problems = _lint_request(parties, value_bound, length) + _lint_ring(parameters) + _lint_layout(parameters)
     if problems:
         return problems
     problems += _lint_packing(parameters, parties, value_bound)
@@ -276,14 +276,23 @@ def _lint_ring(parameters: Parameters) -> list[str]:
     return problems
 
 
+def _lint_layout(parameters: Parameters) -> list[str]:
+    lanes, digits = parameters.lanes, parameters.digits
+    problems = []
+    if lanes < 1 or parameters.lane_bits < 2 or lanes * parameters.lane_bits > 62:
+        problems.append(
+            f"{lanes} lanes of {parameters.lane_bits} bits: must be at least one lane of 2 bits, together at most 62"
+        )
+    if not 1 <= digits <= DIGIT_LIMIT or (digits > 1) != (parameters.digit_bits > 0) or parameters.digit_bits > 62:
+        problems.append(
+            f"digits = {digits} of {parameters.digit_bits} bits: 1 digit has 0 bits, "
+            f"2 to {DIGIT_LIMIT} digits have 1 to 62"
+        )
+    return problems
+
+
 def _lint_packing(parameters: Parameters, parties: int, value_bound: int) -> list[str]:
     problems = []
-    if parameters.lanes < 1 or parameters.lane_bits < 2 or parameters.lanes * parameters.lane_bits > 62:
-        return [f"{parameters.lanes} lanes of {parameters.lane_bits} bits: must be at least one lane of 2 bits, "
-                "together at most 62"]  # fmt: skip
-    if not 1 <= parameters.digits <= DIGIT_LIMIT or (parameters.digits > 1) != (parameters.digit_bits > 0):
-        return [f"digits = {parameters.digits} of {parameters.digit_bits} bits: 1 digit has 0 bits, "
-                f"2 to {DIGIT_LIMIT} digits have at least 1"]  # fmt: skip
     if parameters.digits > 1 and value_bound >> (parameters.digits * parameters.digit_bits):
         problems.append(
             f"{parameters.digits} digits of {parameters.digit_bits} bits cannot hold value_bound = {value_bound}"

@@ -20,6 +20,7 @@ Role = Literal["upload", "sum"]
 _MAGIC: Final = b"ffm-he/1"
 _ROLES: Final[dict[Role, int]] = {"upload": 1, "sum": 2}
 _HEADER: Final = struct.Struct(">8sB16s32sII")
+HEADER_BYTES: Final = _HEADER.size
 _PARAMETERS: Final = struct.Struct(">8sBBIBBBBBBBB")
 _SCHEMES: Final = ("bfv", "ckks")
 _NOBODY: Final = bytes(PARTY_BYTES)
