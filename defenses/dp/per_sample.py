@@ -144,7 +144,7 @@ class PerSampleEngine:
                 _check_losses(values, self._recorder.batch)
                 self._refuse_foreign_leaves(values)
                 if values.requires_grad:
-                    values.backward(torch.ones_like(values))  # type: ignore[no-untyped-call]
+                    torch.autograd.backward(values, torch.ones_like(values))
             self._refuse_stray_gradients()
             uses = {self._names[parameter]: parts for parameter, parts in self._recorder.uses.items()}
         finally:

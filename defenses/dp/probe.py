@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from defenses.dp.clip import Clipping
 from defenses.dp.per_sample import Losses, PerSampleEngine
@@ -59,7 +59,7 @@ def probe_sensitivity(
         raise ParameterError(f"samples = {samples}: the probe needs at least 3")
     clip = clip or Clipping(clip_norm=clip_norm)
     probe = _Probe(engine, losses_of, samples)
-    with _NoDropout():
+    with no_dropout():
         probe.refuse_random_model()
         alone, coupling = probe.additivity(coupling_tolerance)
         bounds = {clip_norm} | {scale * norm for norm in alone for scale in _SCALES if norm > 0}
@@ -177,33 +177,33 @@ def _norm(parts: dict[str, Tensor]) -> float:
     return float(sum(float(value.double().square().sum()) for value in parts.values()) ** 0.5)
 
 
-class _NoDropout(TorchFunctionMode):
-    """Make every kind of dropout the identity, whether it is a module or a function call inside attention."""
+@contextmanager
+def no_dropout() -> Iterator[None]:
+    """Make every kind of dropout the identity inside the block, module or function call, without leaving train mode.
 
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            # dropout_p is the fifth positional argument
-            if len(args) > 4:
-                args = (*args[:4], 0.0, *args[5:])
-            else:
-                kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)
+    The functions of torch.nn.functional are replaced for the whole process: a torch function mode would be simpler but
+    is not active while checkpoints recompute inside the backward pass. Do not train in another thread meanwhile.
+    """
+    attention = F.scaled_dot_product_attention
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        # dropout_p is the fifth positional argument
+        if len(args) > 4:
+            return attention(*args[:4], 0.0, *args[5:], **kwargs)
+        return attention(*args, **(kwargs | {"dropout_p": 0.0}))
+
+    def keep(input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return input
+
+    originals = {name: getattr(F, name) for name in (*_DROPOUTS, "scaled_dot_product_attention")}
+    try:
+        for name in _DROPOUTS:
+            setattr(F, name, keep)
+        setattr(F, "scaled_dot_product_attention", attend)  # noqa: B010 - mypy holds the function to its exact type
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(F, name, original)
 
 
-_DROPOUTS = frozenset(
-    {
-        F.dropout,
-        F.dropout1d,
-        F.dropout2d,
-        F.dropout3d,
-        F.alpha_dropout,
-        F.feature_alpha_dropout,
-        torch.dropout,
-        torch.dropout_,
-    }
-)
+_DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
