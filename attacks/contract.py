@@ -34,7 +34,16 @@ Family = Literal[
     "learned",
 ]
 ItemKind = Literal[
-    "token_set", "token_counts", "sequence", "image", "inputs", "embedding", "label_counts", "labels", "scores"
+    "placed_tokens",
+    "token_set",
+    "token_counts",
+    "sequence",
+    "image",
+    "inputs",
+    "embedding",
+    "label_counts",
+    "labels",
+    "scores",
 ]
 
 

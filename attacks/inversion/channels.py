@@ -1,0 +1,178 @@
+"""Linear channels: every gradient of a linear layer holds its inputs in its row space.
+
+For z = W x + b over rows t, dW = sum_t delta_t x_t^T. One module covers ordinary linear layers, GPT-2's transposed ones, and both
+LoRA factors: the gradient of A holds the layer's inputs, the gradient of B holds A x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attacks.contract import NotApplicable
+from attacks.observation import Observation
+
+Forward = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Channel:
+    """A linear layer whose gradient was observed: `gradient` is (out, in), `bias` the gradient of its bias if it has one."""
+
+    name: str
+    gradient: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Span:
+    """The row space of a channel: orthonormal `basis` (rank, in) and the shape (out, in) of the gradient."""
+
+    channel: str
+    basis: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def rank(self) -> int:
+        """Return the dimension of the row space."""
+        return len(self.basis)
+
+    @property
+    def informative(self) -> bool:
+        """Say whether membership can be tested at all: the space must be neither empty nor everything."""
+        return 0 < self.rank < self.shape[1]
+
+    def distance(self, vectors: Tensor) -> Tensor:
+        """Return the sine of the angle between each vector (..., in) and the row space: 0 inside, about 1 for a stranger."""
+        unit = vectors.to(self.basis.dtype)
+        unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        residual = unit - (unit @ self.basis.T) @ self.basis
+        return residual.norm(dim=-1)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Say whether a layer stores its weight as (in, out), as GPT-2's Conv1D does."""
+    return type(module).__name__ == "Conv1D"
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that compute z = W x + b on the last axis, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        or (is_transposed(module) and getattr(module, "weight", torch.empty(0)).ndim == 2)
+    }
+
+
+def observed_channels(observation: Observation, model: nn.Module) -> dict[str, Channel]:
+    """Return the channels whose weight gradient was observed and is not zero, by module name, in the model's order.
+
+    Raises: NotApplicable when there is none.
+    """
+    tensors = observation.gradient().tensors
+    found = {}
+    for name, module in linear_modules(model).items():
+        weight = tensors.get(f"{name}.weight")
+        if weight is None or weight.ndim != 2 or not bool(weight.any()):
+            continue
+        gradient = weight.T if is_transposed(module) else weight
+        found[name] = Channel(name=name, gradient=gradient, bias=tensors.get(f"{name}.bias"))
+    if not found:
+        raise NotApplicable("no linear layer with a gradient other than zero was observed")
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Spectrum:
+    """The singular values and right singular vectors of a channel's gradient, from which spans of any rank are cut."""
+
+    channel: str
+    singular: Tensor
+    right: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def span(self, *, tolerance: float | None = None, noise: float = 0.0) -> Span:
+        """Return the row space above a relative tolerance (default: rounding) and above the edge of the noise."""
+        rank = numerical_rank(self.singular, self.shape, noise=noise, tolerance=tolerance, dtype=self.dtype)
+        return Span(channel=self.channel, basis=self.right[:rank], shape=self.shape)
+
+
+def spectrum_of(channel: Channel) -> Spectrum:
+    """Return the spectrum of a channel, in double precision."""
+    rows, columns = channel.gradient.shape
+    _, singular, right = torch.linalg.svd(channel.gradient.double(), full_matrices=False)
+    return Spectrum(
+        channel=channel.name, singular=singular, right=right, shape=(rows, columns), dtype=channel.gradient.dtype
+    )
+
+
+def numerical_rank(
+    singular: Tensor,
+    shape: tuple[int, ...],
+    *,
+    noise: float = 0.0,
+    tolerance: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Count the singular values above the floor of rounding and, with noise of that deviation per entry, above its edge.
+
+    Source: the edge sigma (sqrt(m) + sqrt(n)) of a Gaussian matrix, Vershynin, "High-Dimensional Probability", theorem 4.4.5.
+    """
+    if len(singular) == 0 or float(singular[0]) == 0.0:
+        return 0
+    if tolerance is None:
+        tolerance = float(torch.finfo(dtype).eps) * max(shape)
+    edge = noise * (shape[0] ** 0.5 + shape[1] ** 0.5)
+    return int((singular > max(tolerance * float(singular[0]), edge)).sum())
+
+
+class _Enough(Exception):
+    """Stops a forward pass once the last wanted input was captured."""
+
+
+def capture_inputs(modules: Mapping[str, nn.Module], forward: Forward) -> dict[str, Tensor]:
+    """Run a forward pass and return the input of each named module, stopping after the last one.
+
+    Guarantee: hooks are removed whatever happens; no gradient is recorded.
+    """
+    captured: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            captured[name] = inputs[0].detach()
+            if len(captured) == len(modules):
+                raise _Enough
+
+        return keep
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        with torch.no_grad():
+            forward()
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return captured
+
+
+def execution_order(modules: Mapping[str, nn.Module], forward: Forward) -> list[str]:
+    """Return the names of the modules in the order in which a forward pass calls them; modules it never calls are left out."""
+    order: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _module, _inputs, name=name: order.append(name))
+        for name, module in modules.items()
+    ]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys(order))

@@ -1,0 +1,171 @@
+"""Token presence: which tokens a client's text held, read off the rows of the embedding's gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.observation import Observation
+
+
+def embedding_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the embedding modules, the one with most rows (the vocabulary) first."""
+    sizes = {name: module.num_embeddings for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return tuple(sorted(sizes, key=lambda name: -sizes[name]))
+
+
+def token_embedding(model: nn.Module) -> str:
+    """Return the name of the token embedding.
+
+    Raises: NotApplicable when the model has none.
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    if getter is not None:
+        wanted = getter()
+        for name, module in model.named_modules():
+            if module is wanted and isinstance(module, nn.Embedding):
+                return name
+    names = embedding_names(model)
+    if not names:
+        raise NotApplicable("the model has no token embedding")
+    return names[0]
+
+
+def vocabulary_size(observation: Observation, model: nn.Module) -> int:
+    """Return the number of token ids the model can embed, or fewer when the tokenizer's size is known."""
+    rows = model.get_submodule(token_embedding(model)).num_embeddings
+    known = observation.known("vocabulary_size")
+    return min(int(known), int(rows)) if known else int(rows)  # type: ignore[arg-type]
+
+
+def is_tied(model: nn.Module, name: str) -> bool:
+    """Say whether the embedding matrix is also the weight of an output layer, which makes its gradient dense."""
+    weight = model.get_submodule(name).weight
+    return any(isinstance(module, nn.Linear) and module.weight is weight for module in model.modules())
+
+
+def without_decay(observation: Observation, name: str) -> Tensor | None:
+    """Return an observed delta with the decoupled weight decay of AdamW taken out, or None when the facts are not known.
+
+    A row that got no gradient moved by exactly ((1 - rate x decay)^steps - 1) times its broadcast value.
+    """
+    delta = observation.tensors[name]
+    rate, decay, steps = (observation.known(fact) for fact in ("learning_rate", "weight_decay", "local_steps"))
+    weight = None if observation.broadcast is None else observation.broadcast.get(name)
+    if weight is None or not rate or not decay or not steps:
+        return None
+    shrink = (1.0 - float(rate) * float(decay)) ** int(steps) - 1.0
+    return delta.double() - observation.contributors * shrink * weight.double()
+
+
+def row_scores(observation: Observation, model: nn.Module) -> Tensor:
+    """Return how strongly each token's row moved beyond what an absent token's row would: shape (vocabulary,).
+
+    Raises: NotApplicable when the token embedding was not trained.
+    """
+    module = token_embedding(model)
+    name = f"{module}.weight"
+    if name not in observation.tensors:
+        raise NotApplicable("the token embedding was not trained, so its rows say nothing")
+    rows = observation.tensors[name].double()
+    if observation.content == "delta" and observation.known("weight_decay"):
+        cleaned = without_decay(observation, name)
+        rows = rows if cleaned is None else cleaned
+    norms = rows.norm(dim=1)
+    if is_tied(model, module) and bool((norms > 0).double().mean() > 0.5):
+        return _beyond_the_head(rows)
+    return norms
+
+
+def _beyond_the_head(rows: Tensor) -> Tensor:
+    """Remove what a tied output layer adds: every absent row is a positive mix of the same few hidden states.
+
+    The directions of the half of the rows with the smallest norm are removed from all rows, as many as hold 99.99 % of that half's energy.
+    """
+    norms = rows.norm(dim=1)
+    quiet = rows[norms <= norms.median()]
+    _, singular, right = torch.linalg.svd(quiet, full_matrices=False)
+    share = singular.square().cumsum(0) / singular.square().sum().clamp_min(1e-300)
+    kept = min(int((share < 0.9999).sum()) + 1, rows.shape[1] // 2)
+    basis = right[:kept]
+    residual = rows - (rows @ basis.T) @ basis
+    return residual.norm(dim=1)
+
+
+def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tensor | None:
+    """Return which scores stand out (boolean), or None when none do.
+
+    Exact zeros beside others: whatever is not zero. With noise of known deviation: above the largest norm that noise alone would show
+    once in a thousand runs. Otherwise the widest gap of the logarithm in the upper half, of at least a factor of ten.
+    """
+    if noise > 0.0:
+        # Laurent and Massart, 2000: a chi-square of `width` degrees exceeds width + 2 sqrt(width x) + 2 x with chance exp(-x).
+        depth = math.log(1_000 * len(scores))
+        edge = noise * math.sqrt(width + 2 * math.sqrt(width * depth) + 2 * depth)
+        chosen = scores > edge
+    else:
+        floor = float(scores.max()) * 1e-12
+        zeros = scores <= floor
+        if bool(zeros.any()) and bool((~zeros).any()):
+            chosen = _above_rounding(scores, floor)
+        else:
+            chosen = _above_gap(scores)
+    return chosen if bool(chosen.any()) else None
+
+
+def _above_rounding(scores: Tensor, floor: float) -> Tensor:
+    above = scores > floor
+    return above
+
+
+def _above_gap(scores: Tensor) -> Tensor:
+    ordered = scores.clamp_min(1e-300).log().sort().values
+    half = len(ordered) // 2
+    steps = ordered[half + 1 :] - ordered[half:-1]
+    if len(steps) == 0 or float(steps.max()) < math.log(10.0):
+        return torch.zeros_like(scores, dtype=torch.bool)
+    return scores.log() > ordered[half + int(steps.argmax())] + 0.5 * float(steps.max())
+
+
+def noise_per_entry(observation: Observation) -> float:
+    """Return the standard deviation of the noise on each entry as far as it is known, else 0."""
+    multiplier, bound = observation.known("noise_multiplier"), observation.known("clip_norm")
+    return float(multiplier) * float(bound) if multiplier and bound else 0.0
+
+
+def present_tokens(observation: Observation, model: nn.Module) -> Tensor | None:
+    """Return the ids of the tokens that stand out, or None when the embedding does not tell."""
+    try:
+        scores = row_scores(observation, model)
+    except NotApplicable:
+        return None
+    width = model.get_submodule(token_embedding(model)).weight.shape[1]
+    chosen = split_scores(scores, noise=noise_per_entry(observation), width=int(width))  # type: ignore[call-overload]
+    return None if chosen is None else chosen.nonzero().flatten()
+
+
+def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+    private = working_copy(model, observation)
+    scores = row_scores(observation, private)
+    width = int(private.get_submodule(token_embedding(private)).weight.shape[1])  # type: ignore[call-overload]
+    chosen = split_scores(scores, noise=noise_per_entry(observation), width=width)
+    if chosen is None:
+        return Finding(reason="no row of the embedding stands out")
+    ids = chosen.nonzero().flatten()
+    share = float(scores[chosen].min() / scores[chosen].min().add(scores[~chosen].max() if (~chosen).any() else 0.0))
+    item = Item(kind="token_set", value=ids, confidence=share)
+    return Finding(items=(item,), confidence=share, details={"tokens": len(ids), "vocabulary": len(scores)})
+
+
+def token_presence() -> Attack:
+    """Return the attack that reads the set of tokens off the embedding's rows."""
+    return PlainAttack(
+        name="token_presence",
+        family="presence",
+        attempt=_attempt,
+        requires=("model",),
+        summary="the set of tokens a client used, from the rows of the embedding's update",
+    )
