@@ -1,0 +1,29 @@
+"""Differential privacy: events, accountants and the ledger; clipping, noise, sampling and per-sample gradients."""
+
+from __future__ import annotations
+
+from defenses.dp.accountant import Accountant, EpsilonBound, epsilon
+from defenses.dp.events import (
+    Event,
+    GaussianEvent,
+    MatrixFactorizationEvent,
+    NonPrivateEvent,
+    SkellamEvent,
+    TuningEvent,
+    from_dict,
+    from_json,
+)
+
+__all__ = [
+    "Accountant",
+    "EpsilonBound",
+    "Event",
+    "GaussianEvent",
+    "MatrixFactorizationEvent",
+    "NonPrivateEvent",
+    "SkellamEvent",
+    "TuningEvent",
+    "epsilon",
+    "from_dict",
+    "from_json",
+]

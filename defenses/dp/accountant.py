@@ -1,0 +1,313 @@
+"""Epsilon of everything released so far, and of what would be released next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy.special import log_ndtr
+
+from defenses.dp import composition
+from defenses.dp.composition import Curve, Moments, Plan, Running
+from defenses.dp.events import (
+    Event,
+    GaussianEvent,
+    MatrixFactorizationEvent,
+    NonPrivateEvent,
+    SkellamEvent,
+    TuningEvent,
+)
+from defenses.dp.pairs import Floats, Mechanism, MixturePair, gaussian_pair, mechanism_of
+from defenses.dp.pld import LossTooLarge
+from defenses.dp.rdp import ORDERS, event_log_moments, renyi_epsilon, renyi_log_delta
+from defenses.errors import ParameterError
+
+SMALLEST_DELTA, LARGEST_DELTA = 1e-30, 0.5
+ACCURACY = 1e-4
+_REMEMBERED_TARGETS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpsilonBound:
+    """An upper bound of epsilon at delta.
+
+    `accountant` names the method ('pld', 'rdp', 'gaussian', or 'none' when there is nothing to bound). `slack` estimates
+    how much of epsilon is numerical; the bound holds without it.
+    """
+
+    epsilon: float
+    delta: float
+    accountant: str
+    slack: float
+
+
+@dataclass(slots=True)
+class _Composition:
+    """A plan, the transforms multiplied so far, and how many log entries they contain."""
+
+    plan: Plan
+    running: tuple[Running, Running]
+    included: int
+
+    def copy(self) -> _Composition:
+        return _Composition(self.plan, (self.running[0].copy(), self.running[1].copy()), self.included)
+
+
+class Accountant:
+    """Compose events as they happen and bound the epsilon of all of them.
+
+    Both directions (a record added, a record removed) are composed on their own and the larger epsilon is reported.
+    All roundings go up: the discrete losses dominate the true ones, truncated mass and every rounding error of the
+    transform are added to delta. Full participations of Gaussian mechanisms are merged exactly. The transforms of the
+    past are kept, so that one further event costs one product.
+
+    Guarantee: `epsilon(delta)` is never below the true epsilon of the composition of dominating pairs, and within 1e-3
+    relative above it for epsilon above 1e-4 (losses too large for doubles fall back to Renyi accounting, which is
+    valid but looser). A `NonPrivateEvent` makes it infinite.
+    Assumes: all events concern the same unit of the same data owner under the same adjacency (adaptively chosen).
+    Source: see `defenses.dp.pld` and `defenses.dp.composition`.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[MixturePair, int] = {}
+        self._log: list[tuple[MixturePair, int]] = []
+        self._mu_squared = 0.0
+        self._renyi_only: dict[Event, int] = {}
+        self._events: dict[Event, int] = {}
+        self._infinite = False
+        self._compositions: dict[float, _Composition] = {}
+
+    def compose(self, event: Event, count: int = 1) -> None:
+        """Add `count` repetitions of an event to the history."""
+        if not isinstance(count, int) or count < 1:
+            raise ParameterError(f"count = {count!r}: must be a positive integer")
+        if isinstance(event, (GaussianEvent, MatrixFactorizationEvent)):
+            self._compose_mechanism(mechanism_of(event), count)
+        elif isinstance(event, (SkellamEvent, TuningEvent)):
+            self._renyi_only[event] = self._renyi_only.get(event, 0) + count
+        elif isinstance(event, NonPrivateEvent):
+            self._infinite = True
+        else:
+            raise ParameterError(f"{event!r}: no accountant knows this event")
+        self._events[event] = self._events.get(event, 0) + count
+
+    def _compose_mechanism(self, mechanism: Mechanism, count: int) -> None:
+        self._mu_squared += mechanism.mu_squared * count
+        if mechanism.pair is not None:
+            steps = mechanism.steps * count
+            self._counts[mechanism.pair] = self._counts.get(mechanism.pair, 0) + steps
+            self._log.append((mechanism.pair, steps))
+
+    def copy(self) -> Accountant:
+        """Return an independent accountant with the same history."""
+        return self._copy_for(tuple(self._compositions))
+
+    def _copy_for(self, deltas: tuple[float, ...]) -> Accountant:
+        twin = Accountant()
+        twin._counts, twin._log = dict(self._counts), list(self._log)
+        twin._mu_squared, twin._infinite = self._mu_squared, self._infinite
+        twin._renyi_only, twin._events = dict(self._renyi_only), dict(self._events)
+        twin._compositions = {delta: self._compositions[delta].copy() for delta in deltas if delta in self._compositions}
+        return twin
+
+    def epsilon(self, delta: float) -> EpsilonBound:
+        """Return the upper bound of epsilon at delta for everything composed."""
+        _check_delta(delta)
+        simple = self._simple_epsilon(delta)
+        if simple is not None:
+            return simple
+        try:
+            return self._pld_epsilon(delta, ACCURACY)
+        except LossTooLarge:
+            return self._renyi_bound(delta)
+
+    def epsilon_with(self, event: Event, delta: float) -> EpsilonBound:
+        """Return what `epsilon` would say after one more event, without adding it."""
+        _check_delta(delta)
+        known = self._compositions.get(delta)
+        if known is None and self._counts:
+            self.epsilon(delta)
+        trial = self._copy_for((delta,))
+        trial.compose(event)
+        result = trial.epsilon(delta)
+        grown = trial._compositions.get(delta)
+        if grown is not None and (known is None or grown.plan is not known.plan):
+            # The trial needed a new grid; the next call would too, so rebuild ours on it now.
+            self._adopt(grown.plan, delta)
+        return result
+
+    def delta(self, epsilon: float) -> float:
+        """Return the upper bound of delta at epsilon for everything composed."""
+        if not isinstance(epsilon, (int, float)) or not epsilon >= 0:
+            raise ParameterError(f"epsilon = {epsilon!r}: must be a number of at least 0")
+        if self._infinite or math.isinf(epsilon):
+            return 1.0 if self._infinite else 0.0
+        if not self._counts and not self._renyi_only:
+            return gaussian_delta(math.sqrt(self._mu_squared), epsilon) if self._mu_squared else 0.0
+        if self._renyi_only:
+            return min(1.0, math.exp(max(renyi_log_delta(moments, epsilon) for moments in self._renyi_moments())))
+        return self._pld_delta(epsilon)
+
+    def _simple_epsilon(self, delta: float) -> EpsilonBound | None:
+        if self._infinite:
+            return EpsilonBound(epsilon=math.inf, delta=delta, accountant="none", slack=0.0)
+        if not self._events:
+            return EpsilonBound(epsilon=0.0, delta=delta, accountant="none", slack=0.0)
+        if self._renyi_only:
+            return self._renyi_bound(delta)
+        if not self._counts:
+            value = gaussian_epsilon(math.sqrt(self._mu_squared), delta)
+            return EpsilonBound(epsilon=value, delta=delta, accountant="gaussian", slack=value * 1e-9)
+        return None
+
+    def _pld_epsilon(self, delta: float, accuracy: float) -> EpsilonBound:
+        known, refinement, margin = self._compositions.get(delta), 1.0, 1.02
+        found: tuple[float, float] | None = None
+        best = EpsilonBound(epsilon=math.inf, delta=delta, accountant="pld", slack=0.0)
+        for _ in range(5):
+            if known is None:
+                known = self._build(self._plan(delta, accuracy * refinement, found, margin, grown=delta in self._compositions))
+            self._catch_up(known)
+            curves = self._curves(known)
+            values = [composition.epsilon_of(curve, delta) for curve in curves]
+            worst = int(values[1] > values[0])
+            value, excess = values[worst], curves[worst].excess
+            fits = all(curve.constant <= 0.01 * delta for curve in curves) and math.isfinite(value)
+            quiet = fits and composition.noise_at(curves[worst], value) <= 3e-4
+            if value < best.epsilon:
+                best = EpsilonBound(epsilon=value, delta=delta, accountant="pld", slack=excess + 1e-5 * value)
+            if quiet and excess <= 2.5 * accuracy * value:
+                break
+            if quiet and value > 0:
+                refinement = min(1.0, refinement * max(0.02, accuracy * value / excess))
+            found = (values[0], values[1]) if fits else None
+            margin *= 1.0 if fits else 1.2
+            known = None
+        if known is not None:
+            self._remember(delta, known)
+        return best if math.isfinite(best.epsilon) else self._renyi_bound(delta)
+
+    def _pld_delta(self, epsilon: float) -> float:
+        guess = math.exp(max(renyi_log_delta(moments, epsilon) for moments in self._renyi_moments()))
+        best = guess
+        try:
+            for _ in range(6):
+                target = min(max(best, SMALLEST_DELTA), LARGEST_DELTA)
+                known = self._build(self._plan(target, ACCURACY, (epsilon, epsilon), 1.02, grown=False))
+                value = max(composition.delta_of(curve, epsilon) for curve in self._curves(known))
+                settled = value >= 0.2 * best
+                best = min(best, value)
+                if settled:
+                    break
+        except LossTooLarge:
+            return min(1.0, guess)
+        return min(1.0, best)
+
+    def _plan(self, delta: float, accuracy: float, known: tuple[float, float] | None, margin: float, *, grown: bool) -> Plan:
+        # A history that outgrew its grid will grow on: leave room, so that rebuilding stays rare.
+        room = 1.4 if grown else 1.0
+        steps = room * float(sum(self._counts.values()) + 1)
+        cut = 10.0 ** math.floor(math.log10(composition.TAIL_SHARE * delta / steps))
+        forward, backward = self._log_moments(cut)
+        return composition.make_plan(
+            forward * room,
+            backward * room,
+            steps=steps,
+            delta=delta,
+            cut=cut,
+            accuracy=accuracy,
+            known=known,
+            margin=margin,
+        )
+
+    def _log_moments(self, cut: float) -> tuple[Floats, Floats]:
+        gaussian = ORDERS * (1 + ORDERS) * self._mu_squared / 2
+        forward, backward = gaussian.copy(), gaussian.copy()
+        for pair, count in self._counts.items():
+            moments = _cached_moments(pair, cut)
+            forward += count * moments.forward
+            backward += count * moments.backward
+        return forward, backward
+
+    def _build(self, plan: Plan) -> _Composition:
+        running = composition.start(plan)
+        for pair, count in self._counts.items():
+            composition.multiply(running, plan, pair, count)
+        return _Composition(plan, running, len(self._log))
+
+    def _catch_up(self, known: _Composition) -> None:
+        for pair, count in self._log[known.included :]:
+            composition.multiply(known.running, known.plan, pair, count)
+        known.included = len(self._log)
+
+    def _curves(self, known: _Composition) -> list[Curve]:
+        running = known.running
+        if self._mu_squared:
+            running = (running[0].copy(), running[1].copy())
+            composition.multiply(running, known.plan, gaussian_pair(math.sqrt(self._mu_squared)), 1)
+        return [composition.curve_of(state, side, known.plan) for state, side in zip(running, known.plan.directions)]
+
+    def _remember(self, delta: float, known: _Composition) -> None:
+        self._compositions.pop(delta, None)
+        self._compositions[delta] = known
+        while len(self._compositions) > _REMEMBERED_TARGETS:
+            del self._compositions[next(iter(self._compositions))]
+
+    def _adopt(self, plan: Plan, delta: float) -> None:
+        self._remember(delta, self._build(plan))
+
+    def _renyi_moments(self) -> tuple[Floats, Floats]:
+        total = [np.zeros(len(ORDERS)), np.zeros(len(ORDERS))]
+        for event, count in self._events.items():
+            for side, moments in enumerate(event_log_moments(event)):
+                total[side] = total[side] + count * moments
+        return total[0], total[1]
+
+    def _renyi_bound(self, delta: float) -> EpsilonBound:
+        value = max(renyi_epsilon(moments, delta)[0] for moments in self._renyi_moments())
+        return EpsilonBound(epsilon=value * (1 + 1e-9), delta=delta, accountant="rdp", slack=value * 1e-9)
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Return epsilon of one Gaussian release with sensitivity over standard deviation `mu`, rounded up.
+
+    Source: Balle, Wang, arXiv 1805.06530, theorem 8 (the exact curve), inverted by bisection.
+    """
+    low, high = 0.0, 1.0 + mu * mu
+    while gaussian_delta(mu, high) > delta:
+        low, high = high, 2 * high
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if not low < middle < high:
+            break
+        low, high = (low, middle) if gaussian_delta(mu, middle) <= delta else (middle, high)
+    return high * (1 + 1e-12)
+
+
+def gaussian_delta(mu: float, epsilon: float) -> float:
+    """Return delta of one Gaussian release with sensitivity over standard deviation `mu`, rounded up."""
+    above = float(log_ndtr(-epsilon / mu + mu / 2))
+    below = epsilon + float(log_ndtr(-epsilon / mu - mu / 2))
+    # The difference loses digits when both terms are close; a few ulp of the larger one cover it.
+    return math.exp(above) * min(1.0, -math.expm1(min(0.0, below - above)) + 1e-14 * (1 + abs(above)))
+
+
+@lru_cache(maxsize=8192)
+def _cached_moments(pair: MixturePair, cut: float) -> Moments:
+    return composition.moments_of(pair, cut)
+
+
+def _check_delta(delta: float) -> None:
+    if not isinstance(delta, (int, float)) or not SMALLEST_DELTA <= delta <= LARGEST_DELTA:
+        raise ParameterError(f"delta = {delta!r}: must lie between {SMALLEST_DELTA:g} and {LARGEST_DELTA:g}")
+
+
+def epsilon(events: Iterable[Event], delta: float) -> EpsilonBound:
+    """Return the upper bound of epsilon at delta for all events together."""
+    accountant = Accountant()
+    for event in events:
+        accountant.compose(event)
+    return accountant.epsilon(delta)
