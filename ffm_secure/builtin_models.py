@@ -88,8 +88,11 @@ def masked_mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a lower-case word-piece tokenizer from a fixed vocabulary: common words, endings, single characters."""
+def tiny_tokenizer(*, segments: bool = False) -> PreTrainedTokenizerFast:
+    """Build a lower-case word-piece tokenizer from a fixed vocabulary: common words, endings, single characters.
+
+    With `segments` it tells the two texts of a pair apart, as BERT wants it.
+    """
     characters = string.ascii_lowercase + string.digits + string.punctuation
     pieces = [*_SPECIAL, *characters, *("##" + c for c in characters), *_WORDS.split()]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
@@ -105,6 +108,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         model_max_length=_POSITIONS,
+        model_input_names=["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"],
         pad_token="[PAD]",
         unk_token="[UNK]",
         cls_token="[CLS]",
@@ -197,7 +201,7 @@ def build_tiny(
     name: str, *, kind: str, labels: int | None, seed: int, prepare: Callable[[Any], Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast | None]:
     """Build a tiny model with random weights that depend on the seed alone; `prepare` may edit its configuration."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(segments=name == "tiny-bert")
     config = _CONFIGS[name](tokenizer)
     if labels is not None:
         config.num_labels = labels

@@ -99,7 +99,7 @@ def load_backbone(
     if classifies and (labels is None or labels < 2):
         raise ModelError(f"{kind} needs at least two labels, the data has {labels}; check task.label_column")
     labels = labels if classifies else None
-    with _quiet():
+    with quiet():
         if name.removeprefix("builtin:") in TINY and name.startswith("builtin:"):
             return _tiny(name, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout)
         folder = _locate(name, base)
@@ -217,7 +217,7 @@ def _pretrained(
         tokenizer = None if kind.startswith("image") else transformers.AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # whatever a damaged checkpoint makes the library throw is one error of ours
         raise ModelError(_explain(name, kind, local, error)) from error
-    fresh = _fresh(name, model, report)
+    fresh = _fresh(name, kind, model, report)
     notes: tuple[str, ...] = ()
     if kind == "masked_lm" and any(f.startswith("cls.") for f in fresh):
         notes = ("no masked-LM head in the checkpoint: a new one, tied to the input embeddings, is trained along",)
@@ -247,7 +247,7 @@ def _explain(name: str, kind: str, local: bool, error: Exception) -> str:
     )
 
 
-def _fresh(name: str, model: nn.Module, report: Mapping[str, Any]) -> tuple[str, ...]:
+def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) -> tuple[str, ...]:
     """Name the parameters that were not in the checkpoint; refuse where that is more than a head or a pooler."""
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
     absent = mismatched | set(report["missing_keys"])
@@ -258,7 +258,10 @@ def _fresh(name: str, model: nn.Module, report: Mapping[str, Any]) -> tuple[str,
             f"model.name = {name!r}: {len(lost)} tensors of the model body are missing or of another shape "
             f"(first: {lost[0]}); the weights do not belong to this config.json"
         )
-    return tuple(key for key, _ in model.named_parameters() if key in absent)
+    fresh = tuple(key for key, _ in model.named_parameters() if key in absent)
+    if fresh and kind == "causal_lm":
+        raise ModelError(f"model.name = {name!r}: the checkpoint has no language-model head ({fresh[0]} is missing)")
+    return fresh
 
 
 def _finish(
@@ -354,7 +357,7 @@ def _refuse_if_it_sees_the_future(name: str, backbone: Backbone) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the progress bars and advice of transformers for the time of a load."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
@@ -368,4 +371,4 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-__all__ = ["Backbone", "ModelError", "Normalisation", "fingerprint", "load_backbone"]
+__all__ = ["Backbone", "ModelError", "Normalisation", "fingerprint", "load_backbone", "quiet"]

@@ -75,7 +75,8 @@ def encode_texts(
 ) -> EncodedText:
     """Tokenise one or two columns of text, cut to `max_length` tokens. An empty text becomes one unknown token."""
     count = len(columns[0])
-    paired = len(columns) == 2
+    # Only models that were trained with segments get them; GPT-2, for one, would read them as words.
+    segmented = len(columns) == 2 and "token_type_ids" in tokenizer.model_input_names
     tokens: list[NDArray[np.int32]] = []
     segments: list[NDArray[np.int8]] = []
     lengths = np.zeros(count, dtype=np.int64)
@@ -87,13 +88,13 @@ def encode_texts(
             max_length=max_length,
             padding=False,
             return_attention_mask=False,
-            return_token_type_ids=paired,
+            return_token_type_ids=segmented,
             verbose=False,
         )
         rows = [row or [_spare(tokenizer)] for row in out["input_ids"]]
         lengths[start : start + len(rows)] = [len(row) for row in rows]
         tokens.append(np.fromiter((t for row in rows for t in row), dtype=np.int32))
-        if paired and "token_type_ids" in out:
+        if segmented:
             kinds = [row or [0] for row in out["token_type_ids"]]
             segments.append(np.fromiter((t for row in kinds for t in row), dtype=np.int8))
     return EncodedText(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models import Backbone, quiet
 from ffm_secure.trainable.base import TrainableModel, sharing_copy
 
 # Families that look positions up with a batch of one, which would hide whose gradient is whose.
@@ -37,30 +37,47 @@ class Full(TrainableModel):
 
     def import_(self, folder: Path) -> None:
         """Read a transformers folder of the same architecture."""
+        kind: Any = type(self.backbone.model)
         try:
-            other = type(self.backbone.model).from_pretrained(  # type: ignore[attr-defined]
-                folder, use_safetensors=True, local_files_only=True, dtype=next(iter(self.parameters.values())).dtype
-            )
+            with quiet():
+                other, report = kind.from_pretrained(
+                    folder,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    dtype=next(iter(self.parameters.values())).dtype,
+                    output_loading_info=True,
+                )
         except Exception as error:  # whatever a damaged folder makes the library throw becomes one error of ours
             raise ModelError(f"{folder}: cannot be read as {self.backbone.architecture} ({error})") from error
+        if report["missing_keys"] or report["unexpected_keys"]:
+            raise ModelError(f"{folder}: does not hold the tensors of {self.backbone.architecture}")
         self.load_tensors({name: p.detach() for name, p in other.named_parameters()})
 
 
 def attach_full(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> Full:
     """Train everything; a parameter that is fed once for the whole batch is expanded to a view per sample."""
     model = sharing_copy(backbone.model, own=list(backbone.model.parameters()))
+    parameters = dict(model.named_parameters())
     config: Any = model.config
     if config.model_type == "vit":
         model.vit.embeddings = PerSampleViTEmbeddings(model.vit.embeddings)
     if config.model_type in _LEARNED_POSITIONS:
         model.register_forward_pre_hook(give_positions, with_kwargs=True)
-    parameters = {name.removesuffix(".value"): p for name, p in model.named_parameters()}
-    order = [name for name, _ in backbone.model.named_parameters()]
-    parameters = {name: parameters[name] for name in order}
+    _leave_to_linear(model)
     total = sum(p.numel() for p in parameters.values())
     return Full(
         backbone=backbone, model=model, parameters=parameters, description=[f"every parameter: {total:,} numbers"]
     )
+
+
+def _leave_to_linear(model: nn.Module) -> None:
+    """Let a parameter that a linear module uses belong to it alone; masked-LM heads register their bias a second time."""
+    used = {id(p) for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) and any(True for _ in module.children()):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) in used:
+                    delattr(module, name)
 
 
 def give_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -78,8 +95,8 @@ class PerSampleViTEmbeddings(nn.Module):
     def __init__(self, inner: Any) -> None:
         super().__init__()
         self.patch_embeddings = inner.patch_embeddings
-        self.cls_token = ExpandedParameter(inner.cls_token)
-        self.position_embeddings = ExpandedParameter(inner.position_embeddings)
+        self.cls_token = _expanded(inner.cls_token)
+        self.position_embeddings = _expanded(inner.position_embeddings)
 
     def forward(self, pixel_values: Tensor, **unused: Any) -> Tensor:
         """Return token embeddings [B, 1 + patches, d]."""
@@ -88,3 +105,10 @@ class PerSampleViTEmbeddings(nn.Module):
         tokens = torch.cat((self.cls_token(count).flatten(1, 2), patches), dim=1)
         positions: Tensor = self.position_embeddings(count).flatten(1, 2)
         return tokens + positions
+
+
+def _expanded(parameter: nn.Parameter) -> ExpandedParameter:
+    """Wrap a parameter so that it keeps its identity."""
+    module = ExpandedParameter(parameter.detach())
+    module.value = parameter
+    return module
