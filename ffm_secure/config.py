@@ -139,7 +139,7 @@ class Protection:
     threshold: int = option(0, minimum=0, help="fewest clients whose sum may be opened; 0: a two-thirds majority")
     mode: str = option("active", choices=("semi_honest", "active"), only_for=("secagg",))
     colluding: int = option(1, minimum=0, help="clients that may side with the server; their noise is not counted")
-    value_bits: int = option(20, minimum=4, maximum=48, help="signed bits of one quantised coordinate")
+    value_bits: int = option(20, minimum=4, maximum=32, help="signed bits of one quantised coordinate")
     coordinate_bound: float = option(1.0, above=0.0, maximum=1e9, help="largest size of one coordinate of an update")
 
 

@@ -1,0 +1,106 @@
+"""One client's round: learn, bound, noise, quantise. What comes back is a ring vector ready to be sealed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from defenses.dp import ClientMechanism, Clipping, PerSampleEngine, RecordMechanism
+from defenses.random_source import RandomSource
+from ffm_secure.config import RunConfig
+from ffm_secure.lifecycle import LocalChange, finetune
+from ffm_secure.lifecycle.finetune import GradientRule, PlainGradient, PrivateGradient
+from ffm_secure.types import RoundPlan
+from ffm_secure.vector import VectorCode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Client:
+    """One data owner: a name in the ledger, encoded examples that never leave, and nothing else."""
+
+    index: int
+    name: str
+    examples: Any  # ffm_secure.tasks Encoded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noisy:
+    """A change that may be sealed: its bound and noise were applied, or the run says it has none.
+
+    `values` is float64 [d] for a change that was privatised while learning (or not at all), int64 [d] on the grid where the
+    noise is discrete. Constructed in this module only; `quantise` accepts nothing else.
+    """
+
+    values: npt.NDArray[np.float64] | npt.NDArray[np.int64]
+    loss: float
+    weight: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Workplace:
+    """Where clients learn one after another: one replica of the model, one per-sample engine."""
+
+    config: RunConfig
+    trainable: Any
+    task: Any
+    mechanism: RecordMechanism | ClientMechanism | None
+    code: VectorCode
+    device: str
+    engine: PerSampleEngine | None = None
+
+    def contribute(self, client: Client, plan: RoundPlan, start: Tensor, source: RandomSource) -> npt.NDArray[Any]:
+        """Return what this client adds to the round's sum, as integers modulo 2^m.
+
+        Assumes: the ledger has reserved the round's event for this client, before this call touches its data.
+        """
+        change = self.learn(client, plan, start, source.derive("learn"))
+        noisy = self.protect(change, client, source.derive("protect"))
+        return self.code.quantise(noisy.values, loss=noisy.loss, weight=noisy.weight, source=source.derive("round"))
+
+    def learn(self, client: Client, plan: RoundPlan, start: Tensor, source: RandomSource) -> LocalChange:
+        """Run the local steps; record-level noise is drawn here, inside every step."""
+        lifecycle = self.config.federation.lifecycle
+        return finetune(trainable=self.trainable, start=start, spec=lifecycle, rule=self.rule(client, plan, source))
+
+    def rule(self, client: Client, plan: RoundPlan, source: RandomSource) -> GradientRule:
+        """Choose how gradients are taken: per sample with noise, or plain."""
+        speed = self.config.speed
+        if isinstance(self.mechanism, RecordMechanism):
+            if self.engine is None:
+                self.engine = PerSampleEngine(self.trainable.model, parameters=self.trainable.parameters)
+            clipping = Clipping(kind=self.config.privacy.clipping, clip_norm=self.mechanism.clip_norm)
+            return PrivateGradient(
+                trainable=self.trainable,
+                task=self.task,
+                encoded=client.examples,
+                mechanism=self.mechanism,
+                clipping=clipping,
+                engine=self.engine,
+                source=source,
+                device=self.device,
+                microbatch=speed.microbatch,
+            )
+        return PlainGradient(
+            trainable=self.trainable,
+            task=self.task,
+            encoded=client.examples,
+            spec=self.config.federation.lifecycle,
+            seed=(self.config.seed, plan.round, client.index),
+            device=self.device,
+            microbatch=speed.microbatch,
+        )
+
+    def protect(self, change: LocalChange, client: Client, source: RandomSource) -> Noisy:
+        """Bound and noise the whole change where the client is the unit; pass on what is already private."""
+        vector = change.vector.detach().cpu().numpy().astype(np.float64)
+        if isinstance(self.mechanism, ClientMechanism):
+            return Noisy(values=self.mechanism.noisy_integers(vector, source=source), loss=0.0, weight=1)
+        if self.mechanism is None:
+            weight = len(client.examples) if self.config.federation.weighting == "examples" else 1
+            loss = 0.0 if np.isnan(change.loss) else float(change.loss)
+            return Noisy(values=vector, loss=loss, weight=weight)
+        return Noisy(values=vector, loss=0.0, weight=1)

@@ -1,0 +1,7 @@
+"""Where clients live."""
+
+from ffm_secure.engines.local import Engine, LocalEngine, Outcome
+
+ENGINES = {"local": LocalEngine}
+
+__all__ = ["ENGINES", "Engine", "LocalEngine", "Outcome"]

@@ -1,0 +1,171 @@
+"""Fine-tuning at home: some optimizer steps from the broadcast model; the gradient rule decides what is private."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from defenses.dp import Clipping, PerSampleEngine, RecordMechanism
+from defenses.random_source import RandomSource
+from ffm_secure.config import Lifecycle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalChange:
+    """Hold what one client learned. Private: it never leaves the client as it is."""
+
+    vector: Tensor  # float32 [d], new minus broadcast
+    loss: float  # mean training loss, nats; nan when the rule does not measure it
+    steps: int
+
+
+class GradientRule(Protocol):
+    """Yield one gradient a step, each a mapping of parameter name to tensor."""
+
+    def steps(self) -> Iterator[Mapping[str, Tensor]]:
+        """Iterate over the steps of this round; the model may change between them."""
+
+    def loss(self) -> float:
+        """Return the mean loss over the samples used, or nan."""
+
+
+class PlainGradient:
+    """Plain minibatch gradients over reshuffled epochs: nothing here is private."""
+
+    def __init__(
+        self,
+        *,
+        trainable: Any,
+        task: Any,
+        encoded: Any,
+        spec: Lifecycle,
+        seed: tuple[int, ...],
+        device: str,
+        microbatch: int,
+    ) -> None:
+        self.trainable, self.task, self.encoded, self.spec = trainable, task, encoded, spec
+        self.order = np.random.default_rng(list(seed))
+        self.masks = torch.Generator().manual_seed(int(self.order.integers(2**62)))
+        self.device, self.microbatch = device, microbatch
+        self.total, self.seen = 0.0, 0
+
+    def steps(self) -> Iterator[Mapping[str, Tensor]]:
+        """Iterate over the minibatches of the round."""
+        size, count = self.spec.batch_size, len(self.encoded)
+        if count == 0:
+            return
+        wanted = self.spec.local_steps or self.spec.local_epochs * -(-count // size)
+        taken = 0
+        while taken < wanted:
+            order = self.order.permutation(count)
+            for start in range(0, count, size):
+                if taken == wanted:
+                    return
+                yield self._gradient(order[start : start + size])
+                taken += 1
+
+    def _gradient(self, indices: np.ndarray) -> dict[str, Tensor]:
+        parameters = self.trainable.parameters
+        for parameter in parameters.values():
+            parameter.grad = None
+        for start in range(0, len(indices), self.microbatch):
+            batch = self.task.batch(
+                self.encoded, indices[start : start + self.microbatch], device=self.device, generator=self.masks
+            )
+            losses = self.task.losses(self.trainable.model, batch)
+            (losses.sum() / len(indices)).backward()
+            self.total += float(losses.detach().sum())
+        self.seen += len(indices)
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
+
+    def loss(self) -> float:
+        """Return the mean loss over the samples used."""
+        return self.total / self.seen if self.seen else float("nan")
+
+
+class PrivateGradient:
+    """DP-SGD: Poisson sample, per-sample clip, noise, public divisor. An empty sample is a step of noise alone.
+
+    Guarantee: each step is one use of the mechanism; nothing else of the client's data reaches the yielded gradients.
+    """
+
+    def __init__(
+        self,
+        *,
+        trainable: Any,
+        task: Any,
+        encoded: Any,
+        mechanism: RecordMechanism,
+        clipping: Clipping,
+        engine: PerSampleEngine,
+        source: RandomSource,
+        device: str,
+        microbatch: int,
+    ) -> None:
+        self.trainable, self.task, self.encoded = trainable, task, encoded
+        self.mechanism, self.clipping, self.engine = mechanism, clipping, engine
+        self.sampling, self.noise = source.derive("sampling"), source.derive("noise")
+        self.masks = torch.Generator().manual_seed(source.derive("masks").below(2**62))
+        self.device, self.microbatch = device, microbatch
+
+    def steps(self) -> Iterator[Mapping[str, Tensor]]:
+        """Iterate over the steps the mechanism was charged for, no more and no fewer."""
+        for _ in range(self.mechanism.steps):
+            indices = self.mechanism.sample(len(self.encoded), self.sampling)
+            yield self.mechanism.privatise(self._clipped_sum(indices), self.noise)
+
+    def _clipped_sum(self, indices: np.ndarray) -> dict[str, Tensor]:
+        total = {name: torch.zeros(p.shape, dtype=torch.float32) for name, p in self.trainable.parameters.items()}
+        for start in range(0, len(indices), self.microbatch):
+            part = indices[start : start + self.microbatch]
+            batch = self.task.batch(self.encoded, part, device=self.device, generator=self.masks)
+            clipped = self.engine.clipped_sum(
+                lambda batch=batch: self.task.losses(self.trainable.model, batch), clip=self.clipping
+            )
+            for name, gradient in clipped.gradients.items():
+                total[name] += gradient.cpu()
+        return total
+
+    def loss(self) -> float:
+        """Return nan: the private loss is not measured, so that it cannot leak."""
+        return float("nan")
+
+
+def finetune(*, trainable: Any, start: Tensor, spec: Lifecycle, rule: GradientRule) -> LocalChange:
+    """Run the local steps of one round from the broadcast vector; leave the model's other tensors untouched.
+
+    Guarantee: with a private rule the result is post-processing of the rule's gradients and the broadcast model: momentum,
+    Adam's moments, weight decay and the proximal term never see data.
+    Source: Li et al. 2020, arXiv:1812.06127 (proximal term).
+    """
+    trainable.load_vector(start)
+    parameters = trainable.parameters
+    anchors = {name: p.detach().clone() for name, p in parameters.items()} if spec.proximal else {}
+    optimizer = _optimizer(spec, list(parameters.values()))
+    taken = 0
+    for gradients in rule.steps():
+        for name, parameter in parameters.items():
+            gradient = gradients[name].to(parameter.device, parameter.dtype)
+            if spec.proximal:
+                gradient = gradient + spec.proximal * (parameter.detach() - anchors[name])
+            parameter.grad = gradient
+        optimizer.step()
+        taken += 1
+    change = trainable.flatten() - start
+    for parameter in parameters.values():
+        parameter.grad = None
+    return LocalChange(vector=change, loss=rule.loss(), steps=taken)
+
+
+def _optimizer(spec: Lifecycle, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay
+        )
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.optimizer]
+    return kind(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)

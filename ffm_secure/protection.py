@@ -1,0 +1,170 @@
+"""What hides one client's vector from the server: nothing, secure aggregation, or homomorphic encryption."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from defenses import secagg
+from defenses.errors import ProtocolError
+from defenses.random_source import RandomSource
+from defenses.secagg import ring
+from ffm_secure import plan
+from ffm_secure.config import RunConfig
+from ffm_secure.types import RoundPlan
+from ffm_secure.vector import VectorCode
+
+_STAGES = {
+    "advertise": secagg.Stage.ADVERTISE,
+    "share": secagg.Stage.SHARE,
+    "train": secagg.Stage.MASK,
+    "upload": secagg.Stage.MASK,
+    "unmask": secagg.Stage.UNMASK,
+}
+Contribute = Callable[[int], npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """The ring sum over the survivors, or the reason why it stayed closed, and the bytes it took."""
+
+    ring_sum: npt.NDArray[Any] | None
+    survivors: tuple[int, ...] = ()
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    aborted: str = ""
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Protection(Protocol):
+    """Collect one round's vectors into one sum; asks for each client's vector when it is needed, in the given order."""
+
+    kind: str
+
+    def collect(
+        self, round_plan: RoundPlan, *, contribute: Contribute, drop: Mapping[int, str], order: Sequence[int]
+    ) -> Collected:
+        """Run the protocol of one round."""
+
+
+class Unprotected:
+    """Send every vector in the clear, packed as the protections pack theirs: the server sees each client's change."""
+
+    kind = "none"
+
+    def __init__(self, code: VectorCode, minimum: int) -> None:
+        self.code, self.minimum = code, minimum
+
+    def collect(
+        self, round_plan: RoundPlan, *, contribute: Contribute, drop: Mapping[int, str], order: Sequence[int]
+    ) -> Collected:
+        """Add up what arrives."""
+        total, arrived, sent = np.zeros(self.code.length, dtype=ring.word_type(self.code.modulus_bits)), [], 0
+        for client in order:
+            payload = ring.pack(contribute(client), self.code.modulus_bits)
+            if client in drop:
+                continue
+            sent += len(payload)
+            ring.add_packed(total, payload, self.code.modulus_bits)
+            arrived.append(client)
+        if len(arrived) < self.minimum:
+            return Collected(
+                ring_sum=None,
+                dropped=drop,
+                aborted=f"{len(arrived)} of at least {self.minimum} clients answered",
+                bytes_up=sent,
+            )
+        return Collected(
+            ring_sum=ring.reduce(total, self.code.modulus_bits), survivors=tuple(arrived), dropped=drop, bytes_up=sent
+        )
+
+
+class SecureAggregation:
+    """Run ffm-secagg/1 among the cohort: the server learns the sum and who is in it.
+
+    In a simulation every party lives in this process, but all of them speak bytes through the protocol's own state machines,
+    with keys from the system's randomness; a round's keys are fresh and are erased with its sessions.
+    """
+
+    kind = "secagg"
+
+    def __init__(self, code: VectorCode, config: RunConfig, owners: Sequence[str]) -> None:
+        self.code, self.config = code, config
+        source = RandomSource.system()
+        operator = secagg.Identity.generate(source)
+        self.identities = tuple(secagg.Identity.generate(source) for _ in owners)
+        self.roster = secagg.Roster.issue(operator, [identity.public_key for identity in self.identities])
+        minimum = plan.minimum_survivors(config)
+        self.policy = secagg.ClientPolicy(
+            operator=operator.public_key,
+            minimum_survivors=minimum,
+            colluders=config.protection.colluding,
+            minimum_honest=max(2, min(3, minimum - config.protection.colluding)),
+            modes=frozenset({config.protection.mode}),
+            quantization_hash=code.digest(),
+        )
+
+    def collect(
+        self, round_plan: RoundPlan, *, contribute: Contribute, drop: Mapping[int, str], order: Sequence[int]
+    ) -> Collected:
+        """Run one session; too few survivors, or anything improper, leaves the sum closed."""
+        parameters = self._parameters(round_plan)
+        source = RandomSource.system()
+        members = {self.identities[client].id: client for client in (*order, *(set(round_plan.cohort) - set(order)))}
+        sessions = {
+            owner: secagg.ClientSession(self.identities[client], parameters, self.policy, source)
+            for owner, client in members.items()
+        }
+        server = secagg.ServerSession(parameters)
+        lost = {owner: _STAGES[drop[client]] for owner, client in members.items() if client in drop}
+        try:
+            outcome = secagg.drive(sessions, server, lambda owner: contribute(members[owner]), lost)
+        except ProtocolError as error:
+            few = isinstance(error, secagg.NotEnoughClients)
+            reason = (
+                f"fewer than {self.policy.minimum_survivors} clients could open the sum" if few else "protocol aborted"
+            )
+            up, down = _bytes(server.traffic)
+            return Collected(ring_sum=None, dropped=dict(drop), aborted=reason, bytes_up=up, bytes_down=down)
+        survivors = tuple(sorted(members[owner] for owner in outcome.sum.survivors))
+        up, down = _bytes(outcome.traffic)
+        dropped = {**{members[owner]: stage.name.lower() for owner, stage in outcome.lost.items()}, **drop}
+        return Collected(
+            ring_sum=outcome.sum.vector, survivors=survivors, dropped=dropped, bytes_up=up, bytes_down=down
+        )
+
+    def _parameters(self, round_plan: RoundPlan) -> secagg.SessionParameters:
+        count = len(round_plan.cohort)
+        return secagg.SessionParameters(
+            run_id=round_plan.run_id,
+            round=round_plan.round,
+            mode=self.config.protection.mode,
+            graph="complete",
+            clients=count,
+            neighbours=count - 1,
+            threshold=plan.shamir_threshold(self.config),
+            minimum_survivors=self.policy.minimum_survivors,
+            modulus_bits=self.code.modulus_bits,
+            length=self.code.length,
+            layout_hash=hashlib.sha256(b"flat vector 1").digest(),
+            quantization_hash=self.code.digest(),
+            model_hash=bytes.fromhex(round_plan.fingerprint),
+            roster=self.roster,
+        )
+
+
+def _bytes(traffic: Mapping[bytes, Any]) -> tuple[int, int]:
+    totals = [item.total for item in traffic.values()]
+    return sum(up for up, _ in totals), sum(down for _, down in totals)
+
+
+def build_protection(config: RunConfig, *, code: VectorCode, owners: Sequence[str]) -> Protection:
+    """Return the protection a run file names."""
+    if config.protection.kind == "secagg":
+        return SecureAggregation(code, config, owners)
+    return Unprotected(code, plan.minimum_survivors(config))

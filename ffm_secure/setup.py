@@ -1,0 +1,232 @@
+"""Everything a run needs before its first round: data dealt out, model loaded, mechanism calibrated, ledgers open."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from defenses.dp import ClientMechanism, Ledger, RecordMechanism, balanced_schedule
+from defenses.random_source import RandomSource
+from ffm_secure import data, mechanism, models, partition, plan, tasks, trainable
+from ffm_secure.charges import Charges
+from ffm_secure.client import Client
+from ffm_secure.config import RunConfig
+from ffm_secure.errors import DataError, StoreError
+from ffm_secure.protection import Protection, build_protection
+from ffm_secure.schema import to_table
+from ffm_secure.strategies import ServerState
+from ffm_secure.types import RoundPlan
+from ffm_secure.vector import VectorCode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Hold what can be known without opening a ledger or touching a private example's content."""
+
+    config: RunConfig
+    dataset: Any
+    parts: tuple[np.ndarray, ...]
+    backbone: Any
+    trainable: Any
+    task: Any
+    nominal: int  # public size of one client's data
+    mechanism: RecordMechanism | ClientMechanism | None
+    code: VectorCode
+    device: str
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Return the ledger name of every client."""
+        width = len(str(len(self.parts)))
+        return tuple(f"client-{index + 1:0{width}d}" for index in range(len(self.parts)))
+
+
+@dataclass(slots=True, kw_only=True)
+class Setup:
+    """Hold a run that is ready to start."""
+
+    prepared: Prepared
+    clients: tuple[Client, ...]
+    evaluation: Any
+    charges: Charges
+    protection: Protection
+    schedule: tuple[tuple[int, ...], ...]
+    run_id: bytes
+    mechanism_digest: str
+    ledger_path: Path
+    examples: tuple[int, ...] = field(default=())
+
+    @property
+    def config(self) -> RunConfig:
+        """Return the run file."""
+        return self.prepared.config
+
+    @property
+    def task(self) -> Any:
+        """Return the task."""
+        return self.prepared.task
+
+    @property
+    def trainable(self) -> Any:
+        """Return what is trained."""
+        return self.prepared.trainable
+
+    @property
+    def mechanism(self) -> RecordMechanism | ClientMechanism | None:
+        """Return the object that owns sampler, bound, noise and event."""
+        return self.prepared.mechanism
+
+    @property
+    def code(self) -> VectorCode:
+        """Return how changes travel."""
+        return self.prepared.code
+
+    @property
+    def device(self) -> str:
+        """Return where tensors live."""
+        return self.prepared.device
+
+    def adopt(self, state: ServerState, run_id: bytes) -> None:
+        """Continue a stored run: its id, and a state that must fit this model."""
+        if state.vector.numel() != self.trainable.size:
+            raise StoreError(
+                f"the checkpoint holds {state.vector.numel()} numbers, this run trains {self.trainable.size}"
+            )
+        self.run_id = run_id
+
+    def client_source(self, round_plan: RoundPlan, client: int) -> RandomSource:
+        """Return the randomness of one client in one round: the system's, or a replayable stream where nothing is claimed."""
+        if self.config.privacy.unit == "none" or self.config.privacy.noise == "seeded":
+            return RandomSource.seeded(self.config.seed).derive("client", round_plan.round, client)
+        return RandomSource.system()
+
+    def evaluate(self, vector: torch.Tensor, examples: Any = None) -> Any:
+        """Evaluate a global vector on the public validation rows, or on given encoded examples."""
+        self.trainable.load_vector(vector)
+        return self.task.evaluate(
+            self.trainable.model, self.evaluation if examples is None else examples, device=self.device
+        )
+
+
+def prepare(config: RunConfig, base: Path) -> Prepared:
+    """Load data and model, deal out the data, calibrate the mechanism.
+
+    Raises:
+      PlanRefused, DataError, ModelError: each with what to do.
+    """
+    plan.check(config)
+    if config.speed.threads:
+        torch.set_num_threads(config.speed.threads)
+    dataset = load_dataset(config, base)
+    parts = partition.partition(
+        dataset.train, clients=config.task.clients, split=config.task.split, seed=config.seed
+    )
+    nominal = config.task.nominal_examples or max(1, len(dataset.train) // config.task.clients)
+    labels = len(dataset.label_names) if dataset.label_names else None
+    backbone = models.load_backbone(
+        config.model.name, kind=config.task.kind, labels=labels, base=base, seed=config.seed, dtype=config.model.dtype
+    )
+    task = tasks.build_task(config.task.kind, backbone=backbone, dataset=dataset, max_length=config.task.max_length)
+    trained = trainable.attach(backbone, to_table(config.model.trainable), task_kind=config.task.kind, seed=config.seed)
+    device = choose_device(config.speed.device)
+    trained.model.to(device)
+    mechanism_, code = mechanism.build(
+        config, size=trained.size, nominal=nominal, largest_client=max((len(part) for part in parts), default=1)
+    )
+    return Prepared(
+        config=config,
+        dataset=dataset,
+        parts=parts,
+        backbone=backbone,
+        trainable=trained,
+        task=task,
+        nominal=nominal,
+        mechanism=mechanism_,
+        code=code,
+        device=device,
+    )
+
+
+def load_dataset(config: RunConfig, base: Path) -> Any:
+    """Load the data set a run file names, its validation part cut to the public evaluation rows."""
+    options = {name: value for name in ("text_column", "label_column") if (value := getattr(config.task, name))}
+    return data.load(config.task.data, kind=config.task.kind, base=base, seed=config.seed, **options)
+
+
+def build(prepared: Prepared, folder: Path) -> Setup:
+    """Encode the clients' data and open the ledger; after this the run can start."""
+    config = prepared.config
+    shards = partition.client_examples(
+        prepared.dataset.train, clients=config.task.clients, split=config.task.split, seed=config.seed
+    )
+    clients = tuple(
+        Client(index=index, name=name, examples=prepared.task.encode(shard))
+        for index, (name, shard) in enumerate(zip(prepared.owners, shards, strict=True))
+    )
+    rows = min(config.task.evaluation_examples, len(prepared.dataset.validation))
+    if rows == 0:
+        raise DataError(
+            f"{config.task.data}: has no validation rows; a run is evaluated on public rows after each round"
+        )
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(prepared.dataset.validation))[:rows])
+    evaluation = prepared.task.encode(prepared.dataset.validation.take(chosen))
+    ledger_path = Path(config.privacy.ledger).expanduser() if config.privacy.ledger else folder / "ledger.sqlite"
+    charges = open_charges(prepared, ledger_path)
+    federation = config.federation
+    schedule = balanced_schedule(
+        config.task.clients,
+        rounds=federation.rounds,
+        cohort=federation.cohort,
+        source=RandomSource.seeded(config.seed).derive("schedule"),
+    )
+    run_id = os.urandom(16)
+    return Setup(
+        prepared=prepared,
+        clients=clients,
+        evaluation=evaluation,
+        charges=charges,
+        protection=build_protection(config, code=prepared.code, owners=prepared.owners),
+        schedule=tuple(tuple(int(client) for client in cohort) for cohort in schedule),
+        run_id=run_id,
+        mechanism_digest=mechanism.digest(prepared.mechanism),
+        ledger_path=ledger_path,
+        examples=tuple(len(part) for part in prepared.parts),
+    )
+
+
+def open_charges(prepared: Prepared, path: Path) -> Charges:
+    """Open the ledger and make sure every owner has the budget the run file grants."""
+    config = prepared.config
+    ledger = Ledger.open(path, create=True)
+    unit = config.privacy.unit
+    event = mechanism.event(prepared.mechanism, reason=config.privacy.reason)
+    if unit != "none":
+        for owner in prepared.owners:
+            ledger.set_budget(owner, prepared.dataset.name, unit, config.privacy.epsilon, config.privacy.delta)
+    replay = (
+        hashlib.sha256(f"{config.name}|{config.seed}".encode()).digest() if config.privacy.noise == "seeded" else b""
+    )
+    return Charges(
+        ledger=ledger,
+        owners=prepared.owners,
+        dataset=prepared.dataset.name,
+        unit="record" if unit == "none" else unit,
+        delta=config.privacy.delta or 1e-5,
+        event=event,
+        replay_key=replay,
+    )
+
+
+def choose_device(wanted: str) -> str:
+    """Return a torch device name; auto takes an accelerator if there is one."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,65 @@
+"""Server optimizers: the mean change of a round is treated as a negative gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ffm_secure.config import Strategy as StrategyConfig
+from ffm_secure.strategies.average import ServerState
+
+
+class ServerOptimizer:
+    """Step the global model with momentum, Adam, Yogi or Adagrad on the server.
+
+    Momentum and Adagrad are torch.optim's own; Adam and Yogi follow the paper, which has no bias correction, so torch.optim
+    would be another algorithm.
+
+    Source: Reddi et al. 2021, arXiv:2003.00295, Algorithm 2; Hsu et al. 2019, arXiv:1909.06335 (FedAvgM).
+    """
+
+    def __init__(self, config: StrategyConfig) -> None:
+        self.config = config
+
+    def start(self, vector: Tensor) -> ServerState:
+        """Return the state before the first round."""
+        names = {"avgm": ("momentum",), "adagrad": ("sum",), "adam": ("mean", "square"), "yogi": ("mean", "square")}
+        floor = {"square": self.config.tau**2, "sum": self.config.tau**2}
+        slots = {
+            name: torch.full_like(vector, floor.get(name, 0.0), dtype=torch.float64) for name in names[self.config.kind]
+        }
+        return ServerState(round=0, vector=vector.detach().clone(), slots=slots)
+
+    def step(self, state: ServerState, mean_change: Tensor) -> ServerState:
+        """Return the state after a round."""
+        if self.config.kind in ("avgm", "adagrad"):
+            vector, slots = self._torch_step(state, mean_change)
+        else:
+            vector, slots = self._moment_step(state, mean_change)
+        return ServerState(round=state.round + 1, vector=vector.to(torch.float32), slots=slots)
+
+    def _torch_step(self, state: ServerState, change: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        weight = torch.nn.Parameter(state.vector.double())
+        weight.grad = -change
+        config = self.config
+        optimizer: torch.optim.Optimizer
+        if config.kind == "avgm":
+            optimizer = torch.optim.SGD([weight], lr=config.learning_rate, momentum=config.momentum)
+            slot, key = "momentum", "momentum_buffer"
+        else:
+            optimizer = torch.optim.Adagrad([weight], lr=config.learning_rate, eps=config.tau)
+            slot, key = "sum", "sum"
+        optimizer.state[weight][key] = state.slots[slot].clone()
+        optimizer.step()
+        return weight.detach(), {slot: optimizer.state[weight][key].detach()}
+
+    def _moment_step(self, state: ServerState, change: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        mean = config.momentum * state.slots["mean"] + (1 - config.momentum) * change
+        old, squared = state.slots["square"], change.square()
+        if config.kind == "adam":
+            square = config.beta2 * old + (1 - config.beta2) * squared
+        else:
+            square = old - (1 - config.beta2) * squared * torch.sign(old - squared)
+        vector = state.vector.double() + config.learning_rate * mean / (square.sqrt() + config.tau)
+        return vector, {"mean": mean, "square": square}

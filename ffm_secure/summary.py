@@ -1,0 +1,262 @@
+"""Put a plan or a finished run into the records that people and reports read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from defenses.dp import ClientMechanism, RecordMechanism
+from ffm_secure import mechanism as mechanisms
+from ffm_secure import plan
+from ffm_secure.config import OBSERVERS, RunConfig
+from ffm_secure.federation import Trained
+from ffm_secure.schema import to_table
+from ffm_secure.setup import Prepared, Setup
+from ffm_secure.types import AuditSummary, ClientOutcome, Observer, PlanSummary, PrivacyStatement, RunSummary
+
+SEEDED = "NOT PRIVATE: the privacy noise of this run came from a seed, which is for tests only"
+_PACKAGES = ("ffm-secure", "torch", "transformers", "peft", "datasets", "cryptography", "opacus", "tenseal", "numpy")
+
+
+def describe(prepared: Prepared) -> PlanSummary:
+    """Say what the run would train, send, spend and reveal."""
+    config = prepared.config
+    federation, trained = config.federation, prepared.trainable
+    share = trained.size / max(1, prepared.backbone.total_parameters)
+    up = prepared.code.length * prepared.code.modulus_bits // 8
+    sealed = {"none": "in the clear", "secagg": "masked", "bfv": "encrypted (BFV)", "ckks": "encrypted (CKKS)"}[
+        config.protection.kind
+    ]
+    return PlanSummary(
+        headline=f"{config.name}: {federation.rounds} rounds, {config.task.clients} clients, {federation.cohort} a round, "
+        f"each at most {plan.participation_cap(config)} times",
+        trains=f"{'; '.join(trained.description)}: {trained.size:,} of {prepared.backbone.total_parameters:,} numbers ({share:.2%})",
+        trainable_parameters=trained.size,
+        total_parameters=prepared.backbone.total_parameters,
+        sends=f"{plan.describe_bytes(up)} per client and round, {sealed}, {prepared.code.modulus_bits}-bit ring; "
+        f"{plan.describe_bytes(4 * trained.size)} down",
+        bytes_up_per_client_round=up,
+        bytes_down_per_client_round=4 * trained.size,
+        spends=_spends(prepared),
+        noise_multiplier=mechanisms.multiplier(prepared.mechanism),
+        statements=statements(prepared, config.privacy.epsilon),
+        reveals={observer: _reveals(config, observer) for observer in OBSERVERS},
+        breaks=_breaks(config),
+        warnings=tuple(_warnings(prepared)),
+    )
+
+
+def statements(prepared: Prepared, epsilon: float, slack: float = 0.0) -> tuple[PrivacyStatement, ...]:
+    """State epsilon once for every observer, with its five fields."""
+    config = prepared.config
+    privacy = config.privacy
+    unit = f"person with up to {privacy.records_per_person} records" if privacy.unit == "person" else privacy.unit
+    common = PrivacyStatement(
+        observer="public",
+        epsilon=epsilon,
+        delta=privacy.delta,
+        unit=unit,
+        adjacency=_adjacency(prepared),
+        mechanism=_mechanism_words(prepared),
+        slack=slack,
+        accountant="RDP (Skellam)"
+        if isinstance(prepared.mechanism, ClientMechanism)
+        else "PLD, tilted FFT, rounded up",
+    )
+    if privacy.unit == "none":
+        common = replace(
+            common, epsilon=math.inf, delta=0.0, accountant="none", note=f"no privacy unit: {privacy.reason}"
+        )
+    elif privacy.noise == "seeded":
+        common = replace(common, epsilon=math.inf, note=SEEDED)
+    return tuple(_for_observer(common, config, observer) for observer in OBSERVERS)
+
+
+def _for_observer(common: PrivacyStatement, config: RunConfig, observer: Observer) -> PrivacyStatement:
+    common = replace(common, observer=observer)
+    colluding = observer == "colluding_server"
+    if config.privacy.unit != "client" or not colluding or not common.finite:
+        return common
+    if config.protection.kind == "bfv":
+        return replace(
+            common,
+            epsilon=math.inf,
+            note="a server that holds one client's key reads every upload, and one client's share of the noise protects nobody",
+        )
+    return replace(common, note=f"noise of up to {config.protection.colluding} colluding clients is not counted")
+
+
+def summarise(
+    setup: Setup,
+    trained: Trained,
+    *,
+    zero_metric: float,
+    outcomes: tuple[ClientOutcome, ...],
+    seconds: float,
+    audit: AuditSummary | None = None,
+) -> RunSummary:
+    """Collect a run into what its report shows."""
+    prepared, config = setup.prepared, setup.config
+    spent = setup.charges.epsilon() if config.privacy.unit != "none" else math.inf
+    majority = prepared.task.majority(prepared.dataset.train, prepared.dataset.validation)
+    last = trained.records[-1].metric if trained.records else zero_metric
+    head = setup.charges.ledger.head()
+    return RunSummary(
+        name=config.name,
+        status=trained.status,
+        stamps=(SEEDED,) if config.privacy.noise == "seeded" else (),
+        config=to_table(config),
+        plan=describe(prepared),
+        rounds=trained.records,
+        statements=statements(prepared, spent),
+        budget_epsilon=config.privacy.epsilon if config.privacy.unit != "none" else math.inf,
+        metric_name=setup.task.metric_name,
+        metric_final=last,
+        metric_zero_round=zero_metric,
+        metric_majority=majority,
+        higher_is_better=setup.task.higher_is_better,
+        clients=outcomes,
+        clients_source="simulation's own view, never released",
+        audit=audit,
+        ledger_entries=head.entries,
+        ledger_head=head.digest,
+        software=software(),
+        seconds=seconds,
+    )
+
+
+def software() -> Mapping[str, str]:
+    """Return the versions a figure depends on."""
+    found = {"python": platform.python_version(), "system": platform.system()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _adjacency(prepared: Prepared) -> str:
+    if prepared.mechanism is None:
+        return "none"
+    return (
+        "zero out one client"
+        if isinstance(prepared.mechanism, ClientMechanism)
+        else "add or remove one " + ("person" if prepared.config.privacy.unit == "person" else "record")
+    )
+
+
+def _mechanism_words(prepared: Prepared) -> tuple[str, ...]:
+    made, config = prepared.mechanism, prepared.config
+    if made is None:
+        return ("no mechanism",)
+    cap = plan.participation_cap(config)
+    if isinstance(made, RecordMechanism):
+        return (
+            f"up to {cap} rounds x {made.steps} steps of Poisson({made.sampling_rate:.6g}) sampled Gaussian, noise multiplier "
+            f"{made.noise_multiplier:.4f}, clip {made.clip_norm:g}, {made.clipping} clipping",
+        )
+    return (
+        f"up to {cap} rounds of Skellam noise over the honest survivors, noise multiplier {made.noise_multiplier:.4f}, "
+        f"clip {made.clip_norm:g}, every client of a cohort counted as taking part",
+    )
+
+
+def _spends(prepared: Prepared) -> str:
+    privacy = prepared.config.privacy
+    if prepared.mechanism is None:
+        return f"nothing is guaranteed, epsilon infinite; reason given: {privacy.reason}"
+    unit = f"person ({privacy.records_per_person} records)" if privacy.unit == "person" else privacy.unit
+    return (
+        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} per {unit} and data owner; clip {privacy.clip_norm:g}, "
+        f"noise {prepared.mechanism.noise_multiplier:.3f} x clip"
+    )
+
+
+def _reveals(config: RunConfig, observer: Observer) -> str:
+    noised = "already noised" if config.privacy.unit in ("record", "person") else "not noised"
+    least = plan.minimum_survivors(config)
+    if observer == "public":
+        return "the final model"
+    if observer == "client":
+        extra = " and, as a key holder, every sum" if config.protection.kind in ("bfv", "ckks") else ""
+        return f"the global model of every round{extra}"
+    if observer == "server":
+        return {
+            "none": f"every client's update, {noised}, and the global model of every round",
+            "secagg": f"sums of at least {least} clients"
+            + (", noised as a whole" if config.privacy.unit == "client" else f", {noised}"),
+            "bfv": "ciphertexts, and the sum the key holders return",
+            "ckks": "ciphertexts, and the rounded sum the key holders return",
+        }[config.protection.kind]
+    return {
+        "none": f"every client's update, {noised}",
+        "secagg": f"sums less the updates of {config.protection.colluding} colluding clients",
+        "bfv": f"with one client's key: every client's update, {noised}",
+        "ckks": f"with one client's key: every client's update, {noised}",
+    }[config.protection.kind]
+
+
+def _breaks(config: RunConfig) -> str:
+    kind, cohort = config.protection.kind, config.federation.cohort
+    if kind == "none":
+        return "nothing to break: the server sees each update as it is sent"
+    if kind == "secagg":
+        needed = plan.shamir_threshold(config)
+        alone = 2 * needed - (cohort - 1) if config.protection.mode == "active" else needed
+        return (
+            f"{max(1, alone)} colluding clients of one round's {cohort} open another client's update together with the server"
+            + (
+                " even if it lies about who dropped out"
+                if config.protection.mode == "active"
+                else ", which is assumed not to lie"
+            )
+        )
+    return "one client that hands the shared key to the server opens every update of the run"
+
+
+def _warnings(prepared: Prepared) -> list[str]:
+    config, found = prepared.config, []
+    if config.privacy.noise == "seeded":
+        found.append(SEEDED)
+    if config.privacy.unit in ("record", "person") and config.privacy.delta > 1 / prepared.nominal:
+        found.append(
+            f"privacy.delta = {config.privacy.delta:g} is above 1 / {prepared.nominal} examples of a client; choose a smaller one"
+        )
+    if isinstance(prepared.mechanism, RecordMechanism) and prepared.mechanism.sampling_rate == 1.0:
+        found.append("batch_size reaches a client's whole data: sampling does not amplify privacy")
+    if config.protection.kind != "none" and config.privacy.unit == "none":
+        found.append("hiding single updates is not differential privacy: no epsilon is claimed")
+    found += (
+        [f"{config.task.data}: {prepared.dataset.license_note}"]
+        if getattr(prepared.dataset, "license_note", "")
+        else []
+    )
+    return found
+
+
+def outcomes(setup: Setup, trained: Trained, start: Any, *, rows: int = 2000) -> tuple[ClientOutcome, ...]:
+    """Evaluate the first and last model on every client's own data: a simulation's view, marked as such.
+
+    At most `rows` examples are looked at over all clients (at least 8 of each), so that a long list of clients stays cheap.
+    """
+    taken = [0] * len(setup.clients)
+    for record in trained.records:
+        for client in record.cohort:
+            taken[client] += 1
+    shares = [client.examples.take(range(min(len(client.examples), max(8, rows // len(setup.clients))))) for client in setup.clients]
+    before = [setup.evaluate(start, share).metric for share in shares]
+    after = [setup.evaluate(trained.state.vector, share).metric for share in shares]
+    private = setup.config.privacy.unit != "none"
+    return tuple(
+        ClientOutcome(
+            client=client.name, examples=len(client.examples), participations=taken[client.index],
+            metric=after[client.index], metric_before=before[client.index],
+            epsilon=setup.charges.epsilon_of(client.name) if private else math.inf,
+            budget=setup.config.privacy.epsilon if private else math.inf)
+        for client in setup.clients
+    )
