@@ -72,13 +72,14 @@ def line_chart(
     shown: Callable[[float], str] = short,
     from_zero: bool = False,
     aborted: Sequence[int] = (),
+    whole: bool = False,
 ) -> Html:
     """Draw values over rounds, each line labelled at its end, aborted rounds crossed on the axis."""
     rounds = sorted({value for line in series for value in line.x})
     values = [v for line in series for v in line.y if math.isfinite(v)] + [level.value for level in levels]
     if not rounds or not values:
         return tag("p", "Nothing to draw: no finite value was recorded.", class_="empty")
-    ticks = nice_ticks(min([*values, 0.0]) if from_zero else min(values), max(values))
+    ticks = nice_ticks(min([*values, 0.0]) if from_zero else min(values), max(values), whole=whole)
     frame = _Frame(ticks[0], ticks[-1], rounds[0], rounds[-1])
     parts = [_grid(frame, ticks, shown), _round_axis(frame, rounds)]
     parts += [_level(frame, level) for level in levels]
@@ -88,7 +89,7 @@ def line_chart(
     return tag("svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img", aria_label=description, class_="chart")
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
+def nice_ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     """Return three to six round numbers that span [low, high].
 
     >>> nice_ticks(0.0, 8.0)
@@ -98,7 +99,8 @@ def nice_ticks(low: float, high: float) -> list[float]:
         pad = abs(high) / 2 or 1.0
         low, high = (0.0, 2 * high) if high > 0 else (low - pad, high + pad)
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10, 20) if (high - low) / (power * factor) <= 4)
+    steps = [power * factor for factor in (1, 2, 2.5, 5, 10, 20, 50) if not whole or (power * factor).is_integer()]
+    step = next(step for step in [*steps, 1.0] if (high - low) / step <= 4)
     start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{place * step:.12g}") for place in range(start, stop + 1)]
 
@@ -198,29 +200,14 @@ def spread(places: Sequence[float], *, gap: float, low: float, high: float) -> l
     """
     groups: list[tuple[float, int]] = []  # centre, members
     for place in places:
-        centre, members = place, 1
+        centre, members = min(max(place, low), high), 1
         while groups and centre - groups[-1][0] < gap * (members + groups[-1][1]) / 2:
             other, count = groups.pop()
             centre, members = (centre * members + other * count) / (members + count), members + count
+            reach = gap * (members - 1) / 2
+            centre = max(min(centre, high - reach), low + reach)
         groups.append((centre, members))
-    result = [centre + gap * (i - (members - 1) / 2) for centre, members in groups for i in range(members)]
-    overflow = max([0.0, *[value - high for value in result[-1:]]])
-    underflow = max([0.0, *[low - (value - overflow) for value in result[:1]]])
-    return [value - overflow + underflow for value in result]
-
-
-def sparkline(values: Sequence[float]) -> Html | None:
-    """Draw the shape of a curve without axes, as an ornament of a figure given in words."""
-    finite = [value for value in values if math.isfinite(value)]
-    if len(finite) < 2 or min(finite) == max(finite):
-        return None
-    low, span, last = min(finite), max(finite) - min(finite), len(finite) - 1
-    points = [(4 + 232 * i / last, 44 - 38 * (value - low) / span) for i, value in enumerate(finite)]
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    dot = tag("circle", cx=f"{points[-1][0]:.1f}", cy=f"{points[-1][1]:.1f}", r=3.5, class_="dot first")
-    return tag(
-        "svg", tag("path", d=path, class_="line first"), dot, viewBox="0 0 240 50", aria_hidden="true", class_="spark"
-    )
+    return [centre + gap * (i - (members - 1) / 2) for centre, members in groups for i in range(members)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -121,7 +121,7 @@ def _encode(value: Any, hint: Any, at: str) -> Any:
     if is_dataclass(hint):
         if not isinstance(value, hint):  # type: ignore[arg-type]
             raise _wrong(at, value, f"a {getattr(hint, '__name__', hint)}")
-        inner_hints = _hints(hint)
+        inner_hints = _hints(hint)  # type: ignore[arg-type]
         return {f.name: _encode(getattr(value, f.name), inner_hints[f.name], f"{at}.{f.name}") for f in fields(hint)}
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is tuple:

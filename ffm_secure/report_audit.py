@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ffm_secure.charts import Bar, bars
-from ffm_secure.report_markup import OBSERVERS, Html, duration, escape, facts, figure, folded, join, number, tag
+from ffm_secure.report_markup import OBSERVERS, Html, amount, duration, escape, facts, figure, folded, join, number, tag
 from ffm_secure.types import AuditFinding, AuditSummary, RecoveredPair, Verdict
 
 _ORDER: tuple[Verdict, ...] = ("leaked", "inconclusive", "not leaked", "not applicable")
@@ -85,8 +85,8 @@ def _finding(place: int, finding: AuditFinding) -> Html:
         tag("p", finding.reason) if finding.reason else None,
         facts(rows),
     )
-    scored = tag("div", _scores(finding, at), _pairs(finding.pairs) if finding.pairs else None)
-    return tag("article", told, scored, class_=f"card finding {_KIND[finding.verdict][0]}")
+    pairs = _pairs(finding.pairs) if finding.pairs else None
+    return tag("article", told, _scores(finding, at), pairs, class_=f"card finding {_KIND[finding.verdict][0]}")
 
 
 def _scores(finding: AuditFinding, at: str) -> Html:
@@ -147,7 +147,7 @@ def _pairs(pairs: Sequence[RecoveredPair]) -> Html:
 def _pair(pair: RecoveredPair) -> Html:
     truth, recovered = pair.truth.split(), pair.recovered.split()
     common = Counter(map(_plain, truth)) & Counter(map(_plain, recovered))
-    words = f"{sum(common.values())} of {len(truth)} words recovered" if truth else "nothing to recover"
+    words = f"{sum(common.values())} of {amount(len(truth), 'word')} recovered" if truth else "nothing to recover"
     return tag(
         "div",
         facts([("True", _marked(truth, common)), ("Recovered", _marked(recovered, common))], "facts pair"),

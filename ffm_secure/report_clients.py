@@ -49,7 +49,13 @@ def _spread(summary: RunSummary) -> Html | None:
         ("Worse than before", f"{count(worse)} of {count(len(summary.clients))}"),
     ]
     if len(values) > MOST_ROWS:
-        rows.insert(1, ("Worst tenth, at best", figure(_quantile(ordered, 0.1))))
+        rows.insert(
+            1,
+            (
+                "A tenth is at or below" if summary.higher_is_better else "A tenth is at or above",
+                figure(_quantile(ordered, 0.1)),
+            ),
+        )
     return facts(rows, "facts row")
 
 
@@ -64,7 +70,7 @@ def _few(summary: RunSummary) -> Html:
             label=c.client,
             before=c.metric_before,
             after=c.metric,
-            shown=f"{figure(c.metric_before)} → {figure(c.metric)}",
+            shown=f"{figure(c.metric_before, 3)} → {figure(c.metric, 3)}",
         )
         for c in _ordered(summary)
     ]

@@ -115,8 +115,7 @@ def _notice(text: str, kind: str) -> Html:
 
 def _alarms(summary: RunSummary) -> list[str]:
     found = []
-    stamped = any(stamp.upper().startswith("NOT PRIVATE") for stamp in summary.stamps)
-    if not stamped and not any(statement.finite for statement in summary.statements):
+    if not _stamped(summary) and not any(statement.finite for statement in summary.statements):
         found.append(f"NOT PRIVATE: epsilon is {INFINITE} against every observer.")
     for promise in promises(summary.statements):
         epsilon, budget = promise.statement.epsilon, summary.budget_epsilon
@@ -152,6 +151,11 @@ def _warnings(summary: RunSummary) -> list[str]:
     return found
 
 
+def _stamped(summary: RunSummary) -> bool:
+    """Tell whether the run itself says that its epsilon is worth nothing."""
+    return any(stamp.upper().startswith("NOT PRIVATE") for stamp in summary.stamps)
+
+
 def _beats(summary: RunSummary, other: float) -> bool:
     if math.isnan(other):
         return True
@@ -160,7 +164,9 @@ def _beats(summary: RunSummary, other: float) -> bool:
 
 def _summary_body(summary: RunSummary) -> Html:
     lead = f"{_learned(summary)}; {_kept(summary)}; {_exposed(summary.audit)}"
-    cards = tag("div", _learned_card(summary), _spent_card(summary), _exposed_card(summary.audit), class_="cards three")
+    cards = tag(
+        "div", _learned_card(summary), _spent_card(summary), _exposed_card(summary.audit), class_="cards three told"
+    )
     return tag("div", tag("p", lead if lead.endswith((".", "!", "?")) else lead + ".", class_="lead"), cards)
 
 
@@ -169,7 +175,7 @@ def _learned(summary: RunSummary) -> str:
     if not summary.rounds:
         return "No round has finished, so nothing was learned yet"
     done, lost = len(opened(summary.rounds)), len(summary.rounds) - len(opened(summary.rounds))
-    rounds = amount(done, "round") + (f" ({lost} more aborted)" if lost else "")
+    rounds = f"{count(done)} of {amount(done + lost, 'round')}" if lost else amount(done, "round")
     before, after = summary.metric_zero_round, summary.metric_final
     if not math.isfinite(after):
         return f"After {rounds} the {summary.metric_name} is {figure(after)}: training diverged"
@@ -185,6 +191,8 @@ def _learned(summary: RunSummary) -> str:
 
 
 def _kept(summary: RunSummary) -> str:
+    if _stamped(summary) and any(s.finite for s in summary.statements):
+        return "this run is not private, and its epsilon promises nothing"
     kept = [OBSERVERS[s.observer] for s in summary.statements if s.finite and s.epsilon <= summary.budget_epsilon]
     open_ = [OBSERVERS[s.observer] for s in summary.statements if not s.finite]
     if not kept:
@@ -228,7 +236,7 @@ def _learned_card(summary: RunSummary) -> Html:
         "Learned",
         final,
         note,
-        facts(rows),
+        facts(rows, "facts short"),
         sparkline([record.metric for record in summary.rounds]),
         words=not math.isfinite(summary.metric_final),
     )
@@ -240,9 +248,10 @@ def _spent_card(summary: RunSummary) -> Html:
     place, statement = worst(summary.statements)
     shown = number(statement.epsilon, bound(statement.epsilon), f"statements.{place}.epsilon")
     budget = tag("span", " of ", number(summary.budget_epsilon, budget_words(summary.budget_epsilon), "budget_epsilon"))
-    note = tag(
-        "p", "epsilon, the largest over data owners" if statement.finite else "no epsilon is guaranteed", class_="under"
-    )
+    words = "epsilon, the largest over data owners" if statement.finite else "no epsilon is guaranteed"
+    if statement.finite and _stamped(summary):
+        words = "epsilon of the mechanism; this run does not keep it, see the warnings"
+    note = tag("p", words, class_="under")
     against = next(promise.against for promise in promises(summary.statements) if place in promise.places)
     open_ = [s for s in summary.statements if not s.finite] if statement.finite else []
     rest = facts([(f"Against {OBSERVERS[s.observer]}", INFINITE) for s in open_]) if open_ else None
@@ -282,7 +291,7 @@ def _plan_body(summary: RunSummary) -> Html:
         number(plan.trainable_parameters, count(plan.trainable_parameters), "plan.trainable_parameters"),
         " of ",
         number(plan.total_parameters, count(plan.total_parameters), "plan.total_parameters"),
-        f" parameters ({100 * share:.3g} %)",
+        f" parameters ({100 * share:.3g}\N{NO-BREAK SPACE}%)",
     )
     up, down = plan.bytes_up_per_client_round, plan.bytes_down_per_client_round
     sent = tag(

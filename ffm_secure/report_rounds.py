@@ -169,6 +169,7 @@ def participation_body(summary: RunSummary) -> Html:
         from_zero=True,
         aborted=lost,
         shown=lambda value: f"{value:g}",
+        whole=True,
     )
     numbers = table(
         [

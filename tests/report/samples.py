@@ -119,7 +119,8 @@ def rounds(
 def plan(promised: tuple[PrivacyStatement, ...], **changes: Any) -> PlanSummary:
     """Build a plan."""
     values: dict[str, Any] = {
-        "headline": "8 hospitals adapt a 22.7-million-parameter text encoder over 20 rounds; each patient record is protected with epsilon 8.",
+        "headline": "8 hospitals adapt a 22.7-million-parameter text encoder over 20 rounds; "
+        "each patient record is protected with epsilon 8.",
         "trains": "LoRA of rank 8 on the query and value projections of all six layers, and the classification head",
         "trainable_parameters": 78_352,
         "total_parameters": 22_791_312,
@@ -135,7 +136,8 @@ def plan(promised: tuple[PrivacyStatement, ...], **changes: Any) -> PlanSummary:
             "server": "the sum over at least 7 clients in each round",
             "colluding_server": "the sum without the updates of up to 2 colluding clients",
         },
-        "breaks": "7 of 8 clients together with the server can compute the update of the eighth; its records stay protected by their own noise.",
+        "breaks": "7 of 8 clients together with the server can compute the update of the eighth; "
+        "its records stay protected by their own noise.",
         "warnings": (),
     }
     return PlanSummary(**(values | changes))

@@ -1,0 +1,330 @@
+"""report.html: what it says, that it says the same as report.json, and that nothing in a run can break out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from ffm_secure.report import render_html, render_json
+from ffm_secure.report_markup import INFINITE, OBSERVERS, bound, figure, size, small
+
+from . import samples
+
+VOID = {"meta", "br"}
+HOSTILE = (
+    "\"'><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)> &amp; {{7*7}} "
+    "</style></title>--><b>\x00\x1b[31m\ud800\u202etxt"
+)
+
+
+class Page(HTMLParser):
+    """Read a page into tags, texts, exact numbers and tables, and insist that every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.numbers: list[tuple[str, str, str]] = []  # place, exact, shown
+        self.tables: list[tuple[str, list[str], list[list[str]]]] = []  # of, fields, rows
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append((tag, values))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "data":
+            self.numbers.append((values["data-at"] or "", values["value"] or "", ""))
+        if tag == "table":
+            self.tables.append((values.get("data-of") or "", [], []))
+        if tag == "tr" and "tbody" in self.open:
+            self.tables[-1][2].append([])
+        if tag == "th" and "thead" in self.open:
+            self.tables[-1][1].append(values.get("data-field") or "")
+        if tag in ("td", "th") and "tbody" in self.open:
+            self.tables[-1][2][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "title"):
+            self.texts.append(data)
+        if self.open and self.open[-1] == "data":
+            place, exact, shown = self.numbers[-1]
+            self.numbers[-1] = (place, exact, shown + data)
+        if "tbody" in self.open and self.tables[-1][2] and self.tables[-1][2][-1]:
+            self.tables[-1][2][-1][-1] += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def page(summary: Any) -> Page:
+    return Page(render_html(summary))
+
+
+def at(tree: Any, place: str) -> Any:
+    for part in place.split("."):
+        tree = tree[int(part)] if isinstance(tree, list) else tree[part]
+    return tree
+
+
+def shown_value(text: str) -> float:
+    """Read a number back as a person would: units, thousands, words."""
+    words = text.replace(",", "").strip()
+    if words in (INFINITE, "infinite", "no budget"):
+        return math.inf
+    if words == "not a number":
+        return math.nan
+    total = 0.0
+    scale = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "s": 1, "min": 60, "h": 3600, "": 1}
+    for value, unit in re.findall(r"(-?[\d.]+(?:e-?\d+)?)\s*([A-Za-z]*)", words):
+        total += float(value) * scale[unit]
+    return total
+
+
+def agree(shown: str, exact: Any) -> bool:
+    """Tell whether a shown number is the exact one, rounded to at least two digits."""
+    value = {"infinity": math.inf, "-infinity": -math.inf, "nan": math.nan}.get(exact, exact)
+    read = shown_value(shown)
+    if math.isnan(value):
+        return math.isnan(read)
+    return read == value or math.isclose(read, value, rel_tol=0.051, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("name", samples.ALL)
+def test_every_number_is_the_one_of_report_json(name: str) -> None:
+    summary = samples.ALL[name]()
+    tree, seen = json.loads(render_json(summary)), page(summary)
+    for place, exact, shown in seen.numbers:
+        found = at(tree, place)
+        assert exact == (found if isinstance(found, str) else repr(found)), place
+        assert agree(shown, found), (place, shown, found)
+    for of, fields, rows in seen.tables:
+        if not of:
+            continue
+        assert len(rows) == len(tree[of])
+        for row, record in zip(rows, tree[of], strict=True):
+            for field, cell in zip(fields, row, strict=True):
+                value = record[field]
+                if field in ("cohort", "survivors"):
+                    assert int(cell) == len(value)
+                elif field == "dropped":
+                    assert all(f"client {key}: " in cell for key in value)
+                elif isinstance(value, str) and value not in ("infinity", "nan"):
+                    assert " ".join(cell.split()) == " ".join(value.split())
+                else:
+                    assert agree(cell, value), (of, field, cell, value)
+
+
+def test_the_check_of_numbers_catches_a_wrong_number() -> None:
+    assert not agree("7.81", 8.4)
+    assert not agree("0.83", "nan")
+    assert not agree("none (infinite)", 7.8)
+    assert agree("1 min 20 s", 80.1)
+
+
+@pytest.mark.parametrize("name", samples.ALL)
+def test_every_table_and_epsilon_is_there(name: str) -> None:
+    summary = samples.ALL[name]()
+    seen = page(summary)
+    places = {place for place, _, _ in seen.numbers}
+    assert {f"statements.{i}.epsilon" for i in range(len(summary.statements))} <= places
+    fields = {field for of, names, _ in seen.tables if of == "rounds" for field in names}
+    if summary.rounds:
+        wanted = {
+            "round",
+            "loss",
+            "metric",
+            "epsilon_spent",
+            "bytes_up",
+            "bytes_down",
+            "seconds",
+            "client_seconds",
+            "evaluation_seconds",
+        }
+        assert wanted | {"cohort", "survivors", "dropped", "aborted"} <= fields
+    charts = [tag for tag, values in seen.tags if tag == "svg" and not values.get("aria-hidden")]
+    folds = [tag for tag, _ in seen.tags if tag == "details"]
+    assert not charts or folds
+
+
+def test_sections_come_in_order_after_the_warnings() -> None:
+    seen = page(samples.aborted_with_audit())
+    found = [values.get("id") or values.get("aria-label") for tag, values in seen.tags if tag == "section"]
+    assert found == ["Warnings", "summary", "plan", "utility", "spent", "statements", "bounds", "cost", "participation",
+                     "clients", "audit", "configuration", "software", "ledger"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["private", "aborted", "non_private", "contradicted"])
+def test_five_fields_stand_beside_every_epsilon(name: str) -> None:
+    summary = samples.ALL[name]()
+    text = render_html(summary)
+    for heading in ("spent", "statements", "bounds"):
+        section = re.search(rf'<section id="{heading}".*?</section>', text, re.S)
+        assert section is not None
+        seen = Page(section.group()).text
+        for statement in summary.statements:
+            assert bound(statement.epsilon) in seen
+            for field in (
+                statement.unit,
+                statement.adjacency,
+                OBSERVERS[statement.observer],
+                statement.accountant,
+                small(statement.delta),
+                small(statement.slack),
+            ):
+                assert field in seen, (heading, field)
+            for event in statement.mechanism:
+                assert event in seen
+
+
+def test_infinity_is_a_word_with_its_reason_never_zero_or_blank() -> None:
+    seen = page(samples.non_private()).text
+    assert seen.count(INFINITE) > 8
+    assert "the owner waived protection" in seen
+    assert "No mechanism bounds what this observer learns." in seen
+    assert "NOT PRIVATE: privacy.unit is none, because the data are public" in seen.replace(": ", ": ")
+
+
+def test_a_run_without_any_guarantee_is_stamped_even_if_it_forgot() -> None:
+    summary = dataclasses.replace(samples.non_private(), stamps=())
+    assert "NOT PRIVATE:" in page(summary).text
+
+
+def test_a_stamped_run_never_claims_that_its_budget_was_kept() -> None:
+    stamped = page(samples.aborted_with_audit()).text
+    assert "budget was kept" not in stamped
+    assert "promises nothing" in stamped
+    assert "budget was kept" in page(samples.private()).text
+
+
+def test_a_lower_bound_above_the_upper_bound_raises_an_alarm() -> None:
+    text = page(samples.contradicted()).text
+    assert "CONTRADICTION:" in text
+    assert "OVER BUDGET:" in text
+    assert "CONTRADICTION" not in page(samples.private()).text
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("private", "Accuracy rose from 0.131 to 0.831 in 20 rounds (always guessing the most common class scores 0.225); "
+                    "the privacy budget was kept against every observer; audit: no attack recovered more than guessing would."),
+        ("fresh", "No round has finished, so nothing was learned yet; no privacy is guaranteed against anyone; no attack was run"),
+        ("diverged", "After 20 rounds the accuracy is not a number: training diverged"),
+        ("perplexity", "Perplexity fell from 403 to 45.3 in 20 rounds;"),
+        ("aborted", "in 11 of 14 rounds"),
+        ("aborted", "kept against the public, other clients and the server, but nothing is guaranteed against a server with colluding clients"),
+        ("single", "in 1 round "),
+    ],
+)  # fmt: skip
+def test_the_lead_says_what_was_learned_spent_and_exposed(name: str, words: str) -> None:
+    assert words in page(samples.ALL[name]()).text
+
+
+def test_no_gain_over_a_baseline_is_said_first() -> None:
+    assert (
+        "No gain: the final accuracy is no better than before training."
+        in page(samples.private(metric_final=0.12)).text
+    )
+    assert "no better than always guessing" in page(samples.private(metric_final=0.2)).text
+    assert "which is worse than not training" in page(samples.private(metric_final=0.12)).text
+
+
+def test_client_figures_are_marked_with_their_source() -> None:
+    for source in ("simulation's own view, never released", "charged release"):
+        assert page(samples.private(clients_source=source)).text.count(source) >= 2
+
+
+@pytest.mark.parametrize("total, distribution", [(8, False), (24, False), (25, True), (200, True)])
+def test_many_clients_become_a_distribution_with_a_folded_table(total: int, distribution: bool) -> None:
+    summary = samples.private(clients=samples.clients(total))
+    seen = page(summary)
+    assert any("bin" in (values.get("class") or "") for _, values in seen.tags) is distribution
+    assert sum(len(rows) for of, _, rows in seen.tables if of == "clients") == total
+
+
+def test_recovered_words_are_marked_on_both_sides() -> None:
+    text = render_html(samples.non_private())
+    assert "<mark>K-4471,</mark>" in text
+    assert "10 of 15 words recovered" in text
+    assert "<mark>Carrow</mark>" not in text
+    assert "<em>nothing</em>" in text
+
+
+def test_hostile_text_in_every_field_stays_text() -> None:
+    marked = 0
+
+    def hostile(text: str) -> str:
+        nonlocal marked
+        marked += 1
+        return f"{text[:8]}{HOSTILE}{marked}"
+
+    summary = samples.every_text(samples.aborted_with_audit(), hostile)
+    text = render_html(summary)
+    seen = Page(text)
+    clean = page(samples.aborted_with_audit())
+    known = {tag for tag, _ in clean.tags} | {tag for tag, _ in page(samples.private()).tags}
+    assert {tag for tag, _ in seen.tags} <= known | {"details", "summary"}
+    assert not [name for _, values in seen.tags for name in values if name.startswith("on")]
+    assert "<script" not in text.lower()
+    assert "<img" not in text.lower()
+    text.encode("utf-8")
+    assert not re.search("[\x00-\x08\x1b\x7f\u202a-\u202e\u2066-\u2069]", text)
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 100
+    assert json.loads(render_json(summary))["name"] == summary.name
+
+
+@pytest.mark.parametrize("name", samples.ALL)
+def test_nothing_is_fetched_and_nothing_runs(name: str) -> None:
+    text = render_html(samples.ALL[name]())
+    seen = Page(text)
+    for tag, values in seen.tags:
+        assert tag not in {"script", "link", "img", "iframe", "object", "embed", "base", "form", "image", "use"}
+        assert "src" not in values
+        assert all(not name.startswith("on") for name in values)
+        assert (values.get("href") or "#").startswith("#")
+    style = re.findall(r"<style>(.*?)</style>", text, re.S)
+    assert len(style) == 1
+    assert "url(" not in style[0]
+    assert "@import" not in style[0]
+    policy = [values["content"] for tag, values in seen.tags if values.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"]
+
+
+def test_the_page_has_landmarks_names_and_targets() -> None:
+    seen = page(samples.aborted_with_audit())
+    names = [tag for tag, _ in seen.tags]
+    assert all(names.count(landmark) == 1 for landmark in ("header", "nav", "main", "footer", "h1"))
+    ids = [values["id"] for _, values in seen.tags if "id" in values]
+    assert len(ids) == len(set(ids))
+    assert {(values["href"] or "")[1:] for tag, values in seen.tags if tag == "a"} <= set(ids)
+    assert all(values["aria-labelledby"] in ids for tag, values in seen.tags if "aria-labelledby" in values)
+    assert all(values.get("aria-label") or values.get("aria-hidden") for tag, values in seen.tags if tag == "svg")
+    assert next(values for tag, values in seen.tags if tag == "html")["lang"] == "en"
+
+
+def test_an_upper_bound_is_never_shown_smaller_and_a_lower_bound_never_larger() -> None:
+    for value in (7.8012, 7.801, 0.12341, 12.3456, 3.0000001, 1e-9, 999.5, 123456.7):
+        assert shown_value(bound(value)) >= value
+        assert shown_value(bound(value, upper=False)) <= value
+        assert agree(bound(value), value)
+    assert bound(8.0) == "8"
+    assert bound(math.inf) == INFINITE
+
+
+def test_numbers_are_written_plainly() -> None:
+    assert [figure(v) for v in (0.0, 0.5, -12.34567, 1e-7, 1e12)] == ["0", "0.5000", "-12.35", "1e-7", "1e12"]
+    assert [size(v) for v in (999, 999_999, 1_000_000, 2.5e12)] == ["999 B", "1000 kB", "1 MB", "2.5 TB"]
