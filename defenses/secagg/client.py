@@ -108,7 +108,8 @@ class ClientSession:
         self._secrets: _Secrets | None = None
         self._channel_key: bytearray | None = None
         self._advert: messages.Advert | None = None
-        self._adverts: list[messages.Advert] = []
+        self._ids: list[bytes] = []
+        self._mask_keys: dict[int, bytes] = {}
         self._transcript = b""
         self._graph = Graph(0, neighbours=0, ring=None)
         self._place = -1
@@ -181,17 +182,20 @@ class ClientSession:
     @_step(Stage.SHARE)
     def share(self, roster: bytes) -> bytes:
         """Check everybody's adverts, deal shares of both secrets to the neighbours and return them encrypted (R1)."""
-        self._adverts = self._checked_adverts(roster)
-        self._transcript = messages.transcript_of(self._parameters.session_id, self._adverts)
-        self._place = [advert.id for advert in self._adverts].index(self.id)
+        adverts = self._checked_adverts(roster)
+        self._transcript = messages.transcript_of(self._parameters.session_id, adverts)
+        self._ids = [advert.id for advert in adverts]
+        self._place = self._ids.index(self.id)
         self._graph = build_graph(
-            self._parameters.graph, count=len(self._adverts), neighbours=self._parameters.neighbours,
+            self._parameters.graph, count=len(adverts), neighbours=self._parameters.neighbours,
             transcript=self._transcript,
         )  # fmt: skip
         self._neighbours = self._graph.neighbours(self._place)
         if len(self._neighbours) < self._parameters.threshold:
             raise ProtocolError
-        return self._deal()
+        peers = [adverts[neighbour] for neighbour in self._neighbours]
+        self._mask_keys = {place: peer.mask_key for place, peer in zip(self._neighbours, peers, strict=True)}
+        return self._deal(peers)
 
     def _checked_adverts(self, roster: bytes) -> list[messages.Advert]:
         adverts = messages.read_roster(roster)
@@ -208,7 +212,7 @@ class ClientSession:
                 verify_signature(members[advert.id], advert.signature, statement)
         return adverts
 
-    def _deal(self) -> bytes:
+    def _deal(self, peers: list[messages.Advert]) -> bytes:
         """Split both secrets, set up the channel to every neighbour and seal its two shares."""
         held, transcript = self._held(), self._transcript
         key_shares, self_shares = (
@@ -217,7 +221,6 @@ class ClientSession:
             )
             for secret in (held.mask_key, held.self_secret)
         )
-        peers = [self._adverts[neighbour] for neighbour in self._neighbours]
         shared = agree(bytes(self._channel_key or b""), (peer.channel_key for peer in peers))
         ciphertexts = []
         for index, (peer, secret) in enumerate(zip(peers, shared, strict=True)):
@@ -260,7 +263,7 @@ class ClientSession:
             neighbour = self._neighbours[index]
             held.shares[neighbour] = messages.open_shares(
                 bytes(held.channels[index]), ciphertext, point=self._graph.share_point(self._place, neighbour),
-                transcript=self._transcript, sender=self._adverts[neighbour].id, receiver=self.id,
+                transcript=self._transcript, sender=self._ids[neighbour], receiver=self.id,
             )  # fmt: skip
         if len(held.shares) < self._parameters.threshold:
             raise ProtocolError
@@ -274,12 +277,13 @@ class ClientSession:
 
     def _masks(self, held: _Secrets) -> list[Mask]:
         """Return the self mask and one mask for each neighbour whose shares arrived."""
-        sharers = [self._adverts[neighbour] for neighbour in sorted(held.shares)]
-        shared = agree(bytes(held.mask_key), (peer.mask_key for peer in sharers))
+        sharers = sorted(held.shares)
+        shared = agree(bytes(held.mask_key), (self._mask_keys[neighbour] for neighbour in sharers))
         masks = [Mask(messages.self_seed(bytes(held.self_secret), transcript=self._transcript, owner=self.id))]
-        for peer, secret in zip(sharers, shared, strict=True):
-            seed = messages.pair_seed(secret, transcript=self._transcript, one=self.id, other=peer.id)
-            masks.append(Mask(seed, negative=self.id > peer.id))
+        for neighbour, secret in zip(sharers, shared, strict=True):
+            peer = self._ids[neighbour]
+            seed = messages.pair_seed(secret, transcript=self._transcript, one=self.id, other=peer)
+            masks.append(Mask(seed, negative=self.id > peer))
         return masks
 
     def _upload(self, vector: RingVector, masks: list[Mask]) -> bytearray:
@@ -301,7 +305,7 @@ class ClientSession:
     @_step(Stage.CONFIRM)
     def confirm(self, survivors: bytes) -> bytes:
         """Check who is said to have uploaded and sign that set (R3, active mode)."""
-        self._accept_survivors(messages.read_survivors(survivors, len(self._adverts)))
+        self._accept_survivors(messages.read_survivors(survivors, len(self._ids)))
         return messages.write_confirmation(self.id, self._identity.sign(self._alive_statement()))
 
     def _accept_survivors(self, survivors: list[int]) -> None:
@@ -314,7 +318,7 @@ class ClientSession:
         self._survivors = survivors
 
     def _alive_statement(self) -> bytes:
-        return messages.alive_statement(self._transcript, (self._adverts[place].id for place in self._survivors))
+        return messages.alive_statement(self._transcript, (self._ids[place] for place in self._survivors))
 
     @_step(Stage.UNMASK)
     def unmask(self, request: bytes) -> bytes:
@@ -325,7 +329,7 @@ class ClientSession:
         if self._parameters.mode == "active":
             self._check_confirmations(request)
         else:
-            self._accept_survivors(messages.read_request(request, len(self._adverts)))
+            self._accept_survivors(messages.read_request(request, len(self._ids)))
         held, survivors = self._held(), set(self._survivors)
         body = messages.write_shares(
             [self_share if owner in survivors else key_share
@@ -347,4 +351,4 @@ class ClientSession:
             neighbour = self._neighbours[index]
             if neighbour not in survivors:
                 raise ProtocolError
-            verify_signature(members[self._adverts[neighbour].id], signature, statement)
+            verify_signature(members[self._ids[neighbour]], signature, statement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from dataclasses import dataclass
@@ -31,18 +32,27 @@ class Graph:
     """Answer who neighbours whom, by position in the sorted list of identities.
 
     Complete when `ring` is None; otherwise neighbours are those at most `neighbours / 2` steps away on the ring.
+    With `remember`, lists of neighbours are kept once computed: for the server, who needs all of them.
     """
 
-    __slots__ = ("_count", "_half", "_place", "_ring")
+    __slots__ = ("_count", "_half", "_known", "_place", "_ring")
 
-    def __init__(self, count: int, *, neighbours: int, ring: list[int] | None) -> None:
+    def __init__(self, count: int, *, neighbours: int, ring: list[int] | None, remember: bool = False) -> None:
         self._count, self._half, self._ring = count, neighbours // 2, ring
+        self._known: dict[int, list[int]] | None = {} if remember else None
         self._place = [0] * count
         for place, member in enumerate(ring or ()):
             self._place[member] = place
 
     def neighbours(self, member: int) -> list[int]:
         """Return the neighbours of a member in ascending order, the member itself not among them."""
+        if self._known is None:
+            return self._compute(member)
+        if member not in self._known:
+            self._known[member] = self._compute(member)
+        return self._known[member]
+
+    def _compute(self, member: int) -> list[int]:
         if self._ring is None:
             return [other for other in range(self._count) if other != member]
         place = self._place[member]
@@ -53,10 +63,12 @@ class Graph:
         """Return the x at which the holder keeps the owner's share: its place, from 1, among the owner's neighbours."""
         if self._ring is None:
             return holder + 1 if holder < owner else holder
-        return self.neighbours(owner).index(holder) + 1
+        return bisect.bisect_left(self.neighbours(owner), holder) + 1
 
 
-def build_graph(kind: GraphKind, *, count: int, neighbours: int, transcript: bytes) -> Graph:
+def build_graph(
+    kind: GraphKind, *, count: int, neighbours: int, transcript: bytes, remember: bool = False
+) -> Graph:
     """Build the graph every client of a session computes for itself from the session's transcript.
 
     A Harary ring with more neighbours than members is the complete graph.
@@ -64,9 +76,9 @@ def build_graph(kind: GraphKind, *, count: int, neighbours: int, transcript: byt
     Source: Bell et al. 2020 (ePrint 2020/704), section 3: a random permutation of a ring, edges to the nearest.
     """
     if kind == "complete" or neighbours >= count - 1:
-        return Graph(count, neighbours=count - 1, ring=None)
+        return Graph(count, neighbours=count - 1, ring=None, remember=remember)
     ring = _permutation(count, derive_key(transcript, salt=b"", label="graph"))
-    return Graph(count, neighbours=neighbours, ring=ring)
+    return Graph(count, neighbours=neighbours, ring=ring, remember=remember)
 
 
 def _permutation(count: int, key: bytes) -> list[int]:

@@ -171,7 +171,7 @@ class ServerSession:
             self._transcript = messages.transcript_of(self._parameters.session_id, adverts)
             self._graph = build_graph(
                 self._parameters.graph, count=len(adverts), neighbours=self._parameters.neighbours,
-                transcript=self._transcript,
+                transcript=self._transcript, remember=True,
             )  # fmt: skip
             self._roster_message = messages.write_roster(adverts)
             self._stage = Stage.SHARE
