@@ -1,0 +1,86 @@
+"""Which choices go together: every pair of options has a position, and every refusal gives a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import typing
+
+import pytest
+
+from ffm_secure import config, plan
+from ffm_secure.errors import PlanRefused
+from tests.config.test_config import table
+
+OPTIONS = [(axis, value) for axis, values in plan.REVIEWED.items() for value in values]
+PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if pair[0][0] != pair[1][0]]
+
+
+def _choices(kind: type, field: str) -> tuple[str, ...]:
+    found = {item.name: item for item in dataclasses.fields(kind)}[field].metadata["choices"]
+    return typing.cast(tuple[str, ...], found)
+
+
+@pytest.mark.parametrize(("axis", "kind", "field"), [
+    ("task", config.Task, "kind"), ("trainable", config.TrainableSpec, "kind"), ("optimizer", config.Lifecycle, "optimizer"),
+    ("strategy", config.Strategy, "kind"), ("weighting", config.Federation, "weighting"), ("unit", config.Privacy, "unit"),
+    ("clipping", config.Privacy, "clipping"), ("noise", config.Privacy, "noise"), ("protection", config.Protection, "kind"),
+])
+def test_every_option_of_the_run_file_was_reviewed(axis: str, kind: type, field: str) -> None:
+    assert set(plan.REVIEWED[axis]) == set(_choices(kind, field))
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda pair: "-".join(pair))
+def test_every_pair_has_a_position(first: tuple[str, str], second: tuple[str, str]) -> None:
+    reason = plan.position(first, second)
+    assert reason == plan.position(second, first)
+    assert reason == "" or len(reason) > 20
+
+
+def test_refusals_name_reviewed_options() -> None:
+    for (axis_a, axis_b), pairs in plan.REFUSED.items():
+        for value_a, value_b in pairs:
+            assert value_a in plan.REVIEWED[axis_a]
+            assert value_b in plan.REVIEWED[axis_b]
+
+
+def test_a_new_option_must_take_a_position() -> None:
+    with pytest.raises(KeyError, match="has taken no position"):
+        plan.position(("unit", "household"), ("protection", "secagg"))
+
+
+def refused(**sections: dict[str, object]) -> str:
+    changed = table()
+    for section, values in sections.items():
+        changed[section] |= values
+    with pytest.raises(PlanRefused) as caught:
+        plan.check(config.from_table(changed))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("sections", "words"), [
+    ({"federation": {"weighting": "examples"}}, "public constant"),
+    ({"privacy": {"unit": "client"}}, "whole only in the secure sum"),
+    ({"privacy": {"unit": "client"}, "protection": {"kind": "ckks"}}, "exact discrete noise"),
+    ({"federation": {"cohort": 2}, "protection": {"kind": "secagg"}}, "must be at least 3"),
+    ({"protection": {"kind": "secagg", "threshold": 2}}, "raise threshold"),
+    ({"privacy": {"unit": "client", "delta": 0.5}, "protection": {"kind": "secagg"}}, "give away one whole client"),
+    ({"privacy": {"unit": "client", "clipping": "per_layer"}, "protection": {"kind": "secagg"}}, "clips single records"),
+])
+def test_unsound_combinations_are_refused(sections: dict[str, dict[str, object]], words: str) -> None:
+    assert words in refused(**sections)
+
+
+def test_all_reasons_come_at_once() -> None:
+    text = refused(federation={"weighting": "examples"}, privacy={"unit": "client", "clipping": "automatic"}, protection={"kind": "ckks"})
+    assert text.count("\n") >= 3
+
+
+@pytest.mark.parametrize(("cohort", "colluding", "mode", "needed"), [
+    (10, 1, "active", 6), (10, 3, "active", 7), (5, 1, "active", 3), (3, 1, "active", 2), (4, 1, "active", 3), (10, 3, "semi_honest", 4),
+])
+def test_shares_needed_match_the_table(cohort: int, colluding: int, mode: str, needed: int) -> None:
+    changed = table()
+    changed["task"]["clients"], changed["federation"]["cohort"] = cohort, cohort
+    changed["protection"] = {"kind": "secagg", "colluding": colluding, "mode": mode}
+    assert plan.shamir_threshold(config.from_table(changed)) == needed

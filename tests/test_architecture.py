@@ -1,0 +1,128 @@
+"""Rooms have one-way doors: who may import whom, and how large things may get."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("ffm_secure", "defenses", "attacks")
+INDEPENDENT = ("dp", "secagg", "he")
+SHARED = ("defenses.random_source", "defenses.errors")
+HEAVY = {  # optional or heavy packages and the only places that may import them
+    "tenseal": ("defenses/he/",),
+    "opacus": ("defenses/dp/",),
+    "peft": ("ffm_secure/trainable/", "ffm_secure/models.py"),
+    "transformers": ("ffm_secure/models.py", "ffm_secure/builtin_models.py", "ffm_secure/trainable/", "ffm_secure/tasks/", "attacks/"),
+}
+LONGEST_FILE, LONGEST_FUNCTION = 600, 80
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield every absolute module a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the direction"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms(name: str) -> str:
+    return name.split(".")[0]
+
+
+def forbidden(path: Path, module: str) -> str:
+    """Return why `path` may not import `module`, or an empty string."""
+    place = path.relative_to(ROOT).as_posix()
+    room, target = place.split("/")[0], rooms(module)
+    if target not in PACKAGES:
+        return ""
+    if room == "defenses":
+        return _inside_defenses(place, module) if target == "defenses" else "defenses imports only defenses"
+    if room == "attacks":
+        return "" if target == "attacks" else "attacks imports only attacks"
+    if target == "attacks" and place != "ffm_secure/audit.py":
+        return "only ffm_secure/audit.py imports attacks"
+    importers = ("ffm_secure/commands.py", "ffm_secure/cli.py", "ffm_secure/__init__.py", "ffm_secure/run.py")
+    if (module + ".").startswith("ffm_secure.audit.") and place not in (*importers, "ffm_secure/audit.py"):
+        return "only the command line and the package's door import the audit"
+    if (module + ".").startswith("ffm_secure.cli.") and place != "ffm_secure/cli.py":
+        return "nobody imports the command line"
+    return ""
+
+
+def _inside_defenses(place: str, module: str) -> str:
+    room = place.split("/")[1] if place.count("/") > 1 else ""
+    for other in INDEPENDENT:
+        if room in INDEPENDENT and other != room and (module + ".").startswith(f"defenses.{other}."):
+            return f"defenses/{room} and defenses/{other} are independent"
+    return ""
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package: str) -> None:
+    wrong = [f"{path.relative_to(ROOT)} imports {module}: {reason}"
+             for path in files(package) for module in imported(path) if (reason := forbidden(path, module))]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(("place", "module"), [
+    ("defenses/dp/x.py", "ffm_secure.types"), ("defenses/dp/x.py", "defenses.secagg.ring"), ("attacks/x.py", "defenses.dp"),
+    ("ffm_secure/client.py", "attacks.span"), ("ffm_secure/federation.py", "ffm_secure.audit"),
+])
+def test_planted_import_is_caught(place: str, module: str) -> None:
+    assert forbidden(ROOT / place, module)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_heavy_packages_have_one_door(package: str) -> None:
+    wrong = [f"{path.relative_to(ROOT)} imports {module}"
+             for path in files(package) for module in imported(path)
+             if (doors := HEAVY.get(rooms(module))) and not path.relative_to(ROOT).as_posix().startswith(doors)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_grows_too_long(package: str) -> None:
+    wrong = []
+    for path in files(package):
+        text = path.read_text()
+        if len(text.splitlines()) > LONGEST_FILE:
+            wrong.append(f"{path.relative_to(ROOT)}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                skipped = _docstring_lines(node)
+                length = (node.end_lineno or node.lineno) - node.lineno + 1 - skipped
+                if length > LONGEST_FUNCTION:
+                    wrong.append(f"{path.relative_to(ROOT)}: {node.name} has {length} lines")
+    assert not wrong, "\n".join(wrong)
+
+
+def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    first = node.body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        return (first.end_lineno or first.lineno) - first.lineno + 1
+    return 0
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_unsafe_loading(package: str) -> None:
+    bad = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "yaml"}
+    wrong = [f"{path.relative_to(ROOT)} imports {module}" for path in files(package) for module in imported(path) if rooms(module) in bad]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_loop_fits_on_a_page() -> None:
+    tree = ast.parse((ROOT / "ffm_secure" / "federation.py").read_text())
+    loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run")
+    assert (loop.end_lineno or 0) - loop.lineno < 60
