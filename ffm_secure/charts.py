@@ -210,6 +210,20 @@ def spread(places: Sequence[float], *, gap: float, low: float, high: float) -> l
     return [centre + gap * (i - (members - 1) / 2) for centre, members in groups for i in range(members)]
 
 
+def sparkline(values: Sequence[float]) -> Html | None:
+    """Draw the shape of a curve without axes, as an ornament of a figure given in words."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2 or min(finite) == max(finite):
+        return None
+    low, span, last = min(finite), max(finite) - min(finite), len(finite) - 1
+    points = [(4 + 232 * i / last, 44 - 38 * (value - low) / span) for i, value in enumerate(finite)]
+    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    dot = tag("circle", cx=f"{points[-1][0]:.1f}", cy=f"{points[-1][1]:.1f}", r=3.5, class_="dot first")
+    return tag(
+        "svg", tag("path", d=path, class_="line first"), dot, viewBox="0 0 240 50", aria_hidden="true", class_="spark"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
     """Hold one labelled length, with the range it may lie in."""

@@ -226,7 +226,7 @@ def test_a_lower_bound_above_the_upper_bound_raises_an_alarm() -> None:
         ("diverged", "After 20 rounds the accuracy is not a number: training diverged"),
         ("perplexity", "Perplexity fell from 403 to 45.3 in 20 rounds;"),
         ("aborted", "in 11 of 14 rounds"),
-        ("aborted", "kept against the public, other clients and the server, but nothing is guaranteed against a server with colluding clients"),
+        ("aborted", "other clients and the server, but nothing is guaranteed against a server with colluding"),
         ("single", "in 1 round "),
     ],
 )  # fmt: skip
