@@ -65,9 +65,9 @@ OPTIONS = {  # default, least, most
 # How clear a note is: share, own and shared complaints, own findings, own drugs, named impression, own plan,
 # diseases of other clinics.
 _CLARITY = (
-    (0.45, 1.5, 0.3, 1.2, 1.2, 0.45, 1.0, 0.5),
-    (0.33, 0.35, 1.3, 0.25, 0.3, 0.0, 0.3, 0.9),
-    (0.22, 0.6, 0.6, 0.3, 0.3, 0.1, 0.3, 2.2),
+    (0.58, 1.6, 0.25, 1.2, 1.2, 0.6, 1.0, 0.4),
+    (0.24, 0.7, 0.9, 0.35, 0.5, 0.1, 0.4, 0.7),
+    (0.18, 0.9, 0.4, 0.5, 0.5, 0.15, 0.4, 1.8),
 )
 
 

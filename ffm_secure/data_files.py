@@ -31,16 +31,17 @@ class Table:
 
     origin: str
     columns: dict[str, Column]
-    lines: Sequence[int] | None = None  # line of each row in a text file
+    numbers: Sequence[int] | None = None  # what the file calls each row, where that is not its position
+    counted: str = "row"  # what the numbers count
     label_names: tuple[str, ...] | None = None
+    owners: tuple[str, ...] = ()  # columns that name data owners, where that is known
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
     def place(self, row: int) -> str:
         """Name the file and the row as an editor or a data frame counts it."""
-        where = f"row {row}" if self.lines is None else f"line {self.lines[row]}"
-        return f"{self.origin}: {where}"
+        return f"{self.origin}: {self.counted} {row if self.numbers is None else self.numbers[row]}"
 
 
 def read_source(path: Path) -> tuple[Table, Table | None]:
@@ -168,7 +169,7 @@ def read_jsonl(path: Path) -> Table:
         rows.append(row)
         lines.append(number)
     columns = {name: _typed([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-    return Table(origin=str(path), columns=columns, lines=lines)
+    return Table(origin=str(path), columns=columns, numbers=lines, counted="line")
 
 
 def _typed(values: list[Any]) -> Column:
@@ -230,7 +231,7 @@ def _read_delimited(path: Path, delimiter: str) -> Table:
     if len(set(header)) != len(header):
         raise DataError(f"{path}: two columns of the header have the same name; rename one")
     columns = {name: _whole_numbers(list(values)) for name, values in zip(header, zip(*rows), strict=False)}
-    return Table(origin=str(path), columns=columns, lines=lines)
+    return Table(origin=str(path), columns=columns, numbers=lines, counted="line")
 
 
 _WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ffm_secure.errors import DataError
 
@@ -140,4 +140,6 @@ def _encoded(value: Any, place: str) -> bytes | Path:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "unknown format"
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
