@@ -115,8 +115,7 @@ class AdaptiveCount:
 
 def flat_factors(norm: Tensor, *, clip_norm: float) -> Tensor:
     """Return min(1, clip_norm / norm) elementwise, 1 for norm 0."""
-    scale: Tensor = clip_norm / norm.clamp_min(clip_norm)
-    return scale
+    return torch.where(norm <= clip_norm, 1.0, clip_norm / norm)
 
 
 def clip_vector(vector: Tensor, *, clip_norm: float) -> Tensor:

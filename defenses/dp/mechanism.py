@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from defenses.dp.clip import AdaptiveCount, Clipping, ClippingKind, clip_vector
-from defenses.dp.events import Adjacency, Event, GaussianEvent, NonPrivateEvent
+from defenses.dp.discrete import Integers, skellam
+from defenses.dp.events import Adjacency, Event, GaussianEvent, NonPrivateEvent, SkellamEvent
 from defenses.dp.noise import WIDENING, add_gaussian, gaussian
 from defenses.dp.per_sample import ClippedSum
 from defenses.dp.sampling import Indices, fixed_size_sample, poisson_sample
@@ -194,7 +196,11 @@ class ClientMechanism:
     `noise_multiplier` is the noise of the whole opened sum over the bound on one client. Every client adds variance
     (noise_multiplier * clip_norm)^2 / honest_survivors, so the sum holds enough as soon as `honest_survivors` clients
     whose shares no colluder knows are in it. `participations` is the most rounds one client takes part in
-    (`participation_cap`); no amplification by sampling is claimed. `scale` is the number of integer steps in 1.0.
+    (`participation_cap`); no amplification by sampling is claimed.
+
+    For the integer ring, `scale` is the number of integer steps in 1.0 and `dimension` the length of the vector: an
+    update of norm C, scaled and rounded at random to a neighbouring integer in every coordinate, has norm at most
+    C * scale + sqrt(dimension), and that is the sensitivity noise and event are built on. No rounding is redrawn.
 
     Guarantee: with at least `honest_survivors` honest clients in every opened sum, the stated multiplier holds.
     """
@@ -238,6 +244,44 @@ class ClientMechanism:
         """Clip the update and add this client's float share of the noise."""
         std = self.noise_multiplier * self.clip_norm / math.sqrt(self.honest_survivors) * WIDENING
         return add_gaussian(self.clip(update), std=std, source=source)
+
+    def integer_sensitivity(self, *, scale: float, dimension: int) -> float:
+        """Return the L2 bound on one client's rounded vector, in integer steps."""
+        if not scale > 0 or dimension < 1:
+            raise ParameterError(f"scale = {scale}, dimension = {dimension}: both must be positive")
+        return self.clip_norm * scale + math.sqrt(dimension)
+
+    def integer_share(self, update: Tensor, *, scale: float, source: RandomSource) -> Integers:
+        """Clip the update, round it at random to the grid and add this client's Skellam share, as int64."""
+        bounded = clip_vector(update.detach().to("cpu", torch.float64).reshape(-1), clip_norm=self.clip_norm).numpy()
+        grid = np.floor(bounded * scale)
+        rounded = grid.astype(np.int64) + (source.uniform(len(grid)) < bounded * scale - grid)
+        if self.noise_multiplier == 0:
+            return rounded
+        variance = self._integer_variance(scale, len(rounded)) / self.honest_survivors
+        return rounded + skellam(len(rounded), variance=variance, source=source)
+
+    def integer_event(self, release: str, *, scale: float, dimension: int) -> Event:
+        """Return the event of Skellam shares over all participations, in integer steps."""
+        if self.noise_multiplier == 0:
+            return NonPrivateEvent(reason=f"{release}: noise_multiplier is 0")
+        l2 = self.integer_sensitivity(scale=scale, dimension=dimension)
+        # replacing a client removes one rounded vector and adds another
+        change = 2 * l2 if self.adjacency == "replace_one" else l2
+        return SkellamEvent(
+            unit="client",
+            adjacency=self.adjacency,
+            # an integer is at most its own square, so the L1 norm of an integer vector is at most its squared L2 norm
+            l1_sensitivity=max(change, min(math.sqrt(dimension) * change, change**2)),
+            l2_sensitivity=change,
+            variance=self._integer_variance(scale, dimension),
+            scale=scale,
+            steps=self.participations,
+            release=release,
+        )
+
+    def _integer_variance(self, scale: float, dimension: int) -> float:
+        return (self.noise_multiplier * self.integer_sensitivity(scale=scale, dimension=dimension)) ** 2
 
     def digest(self) -> str:
         """Return a hash of everything that decides epsilon."""
