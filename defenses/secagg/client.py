@@ -12,7 +12,7 @@ from defenses.errors import ParameterError, ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import messages, shamir
 from defenses.secagg.graph import Graph, build_graph
-from defenses.secagg.keys import Identity, agree, public_of, verify_signature
+from defenses.secagg.keys import Identity, agree, public_of, require_distinct_keys, verify_signature
 from defenses.secagg.masks import Mask, MaskStreams, RingVector, chunks, word_type
 from defenses.secagg.parameters import ClientPolicy, SessionParameters
 from defenses.secagg.ring import pack_into, packed_bytes
@@ -198,16 +198,18 @@ class ClientSession:
         return self._deal(peers)
 
     def _checked_adverts(self, roster: bytes) -> list[messages.Advert]:
+        if len(roster) > messages.HEADER_BYTES + messages.ADVERT_BYTES * self._parameters.clients:
+            raise ProtocolError
         adverts = messages.read_roster(roster)
         self._policy.admit_cohort(self._parameters, len(adverts))
         members = self._parameters.roster.members
-        keys = {key for advert in adverts for key in (advert.channel_key, advert.mask_key)}
-        if self._advert not in adverts or len(keys) != 2 * len(adverts):
+        require_distinct_keys([key for advert in adverts for key in (advert.channel_key, advert.mask_key)])
+        if self._advert not in adverts:
             raise ProtocolError
         for advert in adverts:
             if advert.id not in members:
                 raise ProtocolError
-            if advert is not self._advert:
+            if advert != self._advert:
                 statement = advert.statement(self._parameters.session_id)
                 verify_signature(members[advert.id], advert.signature, statement)
         return adverts

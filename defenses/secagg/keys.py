@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NoReturn
@@ -20,6 +20,7 @@ LABEL = b"ffm-secagg/1 "
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 _ROSTER_VERSION = 1
+_CURVE_PRIME = 2**255 - 19
 
 
 def labelled_hash(label: str, *parts: bytes) -> bytes:
@@ -66,6 +67,15 @@ def agree(secret: bytes, public_keys: Iterable[bytes]) -> list[bytes]:
     """
     private = X25519PrivateKey.from_private_bytes(secret)
     return [private.exchange(X25519PublicKey.from_public_bytes(public)) for public in public_keys]
+
+
+def require_distinct_keys(keys: Sequence[bytes]) -> None:
+    """Check that X25519 public keys are canonical encodings and pairwise different.
+
+    Raises: ProtocolError. Two encodings of one point would pass for two keys.
+    """
+    if len(set(keys)) != len(keys) or any(int.from_bytes(key, "little") >= _CURVE_PRIME for key in keys):
+        raise ProtocolError
 
 
 class ReplayGuard:

@@ -126,8 +126,8 @@ class ClientPolicy:
     operator: public key of the operator whose roster is trusted. minimum_survivors: the fewest clients a sum may
     cover. colluders: how many clients may work with the server. minimum_honest: the fewest survivors besides the
     colluders. modes: the protocols accepted. minimum_threshold, modulus_bits, maximum_length: further bounds.
-    quantization_hash: this client's own rule, when it is known before the session. security_bits: for a ring; None
-    means 80 in active mode, where a server could try many rosters until the graph suits it, and 40 otherwise.
+    quantization_hash, run_id: this client's own rule and run, when it knows them before the session. security_bits: for
+    a ring; None means 80 in active mode, where a server could try many rosters until one suits it, and 40 otherwise.
 
     Raises: ParameterError for a policy that protects nobody.
     """
@@ -141,6 +141,7 @@ class ClientPolicy:
     modulus_bits: frozenset[int] = frozenset(MODULUS_BITS)
     maximum_length: int = 1 << 40
     quantization_hash: bytes | None = None
+    run_id: bytes | None = None
     security_bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -172,6 +173,8 @@ class ClientPolicy:
             problems.append(f"length = {parameters.length}: must be at most {self.maximum_length}")
         if self.quantization_hash not in (None, parameters.quantization_hash):
             problems.append("quantization_hash: not the rule this client uses")
+        if self.run_id not in (None, parameters.run_id):
+            problems.append("run_id: not the run this client joined")
         safe = self._safe_threshold(parameters, parameters.clients)
         if safe is None:
             problems.append(f"neighbours = {parameters.neighbours}: too few for {self.colluders} colluders")

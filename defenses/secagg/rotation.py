@@ -74,10 +74,12 @@ def hadamard(vector: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         order = min(1 << _LEVELS_AT_ONCE, length // inner)
         result = np.matmul(_matrix(order), result.reshape(-1, order, inner))
         inner *= order
-    return result.reshape(length) / math.sqrt(length)
+    transformed: npt.NDArray[np.float64] = result.reshape(length) / math.sqrt(length)
+    return transformed
 
 
 def _matrix(order: int) -> npt.NDArray[np.float64]:
     rows = np.arange(order)
     parity = np.bitwise_count(rows[:, None] & rows[None, :]) & 1
-    return 1.0 - 2.0 * parity.astype(np.float64)
+    signs: npt.NDArray[np.float64] = 1.0 - 2.0 * parity
+    return signs

@@ -14,7 +14,7 @@ from defenses.random_source import RandomSource
 from defenses.secagg import messages, shamir
 from defenses.secagg.client import Stage
 from defenses.secagg.graph import Graph, build_graph
-from defenses.secagg.keys import agree, public_of, verify_signature
+from defenses.secagg.keys import agree, public_of, require_distinct_keys, verify_signature
 from defenses.secagg.masks import Mask, RingVector, add_masks, word_type
 from defenses.secagg.parameters import SessionParameters
 from defenses.secagg.ring import add_packed, packed_bytes, reduce
@@ -85,6 +85,7 @@ class ServerSession:
         self._source = source if source is not None else RandomSource.system()
         self._stage = Stage.ADVERTISE
         self._adverts: dict[bytes, messages.Advert] = {}
+        self._keys: set[bytes] = set()
         self._order: list[bytes] = []
         self._place: dict[bytes, int] = {}
         self._transcript = b""
@@ -148,12 +149,14 @@ class ServerSession:
         advert = messages.read_advert(message)
         if advert.id in self._adverts or len(self._adverts) >= self._parameters.clients:
             raise ProtocolError
-        known = {key for other in self._adverts.values() for key in (other.channel_key, other.mask_key)}
-        if advert.channel_key == advert.mask_key or known & {advert.channel_key, advert.mask_key}:
+        keys = (advert.channel_key, advert.mask_key)
+        require_distinct_keys(keys)
+        if self._keys.intersection(keys):
             raise ProtocolError
         statement = advert.statement(self._parameters.session_id)
         verify_signature(self._parameters.roster.members[advert.id], advert.signature, statement)
         self._adverts[advert.id] = advert
+        self._keys.update(keys)
         self._count_up(advert.id, len(message))
         return advert.id
 
@@ -184,6 +187,7 @@ class ServerSession:
     def receive_shares(self, message: bytes) -> bytes:
         """Accept a client's encrypted shares and return its id."""
         self._require(Stage.SHARE)
+        self._bound(message, messages.HEADER_BYTES + 128 + messages.CIPHERTEXT_BYTES * len(self._order))
         sealed = messages.SealedShares.from_bytes(message)
         place = self._place[sealed.id]
         if place in self._shares or len(sealed.ciphertexts) != len(self._graph.neighbours(place)):
@@ -193,6 +197,12 @@ class ServerSession:
         self._commitments[place] = sealed.commitment
         self._count_up(sealed.id, len(message))
         return sealed.id
+
+    @staticmethod
+    def _bound(message: bytes, largest: int) -> None:
+        """Refuse an oversized message before taking it apart."""
+        if len(message) > largest:
+            raise ProtocolError
 
     def _verify(self, owner: bytes, signature: bytes, statement: bytes) -> None:
         verify_signature(self._parameters.roster.members[owner], signature, statement)
@@ -308,6 +318,7 @@ class ServerSession:
     def receive_response(self, message: bytes) -> bytes:
         """Accept a client's shares of its neighbours' secrets and return its id."""
         self._require(Stage.UNMASK)
+        self._bound(message, messages.HEADER_BYTES + 96 + shamir.SHARE_BYTES * len(self._order))
         response = messages.SignedBody.from_bytes(message, messages.Kind.RESPONSE)
         place = self._place[response.id]
         if place not in self._requested or place in self._responses:
