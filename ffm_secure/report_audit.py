@@ -7,7 +7,20 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ffm_secure.charts import Bar, bars
-from ffm_secure.report_markup import OBSERVERS, Html, amount, duration, escape, facts, figure, folded, join, number, tag
+from ffm_secure.report_markup import (
+    OBSERVERS,
+    Html,
+    amount,
+    bound,
+    duration,
+    escape,
+    facts,
+    figure,
+    folded,
+    join,
+    number,
+    tag,
+)
 from ffm_secure.types import AuditFinding, AuditSummary, RecoveredPair, Verdict
 
 _ORDER: tuple[Verdict, ...] = ("leaked", "inconclusive", "not leaked", "not applicable")
@@ -31,7 +44,9 @@ def audit_body(audit: AuditSummary | None) -> Html:
     if audit is None:
         return tag(
             "p",
-            "No attack was run. `ffm-secure audit` attacks what each observer saw and adds the result here.",
+            "No attack was run. ",
+            tag("code", "ffm-secure audit"),
+            " attacks what each observer saw and adds the result here.",
             class_="empty",
         )
     placed = sorted(enumerate(audit.findings), key=lambda item: (_ORDER.index(item[1].verdict), item[0]))
@@ -92,20 +107,21 @@ def _finding(place: int, finding: AuditFinding) -> Html:
 def _scores(finding: AuditFinding, at: str) -> Html:
     if finding.score is None:
         return tag("p", f"{finding.measure}: no score", class_="under")
+    is_epsilon = "epsilon" in finding.measure.casefold()
+
+    def written(value: float, digits: int = 3) -> str:
+        return bound(value, upper=False) if is_epsilon else figure(value, digits)
+
     values = [v for v in (finding.score, finding.low, finding.high, finding.baseline, finding.control) if v is not None]
-    unit = (
-        all(math.isfinite(v) and 0 <= v <= 1 for v in values)
-        and "dB" not in finding.measure
-        and "psilon" not in finding.measure
-    )
+    unit = all(math.isfinite(v) and 0 <= v <= 1 for v in values) and "dB" not in finding.measure and not is_epsilon
     interval: list[Html | str] = []
     if finding.low is not None and finding.high is not None:
         low, high = (
-            number(finding.low, figure(finding.low, 2), f"{at}.low"),
-            number(finding.high, figure(finding.high, 2), f"{at}.high"),
+            number(finding.low, written(finding.low, 2), f"{at}.low"),
+            number(finding.high, written(finding.high, 2), f"{at}.high"),
         )
         interval = [tag("span", " (", low, " to ", high, ")", class_="range")]
-    shown = join([number(finding.score, figure(finding.score, 3), f"{at}.score"), *interval])
+    shown = join([number(finding.score, written(finding.score), f"{at}.score"), *interval])
     rows = [
         Bar(
             label="this attack",
@@ -122,7 +138,7 @@ def _scores(finding: AuditFinding, at: str) -> Html:
     ):
         if value is not None:
             rows.append(
-                Bar(label=label, value=value, shown=number(value, figure(value, 3), f"{at}.{field}"), role="quiet")
+                Bar(label=label, value=value, shown=number(value, written(value), f"{at}.{field}"), role="quiet")
             )
     heading = tag(
         "p",
@@ -130,11 +146,7 @@ def _scores(finding: AuditFinding, at: str) -> Html:
         ", with its 95 % interval" if interval else None,
         class_="measure",
     )
-    about = (
-        tag("p", tag("a", "What this epsilon is about", href="#bounds"), class_="under")
-        if "psilon" in finding.measure
-        else None
-    )
+    about = tag("p", tag("a", "What this epsilon is about", href="#bounds"), class_="under") if is_epsilon else None
     return tag("div", heading, bars(rows, top=1.0 if unit else None), about)
 
 

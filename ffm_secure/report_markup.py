@@ -172,7 +172,7 @@ class Promise:
     @property
     def heading(self) -> str:
         """Name the observers as a heading."""
-        return f"Against {self.against}"
+        return f"Against {self.against.partition(':')[0]}"
 
 
 def promises(statements: Sequence[PrivacyStatement]) -> list[Promise]:

@@ -306,7 +306,7 @@ def _plan_body(summary: RunSummary) -> Html:
         "noise multiplier ",
         number(plan.noise_multiplier, figure(plan.noise_multiplier), "plan.noise_multiplier"),
     )
-    reveals = facts([(f"To {OBSERVERS[name]}", plan.reveals[name]) for name in sorted(plan.reveals)])
+    reveals = facts([(f"To {OBSERVERS[name]}", plan.reveals[name]) for name in OBSERVERS if name in plan.reveals])
     return tag(
         "div",
         tag("p", plan.headline, class_="lede"),

@@ -85,7 +85,7 @@ def rounds(
     source, records, metric, loss = random.Random(seed), [], 0.131, 2.31
     for number in range(1, total + 1):
         who = tuple(sorted(source.sample(range(clients), cohort)))
-        gone = {c: source.choice(("masking", "training")) for c in who if source.random() < 0.06}
+        gone = {c: source.choice(("masking", "training")) for c in who[:1] if source.random() < 0.35}
         if number in aborted:
             gone = dict.fromkeys(who[: max(1, cohort // 2)], "masking")
         else:

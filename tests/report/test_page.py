@@ -321,6 +321,7 @@ def test_an_upper_bound_is_never_shown_smaller_and_a_lower_bound_never_larger() 
         assert shown_value(bound(value)) >= value
         assert shown_value(bound(value, upper=False)) <= value
         assert agree(bound(value), value)
+    assert 'data-at="audit.findings.3.score">0.421</data>' in render_html(samples.private())
     assert bound(8.0) == "8"
     assert bound(math.inf) == INFINITE
 
