@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from defenses.dp import ClientMechanism, Clipping, PerSampleEngine, RecordMechanism
+from defenses.dp import Clipping, PerSampleEngine, RecordMechanism
 from defenses.random_source import RandomSource
 from ffm_secure.config import RunConfig
 from ffm_secure.lifecycle import LocalChange, finetune
 from ffm_secure.lifecycle.finetune import GradientRule, PlainGradient, PrivateGradient
+from ffm_secure.mechanism import ClientNoise, Mechanism
 from ffm_secure.types import RoundPlan
 from ffm_secure.vector import VectorCode
 
@@ -47,7 +48,7 @@ class Workplace:
     config: RunConfig
     trainable: Any
     task: Any
-    mechanism: RecordMechanism | ClientMechanism | None
+    mechanism: Mechanism
     code: VectorCode
     device: str
     engine: PerSampleEngine | None = None
@@ -96,9 +97,9 @@ class Workplace:
 
     def protect(self, change: LocalChange, client: Client, source: RandomSource) -> Noisy:
         """Bound and noise the whole change where the client is the unit; pass on what is already private."""
+        if isinstance(self.mechanism, ClientNoise):
+            return Noisy(values=self.mechanism.noisy_integers(change.vector, source), loss=0.0, weight=1)
         vector = change.vector.detach().cpu().numpy().astype(np.float64)
-        if isinstance(self.mechanism, ClientMechanism):
-            return Noisy(values=self.mechanism.noisy_integers(vector, source=source), loss=0.0, weight=1)
         if self.mechanism is None:
             weight = len(client.examples) if self.config.federation.weighting == "examples" else 1
             loss = 0.0 if np.isnan(change.loss) else float(change.loss)

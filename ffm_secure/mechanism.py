@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from dataclasses import dataclass
 
-from defenses.dp import ClientMechanism, Event, NonPrivateEvent, RecordMechanism, noise_multiplier
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from defenses.dp import Accountant, ClientMechanism, Event, NonPrivateEvent, RecordMechanism, noise_multiplier
+from defenses.random_source import RandomSource
 from ffm_secure import plan
 from ffm_secure.config import RunConfig
 from ffm_secure.vector import VectorCode, grid_code, real_code
-
-Mechanism = RecordMechanism | ClientMechanism | None
 
 
 def build(config: RunConfig, *, size: int, nominal: int, largest_client: int) -> tuple[Mechanism, VectorCode]:
@@ -20,16 +25,7 @@ def build(config: RunConfig, *, size: int, nominal: int, largest_client: int) ->
     """
     privacy, protection, federation = config.privacy, config.protection, config.federation
     if privacy.unit == "client":
-        made = _client_mechanism(config, size)
-        code = grid_code(
-            size=size,
-            clients=federation.cohort,
-            value_bits=protection.value_bits,
-            bound=privacy.clip_norm,
-            grid_scale=made.scale,
-            noise_bound=made.noise_bound,
-        )
-        return made, code
+        return _client_mechanism(config, size)
     weights = largest_client if federation.weighting == "examples" else 1
     code = real_code(
         size=size,
@@ -69,8 +65,80 @@ def _record_mechanism(config: RunConfig, nominal: int) -> RecordMechanism:
     )
 
 
-def _client_mechanism(config: RunConfig, size: int) -> ClientMechanism:
-    raise NotImplementedError
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientNoise:
+    """The client-level mechanism on this run's integer grid: one round of Skellam noise, shared by the honest survivors."""
+
+    inner: ClientMechanism  # of one participation
+    scale: float  # integer levels in 1.0
+    dimension: int
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Return the noise of the opened sum over the bound on one client."""
+        return self.inner.noise_multiplier
+
+    @property
+    def clip_norm(self) -> float:
+        """Return the bound on one client's update."""
+        return self.inner.clip_norm
+
+    @property
+    def noise_bound(self) -> int:
+        """Return what one client's noise on one coordinate exceeds with probability below 1e-30 (12 standard deviations)."""
+        deviation = self.noise_multiplier * self.inner.integer_sensitivity(scale=self.scale, dimension=self.dimension)
+        return 2 + math.ceil(12 * deviation / math.sqrt(self.inner.honest_survivors))
+
+    def event(self, release: str) -> Event:
+        """Return the event of one round."""
+        return self.inner.integer_event(release, scale=self.scale, dimension=self.dimension)
+
+    def noisy_integers(self, update: Tensor, source: RandomSource) -> npt.NDArray[np.int64]:
+        """Clip, round to the grid, add this client's share of the noise."""
+        return self.inner.integer_share(update, scale=self.scale, source=source)
+
+    def digest(self) -> str:
+        """Return the hash of everything that decides epsilon."""
+        return hashlib.sha256(f"{self.inner.digest()}|{self.scale!r}|{self.dimension}".encode()).hexdigest()
+
+
+def _client_mechanism(config: RunConfig, size: int) -> tuple[ClientNoise, VectorCode]:
+    """Find the smallest noise on the grid that keeps the budget over every participation a client may have."""
+    privacy, protection = config.privacy, config.protection
+    scale = ((1 << (protection.value_bits - 1)) - 1) / privacy.clip_norm
+    honest = plan.minimum_survivors(config) - protection.colluding
+    cap = max(1, plan.participation_cap(config))
+
+    def made(multiplier: float) -> ClientNoise:
+        inner = ClientMechanism(
+            noise_multiplier=multiplier, clip_norm=privacy.clip_norm, honest_survivors=honest, participations=1
+        )
+        return ClientNoise(inner=inner, scale=scale, dimension=size)
+
+    def spent(multiplier: float) -> float:
+        accountant = Accountant()
+        accountant.compose(made(multiplier).event("calibration"), count=cap)
+        return accountant.epsilon(privacy.delta).epsilon
+
+    low, high = 1e-3, 1.0
+    while spent(high) > privacy.epsilon:
+        low, high = high, 2 * high
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > privacy.epsilon else (low, middle)
+    noise = made(high)
+    code = grid_code(
+        size=size,
+        clients=config.federation.cohort,
+        value_bits=protection.value_bits,
+        bound=privacy.clip_norm,
+        grid_scale=scale,
+        noise_bound=noise.noise_bound,
+    )
+    return noise, code
+
+
+Mechanism = RecordMechanism | ClientNoise | None
 
 
 def event(mechanism: Mechanism, *, reason: str) -> Event:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from defenses.dp import ClientMechanism, Ledger, RecordMechanism, balanced_schedule
+from defenses.dp import Ledger, balanced_schedule
 from defenses.random_source import RandomSource
-from ffm_secure import data, mechanism, models, partition, plan, tasks, trainable
+from ffm_secure import data, models, partition, plan, tasks, trainable
+from ffm_secure import mechanism as mechanisms
 from ffm_secure.charges import Charges
 from ffm_secure.client import Client
 from ffm_secure.config import RunConfig
@@ -36,7 +37,7 @@ class Prepared:
     trainable: Any
     task: Any
     nominal: int  # public size of one client's data
-    mechanism: RecordMechanism | ClientMechanism | None
+    mechanism: mechanisms.Mechanism
     code: VectorCode
     device: str
 
@@ -78,7 +79,7 @@ class Setup:
         return self.prepared.trainable
 
     @property
-    def mechanism(self) -> RecordMechanism | ClientMechanism | None:
+    def mechanism(self) -> mechanisms.Mechanism:
         """Return the object that owns sampler, bound, noise and event."""
         return self.prepared.mechanism
 
@@ -124,9 +125,7 @@ def prepare(config: RunConfig, base: Path) -> Prepared:
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
     dataset = load_dataset(config, base)
-    parts = partition.partition(
-        dataset.train, clients=config.task.clients, split=config.task.split, seed=config.seed
-    )
+    parts = partition.partition(dataset.train, clients=config.task.clients, split=config.task.split, seed=config.seed)
     nominal = config.task.nominal_examples or max(1, len(dataset.train) // config.task.clients)
     labels = len(dataset.label_names) if dataset.label_names else None
     backbone = models.load_backbone(
@@ -136,7 +135,7 @@ def prepare(config: RunConfig, base: Path) -> Prepared:
     trained = trainable.attach(backbone, to_table(config.model.trainable), task_kind=config.task.kind, seed=config.seed)
     device = choose_device(config.speed.device)
     trained.model.to(device)
-    mechanism_, code = mechanism.build(
+    mechanism_, code = mechanisms.build(
         config, size=trained.size, nominal=nominal, largest_client=max((len(part) for part in parts), default=1)
     )
     return Prepared(
@@ -194,7 +193,7 @@ def build(prepared: Prepared, folder: Path) -> Setup:
         protection=build_protection(config, code=prepared.code, owners=prepared.owners),
         schedule=tuple(tuple(int(client) for client in cohort) for cohort in schedule),
         run_id=run_id,
-        mechanism_digest=mechanism.digest(prepared.mechanism),
+        mechanism_digest=mechanisms.digest(prepared.mechanism),
         ledger_path=ledger_path,
         examples=tuple(len(part) for part in prepared.parts),
     )
@@ -205,7 +204,7 @@ def open_charges(prepared: Prepared, path: Path) -> Charges:
     config = prepared.config
     ledger = Ledger.open(path, create=True)
     unit = config.privacy.unit
-    event = mechanism.event(prepared.mechanism, reason=config.privacy.reason)
+    event = mechanisms.event(prepared.mechanism, reason=config.privacy.reason)
     if unit != "none":
         for owner in prepared.owners:
             ledger.set_budget(owner, prepared.dataset.name, unit, config.privacy.epsilon, config.privacy.delta)

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from defenses.dp import ClientMechanism, RecordMechanism
+from defenses.dp import RecordMechanism
 from ffm_secure import mechanism as mechanisms
 from ffm_secure import plan
 from ffm_secure.config import OBSERVERS, RunConfig
 from ffm_secure.federation import Trained
+from ffm_secure.mechanism import ClientNoise
 from ffm_secure.schema import to_table
 from ffm_secure.setup import Prepared, Setup
 from ffm_secure.types import AuditSummary, ClientOutcome, Observer, PlanSummary, PrivacyStatement, RunSummary
@@ -63,9 +64,7 @@ def statements(prepared: Prepared, epsilon: float, slack: float = 0.0) -> tuple[
         adjacency=_adjacency(prepared),
         mechanism=_mechanism_words(prepared),
         slack=slack,
-        accountant="RDP (Skellam)"
-        if isinstance(prepared.mechanism, ClientMechanism)
-        else "PLD, tilted FFT, rounded up",
+        accountant="RDP (Skellam)" if isinstance(prepared.mechanism, ClientNoise) else "PLD, tilted FFT, rounded up",
     )
     if privacy.unit == "none":
         common = replace(
@@ -145,7 +144,7 @@ def _adjacency(prepared: Prepared) -> str:
         return "none"
     return (
         "zero out one client"
-        if isinstance(prepared.mechanism, ClientMechanism)
+        if isinstance(prepared.mechanism, ClientNoise)
         else "add or remove one " + ("person" if prepared.config.privacy.unit == "person" else "record")
     )
 
@@ -248,15 +247,22 @@ def outcomes(setup: Setup, trained: Trained, start: Any, *, rows: int = 2000) ->
     for record in trained.records:
         for client in record.cohort:
             taken[client] += 1
-    shares = [client.examples.take(range(min(len(client.examples), max(8, rows // len(setup.clients))))) for client in setup.clients]
+    shares = [
+        client.examples.take(range(min(len(client.examples), max(8, rows // len(setup.clients)))))
+        for client in setup.clients
+    ]
     before = [setup.evaluate(start, share).metric for share in shares]
     after = [setup.evaluate(trained.state.vector, share).metric for share in shares]
     private = setup.config.privacy.unit != "none"
     return tuple(
         ClientOutcome(
-            client=client.name, examples=len(client.examples), participations=taken[client.index],
-            metric=after[client.index], metric_before=before[client.index],
+            client=client.name,
+            examples=len(client.examples),
+            participations=taken[client.index],
+            metric=after[client.index],
+            metric_before=before[client.index],
             epsilon=setup.charges.epsilon_of(client.name) if private else math.inf,
-            budget=setup.config.privacy.epsilon if private else math.inf)
+            budget=setup.config.privacy.epsilon if private else math.inf,
+        )
         for client in setup.clients
     )
