@@ -359,9 +359,11 @@ def _write_part(
     for home, label in zip(homes.tolist(), labels.tolist()):
         known = patients[home]
         if not known or unit() < 0.45:
-            known.append(_make_patient(f"{prefix}{made}", desks[home].house, unit))
+            patient = _make_patient(f"{prefix}{made}", desks[home].house, unit)
+            known.append(patient)
             made += 1
-        patient = _pick(known, unit)
+        else:
+            patient = _pick(known, unit)
         planted = unit() < chosen["facts"] / 100
         text, found = _distinct(desks[home], names[label], patient, unit, planted=planted, seen=seen)
         texts.append(text)

@@ -123,8 +123,8 @@ ORTHOPAEDICS = (
         "hip fracture, day {2-6} post op | meniscal tear | ACL rupture",
         "23# twisted knee at football, heard a pop | 2# locks when bending | 1# hip pain after fall at home | "
         "23# swelled up within {1-4} hours | slept badly with pain | 3# knee unstable on turning",
-        "1# wound dry, clips in | 3# Lachman positive | 3# pivot shift positive | 2# McMurray positive | 23# moderate effusion | 2# joint line tender | 1# <hb_low> | "
-        "1# mobilised {5-30:5} m with frame",
+        "1# wound dry, clips in | 3# Lachman positive | 3# pivot shift positive | 2# McMurray positive | "
+        "23# moderate effusion | 2# joint line tender | 1# <hb_low> | 1# mobilised {5-30:5} m with frame",
         "1# enoxaparin 40 mg once daily | 1# oxycodone 5 mg as needed | paracetamol 1 g four times daily | "
         "1# zoledronate 5 mg | 1# lactulose 15 ml twice daily | 23# ibuprofen 400 mg three times daily",
         "1# mobilise full weight | 23# MRI knee | 3# reconstruction list | 2# arthroscopy list | "
@@ -174,7 +174,8 @@ DERMATOLOGY = (
         "3# painful lumps in armpits | 1# spots on face and back for {1-4} years | 2# flushing with wine | "
         "13# scarring worries | low mood about skin | 2# gritty eyes",
         "1# comedones and pustules cheeks | 1# ice pick scars | 2# central erythema and papules | "
-        "3# draining sinus left axilla | 3# tender nodules both groins | 3# bridged scars | 12# no nodules | 2# mild blepharitis",
+        "3# draining sinus left axilla | 3# tender nodules both groins | 3# bridged scars | 12# no nodules | "
+        "2# mild blepharitis",
         "13# lymecycline 408 mg once daily | 1# adapalene/benzoyl peroxide at night | "
         "1# isotretinoin {20-40:10} mg once daily | 2# ivermectin cream once daily | "
         "2# doxycycline 40 mg once daily | 3# clindamycin lotion",
@@ -184,14 +185,18 @@ DERMATOLOGY = (
     ),
     Condition(
         "chronic urticaria | drug eruption | leg cellulitis | venous leg ulcer",
-        "1# itchy wheals most days for {6-20} weeks | 2# rash {5-10} days after antibiotic | 2# itchy all over since new tablet | 2# spots spread from chest to arms | "
-        "3# red hot leg and fever | 3# shin sore and tight for {2-5} days | 3# shivers overnight, leg pink | 4# leg ulcer weeping | 1# lips swelled twice | 4# ankle swelling and brown skin",
-        "1# blanching wheals trunk | 1# dermographism | 1# UAS7 {16-38} | 2# maculopapular rash, no mucosal signs | "
-        "3# demarcated erythema to mid shin | 3# warm, tender calf skin | 3# <crp> | 4# {2-7} cm ulcer over medial malleolus | 4# ABPI {8-11/10} | "
+        "1# itchy wheals most days for {6-20} weeks | 2# rash {5-10} days after antibiotic | "
+        "2# itchy all over since new tablet | 2# spots spread from chest to arms | 3# red hot leg and fever | "
+        "3# shin sore and tight for {2-5} days | 3# shivers overnight, leg pink | 4# leg ulcer weeping | "
+        "1# lips swelled twice | 4# ankle swelling and brown skin",
+        "1# blanching wheals trunk | 1# dermographism | 1# UAS7 {16-38} | "
+        "2# maculopapular rash, no mucosal signs | 3# demarcated erythema to mid shin | "
+        "3# warm, tender calf skin | 3# <crp> | 4# {2-7} cm ulcer over medial malleolus | 4# ABPI {8-11/10} | "
         "2# eosinophils {6-18/10}",
         "12# cetirizine 10 mg twice daily | 1# omalizumab 300 mg monthly | "
-        "3# flucloxacillin 1 g four times daily | 3# paracetamol 1 g as needed | 12# prednisolone 30 mg for {3-5} days | "
-        "12# chlorphenamine 4 mg at night | 4# emollient to surrounding skin | 4# potassium permanganate soaks",
+        "3# flucloxacillin 1 g four times daily | 3# paracetamol 1 g as needed | "
+        "12# prednisolone 30 mg for {3-5} days | 12# chlorphenamine 4 mg at night | "
+        "4# emollient to surrounding skin | 4# potassium permanganate soaks",
         "2# stop culprit drug, allergy alert | 4# compression bandage | photograph rash | "
         "3# mark edge of redness | 124# biopsy if not settling",
         (22, 84),
@@ -256,8 +261,8 @@ PSYCHIATRY = (
         "1# chlordiazepoxide 20 mg four times daily reducing | 1# thiamine 100 mg three times daily | "
         "1# acamprosate 666 mg | 2# methadone {30-70:10} ml once daily | 2# buprenorphine 8 mg once daily | "
         "3# melatonin 2 mg at night | 3# mirtazapine 15 mg at night",
-        "1# detox bed | 2# supervised collection | 2# naloxone kit | 3# sleep diary | 3# CBT for insomnia | 3# no screens after ten | 12# mutual aid group | "
-        "12# liver tests",
+        "1# detox bed | 2# supervised collection | 2# naloxone kit | 3# sleep diary | 3# CBT for insomnia | "
+        "3# no screens after ten | 12# mutual aid group | 12# liver tests",
         (22, 68),
     ),
 )

@@ -145,8 +145,9 @@ PULMONOLOGY = (
         "12# pleuritic pain left side",
         "12# CTPA filling defect | 3# fine inspiratory crackles | 3# clubbing | 3# DLCO {34-58}% | "
         "12# right heart strain on echo | desaturates to {82-88}% on walk test",
-        "1# apixaban 10 mg twice daily for 7 days | 12# rivaroxaban 15 mg twice daily | 2# edoxaban 60 mg once daily | "
-        "3# nintedanib 150 mg twice daily | 1# dalteparin 15000 units | 3# morphine 2.5 mg as needed",
+        "1# apixaban 10 mg twice daily for 7 days | 12# rivaroxaban 15 mg twice daily | "
+        "2# edoxaban 60 mg once daily | 3# nintedanib 150 mg twice daily | 1# dalteparin 15000 units | "
+        "3# morphine 2.5 mg as needed",
         "12# anticoagulate {3-6} months | 3# ILD meeting | 3# high resolution CT | walk test in {3-6} months | "
         "12# thrombophilia screen",
         (32, 84),
@@ -317,7 +318,8 @@ ENDOCRINOLOGY = (
         "1# pulse {98-126} | 1# lid lag | 2# slow relaxing reflexes | 3# nodular thyroid moves on swallowing | "
         "3# <tsh_ok>",
         "1# carbimazole {10-40:10} mg once daily | 1# propranolol 40 mg three times daily | "
-        "2# levothyroxine {25-125:25} mcg once daily | 2# ferrous sulfate 200 mg once daily | 1# selenium 100 mcg | 3# no thyroid medication | 3# iodised salt only",
+        "2# levothyroxine {25-125:25} mcg once daily | 2# ferrous sulfate 200 mg once daily | "
+        "1# selenium 100 mcg | 3# no thyroid medication | 3# iodised salt only",
         "1# TRAb and thyroid scan | 12# TSH in {6-8} weeks | 1# sore throat warning, stop and ring | "
         "13# radioiodine discussed | 3# fine needle if nodule over 1 cm | 2# take tablet on empty stomach",
         (22, 74),
@@ -328,8 +330,9 @@ ENDOCRINOLOGY = (
         "3# low libido and tired | 2# trouble rising from chair | 3# headaches with blurred edges",
         "1# 9 am cortisol {38-110} nmol/L | 1# <na_low> | 1# postural drop {20-34} mmHg | 2# purple striae | "
         "3# prolactin {1400-5200} mU/L | 3# {4-9} mm lesion on pituitary MRI | 2# BP {152-176}/{90-104}",
-        "1# hydrocortisone 10/5/5 mg | 1# fludrocortisone 100 mcg once daily | 3# cabergoline 0.5 mg weekly | 3# bromocriptine 2.5 mg at night | "
-        "2# metyrapone 250 mg three times daily | 2# alendronic acid 70 mg weekly",
+        "1# hydrocortisone 10/5/5 mg | 1# fludrocortisone 100 mcg once daily | 3# cabergoline 0.5 mg weekly | "
+        "3# bromocriptine 2.5 mg at night | 2# metyrapone 250 mg three times daily | "
+        "2# alendronic acid 70 mg weekly",
         "1# short synacthen test | 1# steroid card and sick day rules | 2# overnight dexamethasone test | "
         "3# visual fields | 1# emergency hydrocortisone kit | 2# late night salivary cortisol | "
         "3# prolactin in {2-4} months",
@@ -341,8 +344,9 @@ ENDOCRINOLOGY = (
         "13# low mood and tired | 2# height loss of {2-5} cm | 1# kidney stone last year",
         "1# <calcium_high> | 1# PTH {9-28} pmol/L | 2# T score -{26-39/10} spine | 3# vitamin D {11-24} nmol/L | "
         "2# tender thoracic spine | 3# ALP {140-310}",
-        "2# alendronic acid 70 mg weekly | 23# colecalciferol {800-3200:800} units once daily | 3# ergocalciferol 50000 units weekly | "
-        "1# cinacalcet 30 mg twice daily | 1# indapamide stopped | 2# zoledronate 5 mg yearly | 2# denosumab 60 mg",
+        "2# alendronic acid 70 mg weekly | 23# colecalciferol {800-3200:800} units once daily | "
+        "3# ergocalciferol 50000 units weekly | 1# cinacalcet 30 mg twice daily | 1# indapamide stopped | "
+        "2# zoledronate 5 mg yearly | 2# denosumab 60 mg",
         "1# sestamibi scan | 2# DXA in {2-3} years | 2# dental check before treatment | 2# fracture liaison | "
         "3# safe sun and diet | 13# repeat calcium in {4-12} weeks",
         (42, 86),

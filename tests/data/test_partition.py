@@ -264,8 +264,8 @@ def test_a_split_without_its_column_says_so():
         partition(bare, clients=2, split={"kind": "dirichlet"}, seed=0)
     with pytest.raises(DataError, match="no picture column"):
         client_examples(bare, clients=2, split={"kind": "feature_shift"}, seed=0)
+    mixed = Examples(columns={"owner": ["a", None]})
     with pytest.raises(DataError, match="row 1 of column 'owner' holds nothing"):
-        mixed = Examples(columns={"owner": ["a", None]})
         partition(mixed, clients=1, split={"kind": "natural", "column": "owner"}, seed=0)
 
 
