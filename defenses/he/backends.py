@@ -22,7 +22,7 @@ from defenses.he import tags
 from defenses.he.engines import server_engine
 from defenses.he.keys import KeyHolder
 from defenses.he.packing import Integers, pack, unpack
-from defenses.he.parameters import Parameters, require
+from defenses.he.parameters import LARGEST_SUM, Parameters, require
 from defenses.he.wire import (
     Agreement,
     check_parties,
@@ -85,8 +85,8 @@ class _WordChunks:
     """Carry 64-bit words as little-endian chunks: the common half of the plain and the masking backend."""
 
     def __init__(self, agreement: Agreement, mechanism: bytes) -> None:
-        if agreement.parties * agreement.value_bound >= 2**62:
-            raise ParameterError("parties * value_bound must stay below 2^62")
+        if agreement.parties * agreement.value_bound >= LARGEST_SUM:
+            raise ParameterError("parties * value_bound: sums must stay below 2^60")
         self.agreement = agreement
         self._digest = agreement.digest(mechanism)
         self._count = -(-agreement.length // _WORDS_PER_CHUNK)

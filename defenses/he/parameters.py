@@ -21,7 +21,8 @@ SECURITY_BITS: Final = 128
 # Source: Homomorphic Encryption Security Standard (2018), table 1; the same numbers SEAL enforces.
 LARGEST_MODULUS_BITS: Final = {1024: 27, 2048: 54, 4096: 109, 8192: 218, 16384: 438, 32768: 881}
 LARGEST_PRIME_BITS: Final = 60
-LARGEST_SUM: Final = 2**62
+# The tags of `defenses.he.tags` need sums below half the product of two of their primes.
+LARGEST_SUM: Final = 2**60
 DIGIT_LIMIT: Final = 4
 # SEAL draws errors from a centred binomial with 21 coin pairs: |e| <= 21 always, variance 10.5.
 ERROR_MAXIMUM: Final = 21.0
@@ -248,7 +249,7 @@ def _lint_request(parties: int, value_bound: int, length: int) -> list[str]:
     if length < 1:
         problems.append(f"length = {length}: must be at least 1")
     if parties * value_bound >= LARGEST_SUM:
-        problems.append(f"parties * value_bound = {parties * value_bound}: sums must stay below 2^62")
+        problems.append(f"parties * value_bound = {parties * value_bound}: sums must stay below 2^60")
     return problems
 
 

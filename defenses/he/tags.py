@@ -3,13 +3,16 @@
 Ciphertexts can be added by anyone, so the server could scale, replay, reorder or shift them and have the holders open
 one party's vector as "the sum". Every vector x of party i therefore carries, inside the encryption,
 
-    tag_i = <r, x> + pad_i   modulo p = 2^31 - 1, three times,
+    tag_i = <r, x> + pad_i   modulo p, for each of three primes p just below 2^31,
 
 with r fresh for every agreement and pad_i fresh for every agreement and party, both derived from a key the server does
 not have. Tags add up like the vectors; the opened sum must satisfy tag = <r, sum> + sum of the named pads.
 
-Guarantee: a server without the key passes off anything but that sum with probability about p^-3 = 2^-93 per attempt,
-and each attempt is final (the key refuses to work after a failure).
+The primes differ on purpose: a change of a coordinate by a multiple of p is invisible modulo p, and with wide values
+it stays within the agreed range. Sums stay below 2^60, so no change is a multiple of two of the primes.
+
+Guarantee: a server without the key passes off anything but that sum with probability about 2^-93 per attempt (2^-62
+where sums exceed 2^30), and each attempt is final (the key refuses to work after a failure).
 Assumes: no party shares the key with the server; whoever has the key can forge tags.
 Source: one-time linear authenticators, after Agrawal and Boneh, Homomorphic MACs (ACNS 2009), section 3.
 """
@@ -25,9 +28,12 @@ import numpy.typing as npt
 from defenses.he.packing import Integers
 from defenses.random_source import RandomSource
 
-PRIME: Final = (1 << 31) - 1
-REPETITIONS: Final = 3
 _TAG_BITS: Final = 31
+# 2^31 - c is prime for each of these; small c makes the reduction one multiplication.
+_OFFSETS: Final = (1, 19, 61)
+PRIMES: Final = tuple((1 << _TAG_BITS) - offset for offset in _OFFSETS)
+REPETITIONS: Final = len(PRIMES)
+_LOW: Final = (1 << _TAG_BITS) - 1
 _BLOCK: Final = 1 << 16
 
 
@@ -51,43 +57,43 @@ class Tagger:
 
     def tag(self, values: Integers, party: bytes, value_bound: int) -> Integers:
         """Return the tag coordinates of one party's vector, each within [0, value_bound]."""
-        numbers = (self._product(values) + self._pad(party)) % PRIME
+        numbers = (self._product(values) + self._pad(party)) % np.array(PRIMES)
         bits = digit_bits(value_bound)
         shifts = np.arange(0, _TAG_BITS, bits, dtype=np.int64)
-        return ((numbers[:, None] >> shifts) & ((1 << bits) - 1)).reshape(-1)
+        digits: Integers = (numbers[:, None] >> shifts) & ((1 << bits) - 1)
+        return digits.reshape(-1)
 
     def verify(self, total: Integers, tags: Integers, parties: Sequence[bytes], value_bound: int) -> bool:
         """Say whether summed tag coordinates belong to the summed vector of exactly these parties."""
         digits = tags.reshape(REPETITIONS, -1)
-        weights = [pow(2, digit_bits(value_bound) * place, PRIME) for place in range(digits.shape[1])]
+        bits = digit_bits(value_bound)
         # Python integers: digit sums of hostile ciphertexts may have any size.
-        received = [sum(int(digit) * weight for digit, weight in zip(row, weights)) % PRIME for row in digits]
+        received = [sum(int(digit) << bits * place for place, digit in enumerate(row)) for row in digits]
         expected = self._product(total)
         for party in parties:
             expected = expected + self._pad(party)
-        return received == [int(number) % PRIME for number in expected]
+        return all((one - int(other)) % prime == 0 for one, other, prime in zip(received, expected, PRIMES))
 
     def _product(self, values: Integers) -> npt.NDArray[np.int64]:
-        """Return <r, values> modulo p for each repetition, with the vector r expanded block by block."""
+        """Return <r, values> modulo each prime, with the vectors r expanded block by block."""
         stream = self._secret.derive("weights")
         totals = [0] * REPETITIONS
         words = np.empty((REPETITIONS, _BLOCK), dtype=np.uint32)
         weights = np.empty((REPETITIONS, _BLOCK), dtype=np.int64)
         for start in range(0, len(values), _BLOCK):
             block = values[start : start + _BLOCK]
-            if max(-int(block.min()), int(block.max())) > PRIME:
-                block = block % PRIME
+            wide = max(-int(block.min()), int(block.max())) > _LOW
             stream.fill(words)
             np.right_shift(words, 1, out=weights, casting="unsafe")
-            for index in range(REPETITIONS):
-                product = weights[index, : len(block)] * block
-                # 2^31 = 1 modulo p; the arithmetic shift keeps this right for negative products.
-                totals[index] += int(((product & PRIME) + (product >> 31)).sum())
-        return np.array([number % PRIME for number in totals], dtype=np.int64)
+            for index, (prime, offset) in enumerate(zip(PRIMES, _OFFSETS)):
+                product = weights[index, : len(block)] * (block % prime if wide else block)
+                # 2^31 = c modulo 2^31 - c; the arithmetic shift keeps this right for negative products.
+                totals[index] += int(((product & _LOW) + offset * (product >> _TAG_BITS)).sum())
+        return np.array([total % prime for total, prime in zip(totals, PRIMES)], dtype=np.int64)
 
     def _pad(self, party: bytes) -> npt.NDArray[np.int64]:
         stream = self._secret.derive("pad", party.hex())
-        return np.array([stream.below(PRIME) for _ in range(REPETITIONS)], dtype=np.int64)
+        return np.array([stream.below(prime) for prime in PRIMES], dtype=np.int64)
 
     def __repr__(self) -> str:
         return "Tagger(<hidden>)"

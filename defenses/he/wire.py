@@ -70,10 +70,9 @@ def check_party(party: bytes) -> None:
 
 def check_parties(parties: Sequence[bytes], agreement: Agreement) -> None:
     """Refuse a list of parties whose sum may not be opened; constant message."""
-    distinct = len(set(parties)) == len(parties) and all(
-        isinstance(party, bytes) and len(party) == PARTY_BYTES and party != _NOBODY for party in parties
-    )
-    if not distinct or not agreement.fewest <= len(parties) <= agreement.parties:
+    if not agreement.fewest <= len(parties) <= agreement.parties or len(set(parties)) != len(parties):
+        raise ProtocolError
+    if any(not isinstance(party, bytes) or len(party) != PARTY_BYTES or party == _NOBODY for party in parties):
         raise ProtocolError
 
 

@@ -141,6 +141,21 @@ def test_chunks_in_another_order_are_refused(parameters):
     refuses_and_burns(key, terms, relabelled, PARTIES[:3])
 
 
+def test_chunks_of_two_sums_do_not_mix(parameters):
+    key, terms = setting(parameters)
+    uploads = uploads_of(key, terms, 4)
+    one, other = forge_sum(key, terms, uploads[:3]), forge_sum(key, terms, [*uploads[:2], uploads[3]])
+    refuses_and_burns(key, terms, [one[0], *other[1:]], PARTIES[:3])
+
+
+def test_two_versions_of_one_upload_do_not_mix(parameters):
+    key, terms = setting(parameters)
+    uploads = uploads_of(key, terms, 3)
+    again = upload(key, terms, 0, VECTORS[4])
+    forged = forge_sum(key, terms, [[uploads[0][0], *again[1:]], *uploads[1:]])
+    refuses_and_burns(key, terms, forged, PARTIES[:3])
+
+
 def test_chunks_of_two_parties_or_roles_do_not_mix(parameters):
     key, terms = setting(parameters)
     uploads = uploads_of(key, terms, 3)
