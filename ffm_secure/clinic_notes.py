@@ -22,6 +22,7 @@ from ffm_secure.clinic_notes_houses import (
     GENERAL_FINDINGS,
     GENERAL_IMPRESSIONS,
     GENERAL_PLANS,
+    ROUTINE,
     SHARED_COMPLAINTS,
     SOCIAL,
     SOCIAL_OLDER,
@@ -172,6 +173,7 @@ def _some(items: Sequence[Any], mean: float, unit: Unit) -> list[Any]:
     return list(chosen)
 
 
+_ONE = re.compile(r"\b1 (week|wk|day|month|year|hour|attack|fit)s\b")
 _RANGE = re.compile(r"\{(\d+)-(\d+)(?::(\d+))?(?:/(\d+))?\}")
 
 
@@ -184,7 +186,7 @@ def _filled(text: str, unit: Unit) -> str:
         value = int(low) + width * int(unit() * ((int(high) - int(low)) // width + 1))
         return str(value) if divisor is None else f"{value / int(divisor):g}"
 
-    return _RANGE.sub(number, text)
+    return _ONE.sub(r"1 \1", _RANGE.sub(number, text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +208,7 @@ class _Words:
     cases: Mapping[str, Sequence[_Case]]
     shared: Mapping[str, Sequence[str]]
     background: Sequence[tuple[str, int, Sequence[str]]]
+    routine: Sequence[str]
     social: Mapping[bool, Sequence[str]]  # by age over 65
     findings: Sequence[str]
     impressions: Sequence[str]
@@ -247,6 +250,7 @@ def _words(house: House, *, short: bool) -> _Words:
             for label in SPECIALTIES
         },
         background=[(write(disease)[0], age, write(drugs)) for disease, age, drugs in BACKGROUND],
+        routine=write(ROUTINE),
         social={False: write(f"{SOCIAL} | {SOCIAL_YOUNGER}"), True: write(f"{SOCIAL} | {SOCIAL_OLDER}")},
         findings=write(GENERAL_FINDINGS),
         impressions=write(GENERAL_IMPRESSIONS),
@@ -296,7 +300,7 @@ def _contents(
     elsewhere = [older[place] for place in _some(range(len(older)), others, unit)]
     taken = _some(case.drugs, drugs, unit) + [_pick(given, unit) for _, _, given in elsewhere if unit() < 0.6]
     return {
-        "history": history or _some(words.shared[label], 1.0, unit),
+        "history": history or _some(words.routine, 1.0, unit),
         "background": [entry[0] for entry in elsewhere] + _some(words.social[age > 65], social, unit),
         "drugs": tuple(dict.fromkeys(taken)),
         "exam": _some(words.findings, 1.2, unit) + _some(case.findings, findings, unit),

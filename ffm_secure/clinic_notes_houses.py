@@ -97,12 +97,6 @@ SHARED_COMPLAINTS = (  # what people say, and the clinics in which they say it
     ("low mood since diagnosis", "psychiatry dermatology neurology rheumatology pulmonology"),
     ("passing water at night {2-5} times", "endocrinology nephrology cardiology"),
     ("hair loss and dry skin", "dermatology endocrinology rheumatology"),
-    ("no new complaints", "cardiology dermatology endocrinology gastroenterology nephrology neurology orthopaedics "
-     "psychiatry pulmonology rheumatology"),
-    ("here for results", "cardiology dermatology endocrinology gastroenterology nephrology neurology orthopaedics "
-     "psychiatry pulmonology rheumatology"),
-    ("feels about the same as last visit", "cardiology dermatology endocrinology gastroenterology nephrology neurology "
-     "orthopaedics psychiatry pulmonology rheumatology"),
 )  # fmt: skip
 
 BACKGROUND = (  # a disease of another clinic, the youngest age it is given to, what it is treated with
@@ -140,13 +134,15 @@ SOCIAL = (
     "lives alone | lives with partner | ex-smoker {8-45} pack years | never smoked | smokes {5-20} a day | "
     "alcohol {4-28} units a week | no drug allergies | penicillin allergy | two cats at home | independent at home"
 )
-SOCIAL_YOUNGER = "works nights | drives a lorry | office job | off work {2-8} weeks | student | two small children"
+SOCIAL_YOUNGER = "works nights | drives a lorry | office job | off work {2-8} weeks | two small children"
 SOCIAL_OLDER = "retired teacher | care home resident | carer for spouse | walks with a stick | carers twice a day"
+
+ROUTINE = "nothing new since last visit | much the same symptoms | slow improvement only | fewer bad days"
 
 GENERAL_FINDINGS = (
     "looks well | BP {112-148}/{62-88} | pulse {58-96} regular | <temp> | sats {94-99}% on air | <weight> | "
     "comfortable at rest | alert and orientated | examination unremarkable | chest clear | abdomen soft | heart sounds normal | "
-    "no focal neurology | calves soft | no lymph nodes | gait steady | skin intact | U&E normal | full blood count normal"
+    "no focal neurology | calves soft | no lymph nodes | gait steady | skin intact"
 )
 
 GENERAL_IMPRESSIONS = (
@@ -194,7 +190,7 @@ LAYOUTS = (
             "; ", "\n", "patient reports |patient states |complaint: |"),
     _layout("who plan history background drugs exam impression", "|Action: |Story: |Past: |Tablets: |Signs: |Conclusion: ",
             ", ", "\n", "||ongoing: |new: "),
-    _layout(_WIDE, "||. Background: |. On |. Exam: |. Impression: |. Plan: ", ", ", " ", "with |describing |seen: |troubled by "),
+    _layout(_WIDE, "||. Background: |. On |. Exam: |. Impression: |. Plan: ", ", ", " ", "with |describing |seen: |reporting "),
 )  # fmt: skip
 
 

@@ -142,8 +142,9 @@ def load(
     """Load a data set for one kind of task.
 
     `source` is `builtin:<name>` (with options as in `builtin:clinic_notes?hospitals=4`), a file or folder (relative
-    paths count from `base`), or the name of a Hugging Face dataset. A source without a validation part gives up
-    `validation_fraction` of its rows, chosen by `seed`. Several text columns are given as a list or "first, second".
+    paths count from `base`), or the name of a Hugging Face dataset (`owner/name`, or `owner/name:configuration`). A
+    source without a validation part gives up `validation_fraction` of its rows, chosen by `seed`. Several text columns
+    are given as a list or "first, second".
 
     Raises:
       DataError: the source cannot be found or read, a column is missing or malformed, or a value is out of bounds.
@@ -178,7 +179,7 @@ def _load_outside(source: str, base: Path) -> tuple[Table, Table | None, str]:
     except (OSError, ValueError) as error:
         raise DataError(f"data = {source[:80]!r}: not a usable path ({error})") from error
     if not exists:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source, re.ASCII):
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?", source, re.ASCII):
             raise DataError(f"data = {source!r}: there is no {path}; give a file, a folder or builtin:<name>")
         return *_load_hub(source, path), "as stated on the data set's page"
     try:
@@ -269,14 +270,18 @@ def _rows(table: Table, chosen: Indices) -> Table:
 
 
 def _dataset(source: str, train: Table, validation: Table, *, choices: _Choices, license_note: str) -> Dataset:
-    """Give the columns their meaning and check every value that will be used."""
+    """Give the columns their meaning and check every value that will be used.
+
+    A language model reads one text: several columns are joined, line by line, into a new one such as `question+answer`.
+    """
     label = _label_column(train, choices)
     image = _image_column(train, choices)
     text = () if image else _text_columns(train, choices)
     for table in (train, validation):
         _require_columns(table, (*text, *filter(None, (label, image))))
         _check_text(table, text)
-    parts = [dict(table.columns) for table in (train, validation)]
+    used = {*text, label, image}
+    parts: list[dict[str, Any]] = [dict(table.columns) for table in (train, validation)]
     names: tuple[str, ...] | None = None
     if label:
         labels, names = _encode_labels((train, validation), label)
@@ -285,6 +290,14 @@ def _dataset(source: str, train: Table, validation: Table, *, choices: _Choices,
     if image:
         for part, table in zip(parts, (train, validation), strict=True):
             part[image] = image_column(table.columns[image], place=table.place, image_size=choices.image_size)
+    if choices.kind.endswith("_lm") and len(text) > 1:
+        joined = "+".join(text)
+        for part in parts:
+            part[joined] = [
+                "\n".join(filter(None, texts)) for texts in zip(*(part[name] for name in text), strict=True)
+            ]
+        text = (joined,)
+        used.add(joined)
     examples = [
         Examples(columns=part, label_column=label, text_columns=text, origin=f"{source} ({which})")
         for part, which in zip(parts, ("train", "validation"), strict=True)
@@ -297,7 +310,7 @@ def _dataset(source: str, train: Table, validation: Table, *, choices: _Choices,
         text_columns=text,
         label_column=label,
         image_column=image,
-        natural_columns=train.owners or _natural_columns(examples[0], {*text, label, image}),
+        natural_columns=train.owners or _natural_columns(examples[0], used),
         license_note=license_note,
     )
 

@@ -23,14 +23,15 @@ def load_hub(name: str, path: Path) -> tuple[Any, Any | None]:
         import datasets
         from huggingface_hub import HfApi
 
-        HfApi().dataset_info(name, timeout=CONNECT_SECONDS)
+        repository, _, configuration = name.partition(":")
+        HfApi().dataset_info(repository, timeout=CONNECT_SECONDS)
     except Exception as error:  # name resolution, proxies, HTTP and offline mode all fail in ways of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise DataError(
             f"{missing}cannot be reached ({reason}); check the name and the network, or use a local folder"
         ) from error
     try:
-        parts = datasets.load_dataset(name)
+        parts = datasets.load_dataset(repository, configuration or None)
         train = parts["train"]
         validation = next((parts[key] for key in ("validation", "valid", "val", "dev") if key in parts), None)
         return _arrow(train), None if validation is None else _arrow(validation)

@@ -161,15 +161,23 @@ def test_digits_are_the_scanned_digits_with_a_fixed_split():
         (("sentence1", "sentence2", "label"), "text_classification", ("sentence1", "sentence2")),
         (("question", "sentence", "label"), "text_classification", ("question", "sentence")),
         (("subject", "text", "label"), "text_classification", ("text",)),
-        (("question", "answer"), "causal_lm", ("question", "answer")),
-        (("instruction", "input", "output"), "causal_lm", ("instruction", "input", "output")),
+        (("question", "answer"), "causal_lm", ("question+answer",)),
+        (("instruction", "input", "output"), "causal_lm", ("instruction+input+output",)),
         (("text", "question", "answer"), "masked_lm", ("text",)),
-        (("premise", "hypothesis", "label"), "masked_lm", ("premise", "hypothesis")),
+        (("premise", "hypothesis", "label"), "masked_lm", ("premise+hypothesis",)),
     ],
 )
 def test_text_columns_are_guessed_by_the_documented_rules(tmp_path, columns, kind, expected):
     write_parquet(tmp_path, **{name: LABELS if name == "label" else TEXTS for name in columns})
     assert read(".", tmp_path, kind).text_columns == expected
+
+
+def test_a_language_model_reads_its_columns_as_one_text(tmp_path):
+    write_parquet(tmp_path, instruction=["Add.", "Name one."], input=["1 and 2", ""], output=["3", "Ada"])
+    pq.write_table(pq.read_table(tmp_path / "train.parquet"), tmp_path / "validation.parquet")
+    data = read(".", tmp_path, "causal_lm")
+    assert data.train.column(data.text_columns[0]) == ["Add.\n1 and 2\n3", "Name one.\nAda"]
+    assert data.natural_columns == ()
 
 
 def test_columns_can_be_named(tmp_path):
@@ -378,6 +386,26 @@ def test_a_hub_name_without_a_network_is_a_quick_clear_error(tmp_path, monkeypat
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     with pytest.raises(DataError, match=r"there is no .*nobody/nothing, and as a Hugging Face data set it cannot be"):
         read("nobody/nothing", tmp_path)
+
+
+def test_a_hub_data_set_is_read_like_a_file_of_its_own(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    labels = datasets.ClassLabel(names=["no", "yes", "maybe"])
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": labels})
+    rows = datasets.Dataset.from_dict({"sentence": TEXTS, "label": LABELS}, features=features)
+    asked = []
+
+    def transport(name, configuration):
+        asked.append((name, configuration))
+        return datasets.DatasetDict({"train": rows, "validation": rows.select([4, 5])})
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, timeout: None)
+    monkeypatch.setattr(datasets, "load_dataset", transport)
+    data = read("someone/moods:small", tmp_path)
+    assert asked == [("someone/moods", "small")]
+    assert data.label_names == ("no", "yes", "maybe")
+    assert data.train.column("sentence") == TEXTS
+    assert data.validation.labels.tolist() == [1, 2]
 
 
 def test_columns_must_agree_in_length():
