@@ -54,8 +54,8 @@ class SumServer(Protocol):
     def parties(self) -> tuple[bytes, ...]:
         """List whose uploads were added."""
 
-    def add(self, chunks: Iterable[bytes]) -> None:
-        """Add one complete upload, or nothing of it."""
+    def add(self, chunks: Iterable[bytes], *, sender: bytes | None = None) -> None:
+        """Add one complete upload, or nothing of it; `sender` is who the transport authenticated."""
 
     def sum_chunks(self) -> Iterator[bytes]:
         """Yield the chunks of the sum."""
@@ -123,10 +123,14 @@ class WordAccumulator:
         """List whose uploads were added."""
         return tuple(self._parties)
 
-    def add(self, chunks: Iterable[bytes]) -> None:
-        """Add one complete upload, or nothing of it."""
+    def add(self, chunks: Iterable[bytes], *, sender: bytes | None = None) -> None:
+        """Add one complete upload, or nothing of it; `sender` is who the transport authenticated."""
         party, words = self._chunks.read(chunks, role="upload")
-        if party in self._parties or len(self._parties) >= self._chunks.agreement.parties:
+        if (
+            sender not in (None, party)
+            or party in self._parties
+            or len(self._parties) >= self._chunks.agreement.parties
+        ):
             raise ProtocolError
         self._total += words
         self._parties.append(party)
@@ -306,17 +310,18 @@ class Accumulator:
         """List whose uploads were added."""
         return tuple(self._parties)
 
-    def add(self, chunks: Iterable[bytes]) -> None:
-        """Add one complete upload, or nothing of it.
+    def add(self, chunks: Iterable[bytes], *, sender: bytes | None = None) -> None:
+        """Add one complete upload, or nothing of it; `sender` is who the transport authenticated.
 
         Raises:
-            ProtocolError: a malformed, reordered, incomplete, foreign or repeated upload, or one party too many.
+            ProtocolError: a malformed, reordered, incomplete, foreign or repeated upload, one in another's name, or
+                one party too many.
         """
         if self._broken or len(self._parties) >= self._agreement.parties:
             raise ProtocolError
         limit, party, loaded = self._engine.payload_limit, b"", []
         for party, payload in read_chunks(chunks, role="upload", digest=self._digest, count=self._count, limit=limit):
-            if party in self._parties:
+            if party in self._parties or sender not in (None, party):
                 raise ProtocolError
             loaded.append(self._engine.load(payload))
         self._parties.append(party)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from defenses.errors import ParameterError, ProtocolError
-from defenses.he import Accumulator, EncryptedClient, KeyHolder, choose
+from defenses.he import Accumulator, EncryptedClient, KeyHolder, PlainClient, WordAccumulator, choose
 from defenses.he.engines import SealEngine
 from defenses.he.packing import pack
 from defenses.he.wire import HEADER_BYTES, Scratch, decode_parameters, encode_parameters, write_chunks
@@ -146,6 +146,20 @@ def test_chunks_of_two_sums_do_not_mix(parameters):
     uploads = uploads_of(key, terms, 4)
     one, other = forge_sum(key, terms, uploads[:3]), forge_sum(key, terms, [*uploads[:2], uploads[3]])
     refuses_and_burns(key, terms, [one[0], *other[1:]], PARTIES[:3])
+
+
+def test_an_upload_in_the_name_of_another_is_refused(parameters):
+    key, terms = setting(parameters)
+    chunks = uploads_of(key, terms, 1)[0]
+    server = Accumulator(key.public_bundle(), terms)
+    with pytest.raises(ProtocolError):
+        server.add(chunks, sender=PARTIES[1])
+    server.add(chunks, sender=PARTIES[0])
+    plain = WordAccumulator(terms, "plain")
+    with pytest.raises(ProtocolError):
+        plain.add(PlainClient(terms, PARTIES[0]).encrypt(VECTORS[0]), sender=PARTIES[1])
+    assert server.parties == (PARTIES[0],)
+    assert plain.parties == ()
 
 
 def test_two_versions_of_one_upload_do_not_mix(parameters):
