@@ -1,0 +1,122 @@
+"""Hold a reconstruction against the truth: one measure, its prior baseline, an interval, and whether it beat guessing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from attacks import metrics
+from attacks.contract import Reconstruction
+from attacks.truth import Truth
+
+ADVANTAGE = 0.3  # share of the way from guessing to perfect that counts as a success
+_Z99 = 2.576
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """State how well an attack did by its own kind of measure; `succeeded` means clearly better than guessing."""
+
+    measure: str
+    value: float
+    baseline: float
+    low: float | None = None
+    high: float | None = None
+    succeeded: bool
+    pairs: tuple[tuple[str, str], ...] = ()
+
+
+def score(found: Reconstruction, truth: Truth) -> Score | None:
+    """Score what was found by the first kind of item the truth can judge; None when it can judge none.
+
+    Guarantee: the attack never sees the truth; this function never changes the reconstruction.
+    """
+    for judge in (_members, _tokens, _labels, _images):
+        result = judge(found, truth)
+        if result is not None:
+            return result
+    return None
+
+
+def _members(found: Reconstruction, truth: Truth) -> Score | None:
+    values = found.of("scores")
+    if not values or truth.members is None or len(values[0]) != len(truth.members):
+        return None
+    scores, inside = values[0].double().numpy(), np.asarray(truth.members)
+    area = metrics.auc(scores[inside], scores[~inside])
+    spread = _Z99 * auc_deviation(area, int(inside.sum()), int((~inside).sum()))
+    low, high = max(0.0, area - spread), min(1.0, area + spread)
+    return Score(measure="membership AUC", value=area, baseline=0.5, low=low, high=high, succeeded=low > 0.5 and area >= 0.65)
+
+
+def auc_deviation(area: float, members: int, others: int) -> float:
+    """Return the standard deviation of an AUC.
+
+    Source: Hanley, McNeil 1982, Radiology 143, equation 1.
+    """
+    one, two = area / (2 - area), 2 * area * area / (1 + area)
+    variance = area * (1 - area) + (members - 1) * (one - area * area) + (others - 1) * (two - area * area)
+    return math.sqrt(max(variance, 0.0) / (members * others))
+
+
+def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
+    if not truth.sequences:
+        return None
+    everywhere = set.intersection(*(set(sequence) for sequence in truth.sequences)) if len(truth.sequences) > 1 else set()
+    true = set().union(*truth.sequences) - everywhere
+    guessed: set[int] = set()
+    seen = False
+    readers: dict[str, Callable[[Tensor], Sequence[int]]] = {
+        "token_set": lambda value: value.tolist(),
+        "sequence": lambda value: [token for token in value.tolist() if token >= 0],
+        "token_counts": lambda value: (value > 0.5).nonzero().flatten().tolist(),
+        "placed_tokens": lambda value: value.reshape(-1, value.shape[-1])[:, -1].tolist(),
+    }
+    for item in found.items:
+        if item.kind in readers:
+            seen = True
+            guessed |= set(readers[item.kind](item.value))
+    if not seen or not true:
+        return None
+    guessed -= everywhere
+    result = metrics.token_set_score(guessed, true)
+    pairs = tuple((" ".join(map(str, sequence)), " ".join(str(token) for token in sequence if token in guessed))
+                  for sequence in truth.sequences[:4])
+    return Score(measure="token F1", value=result.f1, baseline=0.0, succeeded=result.f1 >= ADVANTAGE, pairs=pairs)
+
+
+def _labels(found: Reconstruction, truth: Truth) -> Score | None:
+    counts = found.of("label_counts") or tuple(_counts(value) for value in found.of("labels"))
+    if not counts or truth.labels is None:
+        return None
+    classes = truth.classes or max(len(counts[0]), max(truth.labels) + 1)
+    true = [float(Counter(truth.labels)[label]) for label in range(classes)]
+    guessed = [float(value) for value in counts[0].tolist()] + [0.0] * (classes - len(counts[0]))
+    uniform = [len(truth.labels) / classes] * classes
+    value, baseline = metrics.count_accuracy(guessed[:classes], true), metrics.count_accuracy(uniform, true)
+    return Score(measure="label count accuracy", value=value, baseline=baseline,
+                 succeeded=metrics.advantage(value, baseline) >= ADVANTAGE)
+
+
+def _counts(labels: Tensor) -> Tensor:
+    return labels.long().bincount()
+
+
+def _images(found: Reconstruction, truth: Truth) -> Score | None:
+    images = found.of("image")
+    if not images or truth.images is None:
+        return None
+    true = truth.images.float()
+    usable = [image.float() for image in images if image.shape == true[0].shape]
+    if not usable:
+        return None
+    peak = max(float(true.max() - true.min()), 1e-9)
+    best = max(metrics.psnr(image, target, peak=peak) for image in usable for target in true)
+    mean = true.mean(dim=0)
+    baseline = max(metrics.psnr(mean, target, peak=peak) for target in true)
+    return Score(measure="PSNR dB", value=best, baseline=baseline, succeeded=best >= baseline + 6.0)

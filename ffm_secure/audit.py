@@ -1,0 +1,314 @@
+"""Play each observer against a run: the same update at every point of its way, each attack with its control."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attacks import canary
+from attacks.contract import Budget, Prior, Reconstruction
+from attacks.observation import Knowledge, Observation, ObservationError, load_observation
+from attacks.registry import ATTACKS
+from attacks.scoring import Score, score
+from attacks.truth import Truth
+from defenses.dp import Clipping, PerSampleEngine, RecordMechanism
+from defenses.random_source import RandomSource
+from ffm_secure import plan, report, setup
+from ffm_secure.errors import FfmError, StoreError
+from ffm_secure.mechanism import ClientNoise
+from ffm_secure.store import Store
+from ffm_secure.types import AuditFinding, AuditSummary, RecoveredPair, RunSummary
+
+CANDIDATES = 32  # members and as many outsiders in a membership test
+CANARIES = 1000
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """One update on its way from a client to an observer, and apart from it the truth about it."""
+
+    point: str  # raw, clipped, noised, aggregated
+    observation: Observation
+    truth: Truth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What all scenes share: the model as broadcast, what an attacker may bring along, the control, the rest."""
+
+    model: nn.Module
+    prior: Prior
+    control: Scene
+    scenes: Mapping[str, Scene]
+
+
+def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
+    """Attack a finished run and write the findings into its report.
+
+    Raises:
+      StoreError: the folder holds no finished run.
+    """
+    summary = _read_summary(folder)
+    config = Store.read(folder).config()
+    began = time.process_time()
+    prepared = setup.prepare(config, Path.cwd())
+    resumed = Store.read(folder).resume()
+    if resumed is None:
+        raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")
+    stage = build_stage(prepared, resumed[0].vector)
+    findings = tuple(_findings(stage, config.audit.observers or ("server", "public"), config, Budget.named(budget)))
+    bound = mechanism_lower_bound(prepared)
+    audit = AuditSummary(
+        budget=budget, cpu_seconds=time.process_time() - began, findings=findings,
+        epsilon_lower=None if bound is None else bound.epsilon,
+        epsilon_lower_method="" if bound is None else f"{bound.canaries} canaries in one run of the mechanism, {bound.method}, confidence {1 - bound.significance:.0%}",
+        sentence=sentence(findings))
+    audited = replace(summary, audit=audit)
+    report.write(audited, folder)
+    return audited
+
+
+def audit_observation(folder: Path, *, budget: str = "quick") -> RunSummary:
+    """Run every attack that needs no model on a stored observation of any system."""
+    try:
+        observation = load_observation(folder)
+    except ObservationError as error:
+        raise StoreError(f"{folder}: {error}") from None
+    raise FfmError(f"{folder}: holds a {observation.kind} of {len(observation.tensors)} tensors; name its model: python -m attacks run --help")
+
+
+def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0) -> Stage:
+    """Replay one local step of a client from the broadcast model with known records, at every point of its way.
+
+    One step is the worst case for the client; what a run sends after many steps tells an attacker less.
+    """
+    config, trained = prepared.config, prepared.trainable
+    trained.load_vector(vector)
+    rows = np.random.default_rng(seed)
+    client = max(range(len(prepared.parts)), key=lambda index: len(prepared.parts[index]))
+    encoded = prepared.task.encode(prepared.dataset.train.take(prepared.parts[client]))
+    size = min(CANDIDATES, len(encoded) // 2)
+    order = rows.permutation(len(encoded))
+    members, others = order[:size], order[size : 2 * size]
+    model = _attackable(prepared)
+    batch = prepared.task.batch(encoded, members, device=prepared.device)
+    gradients = _gradients(prepared, batch)
+    names = _names(prepared)
+    facts = {"batch_size": size, "local_steps": 1, "learning_rate": config.federation.lifecycle.learning_rate}
+    truth = _truth(batch, members=size, outsiders=size)
+    prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]))
+
+    def scene(point: str, tensors: Mapping[str, Tensor], contributors: int = 1) -> Scene:
+        kind: Any = "sum" if contributors > 1 else "gradient"
+        metadata: dict[str, Any] = {"point": point, **facts} | ({"summand": "gradient"} if kind == "sum" else {})
+        observed = {names[name]: tensor.detach().cpu() for name, tensor in tensors.items()}
+        observation = Observation(kind=kind, tensors=observed, contributors=contributors, metadata=metadata,
+                                  knowledge=Knowledge(task=config.task.kind, batch_size=size))
+        return Scene(point=point, observation=observation, truth=truth)
+
+    control = scene("raw", gradients["raw"])
+    scenes = {"raw": control, **{point: scene(point, tensors) for point, tensors in gradients.items() if point != "raw"}}
+    scenes["aggregated"] = scene("aggregated", _aggregate(prepared, gradients, client), config.federation.cohort)
+    return Stage(model=model, prior=prior, control=control, scenes=scenes)
+
+
+def _gradients(prepared: setup.Prepared, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return one step's update at each point: raw, and under record-level privacy clipped and noised by the run's mechanism."""
+    trained, task, mechanism = prepared.trainable, prepared.task, prepared.mechanism
+    losses = task.losses(trained.model, batch)
+    raw = torch.autograd.grad(losses.mean(), list(trained.parameters.values()), allow_unused=True)
+    found = {"raw": {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.parameters.items(), raw, strict=True)}}
+    if isinstance(mechanism, RecordMechanism):
+        with PerSampleEngine(trained.model, parameters=trained.parameters) as engine:
+            clipping = Clipping(kind=prepared.config.privacy.clipping, clip_norm=mechanism.clip_norm)
+            clipped = engine.clipped_sum(lambda: task.losses(trained.model, batch), clip=clipping).gradients
+        found["clipped"] = {name: value / mechanism.expected_batch_size for name, value in clipped.items()}
+        found["noised"] = mechanism.privatise(clipped, RandomSource.system())
+    if isinstance(mechanism, ClientNoise):
+        vector = torch.cat([value.reshape(-1) for value in found["raw"].values()])
+        found["clipped"] = _unflatten(mechanism.inner.clip(vector.cpu()), found["raw"])
+        share = mechanism.noisy_integers(vector, RandomSource.system()) / mechanism.scale
+        found["noised"] = _unflatten(torch.from_numpy(share).float(), found["raw"])
+    return found
+
+
+def _aggregate(prepared: setup.Prepared, gradients: Mapping[str, Mapping[str, Tensor]], client: int) -> dict[str, Tensor]:
+    """Add what the other clients of a cohort send in the same step, each with its own records and its own noise."""
+    own = gradients.get("noised", gradients["raw"])
+    total = {name: value.clone() for name, value in own.items()}
+    others = [index for index in range(len(prepared.parts)) if index != client and len(prepared.parts[index])]
+    for index in others[: prepared.config.federation.cohort - 1]:
+        part = prepared.parts[index][:CANDIDATES]
+        batch = prepared.task.batch(prepared.task.encode(prepared.dataset.train.take(part)), np.arange(len(part)), device=prepared.device)
+        sent = _gradients(prepared, batch)
+        for name, value in sent.get("noised", sent["raw"]).items():
+            total[name] += value
+    return total
+
+
+def _unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = torch.split(vector, [value.numel() for value in like.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
+
+
+def _names(prepared: setup.Prepared) -> dict[str, str]:
+    """Map the canonical names of what is trained to the names the model itself uses."""
+    own = {id(parameter): name for name, parameter in prepared.trainable.model.named_parameters()}
+    return {name: own[id(parameter)] for name, parameter in prepared.trainable.parameters.items()}
+
+
+def _attackable(prepared: setup.Prepared) -> nn.Module:
+    """Copy the model for the attacker: eager attention, and padding read from the ids, as a client's own batches have it."""
+    model = copy.deepcopy(prepared.trainable.model).cpu()
+    pad = getattr(prepared.backbone.tokenizer, "pad_token_id", None)
+    if pad is None or prepared.config.task.kind == "image_classification":
+        return model
+    kind = type(model)
+
+    def forward(self: nn.Module, input_ids: Tensor, **rest: Any) -> Any:
+        mask = rest.pop("attention_mask", (input_ids != pad).long())
+        return kind.forward(self, input_ids=input_ids, attention_mask=mask, **rest)
+
+    model.__class__ = type("Padded" + kind.__name__, (kind,), {"forward": forward})
+    return model
+
+
+def _candidates(prepared: setup.Prepared, encoded: Any, rows: list[int]) -> dict[str, Tensor]:
+    batch = prepared.task.batch(encoded, np.asarray(rows), device="cpu")
+    renamed = {"input_ids": "token_ids", "pixel_values": "images", "labels": "labels"}
+    found = {renamed[name]: value for name, value in batch.items() if name in renamed}
+    if prepared.config.task.kind in ("causal_lm", "masked_lm"):
+        found.pop("labels", None)
+    return found
+
+
+def _truth(batch: Mapping[str, Tensor], *, members: int, outsiders: int) -> Truth:
+    sequences = None
+    if "input_ids" in batch:
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        sequences = tuple(tuple(ids[keep.bool()].tolist()) for ids, keep in zip(batch["input_ids"], mask, strict=True))
+    labels = batch.get("labels")
+    flat = tuple(labels.tolist()) if labels is not None and labels.dim() == 1 else None
+    return Truth(sequences=sequences, images=batch.get("pixel_values"), labels=flat, members=(True,) * members + (False,) * outsiders)
+
+
+def _findings(stage: Stage, observers: tuple[str, ...], config: Any, budget: Budget) -> Iterator[AuditFinding]:
+    controls: dict[str, tuple[Reconstruction, Score | None]] = {}
+    results: dict[tuple[str, str], tuple[Reconstruction, Score | None]] = {}
+    for observer in observers:
+        point = seen_by(observer, config, stage)
+        for name, make in ATTACKS.items():
+            if name not in controls:
+                controls[name] = _attempt(make(), stage, stage.control, budget)
+            if (name, point) not in results:
+                results[name, point] = controls[name] if point == "raw" else _attempt(make(), stage, stage.scenes[point], budget)
+            yield judge(observer, name, point, results[name, point], controls[name])
+
+
+def _attempt(attack: Any, stage: Stage, scene: Scene, budget: Budget) -> tuple[Reconstruction, Score | None]:
+    found = attack.run(scene.observation, stage.model, stage.prior, budget, 0)
+    return found, score(found, scene.truth) if found.applicable else None
+
+
+def seen_by(observer: str, config: Any, stage: Stage) -> str:
+    """Return at which point of its way an observer sees an update."""
+    if observer == "server" and config.protection.kind == "none":
+        return "noised" if "noised" in stage.scenes else "raw"
+    return "aggregated"
+
+
+def judge(observer: str, name: str, point: str, seen: tuple[Reconstruction, Score | None],
+          control: tuple[Reconstruction, Score | None]) -> AuditFinding:
+    """Give the verdict: a leak, no leak although the control succeeded, nothing proven, or not applicable with the reason."""
+    found, result = seen
+    reference = control[1]
+    base = AuditFinding(
+        observer=observer, attack=name, point=point, verdict="not applicable", measure="", score=None,  # type: ignore[arg-type]
+        seconds=found.seconds, knowledge=found.knowledge_used, reason=found.reason)
+    if not control[0].applicable:
+        return replace(base, reason=control[0].reason)
+    if reference is None or not reference.succeeded:
+        value = None if reference is None else reference.value
+        return replace(base, verdict="inconclusive", measure="" if reference is None else reference.measure, control=value,
+                       reason="the same attack fails even on the undefended update, so its silence proves nothing")
+    if result is None:
+        return replace(base, verdict="not leaked", measure=reference.measure, control=reference.value, baseline=reference.baseline,
+                       reason=f"control passed; on this update the attack says: {found.reason}")
+    return replace(base, verdict="leaked" if result.succeeded else "not leaked", measure=result.measure, score=result.value, low=result.low,
+                   high=result.high, baseline=result.baseline, control=reference.value,
+                   reason="" if result.succeeded else "control passed",
+                   pairs=tuple(RecoveredPair(truth=true, recovered=guess) for true, guess in result.pairs))
+
+
+def sentence(findings: tuple[AuditFinding, ...]) -> str:
+    """Say the outcome in one line a manager understands."""
+    leaks = sorted({f"{item.attack} by the {item.observer}" for item in findings if item.verdict == "leaked"})
+    passed = sum(item.verdict == "not leaked" for item in findings)
+    open_ = sum(item.verdict == "inconclusive" for item in findings)
+    if leaks:
+        return f"Private data leaked: {', '.join(leaks[:4])}{' and more' if len(leaks) > 4 else ''}."
+    if not passed:
+        return "Nothing was proven: no attack worked even on the undefended update."
+    return f"No leak found: {passed} attacks that read the undefended update failed on what observers see; {open_} were inconclusive."
+
+
+def mechanism_lower_bound(prepared: setup.Prepared, *, seed: int = 1) -> canary.LowerBound | None:
+    """Audit the run's own mechanism over all rounds a client may take part in, with canaries of the largest allowed norm.
+
+    The canaries go through the very sampler, bound, noise and divisor that the run used; the result is a lower bound on
+    epsilon, wrong with probability at most 5 %, to be held against the ledger's upper bound.
+    """
+    mechanism, config = prepared.mechanism, prepared.config
+    if mechanism is None:
+        return None
+    rounds = max(1, plan.participation_cap(config))
+    dimension = max(2 * CANARIES, min(prepared.trainable.size, 20_000))
+    coins = canary.Canaries(count=CANARIES, dimension=dimension, norm=mechanism.clip_norm, seed=seed, kind="dirac")
+    source = RandomSource.system()
+    if isinstance(mechanism, RecordMechanism):
+        update = _record_canaries(mechanism, coins, rounds, source)
+    else:
+        update = _client_canaries(mechanism, coins, rounds, source)
+    return coins.audit(update, config.privacy.delta, SIGNIFICANCE)
+
+
+def _record_canaries(mechanism: RecordMechanism, coins: canary.Canaries, rounds: int, source: RandomSource) -> Tensor:
+    included = coins.included.nonzero().flatten()
+    vectors = [coins.direction(int(index)) for index in included]
+    total = torch.zeros(coins.dimension)
+    for _ in range(rounds * mechanism.steps):
+        clipped = torch.zeros(coins.dimension)
+        for row in mechanism.sample(len(vectors), source):
+            clipped += vectors[int(row)]
+        total += mechanism.privatise({"canary": clipped}, source)["canary"]
+    return total
+
+
+def _client_canaries(mechanism: ClientNoise, coins: canary.Canaries, rounds: int, source: RandomSource) -> Tensor:
+    grid = replace(mechanism, dimension=coins.dimension)
+    total = torch.zeros(coins.dimension, dtype=torch.float64)
+    signal = coins.contribution(grid.inner.clip)
+    for _ in range(rounds):
+        noise = sum(grid.noisy_integers(torch.zeros(coins.dimension), source) for _ in range(grid.inner.honest_survivors))
+        total += signal.double() + torch.from_numpy(np.asarray(noise)) / grid.scale
+    return total
+
+
+def _read_summary(folder: Path) -> RunSummary:
+    try:
+        return report.from_json((folder / "report.json").read_text())
+    except OSError:
+        raise StoreError(f"{folder}: has no report.json yet; finish the run first (ffm-secure run)") from None
+    except ValueError as error:
+        raise StoreError(f"{folder / 'report.json'}: is damaged: {error}") from None
+
+
