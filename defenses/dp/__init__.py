@@ -13,14 +13,20 @@ from defenses.dp.events import (
     from_dict,
     from_json,
 )
+from defenses.dp.ledger import Budget, Charge, Entry, Ledger, Reservation
 
 __all__ = [
     "Accountant",
+    "Budget",
+    "Charge",
+    "Entry",
     "EpsilonBound",
     "Event",
     "GaussianEvent",
+    "Ledger",
     "MatrixFactorizationEvent",
     "NonPrivateEvent",
+    "Reservation",
     "SkellamEvent",
     "TuningEvent",
     "epsilon",

@@ -18,7 +18,9 @@ from defenses.dp.events import (
     MatrixFactorizationEvent,
     NonPrivateEvent,
     SkellamEvent,
+    Statement,
     TuningEvent,
+    statement_of,
 )
 from defenses.dp.pairs import Floats, Mechanism, MixturePair, gaussian_pair, mechanism_of
 from defenses.dp.pld import LossTooLarge
@@ -67,7 +69,8 @@ class Accountant:
     Guarantee: `epsilon(delta)` is never below the true epsilon of the composition of dominating pairs, and within 1e-3
     relative above it for epsilon above 1e-4 (losses too large for doubles fall back to Renyi accounting, which is
     valid but looser). A `NonPrivateEvent` makes it infinite.
-    Assumes: all events concern the same unit of the same data owner under the same adjacency (adaptively chosen).
+    Assumes: all events concern the same data owner. Events of another unit, adjacency or number of records a person
+    are refused. They may be chosen adaptively.
     Source: see `defenses.dp.pld` and `defenses.dp.composition`.
     """
 
@@ -78,12 +81,18 @@ class Accountant:
         self._renyi_only: dict[Event, int] = {}
         self._events: dict[Event, int] = {}
         self._infinite = False
+        self._statement: Statement | None = None
         self._compositions: dict[float, _Composition] = {}
+        self._trial: tuple[Event, float, _Composition] | None = None
 
     def compose(self, event: Event, count: int = 1) -> None:
         """Add `count` repetitions of an event to the history."""
         if not isinstance(count, int) or count < 1:
             raise ParameterError(f"count = {count!r}: must be a positive integer")
+        statement = statement_of(event)
+        if statement is not None and self._statement not in (None, statement):
+            raise ParameterError(f"{statement}: cannot be added to a history of {self._statement}; keep one accountant each")
+        self._statement = self._statement or statement
         if isinstance(event, (GaussianEvent, MatrixFactorizationEvent)):
             self._compose_mechanism(mechanism_of(event), count)
         elif isinstance(event, (SkellamEvent, TuningEvent)):
@@ -93,6 +102,11 @@ class Accountant:
         else:
             raise ParameterError(f"{event!r}: no accountant knows this event")
         self._events[event] = self._events.get(event, 0) + count
+        if self._trial is not None:
+            tried, delta, grown = self._trial
+            if tried == event and count == 1 and grown.included == len(self._log):
+                self._remember(delta, grown)
+            self._trial = None
 
     def _compose_mechanism(self, mechanism: Mechanism, count: int) -> None:
         self._mu_squared += mechanism.mu_squared * count
@@ -103,12 +117,16 @@ class Accountant:
 
     def copy(self) -> Accountant:
         """Return an independent accountant with the same history."""
-        return self._copy_for(tuple(self._compositions))
+        twin = self._copy_for(tuple(self._compositions))
+        if self._trial is not None:
+            event, delta, grown = self._trial
+            twin._trial = (event, delta, grown.copy())
+        return twin
 
     def _copy_for(self, deltas: tuple[float, ...]) -> Accountant:
         twin = Accountant()
         twin._counts, twin._log = dict(self._counts), list(self._log)
-        twin._mu_squared, twin._infinite = self._mu_squared, self._infinite
+        twin._mu_squared, twin._infinite, twin._statement = self._mu_squared, self._infinite, self._statement
         twin._renyi_only, twin._events = dict(self._renyi_only), dict(self._events)
         twin._compositions = {delta: self._compositions[delta].copy() for delta in deltas if delta in self._compositions}
         return twin
@@ -130,13 +148,15 @@ class Accountant:
         known = self._compositions.get(delta)
         if known is None and self._counts:
             self.epsilon(delta)
+        if known is not None:
+            self._catch_up(known)
         trial = self._copy_for((delta,))
         trial.compose(event)
         result = trial.epsilon(delta)
         grown = trial._compositions.get(delta)
         if grown is not None and (known is None or grown.plan is not known.plan):
-            # The trial needed a new grid; the next call would too, so rebuild ours on it now.
-            self._adopt(grown.plan, delta)
+            # The trial needed a new grid; if this event is composed next, its transforms are taken over.
+            self._trial = (event, delta, grown)
         return result
 
     def delta(self, epsilon: float) -> float:
@@ -255,9 +275,6 @@ class Accountant:
         self._compositions[delta] = known
         while len(self._compositions) > _REMEMBERED_TARGETS:
             del self._compositions[next(iter(self._compositions))]
-
-    def _adopt(self, plan: Plan, delta: float) -> None:
-        self._remember(delta, self._build(plan))
 
     def _renyi_moments(self) -> tuple[Floats, Floats]:
         total = [np.zeros(len(ORDERS)), np.zeros(len(ORDERS))]

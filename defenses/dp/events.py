@@ -244,6 +244,45 @@ def from_json(text: str) -> Event:
     return from_dict(values)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statement:
+    """Whom an epsilon protects: only events that agree in all three can be added up."""
+
+    unit: str
+    adjacency: str
+    records_per_person: int
+
+
+def statement_of(event: Event) -> Statement | None:
+    """Return whom an event's price protects; None for a release without any bound, which spoils every statement.
+
+    Raises: ParameterError when the runs inside a tuning event protect different units.
+    """
+    if isinstance(event, NonPrivateEvent):
+        return None
+    if isinstance(event, TuningEvent):
+        statements = {statement_of(part) for part in event.base} - {None}
+        if len(statements) > 1:
+            raise ParameterError("base: all events of one candidate run must share unit, adjacency and records_per_person")
+        return next(iter(statements), None)
+    records = event.records_per_person if isinstance(event, GaussianEvent) else 1
+    if isinstance(event, (GaussianEvent, MatrixFactorizationEvent, SkellamEvent)):
+        return Statement(unit=event.unit, adjacency=event.adjacency, records_per_person=records)
+    raise ParameterError(f"kind = {event.kind!r}: unknown event")
+
+
+def price_of(event: Event) -> str:
+    """Return canonical JSON of the fields the price depends on; events that differ only in labels share it."""
+    return json.dumps(_without_labels(event.to_dict()), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _without_labels(values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in values.items() if name not in ("release", "clip_norm", "scale", "reason")}
+    if isinstance(kept.get("base"), list):
+        kept["base"] = [_without_labels(part) for part in kept["base"]]
+    return kept
+
+
 def _unit_problems(unit: object, adjacency: object) -> list[str]:
     return _choice("unit", unit, UNITS) + _choice("adjacency", adjacency, ADJACENCIES)
 
