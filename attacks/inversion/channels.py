@@ -1,7 +1,7 @@
 """Linear channels: every gradient of a linear layer holds its inputs in its row space.
 
-For z = W x + b over rows t, dW = sum_t delta_t x_t^T. One module covers ordinary linear layers, GPT-2's transposed ones, and both
-LoRA factors: the gradient of A holds the layer's inputs, the gradient of B holds A x.
+For z = W x + b over rows t, dW = sum_t delta_t x_t^T. One module covers ordinary linear layers, GPT-2's transposed
+ones, and both LoRA factors: the gradient of A holds the layer's inputs, the gradient of B holds A x.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ Forward = Callable[[], object]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Channel:
-    """A linear layer whose gradient was observed: `gradient` is (out, in), `bias` the gradient of its bias if it has one."""
+    """A linear layer whose gradient was observed.
+
+    `gradient` is (out, in), `bias` the gradient of its bias if it has one.
+    """
 
     name: str
     gradient: Tensor
@@ -46,7 +49,10 @@ class Span:
         return 0 < self.rank < self.shape[1]
 
     def distance(self, vectors: Tensor) -> Tensor:
-        """Return the sine of the angle between each vector (..., in) and the row space: 0 inside, about 1 for a stranger."""
+        """Return the sine of the angle between each vector (..., in) and the row space.
+
+        0 inside, about 1 for a stranger.
+        """
         unit = vectors.to(self.basis.dtype)
         unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         residual = unit - (unit @ self.basis.T) @ self.basis
@@ -121,7 +127,8 @@ def numerical_rank(
 ) -> int:
     """Count the singular values above the floor of rounding and, with noise of that deviation per entry, above its edge.
 
-    Source: the edge sigma (sqrt(m) + sqrt(n)) of a Gaussian matrix, Vershynin, "High-Dimensional Probability", theorem 4.4.5.
+    Source: the edge sigma (sqrt(m) + sqrt(n)) of a Gaussian matrix, Vershynin, "High-Dimensional Probability",
+    theorem 4.4.5.
     """
     if len(singular) == 0 or float(singular[0]) == 0.0:
         return 0
@@ -163,7 +170,10 @@ def capture_inputs(modules: Mapping[str, nn.Module], forward: Forward) -> dict[s
 
 
 def execution_order(modules: Mapping[str, nn.Module], forward: Forward) -> list[str]:
-    """Return the names of the modules in the order in which a forward pass calls them; modules it never calls are left out."""
+    """Return the names of the modules in the order in which a forward pass calls them.
+
+    Modules it never calls are left out.
+    """
     order: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda _module, _inputs, name=name: order.append(name))

@@ -1,11 +1,12 @@
 """Span attacks on text: tokens, positions and whole sentences whose layer inputs lie in the row space of an observed gradient.
 
-A layer that saw b tokens has a gradient of rank b; while b is below the width, the right token at the right place lies in that space and
-no other does. The same holds for a sum over clients (b counts all their tokens), for both LoRA factors (the width of B is the rank r)
-and, with a wider tolerance, for an update of several SGD steps. Decoders are extended token by token; encoders are searched as wholes.
+A layer that saw b tokens has a gradient of rank b; while b is below the width, the right token at the right place
+lies in that space and no other does. The same holds for a sum over clients (b counts all their tokens), for both
+LoRA factors (the width of B is the rank r) and, with a wider tolerance, for an update of several SGD steps.
+Decoders are extended token by token; encoders are searched as wholes.
 
-Source: Petrov et al., "DAGER: Exact Gradient Inversion for Large Language Models", NeurIPS 2024, sections 4 and 5. The factor B of LoRA,
-the significance rule and the use of every layer that sees mixed positions are our own.
+Source: Petrov et al., "DAGER: Exact Gradient Inversion for Large Language Models", NeurIPS 2024, sections 4 and 5.
+The factor B of LoRA, the significance rule and the use of every layer that sees mixed positions are our own.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ _TOLERANCES = (None, 3e-6, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Structure:
-    """What the model does with tokens: which channels see one token alone, which see it mixed with others, and whether order counts."""
+    """What the model does with tokens.
+
+    Which channels see one token alone, which see it mixed with others, and whether order counts.
+    """
 
     model: nn.Module
     vocabulary: int
@@ -69,7 +73,10 @@ class Scene:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Candidates:
-    """Token ids that passed, per position; the threshold that separated them; `exact` when a wide gap did, not a tail."""
+    """Token ids that passed, per position.
+
+    The threshold that separated them; `exact` when a wide gap did, not a tail.
+    """
 
     ids: tuple[tuple[int, ...], ...]
     threshold: float
@@ -121,7 +128,10 @@ def study(observation: Observation, model: nn.Module) -> Structure:
 
 
 def cut(structure: Structure, tolerance: float | None) -> Scene:
-    """Cut the row spaces at a tolerance and keep the channels that can tell: neither empty nor full, and missing no token."""
+    """Cut the row spaces at a tolerance and keep the channels that can tell.
+
+    Neither empty nor full, and missing no token.
+    """
     alone = [spectrum.span(tolerance=tolerance, noise=structure.noise) for spectrum in structure.alone]
     informative = [span for span in alone if 0 < span.rank < structure.ambient[span.channel]]
     tokens = max((span.rank for span in informative), default=0)
@@ -207,9 +217,9 @@ def token_distances(scene: Scene, tokens: Tensor) -> Tensor:
 def separate(distances: Tensor, *, most: int, codimension: int, rank: int) -> tuple[float, float] | None:
     """Find the threshold between members and strangers: the last wide relative gap among the `most` smallest distances.
 
-    Returns the threshold and the gap's ratio, or None when the gap is narrow or random directions would come as close.
-    The squared distance of a random direction follows a Beta(codimension / 2, rank / 2) law; the threshold admits fewer
-    than 0.005 of them.
+    Returns the threshold and the gap's ratio, or None when the gap is narrow or random directions would come as
+    close. The squared distance of a random direction follows a Beta(codimension / 2, rank / 2) law; the threshold
+    admits fewer than 0.005 of them.
     """
     ordered = distances.flatten().double().sort().values[: most + 1].clamp_min(1e-12)
     if len(ordered) < 2 or codimension < 1:
@@ -226,8 +236,8 @@ def separate(distances: Tensor, *, most: int, codimension: int, rank: int) -> tu
 def tail(distances: Tensor, *, codimension: int, rank: int) -> float | None:
     """Return the distance below which fewer than 0.005 strangers are expected, judged by the bulk; None when the bulk cannot tell.
 
-    The smaller of two bounds: the logit of the squared distance is normal with the bulk's median and median absolute deviation; the
-    squared distance follows the law of random directions, scaled to the bulk's median.
+    The smaller of two bounds: the logit of the squared distance is normal with the bulk's median and median
+    absolute deviation; the squared distance follows the law of random directions, scaled to the bulk's median.
     """
     squared = distances.flatten().double().square().clamp(1e-15, 1 - 1e-15)
     logits = torch.log(squared / (1 - squared))
@@ -282,7 +292,10 @@ def _only(candidates: Candidates, allowed: set[int]) -> Candidates:
 
 
 def _pool(vocabulary: int, present: Tensor | None) -> Tensor:
-    """Return the tokens to measure: all of a small vocabulary, else those known to be present and a thousand others."""
+    """Return the tokens to measure.
+
+    All of a small vocabulary, else those known to be present and a thousand others.
+    """
     if present is None or vocabulary <= 4_000:
         return torch.arange(vocabulary)
     generator = torch.Generator().manual_seed(0)
@@ -353,7 +366,8 @@ def search_decoder(scene: Scene, candidates: Candidates, *, width: int, deadline
 def with_own_trace(scene: Scene, sentences: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Drop the sentences whose every layer input is explained by the others, those with the fewest inputs of their own first.
 
-    Without absolute positions a doubled first token looks like the token itself, and a prefix leaves no trace of its own.
+    Without absolute positions a doubled first token looks like the token itself, and a prefix leaves no trace of
+    its own.
     """
     module = {scene.mixed[0].channel: scene.structure.model.get_submodule(scene.mixed[0].channel)}
     kept: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
@@ -381,7 +395,10 @@ def _distinct(scene: Scene, sentences: list[tuple[int, ...]]) -> list[tuple[int,
 
 
 def context_threshold(scene: Scene, candidates: Candidates) -> float:
-    """Return the largest distance accepted in context: that of the tokens, or the tail of random sentences when that is loose."""
+    """Return the largest distance accepted in context.
+
+    That of the tokens, or the tail of random sentences when that is loose.
+    """
     if candidates.clean:
         return candidates.threshold
     generator = torch.Generator().manual_seed(0)
@@ -395,7 +412,10 @@ def context_threshold(scene: Scene, candidates: Candidates) -> float:
 def search_encoder(
     scene: Scene, candidates: Candidates, *, lengths: tuple[int, ...], budget: Budget, deadline: Deadline, seed: int
 ) -> list[tuple[int, ...]]:
-    """Find whole sentences whose every position fits; enumerates when few combinations exist, else descends from random starts."""
+    """Find whole sentences whose every position fits.
+
+    Enumerates when few combinations exist, else descends from random starts.
+    """
     accepted: list[tuple[int, ...]] = []
     uncovered = {(place, token) for place, options in enumerate(candidates.ids) for token in options}
     generator = torch.Generator().manual_seed(seed)
@@ -528,7 +548,10 @@ def _sentences(
 
 
 def _decode(scene: Scene, candidates: Candidates, *, width: int, deadline: Deadline) -> list[tuple[int, ...]]:
-    """Search with the cut that found the tokens, and when that was not clean with every other cut; keep the fullest cover."""
+    """Search with the cut that found the tokens, and when that was not clean with every other cut.
+
+    Keep the fullest cover.
+    """
     if candidates.clean:
         return with_own_trace(scene, search_decoder(scene, candidates, width=width, deadline=deadline))
     pairs = {(place, token) for place, options in enumerate(candidates.ids) for token in options}

@@ -83,7 +83,8 @@ def row_scores(observation: Observation, model: nn.Module) -> Tensor:
 def _beyond_the_head(rows: Tensor) -> Tensor:
     """Remove what a tied output layer adds: every absent row is a positive mix of the same few hidden states.
 
-    The directions of the half of the rows with the smallest norm are removed from all rows, as many as hold 99.99 % of that half's energy.
+    The directions of the half of the rows with the smallest norm are removed from all rows, as many as hold 99.99 %
+    of that half's energy.
     """
     norms = rows.norm(dim=1)
     quiet = rows[norms <= norms.median()]
@@ -98,8 +99,9 @@ def _beyond_the_head(rows: Tensor) -> Tensor:
 def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tensor | None:
     """Return which scores stand out (boolean), or None when none do.
 
-    Exact zeros beside others: whatever is not zero. With noise of known deviation: above the largest norm that noise alone would show
-    once in a thousand runs. Otherwise the widest gap of the logarithm in the upper half, of at least a factor of ten.
+    Exact zeros beside others: whatever is not zero. With noise of known deviation: above the largest norm that
+    noise alone would show once in a thousand runs. Otherwise the widest gap of the logarithm in the upper half, of
+    at least a factor of ten.
     """
     if noise > 0.0:
         # Laurent and Massart, 2000: a chi-square of `width` degrees exceeds width + 2 sqrt(width x) + 2 x with chance exp(-x).
