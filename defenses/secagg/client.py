@@ -8,6 +8,9 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Concatenate, NoReturn, ParamSpec, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from defenses.errors import ParameterError, ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import messages, shamir
@@ -243,8 +246,8 @@ class ClientSession:
         signature = self._identity.sign(unsigned.statement(transcript))
         return messages.SealedShares(self.id, commitment, signature, ciphertexts).to_bytes()
 
-    def mask(self, delivery: bytes, vector: RingVector, *, update: bytes | None = None) -> bytearray:
-        """Open the neighbours' shares and return the masked vector, packed and signed (R2).
+    def mask(self, delivery: bytes, vector: RingVector, *, update: bytes | None = None) -> memoryview:
+        """Open the neighbours' shares and return the masked vector, packed and signed (R2), as a view of its bytes.
 
         `vector` is not changed. `update` names the update inside, so that it enters no second session: give it
         whenever one update might be offered again.
@@ -259,7 +262,7 @@ class ClientSession:
         return self._mask(delivery, vector, update)
 
     @_step(Stage.MASK)
-    def _mask(self, delivery: bytes, vector: RingVector, update: bytes | None) -> bytearray:
+    def _mask(self, delivery: bytes, vector: RingVector, update: bytes | None) -> memoryview:
         held = self._held()
         for index, ciphertext in messages.read_delivery(delivery, len(self._neighbours)):
             neighbour = self._neighbours[index]
@@ -288,11 +291,13 @@ class ClientSession:
             masks.append(Mask(seed, negative=self.id > peer))
         return masks
 
-    def _upload(self, vector: RingVector, masks: list[Mask]) -> bytearray:
+    def _upload(self, vector: RingVector, masks: list[Mask]) -> memoryview:
         """Mask, pack and hash chunk by chunk, so that a vector passes through the cache once."""
         bits, start = self._parameters.modulus_bits, messages.HEADER_BYTES + messages.ID_BYTES + 64
-        message = bytearray(start + packed_bytes(len(vector), bits))
-        payload = memoryview(message)[start:]
+        # From numpy, which asks for huge pages: first touching 40 MB of small ones costs as much as four masks.
+        buffer: npt.NDArray[np.uint8] = np.empty(start + packed_bytes(len(vector), bits), dtype=np.uint8)
+        message = memoryview(buffer)  # type: ignore[arg-type]
+        payload = message[start:]
         streams, digest = MaskStreams(masks, word_type(bits)), hashlib.sha256()
         for part in chunks(len(vector), streams.chunk_words):
             chunk = vector[part].copy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,8 @@ from defenses.secagg.masks import RingVector, Word, chunks, word_type
 MODULUS_BITS = (16, 24, 32, 40, 48, 64)
 HEADER = 2
 """Coordinates that `frame` puts in front of a payload: the constant 1, and the client's integer weight."""
-_CHUNK = 1 << 14
+_CHUNK = 1 << 13
+"""Words per pass: a few float64 buffers of this length fit in the second-level cache."""
 
 if sys.byteorder != "little":
     raise ImportError("ring vectors are packed by viewing little-endian memory; this machine is big-endian")
@@ -122,18 +124,10 @@ class Quantizer:
             raise ParameterError(f"a vector of {values.dtype} with {values.ndim} dimensions: must be floating and flat")
         if weight < 0 or weight * self.largest >= 1 << 51:
             raise ParameterError(f"weight = {weight}: must be from 0 to {(1 << 51) // self.largest}")
-        word = word_type(self.modulus_bits)
-        encoded = np.empty(len(values), dtype=word)
-        limit = float(weight * self.largest)
-        # Steps of 2^-fraction_bits keep value + step exact in float64, so rounding cannot leave the limit.
-        fraction_bits = min(32, 52 - int(limit).bit_length())
+        encoded = np.empty(len(values), dtype=word_type(self.modulus_bits))
+        rounder = _Rounder(source, limit=weight * self.largest)
         for part in chunks(len(values), _CHUNK):
-            scaled = values[part].astype(np.float64)
-            if not np.isfinite(scaled).all():
-                raise ParameterError("the vector holds a value that is not finite; bound it before quantising")
-            np.multiply(scaled, weight * self.scale, out=scaled)
-            np.clip(scaled, -limit, limit, out=scaled)
-            encoded[part] = _round(scaled, source, fraction_bits).view(np.uint64).astype(word)
+            rounder.round_into(encoded[part], values[part], weight * self.scale)
         return _reduce(encoded, self.modulus_bits)
 
     def decode_sum(self, ring_sum: RingVector) -> npt.NDArray[np.float64]:
@@ -142,22 +136,51 @@ class Quantizer:
         Assumes: `check_overflow` passed for the number of clients that were summed.
         """
         decoded = np.empty(len(ring_sum), dtype=np.float64)
+        # Shifted to the top of its word, a representative is signed; the shift is undone by the exact power of two.
+        shift = 8 * ring_sum.itemsize - self.modulus_bits
+        signed_word = np.dtype(f"i{ring_sum.itemsize}")
         for part in chunks(len(ring_sum), _CHUNK):
-            np.divide(signed(ring_sum[part], self.modulus_bits), self.scale, out=decoded[part])
+            shifted = np.left_shift(ring_sum[part], ring_sum.dtype.type(shift)).view(signed_word)
+            np.divide(shifted, self.scale * 2.0**shift, out=decoded[part])
         return decoded
 
 
-def _round(
-    scaled: npt.NDArray[np.float64], source: RandomSource | None, fraction_bits: int
-) -> npt.NDArray[np.int64]:
-    if source is None:
-        return np.rint(scaled, out=scaled).astype(np.int64)
-    random = np.empty(len(scaled), dtype=np.uint32)
-    source.fill(random)
-    if fraction_bits < 32:
-        random >>= np.uint32(32 - fraction_bits)
-    np.add(scaled, random * 2.0**-fraction_bits, out=scaled)
-    return np.floor(scaled, out=scaled).astype(np.int64)
+class _Rounder:
+    """Scale and round chunks of reals to integers, bounded and in few passes over a small buffer.
+
+    A float64 plus 1.5 * 2^52 is the integer nearest to it, in the low bits of its own representation; adding a random
+    number in (-1/2, 1/2) first rounds up with probability equal to the fraction. That number is an odd multiple of
+    2^-32, so it is symmetric and never reaches a half, which keeps an integer at the limit inside the limit.
+    """
+
+    _MAGIC = 1.5 * 2.0**52
+
+    def __init__(self, source: RandomSource | None, *, limit: int) -> None:
+        self._source, self._low, self._high = source, self._MAGIC - limit, self._MAGIC + limit
+        self._scaled = np.empty(_CHUNK, dtype=np.float64)
+        self._offsets = np.empty(_CHUNK, dtype=np.float64)
+        self._random = np.empty(_CHUNK, dtype=np.uint32)
+
+    def round_into(self, out: RingVector, values: npt.NDArray[np.floating[Any]], scale: float) -> None:
+        """Write the rounded values as two's complement words."""
+        scaled = self._scaled[: len(values)]
+        np.multiply(values, scale, out=scaled, dtype=np.float64)
+        # A finite sum proves finite terms and costs one pass; an infinite one may be an overflow of large finite terms.
+        if not math.isfinite(float(np.sum(values))) and not np.isfinite(values).all():
+            raise ParameterError("the vector holds a value that is not finite; bound it before quantising")
+        if self._source is not None:
+            random, offsets = self._random[: len(values)], self._offsets[: len(values)]
+            self._source.fill(random)
+            np.bitwise_or(random, np.uint32(1), out=random)
+            np.multiply(random.view(np.int32), 2.0**-32, out=offsets)
+            np.add(scaled, offsets, out=scaled)
+        np.add(scaled, self._MAGIC, out=scaled)
+        np.maximum(scaled, self._low, out=scaled)
+        np.minimum(scaled, self._high, out=scaled)
+        if out.dtype == np.uint32:
+            out[:] = scaled.view(np.uint32)[::2]
+        else:
+            np.subtract(scaled.view(np.uint64), np.float64(self._MAGIC).view(np.uint64), out=out)
 
 
 def signed(ring: RingVector, modulus_bits: int) -> npt.NDArray[np.int64]:
