@@ -335,7 +335,7 @@ class Canaries:
             return vector
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + index)
         vector = torch.randn(self.dimension, generator=generator)
-        return vector * (self.norm / vector.norm())
+        return vector * (self.norm / float(torch.linalg.vector_norm(vector)))
 
     def contribution(self, bound: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return the sum of the included canaries, each passed through the mechanism's own `bound` (clip) when given."""
@@ -372,4 +372,5 @@ def combine_rounds(updates: Sequence[Tensor], noise: Sequence[float]) -> Tensor:
     if len(updates) != len(noise) or not updates:
         raise ValueError(f"{len(updates)} updates and {len(noise)} noise levels: one level per update is needed")
     weights = [1.0 / max(level, 1e-12) ** 2 for level in noise]
-    return torch.stack([update * weight for update, weight in zip(updates, weights, strict=True)]).sum(0) / sum(weights)
+    total = torch.stack([update * weight for update, weight in zip(updates, weights, strict=True)]).sum(0)
+    return total / sum(weights)

@@ -56,7 +56,8 @@ class Span:
         unit = vectors.to(self.basis.dtype)
         unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         residual = unit - (unit @ self.basis.T) @ self.basis
-        return residual.norm(dim=-1)
+        length: Tensor = torch.linalg.vector_norm(residual, dim=-1)
+        return length
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
 from attacks.inversion.channels import capture_inputs, linear_modules
+from attacks.inversion.tokens import embedding_names, vocabulary_size
 from attacks.observation import Observation
 
 _PROBES = 256
@@ -133,7 +134,8 @@ def ilrg_counts(weight: Tensor, bias: Tensor, module: nn.Linear, examples: int) 
         [(probabilities - torch.eye(len(bias), dtype=torch.float64)).T, torch.ones(1, len(bias), dtype=torch.float64)]
     )
     target = torch.cat([bias * examples, torch.tensor([float(examples)], dtype=torch.float64)])
-    return torch.linalg.lstsq(system, target[:, None], driver="gelsd").solution.flatten()
+    solution: Tensor = torch.linalg.lstsq(system, target[:, None], driver="gelsd").solution
+    return solution.flatten()
 
 
 def probe_head(
@@ -149,8 +151,8 @@ def probe_head(
         forward, real = _on_tokens(model, examples["token_ids"][:_PROBES]), True
     elif shape:
         forward, real = _on_images(model, torch.rand(_PROBES, *shape, generator=generator)), False
-    elif hasattr(model, "get_input_embeddings") and isinstance(model.get_input_embeddings(), nn.Embedding):
-        size = model.get_input_embeddings().num_embeddings
+    elif embedding_names(model):
+        size = vocabulary_size(observation, model)
         forward, real = _on_tokens(model, torch.randint(size, (64, 8), generator=generator)), False
     else:
         raise NotApplicable("no probes: neither public examples nor the image shape are known")

@@ -164,7 +164,7 @@ def sparse_directions(
 
 def _null_vectors(stack: Tensor) -> Tensor:
     """Return a unit vector orthogonal to the b - 1 rows of each matrix in a stack (n, b - 1, b)."""
-    complete, _ = torch.linalg.qr(stack.transpose(1, 2), mode="complete")
+    complete: Tensor = torch.linalg.qr(stack.transpose(1, 2), mode="complete")[0]
     return complete[:, :, -1]
 
 

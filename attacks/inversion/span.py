@@ -151,7 +151,8 @@ def cut(structure: Structure, tolerance: float | None) -> Scene:
 def _ambient(model: nn.Module, names: list[str], vocabulary: int) -> dict[str, int]:
     """Return the dimension of the space each layer's inputs can fill: a LayerNorm in front takes one away."""
     modules = {name: model.get_submodule(name) for name in names}
-    widest = max(int(getattr(module, "in_features", module.weight.shape[0])) for module in modules.values())
+    captured = capture_inputs(modules, lambda: _call(model, torch.zeros(1, 1, dtype=torch.long)))
+    widest = max(value.shape[-1] for value in captured.values())
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (2 * widest // 4 + 1, 4), generator=generator)
     captured = capture_inputs(modules, lambda: _call(model, ids))
@@ -282,8 +283,8 @@ def find_candidates(
         raise NotApplicable(
             f"the row spaces of the first layer say nothing (width {widths}): as many tokens, or an update that is not low rank"
         )
-    found = best or fallback
-    return found if found is None or allowed is None else (found[0], _only(found[1], set(allowed.tolist())))
+    chosen = best or fallback
+    return chosen if chosen is None or allowed is None else (chosen[0], _only(chosen[1], set(allowed.tolist())))
 
 
 def _only(candidates: Candidates, allowed: set[int]) -> Candidates:
@@ -299,7 +300,8 @@ def _pool(vocabulary: int, present: Tensor | None) -> Tensor:
     if present is None or vocabulary <= 4_000:
         return torch.arange(vocabulary)
     generator = torch.Generator().manual_seed(0)
-    return torch.cat([present, torch.randint(vocabulary, (1_000,), generator=generator)]).unique()
+    pool = torch.cat([present, torch.randint(vocabulary, (1_000,), generator=generator)])
+    return torch.tensor(sorted(set(pool.tolist())))
 
 
 def _outliers(scene: Scene, tokens: Tensor, distances: Tensor, codimension: int) -> tuple[Scene, Candidates] | None:

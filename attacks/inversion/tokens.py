@@ -27,7 +27,7 @@ def token_embedding(model: nn.Module) -> str:
         wanted = getter()
         for name, module in model.named_modules():
             if module is wanted and isinstance(module, nn.Embedding):
-                return name
+                return str(name)
     names = embedding_names(model)
     if not names:
         raise NotApplicable("the model has no token embedding")
@@ -74,7 +74,7 @@ def row_scores(observation: Observation, model: nn.Module) -> Tensor:
     if observation.content == "delta" and observation.known("weight_decay"):
         cleaned = without_decay(observation, name)
         rows = rows if cleaned is None else cleaned
-    norms = rows.norm(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     if is_tied(model, module) and bool((norms > 0).double().mean() > 0.5):
         return _beyond_the_head(rows)
     return norms
@@ -86,14 +86,15 @@ def _beyond_the_head(rows: Tensor) -> Tensor:
     The directions of the half of the rows with the smallest norm are removed from all rows, as many as hold 99.99 %
     of that half's energy.
     """
-    norms = rows.norm(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     quiet = rows[norms <= norms.median()]
     _, singular, right = torch.linalg.svd(quiet, full_matrices=False)
     share = singular.square().cumsum(0) / singular.square().sum().clamp_min(1e-300)
     kept = min(int((share < 0.9999).sum()) + 1, rows.shape[1] // 2)
     basis = right[:kept]
     residual = rows - (rows @ basis.T) @ basis
-    return residual.norm(dim=1)
+    left: Tensor = torch.linalg.vector_norm(residual, dim=1)
+    return left
 
 
 def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tensor | None:
@@ -112,15 +113,10 @@ def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tenso
         floor = float(scores.max()) * 1e-12
         zeros = scores <= floor
         if bool(zeros.any()) and bool((~zeros).any()):
-            chosen = _above_rounding(scores, floor)
+            chosen = ~zeros
         else:
             chosen = _above_gap(scores)
     return chosen if bool(chosen.any()) else None
-
-
-def _above_rounding(scores: Tensor, floor: float) -> Tensor:
-    above = scores > floor
-    return above
 
 
 def _above_gap(scores: Tensor) -> Tensor:
@@ -138,22 +134,26 @@ def noise_per_entry(observation: Observation) -> float:
     return float(multiplier) * float(bound) if multiplier and bound else 0.0
 
 
+def _width(model: nn.Module) -> int:
+    embedding = model.get_submodule(token_embedding(model))
+    assert isinstance(embedding, nn.Embedding)
+    return embedding.embedding_dim
+
+
 def present_tokens(observation: Observation, model: nn.Module) -> Tensor | None:
     """Return the ids of the tokens that stand out, or None when the embedding does not tell."""
     try:
         scores = row_scores(observation, model)
     except NotApplicable:
         return None
-    width = model.get_submodule(token_embedding(model)).weight.shape[1]
-    chosen = split_scores(scores, noise=noise_per_entry(observation), width=int(width))  # type: ignore[call-overload]
+    chosen = split_scores(scores, noise=noise_per_entry(observation), width=_width(model))
     return None if chosen is None else chosen.nonzero().flatten()
 
 
 def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
     private = working_copy(model, observation)
     scores = row_scores(observation, private)
-    width = int(private.get_submodule(token_embedding(private)).weight.shape[1])  # type: ignore[call-overload]
-    chosen = split_scores(scores, noise=noise_per_entry(observation), width=width)
+    chosen = split_scores(scores, noise=noise_per_entry(observation), width=_width(private))
     if chosen is None:
         return Finding(reason="no row of the embedding stands out")
     ids = chosen.nonzero().flatten()

@@ -1,0 +1,110 @@
+"""The command line of the suite: list attacks, show one, run one on an observation folder.
+
+python -m attacks list
+python -m attacks show span
+python -m attacks run span --observation folder --model folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from attacks.contract import Budget, Prior, Reconstruction
+from attacks.observation import ObservationError, load_observation
+from attacks.registry import ATTACKS, TAXONOMY, build
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(max(1, chosen.threads))
+    if chosen.command == "list":
+        print(taxonomy_table() if chosen.markdown else _names())
+        return 0
+    if chosen.command == "show":
+        attack = build(chosen.attack)
+        print(f"{attack.name} ({attack.family})\n{getattr(attack, 'summary', '')}\nneeds: {', '.join(attack.requires)}")
+        return 0
+    try:
+        observation = load_observation(chosen.observation)
+        model = None if chosen.model is None else load_model(chosen.model)
+    except (ObservationError, OSError, ValueError) as error:
+        parser.exit(2, f"attacks: {error}\n")
+    result = build(chosen.attack).run(observation, model, Prior(), Budget.named(chosen.budget), chosen.seed)
+    print(json.dumps(as_json(result), indent=None if chosen.json else 2))
+    return 0
+
+
+def as_json(result: Reconstruction) -> dict[str, object]:
+    """Return a reconstruction as plain JSON values; long values are written whole."""
+    return {
+        "format": 1,
+        "attack": result.attack,
+        "applicable": result.applicable,
+        "reason": result.reason,
+        "confidence": result.confidence,
+        "seconds": round(result.seconds, 3),
+        "knowledge_used": list(result.knowledge_used),
+        "details": dict(result.details),
+        "items": [
+            {"kind": item.kind, "confidence": item.confidence, "value": item.value.tolist()} for item in result.items
+        ],
+    }
+
+
+def load_model(folder: Path) -> nn.Module:
+    """Load a model folder in the Hugging Face layout, from disk alone, with eager attention and safetensors weights.
+
+    Raises: OSError or ValueError when the folder does not hold one.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    names = list(getattr(config, "architectures", None) or [])
+    if len(names) != 1 or not hasattr(transformers, names[0]):
+        raise ValueError(f"{folder}: config.json names the architectures {names}, exactly one known name is needed")
+    loaded = getattr(transformers, names[0]).from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, attn_implementation="eager"
+    )
+    if not isinstance(loaded, nn.Module):
+        raise ValueError(f"{folder}: {names[0]} is not a model")
+    return loaded.eval()
+
+
+def taxonomy_table() -> str:
+    """Return the table of published attacks in Markdown."""
+    lines = ["| # | Attack | Source | Status | Here | Note |", "|---|---|---|---|---|---|"]
+    for entry in TAXONOMY:
+        where = f"`{entry.where}`" if entry.where else ""
+        lines.append(f"| {entry.number} | {entry.name} | {entry.source} | {entry.status} | {where} | {entry.reason} |")
+    return "\n".join(lines)
+
+
+def _names() -> str:
+    built = [build(name) for name in sorted(ATTACKS)]
+    return "\n".join(f"{attack.name:<22} {attack.family:<14} {getattr(attack, 'summary', '')}" for attack in built)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m attacks", description="Attack what one observer saw of a round.")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the tensor library")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="name every attack")
+    listing.add_argument("--markdown", action="store_true", help="the table of all published attacks instead")
+    show = commands.add_parser("show", help="say what an attack does and needs")
+    show.add_argument("attack", choices=sorted(ATTACKS))
+    run = commands.add_parser("run", help="run one attack on an observation folder; prints JSON")
+    run.add_argument("attack", choices=sorted(ATTACKS))
+    run.add_argument("--observation", required=True, type=Path, help="folder with observation.json and tensors")
+    run.add_argument("--model", type=Path, help="model folder (config.json and safetensors)")
+    run.add_argument("--budget", choices=("quick", "standard", "exhaustive"), default="quick")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--json", action="store_true", help="one line of JSON")
+    return parser

@@ -1,0 +1,88 @@
+"""Adapters: inputs of every biased down-projection, and tokens where the adapter sees them unmixed.
+
+A bottleneck adapter h + U relu(D h + b) has the same gradient identity as any linear layer: dD_i / db_i is the
+hidden state of a position that fires unit i alone. Where the adapter sits in front of any attention, hidden states
+are matched with the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.inversion.channels import Channel, capture_inputs, observed_channels
+from attacks.inversion.linear import agreeing, bias_quotients
+from attacks.inversion.tokens import embedding_names, vocabulary_size
+from attacks.observation import Observation
+
+_MATCH = 1e-3
+
+
+def narrow_channels(observation: Observation, model: nn.Module) -> list[Channel]:
+    """Return the observed biased layers that project down, the mark of an adapter.
+
+    Raises: NotApplicable when there is none.
+    """
+    found = [
+        channel
+        for channel in observed_channels(observation, model).values()
+        if channel.bias is not None
+        and bool(channel.bias.any())
+        and channel.gradient.shape[0] < channel.gradient.shape[1]
+    ]
+    if not found:
+        raise NotApplicable("no biased layer that projects down was observed")
+    return found
+
+
+def decode(states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each state (n, d) the nearest row of the table (vocabulary, d) by angle, and the sine-like distance."""
+    unit = states.double() / states.double().norm(dim=1, keepdim=True).clamp_min(1e-30)
+    rows = table.double() / table.double().norm(dim=1, keepdim=True).clamp_min(1e-30)
+    nearest = (unit @ rows.T).argmax(1)
+    return nearest, torch.linalg.vector_norm(unit - rows[nearest], dim=1)
+
+
+def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+    private = working_copy(model, observation).double()
+    channels = narrow_channels(observation, private)
+    states, tokens = [], set()
+    for channel in channels:
+        quotients, _ = bias_quotients(channel)
+        # Alone at a unit shows as agreement; a unit hit by one token only agrees with nobody, so unmixed states are decoded too.
+        groups = agreeing(quotients)
+        states += [value for value, size in groups if size >= 2]
+        if embedding_names(private):
+            tokens |= _tokens_of(private, channel, quotients, vocabulary_size(observation, private))
+    items = [Item(kind="embedding", value=torch.stack(states).float(), confidence=0.8)] if states else []
+    if tokens:
+        items.insert(0, Item(kind="token_set", value=torch.tensor(sorted(tokens)), confidence=1.0))
+    confidence = 1.0 if tokens else 0.8 if states else 0.0
+    reason = "" if items else "no unit was hit by one position alone"
+    return Finding(items=tuple(items), confidence=confidence, reason=reason, details={"adapters": len(channels)})
+
+
+def _tokens_of(model: nn.Module, channel: Channel, quotients: Tensor, vocabulary: int) -> set[int]:
+    module = {channel.name: model.get_submodule(channel.name)}
+    found: set[int] = set()
+    longest = int(getattr(getattr(model, "config", None), "max_position_embeddings", 1) or 1)
+    for place in range(min(longest, 8)):
+        ids = torch.arange(vocabulary)[:, None].expand(-1, place + 1)
+        captured = capture_inputs(module, lambda ids=ids: model(input_ids=ids))  # type: ignore[misc]
+        if channel.name not in captured or captured[channel.name].ndim != 3:
+            return set()
+        nearest, distance = decode(quotients, captured[channel.name][:, -1])
+        found |= set(nearest[distance < _MATCH].tolist())
+    return found
+
+
+def adapter_readout() -> Attack:
+    """Return the readout of bottleneck adapters."""
+    return PlainAttack(
+        name="adapter_readout",
+        family="linear",
+        attempt=_attempt,
+        requires=("model",),
+        summary="hidden states, and tokens where they are unmixed, from the bias trick on bottleneck adapters",
+    )

@@ -1,0 +1,187 @@
+"""Every attack by name, and the taxonomy of published attacks with what is implemented here and why the rest is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from attacks import membership
+from attacks.contract import Attack
+from attacks.inversion import adapters, labels, linear, position, span, tokens
+
+ATTACKS: dict[str, Callable[[], Attack]] = {
+    "token_presence": tokens.token_presence,
+    "label_identity": labels.label_identity,
+    "idlg_label": labels.idlg_label,
+    "llg": labels.llg,
+    "ilrg": labels.ilrg,
+    "linear_readout": linear.linear_readout,
+    "spear": linear.spear,
+    "adapter_readout": adapters.adapter_readout,
+    "position_text": position.position_text,
+    "position_vision": position.position_vision,
+    "april": position.april,
+    "span": span.span,
+    "span_exact": span.span_exact,
+    "matched_filter": membership.matched_filter,
+    "projection_residual": membership.projection_residual,
+    "lira": membership.lira,
+    "rmia": membership.rmia,
+}
+
+
+def build(name: str) -> Attack:
+    """Return a registered attack.
+
+    Raises: KeyError naming the known attacks.
+    """
+    if name not in ATTACKS:
+        raise KeyError(f"no attack named {name!r}; known: {', '.join(sorted(ATTACKS))}")
+    return ATTACKS[name]()
+
+
+Status = Literal["implemented", "partly", "not"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """One published attack: its number in the taxonomy, its source, and where it stands here."""
+
+    number: int
+    name: str
+    source: str
+    group: str
+    status: Status
+    where: str = ""
+    reason: str = ""
+
+
+def _entry(number: int, group: str, name: str, source: str, status: Status, where: str, reason: str) -> Published:
+    return Published(number=number, group=group, name=name, source=source, status=status, where=where, reason=reason)
+
+
+_IMAGES, _PRIORS, _ANALYTIC = "images, by optimisation", "images, with a learned prior", "closed form, passive"
+_ACTIVE, _TEXT, _PEFT, _OTHER = "malicious server", "text", "parameter-efficient tuning", "labels and inference"
+
+TAXONOMY: tuple[Published, ...] = (
+    _entry(
+        1, _IMAGES, "Deep Leakage from Gradients", "1906.08935", "not", "", "planned for the gradient-matching engine"
+    ),
+    _entry(2, _IMAGES, "iDLG", "2001.02610", "partly", "idlg_label", "label step; the image step is gradient matching"),
+    _entry(3, _IMAGES, "Inverting Gradients", "2003.14053", "not", "", "planned for the gradient-matching engine"),
+    _entry(4, _IMAGES, "GradInversion", "2104.07586", "not", "", "planned; needs batch-norm statistics of the client"),
+    _entry(5, _IMAGES, "GradViT", "CVPR 2022", "not", "", "planned as a prior of the gradient-matching engine"),
+    _entry(
+        6, _IMAGES, "HF-GradInv, GI-NAS, AFGI, MAGIA", "2509.18170", "not", "", "increments over Inverting Gradients"
+    ),
+    _entry(7, _IMAGES, "FedLeak", "2506.08435", "not", "", "planned: partial gradient matching"),
+    _entry(8, _IMAGES, "FedAvg inversion", "2206.12395", "not", "", "planned: unrolled client simulation"),
+    _entry(9, _IMAGES, "SME", "ICML 2023", "not", "", "planned: surrogate model extension"),
+    _entry(10, _IMAGES, "NL-SME, trajectory matching", "2509.22082", "not", "", "increment over SME"),
+    _entry(11, _PRIORS, "GIAS, GGL, GIFD", "2110.14962", "not", "", "needs a trained image generator, none is shipped"),
+    _entry(12, _PRIORS, "CI-Net, GRNN", "TIFS 2022", "not", "", "works on sigmoid networks only"),
+    _entry(13, _PRIORS, "Learning to Invert", "2210.10880", "not", "", "planned: learned inversion"),
+    _entry(
+        14, _PRIORS, "Bayes-optimal inversion", "2111.04706", "not", "", "covered in effect by noise-aware matching"
+    ),
+    _entry(15, _PRIORS, "Diffusion priors", "2511.10423", "not", "", "needs a trained diffusion model"),
+    _entry(
+        16,
+        _ANALYTIC,
+        "First linear layer",
+        "Phong 2017",
+        "implemented",
+        "linear_readout",
+        "exact for an input alone on a neuron",
+    ),
+    _entry(17, _ANALYTIC, "R-GAP", "2010.07733", "not", "", "batch of one through convolutions without pooling only"),
+    _entry(
+        18,
+        _ANALYTIC,
+        "APRIL",
+        "2112.14087",
+        "implemented",
+        "april",
+        "and position_vision, which needs no modified block",
+    ),
+    _entry(19, _ANALYTIC, "Cocktail Party", "2209.05578", "not", "", "planned: independent component analysis"),
+    _entry(20, _ANALYTIC, "SPEAR", "2403.03945", "implemented", "spear", "the sampling variant; SPEAR++ is not built"),
+    _entry(21, _ANALYTIC, "HSSP", "2409.14260", "not", "", "same setting as SPEAR, cost grows faster with the batch"),
+    _entry(22, _ACTIVE, "Robbing the Fed", "2110.13057", "not", "", "planned: imprint block"),
+    _entry(23, _ACTIVE, "Trap weights", "2112.02918", "not", "", "planned"),
+    _entry(24, _ACTIVE, "Fishing", "2202.00580", "not", "", "planned"),
+    _entry(25, _ACTIVE, "LOKI", "2303.12233", "not", "", "planned"),
+    _entry(26, _ACTIVE, "Scale-MIA", "2311.05808", "not", "", "needs a decoder trained on much auxiliary data"),
+    _entry(27, _ACTIVE, "SEER", "2306.03013", "not", "", "needs joint training of a secret decoder on an accelerator"),
+    _entry(28, _ACTIVE, "Model inconsistency", "2111.07380", "not", "", "planned"),
+    _entry(29, _ACTIVE, "ARES, VGIA", "2603.17623", "not", "", "sparse recovery on tabular data, not in scope yet"),
+    _entry(30, _ACTIVE, "Maui, head-only inversion", "2509.11451", "not", "", "planned through the parameter mask"),
+    _entry(
+        31,
+        _TEXT,
+        "Token presence",
+        "FILM, stage 1",
+        "implemented",
+        "token_presence",
+        "with AdamW decay removal and tied heads",
+    ),
+    _entry(32, _TEXT, "TAG", "2103.06819", "not", "", "planned for the gradient-matching engine"),
+    _entry(33, _TEXT, "LAMP", "2202.08827", "not", "", "planned: discrete text search"),
+    _entry(34, _TEXT, "FILM", "2205.08514", "not", "", "planned: discrete text search"),
+    _entry(35, _TEXT, "GRAB", "2507.21198", "not", "", "planned: dropout masks as variables"),
+    _entry(36, _TEXT, "FET", "COLING 2025", "not", "", "discrete search close to LAMP"),
+    _entry(
+        37,
+        _TEXT,
+        "Partial gradients",
+        "2406.00999",
+        "partly",
+        "span",
+        "one layer's gradient is enough for the span test",
+    ),
+    _entry(
+        38,
+        _TEXT,
+        "DAGER",
+        "2405.15586",
+        "implemented",
+        "span_exact",
+        "span adds LoRA's second factor and an outlier test",
+    ),
+    _entry(39, _TEXT, "SOMP", "2603.16761", "not", "", "matching pursuit over candidate gradients, not built yet"),
+    _entry(40, _TEXT, "TIGER", "2606.18312", "not", "", "span's outlier test covers mild noise; no relaxation"),
+    _entry(41, _TEXT, "FedSpy-LLM", "2604.06297", "partly", "span", "same subspace, adapters included"),
+    _entry(42, _TEXT, "Decepticons, Panning for Gold", "2201.12675", "not", "", "planned"),
+    _entry(43, _PEFT, "PEFTLeak", "2506.04453", "not", "", "planned"),
+    _entry(44, _PEFT, "MineGrad", "2608.01521", "not", "", "planned"),
+    _entry(45, _PEFT, "UTR", "2601.17533", "partly", "adapter_readout", "the readout of biased adapters"),
+    _entry(46, _PEFT, "ReCIT", "2504.20570", "not", "", "needs malicious pre-training of a large model"),
+    _entry(47, _PEFT, "LoRA gradient matching", "2503.11514", "not", "", "planned through the parameter mask"),
+    _entry(48, _PEFT, "PromptMIA", "2601.06641", "not", "", "planned"),
+    _entry(
+        49,
+        _OTHER,
+        "iDLG, LLG, RLG, iLRG labels",
+        "2105.09369",
+        "implemented",
+        "label_identity",
+        "also llg, ilrg, idlg_label",
+    ),
+    _entry(50, _OTHER, "ProjRes", "2604.21197", "implemented", "projection_residual", "membership from row spaces"),
+    _entry(51, _OTHER, "SecAgg-as-LDP audit", "2403.17775", "partly", "matched_filter", "the likelihood test on sums"),
+    _entry(
+        52,
+        _OTHER,
+        "CANIFE and one-run canaries",
+        "2210.02912",
+        "implemented",
+        "canary",
+        "random and coordinate canaries, not crafted ones",
+    ),
+    _entry(53, _OTHER, "SRATTA", "2306.07644", "not", "", "needs many rounds of sums over first dense layers"),
+    _entry(
+        54, _OTHER, "Property inference", "1805.04049", "not", "", "needs a classifier trained on simulated updates"
+    ),
+    _entry(55, _OTHER, "I2F risk estimate", "2309.13016", "not", "", "a bound for images, not an attack on an update"),
+)
