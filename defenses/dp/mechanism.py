@@ -137,6 +137,8 @@ class RecordMechanism:
 class RecordRun:
     """Run the steps of a `RecordMechanism`: sample, then privatise, in turn, never more than stated.
 
+    `private` turns False for good once a replayable source was used; such a run must be reported as not private.
+
     Guarantee: every `sample` is followed by exactly one `privatise` of a sum with the current bound; `event` covers
     the steps begun, so a sampled step counts as spent even if it is never released.
     """
@@ -144,6 +146,7 @@ class RecordRun:
     def __init__(self, mechanism: RecordMechanism) -> None:
         self.mechanism = mechanism
         self.bound = mechanism.bound
+        self.private = True
         self._begun = 0
         self._open = False
 
@@ -163,12 +166,14 @@ class RecordRun:
             raise BudgetExceeded(f"all {self.mechanism.steps} steps of this mechanism are used")
         self._begun += 1
         self._open = True
+        self.private &= source.private
         return self.mechanism.sample(population, source)
 
     def privatise(self, clipped_sum: ClippedSum, source: RandomSource) -> dict[str, Tensor]:
         """Release the step: noisy sum over the public divisor. Moves an adaptive bound, by its own noisy count."""
         if not self._open:
             raise NotPrivateError("privatise before sample: the event would describe a sampler that did not run")
+        self.private &= source.private
         released = self.mechanism.privatise(clipped_sum, source, clip_norm=self.bound.clip_norm)
         if self.bound.kind == "adaptive":
             centred = clipped_sum.within - clipped_sum.batch_size / 2
