@@ -184,7 +184,7 @@ def no_dropout() -> Iterator[None]:
     The functions of torch.nn.functional are replaced for the whole process: a torch function mode would be simpler but
     is not active while checkpoints recompute inside the backward pass. Do not train in another thread meanwhile.
     """
-    attention = F.scaled_dot_product_attention
+    attention: Callable[..., Tensor] = F.scaled_dot_product_attention
 
     def attend(*args: Any, **kwargs: Any) -> Tensor:
         # dropout_p is the fifth positional argument
