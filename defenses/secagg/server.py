@@ -99,6 +99,7 @@ class ServerSession:
         self._confirmations: dict[int, bytes] = {}
         self._requested: set[int] = set()
         self._responses: dict[int, dict[int, bytes]] = {}
+        self._reliable: set[int] = set()
         self._roster_message = b""
         self._traffic: dict[bytes, Traffic] = {}
 
@@ -216,7 +217,7 @@ class ServerSession:
             self._accumulator = np.zeros(self._parameters.length, dtype=word_type(self._parameters.modulus_bits))
             self._stage = Stage.MASK
         self._require(Stage.MASK)
-        place = self._place[owner]
+        place = self._place.get(owner, -1)
         if place not in self._sharers:
             raise ProtocolError
         neighbours = self._graph.neighbours(place)
@@ -292,7 +293,7 @@ class ServerSession:
             self._abort_unless(len(self._confirmations) >= self._parameters.threshold + 1)
             self._stage = Stage.UNMASK
         self._require(Stage.UNMASK)
-        place = self._place[owner]
+        place = self._place.get(owner, -1)
         if place not in self._uploaded:
             raise ProtocolError
         message = self._request(place)
@@ -371,13 +372,21 @@ class ServerSession:
                 raise NotEnoughClients
         return collected
 
-    def _recover(self, shares: Mapping[int, bytes], accept: Callable[[bytes], bool]) -> bytes:
-        return shamir.recover(shares, threshold=self._parameters.threshold, accept=accept, source=self._source)
+    def _recover(self, place: int, shares: Mapping[int, bytes], accept: Callable[[bytes], bool]) -> bytes:
+        """Rebuild a secret, trying holders first whose shares were right before, if the plain choice fails."""
+        holders = self._graph.neighbours(place)
+        preferred = [point for point in shares if holders[point - 1] in self._reliable]
+        secret, chosen = shamir.recover(
+            shares, threshold=self._parameters.threshold, accept=accept, source=self._source, preferred=preferred
+        )
+        if list(chosen) != sorted(shares)[: len(chosen)]:
+            self._reliable.update(holders[point - 1] for point in chosen)
+        return secret
 
     def _self_mask(self, place: int, shares: Mapping[int, bytes]) -> Mask:
         owner, commitment = self._order[place], self._commitments[place]
         secret = self._recover(
-            shares, lambda guess: messages.self_commitment(self._transcript, owner, guess) == commitment
+            place, shares, lambda guess: messages.self_commitment(self._transcript, owner, guess) == commitment
         )
         return Mask(messages.self_seed(secret, transcript=self._transcript, owner=owner), negative=True)
 
@@ -388,7 +397,7 @@ class ServerSession:
         if not partners:
             return []
         advertised = self._adverts[owner].mask_key
-        secret = self._recover(shares, lambda guess: public_of(guess) == advertised)
+        secret = self._recover(place, shares, lambda guess: public_of(guess) == advertised)
         peers = [self._order[partner] for partner in partners]
         shared = agree(secret, (self._adverts[peer].mask_key for peer in peers))
         return [

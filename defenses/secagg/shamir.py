@@ -44,7 +44,7 @@ def evaluate(secret: bytes, coefficients: Sequence[int], *, shares: int) -> list
     return dealt
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)
 def _weights(points: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     """Return integer weights w_i and one divisor D with f(0) = sum(w_i f(x_i)) / D for the sorted points.
 
@@ -78,12 +78,17 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
 
 
 def recover(
-    shares: Mapping[int, bytes], *, threshold: int, accept: Callable[[bytes], bool], source: RandomSource
-) -> bytes:
-    """Find the secret that `accept` recognises, even when some of the shares are wrong.
+    shares: Mapping[int, bytes],
+    *,
+    threshold: int,
+    accept: Callable[[bytes], bool],
+    source: RandomSource,
+    preferred: Sequence[int] = (),
+) -> tuple[bytes, tuple[int, ...]]:
+    """Find the secret that `accept` recognises and the points that gave it, even when some of the shares are wrong.
 
-    The first `threshold` shares usually do. Otherwise random subsets are tried, which finds the secret while wrong
-    shares are few; a dealer who dealt inconsistently cannot be helped.
+    The first `threshold` shares usually do, then the preferred points. Otherwise random subsets are tried, which
+    finds the secret while wrong shares are few; a dealer who dealt inconsistently cannot be helped.
 
     Raises: ProtocolError when no subset tried gives an accepted secret.
     """
@@ -91,12 +96,15 @@ def recover(
     if len(points) < threshold:
         raise ProtocolError
     for attempt in range(_ATTEMPTS if len(points) > threshold else 1):
-        order = range(len(points)) if attempt == 0 else source.permutation(len(points))
-        subset = {points[int(index)]: shares[points[int(index)]] for index in order[:threshold]}
+        if attempt < 2:
+            order = points if attempt == 0 else [*preferred, *(point for point in points if point not in preferred)]
+        else:
+            order = [points[int(index)] for index in source.permutation(len(points))]
+        chosen = tuple(order[:threshold])
         try:
-            secret = combine(subset)
+            secret = combine({point: shares[point] for point in chosen})
         except ProtocolError:
             continue
         if accept(secret):
-            return secret
+            return secret, chosen
     raise ProtocolError

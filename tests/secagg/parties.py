@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 
+from defenses.errors import ProtocolError
 from defenses.random_source import RandomSource
-from defenses.secagg import ClientPolicy, ClientSession, Identity, Roster, ServerSession, SessionParameters, drive
+from defenses.secagg import (
+    ClientPolicy,
+    ClientSession,
+    Identity,
+    Roster,
+    ServerSession,
+    SessionParameters,
+    Stage,
+    drive,
+    messages,
+)
 from defenses.secagg.driver import Outcome
 from defenses.secagg.graph import Mode, threshold_above
 from defenses.secagg.masks import RingVector, word_type
@@ -95,3 +107,79 @@ def assert_exact(outcome: Outcome, vectors: Mapping[bytes, RingVector]) -> None:
     """Check that the opened sum is the plain sum over the survivors."""
     expected = plain_sum(vectors, outcome.sum.survivors, outcome.sum.modulus_bits)
     np.testing.assert_array_equal(outcome.sum.vector, np.array(expected, dtype=outcome.sum.vector.dtype))
+
+
+CONSTANT = "protocol aborted"
+
+
+@dataclass
+class Table:
+    """Hold a session in progress, with everything that was sent so far."""
+
+    parties: Parties
+    clients: dict[bytes, ClientSession]
+    server: ServerSession
+    vectors: dict[bytes, np.ndarray]
+    sent: dict[bytes, bytes]
+
+    @property
+    def ids(self) -> list[bytes]:
+        return list(self.clients)
+
+    def adverts(self) -> list[messages.Advert]:
+        return messages.read_roster(self.server.roster_message())
+
+
+def play(parties: Parties, until: Stage) -> Table:
+    """Play honestly up to the point where clients are about to act at a stage."""
+    table = Table(parties, parties.clients(), parties.server(), parties.vectors(), {})
+    server = table.server
+
+    def each(act: Callable[[bytes, ClientSession], bytes], receive: Callable[[bytes], bytes]) -> None:
+        for owner, session in table.clients.items():
+            table.sent[owner] = act(owner, session)
+            receive(table.sent[owner])
+
+    if until > Stage.ADVERTISE:
+        each(lambda owner, session: session.advertise(), server.receive_advertisement)
+        server.roster_message()
+    if until > Stage.SHARE:
+        each(lambda owner, session: session.share(server.roster_message()), server.receive_shares)
+        server.delivery_for(table.ids[0])
+    if until > Stage.MASK:
+        each(
+            lambda owner, session: session.mask(server.delivery_for(owner), table.vectors[owner]),
+            server.receive_masked_input,
+        )
+    if until > Stage.CONFIRM and parties.parameters.mode == "active":
+        each(lambda owner, session: session.confirm(server.survivors_message()), server.receive_confirmation)
+    return table
+
+
+def assert_left(session: ClientSession) -> None:
+    """Check that a client is out for good: no secrets, no further answer at any stage."""
+    assert session.stage is Stage.ABORTED
+    assert session._secrets is None
+    assert session._channel_key is None
+    for call in (
+        session.advertise,
+        lambda: session.share(b""),
+        lambda: session.mask(b"", np.zeros(11, dtype=np.uint32)),
+        lambda: session.confirm(b""),
+        lambda: session.unmask(b""),
+    ):
+        refused(call)
+
+
+def refused(call: Callable[[], object]) -> None:
+    """Check that a call fails with the constant error and nothing attached to it."""
+    with pytest.raises(ProtocolError) as caught:
+        call()
+    assert str(caught.value) == CONSTANT
+    assert caught.value.__context__ is None
+    assert caught.value.__cause__ is None
+
+
+def assert_exact_sum(server: ServerSession, table: Table, survivors: list[bytes]) -> None:
+    expected = np.sum([table.vectors[owner] for owner in survivors], axis=0, dtype=np.uint32)
+    np.testing.assert_array_equal(server.finish().vector, expected)

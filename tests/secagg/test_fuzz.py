@@ -15,8 +15,7 @@ import pytest
 from defenses.errors import ProtocolError
 from defenses.secagg import ClientSession, ServerSession, Stage, messages
 from defenses.secagg.client import _Secrets
-from tests.secagg.parties import gather
-from tests.secagg.test_adversary import Table, play
+from tests.secagg.parties import Table, gather, play
 
 QUICK, MANY = 5_000, 100_000
 LENGTH = 3
@@ -143,7 +142,7 @@ class Snapshot:
 
 
 def fuzz_client(stage: Stage, mode: str, count: int) -> None:
-    """Damage server messages. A server may always name other survivors; nothing else damaged is accepted."""
+    """Damage server messages. What is accepted must be what the server was free to send."""
     table = play(gather(6, mode=mode, length=LENGTH), stage)  # type: ignore[arg-type]
     valid = valid_for_client(table, stage)
     session = table.clients[table.ids[0]]
@@ -157,14 +156,17 @@ def fuzz_client(stage: Stage, mode: str, count: int) -> None:
             assert session._secrets is None
             refused += 1
         else:
-            assert may_be_accepted(stage, mode, message), (stage, message.hex())
+            assert may_be_accepted(stage, mode, message, valid), (stage, message.hex())
         snapshot.restore()
     assert refused > 0.5 * count
     respond(session, stage, valid[0])
 
 
-def may_be_accepted(stage: Stage, mode: str, message: bytes) -> bool:
-    """Say whether a changed message is one that the server was free to send."""
+def may_be_accepted(stage: Stage, mode: str, message: bytes, valid: list[bytes]) -> bool:
+    """Say whether a changed message is one that the server was free to send: fewer clients, never other ones."""
+    if stage is Stage.SHARE:
+        genuine, shown = messages.read_roster(valid[0]), messages.read_roster(message)
+        return len(shown) > 3 and genuine[0] in shown and all(advert in genuine for advert in shown)
     if stage is Stage.MASK or (stage is Stage.UNMASK and mode == "active"):
         rows = messages.read_delivery(message, 5) if stage is Stage.MASK else messages.read_active_request(message, 5)
         return len(rows) >= gather(6, mode=mode).parameters.threshold  # type: ignore[arg-type]

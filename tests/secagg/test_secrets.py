@@ -13,8 +13,7 @@ import pytest
 from defenses.errors import ParameterError, ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import ClientSession, Identity, Mask, ServerSession, Stage
-from tests.secagg.parties import gather
-from tests.secagg.test_adversary import play
+from tests.secagg.parties import gather, play
 
 
 def spoken_forms(secret: bytes) -> list[str]:
