@@ -47,18 +47,19 @@ def decode(states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
     private = working_copy(model, observation).double()
     channels = narrow_channels(observation, private)
-    states, tokens = [], set()
+    items: list[Item] = []
+    tokens: set[int] = set()
     for channel in channels:
         quotients, _ = bias_quotients(channel)
-        # Alone at a unit shows as agreement; a unit hit by one token only agrees with nobody, so unmixed states are decoded too.
-        groups = agreeing(quotients)
-        states += [value for value, size in groups if size >= 2]
+        # Alone at a unit shows as agreement of several units; single units are still worth decoding against the vocabulary.
+        states = [value for value, size in agreeing(quotients) if size >= 2]
+        if states:
+            items.append(Item(kind="embedding", value=torch.stack(states).float(), confidence=0.8))
         if embedding_names(private):
             tokens |= _tokens_of(private, channel, quotients, vocabulary_size(observation, private))
-    items = [Item(kind="embedding", value=torch.stack(states).float(), confidence=0.8)] if states else []
     if tokens:
         items.insert(0, Item(kind="token_set", value=torch.tensor(sorted(tokens)), confidence=1.0))
-    confidence = 1.0 if tokens else 0.8 if states else 0.0
+    confidence = 1.0 if tokens else 0.8 if items else 0.0
     reason = "" if items else "no unit was hit by one position alone"
     return Finding(items=tuple(items), confidence=confidence, reason=reason, details={"adapters": len(channels)})
 
