@@ -308,7 +308,11 @@ def _dense(use: Use, shape: torch.Size) -> Dense:
 
 
 def _squared_norm(parts: list[Use], parameter: nn.Parameter) -> Tensor:
-    """Return the squared norm `[batch]` of the sum of all uses of one parameter, and merge what must be merged."""
+    """Return the squared norm `[batch]` of the sum of all uses of one parameter, and merge what must be merged.
+
+    Norms from factors can cancel: terms far larger than the result leave their float32 rounding behind. That rounding
+    is added on top, so that a norm is never taken for smaller than it is and no sample slips past its bound.
+    """
     if len(parts) > 1 and any(isinstance(part, Dense) for part in parts):
         total = torch.stack([_dense(part, parameter.shape).values for part in parts]).sum(0)
         parts[:] = [Dense(total)]
@@ -317,7 +321,23 @@ def _squared_norm(parts: list[Use], parameter: nn.Parameter) -> Tensor:
         result = result + _inner(left, left)
         for right in parts[i + 1 :]:
             result = result + 2.0 * _inner(left, right)
-    return result.clamp_min(0.0)
+    size = torch.zeros_like(result)
+    for part in parts:
+        size = size + _factored_size(part)
+    return result.clamp_min(0.0) + _ROUNDING * size.square()
+
+
+# Four units in the last place of float32, relative to the sum of the norms of all terms.
+_ROUNDING = 2.0**-22
+
+
+def _factored_size(use: Use) -> Tensor:
+    """Return the sum over tokens of the norms of their terms, `[batch]`; nothing to add for a gradient held whole."""
+    if isinstance(use, Dense):
+        return use.values.new_zeros(use.batch)
+    if isinstance(use, Rows):
+        return use.values.float().norm(dim=2).sum(1)
+    return (use.rows.float().norm(dim=2) * use.columns.float().norm(dim=2)).sum(1)
 
 
 def _inner(left: Use, right: Use) -> Tensor:

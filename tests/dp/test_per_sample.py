@@ -302,3 +302,19 @@ def test_tokens_flattened_into_the_batch_are_refused_by_name() -> None:
     x = torch.randn(3, 5, 4)
     with PerSampleEngine(model) as engine, pytest.raises(NotPrivateError, match=r"0\.weight.*15.*3 samples"):
         engine.per_sample(lambda: model[0](x.reshape(15, 4)).reshape(3, -1).sum(1), batch_size=3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e2, 1e3, 1e5])
+def test_cancelling_tokens_do_not_slip_past_the_bound(scale: float) -> None:
+    """Tokens whose large terms cancel leave a small gradient; its norm, computed from factors, must not come out less."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64, bias=False)
+    base = torch.randn(1, 64)
+    x = (scale * base + torch.randn(2, 64))[None]
+    signs = torch.tensor([1.0, -1.0])[None, :, None] * torch.randn(64)
+    clip = Clipping(clip_norm=1.0)
+    with PerSampleEngine(model) as engine:
+        found = engine.clipped_sum(lambda: (model(x) * signs).sum((1, 2)), clip=clip).gradients["weight"]
+    exact = torch.einsum("to,ti->oi", signs[0].double(), x[0].double())
+    assert float(exact.norm()) > 10 * clip.clip_norm
+    assert float(found.double().norm()) <= clip.clip_norm * (1 + 1e-5)
