@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from defenses.dp import Clipping, PerSampleEngine, RecordMechanism
+from defenses.dp import PerSampleEngine, RecordMechanism
 from defenses.random_source import RandomSource
 from ffm_secure.config import RunConfig
 from ffm_secure.lifecycle import LocalChange, finetune
@@ -73,13 +73,11 @@ class Workplace:
         if isinstance(self.mechanism, RecordMechanism):
             if self.engine is None:
                 self.engine = PerSampleEngine(self.trainable.model, parameters=self.trainable.parameters)
-            clipping = Clipping(kind=self.config.privacy.clipping, clip_norm=self.mechanism.clip_norm)
             return PrivateGradient(
                 trainable=self.trainable,
                 task=self.task,
                 encoded=client.examples,
                 mechanism=self.mechanism,
-                clipping=clipping,
                 engine=self.engine,
                 source=source,
                 device=self.device,

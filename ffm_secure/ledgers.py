@@ -51,7 +51,7 @@ def ledger_table(ledger: Ledger, *, owner: str) -> dict[str, Any]:
         })
     head = ledger.head()
     return {
-        "verified": True, "entries": head.entries, "head": head.digest, "accounts": accounts,
+        "verified": True, "entries": head.sequence, "head": head.hash, "accounts": accounts,
         "charges": [{"sequence": entry.sequence, "time": entry.time, "owner": entry.owner, "run": entry.run, "round": entry.round,
                      "unit": entry.unit, "release": entry.release, "spent": entry.spent,
                      "event": entry.event.to_dict() if entry.event else {}} for entry in charges],

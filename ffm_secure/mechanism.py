@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from defenses.dp import Accountant, ClientMechanism, Event, NonPrivateEvent, RecordMechanism, noise_multiplier
+from defenses.dp import Accountant, ClientMechanism, Event, NonPrivateEvent, RecordMechanism
+from defenses.dp.calibration import noise_multiplier
 from defenses.random_source import RandomSource
 from ffm_secure import plan
 from ffm_secure.config import RunConfig

@@ -121,8 +121,8 @@ def summarise(
         clients=outcomes,
         clients_source="simulation's own view, never released",
         audit=audit,
-        ledger_entries=head.entries,
-        ledger_head=head.digest,
+        ledger_entries=head.sequence,
+        ledger_head=head.hash,
         software=software(),
         seconds=seconds,
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from defenses.dp import Clipping, PerSampleEngine, RecordMechanism
+from defenses.dp import ClippedSum, Clipping, PerSampleEngine, RecordMechanism
 from defenses.random_source import RandomSource
 from ffm_secure.config import Lifecycle
 
@@ -73,10 +74,8 @@ class PlainGradient:
         parameters = self.trainable.parameters
         for parameter in parameters.values():
             parameter.grad = None
-        for start in range(0, len(indices), self.microbatch):
-            batch = self.task.batch(
-                self.encoded, indices[start : start + self.microbatch], device=self.device, generator=self.masks
-            )
+        for part in similar_lengths(self.encoded, indices, self.microbatch):
+            batch = self.task.batch(self.encoded, part, device=self.device, generator=self.masks)
             losses = self.task.losses(self.trainable.model, batch)
             (losses.sum() / len(indices)).backward()
             self.total += float(losses.detach().sum())
@@ -101,39 +100,46 @@ class PrivateGradient:
         task: Any,
         encoded: Any,
         mechanism: RecordMechanism,
-        clipping: Clipping,
         engine: PerSampleEngine,
         source: RandomSource,
         device: str,
         microbatch: int,
     ) -> None:
         self.trainable, self.task, self.encoded = trainable, task, encoded
-        self.mechanism, self.clipping, self.engine = mechanism, clipping, engine
+        self.mechanism, self.engine = mechanism, engine
         self.sampling, self.noise = source.derive("sampling"), source.derive("noise")
         self.masks = torch.Generator().manual_seed(source.derive("masks").below(2**62))
         self.device, self.microbatch = device, microbatch
 
     def steps(self) -> Iterator[Mapping[str, Tensor]]:
         """Iterate over the steps the mechanism was charged for, no more and no fewer."""
+        run = self.mechanism.start()
         for _ in range(self.mechanism.steps):
-            indices = self.mechanism.sample(len(self.encoded), self.sampling)
-            yield self.mechanism.privatise(self._clipped_sum(indices), self.noise)
+            indices = run.sample(len(self.encoded), self.sampling)
+            yield run.privatise(self._clipped_sum(indices, run.bound), self.noise)
 
-    def _clipped_sum(self, indices: np.ndarray) -> dict[str, Tensor]:
-        total = {name: torch.zeros(p.shape, dtype=torch.float32) for name, p in self.trainable.parameters.items()}
-        for start in range(0, len(indices), self.microbatch):
-            part = indices[start : start + self.microbatch]
+    def _clipped_sum(self, indices: np.ndarray, bound: Clipping) -> ClippedSum:
+        total = self.engine.empty(bound)
+        for part in similar_lengths(self.encoded, indices, self.microbatch):
             batch = self.task.batch(self.encoded, part, device=self.device, generator=self.masks)
-            clipped = self.engine.clipped_sum(
-                lambda batch=batch: self.task.losses(self.trainable.model, batch), clip=self.clipping
-            )
-            for name, gradient in clipped.gradients.items():
-                total[name] += gradient.cpu()
+            losses = partial(self.task.losses, self.trainable.model, batch)
+            total = total + self.engine.clipped_sum(losses, clip=bound)
         return total
 
     def loss(self) -> float:
         """Return nan: the private loss is not measured, so that it cannot leak."""
         return float("nan")
+
+
+def similar_lengths(encoded: Any, indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Cut one batch into parts of at most `size` samples of similar length, so that little is padded.
+
+    The parts are summed, so which sample is in which part changes nothing but speed and rounding.
+    """
+    if len(indices) > size and hasattr(encoded, "lengths"):
+        indices = indices[np.argsort(encoded.lengths()[indices], kind="stable")]
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
 
 
 def finetune(*, trainable: Any, start: Tensor, spec: Lifecycle, rule: GradientRule) -> LocalChange:
