@@ -20,7 +20,7 @@ from defenses.secagg.driver import Outcome, drive
 from defenses.secagg.graph import GraphParameters, find_graph_parameters
 from defenses.secagg.keys import Identity, ReplayGuard, Roster
 from defenses.secagg.masks import Mask, RingVector, add_masks
-from defenses.secagg.parameters import FEWEST_SURVIVORS, ClientPolicy, SessionParameters
+from defenses.secagg.parameters import DEFERRED_MODEL, FEWEST_SURVIVORS, ClientPolicy, SessionParameters
 from defenses.secagg.ring import (
     HEADER,
     MODULUS_BITS,
@@ -39,7 +39,7 @@ from defenses.secagg.ring import (
 from defenses.secagg.server import NotEnoughClients, RingSum, ServerSession, Traffic
 
 __all__ = [
-    "FEWEST_SURVIVORS", "HEADER", "MODULUS_BITS", "ClientPolicy", "ClientSession", "GraphParameters", "Identity",
+    "DEFERRED_MODEL", "FEWEST_SURVIVORS", "HEADER", "MODULUS_BITS", "ClientPolicy", "ClientSession", "GraphParameters", "Identity",
     "Mask", "NotEnoughClients", "OpenedSum", "Outcome", "Quantizer", "ReplayGuard", "RingSum", "RingVector", "Roster",
     "ServerSession", "SessionParameters", "Stage", "Traffic", "add_into", "add_masks", "check_overflow", "drive",
     "find_graph_parameters", "frame", "from_signed", "modulus_for", "pack", "signed", "unframe", "unpack",

@@ -17,7 +17,7 @@ from defenses.secagg import messages, shamir
 from defenses.secagg.graph import Graph, build_graph
 from defenses.secagg.keys import Identity, agree, public_of, require_distinct_keys, verify_signature
 from defenses.secagg.masks import Mask, MaskStreams, RingVector, chunks, word_type
-from defenses.secagg.parameters import ClientPolicy, SessionParameters
+from defenses.secagg.parameters import DEFERRED_MODEL, ClientPolicy, SessionParameters
 from defenses.secagg.ring import pack_into, packed_bytes
 
 Arguments = ParamSpec("Arguments")
@@ -246,11 +246,19 @@ class ClientSession:
         signature = self._identity.sign(unsigned.statement(transcript))
         return messages.SealedShares(self.id, commitment, signature, ciphertexts).to_bytes()
 
-    def mask(self, delivery: bytes, vector: RingVector, *, update: bytes | None = None) -> memoryview:
+    def mask(
+        self,
+        delivery: bytes,
+        vector: RingVector,
+        *,
+        update: bytes | None = None,
+        model_hash: bytes | None = None,
+    ) -> memoryview:
         """Open the neighbours' shares and return the masked vector, packed and signed (R2), as a view of its bytes.
 
         `vector` is not changed. `update` names the update inside, so that it enters no second session: give it
-        whenever one update might be offered again.
+        whenever one update might be offered again. `model_hash` is the model the vector comes from, required when the
+        session was set up with a deferred one.
 
         Shapes: vector uint32 (modulus up to 32 bits) or uint64, [length]; message length * m / 8 + 98 bytes.
         """
@@ -259,10 +267,14 @@ class ClientSession:
                 f"vector: {vector.dtype} of shape {vector.shape}; this session sums "
                 f"{word_type(self._parameters.modulus_bits).__name__} of shape ({self._parameters.length},)"
             )
-        return self._mask(delivery, vector, update)
+        if model_hash is None and self._parameters.model_hash == DEFERRED_MODEL:
+            raise ParameterError("model_hash: this session was set up before its model; name the model when masking")
+        return self._mask(delivery, vector, update, model_hash)
 
     @_step(Stage.MASK)
-    def _mask(self, delivery: bytes, vector: RingVector, update: bytes | None) -> memoryview:
+    def _mask(
+        self, delivery: bytes, vector: RingVector, update: bytes | None, model_hash: bytes | None
+    ) -> memoryview:
         held = self._held()
         for index, ciphertext in messages.read_delivery(delivery, len(self._neighbours)):
             neighbour = self._neighbours[index]
@@ -271,6 +283,10 @@ class ClientSession:
                 transcript=self._transcript, sender=self._ids[neighbour], receiver=self.id,
             )  # fmt: skip
         if len(held.shares) < self._parameters.threshold:
+            raise ProtocolError
+        if self._parameters.model_hash == DEFERRED_MODEL:
+            self._transcript = messages.bind_model(self._transcript, model_hash or b"")
+        elif model_hash not in (None, self._parameters.model_hash):
             raise ProtocolError
         if update is not None:
             self._identity.guard.spend(update)

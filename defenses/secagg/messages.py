@@ -35,6 +35,7 @@ class Kind(IntEnum):
     CONFIRMATION = 6
     REQUEST = 7
     RESPONSE = 8
+    BUNDLE = 9
 
 
 def header(kind: Kind) -> bytes:
@@ -133,6 +134,11 @@ def read_roster(message: bytes) -> list[Advert]:
 def transcript_of(session_id: bytes, adverts: Iterable[Advert]) -> bytes:
     """Hash the session and its adverts, sorted by id, into the transcript that salts every key."""
     return labelled_hash("roster", session_id, *(advert.to_bytes() for advert in adverts))
+
+
+def bind_model(transcript: bytes, model_hash: bytes) -> bytes:
+    """Extend the transcript of a session with a deferred model by the model it turned out to be about."""
+    return labelled_hash("model", transcript, model_hash)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,3 +321,23 @@ def write_shares(shares: Sequence[bytes]) -> bytes:
 def read_shares(body: memoryview) -> list[bytes]:
     """Read the body of an R4 response."""
     return _fixed(body, SHARE_BYTES)
+
+
+def bundle(parts: Sequence[bytes | memoryview]) -> bytes:
+    """Put several messages into one, such as an upload and the next round's advert."""
+    return header(Kind.BUNDLE) + b"".join(len(part).to_bytes(8, "big") + bytes(part) for part in parts)
+
+
+def unbundle(message: bytes | memoryview) -> list[memoryview]:
+    """Take a bundle apart, without copying.
+
+    Raises: ProtocolError when it is no bundle of whole messages.
+    """
+    rest, parts = body_of(message, Kind.BUNDLE), []
+    while len(rest):
+        size = int.from_bytes(rest[:8], "big")
+        if len(rest) < 8 or size > len(rest) - 8:
+            raise ProtocolError
+        parts.append(rest[8 : 8 + size])
+        rest = rest[8 + size :]
+    return parts

@@ -14,6 +14,8 @@ from defenses.secagg.ring import MODULUS_BITS
 
 FEWEST_SURVIVORS = 3
 """With two survivors each learns the other's vector from the published sum."""
+DEFERRED_MODEL = bytes(32)
+"""Stands for the model of a session whose keys are set up before that model exists; it is bound when masking."""
 _LAYOUT = struct.Struct(">16sQBBIIIIBQ32s32s32s")
 _PROPOSAL_VERSION = 1
 _MODES = get_args(Mode)
@@ -30,7 +32,8 @@ class SessionParameters:
 
     run_id: 16 bytes, random, one per run. round: grows within a run. clients: the most that may take part.
     neighbours, threshold: edges of the graph and shares that open a secret. minimum_survivors: the fewest clients a
-    sum may cover. modulus_bits, length: the ring vector. The three hashes have 32 bytes.
+    sum may cover. modulus_bits, length: the ring vector. The three hashes have 32 bytes; `DEFERRED_MODEL` as the model's
+    lets keys be agreed on during the round before, and the true hash is bound when masking.
 
     Raises: ParameterError listing every field that cannot be.
     """
@@ -126,8 +129,9 @@ class ClientPolicy:
     operator: public key of the operator whose roster is trusted. minimum_survivors: the fewest clients a sum may
     cover. colluders: how many clients may work with the server. minimum_honest: the fewest survivors besides the
     colluders. modes: the protocols accepted. minimum_threshold, modulus_bits, maximum_length: further bounds.
-    quantization_hash, run_id: this client's own rule and run, when it knows them before the session. security_bits: for
-    a ring; None means 80 in active mode, where a server could try many rosters until one suits it, and 40 otherwise.
+    quantization_hash, run_id: this client's own rule and run, when it knows them before the session. deferred_model:
+    whether keys may be agreed on before the model is known. security_bits: for a ring; None means 80 in active mode,
+    where a server could try many rosters until one suits it, and 40 otherwise.
 
     Raises: ParameterError for a policy that protects nobody.
     """
@@ -142,6 +146,7 @@ class ClientPolicy:
     maximum_length: int = 1 << 40
     quantization_hash: bytes | None = None
     run_id: bytes | None = None
+    deferred_model: bool = False
     security_bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -173,6 +178,8 @@ class ClientPolicy:
             problems.append(f"length = {parameters.length}: must be at most {self.maximum_length}")
         if self.quantization_hash not in (None, parameters.quantization_hash):
             problems.append("quantization_hash: not the rule this client uses")
+        if parameters.model_hash == DEFERRED_MODEL and not self.deferred_model:
+            problems.append("model_hash: deferred, and this client wants to know the model before it agrees on keys")
         if self.run_id not in (None, parameters.run_id):
             problems.append("run_id: not the run this client joined")
         safe = self._safe_threshold(parameters, parameters.clients)

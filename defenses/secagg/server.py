@@ -16,7 +16,7 @@ from defenses.secagg.client import Stage
 from defenses.secagg.graph import Graph, build_graph
 from defenses.secagg.keys import agree, public_of, require_distinct_keys, verify_signature
 from defenses.secagg.masks import Mask, RingVector, add_masks, word_type
-from defenses.secagg.parameters import SessionParameters
+from defenses.secagg.parameters import DEFERRED_MODEL, SessionParameters
 from defenses.secagg.ring import add_packed, packed_bytes, reduce
 
 Arguments = ParamSpec("Arguments")
@@ -88,7 +88,7 @@ class ServerSession:
         self._keys: set[bytes] = set()
         self._order: list[bytes] = []
         self._place: dict[bytes, int] = {}
-        self._transcript = b""
+        self._transcript = self._setup_transcript = b""
         self._graph = Graph(0, neighbours=0, ring=None)
         self._shares: dict[int, messages.SealedShares] = {}
         self._commitments: dict[int, bytes] = {}
@@ -173,6 +173,7 @@ class ServerSession:
             self._place = {owner: place for place, owner in enumerate(self._order)}
             adverts = [self._adverts[owner] for owner in self._order]
             self._transcript = messages.transcript_of(self._parameters.session_id, adverts)
+            self._setup_transcript = self._transcript
             self._graph = build_graph(
                 self._parameters.graph, count=len(adverts), neighbours=self._parameters.neighbours,
                 transcript=self._transcript, remember=True,
@@ -230,6 +231,13 @@ class ServerSession:
 
     # R2
 
+    def bind_model(self, model_hash: bytes) -> None:
+        """Say which model a session set up with a deferred one is about; before the first upload, once."""
+        self._require(Stage.MASK)
+        if self._parameters.model_hash != DEFERRED_MODEL or self._setup_transcript != self._transcript:
+            raise ProtocolError
+        self._transcript = messages.bind_model(self._transcript, model_hash)
+
     @_receives
     def receive_masked_input(self, message: bytes | bytearray | memoryview) -> bytes:
         """Add a client's masked vector to the accumulator and return its id."""
@@ -239,6 +247,8 @@ class ServerSession:
         if place not in self._sharers or place in self._uploaded:
             raise ProtocolError
         if len(upload.body) != packed_bytes(self._parameters.length, bits):
+            raise ProtocolError
+        if self._parameters.model_hash == DEFERRED_MODEL and self._setup_transcript == self._transcript:
             raise ProtocolError
         self._verify(upload.id, upload.signature, upload.statement("masked", self._transcript))
         add_packed(self._accumulator, upload.body, bits)
@@ -386,7 +396,7 @@ class ServerSession:
     def _self_mask(self, place: int, shares: Mapping[int, bytes]) -> Mask:
         owner, commitment = self._order[place], self._commitments[place]
         secret = self._recover(
-            place, shares, lambda guess: messages.self_commitment(self._transcript, owner, guess) == commitment
+            place, shares, lambda guess: messages.self_commitment(self._setup_transcript, owner, guess) == commitment
         )
         return Mask(messages.self_seed(secret, transcript=self._transcript, owner=owner), negative=True)
 
