@@ -117,8 +117,9 @@ class MaskedLM(_Text):
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return each sample's mean cross-entropy over its hidden tokens."""
-        nats = token_cross_entropy(logits(model, batch).float(), batch["targets"])
-        return nats.sum(dim=1) / (batch["targets"] != IGNORED).sum(dim=1).clamp(min=1)
+        scores, targets = asked_logits(model, batch)
+        nats = token_cross_entropy(scores, targets)
+        return nats.sum(dim=1) / (targets != IGNORED).sum(dim=1).clamp(min=1)
 
     def _evaluation_batch(self, encoded: EncodedText, indices: NDArray[np.int64], device: str) -> dict[str, Tensor]:
         batch = super().batch(encoded, indices, device="cpu")
@@ -145,11 +146,37 @@ class MaskedLM(_Text):
         return {name: value.to(device) for name, value in out.items()}
 
     def _score(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, float, int]:
-        scores, targets = logits(model, batch), batch["targets"]
+        scores, targets = asked_logits(model, batch)
         asked = targets != IGNORED
-        scores, wanted = scores[asked].float(), targets[asked]
+        scores, wanted = scores[asked], targets[asked]
         nats = nn.functional.cross_entropy(scores, wanted, reduction="sum")
         return float(nats), float((scores.argmax(dim=1) == wanted).sum()), len(wanted)
+
+
+def asked_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return scores [B, M, V] and targets [B, M] for the M places asked at most, instead of all T.
+
+    A vocabulary-sized head costs as much as a small encoder, and six places of seven are never asked. The places are
+    picked before the head, per sample, so the first dimension stays the sample and per-sample gradients stay whole.
+    Models whose head is no single module are computed in full.
+    """
+    targets = batch["targets"]
+    head = next((getattr(model, name) for name in ("cls", "lm_head") if hasattr(model, name)), None)
+    if head is None or isinstance(head, nn.Linear):
+        return logits(model, batch).float(), targets
+    asked = targets != IGNORED
+    width = max(1, int(asked.sum(dim=1).max()))
+    places = asked.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+
+    def pick(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0]
+        return (hidden.gather(1, places.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])), *inputs[1:])
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        return logits(model, batch).float(), targets.gather(1, places)
+    finally:
+        handle.remove()
 
 
 def token_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:

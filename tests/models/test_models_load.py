@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -268,3 +269,12 @@ def test_without_the_demo_extra_minilm_names_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ffm_secure.models, "_MINILM", "package_that_is_not_there")
     with pytest.raises(ModelError, match="extra 'demo'"):
         load("builtin:minilm")
+
+
+def test_the_code_in_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "docs/models.md", "exec"), {})  # noqa: S102 - our own page
+    assert "LoRA rank 4" in capsys.readouterr().out

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.functional import cross_entropy, log_softmax
 
@@ -208,6 +210,33 @@ def test_training_masks_change_and_evaluation_masks_stay() -> None:
     assert torch.equal(one, again)
     fixed = [task.batch(encoded, rows, device="cpu")["targets"] for rows in ([0, 1], [1])]
     assert torch.equal(fixed[0][1], fixed[1][0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 64), max_size=40), st.integers(1, 9))
+def test_chunks_hold_every_sample_once_and_pad_less_than_half(lengths: list[int], most: int) -> None:
+    encoded = EncodedText(tokens=np.zeros(sum(lengths), dtype=np.int32), offsets=np.cumsum([0, *lengths]))
+    parts = list(Task.chunks(cast(Task, None), encoded, range(len(lengths)), most=most))
+    assert sorted(np.concatenate([[], *parts])) == list(range(len(lengths)))
+    for part in parts:
+        held = [lengths[i] for i in part]
+        assert len(part) <= most
+        assert 2 * min(held) > max(held)
+
+
+def test_chunks_do_not_change_the_gradient() -> None:
+    task, model, encoded = prepare("tiny-bert", "text_classification")
+    model.classifier.weight.requires_grad_(True)
+    whole = torch.autograd.grad(
+        task.losses(model, task.batch(encoded, range(5), device="cpu")).sum(), model.classifier.weight
+    )[0]
+    parts = list(task.chunks(encoded, range(5), most=4))
+    assert len(parts) > 1
+    split = [
+        torch.autograd.grad(task.losses(model, task.batch(encoded, p, device="cpu")).sum(), model.classifier.weight)[0]
+        for p in parts
+    ]
+    torch.testing.assert_close(torch.stack(split).sum(0), whole, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [[0], [4, 0, 0], [], [1, 2, 3]])
