@@ -119,7 +119,7 @@ def test_row_7_a_frozen_batch_norm_in_train_mode_is_refused() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4).requires_grad_(False), nn.Linear(4, 1, bias=False))
     x = torch.randn(4, 4) * torch.tensor([1.0, 1.0, 1.0, 20.0])[:, None]
     whole, rest = (model[0](part) for part in (x, x[:3]))
-    assert float((clipped(whole) - clipped(rest)).norm()) > 1.3  # times C, with nothing trainable in the module
+    assert float((clipped(whole) - clipped(rest)).norm()) > 2.2  # times C, with nothing trainable in the module
     with pytest.raises(NotPrivateError, match="BatchNorm1d"):
         PerSampleEngine(model)
 
