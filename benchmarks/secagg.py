@@ -107,7 +107,7 @@ def gather(
         clients=count, neighbours=degree,
         threshold=threshold or threshold_above(neighbours=degree, corrupted=colluders, mode=mode),
         minimum_survivors=survivors, modulus_bits=modulus_bits, length=length, layout_hash=bytes(32),
-        quantization_hash=bytes(32), model_hash=bytes(32),
+        quantization_hash=bytes(32), model_hash=b"m" * 32,
         roster=Roster.issue(operator, [person.public_key for person in people]),
     )  # fmt: skip
     honest = min(3, survivors - colluders)
