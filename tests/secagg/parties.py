@@ -43,6 +43,11 @@ class Parties:
             for place, (owner, person) in enumerate(self.people.items())
         }
 
+    def clients_without_guard(self, owner: bytes) -> ClientSession:
+        """Return one client in a process that remembers nothing."""
+        fresh = Identity(self.people[owner].seed())
+        return ClientSession(fresh, self.parameters, self.policy, self.source.derive("fresh", owner.hex()))
+
     def server(self) -> ServerSession:
         return ServerSession(self.parameters, source=self.source.derive("server"))
 
