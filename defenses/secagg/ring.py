@@ -348,5 +348,5 @@ def _unpack_chunk(words: RingVector, data: memoryview, unit: type[np.unsignedint
 __all__ = [
     "HEADER", "MODULUS_BITS", "OpenedSum", "Quantizer", "RingVector", "Word", "add_into", "add_packed",
     "check_overflow", "frame", "from_signed", "largest_sum", "modulus_for", "pack", "pack_into", "packed_bytes",
-    "reduce", "signed", "unframe", "unpack",
+    "reduce", "signed", "unframe", "unpack", "word_type",
 ]  # fmt: skip

@@ -201,6 +201,43 @@ def test_the_grinding_safe_rows():
         assert f"{found.neighbours}/{found.threshold}" == expected
 
 
+# Rows for 10, 100, ... clients that the parameter-finder test of google-parfait/federated-compute expects (security 40,
+# correctness 20; degrees equal, thresholds at most these). "-" where that test has no row, where the row takes minutes,
+# and for two rows of 10 clients: we apply the correctness bound to the threshold after raising it to 2.
+PUBLISHED = """
+semi_honest 0.45 0.45  -    92/46  822/417  -        -       -
+semi_honest 0.33 0.33  8/4  68/34  286/150  422/221  480/251 518/270
+semi_honest 0.05 0.33  -    28/6   72/24    86/29    96/32   102/34
+semi_honest 0.33 0.05  4/4  34/29  78/60    92/70    102/77  110/83
+semi_honest 0.05 0.05  2/2  12/6   30/17    34/20    36/21   38/22
+semi_honest 0.33 0     4/4  26/25  38/36    42/40    46/44   50/47
+semi_honest 0    0.33  -    26/2   38/2     42/2     46/2    50/2
+semi_honest 0    0     2/2  2/2    2/2      2/2      2/2     2/2
+active      0.3  0.3   -    92/62  872/584  -        -       -
+active      0.05 0.33  8/5  72/39  398/223  746/420  -       -
+active      0.33 0.05  4/4  42/37  132/109  178/146  196/160 212/173
+active      0.05 0.05  2/2  16/11  52/37    62/44    68/48   74/52
+active      0.33 0     4/4  26/26  38/37    42/41    46/45   50/49
+active      0    0.33  8/5  68/35  228/115  326/164  372/187 410/206
+active      0    0     2/2  2/2    2/2      2/2      2/2     2/2
+"""
+
+
+@pytest.mark.parametrize("row", PUBLISHED.strip().splitlines())
+def test_published_rows_of_another_finder(row: str):
+    mode, corrupted, dropouts, *cells = row.split()
+    for power, cell in enumerate(cells, start=1):
+        if cell == "-":
+            continue
+        found = find_graph_parameters(
+            10**power, corrupted=float(corrupted), dropouts=float(dropouts), mode=mode,  # type: ignore[arg-type]
+            security_bits=40, correctness_bits=20, prefer_complete=False,
+        )  # fmt: skip
+        degree, threshold = map(int, cell.split("/"))
+        assert (found.kind, found.neighbours) == ("harary", degree), (power, found)
+        assert found.threshold <= threshold, (power, found)
+
+
 @pytest.mark.parametrize(
     "clients, colluders, threshold, may_leave", [(10, 1, 6, 3), (10, 3, 7, 2), (5, 1, 3, 1), (3, 1, 2, 0), (4, 1, 3, 0)]
 )
