@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from defenses.dp.expanded import ExpandedParameter
+from defenses.errors import NotPrivateError
 
 
 @dataclass(slots=True)
@@ -254,6 +255,8 @@ def seen_once(module: nn.Module) -> bool:
 
 def cover(module: nn.Module, recorder: Recorder) -> Cover | None:
     """Return the cover of a module with trainable parameters, or None when this kind of module is not known."""
+    if "forward" in module.__dict__:
+        return None  # somebody already replaced this module's forward; what it does is not known
     for build in (_cover_core, _cover_norm, _cover_adapter, _cover_relative_bias, _cover_broadcast):
         found = build(module, recorder)
         if found is not None:
@@ -266,7 +269,9 @@ def _forward(module: nn.Module, replacement: Callable[..., Tensor], parameters: 
 
 
 def _cover_core(module: Any, recorder: Recorder) -> Cover | None:
-    own, runs, spread = list(module.parameters(recurse=False)), type(module).forward, recorder.spread
+    named = dict(module.named_parameters(recurse=False))
+    own = [value for name, value in named.items() if name in ("weight", "bias", "value")]
+    runs, spread = type(module).forward, recorder.spread
     if runs is nn.Linear.forward:
         return _forward(module, lambda input: _linear(spread(input), module.weight, module.bias, recorder, False), own)
     if _is(module, "transformers.pytorch_utils", "Conv1D"):
@@ -322,9 +327,12 @@ def _shadowed(
 ) -> Cover:
     """Run the module's own forward while each parameter name shows a per-sample tensor that broadcasts."""
     original = module.forward
+    compared = False
 
     def forward(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        nonlocal compared
         x = recorder.spread(x)
+        shape = None if compared else _plain_shape(original, x, args, kwargs)
         trained = {name: value for name, value in own.items() if value.requires_grad}
         try:
             for name, value in trained.items():
@@ -333,23 +341,37 @@ def _shadowed(
         finally:
             for name in trained:
                 module.__dict__.pop(name, None)
+        if shape is not None and result.shape != shape:
+            raise NotPrivateError(
+                f"{type(module).__name__} does more with its parameters than broadcast them: its output changes from "
+                f"{tuple(shape)} to {tuple(result.shape)} when every sample has its own copy"
+            )
+        compared = True
         return result
 
     return _forward(module, forward, own.values())
 
 
+def _plain_shape(
+    original: Callable[..., Tensor], x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+) -> torch.Size:
+    """Return the shape of the module's own output, without touching the random state that dropout draws from."""
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
+        return original(x, *args, **kwargs).shape
+
+
 def _cover_broadcast(module: nn.Module, recorder: Recorder) -> Cover | None:
     """Cover parameters of leading size 1 (class tokens, position tables) that the module broadcasts over the batch."""
     own = {name: value for name, value in module.named_parameters(recurse=False) if value.requires_grad}
-    if not own or isinstance(module, nn.ParameterDict | nn.ParameterList):
+    if not own or any(value.ndim < 3 or value.shape[0] != 1 for value in own.values()):
         return None
-    if any(value.ndim < 2 or value.shape[0] != 1 for value in own.values()):
-        return None
+    if any(base.__module__.startswith("torch.") and base is not nn.Module for base in type(module).__mro__):
+        return None  # layers of torch do more with their weights than broadcast them
     return _shadowed(module, own, recorder, lambda value, x: _expand(value, recorder, (x.shape[0], *value.shape[1:])))
 
 
 def _cover_adapter(module: Any, recorder: Recorder) -> Cover | None:
-    if _is(module, "peft.tuners.lora.layer", "Embedding"):
+    if _is(module, "peft.tuners.lora.layer", "Embedding") and not module.lora_variant:
         factors = [*module.lora_embedding_A.values(), *module.lora_embedding_B.values()]
         return _forward(module, _lora_embedding(module, recorder), factors)
     if _is(module, "peft.tuners.ia3.layer", "Linear"):

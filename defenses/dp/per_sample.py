@@ -336,8 +336,11 @@ def _factored_size(use: Use) -> Tensor:
     if isinstance(use, Dense):
         return use.values.new_zeros(use.batch)
     if isinstance(use, Rows):
-        return use.values.float().norm(dim=2).sum(1)
-    return (use.rows.float().norm(dim=2) * use.columns.float().norm(dim=2)).sum(1)
+        terms: Tensor = torch.linalg.vector_norm(use.values.float(), dim=2)
+    else:
+        rows, columns = use.rows.float(), use.columns.float()
+        terms = torch.linalg.vector_norm(rows, dim=2) * torch.linalg.vector_norm(columns, dim=2)
+    return terms.sum(1)
 
 
 def _inner(left: Use, right: Use) -> Tensor:

@@ -281,6 +281,7 @@ def test_too_few_losses_are_refused() -> None:
     (nn.Embedding(5, 4, max_norm=1.0), "Embedding"),
     (nn.Embedding(5, 4, scale_grad_by_freq=True), "Embedding"),
     (nn.MultiheadAttention(4, 2), "MultiheadAttention"),
+    (nn.Conv1d(4, 1, 3, bias=False), "Conv1d"),
 ])  # fmt: skip
 def test_unknown_kinds_are_refused_by_name(module: nn.Module, name: str) -> None:
     with pytest.raises(NotPrivateError, match=rf"weight.*inner, {name}"):
@@ -318,3 +319,34 @@ def test_cancelling_tokens_do_not_slip_past_the_bound(scale: float) -> None:
     exact = torch.einsum("to,ti->oi", signs[0].double(), x[0].double())
     assert float(exact.norm()) > 10 * clip.clip_norm
     assert float(found.double().norm()) <= clip.clip_norm * (1 + 1e-5)
+
+
+class OneFilter(nn.Module):
+    """Looks like a broadcast parameter (leading size 1), but is a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv1d(x, self.weight)
+
+
+def test_a_parameter_that_only_looks_broadcast_is_refused_by_name() -> None:
+    model = OneFilter()
+    with PerSampleEngine(model) as engine, pytest.raises(NotPrivateError, match="OneFilter"):
+        engine.per_sample(lambda: model(torch.randn(3, 4, 8)).sum((1, 2)))
+
+
+def test_adapter_variants_that_are_not_rewritten_are_refused_by_name() -> None:
+    with pytest.raises(NotPrivateError, match="lora_embedding_A"):
+        PerSampleEngine(lora("llama", target_modules=["embed_tokens"], use_dora=True))
+
+
+def test_a_module_whose_forward_was_replaced_or_reparametrised_is_refused_by_name() -> None:
+    replaced = nn.Sequential(nn.Linear(4, 2))
+    replaced[0].forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(NotPrivateError, match=r"0\.weight"):
+        PerSampleEngine(replaced)
+    with pytest.raises(NotPrivateError, match="original"):
+        PerSampleEngine(nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))
