@@ -94,7 +94,14 @@ def measure_masking(length: int, neighbours: int, repeats: int) -> dict[str, flo
 
 
 def gather(
-    count: int, length: int, *, mode: Mode, modulus_bits: int, survivors: int, neighbours: int | None, threshold: int | None
+    count: int,
+    length: int,
+    *,
+    mode: Mode,
+    modulus_bits: int,
+    survivors: int,
+    neighbours: int | None,
+    threshold: int | None,
 ) -> tuple[SessionParameters, ClientPolicy, list[Identity], RandomSource]:
     """Bring the parties of a session together."""
     source = RandomSource.seeded(4)
@@ -193,7 +200,13 @@ def our_work(length: int, neighbours: int, dealers: int, threshold: int) -> dict
     shares = shamir.split(secret, threshold=threshold, shares=dealers - 1, source=source)
     subset = {x: shares[x - 1] for x in range(1, threshold + 1)}
     parameters, policy, people, _ = gather(
-        neighbours + 1, length, mode="active", modulus_bits=32, survivors=neighbours + 1, neighbours=None, threshold=None
+        neighbours + 1,
+        length,
+        mode="active",
+        modulus_bits=32,
+        survivors=neighbours + 1,
+        neighbours=None,
+        threshold=None,
     )
 
     def masking() -> None:
@@ -208,7 +221,9 @@ def our_work(length: int, neighbours: int, dealers: int, threshold: int) -> dict
         for number in range(rounds):
             changed = SessionParameters.from_bytes(parameters.to_bytes(), roster=parameters.roster)
             fresh = [Identity(person.seed()) for person in people]
-            clients = [ClientSession(person, changed, policy, source.derive(number, person.id.hex())) for person in fresh]
+            clients = [
+                ClientSession(person, changed, policy, source.derive(number, person.id.hex())) for person in fresh
+            ]
             server = ServerSession(changed)
             for one in clients:
                 server.receive_advertisement(one.advertise())
@@ -308,7 +323,9 @@ def main() -> None:
     options = parser.parse_args()
     length, repeats = (200_000, 2) if options.quick else (10_000_000, 7)
     results: dict[str, Any] = {"benchmark": "secagg", "quick": options.quick, "machine": machine()}
-    results["masking"] = [measure_masking(length, neighbours, repeats) for neighbours in (10, 100)[: 1 + (not options.quick)]]
+    results["masking"] = [
+        measure_masking(length, neighbours, repeats) for neighbours in (10, 100)[: 1 + (not options.quick)]
+    ]
     if options.quick:
         results["sessions"] = [measure_session(10, 10_000, 2)]
     else:

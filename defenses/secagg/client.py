@@ -234,8 +234,13 @@ class ClientSession:
             held.channels[index] = bytearray(incoming)
             ciphertexts.append(
                 messages.seal_shares(
-                    outgoing, point=index + 1, key_share=key_shares[index], self_share=self_shares[index],
-                    transcript=transcript, sender=self.id, receiver=peer.id,
+                    outgoing,
+                    point=index + 1,
+                    key_share=key_shares[index],
+                    self_share=self_shares[index],
+                    transcript=transcript,
+                    sender=self.id,
+                    receiver=peer.id,
                 )
             )
         if self._channel_key is not None:
@@ -272,9 +277,7 @@ class ClientSession:
         return self._mask(delivery, vector, update, model_hash)
 
     @_step(Stage.MASK)
-    def _mask(
-        self, delivery: bytes, vector: RingVector, update: bytes | None, model_hash: bytes | None
-    ) -> memoryview:
+    def _mask(self, delivery: bytes, vector: RingVector, update: bytes | None, model_hash: bytes | None) -> memoryview:
         held = self._held()
         for index, ciphertext in messages.read_delivery(delivery, len(self._neighbours)):
             neighbour = self._neighbours[index]

@@ -66,9 +66,7 @@ class Graph:
         return bisect.bisect_left(self.neighbours(owner), holder) + 1
 
 
-def build_graph(
-    kind: GraphKind, *, count: int, neighbours: int, transcript: bytes, remember: bool = False
-) -> Graph:
+def build_graph(kind: GraphKind, *, count: int, neighbours: int, transcript: bytes, remember: bool = False) -> Graph:
     """Build the graph every client of a session computes for itself from the session's transcript.
 
     A Harary ring with more neighbours than members is the complete graph.

@@ -108,9 +108,7 @@ class Quantizer:
         """Return the number of integer levels per unit."""
         return self.largest / self.coordinate_bound
 
-    def encode(
-        self, vector: npt.ArrayLike, *, source: RandomSource | None, weight: int = 1
-    ) -> RingVector:
+    def encode(self, vector: npt.ArrayLike, *, source: RandomSource | None, weight: int = 1) -> RingVector:
         """Quantise weight * vector into the ring, rounding at random with probability equal to the distance.
 
         The weight multiplies before rounding, so a weighted client is not rounded more coarsely. Source None rounds

@@ -54,9 +54,7 @@ class Parties:
     def vectors(self) -> dict[bytes, RingVector]:
         word, bits = word_type(self.parameters.modulus_bits), self.parameters.modulus_bits
         stream = self.source.derive("vectors")
-        return {
-            owner: reduce(stream.words(self.parameters.length).astype(word), bits) for owner in self.people
-        }
+        return {owner: reduce(stream.words(self.parameters.length).astype(word), bits) for owner in self.people}
 
     def next_round(self, **changes: object) -> Parties:
         changes.setdefault("round", self.parameters.round + 1)

@@ -126,9 +126,15 @@ def forge_shares(table: Table, owner: bytes, *, channel_secret: bytes) -> bytes:
         shared = agree(channel_secret, [peer.channel_key])[0]
         key = messages.channel_key(shared, transcript=transcript, sender=owner, receiver=peer.id)
         ciphertexts.append(
-            messages.seal_shares(key, point=[p.id for p in adverts if p.id != owner].index(peer.id) + 1,
-                                 key_share=shares[index], self_share=shares[index], transcript=transcript,
-                                 sender=owner, receiver=peer.id)
+            messages.seal_shares(
+                key,
+                point=[p.id for p in adverts if p.id != owner].index(peer.id) + 1,
+                key_share=shares[index],
+                self_share=shares[index],
+                transcript=transcript,
+                sender=owner,
+                receiver=peer.id,
+            )
         )
     unsigned = messages.SealedShares(owner, b"c" * 32, b"", ciphertexts)
     signature = table.parties.people[owner].sign(unsigned.statement(transcript))
@@ -327,9 +333,7 @@ def test_confirmations_of_a_split_survivor_set_are_refused():
     told_fewer = messages.write_survivors(range(5), 6)
     victim = table.clients[ids[0]]
     victim.confirm(told_all)
-    others = [
-        messages.read_confirmation(table.clients[owner].confirm(told_fewer))[1] for owner in ids[1:5]
-    ]
+    others = [messages.read_confirmation(table.clients[owner].confirm(told_fewer))[1] for owner in ids[1:5]]
     request = messages.write_active_request(list(enumerate(others)), 5)
     refused(lambda: victim.unmask(request))
     assert_left(victim)
@@ -383,9 +387,7 @@ def test_a_response_has_one_secret_of_each_neighbour(mode: str):
             table.server.receive_confirmation(table.clients[owner].confirm(table.server.survivors_message()))
     witness = table.clients[ids[1]]
     held = dict(witness._held().shares)
-    body = messages.SignedBody.from_bytes(
-        witness.unmask(table.server.request_for(ids[1])), messages.Kind.RESPONSE
-    ).body
+    body = messages.SignedBody.from_bytes(witness.unmask(table.server.request_for(ids[1])), messages.Kind.RESPONSE).body
     answered = messages.read_shares(body)
     assert len(answered) == len(held) == 5
     for (owner, (key_share, self_share)), answer in zip(sorted(held.items()), answered):
@@ -528,5 +530,3 @@ def test_rows_touched_by_one_client_show_in_the_sum():
     parties_clients = parties.clients()
     opened = drive(parties_clients, parties.server(), vectors.__getitem__)
     assert opened.sum.vector.tolist() == [0] * 7 + [4242] + [0] * 3
-
-

@@ -92,7 +92,8 @@ def test_two_clients_with_one_stream_of_randomness_do_not_take_part_together():
     parties = gather(4)
     ids = list(parties.people)
     twins = [
-        ClientSession(parties.people[owner], parties.parameters, parties.policy, RandomSource.seeded(99)) for owner in ids[:2]
+        ClientSession(parties.people[owner], parties.parameters, parties.policy, RandomSource.seeded(99))
+        for owner in ids[:2]
     ]
     server = parties.server()
     first, second = (twin.advertise() for twin in twins)
@@ -144,7 +145,10 @@ def test_whatever_a_lying_server_says_no_honest_client_is_opened(data: st.DataOb
         for place in corrupted & set(claim):
             signed[number][place] = table.parties.people[ids[place]].sign(statement)
     for place in honest:
-        session, rows = table.clients[ids[place]], messages.read_delivery(table.server.delivery_for(ids[place]), count - 1)
+        session, rows = (
+            table.clients[ids[place]],
+            messages.read_delivery(table.server.delivery_for(ids[place]), count - 1),
+        )
         if data.draw(st.booleans()):
             rows = [row for row in rows if data.draw(st.booleans()) or row[0] % 2]
         try:

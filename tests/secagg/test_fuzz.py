@@ -177,7 +177,9 @@ def may_be_accepted(stage: Stage, mode: str, message: bytes, valid: list[bytes])
     return False
 
 
-SERVER_STAGES = [(stage, mode) for mode in MODES for stage in list(Stage)[:5] if (stage, mode) != (Stage.CONFIRM, "semi_honest")]
+SERVER_STAGES = [
+    (stage, mode) for mode in MODES for stage in list(Stage)[:5] if (stage, mode) != (Stage.CONFIRM, "semi_honest")
+]
 CLIENT_STAGES = [row for row in SERVER_STAGES if row[0] is not Stage.ADVERTISE]
 
 

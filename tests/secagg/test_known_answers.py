@@ -117,9 +117,7 @@ def test_session_of_three():
     transcript = clients[0].transcript
     assert transcript.hex() == "942766d4f17476b17944eba9f9feabab355be93b364f72432ddaf0d11eb1564b"
     check_session_keys(transcript, people)
-    vectors = [
-        (np.arange(8, dtype=np.int64) * (j + 1) - 5).astype(np.uint64).astype(np.uint32) for j in range(3)
-    ]
+    vectors = [(np.arange(8, dtype=np.int64) * (j + 1) - 5).astype(np.uint64).astype(np.uint32) for j in range(3)]
     uploads = [client.mask(server.delivery_for(client.id), vector) for client, vector in zip(clients, vectors)]
     body = messages.SignedBody.from_bytes(uploads[0], messages.Kind.MASKED).body
     assert np.frombuffer(body, dtype="<u4").tolist() == [

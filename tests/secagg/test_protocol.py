@@ -171,14 +171,14 @@ def test_a_client_whose_training_fails_counts_as_lost():
     parties = gather(5)
     vectors = parties.vectors()
     failing = list(parties.people)[3]
-    outcome = drive(
-        parties.clients(), parties.server(), lambda owner: None if owner == failing else vectors[owner]
-    )
+    outcome = drive(parties.clients(), parties.server(), lambda owner: None if owner == failing else vectors[owner])
     assert_exact(outcome, vectors)
     assert dict(outcome.lost) == {failing: Stage.MASK}
 
 
-@pytest.mark.parametrize("bad", [np.zeros(11, dtype=np.uint64), np.zeros(10, dtype=np.uint32), np.zeros((11, 1), dtype=np.uint32)])
+@pytest.mark.parametrize(
+    "bad", [np.zeros(11, dtype=np.uint64), np.zeros(10, dtype=np.uint32), np.zeros((11, 1), dtype=np.uint32)]
+)
 def test_a_vector_of_the_wrong_kind_is_the_callers_mistake(bad: np.ndarray):
     parties = gather(3)
     with pytest.raises(ParameterError, match="this session sums uint32 of shape"):

@@ -17,7 +17,13 @@ from tests.secagg.parties import gather, play
 
 
 def spoken_forms(secret: bytes) -> list[str]:
-    return [secret.hex(), repr(bytes(secret)), str(int.from_bytes(secret, "big")), repr(bytearray(secret)), str(list(secret))]
+    return [
+        secret.hex(),
+        repr(bytes(secret)),
+        str(int.from_bytes(secret, "big")),
+        repr(bytearray(secret)),
+        str(list(secret)),
+    ]
 
 
 def session_secrets(session: ClientSession) -> list[bytes]:

@@ -126,7 +126,9 @@ def test_a_ring_with_too_many_neighbours_is_the_complete_graph():
 
 
 def test_graphs_follow_the_transcript_and_are_spread_evenly():
-    places = [build_graph("harary", count=12, neighbours=2, transcript=bytes([s]) * 32).neighbours(0) for s in range(250)]
+    places = [
+        build_graph("harary", count=12, neighbours=2, transcript=bytes([s]) * 32).neighbours(0) for s in range(250)
+    ]
     counts = [sum(other in row for row in places) for other in range(1, 12)]
     expected = 250 * 2 / 11
     assert sum((count - expected) ** 2 / expected for count in counts) < 35
