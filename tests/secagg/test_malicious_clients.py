@@ -125,3 +125,37 @@ def test_the_whole_of_a_session_is_bytes_and_ids():
     outcome, vectors = run(gather(4))
     assert_exact(outcome, vectors)
     assert all(isinstance(owner, bytes) and len(owner) == 32 for owner in outcome.traffic)
+
+
+def test_a_client_can_push_one_other_out_but_not_touch_the_sum_of_the_rest():
+    """A neighbour's undecipherable shares make a client leave: it cannot be recovered from them later."""
+    parties = gather(6)
+    table = play(parties, Stage.SHARE)
+    ids, server = table.ids, table.server
+    roster = server.roster_message()
+    for place, owner in enumerate(ids):
+        message = table.clients[owner].share(roster)
+        if place == 0:
+            sealed = messages.SealedShares.from_bytes(message)
+            spoiled = [bytes(86), *sealed.ciphertexts[1:]]
+            unsigned = messages.SealedShares(owner, sealed.commitment, b"", spoiled)
+            signature = parties.people[owner].sign(unsigned.statement(table.clients[owner].transcript))
+            message = messages.SealedShares(owner, sealed.commitment, signature, spoiled).to_bytes()
+        server.receive_shares(message)
+    refused(lambda: table.clients[ids[1]].mask(server.delivery_for(ids[1]), table.vectors[ids[1]]))
+    staying = [ids[0], *ids[2:]]
+    for owner in staying:
+        server.receive_masked_input(table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner]))
+    for owner in staying:
+        server.receive_confirmation(table.clients[owner].confirm(server.survivors_message()))
+    for owner in staying:
+        server.receive_response(table.clients[owner].unmask(server.request_for(owner)))
+    assert_exact_sum(server, table, staying)
+
+
+def test_oversized_messages_are_refused_before_they_are_read():
+    table = play(gather(4), Stage.SHARE)
+    huge = messages.header(messages.Kind.SHARES) + bytes(50_000_000)
+    refused(lambda: table.server.receive_shares(huge))
+    victim = table.clients[table.ids[0]]
+    refused(lambda: victim.share(messages.header(messages.Kind.ROSTER) + bytes(192 * 100_000)))
