@@ -197,9 +197,10 @@ class Accountant:
             value, excess = values[worst], curves[worst].excess
             fits = all(curve.constant <= 0.01 * delta for curve in curves) and math.isfinite(value)
             quiet = fits and composition.noise_at(curves[worst], value) <= 3e-4
+            stuck = quiet and value > best.epsilon * (1 - accuracy)
             if value < best.epsilon:
                 best = EpsilonBound(epsilon=value, delta=delta, accountant="pld", slack=excess + 1e-5 * value)
-            if quiet and excess <= 2.5 * accuracy * value:
+            if stuck or (quiet and excess <= 2.5 * accuracy * value):
                 break
             if quiet and value > 0:
                 refinement = min(1.0, refinement * max(0.02, accuracy * value / excess))

@@ -29,10 +29,12 @@ from defenses.dp.rdp import ORDERS, renyi_epsilon
 Complexes = npt.NDArray[np.complex128]
 
 ULP = 2.0**-52
-LARGEST_SIZE = 1 << 22
+LARGEST_SIZE = 1 << 20
 SMALLEST_SIZE = 1 << 9
 # Coefficients this small are dropped (denormal numbers are slow); `_inverse_error` adds more than all of them.
 NEGLIGIBLE = 1e-150
+# From this many repetitions on, low coefficients are computed relative to one.
+MANY, SHARP_FREQUENCIES, SHARP_MASSES = 20_000, 4096, 256
 # Share of delta that losses above the window, and those given up on, may cost.
 TAIL_SHARE = 1e-5
 COARSE_GROWTH = 0.1
@@ -231,12 +233,44 @@ def _multiply(
     # A coefficient below the noise is replaced by the noise, so that its relative error stays bounded by a constant.
     lost = np.abs(transform) < noise
     transform[lost] = noise
-    state.drift += count * (np.log1p((1 + 2 * lost) * noise / np.abs(transform)) + 8 * ULP)
-    state.transform *= _power(transform, count)
+    drift = count * (np.log1p((1 + 2 * lost) * noise / np.abs(transform)) + 4 * ULP)
+    factor = _power(transform, count)
+    if count >= MANY:
+        _sharpen(factor, drift, tilted, indices, side.size, count)
+    state.drift += drift + 4 * ULP
+    state.transform *= factor
     state.transform[np.abs(state.transform) < NEGLIGIBLE] = 0.0
     state.log_moment += count * log_moment
     state.log_tail_moment += count * _tilt(masses, losses, side.tail_tilt)[0]
     state.steps += count
+
+
+def _sharpen(factor: Complexes, drift: Floats, masses: Floats, indices: Integers, size: int, count: int) -> None:
+    """Recompute the lowest coefficients of a high power from 1 minus the coefficient, in place.
+
+    An error of one ulp in a coefficient grows with the number of steps. The heaviest masses are therefore summed as
+    m (e^(-i t) - 1), whose errors are relative to the difference from one; only the light rest goes through a transform.
+    """
+    relevant = np.nonzero(np.abs(factor[:SHARP_FREQUENCIES]) > 1e-20)[0]
+    frequencies = np.arange(int(relevant[-1]) + 1 if len(relevant) else 1)
+    heavy = np.argsort(masses)[-SHARP_MASSES:]
+    rest = masses.copy()
+    rest[heavy] = 0.0
+    light = float(rest.sum())
+    phases = (indices[heavy][None, :] * frequencies[:, None]) % size
+    half = np.pi / size * np.where(phases > size // 2, phases - size, phases)
+    sines = np.sin(half)
+    tail = np.fft.rfft(np.bincount(indices % size, weights=rest, minlength=size))[: len(frequencies)]
+    real = -2 * (sines**2) @ masses[heavy] + (tail.real - light)
+    imaginary = -2 * (sines * np.cos(half)) @ masses[heavy] + tail.imag
+    wrong = 8 * ULP * (np.abs(sines) @ masses[heavy]) + 2 * _transform_error(size) * light + 2 * ULP
+    magnitude = np.hypot(1 + real, imaginary)
+    good = magnitude > 1e-3
+    logs = 0.5 * np.log1p(2 * real[good] + real[good] ** 2 + imaginary[good] ** 2)
+    angles = np.arctan2(imaginary[good], 1 + real[good])
+    factor[: len(frequencies)][good] = np.exp(count * (logs + 1j * angles))
+    arithmetic = 8 * ULP * (1 + count * (np.abs(logs) + np.abs(angles)))
+    drift[: len(frequencies)][good] = count * np.log1p(wrong[good] / magnitude[good]) + arithmetic
 
 
 def _transform_error(size: int) -> float:
@@ -286,7 +320,9 @@ def curve_of(state: Running, side: Direction, plan: Plan) -> Curve:
     indices = np.arange(1, count + 1)
     tilted = np.maximum(composed[indices % side.size], 0.0) + error
     losses = indices * plan.spacing
-    masses = np.exp(np.minimum(np.log(tilted) + state.log_moment - side.tilt * losses, 600.0))
+    # Every mass of a step is off by a few ulp of itself, so every composed mass by a factor that grows with the steps.
+    rounding = 8 * ULP * state.steps
+    masses = np.exp(np.minimum(np.log(tilted) + state.log_moment - side.tilt * losses + rounding, 600.0))
     mass_above = np.cumsum(masses[::-1])[::-1]
     # Sums of m e^-l run over many decades; they are kept relative to their first member.
     weighted = np.log(masses) - losses

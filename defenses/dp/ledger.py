@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from defenses.dp.accountant import Accountant
+from defenses.dp.accountant import LARGEST_DELTA, SMALLEST_DELTA, Accountant
 from defenses.dp.events import UNITS, Event, Statement, from_dict, price_of, statement_of
 from defenses.dp.ledger_file import Head, LedgerFile, Row
 from defenses.errors import BudgetExceeded, ParameterError, TamperedError
@@ -179,25 +179,43 @@ class Ledger:
 
         A later budget may be equal or lower. Raising either number needs `raise_because`, which is recorded for good.
         """
-        account = _Account(_label("owner", owner), _label("dataset", dataset), unit)
+        self.set_budgets([owner], dataset, unit, epsilon, delta, raise_because=raise_because)
+
+    def set_budgets(
+        self,
+        owners: Sequence[str],
+        dataset: str,
+        unit: str,
+        epsilon: float,
+        delta: float,
+        *,
+        raise_because: str = "",
+    ) -> None:
+        """Do `set_budget` for many owners in one transaction."""
         problems = [] if unit in UNITS else [f"unit = {unit!r}: must be one of {', '.join(UNITS)}"]
         if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or not epsilon > 0:
             problems.append(f"epsilon = {epsilon!r}: must be above 0 (math.inf for a run without a bound)")
-        if not isinstance(delta, float) or not 1e-30 <= delta <= 0.5:
-            problems.append(f"delta = {delta!r}: must lie between 1e-30 and 0.5")
+        if not isinstance(delta, float) or not SMALLEST_DELTA <= delta <= LARGEST_DELTA:
+            problems.append(f"delta = {delta!r}: must lie between {SMALLEST_DELTA:g} and {LARGEST_DELTA:g}")
         if problems:
             raise ParameterError("; ".join(problems))
+        budget = Budget(epsilon=float(epsilon), delta=delta)
         with self._change():
-            old = self._budgets.get(account)
-            if old == Budget(epsilon=float(epsilon), delta=delta):
-                return
-            raised = old is not None and (epsilon > old.epsilon or delta > old.delta)
-            if raised and not raise_because.strip():
-                raise ParameterError(
-                    f"budget of {owner!r} for {dataset!r}: {old} can only be raised with raise_because, which is recorded"
-                )
-            body = {"epsilon": _number(epsilon), "delta": delta, "raised": raised, "reason": raise_because}
-            self._append("budget", account, body)
+            for owner in owners:
+                self._set_budget(_Account(_label("owner", owner), _label("dataset", dataset), unit), budget, raise_because)
+
+    def _set_budget(self, account: _Account, budget: Budget, reason: str) -> None:
+        old = self._budgets.get(account)
+        if old == budget:
+            return
+        raised = old is not None and (budget.epsilon > old.epsilon or budget.delta > old.delta)
+        if raised and not reason.strip():
+            raise ParameterError(
+                f"budget of {account.owner!r} for {account.dataset!r}: {old} can only be raised with raise_because, "
+                "which is recorded"
+            )
+        body = {"epsilon": _number(budget.epsilon), "delta": budget.delta, "raised": raised, "reason": reason}
+        self._append("budget", account, body)
 
     def reserve(self, entries: Sequence[Charge]) -> tuple[Reservation, ...]:
         """Pay for all releases at once, before any of them happens.

@@ -113,8 +113,9 @@ def _symmetrise(grid: LossGrid) -> LossGrid:
     indices, forward, backward = grid.indices[keep], grid.forward[keep], grid.backward[keep]
     middle = max(0.0, 1.0 - float(forward.sum()) - float(backward.sum()) - grid.forward_infinity)
     whole = np.concatenate([backward[::-1], [middle], forward])
-    cells = len(indices)
+    cells = len(indices) + 1
     coarse_p, coarse_q = grid.coarse_forward[-cells:], grid.coarse_backward[-cells:]
+    coarse_middle = max(0.0, 1.0 - float(coarse_p.sum()) - float(coarse_q.sum()))
     return LossGrid(
         spacing=grid.spacing,
         indices=np.concatenate([-indices[::-1], [0], indices]).astype(np.int64),
@@ -122,8 +123,8 @@ def _symmetrise(grid: LossGrid) -> LossGrid:
         backward=whole[::-1].copy(),
         forward_infinity=grid.forward_infinity,
         backward_infinity=grid.forward_infinity,
-        coarse_forward=np.concatenate([coarse_q[::-1], [middle], coarse_p]),
-        coarse_backward=np.concatenate([coarse_p[::-1], [middle], coarse_q]),
+        coarse_forward=np.concatenate([coarse_q[::-1], [coarse_middle], coarse_p]),
+        coarse_backward=np.concatenate([coarse_p[::-1], [coarse_middle], coarse_q]),
     )
 
 
