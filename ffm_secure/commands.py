@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from defenses.errors import DefenseError, TamperedError
+from defenses.errors import BudgetExceeded, DefenseError, ParameterError, TamperedError
 from ffm_secure import checkup
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound, StoreError
 from ffm_secure.progress import Bars
@@ -175,6 +175,10 @@ def _clear_errors() -> Iterator[None]:
         yield
     except TamperedError:
         raise StoreError("the ledger is not authentic: a row was changed, removed or cut off; do not train on this data until this is explained") from None
+    except BudgetExceeded as error:
+        raise BudgetExhausted(str(error)) from None
+    except ParameterError as error:
+        raise ConfigError("the run", [str(error)]) from None
     except DefenseError as error:
         raise FfmError(str(error)) from None
 

@@ -243,6 +243,8 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
             problems.add(
                 f"privacy.{name}", getattr(privacy, name), f"must be above 0 with privacy.unit = '{privacy.unit}'"
             )
+    if privacy.unit == "person" and privacy.records_per_person < 2:
+        problems.add("privacy.records_per_person", privacy.records_per_person, "must be at least 2 with privacy.unit = 'person'")
     if privacy.unit != "person" and privacy.records_per_person != 1:
         problems.add(
             "privacy.records_per_person",

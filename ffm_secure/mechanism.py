@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,15 +19,18 @@ from ffm_secure.config import RunConfig
 from ffm_secure.vector import VectorCode, grid_code, real_code
 
 
-def build(config: RunConfig, *, size: int, nominal: int, largest_client: int) -> tuple[Mechanism, VectorCode]:
+def build(
+    config: RunConfig, *, size: int, nominal: int, largest_client: int, history: Sequence[Event] = ()
+) -> tuple[Mechanism, VectorCode]:
     """Calibrate the noise to the whole run and prove that its sums fit the ring.
 
-    Guarantee: `participation_cap` rounds of the returned mechanism's event cost at most the budget; more are refused by the
-    ledger. Divisors and rates come from the run file and public sizes only.
+    `history` is what the owners' ledgers already hold; the new noise is chosen for what is left.
+    Guarantee: `participation_cap` rounds of the returned mechanism's event, on top of the history, cost at most the budget; more
+    are refused by the ledger. Divisors and rates come from the run file and public sizes only.
     """
     privacy, protection, federation = config.privacy, config.protection, config.federation
     if privacy.unit == "client":
-        return _client_mechanism(config, size)
+        return _client_mechanism(config, size, history)
     weights = largest_client if federation.weighting == "examples" else 1
     code = real_code(
         size=size,
@@ -38,10 +42,10 @@ def build(config: RunConfig, *, size: int, nominal: int, largest_client: int) ->
     )
     if privacy.unit == "none":
         return None, code
-    return _record_mechanism(config, nominal), code
+    return _record_mechanism(config, nominal, history), code
 
 
-def _record_mechanism(config: RunConfig, nominal: int) -> RecordMechanism:
+def _record_mechanism(config: RunConfig, nominal: int, history: Sequence[Event]) -> RecordMechanism:
     privacy = config.privacy
     steps, rate = plan.local_steps(config, nominal), plan.sampling_rate(config, nominal)
     cap = max(1, plan.participation_cap(config))
@@ -53,6 +57,7 @@ def _record_mechanism(config: RunConfig, nominal: int) -> RecordMechanism:
         sampling="poisson" if rate < 1 else "full",
         adjacency="add_remove",
         records_per_person=privacy.records_per_person,
+        history=history,
     )
     return RecordMechanism(
         sampling_rate=rate,
@@ -103,7 +108,7 @@ class ClientNoise:
         return hashlib.sha256(f"{self.inner.digest()}|{self.scale!r}|{self.dimension}".encode()).hexdigest()
 
 
-def _client_mechanism(config: RunConfig, size: int) -> tuple[ClientNoise, VectorCode]:
+def _client_mechanism(config: RunConfig, size: int, history: Sequence[Event]) -> tuple[ClientNoise, VectorCode]:
     """Find the smallest noise on the grid that keeps the budget over every participation a client may have."""
     privacy, protection = config.privacy, config.protection
     scale = ((1 << (protection.value_bits - 1)) - 1) / privacy.clip_norm
@@ -118,6 +123,8 @@ def _client_mechanism(config: RunConfig, size: int) -> tuple[ClientNoise, Vector
 
     def spent(multiplier: float) -> float:
         accountant = Accountant()
+        for event in history:
+            accountant.compose(event)
         accountant.compose(made(multiplier).event("calibration"), count=cap)
         return accountant.epsilon(privacy.delta).epsilon
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +153,21 @@ def prepare(config: RunConfig, base: Path) -> Prepared:
     )
 
 
+def spent_before(config: RunConfig, dataset: str) -> tuple[Event, ...]:
+    """Return the longest history any owner has in a ledger that outlives runs; nothing for a ledger of this run alone."""
+    path = Path(config.privacy.ledger).expanduser()
+    if not config.privacy.ledger or config.privacy.unit == "none" or not path.is_file():
+        return ()
+    ledger = Ledger.open(path, create=False)
+    histories = [
+        ledger.events(owner, dataset, unit)
+        for owner, held, unit in ledger.accounts()
+        if (held, unit) == (dataset, config.privacy.unit)
+    ]
+    ledger.close()
+    return max(histories, key=len, default=())
+
+
 def load_dataset(config: RunConfig, base: Path) -> Any:
     """Load the data set a run file names, its validation part cut to the public evaluation rows."""
     options = {name: value for name in ("text_column", "label_column") if (value := getattr(config.task, name))}
@@ -202,12 +218,13 @@ def build(prepared: Prepared, folder: Path) -> Setup:
 def open_charges(prepared: Prepared, path: Path) -> Charges:
     """Open the ledger and make sure every owner has the budget the run file grants."""
     config = prepared.config
+    path.parent.mkdir(parents=True, exist_ok=True)
     ledger = Ledger.open(path, create=True)
     unit = config.privacy.unit
     event = mechanisms.event(prepared.mechanism, reason=config.privacy.reason)
-    if unit != "none":
-        for owner in prepared.owners:
-            ledger.set_budget(owner, prepared.dataset.name, unit, config.privacy.epsilon, config.privacy.delta)
+    limit = math.inf if unit == "none" else config.privacy.epsilon
+    charged, delta = ("record", 1e-5) if unit == "none" else (unit, config.privacy.delta)
+    ledger.set_budgets(prepared.owners, prepared.dataset.name, charged, limit, delta)
     replay = (
         hashlib.sha256(f"{config.name}|{config.seed}".encode()).digest() if config.privacy.noise == "seeded" else b""
     )
@@ -215,8 +232,8 @@ def open_charges(prepared: Prepared, path: Path) -> Charges:
         ledger=ledger,
         owners=prepared.owners,
         dataset=prepared.dataset.name,
-        unit="record" if unit == "none" else unit,
-        delta=config.privacy.delta or 1e-5,
+        unit=charged,
+        delta=delta,
         event=event,
         replay_key=replay,
     )

@@ -196,6 +196,10 @@ class Accountant:
             worst = int(values[1] > values[0])
             value, excess = values[worst], curves[worst].excess
             fits = all(curve.constant <= 0.01 * delta for curve in curves) and math.isfinite(value)
+            # A history that outgrew its grid wraps around: what left at one end comes back at the other, and the bound,
+            # though still valid, runs to the end of the grid. Then the grid is made anew.
+            window = known.plan.spacing * known.plan.directions[worst].size
+            fits = fits and value < 0.8 * window
             quiet = fits and composition.noise_at(curves[worst], value) <= 3e-4
             stuck = quiet and value > best.epsilon * (1 - accuracy)
             if value < best.epsilon:
