@@ -166,7 +166,7 @@ def may_be_accepted(stage: Stage, mode: str, message: bytes, valid: list[bytes])
     """Say whether a changed message is one that the server was free to send: fewer clients, never other ones."""
     if stage is Stage.SHARE:
         genuine, shown = messages.read_roster(valid[0]), messages.read_roster(message)
-        return len(shown) > 3 and genuine[0] in shown and all(advert in genuine for advert in shown)
+        return len(shown) >= 3 and genuine[0] in shown and all(advert in genuine for advert in shown)
     if stage is Stage.MASK or (stage is Stage.UNMASK and mode == "active"):
         rows = messages.read_delivery(message, 5) if stage is Stage.MASK else messages.read_active_request(message, 5)
         return len(rows) >= gather(6, mode=mode).parameters.threshold  # type: ignore[arg-type]
