@@ -219,8 +219,9 @@ def _pretrained(
         raise ModelError(_explain(name, kind, local, error)) from error
     fresh = _fresh(name, kind, model, report)
     notes: tuple[str, ...] = ()
-    if kind == "masked_lm" and any(f.startswith("cls.") for f in fresh):
+    if kind == "masked_lm" and fresh:
         notes = ("no masked-LM head in the checkpoint: a new one, tied to the input embeddings, is trained along",)
+        _start_as_identity(model, fresh)
     backbone = _finish(model, tokenizer, name=name, kind=kind, folder=folder, fresh=fresh, notes=notes)
     if kind == "causal_lm":
         _refuse_if_it_sees_the_future(name, backbone)
@@ -262,6 +263,15 @@ def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) ->
     if fresh and kind == "causal_lm":
         raise ModelError(f"model.name = {name!r}: the checkpoint has no language-model head ({fresh[0]} is missing)")
     return fresh
+
+
+def _start_as_identity(model: nn.Module, fresh: tuple[str, ...]) -> None:
+    """Let a new masked-LM transform pass its input on: the tied decoder then already sees the encoder's own directions."""
+    for name in fresh:
+        weight = model.get_parameter(name)
+        if name.endswith("dense.weight") and weight.shape[0] == weight.shape[1]:
+            with torch.no_grad():
+                weight.copy_(torch.eye(len(weight)))
 
 
 def _finish(

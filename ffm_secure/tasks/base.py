@@ -145,7 +145,8 @@ class Classification(Task):
 
     def labels(self, examples: Columns) -> NDArray[np.int64]:
         """Return the labels, checked against the number of classes of the model."""
-        assert self.data.label_column is not None
+        if self.data.label_column is None:
+            raise ModelError(f"{self.kind}: the data has no label column; set task.label_column")
         labels = np.asarray(examples.column(self.data.label_column), dtype=np.int64)
         classes = int(self.backbone.config.num_labels)
         if len(labels) and (labels.min() < 0 or labels.max() >= classes):

@@ -27,6 +27,7 @@ class ImageClassification(Classification):
             raise ModelError(f"image_classification: the model {backbone.source} takes no pictures")
         if data.image_column is None:
             raise ModelError("image_classification: the data has no picture column")
+        self.image_column = data.image_column
         self.side, self.channels = backbone.image_size, backbone.channels
         self.mean, self.std = (
             torch.tensor(values).view(1, -1, 1, 1)
@@ -35,8 +36,7 @@ class ImageClassification(Classification):
 
     def encode(self, examples: Columns) -> EncodedImages:
         """Resize pictures uint8 [n, H, W, channels] to the model's side, bilinear with antialiasing."""
-        assert self.data.image_column is not None
-        column = examples.column(self.data.image_column)
+        column = examples.column(self.image_column)
         pixels = torch.empty((len(column), self.channels, self.side, self.side), dtype=torch.uint8)
         for start in range(0, len(column), _CHUNK):
             stop = min(start + _CHUNK, len(column))

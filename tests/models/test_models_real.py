@@ -105,9 +105,9 @@ def test_minilm_learns_to_restore_words(shared: Path) -> None:
     before = task.evaluate(trainable.model, held_out)
     train(trainable, task, encoded, steps=60, rate=2e-3)
     after = task.evaluate(trainable.model, held_out)
-    assert before.metric < 0.01
+    assert before.metric > 0.03  # the new head starts as the identity, not as noise
     assert after.loss < before.loss - 3.0
-    assert after.metric > 0.05
+    assert after.metric > 0.12
 
 
 @pytest.mark.assets

@@ -339,6 +339,9 @@ def test_unfitting_models_and_columns_are_refused() -> None:
         build_task("sorting", backbone=backbone, dataset=SimpleNamespace())
     with pytest.raises(ModelError, match="takes no pictures"):
         build_task("image_classification", backbone=backbone, dataset=SimpleNamespace(image_column="x"))
+    unlabelled = build_task("text_classification", backbone=backbone, dataset=SimpleNamespace(text_columns=("text",)))
+    with pytest.raises(ModelError, match=r"task\.label_column"):
+        unlabelled.encode(table("text_classification"))
     backbone.tokenizer.mask_token = None  # type: ignore[union-attr]
     with pytest.raises(ModelError, match="no mask token"):
         build_task("masked_lm", backbone=backbone, dataset=SimpleNamespace(text_columns=("text",)))

@@ -212,6 +212,22 @@ def test_a_prompted_loss_does_not_depend_on_the_company(name: str, kind: str) ->
         )
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_half_precision_models_train_and_travel_as_float32(spec: dict[str, Any]) -> None:
+    kind = "text_classification"
+    backbone = load_backbone("builtin:tiny-bert", kind=kind, labels=3, base=Path(), seed=5, dtype="bfloat16")
+    task, encoded = task_of(backbone)
+    trainable = attach(backbone, spec, task_kind=kind, seed=3)
+    vector = trainable.flatten()
+    assert vector.dtype == torch.float32
+    trainable.load_vector(vector)
+    assert torch.equal(trainable.flatten(), vector)
+    values = losses(trainable, task, encoded)
+    assert values.dtype == torch.float32
+    values.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in trainable.parameters.values() if p.grad is not None)
+
+
 # --- per-sample gradients --------------------------------------------------------------------------------------------
 
 
