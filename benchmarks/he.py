@@ -3,7 +3,8 @@
     python -m benchmarks.he [--quick] [--json]
 
 The first table runs on the same integers, interleaved, CPU seconds of this process per million parameters (best of
-the repeats), three parties' ciphertexts added. `encrypt+save` includes packing, tags and chunk headers. A second part
+the repeats), three parties' ciphertexts added. In our rows `enc+save` and `decrypt` include packing, tags, checks and
+chunk headers; the reference row is TenSEAL alone, which checks nothing. A second part
 runs all four backends on random cases and counts the sums that differ. The last line is one JSON object.
 """
 
@@ -40,21 +41,17 @@ from defenses.random_source import RandomSource
 PARTIES = 10
 ADDED = 3
 BOUND = 2**15 - 1
+REFERENCE = "CKKS, N=8192 [60,40,40] 2^40, symmetric (reference)"
 NAMES = [bytes([number]) * 32 for number in range(1, PARTIES + 1)]
 
 
 def sets() -> dict[str, Parameters]:
     """Name the parameter sets of the table."""
-    reference = Parameters(
-        scheme="ckks", poly_modulus_degree=8192, coefficient_bits=(60, 40, 40), scale_bits=40, lane_bits=20,
-        seeded=False,
-    )  # fmt: skip
     return {
         "BFV, packed, seeded (ours)": choose("bfv", parties=PARTIES, value_bound=BOUND),
         "BFV, packed, high level (fallback)": choose("bfv", parties=PARTIES, value_bound=BOUND, seeded=False),
         "CKKS, packed, seeded (ours)": choose("ckks", parties=PARTIES, value_bound=BOUND),
         "CKKS, packed, high level (fallback)": choose("ckks", parties=PARTIES, value_bound=BOUND, seeded=False),
-        "CKKS, N=8192 [60,40,40] 2^40, symmetric (reference)": reference,
     }
 
 
@@ -68,7 +65,8 @@ class Measurement:
         self.up = self.down = 0
         self.exact = True
 
-    def step(self, name: str, started: float) -> float:
+    def step(self: Any, name: str, started: float) -> float:
+        """Note the CPU time since `started` and return the clock."""
         now = time.process_time()
         self.seconds[name] = min(self.seconds.get(name, float("inf")), now - started)
         return now
@@ -121,6 +119,68 @@ class Measurement:
             "coefficient_bits": list(parameters.coefficient_bits),
             "lanes": parameters.lanes,
             "scale_bits": parameters.scale_bits,
+        }
+
+
+class Reference:
+    """Run the reference CKKS set as TenSEAL's own vectors: one value a slot, TenSEAL's serialisation, no checks."""
+
+    def __init__(self, vectors: Integers) -> None:
+        import tenseal
+
+        self.tenseal, self.vectors = tenseal, vectors.astype(np.float64)
+        symmetric = tenseal.ENCRYPTION_TYPE.SYMMETRIC
+        self.context = tenseal.context(
+            tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[60, 40, 40], encryption_type=symmetric, n_threads=1
+        )
+        self.seconds: dict[str, float] = {}
+        self.up = self.down = 0
+        self.worst = 0.0
+
+    step = Measurement.step
+
+    def run(self) -> None:
+        """Encrypt, load, add, save, open once."""
+        uploads = []
+        for vector in self.vectors:
+            clock = time.process_time()
+            parts = [vector[start : start + 4096].tolist() for start in range(0, len(vector), 4096)]
+            encrypted = [self.tenseal.ckks_vector(self.context, part, scale=2.0**40) for part in parts]
+            uploads.append([each.serialize() for each in encrypted])
+            self.step("encrypt_save", clock)
+        loaded = []
+        for upload in uploads:
+            clock = time.process_time()
+            loaded.append([self.tenseal.ckks_vector_from(self.context, each) for each in upload])
+            self.step("load", clock)
+        total = loaded[0]
+        for other in loaded[1:]:
+            clock = time.process_time()
+            for one, two in zip(total, other):
+                one.add_(two)
+            self.step("add", clock)
+        clock = time.process_time()
+        saved = [each.serialize() for each in total]
+        clock = self.step("save sum", clock)
+        opened = np.concatenate(
+            [np.array(self.tenseal.ckks_vector_from(self.context, each).decrypt()) for each in saved]
+        )
+        self.step("decrypt", clock)
+        self.up, self.down = sum(map(len, uploads[0])), sum(map(len, saved))
+        self.worst = max(self.worst, float(np.abs(opened - self.vectors.sum(0)).max()))
+
+    def row(self) -> dict[str, Any]:
+        """Return the figures, for one million parameters."""
+        length = self.vectors.shape[1]
+        return {
+            "bytes_per_parameter_up": self.up / length,
+            "bytes_per_parameter_down": self.down / length,
+            **{
+                f"cpu_s_{name.replace(' ', '_')}": round(value * 1e6 / length, 4)
+                for name, value in self.seconds.items()
+            },
+            "max_error_before_rounding": self.worst,
+            "error_bound": None,
         }
 
 
@@ -254,7 +314,10 @@ def main() -> None:
     length, repeats = (100_000, 1) if quick else (1_000_000, 3)
     vectors = np.random.default_rng(0).integers(-BOUND, BOUND + 1, (ADDED, length))
     vectors[:, 0], vectors[:, 1] = BOUND, -BOUND
-    measurements = {name: Measurement(parameters, vectors) for name, parameters in sets().items()}
+    measurements: dict[str, Measurement | Reference] = {
+        name: Measurement(parameters, vectors) for name, parameters in sets().items()
+    }
+    measurements[REFERENCE] = Reference(vectors)
     for _ in range(repeats):
         for measurement in measurements.values():
             measurement.run()
@@ -266,14 +329,14 @@ def main() -> None:
         print(
             f"{name:<52} {row['bytes_per_parameter_up']:8.2f} {row['bytes_per_parameter_down']:6.2f} "
             f"{row['cpu_s_encrypt_save']:8.3f} {row['cpu_s_load']:6.3f} {row['cpu_s_add']:6.3f} "
-            f"{row['cpu_s_decrypt']:7.3f} {row['max_error_before_rounding']:9.2g} {row['error_bound']:8.2g}"
+            f"{row['cpu_s_decrypt']:7.3f} {row['max_error_before_rounding']:9.2g} {row['error_bound'] or 0:8.2g}"
         )
     agreement = agreement_of_backends(100 if quick else 1000)
     keys = wrapping()
     print(f"four backends on {agreement['cases']} random cases: {agreement['differing']} sums differ")
     print(f"key: {keys}")
     ours = rows["BFV, packed, seeded (ours)"]
-    reference = rows["CKKS, N=8192 [60,40,40] 2^40, symmetric (reference)"]
+    reference = rows[REFERENCE]
     result = {
         "benchmark": "he",
         "format": 1,
@@ -291,7 +354,7 @@ def main() -> None:
         "targets": {
             "bfv_bytes_per_parameter <= 4.0": ours["bytes_per_parameter_up"] <= 4.0,
             "bfv_encrypt_save_cpu_s <= 0.25": ours["cpu_s_encrypt_save"] <= 0.25,
-            "all sums exact": all(row["exact"] for row in rows.values()) and agreement["differing"] == 0,
+            "all sums exact": all(row.get("exact", True) for row in rows.values()) and agreement["differing"] == 0,
         },
     }  # fmt: skip
     print(json.dumps(result))

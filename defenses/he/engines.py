@@ -1,4 +1,6 @@
-"""The only module that imports TenSEAL: slots to ciphertext bytes and back, with every hostile byte string refused.
+"""The only module that imports TenSEAL: slots to ciphertext bytes and back.
+
+Received bytes are decoded and checked in `defenses.he.ciphertexts`; SEAL only ever parses streams written here.
 
 Two engines share one shape. `SealEngine` uses the SEAL bindings below TenSEAL: one prime, seeded symmetric
 ciphertexts, secret key expanded from a seed. `VectorEngine` uses TenSEAL's high-level vectors, for builds whose SEAL
@@ -14,22 +16,22 @@ from typing import Any, Final, NoReturn, Protocol, TypeVar
 import numpy as np
 
 from defenses.errors import DefenseError, ParameterError, ProtocolError
+from defenses.he.ciphertexts import Shape, from_wire, to_wire
 from defenses.he.packing import Integers
 from defenses.he.parameters import CKKS_TOLERANCE, Parameters, ntt_prime
 from defenses.he.wire import Scratch
 
 try:
+    import pyarrow  # for its zstd decoder: SEAL compresses what it saves
     import tenseal
     from tenseal import sealapi
 except ImportError as error:  # pragma: no cover - exercised in a process of its own
-    tenseal = sealapi = None
+    pyarrow = tenseal = sealapi = None
     _REASON = f"TenSEAL is not usable ({type(error).__name__}); install it with: pip install 'ffm-secure[he]'"
 else:
     _REASON = f"TenSEAL {tenseal.__version__}"
 
 SEED_BYTES: Final = 64
-# One seeded polynomial or two full ones, 8 bytes a coefficient, and what compression may add.
-_FRAMING_BYTES: Final = 4096
 _Result = TypeVar("_Result")
 
 
@@ -98,26 +100,6 @@ def _round(decoded: Any) -> Integers:
     return nearest.astype(np.int64)
 
 
-def _check_shape(ciphertext: Any, parameters: Parameters) -> None:
-    """Refuse a loaded ciphertext that is not two polynomials at the data level and our scale, or hides nothing."""
-    ckks = parameters.scheme == "ckks"
-    good = (
-        ciphertext.size() == 2
-        and ciphertext.poly_modulus_degree() == parameters.poly_modulus_degree
-        and ciphertext.coeff_modulus_size() == len(parameters.data_bits)
-        and ciphertext.is_ntt_form() == ckks
-        and not ciphertext.is_transparent()
-        and _scale_of(ciphertext) == (2.0**parameters.scale_bits if ckks else 1.0)
-    )
-    if not good:
-        raise ProtocolError
-
-
-def _scale_of(ciphertext: Any) -> float:
-    # A property in the SEAL bindings, a method in TenSEAL's own.
-    return float(ciphertext.scale() if callable(ciphertext.scale) else ciphertext.scale)
-
-
 def _seal_context(parameters: Parameters, random: Any = None) -> Any:
     settings = sealapi.EncryptionParameters(getattr(sealapi.SCHEME_TYPE, parameters.scheme.upper()))
     degree = parameters.poly_modulus_degree
@@ -133,6 +115,29 @@ def _seal_context(parameters: Parameters, random: Any = None) -> Any:
     return context
 
 
+def _shape(context: Any, parameters: Parameters) -> Shape:
+    """Collect what every ciphertext of these parameters has in common."""
+    level = context.first_context_data().parms()
+    with Scratch() as scratch:
+        level.save(scratch.path)
+        prefix = scratch.read()[:5]
+    return Shape(
+        prefix=prefix,
+        parms_id=struct.pack("<4Q", *context.first_parms_id()),
+        transformed=parameters.scheme == "ckks",
+        degree=parameters.poly_modulus_degree,
+        scale=2.0**parameters.scale_bits if parameters.scheme == "ckks" else 1.0,
+        primes=tuple(int(prime.value()) for prime in level.coeff_modulus()),
+        seeded=parameters.seeded,
+    )
+
+
+def _decompress(stream: bytes) -> bytes:
+    """Return the content of a stream SEAL just wrote."""
+    with pyarrow.CompressedInputStream(pyarrow.BufferReader(stream[16:]), "zstd") as content:
+        return bytes(content.read())
+
+
 class SealEngine:
     """Use SEAL directly: seeded symmetric ciphertexts under one prime.
 
@@ -142,11 +147,12 @@ class SealEngine:
     ciphertext. The generator seeded here expands the secret key and is used for nothing else.
     """
 
-    __slots__ = ("_context", "_decryptor", "_encoder", "_encryptor", "_evaluator", "parameters")
+    __slots__ = ("_context", "_decryptor", "_encoder", "_encryptor", "_evaluator", "_shape", "parameters")
 
     def __init__(self, parameters: Parameters, seed: bytes | None = None) -> None:
         self.parameters = parameters
         self._context = context = _seal_context(parameters)
+        self._shape = _shape(context, parameters)
         self._evaluator = sealapi.Evaluator(context)
         encoder = sealapi.BatchEncoder if parameters.scheme == "bfv" else sealapi.CKKSEncoder
         self._encoder = encoder(context)
@@ -165,7 +171,7 @@ class SealEngine:
     @property
     def payload_limit(self) -> int:
         """Bound the bytes of one chunk."""
-        return 16 * self.parameters.poly_modulus_degree * len(self.parameters.data_bits) + _FRAMING_BYTES
+        return 2 * self._shape.polynomial_bytes
 
     def encrypt(self, slots: Integers) -> bytes:
         """Encrypt one packed vector."""
@@ -178,20 +184,16 @@ class SealEngine:
             self._encoder.encode(slots.astype(np.float64).tolist(), 2.0**self.parameters.scale_bits, plain)
         with Scratch() as scratch:
             self._encryptor.encrypt_symmetric(plain).save(scratch.path)
-            return scratch.read()
+            return to_wire(_decompress(scratch.read()), self._shape)
 
     def load(self, payload: bytes) -> Any:
         """Load one ciphertext."""
-        # SEAL would ignore bytes behind the size its own header states.
-        if len(payload) > self.payload_limit or int.from_bytes(payload[8:16], "little") != len(payload):
-            raise ProtocolError
+        stream = from_wire(payload, self._shape)
 
         def load() -> Any:
             ciphertext = sealapi.Ciphertext(self._context)
             with Scratch() as scratch:
-                # SEAL itself refuses foreign parameters and coefficients outside the modulus.
-                ciphertext.load(self._context, scratch.write(payload))
-            _check_shape(ciphertext, self.parameters)
+                ciphertext.load(self._context, scratch.write(stream))
             return ciphertext
 
         return _guarded(load)
@@ -204,7 +206,7 @@ class SealEngine:
         """Serialise one ciphertext."""
         with Scratch() as scratch:
             ciphertext.save(scratch.path)
-            return scratch.read()
+            return to_wire(_decompress(scratch.read()), self._shape)
 
     def decrypt(self, ciphertext: Any) -> Integers:
         """Open one ciphertext."""
@@ -231,10 +233,11 @@ class SealEngine:
 class VectorEngine:
     """Use TenSEAL's high-level vectors, one ciphertext each; `context` may or may not hold the secret key."""
 
-    __slots__ = ("_context", "parameters")
+    __slots__ = ("_context", "_shape", "parameters")
 
     def __init__(self, parameters: Parameters, context: bytes) -> None:
         self.parameters = parameters
+        self._shape = _shape(_seal_context(parameters), parameters)
         self._context = _guarded(lambda: tenseal.context_from(context, n_threads=1))
 
     @staticmethod
@@ -245,7 +248,7 @@ class VectorEngine:
     @property
     def payload_limit(self) -> int:
         """Bound the bytes of one chunk."""
-        return 16 * self.parameters.poly_modulus_degree * len(self.parameters.data_bits) + _FRAMING_BYTES
+        return 2 * self._shape.polynomial_bytes
 
     def encrypt(self, slots: Integers) -> bytes:
         """Encrypt one packed vector."""
@@ -254,23 +257,16 @@ class VectorEngine:
         else:
             scale = 2.0**self.parameters.scale_bits
             vector = tenseal.ckks_vector(self._context, slots.astype(np.float64).tolist(), scale=scale)
-        return bytes(vector.serialize())
+        return self.save(vector)
 
     def load(self, payload: bytes) -> Any:
         """Load one ciphertext."""
-        if len(payload) > self.payload_limit:
-            raise ProtocolError
+        stream = from_wire(payload, self._shape)
+        message = _vector_head(self.parameters) + b"\x12" + _varint(len(stream)) + stream
+        if self.parameters.scheme == "ckks":
+            message += b"\x19" + struct.pack("<d", self._shape.scale)
         reader = tenseal.bfv_vector_from if self.parameters.scheme == "bfv" else tenseal.ckks_vector_from
-
-        def load() -> Any:
-            vector = reader(self._context, payload)
-            parts = vector.ciphertext()
-            if vector.size() != self.parameters.slots or len(parts) != 1:
-                raise ProtocolError
-            _check_shape(parts[0], self.parameters)
-            return vector
-
-        return _guarded(load)
+        return _guarded(lambda: reader(self._context, message))
 
     def add(self, total: Any, other: Any) -> None:
         """Add `other` into `total`."""
@@ -278,7 +274,10 @@ class VectorEngine:
 
     def save(self, ciphertext: Any) -> bytes:
         """Serialise one ciphertext."""
-        return bytes(ciphertext.serialize())
+        message = bytes(ciphertext.serialize())
+        start = message.index(self._shape.prefix, len(_vector_head(self.parameters)))
+        size = int.from_bytes(message[start + 8 : start + 16], "little")
+        return to_wire(_decompress(message[start : start + size]), self._shape)
 
     def decrypt(self, ciphertext: Any) -> Integers:
         """Open one ciphertext."""
@@ -296,6 +295,21 @@ class VectorEngine:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an encryption engine holds a secret and cannot be pickled")
+
+
+def _varint(number: int) -> bytes:
+    """Encode one protocol-buffer integer."""
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def _vector_head(parameters: Parameters) -> bytes:
+    """Write the sizes field of TenSEAL's vector message: one ciphertext with all its slots."""
+    sizes = _varint(parameters.slots)
+    return b"\x0a" + _varint(len(sizes)) + sizes
 
 
 def _new_context(parameters: Parameters) -> Any:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from defenses.errors import ParameterError, ProtocolError
-from defenses.he import Accumulator, EncryptedClient, KeyHolder, PlainClient, WordAccumulator, choose
+from defenses.he import Accumulator, EncryptedClient, KeyHolder, PlainClient, WordAccumulator, choose, ciphertexts
 from defenses.he.engines import SealEngine
 from defenses.he.packing import pack
+from defenses.he.parameters import ntt_prime
 from defenses.he.wire import HEADER_BYTES, Scratch, decode_parameters, encode_parameters, write_chunks
 from tests.he.common import PARTIES, added, agreement, holder, upload
 
@@ -281,7 +282,7 @@ def test_hostile_uploads_never_crash_the_server(parameters, budget):
 
 
 @pytest.mark.parametrize("budget", [150, pytest.param(30_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
-def test_hostile_sums_never_crash_a_client_and_never_open_to_anything_else(parameters, budget):
+def test_hostile_sums_never_crash_a_client_and_never_open(parameters, budget):
     key, terms = setting(parameters)
     root, material = key._root, key._material
     first, *rest = added(key, terms, uploads_of(key, terms, 3))
@@ -293,7 +294,7 @@ def test_hostile_sums_never_crash_a_client_and_never_open_to_anything_else(param
         except ProtocolError:
             refused += 1
         else:
-            # Some byte strings spell the same ciphertext (compression, unknown fields): then the sum is the true one.
+            # A low bit of a coefficient is noise: too little to change the sum.
             np.testing.assert_array_equal(opened, VECTORS[:3].sum(0))
         key = KeyHolder(parameters, run=key.run, root=root, material=material)
     assert refused > 0.6 * budget
@@ -315,17 +316,31 @@ def test_foreign_objects_in_place_of_chunks_are_refused(parameters):
             Accumulator(key.public_bundle(), terms).add(bad)
 
 
-def test_a_ciphertext_that_hides_nothing_is_refused():
-    from tenseal import sealapi
-
-    engine = SealEngine(SETS["bfv"], bytes(range(64)))
-    zero = sealapi.Ciphertext(engine._context, engine._context.first_parms_id(), 2)
-    zero.resize(engine._context, engine._context.first_parms_id(), 2)
-    with Scratch() as scratch:
-        zero.save(scratch.path)
-        payload = scratch.read()
+@pytest.mark.parametrize("name", sorted(SETS))
+def test_a_ciphertext_that_hides_nothing_or_leaves_its_prime_is_refused(name):
+    engine = holder(SETS[name]).engine()
+    total = engine.load(engine.encrypt(pack(np.arange(10), SETS[name])))
+    payload = engine.save(total)
+    half = len(payload) // 2
+    assert engine.save(engine.load(payload)) == payload
     with pytest.raises(ProtocolError):
-        engine.load(payload)
+        engine.load(payload[:half] + bytes(half))
+    with pytest.raises(ProtocolError):
+        engine.load(b"\xff" * len(payload))
+
+
+def test_the_wire_form_of_a_prime_round_trips_and_is_strict():
+    generator = np.random.default_rng(7)
+    for bits in (*range(20, 61, 5), 48, 56):
+        prime = ntt_prime(bits, 4096)
+        row = generator.integers(0, prime, 4096, dtype=np.uint64)
+        row[:2] = 0, prime - 1
+        packed = ciphertexts._pack(row, prime)
+        assert len(packed) == 4096 * bits // 8
+        np.testing.assert_array_equal(ciphertexts._unpack(packed, prime, 4096), row)
+        row[5] = prime
+        with pytest.raises(ProtocolError):
+            ciphertexts._unpack(ciphertexts._pack(row, prime), prime, 4096)
 
 
 def test_a_three_part_ciphertext_and_foreign_parameters_are_refused():
@@ -333,6 +348,7 @@ def test_a_three_part_ciphertext_and_foreign_parameters_are_refused():
 
     engine = SealEngine(SETS["bfv"], bytes(range(64)))
     other = SealEngine(choose("bfv", parties=5, value_bound=30), bytes(range(64)))
+    assert other.payload_limit != engine.payload_limit
     zeros = pack(np.zeros(10, dtype=np.int64), SETS["bfv"])
     with pytest.raises(ProtocolError):
         engine.load(other.encrypt(zeros))

@@ -96,7 +96,7 @@ def test_upload_size_meets_the_target():
     values = np.random.default_rng(0).integers(-bound, bound + 1, length)
     terms = agreement(key.run, parties=10, bound=bound, length=length)
     sent = sum(map(len, EncryptedClient(key, terms, PARTIES[0]).encrypt(values)))
-    assert sent / length <= 4.0
+    assert sent / length <= 3.5
 
 
 @pytest.mark.parametrize(

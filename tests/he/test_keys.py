@@ -156,7 +156,7 @@ def test_two_encryptions_of_one_value_have_nothing_in_common():
     engine = key_of().engine()
     zeros = pack(np.zeros(PARAMETERS.values_per_chunk, dtype=np.int64), PARAMETERS)
     first, second = engine.encrypt(zeros), engine.encrypt(zeros)
-    words = [np.frombuffer(each[128 : 128 + 8 * 2000], dtype=np.uint8) for each in (first, second)]
+    words = [np.frombuffer(each, dtype=np.uint8) for each in (first, second)]
     assert (words[0] == words[1]).mean() < 0.1
 
 
