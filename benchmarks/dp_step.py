@@ -14,7 +14,6 @@ import argparse
 import copy
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -200,11 +199,19 @@ def peak_megabytes(setting: str, method: str) -> float:
 
 
 def print_memory(setting: str, method: str) -> None:
+    """Linux only: getrusage would report the peak inherited from the parent process."""
     step = METHODS[method](build(setting))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
     step()
     step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """Return a size from /proc/self/status in megabytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def main() -> None:
