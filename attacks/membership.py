@@ -21,6 +21,8 @@ from attacks.observation import Observation
 
 Batch = Mapping[str, Tensor]
 
+_ROUNDING = 1e-5
+
 
 def batch_size(batch: Batch) -> int:
     """Return the number of examples in a batch of candidates."""
@@ -147,7 +149,10 @@ def _residual(observation: Observation, model: nn.Module | None, prior: Prior, b
         scores.append(
             -torch.stack([entry[:-1].mean() if len(entry) > 1 else entry.mean() for entry in distances]).mean()
         )
-    return _scored(torch.stack(scores), _spread(torch.stack(scores)), rank=most, channels=len(spans))
+    table = torch.stack(scores)
+    if float(-table.min()) < _ROUNDING:
+        return Finding(reason="every candidate lies in the row spaces: they are full, or all candidates are members")
+    return _scored(table, _spread(table), rank=most, channels=len(spans))
 
 
 def _lira(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:

@@ -22,6 +22,8 @@ from attacks.observation import Observation
 
 _SAMPLES_AT_ONCE = 4_096
 _SAMPLES_PER_ITERATION = 1_000
+# The chance of a useful sample halves with each example; beyond this the search is hopeless and only costs time.
+_LARGEST_BATCH = 24
 
 
 def first_biased(observation: Observation, model: nn.Module) -> Channel:
@@ -114,16 +116,18 @@ def spear_inputs(
     left, singular, right = torch.linalg.svd(gradient.double(), full_matrices=False)
     rank = numerical_rank(singular, tuple(gradient.shape), dtype=gradient.dtype)
     left, right = left[:, :rank], singular[:rank, None] * right[:rank]
-    if rank == 0:
+    if not 0 < rank <= _LARGEST_BATCH:
         return None
     best: tuple[Tensor, Tensor, float] | None = None
-    for directions in sparse_directions(left, samples=samples, generator=generator, deadline=deadline):
+    silent = 0.3 * math.sqrt(torch.finfo(gradient.dtype).eps)
+    search = sparse_directions(left, silent=silent, samples=samples, generator=generator, deadline=deadline)
+    for directions in search:
         scale = torch.linalg.lstsq(left @ directions, bias.double()[:, None], driver="gelsd").solution.flatten()
         if bool((scale.abs() < 1e-12).any()):
             continue
         mixing = directions * scale
         inputs, deltas = torch.linalg.solve(mixing, right), left @ mixing
-        agreement = activation_agreement(inputs, deltas, module)
+        agreement = activation_agreement(inputs, deltas, module, silent)
         if best is None or agreement > best[2]:
             best = inputs, deltas, agreement
         if agreement > 0.995:
@@ -132,7 +136,7 @@ def spear_inputs(
 
 
 def sparse_directions(
-    left: Tensor, *, samples: int, generator: torch.Generator, deadline: Deadline
+    left: Tensor, *, silent: float, samples: int, generator: torch.Generator, deadline: Deadline
 ) -> Iterator[Tensor]:
     """Yield ever better bases (b, b) of directions q for which left @ q has unexpectedly many zeros.
 
@@ -152,10 +156,10 @@ def sparse_directions(
         picked = torch.multinomial(weights, rank - 1, generator=generator)
         null = _null_vectors(alive[picked])
         values = (null @ alive.T).abs()
-        zeros = (values <= 1e-4 * values.amax(1, keepdim=True)).sum(1)
+        zeros = (values <= silent * values.amax(1, keepdim=True)).sum(1)
         found = _distinct_directions(torch.cat([found, null[zeros >= needed]]))
         if len(found) >= rank:
-            order = ((found @ alive.T).abs() <= 1e-4).sum(1).argsort(descending=True, stable=True)
+            order = ((found @ alive.T).abs() <= silent).sum(1).argsort(descending=True, stable=True)
             found = found[order[: 8 * rank]]
             chosen = _sparsest_basis(found)
             if chosen is not None:
@@ -186,11 +190,11 @@ def _sparsest_basis(ordered: Tensor) -> Tensor | None:
     return None
 
 
-def activation_agreement(inputs: Tensor, deltas: Tensor, module: nn.Module) -> float:
+def activation_agreement(inputs: Tensor, deltas: Tensor, module: nn.Module, silent: float) -> float:
     """Return the share of (neuron, example) pairs where the recovered input is silent exactly where its delta is zero."""
     with torch.no_grad():
         fires = copy.deepcopy(module).double()(inputs) > 0
-    moved = (deltas.abs() > 1e-4 * deltas.abs().amax(0, keepdim=True)).T
+    moved = (deltas.abs() > silent * deltas.abs().amax(0, keepdim=True)).T
     return float((fires == moved).double().mean())
 
 

@@ -1,0 +1,124 @@
+"""Label counts: exact at the start, honest later, and what the uniform guess reaches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attacks import Budget, Knowledge, Prior
+from attacks.baselines import uniform_counts
+from attacks.inversion import labels
+from attacks.metrics import count_accuracy
+from attacks.registry import build
+from tests.attacks import models
+
+QUICK = Budget.quick()
+IMAGES, LABELS = models.digits()
+
+
+def digits_observation(model, count, *, seed=0, **changes):
+    chosen = torch.randint(1000, 1797, (count,), generator=torch.Generator().manual_seed(seed))
+    batch = {"images": IMAGES[chosen], "labels": LABELS[chosen]}
+    knowledge = Knowledge(batch_size=count, image_shape=(1, 8, 8))
+    observation = models.observe(model, batch, models.image_loss, knowledge=knowledge)
+    return observation, torch.bincount(LABELS[chosen], minlength=10).tolist()
+
+
+def accuracy(name, model, count, *, seed=0, prior=None):
+    observation, true = digits_observation(model, count, seed=seed)
+    result = build(name).run(observation, model, prior or Prior(), QUICK, 0)
+    assert result.applicable, result.reason
+    return count_accuracy(result.of("label_counts")[0].tolist(), true)
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 64])
+def test_identity_is_exact_on_an_untrained_network(count):
+    public = Prior(examples={"images": IMAGES[:500]})
+    assert all(accuracy("label_identity", models.mlp(), count, seed=seed, prior=public) == 1.0 for seed in range(3))
+
+
+def test_identity_is_exact_when_the_mean_probability_is_known():
+    model = models.mlp(seed=3)
+    observation, true = digits_observation(model, 16, seed=4)
+    chosen = torch.randint(1000, 1797, (16,), generator=torch.Generator().manual_seed(4))
+    mean = torch.softmax(model(IMAGES[chosen]), 1).mean(0)
+    raw = labels.identity_counts(observation.tensors["3.bias"], mean, 16)
+    assert torch.allclose(raw, torch.tensor(true, dtype=raw.dtype), atol=1e-4)
+
+
+def test_random_probes_do_almost_as_well_at_the_start():
+    assert accuracy("label_identity", models.mlp(), 16) == 1.0
+
+
+@pytest.mark.parametrize("name", ["idlg_label", "llg", "ilrg", "label_identity"])
+def test_one_label_is_always_read(name):
+    public = Prior(examples={"images": IMAGES[:300]})
+    assert all(accuracy(name, models.mlp(seed=1), 1, seed=seed, prior=public) == 1.0 for seed in range(5))
+
+
+def test_published_estimators_at_batch_four():
+    assert all(accuracy(name, models.mlp(), 4, seed=2) == 1.0 for name in ("llg", "ilrg"))
+
+
+def test_a_trained_network_leaves_estimators_near_the_uniform_guess():
+    model = models.mlp()
+    step = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        chosen = torch.randint(0, 1000, (32,), generator=generator)
+        step.zero_grad()
+        models.image_loss(model, {"images": IMAGES[chosen], "labels": LABELS[chosen]}).backward()
+        step.step()
+    public = Prior(examples={"images": IMAGES[:500]})
+    scores = {
+        name: sum(accuracy(name, model, 64, seed=s, prior=public) for s in range(5)) / 5
+        for name in ("label_identity", "llg")
+    }
+    guess = (
+        sum(count_accuracy(uniform_counts(10, 64).tolist(), digits_observation(model, 64, seed=s)[1]) for s in range(5))
+        / 5
+    )
+    assert guess > 0.75
+    assert scores["label_identity"] > guess - 0.05
+    assert scores["llg"] < guess
+
+
+def test_a_delta_of_sgd_and_a_sum_count_all_their_examples():
+    model, public = models.mlp(), Prior(examples={"images": IMAGES[:500]})
+    batch = {"images": IMAGES[:8], "labels": LABELS[:8]}
+    delta = models.observe_delta(
+        model, [batch], models.image_loss, learning_rate=0.01, knowledge=Knowledge(batch_size=8)
+    )
+    counts = build("label_identity").run(delta, model, public, QUICK, 0).of("label_counts")[0]
+    assert counts.tolist() == torch.bincount(LABELS[:8], minlength=10).tolist()
+    clients = [{"images": IMAGES[i : i + 4], "labels": LABELS[i : i + 4]} for i in (0, 4)]
+    total = models.observe_sum(model, clients, models.image_loss, batch_size=4)
+    counts = build("label_identity").run(total, model, public, QUICK, 0).of("label_counts")[0]
+    assert counts.tolist() == torch.bincount(LABELS[:8], minlength=10).tolist()
+
+
+def test_an_adaptive_optimiser_or_an_unknown_batch_is_not_applicable():
+    model = models.mlp()
+    batch = {"images": IMAGES[:4], "labels": LABELS[:4]}
+    adaptive = models.observe_delta(
+        model, [batch], models.image_loss, learning_rate=0.01, optimiser="adamw", knowledge=Knowledge(batch_size=4)
+    )
+    assert "scale" in build("label_identity").run(adaptive, model, Prior(), QUICK, 0).reason
+    unknown = models.observe(model, batch, models.image_loss)
+    assert "batch size" in build("llg").run(unknown, model, Prior(), QUICK, 0).reason
+
+
+def test_a_head_without_bias_is_read_through_the_mean_feature():
+    model = models.gpt2(vocabulary=200, width=32, classes=4)
+    ids = models.sentences(8, 6, 200)
+    true = torch.tensor([0, 1, 1, 2, 3, 3, 3, 0])
+    observation = models.observe(model, {"input_ids": ids, "labels": true}, models.text_loss, batch_size=8)
+    result = build("label_identity").run(
+        observation, model, Prior(examples={"token_ids": models.sentences(64, 6, 200, distinct=False)}), QUICK, 0
+    )
+    assert count_accuracy(result.of("label_counts")[0].tolist(), torch.bincount(true).tolist()) >= 0.75
+
+
+def test_rounding_keeps_the_total_and_the_nearest_shares():
+    assert labels.round_to_total(torch.tensor([1.4, 2.6, -0.2]), 4).tolist() == [1, 3, 0]
+    assert int(labels.round_to_total(torch.zeros(3), 7).sum()) == 7

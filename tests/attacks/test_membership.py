@@ -1,0 +1,91 @@
+"""Membership scores: clear without noise, as theory allows with it, and on released models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attacks import Budget, Observation, Prior
+from attacks.membership import example_gradients
+from attacks.metrics import auc
+from attacks.registry import build
+from tests.attacks import models
+
+QUICK = Budget.quick()
+IMAGES, LABELS = models.digits()
+
+
+def candidates(start: int, stop: int) -> dict[str, torch.Tensor]:
+    return {"images": IMAGES[start:stop], "labels": LABELS[start:stop]}
+
+
+def test_example_gradients_average_to_the_batch_gradient():
+    model = models.mlp()
+    names = tuple(name for name, _ in model.named_parameters())
+    rows = example_gradients(model, candidates(0, 5), names)
+    batch = models.gradient(model, candidates(0, 5), models.image_loss)
+    assert torch.allclose(rows.mean(0), torch.cat([batch[name].flatten() for name in names]), atol=1e-6)
+
+
+@pytest.mark.parametrize(("multiplier", "low", "high"), [(0.0, 0.65, 1.0), (2.0, 0.0, 0.7)])
+def test_the_matched_filter_finds_members_until_noise_hides_them(multiplier, low, high):
+    model = models.mlp(width=32)
+    areas = []
+    for seed in range(3):
+        chosen = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
+        batch = {"images": IMAGES[chosen[:6]], "labels": LABELS[chosen[:6]]}
+        observation = models.noised(models.observe(model, batch, models.image_loss), multiplier, seed=seed)
+        both = {"images": IMAGES[chosen[:12]], "labels": LABELS[chosen[:12]]}
+        prior = Prior(candidates=both, examples=candidates(1200, 1300))
+        scores = build("matched_filter").run(observation, model, prior, QUICK, 0).of("scores")[0].tolist()
+        areas.append(auc(scores[:6], scores[6:]))
+    assert low <= sum(areas) / 3 <= high
+
+
+def test_the_projection_residual_separates_sentences_of_a_sum():
+    model, ids = models.gpt2(vocabulary=600), models.sentences(20, 8, 600)
+    clients = [{"input_ids": row[None], "labels": torch.tensor([0])} for row in ids[:10]]
+    observation = models.observe_sum(model, clients, models.text_loss)
+    prior = Prior(candidates={"token_ids": ids, "labels": torch.zeros(20, dtype=torch.long)})
+    result = build("projection_residual").run(observation, model, prior, QUICK, 0)
+    scores = result.of("scores")[0].tolist()
+    assert auc(scores[:10], scores[10:]) == 1.0
+    assert result.confidence > 0.9
+
+
+def test_the_projection_residual_says_so_at_the_width():
+    model, ids = models.gpt2(vocabulary=600, width=32), models.sentences(20, 8, 600)
+    batch = {"input_ids": ids[:10], "labels": torch.arange(10) % 2}
+    prior = Prior(candidates={"token_ids": ids, "labels": torch.zeros(20, dtype=torch.long)})
+    observation = models.observe(model, batch, models.text_loss)
+    first = {name: value for name, value in observation.tensors.items() if "h.0.attn.c_attn" in name}
+    result = build("projection_residual").run(observation.replace_tensors(first), model, prior, QUICK, 0)
+    assert not result.items
+    assert result.reason
+
+
+def _train(model, data, steps):
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        models.image_loss(model, data).backward()
+        optimiser.step()
+    return model
+
+
+@pytest.mark.parametrize("name", ["lira", "rmia"])
+def test_released_models_that_memorised_give_members_away_and_others_do_not(name):
+    generator = torch.Generator().manual_seed(0)
+    noisy = {"images": IMAGES[:120], "labels": torch.randint(10, (120,), generator=generator)}  # labels to memorise
+    members = {key: value[:40] for key, value in noisy.items()}
+    both = {key: value[:80] for key, value in noisy.items()}
+    population = {key: value[80:] for key, value in noisy.items()}
+    references = tuple(_train(models.mlp(seed=s), {k: v[80:] for k, v in noisy.items()}, 150) for s in (1, 2, 3))
+    prior = Prior(candidates=both, examples=population, reference_models=references)
+    areas = {}
+    for label, target in (("memorised", _train(models.mlp(), members, 150)), ("untrained", models.mlp(seed=9))):
+        observation = Observation(kind="gradient", tensors={"3.bias": torch.zeros(10)})
+        scores = build(name).run(observation, target, prior, QUICK, 0).of("scores")[0].tolist()
+        areas[label] = auc(scores[:40], scores[40:])
+    assert areas["memorised"] > 0.8
+    assert 0.3 < areas["untrained"] < 0.7

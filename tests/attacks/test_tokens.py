@@ -1,0 +1,91 @@
+"""Which tokens were there: rows of the embedding, AdamW's decay, tied heads, sums and noise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attacks import Budget, Prior
+from attacks.inversion.tokens import split_scores
+from attacks.metrics import token_set_score
+from attacks.registry import build
+from tests.attacks import models
+
+QUICK = Budget.quick()
+
+
+def found(observation, model, ids):
+    result = build("token_presence").run(observation, model, Prior(), QUICK, 0)
+    return token_set_score(result.of("token_set")[0].tolist(), ids.flatten().tolist()) if result.items else None
+
+
+def classify(ids):
+    return {"input_ids": ids, "labels": torch.arange(len(ids)) % 2}
+
+
+@pytest.mark.parametrize("make", [models.bert, models.gpt2])
+@pytest.mark.parametrize("count", [1, 16])
+def test_the_set_is_exact_whatever_the_batch(make, count):
+    model, ids = make(vocabulary=1000, width=64), models.sentences(count, 8, 1000)
+    score = found(models.observe(model, classify(ids), models.text_loss), model, ids)
+    assert (score.precision, score.recall) == (1.0, 1.0)
+
+
+def test_a_secure_sum_shows_the_union():
+    model, ids = models.gpt2(vocabulary=500, width=32), models.sentences(20, 6, 500)
+    score = found(models.observe_sum(model, [classify(row[None]) for row in ids], models.text_loss), model, ids)
+    assert (score.precision, score.recall) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_deltas_show_it_too_once_decay_is_taken_out(optimiser, steps):
+    model, ids = models.gpt2(vocabulary=500, width=32), models.sentences(4, 8, 500)
+    observation = models.observe_delta(
+        model, [classify(ids)] * steps, models.text_loss, learning_rate=1e-3, optimiser=optimiser, weight_decay=0.01
+    )
+    moved = (observation.tensors["transformer.wte.weight"].norm(dim=1) > 0).sum()
+    assert moved == 500, "decay should have moved every row, else this test proves nothing"
+    score = found(observation, model, ids)
+    assert (score.precision, score.recall) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_a_tied_head_hides_little(count):
+    model, ids = models.gpt2(classes=None, tied=True), models.sentences(count, 8, 2000)
+    observation = models.observe(model, {"input_ids": ids, "labels": ids}, models.text_loss)
+    assert bool((observation.tensors["transformer.wte.weight"].norm(dim=1) > 0).all())
+    score = found(observation, model, ids)
+    assert score.precision == 1.0
+    assert score.recall >= 7 / 8
+
+
+def test_noise_hides_tokens_step_by_step():
+    model, ids = models.gpt2(), models.sentences(1, 8, 2000)
+    clean = models.observe(model, classify(ids), models.text_loss)
+    recalls = []
+    for multiplier in (0.0, 1e-3, 1e-2, 1e-1, 1.0):
+        score = found(models.noised(clean, multiplier), model, ids)
+        assert score is None or score.precision > 0.8
+        recalls.append(score.recall if score else 0.0)
+    assert recalls == sorted(recalls, reverse=True)
+    assert recalls[:2] == [1.0, 1.0]
+    assert recalls[-2:] == [0.0, 0.0]
+
+
+def test_a_frozen_embedding_is_not_applicable():
+    model, ids = models.gpt2(), models.sentences(1, 8, 2000)
+    full = models.observe(model, classify(ids), models.text_loss)
+    rest = full.replace_tensors({name: value for name, value in full.tensors.items() if "wte" not in name})
+    result = build("token_presence").run(rest, model, Prior(), QUICK, 0)
+    assert not result.applicable
+    assert "not trained" in result.reason
+
+
+def test_pure_noise_shows_nothing():
+    generator = torch.Generator().manual_seed(0)
+    flagged = 0
+    for _ in range(50):
+        rows = torch.randn(300, 16, generator=generator)
+        flagged += split_scores(rows.norm(dim=1), noise=1.0, width=16) is not None
+    assert flagged == 0
