@@ -200,7 +200,7 @@ def _clopper_pearson(members: Floats, others: Floats, delta: float, significance
             first, second = outside <= threshold, inside <= threshold
         return rates_epsilon(int(first.sum()), len(first), int(second.sum()), len(second), delta, significance)
 
-    grid = np.unique(np.quantile(np.concatenate([choose_in, choose_out]), np.linspace(0.01, 0.99, 99)))
+    grid = np.unique(np.quantile(np.concatenate([choose_in, choose_out]), np.linspace(0.01, 0.99, 33)))
     trials = [(epsilon(level, choose_in, choose_out, up), level, up) for level in grid for up in (True, False)]
     _, level, up = max(trials)
     return epsilon(level, use_in, use_out, up)
