@@ -178,7 +178,7 @@ def _clear_errors() -> Iterator[None]:
     except BudgetExceeded as error:
         raise BudgetExhausted(str(error)) from None
     except ParameterError as error:
-        raise ConfigError("the run", [str(error)]) from None
+        raise ConfigError("refused", str(error).split("; ")) from None
     except DefenseError as error:
         raise FfmError(str(error)) from None
 
