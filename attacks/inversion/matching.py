@@ -1,0 +1,224 @@
+"""Gradient matching on images: DLG, iDLG, inverting gradients and its successors, as presets of one engine.
+
+Images are recovered in the units the model takes. With `prior.image_mean` and `image_std` the valid range is that of
+normalised pixels, otherwise [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.inversion.labels import find_head, identity_counts, probe_head, round_to_total, single_label
+from attacks.inversion.optimise import (
+    Match,
+    Penalty,
+    Problem,
+    Settings,
+    differentiable_attention,
+    image_logits,
+    image_loss,
+    share_only,
+    solve,
+)
+from attacks.inversion.priors import (
+    batch_statistics_distance,
+    class_features,
+    feature_distance,
+    patch_seams,
+    total_variation,
+)
+from attacks.inversion.tokens import noise_per_entry
+from attacks.observation import Observation
+
+DLG = Settings(distance="squared", optimiser="lbfgs", rate=1.0, joint=True)
+IDLG = replace(DLG, joint=False)
+GEIPING = Settings(distance="cosine", rate=0.1, sign="hard", schedule="steps", smoothness=(0.1, 1e-4), start="normal")
+MODERN = Settings(
+    distance="cosine", rate=0.1, sign="soft", schedule="cosine", smoothness=(0.1, 1e-4), opponents=True, feature=0.1, start="grey"
+)
+GRAD_INVERSION = Settings(
+    distance="squared", rate=0.1, schedule="cosine", smoothness=(1e-1, 1e-4), batch_norm=0.1, magnitude=1e-6,
+    langevin=0.01, group=0.01, start="normal",
+)
+GRAD_VIT = replace(MODERN, seams=1e-2, smoothness=(0.1, 1e-3))
+
+
+def cohort_size(observation: Observation) -> int:
+    """Return how many examples stand behind the observation: the batch size times the contributors.
+
+    Raises: NotApplicable when the batch size is not known.
+    """
+    batch = observation.known("batch_size")
+    if not batch:
+        raise NotApplicable("the batch size is not known")
+    return int(batch) * observation.contributors
+
+
+def known_or_inferred_labels(observation: Observation, model: nn.Module, prior: Prior, count: int, seed: int) -> Tensor | None:
+    """Return labels (count,) granted or read off the head's gradient, or None when neither is possible."""
+    granted = observation.known("labels")
+    if granted is not None:
+        labels = torch.tensor(granted)
+        return labels if len(labels) == count else None
+    counts = observation.known("label_counts")
+    if counts is not None and sum(counts) == count:
+        return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    try:
+        head = find_head(observation, model)
+        if count == 1:
+            return torch.tensor([single_label(head.weight)])
+        if head.bias is None:
+            return None
+        mean, _, _ = probe_head(observation, model, prior, head, seed)
+    except NotApplicable:
+        return None
+    found = round_to_total(identity_counts(head.bias, mean.double(), count), count)
+    return torch.repeat_interleave(torch.arange(len(found)), found)
+
+
+def image_problem(observation: Observation, model: nn.Module | None, prior: Prior, seed: int, *, joint: bool = False) -> Problem:
+    """Return the inversion problem of an image classifier.
+
+    Raises: NotApplicable when the model, the image shape or the batch size is missing, or nothing observed matches.
+    """
+    private = working_copy(model, observation)
+    shape = observation.known("image_shape")
+    if not shape:
+        raise NotApplicable("the image shape is not known")
+    count = cohort_size(observation)
+    labels = None if joint else known_or_inferred_labels(observation, private, prior, count, seed)
+    names, target, scaled = share_only(private, observation)
+    with torch.no_grad():
+        classes = int(image_logits(private, torch.zeros(1, *shape)).shape[-1])
+    noise = noise_per_entry(observation) / observation.contributors
+    return Problem(
+        model=private, names=names, target=target, loss=image_loss, shape=(count, *shape), classes=classes,
+        labels=labels, scaled=scaled, noise=noise, box=pixel_box(prior),
+    )
+
+
+def pixel_box(prior: Prior) -> tuple[Tensor, Tensor]:
+    """Return the lowest and highest value a pixel can take in the model's units."""
+    if prior.image_mean is None or prior.image_std is None:
+        return torch.zeros(1), torch.ones(1)
+    mean, deviation = prior.image_mean.reshape(-1, 1, 1).float(), prior.image_std.reshape(-1, 1, 1).float()
+    return -mean / deviation, (1.0 - mean) / deviation
+
+
+def image_penalty(problem: Problem, settings: Settings, observation: Observation) -> tuple[Problem, Penalty | None]:
+    """Return the problem with the activations the priors need, and the weighted sum of those priors."""
+    norms = tuple(name for name, module in problem.model.named_modules() if isinstance(module, nn.BatchNorm2d))
+    taps = norms if settings.batch_norm else ()
+    wanted = _wanted_features(problem, observation) if settings.feature else None
+    taps += (wanted[0],) if wanted is not None else ()
+    patch = _patch_size(problem.model) if settings.seams else None
+    if not taps and not settings.magnitude and patch is None:
+        return problem, None
+
+    def penalty(inputs: Tensor, tapped: Mapping[str, Tensor]) -> Tensor:
+        total = torch.zeros(())
+        if norms and settings.batch_norm:
+            total = total + settings.batch_norm * batch_statistics_distance(
+                {name: tapped[name] for name in norms}, problem.model
+            )
+        if wanted is not None:
+            total = total + settings.feature * feature_distance(tapped[wanted[0]].flatten(1), wanted[1], wanted[2])
+        if settings.magnitude:
+            total = total + settings.magnitude * inputs.square().mean()
+        if patch is not None:
+            total = total + settings.seams * patch_seams(inputs, patch)
+        return total
+
+    return replace(problem, taps=taps), penalty
+
+
+def _wanted_features(problem: Problem, observation: Observation) -> tuple[str, Tensor, Tensor] | None:
+    if problem.labels is None:
+        return None
+    linear = [name for name, module in problem.model.named_modules() if isinstance(module, nn.Linear)]
+    shared = dict(zip(problem.names, problem.target, strict=True))
+    if not linear or f"{linear[-1]}.weight" not in shared or f"{linear[-1]}.bias" not in shared:
+        return None
+    wanted, usable = class_features(shared[f"{linear[-1]}.weight"], shared[f"{linear[-1]}.bias"], problem.labels)
+    alone = (problem.labels[:, None] == problem.labels[None, :]).sum(1) == 1
+    usable = usable & alone
+    return (linear[-1], wanted, usable) if bool(usable.any()) and wanted.ndim == 2 else None
+
+
+def _patch_size(model: nn.Module) -> tuple[int, int] | None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size and module.kernel_size[0] > 1:
+            return int(module.kernel_size[0]), int(module.kernel_size[1])
+    return None
+
+
+def image_finding(found: Match, problem: Problem) -> Finding:
+    """Return recovered images with the labels they were matched under."""
+    confidence = found.confidence
+    items = [Item(kind="image", value=image, confidence=confidence) for image in found.inputs]
+    items.append(Item(kind="labels", value=found.targets.argmax(-1), confidence=confidence))
+    details: dict[str, float | int | str] = {
+        "distance": found.distance, "start_distance": found.start_distance, "iterations": found.iterations,
+        "tensors": len(problem.names), "labels": "optimised" if problem.labels is None else "known or inferred",
+    }
+    reason = "stopped by the clock" if found.stopped else ""
+    return Finding(items=tuple(items), confidence=confidence, reason=reason, details=details)
+
+
+def invert_images(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int, *, settings: Settings
+) -> Finding:
+    """Match the observed update with dummy images under the given settings."""
+    problem = image_problem(observation, model, prior, seed, joint=settings.joint)
+    problem, penalty = image_penalty(problem, settings, observation)
+
+    def smoother(images: Tensor) -> Tensor:
+        return total_variation(images, opponents=settings.opponents)
+
+    with differentiable_attention(), torch.enable_grad():
+        found = solve(problem, settings, budget, seed, penalty=penalty, smoother=smoother if settings.smoothness[0] else None)
+    return image_finding(found, problem)
+
+
+def _preset(name: str, settings: Settings, summary: str) -> Attack:
+    def attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+        return invert_images(observation, model, prior, budget, seed, settings=settings)
+
+    return PlainAttack(
+        name=name, family="matching", attempt=attempt, requires=("model", "image_shape", "batch_size"), summary=summary
+    )
+
+
+def dlg() -> Attack:
+    """Return deep leakage from gradients: L-BFGS on images and label logits together."""
+    return _preset("dlg", DLG, "images and labels by matching gradients with L-BFGS")
+
+
+def idlg() -> Attack:
+    """Return iDLG: the label is read first, then L-BFGS on the images."""
+    return _preset("idlg", IDLG, "images by matching gradients with L-BFGS, labels read first")
+
+
+def inverting_gradients() -> Attack:
+    """Return inverting gradients: signed Adam on the cosine distance with falling total variation."""
+    return _preset("inverting_gradients", GEIPING, "images by cosine matching with total variation")
+
+
+def modern_inversion() -> Attack:
+    """Return cosine matching with soft signs, colour-opponent total variation and the feature prior."""
+    return _preset("modern_inversion", MODERN, "images by cosine matching with feature and colour priors")
+
+
+def grad_inversion() -> Attack:
+    """Return GradInversion's priors: batch-norm statistics, consensus of restarts, Langevin noise."""
+    return _preset("grad_inversion", GRAD_INVERSION, "images by matching with batch-norm statistics and restarts")
+
+
+def grad_vit() -> Attack:
+    """Return cosine matching with the patch-seam prior for vision transformers."""
+    return _preset("grad_vit", GRAD_VIT, "images from vision transformers by cosine matching with a patch prior")
