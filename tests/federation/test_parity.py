@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ffm_secure.types import RoundRecord
-from tests.federation.helpers import RECORD, SECAGG, make, prepared, train
+from tests.federation.helpers import CLIENT, RECORD, SECAGG, make, prepared, train
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
@@ -45,6 +45,24 @@ def test_masked_equals_unmasked_bit_for_bit(privacy: dict[str, object], tmp_path
         results[name] = trained.state.vector
     assert torch.equal(results["open"], results["masked"])
     assert float(results["open"].abs().sum()) > 0
+
+
+@pytest.mark.parametrize("kind", ["bfv", "ckks"])
+def test_encrypted_equals_open_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+    results = []
+    for name in ("none", kind):
+        made = make(privacy=RECORD, protection={"kind": name, "threshold": 3, "value_bits": 12}, federation={"rounds": 2})
+        results.append(train(made, tmp_path / name)[1])
+    assert torch.equal(results[0].state.vector, results[1].state.vector)
+    assert results[1].records[-1].bytes_up > results[0].records[-1].bytes_up
+
+
+def test_client_noise_is_the_same_under_masks_and_encryption(tmp_path: Path) -> None:
+    pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+    masked = train(make(privacy=CLIENT, protection={**SECAGG, "value_bits": 12}), tmp_path / "masked")[1]
+    sealed = train(make(privacy=CLIENT, protection={"kind": "bfv", "threshold": 3, "value_bits": 12}), tmp_path / "sealed")[1]
+    assert torch.equal(masked.state.vector, sealed.state.vector)
 
 
 @pytest.mark.parametrize("privacy", [{"unit": "none", "reason": "test data"}, RECORD], ids=["plain", "record"])
