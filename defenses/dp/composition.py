@@ -178,7 +178,10 @@ def _window(own: Floats, other: Floats, delta: float, epsilon: float, steps: flo
     delta the one with the narrowest window is taken.
     """
     needed = math.log(1 / (TAIL_SHARE * delta))
-    own, other = np.where(np.isfinite(own), own, np.inf), np.where(np.isfinite(other), other, np.inf)
+    # Far beyond 2 log(1/delta) / epsilon an order tells nothing more and costs digits.
+    largest = 20 * needed / max(epsilon, 1e-300)
+    sensible = np.isfinite(own) & (largest >= ORDERS)
+    own, other = np.where(sensible, own, np.inf), np.where(np.isfinite(other), other, np.inf)
     tail_tilt, top = _smallest_order((own + needed) / ORDERS)
     gaps = ORDERS[None, :] - ORDERS[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -187,9 +190,8 @@ def _window(own: Floats, other: Floats, delta: float, epsilon: float, steps: flo
         low = (other + (1 + ORDERS) * top + needed)[None, :] / (1 + ORDERS[None, :] + ORDERS[:, None])
     widths = np.maximum(np.maximum(above, np.minimum(low.min(axis=1), needed / ORDERS)), top)
     rounding = own - ORDERS * epsilon + math.log(2e-14 * (10 + steps))
-    fine = rounding <= math.log(1e-4 * delta)
-    if not fine.any():
-        fine = rounding <= rounding.min() + 1.0
+    rounding = np.where(np.isfinite(widths), rounding, np.inf)
+    fine = rounding <= max(math.log(1e-4 * delta), float(rounding.min()) + 1.0)
     tilt, width = _smallest_order(np.where(fine, widths, np.inf))
     saddle = float(ORDERS[int(np.argmin(own - ORDERS * epsilon))])
     return tilt, tail_tilt, saddle, width
@@ -322,10 +324,11 @@ def curve_of(state: Running, side: Direction, plan: Plan) -> Curve:
     losses = indices * plan.spacing
     # Every mass of a step is off by a few ulp of itself, so every composed mass by a factor that grows with the steps.
     rounding = 8 * ULP * state.steps
-    masses = np.exp(np.minimum(np.log(tilted) + state.log_moment - side.tilt * losses + rounding, 600.0))
+    log_masses = np.minimum(np.log(tilted) + state.log_moment - side.tilt * losses + rounding, 600.0)
+    masses = np.exp(log_masses)
     mass_above = np.cumsum(masses[::-1])[::-1]
     # Sums of m e^-l run over many decades; they are kept relative to their first member.
-    weighted = np.log(masses) - losses
+    weighted = log_masses - losses
     shift = float(weighted.max())
     with np.errstate(divide="ignore"):
         log_shadows = np.log(np.cumsum(np.exp(weighted - shift)[::-1])[::-1]) + shift
@@ -334,7 +337,7 @@ def curve_of(state: Running, side: Direction, plan: Plan) -> Curve:
     tail = math.exp(min(0.0, state.log_tail_moment - side.tail_tilt * count * plan.spacing))
     constant = tail + state.infinity
     deltas = np.maximum(inner, 0.0) + (64 + count) * ULP * mass_above + constant
-    noise = np.cumsum((masses * (error / tilted))[::-1])[::-1] / mass_above
+    noise = np.cumsum((masses * (error / tilted))[::-1])[::-1] / np.maximum(mass_above, 1e-300)
     excess = max(0.0, state.log_surplus) / side.saddle
     return Curve(plan.spacing, deltas, mass_above, log_shadows, constant, excess, noise, state.steps)
 

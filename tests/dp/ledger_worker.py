@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 from defenses.dp.events import GaussianEvent
 from defenses.dp.ledger import Charge, Ledger
@@ -31,6 +29,8 @@ def main(path: str, log: str, name: str) -> None:
             ledger.spend(reserved)
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-    assert Path(sys.argv[1]).exists()
+
+def create(path: str) -> None:
+    """Open a ledger that may not exist yet, at the same time as another process."""
+    with Ledger.open(path) as ledger:
+        ledger.set_budget("o", "d", "record", 1.0, 1e-5)

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 
 from defenses.dp.ledger import Ledger
+from tests.dp import ledger_worker
 
-ROOT = Path(__file__).resolve().parents[2]
 # Twelve rounds of the worker's event cost 0.6200 at delta 1e-5 and thirteen 0.6477 (one Gaussian, closed form).
 AFFORDABLE = 12
 BUDGET = 0.63
 
 
-def _worker(path: Path, log: Path, name: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.dp.ledger_worker", str(path), str(log), name]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+# Processes are forked from a server that has imported everything once: a new one starts in milliseconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.dp.ledger_worker"])
+
+
+def _worker(path: Path, log: Path, name: str) -> ForkServerProcess:
+    process = PROCESSES.Process(target=ledger_worker.main, args=(str(path), str(log), name))
+    process.start()
+    return process
+
+
+def _finish(worker: ForkServerProcess) -> int | None:
+    worker.join(timeout=300)
+    return worker.exitcode
 
 
 def _paid(log: Path) -> list[int]:
@@ -29,9 +39,9 @@ def _paid(log: Path) -> list[int]:
     return [int(line.split()[1]) for line in lines if line.startswith("paid") and len(line.split()) == 2]
 
 
-def _wait_for(log: Path, lines: int, worker: subprocess.Popen[bytes]) -> None:
+def _wait_for(log: Path, lines: int, worker: ForkServerProcess) -> None:
     for _ in range(6000):
-        if worker.poll() is not None or (log.exists() and len(log.read_text().splitlines()) >= lines):
+        if worker.exitcode is not None or (log.exists() and len(log.read_text().splitlines()) >= lines):
             return
         time.sleep(0.005)
 
@@ -56,11 +66,11 @@ def _kill_once(folder: Path, chance: random.Random) -> None:
         worker = _worker(path, logs[-1], f"life {life}")
         _wait_for(logs[-1], chance.randint(1, 4), worker)
         time.sleep(chance.random() * 0.02)
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
+        worker.kill()
+        _finish(worker)
         _check(path, logs)
     logs.append(folder / "log last")
-    assert _worker(path, logs[-1], "last").wait(timeout=120) == 0
+    assert _finish(_worker(path, logs[-1], "last")) == 0
     assert _check(path, logs) == AFFORDABLE
 
 
@@ -68,7 +78,7 @@ def _race_once(folder: Path) -> None:
     path, logs = folder / "ledger.db", [folder / "log a", folder / "log b"]
     Ledger.open(path).set_budget("o", "d", "record", BUDGET, 1e-5)
     workers = [_worker(path, log, log.name) for log in logs]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert [_finish(worker) for worker in workers] == [0, 0]
     assert _check(path, logs) == AFFORDABLE
 
 
@@ -81,11 +91,11 @@ def test_two_processes_never_overspend(tmp_path: Path) -> None:
 
 
 def test_two_processes_may_create_one_ledger(tmp_path: Path) -> None:
-    command = "import sys; from defenses.dp.ledger import Ledger; Ledger.open(sys.argv[1]).set_budget('o','d','record',1.0,1e-5)"
-    workers = [
-        subprocess.Popen([sys.executable, "-c", command, str(tmp_path / "ledger.db")], cwd=ROOT) for _ in range(2)
-    ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    path = str(tmp_path / "ledger.db")
+    workers = [PROCESSES.Process(target=ledger_worker.create, args=(path,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    assert [_finish(worker) for worker in workers] == [0, 0]
     Ledger.open(tmp_path / "ledger.db", create=False).verify()
 
 
