@@ -26,7 +26,7 @@ _CONTEXT_CHANNELS = 3
 _MIXED_STUDIED = 8
 _ALARMS = 0.005
 # Relative singular-value cuts, from rounding to several local steps; the first that separates clearly is used.
-_TOLERANCES = (None, 3e-6, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_TOLERANCES = (None, 3e-6, 1e-6, 3e-7, 1e-7, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
