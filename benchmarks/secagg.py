@@ -242,7 +242,15 @@ def our_work(length: int, neighbours: int, dealers: int, threshold: int) -> dict
         shamir._weights.cache_clear()
         shamir.combine(subset)
 
-    return {"client_masking": masking, "share_dealing": dealing, "recovery_of_one_secret": recovery}
+    seeds = [Mask(source.random_bytes(32)) for _ in range(neighbours + 1)]
+    accumulator = np.zeros(length, dtype=np.uint32)
+    return {
+        "client_upload": masking,
+        "of_which_quantising": lambda: grid.encode(values, source=source),
+        "of_which_masks": lambda: add_masks(accumulator, seeds),
+        "share_dealing": dealing,
+        "recovery_of_one_secret": recovery,
+    }
 
 
 def measure_peer(python: str, length: int, neighbours: int, repeats: int) -> dict[str, Any]:

@@ -39,11 +39,14 @@ def main() -> None:
 
     start = time.process_time()
     vectors = factor_combine(1, quantize(parameters_multiply([values], 1.0), 1.0, LEVELS))
+    quantising = time.process_time() - start
     shapes = [vector.shape for vector in vectors]
     vectors = parameters_addition(vectors, pseudo_rand_gen(seed, MODULUS, shapes))
     for peer in peers:
         vectors = parameters_addition(vectors, pseudo_rand_gen(generate_shared_key(own, peer), MODULUS, shapes))
-    upload = [ndarray_to_bytes(vector) for vector in parameters_mod(vectors, MODULUS)]
+    vectors = parameters_mod(vectors, MODULUS)
+    masks = time.process_time() - start - quantising
+    upload = [ndarray_to_bytes(vector) for vector in vectors]
     masking = time.process_time() - start
 
     start = time.process_time()
@@ -57,11 +60,17 @@ def main() -> None:
 
     plain = share_keys_plaintext_concat(1, 2, seed_shares[0], key_shares[0])
     sealed = encrypt(generate_shared_key(own, peers[0]), plain)
-    print(json.dumps({
-        "peer": f"flwr {importlib.metadata.version('flwr')}", "client_masking": masking, "share_dealing": dealing,
-        "recovery_of_one_secret": recovery, "bytes_per_parameter": sum(map(len, upload)) / length,
+    facts = {
+        "peer": f"flwr {importlib.metadata.version('flwr')}",
+        "client_upload": masking,
+        "of_which_quantising": quantising,
+        "of_which_masks": masks,
+        "share_dealing": dealing,
+        "recovery_of_one_secret": recovery,
+        "bytes_per_parameter": sum(map(len, upload)) / length,
         "share_message_bytes": len(sealed),
-    }))  # fmt: skip
+    }
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -147,8 +147,7 @@ class _Rounder:
     """Scale and round chunks of reals to integers, bounded and in few passes over a small buffer.
 
     A float64 plus 1.5 * 2^52 is the integer nearest to it, in the low bits of its own representation; adding a random
-    number in (-1/2, 1/2) first rounds up with probability equal to the fraction. That number is an odd multiple of
-    2^-32, so it is symmetric and never reaches a half, which keeps an integer at the limit inside the limit.
+    number in [-1/2, 1/2) first rounds up with probability equal to the fraction, to within 2^-32.
     """
 
     _MAGIC = 1.5 * 2.0**52
@@ -169,12 +168,10 @@ class _Rounder:
         if self._source is not None:
             random, offsets = self._random[: len(values)], self._offsets[: len(values)]
             self._source.fill(random)
-            np.bitwise_or(random, np.uint32(1), out=random)
             np.multiply(random.view(np.int32), 2.0**-32, out=offsets)
             np.add(scaled, offsets, out=scaled)
         np.add(scaled, self._MAGIC, out=scaled)
-        np.maximum(scaled, self._low, out=scaled)
-        np.minimum(scaled, self._high, out=scaled)
+        np.clip(scaled, self._low, self._high, out=scaled)
         if out.dtype == np.uint32:
             out[:] = scaled.view(np.uint32)[::2]
         else:
