@@ -24,14 +24,20 @@ class RandomSource:
     at most 2^64 bytes a key); `derive` gives independent streams; the key is never printed, logged or pickled.
     """
 
-    __slots__ = ("_key", "_stream", "private")
+    __slots__ = ("_key", "_process", "_stream", "private")
 
     def __init__(self, key: bytes, *, private: bool) -> None:
         if len(key) != 32:
             raise ValueError("the key of a random source must have 32 bytes")
         self._key = key
+        self._process = os.getpid()
         self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
         self.private = private
+
+    def _refuse_fork(self) -> None:
+        """Refuse to go on in a forked process: both copies would draw the same secrets."""
+        if self.private and os.getpid() != self._process:
+            raise RuntimeError("a random source must not cross a fork; open one in each process")
 
     @classmethod
     def system(cls) -> RandomSource:
@@ -45,20 +51,23 @@ class RandomSource:
 
     def derive(self, *labels: str | int) -> RandomSource:
         """Open an independent stream bound to the labels; the same labels give the same stream."""
+        self._refuse_fork()
         message = b"\x00".join(str(label).encode() for label in labels)
         return RandomSource(hashlib.blake2b(message, key=self._key, digest_size=32).digest(), private=self.private)
 
     def fill(self, out: npt.NDArray[np.generic]) -> None:
         """Overwrite a contiguous array with random bytes, in place."""
+        self._refuse_fork()
         if not out.flags.c_contiguous:
             raise ValueError("only a contiguous array can be filled in place")
-        view = memoryview(out.reshape(-1).view(np.uint8)).cast("B")
+        view = out.reshape(-1).view(np.uint8).data
         for start in range(0, len(view), _CHUNK):
             part = view[start : start + _CHUNK]
             self._stream.update_into(_ZEROS[: len(part)], part)
 
     def random_bytes(self, count: int) -> bytes:
         """Return `count` random bytes."""
+        self._refuse_fork()
         return self._stream.update(bytes(count))
 
     def words(self, count: int) -> npt.NDArray[np.uint64]:

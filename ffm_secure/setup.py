@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from defenses.dp import Ledger, balanced_schedule
+from defenses.dp import Event, Ledger, PerSampleEngine, RecordMechanism, balanced_schedule, probe_sensitivity
 from defenses.random_source import RandomSource
 from ffm_secure import data, models, partition, plan, tasks, trainable
 from ffm_secure import mechanism as mechanisms
@@ -191,6 +193,7 @@ def build(prepared: Prepared, folder: Path) -> Setup:
         )
     chosen = np.sort(np.random.default_rng(config.seed).permutation(len(prepared.dataset.validation))[:rows])
     evaluation = prepared.task.encode(prepared.dataset.validation.take(chosen))
+    probe(prepared, evaluation)
     ledger_path = Path(config.privacy.ledger).expanduser() if config.privacy.ledger else folder / "ledger.sqlite"
     charges = open_charges(prepared, ledger_path)
     federation = config.federation
@@ -213,6 +216,33 @@ def build(prepared: Prepared, folder: Path) -> Setup:
         ledger_path=ledger_path,
         examples=tuple(len(part) for part in prepared.parts),
     )
+
+
+def probe(prepared: Prepared, public: Any, *, samples: int = 3) -> None:
+    """Measure, on public rows, that no sample moves the clipped sum by more than the bound; before any private row is read.
+
+    Raises:
+      NotPrivateError: it does, or samples are coupled; the message names the module or the loss at fault.
+    """
+    if not isinstance(prepared.mechanism, RecordMechanism) or len(public) < 2:
+        return
+    trained, task = prepared.trainable, prepared.task
+
+    def losses_of(rows: Sequence[int]) -> Callable[[], torch.Tensor]:
+        batch = task.evaluation_batch(public, np.asarray(rows), prepared.device)  # a row's masks do not depend on the others
+        return partial(task.losses, trained.model, batch)
+
+    exact = prepared.config.model.dtype == "float32"
+    with PerSampleEngine(trained.model, parameters=trained.parameters) as engine:
+        probe_sensitivity(
+            engine,
+            losses_of,
+            samples=min(samples, len(public)),
+            clip_norm=prepared.mechanism.clip_norm,
+            clip=prepared.mechanism.bound,
+            tolerance=1e-5 if exact else 1e-2,
+            coupling_tolerance=1e-3 if exact else 0.1,
+        )
 
 
 def open_charges(prepared: Prepared, path: Path) -> Charges:

@@ -104,7 +104,7 @@ class Task:
         loss = right = count = 0.0
         with _evaluating(model):
             for indices in _by_length(encoded, batch_size):
-                batch = self._evaluation_batch(encoded, indices, device)
+                batch = self.evaluation_batch(encoded, indices, device)
                 part_loss, part_right, part_count = self._score(model, batch)
                 loss, right, count = loss + part_loss, right + part_right, count + part_count
         if count == 0:
@@ -115,7 +115,8 @@ class Task:
         """Return the metric of always answering with the commonest training label; None where there is no label."""
         return None
 
-    def _evaluation_batch(self, encoded: Any, indices: NDArray[np.int64], device: str) -> dict[str, Tensor]:
+    def evaluation_batch(self, encoded: Any, indices: NDArray[np.int64], device: str) -> dict[str, Tensor]:
+        """Pad the chosen examples; what a task draws depends on each example alone, so it is the same in any batch."""
         return self.batch(encoded, indices, device=device)
 
     def _score(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, float, int]:

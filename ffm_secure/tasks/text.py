@@ -110,7 +110,7 @@ class MaskedLM(_Text):
         Without a generator the masks are those of the evaluation.
         """
         if generator is None:
-            return self._evaluation_batch(encoded, as_indices(indices), device)
+            return self.evaluation_batch(encoded, as_indices(indices), device)
         batch = super().batch(encoded, indices, device="cpu")
         draws = torch.rand((3, *batch["input_ids"].shape), generator=generator).double().numpy()
         return self._hide(batch, draws, device)
@@ -121,7 +121,8 @@ class MaskedLM(_Text):
         nats = token_cross_entropy(scores, targets)
         return nats.sum(dim=1) / (targets != IGNORED).sum(dim=1).clamp(min=1)
 
-    def _evaluation_batch(self, encoded: EncodedText, indices: NDArray[np.int64], device: str) -> dict[str, Tensor]:
+    def evaluation_batch(self, encoded: EncodedText, indices: NDArray[np.int64], device: str) -> dict[str, Tensor]:
+        """Hide tokens by a stream of each example's own."""
         batch = super().batch(encoded, indices, device="cpu")
         shape = tuple(batch["input_ids"].shape)
         draws = np.ones((3, *shape))
