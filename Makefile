@@ -13,7 +13,7 @@ demo: .venv/.installed-demo
 	@echo "report: runs/demo/report.html"
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: .venv/.installed-test
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -24,11 +24,22 @@ def measure(clients: int, rounds: int, model: str, seed: int) -> dict[str, float
 
     torch.set_num_threads(1)
     table = {
-        "format": 1, "name": f"clients-{clients}", "seed": seed,
-        "task": {"kind": "text_classification", "data": "builtin:clinic_notes", "clients": clients, "evaluation_examples": 100},
+        "format": 1,
+        "name": f"clients-{clients}",
+        "seed": seed,
+        "task": {
+            "kind": "text_classification",
+            "data": "builtin:clinic_notes",
+            "clients": clients,
+            "evaluation_examples": 100,
+        },
         "model": {"name": model, "trainable": {"kind": "lora", "rank": 4}},
-        "federation": {"rounds": rounds, "cohort": 10, "evaluate_every": rounds,
-                       "lifecycle": {"kind": "finetune", "local_steps": 4, "batch_size": 32, "learning_rate": 0.01}},
+        "federation": {
+            "rounds": rounds,
+            "cohort": 10,
+            "evaluate_every": rounds,
+            "lifecycle": {"kind": "finetune", "local_steps": 4, "batch_size": 32, "learning_rate": 0.01},
+        },
         "privacy": {"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 0.5},
         "protection": {"kind": "secagg", "threshold": 7},
         "speed": {"microbatch": 16},
@@ -39,9 +50,14 @@ def measure(clients: int, rounds: int, model: str, seed: int) -> dict[str, float
     seconds = sum(record.seconds for record in records)
     inside = sum(record.client_seconds for record in records)
     evaluation = sum(record.evaluation_seconds for record in records)
-    return {"clients": clients, "round_seconds": seconds / rounds, "client_share": inside / seconds, "evaluation_share": evaluation / seconds,
-            "loop_share": (seconds - inside - evaluation) / seconds,
-            "peak_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return {
+        "clients": clients,
+        "round_seconds": seconds / rounds,
+        "client_share": inside / seconds,
+        "evaluation_share": evaluation / seconds,
+        "loop_share": (seconds - inside - evaluation) / seconds,
+        "peak_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def main() -> None:
@@ -61,16 +77,41 @@ def main() -> None:
     sizes = (10, 100) if words.quick else (10, 100, 1000)
     rows = []
     for size in sizes:
-        command = [sys.executable, "-m", "benchmarks.simulation", "--one", str(size), "--model", model, "--seed", str(words.seed)]
-        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.simulation",
+            "--one",
+            str(size),
+            "--model",
+            model,
+            "--seed",
+            str(words.seed),
+        ]
+        rows.append(
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        )
     print(f"{'clients':>8} {'round s':>9} {'clients %':>10} {'evaluation %':>13} {'loop %':>8} {'peak MiB':>9}")
     for row in rows:
-        print(f"{row['clients']:>8} {row['round_seconds']:>9.2f} {100 * row['client_share']:>10.1f} {100 * row['evaluation_share']:>13.1f} "
-              f"{100 * row['loop_share']:>8.2f} {row['peak_mebibytes']:>9.0f}")
+        print(
+            f"{row['clients']:>8} {row['round_seconds']:>9.2f} {100 * row['client_share']:>10.1f} {100 * row['evaluation_share']:>13.1f} "
+            f"{100 * row['loop_share']:>8.2f} {row['peak_mebibytes']:>9.0f}"
+        )
     growth = rows[-1]["peak_mebibytes"] / rows[0]["peak_mebibytes"]
     print(f"peak memory at {sizes[-1]} clients over {sizes[0]}: {growth:.3f}")
-    print(json.dumps({"benchmark": "simulation", "model": model, "seed": words.seed, "rounds": rounds, "machine": platform.processor() or platform.machine(),
-                      "rows": rows, "memory_growth": growth}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "simulation",
+                "model": model,
+                "seed": words.seed,
+                "rounds": rounds,
+                "machine": platform.processor() or platform.machine(),
+                "rows": rows,
+                "memory_growth": growth,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

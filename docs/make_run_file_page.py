@@ -26,20 +26,32 @@ def rows(kind: type, where: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(hint):
             yield from rows(typing.cast(type, hint), f"{name}.")
             continue
-        bounds = [f"{word} {rules[key]:g}" for key, word in (("minimum", "at least"), ("above", "above"), ("maximum", "at most"),
-                                                               ("below", "below")) if key in rules]
+        bounds = [
+            f"{word} {rules[key]:g}"
+            for key, word in (("minimum", "at least"), ("above", "above"), ("maximum", "at most"), ("below", "below"))
+            if key in rules
+        ]
         if "choices" in rules:
             bounds.append(" \\| ".join(f"`{choice}`" for choice in rules["choices"]))
         if "only_for" in rules:
             bounds.append("only with kind " + ", ".join(rules["only_for"]))
-        default = "required" if field.default is dataclasses.MISSING else f"`{list(field.default) if isinstance(field.default, tuple) else field.default}`"
+        default = (
+            "required"
+            if field.default is dataclasses.MISSING
+            else f"`{list(field.default) if isinstance(field.default, tuple) else field.default}`"
+        )
         kind_name = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else "list"
         yield f"| `{name}` | {kind_name} | {default} | {', '.join(bounds)} | {rules.get('help', '')} |"
 
 
 def page() -> str:
     """Return the whole page."""
-    return HEAD + "\n| key | type | default | bounds | meaning |\n|---|---|---|---|---|\n" + "\n".join(rows(RunConfig)) + "\n"
+    return (
+        HEAD
+        + "\n| key | type | default | bounds | meaning |\n|---|---|---|---|---|\n"
+        + "\n".join(rows(RunConfig))
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

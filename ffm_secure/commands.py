@@ -142,7 +142,9 @@ def sigma(epsilon: float, q: float, steps: int, *, delta: float, segments: tuple
     from defenses.dp.calculator import sigma_report
 
     with _clear_errors():
-        found = sigma_report(epsilon=epsilon, delta=delta, sampling_rate=q, steps=steps, history=[_segment(text) for text in segments])
+        found = sigma_report(
+            epsilon=epsilon, delta=delta, sampling_rate=q, steps=steps, history=[_segment(text) for text in segments]
+        )
     _say(found, [f"{name}: {_number(value)}" for name, value in found.items()], json=json)
 
 
@@ -165,7 +167,9 @@ def _segment(text: str) -> tuple[float, float, int]:
         q, multiplier, steps = parts
         return float(q), float(multiplier), int(steps)
     except ValueError:
-        raise ConfigError("--segment", [f"{text!r}: must be sampling rate, noise multiplier, steps, for instance 0.01,1.0,1000"]) from None
+        raise ConfigError(
+            "--segment", [f"{text!r}: must be sampling rate, noise multiplier, steps, for instance 0.01,1.0,1000"]
+        ) from None
 
 
 @contextmanager
@@ -174,7 +178,9 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except TamperedError:
-        raise StoreError("the ledger is not authentic: a row was changed, removed or cut off; do not train on this data until this is explained") from None
+        raise StoreError(
+            "the ledger is not authentic: a row was changed, removed or cut off; do not train on this data until this is explained"
+        ) from None
     except BudgetExceeded as error:
         raise BudgetExhausted(str(error)) from None
     except ParameterError as error:
@@ -218,8 +224,17 @@ def _number(value: Any) -> str:
 
 
 def _plan_lines(described: PlanSummary) -> list[str]:
-    lines = [described.headline, "", f"  trains   {described.trains}", f"  sends    {described.sends}", f"  spends   {described.spends}"]
-    lines += [f"  {'sees' if index == 0 else '':<8} {observer:<17} {seen}" for index, (observer, seen) in enumerate(described.reveals.items())]
+    lines = [
+        described.headline,
+        "",
+        f"  trains   {described.trains}",
+        f"  sends    {described.sends}",
+        f"  spends   {described.spends}",
+    ]
+    lines += [
+        f"  {'sees' if index == 0 else '':<8} {observer:<17} {seen}"
+        for index, (observer, seen) in enumerate(described.reveals.items())
+    ]
     lines += [f"  breaks   {described.breaks}", *(f"  {_statement_line(item)}" for item in described.statements)]
     lines += [f"  warning  {warning}" for warning in described.warnings]
     return lines
@@ -228,22 +243,37 @@ def _plan_lines(described: PlanSummary) -> list[str]:
 def _statement_line(statement: PrivacyStatement) -> str:
     amount = f"{statement.epsilon:.4g} at delta {statement.delta:g}" if statement.finite else "none (infinite)"
     note = f" ({statement.note})" if statement.note else ""
-    return (f"epsilon  {statement.observer:<17} {amount}; unit {statement.unit}; adjacency {statement.adjacency}; "
-            f"{statement.accountant}{note}")
+    return (
+        f"epsilon  {statement.observer:<17} {amount}; unit {statement.unit}; adjacency {statement.adjacency}; "
+        f"{statement.accountant}{note}"
+    )
 
 
 def _result_table(result: Result) -> dict[str, Any]:
     summary = result.summary
     return {
-        "name": summary.name, "status": summary.status, "stamps": summary.stamps, "folder": str(result.folder),
-        "report": str(result.folder / "report.html"), "rounds": len(summary.rounds), "metric_name": summary.metric_name,
-        "metric": summary.metric_final, "metric_zero_round": summary.metric_zero_round, "metric_majority": summary.metric_majority,
-        "loss": summary.rounds[-1].loss if summary.rounds else math.nan, "epsilon": summary.statements[0].epsilon,
-        "delta": summary.statements[0].delta, "unit": summary.statements[0].unit, "budget": summary.budget_epsilon,
-        "bytes_up": sum(record.bytes_up for record in summary.rounds), "bytes_down": sum(record.bytes_down for record in summary.rounds),
-        "noise_multiplier": summary.plan.noise_multiplier, "trainable_parameters": summary.plan.trainable_parameters,
+        "name": summary.name,
+        "status": summary.status,
+        "stamps": summary.stamps,
+        "folder": str(result.folder),
+        "report": str(result.folder / "report.html"),
+        "rounds": len(summary.rounds),
+        "metric_name": summary.metric_name,
+        "metric": summary.metric_final,
+        "metric_zero_round": summary.metric_zero_round,
+        "metric_majority": summary.metric_majority,
+        "loss": summary.rounds[-1].loss if summary.rounds else math.nan,
+        "epsilon": summary.statements[0].epsilon,
+        "delta": summary.statements[0].delta,
+        "unit": summary.statements[0].unit,
+        "budget": summary.budget_epsilon,
+        "bytes_up": sum(record.bytes_up for record in summary.rounds),
+        "bytes_down": sum(record.bytes_down for record in summary.rounds),
+        "noise_multiplier": summary.plan.noise_multiplier,
+        "trainable_parameters": summary.plan.trainable_parameters,
         "round_seconds": sum(record.seconds for record in summary.rounds),
-        "client_seconds": sum(record.client_seconds for record in summary.rounds), "seconds": summary.seconds,
+        "client_seconds": sum(record.client_seconds for record in summary.rounds),
+        "seconds": summary.seconds,
         "audit": summary.audit,
     }
 
@@ -251,9 +281,12 @@ def _result_table(result: Result) -> dict[str, Any]:
 def _result_lines(result: Result) -> list[str]:
     summary = result.summary
     majority = "" if summary.metric_majority is None else f", majority {summary.metric_majority:.4f}"
-    lines = ["", *(f"  {stamp}" for stamp in summary.stamps),
-             f"  {summary.metric_name} {summary.metric_final:.4f} (before training {summary.metric_zero_round:.4f}{majority})",
-             f"  {_statement_line(summary.statements[0])}"]
+    lines = [
+        "",
+        *(f"  {stamp}" for stamp in summary.stamps),
+        f"  {summary.metric_name} {summary.metric_final:.4f} (before training {summary.metric_zero_round:.4f}{majority})",
+        f"  {_statement_line(summary.statements[0])}",
+    ]
     lines += _audit_lines(summary.audit) if summary.audit else []
     return [*lines, f"  report   {result.folder / 'report.html'}"]
 
@@ -264,7 +297,9 @@ def _audit_lines(found: AuditSummary) -> list[str]:
         score = "" if item.score is None else f"{item.measure} {item.score:.3f}"
         control = "" if item.control is None else f", control {item.control:.3f}"
         baseline = "" if item.baseline is None else f", baseline {item.baseline:.3f}"
-        lines.append(f"           {item.observer:<17} {item.attack:<22} {item.point:<11} {item.verdict:<15} {score}{baseline}{control} {item.reason}".rstrip())
+        lines.append(
+            f"           {item.observer:<17} {item.attack:<22} {item.point:<11} {item.verdict:<15} {score}{baseline}{control} {item.reason}".rstrip()
+        )
     if found.epsilon_lower is not None:
         lines.append(f"           lower bound on epsilon {found.epsilon_lower:.3f} ({found.epsilon_lower_method})")
     return lines

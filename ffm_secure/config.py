@@ -238,6 +238,8 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
                 "missing; say why this run needs no privacy unit (the report prints it)",
             )
         return
+    if privacy.noise == "seeded" and privacy.ledger:
+        problems.add("privacy.ledger", privacy.ledger, "seeded noise is for tests and must not be charged to a ledger that outlives the run")
     for name in ("epsilon", "delta", "clip_norm"):
         if getattr(privacy, name) <= 0.0:
             problems.add(

@@ -87,6 +87,6 @@ def _begin(setup: Setup, store: Store, strategy: Strategy) -> tuple[ServerState,
     if resumed is None:
         return strategy.start(setup.trainable.flatten().cpu()), ()
     state, records, run_id = resumed
-    setup.adopt(state, run_id)
+    setup.adopt(state, records, run_id)
     return state, records
 

@@ -39,22 +39,47 @@ def ledger_table(ledger: Ledger, *, owner: str) -> dict[str, Any]:
         raise StoreError(f"owner = {owner!r}: the ledger knows {', '.join(owners) or 'nobody'}")
     chosen = [entry for entry in entries if not owner or entry.owner == owner]
     charges = [entry for entry in chosen if entry.kind == "reserve"]
-    granted = {(entry.owner, entry.dataset, entry.unit): (entry.epsilon, entry.delta) for entry in chosen if entry.kind == "budget"}
+    granted = {
+        (entry.owner, entry.dataset, entry.unit): (entry.epsilon, entry.delta)
+        for entry in chosen
+        if entry.kind == "budget"
+    }
     accounts = []
     for account in sorted({(entry.owner, entry.dataset, entry.unit) for entry in charges} | set(granted)):
         budget, delta = granted.get(account, (math.inf, 1e-5))
         own = [entry for entry in charges if (entry.owner, entry.dataset, entry.unit) == account]
-        accounts.append({
-            "owner": account[0], "dataset": account[1], "unit": account[2], "charges": len(own),
-            "unconfirmed": sum(not entry.spent for entry in own), "epsilon": ledger.epsilon(*account, delta or 1e-5),
-            "budget": budget, "delta": delta,
-        })
+        accounts.append(
+            {
+                "owner": account[0],
+                "dataset": account[1],
+                "unit": account[2],
+                "charges": len(own),
+                "unconfirmed": sum(not entry.spent for entry in own),
+                "epsilon": ledger.epsilon(*account, delta or 1e-5),
+                "budget": budget,
+                "delta": delta,
+            }
+        )
     head = ledger.head()
     return {
-        "verified": True, "entries": head.sequence, "head": head.hash, "accounts": accounts,
-        "charges": [{"sequence": entry.sequence, "time": entry.time, "owner": entry.owner, "run": entry.run, "round": entry.round,
-                     "unit": entry.unit, "release": entry.release, "spent": entry.spent,
-                     "event": entry.event.to_dict() if entry.event else {}} for entry in charges],
+        "verified": True,
+        "entries": head.sequence,
+        "head": head.hash,
+        "accounts": accounts,
+        "charges": [
+            {
+                "sequence": entry.sequence,
+                "time": entry.time,
+                "owner": entry.owner,
+                "run": entry.run,
+                "round": entry.round,
+                "unit": entry.unit,
+                "release": entry.release,
+                "spent": entry.spent,
+                "event": entry.event.to_dict() if entry.event else {},
+            }
+            for entry in charges
+        ],
     }
 
 
@@ -66,13 +91,21 @@ def ledger_lines(table: dict[str, Any]) -> list[str]:
         lines.append(f"(the first {len(charges) - _SHOWN} charges are left out; --export csv prints all)")
     for charge in charges[-_SHOWN:]:
         state = "spent" if charge["spent"] else "reserved, counts as spent"
-        lines.append(f"{charge['sequence']:>6}  {charge['owner']:<14} round {charge['round']:>4}  {_event_words(charge['event'])}  {state}")
+        lines.append(
+            f"{charge['sequence']:>6}  {charge['owner']:<14} round {charge['round']:>4}  {_event_words(charge['event'])}  {state}"
+        )
     lines.append("")
     for account in table["accounts"]:
         spent = "infinite" if math.isinf(account["epsilon"]) else f"{account['epsilon']:.4f}"
-        budget = "no budget" if account["budget"] is None or math.isinf(account["budget"]) else f"of {account['budget']:g} at delta {account['delta']:g}"
-        lines.append(f"{account['owner']:<14} {account['dataset']}  per {account['unit']}: epsilon {spent} {budget}, {account['charges']} charges"
-                     + (f", {account['unconfirmed']} of them never confirmed" if account["unconfirmed"] else ""))
+        budget = (
+            "no budget"
+            if account["budget"] is None or math.isinf(account["budget"])
+            else f"of {account['budget']:g} at delta {account['delta']:g}"
+        )
+        lines.append(
+            f"{account['owner']:<14} {account['dataset']}  per {account['unit']}: epsilon {spent} {budget}, {account['charges']} charges"
+            + (f", {account['unconfirmed']} of them never confirmed" if account["unconfirmed"] else "")
+        )
     return [*lines, f"verified: {table['entries']} entries, head {table['head'][:16]}"]
 
 

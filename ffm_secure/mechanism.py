@@ -13,6 +13,7 @@ from torch import Tensor
 
 from defenses.dp import Accountant, ClientMechanism, Event, NonPrivateEvent, RecordMechanism
 from defenses.dp.calibration import noise_multiplier
+from defenses.errors import BudgetExceeded
 from defenses.random_source import RandomSource
 from ffm_secure import plan
 from ffm_secure.config import RunConfig
@@ -20,17 +21,23 @@ from ffm_secure.vector import VectorCode, grid_code, real_code
 
 
 def build(
-    config: RunConfig, *, size: int, nominal: int, largest_client: int, history: Sequence[Event] = ()
+    config: RunConfig,
+    *,
+    size: int,
+    nominal: int,
+    largest_client: int,
+    history: Sequence[Event] = (),
+    multiplier: float = 0.0,
 ) -> tuple[Mechanism, VectorCode]:
     """Calibrate the noise to the whole run and prove that its sums fit the ring.
 
-    `history` is what the owners' ledgers already hold; the new noise is chosen for what is left.
+    `multiplier` is the noise a run has begun with, and stays. `history` is what the owners' ledgers already hold; the new noise is chosen for what is left.
     Guarantee: `participation_cap` rounds of the returned mechanism's event, on top of the history, cost at most the budget; more
     are refused by the ledger. Divisors and rates come from the run file and public sizes only.
     """
     privacy, protection, federation = config.privacy, config.protection, config.federation
     if privacy.unit == "client":
-        return _client_mechanism(config, size, history)
+        return _client_mechanism(config, size, history, multiplier)
     weights = largest_client if federation.weighting == "examples" else 1
     code = real_code(
         size=size,
@@ -42,14 +49,14 @@ def build(
     )
     if privacy.unit == "none":
         return None, code
-    return _record_mechanism(config, nominal, history), code
+    return _record_mechanism(config, nominal, history, multiplier), code
 
 
-def _record_mechanism(config: RunConfig, nominal: int, history: Sequence[Event]) -> RecordMechanism:
+def _record_mechanism(config: RunConfig, nominal: int, history: Sequence[Event], multiplier: float) -> RecordMechanism:
     privacy = config.privacy
     steps, rate = plan.local_steps(config, nominal), plan.sampling_rate(config, nominal)
     cap = max(1, plan.participation_cap(config))
-    sigma = noise_multiplier(
+    sigma = multiplier or noise_multiplier(
         epsilon=privacy.epsilon,
         delta=privacy.delta,
         sampling_rate=rate,
@@ -108,11 +115,14 @@ class ClientNoise:
         return hashlib.sha256(f"{self.inner.digest()}|{self.scale!r}|{self.dimension}".encode()).hexdigest()
 
 
-def _client_mechanism(config: RunConfig, size: int, history: Sequence[Event]) -> tuple[ClientNoise, VectorCode]:
+def _client_mechanism(
+    config: RunConfig, size: int, history: Sequence[Event], multiplier: float
+) -> tuple[ClientNoise, VectorCode]:
     """Find the smallest noise on the grid that keeps the budget over every participation a client may have."""
     privacy, protection = config.privacy, config.protection
     scale = ((1 << (protection.value_bits - 1)) - 1) / privacy.clip_norm
-    honest = plan.minimum_survivors(config) - protection.colluding
+    # A curious client knows its own share of the noise, so at least one share is never counted.
+    honest = plan.minimum_survivors(config) - max(1, protection.colluding)
     cap = max(1, plan.participation_cap(config))
 
     def made(multiplier: float) -> ClientNoise:
@@ -128,8 +138,10 @@ def _client_mechanism(config: RunConfig, size: int, history: Sequence[Event]) ->
         accountant.compose(made(multiplier).event("calibration"), count=cap)
         return accountant.epsilon(privacy.delta).epsilon
 
-    low, high = 1e-3, 1.0
-    while spent(high) > privacy.epsilon:
+    low, high = (multiplier, multiplier) if multiplier else (1e-3, 1.0)
+    while not multiplier and spent(high) > privacy.epsilon:
+        if high > 1e6:
+            raise BudgetExceeded(f"what the ledger already holds leaves nothing of epsilon {privacy.epsilon:g}")
         low, high = high, 2 * high
     while high - low > 1e-4 * high:
         middle = (low + high) / 2

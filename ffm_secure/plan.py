@@ -110,19 +110,19 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
     if protection.kind in ("secagg", "bfv", "ckks") and federation.cohort < 3:
         yield (f"federation.cohort = {federation.cohort} with protection '{protection.kind}': must be at least 3, or one client "
                "could subtract itself and read the other")
-    elif protection.kind == "secagg":
-        if threshold - protection.colluding < 2:
+    elif protection.kind != "none":
+        if threshold < 3 or threshold - protection.colluding < 2:
             yield (
-                f"protection.threshold = {threshold} with colluding = {protection.colluding}: at least 2 honest clients must be in "
+                f"protection.threshold = {threshold} with colluding = {protection.colluding}: at least 3 clients, 2 of them honest, must be in "
                 "every sum, or colluders read the last one; raise threshold"
             )
         needed = shamir_threshold(config)
-        if needed > threshold:
+        if protection.kind == "secagg" and needed > threshold:
             yield (
                 f"protection.threshold = {threshold}: unmasking needs {needed} of {federation.cohort} clients in mode "
                 f"'{protection.mode}' with {protection.colluding} colluding; raise threshold to {needed} or lower colluding"
             )
-    if privacy.unit == "client" and protection.kind != "none" and threshold - protection.colluding < 1:
+    if privacy.unit == "client" and protection.kind != "none" and threshold - max(1, protection.colluding) < 1:
         yield f"protection.colluding = {protection.colluding}: leaves no honest noise among {threshold} survivors"
     if privacy.unit == "client" and privacy.delta > 0 and privacy.delta > 1.0 / config.task.clients:
         yield (f"privacy.delta = {privacy.delta}: must be at most 1 / clients = {1 / config.task.clients:g}, or the guarantee may "

@@ -51,7 +51,7 @@ class Run:
     def prepared(self) -> setup.Prepared:
         """Load data and model once."""
         if self._prepared is None:
-            self._prepared = setup.prepare(self.config, self.base)
+            self._prepared = setup.prepare(self.config, self.base, self.folder)
         return self._prepared
 
     def plan(self) -> PlanSummary:
@@ -90,7 +90,9 @@ def load(path: str | Path, overrides: tuple[str, ...] = (), *, runs: str | Path 
     base = path.resolve().parent
     task = dataclasses.replace(config.task, data=_locate(config.task.data, base))
     model = dataclasses.replace(config.model, name=_locate(config.model.name, base))
-    return Run(dataclasses.replace(config, task=task, model=model), base=base, runs=Path(runs))
+    ledger = str(Path(config.privacy.ledger).expanduser().resolve()) if config.privacy.ledger else ""
+    privacy = dataclasses.replace(config.privacy, ledger=ledger)
+    return Run(dataclasses.replace(config, task=task, model=model, privacy=privacy), base=base, runs=Path(runs))
 
 
 def _locate(name: str, base: Path) -> str:

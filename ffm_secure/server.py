@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -63,7 +64,7 @@ def record(
         loss=loss,
         metric=metric,
         metric_name=setup.task.metric_name,
-        epsilon_spent=setup.charges.epsilon(),
+        epsilon_spent=setup.charges.epsilon() if setup.claims else math.inf,
         bytes_up=outcome.bytes_up,
         bytes_down=outcome.bytes_down,
         client_seconds=outcome.client_seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,14 +19,16 @@ from defenses.dp import Event, Ledger, PerSampleEngine, RecordMechanism, balance
 from defenses.random_source import RandomSource
 from ffm_secure import data, models, partition, plan, tasks, trainable
 from ffm_secure import mechanism as mechanisms
+from ffm_secure.accounts import account_of, refuse_other_dealings
 from ffm_secure.charges import Charges
 from ffm_secure.client import Client
 from ffm_secure.config import RunConfig
 from ffm_secure.errors import DataError, StoreError
 from ffm_secure.protection import Protection, build_protection
 from ffm_secure.schema import to_table
+from ffm_secure.store import write_atomic
 from ffm_secure.strategies import ServerState
-from ffm_secure.types import RoundPlan
+from ffm_secure.types import RoundPlan, RoundRecord
 from ffm_secure.vector import VectorCode
 
 
@@ -43,6 +46,7 @@ class Prepared:
     mechanism: mechanisms.Mechanism
     code: VectorCode
     device: str
+    account: str = ""  # the ledger's name for these rows, dealt in this way
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -72,6 +76,11 @@ class Setup:
         return self.prepared.config
 
     @property
+    def claims(self) -> bool:
+        """Tell whether this run guarantees anything: a privacy unit, and noise that nobody can replay."""
+        return self.config.privacy.unit != "none" and self.config.privacy.noise == "system"
+
+    @property
     def task(self) -> Any:
         """Return the task."""
         return self.prepared.task
@@ -96,13 +105,14 @@ class Setup:
         """Return where tensors live."""
         return self.prepared.device
 
-    def adopt(self, state: ServerState, run_id: bytes) -> None:
-        """Continue a stored run: its id, and a state that must fit this model."""
+    def adopt(self, state: ServerState, records: Sequence[RoundRecord], run_id: bytes) -> None:
+        """Continue a stored run: its id, a state that must fit this model, and a ledger that must hold its past."""
         if state.vector.numel() != self.trainable.size:
             raise StoreError(
                 f"the checkpoint holds {state.vector.numel()} numbers, this run trains {self.trainable.size}"
             )
         self.run_id = run_id
+        self.charges.require(records, run_id)
 
     def client_source(self, round_plan: RoundPlan, client: int) -> RandomSource:
         """Return the randomness of one client in one round: the system's, or a replayable stream where nothing is claimed."""
@@ -118,8 +128,8 @@ class Setup:
         )
 
 
-def prepare(config: RunConfig, base: Path) -> Prepared:
-    """Load data and model, deal out the data, calibrate the mechanism.
+def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepared:
+    """Load data and model, deal out the data, calibrate the mechanism; a run that has begun in `folder` keeps its noise.
 
     Raises:
       PlanRefused, DataError, ModelError: each with what to do.
@@ -138,8 +148,15 @@ def prepare(config: RunConfig, base: Path) -> Prepared:
     trained = trainable.attach(backbone, to_table(config.model.trainable), task_kind=config.task.kind, seed=config.seed)
     device = choose_device(config.speed.device)
     trained.model.to(device)
+    account = account_of(dataset.name, dataset.train, parts)
+    begun = _stored_noise(folder)
     mechanism_, code = mechanisms.build(
-        config, size=trained.size, nominal=nominal, largest_client=max((len(part) for part in parts), default=1)
+        config,
+        size=trained.size,
+        nominal=nominal,
+        largest_client=max((len(part) for part in parts), default=1),
+        history=() if begun else spent_before(config, account),
+        multiplier=begun,
     )
     return Prepared(
         config=config,
@@ -152,19 +169,34 @@ def prepare(config: RunConfig, base: Path) -> Prepared:
         mechanism=mechanism_,
         code=code,
         device=device,
+        account=account,
     )
 
 
-def spent_before(config: RunConfig, dataset: str) -> tuple[Event, ...]:
+def _stored_noise(folder: Path | None) -> float:
+    """Return the noise multiplier a run began with, 0 if it has not begun."""
+    path = folder / "noise.json" if folder is not None else None
+    if path is None or not path.is_file():
+        return 0.0
+    try:
+        value = float(json.loads(path.read_bytes())["noise_multiplier"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise StoreError(f"{path}: is damaged; start the run under another name") from None
+    if not 0.0 < value < 1e9:
+        raise StoreError(f"{path}: is damaged; start the run under another name")
+    return value
+
+
+def spent_before(config: RunConfig, account: str) -> tuple[Event, ...]:
     """Return the longest history any owner has in a ledger that outlives runs; nothing for a ledger of this run alone."""
     path = Path(config.privacy.ledger).expanduser()
     if not config.privacy.ledger or config.privacy.unit == "none" or not path.is_file():
         return ()
     ledger = Ledger.open(path, create=False)
     histories = [
-        ledger.events(owner, dataset, unit)
+        ledger.events(owner, account, unit)
         for owner, held, unit in ledger.accounts()
-        if (held, unit) == (dataset, config.privacy.unit)
+        if (held, unit) == (account, config.privacy.unit)
     ]
     ledger.close()
     return max(histories, key=len, default=())
@@ -196,6 +228,10 @@ def build(prepared: Prepared, folder: Path) -> Setup:
     probe(prepared, evaluation)
     ledger_path = Path(config.privacy.ledger).expanduser() if config.privacy.ledger else folder / "ledger.sqlite"
     charges = open_charges(prepared, ledger_path)
+    if prepared.mechanism is not None and folder.is_dir():
+        write_atomic(
+            folder / "noise.json", json.dumps({"noise_multiplier": prepared.mechanism.noise_multiplier}).encode()
+        )
     federation = config.federation
     schedule = balanced_schedule(
         config.task.clients,
@@ -229,7 +265,9 @@ def probe(prepared: Prepared, public: Any, *, samples: int = 3) -> None:
     trained, task = prepared.trainable, prepared.task
 
     def losses_of(rows: Sequence[int]) -> Callable[[], torch.Tensor]:
-        batch = task.evaluation_batch(public, np.asarray(rows), prepared.device)  # a row's masks do not depend on the others
+        batch = task.evaluation_batch(
+            public, np.asarray(rows), prepared.device
+        )  # a row's masks do not depend on the others
         return partial(task.losses, trained.model, batch)
 
     exact = prepared.config.model.dtype == "float32"
@@ -254,14 +292,15 @@ def open_charges(prepared: Prepared, path: Path) -> Charges:
     event = mechanisms.event(prepared.mechanism, reason=config.privacy.reason)
     limit = math.inf if unit == "none" else config.privacy.epsilon
     charged, delta = ("record", 1e-5) if unit == "none" else (unit, config.privacy.delta)
-    ledger.set_budgets(prepared.owners, prepared.dataset.name, charged, limit, delta)
+    refuse_other_dealings(ledger, prepared.account, charged)
+    ledger.set_budgets(prepared.owners, prepared.account, charged, limit, delta)
     replay = (
-        hashlib.sha256(f"{config.name}|{config.seed}".encode()).digest() if config.privacy.noise == "seeded" else b""
+        hashlib.sha256(repr((config, prepared.account)).encode()).digest() if config.privacy.noise == "seeded" else b""
     )
     return Charges(
         ledger=ledger,
         owners=prepared.owners,
-        dataset=prepared.dataset.name,
+        dataset=prepared.account,
         unit=charged,
         delta=delta,
         event=event,

@@ -101,7 +101,8 @@ def summarise(
     """Collect a run into what its report shows."""
     prepared, config = setup.prepared, setup.config
     spent = setup.charges.epsilon() if config.privacy.unit != "none" else math.inf
-    majority = prepared.task.majority(prepared.dataset.train, prepared.dataset.validation)
+    public = prepared.dataset.validation  # the commonest private label would be a release
+    majority = prepared.task.majority(public, public)
     last = trained.records[-1].metric if trained.records else zero_metric
     head = setup.charges.ledger.head()
     return RunSummary(
@@ -222,6 +223,11 @@ def _warnings(prepared: Prepared) -> list[str]:
     config, found = prepared.config, []
     if config.privacy.noise == "seeded":
         found.append(SEEDED)
+    if config.privacy.unit != "none":
+        declared = "declared" if config.task.nominal_examples else "taken from the data; declare it with task.nominal_examples"
+        found.append(f"taken to be public: validation rows, class names, and {prepared.nominal} examples a client ({declared})")
+    if config.privacy.unit == "person":
+        found.append(f"that no person has more than {config.privacy.records_per_person} records is assumed, not checked")
     if config.privacy.unit in ("record", "person") and config.privacy.delta > 1 / prepared.nominal:
         found.append(
             f"privacy.delta = {config.privacy.delta:g} is above 1 / {prepared.nominal} examples of a client; choose a smaller one"
@@ -253,7 +259,7 @@ def outcomes(setup: Setup, trained: Trained, start: Any, *, rows: int = 2000) ->
     ]
     before = [setup.evaluate(start, share).metric for share in shares]
     after = [setup.evaluate(trained.state.vector, share).metric for share in shares]
-    private = setup.config.privacy.unit != "none"
+    private = setup.claims
     return tuple(
         ClientOutcome(
             client=client.name,

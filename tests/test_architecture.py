@@ -16,7 +16,13 @@ HEAVY = {  # optional or heavy packages and the only places that may import them
     "tenseal": ("defenses/he/",),
     "opacus": ("defenses/dp/",),
     "peft": ("ffm_secure/trainable/", "ffm_secure/models.py"),
-    "transformers": ("ffm_secure/models.py", "ffm_secure/builtin_models.py", "ffm_secure/trainable/", "ffm_secure/tasks/", "attacks/"),
+    "transformers": (
+        "ffm_secure/models.py",
+        "ffm_secure/builtin_models.py",
+        "ffm_secure/trainable/",
+        "ffm_secure/tasks/",
+        "attacks/",
+    ),
 }
 LONGEST_FILE, LONGEST_FUNCTION = 600, 80
 
@@ -71,24 +77,37 @@ def _inside_defenses(place: str, module: str) -> str:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_point_one_way(package: str) -> None:
-    wrong = [f"{path.relative_to(ROOT)} imports {module}: {reason}"
-             for path in files(package) for module in imported(path) if (reason := forbidden(path, module))]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}: {reason}"
+        for path in files(package)
+        for module in imported(path)
+        if (reason := forbidden(path, module))
+    ]
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("place", "module"), [
-    ("defenses/dp/x.py", "ffm_secure.types"), ("defenses/dp/x.py", "defenses.secagg.ring"), ("attacks/x.py", "defenses.dp"),
-    ("ffm_secure/client.py", "attacks.span"), ("ffm_secure/federation.py", "ffm_secure.audit"),
-])
+@pytest.mark.parametrize(
+    ("place", "module"),
+    [
+        ("defenses/dp/x.py", "ffm_secure.types"),
+        ("defenses/dp/x.py", "defenses.secagg.ring"),
+        ("attacks/x.py", "defenses.dp"),
+        ("ffm_secure/client.py", "attacks.span"),
+        ("ffm_secure/federation.py", "ffm_secure.audit"),
+    ],
+)
 def test_planted_import_is_caught(place: str, module: str) -> None:
     assert forbidden(ROOT / place, module)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_heavy_packages_have_one_door(package: str) -> None:
-    wrong = [f"{path.relative_to(ROOT)} imports {module}"
-             for path in files(package) for module in imported(path)
-             if (doors := HEAVY.get(rooms(module))) and not path.relative_to(ROOT).as_posix().startswith(doors)]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in files(package)
+        for module in imported(path)
+        if (doors := HEAVY.get(rooms(module))) and not path.relative_to(ROOT).as_posix().startswith(doors)
+    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -118,7 +137,12 @@ def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_unsafe_loading(package: str) -> None:
     bad = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "yaml"}
-    wrong = [f"{path.relative_to(ROOT)} imports {module}" for path in files(package) for module in imported(path) if rooms(module) in bad]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in files(package)
+        for module in imported(path)
+        if rooms(module) in bad
+    ]
     assert not wrong, "\n".join(wrong)
 
 

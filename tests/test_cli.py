@@ -49,8 +49,11 @@ def call(*words: str, cwd: Path = ROOT) -> Done:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a run file and the finished run it gives."""
     folder = tmp_path_factory.mktemp("cli")
-    made = make(privacy={"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0},
-                protection={"kind": "secagg", "threshold": 3}, federation={"rounds": 2, "cohort": 4})
+    made = make(
+        privacy={"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0},
+        protection={"kind": "secagg", "threshold": 3},
+        federation={"rounds": 2, "cohort": 4},
+    )
     (folder / "run.toml").write_text(config.dump(made))
     done = call("run", "run.toml", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -87,7 +90,9 @@ def test_a_second_call_resumes_and_changes_nothing(place: Path) -> None:
     assert again.returncode == 0
     before = json.loads((place / "result.json").read_text())
     assert json.loads(again.stdout)["epsilon"] == pytest.approx(before["epsilon"], rel=1e-3)
-    assert json.loads(call("ledger", "runs/test", "--json", cwd=place).stdout)["entries"] == json.loads(ledger)["entries"]
+    assert (
+        json.loads(call("ledger", "runs/test", "--json", cwd=place).stdout)["entries"] == json.loads(ledger)["entries"]
+    )
 
 
 def test_ledger_shows_verifies_and_exports(place: Path) -> None:
@@ -145,25 +150,30 @@ def test_epsilon_and_sigma_are_inverse() -> None:
 
 
 def test_epsilon_matches_the_published_reference() -> None:
-    found = json.loads(call("epsilon", "--q", "0.01", "--sigma", "1.0", "--steps", "1000", "--delta", "1e-5", "--json").stdout)
+    found = json.loads(
+        call("epsilon", "--q", "0.01", "--sigma", "1.0", "--steps", "1000", "--delta", "1e-5", "--json").stdout
+    )
     assert found["epsilon"] == pytest.approx(1.828, abs=2e-3)
 
 
-@pytest.mark.parametrize(("words", "code", "message"), [
-    (("run", "nowhere.toml"), 2, "nowhere.toml"),
-    (("plan", "run.toml", "--set", "privacy.epsilom=3"), 2, "did you mean 'epsilon'?"),
-    (("plan", "run.toml", "--set", "federation.weighting=examples"), 3, "public constant"),
-    (("plan", "run.toml", "--set", "task.data=no/such/folder"), 2, "no/such/folder"),
-    (("plan", "run.toml", "--set", "model.name=no/such/model/at/all"), 2, "no/such/model"),
-    (("run", "run.toml", "--set", "federation.rounds=3"), 5, "other settings"),
-    (("report", "nowhere"), 5, "not a run directory"),
-    (("audit",), 2, "exactly one"),
-    (("audit", "runs/test", "--budget", "huge"), 2, "--budget"),
-    (("ledger", "nowhere.sqlite"), 5, "not a ledger"),
-    (("epsilon", "--q", "0.1"), 2, "--sigma: missing"),
-    (("epsilon", "--segment", "1,2"), 2, "sampling rate, noise multiplier, steps"),
-    (("epsilon", "--q", "2", "--sigma", "-1", "--steps", "0"), 2, "3 problems"),
-])
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("run", "nowhere.toml"), 2, "nowhere.toml"),
+        (("plan", "run.toml", "--set", "privacy.epsilom=3"), 2, "did you mean 'epsilon'?"),
+        (("plan", "run.toml", "--set", "federation.weighting=examples"), 3, "public constant"),
+        (("plan", "run.toml", "--set", "task.data=no/such/folder"), 2, "no/such/folder"),
+        (("plan", "run.toml", "--set", "model.name=no/such/model/at/all"), 2, "no/such/model"),
+        (("run", "run.toml", "--set", "federation.rounds=3"), 5, "other settings"),
+        (("report", "nowhere"), 5, "not a run directory"),
+        (("audit",), 2, "exactly one"),
+        (("audit", "runs/test", "--budget", "huge"), 2, "--budget"),
+        (("ledger", "nowhere.sqlite"), 5, "not a ledger"),
+        (("epsilon", "--q", "0.1"), 2, "--sigma: missing"),
+        (("epsilon", "--segment", "1,2"), 2, "sampling rate, noise multiplier, steps"),
+        (("epsilon", "--q", "2", "--sigma", "-1", "--steps", "0"), 2, "3 problems"),
+    ],
+)
 def test_wrong_input_is_one_clear_error(words: tuple[str, ...], code: int, message: str, place: Path) -> None:
     done = call(*words, cwd=place)
     assert done.returncode == code, done.stderr
@@ -173,7 +183,21 @@ def test_wrong_input_is_one_clear_error(words: tuple[str, ...], code: int, messa
 
 
 def test_the_installed_command_runs_in_a_process_of_its_own() -> None:
-    done = subprocess.run([str(Path(sys.executable).with_name("ffm-secure")), "epsilon", "--q", "0.01", "--sigma", "1.0", "--steps", "10"],
-                          text=True, capture_output=True, timeout=300, check=False)
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("ffm-secure")),
+            "epsilon",
+            "--q",
+            "0.01",
+            "--sigma",
+            "1.0",
+            "--steps",
+            "10",
+        ],
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "epsilon" in done.stdout

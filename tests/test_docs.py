@@ -42,4 +42,6 @@ def test_notebooks_run_and_are_stored_without_output(path: Path, tmp_path: Path)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert sum(len([line for line in cell.source.splitlines() if line.strip()]) for cell in code) < 60
-    client.NotebookClient(book, timeout=500, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    client.NotebookClient(
+        book, timeout=500, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()

@@ -27,7 +27,10 @@ def test_the_stream_is_aes_256_ctr() -> None:
 def test_seeds_replay_and_labels_separate() -> None:
     draw = [RandomSource.seeded(3).derive("noise", 1).random_bytes(16) for _ in range(2)]
     assert draw[0] == draw[1]
-    others = {RandomSource.seeded(3).derive(*labels).random_bytes(16) for labels in (("noise", 2), ("noise",), ("noise1",), ("n", "oise1"))}
+    others = {
+        RandomSource.seeded(3).derive(*labels).random_bytes(16)
+        for labels in (("noise", 2), ("noise",), ("noise1",), ("n", "oise1"))
+    }
     assert len(others | {draw[0]}) == 5
     assert not RandomSource.seeded(3).private
     assert not RandomSource.seeded(3).derive("x").private

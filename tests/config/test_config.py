@@ -23,10 +23,16 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 
 def table() -> dict[str, Any]:
     return {
-        "format": 1, "name": "t", "seed": 1,
+        "format": 1,
+        "name": "t",
+        "seed": 1,
         "task": {"kind": "text_classification", "data": "builtin:clinic_notes", "clients": 4},
         "model": {"name": "builtin:tiny-bert", "trainable": {"kind": "lora"}},
-        "federation": {"rounds": 2, "cohort": 4, "lifecycle": {"kind": "finetune", "local_steps": 1, "batch_size": 4, "learning_rate": 0.1}},
+        "federation": {
+            "rounds": 2,
+            "cohort": 4,
+            "lifecycle": {"kind": "finetune", "local_steps": 1, "batch_size": 4, "learning_rate": 0.1},
+        },
         "privacy": {"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0},
         "protection": {"kind": "none"},
     }
@@ -76,18 +82,21 @@ def test_no_privacy_needs_a_reason() -> None:
     assert config.from_table(changed).privacy.unit == "none"
 
 
-@pytest.mark.parametrize(("section", "key", "value", "words"), [
-    ("federation", "cohort", 5, "must be at most task.clients = 4"),
-    ("privacy", "delta", 0.0, "must be above 0"),
-    ("privacy", "delta", 1.0, "must be below 1"),
-    ("privacy", "clip_norm", float("nan"), "must be a finite number"),
-    ("privacy", "records_per_person", 3, "only privacy.unit = 'person' reads it"),
-    ("protection", "threshold", 9, "no round could ever be opened"),
-    ("task", "clients", True, "must be a int, not a bool"),
-    ("task", "split", {"kind": "natural"}, "needs the column"),
-    ("task", "split", {"kind": "iid", "alpha": 0.1}, "is not read with kind = 'iid'"),
-    ("model", "trainable", {"kind": "prompt", "rank": 4}, "is not read with kind = 'prompt'"),
-])
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("federation", "cohort", 5, "must be at most task.clients = 4"),
+        ("privacy", "delta", 0.0, "must be above 0"),
+        ("privacy", "delta", 1.0, "must be below 1"),
+        ("privacy", "clip_norm", float("nan"), "must be a finite number"),
+        ("privacy", "records_per_person", 3, "only privacy.unit = 'person' reads it"),
+        ("protection", "threshold", 9, "no round could ever be opened"),
+        ("task", "clients", True, "must be a int, not a bool"),
+        ("task", "split", {"kind": "natural"}, "needs the column"),
+        ("task", "split", {"kind": "iid", "alpha": 0.1}, "is not read with kind = 'iid'"),
+        ("model", "trainable", {"kind": "prompt", "rank": 4}, "is not read with kind = 'prompt'"),
+    ],
+)
 def test_one_wrong_value(section: str, key: str, value: Any, words: str) -> None:
     changed = table()
     changed[section][key] = value
@@ -97,7 +106,12 @@ def test_one_wrong_value(section: str, key: str, value: Any, words: str) -> None
 def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(dump_toml(config.from_table(table())))
-    assert config.load(path, ("privacy.epsilon=3", "task.data=some/where", "federation.lifecycle.batch_size=7")).privacy.epsilon == 3.0
+    assert (
+        config.load(
+            path, ("privacy.epsilon=3", "task.data=some/where", "federation.lifecycle.batch_size=7")
+        ).privacy.epsilon
+        == 3.0
+    )
     with pytest.raises(ConfigError, match="3 problems") as caught:
         config.load(path, ("privacy.epsilon=-3", "privacy.epsilom=3", "nonsense"))
     assert "did you mean 'epsilon'?" in str(caught.value)

@@ -21,11 +21,20 @@ def _choices(kind: type, field: str) -> tuple[str, ...]:
     return typing.cast(tuple[str, ...], found)
 
 
-@pytest.mark.parametrize(("axis", "kind", "field"), [
-    ("task", config.Task, "kind"), ("trainable", config.TrainableSpec, "kind"), ("optimizer", config.Lifecycle, "optimizer"),
-    ("strategy", config.Strategy, "kind"), ("weighting", config.Federation, "weighting"), ("unit", config.Privacy, "unit"),
-    ("clipping", config.Privacy, "clipping"), ("noise", config.Privacy, "noise"), ("protection", config.Protection, "kind"),
-])
+@pytest.mark.parametrize(
+    ("axis", "kind", "field"),
+    [
+        ("task", config.Task, "kind"),
+        ("trainable", config.TrainableSpec, "kind"),
+        ("optimizer", config.Lifecycle, "optimizer"),
+        ("strategy", config.Strategy, "kind"),
+        ("weighting", config.Federation, "weighting"),
+        ("unit", config.Privacy, "unit"),
+        ("clipping", config.Privacy, "clipping"),
+        ("noise", config.Privacy, "noise"),
+        ("protection", config.Protection, "kind"),
+    ],
+)
 def test_every_option_of_the_run_file_was_reviewed(axis: str, kind: type, field: str) -> None:
     assert set(plan.REVIEWED[axis]) == set(_choices(kind, field))
 
@@ -58,27 +67,45 @@ def refused(**sections: dict[str, object]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("sections", "words"), [
-    ({"federation": {"weighting": "examples"}}, "public constant"),
-    ({"privacy": {"unit": "client"}}, "whole only in the secure sum"),
-    ({"privacy": {"unit": "client"}, "protection": {"kind": "ckks"}}, "exact discrete noise"),
-    ({"federation": {"cohort": 2}, "protection": {"kind": "secagg"}}, "must be at least 3"),
-    ({"protection": {"kind": "secagg", "threshold": 2}}, "raise threshold"),
-    ({"privacy": {"unit": "client", "delta": 0.5}, "protection": {"kind": "secagg"}}, "give away one whole client"),
-    ({"privacy": {"unit": "client", "clipping": "per_layer"}, "protection": {"kind": "secagg"}}, "clips single records"),
-])
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"federation": {"weighting": "examples"}}, "public constant"),
+        ({"privacy": {"unit": "client"}}, "whole only in the secure sum"),
+        ({"privacy": {"unit": "client"}, "protection": {"kind": "ckks"}}, "exact discrete noise"),
+        ({"federation": {"cohort": 2}, "protection": {"kind": "secagg"}}, "must be at least 3"),
+        ({"protection": {"kind": "secagg", "threshold": 2}}, "raise threshold"),
+        ({"privacy": {"unit": "client", "delta": 0.5}, "protection": {"kind": "secagg"}}, "give away one whole client"),
+        (
+            {"privacy": {"unit": "client", "clipping": "per_layer"}, "protection": {"kind": "secagg"}},
+            "clips single records",
+        ),
+    ],
+)
 def test_unsound_combinations_are_refused(sections: dict[str, dict[str, object]], words: str) -> None:
     assert words in refused(**sections)
 
 
 def test_all_reasons_come_at_once() -> None:
-    text = refused(federation={"weighting": "examples"}, privacy={"unit": "client", "clipping": "automatic"}, protection={"kind": "ckks"})
+    text = refused(
+        federation={"weighting": "examples"},
+        privacy={"unit": "client", "clipping": "automatic"},
+        protection={"kind": "ckks"},
+    )
     assert text.count("\n") >= 3
 
 
-@pytest.mark.parametrize(("cohort", "colluding", "mode", "needed"), [
-    (10, 1, "active", 6), (10, 3, "active", 7), (5, 1, "active", 3), (3, 1, "active", 2), (4, 1, "active", 3), (10, 3, "semi_honest", 4),
-])
+@pytest.mark.parametrize(
+    ("cohort", "colluding", "mode", "needed"),
+    [
+        (10, 1, "active", 6),
+        (10, 3, "active", 7),
+        (5, 1, "active", 3),
+        (3, 1, "active", 2),
+        (4, 1, "active", 3),
+        (10, 3, "semi_honest", 4),
+    ],
+)
 def test_shares_needed_match_the_table(cohort: int, colluding: int, mode: str, needed: int) -> None:
     changed = table()
     changed["task"]["clients"], changed["federation"]["cohort"] = cohort, cohort

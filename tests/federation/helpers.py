@@ -14,11 +14,16 @@ from ffm_secure.store import Store
 def table(**sections: dict[str, Any]) -> dict[str, Any]:
     """Return a run of three rounds over four clients; keyword tables are merged into its sections."""
     base: dict[str, Any] = {
-        "format": 1, "name": "test", "seed": 3,
+        "format": 1,
+        "name": "test",
+        "seed": 3,
         "task": {"kind": "image_classification", "data": "builtin:digits", "clients": 4, "evaluation_examples": 60},
         "model": {"name": "builtin:tiny-vit", "trainable": {"kind": "lora", "rank": 2}},
-        "federation": {"rounds": 3, "cohort": 4,
-                       "lifecycle": {"kind": "finetune", "local_steps": 2, "batch_size": 8, "learning_rate": 0.1}},
+        "federation": {
+            "rounds": 3,
+            "cohort": 4,
+            "lifecycle": {"kind": "finetune", "local_steps": 2, "batch_size": 8, "learning_rate": 0.1},
+        },
         "privacy": {"unit": "none", "reason": "test data"},
         "protection": {"kind": "none"},
     }

@@ -63,7 +63,9 @@ def test_data_files(tmp_path: Path) -> None:
     table = {"text": [f"note number {index}" for index in range(40)], "label": [index % 2 for index in range(40)]}
     pq.write_table(pa.table(table), tmp_path / "train.parquet")
     (tmp_path / "train.csv").write_text("text,label\n" + "\n".join(f"note {i},{i % 2}" for i in range(40)))
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": f"note {i}", "label": i % 2}) for i in range(40)))
+    (tmp_path / "train.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"note {i}", "label": i % 2}) for i in range(40))
+    )
     np.savez(tmp_path / "train.npz", images=np.zeros((40, 8, 8), dtype=np.uint8), labels=np.arange(40) % 2)
     for seed in range(CASES):
         chance = random.Random(seed)
@@ -83,7 +85,11 @@ def test_data_files(tmp_path: Path) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the smallest run once; the tests damage copies of its directory."""
     folder = tmp_path_factory.mktemp("finished")
-    made = make(federation={"rounds": 2, "cohort": 3}, task={"clients": 3}, privacy={"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0})
+    made = make(
+        federation={"rounds": 2, "cohort": 3},
+        task={"clients": 3},
+        privacy={"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0},
+    )
     (folder / "run.toml").write_text(config.dump(made))
     load(folder / "run.toml", runs=folder / "runs").start()
     return folder / "runs" / "test"
@@ -94,7 +100,9 @@ def test_run_directories(start: int, finished: Path, tmp_path: Path) -> None:
     """Resume, ledger and report on a damaged directory: each either works or says clearly what is wrong."""
     from defenses.errors import DefenseError
 
-    names = sorted(path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file() and path.name != ".lock")
+    names = sorted(
+        path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file() and path.name != ".lock"
+    )
     for seed in range(start, start + 20):
         chance = random.Random(seed)
         folder = tmp_path / f"case{seed}"

@@ -15,8 +15,11 @@ from tests.federation.helpers import CLIENT, RECORD, SECAGG, make, prepared, tra
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_one_client_without_noise_equals_plain_torch(optimizer: str, tmp_path: Path) -> None:
     lifecycle = {"kind": "finetune", "local_steps": 3, "batch_size": 16, "learning_rate": 0.05, "optimizer": optimizer}
-    made = make(task={"clients": 1}, federation={"rounds": 2, "cohort": 1, "lifecycle": lifecycle},
-                protection={"kind": "none", "value_bits": 32, "coordinate_bound": 2.0})
+    made = make(
+        task={"clients": 1},
+        federation={"rounds": 2, "cohort": 1, "lifecycle": lifecycle},
+        protection={"kind": "none", "value_bits": 32, "coordinate_bound": 2.0},
+    )
     built, trained = train(made, tmp_path)
 
     plain = prepared(made)
@@ -52,7 +55,9 @@ def test_encrypted_equals_open_bit_for_bit(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
     results = []
     for name in ("none", kind):
-        made = make(privacy=RECORD, protection={"kind": name, "threshold": 3, "value_bits": 12}, federation={"rounds": 2})
+        made = make(
+            privacy=RECORD, protection={"kind": name, "threshold": 3, "value_bits": 12}, federation={"rounds": 2}
+        )
         results.append(train(made, tmp_path / name)[1])
     assert torch.equal(results[0].state.vector, results[1].state.vector)
     assert results[1].records[-1].bytes_up > results[0].records[-1].bytes_up
@@ -61,7 +66,9 @@ def test_encrypted_equals_open_bit_for_bit(kind: str, tmp_path: Path) -> None:
 def test_client_noise_is_the_same_under_masks_and_encryption(tmp_path: Path) -> None:
     pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
     masked = train(make(privacy=CLIENT, protection={**SECAGG, "value_bits": 12}), tmp_path / "masked")[1]
-    sealed = train(make(privacy=CLIENT, protection={"kind": "bfv", "threshold": 3, "value_bits": 12}), tmp_path / "sealed")[1]
+    sealed = train(
+        make(privacy=CLIENT, protection={"kind": "bfv", "threshold": 3, "value_bits": 12}), tmp_path / "sealed"
+    )[1]
     assert torch.equal(masked.state.vector, sealed.state.vector)
 
 
@@ -85,8 +92,12 @@ def test_speed_settings_leave_the_mechanism_alone() -> None:
 def test_survivors_only(tmp_path: Path) -> None:
     """With dropouts the sum is that of the survivors: equal to an open run that lost the same clients."""
     dropout = {"rate": 0.4, "stages": ["advertise", "share", "train", "upload", "unmask"]}
-    federation = {"rounds": 4, "cohort": 6, "dropout": dropout,
-                  "lifecycle": {"kind": "finetune", "local_steps": 1, "batch_size": 8, "learning_rate": 0.1}}
+    federation = {
+        "rounds": 4,
+        "cohort": 6,
+        "dropout": dropout,
+        "lifecycle": {"kind": "finetune", "local_steps": 1, "batch_size": 8, "learning_rate": 0.1},
+    }
     runs: dict[str, tuple[RoundRecord, ...]] = {}
     vectors = {}
     for name, kind in {"open": "none", "masked": "secagg"}.items():
@@ -97,6 +108,8 @@ def test_survivors_only(tmp_path: Path) -> None:
     assert opened, "the seed loses too many clients for this test to show anything"
     assert any(len(record.survivors) < 6 for record in opened)
     same = [record.round for record in opened]
-    assert [r.survivors for r in runs["masked"] if r.round in same] == [r.survivors for r in runs["open"] if r.round in same]
+    assert [r.survivors for r in runs["masked"] if r.round in same] == [
+        r.survivors for r in runs["open"] if r.round in same
+    ]
     if len(opened) == 4:
         assert torch.equal(vectors["open"], vectors["masked"])

@@ -31,10 +31,14 @@ def test_a_coupled_loss_is_refused_before_private_data_are_read(tmp_path: Path) 
     assert not (tmp_path / "ledger.sqlite").exists()
 
 
-@pytest.mark.parametrize(("model", "kind", "data"), [
-    ("builtin:tiny-vit", "image_classification", "builtin:digits"), ("builtin:tiny-bert", "masked_lm", "builtin:clinic_notes"),
-    ("builtin:tiny-gpt2", "causal_lm", "builtin:clinic_notes"),
-])
+@pytest.mark.parametrize(
+    ("model", "kind", "data"),
+    [
+        ("builtin:tiny-vit", "image_classification", "builtin:digits"),
+        ("builtin:tiny-bert", "masked_lm", "builtin:clinic_notes"),
+        ("builtin:tiny-gpt2", "causal_lm", "builtin:clinic_notes"),
+    ],
+)
 @pytest.mark.parametrize("trainable", ["lora", "prompt"])
 def test_every_task_passes_the_probe(model: str, kind: str, data: str, trainable: str) -> None:
     task = {"kind": kind, "data": data, "clients": 4, "max_length": 24, "evaluation_examples": 10}

@@ -37,8 +37,14 @@ print("finished", flush=True)
 
 def start(file: Path, folder: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(file), str(folder)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(file), str(folder)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def kill_and_resume(folder: Path, file: Path, *, kills: int, chance: random.Random, span: float) -> int:
@@ -68,7 +74,9 @@ def check(tmp_path: Path, *, kills: int, seed: int) -> int:
     began = time.perf_counter()
     train(made, tmp_path / "timed")
     span = time.perf_counter() - began
-    hits = kill_and_resume(tmp_path / "killed", file, kills=kills, chance=random.Random(seed), span=span / max(1, kills) * 2)
+    hits = kill_and_resume(
+        tmp_path / "killed", file, kills=kills, chance=random.Random(seed), span=span / max(1, kills) * 2
+    )
     with Store.open(tmp_path / "killed", made) as store:
         resumed = store.resume()
     assert resumed is not None
@@ -79,11 +87,11 @@ def check(tmp_path: Path, *, kills: int, seed: int) -> int:
     ledger = Ledger.open(tmp_path / "killed" / "ledger.sqlite", create=False)
     ledger.verify()
     for owner in built.prepared.owners:
-        charged = ledger.events(owner, "builtin:digits", "record")
-        released = built.charges.ledger.events(owner, "builtin:digits", "record")
+        charged = ledger.events(owner, built.prepared.account, "record")
+        released = built.charges.ledger.events(owner, built.prepared.account, "record")
         assert len(charged) >= len(released) == 6, "the ledger undercounts"
         assert set(charged) == set(released)
-        assert ledger.epsilon(owner, "builtin:digits", "record", 1e-5) <= made.privacy.epsilon
+        assert ledger.epsilon(owner, built.prepared.account, "record", 1e-5) <= made.privacy.epsilon
     return hits
 
 

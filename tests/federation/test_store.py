@@ -20,15 +20,28 @@ RUN = bytes(range(16))
 
 def record(number: int, **changes: object) -> RoundRecord:
     values: dict[str, object] = {
-        "round": number, "phase": "private", "cohort": (0, 1), "survivors": (0,), "dropped": {1: "upload"}, "aborted": "",
-        "loss": 0.5, "metric": 0.25, "metric_name": "accuracy", "epsilon_spent": math.inf, "bytes_up": 10, "bytes_down": 20,
-        "seconds": 1.5, "client_seconds": 1.0,
+        "round": number,
+        "phase": "private",
+        "cohort": (0, 1),
+        "survivors": (0,),
+        "dropped": {1: "upload"},
+        "aborted": "",
+        "loss": 0.5,
+        "metric": 0.25,
+        "metric_name": "accuracy",
+        "epsilon_spent": math.inf,
+        "bytes_up": 10,
+        "bytes_down": 20,
+        "seconds": 1.5,
+        "client_seconds": 1.0,
     }
     return RoundRecord(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def state(number: int) -> ServerState:
-    return ServerState(round=number, vector=torch.full((5,), float(number)), slots={"mean": torch.ones(5, dtype=torch.float64)})
+    return ServerState(
+        round=number, vector=torch.full((5,), float(number)), slots={"mean": torch.ones(5, dtype=torch.float64)}
+    )
 
 
 def fill(folder: Path, rounds: int = 3) -> None:
@@ -91,7 +104,10 @@ def test_another_run_is_refused_and_named(tmp_path: Path) -> None:
     Store.open(tmp_path, make(speed={"workers": 2})).close()
 
 
-@pytest.mark.parametrize("name", ["run.toml", "rounds.jsonl", "checkpoints/round-000003/state.safetensors", "checkpoints/round-000003/record.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["run.toml", "rounds.jsonl", "checkpoints/round-000003/state.safetensors", "checkpoints/round-000003/record.json"],
+)
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
 def test_damage_is_named_or_harmless(name: str, damage: str, tmp_path: Path) -> None:
     fill(tmp_path)
@@ -99,7 +115,9 @@ def test_damage_is_named_or_harmless(name: str, damage: str, tmp_path: Path) -> 
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[len(content) // 3] ^= 0x55
-    path.write_bytes({"flip": bytes(content), "cut": bytes(content[: len(content) // 2]), "empty": b"", "text": b"hello\n"}[damage])
+    path.write_bytes(
+        {"flip": bytes(content), "cut": bytes(content[: len(content) // 2]), "empty": b"", "text": b"hello\n"}[damage]
+    )
     try:
         with Store.open(tmp_path, make()) as store:
             resumed = store.resume()
@@ -110,7 +128,9 @@ def test_damage_is_named_or_harmless(name: str, damage: str, tmp_path: Path) -> 
     assert resumed[0].round == 3
 
 
-@pytest.mark.parametrize("change", [{"round": "1"}, {"loss": None}, {"extra": 1}, {"survivors": 3}, {"phase": "odd"}, {"loss": True}])
+@pytest.mark.parametrize(
+    "change", [{"round": "1"}, {"loss": None}, {"extra": 1}, {"survivors": 3}, {"phase": "odd"}, {"loss": True}]
+)
 def test_a_record_that_does_not_fit_its_types_is_refused(change: dict[str, object], tmp_path: Path) -> None:
     fill(tmp_path, rounds=1)
     path = tmp_path / "rounds.jsonl"

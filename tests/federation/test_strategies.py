@@ -22,7 +22,9 @@ def run(config: Strategy) -> torch.Tensor:
 
 
 def test_average_adds_the_mean_change() -> None:
-    assert torch.allclose(run(Strategy(kind="average", learning_rate=0.5)), START.double() + 0.5 * (CHANGES[0] + CHANGES[1]))
+    assert torch.allclose(
+        run(Strategy(kind="average", learning_rate=0.5)), START.double() + 0.5 * (CHANGES[0] + CHANGES[1])
+    )
 
 
 def test_momentum_is_the_textbook_recursion() -> None:
