@@ -24,6 +24,7 @@ from attacks.inversion.optimise import (
     Settings,
     cross_entropy,
     differentiable_attention,
+    in_double,
     misfit,
     share_only,
     solve,
@@ -34,11 +35,13 @@ from attacks.inversion.tokens import embedding_names, noise_per_entry, present_t
 from attacks.observation import Observation
 
 TAG = Settings(distance="squared and absolute", absolute=0.01, optimiser="adamw", rate=0.05, schedule="linear", warm_up=20)
-COSINE = Settings(distance="cosine per tensor", rate=0.05, schedule="cosine", embedding_norm=0.02)
+COSINE = Settings(distance="cosine per tensor", optimiser="lbfgs", rate=1.0, line_search=True, precise=True)
 WHITENED = replace(COSINE, distance="whitened")
 
 _SHARPNESS = 30.0
 _CANDIDATES = 12
+# A start much smaller than real embeddings commits to no token: from a full-size one most restarts end in a wrong one.
+_START = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -99,7 +102,7 @@ def text_loss(frame: TextFrame) -> Callable[[nn.Module, Tensor, Tensor], Tensor]
         logits = logits_of(model, frame, embeddings)
         if logits.ndim == 2:
             return cross_entropy(logits, targets)
-        likeness = nn.functional.normalize(embeddings, dim=-1) @ unit_rows.T
+        likeness = nn.functional.normalize(embeddings, dim=-1) @ unit_rows.to(embeddings.dtype).T
         soft = torch.softmax(_SHARPNESS * likeness, dim=-1)[:, 1:]
         return cross_entropy(logits[:, :-1][kept], soft[kept])
 
@@ -175,7 +178,7 @@ def text_problem(
     spread = float(frame.rows[frame.allowed].std())
 
     def draw(generator: torch.Generator) -> Tensor:
-        return spread * torch.randn(count, frame.length, frame.rows.shape[1], generator=generator)
+        return _START * spread * torch.randn(count, frame.length, frame.rows.shape[1], generator=generator)
 
     problem = Problem(
         model=private, names=tuple(names[index] for index in kept), target=tuple(target[index] for index in kept),
@@ -199,11 +202,11 @@ def nearest_tokens(
     keep = min(keep, len(ids))
     seen = capture_inputs({name: module}, lambda: logits_of(model, frame, embeddings)).get(name)
     if seen is None or seen.ndim != 3 or seen.shape[1] < length:
-        likeness = nn.functional.normalize(embeddings, dim=-1) @ nn.functional.normalize(frame.rows[ids], dim=-1).T
+        likeness = nn.functional.normalize(embeddings, dim=-1) @ nn.functional.normalize(frame.rows[ids].to(embeddings.dtype), dim=-1).T
         value, place = likeness.topk(keep, dim=-1)
         return ids[place], value
     ours = nn.functional.normalize(seen[:, -length:], dim=-1)
-    best, tokens = torch.empty(count, length, 0), torch.empty(count, length, 0, dtype=torch.long)
+    best, tokens = embeddings.new_empty(count, length, 0), torch.empty(count, length, 0, dtype=torch.long)
     for part in ids.split(chunk):
         words = part[:, None].expand(-1, length)
         rows = capture_inputs({name: module}, lambda words=words: _call(model, words))[name][:, -length:]  # type: ignore[misc]
@@ -273,7 +276,9 @@ def embedding_penalty(frame: TextFrame, settings: Settings) -> Penalty | None:
 
 
 def scaled_rate(settings: Settings, frame: TextFrame) -> Settings:
-    """Return settings whose step suits the size of this model's embeddings."""
+    """Return settings whose step suits the size of this model's embeddings; L-BFGS finds its own."""
+    if settings.optimiser == "lbfgs":
+        return settings
     return replace(settings, rate=settings.rate * float(frame.rows[frame.allowed].std()) / 0.1)
 
 
@@ -296,6 +301,8 @@ def invert_text(
     """Match the observed update with dummy embeddings under the given settings."""
     deadline = budget.start()
     problem, frame = text_problem(observation, model, prior, seed, joint=settings.joint)
+    if settings.precise:
+        problem = in_double(problem)
     settings = scaled_rate(settings, frame)
     with differentiable_attention(), torch.enable_grad():
         found = solve(problem, settings, budget, seed, penalty=embedding_penalty(frame, settings))

@@ -21,6 +21,7 @@ from attacks.inversion.optimise import (
     Settings,
     differentiable_attention,
     image_logits,
+    in_double,
     image_loss,
     share_only,
     solve,
@@ -45,7 +46,9 @@ GRAD_INVERSION = Settings(
     distance="squared", rate=0.1, schedule="cosine", smoothness=(1e-1, 1e-4), batch_norm=0.1, magnitude=1e-6,
     langevin=0.01, group=0.01, start="normal",
 )
-GRAD_VIT = replace(MODERN, seams=1e-2, smoothness=(0.1, 1e-3))
+GRAD_VIT = Settings(
+    distance="cosine per tensor", optimiser="lbfgs", rate=1.0, line_search=True, precise=True, seams=1e-4, start="grey"
+)
 
 
 def cohort_size(observation: Observation) -> int:
@@ -160,7 +163,9 @@ def _patch_size(model: nn.Module) -> tuple[int, int] | None:
 def image_finding(found: Match, problem: Problem) -> Finding:
     """Return recovered images with the labels they were matched under."""
     confidence = found.confidence
-    items = [Item(kind="image", value=image, confidence=confidence) for image in found.inputs]
+    low, high = problem.box if problem.box is not None else (found.inputs.min(), found.inputs.max())
+    images = torch.maximum(torch.minimum(found.inputs, high), low).float()
+    items = [Item(kind="image", value=image, confidence=confidence) for image in images]
     items.append(Item(kind="labels", value=found.targets.argmax(-1), confidence=confidence))
     details: dict[str, float | int | str] = {
         "distance": found.distance, "start_distance": found.start_distance, "iterations": found.iterations,
@@ -176,6 +181,7 @@ def invert_images(
     """Match the observed update with dummy images under the given settings."""
     problem = image_problem(observation, model, prior, seed, joint=settings.joint)
     problem, penalty = image_penalty(problem, settings, observation)
+    problem = in_double(problem) if settings.precise else problem
 
     def smoother(images: Tensor) -> Tensor:
         return total_variation(images, opponents=settings.opponents)
@@ -220,5 +226,5 @@ def grad_inversion() -> Attack:
 
 
 def grad_vit() -> Attack:
-    """Return cosine matching with the patch-seam prior for vision transformers."""
+    """Return per-tensor cosine matching by L-BFGS with the patch-seam prior, for vision transformers."""
     return _preset("grad_vit", GRAD_VIT, "images from vision transformers by cosine matching with a patch prior")

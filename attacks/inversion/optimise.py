@@ -37,7 +37,9 @@ class Settings:
 
     `smoothness` (start, end) is the weight of total variation, lowered geometrically during a run: one run passes
     every weight, and noise of known size stops it at the weight where the fit would only follow the noise.
-    `absolute` weighs the L1 part of "squared and absolute". `joint` optimises label logits as well.
+    `absolute` weighs the L1 part of "squared and absolute". `joint` optimises label logits as well. `precise` works in
+    double precision, where L-BFGS keeps converging; `evaluations` says how many of its evaluations one iteration of the
+    budget buys.
     """
 
     distance: Distance = "cosine"
@@ -58,6 +60,9 @@ class Settings:
     group: float = 0.0
     embedding_norm: float = 0.0
     joint: bool = False
+    precise: bool = False
+    evaluations: int = 1
+    line_search: bool = False
     start: Literal["normal", "uniform", "grey"] = "normal"
 
 
@@ -278,7 +283,9 @@ def match(
     inputs = (start if start is not None else draw_start(problem, settings, generator)).clone().requires_grad_(True)
     logits = _start_logits(problem, settings, generator)
     if settings.optimiser == "lbfgs":
-        return _quasi_newton(problem, settings, inputs, logits, iterations=iterations, deadline=deadline, penalty=penalty)
+        return _quasi_newton(
+            problem, settings, inputs, logits, iterations=iterations, deadline=deadline, penalty=penalty, unit=unit
+        )
     descent = _Descent(problem, settings, iterations, penalty, smoother, unit)
     variables = [inputs] if logits is None else [inputs, logits]
     kind = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.Adam
@@ -368,35 +375,61 @@ def _schedule(settings: Settings, step: int, iterations: int) -> float:
     return 1.0
 
 
-def _quasi_newton(problem: Problem, settings: Settings, inputs: Tensor, logits: Tensor | None, *, iterations: int,
-                  deadline: Deadline, penalty: Penalty | None) -> Match:
+def _quasi_newton(
+    problem: Problem,
+    settings: Settings,
+    inputs: Tensor,
+    logits: Tensor | None,
+    *,
+    iterations: int,
+    deadline: Deadline,
+    penalty: Penalty | None,
+    unit: float | None,
+) -> Match:
     variables = [inputs] if logits is None else [inputs, logits]
-    optimiser = torch.optim.LBFGS(variables, lr=settings.rate, max_iter=20, history_size=100,
-                                  tolerance_grad=1e-12, tolerance_change=1e-14)
+    optimiser = torch.optim.LBFGS(
+        variables, lr=settings.rate, max_iter=20, history_size=60, tolerance_grad=0.0, tolerance_change=0.0,
+        line_search_fn="strong_wolfe" if settings.line_search else None,
+    )
     history: list[float] = []
-    best: tuple[float, Tensor, Tensor] = (math.inf, inputs.detach().clone(), _targets(problem, logits).detach())
+    best = (math.inf, inputs.detach().clone(), _targets(problem, logits).detach())
 
     def closure() -> Tensor:
-        nonlocal best
-        optimiser.zero_grad()
+        nonlocal best, unit
         grads, taps = update_of(problem, inputs, _targets(problem, logits))
-        value = misfit(grads, problem.target, kind=settings.distance, scaled=problem.scaled, noise=problem.noise)
-        total = value + (penalty(inputs, taps) if penalty is not None else 0.0)
+        value = misfit(grads, problem.target, kind=settings.distance, scaled=problem.scaled,
+                       absolute=settings.absolute, noise=problem.noise)
+        history.append(float(value.detach()))
+        unit = max(history[0], 1e-12) if unit is None else unit
+        total = value / unit + (penalty(inputs, taps) if penalty is not None else 0.0)
         for variable, grad in zip(variables, torch.autograd.grad(total, variables), strict=True):
             variable.grad = torch.nan_to_num(grad)
-        history.append(float(value))
         if history[-1] < best[0]:
             best = (history[-1], inputs.detach().clone(), _targets(problem, logits).detach())
         return total.detach()
 
-    steps = 0
-    for steps in range(iterations):
+    while len(history) < iterations * settings.evaluations:
         optimiser.step(closure)  # type: ignore[no-untyped-call]
-        stuck = len(history) > 60 and history[-40] - min(history) < 1e-9 * history[0]
-        if deadline.expired or best[0] < 1e-10 or not math.isfinite(history[-1]) or stuck:
+        converged = best[0] < 1e-14 or (problem.noise > 0 and settings.distance == "cosine" and best[0] < problem.floor)
+        stuck = len(history) > 100 and history[-60] - min(history) < 1e-6 * history[-60]
+        if deadline.expired or converged or stuck or not math.isfinite(history[-1]):
             break
-    return Match(inputs=best[1], targets=best[2], distance=best[0], start_distance=history[0], iterations=steps + 1,
-                 stopped=deadline.expired, history=tuple(history))
+    return Match(
+        inputs=best[1], targets=best[2], distance=best[0], start_distance=history[0], iterations=len(history),
+        stopped=deadline.expired, history=tuple(history),
+    )
+
+
+def in_double(problem: Problem) -> Problem:
+    """Return the problem in double precision."""
+    draw = problem.draw
+    return replace(
+        problem,
+        model=problem.model.double(),
+        target=tuple(tensor.double() for tensor in problem.target),
+        box=None if problem.box is None else (problem.box[0].double(), problem.box[1].double()),
+        draw=None if draw is None else lambda generator: draw(generator).double(),
+    )
 
 
 def draw_start(problem: Problem, settings: Settings, generator: torch.Generator) -> Tensor:
