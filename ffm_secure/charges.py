@@ -80,6 +80,11 @@ class Charges:
         """Return the largest epsilon any owner has spent on this data set."""
         return max(self.ledger.epsilon(owner, self.dataset, self.unit, self.delta) for owner in set(self.owners))
 
+    def largest_history(self) -> tuple[Event, ...]:
+        """Return the events of the owner who has spent most."""
+        worst = max(sorted(set(self.owners)), key=self.epsilon_of)
+        return self.ledger.events(worst, self.dataset, self.unit)
+
     def epsilon_of(self, owner: str) -> float:
         """Return what one owner has spent."""
         return self.ledger.epsilon(owner, self.dataset, self.unit, self.delta)

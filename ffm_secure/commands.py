@@ -20,6 +20,7 @@ from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound,
 from ffm_secure.progress import Bars
 from ffm_secure.run import Result, load
 from ffm_secure.store import Store
+from ffm_secure.summary import SEEDED
 from ffm_secure.types import AuditSummary, PlanSummary, PrivacyStatement
 
 _console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -90,7 +91,9 @@ def ledger(folder: Path, *, owner: str, export: str, json: bool) -> None:
             sys.stdout.write(opened.export(export))
             return
         table = ledger_table(opened, owner=owner)
-    _say(table, ledger_lines(table), json=json)
+        if folder.is_dir() and Store.read(folder).config().privacy.noise == "seeded":
+            table["stamp"] = SEEDED
+    _say(table, [*ledger_lines(table), *([table["stamp"]] if "stamp" in table else [])], json=json)
 
 
 def report(folder: Path, *, json: bool) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from defenses.dp import RecordMechanism
+from defenses.dp import Accountant, EpsilonBound, Event, RecordMechanism
 from ffm_secure import mechanism as mechanisms
 from ffm_secure import plan
 from ffm_secure.config import OBSERVERS, RunConfig
@@ -44,27 +45,39 @@ def describe(prepared: Prepared) -> PlanSummary:
         bytes_down_per_client_round=4 * trained.size,
         spends=_spends(prepared),
         noise_multiplier=mechanisms.multiplier(prepared.mechanism),
-        statements=statements(prepared, config.privacy.epsilon),
+        statements=statements(prepared),
         reveals={observer: _reveals(config, observer) for observer in OBSERVERS},
         breaks=_breaks(config),
         warnings=tuple(_warnings(prepared)),
     )
 
 
-def statements(prepared: Prepared, epsilon: float, slack: float = 0.0) -> tuple[PrivacyStatement, ...]:
-    """State epsilon once for every observer, with its five fields."""
+_ACCOUNTANTS = {
+    "pld": "PLD, tilted FFT, rounded up",
+    "gaussian": "Gaussian, closed form",
+    "rdp": "Renyi, rounded up",
+    "none": "none",
+}
+
+
+def statements(prepared: Prepared, events: Sequence[Event] | None = None) -> tuple[PrivacyStatement, ...]:
+    """State epsilon once for every observer, with its five fields.
+
+    `events` is what one owner has spent; without it the statement is the plan's: every round a client may take part in.
+    """
     config = prepared.config
     privacy = config.privacy
     unit = f"person with up to {privacy.records_per_person} records" if privacy.unit == "person" else privacy.unit
+    bound = _bound(prepared, events)
     common = PrivacyStatement(
         observer="public",
-        epsilon=epsilon,
+        epsilon=privacy.epsilon if events is None else bound.epsilon,
         delta=privacy.delta,
         unit=unit,
         adjacency=_adjacency(prepared),
-        mechanism=_mechanism_words(prepared),
-        slack=slack,
-        accountant="RDP (Skellam)" if isinstance(prepared.mechanism, ClientNoise) else "PLD, tilted FFT, rounded up",
+        mechanism=_mechanism_words(prepared, events),
+        slack=bound.slack,
+        accountant=_ACCOUNTANTS[bound.accountant],
     )
     if privacy.unit == "none":
         common = replace(
@@ -73,6 +86,15 @@ def statements(prepared: Prepared, epsilon: float, slack: float = 0.0) -> tuple[
     elif privacy.noise == "seeded":
         common = replace(common, epsilon=math.inf, note=SEEDED)
     return tuple(_for_observer(common, config, observer) for observer in OBSERVERS)
+
+
+def _bound(prepared: Prepared, events: Sequence[Event] | None) -> EpsilonBound:
+    accountant = Accountant()
+    if prepared.mechanism is not None and events is None:
+        accountant.compose(prepared.mechanism.event("plan"), count=max(1, plan.participation_cap(prepared.config)))
+    for event, count in Counter(events or ()).items():
+        accountant.compose(event, count=count)
+    return accountant.epsilon(prepared.config.privacy.delta or 1e-5)
 
 
 def _for_observer(common: PrivacyStatement, config: RunConfig, observer: Observer) -> PrivacyStatement:
@@ -100,7 +122,7 @@ def summarise(
 ) -> RunSummary:
     """Collect a run into what its report shows."""
     prepared, config = setup.prepared, setup.config
-    spent = setup.charges.epsilon() if config.privacy.unit != "none" else math.inf
+    spent = setup.charges.largest_history() if config.privacy.unit != "none" else ()
     public = prepared.dataset.validation  # the commonest private label would be a release
     majority = prepared.task.majority(public, public)
     last = trained.records[-1].metric if trained.records else zero_metric
@@ -150,8 +172,10 @@ def _adjacency(prepared: Prepared) -> str:
     )
 
 
-def _mechanism_words(prepared: Prepared) -> tuple[str, ...]:
+def _mechanism_words(prepared: Prepared, events: Sequence[Event] | None) -> tuple[str, ...]:
     made, config = prepared.mechanism, prepared.config
+    if events is not None and len(set(events)) > 1:
+        return tuple(f"{count} x {event.to_json()}" for event, count in Counter(events).items())
     if made is None:
         return ("no mechanism",)
     cap = plan.participation_cap(config)
@@ -170,6 +194,8 @@ def _spends(prepared: Prepared) -> str:
     privacy = prepared.config.privacy
     if prepared.mechanism is None:
         return f"nothing is guaranteed, epsilon infinite; reason given: {privacy.reason}"
+    if privacy.noise == "seeded":
+        return f"nothing is guaranteed, epsilon infinite: {SEEDED}"
     unit = f"person ({privacy.records_per_person} records)" if privacy.unit == "person" else privacy.unit
     return (
         f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} per {unit} and data owner; clip {privacy.clip_norm:g}, "
@@ -224,10 +250,16 @@ def _warnings(prepared: Prepared) -> list[str]:
     if config.privacy.noise == "seeded":
         found.append(SEEDED)
     if config.privacy.unit != "none":
-        declared = "declared" if config.task.nominal_examples else "taken from the data; declare it with task.nominal_examples"
-        found.append(f"taken to be public: validation rows, class names, and {prepared.nominal} examples a client ({declared})")
+        declared = (
+            "declared" if config.task.nominal_examples else "taken from the data; declare it with task.nominal_examples"
+        )
+        found.append(
+            f"taken to be public: validation rows, class names, and {prepared.nominal} examples a client ({declared})"
+        )
     if config.privacy.unit == "person":
-        found.append(f"that no person has more than {config.privacy.records_per_person} records is assumed, not checked")
+        found.append(
+            f"that no person has more than {config.privacy.records_per_person} records is assumed, not checked"
+        )
     if config.privacy.unit in ("record", "person") and config.privacy.delta > 1 / prepared.nominal:
         found.append(
             f"privacy.delta = {config.privacy.delta:g} is above 1 / {prepared.nominal} examples of a client; choose a smaller one"

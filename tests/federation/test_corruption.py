@@ -56,7 +56,7 @@ def test_run_files(start: int, tmp_path: Path) -> None:
         try:
             config.load(path)
         except FfmError as error:
-            assert "run.toml" in str(error)  # noqa: PT017
+            assert "run.toml" in str(error)
 
 
 def test_data_files(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_data_files(tmp_path: Path) -> None:
         try:
             setup.load_dataset(made, tmp_path)
         except FfmError as error:
-            assert len(str(error)) > 10  # noqa: PT017
+            assert len(str(error)) > 10
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_run_directories(start: int, finished: Path, tmp_path: Path) -> None:
             try:
                 action(folder)
             except (FfmError, DefenseError) as error:
-                assert len(str(error)) > 10  # noqa: PT017
+                assert len(str(error)) > 10
         after = sorted(path.name for path in folder.iterdir() if not path.name.startswith("ledger.sqlite-"))
         assert [name for name in after if name.endswith(".new")] == []
         assert set(before) <= set(after) | {"ledger.sqlite-journal", "ledger.sqlite-wal", "ledger.sqlite-shm"}

@@ -1,0 +1,130 @@
+"""What is printed about privacy: the right account, the right observer, infinity where nothing is guaranteed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from defenses.dp import epsilon
+from ffm_secure import server, setup, summary
+from ffm_secure.errors import StoreError
+from ffm_secure.federation import run
+from ffm_secure.store import Store
+from tests.federation.helpers import CLIENT, RECORD, SECAGG, make, prepared, train
+
+ONE = {"rounds": 1}
+
+
+def shared(tmp_path: Path, **changes: object) -> dict[str, object]:
+    return {**RECORD, "noise": "system", "ledger": str(tmp_path / "owner.sqlite"), **changes}
+
+
+def test_a_lost_ledger_is_refused_on_resume(tmp_path: Path) -> None:
+    """Found by attacking it: with the ledger deleted, a resumed run printed less than it had spent."""
+    made = make(privacy={**RECORD, "noise": "system"})
+    train(made, tmp_path)
+    for path in tmp_path.glob("ledger.sqlite*"):
+        path.unlink()
+    with pytest.raises(StoreError, match="lacks 12 charges"):
+        train(made, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"task": {"clients": 5}, "federation": {"rounds": 1, "cohort": 4}}])
+def test_another_dealing_of_known_rows_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    train(make(privacy=shared(tmp_path), federation=ONE), tmp_path / "a")
+    with pytest.raises(StoreError, match="another split or seed"):
+        setup.build(prepared(make(**{"privacy": shared(tmp_path), "federation": ONE, **change})), tmp_path / "b")
+
+
+def test_a_copy_of_the_rows_is_the_same_account(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    text = "text,label\n" + "".join(f"note {i},{'ab'[i % 2]}\n" for i in range(60))
+    (folder / "train.csv").write_text(text)
+    (folder / "validation.csv").write_text("text,label\nx,a\ny,b\n")
+    shutil.copytree(folder, tmp_path / "copy")
+    model = {"name": "builtin:tiny-bert", "trainable": {"kind": "head"}}
+    accounts = [
+        prepared(make(task={"kind": "text_classification", "data": str(place), "clients": 4}, model=model, privacy=RECORD)).account
+        for place in (folder, tmp_path / "copy")
+    ]
+    assert accounts[0].split()[-2:] == accounts[1].split()[-2:]
+
+
+def test_another_unit_beside_a_used_account_is_refused(tmp_path: Path) -> None:
+    train(make(privacy=shared(tmp_path), federation=ONE), tmp_path / "a")
+    person = shared(tmp_path, unit="person", records_per_person=2)
+    with pytest.raises(StoreError, match="would forget them"):
+        setup.build(prepared(make(privacy=person, federation=ONE)), tmp_path / "b")
+
+
+def test_a_second_run_is_calibrated_to_what_is_left(tmp_path: Path) -> None:
+    first, _ = train(make(privacy=shared(tmp_path, epsilon=4.0), federation=ONE), tmp_path / "a")
+    second, done = train(make(name="b", privacy=shared(tmp_path, epsilon=4.0), federation=ONE), tmp_path / "b")
+    assert done.status == "complete"
+    assert first.mechanism is not None
+    assert second.mechanism is not None
+    assert second.mechanism.noise_multiplier > 1.5 * first.mechanism.noise_multiplier  # almost nothing was left
+    assert first.charges.epsilon() < second.charges.epsilon() <= 4.0
+
+
+def test_statements_come_from_the_events_that_were_charged(tmp_path: Path) -> None:
+    made = make(privacy={**RECORD, "noise": "system"})
+    built, trained = train(made, tmp_path)
+    result = summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=0.0)
+    events = built.charges.largest_history()
+    again = epsilon(events, 1e-5)
+    assert result.statements[0].epsilon == pytest.approx(again.epsilon)
+    assert result.statements[0].slack > 0
+    assert [statement.observer for statement in result.statements] == ["public", "client", "server", "colluding_server"]
+
+
+def test_seeded_noise_is_never_a_number(tmp_path: Path) -> None:
+    made = make(privacy=RECORD, federation=ONE)
+    built, trained = train(made, tmp_path)
+    outcomes = summary.outcomes(built, trained, built.trainable.flatten().cpu())
+    result = summary.summarise(built, trained, zero_metric=0.0, outcomes=outcomes, seconds=0.0)
+    assert result.stamps[0].startswith("NOT PRIVATE")
+    assert all(math.isinf(statement.epsilon) for statement in result.statements)
+    assert all(math.isinf(record.epsilon_spent) for record in result.rounds)
+    assert all(math.isinf(outcome.epsilon) for outcome in result.clients)
+    assert "nothing is guaranteed" in result.plan.spends
+
+
+def test_client_noise_never_counts_the_curious_client(tmp_path: Path) -> None:
+    built = prepared(make(privacy=CLIENT, protection={**SECAGG, "colluding": 0}))
+    assert built.mechanism is not None
+    assert built.mechanism.inner.honest_survivors == 2  # of a threshold of three
+
+
+def test_the_majority_is_the_public_one(tmp_path: Path) -> None:
+    made = make(privacy={**RECORD, "noise": "system"}, federation=ONE)
+    built, trained = train(made, tmp_path)
+    result = summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=0.0)
+    labels = built.task.labels(built.prepared.dataset.validation)
+    assert result.metric_majority == pytest.approx(max((labels == label).mean() for label in set(labels)))
+
+
+def test_a_begun_run_keeps_its_noise(tmp_path: Path) -> None:
+    """With a ledger that outlives runs, a resume must not calibrate against the run's own charges."""
+    made = make(privacy=shared(tmp_path), federation={"rounds": 2})
+    first = setup.build(setup.prepare(made, Path.cwd()), _new(tmp_path / "run"))
+    with Store.open(tmp_path / "run", made) as store:
+        first.charges.reserve(server.plan_round(first, 1, _state(first)))
+        again = setup.prepare(made, Path.cwd(), tmp_path / "run")
+        assert again.mechanism == first.mechanism
+        assert run(setup.build(again, tmp_path / "run"), store).status == "budget exhausted"
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _state(built: setup.Setup) -> object:
+    from ffm_secure.strategies import ServerState
+
+    return ServerState(round=0, vector=built.trainable.flatten())
