@@ -1,0 +1,76 @@
+"""Scores hold a reconstruction against the truth: right ones succeed, guesses do not, and nothing is judged that cannot be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from attacks.contract import Item, ItemKind, Reconstruction
+from attacks.scoring import auc_deviation, score
+from attacks.truth import Truth
+
+TEXT = Truth(sequences=((1, 10, 11, 2), (1, 12, 13, 2)), labels=(0, 3), classes=4)
+
+
+def found(kind: ItemKind, *values: object) -> Reconstruction:
+    items = tuple(Item(kind=kind, value=torch.as_tensor(value)) for value in values)
+    return Reconstruction(attack="test", items=items, confidence=1.0, seconds=0.0, knowledge_used=(), applicable=True)
+
+
+def test_tokens_that_stand_in_every_text_count_for_nothing() -> None:
+    perfect, special = score(found("token_set", [10, 11, 12, 13]), TEXT), score(found("token_set", [1, 2]), TEXT)
+    assert perfect is not None
+    assert special is not None
+    assert perfect.value == 1.0
+    assert perfect.succeeded
+    assert special.value == 0.0
+    assert not special.succeeded
+
+
+def test_half_of_the_tokens_is_half_recall() -> None:
+    result = score(found("sequence", [10, -1], [12, -1]), TEXT)
+    assert result is not None
+    assert result.value == pytest.approx(2 * 1.0 * 0.5 / 1.5)
+
+
+@pytest.mark.parametrize(("counts", "succeeded"), [([1, 0, 0, 1], True), ([1, 1, 0, 0], False), ([0.5, 0.5, 0.5, 0.5], False)])
+def test_label_counts_must_beat_the_uniform_guess(counts: list[float], succeeded: bool) -> None:
+    result = score(found("label_counts", counts), TEXT)
+    assert result is not None
+    assert result.baseline == pytest.approx(0.5)
+    assert result.succeeded == succeeded
+
+
+def test_membership_needs_more_than_luck() -> None:
+    truth = Truth(members=(True,) * 32 + (False,) * 32)
+    clear = score(found("scores", [1.0] * 32 + [0.0] * 32), truth)
+    chance = score(found("scores", np.random.default_rng(0).normal(size=64)), truth)
+    assert clear is not None
+    assert chance is not None
+    assert clear.value == 1.0
+    assert clear.succeeded
+    assert not chance.succeeded
+    assert chance.low is not None
+    assert chance.low < 0.5
+
+
+def test_the_deviation_of_an_area_matches_simulation() -> None:
+    rng = np.random.default_rng(1)
+    areas = [float((rng.normal(0.5, 1, 32)[:, None] > rng.normal(0, 1, 32)[None]).mean()) for _ in range(2000)]
+    assert auc_deviation(float(np.mean(areas)), 32, 32) == pytest.approx(float(np.std(areas)), rel=0.15)
+
+
+def test_an_image_must_beat_the_mean_image() -> None:
+    images = torch.rand((3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    truth = Truth(images=images)
+    exact, grey = score(found("image", images[1]), truth), score(found("image", images.mean(0)), truth)
+    assert exact is not None
+    assert grey is not None
+    assert exact.succeeded
+    assert not grey.succeeded
+
+
+def test_what_the_truth_cannot_judge_stays_unjudged() -> None:
+    assert score(found("embedding", [[1.0, 2.0]]), TEXT) is None
+    assert score(found("scores", [1.0, 2.0]), TEXT) is None
