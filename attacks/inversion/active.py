@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, NotApplicable, PlainAttack, Prior, working_copy
 from attacks.inversion.channels import capture_inputs, linear_modules, observed_channels
-from attacks.inversion.labels import find_head
 from attacks.inversion.linear import agreeing, as_item, bias_quotients, first_biased
 from attacks.inversion.matching import MODERN, invert_images
 from attacks.observation import Knowledge, Observation
@@ -42,7 +41,8 @@ class ImprintBlock(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the inputs plus what the bins spread."""
         flat = inputs.flatten(1)
-        return (flat + self.spread(self.activation(self.rows(flat)))).reshape(inputs.shape)
+        shifted: Tensor = flat + self.spread(self.activation(self.rows(flat)))
+        return shifted.reshape(inputs.shape)
 
 
 class Imprinted(nn.Module):
@@ -58,15 +58,17 @@ class Imprinted(nn.Module):
         return output
 
 
-def measurement(features: int, kind: Literal["mean", "random", "cosine"], *, seed: int = 0, frequency: int = 32) -> Tensor:
+def measurement(
+    features: int, kind: Literal["mean", "random", "cosine"], *, seed: int = 0, frequency: int = 32
+) -> Tensor:
     """Return the direction that sorts inputs into bins: brightness, a random one, or one cosine wave."""
     if kind == "mean":
         return torch.full((features,), 1.0 / features)
     if kind == "random":
         drawn = torch.randn(features, generator=torch.Generator().manual_seed(seed))
-        return drawn / drawn.norm()
+        return nn.functional.normalize(drawn, dim=0)
     wave = torch.cos(math.pi * (torch.arange(features) + 0.5) * frequency / features)
-    return wave / wave.norm()
+    return nn.functional.normalize(wave, dim=0)
 
 
 def bin_edges(values: Tensor, bins: int) -> Tensor:
@@ -111,7 +113,9 @@ def craft_imprint(
     return Imprinted(block, copy.deepcopy(model)).eval()
 
 
-def craft_loki(model: nn.Module, public: Tensor, *, bins: int, clients: int, direction: Tensor | None = None) -> tuple[Imprinted, ...]:
+def craft_loki(
+    model: nn.Module, public: Tensor, *, bins: int, clients: int, direction: Tensor | None = None
+) -> tuple[Imprinted, ...]:
     """Return one broadcast per client, each with its own run of bins awake."""
     return tuple(
         craft_imprint(model, public, bins=bins, kind="sparse", direction=direction, share=(client, clients))
@@ -156,8 +160,16 @@ def parallel_rows(weight: Tensor, *, tolerance: float = 1e-4) -> bool:
 
 def _in_range(found: Tensor, prior: Prior) -> Tensor:
     """Drop what cannot be pixels; mixtures of several inputs stay inside the range and are kept."""
-    low = torch.tensor(0.0) if prior.image_mean is None or prior.image_std is None else (-prior.image_mean / prior.image_std).min()
-    high = torch.tensor(1.0) if prior.image_mean is None or prior.image_std is None else ((1 - prior.image_mean) / prior.image_std).max()
+    low = (
+        torch.tensor(0.0)
+        if prior.image_mean is None or prior.image_std is None
+        else (-prior.image_mean / prior.image_std).min()
+    )
+    high = (
+        torch.tensor(1.0)
+        if prior.image_mean is None or prior.image_std is None
+        else ((1 - prior.image_mean) / prior.image_std).max()
+    )
     slack = 0.05 * (high - low)
     inside = (found >= low - slack).all(1) & (found <= high + slack).all(1) & torch.isfinite(found).all(1)
     return found[inside]
@@ -166,7 +178,9 @@ def _in_range(found: Tensor, prior: Prior) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- trap weights
 
 
-def craft_trap(model: nn.Module, public: Tensor, *, share: float = 0.01, layer: str | None = None, seed: int = 0) -> nn.Module:
+def craft_trap(
+    model: nn.Module, public: Tensor, *, share: float = 0.01, layer: str | None = None, seed: int = 0
+) -> nn.Module:
     """Return a copy whose first linear layer fires for few inputs, so that single inputs stand alone on a neuron.
 
     Half of each row (random places) is -|g|, the other half the same draws, permuted and scaled; each neuron's scale is
@@ -204,7 +218,11 @@ def _trap(observation: Observation, model: nn.Module | None, prior: Prior, budge
     limit = int(observation.known("batch_size") or 0) * observation.contributors or len(groups)
     chosen = [(value, 1.0 - 0.5**size) for value, size in groups[: max(limit, 1) * 2]]
     items = tuple(as_item(value, observation, sure) for value, sure in chosen)
-    return Finding(items=items, confidence=max(sure for _, sure in chosen), details={"channel": channel.name, "candidates": len(groups)})
+    return Finding(
+        items=items,
+        confidence=max(sure for _, sure in chosen),
+        details={"channel": channel.name, "candidates": len(groups)},
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- fishing
@@ -262,21 +280,31 @@ def _fish(observation: Observation, model: nn.Module | None, prior: Prior, budge
     connected = (head.weight.abs().sum(1) > 0).nonzero().flatten()
     if len(connected) != 1:
         raise NotApplicable("the broadcast's head connects more than one class: it is not a fishing broadcast")
-    body = next((channel for channel in observed_channels(observation, private).values() if channel.name != head_name(private)), None)
+    body = next(
+        (channel for channel in observed_channels(observation, private).values() if channel.name != head_name(private)),
+        None,
+    )
     if body is not None and body.bias is not None and _first_layer(private) == body.name:
         singular = torch.linalg.svdvals(body.gradient.double())
         if float(singular[1]) <= 1e-4 * float(singular[0]):
             quotients = agreeing(bias_quotients(body)[0], tolerance=1e-3)
-            return Finding(items=(as_item(quotients[0][0], observation, 1.0),), confidence=1.0,
-                           details={"class": int(connected[0]), "channel": body.name})
+            return Finding(
+                items=(as_item(quotients[0][0], observation, 1.0),),
+                confidence=1.0,
+                details={"class": int(connected[0]), "channel": body.name},
+            )
     return _fish_by_matching(observation, private, prior, budget, seed, int(connected[0]))
 
 
 def _first_layer(model: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
+    return str(
+        next(name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
+    )
 
 
-def _fish_by_matching(observation: Observation, private: nn.Module, prior: Prior, budget: Budget, seed: int, label: int) -> Finding:
+def _fish_by_matching(
+    observation: Observation, private: nn.Module, prior: Prior, budget: Budget, seed: int, label: int
+) -> Finding:
     """Match the body's gradient with a single image of the fished class; the head's own rows see every example."""
     head = head_name(private)
     body = {name: tensor for name, tensor in observation.tensors.items() if not name.startswith(head)}
@@ -313,11 +341,18 @@ def unsummed(observation: Observation, names: tuple[str, ...], *, suppressed: in
     Raises: NotApplicable when the sum does not hold exactly one more client than were suppressed.
     """
     if observation.kind != "sum" or observation.contributors != suppressed + 1:
-        raise NotApplicable(f"{observation.contributors} contributors, {suppressed} suppressed: not exactly one is left")
+        raise NotApplicable(
+            f"{observation.contributors} contributors, {suppressed} suppressed: not exactly one is left"
+        )
     facts = {key: value for key, value in observation.metadata.items() if key not in ("summand", "point")}
     return Observation(
-        kind=observation.content, tensors={name: observation.tensors[name] for name in names}, round=observation.round,
-        observer=observation.observer, metadata=facts, broadcast=observation.broadcast, knowledge=observation.knowledge,
+        kind=observation.content,
+        tensors={name: observation.tensors[name] for name in names},
+        round=observation.round,
+        observer=observation.observer,
+        metadata=facts,
+        broadcast=observation.broadcast,
+        knowledge=observation.knowledge,
     )
 
 
@@ -338,23 +373,43 @@ def _suppressed(observation: Observation, model: nn.Module | None, prior: Prior,
 
 def imprint() -> Attack:
     """Return the reader of imprint blocks, cumulative, sparse and per client."""
-    return PlainAttack(name="imprint", family="active", attempt=_imprint, requires=("model",),
-                       summary="inputs from the bins of an imprint block in a malicious broadcast")
+    return PlainAttack(
+        name="imprint",
+        family="active",
+        attempt=_imprint,
+        requires=("model",),
+        summary="inputs from the bins of an imprint block in a malicious broadcast",
+    )
 
 
 def trap_weights() -> Attack:
     """Return the reader of trap weights."""
-    return PlainAttack(name="trap_weights", family="active", attempt=_trap, requires=("model",),
-                       summary="inputs from neurons that a malicious broadcast made rare")
+    return PlainAttack(
+        name="trap_weights",
+        family="active",
+        attempt=_trap,
+        requires=("model",),
+        summary="inputs from neurons that a malicious broadcast made rare",
+    )
 
 
 def fishing() -> Attack:
     """Return the reader of class and feature fishing."""
-    return PlainAttack(name="fishing", family="active", attempt=_fish, requires=("model",),
-                       summary="one example singled out by a malicious classification head")
+    return PlainAttack(
+        name="fishing",
+        family="active",
+        attempt=_fish,
+        requires=("model",),
+        summary="one example singled out by a malicious classification head",
+    )
 
 
 def model_inconsistency() -> Attack:
     """Return the reader of sums in which all clients but one were silenced."""
-    return PlainAttack(name="model_inconsistency", family="active", attempt=_suppressed, requires=("model",),
-                       summary="one client's inputs out of a sum, the others silenced by a different broadcast")
+    return PlainAttack(
+        name="model_inconsistency",
+        family="active",
+        attempt=_suppressed,
+        requires=("model",),
+        summary="one client's inputs out of a sum, the others silenced by a different broadcast",
+    )

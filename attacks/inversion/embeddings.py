@@ -34,7 +34,9 @@ from attacks.inversion.priors import norm_distance
 from attacks.inversion.tokens import embedding_names, noise_per_entry, present_tokens, token_embedding
 from attacks.observation import Observation
 
-TAG = Settings(distance="squared and absolute", absolute=0.01, optimiser="adamw", rate=0.05, schedule="linear", warm_up=20)
+TAG = Settings(
+    distance="squared and absolute", absolute=0.01, optimiser="adamw", rate=0.05, schedule="linear", warm_up=20
+)
 COSINE = Settings(distance="cosine per tensor", optimiser="lbfgs", rate=1.0, line_search=True, precise=True)
 WHITENED = replace(COSINE, distance="whitened")
 
@@ -75,6 +77,7 @@ class TextFrame:
 @contextmanager
 def replaced_output(module: nn.Module, value: Tensor) -> Iterator[None]:
     """Let a module return `value` wherever its own output has that shape. Guarantee: the hook is removed."""
+
     def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return value.to(output.dtype) if output.shape == value.shape else output
 
@@ -132,8 +135,13 @@ def text_frame(observation: Observation, model: nn.Module) -> TextFrame:
         probe = model(input_ids=torch.full((1, 2), placeholder), attention_mask=torch.ones(1, 2, dtype=torch.long))
     generative = getattr(probe, "logits", probe).ndim == 3
     return TextFrame(
-        embedding=name, rows=rows, lengths=_lengths(observation, model, count, name), allowed=allowed,
-        placeholder=placeholder, padding=padding, generative=generative,
+        embedding=name,
+        rows=rows,
+        lengths=_lengths(observation, model, count, name),
+        allowed=allowed,
+        placeholder=placeholder,
+        padding=padding,
+        generative=generative,
     )
 
 
@@ -181,9 +189,16 @@ def text_problem(
         return _START * spread * torch.randn(count, frame.length, frame.rows.shape[1], generator=generator)
 
     problem = Problem(
-        model=private, names=tuple(names[index] for index in kept), target=tuple(target[index] for index in kept),
-        loss=text_loss(frame), shape=(count, frame.length, frame.rows.shape[1]), classes=classes, labels=labels,
-        scaled=scaled, noise=noise_per_entry(observation) / observation.contributors, draw=draw,
+        model=private,
+        names=tuple(names[index] for index in kept),
+        target=tuple(target[index] for index in kept),
+        loss=text_loss(frame),
+        shape=(count, frame.length, frame.rows.shape[1]),
+        classes=classes,
+        labels=labels,
+        scaled=scaled,
+        noise=noise_per_entry(observation) / observation.contributors,
+        draw=draw,
     )
     return problem, frame
 
@@ -202,12 +217,15 @@ def nearest_tokens(
     keep = min(keep, len(ids))
     seen = capture_inputs({name: module}, lambda: logits_of(model, frame, embeddings)).get(name)
     if seen is None or seen.ndim != 3 or seen.shape[1] < length:
-        likeness = nn.functional.normalize(embeddings, dim=-1) @ nn.functional.normalize(frame.rows[ids].to(embeddings.dtype), dim=-1).T
+        likeness = (
+            nn.functional.normalize(embeddings, dim=-1)
+            @ nn.functional.normalize(frame.rows[ids].to(embeddings.dtype), dim=-1).T
+        )
         value, place = likeness.topk(keep, dim=-1)
         return ids[place], value
     ours = nn.functional.normalize(seen[:, -length:], dim=-1)
     best, tokens = embeddings.new_empty(count, length, 0), torch.empty(count, length, 0, dtype=torch.long)
-    for part in ids.split(chunk):
+    for part in torch.split(ids, chunk):
         words = part[:, None].expand(-1, length)
         rows = capture_inputs({name: module}, lambda words=words: _call(model, words))[name][:, -length:]  # type: ignore[misc]
         likeness = torch.einsum("btd,vtd->btv", ours, nn.functional.normalize(rows, dim=-1))
@@ -221,13 +239,27 @@ def nearest_tokens(
 def token_misfit(problem: Problem, frame: TextFrame, settings: Settings, tokens: Tensor, targets: Tensor) -> float:
     """Return how badly the update of real tokens (b, t) fits the observed one: 0 when they are the client's."""
     grads, _ = update_of(problem, frame.rows[tokens], targets, keep_graph=False)
-    return float(misfit(grads, problem.target, kind=settings.distance, scaled=problem.scaled, absolute=settings.absolute,
-                        noise=problem.noise))
+    return float(
+        misfit(
+            grads,
+            problem.target,
+            kind=settings.distance,
+            scaled=problem.scaled,
+            absolute=settings.absolute,
+            noise=problem.noise,
+        )
+    )
 
 
 def exchange_tokens(
-    problem: Problem, frame: TextFrame, settings: Settings, candidates: Tensor, targets: Tensor, deadline: Deadline,
-    *, sweeps: int = 3,
+    problem: Problem,
+    frame: TextFrame,
+    settings: Settings,
+    candidates: Tensor,
+    targets: Tensor,
+    deadline: Deadline,
+    *,
+    sweeps: int = 3,
 ) -> tuple[Tensor, float]:
     """Improve tokens one place at a time among candidates (b, t, k), judged by the update of real tokens.
 
@@ -288,8 +320,12 @@ def text_finding(found: Match, problem: Problem, frame: TextFrame, settings: Set
     tokens, residual = exchange_tokens(problem, frame, settings, candidates, found.targets, deadline)
     explained = max(0.0, 1.0 - residual / max(found.start_distance, 1e-30))
     details: dict[str, float | int | str] = {
-        "distance": found.distance, "start_distance": found.start_distance, "token_distance": residual,
-        "iterations": found.iterations, "tensors": len(problem.names), "likeness": float(likeness[..., 0].mean()),
+        "distance": found.distance,
+        "start_distance": found.start_distance,
+        "token_distance": residual,
+        "iterations": found.iterations,
+        "tensors": len(problem.names),
+        "likeness": float(likeness[..., 0].mean()),
     }
     reason = "stopped by the clock" if found.stopped else ""
     return Finding(items=as_sequences(tokens, frame, explained), confidence=explained, reason=reason, details=details)
@@ -323,7 +359,9 @@ def tag() -> Attack:
 
 def text_matching() -> Attack:
     """Return cosine matching per tensor on embeddings: the strongest choice for LoRA and prompt-only updates."""
-    return _preset("text_matching", COSINE, "text by cosine matching of embeddings, whatever part of the model is shared")
+    return _preset(
+        "text_matching", COSINE, "text by cosine matching of embeddings, whatever part of the model is shared"
+    )
 
 
 def text_matching_whitened() -> Attack:

@@ -85,7 +85,9 @@ def simulated_delta(problem: Problem, run: LocalRun, epochs: tuple[Tensor, ...],
             part = slice(index * run.batch, (index + 1) * run.batch)
             loss = cross_entropy(logits_at(problem.model, weights, dummies[part]), targets[part])
             grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-            weights = {name: value - run.rate * grad for (name, value), grad in zip(weights.items(), grads, strict=True)}
+            weights = {
+                name: value - run.rate * grad for (name, value), grad in zip(weights.items(), grads, strict=True)
+            }
     return [first[name] - weights[name] for name in problem.names]
 
 
@@ -112,7 +114,9 @@ def merged(epochs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
     return total / len(epochs)
 
 
-def _prepare(observation: Observation, model: nn.Module | None, prior: Prior, seed: int) -> tuple[Problem, LocalRun, Tensor]:
+def _prepare(
+    observation: Observation, model: nn.Module | None, prior: Prior, seed: int
+) -> tuple[Problem, LocalRun, Tensor]:
     run = local_run(observation)
     whole = replace(observation, metadata={**observation.metadata, "batch_size": run.examples})
     problem = image_problem(whole, model, prior, seed)
@@ -148,7 +152,8 @@ def _descend(
     low, high = problem.box if problem.box is not None else (torch.tensor(-3.0), torch.tensor(3.0))
     middle = (0.5 * (low + high)).expand(problem.shape)
     epochs = tuple(
-        (middle + 0.05 * torch.randn(problem.shape, generator=generator)).requires_grad_(True) for _ in range(run.epochs)
+        (middle + 0.05 * torch.randn(problem.shape, generator=generator)).requires_grad_(True)
+        for _ in range(run.epochs)
     )
     order = torch.randperm(len(labels), generator=generator)
     placed = labels[order]
@@ -203,7 +208,11 @@ def _surrogate(observation: Observation, model: nn.Module | None, prior: Prior, 
 
 
 def _slide(
-    problem: Problem, deltas: tuple[Tensor, ...], settings: Settings, iterations: int, generator: torch.Generator,
+    problem: Problem,
+    deltas: tuple[Tensor, ...],
+    settings: Settings,
+    iterations: int,
+    generator: torch.Generator,
     deadline: Deadline,
 ) -> tuple[float, Tensor, float]:
     """Match the update's direction at a point between old and new weights; return distance, images and the point."""
@@ -214,7 +223,9 @@ def _slide(
     place = torch.tensor(0.5, requires_grad=True)
     targets = label_targets(problem.labels, problem.classes)
     start = {name: value.detach() for name, value in zip(problem.names, problem.parameters, strict=True)}
-    optimiser = torch.optim.Adam([{"params": [images], "lr": settings.rate}, {"params": [place], "lr": 1e-3}], eps=1e-20)
+    optimiser = torch.optim.Adam(
+        [{"params": [images], "lr": settings.rate}, {"params": [place], "lr": 1e-3}], eps=1e-20
+    )
     best = float("inf"), images.detach().clone(), 0.5
     for step in range(iterations):
         optimiser.param_groups[0]["lr"] = settings.rate * (1.0 - step / iterations) + 1e-3
@@ -251,7 +262,10 @@ def _finding(
 def unrolled() -> Attack:
     """Return the inversion of a FedAvg delta through a differentiable simulation of the client."""
     return PlainAttack(
-        name="fedavg_unrolled", family="fedavg", attempt=_simulate, requires=("model", "image_shape"),
+        name="fedavg_unrolled",
+        family="fedavg",
+        attempt=_simulate,
+        requires=("model", "image_shape"),
         summary="images behind several local SGD steps, by simulating the client",
     )
 
@@ -259,6 +273,9 @@ def unrolled() -> Attack:
 def surrogate() -> Attack:
     """Return the surrogate-model attack on a FedAvg delta."""
     return PlainAttack(
-        name="fedavg_surrogate", family="fedavg", attempt=_surrogate, requires=("model", "image_shape", "batch_size"),
+        name="fedavg_surrogate",
+        family="fedavg",
+        attempt=_surrogate,
+        requires=("model", "image_shape", "batch_size"),
         summary="images behind several local steps, by matching the update's direction at a point on its path",
     )

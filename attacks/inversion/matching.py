@@ -40,11 +40,25 @@ DLG = Settings(distance="squared", optimiser="lbfgs", rate=1.0, joint=True)
 IDLG = replace(DLG, joint=False)
 GEIPING = Settings(distance="cosine", rate=0.1, sign="hard", schedule="steps", smoothness=(0.1, 1e-4), start="normal")
 MODERN = Settings(
-    distance="cosine", rate=0.1, sign="soft", schedule="cosine", smoothness=(0.1, 1e-4), opponents=True, feature=0.1, start="grey"
+    distance="cosine",
+    rate=0.1,
+    sign="soft",
+    schedule="cosine",
+    smoothness=(0.1, 1e-4),
+    opponents=True,
+    feature=0.1,
+    start="grey",
 )
 GRAD_INVERSION = Settings(
-    distance="squared", rate=0.1, schedule="cosine", smoothness=(1e-1, 1e-4), batch_norm=0.1, magnitude=1e-6,
-    langevin=0.01, group=0.01, start="normal",
+    distance="squared",
+    rate=0.1,
+    schedule="cosine",
+    smoothness=(1e-1, 1e-4),
+    batch_norm=0.1,
+    magnitude=1e-6,
+    langevin=0.01,
+    group=0.01,
+    start="normal",
 )
 GRAD_VIT = Settings(
     distance="cosine per tensor", optimiser="lbfgs", rate=1.0, line_search=True, precise=True, seams=1e-4, start="grey"
@@ -62,7 +76,9 @@ def cohort_size(observation: Observation) -> int:
     return int(batch) * observation.contributors
 
 
-def known_or_inferred_labels(observation: Observation, model: nn.Module, prior: Prior, count: int, seed: int) -> Tensor | None:
+def known_or_inferred_labels(
+    observation: Observation, model: nn.Module, prior: Prior, count: int, seed: int
+) -> Tensor | None:
     """Return labels (count,) granted or read off the head's gradient, or None when neither is possible."""
     granted = observation.known("labels")
     if granted is not None:
@@ -84,7 +100,9 @@ def known_or_inferred_labels(observation: Observation, model: nn.Module, prior: 
     return torch.repeat_interleave(torch.arange(len(found)), found)
 
 
-def image_problem(observation: Observation, model: nn.Module | None, prior: Prior, seed: int, *, joint: bool = False) -> Problem:
+def image_problem(
+    observation: Observation, model: nn.Module | None, prior: Prior, seed: int, *, joint: bool = False
+) -> Problem:
     """Return the inversion problem of an image classifier.
 
     Raises: NotApplicable when the model, the image shape or the batch size is missing, or nothing observed matches.
@@ -100,8 +118,16 @@ def image_problem(observation: Observation, model: nn.Module | None, prior: Prio
         classes = int(image_logits(private, torch.zeros(1, *shape)).shape[-1])
     noise = noise_per_entry(observation) / observation.contributors
     return Problem(
-        model=private, names=names, target=target, loss=image_loss, shape=(count, *shape), classes=classes,
-        labels=labels, scaled=scaled, noise=noise, box=pixel_box(prior),
+        model=private,
+        names=names,
+        target=target,
+        loss=image_loss,
+        shape=(count, *shape),
+        classes=classes,
+        labels=labels,
+        scaled=scaled,
+        noise=noise,
+        box=pixel_box(prior),
     )
 
 
@@ -168,8 +194,11 @@ def image_finding(found: Match, problem: Problem) -> Finding:
     items = [Item(kind="image", value=image, confidence=confidence) for image in images]
     items.append(Item(kind="labels", value=found.targets.argmax(-1), confidence=confidence))
     details: dict[str, float | int | str] = {
-        "distance": found.distance, "start_distance": found.start_distance, "iterations": found.iterations,
-        "tensors": len(problem.names), "labels": "optimised" if problem.labels is None else "known or inferred",
+        "distance": found.distance,
+        "start_distance": found.start_distance,
+        "iterations": found.iterations,
+        "tensors": len(problem.names),
+        "labels": "optimised" if problem.labels is None else "known or inferred",
     }
     reason = "stopped by the clock" if found.stopped else ""
     return Finding(items=tuple(items), confidence=confidence, reason=reason, details=details)
@@ -187,7 +216,9 @@ def invert_images(
         return total_variation(images, opponents=settings.opponents)
 
     with differentiable_attention(), torch.enable_grad():
-        found = solve(problem, settings, budget, seed, penalty=penalty, smoother=smoother if settings.smoothness[0] else None)
+        found = solve(
+            problem, settings, budget, seed, penalty=penalty, smoother=smoother if settings.smoothness[0] else None
+        )
     return image_finding(found, problem)
 
 

@@ -245,8 +245,15 @@ def solve(
         if settings.group and runs:
             consensus = torch.stack([run.inputs for run in runs]).mean(0)
             added = _with_group(penalty, consensus, settings.group)
-        run = match(problem, settings, iterations=budget.iterations, generator=generator, deadline=deadline,
-                    penalty=added, smoother=smoother)
+        run = match(
+            problem,
+            settings,
+            iterations=budget.iterations,
+            generator=generator,
+            deadline=deadline,
+            penalty=added,
+            smoother=smoother,
+        )
         runs.append(run)
         if runs[-1].distance < 1e-7 and not problem.noise:
             break
@@ -291,7 +298,11 @@ def match(
     kind = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.Adam
     # Near a solution the gradients are tiny; the usual epsilon of 1e-8 would stop the descent there.
     optimiser = kind(variables, lr=settings.rate, eps=1e-20)
-    first, history, best = math.inf, [], (math.inf, inputs.detach().clone(), _targets(problem, logits).detach(), math.inf)
+    first, history, best = (
+        math.inf,
+        [],
+        (math.inf, inputs.detach().clone(), _targets(problem, logits).detach(), math.inf),
+    )
     steps = 0
     for steps in range(iterations):
         objective, distance, judged = descent.objective(inputs, logits, steps)
@@ -304,15 +315,29 @@ def match(
         grads = torch.autograd.grad(objective, variables)
         descent.step(optimiser, variables, grads, steps, generator)
         _project(inputs, problem.box)
-    return Match(inputs=best[1], targets=best[2], distance=best[3], start_distance=first, iterations=steps + 1,
-                 stopped=deadline.expired, history=tuple(history))
+    return Match(
+        inputs=best[1],
+        targets=best[2],
+        distance=best[3],
+        start_distance=first,
+        iterations=steps + 1,
+        stopped=deadline.expired,
+        history=tuple(history),
+    )
 
 
 class _Descent:
     """The objective at a step, and the step itself."""
 
-    def __init__(self, problem: Problem, settings: Settings, iterations: int, penalty: Penalty | None,
-                 smoother: Callable[[Tensor], Tensor] | None, unit: float | None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        settings: Settings,
+        iterations: int,
+        penalty: Penalty | None,
+        smoother: Callable[[Tensor], Tensor] | None,
+        unit: float | None,
+    ) -> None:
         self.problem, self.settings, self.iterations = problem, settings, iterations
         self.penalty, self.smoother, self.unit = penalty, smoother, unit
 
@@ -320,13 +345,19 @@ class _Descent:
         start, end = self.settings.smoothness
         if start <= 0 or end <= 0:
             return start
-        return start * (end / start) ** (step / max(1, self.iterations - 1))
+        return float(start * (end / start) ** (step / max(1, self.iterations - 1)))
 
     def objective(self, inputs: Tensor, logits: Tensor | None, step: int) -> tuple[Tensor, float, float]:
         """Return the objective, the misfit alone, and the objective at the final smoothness (to compare iterates)."""
         grads, taps = update_of(self.problem, inputs, _targets(self.problem, logits))
-        distance = misfit(grads, self.problem.target, kind=self.settings.distance, scaled=self.problem.scaled,
-                          absolute=self.settings.absolute, noise=self.problem.noise)
+        distance = misfit(
+            grads,
+            self.problem.target,
+            kind=self.settings.distance,
+            scaled=self.problem.scaled,
+            absolute=self.settings.absolute,
+            noise=self.problem.noise,
+        )
         rest = self.penalty(inputs, taps) if self.penalty is not None else torch.zeros(())
         rough = self.smoother(inputs) if self.smoother is not None else torch.zeros(())
         if self.unit is None:
@@ -338,8 +369,14 @@ class _Descent:
         judged = -float(step) if self.problem.noise else float(final)
         return objective, float(distance.detach()), judged if math.isfinite(judged) else math.inf
 
-    def step(self, optimiser: torch.optim.Optimizer, variables: list[Tensor], grads: tuple[Tensor, ...], step: int,
-             generator: torch.Generator) -> None:
+    def step(
+        self,
+        optimiser: torch.optim.Optimizer,
+        variables: list[Tensor],
+        grads: tuple[Tensor, ...],
+        step: int,
+        generator: torch.Generator,
+    ) -> None:
         settings, rate = self.settings, self.settings.rate * _schedule(self.settings, step, self.iterations)
         for group in optimiser.param_groups:
             group["lr"] = rate
@@ -388,7 +425,12 @@ def _quasi_newton(
 ) -> Match:
     variables = [inputs] if logits is None else [inputs, logits]
     optimiser = torch.optim.LBFGS(
-        variables, lr=settings.rate, max_iter=20, history_size=60, tolerance_grad=0.0, tolerance_change=0.0,
+        variables,
+        lr=settings.rate,
+        max_iter=20,
+        history_size=60,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
         line_search_fn="strong_wolfe" if settings.line_search else None,
     )
     history: list[float] = []
@@ -397,8 +439,14 @@ def _quasi_newton(
     def closure() -> Tensor:
         nonlocal best, unit
         grads, taps = update_of(problem, inputs, _targets(problem, logits))
-        value = misfit(grads, problem.target, kind=settings.distance, scaled=problem.scaled,
-                       absolute=settings.absolute, noise=problem.noise)
+        value = misfit(
+            grads,
+            problem.target,
+            kind=settings.distance,
+            scaled=problem.scaled,
+            absolute=settings.absolute,
+            noise=problem.noise,
+        )
         history.append(float(value.detach()))
         unit = max(history[0], 1e-12) if unit is None else unit
         total = value / unit + (penalty(inputs, taps) if penalty is not None else 0.0)
@@ -415,8 +463,13 @@ def _quasi_newton(
         if deadline.expired or converged or stuck or not math.isfinite(history[-1]):
             break
     return Match(
-        inputs=best[1], targets=best[2], distance=best[0], start_distance=history[0], iterations=len(history),
-        stopped=deadline.expired, history=tuple(history),
+        inputs=best[1],
+        targets=best[2],
+        distance=best[0],
+        start_distance=history[0],
+        iterations=len(history),
+        stopped=deadline.expired,
+        history=tuple(history),
     )
 
 

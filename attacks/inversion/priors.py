@@ -51,7 +51,8 @@ def group_distance(images: Tensor, consensus: Tensor) -> Tensor:
 
 def norm_distance(embeddings: Tensor, wanted: float) -> Tensor:
     """Return how far the mean norm of embeddings (b, t, d) is from the norm of real ones. Source: LAMP, section 4.1."""
-    return (embeddings.norm(dim=-1).mean() - wanted).square()
+    length: Tensor = embeddings.norm(dim=-1).mean()
+    return (length - wanted).square()
 
 
 def batch_statistics_distance(taps: Mapping[str, Tensor], model: nn.Module, *, first: float = 10.0) -> Tensor:

@@ -19,10 +19,10 @@ def client(model: nn.Module, *, count: int, batch: int, epochs: int, rate: float
     images, labels = digits()
     images, labels = images[10 : 10 + count], labels[10 : 10 + count]
     parts = [{"images": images[i : i + batch], "labels": labels[i : i + batch]} for i in range(0, count, batch)]
-    knowledge = Knowledge(
-        image_shape=(1, 8, 8), labels=tuple(labels.tolist()), local_epochs=epochs, batch_size=batch
-    )
-    return observe_delta(model, parts * epochs, image_loss, learning_rate=rate, optimiser=optimiser, knowledge=knowledge), images
+    knowledge = Knowledge(image_shape=(1, 8, 8), labels=tuple(labels.tolist()), local_epochs=epochs, batch_size=batch)
+    return observe_delta(
+        model, parts * epochs, image_loss, learning_rate=rate, optimiser=optimiser, knowledge=knowledge
+    ), images
 
 
 def quality(found, truth: Tensor) -> float:

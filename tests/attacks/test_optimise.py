@@ -11,7 +11,19 @@ from attacks.inversion import embeddings, matching
 from attacks.inversion.optimise import Settings, misfit, share_only, solve
 from attacks.inversion.priors import class_features, patch_seams, total_variation
 from attacks.metrics import match_one_to_one, positional_accuracy, psnr, similarity_matrix
-from tests.attacks.models import add_lora, bert, cnn, digits, gradient, image_loss, noised, observe, sentences, text_loss, vit
+from tests.attacks.models import (
+    add_lora,
+    bert,
+    cnn,
+    digits,
+    gradient,
+    image_loss,
+    noised,
+    observe,
+    sentences,
+    text_loss,
+    vit,
+)
 
 
 def budget(iterations: int, restarts: int = 1) -> Budget:
@@ -110,7 +122,9 @@ def test_cosine_matching_recovers_an_image(attack) -> None:
 def test_labels_are_inferred_when_not_told() -> None:
     images, labels = picture(4)
     model = cnn()
-    found = matching.modern_inversion().run(seen_images(model, images, labels, told=False), model, Prior(), budget(120), 0)
+    found = matching.modern_inversion().run(
+        seen_images(model, images, labels, told=False), model, Prior(), budget(120), 0
+    )
     assert found.of("labels")[0].tolist() == labels.tolist()
     assert mean_psnr(found, images) > 20.0
 
@@ -130,8 +144,12 @@ def test_noise_of_a_usable_budget_brings_images_to_the_baseline() -> None:
 def sigmoid_lenet(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.Conv2d(1, 8, 5, padding=2, stride=2), nn.Sigmoid(), nn.Conv2d(8, 8, 5, padding=2), nn.Sigmoid(),
-        nn.Flatten(), nn.Linear(128, 10),
+        nn.Conv2d(1, 8, 5, padding=2, stride=2),
+        nn.Sigmoid(),
+        nn.Conv2d(8, 8, 5, padding=2),
+        nn.Sigmoid(),
+        nn.Flatten(),
+        nn.Linear(128, 10),
     )
     for value in model.parameters():
         nn.init.uniform_(value, -0.5, 0.5)
@@ -144,7 +162,9 @@ def test_dlg_needs_restarts_and_restarts_pick_the_run_that_fits() -> None:
     seen = seen_images(model, images, labels)
     found = matching.idlg().run(seen, model, Prior(), budget(25, restarts=4), 0)
     assert mean_psnr(found, images) > 30.0
-    joint = matching.dlg().run(seen_images(model, images, labels, told=False), model, Prior(), budget(25, restarts=4), 0)
+    joint = matching.dlg().run(
+        seen_images(model, images, labels, told=False), model, Prior(), budget(25, restarts=4), 0
+    )
     assert joint.of("labels")[0].tolist() == labels.tolist()
 
 
@@ -202,7 +222,9 @@ class Prompted(nn.Module):
         )
 
 
-def attacked_text(model: nn.Module, count: int, iterations: int, *, attack=None, drop: tuple[str, ...] = (), noise: float = 0.0):
+def attacked_text(
+    model: nn.Module, count: int, iterations: int, *, attack=None, drop: tuple[str, ...] = (), noise: float = 0.0
+):
     ids, labels = sentences(count, 8, 1000), torch.arange(count) % 2
     knowledge = Knowledge(labels=tuple(labels.tolist()), sequence_length=8)
     seen = observe(model, {"input_ids": ids, "labels": labels}, text_loss, knowledge=knowledge, batch_size=count)
@@ -244,10 +266,20 @@ def test_token_embedding_alone_is_refused_with_the_reason() -> None:
     model = bert()
     ids = sentences(1, 8, 1000)
     seen = observe(model, {"input_ids": ids, "labels": torch.tensor([0])}, text_loss, batch_size=1)
-    only = seen.replace_tensors({name: value for name, value in seen.tensors.items() if name.endswith("word_embeddings.weight")})
+    only = seen.replace_tensors(
+        {name: value for name, value in seen.tensors.items() if name.endswith("word_embeddings.weight")}
+    )
     found = embeddings.text_matching().run(
-        Observation(kind="gradient", tensors=only.tensors, metadata=only.metadata, knowledge=Knowledge(labels=(0,), sequence_length=8)),
-        model, Prior(), budget(5), 0,
+        Observation(
+            kind="gradient",
+            tensors=only.tensors,
+            metadata=only.metadata,
+            knowledge=Knowledge(labels=(0,), sequence_length=8),
+        ),
+        model,
+        Prior(),
+        budget(5),
+        0,
     )
     assert not found.applicable
     assert "token embedding" in found.reason
