@@ -36,7 +36,7 @@ def first_named(model: nn.Module, pattern: str) -> str:
     """
     for name, _ in model.named_modules():
         if re.search(pattern, name):
-            return name
+            return str(name)
     raise NotApplicable(f"the model has no module like {pattern!r}")
 
 
@@ -212,13 +212,11 @@ def _read_adapter(
 
 def _down_projection(observation: Observation, model: nn.Module, width: int) -> str:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.in_features == width and f"{name}.weight" in observation.tensors:
-            if (
-                module.bias is not None
-                and float(module.bias.detach().min()) < -1e-3
-                and not bool(module.weight[:, 0].any())
-            ):
-                return name
+        if not isinstance(module, nn.Linear) or module.in_features != width or module.bias is None:
+            continue
+        binned = float(module.bias.detach().min()) < -1e-3 and not bool(module.weight[:, 0].any())
+        if binned and f"{name}.weight" in observation.tensors:
+            return str(name)
     raise NotApplicable("no observed down-projection holds bins")
 
 
@@ -302,7 +300,7 @@ def _quiet_layer(model: nn.Module, prefix: str) -> None:
 def _position_name(model: nn.Module) -> str:
     for name in embedding_names(model):
         if "position" in name or name.endswith("wpe"):
-            return name
+            return str(name)
     raise NotApplicable("the model has no learned position embedding")
 
 
@@ -375,7 +373,8 @@ def craft_prompt_keys(keys: Tensor, targets: Tensor, public: Tensor) -> tuple[Te
 
 def slot_scores(update: Tensor, slots: Sequence[int] | Tensor) -> Tensor:
     """Return how far each planted slot of a pool's prompts (n, length, d) moved: zero when nobody chose it."""
-    return update.flatten(1).norm(dim=1)[torch.as_tensor(slots)]
+    moved: Tensor = update.flatten(1).norm(dim=1)
+    return moved[torch.as_tensor(slots)]
 
 
 def _prompt_membership(

@@ -84,16 +84,39 @@ def test_a_round_of_training_is_no_jump_and_frozen_tensors_stay() -> None:
         assert check_broadcast(after, layout_of(before), before, frozen=frozen) == []
 
 
+def blank_block() -> nn.Module:
+    """Return the imprinted architecture with ordinary weights."""
+    return active.Imprinted(active.ImprintBlock(64, 64), mlp())
+
+
+def low_rank() -> nn.Module:
+    return add_lora(encoder(), 8, ("value",))
+
+
+def small_gpt2() -> nn.Module:
+    return gpt2(vocabulary=500)
+
+
 CRAFTED = {
-    "imprint, cumulative": (lambda: active.craft_imprint(mlp(), public(), bins=64), lambda: active.Imprinted(active.ImprintBlock(64, 64), mlp()), "parallel rows"),
-    "imprint, sparse": (lambda: active.craft_imprint(mlp(), public(), bins=64, kind="sparse"), lambda: active.Imprinted(active.ImprintBlock(64, 64), mlp()), "parallel rows"),
-    "loki": (lambda: active.craft_loki(mlp(), public(), bins=16, clients=4)[1], lambda: active.Imprinted(active.ImprintBlock(64, 64), mlp()), "parallel rows"),
-    "class fishing": (lambda: active.craft_fishing(mlp(), 3), lambda: mlp(), "zeroed block"),
-    "feature fishing": (lambda: active.craft_feature_fishing(mlp(), 3, feature=0, threshold=0.5), lambda: mlp(), "zeroed block"),
-    "suppression": (lambda: active.craft_suppression(mlp()), lambda: mlp(), "zeroed block"),
-    "adapter leak": (lambda: active_adapters.craft_adapter_leak(adapted_vit(), public(), down=DOWN, up=UP), lambda: adapted_vit(), "identity block"),
-    "lora leak": (lambda: active_adapters.craft_lora_leak(add_lora(encoder(), 8, ("value",))), lambda: add_lora(encoder(), 8, ("value",)), "extreme scale"),
-    "decepticon": (lambda: active_text.craft_decepticon(gpt2(vocabulary=500), torch.randint(3, 500, (32, 8))), lambda: gpt2(vocabulary=500), "parallel rows"),
+    "imprint, cumulative": (lambda: active.craft_imprint(mlp(), public(), bins=64), blank_block, "parallel rows"),
+    "imprint, sparse": (
+        lambda: active.craft_imprint(mlp(), public(), bins=64, kind="sparse"), blank_block, "parallel rows",
+    ),
+    "loki": (lambda: active.craft_loki(mlp(), public(), bins=16, clients=4)[1], blank_block, "parallel rows"),
+    "class fishing": (lambda: active.craft_fishing(mlp(), 3), mlp, "zeroed block"),
+    "feature fishing": (
+        lambda: active.craft_feature_fishing(mlp(), 3, feature=0, threshold=0.5), mlp, "zeroed block",
+    ),
+    "suppression": (lambda: active.craft_suppression(mlp()), mlp, "zeroed block"),
+    "adapter leak": (
+        lambda: active_adapters.craft_adapter_leak(adapted_vit(), public(), down=DOWN, up=UP),
+        adapted_vit, "identity block",
+    ),
+    "lora leak": (lambda: active_adapters.craft_lora_leak(low_rank()), low_rank, "extreme scale"),
+    "decepticon": (
+        lambda: active_text.craft_decepticon(small_gpt2(), torch.randint(3, 500, (32, 8))),
+        small_gpt2, "parallel rows",
+    ),
 }  # fmt: skip
 
 
