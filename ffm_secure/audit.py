@@ -74,14 +74,21 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
         cpu_seconds=time.process_time() - began,
         findings=findings,
         epsilon_lower=None if bound is None else bound.epsilon,
-        epsilon_lower_method=""
-        if bound is None
-        else f"{bound.canaries} canaries in one run of the mechanism, {bound.method}, confidence {1 - bound.significance:.0%}",
+        epsilon_lower_method="" if bound is None else _measured_how(bound, summary),
         sentence=sentence(findings),
     )
     audited = replace(summary, audit=audit)
     report.write(audited, folder)
     return audited
+
+
+def _measured_how(bound: canary.LowerBound, summary: RunSummary) -> str:
+    """Say in the five fields of every epsilon what a measured lower bound is a bound on."""
+    promise = next(statement for statement in summary.statements if statement.observer == "server")
+    return (
+        f"{bound.canaries} canaries in one run of the mechanism, {bound.method}, confidence {1 - bound.significance:.0%}; "
+        f"unit {promise.unit}, adjacency {promise.adjacency}, observer server, delta {promise.delta:g}"
+    )
 
 
 def audit_observation(folder: Path, *, budget: str = "quick") -> RunSummary:
