@@ -114,6 +114,7 @@ class Dataset:
     image_column: str | None
     natural_columns: tuple[str, ...]  # columns a natural split may use, for instance hospital or speaker
     license_note: str
+    held_out: int = 0  # validation rows that were taken from the training part because the source has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,9 +168,11 @@ def load(
         train, validation, license_note = _load_builtin(source.removeprefix("builtin:"))
     else:
         train, validation, license_note = _load_outside(source, base)
+    missing = validation is None
     if validation is None:
         train, validation = _hold_out(train, validation_fraction, seed)
-    return _dataset(source, train, validation, choices=choices, license_note=license_note)
+    loaded = _dataset(source, train, validation, choices=choices, license_note=license_note)
+    return replace(loaded, held_out=len(loaded.validation) if missing else 0)
 
 
 def _load_outside(source: str, base: Path) -> tuple[Table, Table | None, str]:

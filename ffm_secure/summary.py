@@ -256,6 +256,11 @@ def _warnings(prepared: Prepared) -> list[str]:
         found.append(
             f"taken to be public: validation rows, class names, and {prepared.nominal} examples a client ({declared})"
         )
+        if prepared.dataset.held_out:
+            found.append(
+                f"{config.task.data} has no validation part: {prepared.dataset.held_out:,} of its rows leave the clients, are "
+                "taken to be public and are not protected by any epsilon; give validation rows that may be public"
+            )
     if config.privacy.unit == "person":
         found.append(
             f"that no person has more than {config.privacy.records_per_person} records is assumed, not checked"

@@ -48,10 +48,23 @@ def test_a_copy_of_the_rows_is_the_same_account(tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     model = {"name": "builtin:tiny-bert", "trainable": {"kind": "head"}}
     accounts = [
-        prepared(make(task={"kind": "text_classification", "data": str(place), "clients": 4}, model=model, privacy=RECORD)).account
+        prepared(
+            make(task={"kind": "text_classification", "data": str(place), "clients": 4}, model=model, privacy=RECORD)
+        ).account
         for place in (folder, tmp_path / "copy")
     ]
     assert accounts[0].split()[-2:] == accounts[1].split()[-2:]
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_rows_that_become_public_are_counted_in_a_warning(public: bool, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"note {i},{'ab'[i % 2]}\n" for i in range(60)))
+    if public:
+        (tmp_path / "validation.csv").write_text("text,label\nx,a\ny,b\n")
+    task = {"kind": "text_classification", "data": str(tmp_path), "clients": 4}
+    model = {"name": "builtin:tiny-bert", "trainable": {"kind": "head"}}
+    warnings = summary.describe(prepared(make(task=task, model=model, privacy=RECORD))).warnings
+    assert any("6 of its rows leave the clients" in line for line in warnings) is not public
 
 
 def test_another_unit_beside_a_used_account_is_refused(tmp_path: Path) -> None:
