@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from ffm_secure import cli, config
+from ffm_secure import config
 from ffm_secure.checkup import examine
-from tests.federation.helpers import make
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def call(*words: str, cwd: Path = ROOT) -> Done:
-    """Run the command line's own entry point, in this process: what is printed, and the exit code."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    old_words, old_place = sys.argv, Path.cwd()
-    try:
-        sys.argv = ["ffm-secure", *words]
-        os.chdir(cwd)
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    finally:
-        sys.argv = old_words
-        os.chdir(old_place)
-    return Done(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+from tests.federation.helpers import call, make
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffm_secure import config, setup
+from ffm_secure import cli, config, setup
 from ffm_secure.config import RunConfig
 from ffm_secure.federation import Trained, run
 from ffm_secure.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def table(**sections: dict[str, Any]) -> dict[str, Any]:
@@ -55,3 +62,27 @@ def train(made: RunConfig, folder: Path) -> tuple[setup.Setup, Trained]:
     built = setup.build(prepared(made), folder)
     with Store.open(folder, made) as store:
         return built, run(built, store)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def call(*words: str, cwd: Path = ROOT) -> Done:
+    """Run the command line's own entry point, in this process: what is printed, and the exit code."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    old_words, old_place = sys.argv, Path.cwd()
+    try:
+        sys.argv = ["ffm-secure", *words]
+        os.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    finally:
+        sys.argv = old_words
+        os.chdir(old_place)
+    return Done(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())

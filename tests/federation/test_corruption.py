@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from ffm_secure import config, ledgers, report, setup
+from ffm_secure.config import RunConfig
 from ffm_secure.errors import FfmError
 from ffm_secure.run import load
 from ffm_secure.schema import dump_toml
 from ffm_secure.store import Store
-from tests.federation.helpers import make
+from tests.federation.helpers import call, make
 
 CASES = 60
 
@@ -59,22 +60,32 @@ def test_run_files(start: int, tmp_path: Path) -> None:
             assert "run.toml" in str(error)
 
 
-def test_data_files(tmp_path: Path) -> None:
+def write_sources(folder: Path) -> tuple[str, ...]:
+    """Write one good file of every kind; return their names."""
     table = {"text": [f"note number {index}" for index in range(40)], "label": [index % 2 for index in range(40)]}
-    pq.write_table(pa.table(table), tmp_path / "train.parquet")
-    (tmp_path / "train.csv").write_text("text,label\n" + "\n".join(f"note {i},{i % 2}" for i in range(40)))
-    (tmp_path / "train.jsonl").write_text(
-        "\n".join(json.dumps({"text": f"note {i}", "label": i % 2}) for i in range(40))
-    )
-    np.savez(tmp_path / "train.npz", images=np.zeros((40, 8, 8), dtype=np.uint8), labels=np.arange(40) % 2)
+    pq.write_table(pa.table(table), folder / "train.parquet")
+    (folder / "train.csv").write_text("text,label\n" + "\n".join(f"note {i},{i % 2}" for i in range(40)))
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": f"note {i}", "label": i % 2}) for i in range(40)))
+    np.savez(folder / "train.npz", images=np.zeros((40, 8, 8), dtype=np.uint8), labels=np.arange(40) % 2)
+    return ("train.parquet", "train.csv", "train.jsonl", "train.npz")
+
+
+def damaged_source(sources: Path, folder: Path, seed: int) -> RunConfig:
+    """Put one damaged data file into a new folder; return the run that would read it."""
+    chance = random.Random(seed)
+    name = chance.choice(["train.parquet", "train.csv", "train.jsonl", "train.npz"])
+    folder.mkdir()
+    (folder / name).write_bytes(damage((sources / name).read_bytes(), chance))
+    image = name.endswith("npz")
+    kind = "image_classification" if image else "text_classification"
+    model = {"name": "builtin:tiny-vit" if image else "builtin:tiny-bert", "trainable": {"kind": "head"}}
+    return make(task={"kind": kind, "data": str(folder), "clients": 4}, model=model)
+
+
+def test_data_files(tmp_path: Path) -> None:
+    write_sources(tmp_path)
     for seed in range(CASES):
-        chance = random.Random(seed)
-        name = chance.choice(["train.parquet", "train.csv", "train.jsonl", "train.npz"])
-        folder = tmp_path / f"case{seed}"
-        folder.mkdir()
-        (folder / name).write_bytes(damage((tmp_path / name).read_bytes(), chance))
-        kind = "image_classification" if name.endswith("npz") else "text_classification"
-        made = make(task={"kind": kind, "data": str(folder), "clients": 4})
+        made = damaged_source(tmp_path, tmp_path / f"case{seed}", seed)
         try:
             setup.load_dataset(made, tmp_path)
         except FfmError as error:
@@ -143,8 +154,51 @@ def _report(folder: Path) -> None:
     report.write(report.from_json(text), folder)
 
 
+def check_command(*words: str, cwd: Path) -> int:
+    """Run one command as a user would: it works, or it ends with a code that means something and one clear message."""
+    done = call(*words, cwd=cwd)
+    assert done.returncode in (0, 2, 3, 4, 5), (words, done)
+    assert "Traceback" not in done.stdout + done.stderr, (words, done)
+    assert done.returncode == 0 or done.stderr.startswith("error: "), (words, done)
+    return done.returncode
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Return every file of a folder, but SQLite's own."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "sqlite-" not in path.name and path.name != ".lock"
+    }
+
+
 @pytest.mark.slow
 def test_a_thousand(finished: Path, tmp_path: Path) -> None:
-    for start in range(1000, 1000 + 340, 20):
-        test_run_files(start, tmp_path)
-        test_run_directories(start, finished, tmp_path)
+    """1,000 damaged run files, data files and run directories, each met through the command line."""
+    refused = {"run file": 0, "data": 0, "directory": 0}
+    good = dump_toml(make()).encode()
+    for seed in range(1000, 1334):
+        (tmp_path / "run.toml").write_bytes(damage(good, random.Random(seed)))
+        refused["run file"] += check_command("plan", "run.toml", cwd=tmp_path) != 0
+    write_sources(tmp_path)
+    for seed in range(2000, 2333):
+        made = damaged_source(tmp_path, tmp_path / f"data{seed}", seed)
+        (tmp_path / "data.toml").write_text(config.dump(made))
+        refused["data"] += check_command("plan", "data.toml", cwd=tmp_path) != 0
+    names = sorted(name for name in snapshot(finished) if name != ".lock")
+    for seed in range(3000, 3333):
+        chance = random.Random(seed)
+        folder = tmp_path / f"run{seed}"
+        shutil.copytree(finished, folder)
+        victim = folder / chance.choice(names)
+        victim.write_bytes(damage(victim.read_bytes(), chance))
+        before = snapshot(folder)
+        codes = [check_command("ledger", folder.name, cwd=tmp_path), check_command("report", folder.name, cwd=tmp_path)]
+        after = snapshot(folder)
+        kept = [name for name in before if name not in ("report.html", "report.json")]
+        assert {name: before[name] for name in kept} == {name: after.get(name) for name in kept}, "data were changed"
+        assert not [name for name in after if name.endswith(".new")], "a half-written file was left"
+        refused["directory"] += any(codes)
+        shutil.rmtree(folder)
+    print(refused)
+    assert min(refused.values()) >= 50, refused
