@@ -2,9 +2,8 @@
 
     python -m benchmarks.accountant --json [--quick]
 
-Every accountant gets the same vectors, one after the other, each in its own process with a time limit. Times are
-seconds of process time without imports. `declined` means it raised or returned no finite number, `over limit` that it
-was stopped.
+Every accountant gets the same vectors, one after the other, each in its own process with a limit on CPU time. Times are
+CPU seconds without imports. `declined` means it raised or returned no finite number, `over limit` that it was stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line (always done)")
     parser.add_argument("--quick", action="store_true", help="four vectors and small histories")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds one accountant may take for one vector")
+    parser.add_argument("--limit", type=float, default=120.0, help="CPU seconds one accountant may take for one vector")
     parser.add_argument("--worker", nargs=2, metavar=("ACCOUNTANT", "VECTOR"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -42,7 +43,13 @@ def main() -> None:
     ledger = _ledger(20 if options.quick else 1000)
     calibration = _calibration()
     _print(rows, running, ledger, calibration)
-    summary = {"benchmark": "accountant", "vectors": rows, "running": running, "ledger": ledger, "calibration": calibration}
+    summary = {
+        "benchmark": "accountant",
+        "vectors": rows,
+        "running": running,
+        "ledger": ledger,
+        "calibration": calibration,
+    }
     print(json.dumps(summary))
 
 
@@ -59,11 +66,18 @@ def _row(vector: dict[str, Any], limit: float) -> dict[str, Any]:
 
 def _in_process(name: str, vector: str, limit: float) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.accountant", "--worker", name, vector]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=limit, check=False, text=True)
-        return dict(json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 else {"status": "declined"}
-    except subprocess.TimeoutExpired:
-        return {"status": "over limit", "seconds": limit}
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit) + 1)),
+    )
+    if done.returncode == 0:
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    stopped = done.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
+    return {"status": "over limit", "seconds": limit} if stopped else {"status": "declined", "reason": "crashed"}
 
 
 def _measure(name: str, identity: str) -> dict[str, Any]:
@@ -164,7 +178,8 @@ def _ledger(owners: int) -> dict[str, Any]:
     def charges(count: int, number: int) -> list[Charge]:
         event = _event(0.01 + 1e-6 * number, 1.0, 1)
         return [
-            Charge(owner=f"o{index}", dataset="d", event=event, run="r", round=number, release="u") for index in range(count)
+            Charge(owner=f"o{index}", dataset="d", event=event, run="r", round=number, release="u")
+            for index in range(count)
         ]
 
     with tempfile.TemporaryDirectory() as folder, Ledger.open(Path(folder) / "ledger.db") as ledger:
@@ -191,17 +206,29 @@ def _calibration() -> list[dict[str, float]]:
     for target, delta, rate, steps in ((8.0, 1e-5, 0.01, 1000), (1.0, 1e-5, 0.0152, 660), (0.1, 1e-8, 0.001, 10_000)):
         start = time.process_time()
         sigma = noise_multiplier(epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
-        result.append({"epsilon": target, "delta": delta, "q": rate, "steps": steps, "sigma": sigma,
-                       "seconds": time.process_time() - start})
+        result.append(
+            {
+                "epsilon": target,
+                "delta": delta,
+                "q": rate,
+                "steps": steps,
+                "sigma": sigma,
+                "seconds": time.process_time() - start,
+            }
+        )
     return result
 
 
 def _print(rows: list[dict[str, Any]], running: dict[str, Any], ledger: dict[str, Any], calibration: list[Any]) -> None:
     print(f"{'vector':22s}{'delta':>9s}{'reference':>12s}" + "".join(f"{name:>28s}" for name in ACCOUNTANTS))
     for row in rows:
-        print(f"{row['id']:22s}{row['delta']:9.0e}{row['reference']:12.5g}" + "".join(_cell(row[n]) for n in ACCOUNTANTS))
+        print(
+            f"{row['id']:22s}{row['delta']:9.0e}{row['reference']:12.5g}" + "".join(_cell(row[n]) for n in ACCOUNTANTS)
+        )
     print("cells: epsilon, difference to the reference, seconds; '<' marks a value below the reference's tolerance")
-    print(f"{running['rounds']} different rounds: {running['all_seconds']:.2f} s; one more: {running['one_more_ms']:.1f} ms")
+    print(
+        f"{running['rounds']} different rounds: {running['all_seconds']:.2f} s; one more: {running['one_more_ms']:.1f} ms"
+    )
     print(
         f"ledger: {ledger['owners']} owners with one history {ledger['all_ms']:.0f} ms; twenty {ledger['twenty_ms']:.0f} ms; "
         f"verify {ledger['verify_ms']:.0f} ms"

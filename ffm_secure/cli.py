@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ffm_secure import commands
+from ffm_secure import calculator
 from ffm_secure.errors import FfmError
 
 app = typer.Typer(
@@ -30,10 +31,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for ma
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 
 
+def _commands() -> Any:
+    """Load the commands on runs, and with them the model libraries, only when one is called."""
+    return importlib.import_module("ffm_secure.commands")
+
+
 @app.command()
 def plan(file: RunFile, set_: Overrides = None, json: Json = False) -> None:
     """Show what a run would send, spend and reveal. Trains nothing."""
-    commands.plan(file, tuple(set_ or ()), json=json)
+    _commands().plan(file, tuple(set_ or ()), json=json)
 
 
 @app.command()
@@ -41,7 +47,7 @@ def run(
     file: RunFile, set_: Overrides = None, runs: Runs = Path("runs"), json: Json = False, quiet: Quiet = False
 ) -> None:
     """Train, or continue a stopped run. Writes everything to runs/<name>/."""
-    commands.run(file, tuple(set_ or ()), runs=runs, json=json, quiet=quiet)
+    _commands().run(file, tuple(set_ or ()), runs=runs, json=json, quiet=quiet)
 
 
 @app.command()
@@ -56,7 +62,7 @@ def audit(
     quiet: Quiet = False,
 ) -> None:
     """Attack what each observer of a finished run saw."""
-    commands.audit(folder, observation, budget=budget, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
+    _commands().audit(folder, observation, budget=budget, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
 
 
 @app.command()
@@ -67,19 +73,19 @@ def ledger(
     json: Json = False,
 ) -> None:
     """Verify a ledger, then print every charge and the epsilon they add up to."""
-    commands.ledger(folder, owner=owner, export=export, json=json)
+    _commands().ledger(folder, owner=owner, export=export, json=json)
 
 
 @app.command()
 def report(folder: RunFolder, json: Json = False) -> None:
     """Write report.html and report.json of a run anew: one file each, no network."""
-    commands.report(folder, json=json)
+    _commands().report(folder, json=json)
 
 
 @app.command()
 def doctor(json: Json = False) -> None:
     """Check this machine: versions, accelerator, random source, TenSEAL, browser."""
-    commands.doctor(json=json)
+    _commands().doctor(json=json)
 
 
 @app.command()
@@ -94,7 +100,7 @@ def epsilon(
     json: Json = False,
 ) -> None:
     """Compute the epsilon of a history of Poisson-sampled Gaussian steps."""
-    commands.epsilon(q, sigma, steps, delta=delta, segments=tuple(segment or ()), json=json)
+    calculator.epsilon(q, sigma, steps, delta=delta, segments=tuple(segment or ()), json=json)
 
 
 @app.command(name="sigma")
@@ -109,7 +115,7 @@ def sigma_command(
     json: Json = False,
 ) -> None:
     """Compute the smallest noise multiplier that keeps a target epsilon."""
-    commands.sigma(epsilon, q, steps, delta=delta, segments=tuple(segment or ()), json=json)
+    calculator.sigma(epsilon, q, steps, delta=delta, segments=tuple(segment or ()), json=json)
 
 
 def main() -> None:

@@ -1,47 +1,41 @@
-"""What the commands do: call the library, print for people or for machines."""
+"""What the commands on runs do: call the library, print for people or for machines."""
 
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 import math
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from defenses.errors import BudgetExceeded, DefenseError, ParameterError, TamperedError
 from ffm_secure import checkup
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound, StoreError
 from ffm_secure.progress import Bars
 from ffm_secure.run import Result, load
+from ffm_secure.speech import clear_errors, console, print_json, print_lines, say
 from ffm_secure.store import Store
 from ffm_secure.summary import SEEDED
 from ffm_secure.types import AuditSummary, PlanSummary, PrivacyStatement
 
-_console = Console(highlight=False, soft_wrap=True, markup=False)
-
 
 def plan(file: Path, overrides: tuple[str, ...], *, json: bool) -> None:
     """Print the plan of a run file."""
-    with _clear_errors():
+    with clear_errors():
         described = load(file, overrides).plan()
-    _say(described, _plan_lines(described), json=json)
+    say(described, _plan_lines(described), json=json)
 
 
 def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet: bool) -> None:
     """Train, audit if the run file asks for it, write the report."""
-    with _clear_errors():
+    with clear_errors():
         started = load(file, overrides, runs=runs)
         silent = quiet or json
         described = started.plan()
         if not silent:
-            _print_lines(_plan_lines(described))
-            _console.print()
+            print_lines(_plan_lines(described))
+            console.print()
         budget = started.config.privacy.epsilon
         with Bars(rounds=started.config.federation.rounds, budget=budget, quiet=silent) as watch:
             result = started.start(watch=watch)
@@ -49,9 +43,9 @@ def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet
             from ffm_secure.audit import audit_run
 
             if not silent:
-                _console.print(f"auditing ({started.config.audit.budget}) ...")
+                console.print(f"auditing ({started.config.audit.budget}) ...")
             result = dataclasses.replace(result, summary=audit_run(result.folder, budget=started.config.audit.budget))
-    _say(_result_table(result), _result_lines(result), json=json, quiet=quiet)
+    say(_result_table(result), _result_lines(result), json=json, quiet=quiet)
     if result.summary.status == "budget exhausted":
         raise BudgetExhausted("the privacy budget ended the run before its last round; what was trained is kept")
 
@@ -66,14 +60,14 @@ def audit(
         raise ConfigError("audit", ["give a run directory or --observation FOLDER, exactly one of them"])
     if budget not in ("quick", "standard", "exhaustive"):
         raise ConfigError("audit", [f"--budget = {budget!r}: must be one of 'quick', 'standard', 'exhaustive'"])
-    with _clear_errors():
+    with clear_errors():
         if folder is not None:
             found = audit_run(folder, budget=budget).audit
         else:
             assert observation is not None
             found = audit_observation(observation, budget=budget)
     assert found is not None
-    _say(found, _audit_lines(found), json=json, quiet=quiet)
+    say(found, _audit_lines(found), json=json, quiet=quiet)
     if fail_on_leak and any(item.verdict == "leaked" for item in found.findings):
         raise LeakFound("at least one attack recovered private data; see the findings above")
 
@@ -84,7 +78,7 @@ def ledger(folder: Path, *, owner: str, export: str, json: bool) -> None:
 
     if export not in ("", "csv", "json"):
         raise ConfigError("ledger", [f"--export = {export!r}: must be 'csv' or 'json'"])
-    with _clear_errors():
+    with clear_errors():
         opened = open_for_reading(folder)
         opened.verify()
         if export:
@@ -93,14 +87,14 @@ def ledger(folder: Path, *, owner: str, export: str, json: bool) -> None:
         table = ledger_table(opened, owner=owner)
         if folder.is_dir() and Store.read(folder).config().privacy.noise == "seeded":
             table["stamp"] = SEEDED
-    _say(table, [*ledger_lines(table), *([table["stamp"]] if "stamp" in table else [])], json=json)
+    say(table, [*ledger_lines(table), *([table["stamp"]] if "stamp" in table else [])], json=json)
 
 
 def report(folder: Path, *, json: bool) -> None:
     """Write the report of a run anew from its report.json."""
     from ffm_secure import report as page
 
-    with _clear_errors():
+    with clear_errors():
         Store.read(folder).config()
         try:
             summary = page.from_json((folder / "report.json").read_text())
@@ -109,121 +103,21 @@ def report(folder: Path, *, json: bool) -> None:
         except ValueError as error:
             raise StoreError(f"{folder / 'report.json'}: is damaged: {error}") from None
         html, data = page.write(summary, folder)
-    _say({"html": str(html), "json": str(data)}, [str(html), str(data)], json=json)
+    say({"html": str(html), "json": str(data)}, [str(html), str(data)], json=json)
 
 
 def doctor(*, json: bool) -> None:
     """Print what this machine offers."""
     found = checkup.examine()
     if json:
-        _print_json(found)
+        print_json(found)
         return
     table = Table("what", "found", "", box=None, pad_edge=False)
     for item in found["checks"]:
         table.add_row(item["name"], item["found"], "ok" if item["ok"] else item["advice"])
-    _console.print(table)
+    console.print(table)
     if not found["ok"]:
         raise FfmError("something this machine needs is missing; see above")
-
-
-def epsilon(
-    q: float | None, sigma: float | None, steps: int | None, *, delta: float, segments: tuple[str, ...], json: bool
-) -> None:
-    """Print the epsilon of a history."""
-    from defenses.dp.calculator import epsilon_report
-
-    with _clear_errors():
-        parts = [*_first_segment(q, sigma, steps), *(_segment(text) for text in segments)]
-        if not parts:
-            raise ConfigError("epsilon", ["give --q, --sigma and --steps, or at least one --segment q,sigma,steps"])
-        found = epsilon_report(parts, delta)
-    _say(found, [f"{name}: {_number(value)}" for name, value in found.items()], json=json)
-
-
-def sigma(epsilon: float, q: float, steps: int, *, delta: float, segments: tuple[str, ...], json: bool) -> None:
-    """Print the noise multiplier for a target epsilon."""
-    from defenses.dp.calculator import sigma_report
-
-    with _clear_errors():
-        found = sigma_report(
-            epsilon=epsilon, delta=delta, sampling_rate=q, steps=steps, history=[_segment(text) for text in segments]
-        )
-    _say(found, [f"{name}: {_number(value)}" for name, value in found.items()], json=json)
-
-
-def _first_segment(q: float | None, sigma: float | None, steps: int | None) -> list[tuple[float, float, int]]:
-    given = {"--q": q, "--sigma": sigma, "--steps": steps}
-    if all(value is None for value in given.values()):
-        return []
-    missing = [f"{name}: missing" for name, value in given.items() if value is None]
-    if missing:
-        raise ConfigError("epsilon", missing)
-    assert q is not None
-    assert sigma is not None
-    assert steps is not None
-    return [(q, sigma, steps)]
-
-
-def _segment(text: str) -> tuple[float, float, int]:
-    parts = text.split(",")
-    try:
-        q, multiplier, steps = parts
-        return float(q), float(multiplier), int(steps)
-    except ValueError:
-        raise ConfigError(
-            "--segment", [f"{text!r}: must be sampling rate, noise multiplier, steps, for instance 0.01,1.0,1000"]
-        ) from None
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """Turn the errors of the defences into the command line's own, each with its exit code."""
-    try:
-        yield
-    except TamperedError:
-        raise StoreError(
-            "the ledger is not authentic: a row was changed, removed or cut off; do not train on this data until this is explained"
-        ) from None
-    except BudgetExceeded as error:
-        raise BudgetExhausted(str(error)) from None
-    except ParameterError as error:
-        raise ConfigError("refused", str(error).split("; ")) from None
-    except DefenseError as error:
-        raise FfmError(str(error)) from None
-
-
-def _say(value: Any, lines: list[str], *, json: bool, quiet: bool = False) -> None:
-    if json:
-        _print_json(value)
-    elif not quiet:
-        _print_lines(lines)
-
-
-def _print_lines(lines: list[str]) -> None:
-    for line in lines:
-        _console.print(line)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json_module.dumps(_plain(value), allow_nan=False) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "infinity"
-    if isinstance(value, Path):
-        return str(value)
-    return value
-
-
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _plan_lines(described: PlanSummary) -> list[str]:

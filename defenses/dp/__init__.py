@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from defenses.dp.accountant import Accountant, EpsilonBound, epsilon
-from defenses.dp.clip import AdaptiveCount, Clipping, clip_vector
-from defenses.dp.discrete import discrete_gaussian, skellam
-from defenses.dp.events import (
-    Event,
-    GaussianEvent,
-    MatrixFactorizationEvent,
-    NonPrivateEvent,
-    SkellamEvent,
-    TuningEvent,
-    from_dict,
-    from_json,
-)
-from defenses.dp.expanded import ExpandedParameter
-from defenses.dp.ledger import Budget, Charge, Entry, Ledger, Reservation
-from defenses.dp.mechanism import ClientMechanism, RecordMechanism, RecordRun
-from defenses.dp.noise import add_gaussian, gaussian
-from defenses.dp.per_sample import ClippedSum, PerSampleEngine
-from defenses.dp.probe import ProbeReport, probe_sensitivity
-from defenses.dp.sampling import balanced_schedule, fixed_size_sample, participation_cap, poisson_sample
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from defenses.dp.accountant import Accountant, EpsilonBound, epsilon
+    from defenses.dp.clip import AdaptiveCount, Clipping, clip_vector
+    from defenses.dp.discrete import discrete_gaussian, skellam
+    from defenses.dp.events import (
+        Event,
+        GaussianEvent,
+        MatrixFactorizationEvent,
+        NonPrivateEvent,
+        SkellamEvent,
+        TuningEvent,
+        from_dict,
+        from_json,
+    )
+    from defenses.dp.expanded import ExpandedParameter
+    from defenses.dp.ledger import Budget, Charge, Entry, Ledger, Reservation
+    from defenses.dp.mechanism import ClientMechanism, RecordMechanism, RecordRun
+    from defenses.dp.noise import add_gaussian, gaussian
+    from defenses.dp.per_sample import ClippedSum, PerSampleEngine
+    from defenses.dp.probe import ProbeReport, probe_sensitivity
+    from defenses.dp.sampling import balanced_schedule, fixed_size_sample, participation_cap, poisson_sample
 
 __all__ = [
     "Accountant",
@@ -60,3 +64,49 @@ __all__ = [
     "probe_sensitivity",
     "skellam",
 ]
+
+
+_HOMES = {
+    "Accountant": "accountant",
+    "AdaptiveCount": "clip",
+    "Budget": "ledger",
+    "Charge": "ledger",
+    "ClientMechanism": "mechanism",
+    "ClippedSum": "per_sample",
+    "Clipping": "clip",
+    "Entry": "ledger",
+    "EpsilonBound": "accountant",
+    "Event": "events",
+    "ExpandedParameter": "expanded",
+    "GaussianEvent": "events",
+    "Ledger": "ledger",
+    "MatrixFactorizationEvent": "events",
+    "NonPrivateEvent": "events",
+    "PerSampleEngine": "per_sample",
+    "ProbeReport": "probe",
+    "RecordMechanism": "mechanism",
+    "RecordRun": "mechanism",
+    "Reservation": "ledger",
+    "SkellamEvent": "events",
+    "TuningEvent": "events",
+    "add_gaussian": "noise",
+    "balanced_schedule": "sampling",
+    "clip_vector": "clip",
+    "discrete_gaussian": "discrete",
+    "epsilon": "accountant",
+    "fixed_size_sample": "sampling",
+    "from_dict": "events",
+    "from_json": "events",
+    "gaussian": "noise",
+    "participation_cap": "sampling",
+    "poisson_sample": "sampling",
+    "probe_sensitivity": "probe",
+    "skellam": "discrete",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name's module when it is first asked for: events, accountants and ledgers work without loading torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"defenses.dp.{_HOMES[name]}"), name)
