@@ -51,7 +51,9 @@ def _members(found: Reconstruction, truth: Truth) -> Score | None:
     area = metrics.auc(scores[inside], scores[~inside])
     spread = _Z99 * auc_deviation(area, int(inside.sum()), int((~inside).sum()))
     low, high = max(0.0, area - spread), min(1.0, area + spread)
-    return Score(measure="membership AUC", value=area, baseline=0.5, low=low, high=high, succeeded=low > 0.5 and area >= 0.65)
+    return Score(
+        measure="membership AUC", value=area, baseline=0.5, low=low, high=high, succeeded=low > 0.5 and area >= 0.65
+    )
 
 
 def auc_deviation(area: float, members: int, others: int) -> float:
@@ -67,7 +69,9 @@ def auc_deviation(area: float, members: int, others: int) -> float:
 def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
     if not truth.sequences:
         return None
-    everywhere = set.intersection(*(set(sequence) for sequence in truth.sequences)) if len(truth.sequences) > 1 else set()
+    everywhere = (
+        set.intersection(*(set(sequence) for sequence in truth.sequences)) if len(truth.sequences) > 1 else set()
+    )
     true = set().union(*truth.sequences) - everywhere
     guessed: set[int] = set()
     seen = False
@@ -85,8 +89,10 @@ def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
         return None
     guessed -= everywhere
     result = metrics.token_set_score(guessed, true)
-    pairs = tuple((" ".join(map(str, sequence)), " ".join(str(token) for token in sequence if token in guessed))
-                  for sequence in truth.sequences[:4])
+    pairs = tuple(
+        (" ".join(map(str, sequence)), " ".join(str(token) for token in sequence if token in guessed))
+        for sequence in truth.sequences[:4]
+    )
     return Score(measure="token F1", value=result.f1, baseline=0.0, succeeded=result.f1 >= ADVANTAGE, pairs=pairs)
 
 
@@ -99,8 +105,12 @@ def _labels(found: Reconstruction, truth: Truth) -> Score | None:
     guessed = [float(value) for value in counts[0].tolist()] + [0.0] * (classes - len(counts[0]))
     uniform = [len(truth.labels) / classes] * classes
     value, baseline = metrics.count_accuracy(guessed[:classes], true), metrics.count_accuracy(uniform, true)
-    return Score(measure="label count accuracy", value=value, baseline=baseline,
-                 succeeded=metrics.advantage(value, baseline) >= ADVANTAGE)
+    return Score(
+        measure="label count accuracy",
+        value=value,
+        baseline=baseline,
+        succeeded=metrics.advantage(value, baseline) >= ADVANTAGE,
+    )
 
 
 def _counts(labels: Tensor) -> Tensor:

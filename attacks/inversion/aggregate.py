@@ -50,7 +50,8 @@ def contrast(sources: Tensor) -> Tensor:
     centred = sources - sources.mean(1, keepdim=True)
     unit = centred / centred.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
     soft = nn.functional.softplus(-2 * unit.abs()) + unit.abs() - 0.6931471805599453
-    return (soft.mean(1) - 0.3746).square().sum()
+    total: Tensor = (soft.mean(1) - 0.3746).square().sum()
+    return total
 
 
 def likeness(sources: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ def likeness(sources: Tensor) -> Tensor:
         return torch.zeros((), dtype=sources.dtype)
     unit = nn.functional.normalize(sources - sources.mean(1, keepdim=True), dim=1)
     cosines = (unit @ unit.T).abs()[~torch.eye(len(unit), dtype=torch.bool)]
-    return torch.exp(_DECORRELATION * cosines).mean() / torch.e**_DECORRELATION
+    total: Tensor = torch.exp(_DECORRELATION * (cosines - 1.0)).mean()
+    return total
 
 
 def separate(
@@ -85,7 +87,8 @@ def separate(
 
     # First as a rotation, which keeps sources uncorrelated; then freely, since real inputs are somewhat correlated.
     def turned(angles: Tensor) -> Tensor:
-        return torch.matrix_exp(angles - angles.T) @ start
+        rotation: Tensor = torch.matrix_exp(angles - angles.T)
+        return torch.matmul(rotation, start)
 
     angles = torch.zeros(count, count, dtype=torch.float64, requires_grad=True)
     _minimise(angles, lambda: objective(turned(angles) @ mixture.whitened, 0.0), iterations, deadline)
@@ -130,7 +133,7 @@ def rescaled(sources: Tensor, gradient: Tensor, bias: Tensor | None) -> Tensor:
         if bool((inverse.abs() > 1e-9 * inverse.abs().max()).all()):
             scaled = sources / inverse[:, None]
             if float(((scaled > -0.2) & (scaled < 1.2)).double().mean()) > 0.9:
-                return scaled
+                return torch.as_tensor(scaled)
     positive = sources * torch.where(sources.mean(1, keepdim=True) < 0, -1.0, 1.0)
     low, high = positive.amin(1, keepdim=True), positive.amax(1, keepdim=True)
     return (positive - low) / (high - low).clamp_min(1e-12)

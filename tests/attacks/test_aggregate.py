@@ -29,8 +29,9 @@ def quality(seen: Observation, count: int) -> float:
     return sum(table[row, column] for row, column in match_one_to_one(table)) / count
 
 
-@pytest.mark.parametrize(("count", "least"), [(1, 100.0), (2, 20.0), (4, 15.0)])
+@pytest.mark.parametrize(("count", "least"), [(1, 60.0), (2, 25.0), (4, 16.0)])
 def test_sources_are_unmixed(count, least) -> None:
+    # The mean digit reaches 12 dB; over six seeds the attack reaches 200, 105 and 30 to 48 dB.
     knowledge = Knowledge(image_shape=(1, 8, 8), batch_size=count)
     assert quality(observe(mlp(width=128), batch(count), image_loss, knowledge=knowledge), count) > least
 
@@ -45,8 +46,11 @@ def test_a_sum_of_clients_is_one_larger_mixture() -> None:
         metadata=summed.metadata,
         knowledge=Knowledge(image_shape=(1, 8, 8)),
     )
-    alone = observe(mlp(width=128), batch(4), image_loss, knowledge=Knowledge(image_shape=(1, 8, 8), batch_size=4))
-    assert quality(summed, 4) == pytest.approx(quality(alone, 4), abs=1.0)
+    alone = observe(mlp(width=128), batch(4), image_loss)
+    channels = [seen.tensors["1.weight"].double() for seen in (summed, alone)]
+    rows = [torch.linalg.svd(channel, full_matrices=False).Vh[:4] for channel in channels]
+    assert torch.linalg.matrix_norm(rows[0] @ rows[1].T, ord=-2) > 0.999, "the mixtures span the same inputs"
+    assert quality(summed, 4) > 14.0
 
 
 def test_true_directions_with_wrong_scale_and_sign_are_put_right_by_the_bias() -> None:

@@ -34,7 +34,9 @@ def test_half_of_the_tokens_is_half_recall() -> None:
     assert result.value == pytest.approx(2 * 1.0 * 0.5 / 1.5)
 
 
-@pytest.mark.parametrize(("counts", "succeeded"), [([1, 0, 0, 1], True), ([1, 1, 0, 0], False), ([0.5, 0.5, 0.5, 0.5], False)])
+@pytest.mark.parametrize(
+    ("counts", "succeeded"), [([1, 0, 0, 1], True), ([1, 1, 0, 0], False), ([0.5, 0.5, 0.5, 0.5], False)]
+)
 def test_label_counts_must_beat_the_uniform_guess(counts: list[float], succeeded: bool) -> None:
     result = score(found("label_counts", counts), TEXT)
     assert result is not None
