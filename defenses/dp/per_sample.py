@@ -90,6 +90,10 @@ class PerSampleEngine:
         fed once for the whole batch.
         """
         uses, values = self._differentiate(losses, batch_size)
+        with torch.no_grad():  # layer inputs still carry the forward pass's graph, which must not grow into the sums
+            return self._clip(uses, values, clip)
+
+    def _clip(self, uses: dict[str, list[Use]], values: Tensor, clip: Clipping) -> ClippedSum:
         poisoned = ~torch.isfinite(values)
         squared = {name: _squared_norm(parts, self._parameters[name]) for name, parts in uses.items()}
         if not squared:
@@ -109,7 +113,7 @@ class PerSampleEngine:
         uses, values = self._differentiate(losses, batch_size)
         result = {}
         for name, parameter in self._parameters.items():
-            parts = [_dense(part, parameter.shape).values for part in uses.get(name, [])]
+            parts = [_dense(part, parameter.shape).values.detach() for part in uses.get(name, [])]
             zero = torch.zeros(len(values), *parameter.shape, device=parameter.device)
             result[name] = torch.stack(parts).sum(0) if parts else zero
         return result

@@ -172,6 +172,7 @@ def test_clipped_sum_of_full_fine_tuning_equals_the_definition(name: str, kind: 
     whole = sum(float(value.norm()) ** 2 for value in expected.values()) ** 0.5
     for key, value in expected.items():
         assert found.gradients[key].dtype == torch.float32
+        assert not found.gradients[key].requires_grad, f"{key} drags the graph of the forward pass along"
         assert float((found.gradients[key] - value).norm()) <= 1e-5 * whole, key
     assert found.batch_size == BATCH
     assert found.within == (int((norms <= clip.clip_norm).sum()) if kind == "adaptive" else 0)
