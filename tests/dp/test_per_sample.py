@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
 from defenses.dp.clip import Clipping, ClippingKind
-from defenses.dp.expanded import expanded_normal
 from defenses.dp.per_sample import PerSampleEngine
 from defenses.dp.probe import no_dropout
 from defenses.errors import NotPrivateError, ParameterError
-from tests.dp.models import ATTENTION, BATCH, BUILDERS, EMBEDDING, WIDTH, Case, build, case, one_by_one, wake
+from tests.dp.models import ATTENTION, BATCH, BUILDERS, EMBEDDING, Case, build, case, one_by_one, wake
+from tests.dp.prompts import CACHED, DeepPrompted, Prefixed, Prompted
 
 ALL = list(BUILDERS)
 
@@ -96,27 +94,15 @@ def test_saved_classifier_head_of_the_adapter_library() -> None:
     assert_equal_to_loop(case("roberta", model))
 
 
-class Prompted(nn.Module):
-    """A frozen model behind a soft prompt that a small generator makes from learned constants."""
-
-    def __init__(self, *, generator: bool) -> None:
-        super().__init__()
-        self.body = build("bert").requires_grad_(False)
-        self.prompt = expanded_normal(3, WIDTH, std=0.5, generator=torch.Generator().manual_seed(0))
-        self.generator = nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH)) if generator else nn.Identity()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        words = self.body.bert.embeddings.word_embeddings(input_ids)
-        prompt = self.generator(self.prompt(len(input_ids)))
-        mask = torch.cat([attention_mask.new_ones(len(input_ids), 3), attention_mask], dim=1)
-        logits = self.body(inputs_embeds=torch.cat([prompt, words], dim=1), attention_mask=mask).logits
-        return SimpleNamespace(logits=logits)
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "generator"])
+@pytest.mark.parametrize("name", ALL)
+def test_soft_prompts_encoded_prompts_and_generated_prompts(name: str, kind: str) -> None:
+    assert_equal_to_loop(case(name, Prompted(name, kind)))
 
 
-@pytest.mark.parametrize("generator", [False, True])
-def test_soft_prompt_and_prompt_generator(generator: bool) -> None:
-    torch.manual_seed(0)
-    assert_equal_to_loop(case("bert", Prompted(generator=generator)))
+@pytest.mark.parametrize("name", ALL)
+def test_prefixes_and_where_no_keys_are_kept_deep_prompts(name: str) -> None:
+    assert_equal_to_loop(case(name, Prefixed(name) if name in CACHED else DeepPrompted(name)))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
