@@ -100,6 +100,7 @@ def test_kill_and_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_kill_twenty_times(tmp_path: Path) -> None:
     assert check(tmp_path, kills=20, seed=11) >= 15
 
