@@ -10,6 +10,7 @@ from ffm_secure.errors import ConfigError
 from ffm_secure.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
 
 TASKS = ("text_classification", "causal_lm", "masked_lm", "image_classification")
+PROMPTS = ("prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")
 OBSERVERS = ("public", "client", "server", "colluding_server")
 
 
@@ -49,13 +50,28 @@ class Task:
 class TrainableSpec:
     """Which numbers are trained and sent."""
 
-    kind: str = option(choices=("full", "head", "lora", "prompt"))
+    kind: str = option(
+        choices=("full", "head", "lora", "prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")
+    )
     rank: int = option(8, minimum=1, maximum=1024, only_for=("lora",))
     alpha: float = option(16.0, above=0.0, only_for=("lora",))
     target_modules: tuple[str, ...] = option(
         (), help="empty: chosen by architecture; ['all-linear'] for all", only_for=("lora",)
     )
-    length: int = option(16, minimum=1, maximum=1024, help="soft prompt tokens", only_for=("prompt",))
+    length: int = option(16, minimum=1, maximum=1024, help="virtual tokens of a prompt or prefix", only_for=PROMPTS)
+    hidden: int = option(
+        64,
+        minimum=1,
+        maximum=8192,
+        help="width of the network that makes a prompt",
+        only_for=("p_tuning", "prompt_generator"),
+    )
+    representation: str = option(
+        "model",
+        choices=("model", "embedding"),
+        help="what a prompt is generated from: the frozen model's mean output, or the mean of its input embeddings",
+        only_for=("prompt_generator",),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

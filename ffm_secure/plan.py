@@ -17,13 +17,22 @@ _CLIENT_NEEDS_RING = (
 )
 _CKKS_DISCRETE = "approximate sums cannot carry exact discrete noise: use secagg or bfv with the client unit"
 _NO_HEAD = "a language model has no classification head to train alone: choose lora, prompt or full"
+_TELLS = (
+    "its prompt is made of the whole text, so a causal model would be told the words it has to predict: use prompt or prefix"
+)
+_NO_CACHE = "picture models keep no keys and values to put a prefix in front of: use deep_prompt"
 _CLIP_UNIT = "clips single records; the client unit clips whole updates: use clipping = 'flat'"
 _CLIP_NONE = "there is nothing to clip without a privacy unit: leave clipping at 'flat'"
 _SEEDED_NONE = "a run without privacy unit draws no privacy noise: leave noise at 'system'"
 
 # (axis, axis): refused pairs with the reason. Pairs that are absent were considered and are sound.
 REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
-    ("task", "trainable"): {("causal_lm", "head"): _NO_HEAD, ("masked_lm", "head"): _NO_HEAD},
+    ("task", "trainable"): {
+        ("causal_lm", "head"): _NO_HEAD,
+        ("masked_lm", "head"): _NO_HEAD,
+        ("causal_lm", "prompt_generator"): _TELLS,
+        ("image_classification", "prefix"): _NO_CACHE,
+    },
     ("weighting", "unit"): {("examples", unit): _WEIGHTS for unit in _PRIVATE},
     ("unit", "protection"): {("client", "none"): _CLIENT_NEEDS_RING, ("client", "ckks"): _CKKS_DISCRETE},
     ("unit", "clipping"): {
@@ -37,7 +46,7 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
 # new option must take a position; `position` refuses to answer for anything newer.
 REVIEWED: Mapping[str, tuple[str, ...]] = {
     "task": ("text_classification", "causal_lm", "masked_lm", "image_classification"),
-    "trainable": ("full", "head", "lora", "prompt"),
+    "trainable": ("full", "head", "lora", "prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator"),
     "optimizer": ("sgd", "adam", "adamw"),
     "proximal": ("off", "on"),
     "strategy": ("average", "avgm", "adam", "yogi", "adagrad"),

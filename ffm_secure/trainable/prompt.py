@@ -41,12 +41,21 @@ class PromptedModel(nn.Module):
         self.prompt = ExpandedParameter(prompt)
         self.config = model.config
 
+    @property
+    def length(self) -> int:
+        """Return the number of virtual tokens."""
+        return int(self.prompt.value.shape[0])
+
+    def virtual_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the virtual tokens of every sample, [B, length, d]; other kinds of prompt compute them here."""
+        return self.prompt(len(next(iter(batch.values()))))
+
     def forward(self, **batch: Any) -> Any:
         """Return the model's output for one batch."""
         if self.kind == "image_classification":
             return self._pictures(batch["pixel_values"])
         tokens, mask = batch["input_ids"], batch["attention_mask"]
-        count, length = tokens.shape[0], self.prompt.value.shape[0]
+        count, length = tokens.shape[0], self.length
         if self.max_positions is not None and tokens.shape[1] + length > self.max_positions:
             raise ModelError(
                 f"{tokens.shape[1]} tokens and {length} of the soft prompt exceed the {self.max_positions} positions "
@@ -54,7 +63,7 @@ class PromptedModel(nn.Module):
             )
         words = self.model.get_input_embeddings()(tokens)
         inputs: dict[str, Any] = {
-            "inputs_embeds": torch.cat((self.prompt(count).to(words.dtype), words), dim=1),
+            "inputs_embeds": torch.cat((self.virtual_tokens(batch).to(words.dtype), words), dim=1),
             "attention_mask": torch.cat((mask.new_ones(count, length), mask), dim=1),
         }
         if batch.get("token_type_ids") is not None:
@@ -77,7 +86,7 @@ class PromptedModel(nn.Module):
         return _Logits(self.model.score(hidden))
 
     def _pictures(self, pixels: Tensor) -> Any:
-        prompt = self.prompt(pixels.shape[0])
+        prompt = self.virtual_tokens({"pixel_values": pixels})
 
         def insert(module: nn.Module, args: Any, tokens: Tensor) -> Tensor:
             return torch.cat((tokens[:, :1], prompt.to(tokens.dtype), tokens[:, 1:]), dim=1)
@@ -96,7 +105,19 @@ class _Logits:
         self.logits = logits
 
 
-class Prompt(TrainableModel):
+class PromptTrainable(TrainableModel):
+    """What every kind of prompt shares: the head is trained along where there is one."""
+
+    def write_prompt(self, folder: Path, base_model_name: str, config: Any, prompt: Tensor) -> None:
+        """Write a PEFT prompt of one tensor, with the head."""
+        heads = head_modules(self.backbone)
+        if heads:
+            config.modules_to_save = list(heads)
+        inside = {name: p for name, p in self.parameters.items() if name.startswith("base_model.")}
+        write_peft(folder, config, {PROMPT: prompt, **inside}, base_model_name)
+
+
+class Prompt(PromptTrainable):
     """A soft prompt, with the head trained along where there is one."""
 
     kind = "prompt"
@@ -109,19 +130,8 @@ class Prompt(TrainableModel):
             table = {"kind": self.kind, "task": self.backbone.kind, "length": length, "width": width}
             write_own(folder, table, self.parameters, base_model_name)
             return
-        config: Any = self.backbone.model.config
-        heads = head_modules(self.backbone)
-        peft = PromptTuningConfig(
-            task_type=task,
-            num_virtual_tokens=length,
-            token_dim=width,
-            num_transformer_submodules=1,
-            num_attention_heads=config.num_attention_heads,
-            num_layers=config.num_hidden_layers,
-        )
-        if heads:
-            peft.modules_to_save = list(heads)
-        write_peft(folder, peft, self.parameters, base_model_name)
+        peft = PromptTuningConfig(task_type=task, num_virtual_tokens=length, **peft_sizes(self.backbone, width))
+        self.write_prompt(folder, base_model_name, peft, self.parameters[PROMPT])
 
     def import_(self, folder: Path) -> None:
         """Read what `export` wrote."""
@@ -129,35 +139,68 @@ class Prompt(TrainableModel):
         self.load_tensors(read_tensors(folder, OWN_TENSORS if own else PEFT_TENSORS))
 
 
+def peft_sizes(backbone: Backbone, width: int) -> dict[str, Any]:
+    """Return what PEFT wants to know of the model behind a prompt of `width` numbers a token."""
+    config: Any = backbone.model.config
+    return {
+        "token_dim": width,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_layers": config.num_hidden_layers,
+    }
+
+
 def attach_prompt(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> Prompt:
     """Put `length` trained vectors in front of every input; they start as random words of the vocabulary.
 
     Source: Lester et al. 2021, arXiv:2104.08691, section 2.1.
     """
-    length = int(spec.get("length", 16))
-    limit = backbone.max_positions
+    length, model = checked_length(backbone, spec), with_own_head(backbone)
+    wrapped = PromptedModel(
+        model, start_prompt(backbone, length, seed), kind=task_kind, max_positions=backbone.max_positions
+    )
+    parameters = {PROMPT: wrapped.prompt.value, **head_parameters(backbone, model)}
+    lines = [f"soft prompt of {length} tokens x {backbone.hidden_size}: {parameters[PROMPT].numel():,} numbers"]
+    return Prompt(
+        backbone=backbone, model=wrapped, parameters=parameters, description=[*lines, *head_lines(backbone, parameters)]
+    )
+
+
+def checked_length(backbone: Backbone, spec: Mapping[str, Any]) -> int:
+    """Return the number of virtual tokens, checked against the positions of the model."""
+    length, limit = int(spec.get("length", 16)), backbone.max_positions
     if length < 1 or (limit is not None and length >= limit):
         raise ModelError(f"model.trainable.length = {length}: must be from 1 to below {limit}, the model's positions")
+    return length
+
+
+def with_own_head(backbone: Backbone) -> Any:
+    """Copy the model so that only its head is owned; the frozen rest stays shared."""
+    owned = [p for _, p in named_inside(backbone.model, head_modules(backbone))]
+    return sharing_copy(backbone.model, own=owned)
+
+
+def head_parameters(backbone: Backbone, model: Any) -> dict[str, nn.Parameter]:
+    """Name the parameters of the head as PEFT's files do."""
+    return {f"base_model.{name}": p for name, p in named_inside(model, head_modules(backbone))}
+
+
+def head_lines(backbone: Backbone, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Say that the head is trained along, where there is one."""
     heads = head_modules(backbone)
-    owned = [p for _, p in named_inside(backbone.model, heads)]
-    model = sharing_copy(backbone.model, own=owned)
-    wrapped = PromptedModel(model, _start(backbone, length, seed), kind=task_kind, max_positions=limit)
-    parameters = {PROMPT: wrapped.prompt.value}
-    parameters |= {f"base_model.{name}": p for name, p in named_inside(model, heads)}
-    lines = [f"soft prompt of {length} tokens x {backbone.hidden_size}: {parameters[PROMPT].numel():,} numbers"]
-    if heads:
-        rest = sum(p.numel() for p in parameters.values()) - parameters[PROMPT].numel()
-        lines.append(f"the head is trained along: {', '.join(heads)}, {rest:,} numbers")
-    return Prompt(backbone=backbone, model=wrapped, parameters=parameters, description=lines)
+    rest = sum(p.numel() for name, p in parameters.items() if name.startswith("base_model."))
+    return [f"the head is trained along: {', '.join(heads)}, {rest:,} numbers"] if heads else []
 
 
-def _start(backbone: Backbone, length: int, seed: int) -> Tensor:
+def start_prompt(backbone: Backbone, length: int, seed: int) -> Tensor:
     """Draw where the prompt starts: rows of the vocabulary, or small numbers for pictures."""
     model: Any = backbone.model
     stream = torch.Generator().manual_seed(seed)
     if backbone.kind == "image_classification":
         if model.config.model_type != "vit":
-            raise ModelError(f"model.trainable.kind = 'prompt': pictures need a ViT, this is {backbone.architecture}")
+            raise ModelError(
+                f"model.trainable.kind: pictures with a prompt need a ViT, this is {backbone.architecture}"
+            )
         return torch.randn((length, backbone.hidden_size), generator=stream) * float(model.config.initializer_range)
     words: Tensor = model.get_input_embeddings().weight.detach()
     return words[torch.randint(len(words), (length,), generator=stream)].float().clone()

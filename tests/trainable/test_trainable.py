@@ -35,12 +35,31 @@ SPECS: list[dict[str, Any]] = [
     {"kind": "lora", "rank": 3},
     {"kind": "lora", "rank": 2, "target_modules": ("all-linear",)},
     {"kind": "prompt", "length": 5},
+    {"kind": "prefix", "length": 5},
+    {"kind": "p_tuning", "length": 5, "hidden": 6},
+    {"kind": "deep_prompt", "length": 5},
+    {"kind": "prompt_generator", "length": 5, "hidden": 4},
 ]
+DRAWN = ("lora", "prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")  # the start depends on the seed
+NEWER = ("prefix", "p_tuning", "deep_prompt", "prompt_generator")  # checked on one model of each family, to save time
+FEWER = [
+    ("tiny-bert", "text_classification"),
+    ("tiny-bert", "masked_lm"),
+    ("tiny-gpt2", "text_classification"),
+    ("tiny-llama", "causal_lm"),
+    ("tiny-vit", "image_classification"),
+]
+IMPOSSIBLE = {  # kind of training -> tasks it cannot do
+    "head": ("causal_lm", "masked_lm"),
+    "prefix": ("image_classification",),
+    "prompt_generator": ("causal_lm",),
+}
 GRID = [
     pytest.param(name, kind, spec, id="-".join((name, kind, spec["kind"], *spec.get("target_modules", ()))))
     for name, kind in MODELS
     for spec in SPECS
-    if spec["kind"] != "head" or kind.endswith("classification")
+    if kind not in IMPOSSIBLE.get(spec["kind"], ())
+    if spec["kind"] not in NEWER or (name, kind) in FEWER
 ]
 LABELS = np.array([1, 0, 2, 1])
 
@@ -123,7 +142,7 @@ def test_the_start_depends_on_the_seed_alone(name: str, kind: str, spec: dict[st
     backbone = backbone_of(name, kind)
     one, same, other = (attach(backbone, spec, task_kind=kind, seed=seed).tensors() for seed in (3, 3, 4))
     assert fingerprint(one) == fingerprint(same)
-    assert (fingerprint(one) != fingerprint(other)) == (spec["kind"] in ("lora", "prompt"))
+    assert (fingerprint(one) != fingerprint(other)) == (spec["kind"] in DRAWN)
 
 
 @pytest.mark.parametrize("name, kind, spec", GRID)
@@ -199,10 +218,11 @@ def test_full_training_computes_what_the_plain_model_computes() -> None:
         torch.testing.assert_close(losses(trainable, task, encoded).detach(), plain)
 
 
-@pytest.mark.parametrize("kind", ["text_classification", "causal_lm"])
-@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
-def test_a_prompted_loss_does_not_depend_on_the_company(name: str, kind: str) -> None:
-    trainable, task, encoded = prepare(name, kind, {"kind": "prompt", "length": 5})
+@pytest.mark.parametrize("name, kind, spec", [p for p in GRID if "length" in p.values[2] and p.values[0] != "tiny-vit"])
+def test_a_prompted_loss_does_not_depend_on_the_company(name: str, kind: str, spec: dict[str, Any]) -> None:
+    if kind == "masked_lm":
+        pytest.skip("masks are drawn anew by row")
+    trainable, task, encoded = prepare(name, kind, spec)
     shake(trainable)
     together = losses(trainable, task, encoded).detach()
     assert together.std() > 1e-3
@@ -288,16 +308,17 @@ def test_plain_peft_loads_the_adapter_on_the_same_base(
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
 
 
+@pytest.mark.parametrize("how", ["prompt", "prefix", "p_tuning"])
 @pytest.mark.parametrize("name, kind", [pair for pair in MODELS if pair[1] in ("text_classification", "causal_lm")])
-def test_plain_peft_loads_the_soft_prompt(name: str, kind: str, tmp_path: Path) -> None:
+def test_plain_peft_loads_the_prompt(name: str, kind: str, how: str, tmp_path: Path) -> None:
     """Equal lengths: PEFT hands decoders no place to find the last word of a padded text."""
-    trainable, _, _ = prepare(name, kind, {"kind": "prompt", "length": 4})
+    trainable, _, _ = prepare(name, kind, {"kind": how, "length": 4})
     shake(trainable)
     trainable.export(tmp_path, "base")
     loaded = PeftModel.from_pretrained(backbone_of(name, kind).model, str(tmp_path)).eval()
     with torch.inference_mode():
         theirs = loaded(**same_length(trainable.backbone)).logits
-    if kind == "causal_lm":
+    if kind == "causal_lm" and how != "prefix":
         theirs = theirs[:, 4:]
     torch.testing.assert_close(theirs, own_logits(trainable), atol=1e-6, rtol=1e-5)
 
@@ -336,8 +357,8 @@ def test_prompts_peft_has_no_type_for_are_stored_with_a_version(name: str, kind:
 def test_damaged_or_foreign_files_are_refused_and_change_nothing(spec: dict[str, Any], tmp_path: Path) -> None:
     trainable, _, _ = prepare("tiny-bert", "text_classification", spec)
     trainable.export(tmp_path / "cut", "base")
-    path = next((tmp_path / "cut").glob("*.safetensors"))
-    path.write_bytes(path.read_bytes()[:-7])
+    for path in (tmp_path / "cut").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-7])
     wider = {**spec, "rank": 4, "length": 6}
     other = prepare("tiny-llama" if spec["kind"] in ("full", "head") else "tiny-bert", "text_classification", wider)[0]
     other.export(tmp_path / "other", "base")
@@ -355,6 +376,7 @@ def test_damaged_or_foreign_files_are_refused_and_change_nothing(spec: dict[str,
     "kind, spec, words",
     [
         ("text_classification", {"kind": "everything"}, "must be one of full, head, lora, prompt"),
+        ("text_classification", {"kind": "prefix", "length": 256}, "below 256"),
         ("text_classification", {"kind": "lora", "rnak": 3}, "unknown option"),
         ("text_classification", {"kind": "lora", "rank": 0}, "at least 1"),
         ("text_classification", {"kind": "lora", "target_modules": ("q_proj",)}, "query"),
@@ -382,3 +404,49 @@ def test_a_text_too_long_for_prompt_and_model_is_refused() -> None:
     encoded = task.encode(Table(text=["good " * 30], label=[0]))
     with pytest.raises(ModelError, match="exceed the 256 positions"):
         losses(trainable, task, encoded, [0])
+
+
+def test_a_causal_model_is_not_told_what_it_has_to_predict() -> None:
+    with pytest.raises(ModelError, match="has to predict"):
+        prepare("tiny-gpt2", "causal_lm", {"kind": "prompt_generator"})
+
+
+def test_pictures_have_no_prefix() -> None:
+    with pytest.raises(ModelError, match="use deep_prompt"):
+        prepare("tiny-vit", "image_classification", {"kind": "prefix"})
+
+
+# --- what the kinds of prompt do -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("representation", ["model", "embedding"])
+@pytest.mark.parametrize("name, kind", [("tiny-bert", "text_classification"), ("tiny-vit", "image_classification")])
+def test_a_generated_prompt_depends_on_its_own_input_alone(name: str, kind: str, representation: str) -> None:
+    spec = {"kind": "prompt_generator", "length": 3, "hidden": 4, "representation": representation}
+    trainable, task, encoded = prepare(name, kind, spec)
+    model: Any = trainable.model
+    batch = {n: v for n, v in task.batch(encoded, range(4), device="cpu").items() if n != "labels"}
+    first = model.virtual_tokens(batch)
+    assert torch.equal(first[0], first[1]), "it starts as one plain soft prompt"
+    shake(trainable)
+    together = model.virtual_tokens(batch)
+    assert (together[0] - together[1]).abs().max() > 1e-4
+    alone = model.virtual_tokens({n: v[:1] for n, v in batch.items()})
+    torch.testing.assert_close(alone[0], together[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_frozen_representation_carries_no_gradient() -> None:
+    trainable, task, encoded = prepare("tiny-bert", "text_classification", {"kind": "prompt_generator", "length": 3})
+    batch = task.batch(encoded, range(4), device="cpu")
+    assert not trainable.model.frozen_representation(batch).requires_grad  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name, kind", [("tiny-bert", "text_classification"), ("tiny-vit", "image_classification")])
+def test_deep_prompts_reach_every_layer(name: str, kind: str) -> None:
+    trainable, task, encoded = prepare(name, kind, {"kind": "deep_prompt", "length": 3})
+    losses(trainable, task, encoded).sum().backward()
+    first, later = (trainable.parameters[part].grad for part in ("prompts.first", "prompts.later"))
+    assert first is not None
+    assert later is not None
+    assert later.shape[0] == trainable.backbone.config.num_hidden_layers - 1
+    assert all(float(part.abs().max()) > 0 for part in (first, *later))
