@@ -11,6 +11,8 @@ A client object has `encrypt(values) -> chunks` and `decrypt_sum(chunks, parties
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
@@ -27,10 +29,13 @@ from defenses.he.wire import (
     Agreement,
     check_parties,
     check_party,
+    confirmation_code,
     decode_parameters,
     encode_parameters,
     read_chunks,
+    read_confirmation,
     write_chunks,
+    write_confirmation,
 )
 
 Words = npt.NDArray[np.uint64]
@@ -272,6 +277,37 @@ class EncryptedClient:
             self._holder.burn()
             raise ProtocolError from None
         return total
+
+    def confirm(self, total: Integers, parties: Sequence[bytes]) -> bytes:
+        """Return this client's message on what it opened; send it to the others before using the sum."""
+        code = confirmation_code(self._confirmed(total, parties), self._party)
+        return write_confirmation(digest=self._digest, party=self._party, code=code)
+
+    def check_confirmations(self, total: Integers, parties: Sequence[bytes], messages: Iterable[bytes]) -> None:
+        """Compare what this client opened with what the others did, before the sum leaves it or is used.
+
+        Guarantee: when it returns, a majority of the agreement's parties, or else everybody in the sum, opened this very
+        sum of these very parties. So of two different sums of one round that are both accepted, one leaves out everybody
+        who confirmed the other: subtracting them singles out nobody.
+        Assumes: a client confirms only what it opened, which it can do once.
+        Raises:
+            ProtocolError: another sum, other parties, a forged, repeated or malformed message, or too few of them.
+        """
+        secret, confirmed = self._confirmed(total, parties), {self._party} & set(parties)
+        for message in messages:
+            party, code = read_confirmation(message, digest=self._digest)
+            known = party in parties and (party not in confirmed or party == self._party)
+            if not known or not hmac.compare_digest(code, confirmation_code(secret, party)):
+                raise ProtocolError
+            confirmed.add(party)
+        if len(confirmed) < min(len(parties), self._agreement.parties // 2 + 1):
+            raise ProtocolError
+
+    def _confirmed(self, total: Integers, parties: Sequence[bytes]) -> bytes:
+        """Bind key, agreement, parties and sum; nobody without the key can test a guess of the sum against it."""
+        check_parties(parties, self._agreement)
+        content = hashlib.sha256(b"".join(sorted(parties)) + total.astype("<i8").tobytes()).digest()
+        return hmac.digest(self._holder.confirmation_key(self._digest), content, "sha256")
 
     def _open(self, ciphertexts: list[Any]) -> Integers:
         engine, parameters = self._holder.engine(), self._holder.parameters

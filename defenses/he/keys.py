@@ -101,6 +101,12 @@ class KeyHolder:
         secret = _expand(self._root, b"tag" + digest, 32, self.run)
         return Tagger(RandomSource(secret, private=True))
 
+    def confirmation_key(self, digest: bytes) -> bytes:
+        """Derive the key under which the holders of this key compare what they opened."""
+        if not self.usable:
+            raise ProtocolError
+        return _expand(self._root, b"confirm" + digest, 32, self.run)
+
     def begin_opening(self, digest: bytes) -> None:
         """Note that an agreement is being opened; a second time is refused."""
         if not self.usable or digest in self._opened:

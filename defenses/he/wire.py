@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import struct
 import tempfile
@@ -22,6 +23,8 @@ _ROLES: Final[dict[Role, int]] = {"upload": 1, "sum": 2}
 _HEADER: Final = struct.Struct(">8sB16s32sII")
 HEADER_BYTES: Final = _HEADER.size
 _PARAMETERS: Final = struct.Struct(">8sBBIBBBBBBBB")
+_CONFIRMATION: Final = struct.Struct(">8sB16s32s32s")
+_CONFIRM: Final = 3
 _SCHEMES: Final = ("bfv", "ckks")
 _NOBODY: Final = bytes(PARTY_BYTES)
 
@@ -106,6 +109,30 @@ def read_chunks(chunks: Iterable[bytes], *, role: Role, digest: bytes, count: in
         yield party, chunk[_HEADER.size :]
     if seen != count:
         raise ProtocolError
+
+
+def confirmation_code(secret: bytes, party: bytes) -> bytes:
+    """Return one party's code over what `secret` stands for; in its own name, so that no code can be passed on as another's."""
+    return hmac.digest(secret, party, "sha256")
+
+
+def write_confirmation(*, digest: bytes, party: bytes, code: bytes) -> bytes:
+    """Write a client's message on the sum it opened: version, role, agreement, party, code."""
+    return _CONFIRMATION.pack(_MAGIC, _CONFIRM, digest[:16], party, code)
+
+
+def read_confirmation(message: bytes, *, digest: bytes) -> tuple[bytes, bytes]:
+    """Return party and code of a confirmation under one agreement.
+
+    Raises:
+        ProtocolError: malformed, or of another version or agreement.
+    """
+    if not isinstance(message, bytes) or len(message) != _CONFIRMATION.size:
+        raise ProtocolError
+    magic, role, bound, party, code = _CONFIRMATION.unpack(message)
+    if (magic, role, bound) != (_MAGIC, _CONFIRM, digest[:16]):
+        raise ProtocolError
+    return party, code
 
 
 def encode_parameters(parameters: Parameters) -> bytes:
