@@ -114,7 +114,9 @@ class Dropout:
     """Simulated losses: the share of a cohort lost in a round, and where."""
 
     rate: float = option(0.0, minimum=0.0, maximum=1.0)
-    stages: tuple[str, ...] = option(("train", "upload"), choices=("advertise", "share", "train", "upload", "unmask"))
+    stages: tuple[str, ...] = option(
+        ("train", "upload"), choices=("advertise", "share", "train", "upload", "confirm", "unmask")
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,13 +136,10 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
     if privacy.unit == "client" and privacy.delta > 0 and privacy.delta > 1.0 / config.task.clients:
         yield (f"privacy.delta = {privacy.delta}: must be at most 1 / clients = {1 / config.task.clients:g}, or the guarantee may "
                "give away one whole client")
-    dropped = (
-        protection.kind in ("bfv", "ckks")
-        and any(stage == "unmask" for stage in federation.dropout.stages)
-        and federation.dropout.rate > 0
-    )
-    if dropped:
-        yield f"federation.dropout.stages: 'unmask' does not exist with protection '{protection.kind}'; remove it"
+    absent = [stage for stage in federation.dropout.stages if stage in ("confirm", "unmask")]
+    if protection.kind in ("bfv", "ckks") and federation.dropout.rate > 0:
+        for stage in absent:
+            yield f"federation.dropout.stages: '{stage}' does not exist with protection '{protection.kind}'; remove it"
 
 
 def minimum_survivors(config: RunConfig) -> int:

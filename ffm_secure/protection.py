@@ -24,8 +24,11 @@ _STAGES = {
     "share": secagg.Stage.SHARE,
     "train": secagg.Stage.MASK,
     "upload": secagg.Stage.MASK,
+    "confirm": secagg.Stage.CONFIRM,
     "unmask": secagg.Stage.UNMASK,
 }
+AFTER_UPLOAD = frozenset({"confirm", "unmask"})
+"""Stages at which a client has already uploaded: whoever is lost there is in the sum."""
 Contribute = Callable[[int], npt.NDArray[Any]]
 
 
@@ -67,7 +70,7 @@ class Unprotected:
         total, arrived, sent = np.zeros(self.code.length, dtype=ring.word_type(self.code.modulus_bits)), [], 0
         for client in order:
             payload = ring.pack(contribute(client), self.code.modulus_bits)
-            if client in drop:
+            if drop.get(client, "unmask") not in AFTER_UPLOAD:
                 continue
             sent += len(payload)
             ring.add_packed(total, payload, self.code.modulus_bits)
@@ -121,7 +124,7 @@ class SecureAggregation:
             for owner, client in members.items()
         }
         server = secagg.ServerSession(parameters)
-        lost = {owner: _STAGES[drop[client]] for owner, client in members.items() if client in drop}
+        lost = {owner: self._stage(drop[client]) for owner, client in members.items() if client in drop}
         try:
             outcome = secagg.drive(sessions, server, lambda owner: contribute(members[owner]), lost)
         except ProtocolError as error:
@@ -137,6 +140,12 @@ class SecureAggregation:
         return Collected(
             ring_sum=outcome.sum.vector, survivors=survivors, dropped=dropped, bytes_up=up, bytes_down=down
         )
+
+    def _stage(self, name: str) -> secagg.Stage:
+        """Return where the protocol loses a client; without a confirmation it is lost at the next message."""
+        stage = _STAGES[name]
+        semi_honest = self.config.protection.mode == "semi_honest"
+        return secagg.Stage.UNMASK if stage is secagg.Stage.CONFIRM and semi_honest else stage
 
     def _parameters(self, round_plan: RoundPlan) -> secagg.SessionParameters:
         count = len(round_plan.cohort)
@@ -166,7 +175,8 @@ def _bytes(traffic: Mapping[bytes, Any]) -> tuple[int, int]:
 class Encrypted:
     """Add ciphertexts: the server learns not even the sum; the clients, who share one key of this run, open it.
 
-    In a simulation one key holder stands for all clients. Whoever uploaded is in the sum; nobody is asked twice.
+    In a simulation one key holder stands for all clients, and one opening for all of theirs; they still compare it. Whoever
+    uploaded is in the sum; nobody is asked twice.
     """
 
     def __init__(self, code: VectorCode, config: RunConfig, owners: Sequence[str]) -> None:
@@ -205,13 +215,18 @@ class Encrypted:
             return Collected(ring_sum=None, dropped=dict(drop), aborted=reason, bytes_up=sent)
         chunks = list(server.sum_chunks())
         down = sum(len(chunk) for chunk in chunks) * len(arrived)
-        opener = he.EncryptedClient(self.holder, agreement, self.names[arrived[0]])
+        openers = [he.EncryptedClient(self.holder, agreement, self.names[client]) for client in arrived]
         try:
-            total = opener.decrypt_sum(chunks, server.parties)
+            total = openers[0].decrypt_sum(chunks, server.parties)
+            messages = [opener.confirm(total, server.parties) for opener in openers]
+            for opener in openers:
+                opener.check_confirmations(total, server.parties, messages)
         except ProtocolError:
             return Collected(
                 ring_sum=None, dropped=dict(drop), aborted="protocol aborted", bytes_up=sent, bytes_down=down
             )
+        compared = sum(len(message) for message in messages)
+        sent, down = sent + compared, down + compared * len(arrived)
         return Collected(
             ring_sum=ring.from_signed(total, self.code.modulus_bits),
             survivors=tuple(sorted(arrived)),

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from defenses.dp import Accountant, EpsilonBound, Event, RecordMechanism
+from defenses.he.collusion import Kind, collusion
 from ffm_secure import mechanism as mechanisms
 from ffm_secure import plan
 from ffm_secure.config import OBSERVERS, RunConfig
@@ -21,6 +22,7 @@ from ffm_secure.setup import Prepared, Setup
 from ffm_secure.types import AuditSummary, ClientOutcome, Observer, PlanSummary, PrivacyStatement, RunSummary
 
 SEEDED = "NOT PRIVATE: the privacy noise of this run came from a seed, which is for tests only"
+_BACKENDS: Mapping[str, Kind] = {"none": "plain", "secagg": "masking", "bfv": "bfv", "ckks": "ckks"}
 _PACKAGES = ("ffm-secure", "torch", "transformers", "peft", "datasets", "cryptography", "opacus", "tenseal", "numpy")
 
 
@@ -228,21 +230,17 @@ def _reveals(config: RunConfig, observer: Observer) -> str:
 
 
 def _breaks(config: RunConfig) -> str:
-    kind, cohort = config.protection.kind, config.federation.cohort
-    if kind == "none":
-        return "nothing to break: the server sees each update as it is sent"
+    """State who can decrypt, and which collusion breaks it."""
+    kind, cohort, fewest = config.protection.kind, config.federation.cohort, plan.minimum_survivors(config)
+    tolerated, lies = 0, ""
     if kind == "secagg":
-        needed = plan.shamir_threshold(config)
-        alone = 2 * needed - (cohort - 1) if config.protection.mode == "active" else needed
-        return (
-            f"{max(1, alone)} colluding clients of one round's {cohort} open another client's update together with the server"
-            + (
-                " even if it lies about who dropped out"
-                if config.protection.mode == "active"
-                else ", which is assumed not to lie"
-            )
-        )
-    return "one client that hands the shared key to the server opens every update of the run"
+        needed, active = plan.shamir_threshold(config), config.protection.mode == "active"
+        opening = 2 * needed - (cohort - 1) if active else needed  # so many open another client's vector
+        tolerated = max(0, min(opening - 1, fewest - 2))  # so many leave two honest clients in every sum
+        answer = "This holds even if" if active else "Not protected if"
+        lies = f" {answer} the server lies about who dropped out."
+    stated = collusion(_BACKENDS[kind], parties=cohort, fewest=min(fewest, cohort), tolerated=tolerated)
+    return f"{stated.who_can_decrypt} {stated.broken_by}{lies}"
 
 
 def _warnings(prepared: Prepared) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from defenses.random_source import RandomSource
 from ffm_secure.client import Workplace
+from ffm_secure.protection import AFTER_UPLOAD
 from ffm_secure.setup import Setup
 from ffm_secure.trainable import replicate
 from ffm_secure.types import RoundPlan, RoundSum
@@ -73,7 +74,7 @@ class LocalEngine:
     def collect(self, plan: RoundPlan, vector: Tensor, finished: Callable[[int, int], None]) -> Outcome:
         """Run one round: train whoever is not lost, seal, open."""
         drop = lost_clients(self.setup, plan)
-        never = {client for client, stage in drop.items() if stage != "unmask"}
+        never = {client for client, stage in drop.items() if stage not in AFTER_UPLOAD}
         order = [client for client in plan.cohort if client not in never]
         self.busy = 0.0
         inputs = self._inputs(order, plan, vector)

@@ -1,0 +1,185 @@
+"""Clients lost at every stage of masked rounds: the run equals the open one over the same survivors, or a round is given up."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from defenses.secagg import ring
+from ffm_secure import setup, summary
+from ffm_secure.config import RunConfig
+from ffm_secure.engines import LocalEngine, Outcome
+from ffm_secure.federation import run
+from ffm_secure.protection import AFTER_UPLOAD, Collected
+from ffm_secure.report import render_html
+from ffm_secure.report_markup import size
+from ffm_secure.store import Store
+from ffm_secure.types import RoundPlan, RoundRecord, RunSummary
+from ffm_secure.vector import VectorCode
+from tests.federation.helpers import RECORD, make, prepared, train
+
+STAGES = ["advertise", "share", "train", "upload", "confirm", "unmask"]
+
+
+class SumOf:
+    """The slow, obvious definition: add up, in the clear, the vectors of the clients that survived another run."""
+
+    kind = "none"
+
+    def __init__(self, code: VectorCode, records: Sequence[RoundRecord]) -> None:
+        self.code, self.records = code, records
+
+    def collect(
+        self,
+        round_plan: RoundPlan,
+        *,
+        contribute: Callable[[int], npt.NDArray[Any]],
+        drop: Mapping[int, str],
+        order: Sequence[int],
+    ) -> Collected:
+        assert not drop
+        record = self.records[round_plan.round - 1]
+        if record.aborted:
+            return Collected(ring_sum=None, aborted="as in the other run")
+        vectors = [ring.signed(contribute(client), self.code.modulus_bits) for client in record.survivors]
+        total: npt.NDArray[np.int64] = np.sum(vectors, axis=0, dtype=np.int64)
+        return Collected(ring_sum=ring.from_signed(total, self.code.modulus_bits), survivors=record.survivors)
+
+
+def lora(parties: int, *, rounds: int, kind: str = "secagg", rate: float = 0.2, **sections: Any) -> RunConfig:
+    """Return a LoRA run of a tiny text encoder in which every party is asked in every round."""
+    lifecycle = {"kind": "finetune", "local_steps": 1, "batch_size": 4, "learning_rate": 0.2}
+    return make(
+        task={
+            "kind": "text_classification",
+            "data": f"builtin:clinic_notes?size={max(80, 4 * parties)}&validation=20",
+            "clients": parties,
+            "max_length": 16,
+            "evaluation_examples": 8,
+        },
+        model={"name": "builtin:tiny-bert", "trainable": {"kind": "lora", "rank": 2}},
+        federation={
+            "rounds": rounds,
+            "cohort": parties,
+            "lifecycle": lifecycle,
+            "evaluate_every": rounds,
+            "dropout": {"rate": rate, "stages": STAGES},
+        },
+        **{"protection": {"kind": kind, "threshold": max(3, (2 * parties + 2) // 3)}, **sections},
+    )
+
+
+def check(parties: int, folder: Path, *, rounds: int, seed: int) -> tuple[RoundRecord, ...]:
+    """Compare a masked run that loses clients with the open one, without losses, over its survivors: bit for bit."""
+    _, masked = train(lora(parties, rounds=rounds, seed=seed), folder / "masked")
+    assert masked.status == "complete"
+    assert len(masked.records) == rounds
+    for record in masked.records:
+        early = {client for client, stage in record.dropped.items() if stage not in AFTER_UPLOAD}
+        assert record.aborted or set(record.survivors) == set(record.cohort) - early
+        assert not 0 < len(record.survivors) < 3
+    made = lora(parties, rounds=rounds, seed=seed, kind="none", rate=0.0)
+    built = setup.build(prepared(made), folder / "open")
+    built.protection = SumOf(built.code, masked.records)
+    start = built.trainable.flatten().clone()
+    with Store.open(folder / "open", made) as store:
+        expected = run(built, store).state.vector
+    assert torch.equal(masked.state.vector, expected)
+    assert not torch.equal(start, expected), "nothing was learned, so nothing was compared"
+    return masked.records
+
+
+def stages(records: Sequence[RoundRecord]) -> set[str]:
+    return {stage for record in records for stage in record.dropped.values()}
+
+
+def test_three_parties_with_a_fifth_lost_at_random_stages(tmp_path: Path) -> None:
+    """Three cannot spare one, or two would read each other: a round with a loss is given up, the others are exact."""
+    records = check(3, tmp_path, rounds=4, seed=3)
+    assert stages(records) == {"share", "unmask"}
+    assert [bool(record.aborted) for record in records] == [bool(record.dropped) for record in records]
+    assert [bool(record.aborted) for record in records] == [True, False, True, False]
+
+
+def test_twenty_parties_with_a_fifth_lost_at_random_stages(tmp_path: Path) -> None:
+    records = check(20, tmp_path, rounds=3, seed=6)
+    assert stages(records) == set(STAGES), "the seed loses nobody at some stage"
+    assert not any(record.aborted for record in records)
+    assert min(len(record.survivors) for record in records) < 20
+
+
+@pytest.mark.slow
+def test_two_hundred_parties_with_a_fifth_lost_at_random_stages(tmp_path: Path) -> None:
+    records = check(200, tmp_path, rounds=2, seed=3)
+    assert stages(records) == set(STAGES)
+    assert [len(record.dropped) for record in records] == [52, 44]
+    assert not any(record.aborted for record in records)
+
+
+class Remembering(LocalEngine):
+    """Note the model that every round starts from."""
+
+    def __init__(self, built: setup.Setup) -> None:
+        super().__init__(built)
+        self.starts: list[torch.Tensor] = []
+
+    def collect(self, plan: RoundPlan, vector: torch.Tensor, finished: Callable[[int, int], None]) -> Outcome:
+        self.starts.append(vector.clone())
+        return super().collect(plan, vector, finished)
+
+
+def test_an_aborted_round_stays_spent_and_the_run_goes_on(tmp_path: Path) -> None:
+    made = lora(3, rounds=3, privacy={**RECORD, "noise": "system", "epsilon": 50.0})
+    built = setup.build(prepared(made), tmp_path)
+    engine = Remembering(built)
+    with Store.open(tmp_path, made) as store:
+        trained = run(built, store, engine=engine)
+    aborted = [bool(record.aborted) for record in trained.records]
+    assert aborted == [True, False, True]
+    assert trained.status == "complete"
+    reasons = {record.aborted for record in trained.records if record.aborted}
+    assert reasons == {"fewer than 3 clients could open the sum"}
+    models = [*engine.starts, trained.state.vector]
+    assert [torch.equal(before, after) for before, after in pairwise(models)] == aborted
+    for owner in built.prepared.owners:
+        assert len(built.charges.ledger.events(owner, built.prepared.account, "record")) == 3
+    spent = [record.epsilon_spent for record in trained.records]
+    assert 0 < spent[0] < spent[1] < spent[2] <= 50.0
+    _check_report(summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=1.0))
+
+
+def _check_report(found: RunSummary) -> None:
+    """Look for bytes, time, survivors, aborts and the collusion statement on the page."""
+    page = re.sub(r"<[^>]+>", "", html.unescape(render_html(found))).replace("\N{NO-BREAK SPACE}", " ")
+    assert "Rounds aborted" in page
+    assert "Round 1: fewer than 3 clients could open the sum" in page
+    assert "Smallest sum opened" in page
+    assert "over 3 clients" in page
+    for record in found.rounds:
+        assert record.bytes_up > 0
+        assert record.seconds > 0
+        assert size(record.bytes_up).replace("\N{NO-BREAK SPACE}", " ") in page
+        assert all(f"client {client}: {stage}" in page for client, stage in record.dropped.items())
+    assert found.plan.breaks in page
+    assert "The server together with 2 or more clients; up to 1 are tolerated" in found.plan.breaks
+    assert "even if the server lies" in found.plan.breaks
+
+
+@pytest.mark.parametrize("kind", ["bfv", "ckks", "none"])
+def test_the_plan_says_who_can_decrypt_and_what_breaks_it(kind: str) -> None:
+    stages = {"federation": {"dropout": {"rate": 0.2, "stages": ["train"]}}}
+    breaks = summary._breaks(make(protection={"kind": kind, "threshold": 3}, **stages))
+    if kind == "none":
+        assert breaks.startswith("Nobody needs to: updates travel in clear.")
+    else:
+        assert "Each of the 4 clients alone" in breaks
+        assert "The server together with any 1 of the 4 clients reads every update of the run." in breaks
