@@ -3,6 +3,7 @@
 python -m attacks list
 python -m attacks show span
 python -m attacks run span --observation folder --model folder
+python -m attacks.span --observation folder --model folder
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from attacks.contract import Budget, Prior, Reconstruction
@@ -26,18 +29,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(max(1, chosen.threads))
     if chosen.command == "list":
-        print(taxonomy_table() if chosen.markdown else _names())
+        print(f"{attack_table()}\n\n{taxonomy_table()}" if chosen.markdown else _names())
         return 0
     if chosen.command == "show":
-        attack = build(chosen.attack)
-        print(f"{attack.name} ({attack.family})\n{getattr(attack, 'summary', '')}\nneeds: {', '.join(attack.requires)}")
+        print(description(chosen.attack))
         return 0
+    return _run(chosen.attack, chosen, parser)
+
+
+def run_one(name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run the command line of one attack and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m attacks.{name}",
+        description=description(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _run_options(parser)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(max(1, chosen.threads))
+    return _run(name, chosen, parser)
+
+
+def description(name: str) -> str:
+    """Say what an attack recovers, what it needs, and which published attacks it stands for."""
+    attack = build(name)
+    published = [f"{entry.name} ({entry.source}), {entry.status}" for entry in TAXONOMY if entry.where == name]
+    lines = [f"{attack.name} ({attack.family})", getattr(attack, "summary", "")]
+    return "\n".join([*lines, f"needs: {', '.join(attack.requires)}", *(f"published: {line}" for line in published)])
+
+
+def _run(name: str, chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         observation = load_observation(chosen.observation)
         model = None if chosen.model is None else load_model(chosen.model)
-    except (ObservationError, OSError, ValueError) as error:
+        candidates = None if chosen.candidates is None else load_file(str(chosen.candidates))
+    except (ObservationError, SafetensorError, OSError, ValueError) as error:
         parser.exit(2, f"attacks: {error}\n")
-    result = build(chosen.attack).run(observation, model, Prior(), Budget.named(chosen.budget), chosen.seed)
+    prior = Prior(candidates=candidates)
+    result = build(name).run(observation, model, prior, Budget.named(chosen.budget), chosen.seed)
     print(json.dumps(as_json(result), indent=None if chosen.json else 2))
     return 0
 
@@ -87,6 +116,16 @@ def taxonomy_table() -> str:
     return "\n".join(lines)
 
 
+def attack_table() -> str:
+    """Return the table of attacks that can be run, in Markdown."""
+    lines = ["| Name | Family | What it recovers | Needs |", "|---|---|---|---|"]
+    for name in sorted(ATTACKS):
+        attack = build(name)
+        needs = ", ".join(attack.requires)
+        lines.append(f"| `{name}` | {attack.family} | {getattr(attack, 'summary', '')} | {needs} |")
+    return "\n".join(lines)
+
+
 def _names() -> str:
     built = [build(name) for name in sorted(ATTACKS)]
     return "\n".join(f"{attack.name:<22} {attack.family:<14} {getattr(attack, 'summary', '')}" for attack in built)
@@ -97,14 +136,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="threads of the tensor library")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="name every attack")
-    listing.add_argument("--markdown", action="store_true", help="the table of all published attacks instead")
+    listing.add_argument("--markdown", action="store_true", help="the tables of docs/attacks.md instead")
     show = commands.add_parser("show", help="say what an attack does and needs")
     show.add_argument("attack", choices=sorted(ATTACKS))
     run = commands.add_parser("run", help="run one attack on an observation folder; prints JSON")
     run.add_argument("attack", choices=sorted(ATTACKS))
+    _run_options(run, threads=False)
+    return parser
+
+
+def _run_options(run: argparse.ArgumentParser, *, threads: bool = True) -> None:
+    if threads:
+        run.add_argument("--threads", type=int, default=1, help="threads of the tensor library")
     run.add_argument("--observation", required=True, type=Path, help="folder with observation.json and tensors")
     run.add_argument("--model", type=Path, help="model folder (config.json and safetensors)")
     run.add_argument("--budget", choices=("quick", "standard", "exhaustive"), default="quick")
     run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--candidates", type=Path, help="safetensors file of candidates (token_ids or images, labels)")
     run.add_argument("--json", action="store_true", help="one line of JSON")
-    return parser

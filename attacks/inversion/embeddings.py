@@ -42,6 +42,7 @@ WHITENED = replace(COSINE, distance="whitened")
 
 _SHARPNESS = 30.0
 _CANDIDATES = 12
+TRIALS = 8  # exchanges of single tokens that one iteration of the budget buys
 # A start much smaller than real embeddings commits to no token: from a full-size one most restarts end in a wrong one.
 _START = 0.1
 
@@ -259,11 +260,13 @@ def exchange_tokens(
     targets: Tensor,
     deadline: Deadline,
     *,
+    trials: int,
     sweeps: int = 3,
 ) -> tuple[Tensor, float]:
     """Improve tokens one place at a time among candidates (b, t, k), judged by the update of real tokens.
 
-    Return the tokens (b, t) and their misfit. Guarantee: never worse than the first candidates.
+    Return the tokens (b, t) and their misfit, after at most `trials` exchanges. Guarantee: never worse than the first
+    candidates.
     """
     tokens = candidates[..., 0].clone()
     best = token_misfit(problem, frame, settings, tokens, targets)
@@ -271,8 +274,9 @@ def exchange_tokens(
         before = best
         for row, place in frame.mask.nonzero().tolist():
             for candidate in candidates[row, place, 1:].tolist():
-                if deadline.expired:
+                if trials == 0 or deadline.expired:
                     return tokens, best
+                trials -= 1
                 trial = tokens.clone()
                 trial[row, place] = candidate
                 value = token_misfit(problem, frame, settings, trial, targets)
@@ -314,10 +318,12 @@ def scaled_rate(settings: Settings, frame: TextFrame) -> Settings:
     return replace(settings, rate=settings.rate * float(frame.rows[frame.allowed].std()) / 0.1)
 
 
-def text_finding(found: Match, problem: Problem, frame: TextFrame, settings: Settings, deadline: Deadline) -> Finding:
+def text_finding(
+    found: Match, problem: Problem, frame: TextFrame, settings: Settings, deadline: Deadline, *, trials: int
+) -> Finding:
     """Return recovered sequences: the nearest tokens, exchanged while that makes the update fit better."""
     candidates, likeness = nearest_tokens(problem.model, found.inputs, frame, keep=_CANDIDATES)
-    tokens, residual = exchange_tokens(problem, frame, settings, candidates, found.targets, deadline)
+    tokens, residual = exchange_tokens(problem, frame, settings, candidates, found.targets, deadline, trials=trials)
     explained = max(0.0, 1.0 - residual / max(found.start_distance, 1e-30))
     details: dict[str, float | int | str] = {
         "distance": found.distance,
@@ -342,7 +348,7 @@ def invert_text(
     settings = scaled_rate(settings, frame)
     with differentiable_attention(), torch.enable_grad():
         found = solve(problem, settings, budget, seed, penalty=embedding_penalty(frame, settings))
-        return text_finding(found, problem, frame, settings, deadline)
+        return text_finding(found, problem, frame, settings, deadline, trials=TRIALS * budget.iterations)
 
 
 def _preset(name: str, settings: Settings, summary: str) -> Attack:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from attacks.contract import Attack, Budget, Deadline, Finding, Item, NotApplicable, PlainAttack, Prior
 from attacks.inversion.embeddings import (
     COSINE,
+    TRIALS,
     TextFrame,
     as_sequences,
     exchange_tokens,
@@ -142,7 +143,7 @@ def _lamp(observation: Observation, model: nn.Module | None, prior: Prior, budge
             found = match(
                 problem,
                 COSINE,
-                iterations=max(20, budget.iterations // rounds),
+                iterations=max(2, budget.iterations // rounds),
                 generator=generator,
                 deadline=deadline,
                 start=None if fresh else start,
@@ -153,7 +154,12 @@ def _lamp(observation: Observation, model: nn.Module | None, prior: Prior, budge
             judge = _judge(problem, frame, prior, first, found.targets)
             candidates, _ = nearest_tokens(problem.model, found.inputs, frame, keep=_CANDIDATES)
             tokens, orders, score = reorder(
-                judge, candidates[..., 0], moves=_MOVES, generator=generator, deadline=deadline, pinned=pinned
+                judge,
+                candidates[..., 0],
+                moves=min(_MOVES, budget.iterations),
+                generator=generator,
+                deadline=deadline,
+                pinned=pinned,
             )
             start = found.inputs.gather(1, orders[..., None].expand_as(found.inputs))
             if best is None or score < best[0]:
@@ -164,7 +170,9 @@ def _lamp(observation: Observation, model: nn.Module | None, prior: Prior, budge
                 break
         assert best is not None
         choices = torch.cat([best[1][..., None], kept], dim=-1)
-        tokens, residual = exchange_tokens(problem, frame, COSINE, choices, targets, deadline)
+        tokens, residual = exchange_tokens(
+            problem, frame, COSINE, choices, targets, deadline, trials=TRIALS * budget.iterations
+        )
     return _finding(tokens, frame, residual, first, deadline, judge.surprise(tokens))
 
 
@@ -238,7 +246,9 @@ def _film(observation: Observation, model: nn.Module | None, prior: Prior, budge
             judge, tokens, moves=budget.iterations, generator=generator, deadline=deadline, pinned=1 if special else 0
         )
         choices = torch.cat([tokens[..., None], bag.expand(*tokens.shape, -1)], dim=-1)
-        tokens, residual = exchange_tokens(problem, frame, COSINE, choices, targets, deadline)
+        tokens, residual = exchange_tokens(
+            problem, frame, COSINE, choices, targets, deadline, trials=TRIALS * budget.iterations
+        )
     return _finding(tokens, frame, residual, unit, deadline, judge.surprise(tokens))
 
 

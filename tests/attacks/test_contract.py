@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import copy
+import json
 import re
+import runpy
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,13 @@ import torch
 
 import attacks
 from attacks import Budget, Knowledge, Observation, Prior, not_applicable
-from attacks.command import main, taxonomy_table
+from attacks.command import attack_table, description, main, run_one, taxonomy_table
 from attacks.contract import Attack, Reconstruction
+from attacks.inversion import active
 from attacks.registry import ATTACKS, TAXONOMY, build
 from tests.attacks import models
 
-SMALL = Budget(seconds=2.0, iterations=3, restarts=1)
+SMALL = Budget(seconds=10.0, iterations=2, restarts=1)
 ROOT = Path(attacks.__file__).parent
 
 
@@ -29,7 +33,10 @@ def text_case() -> tuple[Observation, torch.nn.Module, Prior, dict[str, torch.Te
     observation = models.observe(model, batch, models.text_loss, knowledge=knowledge)
     candidates = {"token_ids": models.sentences(4, 5, 120, seed=3), "labels": torch.tensor([0, 1, 0, 1])}
     prior = Prior(
-        candidates=candidates, examples=candidates, reference_models=(models.bert(vocabulary=120, width=32, seed=5),)
+        candidates=candidates,
+        examples=candidates,
+        reference_models=(models.bert(vocabulary=120, width=32, seed=5),),
+        language_model=lambda tokens: torch.full((*tokens.shape, 120), 1 / 120).log(),
     )
     return observation, model, prior, batch
 
@@ -52,12 +59,21 @@ def digits_case() -> tuple[Observation, torch.nn.Module, Prior, dict[str, torch.
         model, [batch], models.image_loss, learning_rate=0.1, knowledge=Knowledge(batch_size=4, image_shape=(1, 8, 8))
     )
     public = {"images": images[4:12], "labels": labels[4:12]}
-    return (
-        observation,
-        model,
-        Prior(candidates=public, examples=public, reference_models=(models.mlp(width=32, seed=2),)),
-        batch,
+    prior = Prior(
+        candidates=public,
+        examples=public,
+        reference_models=(models.mlp(width=32, seed=2),),
+        client=lambda examples, seed: models.gradient(model, examples, models.image_loss),
     )
+    return observation, model, prior, batch
+
+
+def crafted_case() -> tuple[Observation, torch.nn.Module, Prior, dict[str, torch.Tensor]]:
+    images, labels = models.digits()
+    model = active.craft_imprint(models.mlp(width=32), images[100:200], bins=16)
+    batch = {"images": images[:4].clone(), "labels": labels[:4].clone()}
+    facts = {"batch_size": 4, "knowledge": Knowledge(image_shape=(1, 8, 8))}
+    return models.observe(model, batch, models.image_loss, **facts), model, Prior(), batch
 
 
 def sum_case() -> tuple[Observation, torch.nn.Module, Prior, dict[str, torch.Tensor]]:
@@ -71,7 +87,14 @@ def bare_case() -> tuple[Observation, None, Prior, dict[str, torch.Tensor]]:
     return Observation(kind="gradient", tensors={"mystery": torch.randn(3, 3)}), None, Prior(), {}
 
 
-CASES = {"text": text_case, "image": image_case, "digits": digits_case, "sum": sum_case, "bare": bare_case}
+CASES = {
+    "text": text_case,
+    "image": image_case,
+    "digits": digits_case,
+    "crafted": crafted_case,
+    "sum": sum_case,
+    "bare": bare_case,
+}
 
 
 def same(first: Reconstruction, second: Reconstruction) -> bool:
@@ -170,7 +193,10 @@ def test_the_taxonomy_is_whole_and_points_at_what_exists() -> None:
 def test_the_page_of_attacks_is_current() -> None:
     page = (ROOT.parent / "docs" / "attacks.md").read_text(encoding="utf-8")
     assert taxonomy_table() in page
-    assert all(f"`{name}`" in page for name in ATTACKS)
+    assert attack_table() in page
+    done = [sum(entry.status == status for entry in TAXONOMY) for status in ("implemented", "partly")]
+    assert done[0] >= 25
+    assert f"{done[0]} of 55 mechanisms are implemented, {done[1]} partly" in page
 
 
 def test_the_command_runs_an_attack_on_folders(tmp_path, capsys) -> None:
@@ -185,3 +211,29 @@ def test_the_command_runs_an_attack_on_folders(tmp_path, capsys) -> None:
     assert re.search(r'"kind": "sequence"', out)
     with pytest.raises(SystemExit):
         main(["run", "span", "--observation", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_every_attack_is_a_command_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = find_spec(f"attacks.{name}")
+    assert spec is not None
+    assert spec.origin == str(ROOT / "__main__.py")
+    with pytest.raises(SystemExit) as left:
+        run_one(name, ["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"python -m attacks.{name}" in shown
+    assert description(name).splitlines()[1] in shown
+
+
+def test_a_command_runs_as_a_module_and_unknown_names_are_no_module(tmp_path, monkeypatch, capsys) -> None:
+    observation, model, _, _ = sum_case()
+    observation.save(tmp_path / "seen")
+    model.save_pretrained(tmp_path / "model")
+    folders = ["--observation", str(tmp_path / "seen"), "--model", str(tmp_path / "model")]
+    monkeypatch.setattr("sys.argv", ["attacks.span", *folders, "--json"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("attacks.span", run_name="__main__")
+    assert left.value.code == 0
+    assert json.loads(capsys.readouterr().out)["applicable"]
+    assert find_spec("attacks.no_such_attack") is None
