@@ -19,6 +19,7 @@ from defenses.secagg.client import ClientSession, Stage
 from defenses.secagg.driver import Outcome, drive
 from defenses.secagg.graph import GraphParameters, find_graph_parameters
 from defenses.secagg.keys import Identity, ReplayGuard, Roster
+from defenses.secagg.lanes import Lanes
 from defenses.secagg.masks import Mask, RingVector, add_masks
 from defenses.secagg.parameters import DEFERRED_MODEL, FEWEST_SURVIVORS, ClientPolicy, SessionParameters
 from defenses.secagg.ring import (
@@ -40,7 +41,7 @@ from defenses.secagg.server import NotEnoughClients, RingSum, ServerSession, Tra
 
 __all__ = [
     "DEFERRED_MODEL", "FEWEST_SURVIVORS", "HEADER", "MODULUS_BITS", "ClientPolicy", "ClientSession", "GraphParameters", "Identity",
-    "Mask", "NotEnoughClients", "OpenedSum", "Outcome", "Quantizer", "ReplayGuard", "RingSum", "RingVector", "Roster",
+    "Lanes", "Mask", "NotEnoughClients", "OpenedSum", "Outcome", "Quantizer", "ReplayGuard", "RingSum", "RingVector", "Roster",
     "ServerSession", "SessionParameters", "Stage", "Traffic", "add_into", "add_masks", "check_overflow", "drive",
     "find_graph_parameters", "frame", "from_signed", "modulus_for", "pack", "signed", "unframe", "unpack",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from defenses.secagg.masks import Mask, MaskStreams, RingVector, chunks, word_ty
 from defenses.secagg.parameters import DEFERRED_MODEL, ClientPolicy, SessionParameters
 from defenses.secagg.ring import pack_into, packed_bytes
 
+_ALIGNMENT = 64
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -313,16 +314,20 @@ class ClientSession:
     def _upload(self, vector: RingVector, masks: list[Mask]) -> memoryview:
         """Mask, pack and hash chunk by chunk, so that a vector passes through the cache once."""
         bits, start = self._parameters.modulus_bits, messages.HEADER_BYTES + messages.ID_BYTES + 64
+        word, size = word_type(bits), packed_bytes(len(vector), bits)
         # From numpy, which asks for huge pages: first touching 40 MB of small ones costs as much as four masks.
-        buffer: npt.NDArray[np.uint8] = np.empty(start + packed_bytes(len(vector), bits), dtype=np.uint8)
-        message = memoryview(buffer)  # type: ignore[arg-type]
-        payload = message[start:]
-        streams, digest = MaskStreams(masks, word_type(bits)), hashlib.sha256()
+        buffer: npt.NDArray[np.uint8] = np.empty(_ALIGNMENT + start + size, dtype=np.uint8)
+        skipped = -(buffer.ctypes.data + start) % _ALIGNMENT
+        message = memoryview(buffer)[skipped : skipped + start + size]  # type: ignore[arg-type]
+        payload, streams, digest = message[start:], MaskStreams(masks, word), hashlib.sha256()
+        scratch: RingVector = np.empty(streams.chunk_words, dtype=word)
+        whole: RingVector | None = np.frombuffer(payload, dtype=word) if bits == 8 * scratch.itemsize else None
         for part in chunks(len(vector), streams.chunk_words):
-            chunk = vector[part].copy()
-            streams.add_to(chunk)
             window = payload[packed_bytes(part.start, bits) : packed_bytes(part.stop, bits)]
-            pack_into(window, chunk, bits)
+            masked = scratch[: part.stop - part.start] if whole is None else whole[part]
+            streams.write(masked, vector[part])
+            if whole is None:
+                pack_into(window, masked, bits)
             digest.update(window)
         statement = messages.body_statement("masked", self._transcript, self.id, digest.digest())
         message[:start] = messages.header(messages.Kind.MASKED) + self.id + self._identity.sign(statement)

@@ -14,6 +14,7 @@ from defenses.errors import ParameterError
 
 RingVector = npt.NDArray[np.unsignedinteger[Any]]
 Word = type[np.uint32] | type[np.uint64]
+_Stream = tuple[Callable[[Any, Any], int], np.ufunc]
 
 CHUNK_BYTES = 1 << 16
 """Small enough that zeros, keystream and accumulator of one chunk stay in the second-level cache together."""
@@ -64,7 +65,7 @@ class MaskStreams:
         self.chunk_words = CHUNK_BYTES // np.dtype(word).itemsize
         self._keystream = np.empty(self.chunk_words, dtype=word)
         self._view = memoryview(self._keystream).cast("B")  # type: ignore[arg-type]
-        self._streams = [
+        self._streams: list[_Stream] = [
             (
                 Cipher(algorithms.AES256(mask.seed), modes.CTR(bytes(16))).encryptor().update_into,
                 np.subtract if mask.negative else np.add,
@@ -74,8 +75,18 @@ class MaskStreams:
 
     def add_to(self, chunk: RingVector) -> None:
         """Add the next words of every mask to a chunk, in place."""
+        self._add(chunk, self._streams)
+
+    def write(self, out: RingVector, chunk: RingVector) -> None:
+        """Write a chunk plus the next words of every mask; there must be at least one mask. `chunk` is not changed."""
+        (update_into, combine), *others = self._streams
+        update_into(_ZEROS[: out.nbytes], memoryview(out).cast("B"))  # type: ignore[arg-type]
+        combine(chunk, out, out=out)
+        self._add(out, others)
+
+    def _add(self, chunk: RingVector, streams: Sequence[_Stream]) -> None:
         words, view, zeros = self._keystream[: len(chunk)], self._view[: chunk.nbytes], _ZEROS[: chunk.nbytes]
-        for update_into, combine in self._streams:
+        for update_into, combine in streams:
             update_into(zeros, view)
             combine(chunk, words, out=chunk)
 
