@@ -40,6 +40,8 @@ from defenses.secagg import (
     shamir,
 )
 from defenses.secagg.graph import Mode, threshold_above
+from defenses.secagg.lanes import Lanes
+from defenses.secagg.ring import largest_sum
 
 PEER_WORKER = Path(__file__).with_name("secagg_peer.py")
 
@@ -191,76 +193,100 @@ def measure_session(count: int, length: int, lost: int, *, mode: Mode = "active"
 # Beside a peer
 
 
-def our_work(length: int, neighbours: int, dealers: int, threshold: int) -> dict[str, Callable[[], Any]]:
-    """Return the same pieces of work the peer's functions do, in ours."""
+def our_work(length: int, neighbours: int, dealers: int, threshold: int, rounds: int) -> dict[str, Callable[[], Any]]:
+    """Return the pieces of work that the peer's functions are timed on, in ours; every client brings 16-bit values.
+
+    With lanes as many values share a 64-bit word as the sum of all clients allows; without, each has a word of 32 bits.
+    """
     source = RandomSource.seeded(6)
     values = (source.uniform(length) * 2 - 1).astype(np.float32)
-    grid = Quantizer(value_bits=16, coordinate_bound=1.0, modulus_bits=32)
+    lanes = lanes_of(neighbours)
+    grids = {bits: Quantizer(value_bits=16, coordinate_bound=1.0, modulus_bits=bits) for bits in (32, 64)}
     secret = source.random_bytes(32)
     shares = shamir.split(secret, threshold=threshold, shares=dealers - 1, source=source)
     subset = {x: shares[x - 1] for x in range(1, threshold + 1)}
-    parameters, policy, people, _ = gather(
-        neighbours + 1,
-        length,
-        mode="active",
-        modulus_bits=32,
-        survivors=neighbours + 1,
-        neighbours=None,
-        threshold=None,
-    )
+    waiting = {
+        32: prepared_uploads(length, neighbours, modulus_bits=32, rounds=rounds),
+        64: prepared_uploads(lanes.words(length), neighbours, modulus_bits=64, rounds=rounds),
+    }
 
-    def masking() -> None:
-        """Quantise and upload, with key agreement, opening of shares, packing and signature."""
-        encoded = grid.encode(values, source=source)
-        prepared.pop().mask(deliveries.pop(), encoded)
+    def quantise(bits: int) -> Any:
+        grid = grids[bits]
+        return grid.encode_lanes(values, lanes, source=source) if bits == 64 else grid.encode(values, source=source)
 
-    prepared: list[ClientSession] = []
-    deliveries: list[bytes] = []
-
-    def prepare(rounds: int) -> None:
-        for number in range(rounds):
-            changed = SessionParameters.from_bytes(parameters.to_bytes(), roster=parameters.roster)
-            fresh = [Identity(person.seed()) for person in people]
-            clients = [
-                ClientSession(person, changed, policy, source.derive(number, person.id.hex())) for person in fresh
-            ]
-            server = ServerSession(changed)
-            for one in clients:
-                server.receive_advertisement(one.advertise())
-            for one in clients:
-                server.receive_shares(one.share(server.roster_message()))
-            prepared.append(clients[0])
-            deliveries.append(server.delivery_for(clients[0].id))
-
-    prepare(8)
-
-    def dealing() -> None:
-        for _ in range(2):
-            shamir.split(secret, threshold=threshold, shares=dealers - 1, source=source)
+    def upload(bits: int) -> None:
+        """Quantise and mask, with key agreement, opening of shares, packing, hash and signature."""
+        session, delivery = waiting[bits].pop()
+        session.mask(delivery, quantise(bits))
 
     def recovery() -> None:
         shamir._weights.cache_clear()
         shamir.combine(subset)
 
-    seeds = [Mask(source.random_bytes(32)) for _ in range(neighbours + 1)]
-    accumulator = np.zeros(length, dtype=np.uint32)
+    def dealing() -> None:
+        for _ in range(2):
+            shamir.split(secret, threshold=threshold, shares=dealers - 1, source=source)
+
+    masks = [Mask(source.random_bytes(32)) for _ in range(neighbours + 1)]
+    narrow, wide = np.zeros(lanes.words(length), dtype=np.uint64), np.zeros(length, dtype=np.uint32)
     return {
-        "client_upload": masking,
-        "of_which_quantising": lambda: grid.encode(values, source=source),
-        "of_which_masks": lambda: add_masks(accumulator, seeds),
+        "masks_alone": lambda: add_masks(narrow, masks),
+        "masks_alone_without_lanes": lambda: add_masks(wide, masks),
+        "quantising_alone": lambda: quantise(64),
+        "client_upload": lambda: upload(64),
+        "client_upload_without_lanes": lambda: upload(32),
         "share_dealing": dealing,
         "recovery_of_one_secret": recovery,
     }
 
 
+def lanes_of(neighbours: int) -> Lanes:
+    """Return the lanes for 16-bit values of a client and its neighbours."""
+    return Lanes(bound=largest_sum(16, clients=neighbours + 1))
+
+
+def prepared_uploads(
+    length: int, neighbours: int, *, modulus_bits: int, rounds: int
+) -> list[tuple[ClientSession, bytes]]:
+    """Bring sessions up to the upload of one client."""
+    everybody = neighbours + 1
+    parameters, policy, people, source = gather(
+        everybody,
+        length,
+        mode="active",
+        modulus_bits=modulus_bits,
+        survivors=everybody,
+        neighbours=None,
+        threshold=None,
+    )
+    found = []
+    for number in range(rounds):
+        fresh = [Identity(person.seed()) for person in people]
+        clients = [
+            ClientSession(person, parameters, policy, source.derive(number, person.id.hex())) for person in fresh
+        ]
+        server = ServerSession(parameters)
+        for one in clients:
+            server.receive_advertisement(one.advertise())
+        for one in clients:
+            server.receive_shares(one.share(server.roster_message()))
+        found.append((clients[0], server.delivery_for(clients[0].id)))
+    return found
+
+
 def measure_peer(python: str, length: int, neighbours: int, repeats: int) -> dict[str, Any]:
-    """Let the peer's functions and ours do the same work in turn."""
+    """Let the peer's functions and ours do the same work in turn.
+
+    A client's round is its upload and everything around it: keys, adverts and their checks, dealing, encrypting and
+    decrypting shares, and our confirmation and answer. What does not depend on the length is taken from a short session.
+    """
     dealers, threshold = 50, 34
-    arguments = [str(value) for value in (length, neighbours, dealers, threshold)]
-    work = our_work(length, neighbours, dealers, threshold)
+    around = measure_session(neighbours + 1, 1000, 0)
+    work = our_work(length, neighbours, dealers, threshold, repeats)
     ours: dict[str, list[float]] = {name: [] for name in work}
-    theirs: dict[str, list[float]] = {name: [] for name in work}
+    theirs: dict[str, list[float]] = {}
     facts: dict[str, Any] = {}
+    arguments = [str(value) for value in (length, neighbours, dealers, threshold, around["threshold"])]
     for _ in range(repeats):
         for name, act in work.items():
             ours[name].append(cpu_seconds(act))
@@ -268,16 +294,25 @@ def measure_peer(python: str, length: int, neighbours: int, repeats: int) -> dic
             [python, str(PEER_WORKER), *arguments], check=True, capture_output=True, text=True, env={"PATH": ""}
         ).stdout
         facts = json.loads(output.splitlines()[-1])
-        for name in work:
-            theirs[name].append(facts[name])
-    rows = {
-        name: {"ours_seconds": min(ours[name]), "peer_seconds": min(theirs[name]),
-               "peer_over_ours": min(theirs[name]) / min(ours[name])}
-        for name in work
-    }  # fmt: skip
+        for name, seconds in facts["seconds"].items():
+            theirs.setdefault(name, []).append(seconds)
+    least = {name: min(times) for name, times in ours.items()}
+    least["key_stages"] = sum(took for stage, took in around["client_stage_seconds"].items() if stage != "mask")
+    peer = {name: min(times) for name, times in theirs.items()}
+    for name in ("", "_without_lanes"):
+        least[f"client_round{name}"] = least[f"client_upload{name}"] + least["key_stages"]
+    peer["client_round"] = peer["client_upload"] + peer["key_stages"]
+    rows = {}
+    for name, seconds in least.items():
+        other = peer[name.removesuffix("_without_lanes")]
+        rows[name] = {"ours_seconds": seconds, "peer_seconds": other, "peer_over_ours": other / seconds}
+    lanes = lanes_of(neighbours)
     return {
         "peer": facts["peer"], "length": length, "neighbours": neighbours, "shares": dealers, "threshold": threshold,
-        "work": rows, "bytes_per_parameter": {"ours": 4.0, "ours_24_bit": 3.0, "peer": facts["bytes_per_parameter"]},
+        "value_bits": 16, "lanes": lanes.count, "lane_bits": lanes.width, "work": rows,
+        "bytes_per_parameter": {
+            "ours": 8 * lanes.words(length) / length, "ours_without_lanes": 4.0, "peer": facts["bytes_per_parameter"],
+        },
         "share_message_bytes": {"ours": 86, "peer": facts["share_message_bytes"]},
     }  # fmt: skip
 
@@ -315,7 +350,7 @@ def show(results: dict[str, Any]) -> None:
         print(f"beside {peer['peer']}: {peer['length']:,} parameters, {peer['neighbours']} neighbours")
         for name, row in peer["work"].items():
             print(
-                f"  {name.replace('_', ' '):24} ours {row['ours_seconds'] * 1e3:9.2f} ms   peer "
+                f"  {name.replace('_', ' '):28} ours {row['ours_seconds'] * 1e3:9.2f} ms   peer "
                 f"{row['peer_seconds'] * 1e3:9.2f} ms   x{row['peer_over_ours']:.1f}"
             )
         print(f"  bytes per parameter: {peer['bytes_per_parameter']}; per share message: {peer['share_message_bytes']}")
