@@ -27,6 +27,7 @@ from ffm_secure.report_markup import (
 )
 from ffm_secure.types import PrivacyStatement, RoundRecord, RunSummary
 
+SAME = 1e-3  # two upper bounds on one history may differ by what accountants round up
 UNBOUNDED = "No mechanism bounds what this observer learns."
 _SHOWN_EVENTS = 4
 
@@ -89,7 +90,7 @@ def _panel(summary: RunSummary, promise: Promise) -> Html:
     if not statement.finite:
         drawn = tag("p", INFINITE, class_="big bad")
         note = tag("p", statement.note or UNBOUNDED)
-    elif not traced or not math.isclose(traced[-1].epsilon_spent, statement.epsilon, rel_tol=1e-6):
+    elif not traced or not math.isclose(traced[-1].epsilon_spent, statement.epsilon, rel_tol=SAME):
         drawn = _budget_bars(summary, statement)
         note = tag(
             "p", "Only the largest epsilon is recorded round by round; this is the value at the end.", class_="under"
