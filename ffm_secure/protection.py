@@ -14,6 +14,7 @@ from defenses import he, secagg
 from defenses.errors import ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import ring
+from defenses.secagg.graph import COMPLETE_UP_TO
 from ffm_secure import plan
 from ffm_secure.config import RunConfig
 from ffm_secure.types import RoundPlan
@@ -87,6 +88,27 @@ class Unprotected:
         )
 
 
+def sharing_graph(config: RunConfig) -> secagg.GraphParameters:
+    """Return who shares secrets with whom: everybody with everybody, or neighbours on a random ring in a large cohort.
+
+    Guarantee: on a ring too, `colluding` clients with the server open nobody, except with probability 2^-80 (2^-40 against a
+    server that does not lie); with `threshold` clients left everybody can be opened, except with probability 2^-30.
+    Raises:
+      ParameterError: no ring fits, and on the complete graph too few clients would remain.
+    """
+    cohort, protection = config.federation.cohort, config.protection
+    if cohort <= COMPLETE_UP_TO[protection.mode]:
+        threshold = max(2, plan.shamir_threshold(config))
+        return secagg.GraphParameters(kind="complete", neighbours=cohort - 1, threshold=threshold)
+    return secagg.find_graph_parameters(
+        cohort,
+        corrupted=protection.colluding / cohort,
+        dropouts=1 - plan.minimum_survivors(config) / cohort,
+        mode=protection.mode,
+        security_bits=80 if protection.mode == "active" else 40,
+    )
+
+
 class SecureAggregation:
     """Run ffm-secagg/1 among the cohort: the server learns the sum and who is in it.
 
@@ -97,7 +119,7 @@ class SecureAggregation:
     kind = "secagg"
 
     def __init__(self, code: VectorCode, config: RunConfig, owners: Sequence[str]) -> None:
-        self.code, self.config = code, config
+        self.code, self.config, self.graph = code, config, sharing_graph(config)
         source = RandomSource.system()
         operator = secagg.Identity.generate(source)
         self.identities = tuple(secagg.Identity.generate(source) for _ in owners)
@@ -153,10 +175,10 @@ class SecureAggregation:
             run_id=round_plan.run_id,
             round=round_plan.round,
             mode=self.config.protection.mode,
-            graph="complete",
+            graph=self.graph.kind,
             clients=count,
-            neighbours=count - 1,
-            threshold=plan.shamir_threshold(self.config),
+            neighbours=self.graph.neighbours,
+            threshold=self.graph.threshold,
             minimum_survivors=self.policy.minimum_survivors,
             modulus_bits=self.code.modulus_bits,
             length=self.code.length,

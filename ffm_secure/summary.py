@@ -17,6 +17,7 @@ from ffm_secure import plan
 from ffm_secure.config import OBSERVERS, RunConfig
 from ffm_secure.federation import Trained
 from ffm_secure.mechanism import ClientNoise
+from ffm_secure.protection import sharing_graph
 from ffm_secure.schema import to_table
 from ffm_secure.setup import Prepared, Setup
 from ffm_secure.types import AuditSummary, ClientOutcome, Observer, PlanSummary, PrivacyStatement, RunSummary
@@ -234,8 +235,12 @@ def _breaks(config: RunConfig) -> str:
     kind, cohort, fewest = config.protection.kind, config.federation.cohort, plan.minimum_survivors(config)
     tolerated, lies = 0, ""
     if kind == "secagg":
-        needed, active = plan.shamir_threshold(config), config.protection.mode == "active"
-        opening = 2 * needed - (cohort - 1) if active else needed  # so many open another client's vector
+        graph, active = sharing_graph(config), config.protection.mode == "active"
+        opening = 2 * graph.threshold - graph.neighbours if active else graph.threshold  # so many open another's vector
+        if graph.kind == "harary":
+            opening = (
+                config.protection.colluding + 1
+            )  # on a ring it depends on where they sit; so many are provided for
         tolerated = max(0, min(opening - 1, fewest - 2))  # so many leave two honest clients in every sum
         answer = "This holds even if" if active else "Not protected if"
         lies = f" {answer} the server lies about who dropped out."

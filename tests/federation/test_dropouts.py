@@ -19,12 +19,12 @@ from ffm_secure import setup, summary
 from ffm_secure.config import RunConfig
 from ffm_secure.engines import LocalEngine, Outcome
 from ffm_secure.federation import run
-from ffm_secure.protection import AFTER_UPLOAD, Collected
+from ffm_secure.protection import AFTER_UPLOAD, Collected, SecureAggregation, sharing_graph
 from ffm_secure.report import render_html
 from ffm_secure.report_markup import size
 from ffm_secure.store import Store
 from ffm_secure.types import RoundPlan, RoundRecord, RunSummary
-from ffm_secure.vector import VectorCode
+from ffm_secure.vector import VectorCode, real_code
 from tests.federation.helpers import RECORD, make, prepared, train
 
 STAGES = ["advertise", "share", "train", "upload", "confirm", "unmask"]
@@ -183,3 +183,34 @@ def test_the_plan_says_who_can_decrypt_and_what_breaks_it(kind: str) -> None:
     else:
         assert "Each of the 4 clients alone" in breaks
         assert "The server together with any 1 of the 4 clients reads every update of the run." in breaks
+
+
+@pytest.mark.parametrize(
+    "cohort, mode, kind",
+    [
+        (256, "active", "complete"),
+        (300, "active", "harary"),
+        (1000, "active", "harary"),
+        (300, "semi_honest", "harary"),
+    ],
+)
+@pytest.mark.parametrize("colluding", [0, 1, 20])
+def test_large_cohorts_share_on_a_ring_that_clients_accept(cohort: int, mode: str, kind: str, colluding: int) -> None:
+    made = make(
+        task={"clients": cohort},
+        federation={"cohort": cohort},
+        protection={"kind": "secagg", "mode": mode, "colluding": colluding, "threshold": cohort * 3 // 4},
+    )
+    graph = sharing_graph(made)
+    assert graph.kind == kind
+    assert graph.threshold <= graph.neighbours
+    assert kind == "complete" or graph.neighbours < cohort / 2
+    code = real_code(size=5, clients=cohort, value_bits=8, bound=1.0, max_weight=1, carries_loss=False)
+    masking = SecureAggregation(code, made, [str(number) for number in range(cohort)])
+    round_plan = RoundPlan(run_id=bytes(16), round=1, cohort=tuple(range(cohort)), fingerprint="aa" * 32, mechanism="")
+    masking.policy.admit(masking._parameters(round_plan))  # raises if a client would refuse
+
+
+def test_nobody_colluding_and_nobody_lying_needs_two_shares() -> None:
+    made = make(protection={"kind": "secagg", "mode": "semi_honest", "colluding": 0, "threshold": 3})
+    assert sharing_graph(made).threshold == 2
