@@ -236,12 +236,10 @@ def _breaks(config: RunConfig) -> str:
     tolerated, lies = 0, ""
     if kind == "secagg":
         graph, active = sharing_graph(config), config.protection.mode == "active"
-        opening = 2 * graph.threshold - graph.neighbours if active else graph.threshold  # so many open another's vector
-        if graph.kind == "harary":
-            opening = (
-                config.protection.colluding + 1
-            )  # on a ring it depends on where they sit; so many are provided for
-        tolerated = max(0, min(opening - 1, fewest - 2))  # so many leave two honest clients in every sum
+        tolerated = (2 * graph.threshold - graph.neighbours if active else graph.threshold) - 1
+        if graph.kind == "harary":  # beyond what was provided for it depends on where on the ring they sit
+            tolerated = config.protection.colluding
+        tolerated = max(0, min(tolerated, fewest - 2))  # so many leave two honest clients in every sum
         answer = "This holds even if" if active else "Not protected if"
         lies = f" {answer} the server lies about who dropped out."
     stated = collusion(_BACKENDS[kind], parties=cohort, fewest=min(fewest, cohort), tolerated=tolerated)
