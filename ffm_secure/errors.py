@@ -62,6 +62,17 @@ class LeakFound(FfmError):
     exit_code = 6
 
 
+class BroadcastRefused(FfmError):
+    """A client refuses a broadcast that looks crafted to read its data; the message gives every reason."""
+
+    exit_code = 7
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        lines = ["the broadcast is refused before any training:", *(f"  {line}" for line in self.reasons)]
+        super().__init__("\n".join(lines))
+
+
 class Interrupted(FfmError):
     """The user stopped the run; it can be resumed."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from defenses.random_source import RandomSource
 from ffm_secure.client import Workplace
+from ffm_secure.inspection import Inspection
 from ffm_secure.protection import AFTER_UPLOAD
 from ffm_secure.setup import Setup
 from ffm_secure.trainable import replicate
@@ -53,6 +54,7 @@ class LocalEngine:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        self.inspection = Inspection(setup.trainable)
         self.workers = setup.config.speed.workers
         self.free: SimpleQueue[Workplace] = SimpleQueue()
         for number in range(self.workers):
@@ -126,6 +128,7 @@ class LocalEngine:
         workplace = self.free.get()
         began = time.perf_counter()
         try:
+            self.inspection.accept(vector)  # all simulated clients get one vector, so it is judged once
             source = self.setup.client_source(plan, client)
             return workplace.contribute(self.setup.clients[client], plan, vector, source)
         finally:

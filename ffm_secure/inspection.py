@@ -1,0 +1,53 @@
+"""What a client looks at before it trains: does the broadcast it was sent carry the marks of a crafted model?"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from defenses.broadcast_check import Reason, TensorLayout, check_broadcast, layout_of
+from ffm_secure.errors import BroadcastRefused
+from ffm_secure.trainable import TrainableModel
+
+# What starts at zero and has seen a few examples is sparse and of low rank without anybody's intent.
+_OF_LITTLE_TRAINING = ("zeroed block", "parallel rows")
+
+
+class Inspection:
+    """Judge every broadcast of a run against the start that all clients agreed on.
+
+    Guarantee: `accept` returns only for a vector whose tensors are finite and show no mark that the start did not show
+    itself; the same vector is judged once. Assumes: built before the first round, while the model still holds its start;
+    the frozen backbone is the client's own copy and is never sent.
+    """
+
+    def __init__(self, trainable: TrainableModel) -> None:
+        self.layout = trainable.layout
+        start = self._tensors(trainable.flatten().cpu())
+        self.reference: dict[str, TensorLayout] = layout_of(start)
+        self.familiar = {(reason.rule, reason.tensor) for reason in check_broadcast(start, self.reference)}
+        self.accepted: Tensor | None = None
+
+    def accept(self, vector: Tensor) -> None:
+        """Check a broadcast vector [d].
+
+        Raises: BroadcastRefused with every reason.
+        """
+        if vector is self.accepted:
+            return
+        found = check_broadcast(self._tensors(vector.detach().cpu()), self.reference)
+        reasons = [str(reason) for reason in found if self._new(reason)]
+        if reasons:
+            raise BroadcastRefused(reasons)
+        self.accepted = vector
+
+    def _new(self, reason: Reason) -> bool:
+        if reason.rule in _OF_LITTLE_TRAINING and self.reference[reason.tensor].zero_at_start:
+            return False
+        return (reason.rule, reason.tensor) not in self.familiar
+
+    def _tensors(self, vector: Tensor) -> dict[str, Tensor]:
+        sizes = [math.prod(shape) for _, shape in self.layout]
+        parts = vector.float().split(sizes)
+        return {name: part.view(shape) for (name, shape), part in zip(self.layout, parts, strict=True)}

@@ -1,0 +1,59 @@
+"""A client refuses a crafted broadcast before it touches its data, and nothing that honest training sends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ffm_secure import setup
+from ffm_secure.engines import LocalEngine
+from ffm_secure.errors import BroadcastRefused
+from ffm_secure.inspection import Inspection
+from ffm_secure.server import plan_round
+from ffm_secure.strategies import build
+from tests.federation.helpers import make, prepared
+
+FULL = {"model": {"name": "builtin:tiny-vit", "trainable": {"kind": "full"}}}
+
+
+def model(**sections):
+    return prepared(make(**sections)).trainable
+
+
+@pytest.mark.parametrize("sections", [{}, FULL], ids=["lora", "full"])
+def test_the_start_and_small_changes_of_it_pass(sections) -> None:
+    trained = model(**sections)
+    inspection, start = Inspection(trained), trained.flatten()
+    inspection.accept(start)
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-4, 1e-2):
+        inspection.accept(start + size * torch.randn(start.shape, generator=generator))
+    one_example = torch.zeros_like(start)
+    one_example[::7] = 1e-3  # a first step of low rank, most entries untouched
+    inspection.accept(start + one_example)
+
+
+def test_crafted_weights_are_refused_with_every_reason() -> None:
+    trained = model(**FULL)
+    inspection, tensors = Inspection(trained), trained.tensors()
+    rows = next(name for name, value in tensors.items() if value.ndim == 2 and min(value.shape) >= 8)
+    for craft, rule in (
+        (lambda value: value[:1].expand_as(value), "parallel rows"),
+        (lambda value: torch.where(torch.arange(len(value))[:, None] > 2, 0.0, value), "zeroed block"),
+        (lambda value: value * 1e6, "extreme scale"),
+        (lambda value: value * float("nan"), "not finite"),
+    ):
+        changed = {**tensors, rows: craft(tensors[rows])}
+        vector = torch.cat([changed[name].reshape(-1) for name, _ in trained.layout])
+        with pytest.raises(BroadcastRefused, match=rule) as refusal:
+            inspection.accept(vector)
+        assert any(rows in reason for reason in refusal.value.reasons)
+
+
+def test_a_simulated_client_looks_before_it_trains(tmp_path) -> None:
+    made = make()
+    ready = setup.build(prepared(made), tmp_path)
+    engine, vector = LocalEngine(ready), ready.trainable.flatten()
+    plan = plan_round(ready, 1, build(made.federation.strategy).start(vector))
+    with pytest.raises(BroadcastRefused, match="not finite"):
+        engine.collect(plan, torch.full_like(vector, float("inf")), lambda done, total: None)
