@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,14 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from defenses import he
 from defenses.secagg import ring
-from ffm_secure import setup, summary
+from ffm_secure import plan, setup, summary
 from ffm_secure.config import RunConfig
 from ffm_secure.engines import LocalEngine, Outcome
+from ffm_secure.errors import PlanRefused
 from ffm_secure.federation import run
-from ffm_secure.protection import AFTER_UPLOAD, Collected, SecureAggregation, sharing_graph
+from ffm_secure.protection import AFTER_UPLOAD, Collected, SecureAggregation, build_protection, sharing_graph
 from ffm_secure.report import render_html
 from ffm_secure.report_markup import size
 from ffm_secure.store import Store
@@ -214,3 +217,51 @@ def test_large_cohorts_share_on_a_ring_that_clients_accept(cohort: int, mode: st
 def test_nobody_colluding_and_nobody_lying_needs_two_shares() -> None:
     made = make(protection={"kind": "secagg", "mode": "semi_honest", "colluding": 0, "threshold": 3})
     assert sharing_graph(made).threshold == 2
+
+
+CODE = real_code(size=5, clients=4, value_bits=8, bound=1.0, max_weight=1, carries_loss=False)
+ROUND = RoundPlan(run_id=bytes(range(16)), round=1, cohort=(0, 1, 2, 3), fingerprint="aa" * 32, mechanism="")
+
+
+def contribution(client: int) -> npt.NDArray[Any]:
+    return ring.frame(np.full(5, client + 1, dtype=np.uint16), weight=1, modulus_bits=CODE.modulus_bits)
+
+
+@pytest.mark.parametrize("kind", ["none", "secagg"])
+@pytest.mark.parametrize("mode", ["active", "semi_honest"])
+def test_who_is_lost_after_the_upload_counts_in_every_protection(kind: str, mode: str) -> None:
+    protection = {"kind": kind, "threshold": 3, "colluding": 0, **({"mode": mode} if kind == "secagg" else {})}
+    built = build_protection(make(protection=protection), code=CODE, owners=["a", "b", "c", "d"])
+    for stage in sorted(AFTER_UPLOAD):
+        round_plan = dataclasses.replace(ROUND, round=1 + sorted(AFTER_UPLOAD).index(stage))
+        found = built.collect(round_plan, contribute=contribution, drop={0: stage}, order=[0, 1, 2, 3])
+        assert found.survivors == (0, 1, 2, 3)
+        assert found.ring_sum is not None
+        assert found.ring_sum.tolist() == [4, 4, 10, 10, 10, 10, 10]
+    for number, stage in enumerate(STAGES[:4], start=5):
+        round_plan = dataclasses.replace(ROUND, round=number)
+        found = built.collect(round_plan, contribute=contribution, drop={0: stage}, order=[1, 2, 3])
+        assert found.survivors == (1, 2, 3)
+        assert found.ring_sum is not None
+        assert found.ring_sum.tolist() == [3, 3, 9, 9, 9, 9, 9]
+
+
+@pytest.mark.parametrize("kind", ["bfv", "ckks"])
+def test_clients_that_opened_different_sums_abort_the_round(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+    built = build_protection(make(protection={"kind": kind, "threshold": 3}), code=CODE, owners=["a", "b", "c", "d"])
+    found = built.collect(ROUND, contribute=contribution, drop={}, order=[0, 1, 2, 3])
+    assert found.ring_sum is not None
+    assert found.ring_sum.tolist() == [4, 4, 10, 10, 10, 10, 10]
+    honest = he.EncryptedClient.confirm
+    monkeypatch.setattr(he.EncryptedClient, "confirm", lambda *args: honest(*args)[:-1] + b"\0")
+    found = built.collect(dataclasses.replace(ROUND, round=2), contribute=contribution, drop={}, order=[0, 1, 2, 3])
+    assert (found.ring_sum, found.aborted) == (None, "protocol aborted")
+    assert min(found.bytes_up, found.bytes_down) > 0
+
+
+@pytest.mark.parametrize("stage", sorted(AFTER_UPLOAD))
+def test_a_stage_that_encryption_lacks_is_refused(stage: str) -> None:
+    made = make(protection={"kind": "bfv", "threshold": 3}, federation={"dropout": {"rate": 0.1, "stages": [stage]}})
+    with pytest.raises(PlanRefused, match=f"'{stage}' does not exist"):
+        plan.check(made)
