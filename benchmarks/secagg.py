@@ -179,14 +179,18 @@ def measure_session(count: int, length: int, lost: int, *, mode: Mode = "active"
     if not (opened.vector == vector * np.uint32(len(staying))).all():
         raise AssertionError("the opened sum is not the sum")
     up, down = server.traffic[staying[0].id].total
+    degree, payload = parameters.neighbours, length * modulus_bits // 8
+    stated = (
+        194 + 130 + 86 * degree + 98 + 98 * (mode == "active") + 98 + 33 * degree
+    )  # docs/secagg.md, messages R0 to R4
     times = sorted(spent[session.id] for session in staying)
     return {
         "clients": count, "length": length, "lost": lost, "mode": mode, "neighbours": parameters.neighbours,
         "threshold": parameters.threshold, "modulus_bits": modulus_bits,
         "client_seconds": statistics.median(times), "client_seconds_slowest": times[-1], "server_seconds": served,
         "client_stage_seconds": {name: statistics.median(values) for name, values in stages.items()},
-        "bytes_up": up, "bytes_down": down, "bytes_up_per_parameter": length * modulus_bits // 8 / length,
-        "control_bytes_up": up - length * modulus_bits // 8,
+        "bytes_up": up, "bytes_down": down, "bytes_up_per_parameter": payload / length,
+        "control_bytes_up": up - payload, "control_bytes_up_stated": stated,
     }  # fmt: skip
 
 
@@ -296,16 +300,22 @@ def measure_peer(python: str, length: int, neighbours: int, repeats: int) -> dic
         facts = json.loads(output.splitlines()[-1])
         for name, seconds in facts["seconds"].items():
             theirs.setdefault(name, []).append(seconds)
-    least = {name: min(times) for name, times in ours.items()}
-    least["key_stages"] = sum(took for stage, took in around["client_stage_seconds"].items() if stage != "mask")
-    peer = {name: min(times) for name, times in theirs.items()}
-    for name in ("", "_without_lanes"):
-        least[f"client_round{name}"] = least[f"client_upload{name}"] + least["key_stages"]
-    peer["client_round"] = peer["client_upload"] + peer["key_stages"]
+    key_stages = sum(took for stage, took in around["client_stage_seconds"].items() if stage != "mask")
+    ours["key_stages"] = [key_stages] * repeats
+    for sums in (ours, theirs):
+        for suffix in ("", "_without_lanes"):
+            if uploads := sums.get(f"client_upload{suffix}"):
+                sums[f"client_round{suffix}"] = [
+                    one + other for one, other in zip(uploads, sums["key_stages"], strict=True)
+                ]
     rows = {}
-    for name, seconds in least.items():
-        other = peer[name.removesuffix("_without_lanes")]
-        rows[name] = {"ours_seconds": seconds, "peer_seconds": other, "peer_over_ours": other / seconds}
+    for name, times in ours.items():
+        other = theirs[name.removesuffix("_without_lanes")]
+        pairs = [one / own for one, own in zip(other, times, strict=True)]
+        rows[name] = {
+            "ours_seconds": min(times), "peer_seconds": min(other), "peer_over_ours": min(other) / min(times),
+            "peer_over_ours_median": statistics.median(pairs),
+        }  # fmt: skip
     lanes = lanes_of(neighbours)
     return {
         "peer": facts["peer"], "length": length, "neighbours": neighbours, "shares": dealers, "threshold": threshold,
@@ -343,7 +353,7 @@ def show(results: dict[str, Any]) -> None:
             f"{row['clients']:>5} clients, k = {row['neighbours']}, t = {row['threshold']}, {row['length']:,} parameters, "
             f"{row['lost']} lost: client {row['client_seconds']:.3f} s (slowest {row['client_seconds_slowest']:.3f}), "
             f"server {row['server_seconds']:.2f} s; up {row['bytes_up']:,} bytes of which control "
-            f"{row['control_bytes_up']:,}, down {row['bytes_down']:,}"
+            f"{row['control_bytes_up']:,} ({row['control_bytes_up_stated']:,} stated), down {row['bytes_down']:,}"
         )
     if "side_by_side" in results:
         peer = results["side_by_side"]
@@ -351,7 +361,8 @@ def show(results: dict[str, Any]) -> None:
         for name, row in peer["work"].items():
             print(
                 f"  {name.replace('_', ' '):28} ours {row['ours_seconds'] * 1e3:9.2f} ms   peer "
-                f"{row['peer_seconds'] * 1e3:9.2f} ms   x{row['peer_over_ours']:.1f}"
+                f"{row['peer_seconds'] * 1e3:9.2f} ms   x{row['peer_over_ours']:.1f} (median of pairs "
+                f"x{row['peer_over_ours_median']:.1f})"
             )
         print(f"  bytes per parameter: {peer['bytes_per_parameter']}; per share message: {peer['share_message_bytes']}")
 
@@ -376,7 +387,7 @@ def main() -> None:
     if options.large:
         results["sessions"].append(measure_session(1000, 10_000, 100, neighbours=138, threshold=98))
     if options.peer:
-        results["side_by_side"] = measure_peer(options.peer, length, 10, 2 if options.quick else 3)
+        results["side_by_side"] = measure_peer(options.peer, length, 10, 2 if options.quick else 5)
     show(results)
     if options.json:
         print(json.dumps(results))
