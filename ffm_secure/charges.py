@@ -34,6 +34,8 @@ class Charges:
         Raises:
           BudgetExceeded: some owner cannot pay; nobody was charged.
         """
+        if not plan.cohort:
+            return ()  # a public phase touches nobody's data
         return self.ledger.reserve(
             [
                 Charge(

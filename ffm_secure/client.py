@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ffm_secure.config import RunConfig
 from ffm_secure.lifecycle import LocalChange, finetune
 from ffm_secure.lifecycle.finetune import GradientRule, PlainGradient, PrivateGradient
 from ffm_secure.mechanism import ClientNoise, Mechanism
+from ffm_secure.strategies import Strategy, build
 from ffm_secure.types import RoundPlan
 from ffm_secure.vector import VectorCode
 
@@ -51,7 +52,11 @@ class Workplace:
     mechanism: Mechanism
     code: VectorCode
     device: str
-    engine: PerSampleEngine | None = None
+    engines: dict[tuple[str, ...], PerSampleEngine] = field(default_factory=dict)  # by what is trained
+    strategy: Strategy = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.strategy = build(self.config.federation.strategy, self.trainable, seed=self.config.seed)
 
     def contribute(self, client: Client, plan: RoundPlan, start: Tensor, source: RandomSource) -> npt.NDArray[Any]:
         """Return what this client adds to the round's sum, as integers modulo 2^m.
@@ -63,22 +68,27 @@ class Workplace:
         return self.code.quantise(noisy.values, loss=noisy.loss, weight=noisy.weight, source=source.derive("round"))
 
     def learn(self, client: Client, plan: RoundPlan, start: Tensor, source: RandomSource) -> LocalChange:
-        """Run the local steps; record-level noise is drawn here, inside every step."""
-        lifecycle = self.config.federation.lifecycle
-        return finetune(trainable=self.trainable, start=start, spec=lifecycle, rule=self.rule(client, plan, source))
+        """Run the local steps and say what is sent of them; record-level noise is drawn here, inside every step."""
+        spec, strategy, mask = self.config.federation.lifecycle, self.strategy, self.strategy.mask(client.index)
+        start = start if mask is None else start * mask
+        with self.trainable.training_only(strategy.trains(plan.step)):
+            rule = self.rule(client, plan, source)
+            change = finetune(trainable=self.trainable, start=start, spec=spec, rule=rule, mask=mask)
+        return replace(change, vector=strategy.message(start, change.vector.cpu(), plan.step))
 
     def rule(self, client: Client, plan: RoundPlan, source: RandomSource) -> GradientRule:
         """Choose how gradients are taken: per sample with noise, or plain."""
         speed = self.config.speed
         if isinstance(self.mechanism, RecordMechanism):
-            if self.engine is None:
-                self.engine = PerSampleEngine(self.trainable.model, parameters=self.trainable.parameters)
+            active = self.trainable.active
+            if tuple(active) not in self.engines:
+                self.engines[tuple(active)] = PerSampleEngine(self.trainable.model, parameters=active)
             return PrivateGradient(
                 trainable=self.trainable,
                 task=self.task,
                 encoded=client.examples,
                 mechanism=self.mechanism,
-                engine=self.engine,
+                engine=self.engines[tuple(active)],
                 source=source,
                 device=self.device,
                 microbatch=speed.microbatch,

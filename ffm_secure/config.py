@@ -10,6 +10,7 @@ from ffm_secure.errors import ConfigError
 from ffm_secure.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
 
 TASKS = ("text_classification", "causal_lm", "masked_lm", "image_classification")
+LORA_RULES = ("ffa", "rolora", "fedsvd", "fedex", "flora")  # how LoRA factors are averaged; see docs/lora.md
 PROMPTS = ("prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")
 OBSERVERS = ("public", "client", "server", "colluding_server")
 
@@ -51,12 +52,15 @@ class TrainableSpec:
     """Which numbers are trained and sent."""
 
     kind: str = option(
-        choices=("full", "head", "lora", "prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")
+        choices=("full", "head", "lora", "lora_xs", "prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")
     )
-    rank: int = option(8, minimum=1, maximum=1024, only_for=("lora",))
-    alpha: float = option(16.0, above=0.0, only_for=("lora",))
+    rank: int = option(8, minimum=1, maximum=1024, only_for=("lora", "lora_xs"))
+    ranks: tuple[int, ...] = option(
+        (), minimum=1, maximum=1024, help="ranks dealt to the clients in turn, with strategy flora", only_for=("lora",)
+    )
+    alpha: float = option(16.0, above=0.0, only_for=("lora", "lora_xs"))
     target_modules: tuple[str, ...] = option(
-        (), help="empty: chosen by architecture; ['all-linear'] for all", only_for=("lora",)
+        (), help="empty: chosen by architecture; ['all-linear'] for all", only_for=("lora", "lora_xs")
     )
     length: int = option(16, minimum=1, maximum=1024, help="virtual tokens of a prompt or prefix", only_for=PROMPTS)
     hidden: int = option(
@@ -81,13 +85,34 @@ class Model:
     name: str = option(help="local folder, hub name, or builtin:minilm | tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit")
     trainable: TrainableSpec
     dtype: str = option("float32", choices=("float32", "bfloat16"))
+    weights: str = option(
+        "checkpoint", choices=("checkpoint", "random"), help="random: only the architecture, to pre-train from scratch"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Controller:
+    """Which source a round of pre-training learns from: public data on the server, or private data on clients."""
+
+    kind: str = option("fixed", choices=("fixed", "plateau", "gain_per_cost"))
+    public: int = option(1, minimum=0, maximum=10_000, help="public phases in a row", only_for=("fixed",))
+    private: int = option(1, minimum=0, maximum=10_000, help="private phases in a row", only_for=("fixed",))
+    patience: int = option(2, minimum=1, maximum=1000, help="fewest phases in a row", only_for=("plateau",))
+    margin: float = option(
+        0.01, minimum=0.0, below=1.0, help="relative fall of the loss that counts as progress", only_for=("plateau",)
+    )
+    cost: str = option("bytes", choices=("epsilon", "bytes", "seconds"), only_for=("gain_per_cost",))
+    window: int = option(2, minimum=1, maximum=1000, help="phases a gain is taken over", only_for=("gain_per_cost",))
+    retry: int = option(
+        4, minimum=1, maximum=1000, help="phases after which the other source is tried again", only_for=("gain_per_cost",)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lifecycle:
-    """How a client learns at home."""
+    """How a client learns at home, and in pre-training the server from public data."""
 
-    kind: str = option(choices=("finetune",))
+    kind: str = option(choices=("finetune", "pretrain"))
     local_steps: int = option(0, minimum=0, maximum=1_000_000, help="steps a round; or give local_epochs")
     local_epochs: int = option(0, minimum=0, maximum=10_000)
     batch_size: int = option(minimum=1, maximum=1_000_000, help="expected size under Poisson sampling")
@@ -96,13 +121,34 @@ class Lifecycle:
     momentum: float = option(0.0, minimum=0.0, maximum=0.999)
     weight_decay: float = option(0.0, minimum=0.0, maximum=1.0)
     proximal: float = option(0.0, minimum=0.0, help="FedProx mu")
+    public_data: str = option(
+        "", help="as task.data; empty: public_examples rows of task.data", only_for=("pretrain",)
+    )
+    public_examples: int = option(
+        0, minimum=0, help="rows taken out of the private data and declared public", only_for=("pretrain",)
+    )
+    public_steps: int = option(
+        0, minimum=0, maximum=1_000_000, help="steps of a public phase; 0: local_steps", only_for=("pretrain",)
+    )
+    public_batch_size: int = option(0, minimum=0, maximum=1_000_000, help="0: batch_size", only_for=("pretrain",))
+    public_learning_rate: float = option(
+        0.0, minimum=0.0, maximum=1e3, help="0: learning_rate", only_for=("pretrain",)
+    )
+    private_rounds: int = option(
+        0,
+        minimum=0,
+        maximum=1_000_000,
+        help="most private phases, which the noise is calibrated for; 0: every round may be one",
+        only_for=("pretrain",),
+    )
+    controller: Controller = option(Controller(), only_for=("pretrain",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:
     """How a sum becomes the next global model."""
 
-    kind: str = option("average", choices=("average", "avgm", "adam", "yogi", "adagrad"))
+    kind: str = option("average", choices=("average", "avgm", "adam", "yogi", "adagrad", *LORA_RULES))
     learning_rate: float = option(1.0, above=0.0, maximum=1e3)
     momentum: float = option(0.9, minimum=0.0, maximum=0.9999, only_for=("avgm", "adam", "yogi"))
     beta2: float = option(0.99, minimum=0.0, maximum=0.99999, only_for=("adam", "yogi"))
@@ -242,12 +288,20 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
         )
     if protection.threshold > federation.cohort:
         problems.add(
+    if lifecycle.kind == "pretrain":
+        _check_pretraining(lifecycle, problems)
             "protection.threshold",
             protection.threshold,
             f"must be at most federation.cohort = {federation.cohort}, or no round could ever be opened",
         )
     if task.split.kind == "natural" and not task.split.column:
         problems.add("task.split.column", "", "missing; a natural split needs the column that names the owner")
+    if config.model.trainable.ranks and federation.strategy.kind != "flora":
+        problems.add(
+            "model.trainable.ranks",
+            config.model.trainable.ranks,
+            "different ranks need federation.strategy.kind = 'flora'; other rules average factors of one shape",
+        )
     if privacy.unit == "none":
         if not privacy.reason.strip():
             problems.add(
@@ -275,10 +329,25 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
 
 __all__ = [
     "OBSERVERS",
+def _check_pretraining(lifecycle: Lifecycle, problems: Problems) -> None:
+    controller = lifecycle.controller
+    if bool(lifecycle.public_data) == (lifecycle.public_examples > 0):
+        problems.add(
+            "federation.lifecycle.public_data",
+            lifecycle.public_data,
+            "give public_data or public_examples, exactly one of them",
+        )
+    if not lifecycle.public_steps and not lifecycle.local_steps:
+        problems.add("federation.lifecycle.public_steps", 0, "must be above 0 where local_epochs is given")
+    if controller.kind == "fixed" and not controller.public and not controller.private:
+        problems.add("federation.lifecycle.controller.private", 0, "public and private cannot both be 0")
+
+
     "TASKS",
     "Audit",
     "Dropout",
     "Federation",
+    "Controller",
     "Lifecycle",
     "Model",
     "Privacy",

@@ -8,11 +8,11 @@ from typing import Protocol
 
 from defenses.errors import BudgetExceeded
 from ffm_secure import server
-from ffm_secure.engines import Engine, LocalEngine
+from ffm_secure.engines import Engine, LocalEngine, Outcome
 from ffm_secure.errors import Interrupted
 from ffm_secure.setup import Setup
 from ffm_secure.store import Store
-from ffm_secure.strategies import ServerState, Strategy, build
+from ffm_secure.strategies import ServerState
 from ffm_secure.types import RoundPlan, RoundRecord, RunStatus
 
 
@@ -58,16 +58,16 @@ def run(setup: Setup, store: Store, *, watch: Watch | None = None, engine: Engin
     Guarantee: no client's data is touched before its ledger holds a reservation for the round; what was reserved stays spent
     whatever happens next; a finished round is on disk before the next one begins.
     """
-    watch, engine, strategy = watch or Silent(), engine or LocalEngine(setup), build(setup.config.federation.strategy)
-    state, records = _begin(setup, store, strategy)
+    watch, engine = watch or Silent(), engine or LocalEngine(setup)
+    state, records = _begin(setup, store)
     try:
         for number in range(len(records) + 1, setup.config.federation.rounds + 1):
             began = time.perf_counter()
-            plan = server.plan_round(setup, number, state)
+            plan = server.plan_round(setup, number, state, records)
             watch.round_started(plan, setup.config.federation.rounds)
             reservations = setup.charges.reserve(plan)
-            outcome = engine.collect(plan, state.vector, watch.client_finished)
-            state = strategy.step(state, server.mean_change(setup, outcome.sum)) if outcome.sum else state
+            outcome = engine.collect(plan, state.vector, watch.client_finished) if plan.cohort else Outcome(sum=None)
+            state = server.advance(setup, plan, state, outcome)
             setup.charges.spend(reservations)
             record = server.record(setup, plan, outcome, state, records, began=began)
             store.commit(state, record, run_id=setup.run_id)
@@ -82,11 +82,10 @@ def run(setup: Setup, store: Store, *, watch: Watch | None = None, engine: Engin
     return Trained(state=state, records=records, status="complete")
 
 
-def _begin(setup: Setup, store: Store, strategy: Strategy) -> tuple[ServerState, tuple[RoundRecord, ...]]:
+def _begin(setup: Setup, store: Store) -> tuple[ServerState, tuple[RoundRecord, ...]]:
     resumed = store.resume()
     if resumed is None:
-        return strategy.start(setup.trainable.flatten().cpu()), ()
+        return setup.prepared.strategy.start(setup.trainable.flatten().cpu()), ()
     state, records, run_id = resumed
     setup.adopt(state, records, run_id)
     return state, records
-

@@ -12,7 +12,7 @@ import struct
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -79,7 +79,15 @@ class Backbone:
 
 
 def load_backbone(
-    name: str, *, kind: str, labels: int | None, base: Path, seed: int, dtype: str = "float32", dropout: bool = False
+    name: str,
+    *,
+    kind: str,
+    labels: int | None,
+    base: Path,
+    seed: int,
+    dtype: str = "float32",
+    dropout: bool = False,
+    random_weights: bool = False,
 ) -> Backbone:
     """Load the model `name` for a task.
 
@@ -103,7 +111,8 @@ def load_backbone(
         if name.removeprefix("builtin:") in TINY and name.startswith("builtin:"):
             return _tiny(name, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout)
         folder = _locate(name, base)
-        return _pretrained(name, folder, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout)
+        backbone = _pretrained(name, folder, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout)
+        return _from_scratch(backbone, seed) if random_weights else backbone
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -226,6 +235,15 @@ def _pretrained(
     if kind == "causal_lm":
         _refuse_if_it_sees_the_future(name, backbone)
     return backbone
+
+
+def _from_scratch(backbone: Backbone, seed: int) -> Backbone:
+    """Keep architecture, head and tokenizer of a checkpoint, and draw every weight from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = type(backbone.model)(backbone.config).to(backbone.model.dtype)  # type: ignore[arg-type]
+    model.eval().requires_grad_(False)
+    return replace(backbone, model=model, notes=(*backbone.notes, "from scratch: every weight is drawn from the seed"))
 
 
 def _model_class(folder: str, config: Any, kind: str) -> Any:

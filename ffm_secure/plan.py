@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from ffm_secure.config import RunConfig
+from ffm_secure.config import LORA_RULES, PROMPTS, RunConfig
 from ffm_secure.errors import PlanRefused
 
 _PRIVATE = ("record", "person", "client")
@@ -20,6 +20,8 @@ _NO_HEAD = "a language model has no classification head to train alone: choose l
 _TELLS = (
     "its prompt is made of the whole text, so a causal model would be told the words it has to predict: use prompt or prefix"
 )
+_NOT_FACTORS = "the rule is about the factors B and A of LoRA, which this kind does not train: use average, or trainable lora"
+_NO_EPSILON = "without a guarantee nothing is spent, so gain per epsilon has no meaning: choose bytes or seconds"
 _NO_CACHE = "picture models keep no keys and values to put a prefix in front of: use deep_prompt"
 _CLIP_UNIT = "clips single records; the client unit clips whole updates: use clipping = 'flat'"
 _CLIP_NONE = "there is nothing to clip without a privacy unit: leave clipping at 'flat'"
@@ -33,6 +35,11 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
         ("causal_lm", "prompt_generator"): _TELLS,
         ("image_classification", "prefix"): _NO_CACHE,
     },
+    ("trainable", "strategy"): {
+        (kind, rule): _NOT_FACTORS for kind in ("full", "head", "lora_xs", *PROMPTS) for rule in LORA_RULES
+    },
+    ("cost", "unit"): {("epsilon", "none"): _NO_EPSILON},
+    ("cost", "noise"): {("epsilon", "seeded"): _NO_EPSILON},
     ("weighting", "unit"): {("examples", unit): _WEIGHTS for unit in _PRIVATE},
     ("unit", "protection"): {("client", "none"): _CLIENT_NEEDS_RING, ("client", "ckks"): _CKKS_DISCRETE},
     ("unit", "clipping"): {
@@ -46,10 +53,13 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
 # new option must take a position; `position` refuses to answer for anything newer.
 REVIEWED: Mapping[str, tuple[str, ...]] = {
     "task": ("text_classification", "causal_lm", "masked_lm", "image_classification"),
-    "trainable": ("full", "head", "lora", "prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator"),
+    "trainable": ("full", "head", "lora", "lora_xs", "prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator"),
+    "lifecycle": ("finetune", "pretrain"),
+    "controller": ("fixed", "plateau", "gain_per_cost"),
+    "cost": ("epsilon", "bytes", "seconds"),
     "optimizer": ("sgd", "adam", "adamw"),
     "proximal": ("off", "on"),
-    "strategy": ("average", "avgm", "adam", "yogi", "adagrad"),
+    "strategy": ("average", "avgm", "adam", "yogi", "adagrad", *LORA_RULES),
     "weighting": ("uniform", "examples"),
     "dropout": ("none", "some"),
     "unit": ("record", "person", "client", "none"),
@@ -81,6 +91,9 @@ def choices(config: RunConfig) -> dict[str, str]:
     return {
         "task": config.task.kind,
         "trainable": config.model.trainable.kind,
+        "lifecycle": lifecycle.kind,
+        "controller": lifecycle.controller.kind,
+        "cost": lifecycle.controller.cost,
         "optimizer": lifecycle.optimizer,
         "proximal": "on" if lifecycle.proximal else "off",
         "strategy": federation.strategy.kind,
@@ -136,6 +149,12 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
     if privacy.unit == "client" and privacy.delta > 0 and privacy.delta > 1.0 / config.task.clients:
         yield (f"privacy.delta = {privacy.delta}: must be at most 1 / clients = {1 / config.task.clients:g}, or the guarantee may "
                "give away one whole client")
+    adaptive = federation.lifecycle.kind == "pretrain" and federation.lifecycle.controller.kind != "fixed"
+    if adaptive and federation.evaluate_every != 1:
+        yield (
+            f"federation.evaluate_every = {federation.evaluate_every}: the controller decides by the loss of every round; "
+            "set it to 1"
+        )
     absent = [stage for stage in federation.dropout.stages if stage in ("confirm", "unmask")]
     if protection.kind in ("bfv", "ckks") and federation.dropout.rate > 0:
         for stage in absent:
@@ -162,7 +181,19 @@ def shamir_threshold(config: RunConfig) -> int:
 
 def participation_cap(config: RunConfig) -> int:
     """Return the largest number of rounds any one client takes part in under the balanced schedule."""
-    return math.ceil(config.federation.rounds * config.federation.cohort / config.task.clients)
+    return math.ceil(private_rounds(config) * config.federation.cohort / config.task.clients)
+
+
+def private_rounds(config: RunConfig) -> int:
+    """Return the most rounds in which clients take part; public phases of pre-training are none of them."""
+    rounds, lifecycle = config.federation.rounds, config.federation.lifecycle
+    if lifecycle.kind != "pretrain":
+        return rounds
+    most, controller = lifecycle.private_rounds or rounds, lifecycle.controller
+    if controller.kind == "fixed":
+        whole, rest = divmod(rounds, controller.public + controller.private)
+        return min(most, whole * controller.private + max(0, rest - controller.public))
+    return min(most, rounds)
 
 
 def local_steps(config: RunConfig, nominal: int) -> int:

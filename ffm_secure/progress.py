@@ -15,7 +15,7 @@ from ffm_secure.types import RoundPlan, RoundRecord
 def round_line(record: RoundRecord, *, rounds: int, budget: float) -> str:
     """Say one round in one line."""
     spent = "none (infinite)" if math.isinf(record.epsilon_spent) else f"{record.epsilon_spent:.3f} / {budget:g}"
-    answered = f"{len(record.survivors)}/{len(record.cohort)}"
+    answered = f"{len(record.survivors)}/{len(record.cohort)}" if record.phase == "private" else "none, public phase"
     note = f"  ABORTED: {record.aborted}" if record.aborted else ""
     return (
         f"round {record.round:>{len(str(rounds))}}/{rounds}  loss {record.loss:7.4f}  {record.metric_name} {record.metric:8.4f}  "

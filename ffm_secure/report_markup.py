@@ -271,9 +271,15 @@ def _row(columns: Sequence[Column], row: Any, *, labelled: bool) -> Html:
 
 
 def phase_column(rounds: Sequence[RoundRecord]) -> list[Column]:
-    """Return a column of phases, where there is more than one."""
-    some = any(record.phase != "private" for record in rounds)
-    return [Column(heading="Phase", cell=lambda record: record.phase, field="phase")] if some else []
+    """Return columns of phases and of how far their changes agree, where there is more than one phase."""
+    if all(record.phase == "private" for record in rounds):
+        return []
+    agreement = Column(
+        heading="Public and private change, cosine",
+        cell=lambda record: "none yet" if record.alignment is None else figure(record.alignment),
+        field="alignment",
+    )
+    return [Column(heading="Phase", cell=lambda record: record.phase, field="phase"), agreement]
 
 
 def folded(heading: str, *children: Child, open_: bool = False) -> Html:

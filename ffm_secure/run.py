@@ -89,10 +89,18 @@ def load(path: str | Path, overrides: tuple[str, ...] = (), *, runs: str | Path 
     config = run_file.load(path, tuple(overrides))
     base = path.resolve().parent
     task = dataclasses.replace(config.task, data=_locate(config.task.data, base))
+    lifecycle = config.federation.lifecycle
+    if lifecycle.public_data:
+        lifecycle = dataclasses.replace(lifecycle, public_data=_locate(lifecycle.public_data, base))
+    federation_ = dataclasses.replace(config.federation, lifecycle=lifecycle)
     model = dataclasses.replace(config.model, name=_locate(config.model.name, base))
     ledger = str(Path(config.privacy.ledger).expanduser().resolve()) if config.privacy.ledger else ""
     privacy = dataclasses.replace(config.privacy, ledger=ledger)
-    return Run(dataclasses.replace(config, task=task, model=model, privacy=privacy), base=base, runs=Path(runs))
+    return Run(
+        dataclasses.replace(config, task=task, model=model, federation=federation_, privacy=privacy),
+        base=base,
+        runs=Path(runs),
+    )
 
 
 def _locate(name: str, base: Path) -> str:

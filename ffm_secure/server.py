@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ffm_secure import plan as plans
 from ffm_secure.engines import Outcome
+from ffm_secure.lifecycle import pretrain
 from ffm_secure.models import fingerprint
 from ffm_secure.setup import Setup
 from ffm_secure.strategies import ServerState
 from ffm_secure.types import RoundPlan, RoundRecord, RoundSum
 
 
-def plan_round(setup: Setup, number: int, state: ServerState) -> RoundPlan:
-    """Say who takes part in a round, in which exact model, under which mechanism."""
+def plan_round(setup: Setup, number: int, state: ServerState, records: tuple[RoundRecord, ...] = ()) -> RoundPlan:
+    """Say who takes part in a round, in which exact model, under which mechanism; nobody in a public phase."""
+    config = setup.config
+    phase = pretrain.next_phase(records, config.federation.lifecycle, private_rounds=plans.private_rounds(config))
+    public = sum(record.phase == "public" for record in records)
     return RoundPlan(
         run_id=setup.run_id,
         round=number,
-        cohort=setup.schedule[number - 1],
+        cohort=setup.schedule[number - 1 - public] if phase == "private" else (),
+        phase=phase,
         fingerprint=fingerprint({"trainable": state.vector}),
         mechanism=setup.mechanism_digest,
+        step=state.round,
     )
 
 
@@ -34,6 +42,28 @@ def mean_change(setup: Setup, total: RoundSum) -> Tensor:
     """
     divisor = float(setup.config.federation.cohort) if setup.config.privacy.unit == "client" else total.weight_sum
     return torch.from_numpy(total.values) / divisor
+
+
+def advance(setup: Setup, plan: RoundPlan, state: ServerState, outcome: Outcome) -> ServerState:
+    """Return the state after a round: a step by the opened sum, public gradient steps, or nothing if the sum stayed closed."""
+    config, strategy = setup.config, setup.prepared.strategy
+    if plan.phase == "public":
+        with setup.trainable.training_only(strategy.trains(state.round)):
+            vector = pretrain.learn_in_public(
+                trainable=setup.trainable,
+                task=setup.task,
+                public=setup.public,
+                start=state.vector,
+                spec=config.federation.lifecycle,
+                seed=(config.seed, plan.round, config.task.clients),
+                device=setup.device,
+                microbatch=config.speed.microbatch,
+            )
+        return pretrain.remember(state, replace(state, vector=vector), plan.phase)
+    if outcome.sum is None:
+        return state
+    after = strategy.step(state, mean_change(setup, outcome.sum))
+    return pretrain.remember(state, after, plan.phase) if config.federation.lifecycle.kind == "pretrain" else after
 
 
 def record(
@@ -48,7 +78,8 @@ def record(
     """Evaluate the new model on the public validation rows and note what the round did, cost and revealed."""
     every, last = setup.config.federation.evaluate_every, plan.round == setup.config.federation.rounds
     evaluation_began = time.perf_counter()
-    if earlier and not last and (plan.round % every or outcome.sum is None):
+    closed = outcome.sum is None and plan.phase == "private"
+    if earlier and not last and (plan.round % every or closed):
         loss, metric = earlier[-1].loss, earlier[-1].metric
     else:
         evaluation = setup.evaluate(state.vector)
@@ -69,5 +100,6 @@ def record(
         bytes_down=outcome.bytes_down,
         client_seconds=outcome.client_seconds,
         evaluation_seconds=evaluated,
+        alignment=pretrain.alignment(state.slots),
         seconds=time.perf_counter() - began,
     )

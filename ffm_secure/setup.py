@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from ffm_secure.errors import DataError, StoreError
 from ffm_secure.protection import Protection, build_protection
 from ffm_secure.schema import to_table
 from ffm_secure.store import write_atomic
-from ffm_secure.strategies import ServerState
+from ffm_secure.strategies import ServerState, Strategy, folds
+from ffm_secure.strategies import build as build_strategy
 from ffm_secure.types import RoundPlan, RoundRecord
 from ffm_secure.vector import VectorCode
 
@@ -43,9 +44,11 @@ class Prepared:
     trainable: Any
     task: Any
     nominal: int  # public size of one client's data
+    strategy: Strategy
     mechanism: mechanisms.Mechanism
     code: VectorCode
     device: str
+    public: Any = None  # examples a public phase learns from
     account: str = ""  # the ledger's name for these rows, dealt in this way
 
     @property
@@ -62,6 +65,7 @@ class Setup:
     prepared: Prepared
     clients: tuple[Client, ...]
     evaluation: Any
+    public: Any  # encoded rows of public phases; None where there are none
     charges: Charges
     protection: Protection
     schedule: tuple[tuple[int, ...], ...]
@@ -137,22 +141,33 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
     plan.check(config)
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
-    dataset = load_dataset(config, base)
+    whole = load_dataset(config, base)
+    dataset, public = part_in_public(config, whole, base)
     parts = partition.partition(dataset.train, clients=config.task.clients, split=config.task.split, seed=config.seed)
     nominal = config.task.nominal_examples or max(1, len(dataset.train) // config.task.clients)
     labels = len(dataset.label_names) if dataset.label_names else None
     backbone = models.load_backbone(
-        config.model.name, kind=config.task.kind, labels=labels, base=base, seed=config.seed, dtype=config.model.dtype
+        config.model.name,
+        kind=config.task.kind,
+        labels=labels,
+        base=base,
+        seed=config.seed,
+        dtype=config.model.dtype,
+        random_weights=config.model.weights == "random",
     )
     task = tasks.build_task(config.task.kind, backbone=backbone, dataset=dataset, max_length=config.task.max_length)
-    trained = trainable.attach(backbone, to_table(config.model.trainable), task_kind=config.task.kind, seed=config.seed)
+    spec = {**to_table(config.model.trainable), "folded": folds(config.federation.strategy)}
+    trained = trainable.attach(backbone, spec, task_kind=config.task.kind, seed=config.seed)
+    strategy = build_strategy(config.federation.strategy, trained, seed=config.seed)
+    trained.description += (strategy.note,) if strategy.note else ()
+    trained.description += (_describe_phases(config, public),) if public is not None else ()
     device = choose_device(config.speed.device)
     trained.model.to(device)
-    account = account_of(dataset.name, dataset.train, parts)
+    account = account_of(dataset.name, whole.train, parts)  # of all rows: taking some out makes no new account
     begun = _stored_noise(folder)
     mechanism_, code = mechanisms.build(
         config,
-        size=trained.size,
+        size=strategy.size(trained.size),
         nominal=nominal,
         largest_client=max((len(part) for part in parts), default=1),
         history=() if begun else spent_before(config, account),
@@ -165,10 +180,12 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
         backbone=backbone,
         trainable=trained,
         task=task,
+        strategy=strategy,
         nominal=nominal,
         mechanism=mechanism_,
         code=code,
         device=device,
+        public=public,
         account=account,
     )
 
@@ -200,6 +217,41 @@ def spent_before(config: RunConfig, account: str) -> tuple[Event, ...]:
     ]
     ledger.close()
     return max(histories, key=len, default=())
+
+
+def part_in_public(config: RunConfig, dataset: Any, base: Path) -> tuple[Any, Any]:
+    """Return the private data set and, for pre-training, the public examples: another set, or rows taken out of this one.
+
+    Raises:
+      DataError: the public set answers another question, or too many rows are taken out.
+    """
+    spec = config.federation.lifecycle
+    if spec.kind != "pretrain":
+        return dataset, None
+    if spec.public_data:
+        named = replace(config, task=replace(config.task, data=spec.public_data))
+        public = load_dataset(named, base)
+        if public.label_names != dataset.label_names:
+            raise DataError(
+                f"{spec.public_data}: its labels are not those of {config.task.data}; they must be the same"
+            )
+        return dataset, public.train
+    left = len(dataset.train) - spec.public_examples
+    if left < config.task.clients:
+        raise DataError(
+            f"federation.lifecycle.public_examples = {spec.public_examples}: leaves {left} private rows of {config.task.data}"
+        )
+    order = np.random.default_rng([config.seed, 1]).permutation(len(dataset.train))
+    taken, kept = np.sort(order[: spec.public_examples]), np.sort(order[spec.public_examples :])
+    return replace(dataset, train=dataset.train.take(kept)), dataset.train.take(taken)
+
+
+def _describe_phases(config: RunConfig, public: Any) -> str:
+    spec = config.federation.lifecycle
+    return (
+        f"pre-training by {spec.controller.kind} controller: public phases of {spec.public_steps or spec.local_steps} steps on "
+        f"{len(public):,} public rows, at most {plan.private_rounds(config)} private rounds"
+    )
 
 
 def load_dataset(config: RunConfig, base: Path) -> Any:
@@ -235,7 +287,7 @@ def build(prepared: Prepared, folder: Path) -> Setup:
     federation = config.federation
     schedule = balanced_schedule(
         config.task.clients,
-        rounds=federation.rounds,
+        rounds=plan.private_rounds(config),
         cohort=federation.cohort,
         source=RandomSource.seeded(config.seed).derive("schedule"),
     )
@@ -244,6 +296,7 @@ def build(prepared: Prepared, folder: Path) -> Setup:
         prepared=prepared,
         clients=clients,
         evaluation=evaluation,
+        public=prepared.task.encode(prepared.public) if prepared.public is not None else None,
         charges=charges,
         protection=build_protection(config, code=prepared.code, owners=prepared.owners),
         schedule=tuple(tuple(int(client) for client in cohort) for cohort in schedule),
@@ -271,7 +324,10 @@ def probe(prepared: Prepared, public: Any, *, samples: int = 3) -> None:
         return partial(task.losses, trained.model, batch)
 
     exact = prepared.config.model.dtype == "float32"
-    with PerSampleEngine(trained.model, parameters=trained.parameters) as engine:
+    with (
+        trained.training_only(prepared.strategy.trains(0)),
+        PerSampleEngine(trained.model, parameters=trained.active) as engine,
+    ):
         probe_sensitivity(
             engine,
             losses_of,

@@ -46,6 +46,7 @@ class RoundPlan:
     fingerprint: str  # SHA-256 over the exact global tensors
     mechanism: str  # digest of what decides epsilon
     phase: Literal["private", "public"] = "private"
+    step: int = 0  # steps the global model has taken; says which half of the factors a rule trains
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,7 @@ class RoundRecord:
     seconds: float  # wall time of the whole round
     client_seconds: float  # wall time inside clients' training
     evaluation_seconds: float = 0.0
+    alignment: float | None = None  # cosine between the newest public and the newest private change, where there are both
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

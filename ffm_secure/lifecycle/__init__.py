@@ -1,7 +1,6 @@
 """How a client learns at home."""
 
 from ffm_secure.lifecycle.finetune import LocalChange, finetune
+from ffm_secure.lifecycle.pretrain import CONTROLLERS, next_phase
 
-LIFECYCLES = {"finetune": finetune}
-
-__all__ = ["LIFECYCLES", "LocalChange", "finetune"]
+__all__ = ["CONTROLLERS", "LocalChange", "finetune", "next_phase"]

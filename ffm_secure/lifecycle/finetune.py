@@ -71,7 +71,7 @@ class PlainGradient:
                 taken += 1
 
     def _gradient(self, indices: np.ndarray) -> dict[str, Tensor]:
-        parameters = self.trainable.parameters
+        parameters = self.trainable.active
         for parameter in parameters.values():
             parameter.grad = None
         for part in similar_lengths(self.encoded, indices, self.microbatch):
@@ -142,30 +142,44 @@ def similar_lengths(encoded: Any, indices: np.ndarray, size: int) -> Iterator[np
         yield indices[start : start + size]
 
 
-def finetune(*, trainable: Any, start: Tensor, spec: Lifecycle, rule: GradientRule) -> LocalChange:
+def finetune(
+    *, trainable: Any, start: Tensor, spec: Lifecycle, rule: GradientRule, mask: Tensor | None = None
+) -> LocalChange:
     """Run the local steps of one round from the broadcast vector; leave the model's other tensors untouched.
 
+    Only `trainable.active` is trained. Where `mask` [d] is 0 the numbers are 0 and stay 0, noise included.
     Guarantee: with a private rule the result is post-processing of the rule's gradients and the broadcast model: momentum,
     Adam's moments, weight decay and the proximal term never see data.
     Source: Li et al. 2020, arXiv:1812.06127 (proximal term).
     """
     trainable.load_vector(start)
-    parameters = trainable.parameters
+    parameters = trainable.active
+    masks = named_parts(trainable, mask) if mask is not None else {}
     anchors = {name: p.detach().clone() for name, p in parameters.items()} if spec.proximal else {}
     optimizer = _optimizer(spec, list(parameters.values()))
     taken = 0
     for gradients in rule.steps():
         for name, parameter in parameters.items():
             gradient = gradients[name].to(parameter.device, parameter.dtype)
+            if name in masks:
+                gradient = gradient * masks[name]
             if spec.proximal:
                 gradient = gradient + spec.proximal * (parameter.detach() - anchors[name])
             parameter.grad = gradient
         optimizer.step()
         taken += 1
-    change = trainable.flatten() - start
+    after = trainable.flatten()
+    change = after - start.to(after.device)
     for parameter in parameters.values():
         parameter.grad = None
     return LocalChange(vector=change, loss=rule.loss(), steps=taken)
+
+
+def named_parts(trainable: Any, vector: Tensor) -> dict[str, Tensor]:
+    """Cut a vector [d] into the tensors it is made of."""
+    sizes = [p.numel() for p in trainable.parameters.values()]
+    parts = zip(trainable.parameters.items(), vector.split(sizes), strict=True)
+    return {name: part.view(p.shape).to(p.device, p.dtype) for (name, p), part in parts}
 
 
 def _optimizer(spec: Lifecycle, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ffm_secure.config import Strategy as StrategyConfig
-from ffm_secure.strategies.average import ServerState
+from ffm_secure.strategies.average import ServerState, Strategy
 
 
-class ServerOptimizer:
+class ServerOptimizer(Strategy):
     """Step the global model with momentum, Adam, Yogi or Adagrad on the server.
 
     Momentum and Adagrad are torch.optim's own; Adam and Yogi follow the paper, which has no bias correction, so torch.optim
@@ -30,12 +30,12 @@ class ServerOptimizer:
         }
         return ServerState(round=0, vector=vector.detach().clone(), slots=slots)
 
-    def step(self, state: ServerState, mean_change: Tensor) -> ServerState:
+    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
         """Return the state after a round."""
         if self.config.kind in ("avgm", "adagrad"):
-            vector, slots = self._torch_step(state, mean_change)
+            vector, slots = self._torch_step(state, mean_message)
         else:
-            vector, slots = self._moment_step(state, mean_change)
+            vector, slots = self._moment_step(state, mean_message)
         return ServerState(round=state.round + 1, vector=vector.to(torch.float32), slots=slots)
 
     def _torch_step(self, state: ServerState, change: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

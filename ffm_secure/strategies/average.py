@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,17 +21,45 @@ class ServerState:
     slots: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class Strategy(Protocol):
-    """Turn the mean change of a round into the next state; never looks at a single client."""
+class Strategy:
+    """Say what clients train and send, and turn the mean of what they sent into the next state.
+
+    Here everything is trained and the change itself is sent. `linear` rules need only the sum, so what is sent may be masked
+    or encrypted.
+    Guarantee: `message` is a function of one client's vectors, `step` of the mean message: neither looks at a single client
+    from outside.
+    """
+
+    linear: ClassVar[bool] = True
+    folds: ClassVar[bool] = False  # needs the weights beside the adapters as part of the global vector
+    note: ClassVar[str] = ""  # one line for the plan
+
+    def trains(self, step: int) -> tuple[str, ...] | None:
+        """Name the tensors that get gradients in this step; None for all."""
+        return None
+
+    def size(self, trained: int) -> int:
+        """Return how many numbers a client sends, of `trained` numbers of the global vector."""
+        return trained
+
+    def mask(self, client: int) -> Tensor | None:
+        """Return [d] with 0 where a client's numbers stay at zero; None where all are used."""
+        return None
+
+    def message(self, old: Tensor, change: Tensor, step: int) -> Tensor:
+        """Return what a client sends of its change [d] from the broadcast vector [d]."""
+        return change
 
     def start(self, vector: Tensor) -> ServerState:
         """Return the state before the first round."""
+        return ServerState(round=0, vector=vector.detach().clone())
 
-    def step(self, state: ServerState, mean_change: Tensor) -> ServerState:
-        """Return the state after a round; `mean_change` is float64 [d], new minus old."""
+    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
+        """Return the state after a round; `mean_message` is float64."""
+        raise NotImplementedError
 
 
-class Average:
+class Average(Strategy):
     """Add the mean change of the clients, scaled by the server's learning rate.
 
     Source: McMahan et al. 2017, arXiv:1602.05629, Algorithm 1 (learning rate 1).
@@ -40,11 +68,7 @@ class Average:
     def __init__(self, config: StrategyConfig) -> None:
         self.learning_rate = config.learning_rate
 
-    def start(self, vector: Tensor) -> ServerState:
-        """Return the state before the first round."""
-        return ServerState(round=0, vector=vector.detach().clone())
-
-    def step(self, state: ServerState, mean_change: Tensor) -> ServerState:
+    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
         """Return the state after a round."""
-        vector = (state.vector.double() + self.learning_rate * mean_change).to(torch.float32)
+        vector = (state.vector.double() + self.learning_rate * mean_message).to(torch.float32)
         return ServerState(round=state.round + 1, vector=vector)

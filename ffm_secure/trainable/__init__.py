@@ -9,7 +9,7 @@ from ffm_secure.errors import ModelError
 from ffm_secure.models import Backbone
 from ffm_secure.trainable.base import TrainableModel, replicate
 from ffm_secure.trainable.full import attach_full
-from ffm_secure.trainable.lora import attach_head, attach_lora
+from ffm_secure.trainable.lora import attach_head, attach_lora, attach_lora_xs
 from ffm_secure.trainable.prefix import attach_prefix
 from ffm_secure.trainable.prompt import attach_prompt
 from ffm_secure.trainable.prompt_kinds import attach_deep_prompt, attach_p_tuning, attach_prompt_generator
@@ -18,13 +18,14 @@ TRAINABLES: dict[str, Callable[..., TrainableModel]] = {
     "full": attach_full,
     "head": attach_head,
     "lora": attach_lora,
+    "lora_xs": attach_lora_xs,
     "prompt": attach_prompt,
     "prefix": attach_prefix,
     "p_tuning": attach_p_tuning,
     "deep_prompt": attach_deep_prompt,
     "prompt_generator": attach_prompt_generator,
 }
-_KEYS = {"kind", "rank", "alpha", "dropout", "target_modules", "length", "hidden", "representation"}
+_KEYS = {"kind", "rank", "alpha", "dropout", "target_modules", "length", "hidden", "representation", "ranks", "folded"}
 
 
 def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> TrainableModel:

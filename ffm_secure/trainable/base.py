@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +39,8 @@ class TrainableModel(ABC):
     ) -> None:
         self.backbone, self.model, self.parameters = backbone, model, parameters
         self.description = tuple(description)
+        self.adapters: tuple[Any, ...] = ()  # strategies.lora_rules.Adapter, where factors are trained
+        self.ranks: tuple[int, ...] = ()  # ranks dealt to the clients in turn, where they differ
         model.eval().requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -51,6 +54,26 @@ class TrainableModel(ABC):
     def size(self) -> int:
         """Count the trained numbers."""
         return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def active(self) -> dict[str, nn.Parameter]:
+        """Return what gets gradients now, in canonical order: everything, but inside `training_only`."""
+        return {name: p for name, p in self.parameters.items() if p.requires_grad}
+
+    @contextmanager
+    def training_only(self, names: Iterable[str] | None) -> Iterator[None]:
+        """Let only the named tensors get gradients for a while; None for all."""
+        if names is None:
+            yield
+            return
+        chosen = set(names)
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.requires_grad_(name in chosen)
+            yield
+        finally:
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(True)
 
     def flatten(self) -> Tensor:
         """Return all trained numbers as one new float32 vector [d]."""

@@ -13,10 +13,20 @@ from torch import nn
 
 from ffm_secure.errors import ModelError
 from ffm_secure.models import Backbone
-from ffm_secure.trainable.base import PEFT_TENSORS, TrainableModel, read_tensors, sharing_copy, write_peft
-from ffm_secure.trainable.targets import head_modules, is_conv1d, lora_targets
+from ffm_secure.strategies.lora_rules import Adapter
+from ffm_secure.trainable.base import (
+    OWN_TENSORS,
+    PEFT_TENSORS,
+    TrainableModel,
+    read_tensors,
+    sharing_copy,
+    write_own,
+    write_peft,
+)
+from ffm_secure.trainable.targets import head_modules, is_conv1d, lora_targets, matches
 
 TASK_TYPES = {"text_classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}
+CORE = "lora_core.weight"
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter that only carries saved modules
 
 
@@ -42,17 +52,129 @@ class Lora(PeftAdapter):
     kind = "lora"
 
 
+class FoldedLora(TrainableModel):
+    """LoRA beside weights that are owned and may be folded into; they travel with the global vector."""
+
+    kind = "lora"
+
+    def export(self, folder: Path, base_model_name: str) -> None:
+        """Write factors and weights in our own files; PEFT's hold no changed weight."""
+        table = {"kind": self.kind, "task": self.backbone.kind, "folded": True}
+        write_own(folder, table, self.parameters, base_model_name)
+
+    def import_(self, folder: Path) -> None:
+        """Read what `export` wrote."""
+        self.load_tensors(read_tensors(folder, OWN_TENSORS))
+
+
+class LoraXs(TrainableModel):
+    """A core of rank x rank numbers between two frozen factors of each weight; the head is trained along."""
+
+    kind = "lora_xs"
+
+    def __init__(self, *, config: LoraConfig, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.config = config
+
+    def export(self, folder: Path, base_model_name: str) -> None:
+        """Write the cores in our own files, and B R beside A as a plain LoRA adapter for PEFT."""
+        write_own(folder, {"kind": self.kind, "task": self.backbone.kind}, self.parameters, base_model_name)
+        tensors = {name: p for name, p in self.parameters.items() if not name.endswith(CORE)}
+        for path, layer in lora_layers(self.model):
+            core, outer = layer.lora_B["default"]
+            name = f"base_model.model.{path}"
+            tensors[f"{name}.lora_A.weight"] = layer.lora_A["default"].weight
+            tensors[f"{name}.lora_B.weight"] = outer.weight.detach() @ core.weight.detach()
+        write_peft(folder, self.config, tensors, base_model_name)
+
+    def import_(self, folder: Path) -> None:
+        """Read the cores that `export` wrote."""
+        self.load_tensors(read_tensors(folder, OWN_TENSORS))
+
+
 class Head(PeftAdapter):
     """The classification head alone."""
 
     kind = "head"
 
 
-def attach_lora(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> Lora:
+def attach_lora(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> Lora | FoldedLora:
     """Put LoRA adapters of `rank` beside the chosen modules; B starts at zero, so the model starts unchanged.
 
+    With `folded` the weights of these modules are owned and belong to the vector, for rules that fold into them; with
+    `ranks` clients use different ranks, and `rank` is the largest of them.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
+    ranks = tuple(int(rank) for rank in spec.get("ranks") or ())
+    spec = {**spec, "rank": max(ranks)} if ranks else spec
+    folded = bool(spec.get("folded"))
+    wrapped, config, lines = _wrap(backbone, spec, task_kind=task_kind, seed=seed, folded=folded)
+    model = wrapped.get_base_model()
+    parameters = {_peft_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
+    adapters = tuple(_adapter(path, layer, folded) for path, layer in lora_layers(model))
+    common: dict[str, Any] = {"backbone": backbone, "model": model, "parameters": parameters, "description": lines}
+    made: Lora | FoldedLora = FoldedLora(**common) if folded else Lora(config=config, **common)
+    made.adapters, made.ranks = adapters, ranks
+    return made
+
+
+def attach_lora_xs(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> LoraXs:
+    """Train a core R of rank x rank between B = U S and A = V^T of each weight's singular value decomposition.
+
+    R starts at zero. B and A are the same for everyone, so the mean of the cores is exact, and rank^2 numbers a module travel.
+    Source: Balazy et al. 2024, arXiv:2405.17604, section 3; Singhal et al. 2025, arXiv:2502.15436, for the federated form.
+    """
+    wrapped, config, lines = _wrap(backbone, spec, task_kind=task_kind, seed=seed, folded=False)
+    model = wrapped.get_base_model()
+    cores: dict[str, nn.Parameter] = {}
+    for path, layer in lora_layers(model):
+        cores[f"base_model.model.{path}.{CORE}"] = _put_core(path, layer)
+    heads = {_peft_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad and ".lora_" not in name}
+    size = sum(p.numel() for p in cores.values())
+    lines = [
+        f"cores of {config.r} x {config.r} between frozen factors of {len(cores)} modules: {size:,} numbers",
+        *lines[1:],
+    ]
+    return LoraXs(config=config, backbone=backbone, model=model, parameters={**cores, **heads}, description=lines)
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """List the adapted modules with their paths, in model order."""
+    return [(path, m) for path, m in model.named_modules() if "default" in getattr(m, "lora_A", {})]
+
+
+def _adapter(path: str, layer: Any, folded: bool) -> Adapter:
+    name = f"base_model.model.{path}"
+    return Adapter(
+        a=f"{name}.lora_A.weight",
+        b=f"{name}.lora_B.weight",
+        weight=f"{name}.base_layer.weight" if folded else "",
+        scaling=float(layer.scaling["default"]),
+        transposed=bool(layer.fan_in_fan_out),
+    )
+
+
+def _put_core(path: str, layer: Any) -> nn.Parameter:
+    """Set A and B from the weight and put a core of zeros between them."""
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    rank, weight = a.weight.shape[0], layer.get_base_layer().weight.detach().float()
+    if rank > min(weight.shape):
+        raise ModelError(f"model.trainable.rank = {rank}: {path} has rank {min(weight.shape)} at most")
+    u, s, vt = torch.linalg.svd(weight.t() if layer.fan_in_fan_out else weight, full_matrices=False)
+    sign = torch.sign(u[u.abs().argmax(dim=0), torch.arange(u.shape[1])])[:rank]  # the same signs on every machine
+    with torch.no_grad():
+        a.weight.copy_(vt[:rank] * sign[:, None])
+        b.weight.copy_(u[:, :rank] * (s[:rank] * sign))
+    core = nn.Linear(rank, rank, bias=False).to(b.weight.dtype)
+    nn.init.zeros_(core.weight)
+    layer.lora_B["default"] = nn.Sequential(core, b)
+    return core.weight
+
+
+def _wrap(
+    backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int, folded: bool
+) -> tuple[Any, LoraConfig, list[str]]:
+    """Put adapters on a copy of the model that shares the frozen tensors."""
     rank, alpha = int(spec.get("rank", 8)), float(spec.get("alpha", 16.0))
     if rank < 1:
         raise ModelError(f"model.trainable.rank = {rank}: must be at least 1")
@@ -72,15 +194,21 @@ def attach_lora(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT advises on tied embeddings, which LoRA leaves alone here
         torch.manual_seed(seed)
-        wrapped = get_peft_model(sharing_copy(backbone.model), config)
+        wrapped = get_peft_model(_copy_for(backbone, targets, heads, folded), config)
     parameters = {_peft_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
-    return Lora(
-        config=config,
-        backbone=backbone,
-        model=wrapped.get_base_model(),
-        parameters=parameters,
-        description=_describe(rank, alpha, targets, heads, parameters),
-    )
+    lines = _describe(rank, alpha, targets, heads, parameters)
+    for _, layer in lora_layers(wrapped.get_base_model()) if folded else ():
+        layer.get_base_layer().weight.requires_grad_(True)
+    return wrapped, config, lines
+
+
+def _copy_for(backbone: Backbone, targets: tuple[str, ...], heads: tuple[str, ...], folded: bool) -> Any:
+    """Copy the model; with `folded` the weights of the adapted modules are its own."""
+    model = backbone.model
+    if not folded:
+        return sharing_copy(model)
+    chosen = [m for path, m in model.named_modules() if any(matches(path, target) for target in targets)]
+    return sharing_copy(model, own=[m.weight for m in chosen if isinstance(m.weight, nn.Parameter)])
 
 
 def attach_head(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> Head:

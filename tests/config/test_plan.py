@@ -26,6 +26,9 @@ def _choices(kind: type, field: str) -> tuple[str, ...]:
     [
         ("task", config.Task, "kind"),
         ("trainable", config.TrainableSpec, "kind"),
+        ("lifecycle", config.Lifecycle, "kind"),
+        ("controller", config.Controller, "kind"),
+        ("cost", config.Controller, "cost"),
         ("optimizer", config.Lifecycle, "optimizer"),
         ("strategy", config.Strategy, "kind"),
         ("weighting", config.Federation, "weighting"),

@@ -1,0 +1,147 @@
+"""FFM pre-training: the server learns from public data, clients from private data, and a controller says who is next.
+
+A controller is a pure function of the records of the past rounds. Records hold only what was released or is public: losses on
+public rows, epsilon already charged, bytes and seconds. A client's own loss is in none of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ffm_secure.config import Controller, Lifecycle
+from ffm_secure.lifecycle.finetune import PlainGradient, finetune
+from ffm_secure.types import RoundRecord
+
+Phase = Literal["public", "private"]
+History = Sequence[RoundRecord]
+
+
+def fixed(history: History, spec: Controller) -> Phase:
+    """Repeat `public` public and then `private` private phases."""
+    return "public" if len(history) % (spec.public + spec.private) < spec.public else "private"
+
+
+def plateau(history: History, spec: Controller) -> Phase:
+    """Stay with a source while the public loss falls; leave it when it has stopped, and never sooner than `patience` phases.
+
+    Hysteresis: a source is left only when the best loss of its last `patience` phases is not below the loss before them
+    by more than `margin` of it, so that noise in one evaluation does not turn the switch.
+    """
+    if not history:
+        return "public"
+    current = history[-1].phase
+    stay = next((age for age, record in enumerate(reversed(history)) if record.phase != current), len(history))
+    if stay < spec.patience or len(history) == stay == spec.patience:
+        return current  # too soon, or nothing is known from before
+    before = history[-spec.patience - 1].loss
+    best = min(record.loss for record in history[-spec.patience :])
+    return current if before - best > spec.margin * abs(before) else other(current)
+
+
+def gain_per_cost(history: History, spec: Controller) -> Phase:
+    """Choose the source whose last `window` phases lowered the public loss most for what they cost.
+
+    Each source is tried once first, and the one not chosen is tried again after `retry` phases, because its gain may have
+    changed since. A source that gains at no cost comes first.
+    """
+    for source in ("public", "private"):
+        if not any(record.phase == source for record in history):
+            return source
+    best = max(("public", "private"), key=lambda source: rate(history, source, spec))
+    since = next((age for age, record in enumerate(reversed(history)) if record.phase != best), len(history))
+    return other(best) if since >= spec.retry else best
+
+
+def rate(history: History, source: str, spec: Controller) -> float:
+    """Return the fall of the public loss per unit of cost over a source's last `window` phases; infinite before it is known."""
+    gain = cost = 0.0
+    pairs = [(before, after) for before, after in pairwise(history) if after.phase == source]
+    if not pairs:
+        return math.inf
+    for before, after in pairs[-spec.window :]:
+        gain += before.loss - after.loss
+        cost += COSTS[spec.cost](before, after)
+    if gain <= 0.0:
+        return gain
+    return gain / cost if cost > 0.0 else math.inf
+
+
+COSTS: Mapping[str, Callable[[RoundRecord, RoundRecord], float]] = {
+    "epsilon": lambda before, after: after.epsilon_spent - before.epsilon_spent,
+    "bytes": lambda before, after: float(after.bytes_up + after.bytes_down),
+    "seconds": lambda before, after: after.seconds - after.evaluation_seconds,
+}
+CONTROLLERS: Mapping[str, Callable[[History, Controller], Phase]] = {
+    "fixed": fixed,
+    "plateau": plateau,
+    "gain_per_cost": gain_per_cost,
+}
+
+
+def other(phase: str) -> Phase:
+    """Return the other source."""
+    return "private" if phase == "public" else "public"
+
+
+def next_phase(history: History, spec: Lifecycle, *, private_rounds: int) -> Phase:
+    """Return which source the next round learns from; fine-tuning knows only private ones.
+
+    Guarantee: at most `private_rounds` private rounds, the number the noise was calibrated for, ever come out.
+    """
+    if spec.kind != "pretrain":
+        return "private"
+    chosen = CONTROLLERS[spec.controller.kind](history, spec.controller)
+    spent = sum(record.phase == "private" for record in history)
+    return "public" if chosen == "private" and spent >= private_rounds else chosen
+
+
+def learn_in_public(
+    *,
+    trainable: Any,
+    task: Any,
+    public: Any,
+    start: Tensor,
+    spec: Lifecycle,
+    seed: tuple[int, ...],
+    device: str,
+    microbatch: int,
+) -> Tensor:
+    """Return the global vector after one public phase: plain gradient steps on public rows, on the server."""
+    plain = replace(
+        spec,
+        local_steps=spec.public_steps,
+        local_epochs=0,
+        batch_size=spec.public_batch_size or spec.batch_size,
+        learning_rate=spec.public_learning_rate or spec.learning_rate,
+        proximal=0.0,
+    )
+    rule = PlainGradient(
+        trainable=trainable, task=task, encoded=public, spec=plain, seed=seed, device=device, microbatch=microbatch
+    )
+    change = finetune(trainable=trainable, start=start, spec=plain, rule=rule)
+    return start + change.vector.to(start.device)
+
+
+def remember(before: Any, after: Any, phase: str) -> Any:
+    """Keep the newest change of each source beside the server's state, so that a resumed run still has it."""
+    kept = {name: value for name, value in before.slots.items() if name.startswith("phase.")}
+    return replace(after, slots={**after.slots, **kept, f"phase.{phase}": after.vector - before.vector})
+
+
+def alignment(slots: Mapping[str, Tensor]) -> float | None:
+    """Return the cosine between the newest public and the newest private change; None before there are both.
+
+    Both are released numbers: the public change, and the opened mean of the private ones with its noise, which pulls the
+    cosine towards 0. Values that stay at or below 0 without noise say that the two distributions pull apart.
+    """
+    public, private = slots.get("phase.public"), slots.get("phase.private")
+    if public is None or private is None:
+        return None
+    return float(torch.nn.functional.cosine_similarity(public.double(), private.double(), dim=0))

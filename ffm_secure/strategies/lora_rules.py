@@ -1,0 +1,252 @@
+"""How LoRA factors are averaged: the average of B and of A is not the average of BA, and each rule here answers that.
+
+Every rule is linear: the server needs only the sum of what clients send, so all of them run under masks and encryption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ffm_secure.config import Strategy as StrategyConfig
+from ffm_secure.errors import ModelError
+from ffm_secure.strategies.average import ServerState, Strategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """Name the tensors of one adapted module: its product is `scaling * B A`, and the weight it is added to."""
+
+    a: str
+    b: str
+    weight: str = ""  # the owned weight a rule folds into; empty where the backbone stays shared
+    scaling: float
+    transposed: bool = False  # the weight is stored [in, out]
+
+
+class LoraRule(Strategy):
+    """What the rules share: a vector seen as named tensors.
+
+    Guarantee: `message` and `step` are functions of vectors alone; nothing of a client but its message reaches `step`.
+    """
+
+    folds: ClassVar[bool] = False  # the weights of the adapted modules are part of the global vector
+    exact: ClassVar[bool] = True  # the new product is the mean of the clients' products
+
+    def __init__(self, config: StrategyConfig, trainable: Any, *, seed: int = 0) -> None:
+        self.adapters: tuple[Adapter, ...] = getattr(trainable, "adapters", ())
+        if not self.adapters:
+            raise ModelError(f"federation.strategy.kind = {config.kind!r} needs model.trainable.kind = 'lora'")
+        self.learning_rate, self.seed = config.learning_rate, seed
+        self.places: dict[str, slice] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        start = 0
+        for name, shape in trainable.layout:
+            stop = start + int(torch.Size(shape).numel())
+            self.places[name], self.shapes[name] = slice(start, stop), tuple(shape)
+            start = stop
+        self.a = tuple(item.a for item in self.adapters)
+        self.b = tuple(item.b for item in self.adapters)
+        inside = {*self.a, *self.b, *(item.weight for item in self.adapters)}
+        self.head = tuple(name for name in self.places if name not in inside)
+
+    def view(self, vector: Tensor, name: str) -> Tensor:
+        """Return one named tensor as a view into the vector."""
+        return vector[self.places[name]].view(self.shapes[name])
+
+    def count(self, names: Sequence[str]) -> int:
+        """Count the numbers of some tensors."""
+        return sum(self.places[name].stop - self.places[name].start for name in names)
+
+    def pick(self, vector: Tensor, names: Sequence[str]) -> Tensor:
+        """Return some tensors end to end."""
+        return torch.cat([vector[self.places[name]] for name in names]) if names else vector[:0]
+
+    def put(self, vector: Tensor, names: Sequence[str], values: Tensor) -> None:
+        """Add values laid end to end to the named tensors of a vector, in place."""
+        start = 0
+        for name in names:
+            place = self.places[name]
+            stop = start + place.stop - place.start
+            vector[place] += values[start:stop]
+            start = stop
+
+    def product(self, vector: Tensor, item: Adapter) -> Tensor:
+        """Return what one adapter adds to its weight, in the weight's own layout."""
+        dense = item.scaling * (self.view(vector, item.b) @ self.view(vector, item.a))
+        return dense.t() if item.transposed else dense
+
+    def products(self, vector: Tensor) -> Tensor:
+        """Return the products of all adapters end to end."""
+        return torch.cat([self.product(vector, item).reshape(-1) for item in self.adapters])
+
+
+class Halves(LoraRule):
+    """Rules under which a round trains only some of the tensors; only those travel up, padded to the largest round."""
+
+    def trains(self, step: int) -> tuple[str, ...]:
+        """Name what this step trains."""
+        return (*self.b, *self.head)
+
+    def size(self, trained: int) -> int:
+        """Count what is sent in the largest round."""
+        return max(self.count(self.trains(step)) for step in (0, 1))
+
+    def message(self, old: Tensor, change: Tensor, step: int) -> Tensor:
+        """Send the change of what was trained."""
+        sent = self.pick(change, self.trains(step))
+        return torch.cat((sent, sent.new_zeros(self.size(0) - len(sent))))
+
+    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
+        """Add the mean change of what was trained."""
+        vector = state.vector.double()
+        self.put(vector, self.trains(state.round), self.learning_rate * mean_message)
+        return ServerState(round=state.round + 1, vector=self.settle(vector).to(torch.float32))
+
+    def settle(self, vector: Tensor) -> Tensor:
+        """Rewrite the factors without changing their products."""
+        return vector
+
+
+class FrozenA(Halves):
+    """FFA-LoRA: A stays as it was drawn, B is averaged, and the mean of B A is the mean of B times A.
+
+    Source: Sun et al. 2024, arXiv:2403.12313, section 3.
+    """
+
+    note = "FFA-LoRA: A stays as drawn, B is trained and sent"
+
+
+class Alternating(Halves):
+    """RoLoRA: B in one step, A in the next; the factor at rest is the same for all, so the mean is exact in each.
+
+    Source: Chen et al. 2024, arXiv:2409.02346, Algorithm 1.
+    """
+
+    note = "RoLoRA: B and A are trained and sent in turn"
+
+    def trains(self, step: int) -> tuple[str, ...]:
+        """Name what this step trains."""
+        return (*(self.a if step % 2 else self.b), *self.head)
+
+
+class Refactored(Halves):
+    """FedSVD: B is trained; then the server writes B A anew as U S times V^T, so that A follows what was learned.
+
+    The rewriting sees released numbers only, and V^T has orthonormal rows, so noise on B is not made larger by A.
+    Source: Lee et al. 2025, arXiv:2505.12805, section 3.
+    """
+
+    note = "FedSVD: B is trained and sent; the server turns the factors by a singular value decomposition"
+
+    def settle(self, vector: Tensor) -> Tensor:
+        """Turn the factors: A^T = Q R, B R^T = U S V^T, then A becomes V^T Q^T and B becomes U S."""
+        turned = vector.clone()
+        for item in self.adapters:
+            a, b = self.view(vector, item.a), self.view(vector, item.b)
+            q, r = torch.linalg.qr(a.t())
+            u, s, vt = torch.linalg.svd(b @ r.t(), full_matrices=False)
+            self.view(turned, item.a).copy_(vt @ q.t())
+            self.view(turned, item.b).copy_(u * s)
+        return turned
+
+
+class Residual(LoraRule):
+    """FedEx-LoRA: factors are averaged, and what that misses of the mean product is folded into the frozen weight.
+
+    Clients send their product beside the factors, so that the server needs the sum only; the price is a dense upload.
+    Source: Singhal et al. 2024, arXiv:2410.09432, section 3.
+    """
+
+    folds = True
+    note = "FedEx-LoRA: A, B and the product are sent; what averaging misses is folded into the weight"
+
+    def trains(self, step: int) -> tuple[str, ...]:
+        """Name what this step trains."""
+        return (*self.a, *self.b, *self.head)
+
+    def size(self, trained: int) -> int:
+        """Count what is sent."""
+        return self.count((*self.trains(0), *(item.weight for item in self.adapters)))
+
+    def message(self, old: Tensor, change: Tensor, step: int) -> Tensor:
+        """Send the change of the factors, and the change of the product."""
+        grown = self.products(old + change) - self.products(old)
+        return torch.cat((self.pick(change, self.trains(step)), grown))
+
+    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
+        """Average the factors; give the weight the rest of the mean product."""
+        before, names = state.vector.double(), self.trains(state.round)
+        split = self.count(names)
+        mean = self.learning_rate * mean_message
+        after = before.clone()
+        self.put(after, names, mean[:split])
+        missing = mean[split:] - (self.products(after) - self.products(before))
+        self.put(after, [item.weight for item in self.adapters], missing)
+        return ServerState(round=state.round + 1, vector=after.to(torch.float32))
+
+
+class Stacking(LoraRule):
+    """FLoRA: every client's product is added to the weight, and the adapters start anew; ranks may differ.
+
+    Stacking the factors of all clients is their sum of products, so clients send the product itself: the server needs the
+    sum only and learns no client's factors or rank; the price is a dense upload. A is drawn anew for every step, B starts
+    at zero.
+    Source: Wang et al. 2024, arXiv:2409.05976, section 3.
+    """
+
+    folds = True
+    note = "FLoRA: the product is sent and folded into the weight; adapters start anew each round"
+
+    def __init__(self, config: StrategyConfig, trainable: Any, *, seed: int = 0) -> None:
+        super().__init__(config, trainable, seed=seed)
+        self.ranks: tuple[int, ...] = tuple(getattr(trainable, "ranks", ()))
+
+    def trains(self, step: int) -> tuple[str, ...]:
+        """Name what this step trains."""
+        return (*self.a, *self.b, *self.head)
+
+    def size(self, trained: int) -> int:
+        """Count what is sent."""
+        return self.count((*self.head, *(item.weight for item in self.adapters)))
+
+    def mask(self, client: int) -> Tensor | None:
+        """Return which numbers a client of a smaller rank uses: the first rows of A and columns of B."""
+        if not self.ranks:
+            return None
+        rank = self.ranks[client % len(self.ranks)]
+        kept = torch.ones(max(place.stop for place in self.places.values()))
+        for item in self.adapters:
+            self.view(kept, item.a)[rank:] = 0.0
+            self.view(kept, item.b)[:, rank:] = 0.0
+        return kept
+
+    def message(self, old: Tensor, change: Tensor, step: int) -> Tensor:
+        """Send the change of the head, and the product."""
+        return torch.cat((self.pick(change, self.head), self.products(old + change)))
+
+    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
+        """Fold the mean product into the weight and start the adapters anew."""
+        vector, mean = state.vector.double(), self.learning_rate * mean_message
+        split = self.count(self.head)
+        self.put(vector, self.head, mean[:split])
+        self.put(vector, [item.weight for item in self.adapters], mean[split:])
+        stream = torch.Generator().manual_seed((self.seed * 1_000_003 + state.round + 1) % 2**63)
+        for item in self.adapters:
+            a = self.view(vector, item.a)
+            a.copy_((2 * torch.rand(a.shape, generator=stream, dtype=a.dtype) - 1) / a.shape[1] ** 0.5)
+            self.view(vector, item.b).zero_()
+        return ServerState(round=state.round + 1, vector=vector.to(torch.float32))
+
+
+LORA_RULES: dict[str, type[LoraRule]] = {
+    "ffa": FrozenA,
+    "rolora": Alternating,
+    "fedsvd": Refactored,
+    "fedex": Residual,
+    "flora": Stacking,
+}

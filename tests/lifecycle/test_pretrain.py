@@ -1,0 +1,220 @@
+"""FFM pre-training: who is next, what is spent, what is shown, and the same after an interruption."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ffm_secure import config, plan, setup
+from ffm_secure.config import Controller, Lifecycle, RunConfig
+from ffm_secure.errors import DataError, Interrupted, PlanRefused
+from ffm_secure.federation import Silent, run
+
+from ffm_secure.lifecycle.finetune import PlainGradient
+from ffm_secure.lifecycle.pretrain import fixed, gain_per_cost, next_phase, plateau, rate
+from ffm_secure.progress import round_line
+from ffm_secure.report_markup import phase_column
+from ffm_secure.store import Store
+from ffm_secure.types import RoundRecord
+from tests.federation.helpers import RECORD, make, prepared, train
+
+
+def record(number: int, phase: str, loss: float, **values: Any) -> RoundRecord:
+    base = RoundRecord(
+        round=number,
+        phase=phase,  # type: ignore[arg-type]
+        cohort=(0, 1) if phase == "private" else (),
+        survivors=(0, 1) if phase == "private" else (),
+        loss=loss,
+        metric=0.0,
+        metric_name="accuracy",
+        epsilon_spent=0.0,
+        bytes_up=0,
+        bytes_down=0,
+        seconds=1.0,
+        client_seconds=0.0,
+    )
+    return replace(base, **values)
+
+
+def history(phases: str, losses: list[float]) -> tuple[RoundRecord, ...]:
+    names = {"u": "public", "r": "private"}
+    return tuple(
+        record(i + 1, names[letter], loss) for i, (letter, loss) in enumerate(zip(phases, losses, strict=True))
+    )
+
+
+# --- controllers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("public", "private"), [(1, 1), (2, 1), (1, 3), (0, 1), (2, 0)])
+def test_a_fixed_ratio_repeats(public: int, private: int) -> None:
+    spec, past, seen = Controller(kind="fixed", public=public, private=private), (), ""
+    for number in range(12):
+        phase = fixed(past, spec)
+        seen += "u" if phase == "public" else "r"
+        past = (*past, record(number + 1, phase, 1.0))
+    assert seen == (("u" * public + "r" * private) * 12)[:12]
+
+
+@pytest.mark.parametrize(
+    ("phases", "losses", "expected"),
+    [
+        ("", [], "public"),
+        ("u", [2.0], "public"),  # too soon
+        ("uu", [2.0, 2.0], "public"),  # nothing is known from before
+        ("uuu", [2.0, 1.8, 1.6], "public"),  # it falls
+        ("uuu", [2.0, 2.0, 2.0], "private"),  # it stands still
+        ("uuu", [2.0, 1.8, 2.0], "public"),  # one bad evaluation does not turn the switch
+        ("uuur", [2.0, 2.0, 2.0, 2.5], "private"),  # a source is kept for two phases at least
+        ("uuurr", [2.0, 2.0, 2.0, 2.5, 2.4], "public"),
+        ("uuurr", [2.0, 2.0, 2.0, 1.9, 1.7], "private"),
+        ("uuurr", [2.0, 2.0, 2.0, 1.999, 1.995], "public"),  # less than one percent is no progress
+    ],
+)
+def test_plateau_switches_late_and_not_by_noise(phases: str, losses: list[float], expected: str) -> None:
+    assert plateau(history(phases, losses), Controller(kind="plateau", patience=2, margin=0.01)) == expected
+
+
+def test_gain_per_cost_takes_what_helps_most_for_its_price() -> None:
+    spec = Controller(kind="gain_per_cost", cost="seconds", window=1, retry=3)
+    assert gain_per_cost((), spec) == "public"
+    assert gain_per_cost(history("u", [2.0]), spec) == "private"
+    past = history("uru", [2.0, 1.8, 1.7])
+    assert rate(past, "private", spec) == pytest.approx(0.2)
+    assert rate(past, "public", spec) == pytest.approx(0.1)
+    assert gain_per_cost(past, spec) == "private"
+    dear = (past[0], replace(past[1], seconds=10.0), past[2])
+    assert gain_per_cost(dear, spec) == "public", "the same gain for ten times the seconds"
+    assert gain_per_cost(history("urrrr", [2.0, 1.8, 1.6, 1.4, 1.2]), spec) == "public", "the other is tried again"
+
+
+def test_gain_per_epsilon_prefers_what_spends_nothing_while_it_gains() -> None:
+    spec = Controller(kind="gain_per_cost", cost="epsilon", window=1)
+    past = (
+        record(1, "public", 2.0, epsilon_spent=0.0),
+        record(2, "private", 1.5, epsilon_spent=1.0),
+        record(3, "public", 1.4, epsilon_spent=1.0),
+    )
+    assert gain_per_cost(past, spec) == "public"
+    assert gain_per_cost((*past, record(4, "public", 1.5, epsilon_spent=1.0)), spec) == "private"
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_private_rounds_never_exceed_what_the_noise_was_calibrated_for(most: int) -> None:
+    spec = Lifecycle(
+        kind="pretrain", batch_size=4, learning_rate=0.1, local_steps=1, controller=Controller(public=1, private=2)
+    )
+    past: tuple[RoundRecord, ...] = ()
+    for number in range(9):
+        past = (*past, record(number + 1, next_phase(past, spec, private_rounds=most), 1.0))
+    assert sum(item.phase == "private" for item in past) == most
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def pretraining(
+    *, rounds: int = 4, controller: dict[str, Any] | None = None, privacy: dict[str, Any] | None = None, **more: Any
+) -> RunConfig:
+    lifecycle = {
+        "kind": "pretrain",
+        "local_steps": 1,
+        "batch_size": 8,
+        "learning_rate": 0.1,
+        "public_examples": 100,
+        "controller": controller or {"kind": "fixed", "public": 1, "private": 1},
+        **more,
+    }
+    return make(
+        federation={"rounds": rounds, "cohort": 4, "lifecycle": lifecycle},
+        privacy=privacy or {"unit": "none", "reason": "test data"},
+    )
+
+
+@pytest.mark.parametrize(("public", "private", "rounds"), [(1, 1, 5), (2, 1, 7), (1, 3, 6), (3, 2, 4), (1, 0, 3)])
+def test_the_plan_counts_private_rounds_as_the_controller_plays_them(public: int, private: int, rounds: int) -> None:
+    made = pretraining(rounds=rounds, controller={"kind": "fixed", "public": public, "private": private})
+    past: tuple[RoundRecord, ...] = ()
+    for number in range(rounds):
+        past = (*past, record(number + 1, fixed(past, made.federation.lifecycle.controller), 1.0))
+    assert plan.private_rounds(made) == sum(item.phase == "private" for item in past)
+
+
+def test_only_private_phases_spend_and_a_stopped_run_ends_the_same(tmp_path: Path) -> None:
+    made = pretraining(privacy=RECORD)
+    built, whole = train(made, tmp_path / "whole")
+    assert [item.phase for item in whole.records] == ["public", "private", "public", "private"]
+    assert [len(item.cohort) for item in whole.records] == [0, 4, 0, 4]
+    assert [item.bytes_up > 0 for item in whole.records] == [False, True, False, True]
+    entries = [entry for entry in built.charges.ledger.entries() if entry.kind == "reserve"]
+    assert sorted({entry.round for entry in entries}) == [2, 4]
+    assert len(entries) == 8
+    assert built.charges.epsilon() <= made.privacy.epsilon
+    assert built.mechanism.event("x") is not None
+    assert [item.alignment is None for item in whole.records] == [True, False, False, False]
+    assert all(-1.0 <= item.alignment <= 1.0 for item in whole.records if item.alignment is not None)
+
+    class Stop(Silent):
+        def round_finished(self, record: RoundRecord) -> None:
+            if record.round == 2:
+                raise KeyboardInterrupt
+
+    part = setup.build(prepared(made), tmp_path / "part")
+    with Store.open(tmp_path / "part", made) as store, pytest.raises(Interrupted):
+        run(part, store, watch=Stop())
+    _, resumed = train(made, tmp_path / "part")
+    assert torch.equal(resumed.state.vector, whole.state.vector)
+    assert [item.phase for item in resumed.records] == [item.phase for item in whole.records]
+    assert [item.alignment for item in resumed.records] == [item.alignment for item in whole.records]
+    assert [column.field for column in phase_column(whole.records)] == ["phase", "alignment"]
+    assert "public phase" in round_line(whole.records[0], rounds=4, budget=8.0)
+
+
+def test_decisions_do_not_change_when_private_raw_losses_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very same run with every client's own loss multiplied: the same phases, the same model."""
+    made = pretraining(controller={"kind": "plateau", "patience": 1, "margin": 0.3}, rounds=5)
+    _, plain = train(made, tmp_path / "plain")
+    original = PlainGradient.loss
+    monkeypatch.setattr(PlainGradient, "loss", lambda self: 7.0 * original(self))
+    _, changed = train(made, tmp_path / "changed")
+    phases = [item.phase for item in plain.records]
+    assert phases == [item.phase for item in changed.records]
+    assert set(phases) == {"public", "private"}
+    assert torch.equal(plain.state.vector, changed.state.vector)
+
+
+def test_public_rows_are_no_longer_private(tmp_path: Path) -> None:
+    made = pretraining()
+    ready = prepared(made)
+    whole = setup.load_dataset(made, Path.cwd())
+    assert len(ready.public) == 100
+    assert len(ready.dataset.train) == len(whole.train) - 100
+    assert sum(len(part) for part in ready.parts) == len(ready.dataset.train)
+    assert "public phases of 1 steps on 100 public rows, at most 2 private rounds" in "; ".join(
+        ready.trainable.description
+    )
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_explained() -> None:
+    with pytest.raises(config.ConfigError, match="exactly one of them"):
+        pretraining(public_examples=0)
+    with pytest.raises(config.ConfigError, match="cannot both be 0"):
+        pretraining(controller={"kind": "fixed", "public": 0, "private": 0})
+    with pytest.raises(PlanRefused, match="gain per epsilon has no meaning"):
+        plan.check(pretraining(controller={"kind": "gain_per_cost", "cost": "epsilon"}))
+    skipping = pretraining(controller={"kind": "plateau"})
+    skipping = replace(skipping, federation=replace(skipping.federation, evaluate_every=2))
+    with pytest.raises(PlanRefused, match="the loss of every round"):
+        plan.check(skipping)
+    with pytest.raises(DataError, match="leaves -"):
+        prepared(pretraining(public_examples=1_000_000))
