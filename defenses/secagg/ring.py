@@ -122,7 +122,7 @@ class Quantizer:
         """
         values = self._checked(vector, weight)
         encoded = np.empty(len(values), dtype=word_type(self.modulus_bits))
-        rounder = self._rounder(source, weight, values.dtype)
+        rounder = _Rounder(source, scale=weight * self.scale, limit=weight * self.largest)
         for part in chunks(len(values), _ROUND_CHUNK):
             rounded = rounder.round(values[part])
             if encoded.dtype == np.uint32:
@@ -143,7 +143,7 @@ class Quantizer:
         if weight * self.largest > lanes.bound:
             raise ParameterError(f"lanes.bound = {lanes.bound}: too small for values up to {weight * self.largest}")
         words = np.empty(lanes.words(len(values)), dtype=np.uint64)
-        rounder = self._rounder(source, weight, values.dtype)
+        rounder = _Rounder(source, scale=weight * self.scale, limit=weight * self.largest)
         for part in chunks(len(words), _ROUND_CHUNK):
             target = words[part]
             for lane in range(lanes.count):
@@ -157,17 +157,13 @@ class Quantizer:
                     target[len(rounded) :] += np.uint64((int(_Rounder.BITS) << shift) % 2**64)
         return words
 
-    def _rounder(self, source: RandomSource | None, weight: int, real: Any) -> _Rounder:
-        limit, bound = weight * self.largest, self.coordinate_bound
-        return _Rounder(source, scale=weight * self.scale, limit=limit, bound=bound, real=real)
-
     def _checked(self, vector: npt.ArrayLike, weight: int) -> npt.NDArray[np.floating[Any]]:
         values = np.asarray(vector)
         if values.ndim != 1 or values.dtype.kind != "f":
             raise ParameterError(f"a vector of {values.dtype} with {values.ndim} dimensions: must be floating and flat")
         if weight < 0 or weight * self.largest >= 1 << 51:
             raise ParameterError(f"weight = {weight}: must be from 0 to {(1 << 51) // self.largest}")
-        return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
+        return values
 
     def decode_sum(self, ring_sum: RingVector) -> npt.NDArray[np.float64]:
         """Return the real sum that a ring vector stands for.
@@ -197,14 +193,13 @@ class _Rounder:
     BITS = np.float64(_MAGIC).view(np.uint64)
     """What an integer's own bits are added to in the result of `round`."""
 
-    def __init__(self, source: RandomSource | None, *, scale: float, limit: int, bound: float, real: Any) -> None:
+    def __init__(self, source: RandomSource | None, *, scale: float, limit: int) -> None:
         self._source, self._scale = source, scale * self._UNIT
         self._scaled = np.empty(_ROUND_CHUNK, dtype=np.float64)
         self._random = np.empty(_ROUND_CHUNK, dtype=np.int32)
-        self._bounded = self._scaled if real == np.float64 else np.empty(_ROUND_CHUNK, dtype=real)
         # Arrays, because numpy compares two arrays three times as fast as an array and a number.
-        self._upper = np.full(_ROUND_CHUNK, _largest_below(bound, scale, limit, real), dtype=real)
-        self._lower = -self._upper
+        self._upper = np.full(_ROUND_CHUNK, self._MAGIC + limit * self._UNIT)
+        self._lower = np.full(_ROUND_CHUNK, self._MAGIC - limit * self._UNIT)
 
     @classmethod
     def excess(cls, lanes: Lanes) -> int:
@@ -214,28 +209,20 @@ class _Rounder:
     def round(self, values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint64]:
         """Return a view of at most one chunk of rounded values, each as `BITS` plus two's complement."""
         count = len(values)
-        scaled, bounded = self._scaled[:count], self._bounded[:count]
+        scaled = self._scaled[:count]
         if count and not (math.isfinite(np.maximum.reduce(values)) and math.isfinite(np.minimum.reduce(values))):
             raise ParameterError("the vector holds a value that is not finite; bound it before quantising")
-        np.minimum(values, self._upper[:count], out=bounded)
-        np.maximum(bounded, self._lower[:count], out=bounded)
-        if bounded.dtype != np.float64:
-            np.copyto(scaled, bounded)
-        np.multiply(scaled, self._scale, out=scaled)
+        np.copyto(scaled, values)
+        with np.errstate(over="ignore"):  # infinity is bounded like everything else
+            np.multiply(scaled, self._scale, out=scaled)
         if self._source is not None:
             random = self._random[:count]
             self._source.fill(random)
             np.add(scaled, random, out=scaled)
         np.add(scaled, self._MAGIC, out=scaled)
+        np.minimum(scaled, self._upper[:count], out=scaled)
+        np.maximum(scaled, self._lower[:count], out=scaled)
         return scaled.view(np.uint64)
-
-
-def _largest_below(bound: float, scale: float, limit: int, real: Any) -> Any:
-    """Return the largest number of a type that, scaled, is at most the limit: after rounding nothing exceeds it."""
-    largest = np.dtype(real).type(bound)
-    while largest > 0 and (float(largest) > bound or float(largest) * scale > limit):
-        largest = np.nextafter(largest, np.dtype(real).type(0))
-    return largest
 
 
 def signed(ring: RingVector, modulus_bits: int) -> npt.NDArray[np.int64]:

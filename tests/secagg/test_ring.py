@@ -116,6 +116,21 @@ def test_only_flat_real_vectors_are_encoded(bad: np.ndarray):
         quantizer().encode(bad, source=None)
 
 
+@pytest.mark.parametrize("bound", [0.1, 0.37, 1 / 3, 7.0, 1e-6, 1e6])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_rounding_leaves_the_proven_limit(bound: float, dtype: type):
+    """Scaled, the bound itself can come out a last digit above the limit, and rounding at random would go beyond."""
+    for value_bits in (8, 16, 32):
+        grid = quantizer(value_bits, bound, 64)
+        for weight in (1, 3, (1 << 51) // grid.largest - 1):
+            values = np.full(2_000, np.finfo(dtype).max)
+            values[::2] = bound
+            integers = signed(grid.encode(values, source=SEEDED, weight=weight), 64)
+            limit = weight * grid.largest
+            assert integers.max() <= limit
+            assert integers.min() >= limit * (1 - 2.0**-22) - 1
+
+
 IMPOSSIBLE = [
     {"value_bits": 1}, {"value_bits": 33}, {"value_bits": 17, "modulus_bits": 16}, {"modulus_bits": 20},
     {"coordinate_bound": 0.0}, {"coordinate_bound": math.inf},
