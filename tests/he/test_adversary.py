@@ -296,7 +296,8 @@ def test_hostile_sums_never_crash_a_client_and_never_open(parameters, budget):
         else:
             # A low bit of a coefficient is noise: too little to change the sum.
             np.testing.assert_array_equal(opened, VECTORS[:3].sum(0))
-        key = KeyHolder(parameters, run=key.run, root=root, material=material)
+        if not key.usable or key._opened:  # a malformed sum leaves the key untouched
+            key = KeyHolder(parameters, run=key.run, root=root, material=material)
     assert refused > 0.6 * budget
 
 
