@@ -50,9 +50,9 @@ class RandomSource:
         return cls(hashlib.sha256(b"ffm-secure seeded stream" + str(seed).encode()).digest(), private=False)
 
     def derive(self, *labels: str | int) -> RandomSource:
-        """Open an independent stream bound to the labels; the same labels give the same stream."""
+        """Open an independent stream bound to the labels; the same labels give the same stream, others another."""
         self._refuse_fork()
-        message = b"\x00".join(str(label).encode() for label in labels)
+        message = b"".join(_encoded(label) for label in labels)
         return RandomSource(hashlib.blake2b(message, key=self._key, digest_size=32).digest(), private=self.private)
 
     def fill(self, out: npt.NDArray[np.generic]) -> None:
@@ -103,3 +103,9 @@ class RandomSource:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a random source holds a secret and cannot be pickled")
+
+
+def _encoded(label: str | int) -> bytes:
+    """Encode a label so that no two lists of labels become the same bytes: its kind, its length, itself."""
+    text = str(label).encode()
+    return (b"s" if isinstance(label, str) else b"i") + len(text).to_bytes(8, "big") + text

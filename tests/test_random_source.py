@@ -29,9 +29,9 @@ def test_seeds_replay_and_labels_separate() -> None:
     assert draw[0] == draw[1]
     others = {
         RandomSource.seeded(3).derive(*labels).random_bytes(16)
-        for labels in (("noise", 2), ("noise",), ("noise1",), ("n", "oise1"))
+        for labels in (("noise", 2), ("noise",), ("noise1",), ("n", "oise1"), ("noise\x001",), ("noise", "1"), ())
     }
-    assert len(others | {draw[0]}) == 5
+    assert len(others | {draw[0]}) == 8
     assert not RandomSource.seeded(3).private
     assert not RandomSource.seeded(3).derive("x").private
     assert RandomSource.system().derive("x").private
