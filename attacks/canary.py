@@ -331,7 +331,7 @@ class Canaries:
         """Return one canary: a vector (dimension,) of the stated norm."""
         if self.kind == "dirac":
             vector = torch.zeros(self.dimension)
-            vector[self._coordinates()[index]] = self.norm
+            vector[self.coordinates[index]] = self.norm
             return vector
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + index)
         vector = torch.randn(self.dimension, generator=generator)
@@ -351,7 +351,7 @@ class Canaries:
         if len(flat) != self.dimension:
             raise ValueError(f"update has {len(flat)} entries, the canaries have {self.dimension}")
         if self.kind == "dirac":
-            return flat[self._coordinates()]
+            return flat[self.coordinates]
         return torch.stack([self.direction(index) @ flat / self.norm for index in range(self.count)])
 
     def audit(self, update: Tensor, delta: float, significance: float = 0.05, method: Method = "one_run") -> LowerBound:
@@ -359,7 +359,9 @@ class Canaries:
         scores, coins = self.scores(update).double().numpy(), self.included.numpy()
         return lower_bound(scores[coins], scores[~coins], delta, significance, method)
 
-    def _coordinates(self) -> Tensor:
+    @property
+    def coordinates(self) -> Tensor:
+        """Return where the "dirac" canaries lie, one coordinate each: shape (count,)."""
         return torch.randperm(self.dimension, generator=torch.Generator().manual_seed(self.seed + 1))[: self.count]
 
 
