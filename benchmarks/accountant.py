@@ -2,8 +2,9 @@
 
     python -m benchmarks.accountant --json [--quick]
 
-Every accountant gets the same vectors, one after the other, each in its own process with a limit on CPU time. Times are
-CPU seconds without imports. `declined` means it raised or returned no finite number, `over limit` that it was stopped.
+Every accountant gets the same vectors, one after the other, each in its own process with a limit on CPU time; processes
+are forked from one that has imported the accountant, so times are CPU seconds without imports. `declined` means it
+raised or returned no finite number, `over limit` that it was stopped.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +34,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line (always done)")
     parser.add_argument("--quick", action="store_true", help="four vectors and small histories")
-    parser.add_argument("--limit", type=float, default=120.0, help="CPU seconds one accountant may take for one vector")
-    parser.add_argument("--worker", nargs=2, metavar=("ACCOUNTANT", "VECTOR"), help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=90.0, help="CPU seconds one accountant may take for one vector")
+    parser.add_argument("--worker", nargs="+", metavar="ACCOUNTANT VECTOR", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        print(json.dumps(_measure(*options.worker)))
+        _work(options.worker[0], options.worker[1:], options.limit)
         return
     vectors = [v for v in json.loads(VECTORS.read_text())["vectors"] if not options.quick or v["id"] in QUICK]
-    rows = [_row(vector, options.limit) for vector in vectors]
+    found = {name: _in_process(name, [v["id"] for v in vectors], options.limit) for name in ACCOUNTANTS}
+    rows = [_row(vector, {name: found[name][vector["id"]] for name in ACCOUNTANTS}) for vector in vectors]
     running = _running(100 if options.quick else 1000)
     ledger = _ledger(20 if options.quick else 1000)
     calibration = _calibration()
@@ -53,31 +57,55 @@ def main() -> None:
     print(json.dumps(summary))
 
 
-def _row(vector: dict[str, Any], limit: float) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": vector["id"], "delta": vector["delta"], "reference": vector["eps"]}
-    for name in ACCOUNTANTS:
-        row[name] = _in_process(name, vector["id"], limit)
-        value = row[name].get("epsilon")
+def _row(vector: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": vector["id"], "delta": vector["delta"], "reference": vector["eps"], **found}
+    for cell in found.values():
+        value = cell.get("epsilon")
         if value is not None:
-            row[name]["relative"] = value / vector["eps"] - 1
-            row[name]["below_reference"] = value < vector["eps"] - vector["abs_tol"]
+            cell["relative"] = value / vector["eps"] - 1
+            cell["below_reference"] = value < vector["eps"] - vector["abs_tol"]
     return row
 
 
-def _in_process(name: str, vector: str, limit: float) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.accountant", "--worker", name, vector]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit) + 1)),
-    )
-    if done.returncode == 0:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    stopped = done.returncode in (-signal.SIGXCPU, -signal.SIGKILL)
-    return {"status": "over limit", "seconds": limit} if stopped else {"status": "declined", "reason": "crashed"}
+def _in_process(name: str, vectors: list[str], limit: float) -> dict[str, dict[str, Any]]:
+    """Let one accountant answer every vector in a process of its own; progress goes to the error stream."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.accountant"]
+    command += ["--limit", str(limit), "--worker", name, *vectors]
+    found = {}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as worker:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            if line.startswith('{"vector"'):
+                answer = json.loads(line)
+                found[answer.pop("vector")] = answer
+                print(name, line.strip(), file=sys.stderr, flush=True)
+    return found
+
+
+def _work(name: str, vectors: list[str], limit: float) -> None:
+    """Import once, then fork a process for each vector, so that limits and crashes stay its own."""
+    _measure(name, QUICK[0])
+    context = multiprocessing.get_context("fork")
+    for vector in vectors:
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(name, vector, limit, there))
+        process.start()
+        there.close()
+        try:
+            answer = here.recv()
+        except EOFError:
+            process.join()
+            stopped = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+            answer = (
+                {"status": "over limit", "seconds": limit} if stopped else {"status": "declined", "reason": "crashed"}
+            )
+        process.join()
+        print(json.dumps({"vector": vector, **answer}), flush=True)
+
+
+def _answer(name: str, vector: str, limit: float, there: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(limit), math.ceil(limit) + 1))
+    there.send(_measure(name, vector))
 
 
 def _measure(name: str, identity: str) -> dict[str, Any]:
@@ -196,7 +224,29 @@ def _ledger(owners: int) -> dict[str, Any]:
         start = time.perf_counter()
         ledger.verify()
         verified = time.perf_counter() - start
-    return {"owners": owners, "all_ms": 1e3 * many, "twenty_ms": 1e3 * sorted(times)[5], "verify_ms": 1e3 * verified}
+    result = {"owners": owners, "all_ms": 1e3 * many, "twenty_ms": 1e3 * sorted(times)[5], "verify_ms": 1e3 * verified}
+    return result | _reopened(owners)
+
+
+def _reopened(rounds: int) -> dict[str, float]:
+    """Open a ledger that holds many different rounds of one owner, and reserve one more, then another."""
+    from defenses.dp.ledger import Charge, Ledger
+
+    def charge(index: int) -> Charge:
+        event = _event(0.01 + 1e-5 * index, 1.0 + 5e-4 * index, 2)
+        return Charge(owner="o", dataset="d", event=event, run="r", round=index, release="u")
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, times = Path(folder) / "ledger.db", []
+        with Ledger.open(path) as ledger:
+            ledger.set_budget("o", "d", "record", 8.0, 1e-5)
+            ledger.reserve([charge(index) for index in range(rounds)])
+        start = time.process_time()
+        with Ledger.open(path, create=False) as ledger:
+            for index in (rounds, rounds + 1):
+                ledger.reserve([charge(index)])
+                times.append(time.process_time() - start)
+    return {"reopened_first_seconds": times[0], "reopened_next_ms": 1e3 * (times[1] - times[0])}
 
 
 def _calibration() -> list[dict[str, float]]:
@@ -231,7 +281,8 @@ def _print(rows: list[dict[str, Any]], running: dict[str, Any], ledger: dict[str
     )
     print(
         f"ledger: {ledger['owners']} owners with one history {ledger['all_ms']:.0f} ms; twenty {ledger['twenty_ms']:.0f} ms; "
-        f"verify {ledger['verify_ms']:.0f} ms"
+        f"verify {ledger['verify_ms']:.0f} ms; reopened with {ledger['owners']} different rounds, first reserve "
+        f"{ledger['reopened_first_seconds']:.2f} s, next {ledger['reopened_next_ms']:.0f} ms"
     )
     for row in calibration:
         print(f"sigma for epsilon {row['epsilon']:g}: {row['sigma']:.4f} in {row['seconds']:.2f} s")
