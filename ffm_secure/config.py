@@ -161,7 +161,9 @@ class Dropout:
 
     rate: float = option(0.0, minimum=0.0, maximum=1.0)
     stages: tuple[str, ...] = option(
-        ("train", "upload"), choices=("advertise", "share", "train", "upload", "confirm", "unmask")
+        ("train", "upload"),
+        choices=("advertise", "share", "train", "upload", "confirm", "unmask"),
+        help="where a client is lost; upload is a straggler, who learned, was charged and came too late",
     )
 
 
@@ -286,22 +288,22 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
             lifecycle.local_steps,
             "give local_steps or local_epochs, exactly one above 0",
         )
-    if protection.threshold > federation.cohort:
-        problems.add(
     if lifecycle.kind == "pretrain":
         _check_pretraining(lifecycle, problems)
+    if protection.threshold > federation.cohort:
+        problems.add(
             "protection.threshold",
             protection.threshold,
             f"must be at most federation.cohort = {federation.cohort}, or no round could ever be opened",
         )
-    if task.split.kind == "natural" and not task.split.column:
-        problems.add("task.split.column", "", "missing; a natural split needs the column that names the owner")
     if config.model.trainable.ranks and federation.strategy.kind != "flora":
         problems.add(
             "model.trainable.ranks",
             config.model.trainable.ranks,
             "different ranks need federation.strategy.kind = 'flora'; other rules average factors of one shape",
         )
+    if task.split.kind == "natural" and not task.split.column:
+        problems.add("task.split.column", "", "missing; a natural split needs the column that names the owner")
     if privacy.unit == "none":
         if not privacy.reason.strip():
             problems.add(
@@ -327,8 +329,6 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
         )
 
 
-__all__ = [
-    "OBSERVERS",
 def _check_pretraining(lifecycle: Lifecycle, problems: Problems) -> None:
     controller = lifecycle.controller
     if bool(lifecycle.public_data) == (lifecycle.public_examples > 0):
@@ -343,11 +343,13 @@ def _check_pretraining(lifecycle: Lifecycle, problems: Problems) -> None:
         problems.add("federation.lifecycle.controller.private", 0, "public and private cannot both be 0")
 
 
+__all__ = [
+    "OBSERVERS",
     "TASKS",
     "Audit",
+    "Controller",
     "Dropout",
     "Federation",
-    "Controller",
     "Lifecycle",
     "Model",
     "Privacy",
