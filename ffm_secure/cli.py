@@ -1,4 +1,4 @@
-"""The command line: plan, run, audit, ledger, report, doctor, epsilon, sigma. Each body hands over to a function."""
+"""The command line: plan, run, experiment, audit, ledger, report, doctor, epsilon, sigma. Each body hands over to a function."""
 
 from __future__ import annotations
 
@@ -48,6 +48,18 @@ def run(
 ) -> None:
     """Train, or continue a stopped run. Writes everything to runs/<name>/."""
     _commands().run(file, tuple(set_ or ()), runs=runs, json=json, quiet=quiet)
+
+
+@app.command()
+def experiment(
+    file: Annotated[Path, typer.Argument(help="Grid of run files (TOML).", show_default=False)],
+    quick: Annotated[bool, typer.Option(help="Run the small form of the grid.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for runs, results.json and report.html.")] = Path("runs/experiments"),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a grid of run files; what is finished is not run again. Writes a table and curves."""
+    _commands().experiment(file, out=out, quick=quick, json=json, quiet=quiet)
 
 
 @app.command()

@@ -86,8 +86,11 @@ class Run:
 def load(path: str | Path, overrides: tuple[str, ...] = (), *, runs: str | Path = "runs") -> Run:
     """Read a run file; a relative path in it is looked up in the current folder first, then beside the file."""
     path = Path(path)
-    config = run_file.load(path, tuple(overrides))
-    base = path.resolve().parent
+    return place(run_file.load(path, tuple(overrides)), base=path.resolve().parent, runs=Path(runs))
+
+
+def place(config: RunConfig, *, base: Path, runs: Path) -> Run:
+    """Give a config its place on disk: what is local is named by its absolute path."""
     task = dataclasses.replace(config.task, data=_locate(config.task.data, base))
     lifecycle = config.federation.lifecycle
     if lifecycle.public_data:
@@ -96,11 +99,8 @@ def load(path: str | Path, overrides: tuple[str, ...] = (), *, runs: str | Path 
     model = dataclasses.replace(config.model, name=_locate(config.model.name, base))
     ledger = str(Path(config.privacy.ledger).expanduser().resolve()) if config.privacy.ledger else ""
     privacy = dataclasses.replace(config.privacy, ledger=ledger)
-    return Run(
-        dataclasses.replace(config, task=task, model=model, federation=federation_, privacy=privacy),
-        base=base,
-        runs=Path(runs),
-    )
+    placed = dataclasses.replace(config, task=task, model=model, federation=federation_, privacy=privacy)
+    return Run(placed, base=base, runs=runs)
 
 
 def _locate(name: str, base: Path) -> str:

@@ -1,0 +1,206 @@
+"""Grids: what they run, that nothing runs twice, intervals and paired differences, and the quick form of every grid we ship."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ffm_secure import experiments
+from ffm_secure.errors import ConfigError, StoreError
+from ffm_secure.experiments_report import Row, interval, paired, results, to_html, to_json
+
+ROOT = Path(__file__).resolve().parents[2]
+GRIDS = sorted((ROOT / "experiments").glob("*.toml"))
+GRID = """
+format = 1
+name = "tiny"
+about = "Does it run?"
+seeds = [1]
+compare = "rank"
+references = ["one"]
+
+[run]
+task = { kind = "image_classification", data = "builtin:digits", clients = 3, evaluation_examples = 20 }
+model = { name = "builtin:tiny-vit", trainable = { kind = "lora" } }
+federation = { rounds = 1, cohort = 3, lifecycle = { kind = "finetune", local_steps = 1, batch_size = 4, learning_rate = 0.1 } }
+privacy = { unit = "none", reason = "test data" }
+protection = { kind = "none" }
+
+[[axes]]
+name = "rank"
+values = [{ label = "one", set = ["model.trainable.rank=1"] }, { label = "two", set = ["model.trainable.rank=2"] }]
+
+[quick]
+seeds = [5]
+only = ["rank=two"]
+"""
+
+
+def row(label: str, seed: int, metric: float, **values: Any) -> Row:
+    base: dict[str, Any] = {
+        "labels": (("data", "A & B"), ("rule", label)),
+        "seed": seed,
+        "run": f"{label}-{seed}",
+        "status": "complete",
+        "metric_name": "accuracy",
+        "higher_is_better": True,
+        "metric": metric,
+        "before": 0.1,
+        "majority": 0.5,
+        "curve": (0.1, metric),
+        "phases": ("private", "private"),
+        "epsilon": math.inf,
+        "bytes_up": 100,
+        "numbers_sent": 10,
+        "seconds": 1.0,
+    }
+    return Row(**{**base, **values})
+
+
+# --- what is computed ------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_students() -> None:
+    """Published quantile: t(0.975, 2 degrees of freedom) = 4.303; and one seed says nothing about spread."""
+    found = interval([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.high - found.mean == pytest.approx(4.303 * 1.0 / math.sqrt(3), rel=1e-3)
+    assert interval([1.0]).low == -math.inf
+
+
+def test_the_interval_holds_its_level() -> None:
+    """Both ways: 95 % intervals of a known mean cover it about 95 times in 100, and not always."""
+    draws = np.random.default_rng(3).normal(0.7, 0.05, size=(600, 3))
+    covered = np.mean([(i := interval(list(line))).low <= 0.7 <= i.high for line in draws])
+    assert 0.91 < covered < 0.985
+
+
+def test_differences_are_paired_by_seed() -> None:
+    one = [row("a", seed, 0.5 + seed / 10 + 0.02) for seed in (1, 2, 3)]
+    two = [row("b", seed, 0.5 + seed / 10 + 0.001 * seed) for seed in (3, 1, 2)]
+    found = paired(one, two, against="b")
+    assert found["mean"] == pytest.approx(0.018)
+    assert found["better"] is True, "the seeds differ far more than the rules, and the pairs take that out"
+    assert paired(two, one, against="a")["better"] is False
+    lower = [row("a", seed, 3.0 + 0.01 * seed, higher_is_better=False) for seed in (1, 2, 3)]
+    higher = [row("b", seed, 4.0, higher_is_better=False) for seed in (1, 2, 3)]
+    assert paired(lower, higher, against="b")["better"] is True
+    assert paired(one[:1], two[:1], against="b")["better"] is None
+
+
+def test_results_are_plain_and_the_page_escapes_them() -> None:
+    rows = [row(label, seed, 0.6 + 0.01 * seed) for label in ("plain <b>", "other") for seed in (1, 2)]
+    found = results(
+        name="grid",
+        about="Which?",
+        command="ffm-secure experiment grid.toml",
+        rows=rows,
+        wanted=6,
+        compare="rule",
+        references=["other"],
+    )
+    assert json.loads(to_json(found))["cells"][0]["epsilon"] == "infinity"
+    assert [len(cell["differences"]) for cell in found["cells"]] == [1, 0]
+    html = to_html(found)
+    assert html == to_html(found)
+    assert "plain &lt;b&gt;" in html
+    assert "<script" not in html
+    assert "Not complete: 4 of 6 runs" in html
+    assert "<svg" in html
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_runs_resumes_and_refuses_foreign_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "grid.toml"
+    file.write_text(GRID)
+    _, cells = experiments.load(file)
+    assert [(dict(cell.labels)["rank"], cell.seed, cell.config.model.trainable.rank) for cell in cells] == [
+        ("one", 1, 1),
+        ("two", 1, 2),
+    ]
+    lines: list[str] = []
+    html, found = experiments.run(file, out=tmp_path / "out", quick=True, say=lines.append)
+    assert html == tmp_path / "out" / "tiny-quick" / "report.html"
+    assert [(item["labels"], item["seed"]) for item in found["rows"]] == [({"rank": "two"}, 5)]
+    assert found["complete"]
+    assert "known" not in lines[0]
+
+    def never(self: object, **options: object) -> None:
+        raise AssertionError("a finished run was run again")
+
+    monkeypatch.setattr(experiments.Run, "start", never)
+    _, again = experiments.run(file, out=tmp_path / "out", quick=True, say=lines.append)
+    assert "(known)" in lines[-1]
+    assert again["rows"] == found["rows"]
+    file.write_text(GRID.replace("learning_rate = 0.1", "learning_rate = 0.2"))
+    with pytest.raises(StoreError, match="other settings"):
+        experiments.run(file, out=tmp_path / "out", quick=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('references = ["one"]', 'references = ["three"]', "must be a label of the axis"),
+        ('compare = "rank"', 'compare = "size"', "must be the name of an axis"),
+        ("model.trainable.rank=2", "model.trainable.rnk=2", "did you mean 'rank'"),
+        ("model.trainable.rank=2", "federation.strategy.kind=krum", "one_s1|two_s1"),
+        ('only = ["rank=two"]', 'only = ["rank=five"]', "names no axis with such a label"),
+        ("seeds = [1]", "seeds = []", "must not be empty"),
+        ('{ label = "two"', '{ label = "one"', "must differ"),
+    ],
+)
+def test_every_cell_is_checked_before_the_first_runs(old: str, new: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "grid.toml"
+    assert old in GRID
+    file.write_text(GRID.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=words):
+        experiments.load(file)
+
+
+def test_combinations_can_be_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "grid.toml"
+    file.write_text(GRID.replace("seeds = [1]", 'seeds = [1]\nskip = ["rank=two"]', 1))
+    assert [dict(cell.labels)["rank"] for cell in experiments.load(file)[1]] == ["one"]
+
+
+# --- the grids we ship -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_cell_of_every_grid_is_a_sound_run(path: Path) -> None:
+    experiment, cells = experiments.load(path)
+    assert len(experiment.seeds) >= 3
+    assert len(cells) >= 3 * len(experiment.axes[-1].values)
+    assert len({cell.config.name for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_the_quick_form_of_every_grid_runs(path: Path, tmp_path: Path) -> None:
+    html, found = experiments.run(path, out=tmp_path, quick=True)
+    assert found["complete"]
+    assert found["runs"] == 2
+    assert sum(len(cell["differences"]) for cell in found["cells"]) >= 1
+    assert html.stat().st_size > 5_000
+
+
+def test_prompts_are_compared_at_equal_bytes() -> None:
+    """Numbers besides the head for MiniLM (d = 384, 6 layers), by the formulas of docs/prompts.md."""
+    d, layers = 384, 6
+    count = {
+        "prompt": lambda t: t.length * d,
+        "prompt_generator": lambda t: t.length * (d + t.hidden) + 2 * d * t.hidden + t.hidden,
+        "p_tuning": lambda t: t.length * d + 2 * d * t.hidden + t.hidden**2 + d + 2 * t.hidden,
+        "deep_prompt": lambda t: layers * t.length * d,
+        "prefix": lambda t: 2 * layers * t.length * d,
+        "lora": lambda t: layers * 2 * t.rank * 2 * d,
+    }
+    _, cells = experiments.load(ROOT / "experiments" / "prompts.toml")
+    sizes = [count[cell.config.model.trainable.kind](cell.config.model.trainable) for cell in cells]
+    assert max(sizes) < 1.02 * min(sizes)
