@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -114,6 +115,16 @@ def taxonomy_table() -> str:
         where = f"`{entry.where}`" if entry.where else ""
         lines.append(f"| {entry.number} | {entry.name} | {entry.source} | {entry.status} | {where} | {entry.reason} |")
     return "\n".join(lines)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model folder from disk alone, or return None when it holds none."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def attack_table() -> str:

@@ -89,11 +89,20 @@ def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
         return None
     guessed -= everywhere
     result = metrics.token_set_score(guessed, true)
-    pairs = tuple(
-        (" ".join(map(str, sequence)), " ".join(str(token) for token in sequence if token in guessed))
-        for sequence in truth.sequences[:4]
-    )
+    pairs = _beside(truth.sequences[:4], found, guessed)
     return Score(measure="token F1", value=result.f1, baseline=0.0, succeeded=result.f1 >= ADVANTAGE, pairs=pairs)
+
+
+def _beside(
+    sequences: Sequence[Sequence[int]], found: Reconstruction, guessed: set[int]
+) -> tuple[tuple[str, str], ...]:
+    """Put each true text beside the recovered text most like it, or beside those of its tokens that were found."""
+    texts = [[token for token in value.tolist() if token >= 0] for value in found.of("sequence")]
+    pairs = []
+    for true in sequences:
+        best = max(texts, key=lambda text: len(set(text) & set(true)), default=[t for t in true if t in guessed])
+        pairs.append((" ".join(map(str, true)), " ".join(map(str, best))))
+    return tuple(pairs)
 
 
 def _labels(found: Reconstruction, truth: Truth) -> Score | None:
@@ -127,6 +136,7 @@ def _images(found: Reconstruction, truth: Truth) -> Score | None:
         return None
     peak = max(float(true.max() - true.min()), 1e-9)
     best = max(metrics.psnr(image, target, peak=peak) for image in usable for target in true)
-    mean = true.mean(dim=0)
+    # The mean image is the guess; of a single image it would be the truth itself, so there the guess is one colour.
+    mean = true.mean(dim=0) if len(true) > 1 else true[0].mean(dim=(1, 2), keepdim=True).expand_as(true[0])
     baseline = max(metrics.psnr(mean, target, peak=peak) for target in true)
     return Score(measure="PSNR dB", value=best, baseline=baseline, succeeded=best >= baseline + 6.0)

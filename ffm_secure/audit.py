@@ -6,8 +6,8 @@ import copy
 import sys
 import time
 import types
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from attacks import canary
-from attacks.contract import Budget, Prior, Reconstruction
+from attacks.command import load_model, load_tokenizer
+from attacks.contract import Attack, Budget, Prior, Reconstruction
 from attacks.observation import Knowledge, Observation, ObservationError, load_observation
 from attacks.registry import ATTACKS
+from attacks.rehearsal import noise_only, rehearse
 from attacks.scoring import Score, score
-from attacks.truth import Truth
+from attacks.truth import Truth, load_truth
 from defenses.dp import Clipping, PerSampleEngine, RecordMechanism
 from defenses.random_source import RandomSource
 from ffm_secure import plan, report, setup
-from ffm_secure.errors import FfmError, StoreError
+from ffm_secure.errors import StoreError
 from ffm_secure.mechanism import ClientNoise
 from ffm_secure.store import Store
 from ffm_secure.types import AuditFinding, AuditSummary, RecoveredPair, RunSummary
@@ -32,6 +34,14 @@ from ffm_secure.types import AuditFinding, AuditSummary, RecoveredPair, RunSumma
 CANDIDATES = 32  # members and as many outsiders in a membership test
 CANARIES = 1000
 SIGNIFICANCE = 0.05
+
+# Attacks that search for minutes: they are given one record, the client's worst case, and no place in a quick audit.
+HEAVY = frozenset({"matching", "text search", "fedavg", "learned", "aggregate"})
+SECONDS = {"quick": (20.0, 120.0), "standard": (45.0, 1_400.0), "exhaustive": (3_600.0, float("inf"))}  # an attack, all
+TELLING = 0.1  # how much surer an attack must be on an undefended update than on noise for its confidence to tell
+
+Result = tuple[Reconstruction, Score | None]
+Decode = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +51,30 @@ class Scene:
     point: str  # raw, clipped, noised, aggregated
     observation: Observation
     truth: Truth
+
+
+@dataclass(slots=True, kw_only=True)
+class Purse:
+    """The CPU seconds of one audit, shared out among its attacks in order."""
+
+    name: str
+    began: float = field(default_factory=time.process_time)
+
+    def budget(self, attack: Attack) -> Budget | None:
+        """Return what an attack may spend; None when the audit has nothing left for it."""
+        each, total = SECONDS[self.name]
+        left = total - (time.process_time() - self.began)
+        if left <= 0 or (self.name == "quick" and attack.family in HEAVY):
+            return None
+        preset = Budget.named(self.name)
+        restarts = 2 if self.name == "standard" and attack.family in HEAVY else preset.restarts
+        return replace(preset, seconds=min(each, left), restarts=restarts)
+
+    def refusal(self, attack: Attack) -> str:
+        """Say why an attack is not run."""
+        if self.name == "quick" and attack.family in HEAVY:
+            return "not tried: it searches for minutes; run the audit with --budget standard"
+        return f"not tried: the attacks before it used up the {SECONDS[self.name][1]:.0f} CPU seconds of this audit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +100,12 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
     resumed = Store.read(folder).resume()
     if resumed is None:
         raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")
-    stage = build_stage(prepared, resumed[0].vector)
-    findings = tuple(_findings(stage, config.audit.observers or ("server", "public"), config, Budget.named(budget)))
+    stages = [build_stage(prepared, resumed[0].vector)]
+    if budget != "quick":
+        stages.append(build_stage(prepared, resumed[0].vector, records=1))
+    observers = config.audit.observers or ("server", "public")
+    decode = decoder(prepared.backbone.tokenizer)
+    findings = tuple(_findings(stages, observers, config, Purse(name=budget), decode))
     bound = mechanism_lower_bound(prepared)
     audit = AuditSummary(
         budget=budget,
@@ -91,28 +129,87 @@ def _measured_how(bound: canary.LowerBound, summary: RunSummary) -> str:
     )
 
 
-def audit_observation(folder: Path, *, budget: str = "quick") -> RunSummary:
-    """Run every attack that needs no model on a stored observation of any system."""
+def audit_observation(
+    folder: Path,
+    *,
+    model: Path | None = None,
+    truth: Path | None = None,
+    budget: str = "quick",
+    attacks: Collection[str] = ATTACKS,
+) -> AuditSummary:
+    """Attack a stored observation of any system, each attack beside its control.
+
+    The control is a rehearsal: the same model takes the same kind of step on invented data, undefended. With `truth`, a
+    safetensors file of what the client trained on, findings are scored; without it an attack leaks when it is as sure
+    as on the rehearsal, and nothing is claimed where its confidence cannot tell an update from noise.
+
+    Raises:
+      StoreError: a folder or file cannot be read.
+    """
+    began = time.process_time()
     try:
         observation = load_observation(folder)
-    except ObservationError as error:
+        loaded = None if model is None else load_model(model)
+        known = None if truth is None else load_truth(truth)
+    except (ObservationError, OSError, ValueError) as error:
         raise StoreError(f"{folder}: {error}") from None
-    raise FfmError(
-        f"{folder}: holds a {observation.kind} of {len(observation.tensors)} tensors; name its model: python -m attacks run --help"
+    decode = decoder(None if model is None else load_tokenizer(model))
+    findings = tuple(_standalone(observation, loaded, known, Purse(name=budget), decode, attacks))
+    return AuditSummary(
+        budget=budget,
+        cpu_seconds=time.process_time() - began,
+        findings=findings,
+        epsilon_lower=None,
+        sentence=sentence(findings),
     )
 
 
-def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0) -> Stage:
+def _standalone(
+    observation: Observation,
+    model: nn.Module | None,
+    truth: Truth | None,
+    purse: Purse,
+    decode: Decode,
+    attacks: Collection[str],
+) -> Iterator[AuditFinding]:
+    rehearsed = None if model is None else rehearse(observation, model, seed=0)
+    silence, prior = noise_only(observation, seed=0), Prior()
+    observer: Any = observation.observer
+    point = str(observation.metadata.get("point") or ("aggregated" if observation.kind == "sum" else "raw"))
+
+    def attempt(attack: Attack, seen: Observation, budget: Budget, known: Truth | None) -> Result:
+        found = attack.run(seen, model, prior, budget, 0)
+        return found, score(found, known) if found.applicable and known is not None else None
+
+    for name in attacks:
+        attack = ATTACKS[name]()
+        budget = purse.budget(attack)
+        if budget is None:
+            yield not_tried(observer, attack, point, purse)
+            continue
+        seen = attempt(attack, observation, budget, truth)
+        if not seen[0].applicable or rehearsed is None:
+            yield judge(observer, name, point, seen, seen if not seen[0].applicable else (seen[0], None), decode)
+            continue
+        control = attempt(attack, rehearsed[0], budget, rehearsed[1])
+        if truth is not None or control[1] is None or not control[1].succeeded:
+            yield judge(observer, name, point, seen, control, decode)
+        else:
+            yield judge_unknown(observer, name, point, seen[0], control[0], attempt(attack, silence, budget, None)[0])
+
+
+def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, records: int = CANDIDATES) -> Stage:
     """Replay one local step of a client from the broadcast model with known records, at every point of its way.
 
-    One step is the worst case for the client; what a run sends after many steps tells an attacker less.
+    One step is the worst case for the client; what a run sends after many steps tells an attacker less. A step on one
+    record is the worst case of all: its length, label and the shape of a picture are granted as well.
     """
     config, trained = prepared.config, prepared.trainable
     trained.load_vector(vector)
     rows = np.random.default_rng(seed)
     client = max(range(len(prepared.parts)), key=lambda index: len(prepared.parts[index]))
     encoded = prepared.task.encode(prepared.dataset.train.take(prepared.parts[client]))
-    size = min(CANDIDATES, len(encoded) // 2)
+    size = min(records, len(encoded) // 2)
     order = rows.permutation(len(encoded))
     members, others = order[:size], order[size : 2 * size]
     model = _attackable(prepared)
@@ -121,7 +218,8 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0) -> S
     names = _names(prepared)
     facts = {"batch_size": size, "local_steps": 1, "learning_rate": config.federation.lifecycle.learning_rate}
     truth = _truth(batch, members=size, outsiders=size)
-    prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]))
+    prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
+    knowledge = Knowledge(task=config.task.kind, batch_size=size, **(_granted(batch, truth) if size == 1 else {}))
 
     def scene(point: str, tensors: Mapping[str, Tensor], contributors: int = 1) -> Scene:
         kind: Any = "sum" if contributors > 1 else "gradient"
@@ -132,7 +230,7 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0) -> S
             tensors=observed,
             contributors=contributors,
             metadata=metadata,
-            knowledge=Knowledge(task=config.task.kind, batch_size=size),
+            knowledge=knowledge,
         )
         return Scene(point=point, observation=observation, truth=truth)
 
@@ -141,7 +239,7 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0) -> S
         "raw": control,
         **{point: scene(point, tensors) for point, tensors in gradients.items() if point != "raw"},
     }
-    scenes["aggregated"] = scene("aggregated", _aggregate(prepared, gradients, client), smallest_sum(config))
+    scenes["aggregated"] = scene("aggregated", _aggregate(prepared, gradients, client, size), smallest_sum(config))
     return Stage(model=model, prior=prior, control=control, scenes=scenes)
 
 
@@ -171,14 +269,14 @@ def _gradients(prepared: setup.Prepared, batch: Mapping[str, Tensor]) -> dict[st
 
 
 def _aggregate(
-    prepared: setup.Prepared, gradients: Mapping[str, Mapping[str, Tensor]], client: int
+    prepared: setup.Prepared, gradients: Mapping[str, Mapping[str, Tensor]], client: int, records: int
 ) -> dict[str, Tensor]:
     """Add what the other clients of a cohort send in the same step, each with its own records and its own noise."""
     own = gradients.get("noised", gradients["raw"])
     total = {name: value.clone() for name, value in own.items()}
     others = [index for index in range(len(prepared.parts)) if index != client and len(prepared.parts[index])]
     for index in others[: smallest_sum(prepared.config) - 1]:
-        part = prepared.parts[index][:CANDIDATES]
+        part = prepared.parts[index][:records]
         batch = prepared.task.batch(
             prepared.task.encode(prepared.dataset.train.take(part)), np.arange(len(part)), device=prepared.device
         )
@@ -229,6 +327,22 @@ def _candidates(prepared: setup.Prepared, encoded: Any, rows: list[int]) -> dict
     return found
 
 
+def _granted(batch: Mapping[str, Tensor], truth: Truth) -> dict[str, Any]:
+    """Return what the strongest observer of one record is assumed to know besides the update."""
+    granted: dict[str, Any] = {"labels": truth.labels}
+    if truth.sequences is not None:
+        granted["lengths"] = tuple(map(len, truth.sequences))
+    if truth.images is not None:
+        granted["image_shape"] = tuple(truth.images.shape[1:])
+    return granted
+
+
+def _pixels(prepared: setup.Prepared) -> dict[str, Any]:
+    """Return the public normalisation of pictures."""
+    mean, std = getattr(prepared.task, "mean", None), getattr(prepared.task, "std", None)
+    return {} if mean is None or std is None else {"image_mean": mean.flatten(), "image_std": std.flatten()}
+
+
 def _truth(batch: Mapping[str, Tensor], *, members: int, outsiders: int) -> Truth:
     sequences = None
     if "input_ids" in batch:
@@ -244,24 +358,53 @@ def _truth(batch: Mapping[str, Tensor], *, members: int, outsiders: int) -> Trut
     )
 
 
-def _findings(stage: Stage, observers: tuple[str, ...], config: Any, budget: Budget) -> Iterator[AuditFinding]:
-    controls: dict[str, tuple[Reconstruction, Score | None]] = {}
-    results: dict[tuple[str, str], tuple[Reconstruction, Score | None]] = {}
-    for observer in observers:
-        point = seen_by(observer, config, stage)
-        for name, make in ATTACKS.items():
-            if name not in controls:
-                controls[name] = _attempt(make(), stage, stage.control, budget)
-            if (name, point) not in results:
-                results[name, point] = (
-                    controls[name] if point == "raw" else _attempt(make(), stage, stage.scenes[point], budget)
-                )
-            yield judge(observer, name, point, results[name, point], controls[name])
+def _findings(
+    stages: list[Stage], observers: tuple[str, ...], config: Any, purse: Purse, decode: Decode
+) -> Iterator[AuditFinding]:
+    results: dict[tuple[str, str], Result] = {}
+    for name, make in ATTACKS.items():  # all observers of one attack together, so that its control is run once
+        attack = make()
+        stage = stages[-1] if attack.family in HEAVY else stages[0]
+        for observer in observers:
+            point = seen_by(observer, config, stage)
+            for scene in (stage.control, stage.scenes[point]):
+                budget = purse.budget(attack)
+                if (name, scene.point) not in results and budget is not None:
+                    results[name, scene.point] = _attempt(attack, stage, scene, budget)
+            if (name, point) in results and (name, "raw") in results:
+                yield judge(observer, name, point, results[name, point], results[name, "raw"], decode)
+            else:
+                yield not_tried(observer, attack, point, purse)
 
 
-def _attempt(attack: Any, stage: Stage, scene: Scene, budget: Budget) -> tuple[Reconstruction, Score | None]:
+def _attempt(attack: Attack, stage: Stage, scene: Scene, budget: Budget) -> Result:
     found = attack.run(scene.observation, stage.model, stage.prior, budget, 0)
     return found, score(found, scene.truth) if found.applicable else None
+
+
+def not_tried(observer: str, attack: Attack, point: str, purse: Purse) -> AuditFinding:
+    """Say that nothing is known of an attack that the budget had no room for."""
+    return AuditFinding(
+        observer=observer,  # type: ignore[arg-type]
+        attack=attack.name,
+        point=point,  # type: ignore[arg-type]
+        verdict="inconclusive",
+        measure="not run",
+        score=None,
+        reason=purse.refusal(attack),
+    )
+
+
+def decoder(tokenizer: Any) -> Decode:
+    """Return a function from token ids, separated by blanks, to readable tokens, separated by blanks."""
+
+    def decode(ids: str) -> str:
+        try:
+            return " ".join(str(tokenizer.decode([int(one)])).strip() or one for one in ids.split())
+        except (ValueError, TypeError, IndexError, OverflowError):
+            return ids
+
+    return (lambda ids: ids) if tokenizer is None else decode
 
 
 def seen_by(observer: str, config: Any, stage: Stage) -> str:
@@ -279,8 +422,9 @@ def judge(
     observer: str,
     name: str,
     point: str,
-    seen: tuple[Reconstruction, Score | None],
-    control: tuple[Reconstruction, Score | None],
+    seen: Result,
+    control: Result,
+    decode: Decode = str,
 ) -> AuditFinding:
     """Give the verdict: a leak, no leak although the control succeeded, nothing proven, or not applicable with the reason."""
     found, result = seen
@@ -325,8 +469,33 @@ def judge(
         baseline=result.baseline,
         control=reference.value,
         reason="" if result.succeeded else "control passed",
-        pairs=tuple(RecoveredPair(truth=true, recovered=guess) for true, guess in result.pairs),
+        pairs=tuple(RecoveredPair(truth=decode(true), recovered=decode(guess)) for true, guess in result.pairs),
     )
+
+
+def judge_unknown(
+    observer: str, name: str, point: str, seen: Reconstruction, control: Reconstruction, silence: Reconstruction
+) -> AuditFinding:
+    """Give the verdict where the truth is not known: is the attack as sure as on a rehearsal, or no surer than on noise?"""
+    low = silence.confidence if silence.items else 0.0
+    base = AuditFinding(
+        observer=observer,  # type: ignore[arg-type]
+        attack=name,
+        point=point,  # type: ignore[arg-type]
+        verdict="inconclusive",
+        measure="own confidence",
+        score=seen.confidence if seen.items else 0.0,
+        baseline=low,
+        control=control.confidence,
+        seconds=seen.seconds,
+        knowledge=seen.knowledge_used,
+        reason="its confidence does not tell an update from noise; name what the client trained on with --truth",
+    )
+    if control.confidence - low < TELLING:
+        return base
+    leaked = bool(seen.items) and seen.confidence > 0.5 * (low + control.confidence)
+    reason = "as sure as on a rehearsal with invented data" if leaked else "control passed on a rehearsal"
+    return replace(base, verdict="leaked" if leaked else "not leaked", reason=reason)
 
 
 def sentence(findings: tuple[AuditFinding, ...]) -> str:

@@ -68,13 +68,19 @@ def audit(
     observation: Annotated[
         Path | None, typer.Option(help="Audit a stored observation of any system instead of a run.")
     ] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder the observation belongs to.")] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="What its client trained on (safetensors), to score what attacks find.")
+    ] = None,
     budget: Annotated[str, typer.Option(help="quick, standard or exhaustive.")] = "quick",
     fail_on_leak: Annotated[bool, typer.Option(help="Exit with 6 if anything leaked.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Attack what each observer of a finished run saw."""
-    _commands().audit(folder, observation, budget=budget, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
+    commands = _commands()
+    seen = commands.Seen(observation=observation, model=model, truth=truth)
+    commands.audit(folder, seen, budget=budget, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
 
 
 @app.command()

@@ -60,22 +60,31 @@ def experiment(file: Path, *, out: Path, quick: bool, json: bool, quiet: bool) -
     say(found, [f"table and curves: {html}"], json=json, quiet=quiet)
 
 
-def audit(
-    folder: Path | None, observation: Path | None, *, budget: str, fail_on_leak: bool, json: bool, quiet: bool
-) -> None:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A stored observation, the model folder it belongs to, and a file of what its client trained on."""
+
+    observation: Path | None
+    model: Path | None = None
+    truth: Path | None = None
+
+
+def audit(folder: Path | None, seen: Seen, *, budget: str, fail_on_leak: bool, json: bool, quiet: bool) -> None:
     """Attack a run, or a stored observation of any system."""
     from ffm_secure.audit import audit_observation, audit_run
 
-    if (folder is None) == (observation is None):
+    if (folder is None) == (seen.observation is None):
         raise ConfigError("audit", ["give a run directory or --observation FOLDER, exactly one of them"])
+    if folder is not None and (seen.model or seen.truth):
+        raise ConfigError("audit", ["--model and --truth belong to --observation; a run knows its own"])
     if budget not in ("quick", "standard", "exhaustive"):
         raise ConfigError("audit", [f"--budget = {budget!r}: must be one of 'quick', 'standard', 'exhaustive'"])
     with clear_errors():
         if folder is not None:
             found = audit_run(folder, budget=budget).audit
         else:
-            assert observation is not None
-            found = audit_observation(observation, budget=budget)
+            assert seen.observation is not None
+            found = audit_observation(seen.observation, model=seen.model, truth=seen.truth, budget=budget)
     assert found is not None
     say(found, _audit_lines(found), json=json, quiet=quiet)
     if fail_on_leak and any(item.verdict == "leaked" for item in found.findings):

@@ -114,6 +114,9 @@ def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tenso
         zeros = scores <= floor
         if bool(zeros.any()) and bool((~zeros).any()):
             chosen = ~zeros
+            if float(zeros.double().mean()) < 0.1:  # a padding row alone: absent rows may hold rounding of a decay
+                gap = _above_gap(scores)
+                chosen = gap if bool(gap.any()) else chosen
         else:
             chosen = _above_gap(scores)
     return chosen if bool(chosen.any()) else None

@@ -73,6 +73,16 @@ def test_an_image_must_beat_the_mean_image() -> None:
     assert not grey.succeeded
 
 
+def test_a_single_image_must_beat_its_one_colour() -> None:
+    image = torch.rand((1, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    grey = image[0].mean(dim=(1, 2), keepdim=True).expand(3, 8, 8)
+    exact, guess = (score(found("image", value), Truth(images=image)) for value in (image[0], grey))
+    assert exact is not None
+    assert guess is not None
+    assert exact.succeeded
+    assert not guess.succeeded
+
+
 def test_what_the_truth_cannot_judge_stays_unjudged() -> None:
     assert score(found("embedding", [[1.0, 2.0]]), TEXT) is None
     assert score(found("scores", [1.0, 2.0]), TEXT) is None

@@ -1,0 +1,133 @@
+"""The audit gives each attack its control: of a run, and of a stored observation of any system, with the truth or without."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from attacks import Budget, Observation, Prior
+from attacks.registry import ATTACKS, build
+from attacks.rehearsal import noise_only, rehearse
+from ffm_secure.audit import HEAVY, SECONDS, Purse, audit_observation, decoder
+from ffm_secure.cli import app
+from ffm_secure.errors import StoreError
+from tests.attacks.models import bert, gpt2, mlp, noised, observe, observe_delta, observe_sum, sentences, text_loss, vit
+
+QUICK = ("token_presence", "span", "label_identity", "inverting_gradients", "imprint")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model, a sum seen by the server, the same sum noised, and the truth behind it."""
+    place = tmp_path_factory.mktemp("seen")
+    model, ids = gpt2(vocabulary=120, width=32, length=16), sentences(3, 5, 120)
+    batches = [{"input_ids": row[None], "labels": torch.tensor([1])} for row in ids]
+    seen = observe_sum(model, batches, text_loss, batch_size=1)
+    seen.save(place / "raw")
+    noised(seen, 1.0).save(place / "noised")
+    model.save_pretrained(place / "model")
+    save_file({"token_ids": ids, "labels": torch.ones(3, dtype=torch.long)}, place / "truth.safetensors")
+    return place
+
+
+def verdicts(found) -> dict[str, str]:
+    return {item.attack: item.verdict for item in found.findings}
+
+
+def test_a_stored_sum_is_audited_by_the_command_with_verdicts_knowledge_and_json(folders: Path) -> None:
+    arguments = ["audit", "--observation", folders / "raw", "--model", folders / "model"]
+    arguments += ["--truth", folders / "truth.safetensors", "--json"]
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    by_name = {item["attack"]: item for item in found["findings"]}
+    assert set(by_name) == set(ATTACKS)
+    assert by_name["token_presence"]["verdict"] == by_name["span"]["verdict"] == "leaked"
+    assert by_name["span"]["control"] > 0.3
+    assert by_name["span"]["pairs"][0]["truth"].split() == by_name["span"]["pairs"][0]["recovered"].split()
+    assert by_name["imprint"]["verdict"] == "not applicable"
+    assert "standard" in by_name["text_matching"]["reason"]
+    assert all(item["reason"] for item in found["findings"] if item["verdict"] in ("not applicable", "inconclusive"))
+    assert found["cpu_seconds"] < 180
+    assert "leaked" in found["sentence"]
+
+
+def test_without_the_truth_certainty_is_held_against_a_rehearsal_and_against_noise(folders: Path) -> None:
+    raw = verdicts(audit_observation(folders / "raw", model=folders / "model", attacks=QUICK))
+    assert raw["token_presence"] == raw["span"] == "leaked"
+    hidden = verdicts(audit_observation(folders / "noised", model=folders / "model", attacks=QUICK))
+    assert "leaked" not in hidden.values()
+    assert "not leaked" in hidden.values()
+
+
+def test_without_a_model_nothing_is_claimed(folders: Path) -> None:
+    found = audit_observation(folders / "raw", attacks=QUICK)
+    assert set(verdicts(found).values()) <= {"not applicable", "inconclusive"}
+    assert found.sentence.startswith("Nothing was proven")
+    with pytest.raises(StoreError, match="no_such"):
+        audit_observation(folders / "no_such")
+
+
+def test_a_rehearsal_is_the_same_step_on_other_data_and_noise_is_of_the_same_length() -> None:
+    model, ids = bert(vocabulary=120, width=32, length=16), sentences(2, 5, 120)
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 1])}
+    for seen in (
+        observe(model, batch, text_loss, batch_size=2),
+        observe_delta(model, [batch], text_loss, learning_rate=0.01, optimiser="adamw", weight_decay=0.1),
+    ):
+        rehearsed = rehearse(noised(seen, 1.0), model, seed=0)
+        assert rehearsed is not None
+        other, truth = rehearsed
+        assert other.kind == seen.kind
+        assert {name: value.shape for name, value in other.tensors.items()} == {
+            name: value.shape for name, value in seen.tensors.items()
+        }
+        assert "noise_multiplier" not in other.metadata
+        assert truth.sequences is not None
+        found = build("token_presence").run(other, model, Prior(), Budget.quick(), 0)
+        assert set(found.of("token_set")[0].tolist()) == {token for row in truth.sequences for token in row}
+        quiet = noise_only(seen, seed=0)
+        for name, tensor in seen.tensors.items():
+            assert float(quiet.tensors[name].norm()) == pytest.approx(float(tensor.norm()), rel=1e-3, abs=1e-9)
+
+
+def test_pictures_are_rehearsed_and_other_makes_of_model_are_not() -> None:
+    model = vit(size=16, patch=8, width=32, layers=1)
+    seen = Observation(kind="gradient", tensors={name: torch.zeros_like(p) for name, p in model.named_parameters()})
+    rehearsed = rehearse(seen, model, seed=0)
+    assert rehearsed is not None
+    assert rehearsed[1].images is not None
+    assert rehearsed[1].images.shape == (1, 3, 16, 16)
+    other = Observation(kind="gradient", tensors={name: torch.zeros_like(p) for name, p in mlp().named_parameters()})
+    assert rehearse(other, mlp(), seed=0) is None
+
+
+def test_the_purse_keeps_a_quick_audit_short_and_says_what_was_left_out() -> None:
+    quick, spent = Purse(name="quick"), Purse(name="standard", began=-1e9)
+    span, matching = build("span"), build("text_matching")
+    assert quick.budget(matching) is None
+    assert "standard" in quick.refusal(matching)
+    allowed = quick.budget(span)
+    assert allowed is not None
+    assert allowed.seconds <= SECONDS["quick"][0]
+    assert spent.budget(span) is None
+    assert "used up" in spent.refusal(span)
+    tried = Purse(name="standard").budget(matching)
+    assert tried is not None
+    assert tried.seconds <= 45.0
+    assert {build(name).family for name in ATTACKS} >= HEAVY
+
+
+def test_recovered_ids_are_shown_as_readable_tokens() -> None:
+    class Words:
+        def decode(self, ids: list[int]) -> str:
+            return ["the ", "##ing", ""][ids[0]]
+
+    assert decoder(Words())("0 1 2") == "the ##ing 2"
+    assert decoder(Words())("0 7") == "0 7"
+    assert decoder(None)("5 6") == "5 6"
