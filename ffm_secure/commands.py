@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ffm_secure.run import Result, load
 from ffm_secure.speech import clear_errors, console, print_json, print_lines, say
 from ffm_secure.store import Store
 from ffm_secure.summary import SEEDED
-from ffm_secure.types import AuditSummary, PlanSummary, PrivacyStatement
+from ffm_secure.types import AuditFinding, AuditSummary, PlanSummary, PrivacyStatement
 
 
 def plan(file: Path, overrides: tuple[str, ...], *, json: bool) -> None:
@@ -207,15 +208,32 @@ def _result_lines(result: Result) -> list[str]:
     return [*lines, f"  report   {result.folder / 'report.html'}"]
 
 
+def _finding_line(item: AuditFinding) -> str:
+    """Write one verdict with its score, its baseline and its control."""
+    score = "" if item.score is None else f"{item.measure} {item.score:.3f}"
+    numbers = [
+        score,
+        *(
+            f"{name} {value:.3f}"
+            for name, value in (("baseline", item.baseline), ("control", item.control))
+            if value is not None
+        ),
+    ]
+    return (
+        f"{item.observer:<17} {item.attack:<22} {item.point:<11} {item.verdict:<11} {', '.join(filter(None, numbers))}"
+    )
+
+
 def _audit_lines(found: AuditSummary) -> list[str]:
+    """Show what leaked, then what did not with its control; the rest as counts, since the report gives each reason."""
     lines = [f"  audit    {found.sentence}"]
-    for item in found.findings:
-        score = "" if item.score is None else f"{item.measure} {item.score:.3f}"
-        control = "" if item.control is None else f", control {item.control:.3f}"
-        baseline = "" if item.baseline is None else f", baseline {item.baseline:.3f}"
-        lines.append(
-            f"           {item.observer:<17} {item.attack:<22} {item.point:<11} {item.verdict:<15} {score}{baseline}{control} {item.reason}".rstrip()
-        )
+    told = [item for verdict in ("leaked", "not leaked") for item in found.findings if item.verdict == verdict]
+    lines += [f"           {_finding_line(item)}" for item in told]
+    silent = Counter((item.observer, item.verdict) for item in found.findings if item not in told)
+    lines += [
+        f"           {observer:<17} {count} {verdict}; reasons in the report"
+        for (observer, verdict), count in silent.items()
+    ]
     if found.epsilon_lower is not None:
         lines.append(f"           lower bound on epsilon {found.epsilon_lower:.3f} ({found.epsilon_lower_method})")
     return lines
