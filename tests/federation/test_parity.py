@@ -101,7 +101,7 @@ def test_survivors_only(tmp_path: Path) -> None:
     runs: dict[str, tuple[RoundRecord, ...]] = {}
     vectors = {}
     for name, kind in {"open": "none", "masked": "secagg"}.items():
-        made = make(task={"clients": 6}, federation=federation, protection={"kind": kind, "threshold": 4})
+        made = make(seed=2, task={"clients": 6}, federation=federation, protection={"kind": kind, "threshold": 4})
         _, trained = train(made, tmp_path / name)
         runs[name], vectors[name] = trained.records, trained.state.vector
     opened = [record for record in runs["masked"] if not record.aborted]
