@@ -502,12 +502,17 @@ def sentence(findings: tuple[AuditFinding, ...]) -> str:
     """Say the outcome in one line a manager understands."""
     leaks = sorted({f"{item.attack} by the {item.observer}" for item in findings if item.verdict == "leaked"})
     passed = sum(item.verdict == "not leaked" for item in findings)
-    open_ = sum(item.verdict == "inconclusive" for item in findings)
+    untried = sum(item.measure == "not run" for item in findings)
+    open_ = sum(item.verdict == "inconclusive" for item in findings) - untried
     if leaks:
         return f"Private data leaked: {', '.join(leaks[:4])}{' and more' if len(leaks) > 4 else ''}."
     if not passed:
         return "Nothing was proven: no attack worked even on the undefended update."
-    return f"No leak found: {passed} attacks that read the undefended update failed on what observers see; {open_} were inconclusive."
+    rest = f", {untried} were not tried under this budget" if untried else ""
+    return (
+        f"No leak found: {passed} attacks that read the undefended update failed on what observers see; "
+        f"{open_} were inconclusive{rest}."
+    )
 
 
 def mechanism_lower_bound(prepared: setup.Prepared, *, seed: int = 1) -> canary.LowerBound | None:
