@@ -58,8 +58,11 @@ class Run:
         """Say what the run would train, send, spend and reveal; trains nothing."""
         return summary.describe(self.prepared())
 
-    def start(self, *, watch: federation.Watch | None = None) -> Result:
-        """Train to the end of the rounds or of the budget; continue a run that was stopped."""
+    def start(self, *, watch: federation.Watch | None = None, fairness: bool = True) -> Result:
+        """Train to the end of the rounds or of the budget; continue a run that was stopped.
+
+        Without `fairness` the report says nothing about single clients, and their evaluation is saved.
+        """
         began = time.perf_counter()
         prepared = self.prepared()
         initial = prepared.trainable.flatten().cpu()
@@ -67,7 +70,7 @@ class Run:
             made = setup.build(prepared, self.folder)
             zero = made.evaluate(initial).metric
             trained = federation.run(made, store, watch=watch)
-            outcomes = self._fairness(made, trained, initial)
+            outcomes = self._fairness(made, trained, initial) if fairness else ()
             result = summary.summarise(
                 made, trained, zero_metric=zero, outcomes=outcomes, seconds=time.perf_counter() - began
             )
