@@ -42,7 +42,8 @@ def audit(result: Any, *, budget: str = "quick") -> AuditSummary:
     """Attack a finished run (a `Result` or its folder) and return what was found; the run's report is amended."""
     import importlib
 
-    found: AuditSummary = importlib.import_module("ffm_secure.audit")(result, budget=budget)
+    command: Any = importlib.import_module("ffm_secure.audit")  # a module that can be called
+    found: AuditSummary = command(result, budget=budget)
     return found
 
 
