@@ -375,7 +375,7 @@ def test_damaged_or_foreign_files_are_refused_and_change_nothing(spec: dict[str,
 @pytest.mark.parametrize(
     "kind, spec, words",
     [
-        ("text_classification", {"kind": "everything"}, "must be one of full, head, lora, prompt"),
+        ("text_classification", {"kind": "everything"}, "must be one of full, head, lora"),
         ("text_classification", {"kind": "prefix", "length": 256}, "below 256"),
         ("text_classification", {"kind": "lora", "rnak": 3}, "unknown option"),
         ("text_classification", {"kind": "lora", "rank": 0}, "at least 1"),
