@@ -213,7 +213,8 @@ def _exposed(audit: AuditSummary | None) -> str:
         sentence = audit.sentence
         return "audit: " + (sentence[0].lower() + sentence[1:] if sentence[1:2].islower() else sentence)
     leaks = sum(finding.verdict == "leaked" for finding in audit.findings)
-    return f"{leaks} of {amount(len(audit.findings), 'attack')} found a leak"
+    told = sum(finding.verdict in ("leaked", "not leaked") for finding in audit.findings)
+    return f"{leaks} of {amount(told, 'attack')} that can tell found a leak"
 
 
 def _card(heading: str, big: Child, *rest: Child, words: bool = False) -> Html:
@@ -274,10 +275,11 @@ def _exposed_card(audit: AuditSummary | None) -> Html:
             words=True,
         )
     leaks = sum(finding.verdict == "leaked" for finding in audit.findings)
+    told = sum(finding.verdict in ("leaked", "not leaked") for finding in audit.findings)  # the rest prove nothing
     return _card(
         "Exposed",
-        f"{leaks} of {len(audit.findings)}",
-        tag("p", f"attack{'' if len(audit.findings) == 1 else 's'} found a leak", class_="under"),
+        f"{leaks} of {told}",
+        tag("p", f"attack{'' if told == 1 else 's'} that can tell found a leak", class_="under"),
         tag("p", audit.sentence) if audit.sentence else None,
         tally(audit),
     )
