@@ -54,12 +54,15 @@ def run(
 def experiment(
     file: Annotated[Path, typer.Argument(help="Grid of run files (TOML).", show_default=False)],
     quick: Annotated[bool, typer.Option(help="Run the small form of the grid.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for runs, results.json and report.html.")] = Path("runs/experiments"),
+    out: Annotated[Path, typer.Option(help="Folder for runs, results.json and report.html.")] = Path(
+        "runs/experiments"
+    ),
+    jobs: Annotated[int, typer.Option(help="Runs at once, each in its own process with its share of the cores.")] = 1,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a grid of run files; what is finished is not run again. Writes a table and curves."""
-    _commands().experiment(file, out=out, quick=quick, json=json, quiet=quiet)
+    _commands().experiment(file, out=out, quick=quick, jobs=jobs, json=json, quiet=quiet)
 
 
 @app.command()

@@ -51,13 +51,13 @@ def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet
         raise BudgetExhausted("the privacy budget ended the run before its last round; what was trained is kept")
 
 
-def experiment(file: Path, *, out: Path, quick: bool, json: bool, quiet: bool) -> None:
+def experiment(file: Path, *, out: Path, quick: bool, jobs: int, json: bool, quiet: bool) -> None:
     """Run what is missing of a grid; write its table and curves."""
     from ffm_secure import experiments
 
     shown = (lambda line: None) if json or quiet else console.print
     with clear_errors():
-        html, found = experiments.run(file, out=out, quick=quick, say=shown)
+        html, found = experiments.run(file, out=out, quick=quick, jobs=jobs, say=shown)
     say(found, [f"table and curves: {html}"], json=json, quiet=quiet)
 
 

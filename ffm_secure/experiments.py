@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+import multiprocessing
+import os
 import re
-from collections.abc import Callable, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ffm_secure import config as run_file
 from ffm_secure import experiments_report as page
-from ffm_secure import plan, report
+from ffm_secure import experiments_summary, plan, report
 from ffm_secure.config import RunConfig
-from ffm_secure.errors import ConfigError, PlanRefused, StoreError
+from ffm_secure.errors import ConfigError, FfmError, PlanRefused, StoreError
 from ffm_secure.experiments_report import Row
 from ffm_secure.run import Run, place
 from ffm_secure.schema import Problems, option, parse_toml, read_table, set_value
@@ -166,39 +170,96 @@ def _name(labels: Sequence[tuple[str, str]], seed: int) -> str:
 
 
 def run(
-    path: Path, *, out: Path, quick: bool = False, say: Callable[[str], None] = lambda line: None
+    path: Path, *, out: Path, quick: bool = False, jobs: int = 1, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Path, dict[str, Any]]:
-    """Run what is missing of a grid and write `results.json` and `report.html`; return the page and the results.
+    """Run what is missing of a grid, `jobs` cells at once, and write its results; return the page and the results.
 
-    Guarantee: a finished run is read, not repeated; an interrupted one continues where it stopped; the two files are written
-    anew after every run, so an interrupted grid leaves the table of what it has.
+    Guarantee: a finished run is read, not repeated; an interrupted one continues where it stopped; `results.json`, `report.html`,
+    `results.md` and `results.svg` are written anew after every run, so an interrupted grid leaves the table of what it has.
     """
+    if jobs < 1:
+        raise ConfigError("experiment", [f"--jobs = {jobs}: must be at least 1"])
     experiment, cells = load(path, quick=quick)
     folder = out / experiment.name
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    html, results = folder / "report.html", {}
-    for number, cell in enumerate(cells, start=1):
-        made = place(cell.config, base=path.resolve().parent, runs=folder / "runs")
-        summary = finished(made)
-        known = summary is not None
-        if summary is None:
-            summary = made.start(fairness=False).summary  # a grid compares runs, not clients
-        rows.append(row_of(cell, summary))
+    base = path.resolve().parent
+
+    def made(number: int) -> Run:
+        return place(cells[number].config, base=base, runs=folder / "runs")  # anew each time: a run holds its model
+
+    rows: dict[int, Row] = {}
+    results: dict[str, Any] = {}
+    for number, summary, known in _summaries(made, len(cells), jobs=jobs):
+        rows[number] = row_of(cells[number], summary)
         shown = f"{summary.metric_name} {summary.metric_final:.4f}"
-        say(f"{number}/{len(cells)} {cell.config.name}: {shown}{' (known)' if known else f', {summary.seconds:.0f} s'}")
+        name = cells[number].config.name
+        say(f"{len(rows)}/{len(cells)} {name}: {shown}{' (known)' if known else f', {summary.seconds:.0f} s'}")
         results = page.results(
             name=experiment.name,
             about=experiment.about,
             command=f"ffm-secure experiment {path.name}{' --quick' if quick else ''}",
-            rows=rows,
+            rows=[rows[index] for index in sorted(rows)],
             wanted=len(cells),
             compare=experiment.compare,
             references=experiment.references,
         )
-        write_atomic(folder / "results.json", page.to_json(results).encode())
-        write_atomic(html, page.to_html(results).encode())
-    return html, results
+        _write(folder, results)
+    return folder / "report.html", results
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
+    for name, text in (
+        ("results.json", page.to_json(results)),
+        ("report.html", page.to_html(results)),
+        ("results.md", experiments_summary.to_markdown(results)),
+        ("results.svg", experiments_summary.to_svg(results)),
+    ):
+        write_atomic(folder / name, text.encode())
+
+
+def _summaries(made: Callable[[int], Run], count: int, *, jobs: int) -> Iterator[tuple[int, RunSummary, bool]]:
+    """Yield number, summary, and whether it was known: first what is finished, then each cell as it ends."""
+    missing = []
+    for number in range(count):
+        summary = finished(made(number))
+        if summary is None:
+            missing.append(number)
+        else:
+            yield number, summary, True
+    if jobs == 1 or len(missing) < 2:
+        for number in missing:
+            yield number, made(number).start(fairness=False).summary, False  # a grid compares runs, not clients
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        work = {pool.submit(_start, *_words(made(number)), threads): number for number in missing}
+        try:
+            for future in as_completed(work):
+                run = made(work[future])
+                problem, summary = future.result(), finished(run)
+                if problem or summary is None:
+                    raise FfmError(f"{run.folder.name}: {problem or 'was stopped; the same command continues it'}")
+                yield work[future], summary, False
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _words(run: Run) -> tuple[str, str, str]:
+    """Write a run as the words another process makes it from."""
+    return run_file.dump(run.config), str(run.base), str(run.folder.parent)
+
+
+def _start(text: str, base: str, runs: str, threads: int) -> str:
+    """Run one cell in a process of its own, from the text of its run file; return what went wrong, in words."""
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        table = tomllib.loads(text)
+        Run(run_file.from_table(table), base=Path(base), runs=Path(runs)).start(fairness=False)
+    except FfmError as error:
+        return str(error) or type(error).__name__
+    return ""
 
 
 def finished(made: Run) -> RunSummary | None:

@@ -6,13 +6,15 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from ffm_secure import experiments
-from ffm_secure.errors import ConfigError, StoreError
+from ffm_secure.errors import ConfigError, FfmError, StoreError
 from ffm_secure.experiments_report import Row, interval, paired, results, to_html, to_json
+from ffm_secure.experiments_summary import to_markdown, to_svg
 
 ROOT = Path(__file__).resolve().parents[2]
 GRIDS = sorted((ROOT / "experiments").glob("*.toml"))
@@ -114,6 +116,31 @@ def test_results_are_plain_and_the_page_escapes_them() -> None:
     assert "<svg" in html
 
 
+def test_results_are_also_a_markdown_table_and_a_picture_of_their_own() -> None:
+    rows = [
+        row(label, seed, 0.6 + 0.1 * (label == "plain <b>") + 0.01 * seed)
+        for label in ("plain <b>", "a|b")
+        for seed in (1, 2, 3)
+    ]
+    found = results(name="grid", about="", command="", rows=rows, wanted=6, compare="rule", references=["a|b"])
+    lines = to_markdown(found).splitlines()
+    assert lines[0].startswith("accuracy, 6 runs")
+    assert lines[2].startswith("| data | rule | seed 1 | seed 2 | seed 3 | mean ± 95 % | minus a\\|b | epsilon |")
+    assert "| 0.710 | 0.720 | 0.730 | 0.720 ± 0.025 | **+0.100 [+0.100, +0.100]** | none |" in lines[4]
+    assert len({line.replace("\\|", "").count("|") for line in lines[2:]}) == 1
+    drawn = ElementTree.fromstring(to_svg(found))
+    dots = drawn.findall(".//{http://www.w3.org/2000/svg}circle")
+    assert len(dots) == 6
+    assert [float(dot.attrib["cx"]) for dot in dots] == sorted(float(dot.attrib["cx"]) for dot in dots[:3]) + sorted(
+        float(dot.attrib["cx"]) for dot in dots[3:]
+    )
+    assert "plain <b>" in {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert (
+        to_markdown(results(name="g", about="", command="", rows=[], wanted=1, compare="", references=[]))
+        == "No run has finished.\n"
+    )
+
+
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +169,31 @@ def test_a_grid_runs_resumes_and_refuses_foreign_runs(tmp_path: Path, monkeypatc
     file.write_text(GRID.replace("learning_rate = 0.1", "learning_rate = 0.2"))
     with pytest.raises(StoreError, match="other settings"):
         experiments.run(file, out=tmp_path / "out", quick=True)
+
+
+def test_cells_in_processes_of_their_own_give_the_same_table(tmp_path: Path) -> None:
+    file = tmp_path / "grid.toml"
+    file.write_text(GRID)
+    one = experiments.run(file, out=tmp_path / "one")[1]
+    two = experiments.run(file, out=tmp_path / "two", jobs=2)[1]
+    for left, right in zip(one["rows"], two["rows"], strict=True):
+        assert left["labels"] == right["labels"]
+        assert left["metric"] == pytest.approx(right["metric"], abs=0.06), (
+            "one answer of twenty may fall on the other side"
+        )
+    assert two["complete"]
+    assert {"results.json", "results.md", "results.svg", "report.html"} <= {
+        p.name for p in (tmp_path / "two" / "tiny").iterdir()
+    }
+    with pytest.raises(ConfigError, match="at least 1"):
+        experiments.run(file, out=tmp_path / "one", jobs=0)
+
+
+def test_what_stops_a_cell_in_another_process_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "grid.toml"
+    file.write_text(GRID.replace("builtin:digits", "nowhere.parquet"))
+    with pytest.raises(FfmError, match=r"nowhere\.parquet"):
+        experiments.run(file, out=tmp_path / "out", jobs=2)
 
 
 @pytest.mark.parametrize(
@@ -204,3 +256,34 @@ def test_prompts_are_compared_at_equal_bytes() -> None:
     _, cells = experiments.load(ROOT / "experiments" / "prompts.toml")
     sizes = [count[cell.config.model.trainable.kind](cell.config.model.trainable) for cell in cells]
     assert max(sizes) < 1.02 * min(sizes)
+
+
+# --- the results we show ---------------------------------------------------------------------------------------------
+
+SHOWN = sorted((ROOT / "docs" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHOWN, ids=lambda path: path.stem)
+def test_every_results_page_shows_the_table_of_its_grid(path: Path) -> None:
+    """The page holds the table and the picture that its rows give, and the rows are those of the grid as it is shipped."""
+    stored = json.loads(path.read_text())
+    rows = [
+        Row(**{**item, "labels": tuple(item["labels"].items()), "curve": tuple(item["curve"]), "phases": tuple(item["phases"])}
+            | {key: math.inf for key in ("epsilon",) if item[key] == "infinity"})
+        for item in stored["rows"]
+    ]  # fmt: skip
+    experiment, cells = experiments.load(ROOT / "experiments" / f"{path.stem}.toml")
+    assert {(row.run, row.seed) for row in rows} <= {(cell.config.name, cell.seed) for cell in cells}
+    found = results(
+        name=experiment.name,
+        about=experiment.about,
+        command=stored["command"],
+        rows=rows,
+        wanted=len(cells),
+        compare=experiment.compare,
+        references=experiment.references,
+    )
+    page = path.with_suffix(".md").read_text()
+    assert to_markdown(found).strip() in page
+    assert f"{path.stem}.svg" in page
+    assert path.with_suffix(".svg").read_text() == to_svg(found)
