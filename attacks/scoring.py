@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -14,8 +15,19 @@ from attacks import metrics
 from attacks.contract import Reconstruction
 from attacks.truth import Truth
 
+SHOWN = 4  # texts or images kept beside the truth
 ADVANTAGE = 0.3  # share of the way from guessing to perfect that counts as a success
 _Z99 = 2.576
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pictured:
+    """Hold a true image beside the recovered one matched to it, both (channels, height, width) as the model takes them."""
+
+    truth: Tensor
+    recovered: Tensor
+    psnr: float
+    ssim: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +41,7 @@ class Score:
     high: float | None = None
     succeeded: bool
     pairs: tuple[tuple[str, str], ...] = ()
+    pictures: tuple[Pictured, ...] = ()
 
 
 def score(found: Reconstruction, truth: Truth) -> Score | None:
@@ -89,7 +102,7 @@ def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
         return None
     guessed -= everywhere
     result = metrics.token_set_score(guessed, true)
-    pairs = _beside(truth.sequences[:4], found, guessed)
+    pairs = _beside(truth.sequences[:SHOWN], found, guessed)
     return Score(measure="token F1", value=result.f1, baseline=0.0, succeeded=result.f1 >= ADVANTAGE, pairs=pairs)
 
 
@@ -135,8 +148,24 @@ def _images(found: Reconstruction, truth: Truth) -> Score | None:
     if not usable:
         return None
     peak = max(float(true.max() - true.min()), 1e-9)
-    best = max(metrics.psnr(image, target, peak=peak) for image in usable for target in true)
+    table = metrics.similarity_matrix(usable, list(true), partial(metrics.psnr, peak=peak))
+    best = float(table.max())
     # The mean image is the guess; of a single image it would be the truth itself, so there the guess is one colour.
     mean = true.mean(dim=0) if len(true) > 1 else true[0].mean(dim=(1, 2), keepdim=True).expand_as(true[0])
     baseline = max(metrics.psnr(mean, target, peak=peak) for target in true)
-    return Score(measure="PSNR dB", value=best, baseline=baseline, succeeded=best >= baseline + 6.0)
+    matched = sorted(metrics.match_one_to_one(table), key=lambda place: -table[place])[:SHOWN]
+    return Score(
+        measure="PSNR dB",
+        value=best,
+        baseline=baseline,
+        succeeded=best >= baseline + 6.0,
+        pictures=tuple(
+            Pictured(
+                truth=true[j],
+                recovered=usable[i],
+                psnr=float(table[i, j]),
+                ssim=metrics.ssim(usable[i], true[j], peak=peak),
+            )
+            for i, j in matched
+        ),
+    )

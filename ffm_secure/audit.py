@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attacks import canary
+from attacks import canary, curves
 from attacks.command import load_model, load_tokenizer
 from attacks.contract import Attack, Budget, Prior, Reconstruction
 from attacks.observation import Knowledge, Observation, ObservationError, load_observation
@@ -23,13 +23,25 @@ from attacks.registry import ATTACKS
 from attacks.rehearsal import noise_only, rehearse
 from attacks.scoring import Score, score
 from attacks.truth import Truth, load_truth
-from defenses.dp import Clipping, PerSampleEngine, RecordMechanism
+from defenses.dp import RecordMechanism
 from defenses.random_source import RandomSource
-from ffm_secure import plan, report, setup
+from ffm_secure import client_replay, plan, report, setup
+from ffm_secure.audit_words import Decode, decoder, sentence
+from ffm_secure.canary_rounds import client_canaries, record_canaries
+from ffm_secure.config import RunConfig
 from ffm_secure.errors import StoreError
-from ffm_secure.mechanism import ClientNoise
+from ffm_secure.pictures import png_address
 from ffm_secure.store import Store
-from ffm_secure.types import AuditFinding, AuditSummary, RecoveredPair, RunSummary
+from ffm_secure.types import (
+    AuditFinding,
+    AuditSummary,
+    LeakCurve,
+    Observer,
+    Point,
+    RecoveredPair,
+    RecoveredPicture,
+    RunSummary,
+)
 
 CANDIDATES = 32  # members and as many outsiders in a membership test
 CANARIES = 1000
@@ -37,20 +49,25 @@ SIGNIFICANCE = 0.05
 
 # Attacks that search for minutes: they are given one record, the client's worst case, and no place in a quick audit.
 HEAVY = frozenset({"matching", "text search", "fedavg", "learned", "aggregate"})
+# Closed forms: where they fail on many records, they are tried on one, unless they are dear on this model.
+CLOSED = frozenset({"presence", "labels", "linear", "least squares", "span"})
+DEAR = 5.0  # CPU seconds
 # Closed forms that cost tens of seconds on a real model: they come last, so that cheap attacks never lose their verdict.
 LATE = frozenset({"adapter_readout", "span", "span_exact"})
 SECONDS = {"quick": (20.0, 120.0), "standard": (45.0, 1_400.0), "exhaustive": (3_600.0, float("inf"))}  # an attack, all
 TELLING = 0.1  # how much surer an attack must be on an undefended update than on noise for its confidence to tell
 
+SHOWN_PICTURES = 2  # of one finding
+
 Result = tuple[Reconstruction, Score | None]
-Decode = Callable[[str], str]
+Ran = dict[tuple[str, int, str], Result]  # by attack, records, and point or what crossed the wire
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
     """One update on its way from a client to an observer, and apart from it the truth about it."""
 
-    point: str  # raw, clipped, noised, aggregated
+    point: Point
     observation: Observation
     truth: Truth
 
@@ -83,10 +100,12 @@ class Purse:
 class Stage:
     """What all scenes share: the model as broadcast, what an attacker may bring along, the control, the rest."""
 
+    records: int
     model: nn.Module
     prior: Prior
     control: Scene
-    scenes: Mapping[str, Scene]
+    scenes: Mapping[Point, Scene]
+    wire: Callable[[int], Scene]  # what that many clients really send in a round, nothing granted
 
 
 def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
@@ -102,13 +121,12 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
     resumed = Store.read(folder).resume()
     if resumed is None:
         raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")
-    stages = [build_stage(prepared, resumed[0].vector)]
-    if budget != "quick":
-        stages.append(build_stage(prepared, resumed[0].vector, records=1))
-    observers = config.audit.observers or ("server", "public")
-    decode = decoder(prepared.backbone.tokenizer)
-    findings = tuple(_findings(stages, observers, config, Purse(name=budget), decode))
-    bound = mechanism_lower_bound(prepared)
+    stages = [build_stage(prepared, resumed[0].vector, records=records) for records in (CANDIDATES, 1)]
+    observers = cast("tuple[Observer, ...]", config.audit.observers or ("server", "public"))
+    decode, ran = decoder(prepared.backbone.tokenizer), Ran()
+    findings = tuple(_findings(stages, observers, config, Purse(name=budget), decode, ran))
+    bounds = bounds_over_rounds(prepared)
+    bound = bounds[max(bounds)] if bounds else None
     audit = AuditSummary(
         budget=budget,
         cpu_seconds=time.process_time() - began,
@@ -116,6 +134,7 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
         epsilon_lower=None if bound is None else bound.epsilon,
         epsilon_lower_method="" if bound is None else _measured_how(bound, summary),
         sentence=sentence(findings),
+        curves=(*_placed(_leak_curves(stages[0], ran, budget), stages[0], prepared), *_over_rounds(bounds)),
     )
     audited = replace(summary, audit=audit)
     report.write(audited, folder)
@@ -176,8 +195,9 @@ def _standalone(
 ) -> Iterator[AuditFinding]:
     rehearsed = None if model is None else rehearse(observation, model, seed=0)
     silence, prior = noise_only(observation, seed=0), Prior()
-    observer: Any = observation.observer
-    point = str(observation.metadata.get("point") or ("aggregated" if observation.kind == "sum" else "raw"))
+    observer = cast(Observer, observation.observer)  # a name the other system gave
+    told = observation.metadata.get("point") or ("aggregated" if observation.kind == "sum" else "raw")
+    point = cast(Point, told)
 
     def attempt(attack: Attack, seen: Observation, budget: Budget, known: Truth | None) -> Result:
         found = attack.run(seen, model, prior, budget, 0)
@@ -214,110 +234,40 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
     size = min(records, len(encoded) // 2)
     order = rows.permutation(len(encoded))
     members, others = order[:size], order[size : 2 * size]
-    model = _attackable(prepared)
+    model = client_replay.attackable(prepared)
     batch = prepared.task.batch(encoded, members, device=prepared.device)
-    gradients = _gradients(prepared, batch)
-    names = _names(prepared)
+    points = client_replay.gradients(prepared, batch)
+    names = client_replay.own_names(prepared)
     facts = {"batch_size": size, "local_steps": 1, "learning_rate": config.federation.lifecycle.learning_rate}
     truth = _truth(batch, members=size, outsiders=size)
     prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
     knowledge = Knowledge(task=config.task.kind, batch_size=size, **(_granted(batch, truth) if size == 1 else {}))
 
-    def scene(point: str, tensors: Mapping[str, Tensor], contributors: int = 1) -> Scene:
-        kind: Any = "sum" if contributors > 1 else "gradient"
-        metadata: dict[str, Any] = {"point": point, **facts} | ({"summand": "gradient"} if kind == "sum" else {})
-        observed = {names[name]: tensor.detach().cpu() for name, tensor in tensors.items()}
+    def scene(
+        point: Point, tensors: Mapping[str, Tensor], clients: int = 1, *, content: str = "gradient", **told: Any
+    ) -> Scene:
+        summed = {"summand": content} if clients > 1 else {}
         observation = Observation(
-            kind=kind,
-            tensors=observed,
-            contributors=contributors,
-            metadata=metadata,
-            knowledge=knowledge,
+            kind="sum" if clients > 1 else cast(Literal["gradient", "delta"], content),
+            tensors={names[name]: tensor.detach().cpu() for name, tensor in tensors.items()},
+            contributors=clients,
+            metadata={"point": point, **(told or facts), **summed},
+            knowledge=Knowledge(task=config.task.kind) if told else knowledge,
         )
         return Scene(point=point, observation=observation, truth=truth)
 
-    control = scene("raw", gradients["raw"])
-    scenes = {
-        "raw": control,
-        **{point: scene(point, tensors) for point, tensors in gradients.items() if point != "raw"},
+    @cache
+    def wire(clients: int) -> Scene:
+        sent = client_replay.wire_change(prepared, vector, encoded.take(members), client, clients)
+        point: Point = "aggregated" if clients > 1 else "raw" if prepared.mechanism is None else "noised"
+        return scene(point, sent, clients, content="delta", **client_replay.wire_facts(prepared, size))
+
+    scenes: dict[Point, Scene] = {
+        cast(Point, point): scene(cast(Point, point), tensors) for point, tensors in points.items()
     }
-    scenes["aggregated"] = scene("aggregated", _aggregate(prepared, gradients, client, size), smallest_sum(config))
-    return Stage(model=model, prior=prior, control=control, scenes=scenes)
-
-
-def _gradients(prepared: setup.Prepared, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return one step's update at each point: raw, and under record-level privacy clipped and noised by the run's mechanism."""
-    trained, task, mechanism = prepared.trainable, prepared.task, prepared.mechanism
-    losses = task.losses(trained.model, batch)
-    raw = torch.autograd.grad(losses.mean(), list(trained.parameters.values()), allow_unused=True)
-    found = {
-        "raw": {
-            name: torch.zeros_like(p) if g is None else g
-            for (name, p), g in zip(trained.parameters.items(), raw, strict=True)
-        }
-    }
-    if isinstance(mechanism, RecordMechanism):
-        with PerSampleEngine(trained.model, parameters=trained.parameters) as engine:
-            clipping = Clipping(kind=prepared.config.privacy.clipping, clip_norm=mechanism.clip_norm)
-            clipped = engine.clipped_sum(lambda: task.losses(trained.model, batch), clip=clipping).gradients
-        found["clipped"] = {name: value / mechanism.expected_batch_size for name, value in clipped.items()}
-        found["noised"] = mechanism.privatise(clipped, RandomSource.system())
-    if isinstance(mechanism, ClientNoise):
-        vector = torch.cat([value.reshape(-1) for value in found["raw"].values()])
-        found["clipped"] = _unflatten(mechanism.inner.clip(vector.cpu()), found["raw"])
-        share = mechanism.noisy_integers(vector, RandomSource.system()) / mechanism.scale
-        found["noised"] = _unflatten(torch.from_numpy(share).float(), found["raw"])
-    return found
-
-
-def _aggregate(
-    prepared: setup.Prepared, gradients: Mapping[str, Mapping[str, Tensor]], client: int, records: int
-) -> dict[str, Tensor]:
-    """Add what the other clients of a cohort send in the same step, each with its own records and its own noise."""
-    own = gradients.get("noised", gradients["raw"])
-    total = {name: value.clone() for name, value in own.items()}
-    others = [index for index in range(len(prepared.parts)) if index != client and len(prepared.parts[index])]
-    for index in others[: smallest_sum(prepared.config) - 1]:
-        part = prepared.parts[index][:records]
-        batch = prepared.task.batch(
-            prepared.task.encode(prepared.dataset.train.take(part)), np.arange(len(part)), device=prepared.device
-        )
-        sent = _gradients(prepared, batch)
-        for name, value in sent.get("noised", sent["raw"]).items():
-            total[name] += value
-    return total
-
-
-def smallest_sum(config: Any) -> int:
-    """Return how many clients stand behind the smallest sum an observer may be left with: the threshold, less colluders."""
-    return max(1, plan.minimum_survivors(config) - config.protection.colluding)
-
-
-def _unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    parts = torch.split(vector, [value.numel() for value in like.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
-
-
-def _names(prepared: setup.Prepared) -> dict[str, str]:
-    """Map the canonical names of what is trained to the names the model itself uses."""
-    own = {id(parameter): name for name, parameter in prepared.trainable.model.named_parameters()}
-    return {name: own[id(parameter)] for name, parameter in prepared.trainable.parameters.items()}
-
-
-def _attackable(prepared: setup.Prepared) -> nn.Module:
-    """Copy the model for the attacker: eager attention, and padding read from the ids, as a client's own batches have it."""
-    model = copy.deepcopy(prepared.trainable.model).cpu()
-    pad = getattr(prepared.backbone.tokenizer, "pad_token_id", None)
-    if pad is None or prepared.config.task.kind == "image_classification":
-        return model
-    kind = type(model)
-
-    def forward(self: nn.Module, input_ids: Tensor, **rest: Any) -> Any:
-        mask = rest.pop("attention_mask", (input_ids != pad).long())
-        return kind.forward(self, input_ids=input_ids, attention_mask=mask, **rest)
-
-    model.__class__ = type("Padded" + kind.__name__, (kind,), {"forward": forward})
-    return model
+    smallest = client_replay.smallest_sum(config)
+    scenes["aggregated"] = scene("aggregated", client_replay.aggregate(prepared, points, client, size), smallest)
+    return Stage(records=size, model=model, prior=prior, control=scenes["raw"], scenes=scenes, wire=wire)
 
 
 def _candidates(prepared: setup.Prepared, encoded: Any, rows: list[int]) -> dict[str, Tensor]:
@@ -361,36 +311,86 @@ def _truth(batch: Mapping[str, Tensor], *, members: int, outsiders: int) -> Trut
 
 
 def _findings(
-    stages: list[Stage], observers: tuple[str, ...], config: Any, purse: Purse, decode: Decode
+    stages: list[Stage], observers: tuple[Observer, ...], config: RunConfig, purse: Purse, decode: Decode, ran: Ran
 ) -> Iterator[AuditFinding]:
-    results: dict[tuple[str, str], Result] = {}
-    ordered = sorted(ATTACKS.items(), key=lambda item: item[0] in LATE)
-    for name, make in ordered:  # all observers of one attack together, so that its control is run once
-        attack = make()
-        stage = stages[-1] if attack.family in HEAVY else stages[0]
+    wanted = [name for name in ATTACKS if {"all", name} & set(config.audit.attacks)]
+    for name in sorted(wanted, key=lambda name: name in LATE):
+        attack = ATTACKS[name]()  # all its observers together, so that its control is run once
+        stage = _stage_for(attack, stages, purse, ran)
         for observer in observers:
             point = seen_by(observer, config, stage)
-            for scene in (stage.control, stage.scenes[point]):
-                budget = purse.budget(attack)
-                if (name, scene.point) not in results and budget is not None:
-                    results[name, scene.point] = _attempt(attack, stage, scene, budget)
-            if (name, point) in results and (name, "raw") in results:
-                yield judge(observer, name, point, results[name, point], results[name, "raw"], decode)
-            else:
+            seen = _once(attack, stage, stage.scenes[point], purse, ran)
+            control = ran.get((name, stage.records, "raw"))
+            if seen is None or control is None:
                 yield not_tried(observer, attack, point, purse)
+                continue
+            found = judge(observer, name, point, seen, control, decode)
+            found = replace(found, granted=_granted_words(stage), pictures=_drawn(seen[1], stage.prior))
+            yield _beside_the_wire(found, attack, stage, purse, ran)
 
 
-def _attempt(attack: Attack, stage: Stage, scene: Scene, budget: Budget) -> Result:
-    found = attack.run(scene.observation, stage.model, stage.prior, budget, 0)
-    return found, score(found, scene.truth) if found.applicable else None
+def _stage_for(attack: Attack, stages: Sequence[Stage], purse: Purse, ran: Ran) -> Stage:
+    """Return the first stage on which the control passes; a step on one record is the second chance of a cheap attack."""
+    tried = stages[1:] if attack.family in HEAVY else stages if attack.family in CLOSED else stages[:1]
+    for stage in tried:
+        control = _once(attack, stage, stage.control, purse, ran)
+        if control is None or control[0].seconds > DEAR or (control[1] is not None and control[1].succeeded):
+            return stage if control is not None and control[1] is not None else tried[0]
+    return tried[0]
 
 
-def not_tried(observer: str, attack: Attack, point: str, purse: Purse) -> AuditFinding:
+def _once(attack: Attack, stage: Stage, scene: Scene, purse: Purse, ran: Ran, key: str = "") -> Result | None:
+    """Run an attack on a scene, if that has not been done and the purse allows it."""
+    place, budget = (attack.name, stage.records, key or scene.point), purse.budget(attack)
+    if place not in ran and budget is not None:
+        found = attack.run(scene.observation, stage.model, stage.prior, budget, 0)
+        ran[place] = found, score(found, scene.truth) if found.applicable else None
+    return ran.get(place)
+
+
+def _granted_words(stage: Stage) -> tuple[str, ...]:
+    """Name everything an attacker of this stage may know beyond the wire."""
+    priors = (f"prior.{name}" for name in ("candidates", "image_mean") if getattr(stage.prior, name) is not None)
+    return (*stage.control.observation.knowledge.granted(), "one step", *priors)
+
+
+def _beside_the_wire(found: AuditFinding, attack: Attack, stage: Stage, purse: Purse, ran: Ran) -> AuditFinding:
+    """Put beside a leak how the attack fares on what the protocol really sends; where nothing leaked at worst, that is less."""
+    if found.verdict != "leaked":
+        return found
+    clients = stage.scenes[found.point].observation.contributors
+    if purse.budget(attack) is None:
+        return replace(found, observed_reason=purse.refusal(attack))
+    try:
+        done = _once(attack, stage, stage.wire(clients), purse, ran, key=f"wire of {clients}")
+    except ValueError as error:
+        return replace(found, observed_reason=str(error))
+    result, scored = cast(Result, done)
+    told = f"{clients} client{'s' if clients > 1 else ''} in one whole round, nothing granted"
+    value = None if scored is None else scored.value
+    return replace(found, observed=value, observed_reason=told if value is not None else f"{told}: {result.reason}")
+
+
+def _drawn(scored: Score | None, prior: Prior) -> tuple[RecoveredPicture, ...]:
+    """Turn images as the model takes them into pictures as a person sees them."""
+    mean = 0.0 if prior.image_mean is None else prior.image_mean.view(-1, 1, 1)
+    deviation = 1.0 if prior.image_std is None else prior.image_std.view(-1, 1, 1)
+
+    def address(image: Tensor) -> str:
+        return png_address(image * deviation + mean)
+
+    return tuple(
+        RecoveredPicture(truth=address(one.truth), recovered=address(one.recovered), psnr=one.psnr, ssim=one.ssim)
+        for one in (() if scored is None else scored.pictures[:SHOWN_PICTURES])
+    )
+
+
+def not_tried(observer: Observer, attack: Attack, point: Point, purse: Purse) -> AuditFinding:
     """Say that nothing is known of an attack that the budget had no room for."""
     return AuditFinding(
-        observer=observer,  # type: ignore[arg-type]
+        observer=observer,
         attack=attack.name,
-        point=point,  # type: ignore[arg-type]
+        point=point,
         verdict="inconclusive",
         measure="not run",
         score=None,
@@ -398,22 +398,10 @@ def not_tried(observer: str, attack: Attack, point: str, purse: Purse) -> AuditF
     )
 
 
-def decoder(tokenizer: Any) -> Decode:
-    """Return a function from token ids, separated by blanks, to readable tokens, separated by blanks."""
-
-    def decode(ids: str) -> str:
-        try:
-            return " ".join(str(tokenizer.decode([int(one)])).strip() or one for one in ids.split())
-        except (ValueError, TypeError, IndexError, OverflowError):
-            return ids
-
-    return (lambda ids: ids) if tokenizer is None else decode
-
-
-def seen_by(observer: str, config: Any, stage: Stage) -> str:
+def seen_by(observer: Observer, config: RunConfig, stage: Stage) -> Point:
     """Return at which point of its way an observer sees an update; seeded noise hides nothing, so it is taken off."""
-    alone = "clipped" if config.privacy.noise == "seeded" else "noised"
-    single = alone if alone in stage.scenes else "raw"
+    alone: Point = "clipped" if config.privacy.noise == "seeded" else "noised"
+    single: Point = alone if alone in stage.scenes else "raw"
     if observer == "server" and config.protection.kind == "none":
         return single
     if observer == "colluding_server" and config.protection.kind != "secagg":
@@ -422,9 +410,9 @@ def seen_by(observer: str, config: Any, stage: Stage) -> str:
 
 
 def judge(
-    observer: str,
+    observer: Observer,
     name: str,
-    point: str,
+    point: Point,
     seen: Result,
     control: Result,
     decode: Decode = str,
@@ -438,7 +426,7 @@ def judge(
         point=point,
         verdict="not applicable",
         measure="",
-        score=None,  # type: ignore[arg-type]
+        score=None,
         seconds=found.seconds,
         knowledge=found.knowledge_used,
         reason=found.reason,
@@ -477,14 +465,14 @@ def judge(
 
 
 def judge_unknown(
-    observer: str, name: str, point: str, seen: Reconstruction, control: Reconstruction, silence: Reconstruction
+    observer: Observer, name: str, point: Point, seen: Reconstruction, control: Reconstruction, silence: Reconstruction
 ) -> AuditFinding:
     """Give the verdict where the truth is not known: is the attack as sure as on a rehearsal, or no surer than on noise?"""
     low = silence.confidence if silence.items else 0.0
     base = AuditFinding(
-        observer=observer,  # type: ignore[arg-type]
+        observer=observer,
         attack=name,
-        point=point,  # type: ignore[arg-type]
+        point=point,
         verdict="inconclusive",
         measure="own confidence",
         score=seen.confidence if seen.items else 0.0,
@@ -501,20 +489,45 @@ def judge_unknown(
     return replace(base, verdict="leaked" if leaked else "not leaked", reason=reason)
 
 
-def sentence(findings: tuple[AuditFinding, ...]) -> str:
-    """Say the outcome in one line a manager understands."""
-    leaks = sorted({f"{item.attack} by the {item.observer}" for item in findings if item.verdict == "leaked"})
-    passed = sum(item.verdict == "not leaked" for item in findings)
-    untried = sum(item.measure == "not run" for item in findings)
-    open_ = sum(item.verdict == "inconclusive" for item in findings) - untried
-    if leaks:
-        return f"Private data leaked: {', '.join(leaks[:4])}{' and more' if len(leaks) > 4 else ''}."
-    if not passed:
-        return "Nothing was proven: no attack worked even on the undefended update."
-    rest = f", {untried} were not tried under this budget" if untried else ""
-    return (
-        f"No leak found: {passed} attacks that read the undefended update failed on what observers see; "
-        f"{open_} were inconclusive{rest}."
+def _leak_curves(stage: Stage, ran: Ran, budget: str) -> Iterator[curves.Curve]:
+    """Draw curves for the best closed form of each family whose control passed: one attack shows the law of its kind."""
+    best: dict[str, tuple[tuple[int, float, float], Attack]] = {}
+    for (name, records, point), (found, scored) in ran.items():
+        attack = ATTACKS[name]()
+        if point == "raw" and scored is not None and scored.succeeded and attack.family in CLOSED:
+            rated = (records, scored.value, -found.seconds)
+            if attack.family not in best or rated > best[attack.family][0]:
+                best[attack.family] = rated, attack
+    chosen = sorted(((attack, -rated[2]) for rated, attack in best.values()), key=lambda pair: pair[1])
+    yield from curves.draw(chosen, stage.control.observation, stage.model, length=_length(stage), name=budget)
+
+
+def _length(stage: Stage) -> int:
+    """Return how many tokens an invented text gets: as many as the client's have on average."""
+    texts = stage.control.truth.sequences or ((0,),)
+    return max(2, round(sum(map(len, texts)) / len(texts)))
+
+
+def _placed(drawn: Iterator[curves.Curve], stage: Stage, prepared: setup.Prepared) -> Iterator[LeakCurve]:
+    """Mark on each curve where the run lies: what the server sees of one step."""
+    config, width = prepared.config, curves.width_of(stage.control.observation, stage.model)
+    clients = stage.scenes[seen_by("server", config, stage)].observation.contributors
+    records = float(config.federation.lifecycle.batch_size * clients)
+    noise = 0.0 if prepared.mechanism is None else float(prepared.mechanism.noise_multiplier)
+    tokens = records * _length(stage) / width.size if width else None
+    here = {"records": records, "noise multiplier": noise, "tokens per width": tokens, "tokens per rank": tokens}
+    for one in drawn:
+        yield LeakCurve(**{item.name: getattr(one, item.name) for item in fields(one)}, here=here[one.axis])
+
+
+def _over_rounds(bounds: Mapping[int, canary.LowerBound]) -> Iterator[LeakCurve]:
+    """Show how the proven lower bound on epsilon grows over the rounds one client takes part in."""
+    epsilons = tuple(bound.epsilon for bound in bounds.values())
+    reason = "" if bounds else "no noise hides what one round tells, so more rounds add nothing to it"
+    here = float(max(bounds)) if bounds else None
+    x = tuple(map(float, bounds))
+    yield LeakCurve(
+        attack="canaries", axis="rounds", measure="epsilon, at least", x=x, y=epsilons, here=here, reason=reason
     )
 
 
@@ -524,42 +537,24 @@ def mechanism_lower_bound(prepared: setup.Prepared, *, seed: int = 1) -> canary.
     The canaries go through the very sampler, bound, noise and divisor that the run used; the result is a lower bound on
     epsilon, wrong with probability at most 5 %, to be held against the ledger's upper bound.
     """
+    return bounds[max(bounds)] if (bounds := bounds_over_rounds(prepared, seed=seed)) else None
+
+
+def bounds_over_rounds(prepared: setup.Prepared, *, seed: int = 1) -> dict[int, canary.LowerBound]:
+    """Return the lower bound that 1, 2, 4, ... rounds of one canary run prove, and all rounds; nothing without a mechanism."""
     mechanism, config = prepared.mechanism, prepared.config
     if mechanism is None:
-        return None
+        return {}
     rounds = max(1, plan.participation_cap(config))
     dimension = max(2 * CANARIES, min(prepared.trainable.size, 20_000))
     coins = canary.Canaries(count=CANARIES, dimension=dimension, norm=mechanism.clip_norm, seed=seed, kind="dirac")
-    source = RandomSource.system()
-    if isinstance(mechanism, RecordMechanism):
-        update = _record_canaries(mechanism, coins, rounds, source)
-    else:
-        update = _client_canaries(mechanism, coins, rounds, source)
-    return coins.audit(update, config.privacy.delta, SIGNIFICANCE)
-
-
-def _record_canaries(mechanism: RecordMechanism, coins: canary.Canaries, rounds: int, source: RandomSource) -> Tensor:
-    included = coins.included.nonzero().flatten()
-    vectors = [coins.direction(int(index)) for index in included]
-    total = torch.zeros(coins.dimension)
-    for _ in range(rounds * mechanism.steps):
-        clipped = torch.zeros(coins.dimension)
-        for row in mechanism.sample(len(vectors), source):
-            clipped += vectors[int(row)]
-        total += mechanism.privatise({"canary": clipped}, source)["canary"]
-    return total
-
-
-def _client_canaries(mechanism: ClientNoise, coins: canary.Canaries, rounds: int, source: RandomSource) -> Tensor:
-    grid = replace(mechanism, dimension=coins.dimension)
-    total = torch.zeros(coins.dimension, dtype=torch.float64)
-    signal = coins.contribution(grid.inner.clip)
-    for _ in range(rounds):
-        noise = sum(
-            grid.noisy_integers(torch.zeros(coins.dimension), source) for _ in range(grid.inner.honest_survivors)
-        )
-        total += signal.double() + torch.from_numpy(np.asarray(noise)) / grid.scale
-    return total
+    begin = record_canaries if isinstance(mechanism, RecordMechanism) else client_canaries
+    totals, seen = begin(mechanism, coins, RandomSource.system()), {}
+    for number in range(1, rounds + 1):
+        total = next(totals)
+        if number == rounds or number & (number - 1) == 0:
+            seen[number] = coins.audit(total, config.privacy.delta, SIGNIFICANCE)
+    return seen
 
 
 def _read_summary(folder: Path) -> RunSummary:

@@ -34,6 +34,15 @@ class Level:
     role: str = "quiet"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """Name the places 0, 1, 2, ... of an axis that is not rounds; `mark` is where this run lies among them."""
+
+    noun: str
+    names: Sequence[str]
+    mark: float | None = None
+
+
 def short(value: float) -> str:
     """Write a value beside a line, where little room is."""
     if not math.isfinite(value) or value == 0 or abs(value) >= 1e-3:
@@ -73,17 +82,18 @@ def line_chart(
     from_zero: bool = False,
     aborted: Sequence[int] = (),
     whole: bool = False,
+    axis: Axis | None = None,
 ) -> Html:
-    """Draw values over rounds, each line labelled at its end, aborted rounds crossed on the axis."""
+    """Draw values over rounds, or over the places of another axis; lines are labelled at their ends, aborted rounds crossed."""
     rounds = sorted({value for line in series for value in line.x})
     values = [v for line in series for v in line.y if math.isfinite(v)] + [level.value for level in levels]
     if not rounds or not values:
         return tag("p", "Nothing to draw: no finite value was recorded.", class_="empty")
     ticks = nice_ticks(min([*values, 0.0]) if from_zero else min(values), max(values), whole=whole)
     frame = _Frame(ticks[0], ticks[-1], rounds[0], rounds[-1])
-    parts = [_grid(frame, ticks, shown), _round_axis(frame, rounds)]
+    parts = [_grid(frame, ticks, shown), _round_axis(frame, rounds) if axis is None else _named_axis(frame, axis)]
     parts += [_level(frame, level) for level in levels]
-    parts += [_line(frame, line, shown) for line in series]
+    parts += [_line(frame, line, shown, axis) for line in series]
     parts += [_crossed(frame, value) for value in aborted]
     parts.append(_labels(frame, series, levels, shown))
     return tag("svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img", aria_label=description, class_="chart")
@@ -141,12 +151,24 @@ def _round_axis(frame: _Frame, rounds: Sequence[int]) -> Html:
     )
 
 
+def _named_axis(frame: _Frame, axis: Axis) -> Html:
+    last = len(axis.names) - 1
+    every = math.ceil(len(axis.names) / 5)
+    chosen = sorted({last, *(place for place in range(0, last + 1, every) if last - place >= every or place == last)})
+    parts = [_text(frame.x(place), HEIGHT - 12, axis.names[place], "tick middle") for place in chosen]
+    if axis.mark is not None:
+        x = frame.x(axis.mark)
+        rule = tag("path", d=f"M{x:.1f} {TOP:.1f}L{x:.1f} {HEIGHT - BOTTOM:.1f}", class_="here")
+        parts.append(tag("g", tag("title", "this run"), rule))
+    return join(parts)
+
+
 def _level(frame: _Frame, level: Level) -> Html:
     y = frame.y(level.value)
     return _rule(LEFT, y, WIDTH - RIGHT, y, f"level {level.role}")
 
 
-def _line(frame: _Frame, line: Series, shown: Callable[[float], str]) -> Html:
+def _line(frame: _Frame, line: Series, shown: Callable[[float], str], axis: Axis | None) -> Html:
     path, pen_down, before = [], False, 0.0
     points = list(zip(line.x, line.y, strict=True))
     for x, y in points:
@@ -162,7 +184,10 @@ def _line(frame: _Frame, line: Series, shown: Callable[[float], str]) -> Html:
     dots = [
         tag(
             "circle",
-            tag("title", f"round {x:,}: {line.label} {shown(y)}"),
+            tag(
+                "title",
+                f"{f'round {x:,}' if axis is None else f'{axis.noun} {axis.names[x]}'}: {line.label} {shown(y)}",
+            ),
             cx=f"{frame.x(x):.1f}",
             cy=f"{frame.y(y):.1f}",
             r=2.6,

@@ -7,7 +7,7 @@ import math
 import os
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -41,7 +41,8 @@ def render_json(summary: RunSummary) -> str:
 def from_json(text: str) -> RunSummary:
     """Read what `render_json` wrote.
 
-    Guarantee: strict; a missing, unknown, doubled or mistyped field is refused with its path.
+    Guarantee: strict; a missing, unknown, doubled or mistyped field is refused with its path. A field with a default
+    may be missing: it came after the report was written.
     Raises: StoreError
     """
     try:
@@ -195,10 +196,11 @@ def _decode_record(value: Any, hint: Any, at: str) -> Any:
     names = [f.name for f in fields(hint)]
     if unknown := sorted(set(value) - set(names)):
         raise StoreError(f"{at}.{unknown[0][:60]}: unknown field; known are {', '.join(names)}")
-    if missing := [name for name in names if name not in value]:
+    needed = [f.name for f in fields(hint) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in value]:
         raise StoreError(f"{at}.{missing[0]}: missing; write the report again with `ffm-secure report`")
     inner = _hints(hint)
-    return hint(**{name: _decode(value[name], inner[name], f"{at}.{name}") for name in names})
+    return hint(**{name: _decode(value[name], inner[name], f"{at}.{name}") for name in names if name in value})
 
 
 def _decode_key(key: str, hint: Any, at: str) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
-from ffm_secure.charts import Bar, bars
+from ffm_secure.charts import Axis, Bar, Level, Series, bars, line_chart, short
 from ffm_secure.report_markup import (
     OBSERVERS,
     Html,
@@ -21,7 +23,7 @@ from ffm_secure.report_markup import (
     number,
     tag,
 )
-from ffm_secure.types import AuditFinding, AuditSummary, RecoveredPair, Verdict
+from ffm_secure.types import AuditFinding, AuditSummary, LeakCurve, RecoveredPair, RecoveredPicture, Verdict
 
 _ORDER: tuple[Verdict, ...] = ("leaked", "inconclusive", "not leaked", "not applicable")
 _KIND: dict[Verdict, tuple[str, str]] = {
@@ -31,6 +33,14 @@ _KIND: dict[Verdict, tuple[str, str]] = {
     "not applicable": ("quiet", "–"),
 }
 _SHOWN_PAIRS = 3
+_PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
+_AXES = {
+    "records": "records in the update",
+    "tokens per width": "tokens in the update over the width of the model",
+    "tokens per rank": "tokens in the update over the rank of LoRA",
+    "rounds": "rounds",
+    "noise multiplier": "noise multiplier",
+}
 _POINTS = {
     "raw": "raw update",
     "clipped": "clipped update",
@@ -66,6 +76,7 @@ def audit_body(audit: AuditSummary | None) -> Html:
         tally(audit),
         tag("p", spent, class_="under"),
         tag("div", *ran, class_="cards") if ran else None,
+        _curves(audit.curves) if audit.curves else None,
         folded(f"{len(skipped)} not applicable, and why", tag("ul", *skipped, class_="plain")) if skipped else None,
     )
 
@@ -90,8 +101,7 @@ def _skipped(finding: AuditFinding) -> Html:
 def _finding(place: int, finding: AuditFinding) -> Html:
     at = f"audit.findings.{place}"
     rows: list[tuple[str, Html | str]] = [("Time", number(finding.seconds, duration(finding.seconds), f"{at}.seconds"))]
-    if finding.knowledge:
-        rows.insert(0, ("Knows", ", ".join(finding.knowledge)))
+    rows = [*_ledger(finding), *rows]
     told = tag(
         "div",
         tag("p", _badge(finding.verdict), class_="verdict"),
@@ -100,8 +110,19 @@ def _finding(place: int, finding: AuditFinding) -> Html:
         tag("p", finding.reason) if finding.reason else None,
         facts(rows),
     )
-    pairs = _pairs(finding.pairs) if finding.pairs else None
-    return tag("article", told, _scores(finding, at), pairs, class_=f"card finding {_KIND[finding.verdict][0]}")
+    beside = [_pairs(finding.pairs) if finding.pairs else None, _gallery(finding, at) if finding.pictures else None]
+    return tag("article", told, _scores(finding, at), *beside, class_=f"card finding {_KIND[finding.verdict][0]}")
+
+
+def _ledger(finding: AuditFinding) -> list[tuple[str, Html | str]]:
+    """List what the number assumes: everything granted at worst, what the attack made use of, what was really sent."""
+    if not finding.granted:
+        return [("Knows", ", ".join(finding.knowledge))] if finding.knowledge else []
+    rows: list[tuple[str, Html | str]] = [
+        ("Granted at worst", ", ".join(finding.granted)),
+        ("Made use of", ", ".join(finding.knowledge) or "none of it"),
+    ]
+    return [*rows, ("As observed", finding.observed_reason)] if finding.observed_reason else rows
 
 
 def _scores(finding: AuditFinding, at: str) -> Html:
@@ -112,7 +133,8 @@ def _scores(finding: AuditFinding, at: str) -> Html:
     def written(value: float, digits: int = 3) -> str:
         return bound(value, upper=False) if is_epsilon else figure(value, digits)
 
-    values = [v for v in (finding.score, finding.low, finding.high, finding.baseline, finding.control) if v is not None]
+    known = (finding.score, finding.low, finding.high, finding.baseline, finding.control, finding.observed)
+    values = [v for v in known if v is not None]
     unit = all(math.isfinite(v) and 0 <= v <= 1 for v in values) and "dB" not in finding.measure and not is_epsilon
     interval: list[Html | str] = []
     if finding.low is not None and finding.high is not None:
@@ -133,6 +155,7 @@ def _scores(finding: AuditFinding, at: str) -> Html:
         )
     ]
     for label, value, field in (
+        ("as observed", finding.observed, "observed"),
         ("guessing", finding.baseline, "baseline"),
         ("defence off", finding.control, "control"),
     ):
@@ -180,3 +203,75 @@ def _marked(words: Sequence[str], common: Counter[str]) -> Html:
         left[key] -= hit
         parts.append(tag("mark", word) if hit else escape(word))
     return Html(" ".join(parts)) if parts else tag("em", "nothing")
+
+
+def _gallery(finding: AuditFinding, at: str) -> Html:
+    """Show true pictures beside recovered ones; an address that is no PNG is not drawn."""
+    shown = [_pictured(place, one, at) for place, one in enumerate(finding.pictures)]
+    return folded("True beside recovered", tag("div", *shown, class_="gallery"), open_=True)
+
+
+def _pictured(place: int, one: RecoveredPicture, at: str) -> Html:
+    where = f"{at}.pictures.{place}"
+    quality = join(
+        [
+            "PSNR ",
+            number(one.psnr, figure(one.psnr, 3), f"{where}.psnr"),
+            " dB, SSIM ",
+            number(one.ssim, figure(one.ssim, 3), f"{where}.ssim"),
+        ]
+    )
+    both = [_picture(one.truth, "true picture"), _picture(one.recovered, "recovered picture")]
+    return tag("figure", tag("div", *both, class_="beside"), tag("figcaption", "True, recovered. ", quality))
+
+
+def _picture(address: str, words: str) -> Html:
+    if not _PICTURE.fullmatch(address):
+        return tag("em", f"{words}: not a PNG, so it is not drawn")
+    return tag("img", src=address, alt=words)
+
+
+def _curves(curves: Sequence[LeakCurve]) -> Html:
+    """Draw how each leak grows and falls; one point alone is no audit."""
+    drawn = [_curve(place, one) for place, one in enumerate(curves) if one.x]
+    missing = [
+        tag("li", tag("strong", one.attack), f", {_AXES[one.axis]}: {one.reason}") for one in curves if not one.x
+    ]
+    about = (
+        "The same attacks on invented data, undefended but for the noise shown, on this run's own model. The upright line "
+        "is where this run lies."
+    )
+    return tag(
+        "div",
+        tag("h3", "How the leak grows"),
+        tag("p", about, class_="under"),
+        tag("div", *drawn, class_="figures") if drawn else None,
+        folded(f"{amount(len(missing), 'curve')} not drawn, and why", tag("ul", *missing, class_="plain"))
+        if missing
+        else None,
+    )
+
+
+def _curve(place: int, one: LeakCurve) -> Html:
+    line = Series(label="attack", x=range(len(one.x)), y=one.y)
+    levels = () if one.baseline is None else (Level(label="guessing", value=one.baseline),)
+    axis = Axis(noun=one.axis, names=[short(value) for value in one.x], mark=_between(one.x, one.here))
+    here = None
+    if one.here is not None:
+        outside = ", beyond the curve" if axis.mark is None else ""
+        here = join([" This run: ", number(one.here, figure(one.here, 3), f"audit.curves.{place}.here"), f"{outside}."])
+    words = f"{one.measure[:1].upper()}{one.measure[1:]} against {_AXES[one.axis]}"
+    chart = line_chart([line], description=f"{one.attack}: {words}", levels=levels, axis=axis, from_zero=True)
+    caption = tag("figcaption", words, ".", here, f" {one.reason[:1].upper()}{one.reason[1:]}." if one.reason else None)
+    return tag("figure", tag("h4", one.attack), chart, caption)
+
+
+def _between(places: Sequence[float], here: float | None) -> float | None:
+    """Return where a value lies among growing places, counted in places, on a logarithmic scale where both are positive."""
+    if here is None or not places or not places[0] <= here <= places[-1]:
+        return None
+    for place, (low, high) in enumerate(pairwise(places)):
+        if low <= here <= high:
+            share = math.log(here / low) / math.log(high / low) if low > 0 else (here - low) / (high - low)
+            return place + share
+    return 0.0

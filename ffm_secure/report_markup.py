@@ -22,7 +22,7 @@ OBSERVERS: dict[Observer, str] = {
 _UNSEEN = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "�")
 _UNSEEN |= dict.fromkeys((*range(8234, 8239), *range(8294, 8298), 65534, 65535), "�")
 _UNSEEN |= dict.fromkeys(range(55296, 57344), "�")
-_VOID = {"meta", "br"}
+_VOID = {"meta", "br", "img"}
 
 
 class Html(str):

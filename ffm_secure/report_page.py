@@ -64,7 +64,7 @@ def render_html(summary: RunSummary) -> str:
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", http_equiv="Content-Security-Policy", content=_policy(summary.audit)),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", f"{summary.name} – ffm-secure report"),
         tag("style", _style()),
@@ -78,6 +78,12 @@ def render_html(summary: RunSummary) -> str:
         tag("footer", tag("p", "Written by ffm-secure. The same figures, exact, are in report.json beside this page.")),
     )
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+
+
+def _policy(audit: AuditSummary | None) -> str:
+    """Allow nothing to be fetched; pictures inside the page only where there are some."""
+    pictures = audit is not None and any(finding.pictures for finding in audit.findings)
+    return _POLICY.replace("style-src", "img-src data:; style-src") if pictures else _POLICY
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 Observer = Literal["public", "client", "server", "colluding_server"]
 Verdict = Literal["leaked", "not leaked", "inconclusive", "not applicable"]
+Point = Literal["raw", "clipped", "noised", "aggregated"]  # where on its way an update is seen
 RunStatus = Literal["complete", "interrupted", "budget exhausted"]
 
 
@@ -88,7 +89,9 @@ class RoundRecord:
     seconds: float  # wall time of the whole round
     client_seconds: float  # wall time inside clients' training
     evaluation_seconds: float = 0.0
-    alignment: float | None = None  # cosine between the newest public and the newest private change, where there are both
+    alignment: float | None = (
+        None  # cosine between the newest public and the newest private change, where there are both
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,12 +116,22 @@ class RecoveredPair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveredPicture:
+    """Show one true picture beside the recovered one, both as `data:image/png;base64,` addresses."""
+
+    truth: str
+    recovered: str
+    psnr: float  # dB, over the range of the true pictures
+    ssim: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AuditFinding:
     """Report one attack by one observer on one form of the update, with its control and its baseline."""
 
     observer: Observer
     attack: str
-    point: Literal["raw", "clipped", "noised", "aggregated"]
+    point: Point
     verdict: Verdict
     measure: str  # for instance "token F1", "PSNR dB", "TPR at 1 % FPR", "epsilon lower bound"
     score: float | None
@@ -130,6 +143,24 @@ class AuditFinding:
     knowledge: tuple[str, ...] = ()
     reason: str = ""
     pairs: tuple[RecoveredPair, ...] = ()
+    granted: tuple[str, ...] = ()  # what the attacker was allowed to know beyond the wire: the worst case
+    observed: float | None = None  # the same attack on what the protocol really sends, with nothing granted
+    observed_reason: str = ""  # what that was, or why there is no such number
+    pictures: tuple[RecoveredPicture, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeakCurve:
+    """Show how an attack fares on invented data as one thing about the update changes; rehearsed on the run's own model."""
+
+    attack: str
+    axis: Literal["records", "tokens per width", "tokens per rank", "rounds", "noise multiplier"]
+    measure: str
+    x: tuple[float, ...] = ()
+    y: tuple[float, ...] = ()
+    baseline: float | None = None  # the same measure for guessing
+    here: float | None = None  # where on the axis this run lies
+    reason: str = ""  # why points are missing, or all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +173,7 @@ class AuditSummary:
     epsilon_lower: float | None  # statistical lower bound, None when no canary audit ran
     epsilon_lower_method: str = ""
     sentence: str = ""  # one line a manager understands
+    curves: tuple[LeakCurve, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

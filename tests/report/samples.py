@@ -12,15 +12,26 @@ from ffm_secure.types import (
     AuditFinding,
     AuditSummary,
     ClientOutcome,
+    LeakCurve,
     PlanSummary,
     PrivacyStatement,
     RecoveredPair,
+    RecoveredPicture,
     RoundRecord,
     RunSummary,
 )
 
 LONG_WORD = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 2
 INFINITY = math.inf
+# Four by four pixels each.
+CHEQUERED = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAQAAAAECAIAAAAmkwkpAAAAGElEQVR42mOQi1pwwkYDQjLAWUCSAa"
+    "cMANhzEiE2JETQAAAAAElFTkSuQmCC"
+)
+GREY = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAQAAAAECAIAAAAmkwkpAAAADklEQVR42mNoQAIMxHEAcFIYAZ6uvm"
+    "8AAAAASUVORK5CYII="
+)
 HOSPITALS = (
     "St. Brigid",
     "Northfield General",
@@ -271,6 +282,49 @@ def audit(*, leak: bool = False) -> AuditSummary:
     )
 
 
+def curves() -> tuple[LeakCurve, ...]:
+    """Build curves of every axis, one cut short and one not drawn."""
+    noise = {"axis": "noise multiplier", "x": (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0), "baseline": 0.0}
+    return (
+        LeakCurve(
+            attack="span", axis="tokens per rank", measure="token F1", x=(2.5, 5.0, 10.0, 20.0), y=(1.0, 1.0, 0.42, 0.0),
+            baseline=0.0, here=240.0, reason="stopped after 8 CPU seconds",
+        ),
+        LeakCurve(
+            attack="span", measure="token F1", y=(1.0, 0.93, 0.41, 0.12, 0.0, 0.0, 0.0), here=0.7134, **noise,
+        ),
+        LeakCurve(
+            attack="position_vision", axis="records", measure="PSNR dB", x=(1.0, 2.0, 4.0, 8.0), y=(200.0, 11.2, 9.8, 9.1),
+            baseline=12.1, here=4.0,
+        ),
+        LeakCurve(
+            attack="canaries", axis="rounds", measure="epsilon, at least", x=(1.0, 2.0, 4.0, 8.0, 16.0, 20.0),
+            y=(0.0, 0.21, 0.64, 1.3, 2.2, 2.9), here=20.0,
+        ),
+        LeakCurve(attack="span_exact", axis="tokens per width", measure="", reason="one run takes 31 CPU seconds"),
+    )  # fmt: skip
+
+
+def pictured() -> RunSummary:
+    """Build a run whose audit read pictures and words, with curves and everything granted beside what was observed."""
+    base = audit(leak=True)
+    beside = RecoveredPicture(truth=CHEQUERED, recovered=CHEQUERED, psnr=200.0, ssim=1.0)
+    apart = RecoveredPicture(truth=CHEQUERED, recovered=GREY, psnr=10.79, ssim=0.004)
+    granted = ("batch_size", "task", "labels", "image_shape", "one step")
+    found = base.findings[0]
+    extra = (
+        dataclasses.replace(
+            found, attack="position_vision", measure="PSNR dB", score=200.0, low=None, high=None, baseline=12.1,
+            control=200.0, observed=11.3, observed_reason="1 client in one whole round, nothing granted", granted=granted,
+            knowledge=("image_shape",), pairs=(), pictures=(beside, apart),
+        ),
+        dataclasses.replace(
+            found, granted=granted, knowledge=(), observed_reason="not tried: it searches for minutes"
+        ),
+    )  # fmt: skip
+    return private(audit=dataclasses.replace(base, findings=(*extra, *base.findings), curves=curves()))
+
+
 def private(**changes: Any) -> RunSummary:
     """Build a private run with an audit: what the demo leaves."""
     values: dict[str, Any] = {
@@ -450,7 +504,7 @@ def contradicted() -> RunSummary:
 
 def every_text(summary: RunSummary, change: Callable[[str], str]) -> RunSummary:
     """Replace every free text of a summary, keys of free mappings included."""
-    fixed = {"observer", "verdict", "point", "phase", "status"}
+    fixed = {"observer", "verdict", "point", "phase", "status", "axis"}
 
     def walk(value: Any, name: str = "") -> Any:
         if isinstance(value, str):
@@ -497,4 +551,5 @@ ALL: dict[str, Callable[[], RunSummary]] = {
     "contradicted": contradicted,
     "long_words": long_words,
     "full": aborted_with_audit,
+    "pictured": pictured,
 }

@@ -16,7 +16,8 @@ from ffm_secure.report_markup import INFINITE, OBSERVERS, bound, figure, size, s
 
 from . import samples
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "img"}
+PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 HOSTILE = (
     "\"'><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)> &amp; {{7*7}} "
     "</style></title>--><b>\x00\x1b[31m\ud800\u202etxt"
@@ -292,8 +293,9 @@ def test_nothing_is_fetched_and_nothing_runs(name: str) -> None:
     text = render_html(samples.ALL[name]())
     seen = Page(text)
     for tag, values in seen.tags:
-        assert tag not in {"script", "link", "img", "iframe", "object", "embed", "base", "form", "image", "use"}
-        assert "src" not in values
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form", "image", "use"}
+        assert (tag == "img") == ("src" in values)
+        assert PICTURE.fullmatch(values.get("src") or "data:image/png;base64,A")
         assert all(not name.startswith("on") for name in values)
         assert (values.get("href") or "#").startswith("#")
     style = re.findall(r"<style>(.*?)</style>", text, re.S)
@@ -301,7 +303,34 @@ def test_nothing_is_fetched_and_nothing_runs(name: str) -> None:
     assert "url(" not in style[0]
     assert "@import" not in style[0]
     policy = [values["content"] for tag, values in seen.tags if values.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"]
+    pictures = "img-src data:; " if name == "pictured" else ""
+    assert policy == [f"default-src 'none'; {pictures}style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"]
+
+
+def test_pictures_stand_beside_the_truth_and_no_other_address_is_drawn() -> None:
+    summary = samples.pictured()
+    seen = page(summary)
+    assert [values["alt"] for tag, values in seen.tags if tag == "img"] == ["true picture", "recovered picture"] * 2
+    assert "PSNR 200 dB, SSIM 1.00" in seen.text
+    hostile = page(samples.every_text(summary, lambda text: text + '" onerror="alert(1)'))
+    assert not [tag for tag, _ in hostile.tags if tag == "img"]
+    assert "not a PNG" in hostile.text
+
+
+def test_curves_mark_where_the_run_lies_and_say_what_is_missing() -> None:
+    seen = page(samples.pictured())
+    marks = [values for tag, values in seen.tags if tag == "path" and values.get("class") == "here"]
+    assert len(marks) == 3  # 240 tokens per rank lie beyond their curve
+    assert "This run: 240 , beyond the curve. Stopped after 8 CPU seconds." in seen.text
+    assert "span_exact , tokens in the update over the width of the model: one run takes 31 CPU seconds" in seen.text
+
+
+def test_everything_granted_stands_beside_what_was_used_and_what_is_left_without_it() -> None:
+    text = page(samples.pictured()).text
+    assert "Granted at worst batch_size, task, labels, image_shape, one step" in text
+    assert "Made use of none of it" in text
+    assert "As observed 1 client in one whole round, nothing granted" in text
+    assert "as observed 11.3" in text
 
 
 def test_the_page_has_landmarks_names_and_targets() -> None:

@@ -1,0 +1,188 @@
+"""Scaling curves: the same attack on rehearsals that grow in one direction, so that a single point is not all one knows.
+
+Everything is invented data on the audited model: nothing private is read, and the truth is known by construction.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from attacks.contract import Attack, Budget, Prior
+from attacks.observation import Knowledge, Observation
+from attacks.rehearsal import rehearse
+from attacks.scoring import Score, score
+from attacks.truth import Truth
+
+Axis = Literal["records", "tokens per width", "tokens per rank", "noise multiplier"]
+Rehearsal = tuple[float, Observation, Truth]  # a place on the axis, what is seen there, the truth about it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """Hold what an attack scored at growing places of one axis; `reason` says why points are missing."""
+
+    attack: str
+    axis: Axis
+    measure: str
+    x: tuple[float, ...] = ()
+    y: tuple[float, ...] = ()
+    baseline: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Width:
+    """Hold what the span laws count tokens against: the rank of LoRA factors where they are sent, else the width."""
+
+    axis: Axis
+    size: int
+
+
+def width_of(observation: Observation, model: nn.Module) -> Width | None:
+    """Return the dimension that tokens have to stay below, None where the model does not name one."""
+    ranks = [tensor.shape[0] for name, tensor in observation.tensors.items() if "lora_A" in name and tensor.ndim == 2]
+    if ranks:
+        return Width(axis="tokens per rank", size=max(ranks))
+    hidden = getattr(getattr(model, "config", None), "hidden_size", None)
+    return Width(axis="tokens per width", size=int(hidden)) if hidden else None
+
+
+def template(observation: Observation) -> Observation:
+    """Return the observation as one client's, with nothing granted but the task, for rehearsals to fill."""
+    metadata = {name: value for name, value in observation.metadata.items() if name != "summand"}
+    knowledge = Knowledge(task=observation.knowledge.task)
+    return replace(observation, kind=observation.content, contributors=1, metadata=metadata, knowledge=knowledge)
+
+
+def by_batch(
+    observation: Observation, model: nn.Module, sizes: Iterable[int], *, length: int, seed: int = 0
+) -> Iterator[Rehearsal]:
+    """Yield rehearsals of one client's update on growing batches of invented records, undefended.
+
+    `length` is the number of tokens of a text. Ends early where the model takes no batch that can be invented.
+    """
+    for size in sizes:
+        drawn = _drawn(observation, model, size, length, seed)
+        if drawn is None:
+            return
+        yield float(size), *drawn
+
+
+def by_noise(
+    observation: Observation, model: nn.Module, multipliers: Iterable[float], *, length: int, seed: int = 0
+) -> Iterator[Rehearsal]:
+    """Yield the update of one invented record, clipped at its own length, under growing Gaussian noise.
+
+    One record is the worst case: more records in a batch do not make the noise on any one of them larger.
+    """
+    drawn = _drawn(observation, model, 1, length, seed)
+    if drawn is None:
+        return
+    seen, truth = drawn
+    norm = math.sqrt(sum(float(value.double().square().sum()) for value in seen.tensors.values()))
+    for multiplier in multipliers:
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            name: value + multiplier * norm * torch.randn(value.shape, generator=generator).to(value.dtype)
+            for name, value in seen.tensors.items()
+        }
+        yield multiplier, seen.replace_tensors(tensors), truth
+
+
+def _drawn(
+    observation: Observation, model: nn.Module, size: int, length: int, seed: int
+) -> tuple[Observation, Truth] | None:
+    asked = template(observation)
+    asked = asked.replace_tensors(asked.tensors, batch_size=size, sequence_length=length)
+    drawn = rehearse(asked, model, seed=seed)
+    if drawn is None:
+        return None
+    return drawn[0].replace_tensors(drawn[0].tensors, sequence_length=None), drawn[1]  # the length is not told
+
+
+def curve(
+    attack: Attack, model: nn.Module, axis: Axis, rehearsals: Iterable[Rehearsal], budget: Budget, *, scale: float = 1.0
+) -> Curve:
+    """Run one attack along an axis until the budget's seconds are spent; `scale` turns places into the axis' unit.
+
+    Guarantee: a point whose attack may have run out of time is left out, never drawn as a failure. An attack that finds
+    nothing to say at a place scores what guessing scores.
+    """
+    stop = time.process_time() + budget.seconds
+    points: list[tuple[float, Score | None]] = []
+    reason = ""
+    for place, seen, truth in rehearsals:
+        left = stop - time.process_time()
+        found = attack.run(seen, model, Prior(), replace(budget, seconds=left), 0) if left > 0 else None
+        if found is None or time.process_time() > stop:
+            reason = f"stopped after {budget.seconds:.0f} CPU seconds"
+            break
+        points.append((scale * place, score(found, truth) if found.applicable else None))
+    known = [scored for _, scored in points if scored is not None]
+    if not known:
+        return Curve(attack=attack.name, axis=axis, measure="", reason=reason or "nothing could be rehearsed")
+    guess = known[0].baseline
+    return Curve(
+        attack=attack.name,
+        axis=axis,
+        measure=known[0].measure,
+        x=tuple(place for place, _ in points),
+        y=tuple(guess if scored is None else scored.value for _, scored in points),
+        baseline=guess,
+        reason=reason,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Points:
+    """Say how many points a set of curves may have and what all of them together may cost in CPU seconds."""
+
+    seconds: float
+    sizes: tuple[int, ...]
+    multipliers: tuple[float, ...]
+
+
+POINTS = {
+    "quick": Points(seconds=8.0, sizes=(1, 2, 4, 8, 16), multipliers=(0.0, 1e-3, 1e-2, 0.1, 1.0)),
+    "standard": Points(
+        seconds=120.0, sizes=(1, 2, 4, 8, 16, 32, 64), multipliers=(0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
+    ),
+    "exhaustive": Points(
+        seconds=3_600.0, sizes=(1, 2, 4, 8, 16, 32, 64, 128, 256), multipliers=(0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
+    ),
+}
+
+
+def draw(
+    chosen: Sequence[tuple[Attack, float]], observation: Observation, model: nn.Module, *, length: int, name: str
+) -> Iterator[Curve]:
+    """Yield a curve against the batch and one against noise for each attack, within the CPU seconds of budget `name`.
+
+    `chosen` holds attacks with the CPU seconds one run of each has taken; one too dear for its share is skipped with
+    that reason. `length` is the number of tokens of a text.
+    """
+    points, budget = POINTS[name], Budget.named("quick")
+    stop, width = time.process_time() + points.seconds, width_of(observation, model)
+    for place, (attack, cost) in enumerate(chosen):
+        per_token = attack.family == "span" and width is not None
+        axis: Axis = width.axis if per_token and width is not None else "records"
+        scale = length / width.size if per_token and width is not None else 1.0
+        for half, (along, unit) in enumerate(((axis, scale), ("noise multiplier", 1.0))):
+            share = (stop - time.process_time()) / (2 * (len(chosen) - place) - half)
+            if share < cost:
+                reason = f"one run takes {cost:.0f} CPU seconds, more than its share of the {name} budget"
+                yield Curve(attack=attack.name, axis=along, measure="", reason=reason)
+                continue
+            if half:
+                rehearsals = by_noise(observation, model, points.multipliers, length=length)
+            else:
+                rehearsals = by_batch(observation, model, points.sizes, length=length)
+            allowed = replace(budget, seconds=share)
+            yield curve(attack, model, along, rehearsals, allowed, scale=unit)

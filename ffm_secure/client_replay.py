@@ -1,0 +1,148 @@
+"""Replay what one client sends: one step at every point of its way, or the run's own local steps as they cross the wire."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from defenses.dp import Clipping, PerSampleEngine, RecordMechanism
+from defenses.random_source import RandomSource
+from defenses.secagg import ring
+from ffm_secure import plan, setup
+from ffm_secure.client import Client, Workplace
+from ffm_secure.config import RunConfig
+from ffm_secure.mechanism import ClientNoise
+from ffm_secure.types import RoundPlan
+
+
+def gradients(prepared: setup.Prepared, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return one step's update at each point: raw, and under record-level privacy clipped and noised by the run's mechanism."""
+    trained, task, mechanism = prepared.trainable, prepared.task, prepared.mechanism
+    losses = task.losses(trained.model, batch)
+    raw = torch.autograd.grad(losses.mean(), list(trained.parameters.values()), allow_unused=True)
+    found = {
+        "raw": {
+            name: torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(trained.parameters.items(), raw, strict=True)
+        }
+    }
+    if isinstance(mechanism, RecordMechanism):
+        with PerSampleEngine(trained.model, parameters=trained.parameters) as engine:
+            clipping = Clipping(kind=prepared.config.privacy.clipping, clip_norm=mechanism.clip_norm)
+            clipped = engine.clipped_sum(lambda: task.losses(trained.model, batch), clip=clipping).gradients
+        found["clipped"] = {name: value / mechanism.expected_batch_size for name, value in clipped.items()}
+        found["noised"] = mechanism.privatise(clipped, RandomSource.system())
+    if isinstance(mechanism, ClientNoise):
+        vector = torch.cat([value.reshape(-1) for value in found["raw"].values()])
+        found["clipped"] = unflatten(mechanism.inner.clip(vector.cpu()), found["raw"])
+        share = mechanism.noisy_integers(vector, RandomSource.system()) / mechanism.scale
+        found["noised"] = unflatten(torch.from_numpy(share).float(), found["raw"])
+    return found
+
+
+def aggregate(
+    prepared: setup.Prepared, points: Mapping[str, Mapping[str, Tensor]], client: int, records: int
+) -> dict[str, Tensor]:
+    """Add what the other clients of a cohort send in the same step, each with its own records and its own noise."""
+    own = points.get("noised", points["raw"])
+    total = {name: value.clone() for name, value in own.items()}
+    for index in _others(prepared, client)[: smallest_sum(prepared.config) - 1]:
+        part = prepared.parts[index][:records]
+        batch = prepared.task.batch(
+            prepared.task.encode(prepared.dataset.train.take(part)), np.arange(len(part)), device=prepared.device
+        )
+        sent = gradients(prepared, batch)
+        for name, value in sent.get("noised", sent["raw"]).items():
+            total[name] += value
+    return total
+
+
+def smallest_sum(config: RunConfig) -> int:
+    """Return how many clients stand behind the smallest sum an observer may be left with: the threshold, less colluders."""
+    return max(1, plan.minimum_survivors(config) - config.protection.colluding)
+
+
+def wire_change(prepared: setup.Prepared, vector: Tensor, members: Any, client: int, clients: int) -> dict[str, Tensor]:
+    """Return the opened sum of what `clients` clients really send in one round; the first has nothing but `members`.
+
+    Local steps, optimiser, bound, noise and rounding are the run's own. The others learn from as many records of theirs.
+
+    Raises:
+      ValueError: what is sent is no change of the trained tensors themselves.
+    """
+    if prepared.strategy.size(prepared.trainable.size) != prepared.trainable.size:
+        raise ValueError("what is sent is not the change of the trained tensors themselves")
+    chosen = [client, *_others(prepared, client)][:clients]
+    place = Workplace(
+        config=prepared.config,
+        trainable=prepared.trainable,
+        task=prepared.task,
+        mechanism=prepared.mechanism,
+        code=prepared.code,
+        device=prepared.device,
+    )
+    told = RoundPlan(run_id=bytes(16), round=1, cohort=tuple(chosen), fingerprint="", mechanism="")
+    total = None
+    for index in chosen:
+        part = prepared.parts[index][: len(members)]
+        rows = members if index == client else prepared.task.encode(prepared.dataset.train.take(part))
+        source = RandomSource.system()
+        sent = place.contribute(Client(index=index, name="", examples=rows), told, vector.to(prepared.device), source)
+        if total is None:
+            total = sent
+        else:
+            ring.add_into(total, sent)
+    total = ring.reduce(total, prepared.code.modulus_bits)
+    prepared.trainable.load_vector(vector)
+    values = torch.from_numpy(prepared.code.open(total, round=1, survivors=chosen).values).float()
+    return unflatten(values, dict(prepared.trainable.parameters))
+
+
+def wire_facts(prepared: setup.Prepared, records: int) -> dict[str, Any]:
+    """Return what every party of a run knows of an update: the run file says it. Momentum makes SGD another optimiser."""
+    spec = prepared.config.federation.lifecycle
+    size = min(spec.batch_size, records)
+    plain = spec.optimizer == "sgd" and not spec.momentum
+    return {
+        "batch_size": size,
+        "local_steps": spec.local_steps or spec.local_epochs * -(-records // size),
+        "learning_rate": spec.learning_rate,
+        "optimiser": "sgd" if plain else "sgd with momentum" if spec.optimizer == "sgd" else spec.optimizer,
+        "weight_decay": spec.weight_decay,
+    }
+
+
+def _others(prepared: setup.Prepared, client: int) -> list[int]:
+    return [index for index in range(len(prepared.parts)) if index != client and len(prepared.parts[index])]
+
+
+def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = torch.split(vector, [value.numel() for value in like.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
+
+
+def own_names(prepared: setup.Prepared) -> dict[str, str]:
+    """Map the canonical names of what is trained to the names the model itself uses."""
+    own = {id(parameter): name for name, parameter in prepared.trainable.model.named_parameters()}
+    return {name: own[id(parameter)] for name, parameter in prepared.trainable.parameters.items()}
+
+
+def attackable(prepared: setup.Prepared) -> nn.Module:
+    """Copy the model for the attacker: eager attention, and padding read from the ids, as a client's own batches have it."""
+    model = copy.deepcopy(prepared.trainable.model).cpu()
+    pad = getattr(prepared.backbone.tokenizer, "pad_token_id", None)
+    if pad is None or prepared.config.task.kind == "image_classification":
+        return model
+    kind = type(model)
+
+    def forward(self: nn.Module, input_ids: Tensor, **rest: Any) -> Any:
+        mask = rest.pop("attention_mask", (input_ids != pad).long())
+        return kind.forward(self, input_ids=input_ids, attention_mask=mask, **rest)
+
+    model.__class__ = type("Padded" + kind.__name__, (kind,), {"forward": forward})
+    return model
