@@ -29,7 +29,7 @@ from ffm_secure import client_replay, plan, report, setup
 from ffm_secure.audit_words import Decode, decoder, sentence
 from ffm_secure.canary_rounds import client_canaries, record_canaries
 from ffm_secure.config import RunConfig
-from ffm_secure.errors import StoreError
+from ffm_secure.errors import ConfigError, StoreError
 from ffm_secure.pictures import png_address
 from ffm_secure.store import Store
 from ffm_secure.types import (
@@ -113,9 +113,14 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
 
     Raises:
       StoreError: the folder holds no finished run.
+      ConfigError: the run file names an attack that does not exist.
     """
     summary = _read_summary(folder)
     config = Store.read(folder).config()
+    if unknown := sorted(set(config.audit.attacks) - {"all", *ATTACKS}):
+        raise ConfigError(
+            "audit.attacks", [f"there is no attack {', '.join(unknown)}; `python -m attacks list` names them"]
+        )
     began = time.process_time()
     prepared = setup.prepare(config, Path.cwd(), folder)
     resumed = Store.read(folder).resume()
@@ -325,7 +330,8 @@ def _findings(
                 yield not_tried(observer, attack, point, purse)
                 continue
             found = judge(observer, name, point, seen, control, decode)
-            found = replace(found, granted=_granted_words(stage), pictures=_drawn(seen[1], stage.prior))
+            shown = seen[1] if found.verdict in ("leaked", "not leaked") else None
+            found = replace(found, granted=_granted_words(stage), pictures=_drawn(shown, stage.prior))
             yield _beside_the_wire(found, attack, stage, purse, ran)
 
 
