@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.inversion.kinks import see_kinks
 from attacks.inversion.labels import find_head, identity_counts, probe_head, round_to_total, single_label
 from attacks.inversion.optimise import (
     Match,
@@ -38,7 +39,8 @@ from attacks.observation import Observation
 
 DLG = Settings(distance="squared", optimiser="lbfgs", rate=1.0, joint=True)
 IDLG = replace(DLG, joint=False)
-GEIPING = Settings(distance="cosine", rate=0.1, sign="hard", schedule="steps", smoothness=(0.1, 1e-4), start="normal")
+# With kinks seen the size of the gradient means something, so that its sign alone, as published, would throw it away.
+GEIPING = Settings(distance="cosine", rate=0.1, schedule="cosine", smoothness=(0.5, 3e-3), kink=1.0, start="normal")
 MODERN = Settings(
     distance="cosine",
     rate=0.1,
@@ -210,6 +212,8 @@ def invert_images(
     """Match the observed update with dummy images under the given settings."""
     problem = image_problem(observation, model, prior, seed, joint=settings.joint)
     problem, penalty = image_penalty(problem, settings, observation)
+    if settings.kink:
+        see_kinks(problem.model, settings.kink)
     problem = in_double(problem) if settings.precise else problem
 
     def smoother(images: Tensor) -> Tensor:
@@ -242,7 +246,7 @@ def idlg() -> Attack:
 
 
 def inverting_gradients() -> Attack:
-    """Return inverting gradients: signed Adam on the cosine distance with falling total variation."""
+    """Return inverting gradients: Adam on the cosine distance with falling total variation, kinks seen."""
     return _preset("inverting_gradients", GEIPING, "images by cosine matching with total variation")
 
 

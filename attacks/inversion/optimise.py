@@ -39,7 +39,8 @@ class Settings:
     every weight, and noise of known size stops it at the weight where the fit would only follow the noise.
     `absolute` weighs the L1 part of "squared and absolute". `joint` optimises label logits as well. `precise` works in
     double precision, where L-BFGS keeps converging; `evaluations` says how many of its evaluations one iteration of the
-    budget buys.
+    budget buys. `kink` is the width, relative to a unit's inputs, at which the descent sees rectifiers switch; 0 leaves
+    their switching out, as plain automatic differentiation does.
     """
 
     distance: Distance = "cosine"
@@ -63,6 +64,7 @@ class Settings:
     precise: bool = False
     evaluations: int = 1
     line_search: bool = False
+    kink: float = 0.0
     start: Literal["normal", "uniform", "grey"] = "normal"
 
 

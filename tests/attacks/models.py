@@ -261,6 +261,29 @@ def add_lora(
     return model
 
 
+class Prompted(nn.Module):
+    """A frozen model with trained soft prompts in front: only the prompts are shared."""
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.config = model.config
+        torch.manual_seed(0)
+        self.prompt = nn.Parameter(0.1 * torch.randn(count, model.config.hidden_size))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None):
+        words = self.get_input_embeddings()(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.model(
+            inputs_embeds=torch.cat([self.prompt.expand(len(words), -1, -1), words], 1),
+            attention_mask=torch.cat([mask.new_ones(len(words), len(self.prompt)), mask], 1),
+            labels=labels,
+        )
+
+
 def noised(observation: Observation, multiplier: float, *, clip_norm: float = 1.0, seed: int = 0) -> Observation:
     """Return the observation as it would look under one Gaussian step: clipped as a whole, then noise z C on every entry."""
     norm = torch.sqrt(sum(t.double().square().sum() for t in observation.tensors.values()))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from attacks import Budget, Knowledge, Observation, Prior
 from attacks.inversion import embeddings, matching
+from attacks.inversion.kinks import SeenRectifier, see_kinks
 from attacks.inversion.optimise import Settings, misfit, share_only, solve
 from attacks.inversion.priors import class_features, patch_seams, total_variation
 from attacks.metrics import match_one_to_one, positional_accuracy, psnr, similarity_matrix
 from tests.attacks.models import (
+    Prompted,
     add_lora,
     bert,
     cnn,
@@ -109,6 +113,26 @@ def mean_psnr(found, truth: Tensor) -> float:
     return sum(table[row, column] for row, column in match_one_to_one(table)) / len(truth)
 
 
+def test_seeing_kinks_changes_neither_outputs_nor_gradients() -> None:
+    images, labels = picture(3, 4)
+    plain, seen = cnn(), see_kinks(cnn(), 1.0)
+    assert torch.equal(plain(images), seen(images))
+    batch = {"images": images, "labels": labels}
+    before, after = gradient(plain, batch, image_loss), gradient(seen, batch, image_loss)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_seen_kink_states_how_fast_units_switch() -> None:
+    values = torch.randn(50_000, generator=torch.Generator().manual_seed(0))
+    rates = []
+    for rectifier in (nn.ReLU(), SeenRectifier(0.3)):
+        shift = torch.zeros((), requires_grad=True)
+        (switched,) = torch.autograd.grad(rectifier(values + shift).mean(), shift, create_graph=True)
+        rates.append(float(torch.autograd.grad(switched, shift)[0]))
+    assert rates[0] == 0.0  # plain differentiation leaves the switching out
+    assert rates[1] == pytest.approx(1 / math.sqrt(2 * math.pi), rel=0.15)  # the density of the values at zero
+
+
 @pytest.mark.parametrize("attack", [matching.inverting_gradients, matching.modern_inversion])
 def test_cosine_matching_recovers_an_image(attack) -> None:
     images, labels = picture(3)
@@ -197,29 +221,6 @@ def test_vision_transformer_with_fused_attention_can_be_attacked() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
-
-
-class Prompted(nn.Module):
-    """A frozen model with trained soft prompts in front: only the prompts are shared."""
-
-    def __init__(self, model: nn.Module, count: int) -> None:
-        super().__init__()
-        self.model = model.requires_grad_(False)
-        self.config = model.config
-        torch.manual_seed(0)
-        self.prompt = nn.Parameter(0.1 * torch.randn(count, model.config.hidden_size))
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None):
-        words = self.get_input_embeddings()(input_ids)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.model(
-            inputs_embeds=torch.cat([self.prompt.expand(len(words), -1, -1), words], 1),
-            attention_mask=torch.cat([mask.new_ones(len(words), len(self.prompt)), mask], 1),
-            labels=labels,
-        )
 
 
 def attacked_text(
