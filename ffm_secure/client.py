@@ -12,6 +12,7 @@ from torch import Tensor
 from defenses.dp import PerSampleEngine, RecordMechanism
 from defenses.random_source import RandomSource
 from ffm_secure.config import RunConfig
+from ffm_secure.home import Home
 from ffm_secure.lifecycle import LocalChange, finetune
 from ffm_secure.lifecycle.finetune import GradientRule, PlainGradient, PrivateGradient
 from ffm_secure.mechanism import ClientNoise, Mechanism
@@ -52,6 +53,7 @@ class Workplace:
     mechanism: Mechanism
     code: VectorCode
     device: str
+    home: Home = field(default_factory=Home)
     engines: dict[tuple[str, ...], PerSampleEngine] = field(default_factory=dict)  # by what is trained
     strategy: Strategy = field(init=False)
 
@@ -71,10 +73,13 @@ class Workplace:
         """Run the local steps and say what is sent of them; record-level noise is drawn here, inside every step."""
         spec, strategy, mask = self.config.federation.lifecycle, self.strategy, self.strategy.mask(client.index)
         start = start if mask is None else start * mask
+        start = self.home.enter(client.index, start, run_id=plan.run_id, before=plan.round)
         with self.trainable.training_only(strategy.trains(plan.step)):
             rule = self.rule(client, plan, source)
             change = finetune(trainable=self.trainable, start=start, spec=spec, rule=rule, mask=mask)
-        return replace(change, vector=strategy.message(start, change.vector.cpu(), plan.step))
+        learned = change.vector.cpu()
+        self.home.leave(client.index, start + learned, run_id=plan.run_id, round=plan.round)
+        return replace(change, vector=strategy.message(start, learned, plan.step))
 
     def rule(self, client: Client, plan: RoundPlan, source: RandomSource) -> GradientRule:
         """Choose how gradients are taken: per sample with noise, or plain."""

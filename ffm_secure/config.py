@@ -10,7 +10,7 @@ from ffm_secure.errors import ConfigError
 from ffm_secure.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
 
 TASKS = ("text_classification", "causal_lm", "masked_lm", "image_classification")
-LORA_RULES = ("ffa", "rolora", "fedsvd", "fedex", "flora")  # how LoRA factors are averaged; see docs/lora.md
+LORA_RULES = ("ffa", "rolora", "fedsvd", "fedex", "flora", "fedsa")  # how LoRA factors are averaged; see docs/lora.md
 PROMPTS = ("prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")
 OBSERVERS = ("public", "client", "server", "colluding_server")
 
@@ -104,7 +104,11 @@ class Controller:
     cost: str = option("bytes", choices=("epsilon", "bytes", "seconds"), only_for=("gain_per_cost",))
     window: int = option(2, minimum=1, maximum=1000, help="phases a gain is taken over", only_for=("gain_per_cost",))
     retry: int = option(
-        4, minimum=1, maximum=1000, help="phases after which the other source is tried again", only_for=("gain_per_cost",)
+        4,
+        minimum=1,
+        maximum=1000,
+        help="phases after which the other source is tried again",
+        only_for=("gain_per_cost",),
     )
 
 
@@ -121,9 +125,7 @@ class Lifecycle:
     momentum: float = option(0.0, minimum=0.0, maximum=0.999)
     weight_decay: float = option(0.0, minimum=0.0, maximum=1.0)
     proximal: float = option(0.0, minimum=0.0, help="FedProx mu")
-    public_data: str = option(
-        "", help="as task.data; empty: public_examples rows of task.data", only_for=("pretrain",)
-    )
+    public_data: str = option("", help="as task.data; empty: public_examples rows of task.data", only_for=("pretrain",))
     public_examples: int = option(
         0, minimum=0, help="rows taken out of the private data and declared public", only_for=("pretrain",)
     )
@@ -131,9 +133,7 @@ class Lifecycle:
         0, minimum=0, maximum=1_000_000, help="steps of a public phase; 0: local_steps", only_for=("pretrain",)
     )
     public_batch_size: int = option(0, minimum=0, maximum=1_000_000, help="0: batch_size", only_for=("pretrain",))
-    public_learning_rate: float = option(
-        0.0, minimum=0.0, maximum=1e3, help="0: learning_rate", only_for=("pretrain",)
-    )
+    public_learning_rate: float = option(0.0, minimum=0.0, maximum=1e3, help="0: learning_rate", only_for=("pretrain",))
     private_rounds: int = option(
         0,
         minimum=0,
@@ -313,14 +313,20 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
             )
         return
     if privacy.noise == "seeded" and privacy.ledger:
-        problems.add("privacy.ledger", privacy.ledger, "seeded noise is for tests and must not be charged to a ledger that outlives the run")
+        problems.add(
+            "privacy.ledger",
+            privacy.ledger,
+            "seeded noise is for tests and must not be charged to a ledger that outlives the run",
+        )
     for name in ("epsilon", "delta", "clip_norm"):
         if getattr(privacy, name) <= 0.0:
             problems.add(
                 f"privacy.{name}", getattr(privacy, name), f"must be above 0 with privacy.unit = '{privacy.unit}'"
             )
     if privacy.unit == "person" and privacy.records_per_person < 2:
-        problems.add("privacy.records_per_person", privacy.records_per_person, "must be at least 2 with privacy.unit = 'person'")
+        problems.add(
+            "privacy.records_per_person", privacy.records_per_person, "must be at least 2 with privacy.unit = 'person'"
+        )
     if privacy.unit != "person" and privacy.records_per_person != 1:
         problems.add(
             "privacy.records_per_person",

@@ -12,17 +12,22 @@ _PRIVATE = ("record", "person", "client")
 _WEIGHTS = (
     "weights from example counts are private data, and the divisor must be a public constant: use weighting = 'uniform'"
 )
-_CLIENT_NEEDS_RING = (
-    "noise of the client unit is whole only in the secure sum; in the clear the server sees each client with a share of it"
-)
+_CLIENT_NEEDS_RING = "noise of the client unit is whole only in the secure sum; in the clear the server sees each client with a share of it"
 _CKKS_DISCRETE = "approximate sums cannot carry exact discrete noise: use secagg or bfv with the client unit"
 _NO_HEAD = "a language model has no classification head to train alone: choose lora, prompt or full"
-_TELLS = (
-    "its prompt is made of the whole text, so a causal model would be told the words it has to predict: use prompt or prefix"
+_TELLS = "its prompt is made of the whole text, so a causal model would be told the words it has to predict: use prompt or prefix"
+_NOT_FACTORS = (
+    "the rule is about the factors B and A of LoRA, which this kind does not train: use average, or trainable lora"
 )
-_NOT_FACTORS = "the rule is about the factors B and A of LoRA, which this kind does not train: use average, or trainable lora"
 _NO_EPSILON = "without a guarantee nothing is spent, so gain per epsilon has no meaning: choose bytes or seconds"
 _NO_CACHE = "picture models keep no keys and values to put a prefix in front of: use deep_prompt"
+_HOME_CLIENT = (
+    "what a client keeps at home bears no noise under the client unit, and the public evaluation of the clients' models would "
+    "release it: use the record or person unit, or ffa"
+)
+_HOME_PUBLIC = (
+    "the server learns in public phases, but every client keeps a B of its own and the server has none: use ffa"
+)
 _CLIP_UNIT = "clips single records; the client unit clips whole updates: use clipping = 'flat'"
 _CLIP_NONE = "there is nothing to clip without a privacy unit: leave clipping at 'flat'"
 _SEEDED_NONE = "a run without privacy unit draws no privacy noise: leave noise at 'system'"
@@ -38,6 +43,8 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("trainable", "strategy"): {
         (kind, rule): _NOT_FACTORS for kind in ("full", "head", "lora_xs", *PROMPTS) for rule in LORA_RULES
     },
+    ("lifecycle", "strategy"): {("pretrain", "fedsa"): _HOME_PUBLIC},
+    ("strategy", "unit"): {("fedsa", "client"): _HOME_CLIENT},
     ("cost", "unit"): {("epsilon", "none"): _NO_EPSILON},
     ("cost", "noise"): {("epsilon", "seeded"): _NO_EPSILON},
     ("weighting", "unit"): {("examples", unit): _WEIGHTS for unit in _PRIVATE},
@@ -130,8 +137,10 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
     federation, protection, privacy = config.federation, config.protection, config.privacy
     threshold = minimum_survivors(config)
     if protection.kind in ("secagg", "bfv", "ckks") and federation.cohort < 3:
-        yield (f"federation.cohort = {federation.cohort} with protection '{protection.kind}': must be at least 3, or one client "
-               "could subtract itself and read the other")
+        yield (
+            f"federation.cohort = {federation.cohort} with protection '{protection.kind}': must be at least 3, or one client "
+            "could subtract itself and read the other"
+        )
     elif protection.kind != "none":
         if threshold < 3 or threshold - protection.colluding < 2:
             yield (
@@ -147,8 +156,10 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
     if privacy.unit == "client" and protection.kind != "none" and threshold - max(1, protection.colluding) < 1:
         yield f"protection.colluding = {protection.colluding}: leaves no honest noise among {threshold} survivors"
     if privacy.unit == "client" and privacy.delta > 0 and privacy.delta > 1.0 / config.task.clients:
-        yield (f"privacy.delta = {privacy.delta}: must be at most 1 / clients = {1 / config.task.clients:g}, or the guarantee may "
-               "give away one whole client")
+        yield (
+            f"privacy.delta = {privacy.delta}: must be at most 1 / clients = {1 / config.task.clients:g}, or the guarantee may "
+            "give away one whole client"
+        )
     adaptive = federation.lifecycle.kind == "pretrain" and federation.lifecycle.controller.kind != "fixed"
     if adaptive and federation.evaluate_every != 1:
         yield (

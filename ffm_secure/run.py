@@ -83,6 +83,10 @@ class Run:
     def _finish(self, store: Store, made: setup.Setup, trained: federation.Trained, result: RunSummary) -> None:
         made.trainable.load_vector(trained.state.vector)
         store.replace_folder("adapter", lambda folder: made.trainable.export(folder, self.config.model.name))
+        for client in made.clients if made.home.places else ():
+            own = made.own(client.index, trained.state.vector, before=len(trained.records) + 1)
+            made.trainable.load_vector(own)
+            made.trainable.export(made.home.folder / client.name / "adapter", self.config.model.name)
         report.write(result, self.folder)
 
 

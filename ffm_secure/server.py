@@ -82,7 +82,7 @@ def record(
     if earlier and not last and (plan.round % every or closed):
         loss, metric = earlier[-1].loss, earlier[-1].metric
     else:
-        evaluation = setup.evaluate(state.vector)
+        evaluation = setup.evaluate_all(state.vector, before=plan.round + 1)
         loss, metric = evaluation.loss, evaluation.metric
     evaluated = time.perf_counter() - evaluation_began
     return RoundRecord(

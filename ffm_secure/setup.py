@@ -24,6 +24,7 @@ from ffm_secure.charges import Charges
 from ffm_secure.client import Client
 from ffm_secure.config import RunConfig
 from ffm_secure.errors import DataError, StoreError
+from ffm_secure.home import Home
 from ffm_secure.protection import Protection, build_protection
 from ffm_secure.schema import to_table
 from ffm_secure.store import write_atomic
@@ -72,6 +73,7 @@ class Setup:
     run_id: bytes
     mechanism_digest: str
     ledger_path: Path
+    home: Home
     examples: tuple[int, ...] = field(default=())
 
     @property
@@ -117,12 +119,28 @@ class Setup:
             )
         self.run_id = run_id
         self.charges.require(records, run_id)
+        self.home.require(records, run_id)
 
     def client_source(self, round_plan: RoundPlan, client: int) -> RandomSource:
         """Return the randomness of one client in one round: the system's, or a replayable stream where nothing is claimed."""
         if self.config.privacy.unit == "none" or self.config.privacy.noise == "seeded":
             return RandomSource.seeded(self.config.seed).derive("client", round_plan.round, client)
         return RandomSource.system()
+
+    def own(self, client: int, vector: torch.Tensor, *, before: int) -> torch.Tensor:
+        """Return a client's own model: the global vector, with what it keeps at home from the rounds before one."""
+        return self.home.enter(client, vector, run_id=self.run_id, before=before)
+
+    def evaluate_all(self, vector: torch.Tensor, *, before: int) -> Any:
+        """Evaluate the global vector in public; where clients keep numbers at home, the mean over all clients' own models."""
+        if not self.home.places:
+            return self.evaluate(vector)
+        found = [self.evaluate(self.own(client.index, vector, before=before)) for client in self.clients]
+        return replace(
+            found[0],
+            loss=sum(item.loss for item in found) / len(found),
+            metric=sum(item.metric for item in found) / len(found),
+        )
 
     def evaluate(self, vector: torch.Tensor, examples: Any = None) -> Any:
         """Evaluate a global vector on the public validation rows, or on given encoded examples."""
@@ -303,6 +321,7 @@ def build(prepared: Prepared, folder: Path) -> Setup:
         run_id=run_id,
         mechanism_digest=mechanisms.digest(prepared.mechanism),
         ledger_path=ledger_path,
+        home=Home(folder=folder / "home", owners=prepared.owners, places=prepared.strategy.home),
         examples=tuple(len(part) for part in prepared.parts),
     )
 

@@ -56,7 +56,8 @@ class Store:
     """Own one run directory while the process lives; a second process is refused.
 
     Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `checkpoints/round-NNNNNN/` global tensors and server
-    state (the two newest are kept), `adapter/` the final model, `ledger.sqlite`, `observations/`, `report.html`, `report.json`.
+    state (the two newest are kept), `home/<client>/` what a simulated client keeps to itself, `adapter/` the final model,
+    `ledger.sqlite`, `observations/`, `report.html`, `report.json`.
     Guarantee: killed at any moment, `resume` returns the last finished round and exactly the records up to it.
     """
 

@@ -296,7 +296,11 @@ def outcomes(setup: Setup, trained: Trained, start: Any, *, rows: int = 2000) ->
         for client in setup.clients
     ]
     before = [setup.evaluate(start, share).metric for share in shares]
-    after = [setup.evaluate(trained.state.vector, share).metric for share in shares]
+    last = len(trained.records) + 1
+    after = [
+        setup.evaluate(setup.own(client.index, trained.state.vector, before=last), share).metric
+        for client, share in zip(setup.clients, shares, strict=True)
+    ]
     private = setup.claims
     return tuple(
         ClientOutcome(

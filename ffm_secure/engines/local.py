@@ -71,6 +71,7 @@ class LocalEngine:
             mechanism=setup.mechanism,
             code=setup.code,
             device=setup.device,
+            home=setup.home,
         )
 
     def collect(self, plan: RoundPlan, vector: Tensor, finished: Callable[[int, int], None]) -> Outcome:

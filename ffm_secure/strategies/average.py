@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -32,11 +32,16 @@ class Strategy:
 
     linear: ClassVar[bool] = True
     folds: ClassVar[bool] = False  # needs the weights beside the adapters as part of the global vector
+    home: Sequence[slice] = ()  # places of the numbers that stay with each client between rounds
     note: ClassVar[str] = ""  # one line for the plan
 
     def trains(self, step: int) -> tuple[str, ...] | None:
         """Name the tensors that get gradients in this step; None for all."""
         return None
+
+    def sends(self, step: int) -> tuple[str, ...] | None:
+        """Name the tensors whose change is sent, as it is or as a product; None for all."""
+        return self.trains(step)
 
     def size(self, trained: int) -> int:
         """Return how many numbers a client sends, of `trained` numbers of the global vector."""

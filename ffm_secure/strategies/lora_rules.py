@@ -243,10 +243,49 @@ class Stacking(LoraRule):
         return ServerState(round=state.round + 1, vector=vector.to(torch.float32))
 
 
+class SharedA(LoraRule):
+    """FedSA-LoRA: A and B are trained; A and the head are averaged, every client keeps its own B at home.
+
+    There is no product of the server's: client i's model is B_i times the mean A, which is the mean over j of B_i A_j. B in the
+    global vector stays as it began, where a newcomer begins too.
+    Source: Guo et al. 2024, arXiv:2410.01463, section 3. The paper speaks of A and B; that the head is shared is decided here.
+    """
+
+    exact = False
+    note = "FedSA-LoRA: A and the head are sent; each client keeps its own B at home"
+
+    def __init__(self, config: StrategyConfig, trainable: Any, *, seed: int = 0) -> None:
+        super().__init__(config, trainable, seed=seed)
+        self.home = tuple(self.places[name] for name in self.b)
+
+    def trains(self, step: int) -> tuple[str, ...]:
+        """Name what this step trains."""
+        return (*self.a, *self.b, *self.head)
+
+    def sends(self, step: int) -> tuple[str, ...]:
+        """Name what leaves a client."""
+        return (*self.a, *self.head)
+
+    def size(self, trained: int) -> int:
+        """Count what is sent."""
+        return self.count(self.sends(0))
+
+    def message(self, old: Tensor, change: Tensor, step: int) -> Tensor:
+        """Send the change of A and of the head."""
+        return self.pick(change, self.sends(step))
+
+    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
+        """Add the mean change of A and of the head."""
+        vector = state.vector.double()
+        self.put(vector, self.sends(state.round), self.learning_rate * mean_message)
+        return ServerState(round=state.round + 1, vector=vector.to(torch.float32))
+
+
 LORA_RULES: dict[str, type[LoraRule]] = {
     "ffa": FrozenA,
     "rolora": Alternating,
     "fedsvd": Refactored,
     "fedex": Residual,
     "flora": Stacking,
+    "fedsa": SharedA,
 }
