@@ -126,7 +126,8 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
     resumed = Store.read(folder).resume()
     if resumed is None:
         raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")
-    stages = [build_stage(prepared, resumed[0].vector, records=records) for records in (CANDIDATES, 1)]
+    vector = client_replay.next_start(prepared, folder, *resumed)
+    stages = [build_stage(prepared, vector, records=records) for records in (CANDIDATES, 1)]
     observers = cast("tuple[Observer, ...]", config.audit.observers or ("server", "public"))
     decode, ran = decoder(prepared.backbone.tokenizer), Ran()
     findings = tuple(_findings(stages, observers, config, Purse(name=budget), decode, ran))
@@ -234,7 +235,7 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
     config, trained = prepared.config, prepared.trainable
     trained.load_vector(vector)
     rows = np.random.default_rng(seed)
-    client = max(range(len(prepared.parts)), key=lambda index: len(prepared.parts[index]))
+    client = client_replay.largest(prepared)
     encoded = prepared.task.encode(prepared.dataset.train.take(prepared.parts[client]))
     size = min(records, len(encoded) // 2)
     order = rows.permutation(len(encoded))

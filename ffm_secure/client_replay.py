@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,23 +17,54 @@ from defenses.secagg import ring
 from ffm_secure import plan, setup
 from ffm_secure.client import Client, Workplace
 from ffm_secure.config import RunConfig
+from ffm_secure.home import Home
 from ffm_secure.mechanism import ClientNoise
-from ffm_secure.types import RoundPlan
+from ffm_secure.strategies import ServerState
+from ffm_secure.types import RoundPlan, RoundRecord
+
+
+def largest(prepared: setup.Prepared) -> int:
+    """Return the client with most records."""
+    return max(range(len(prepared.parts)), key=lambda index: len(prepared.parts[index]))
+
+
+def next_start(
+    prepared: setup.Prepared, folder: Path, state: ServerState, records: Sequence[RoundRecord], run_id: bytes
+) -> Tensor:
+    """Return the vector from which the largest client would learn next: the global one, and what it keeps at home.
+
+    Whoever attacks that client is granted what it keeps, though nobody else ever sees it.
+    """
+    home = Home(folder=folder / "home", owners=prepared.owners, places=prepared.strategy.home)
+    return home.enter(largest(prepared), state.vector, run_id=run_id, before=len(records) + 1)
 
 
 def gradients(prepared: setup.Prepared, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return one step's update at each point: raw, and under record-level privacy clipped and noised by the run's mechanism."""
+    """Return one step's update at each point: raw, and under record-level privacy clipped and noised by the run's mechanism.
+
+    Only what the run's strategy trains in a first step is clipped and noised, and only what it sends is returned. Where
+    products are sent, their factors are returned: products are a function of them, so an observer is given no less.
+    """
+    strategy = prepared.strategy
+    with prepared.trainable.training_only(strategy.trains(0)):
+        found = _points(prepared, batch)
+    sent = strategy.sends(0)
+    return {
+        point: {name: value for name, value in tensors.items() if sent is None or name in sent}
+        for point, tensors in found.items()
+    }
+
+
+def _points(prepared: setup.Prepared, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     trained, task, mechanism = prepared.trainable, prepared.task, prepared.mechanism
+    active = trained.active
     losses = task.losses(trained.model, batch)
-    raw = torch.autograd.grad(losses.mean(), list(trained.parameters.values()), allow_unused=True)
+    raw = torch.autograd.grad(losses.mean(), list(active.values()), allow_unused=True)
     found = {
-        "raw": {
-            name: torch.zeros_like(p) if g is None else g
-            for (name, p), g in zip(trained.parameters.items(), raw, strict=True)
-        }
+        "raw": {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(active.items(), raw, strict=True)}
     }
     if isinstance(mechanism, RecordMechanism):
-        with PerSampleEngine(trained.model, parameters=trained.parameters) as engine:
+        with PerSampleEngine(trained.model, parameters=active) as engine:
             clipping = Clipping(kind=prepared.config.privacy.clipping, clip_norm=mechanism.clip_norm)
             clipped = engine.clipped_sum(lambda: task.losses(trained.model, batch), clip=clipping).gradients
         found["clipped"] = {name: value / mechanism.expected_batch_size for name, value in clipped.items()}
