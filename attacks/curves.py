@@ -104,7 +104,9 @@ def _drawn(
     drawn = rehearse(asked, model, seed=seed)
     if drawn is None:
         return None
-    return drawn[0].replace_tensors(drawn[0].tensors, sequence_length=None), drawn[1]  # the length is not told
+    seen, truth = drawn[0].replace_tensors(drawn[0].tensors, sequence_length=None), drawn[1]  # the length is not told
+    shape = None if truth.images is None else tuple(truth.images.shape[1:])  # the model itself says what it takes
+    return replace(seen, knowledge=replace(seen.knowledge, image_shape=shape)), truth
 
 
 def curve(

@@ -215,7 +215,7 @@ def _finding_line(item: AuditFinding) -> str:
         score,
         *(
             f"{name} {value:.3f}"
-            for name, value in (("baseline", item.baseline), ("control", item.control))
+            for name, value in (("as observed", item.observed), ("baseline", item.baseline), ("control", item.control))
             if value is not None
         ),
     ]

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from ffm_secure.charts import Axis, Bar, Level, Series, bars, line_chart, short
+from ffm_secure.charts import Axis, Bar, Level, Series, bars, line_chart
 from ffm_secure.report_markup import (
     OBSERVERS,
     Html,
@@ -255,15 +255,20 @@ def _curves(curves: Sequence[LeakCurve]) -> Html:
 def _curve(place: int, one: LeakCurve) -> Html:
     line = Series(label="attack", x=range(len(one.x)), y=one.y)
     levels = () if one.baseline is None else (Level(label="guessing", value=one.baseline),)
-    axis = Axis(noun=one.axis, names=[short(value) for value in one.x], mark=_between(one.x, one.here))
+    axis = Axis(noun=one.axis, names=[_place(value) for value in one.x], mark=_between(one.x, one.here))
     here = None
     if one.here is not None:
         outside = ", beyond the curve" if axis.mark is None else ""
-        here = join([" This run: ", number(one.here, figure(one.here, 3), f"audit.curves.{place}.here"), f"{outside}."])
+        here = join([" This run: ", number(one.here, _place(one.here), f"audit.curves.{place}.here"), f"{outside}."])
     words = f"{one.measure[:1].upper()}{one.measure[1:]} against {_AXES[one.axis]}"
     chart = line_chart([line], description=f"{one.attack}: {words}", levels=levels, axis=axis, from_zero=True)
     caption = tag("figcaption", words, ".", here, f" {one.reason[:1].upper()}{one.reason[1:]}." if one.reason else None)
     return tag("figure", tag("h4", one.attack), chart, caption)
+
+
+def _place(value: float) -> str:
+    """Write a place on an axis as briefly as it can be."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _between(places: Sequence[float], here: float | None) -> float | None:
