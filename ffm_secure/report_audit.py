@@ -249,6 +249,7 @@ def _curves(curves: Sequence[LeakCurve]) -> Html:
         folded(f"{amount(len(missing), 'curve')} not drawn, and why", tag("ul", *missing, class_="plain"))
         if missing
         else None,
+        class_="growth",
     )
 
 
