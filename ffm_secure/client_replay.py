@@ -107,8 +107,8 @@ def wire_change(prepared: setup.Prepared, vector: Tensor, members: Any, client: 
     Raises:
       ValueError: what is sent is no change of the trained tensors themselves.
     """
-    if prepared.strategy.size(prepared.trainable.size) != prepared.trainable.size:
-        raise ValueError("what is sent is not the change of the trained tensors themselves")
+    if prepared.strategy.folds:
+        raise ValueError("products are sent, not the change of the trained tensors themselves")
     chosen = [client, *_others(prepared, client)][:clients]
     place = Workplace(
         config=prepared.config,
@@ -132,7 +132,9 @@ def wire_change(prepared: setup.Prepared, vector: Tensor, members: Any, client: 
     total = ring.reduce(total, prepared.code.modulus_bits)
     prepared.trainable.load_vector(vector)
     values = torch.from_numpy(prepared.code.open(total, round=1, survivors=chosen).values).float()
-    return unflatten(values, dict(prepared.trainable.parameters))
+    parameters = prepared.trainable.parameters
+    like = {name: parameters[name] for name in prepared.strategy.sends(told.step) or parameters}
+    return unflatten(values[: sum(p.numel() for p in like.values())], like)  # half a vector is padded
 
 
 def wire_facts(prepared: setup.Prepared, records: int) -> dict[str, Any]:

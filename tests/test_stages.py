@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ffm_secure import client_replay
 from ffm_secure.config import LORA_RULES
@@ -97,3 +98,13 @@ def test_an_audit_attacks_what_the_rule_sends_and_nothing_else(kind: str) -> Non
     assert set(points) == {"raw", "clipped", "noised"}
     for tensors in points.values():
         assert set(tensors) == {*factors, *rule.head}
+    start = ready.trainable.flatten()
+    if rule.folds:
+        with pytest.raises(ValueError, match="products are sent"):
+            client_replay.wire_change(ready, start, encoded.take(range(4)), 0, 1)
+    else:
+        wire = client_replay.wire_change(ready, start, encoded.take(range(4)), 0, 3)
+        assert {name: tuple(value.shape) for name, value in wire.items()} == {
+            name: rule.shapes[name] for name in (*factors, *rule.head)
+        }
+        assert all(bool(torch.isfinite(value).all()) for value in wire.values())
