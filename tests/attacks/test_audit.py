@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from attacks import Budget, Observation, Prior
 from attacks.registry import ATTACKS, build
 from attacks.rehearsal import noise_only, rehearse
+import ffm_secure as ffm
+from ffm_secure import client_replay
 from ffm_secure.audit import HEAVY, SECONDS, Purse, audit_observation, decoder
+from ffm_secure.audit_words import sentence
 from ffm_secure.cli import app
 from ffm_secure.errors import StoreError
+from ffm_secure.pictures import png_address
+from ffm_secure.types import AuditFinding, Observer, Verdict
 from tests.attacks.models import bert, gpt2, mlp, noised, observe, observe_delta, observe_sum, sentences, text_loss, vit
 
 QUICK = ("token_presence", "span", "label_identity", "inverting_gradients", "imprint")
@@ -131,3 +140,47 @@ def test_recovered_ids_are_shown_as_readable_tokens() -> None:
     assert decoder(Words())("0 1 2") == "the ##ing 2"
     assert decoder(Words())("0 7") == "0 7"
     assert decoder(None)("5 6") == "5 6"
+
+
+def found(attack: str, observer: Observer, verdict: Verdict, measure: str) -> AuditFinding:
+    return AuditFinding(observer=observer, attack=attack, point="raw", verdict=verdict, measure=measure, score=1.0)
+
+
+def test_one_line_says_who_can_learn_what() -> None:
+    words = found("span", "server", "leaked", "token F1")
+    labels = found("llg", "server", "leaked", "label count accuracy")
+    passed = found("span", "public", "not leaked", "token F1")
+    assert sentence([words, labels, passed]) == (
+        "Private data leaked: the server can learn how many records carry each label and words of the training texts "
+        "(2 of 3 attacks with a passed control)."
+    )
+    assert sentence([passed]).startswith("No leak found: 1 attacks")
+    assert sentence([found("span", "server", "inconclusive", "")]).startswith("Nothing was proven")
+
+
+def test_a_picture_survives_its_address_and_a_large_one_is_shrunk() -> None:
+    pixels = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
+    address = png_address(pixels)
+    shown = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
+    assert np.abs(np.asarray(shown).astype(float) / 255 - pixels.permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
+    large = png_address(torch.full((1, 400, 200), 2.0))
+    assert Image.open(io.BytesIO(base64.b64decode(large.partition(",")[2]))).size == (25, 50)
+
+
+def test_what_crosses_the_wire_is_what_the_clients_learned() -> None:
+    """One client in the clear sends its own change, to the rounding of the ring; two send the sum of both."""
+    path = Path(__file__).resolve().parents[2] / "examples" / "audit" / "text.toml"
+    prepared = ffm.load(path).prepared()
+    vector = prepared.trainable.flatten()
+    first = client_replay.largest(prepared)
+    second = 1 if first == 0 else 0
+    rows = [prepared.task.encode(prepared.dataset.train.take(prepared.parts[index][:4])) for index in (first, second)]
+    alone = [
+        client_replay.wire_change(prepared, vector, part, index, 1)
+        for part, index in zip(rows, (first, second), strict=True)
+    ]
+    both = client_replay.wire_change(prepared, vector, rows[0], first, 2)
+    assert torch.equal(prepared.trainable.flatten(), vector)
+    assert max(float(value.abs().max()) for value in alone[0].values()) > 1e-3
+    for name, value in both.items():
+        assert torch.allclose(value, alone[0][name] + alone[1][name], atol=1e-5)
