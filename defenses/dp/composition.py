@@ -29,14 +29,14 @@ from defenses.dp.rdp import ORDERS, renyi_epsilon
 Complexes = npt.NDArray[np.complex128]
 
 ULP = 2.0**-52
-LARGEST_SIZE = 1 << 20
+LARGEST_SIZE = 1 << 21
 SMALLEST_SIZE = 1 << 9
 # Coefficients this small are dropped (denormal numbers are slow); `_inverse_error` adds more than all of them.
 NEGLIGIBLE = 1e-150
 # From this many repetitions on, low coefficients are computed relative to one.
 MANY, SHARP_FREQUENCIES, SHARP_MASSES = 20_000, 4096, 256
 # Share of delta that losses above the window, and those given up on, may cost.
-TAIL_SHARE = 1e-5
+TAIL_SHARE = 2e-4
 COARSE_GROWTH = 0.1
 
 
