@@ -270,12 +270,16 @@ def _row(columns: Sequence[Column], row: Any, *, labelled: bool) -> Html:
     return tag("tr", *cells)
 
 
-def phase_column(rounds: Sequence[RoundRecord]) -> list[Column]:
-    """Return columns of phases and of how far their changes agree, where there is more than one phase."""
+def phase_column(rounds: Sequence[RoundRecord], *, trained: int) -> list[Column]:
+    """Return columns of phases and of how far their changes agree, where there is more than one phase.
+
+    The heading says how large a cosine of `trained` numbers chance alone gives in 95 of 100 cases: 2 / sqrt(trained).
+    """
     if all(record.phase == "private" for record in rounds):
         return []
+    chance = figure(2 / max(1, trained) ** 0.5, 2)
     agreement = Column(
-        heading="Public and private change, cosine",
+        heading=f"Public and private change, cosine (by chance within ±{chance})",
         cell=lambda record: "none yet" if record.alignment is None else figure(record.alignment),
         field="alignment",
     )

@@ -75,7 +75,7 @@ def spent_body(summary: RunSummary) -> Html:
         [
             Column(heading="Round", cell=lambda r: str(r.round), field="round"),
             Column(heading="Epsilon so far", cell=lambda r: bound(r.epsilon_spent), field="epsilon_spent"),
-            *phase_column(summary.rounds),
+            *phase_column(summary.rounds, trained=summary.plan.trainable_parameters),
         ],
         summary.rounds,
         caption=f"Largest epsilon over data owners after each round. {five_fields(worst(summary.statements)[1])}",

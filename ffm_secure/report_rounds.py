@@ -76,7 +76,7 @@ def utility_body(summary: RunSummary) -> Html:
             Column(heading="Round", cell=lambda r: str(r.round), field="round"),
             Column(heading=summary.metric_name, cell=lambda r: figure(r.metric), field="metric"),
             Column(heading="Loss, nats", cell=lambda r: figure(r.loss), field="loss"),
-            *phase_column(rounds),
+            *phase_column(rounds, trained=summary.plan.trainable_parameters),
         ],
         rounds,
         caption="Global model on the public evaluation set, after each round",

@@ -116,7 +116,7 @@ def learn_in_public(
     """Return the global vector after one public phase: plain gradient steps on public rows, on the server."""
     plain = replace(
         spec,
-        local_steps=spec.public_steps,
+        local_steps=spec.public_steps or spec.local_steps,
         local_epochs=0,
         batch_size=spec.public_batch_size or spec.batch_size,
         learning_rate=spec.public_learning_rate or spec.learning_rate,

@@ -15,7 +15,8 @@ from ffm_secure.errors import DataError, Interrupted, PlanRefused
 from ffm_secure.federation import Silent, run
 
 from ffm_secure.lifecycle.finetune import PlainGradient
-from ffm_secure.lifecycle.pretrain import fixed, gain_per_cost, next_phase, plateau, rate
+from ffm_secure.models import load_backbone
+from ffm_secure.lifecycle.pretrain import fixed, gain_per_cost, learn_in_public, next_phase, plateau, rate
 from ffm_secure.progress import round_line
 from ffm_secure.report_markup import phase_column
 from ffm_secure.store import Store
@@ -171,7 +172,9 @@ def test_only_private_phases_spend_and_a_stopped_run_ends_the_same(tmp_path: Pat
     assert torch.equal(resumed.state.vector, whole.state.vector)
     assert [item.phase for item in resumed.records] == [item.phase for item in whole.records]
     assert [item.alignment for item in resumed.records] == [item.alignment for item in whole.records]
-    assert [column.field for column in phase_column(whole.records)] == ["phase", "alignment"]
+    phase, agreement = phase_column(whole.records, trained=40_000)
+    assert (phase.field, agreement.field) == ("phase", "alignment")
+    assert "by chance within ±0.01" in agreement.heading
     assert "public phase" in round_line(whole.records[0], rounds=4, budget=8.0)
 
 
@@ -188,6 +191,59 @@ def test_decisions_do_not_change_when_private_raw_losses_change(
     assert phases == [item.phase for item in changed.records]
     assert set(phases) == {"public", "private"}
     assert torch.equal(plain.state.vector, changed.state.vector)
+
+
+@pytest.mark.parametrize("kind", ["masked_lm", pytest.param("causal_lm", marks=pytest.mark.slow)])
+def test_from_scratch_takes_the_architecture_alone_and_learns(kind: str, tmp_path: Path) -> None:
+    name = {"masked_lm": "tiny-bert", "causal_lm": "tiny-gpt2"}[kind]
+    teacher = load_backbone(f"builtin:{name}", kind=kind, labels=None, base=Path(), seed=50)
+    teacher.model.save_pretrained(tmp_path / "checkpoint")
+    teacher.tokenizer.save_pretrained(tmp_path / "checkpoint")
+    lifecycle = {"kind": "pretrain", "local_steps": 8, "batch_size": 16, "learning_rate": 0.5, "public_examples": 60}
+    data = "builtin:clinic_notes?size=240&validation=40"
+
+    def made(weights: str, seed: int = 3) -> RunConfig:
+        return make(
+            seed=seed,
+            task={"kind": kind, "data": data, "clients": 2, "max_length": 16, "evaluation_examples": 40},
+            model={"name": str(tmp_path / "checkpoint"), "weights": weights, "trainable": {"kind": "full"}},
+            federation={"rounds": 2, "cohort": 2, "lifecycle": lifecycle},
+        )
+
+    starts = [prepared(made(*words)) for words in (("checkpoint",), ("random",), ("random",), ("random", 4))]
+    _, drawn, again, other = (start.trainable.flatten() for start in starts)
+    assert torch.equal(drawn, again)
+    assert not torch.equal(drawn, other), "the seed draws the weights"
+    assert starts[0].trainable.layout == starts[1].trainable.layout, "the architecture is kept"
+    words = max(starts[0].trainable.layout, key=lambda item: torch.Size(item[1]).numel())[0]
+    first, second = (start.trainable.tensors()[words].flatten() for start in starts[:2])
+    assert abs(float(torch.nn.functional.cosine_similarity(first, second, dim=0))) < 0.1, "no weight is taken over"
+
+    built, trained = train(made("random"), tmp_path / "run")
+    before = built.evaluate(drawn).loss
+    assert [record.phase for record in trained.records] == ["public", "private"]
+    assert trained.records[0].loss < before - 0.3, "a public phase learns"
+    assert trained.records[1].loss < trained.records[0].loss, "and a private one goes on"
+
+
+def test_without_a_number_of_its_own_a_public_phase_takes_as_many_steps_as_a_client() -> None:
+    reached = {}
+    for asked in (0, 1, 2):
+        ready = prepared(pretraining(public_steps=asked))
+        start = ready.trainable.flatten()
+        reached[asked] = learn_in_public(
+            trainable=ready.trainable,
+            task=ready.task,
+            public=ready.task.encode(ready.public),
+            start=start,
+            spec=ready.config.federation.lifecycle,
+            seed=(3, 1, 4),
+            device="cpu",
+            microbatch=64,
+        )
+        assert not torch.equal(reached[asked], start), "the server learned nothing"
+    assert torch.equal(reached[0], reached[1])
+    assert not torch.equal(reached[1], reached[2])
 
 
 def test_public_rows_are_no_longer_private(tmp_path: Path) -> None:
