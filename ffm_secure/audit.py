@@ -247,7 +247,9 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
     facts = {"batch_size": size, "local_steps": 1, "learning_rate": config.federation.lifecycle.learning_rate}
     truth = _truth(batch, members=size, outsiders=size)
     prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
-    knowledge = Knowledge(task=config.task.kind, batch_size=size, **(_granted(batch, truth) if size == 1 else {}))
+    shape = None if truth.images is None else tuple(truth.images.shape[1:])  # the model itself says what it takes
+    public = Knowledge(task=config.task.kind, image_shape=shape)
+    knowledge = replace(public, batch_size=size, **(_granted(truth) if size == 1 else {}))
 
     def scene(
         point: Point, tensors: Mapping[str, Tensor], clients: int = 1, *, content: str = "gradient", **told: Any
@@ -258,7 +260,7 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
             tensors={names[name]: tensor.detach().cpu() for name, tensor in tensors.items()},
             contributors=clients,
             metadata={"point": point, **(told or facts), **summed},
-            knowledge=Knowledge(task=config.task.kind) if told else knowledge,
+            knowledge=public if told else knowledge,
         )
         return Scene(point=point, observation=observation, truth=truth)
 
@@ -285,13 +287,11 @@ def _candidates(prepared: setup.Prepared, encoded: Any, rows: list[int]) -> dict
     return found
 
 
-def _granted(batch: Mapping[str, Tensor], truth: Truth) -> dict[str, Any]:
+def _granted(truth: Truth) -> dict[str, Any]:
     """Return what the strongest observer of one record is assumed to know besides the update."""
     granted: dict[str, Any] = {"labels": truth.labels}
     if truth.sequences is not None:
         granted["lengths"] = tuple(map(len, truth.sequences))
-    if truth.images is not None:
-        granted["image_shape"] = tuple(truth.images.shape[1:])
     return granted
 
 
