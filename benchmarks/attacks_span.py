@@ -95,7 +95,7 @@ def our_tokens(model: nn.Module, observation: Observation) -> tuple[Pairs, float
     """Return the tokens our span attack accepts at each position, and its CPU seconds."""
     began = time.process_time()
     budget = Budget(seconds=600.0, iterations=1, restarts=1)
-    structure = study(observation, working_copy(model, observation).double())
+    structure = study(observation, working_copy(model, observation).double(), context=False)
     present = present_tokens(observation, structure.model)
     found = find_candidates(
         structure, token_pool(structure.vocabulary, present), deadline=budget.start(), allowed=present

@@ -152,7 +152,7 @@ def capture_inputs(modules: Mapping[str, nn.Module], forward: Forward) -> dict[s
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            captured[name] = inputs[0].detach()
+            captured.setdefault(name, inputs[0].detach())  # a layer called again sees something else
             if len(captured) == len(modules):
                 raise _Enough
 

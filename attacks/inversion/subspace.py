@@ -7,6 +7,7 @@ included.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from attacks.inversion.tokens import noise_per_entry, vocabulary_size
 from attacks.observation import Observation
 
 CHUNK_ROWS = 65_536
+_SCREEN_ROWS = 16_384  # small enough for the cache
+_NEAR = 0.05  # nearer than this, a distance is measured again in double precision
 _SMALLEST_GAP = 2.5
 _CONTEXT_CHANNELS = 3
 _MIXED_STUDIED = 8
@@ -33,10 +36,12 @@ _TOLERANCES = (None, 3e-6, 1e-6, 3e-7, 1e-7, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 class Structure:
     """What the model does with tokens.
 
-    Which channels see one token alone, which see it mixed with others, and whether order counts.
+    Which channels see one token alone, which see it mixed with others, and whether order counts. `light` is the model
+    in single precision, to screen whole vocabularies with.
     """
 
     model: nn.Module
+    light: nn.Module
     vocabulary: int
     alone: tuple[Spectrum, ...]
     mixed: tuple[Spectrum, ...]
@@ -93,8 +98,10 @@ class Candidates:
 # --------------------------------------------------------------------------------------------------------- preparation
 
 
-def study(observation: Observation, model: nn.Module) -> Structure:
+def study(observation: Observation, model: nn.Module, *, context: bool = True) -> Structure:
     """Find the channels of an observation and, by probing the model, what each of them sees.
+
+    Without `context` the layers that see tokens mixed are left out: enough for tokens, not for sentences.
 
     Raises: NotApplicable when no layer sees tokens before they are mixed, or every such row space is full.
     """
@@ -102,17 +109,16 @@ def study(observation: Observation, model: nn.Module) -> Structure:
     vocabulary = vocabulary_size(observation, model)
     probe = torch.arange(3, 9).remainder(vocabulary).unsqueeze(0)
     order = execution_order({name: model.get_submodule(name) for name in channels}, lambda: call(model, probe))
-    order = [name for name in order if _per_token(_inputs_of(model, name, probe), probe)]
-    backward = {name: _sees(model, name, probe, changed=0, read=-1) for name in order}
-    forward = {name: _sees(model, name, probe, changed=-1, read=0) for name in order}
+    order, backward, forward = _probe(model, order, probe)
     alone = [name for name in order if not backward[name] and not forward[name]]
     if not alone:
         raise NotApplicable("every observed layer sees tokens already mixed by attention, none sees them alone")
     same = _inputs_of(model, alone[0], torch.full_like(probe, 3 % vocabulary))[0]
-    mixed = [name for name in order if name not in alone][:_MIXED_STUDIED]
+    mixed = [name for name in order if name not in alone][: _MIXED_STUDIED if context else 0]
     spectra = {name: spectrum_of(channels[name]) for name in (*alone, *mixed)}
     return Structure(
         model=model,
+        light=copy.deepcopy(model).float(),
         vocabulary=vocabulary,
         alone=tuple(spectra[name] for name in alone),
         mixed=tuple(spectra[name] for name in mixed),
@@ -188,11 +194,22 @@ def _per_token(captured: Tensor, probe: Tensor) -> bool:
     return captured.ndim == 3 and captured.shape[:2] == probe.shape
 
 
-def _sees(model: nn.Module, name: str, probe: Tensor, *, changed: int, read: int) -> bool:
-    other = probe.clone()
-    other[0, changed] = probe[0, 2]
-    before, after = _inputs_of(model, name, probe)[0, read], _inputs_of(model, name, other)[0, read]
-    return not torch.allclose(before, after, rtol=1e-5, atol=1e-6 * float(before.abs().max()))
+def _probe(model: nn.Module, names: list[str], probe: Tensor) -> tuple[list[str], dict[str, bool], dict[str, bool]]:
+    """Return the channels that work per token, and whether each lets the last position see the first, and the reverse."""
+    modules = {name: model.get_submodule(name) for name in names}
+    base = capture_inputs(modules, lambda: call(model, probe))
+    kept = [name for name in names if name in base and _per_token(base[name], probe)]
+    seen: list[dict[str, bool]] = []
+    for changed, read in ((0, -1), (-1, 0)):
+        other = probe.clone()
+        other[0, changed] = probe[0, 2]
+        after = capture_inputs(modules, lambda other=other: call(model, other))  # type: ignore[misc]
+        seen.append({name: _differs(base[name][0, read], after[name][0, read], base[name]) for name in kept})
+    return kept, seen[0], seen[1]
+
+
+def _differs(before: Tensor, after: Tensor, scale: Tensor) -> bool:
+    return not torch.allclose(before, after, rtol=1e-5, atol=1e-6 * float(scale[0].abs().max()))
 
 
 # -------------------------------------------------------------------------------------------------- tokens and positions
@@ -201,15 +218,32 @@ def _sees(model: nn.Module, name: str, probe: Tensor, *, changed: int, read: int
 def token_distances(scene: Scene, tokens: Tensor) -> Tensor:
     """Return the distance of every token at every position to the first layer's span: shape (tokens, positions).
 
-    A sequence that repeats one token gives that token's input at every position in one pass.
+    A sequence that repeats one token gives that token's input at every position in one pass. Everything is screened in
+    single precision; tokens that come near are measured again in double precision.
     """
     positions = scene.positions if scene.structure.positional else 1
+    ids = tokens[:, None].expand(-1, positions)
+    rows = max(1, _SCREEN_ROWS // positions)
+    screened = torch.cat([_screened(scene, ids[start : start + rows]) for start in range(0, len(ids), rows)])
+    near = (screened < _NEAR).any(1).nonzero().flatten()
     rows = max(1, CHUNK_ROWS // positions)
-    parts = [
-        joint_distance(scene, scene.alone, tokens[start : start + rows, None].expand(-1, positions))
-        for start in range(0, len(tokens), rows)
-    ]
-    return torch.cat(parts)
+    for start in range(0, len(near), rows):
+        part = near[start : start + rows]
+        screened[part] = joint_distance(scene, scene.alone, ids[part])
+    return screened
+
+
+def _screened(scene: Scene, ids: Tensor) -> Tensor:
+    """Return joint distances from the length of each projection alone: right to about 1e-3 where they are not small."""
+    modules = {span.channel: scene.structure.light.get_submodule(span.channel) for span in scene.alone}
+    captured = capture_inputs(modules, lambda: call(scene.structure.light, ids))
+    outside = []
+    for span in scene.alone:
+        inputs = captured[span.channel]
+        inside = torch.linalg.vector_norm(inputs @ span.basis.to(inputs.dtype).T, dim=-1)
+        whole = torch.linalg.vector_norm(inputs, dim=-1).clamp_min(1e-30)
+        outside.append((1.0 - (inside / whole).square()).clamp_min(0.0))
+    return torch.stack(outside).amax(0).sqrt().double()
 
 
 def separate(distances: Tensor, *, most: int, codimension: int, rank: int) -> tuple[float, float] | None:
