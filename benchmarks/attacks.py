@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,8 @@ def cell(group: Group, attack: str, update: str, count: int, *, seeds: int, budg
         seen, truth = observed(group.data, model, update, count, seed)
         found = build(attack).run(seen, model, group.data.prior, budget, seed)
         reason = reason or found.reason
-        runs.append((found, score(found, truth) if found.applicable else None))
+        judged = replace(truth, labels=None) if found.of("image") else truth  # labels were granted, pictures were not
+        runs.append((found, score(found, judged) if found.applicable else None))
     scored = [result for _, result in runs if result is not None]
     interval = bootstrap_interval([result.value for result in scored]) if scored else None
     return Cell(
