@@ -27,9 +27,9 @@ class _Switch(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *slopes: Tensor) -> tuple[Tensor, None]:
         (values,) = context.saved_tensors
-        reach = math.sqrt(5.0) * context.width * values.square().mean().sqrt().clamp_min(1e-30)
-        bump = (1.0 - (values / reach).square()).clamp_min(0.0) * (0.75 / reach)
-        return slopes[0] * bump, None
+        reach = math.sqrt(5.0) * context.width * max(float(values.norm()) / math.sqrt(values.numel()), 1e-12)
+        bump = torch.addcmul(values.new_ones(()), values, values, value=-1.0 / reach**2).clamp_min(0.0)
+        return slopes[0] * bump * (0.75 / reach), None
 
 
 class _Rectify(torch.autograd.Function):
