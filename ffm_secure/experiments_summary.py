@@ -26,7 +26,7 @@ def to_markdown(found: Mapping[str, Any]) -> str:
     against = list(dict.fromkeys(item["against"] for cell in cells for item in cell["differences"]))
     seeds = len({row["seed"] for row in found["rows"]})
     head = [*axes, *[f"seed {seed}" for seed in _seeds(found)], "mean ± 95 %"]
-    head += [f"minus {label}" for label in against] + ["epsilon", "up, a client and round", "seconds"]
+    head += [f"minus {label}" for label in against] + ["epsilon spent", "up, a client and round", "seconds"]
     lines = [head, ["---"] * len(head)]
     for cell in cells:
         line = [*cell["labels"].values(), *_values(found, cell), _spread(cell["metric"], seeds)]

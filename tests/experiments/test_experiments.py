@@ -125,7 +125,7 @@ def test_results_are_also_a_markdown_table_and_a_picture_of_their_own() -> None:
     found = results(name="grid", about="", command="", rows=rows, wanted=6, compare="rule", references=["a|b"])
     lines = to_markdown(found).splitlines()
     assert lines[0].startswith("accuracy, 6 runs")
-    assert lines[2].startswith("| data | rule | seed 1 | seed 2 | seed 3 | mean ± 95 % | minus a\\|b | epsilon |")
+    assert lines[2].startswith("| data | rule | seed 1 | seed 2 | seed 3 | mean ± 95 % | minus a\\|b | epsilon spent |")
     assert "| 0.710 | 0.720 | 0.730 | 0.720 ± 0.025 | **+0.100 [+0.100, +0.100]** | none |" in lines[4]
     assert len({line.replace("\\|", "").count("|") for line in lines[2:]}) == 1
     drawn = ElementTree.fromstring(to_svg(found))
