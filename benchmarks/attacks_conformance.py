@@ -1,7 +1,7 @@
 """Repeat the figures known for each attack, published or measured by an earlier independent rendering, and compare.
 
 A line states the reference, the range a repetition must fall into, what was measured here and over how many runs. Ranges
-are exact where theory is exact; where the reference is a count, its 99 % Clopper-Pearson interval; where it is an AUC,
+are exact where theory is exact; where the reference is a count, 99 % of the sampling of both; where it is an AUC,
 99 % of its sampling law around the Gaussian prediction; where it is a PSNR under noise, 4 dB either way.
 """
 
@@ -28,6 +28,7 @@ from attacks.metrics import (
 )
 from attacks.registry import build
 from attacks.scoring import auc_deviation
+from benchmarks.attacks_peer import crops
 from tests.attacks import models
 
 BUDGET = Budget(seconds=120.0, iterations=400, restarts=1)
@@ -90,10 +91,11 @@ def share(found: Reconstruction, truth: Tensor, floor: float) -> float:
     return sum(table[row, column] > floor for row, column in match_one_to_one(table)) / len(truth)
 
 
-def counted(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 99 % interval of a reference that is a count."""
-    low, high = clopper_pearson(successes, trials, 0.005)
-    return low, high
+def counted(successes: int, trials: int, repeated: int) -> tuple[float, float]:
+    """Return the 99 % range of a repetition over `repeated` trials of a reference that is a count."""
+    rate, (low, high) = successes / trials, clopper_pearson(successes, trials, 0.005)
+    own = Z99 * (rate * (1 - rate) / repeated) ** 0.5
+    return max(0.0, rate - ((rate - low) ** 2 + own**2) ** 0.5), min(1.0, rate + ((high - rate) ** 2 + own**2) ** 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -216,7 +218,7 @@ def matched_text(seeds: int) -> Iterator[Line]:
             found = run("text_matching", seen, model, iterations=iterations)
             table = similarity_matrix([x.tolist() for x in found.of("sequence")], ids.tolist(), positional_accuracy)
             rates.append(sum(table[row, column] for row, column in match_one_to_one(table)) / batch)
-        low, high = counted(right, of)
+        low, high = counted(right, of, 8 * batch * len(rates))
         yield Line(
             attack="text_matching", setting=f"BERT, width 64, {name}", unit="tokens in place",
             reference=f"{right}/{of} tokens", low=low, high=high, measured=mean(rates), runs=len(rates),
@@ -239,14 +241,14 @@ def vision(seeds: int) -> Iterator[Line]:
         for seed in range(seeds):
             model = models.vit(seed=seed).double()
             generator = torch.Generator().manual_seed(seed)
-            images = torch.rand(batch, 3, 32, 32, generator=generator).double()
+            images = crops(batch, 32, seed).double()
             known = Knowledge(image_shape=(3, 32, 32))
             data = {"images": images, "labels": torch.arange(batch)}
             seen = models.observe(model, data, models.image_loss, knowledge=known)
             if noise:
                 seen = seen.replace_tensors({n: _shaken(t, noise, generator) for n, t in seen.tensors.items()})
             found = run("position_vision", seen, model)
-            values.append(psnr(found.of("image")[0], images[0]))
+            values.append(psnr(found.of("image")[0].clamp(0, 1), images[0]))
         exact = noise == 0.0 and batch == 1
         yield Line(
             attack="position_vision", setting=f"ViT, width 192, batch of {batch}, relative noise {noise:g}",
@@ -281,7 +283,7 @@ def dense(seeds: int) -> Iterator[Line]:
             found = run(name, models.observe(model, data, models.image_loss, knowledge=known), model)
             shares.append(share(found, images, EXACT_DB))
         right, of = counts.get(batch, (0, 0)) if name == "linear_readout" else (0, 0)
-        low, high = counted(right, of) if of else (1.0, 1.0)
+        low, high = counted(right, of, batch * runs) if of else (1.0, 1.0)
         yield Line(
             attack=name, setting=f"dense layer {width} x 768, batch of {batch}", unit="images exact",
             reference=f"{right}/{of}" if of else "1", low=low, high=high, measured=mean(shares), runs=runs,
@@ -315,7 +317,7 @@ def imprints(seeds: int) -> Iterator[Line]:
                 knowledge=Knowledge(image_shape=(1, 8, 8)),
             )  # fmt: skip
             shares.append(share(run("imprint", seen, model), images[private], 40.0))
-        low, high = counted(right, of)
+        low, high = counted(right, of, clients * batch * len(shares))
         yield Line(
             attack="imprint", setting=f"512 bins, {clients} clients x {batch}", unit="images exact",
             reference=f"{right}/{of}", low=low, high=high, measured=mean(shares), runs=len(shares),
