@@ -54,7 +54,7 @@ def _peer(found: dict[str, Any]) -> Iterator[str]:
     yield f"On {len(rows)} gradients of one ReLU network (three convolutions, batches of 1, 2 and 4 natural crops of"
     yield f"8 x 8 to 32 x 32) ours was at least as good in PSNR on {good} and took no more CPU time on {quick}; on the mean it is {surplus:.1f} dB"
     yield f"better at {ratio:.2f} times the CPU seconds. Both know labels and shape. breaching runs {found['iterations']} iterations with its recommended"
-    yield f"settings for this attack, ours {found['our_iterations']}; its recommended 24,000 iterations would take hours here."
+    yield f"settings for this attack, ours {found['our_iterations']}; its recommended number is 24,000."
     yield ""
     head = "| batch | side | breaching dB | s | ours dB | s | as good | no slower |"
     yield from _rows(head, (
