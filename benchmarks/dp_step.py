@@ -237,7 +237,9 @@ def main() -> None:
                 row["peak_megabytes"] = peak_megabytes(setting, name)
             peak = f"{row['peak_megabytes']:8.0f}" if "peak_megabytes" in row else "       -"
             print(f"{setting:18} {name:14} {row['seconds']:8.3f} {row['ratio']:7.3f} {peak}", flush=True)
-    print(json.dumps({"benchmark": "dp_step", "torch": torch.__version__, "machine": platform.machine(), "rows": result}))
+    print(
+        json.dumps({"benchmark": "dp_step", "torch": torch.__version__, "machine": platform.machine(), "rows": result})
+    )
 
 
 if __name__ == "__main__":
