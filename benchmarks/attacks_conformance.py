@@ -53,7 +53,7 @@ class Line:
     @property
     def within(self) -> bool:
         """Say whether the repetition falls into the range."""
-        return self.low <= self.measured <= self.high
+        return bool(self.low <= self.measured <= self.high)  # a comparison of NumPy's numbers is not JSON
 
 
 def run(
