@@ -31,7 +31,8 @@ class Full(TrainableModel):
             for name, parameter in plain.named_parameters():
                 parameter.copy_(self.parameters[name])
         folder.mkdir(parents=True, exist_ok=True)
-        plain.save_pretrained(folder)  # type: ignore[operator]
+        with quiet():
+            plain.save_pretrained(folder)  # type: ignore[operator]
         if self.backbone.tokenizer is not None:
             self.backbone.tokenizer.save_pretrained(folder)
 
