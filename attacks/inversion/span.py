@@ -121,7 +121,7 @@ def search_encoder(
     threshold = context_threshold(scene, candidates)
     for length in lengths:
         options = candidates.ids[:length]
-        if not all(options) or deadline.expired:
+        if not options or not all(options) or deadline.expired:  # noise can leave no place with a candidate
             continue
         starts = 4 * budget.restarts * max(map(len, options))
         found = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,9 @@ from scipy.stats import beta
 
 from attacks import Budget, Knowledge, Observation, Prior
 from attacks.inversion.channels import Channel, spectrum_of
-from attacks.inversion.subspace import separate, tail
+from attacks.contract import Deadline
+from attacks.inversion.span import search_encoder
+from attacks.inversion.subspace import Candidates, separate, tail
 from attacks.metrics import exact_sequence_rate, token_set_score
 from attacks.registry import build
 from tests.attacks import models
@@ -195,3 +199,14 @@ def test_strangers_alone_are_not_separated():
         outlying += edge is not None and bool((distances <= edge).any())
     assert separated <= 3
     assert outlying <= 5
+
+
+def test_a_search_without_any_candidate_finds_nothing() -> None:
+    """Noise can leave not one place with a token that fits; then no sentence is proposed, and no scene is looked at."""
+    nothing = Candidates(ids=(), threshold=1e-6, gap=1e9, exact=True)
+    budget = Budget.quick()
+    scene: Any = None
+    assert (
+        search_encoder(scene, nothing, lengths=(4, 8), budget=budget, deadline=Deadline(stop_at=float("inf")), seed=0)
+        == []
+    )
