@@ -94,12 +94,17 @@ def load(path: Path, *, quick: bool = False) -> tuple[Experiment, tuple[Cell, ..
     if quick:
         experiment = replace(experiment, name=f"{experiment.name}-quick", seeds=experiment.quick.seeds)
     cells: list[Cell] = []
+    refused: dict[str, list[str]] = {}  # a mistake in the shared part is one mistake, however many cells have it
     for labels, sets in _combinations(experiment, quick=quick):
         for seed in experiment.seeds:
             try:
                 cells.append(Cell(labels=labels, seed=seed, config=_configure(experiment, labels, sets, seed)))
             except (ConfigError, PlanRefused) as error:
-                problems.append(f"{_name(labels, seed)}: {error}")
+                for problem in error.problems if isinstance(error, ConfigError) else error.reasons:
+                    refused.setdefault(problem, []).append(_name(labels, seed))
+    for problem, where in refused.items():
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        problems.append(f"{where[0]}{more}: {problem}")
     names = [cell.config.name for cell in cells]
     if not problems and len(set(names)) < max(1, len(names)):
         problems.add("axes", len(names), "no cell is left, or labels differ only in what a folder name cannot hold")

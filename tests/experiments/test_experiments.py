@@ -216,6 +216,15 @@ def test_every_cell_is_checked_before_the_first_runs(old: str, new: str, words: 
         experiments.load(file)
 
 
+def test_a_mistake_in_the_shared_part_is_told_once(tmp_path: Path) -> None:
+    file = tmp_path / "grid.toml"
+    file.write_text(GRID.replace("seeds = [1]", "seeds = [1, 2, 3]", 1).replace("local_steps = 1", "local_stepz = 1"))
+    with pytest.raises(ConfigError) as caught:
+        experiments.load(file)
+    assert len(caught.value.problems) == 1
+    assert caught.value.problems[0].startswith("one_s1 and 5 more: federation.lifecycle.local_stepz")
+
+
 def test_combinations_can_be_left_out(tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
     file.write_text(GRID.replace("seeds = [1]", 'seeds = [1]\nskip = ["rank=two"]', 1))
@@ -251,7 +260,7 @@ def test_prompts_are_compared_at_equal_bytes() -> None:
         "p_tuning": lambda t: t.length * d + 2 * d * t.hidden + t.hidden**2 + d + 2 * t.hidden,
         "deep_prompt": lambda t: layers * t.length * d,
         "prefix": lambda t: 2 * layers * t.length * d,
-        "lora": lambda t: layers * 2 * t.rank * 2 * d,
+        "lora": lambda t: len(t.target_modules) * t.rank * 2 * d,
     }
     _, cells = experiments.load(ROOT / "experiments" / "prompts.toml")
     sizes = [count[cell.config.model.trainable.kind](cell.config.model.trainable) for cell in cells]

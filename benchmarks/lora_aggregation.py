@@ -1,0 +1,108 @@
+"""Hold what each rule for averaging LoRA makes of a round against the dense mean of the clients' products.
+
+    python -m benchmarks.lora_aggregation [--quick] [--json]
+
+The runs of `experiments/lora-aggregation.toml` with one seed, their clients trained for real. After every round the adapted
+weights of the new model are compared with the mean of what the clients' own weights were: the distance, divided by how far
+that mean moved. Exact rules miss it by rounding; plain averaging of A and of B misses it by its bias. FedSA
+is left out: each of its clients has a model of its own, none of which is meant to be the mean. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ffm_secure import experiments, setup
+from ffm_secure.client import Workplace
+from ffm_secure.config import Strategy
+from ffm_secure.run import place
+from ffm_secure.server import plan_round
+from ffm_secure.strategies.lora_rules import LoraRule
+from ffm_secure.trainable import replicate
+
+GRID = Path(__file__).resolve().parents[1] / "experiments" / "lora-aggregation.toml"
+
+
+class Factors(LoraRule):
+    """See the adapters of any run; a LoraRule for its names and products alone."""
+
+
+def weights(factors: LoraRule, vector: Tensor) -> Tensor:
+    """Return every adapted weight: what was folded into it, plus the product."""
+    parts = [
+        ((factors.view(vector, item.weight) if item.weight else 0.0) + factors.product(vector, item)).reshape(-1)
+        for item in factors.adapters
+    ]
+    return torch.cat(parts).double()
+
+
+def misses(config: Any, *, base: Path, rounds: int) -> Iterator[tuple[float, float]]:
+    """Yield for each round the distance to the dense mean, in units of how far that mean moved, and the largest entry of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = setup.build(place(config, base=base, runs=Path(folder)).prepared(), Path(folder))
+        workplace = Workplace(
+            config=config, trainable=replicate(made.trainable), task=made.task, mechanism=made.mechanism,
+            code=made.code, device=made.device, home=made.home,
+        )  # fmt: skip
+        strategy, factors = made.prepared.strategy, Factors(Strategy(), made.trainable)
+        state = strategy.start(made.trainable.flatten().cpu())
+        for number in range(1, rounds + 1):
+            plan = plan_round(made, number, state)
+            messages, own = [], []
+            for client in plan.cohort:
+                learned = workplace.learn(made.clients[client], plan, state.vector, made.client_source(plan, client))
+                messages.append(learned.vector.double())
+                own.append(weights(factors, workplace.trainable.flatten().cpu()))
+            before, wanted = weights(factors, state.vector), torch.stack(own).mean(0)
+            state = strategy.step(state, torch.stack(messages).mean(0))
+            missed = weights(factors, state.vector) - wanted
+            yield float(missed.norm() / (wanted - before).norm()), float(missed.abs().max())
+
+
+def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
+    """Measure every cell of the grid with its first seed."""
+    _, cells = experiments.load(GRID, quick=quick)
+    for cell in cells:
+        if cell.seed != cells[0].seed or cell.config.federation.strategy.kind == "fedsa":
+            continue
+        rounds = min(cell.config.federation.rounds, 4)
+        found = list(misses(cell.config, base=GRID.parent, rounds=rounds))
+        yield {
+            **dict(cell.labels),
+            "rounds": rounds,
+            "relative": max(relative for relative, _ in found),
+            "largest": max(largest for _, largest in found),
+        }
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the quick form of the grid, for smoke use")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    print("| privacy | split | rule | missed, share of the mean change | largest entry missed |\n|---|---|---|---|---|")
+    found = []
+    for row in rows(quick=options.quick):
+        found.append(row)
+        words = (row["privacy"], row["split"], row["rule"], f"{row['relative']:.1e}", f"{row['largest']:.1e}")
+        print(f"| {' | '.join(words)} |", flush=True)
+    if options.json:
+        print(json.dumps({"rows": found, "torch": torch.__version__, "machine": platform.machine()}))
+
+
+if __name__ == "__main__":
+    main()
