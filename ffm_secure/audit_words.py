@@ -15,6 +15,7 @@ _WHO: dict[Observer, str] = {
     "server": "the server",
     "colluding_server": "a server with colluding clients",
 }
+_WORST_FIRST = ("leaked", "not leaked", "inconclusive", "not tried", "not applicable")
 _WHAT = {
     "token F1": "words of the training texts",
     "PSNR dB": "training pictures",
@@ -24,20 +25,26 @@ _WHAT = {
 
 
 def sentence(findings: Sequence[AuditFinding]) -> str:
-    """Say the outcome in one line a manager understands."""
-    leaks = [item for item in findings if item.verdict == "leaked"]
-    passed = sum(item.verdict == "not leaked" for item in findings)
-    untried = sum(item.measure == "not run" for item in findings)
-    open_ = sum(item.verdict == "inconclusive" for item in findings) - untried
-    if leaks:
-        return f"Private data leaked: {_exposed(leaks)} ({len(leaks)} of {len(leaks) + passed} attacks with a passed control)."
+    """Say the outcome in one line a manager understands; an attack tried for several observers counts once."""
+    worst: dict[str, int] = {}
+    for item in findings:
+        rank = _WORST_FIRST.index("not tried" if item.measure == "not run" else item.verdict)
+        worst[item.attack] = min(rank, worst.get(item.attack, rank))
+    leaked, passed, open_, untried, _ = (list(worst.values()).count(rank) for rank in range(len(_WORST_FIRST)))
+    if leaked:
+        shown = _exposed([item for item in findings if item.verdict == "leaked"])
+        return f"Private data leaked: {shown} ({leaked} of {_attacks(leaked + passed)} with a passed control)."
     if not passed:
         return "Nothing was proven: no attack worked even on the undefended update."
-    rest = f", {untried} were not tried under this budget" if untried else ""
+    rest = f", {untried} {'was' if untried == 1 else 'were'} not tried under this budget" if untried else ""
     return (
-        f"No leak found: {passed} attacks that read the undefended update failed on what observers see; "
-        f"{open_} were inconclusive{rest}."
+        f"No leak found: {_attacks(passed)} that read the undefended update failed on what observers see; "
+        f"{open_} {'was' if open_ == 1 else 'were'} inconclusive{rest}."
     )
+
+
+def _attacks(count: int) -> str:
+    return f"{count} attack" if count == 1 else f"{count} attacks"
 
 
 def _exposed(leaks: Sequence[AuditFinding]) -> str:

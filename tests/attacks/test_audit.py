@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,9 +153,13 @@ def test_one_line_says_who_can_learn_what() -> None:
     passed = found("span", "public", "not leaked", "token F1")
     assert sentence([words, labels, passed]) == (
         "Private data leaked: the server can learn how many records carry each label and words of the training texts "
-        "(2 of 3 attacks with a passed control)."
+        "(2 of 2 attacks with a passed control)."
     )
-    assert sentence([passed]).startswith("No leak found: 1 attacks")
+    others = [found("llg", observer, "inconclusive", "not run") for observer in ("server", "public")]
+    assert sentence([passed, replace(passed, observer="server"), *others]) == (
+        "No leak found: 1 attack that read the undefended update failed on what observers see; 0 were inconclusive, "
+        "1 was not tried under this budget."
+    )
     assert sentence([found("span", "server", "inconclusive", "")]).startswith("Nothing was proven")
 
 
