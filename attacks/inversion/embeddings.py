@@ -31,7 +31,7 @@ from attacks.inversion.optimise import (
     update_of,
 )
 from attacks.inversion.priors import norm_distance
-from attacks.inversion.tokens import embedding_names, noise_per_entry, present_tokens, token_embedding
+from attacks.inversion.tokens import embedding_names, noise_per_entry, likely_tokens, token_embedding
 from attacks.observation import Observation
 
 TAG = Settings(
@@ -123,7 +123,7 @@ def text_frame(observation: Observation, model: nn.Module) -> TextFrame:
     config = getattr(model, "config", None)
     padding = getattr(config, "pad_token_id", None) or 0
     allowed = torch.ones(len(rows), dtype=torch.bool)
-    present = present_tokens(observation, model)
+    present = likely_tokens(observation, model)
     granted = observation.known("token_set")
     if granted is not None:
         present = torch.tensor(granted)

@@ -1,9 +1,11 @@
 """Label counts from the last layer's gradient: the exact identity, iDLG, LLG and iLRG.
 
 For cross-entropy averaged over K examples the bias gradient of class c is mean p_c - n_c / K, so n_c = K (mean p_c
-- db_c): only the mean predicted probability is unknown, and public or random probes estimate it. Sources: Zhao et
-al., "iDLG", 2020; Wainakh et al., "User-Level Label Leakage from Gradients", 2021 (LLG); Ma et al., "Instance-wise
-Batch Label Restoration via Gradients", 2023 (iLRG).
+- db_c): only the mean predicted probability is unknown, and public or random probes estimate it. Without any probe
+the identity bounds the counts, for no probability is negative, and the column space of a small batch excludes labels.
+Sources: Zhao et al., "iDLG", 2020; Wainakh et al., "User-Level Label Leakage from Gradients", 2021 (LLG); Dang et al.,
+"Revealing and Protecting Labels in Distributed Training", 2021 (RLG); Ma et al., "Instance-wise Batch Label Restoration
+via Gradients", 2023 (iLRG).
 """
 
 from __future__ import annotations
@@ -13,14 +15,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import linprog
 from torch import Tensor, nn
 
-from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
-from attacks.inversion.channels import capture_inputs, linear_modules
+from attacks.contract import Attack, Budget, Deadline, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.inversion.channels import capture_inputs, linear_modules, numerical_rank
 from attacks.inversion.tokens import embedding_names, vocabulary_size
 from attacks.observation import Observation
 
 _PROBES = 256
+_SEPARABLE = 256  # classes up to which one linear programme for each is affordable
+_CLOSED = 1e-3  # how far the rows of a cross-entropy's gradient may be from adding up to nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,6 +97,42 @@ def round_to_total(counts: Tensor, total: int) -> Tensor:
 def identity_counts(bias: Tensor, mean_probability: Tensor, examples: int) -> Tensor:
     """Return n_c = K (mean p_c - db_c), before rounding."""
     return examples * (mean_probability - bias)
+
+
+def least_counts(bias: Tensor, examples: int) -> Tensor:
+    """Return how often each label occurs at least: n_c >= -K db_c, since no probability is negative."""
+    rounding = float(bias.sum().abs()) + 1e-5 * float(bias.abs().max())
+    return (-examples * (bias + rounding)).ceil().clamp_min(0.0).long()
+
+
+def possible_labels(weight: Tensor, deadline: Deadline) -> Tensor | None:
+    """Return which labels can be in the batch (boolean), or None when nothing is excluded, or not in time.
+
+    Every example puts its p - e_y into the column space of the weight's gradient, a vector negative at y alone. A class
+    at which no vector of that space is the only negative one is absent. Source: RLG, section 3.
+    """
+    columns, singular, _ = torch.linalg.svd(weight, full_matrices=False)
+    classes, rank = len(weight), numerical_rank(singular, tuple(weight.shape))
+    if not 0 < rank < classes - 1 or classes > _SEPARABLE:
+        return None
+    basis, found = columns[:, :rank].numpy(), torch.zeros(classes, dtype=torch.bool)
+    for label in range(classes):
+        if deadline.expired:
+            return None
+        others, slack = -np.delete(basis, label, axis=0), np.full(classes - 1, 1e-7)
+        solved = linprog(basis[label], A_ub=others, b_ub=slack, bounds=[(-1, 1)] * rank)
+        found[label] = solved.status == 0 and solved.fun < -1e-3
+    return found if bool(found.any()) else None
+
+
+def bounded_counts(estimate: Tensor, least: Tensor, possible: Tensor, total: int) -> Tensor:
+    """Return the whole counts of a given sum nearest to an estimate, within bounds as far as these agree with the sum."""
+    counts, wanted = least.clone(), estimate.double().masked_fill(~possible, -torch.inf)
+    while int(counts.sum()) > total:
+        counts[int((counts - estimate).masked_fill(counts == 0, -torch.inf).argmax())] -= 1
+    while int(counts.sum()) < total:
+        counts[int((wanted - counts).argmax())] += 1
+    return counts
 
 
 def single_label(weight: Tensor) -> int:
@@ -178,22 +219,46 @@ def _bias(head: Head, mean_feature: Tensor) -> Tensor:
 
 
 def _finding(counts: Tensor, head: Head, confidence: float) -> Finding:
-    rounded = round_to_total(counts, head.examples)
-    labels = torch.repeat_interleave(torch.arange(head.classes), rounded)
+    labels = torch.repeat_interleave(torch.arange(head.classes), counts)
     items = (
-        Item(kind="label_counts", value=rounded, confidence=confidence),
+        Item(kind="label_counts", value=counts, confidence=confidence),
         Item(kind="labels", value=labels, confidence=confidence),
     )
     return Finding(items=items, confidence=confidence, details={"head": head.name, "examples": head.examples})
 
 
 def _identity(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+    deadline = budget.start()
     private = working_copy(model, observation).requires_grad_(False)
     head = find_head(observation, private)
     probability, feature, _ = probe_head(observation, private, prior, head, seed)
-    raw = identity_counts(_bias(head, feature), probability, head.examples)
-    distance = float((raw - raw.round()).abs().mean())
-    return _finding(raw, head, max(0.0, 1.0 - 2.0 * distance))
+    bias, total = _bias(head, feature), head.examples
+    raw = identity_counts(bias, probability, total)
+    roundness = max(0.0, 1.0 - 2.0 * float((raw - raw.round()).abs().mean()))
+    if float(head.weight.sum(dim=0).norm()) > _CLOSED * float(head.weight.norm()):  # noise, or no cross-entropy
+        return _finding(round_to_total(raw, total), head, roundness)
+    possible, least = _bounds(head, deadline)
+    if float((least - raw).clamp_min(0.0).sum()) > 0.25 * total:
+        # The probes are foreign to the model. A calibrated one predicts the batch's own shares, all but a part e spread
+        # evenly: then n_c / K = 1 / C - db_c / e, and e is taken as twice what keeps every count from being negative.
+        raw = total / head.classes * (1.0 - bias / (2.0 * bias.max().clamp_min(1e-12)))
+        roundness = 0.0
+    pinned = min(1.0, int(least.sum()) / total)
+    return _finding(bounded_counts(raw, least, possible, total), head, pinned + (1.0 - pinned) * roundness)
+
+
+def _bounds(head: Head, deadline: Deadline) -> tuple[Tensor, Tensor]:
+    """Return which labels are possible, and how often each occurs at least."""
+    least = torch.zeros(head.classes, dtype=torch.long)
+    if head.bias is not None:
+        least = least_counts(head.bias, head.examples)
+    possible = possible_labels(head.weight, deadline)
+    if possible is None:
+        return torch.ones(head.classes, dtype=torch.bool), least
+    possible |= least > 0
+    if int(possible.sum()) <= min(head.examples, head.classes // 2):  # in few dimensions hardly one passes by chance
+        least = torch.maximum(least, possible.long())
+    return possible, least
 
 
 def _idlg(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
@@ -204,7 +269,7 @@ def _idlg(observation: Observation, model: nn.Module | None, prior: Prior, budge
     label = single_label(rows.clone())
     others = np.delete((rows @ rows[label]).numpy(), label)
     opposite = float((others <= 0).mean()) if len(others) else 0.0
-    counts = torch.zeros(head.classes)
+    counts = torch.zeros(head.classes, dtype=torch.long)
     counts[label] = 1
     return _finding(counts, head, opposite)
 
@@ -220,17 +285,21 @@ def _ilrg(observation: Observation, model: nn.Module | None, prior: Prior, budge
     head = find_head(observation, working_copy(model, observation).requires_grad_(False))
     if head.bias is None:
         raise NotApplicable("iLRG divides by the head's bias gradient, and the head has no bias")
-    return _finding(ilrg_counts(head.weight, head.bias, head.module, head.examples), head, 0.5)
+    counts = ilrg_counts(head.weight, head.bias, head.module, head.examples)
+    return _finding(round_to_total(counts, head.examples), head, 0.5)
 
 
 def label_identity() -> Attack:
-    """Return the attack that counts labels by the exact identity, with public or random probes for the mean probability."""
+    """Return the attack that counts labels by the exact identity and its bounds.
+
+    Public or random probes stand for the mean probability.
+    """
     return PlainAttack(
         name="label_identity",
         family="labels",
         attempt=_identity,
         requires=("model",),
-        summary="label counts, exact as soon as the mean predicted probability is known",
+        summary="label counts, exact as soon as the mean predicted probability is known, bounded without it",
     )
 
 

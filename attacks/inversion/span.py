@@ -32,7 +32,7 @@ from attacks.inversion.subspace import (
     tail,
     token_pool,
 )
-from attacks.inversion.tokens import present_tokens
+from attacks.inversion.tokens import likely_tokens
 from attacks.observation import Observation
 
 # ------------------------------------------------------------------------------------------------------------- sentences
@@ -209,7 +209,7 @@ def _attempt(
 ) -> Finding:
     deadline = budget.start()
     structure = study(observation, working_copy(model, observation).double())
-    tokens = present_tokens(observation, structure.model)
+    tokens = likely_tokens(observation, structure.model)
     found = find_candidates(
         structure, token_pool(structure.vocabulary, tokens), deadline=deadline, allowed=tokens, outliers=outliers
     )

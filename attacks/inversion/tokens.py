@@ -61,40 +61,69 @@ def without_decay(observation: Observation, name: str) -> Tensor | None:
     return delta.double() - observation.contributors * shrink * weight.double()
 
 
-def row_scores(observation: Observation, model: nn.Module) -> Tensor:
-    """Return how strongly each token's row moved beyond what an absent token's row would: shape (vocabulary,).
+def embedding_rows(observation: Observation, model: nn.Module) -> Tensor:
+    """Return each token's row of the embedding's gradient, AdamW's decay taken out: shape (vocabulary, width).
 
     Raises: NotApplicable when the token embedding was not trained.
     """
-    module = token_embedding(model)
-    name = f"{module}.weight"
+    name = f"{token_embedding(model)}.weight"
     if name not in observation.tensors:
         raise NotApplicable("the token embedding was not trained, so its rows say nothing")
-    rows = observation.tensors[name].double()
+    rows = observation.gradient().tensors[name].double()
     if observation.content == "delta" and observation.known("weight_decay"):
         cleaned = without_decay(observation, name)
-        rows = rows if cleaned is None else cleaned
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    if is_tied(model, module) and bool((norms > 0).double().mean() > 0.5):
-        return _beyond_the_head(rows)
-    return norms
+        rows = rows if cleaned is None else -cleaned
+    return rows
+
+
+def beside_a_head(rows: Tensor, *, noise: float = 0.0, linear: bool = True) -> Tensor | None:
+    """Return which rows of an embedding tied to the output layer stand out (boolean), or None when none can be told.
+
+    The output layer adds sum_t (p_tv - [v is the target at t]) h_t to row v. An absent token's row is a positive mix of
+    the hidden states h_t, and these point one way, away from which the rows of targets lie: that needs no low rank, so
+    it holds for any batch, sum and optimiser. What was read but never a target, such as a first token, adds a direction
+    of its own, which shows where the update is linear in the gradient and there are fewer tokens than dimensions.
+    """
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    units = rows / lengths.clamp_min(1e-300)[:, None]
+    weights = lengths.sqrt()  # neither the many quiet rows nor the few loud ones should choose the direction
+    common = weights @ units
+    if noise > 0.0:
+        edge = noise * math.sqrt(2 * math.log(1_000 * len(rows)))  # the Gaussian's tail, once in a thousand runs
+        return _some(rows @ (common / common.norm()) < -edge)
+    moved = lengths > 0
+    found = [(units @ common < weights)[moved]]  # each row against all the others
+    if linear and bool(moved.any()):
+        found += [_above_gap(_alone(units[moved])), _above_gap(_beyond_the_head(rows[moved]))]
+    chosen = torch.zeros_like(moved)
+    # Rows of noise point anywhere, half of them against the rest, and quiet rows may be too few to span the others.
+    chosen[moved] = torch.stack([one & bool(one.double().mean() < 0.25) for one in found]).any(dim=0)
+    return _some(chosen)
+
+
+def _alone(units: Tensor) -> Tensor:
+    """Return how far each row lies outside what all other rows span, on a scale from 0 to about 1e6."""
+    spread = units.T @ units
+    ridge = 1e-13 * float(spread.trace())  # the square of single precision
+    factor = torch.linalg.cholesky(spread + ridge * torch.eye(len(spread), dtype=units.dtype))
+    leverage: Tensor = torch.linalg.solve_triangular(factor, units.T, upper=False).square().sum(dim=0)
+    return (leverage / (1.0 - leverage).clamp_min(1e-12)).sqrt()
 
 
 def _beyond_the_head(rows: Tensor) -> Tensor:
-    """Remove what a tied output layer adds: every absent row is a positive mix of the same few hidden states.
-
-    The directions of the half of the rows with the smallest norm are removed from all rows, as many as hold 99.99 %
-    of that half's energy.
-    """
+    """Return what is left of each row without the directions that hold 99.99 % of the energy of the quieter half."""
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     quiet = rows[norms <= norms.median()]
     _, singular, right = torch.linalg.svd(quiet, full_matrices=False)
     share = singular.square().cumsum(0) / singular.square().sum().clamp_min(1e-300)
     kept = min(int((share < 0.9999).sum()) + 1, rows.shape[1] // 2)
     basis = right[:kept]
-    residual = rows - (rows @ basis.T) @ basis
-    left: Tensor = torch.linalg.vector_norm(residual, dim=1)
+    left: Tensor = torch.linalg.vector_norm(rows - (rows @ basis.T) @ basis, dim=1)
     return left
+
+
+def _some(chosen: Tensor) -> Tensor | None:
+    return chosen if bool(chosen.any()) else None
 
 
 def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tensor | None:
@@ -119,7 +148,7 @@ def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tenso
                 chosen = gap if bool(gap.any()) else chosen
         else:
             chosen = _above_gap(scores)
-    return chosen if bool(chosen.any()) else None
+    return _some(chosen)
 
 
 def _above_gap(scores: Tensor) -> Tensor:
@@ -143,26 +172,52 @@ def _width(model: nn.Module) -> int:
     return embedding.embedding_dim
 
 
+def _standing_out(observation: Observation, model: nn.Module) -> tuple[Tensor | None, float]:
+    """Return which tokens stand out (boolean), or None, and how sure that is."""
+    rows, noise = embedding_rows(observation, model), noise_per_entry(observation)
+    if is_tied(model, token_embedding(model)):
+        linear = observation.content == "gradient" or "adam" not in str(observation.known("optimiser")).lower()
+        chosen = beside_a_head(rows, noise=noise, linear=linear)
+        if chosen is None:
+            return None, 0.0
+        absent = nn.functional.normalize(rows[~chosen & rows.any(dim=1)])
+        return chosen, float(absent.mean(dim=0).norm())  # near 1 when they agree on a direction, as noise does not
+    scores: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    chosen = split_scores(scores, noise=noise, width=rows.shape[1])
+    if chosen is None:
+        return None, 0.0
+    weakest, strongest = scores[chosen].min(), scores[~chosen].max() if (~chosen).any() else 0.0
+    return chosen, float(weakest / (weakest + strongest))
+
+
 def present_tokens(observation: Observation, model: nn.Module) -> Tensor | None:
     """Return the ids of the tokens that stand out, or None when the embedding does not tell."""
     try:
-        scores = row_scores(observation, model)
+        chosen, _ = _standing_out(observation, model)
     except NotApplicable:
         return None
-    chosen = split_scores(scores, noise=noise_per_entry(observation), width=_width(model))
     return None if chosen is None else chosen.nonzero().flatten()
 
 
+def likely_tokens(observation: Observation, model: nn.Module) -> Tensor | None:
+    """Return the ids to search among, or None when the embedding does not narrow them down.
+
+    With a tied output layer some present tokens do not stand out, so every row as long as one that does is kept.
+    """
+    present = present_tokens(observation, model)
+    if present is None or not is_tied(model, token_embedding(model)):
+        return present
+    lengths: Tensor = torch.linalg.vector_norm(embedding_rows(observation, model), dim=1)
+    return (lengths >= lengths[present].min()).nonzero().flatten()
+
+
 def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
-    private = working_copy(model, observation)
-    scores = row_scores(observation, private)
-    chosen = split_scores(scores, noise=noise_per_entry(observation), width=_width(private))
+    chosen, sure = _standing_out(observation, working_copy(model, observation))
     if chosen is None:
         return Finding(reason="no row of the embedding stands out")
     ids = chosen.nonzero().flatten()
-    share = float(scores[chosen].min() / scores[chosen].min().add(scores[~chosen].max() if (~chosen).any() else 0.0))
-    item = Item(kind="token_set", value=ids, confidence=share)
-    return Finding(items=(item,), confidence=share, details={"tokens": len(ids), "vocabulary": len(scores)})
+    item = Item(kind="token_set", value=ids, confidence=sure)
+    return Finding(items=(item,), confidence=sure, details={"tokens": len(ids), "vocabulary": len(chosen)})
 
 
 def token_presence() -> Attack:

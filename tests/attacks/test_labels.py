@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 
 from attacks import Budget, Knowledge, Prior
 from attacks.baselines import uniform_counts
@@ -60,7 +61,8 @@ def test_published_estimators_at_batch_four():
     assert all(accuracy(name, models.mlp(), 4, seed=2) == 1.0 for name in ("llg", "ilrg"))
 
 
-def test_a_trained_network_leaves_estimators_near_the_uniform_guess():
+def trained():
+    """Return a network after 200 steps on other digits than those attacked."""
     model = models.mlp()
     step = torch.optim.SGD(model.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(1)
@@ -69,6 +71,19 @@ def test_a_trained_network_leaves_estimators_near_the_uniform_guess():
         step.zero_grad()
         models.image_loss(model, {"images": IMAGES[chosen], "labels": LABELS[chosen]}).backward()
         step.step()
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+@pytest.mark.parametrize(("count", "least"), [(1, 1.0), (2, 0.9), (4, 0.8)])
+def test_few_labels_are_read_from_a_trained_network_without_any_probe(count, least):
+    """Random pictures tell nothing about what a trained network predicts; signs and the column space do."""
+    model = trained()
+    assert sum(accuracy("label_identity", model, count, seed=seed) for seed in range(8)) / 8 >= least
+
+
+def test_a_trained_network_leaves_estimators_near_the_uniform_guess():
+    model = trained()
     public = Prior(examples={"images": IMAGES[:500]})
     scores = {
         name: sum(accuracy(name, model, 64, seed=s, prior=public) for s in range(5)) / 5
@@ -117,6 +132,38 @@ def test_a_head_without_bias_is_read_through_the_mean_feature():
         observation, model, Prior(examples={"token_ids": models.sentences(64, 6, 200, distinct=False)}), QUICK, 0
     )
     assert count_accuracy(result.of("label_counts")[0].tolist(), torch.bincount(true).tolist()) >= 0.75
+
+
+@given(
+    classes=strategies.integers(3, 12), examples=strategies.integers(1, 12), seed=strategies.integers(0, 10**6),
+    sure=strategies.floats(0.1, 8.0),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_bounds_and_the_column_space_never_exclude_the_truth(classes, examples, seed, sure):
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randint(classes, (examples,), generator=generator)
+    chances = torch.softmax(sure * torch.randn(examples, classes, generator=generator).double(), dim=1)
+    errors = (chances - torch.nn.functional.one_hot(truth, classes)) / examples
+    counts = torch.bincount(truth, minlength=classes)
+    assert bool((labels.least_counts(errors.sum(0), examples) <= counts).all())
+    features = torch.randn(examples, 32, generator=generator).double()
+    possible = labels.possible_labels(errors.T @ features, QUICK.start())
+    assert possible is None or bool(possible[truth].all())
+
+
+def test_a_small_batch_excludes_most_labels():
+    generator = torch.Generator().manual_seed(0)
+    chances = torch.softmax(torch.randn(3, 40, generator=generator).double(), dim=1)
+    errors = chances - torch.nn.functional.one_hot(torch.tensor([7, 7, 31]), 40)
+    possible = labels.possible_labels(errors.T @ torch.randn(3, 64, generator=generator).double(), QUICK.start())
+    assert possible.nonzero().flatten().tolist() == [7, 31]
+
+
+def test_counts_stay_within_bounds_and_keep_the_total():
+    least, possible = torch.tensor([0, 2, 0, 0]), torch.tensor([True, True, False, True])
+    estimate = torch.tensor([1.6, 0.0, 9.0, 0.4])
+    assert labels.bounded_counts(estimate, least, possible, 4).tolist() == [2, 2, 0, 0]
+    assert labels.bounded_counts(estimate, least, possible, 1).tolist() == [0, 1, 0, 0]
 
 
 def test_rounding_keeps_the_total_and_the_nearest_shares():
