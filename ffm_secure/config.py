@@ -216,7 +216,6 @@ class Audit:
     observers: tuple[str, ...] = option((), choices=OBSERVERS)
     attacks: tuple[str, ...] = option(("all",))
     budget: str = option("quick", choices=("quick", "standard", "exhaustive"))
-    rounds: tuple[int, ...] = option((1,), help="rounds whose observations are stored, one client's update each")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
