@@ -123,6 +123,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Run the whole table, printing as it goes."""
     groups = attacks_models.built(quick=options.quick)
     groups += [] if options.assets is None else attacks_models.from_assets(options.assets, quick=options.quick)
+    first, shares = map(int, options.share.split("/"))
+    groups = groups[first - 1 :: shares]
     print(
         f"{'attack':20} {'model':31} {'update':30} {'batch':>5} {'score':>8} {'95 %':>17} {'guess':>7} {'won':>5} {'s':>7}"
     )
@@ -177,6 +179,9 @@ def main() -> None:
     parser.add_argument("--span-peer", type=Path, help="folder that holds the published span functions")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run, in this order")
     parser.add_argument("--only-peer", action="store_const", dest="parts", const=("peer",), help="same as --parts peer")
+    parser.add_argument(
+        "--share", default="1/1", metavar="K/N", help="every N-th model of the table from the K-th, for several cores"
+    )
     parser.add_argument("--json", action="store_true", help="kept for symmetry: JSON is always the last line")
     options = parser.parse_args()
     torch.set_num_threads(1)

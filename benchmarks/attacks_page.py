@@ -2,7 +2,8 @@
 
     python -m benchmarks.attacks_page OUTPUT [OUTPUT ...] > docs/results/attacks.md
 
-Each file holds what one run printed; its last line is the JSON object. Parts of later files replace those of earlier ones.
+Each file holds what one run printed; its last line is the JSON object. Parts of later files replace those of earlier ones;
+the cells of several shares of the table are put together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def main() -> None:
     """Read the outputs and print the page."""
     found: dict[str, Any] = {}
     for name in sys.argv[1:]:
-        found |= json.loads(Path(name).read_text(encoding="utf-8").strip().splitlines()[-1])
+        more = json.loads(Path(name).read_text(encoding="utf-8").strip().splitlines()[-1])
+        found |= more | {"cells": [*found.get("cells", []), *more.get("cells", [])]}
     print("\n".join(page(found)))
 
 
@@ -32,7 +34,7 @@ def page(found: dict[str, Any]) -> Iterator[str]:
     yield "the process. Written by `python -m benchmarks.attacks_page` from what `python -m benchmarks.attacks` printed."
     sections = {"side_by_side": _peer, "span": _span, "conformance": _conformance, "cells": _table}
     for part in PARTS:
-        if part in found:
+        if found.get(part):
             yield ""
             yield from sections[part](found[part])
 
@@ -127,7 +129,8 @@ def _table(cells: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _table_rows(cells: list[dict[str, Any]], batches: list[int]) -> Iterator[str]:
-    keys = dict.fromkeys((cell["attack"], cell["model"], cell["update"]) for cell in cells)
+    ordered = sorted(cells, key=lambda cell: cell["attack"])
+    keys = dict.fromkeys((cell["attack"], cell["model"], cell["update"]) for cell in ordered)
     for attack, model, update in keys:
         own = {
             cell["batch"]: cell
