@@ -36,7 +36,7 @@ def to_markdown(found: Mapping[str, Any]) -> str:
         lines.append([*line, f"{cell['seconds']:.0f}"])
     table = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
     state = "" if found["complete"] else f" Not complete: {found['runs']} of {found['wanted']} runs."
-    return f"{cells[0]['metric_name']}, {found['runs']} runs, {found['seconds'] / 60:.0f} minutes in all.{state}\n\n{table}\n"
+    return f"{cells[0]['metric_name']}, {found['runs']} runs of together {found['seconds'] / 60:.0f} minutes.{state}\n\n{table}\n"
 
 
 def _seeds(found: Mapping[str, Any]) -> list[int]:
