@@ -453,7 +453,7 @@ def _quasi_newton(
         unit = max(history[0], 1e-12) if unit is None else unit
         total = value / unit + (penalty(inputs, taps) if penalty is not None else 0.0)
         for variable, grad in zip(variables, torch.autograd.grad(total, variables), strict=True):
-            variable.grad = torch.nan_to_num(grad)
+            variable.grad = torch.nan_to_num(grad).contiguous()  # L-BFGS lays it flat without a copy
         if history[-1] < best[0]:
             best = (history[-1], inputs.detach().clone(), _targets(problem, logits).detach())
         return total.detach()

@@ -220,6 +220,13 @@ def test_vision_transformer_with_fused_attention_can_be_attacked() -> None:
     assert mean_psnr(found, images) > 15.0
 
 
+def test_a_patch_as_large_as_the_picture_can_be_attacked() -> None:
+    """The gradient of such a picture lies in memory in another order, which L-BFGS does not take."""
+    model, images = vit(size=8, patch=8, width=96, layers=1), digits()[0][3:4].expand(-1, 3, -1, -1).contiguous()
+    seen = seen_images(model, images, torch.tensor([1]))
+    assert matching.grad_vit().run(seen, model, Prior(), budget(3), 0).applicable
+
+
 # ---------------------------------------------------------------------------------------------------------------- text
 
 

@@ -120,10 +120,12 @@ def test_two_images_do_not_come_back_and_the_residual_says_so():
 class PlainBlocks(nn.Module):
     """A vision transformer whose blocks have neither residual nor normalisation: the setting of APRIL's proposition."""
 
-    def __init__(self, *, blocks: int = 2, residual: bool = False, width: int = 64, heads: int = 2) -> None:
+    def __init__(
+        self, *, blocks: int = 2, residual: bool = False, width: int = 64, heads: int = 2, patch: int = 16
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.projection = nn.Conv2d(3, width, 16, 16)
+        self.projection = nn.Conv2d(3, width, patch, patch)
         self.position = nn.Parameter(torch.randn(1, 4, width) * 0.1)
         self.blocks = nn.ModuleList(
             nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}) for _ in range(blocks)

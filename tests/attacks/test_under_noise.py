@@ -1,108 +1,51 @@
-"""Every reconstruction that reads an undefended update is at its baseline at noise multiplier 1, and falls on the way."""
+"""Every registered reconstruction reads the bare update, reads less under noise, and is at its baseline at noise multiplier 1."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-import torch
-from torch import nn
 
-from attacks import Budget, Knowledge, Observation, Prior
-from attacks.inversion import active
-from attacks.registry import build
-from attacks.scoring import score
-from attacks.truth import Truth
-from tests.attacks import models
+from attacks.registry import ATTACKS, build
+from tests.attacks import cases
 
-BUDGET = Budget(seconds=30.0, iterations=30, restarts=1)
-Case = tuple[Observation, nn.Module, Truth]
-
-
-def text() -> Case:
-    model, ids = models.gpt2(vocabulary=120, width=64, length=16, tied=False), models.sentences(2, 5, 120)
-    batch = {"input_ids": ids, "labels": torch.tensor([0, 1])}
-    knowledge = Knowledge(batch_size=2, labels=(0, 1), sequence_length=5)
-    return models.observe(model, batch, models.text_loss, knowledge=knowledge), model, _words(ids)
-
-
-def _words(ids: torch.Tensor) -> Truth:
-    return Truth(sequences=tuple(tuple(row) for row in ids.tolist()))
-
-
-def vision() -> Case:
-    model = models.vit(size=16, patch=8, width=64, layers=2)
-    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    seen = models.observe(
-        model, {"images": images, "labels": torch.tensor([3])}, models.image_loss,
-        knowledge=Knowledge(batch_size=1, labels=(3,), image_shape=(3, 16, 16)),
-    )  # fmt: skip
-    return seen, model, Truth(images=images)
-
-
-def picture(make: Callable[[], nn.Module], count: int = 1) -> Callable[[], Case]:
-    def case() -> Case:
-        model, (images, labels) = make(), models.digits()
-        batch = {"images": images[:count], "labels": labels[:count]}
-        granted = Knowledge(batch_size=count, labels=tuple(labels[:count].tolist()), image_shape=(1, 8, 8))
-        seen = models.observe(model, batch, models.image_loss, knowledge=granted)
-        return seen, model, Truth(images=images[:count])
-
-    return case
-
-
-def crafted() -> nn.Module:
-    return active.craft_imprint(models.mlp(), models.digits()[0][600:1000], bins=64)
-
-
-CLOSED = {
-    "token_presence": text,
-    "position_text": text,
-    "span": text,
-    "span_exact": text,
-    "position_vision": vision,
-    "linear_readout": picture(models.mlp),
-    "cocktail_party": picture(models.mlp),
-    "imprint": picture(crafted, 2),
-    "trap_weights": picture(models.mlp),
+SLACK = 0.15  # of the way from guessing to what the bare update gives: what luck may move a score between two noises
+BASELINE = 0.4  # of that way, averaged over the draws of noise
+NOISE = (0.0, 1e-2, 1.0)
+DRAWS = {"label_identity": 8, "idlg_label": 8, "llg": 8, "ilrg": 8}  # one of few labels is hit by chance
+EXCEPTIONS = {
+    "matched_filter": "scores candidates; how far noise of any size hides them is theory, and canaries hold it to that",
+    "projection_residual": "scores candidates; test_monotone holds it",
+    "prompt_membership": "scores candidates; test_monotone holds it",
+    "lira": "scores candidates on a released model, sees no update",
+    "rmia": "scores candidates on a released model, sees no update",
 }
-SEARCHED = {
-    "inverting_gradients": picture(models.cnn),
-    "modern_inversion": picture(models.cnn),
-    "dlg": picture(models.cnn),
-    "text_matching": text,
-    "tag": text,
-}
+SLOW = {"somp", "grad_vit", "tag", "text_matching_whitened", "lamp", "grab", "fedavg_unrolled", "learned_inversion"}
+RECONSTRUCTIONS = sorted(set(ATTACKS) - set(EXCEPTIONS))
 
 
-def reads(name: str, case: Case, noise: float) -> bool:
-    seen, model, truth = case
-    seen = models.noised(seen, noise) if noise else seen
-    found = build(name).run(seen, model, Prior(), BUDGET, 0)
-    result = score(found, truth) if found.applicable else None
-    return result is not None and result.succeeded
+def test_no_attack_is_forgotten() -> None:
+    assert set(RECONSTRUCTIONS) <= set(cases.CASES), "give every new attack a case in tests/attacks/cases.py"
+    assert set(EXCEPTIONS) <= set(ATTACKS)
+    assert not set(EXCEPTIONS) & set(cases.CASES)
+    assert all(build(name).summary.startswith("membership") for name in EXCEPTIONS)  # nothing is reconstructed
 
 
-@pytest.mark.parametrize("name", CLOSED)
-def test_closed_forms_read_the_bare_update_and_nothing_at_noise_one(name: str) -> None:
-    case = CLOSED[name]()
-    assert reads(name, case, 0.0)
-    assert not reads(name, case, 1.0)
-
-
-@pytest.mark.parametrize("name", SEARCHED)
-def test_searches_read_nothing_at_noise_one(name: str) -> None:
-    assert not reads(name, SEARCHED[name](), 1.0)
-
-
-def test_the_share_of_words_read_falls_with_noise() -> None:
-    seen, model, truth = text()
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECONSTRUCTIONS]
+)
+def test_a_reconstruction_falls_with_noise_and_reaches_its_baseline_at_multiplier_one(name: str) -> None:
+    case = cases.CASES[name]()
+    bare = cases.scored(name, case)
+    assert bare is not None
+    assert bare.succeeded, "without a positive control the rest proves nothing"
     shares = []
-    for noise in (1e-7, 1e-3, 1e-1, 1.0):
-        found = build("token_presence").run(models.noised(seen, noise), model, Prior(), BUDGET, 0)
-        result = score(found, truth)
-        shares.append(0.0 if result is None else result.value)
-    assert shares[0] > 0.9
-    assert shares[-1] < 0.3
-    assert all(later <= earlier + 0.1 for earlier, later in pairwise(shares))
+    for noise in NOISE:
+        draws = DRAWS.get(name, 1) if noise else 1
+        found = [cases.scored(name, case.noised(noise, seed)) if noise else bare for seed in range(draws)]
+        # What finds nothing to say is at its baseline.
+        above = [0.0 if one is None else one.value - one.baseline for one in found]
+        shares.append(sum(above) / draws / (bare.value - bare.baseline))
+    assert all(later <= earlier + SLACK for earlier, later in pairwise(shares)), shares
+    assert shares[-1] <= BASELINE, shares
+    assert draws > 1 or found[0] is None or not found[0].succeeded
