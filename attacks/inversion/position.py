@@ -23,7 +23,11 @@ _SOLVED = 1e-3
 _RESIDUAL_SCALE = 0.01
 
 
-def _refuse_rescaled(observation: Observation) -> None:
+def refuse_rescaled(observation: Observation) -> None:
+    """Refuse a delta whose optimiser scales entries apart, so that it is no longer a sum of gradients.
+
+    Raises: NotApplicable naming the optimiser.
+    """
     optimiser = str(observation.known("optimiser") or "sgd").lower()
     if observation.content == "delta" and "sgd" not in optimiser:
         raise NotApplicable(f"{optimiser} rescales every entry, which breaks the linear relation between gradients")
@@ -44,7 +48,7 @@ def placement(position_gradient: Tensor, token_gradient: Tensor) -> tuple[Tensor
 
 
 def _text(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
-    _refuse_rescaled(observation)
+    refuse_rescaled(observation)
     private = working_copy(model, observation)
     token_name = f"{token_embedding(private)}.weight"
     position_name = _position_embedding(observation, private)
@@ -132,7 +136,7 @@ def _grid(observation: Observation, model: nn.Module, places: int, patch: tuple[
 
 
 def _vision(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
-    _refuse_rescaled(observation)
+    refuse_rescaled(observation)
     private = working_copy(model, observation)
     name, module = _patch_projection(observation, private)
     positions = _patch_positions(observation)
@@ -160,7 +164,7 @@ def _vision(observation: Observation, model: nn.Module | None, prior: Prior, bud
 
 
 def _april(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
-    _refuse_rescaled(observation)
+    refuse_rescaled(observation)
     private = working_copy(model, observation)
     _, module = _patch_projection(observation, private)
     view = observation.gradient().tensors
