@@ -320,7 +320,16 @@ def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, bu
         if last is not None:
             options[-1], distances[-1] = last, torch.zeros(len(last))
         proposals = propose(mixed, options, distances, prior.language_model, deadline)
-        pursuit = _pursuit(observation, structure, channels, options, labels, budget, deadline, seed)
+        pursuit = _pursuit(
+            observation,
+            structure,
+            channels,
+            options=options,
+            labels=labels,
+            budget=budget,
+            deadline=deadline,
+            seed=seed,
+        )
         _run(pursuit, proposals, frame, labels, budget, estimated=not known)
     return _finding(pursuit)
 
@@ -354,7 +363,8 @@ def _rounding(observation: Observation, model: nn.Module, name: str) -> float:
 def _pursuit(
     observation: Observation,
     structure: Structure,
-    channels: dict[str, Channel],
+    channels: Mapping[str, Channel],
+    *,
     options: list[Tensor],
     labels: Sequence[int] | None,
     budget: Budget,

@@ -22,6 +22,7 @@ from attacks.contract import Attack, Budget, Deadline, Finding, Item, PlainAttac
 from attacks.inversion.channels import Channel, Spectrum, capture_inputs, numerical_rank, observed_channels, spectrum_of
 from attacks.inversion.embeddings import TextFrame, logits_of, text_frame
 from attacks.inversion.optimise import differentiable_attention
+from attacks.inversion.position import refuse_rescaled
 from attacks.inversion.priors import tapped
 from attacks.inversion.subspace import Structure, call, study
 from attacks.inversion.traces import combine, trace
@@ -89,40 +90,67 @@ def targets_of(
     structure: Structure,
     channels: Mapping[str, Channel],
     frame: TextFrame,
+    *,
     length: int,
+    count: int | None,
     generator: torch.Generator,
 ) -> tuple[Target, ...]:
-    """Return the row spaces in which true tokens can be told from others, by a rehearsal with random sentences.
+    """Return the row spaces in which true tokens can be told from others, as a rehearsal with random sentences shows.
 
-    Each rehearsed gradient is as long as the observed one and gets noise of the same size; where its own sentences
-    come no nearer than others, the layer says nothing about that place.
+    Without a known `count` of sentences the rank of the first layers says how many there are.
     """
-    noises = {one.channel: noise_in(one, structure.noise) for one in (*structure.alone, *structure.mixed)}
+    spectra = (*structure.alone, *structure.mixed)
+    noises = {one.channel: noise_in(one, structure.noise) for one in spectra}
+    found = [one for one in (target_of(spectrum, noises[spectrum.channel]) for spectrum in spectra) if one is not None]
+    widest = max((len(one.weights) for one in found), default=1)
     gains = {name: torch.zeros(length, dtype=torch.float64) for name in noises}
-    ids, classes = frame.allowed.nonzero().flatten(), int(getattr(structure.model.config, "num_labels", 2))  # type: ignore[union-attr, arg-type]
-    count, full = len(frame.lengths), length + frame.generative
-    model = structure.model.requires_grad_(True)
+    structure.model.requires_grad_(True)
     for _ in range(_REHEARSALS):
-        drawn = ids[torch.randint(len(ids), (2, count, full), generator=generator)]
-        labels = None if frame.generative else torch.randint(classes, (count,), generator=generator)
-        own, others = (trace(model, list(noises), one, labels) for one in drawn)
-        whole = combine(own, torch.ones(count))
-        for name, noise in noises.items():
-            seen, gradient = channels[name].gradient, whole[name]
-            signal = (seen.double().square().sum() - noise**2 * seen.numel()).clamp_min(0.0).sqrt()
-            rescaled = gradient * signal / gradient.norm().clamp_min(1e-30)
-            blurred = rescaled + noise * torch.randn(seen.shape, generator=generator, dtype=torch.float64)
-            target = target_of(spectrum_of(Channel(name=name, gradient=blurred.to(seen.dtype), bias=None)), noise)
-            if target is not None:
-                far, near = (target.distance(one[name][0]).mean(0)[:length] for one in (others, own))
-                gains[name] += (far - near) / _REHEARSALS
-    found = [target_of(one, noises[one.channel]) for one in (*structure.alone, *structure.mixed)]
-    kept = [replace(one, gains=gains[one.channel]) for one in found if one is not None]
-    return tuple(
-        replace(one, gains=one.gains.where(one.gains > _TELLING, torch.zeros(())))
-        for one in kept
-        if bool((one.gains > _TELLING).any())
-    )
+        own = _rehearse(
+            structure.model,
+            channels,
+            frame,
+            noises,
+            count=count or max(1, round(widest / length)),
+            length=length,
+            generator=generator,
+        )
+        for name, gain in own.items():
+            gains[name] += gain / _REHEARSALS
+    told = [replace(one, gains=gains[one.channel] * (gains[one.channel] > _TELLING)) for one in found]
+    return tuple(one for one in told if bool(one.gains.any()))
+
+
+def _rehearse(
+    model: nn.Module,
+    channels: Mapping[str, Channel],
+    frame: TextFrame,
+    noises: Mapping[str, float],
+    *,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Return per layer and place (length,) how much nearer random sentences come to their own gradient than others do.
+
+    The gradient is made as long as the observed one and gets noise of the same size.
+    """
+    ids = frame.allowed.nonzero().flatten()
+    classes = int(getattr(getattr(model, "config", None), "num_labels", 0) or 2)
+    drawn = ids[torch.randint(len(ids), (2, count, length + frame.generative), generator=generator)]
+    labels = None if frame.generative else torch.randint(classes, (count,), generator=generator)
+    own, others = (trace(model, list(noises), one, labels) for one in drawn)
+    gains = {}
+    for name, gradient in combine(own, torch.ones(count)).items():
+        seen, noise = channels[name].gradient, noises[name]
+        signal = (seen.double().square().sum() - noise**2 * seen.numel()).clamp_min(0.0).sqrt()
+        blurred = gradient * signal / gradient.norm().clamp_min(1e-30)
+        blurred = blurred + noise * torch.randn(seen.shape, generator=generator, dtype=torch.float64)
+        target = target_of(spectrum_of(Channel(name=name, gradient=blurred.to(seen.dtype), bias=None)), noise)
+        if target is not None:
+            far, near = (target.distance(one[name][0]).mean(0)[:length] for one in (others, own))
+            gains[name] = far - near
+    return gains
 
 
 def weighed(targets: Sequence[Target], inputs: Mapping[str, Tensor]) -> Tensor:
@@ -239,6 +267,7 @@ def exchange(descent: Descent, candidates: Tensor, *, deadline: Deadline, sweeps
 
 def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
     deadline, generator = budget.start(), torch.Generator().manual_seed(seed)
+    refuse_rescaled(observation)
     known = observation.known("batch_size")
     structure = study(observation, working_copy(model, observation).double())
     channels = observed_channels(observation, structure.model)
@@ -251,7 +280,9 @@ def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, bu
         for length in lengths:
             # What a language model reads last gets no gradient: it is only predicted.
             visible = length - 1 if frame.generative else length
-            targets = targets_of(structure, channels, frame, visible, generator)
+            targets = targets_of(
+                structure, channels, frame, length=visible, count=known and len(frame.lengths), generator=generator
+            )
             if not targets:
                 continue
             descent = prepare(structure, frame, targets, visible, deadline)
@@ -278,7 +309,7 @@ def _frame(observation: Observation, structure: Structure, known: int | None) ->
     """Return the frame; noise hides rows of the embedding, so under noise any token of the vocabulary may be there."""
     sized = observation if known else observation.replace_tensors(observation.tensors, batch_size=_MOST)
     frame = text_frame(sized, structure.model)
-    if structure.noise:
+    if structure.noise and observation.known("token_set") is None:
         frame.allowed[:] = frame.rows.norm(dim=1) > 0
     frame.allowed[frame.padding] = False
     return frame
