@@ -162,6 +162,13 @@ POINTS = {
 }
 
 
+def _against(attack: Attack, width: Width | None, length: int) -> tuple[Axis, float]:
+    """Return what records are counted in: for the span family tokens over the dimension they have to stay below."""
+    if attack.family != "span" or width is None:
+        return "records", 1.0
+    return width.axis, length / width.size
+
+
 def draw(
     chosen: Sequence[tuple[Attack, float]], observation: Observation, model: nn.Module, *, length: int, name: str
 ) -> Iterator[Curve]:
@@ -173,10 +180,8 @@ def draw(
     points, budget = POINTS[name], Budget.named("quick")
     stop, width = time.process_time() + points.seconds, width_of(observation, model)
     for place, (attack, cost) in enumerate(chosen):
-        per_token = attack.family == "span" and width is not None
-        axis: Axis = width.axis if per_token and width is not None else "records"
-        scale = length / width.size if per_token and width is not None else 1.0
-        for half, (along, unit) in enumerate(((axis, scale), ("noise multiplier", 1.0))):
+        axes: tuple[tuple[Axis, float], ...] = (_against(attack, width, length), ("noise multiplier", 1.0))
+        for half, (along, unit) in enumerate(axes):
             share = (stop - time.process_time()) / (2 * (len(chosen) - place) - half)
             if share < cost:
                 reason = f"one run takes {cost:.0f} CPU seconds, more than its share of the {name} budget"
