@@ -41,6 +41,7 @@ _LANGUAGE = 0.2  # weight of one nat of a language model against one of the mean
 _MOST = 64  # sentences looked for where the batch size is not known
 _RENEWALS = 8  # times each pick may be searched for anew
 _EXPLAINED = 1e-3  # share of the gradient left over, below which the pursuit has found everything
+_ROUNDED = 0.22  # deviation of a rounded number, in units of its size times the machine's epsilon
 _CLASSES = 8  # more classes than this are not tried one by one
 
 
@@ -270,10 +271,12 @@ def pick_next(
         ids = torch.cat([proposals[:, :length], torch.stack(drawn[:length], dim=1)])
         repeated = None if labels is None else torch.tensor(labels).repeat_interleave(len(ids))
         ids = ids if labels is None else ids.repeat(len(labels), 1)
-        order = pursuit.likeness(ids, repeated, target).argsort(descending=True).tolist()
-        chosen = _clusters(ids, order, starts)
+        values = pursuit.likeness(ids, repeated, target)
+        whole = _energy(target) - float(values.max()) ** 2 <= _EXPLAINED * _energy(pursuit.space.target)
+        chosen = _clusters(ids, values.argsort(descending=True).tolist(), starts)
         own = None if repeated is None else repeated[chosen]
-        found, values = pursuit.exchange(ids[chosen], own, target, sweeps=4)
+        # A proposal that explains all that is left needs no better one: the usual case of a single sentence.
+        found, values = pursuit.exchange(ids[chosen], own, target, sweeps=0 if whole else 4)
         top = int(values.argmax())
         if best is None or float(values[top]) > best[0]:
             best = float(values[top]), found[top : top + 1], None if own is None else own[top : top + 1]
@@ -357,7 +360,7 @@ def _rounding(observation: Observation, model: nn.Module, name: str) -> float:
     weight: Tensor = model.get_submodule(name).weight.detach()  # type: ignore[union-attr, operator, assignment]
     size = float(weight.square().mean().sqrt())
     scale = rate * steps if observation.gradient().scaled else 1.0
-    return float(torch.finfo(torch.float32).eps * size * observation.contributors**0.5 / scale)
+    return float(_ROUNDED * torch.finfo(torch.float32).eps * size * observation.contributors**0.5 / scale)
 
 
 def _pursuit(
