@@ -127,9 +127,9 @@ GROWING: dict[str, tuple[Callable[..., Case], tuple[int, ...], float]] = {
     "decepticon": (cases.deceived, (2, 32), 0.8),
     "span": (lambda count, clients=1: cases.text(count, clients=clients, width=16), (1, 8), 0.5),
     "inverting_gradients": (lambda count: pictures(models.cnn, start=3)(count).iterations(60), (1, 12), 0.6),
-    "text_matching": (cases.matched, (1, 6), 0.7),
+    "text_matching": (cases.matched, (1, 6), 0.85),
     "fedavg_surrogate": (lambda count: cases.stepped(count).iterations(60), (1, 8), 0.6),
-    "learned_inversion": (cases.simulated, (1, 8), 0.7),
+    "learned_inversion": (cases.simulated, (1, 8), 0.85),
 }
 SUMMED = ("linear_readout", "imprint", "adapter_leak", "decepticon", "span")
 LENGTHY = ("text_matching", "fedavg_surrogate", "learned_inversion")
