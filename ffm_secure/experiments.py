@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import threading
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -236,7 +237,8 @@ def _summaries(made: Callable[[int], Run], count: int, *, jobs: int) -> Iterator
             yield number, made(number).start(fairness=False).summary, False  # a grid compares runs, not clients
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
         work = {pool.submit(_start, *_words(made(number)), threads): number for number in missing}
         try:
             for future in as_completed(work):
@@ -247,6 +249,13 @@ def _summaries(made: Callable[[int], Run], count: int, *, jobs: int) -> Iterator
                 yield work[future], summary, False
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when the command that started it was killed: it would hold the folder of its cell for nothing."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _words(run: Run) -> tuple[str, str, str]:

@@ -34,6 +34,13 @@ def test_the_readme_shows_every_command() -> None:
         assert (ROOT / promised).exists(), promised
 
 
+def test_every_link_between_pages_leads_somewhere() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text())]
+    assert len(links) > 20
+    assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_run_and_are_stored_without_output(path: Path, tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -194,6 +198,31 @@ def test_what_stops_a_cell_in_another_process_is_said(tmp_path: Path) -> None:
     file.write_text(GRID.replace("builtin:digits", "nowhere.parquet"))
     with pytest.raises(FfmError, match=r"nowhere\.parquet"):
         experiments.run(file, out=tmp_path / "out", jobs=2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to see child processes")
+def test_workers_end_with_a_killed_command(tmp_path: Path) -> None:
+    file = tmp_path / "grid.toml"
+    file.write_text(GRID.replace("rounds = 1", "rounds = 5000"))
+    words = "import pathlib, sys; from ffm_secure import experiments; file, out = map(pathlib.Path, sys.argv[1:]); "
+    command = [sys.executable, "-c", f"{words}experiments.run(file, out=out, jobs=2)", str(file), str(tmp_path)]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        folders = [tmp_path / "tiny" / "runs" / f"{label}_s1" for label in ("one", "two")]
+        _until(lambda: all(folder.is_dir() for folder in folders), seconds=120.0)
+        workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    finally:
+        parent.kill()
+        parent.wait()
+    assert len(workers) >= 2
+    _until(lambda: not any(Path(f"/proc/{worker}").is_dir() for worker in workers), seconds=30.0)
+
+
+def _until(true: Callable[[], bool], *, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
