@@ -75,7 +75,7 @@ def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
     for cell in cells:
         if cell.seed != cells[0].seed or cell.config.federation.strategy.kind == "fedsa":
             continue
-        rounds = min(cell.config.federation.rounds, 4)
+        rounds = min(cell.config.federation.rounds, 2)
         found = list(misses(cell.config, base=GRID.parent, rounds=rounds))
         yield {
             **dict(cell.labels),
