@@ -4,8 +4,9 @@
 
 The runs of `experiments/lora-aggregation.toml` with one seed, their clients trained for real. After every round the adapted
 weights of the new model are compared with the mean of what the clients' own weights were: the distance, divided by how far
-that mean moved. Exact rules miss it by rounding; plain averaging of A and of B misses it by its bias. FedSA
-is left out: each of its clients has a model of its own, none of which is meant to be the mean. The last line is one JSON object.
+that mean moved. Exact rules miss it by rounding; plain averaging of A and of B misses it by its bias. Left
+out are FedSA, whose clients each have a model of their own, none of which is meant to be the mean, and LoRA-XS, whose core is
+one matrix that enters the weight linearly. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -73,10 +74,12 @@ def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
     """Measure every cell of the grid with its first seed."""
     _, cells = experiments.load(GRID, quick=quick)
     for cell in cells:
-        if cell.seed != cells[0].seed or cell.config.federation.strategy.kind == "fedsa":
+        config = cell.config
+        factored = config.model.trainable.kind == "lora" and config.federation.strategy.kind != "fedsa"
+        if cell.seed != cells[0].seed or not factored:
             continue
-        rounds = min(cell.config.federation.rounds, 2)
-        found = list(misses(cell.config, base=GRID.parent, rounds=rounds))
+        rounds = min(config.federation.rounds, 2)
+        found = list(misses(config, base=GRID.parent, rounds=rounds))
         yield {
             **dict(cell.labels),
             "rounds": rounds,
