@@ -25,6 +25,7 @@ from attacks.observation import Observation
 
 _PROBES = 256
 _SEPARABLE = 256  # classes up to which one linear programme for each is affordable
+_TILT = 2e-3  # how far rounding may turn a vector of the column space, by entry
 _CLOSED = 1e-3  # how far the rows of a cross-entropy's gradient may be from adding up to nothing
 
 
@@ -105,11 +106,13 @@ def least_counts(bias: Tensor, examples: int) -> Tensor:
     return (-examples * (bias + rounding)).ceil().clamp_min(0.0).long()
 
 
-def possible_labels(weight: Tensor, deadline: Deadline) -> Tensor | None:
-    """Return which labels can be in the batch (boolean), or None when nothing is excluded, or not in time.
+def possible_labels(weight: Tensor, deadline: Deadline) -> tuple[Tensor, int] | None:
+    """Return the labels (boolean) that examples seen in the gradient can have, and how many examples are seen.
 
-    Every example puts its p - e_y into the column space of the weight's gradient, a vector negative at y alone. A class
-    at which no vector of that space is the only negative one is absent. Source: RLG, section 3.
+    None when nothing is excluded, or not in time. Every example puts its p - e_y into the column space of the weight's
+    gradient, a vector negative at y alone, and there at least as long as all its other entries together. A class at which
+    no vector of that space is the only negative one is absent. An example the model is so sure of that its error drowns in
+    rounding is not seen and its label not bounded: the rank counts those that are. Source: RLG, section 3.
     """
     columns, singular, _ = torch.linalg.svd(weight, full_matrices=False)
     classes, rank = len(weight), numerical_rank(singular, tuple(weight.shape))
@@ -119,10 +122,10 @@ def possible_labels(weight: Tensor, deadline: Deadline) -> Tensor | None:
     for label in range(classes):
         if deadline.expired:
             return None
-        others, slack = -np.delete(basis, label, axis=0), np.full(classes - 1, 1e-7)
+        others, slack = -np.delete(basis, label, axis=0), np.full(classes - 1, _TILT)
         solved = linprog(basis[label], A_ub=others, b_ub=slack, bounds=[(-1, 1)] * rank)
-        found[label] = solved.status == 0 and solved.fun < -1e-3
-    return found if bool(found.any()) else None
+        found[label] = solved.status == 0 and solved.fun < -0.5
+    return (found, rank) if bool(found.any()) else None
 
 
 def bounded_counts(estimate: Tensor, least: Tensor, possible: Tensor, total: int) -> Tensor:
@@ -237,28 +240,30 @@ def _identity(observation: Observation, model: nn.Module | None, prior: Prior, b
     roundness = max(0.0, 1.0 - 2.0 * float((raw - raw.round()).abs().mean()))
     if float(head.weight.sum(dim=0).norm()) > _CLOSED * float(head.weight.norm()):  # noise, or no cross-entropy
         return _finding(round_to_total(raw, total), head, roundness)
-    possible, least = _bounds(head, deadline)
+    possible, seen, least = _bounds(head, deadline)
     if float((least - raw).clamp_min(0.0).sum()) > 0.25 * total:
         # The probes are foreign to the model. A calibrated one predicts the batch's own shares, all but a part e spread
         # evenly: then n_c / K = 1 / C - db_c / e, and e is taken as twice what keeps every count from being negative.
         raw = total / head.classes * (1.0 - bias / (2.0 * bias.max().clamp_min(1e-12)))
         roundness = 0.0
     pinned = min(1.0, int(least.sum()) / total)
-    return _finding(bounded_counts(raw, least, possible, total), head, pinned + (1.0 - pinned) * roundness)
+    visible = bounded_counts(raw, least, possible, seen)
+    counts = bounded_counts(raw, visible, torch.ones_like(possible), total)
+    return _finding(counts, head, pinned + (1.0 - pinned) * roundness)
 
 
-def _bounds(head: Head, deadline: Deadline) -> tuple[Tensor, Tensor]:
-    """Return which labels are possible, and how often each occurs at least."""
+def _bounds(head: Head, deadline: Deadline) -> tuple[Tensor, int, Tensor]:
+    """Return which labels are possible for how many of the examples, and how often each occurs at least."""
     least = torch.zeros(head.classes, dtype=torch.long)
     if head.bias is not None:
         least = least_counts(head.bias, head.examples)
-    possible = possible_labels(head.weight, deadline)
-    if possible is None:
-        return torch.ones(head.classes, dtype=torch.bool), least
-    possible |= least > 0
+    bounded = possible_labels(head.weight, deadline)
+    if bounded is None:
+        return torch.ones(head.classes, dtype=torch.bool), head.examples, least
+    possible, seen = bounded[0] | (least > 0), min(bounded[1], head.examples)
     if int(possible.sum()) <= min(head.examples, head.classes // 2):  # in few dimensions hardly one passes by chance
         least = torch.maximum(least, possible.long())
-    return possible, least
+    return possible, seen, least
 
 
 def _idlg(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
