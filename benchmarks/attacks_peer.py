@@ -39,8 +39,11 @@ def network(classes: int = 10) -> nn.Module:
     ).eval()  # fmt: skip
 
 
-def crops(count: int, side: int, seed: int) -> Tensor:
-    """Return natural pictures (count, 3, side, side): random squares of two photographs, reduced by area."""
+def crops(count: int, side: int, seed: int, *, cut: tuple[int, int] = (96, 256)) -> Tensor:
+    """Return natural pictures (count, 3, side, side): random squares of two photographs, reduced by area.
+
+    `cut`: smallest and largest side of a square, in pixels of a photograph (427 x 640).
+    """
     from sklearn.datasets import load_sample_images
 
     generator = torch.Generator().manual_seed(seed)
@@ -48,7 +51,7 @@ def crops(count: int, side: int, seed: int) -> Tensor:
     found = []
     for index in range(count):
         photo = photographs[index % len(photographs)]
-        size = int(torch.randint(96, 256, (1,), generator=generator))
+        size = int(torch.randint(*cut, (1,), generator=generator))
         top, left = (int(torch.randint(0, photo.shape[axis] - size, (1,), generator=generator)) for axis in (1, 2))
         square = photo[:, top : top + size, left : left + size]
         found.append(nn.functional.interpolate(square[None], size=(side, side), mode="area")[0])

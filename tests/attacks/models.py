@@ -99,7 +99,9 @@ def llama(*, vocabulary: int = 500, width: int = 64, layers: int = 2, seed: int 
     return _plain(LlamaForCausalLM(config))
 
 
-def vit(*, size: int = 32, patch: int = 8, width: int = 192, layers: int = 2, classes: int = 10, seed: int = 0):
+def vit(
+    *, size: int = 32, patch: int = 8, width: int = 192, layers: int = 2, heads: int = 2, classes: int = 10, seed: int = 0
+):
     """Return a standard pre-norm residual vision transformer."""
     torch.manual_seed(seed)
     config = ViTConfig(
@@ -107,7 +109,7 @@ def vit(*, size: int = 32, patch: int = 8, width: int = 192, layers: int = 2, cl
         patch_size=patch,
         hidden_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         intermediate_size=2 * width,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
