@@ -16,7 +16,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from attacks import Budget, Knowledge, Observation
+from attacks import Budget, Knowledge, Observation, Prior
 from attacks.metrics import bootstrap_interval
 from attacks.registry import build
 from attacks.scoring import score
 from attacks.truth import Truth
-from benchmarks import attacks_conformance, attacks_models, attacks_peer, attacks_span
+from benchmarks import attacks_conformance, attacks_models, attacks_peer, attacks_span, attacks_special
 from benchmarks.attacks_models import Data, Group
+from benchmarks.attacks_special import Setting
 from tests.attacks import models
 
 PARTS = ("table", "conformance", "span", "peer")
@@ -55,21 +56,28 @@ class Cell:
     reason: str = ""
 
 
-def observed(data: Data, model: nn.Module, update: str, count: int, seed: int) -> tuple[Observation, Truth]:
-    """Return what crosses the wire for one update type, and what it was made of."""
-    draws = [data.batch(count, seed)]
+def observed(data: Data, model: nn.Module, update: str, count: int, seed: int) -> tuple[Observation, Truth, Prior]:
+    """Return what crosses the wire for one update type, what it was made of, and what the attacker is given."""
+    steps = 2 if "SGD" in update else 1
+    seeds = [seed] if not update.startswith(("sum", "delta")) else [
+        1_000 * seed + part for part in range(CLIENTS if update.startswith("sum") else steps)
+    ]  # fmt: skip
+    chosen = [data.chosen(count, draw) for draw in seeds]
+    draws = [data.rows(places) for places in chosen]
+    if data.dropout is not None:
+        torch.manual_seed(seed)
+        model.train()
     if update.startswith("sum"):
-        draws = [data.batch(count, 1_000 * seed + client) for client in range(CLIENTS)]
         seen = models.observe_sum(model, draws, data.loss, batch_size=count)
     elif update.startswith("delta"):
         sgd = "SGD" in update
-        draws = [data.batch(count, 1_000 * seed + step) for step in range(2 if sgd else 1)]
         facts = {"learning_rate": RATE, "optimiser": "sgd" if sgd else "adamw", "weight_decay": 0.0 if sgd else 0.01}
         seen = models.observe_delta(model, draws, data.loss, **facts)
         seen = seen.replace_tensors(seen.tensors, batch_size=count)
     else:
         seen = models.observe(model, draws[0], data.loss, batch_size=count)
         seen = models.noised(seen, 1.0, seed=seed) if update.startswith("noised") else seen
+    model.eval()
     inputs = torch.cat([draw["images" if data.image else "input_ids"] for draw in draws])
     labels = torch.cat([draw["labels"] for draw in draws])
     granted = Knowledge(
@@ -77,6 +85,7 @@ def observed(data: Data, model: nn.Module, update: str, count: int, seed: int) -
         image_shape=tuple(inputs.shape[1:]) if data.image else None,
         sequence_length=None if data.image else inputs.shape[1],
         local_epochs=1,
+        dropout=data.dropout,
     )
     seen = Observation(
         kind=seen.kind,
@@ -86,27 +95,47 @@ def observed(data: Data, model: nn.Module, update: str, count: int, seed: int) -
         broadcast=seen.broadcast,
         knowledge=granted,
     )
-    sequences = None if data.image else tuple(tuple(row) for row in inputs.tolist())
-    flat = None if data.generative else tuple(labels.tolist())
-    return seen, Truth(sequences=sequences, images=inputs if data.image else None, labels=flat, classes=data.classes)
+    prior, members = data.tested(torch.cat(chosen))
+    truth = Truth(
+        sequences=None if data.image else tuple(tuple(row) for row in inputs.tolist()),
+        images=inputs if data.image else None,
+        labels=None if data.generative else tuple(labels.tolist()),
+        classes=data.classes,
+        members=members,
+    )
+    return seen, truth, prior
 
 
 def cell(group: Group, attack: str, update: str, count: int, *, seeds: int, budget: Budget) -> Cell:
     """Run one attack on `seeds` updates and score it."""
+
+    def setting(seed: int) -> Setting:
+        model = group.data.model()
+        seen, truth, prior = observed(group.data, model, update, count, seed)
+        return Setting(seen=seen, model=model, truth=truth, prior=prior)
+
+    kind = f"{group.part}, {update}" if group.part else update
+    return measured_cell(setting, attack, group.name, kind, count, seeds=seeds, budget=budget)
+
+
+def measured_cell(
+    setting: Callable[[int], Setting], attack: str, model: str, update: str, count: int, *, seeds: int, budget: Budget
+) -> Cell:
+    """Run one attack on a setting a seed and sum the scores up."""
     runs, reason = [], ""
     for seed in range(seeds):
-        model = group.data.model()
-        seen, truth = observed(group.data, model, update, count, seed)
-        found = build(attack).run(seen, model, group.data.prior, budget, seed)
+        made = setting(seed)
+        found = build(attack).run(made.seen, made.model, made.prior, budget, seed)
         reason = reason or found.reason
-        judged = replace(truth, labels=None) if found.of("image") else truth  # labels were granted, pictures were not
+        pictures = bool(found.of("image"))
+        judged = replace(made.truth, labels=None) if pictures else made.truth  # labels were granted, pictures were not
         runs.append((found, score(found, judged) if found.applicable else None))
     scored = [result for _, result in runs if result is not None]
     interval = bootstrap_interval([result.value for result in scored]) if scored else None
     return Cell(
         attack=attack,
-        model=group.name,
-        update=f"{group.part}, {update}" if group.part else update,
+        model=model,
+        update=update,
         batch=count,
         measure=scored[0].measure if scored else "",
         score=None if interval is None else interval.value,
@@ -123,8 +152,9 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Run the whole table, printing as it goes."""
     groups = attacks_models.built(quick=options.quick)
     groups += [] if options.assets is None else attacks_models.from_assets(options.assets, quick=options.quick)
+    special = () if options.quick else attacks_special.LINES
     first, shares = map(int, options.share.split("/"))
-    groups = groups[first - 1 :: shares]
+    groups, special = groups[first - 1 :: shares], special[first - 1 :: shares]
     print(
         f"{'attack':20} {'model':31} {'update':30} {'batch':>5} {'score':>8} {'95 %':>17} {'guess':>7} {'won':>5} {'s':>7}"
     )
@@ -138,6 +168,13 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                     line = cell(group, attack, update, count, seeds=seeds, budget=budget)
                     _print(line)
                     yield line
+    for entry in special:
+        budget = Budget(seconds=60.0, iterations=entry.iterations, restarts=1)
+        line = measured_cell(
+            entry.setting, entry.attack, entry.model, entry.update, entry.batch, seeds=entry.seeds, budget=budget
+        )
+        _print(line)
+        yield line
 
 
 def _print(line: Cell) -> None:

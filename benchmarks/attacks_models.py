@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import io
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,26 @@ from torch import Tensor, nn
 
 from attacks import Prior
 from attacks.command import load_model
-from attacks.inversion import active
+from attacks.inversion import active, active_adapters, active_text
 from tests.attacks import models
+from tests.attacks.test_active_peft import DOWN, UP, adapted_vit, encoder
+from tests.attacks.test_linear import Bottleneck
+from tests.attacks.test_position import PlainBlocks
+from tests.attacks.test_text import chain, dropping, walk
 
 UPDATES = ("gradient", "delta, SGD, 2 steps", "delta, AdamW, 1 step", "sum of 4 clients", "noised, z = 1")
 FEW = ("gradient", "delta, SGD, 2 steps", "noised, z = 1")
 PRIVATE = 60  # the first examples of each set are attacked, the others train the small models
-Loss = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """A model and the examples (token ids or images, labels) that clients hold."""
+    """A model and the examples (token ids or images, labels) that clients hold.
+
+    `candidates` others stand beside the members where membership is tested; `dropout` is the rate of clients that train
+    with it; `own_loss` takes the place of the usual one.
+    """
 
     model: Callable[[], nn.Module]
     inputs: Tensor
@@ -38,11 +46,28 @@ class Data:
     image: bool
     prior: Prior = Prior()
     generative: bool = False
+    candidates: int = 0
+    dropout: float | None = None
+    own_loss: Loss | None = None
+
+    def chosen(self, count: int, seed: int) -> Tensor:
+        """Draw `count` places among the examples."""
+        return torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(seed))[:count]
 
     def batch(self, count: int, seed: int) -> dict[str, Tensor]:
         """Draw `count` examples."""
-        chosen = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(seed))[:count]
-        return self.rows(chosen)
+        return self.rows(self.chosen(count, seed))
+
+    def tested(self, members: Tensor) -> tuple[Prior, tuple[bool, ...] | None]:
+        """Return what the attacker is given, and which of its candidates were used; None where none is tested."""
+        if not self.candidates:
+            return self.prior, None
+        used = members.unique()
+        others = torch.tensor([i for i in range(len(self.inputs)) if i not in set(used.tolist())])[: self.candidates]
+        rows = self.rows(torch.cat([used, others]))
+        given = {("images" if self.image else "token_ids"): rows["images" if self.image else "input_ids"]}
+        given["labels"] = rows["labels"]
+        return replace(self.prior, candidates=given), (True,) * len(used) + (False,) * len(others)
 
     def rows(self, chosen: Tensor) -> dict[str, Tensor]:
         """Return the chosen examples as the model takes them."""
@@ -52,6 +77,8 @@ class Data:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Return the client's loss."""
+        if self.own_loss is not None:
+            return self.own_loss(model, batch)
         return (models.image_loss if self.image else models.text_loss)(model, batch)
 
 
@@ -110,11 +137,17 @@ def built(*, quick: bool) -> list[Group]:
         model=lambda: models.vit(width=64), inputs=pictures, labels=torch.arange(64) % 10, classes=10, image=True
     )
     groups = [
-        Group(name="GPT-2, random", data=gpt2, attacks=("token_presence", "position_text", "span", "label_identity")),
-        Group(name="network of two layers", data=digits(model=models.mlp), attacks=("linear_readout", "spear", "llg")),
+        Group(
+            name="GPT-2, random", data=gpt2,
+            attacks=("token_presence", "position_text", "span", "span_exact", "label_identity"),
+        ),
+        Group(
+            name="network of two layers", data=digits(model=models.mlp),
+            attacks=("linear_readout", "spear", "llg", "ilrg", "idlg_label"),
+        ),
         Group(name="the same behind an imprint block", data=crafted, attacks=("imprint",)),
         Group(name="ViT, random", data=vit, attacks=("position_vision",)),
-    ]
+    ]  # fmt: skip
     if quick:
         return groups
     bert = text(model=lambda: models.bert(vocabulary=500))
@@ -124,7 +157,8 @@ def built(*, quick: bool) -> list[Group]:
     return [
         *groups,
         Group(name="BERT, random", data=bert, attacks=("token_presence", "position_text", "span")),
-        slow("BERT, random", bert, "tag", "text_matching", "lamp", iterations=120),
+        slow("BERT, random", bert, "tag", "text_matching", "text_matching_whitened", "lamp", iterations=120),
+        slow("GPT-2, random", gpt2, "somp", "tiger"),
         Group(name="BERT, random", data=lora, attacks=("span", "label_identity"), part="LoRA 16", seeds=3),
         slow("BERT, random", lora, "text_matching", iterations=120, part="LoRA 16"),
         slow("BERT, random", prompts, "text_matching", iterations=400, part="8 prompts", sizes=(1,)),
@@ -134,9 +168,66 @@ def built(*, quick: bool) -> list[Group]:
         slow("convolutions, digits", digits(model=models.cnn), "dlg", "idlg", iterations=40),
         slow(
             "convolutions, digits", digits(model=models.cnn), "inverting_gradients", "modern_inversion",
-            "fedavg_unrolled", "fedavg_surrogate",
+            "grad_inversion", "fedavg_unrolled", "fedavg_surrogate",
         ),
+        *_with_knowledge(text, digits),
+        *_crafted(text, digits, images),
     ]  # fmt: skip
+
+
+def _with_knowledge(text: Callable[..., Data], digits: Callable[..., Data]) -> list[Group]:
+    """Return the groups whose attacker knows a language, suspects examples, or meets clients that train with dropout."""
+    language_model, successor = chain(200)
+    spoken = text(
+        model=lambda: models.bert(vocabulary=200), inputs=torch.stack([walk(successor, i, 6) for i in range(3, 63)]),
+        prior=Prior(language_model=language_model),
+    )  # fmt: skip
+    forgetful = text(
+        model=lambda: dropping(0.2), inputs=models.sentences(48, 6, 300), labels=torch.arange(48) % 2, dropout=0.2
+    )
+    suspected = digits(model=models.mlp, candidates=24)
+    sentences = text(model=lambda: models.gpt2(vocabulary=500, width=64, tied=False), candidates=24)
+    bottleneck = text(
+        model=Bottleneck, inputs=models.sentences(40, 4, 200), labels=torch.arange(40) % 2, own_loss=_logits_loss
+    )
+    plain = Data(
+        model=lambda: PlainBlocks(patch=4), inputs=torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        labels=torch.arange(64) % 10, classes=10, image=True,
+    )  # fmt: skip
+    return [
+        slow("BERT and a known language", spoken, "film", iterations=40),
+        slow("BERT with dropout", forgetful, "grab", iterations=200, sizes=(1,)),
+        Group(name="network of two layers", data=suspected, attacks=("matched_filter",), sizes=(2, 4, 8)),
+        Group(name="GPT-2, random", data=sentences, attacks=("projection_residual",), sizes=(2, 4, 8)),
+        Group(name="embedding and adapter", data=bottleneck, attacks=("adapter_readout",), seeds=3),
+        Group(name="attention without residual", data=plain, attacks=("april",), sizes=(1, 2), seeds=3),
+    ]
+
+
+def _crafted(text: Callable[..., Data], digits: Callable[..., Data], images: Tensor) -> list[Group]:
+    """Return the groups whose broadcast a malicious server crafted."""
+    public = torch.randint(3, 500, (64, 8), generator=torch.Generator().manual_seed(1))
+    decoder = text(
+        model=lambda: active_text.craft_decepticon(models.gpt2(vocabulary=500, width=128, layers=2), public)
+    )
+    lora = text(
+        model=lambda: active_adapters.craft_lora_leak(models.add_lora(encoder(), 8, ("value",))),
+        inputs=models.sentences(40, 12, 500), labels=torch.arange(40) % 2,
+    )  # fmt: skip
+    adapter = digits(
+        model=lambda: active_adapters.craft_adapter_leak(adapted_vit(), images[600:1200], down=DOWN, up=UP)
+    )
+    trapped = digits(model=lambda: active.craft_trap(models.mlp(width=256), images[600:1500]))
+    return [
+        Group(name="crafted decoder", data=decoder, attacks=("decepticon",), seeds=3),
+        Group(name="crafted encoder", data=lora, attacks=("lora_leak",), sizes=(1, 2), seeds=3, part="LoRA 8"),
+        Group(name="crafted adapter of a ViT", data=adapter, attacks=("adapter_leak",), seeds=3, part="adapter 64"),
+        Group(name="trap weights, two layers", data=trapped, attacks=("trap_weights",)),
+    ]
+
+
+def _logits_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch["input_ids"]), batch["labels"])
 
 
 # ---------------------------------------------------------------------------------------------- trained, and real data

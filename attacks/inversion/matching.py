@@ -32,6 +32,7 @@ from attacks.inversion.priors import (
     class_features,
     feature_distance,
     patch_seams,
+    pixel_box,
     total_variation,
 )
 from attacks.inversion.tokens import noise_per_entry
@@ -40,7 +41,7 @@ from attacks.observation import Observation
 DLG = Settings(distance="squared", optimiser="lbfgs", rate=1.0, joint=True)
 IDLG = replace(DLG, joint=False)
 # With kinks seen the size of the gradient means something, so that its sign alone, as published, would throw it away.
-GEIPING = Settings(distance="cosine", rate=0.1, schedule="cosine", smoothness=(0.5, 3e-3), kink=1.0, start="normal")
+GEIPING = Settings(distance="cosine", rate=0.1, schedule="cosine", smoothness=(0.1, 3e-3), kink=1.0, start="normal")
 MODERN = Settings(
     distance="cosine",
     rate=0.1,
@@ -131,14 +132,6 @@ def image_problem(
         noise=noise,
         box=pixel_box(prior),
     )
-
-
-def pixel_box(prior: Prior) -> tuple[Tensor, Tensor]:
-    """Return the lowest and highest value a pixel can take in the model's units."""
-    if prior.image_mean is None or prior.image_std is None:
-        return torch.zeros(1), torch.ones(1)
-    mean, deviation = prior.image_mean.reshape(-1, 1, 1).float(), prior.image_std.reshape(-1, 1, 1).float()
-    return -mean / deviation, (1.0 - mean) / deviation
 
 
 def image_penalty(problem: Problem, settings: Settings, observation: Observation) -> tuple[Problem, Penalty | None]:

@@ -212,10 +212,9 @@ def _inner(first: Tensor, second: Tensor) -> Tensor:
 
 def _angle(ours: list[Tensor], seen: list[Tensor]) -> Tensor:
     """Return 1 - cosine, as half the squared distance of unit vectors: 1 - cosine itself would cancel to rounding."""
-    own_length = torch.stack([own.square().sum() for own in ours]).sum().clamp_min(1e-30).sqrt()
-    seen_length = torch.stack([other.square().sum() for other in seen]).sum().clamp_min(1e-30).sqrt()
-    parts = [(own / own_length - other / seen_length).square().sum() for own, other in zip(ours, seen, strict=True)]
-    return 0.5 * torch.stack(parts).sum()
+    own, other = (torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in (ours, seen))
+    own_length, seen_length = (vector.square().sum().clamp_min(1e-30).sqrt() for vector in (own, other))
+    return 0.5 * torch.addcdiv(-other / seen_length, own, own_length).square().sum()
 
 
 def label_targets(labels: Tensor, classes: int) -> Tensor:
@@ -382,7 +381,7 @@ class _Descent:
         settings, rate = self.settings, self.settings.rate * _schedule(self.settings, step, self.iterations)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        total = torch.stack([grad.norm() for grad in grads]).norm()
+        total = torch.stack([grad.norm() for grad in grads]).norm() if settings.clip else torch.zeros(())
         for variable, raw in zip(variables, grads, strict=True):
             grad = torch.nan_to_num(raw)
             if settings.clip and float(total) > settings.clip:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.inversion.priors import within_pixels
 from attacks.inversion.tokens import embedding_names, present_tokens, token_embedding
 from attacks.observation import Observation
 
@@ -148,6 +149,7 @@ def _vision(observation: Observation, model: nn.Module | None, prior: Prior, bud
         raise NotApplicable(f"{count} patches exceed the width {weight.shape[0]}: the system has no single solution")
     patches, residual = solve_patches(positions[-count:], weight)
     image = assemble(patches, module.in_channels, patch, grid)
+    image = image if residual <= _SOLVED else within_pixels(image, prior)
     confidence = math.exp(-residual / _RESIDUAL_SCALE) if residual > _SOLVED else 1.0
     reason = (
         ""
@@ -184,6 +186,7 @@ def _april(observation: Observation, model: nn.Module | None, prior: Prior, budg
     offset = 0.0 if module.bias is None else module.bias.detach().double()
     patches = torch.linalg.lstsq(projection, (embedded - offset).T, driver="gelsd").solution.T
     image = assemble(patches, module.in_channels, patch, grid)
+    image = image if residual <= _SOLVED else within_pixels(image, prior)
     confidence = 1.0 if residual <= _SOLVED else math.exp(-residual / _RESIDUAL_SCALE)
     item = Item(kind="image", value=image.float(), confidence=confidence)
     return Finding(items=(item,), confidence=confidence, details={"residual": residual})

@@ -11,6 +11,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from attacks.contract import Prior
+
+
+def pixel_box(prior: Prior) -> tuple[Tensor, Tensor]:
+    """Return the lowest and highest value a pixel can take in the model's units."""
+    if prior.image_mean is None or prior.image_std is None:
+        return torch.zeros(1), torch.ones(1)
+    mean, deviation = prior.image_mean.reshape(-1, 1, 1).float(), prior.image_std.reshape(-1, 1, 1).float()
+    return -mean / deviation, (1.0 - mean) / deviation
+
+
+def within_pixels(image: Tensor, prior: Prior) -> Tensor:
+    """Return the image with every value that no pixel can take moved to the nearest that one can."""
+    low, high = (bound.to(image.dtype) for bound in pixel_box(prior))
+    return torch.maximum(torch.minimum(image, high), low)
+
 
 def total_variation(images: Tensor, *, opponents: bool = False) -> Tensor:
     """Return the mean absolute difference of neighbouring pixels of images (n, c, h, w).
