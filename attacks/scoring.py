@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -18,6 +18,13 @@ from attacks.truth import Truth
 SHOWN = 4  # texts or images kept beside the truth
 ADVANTAGE = 0.3  # share of the way from guessing to perfect that counts as a success
 _Z99 = 2.576
+# What counts as clearly better than guessing, by measure.
+_ENOUGH: dict[str, Callable[[float, float], bool]] = {
+    "membership AUC": lambda value, guessing: value >= 0.65,
+    "token F1": lambda value, guessing: value >= ADVANTAGE,
+    "label count accuracy": lambda value, guessing: metrics.advantage(value, guessing) >= ADVANTAGE,
+    "PSNR dB": lambda value, guessing: value >= guessing + 6.0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,6 +63,31 @@ def score(found: Reconstruction, truth: Truth) -> Score | None:
     return None
 
 
+def pooled(scores: Sequence[Score]) -> Score:
+    """Return the mean of an attack's scores on several draws of records and noise, with its 95 % interval.
+
+    Guarantee: it succeeds only where the mean would pass as a single score and the whole interval lies above guessing, so
+    that one lucky draw is no leak, and an attack that wins seldom is one where winning is worth it. One score stays as it is.
+    Raises: ValueError for no score, or scores of different measures.
+    """
+    measures = {one.measure for one in scores}
+    if len(measures) != 1:
+        raise ValueError(f"{len(scores)} scores of {len(measures)} measures, must be some of one")
+    if len(scores) == 1:
+        return scores[0]
+    interval = metrics.bootstrap_interval([one.value for one in scores])
+    baseline = sum(one.baseline for one in scores) / len(scores)
+    enough = _ENOUGH[scores[0].measure](interval.value, baseline)
+    return replace(
+        scores[0],
+        value=interval.value,
+        baseline=baseline,
+        low=interval.low,
+        high=interval.high,
+        succeeded=enough and interval.low > baseline,
+    )
+
+
 def _members(found: Reconstruction, truth: Truth) -> Score | None:
     values = found.of("scores")
     if not values or truth.members is None or len(values[0]) != len(truth.members):
@@ -65,8 +97,9 @@ def _members(found: Reconstruction, truth: Truth) -> Score | None:
     spread = _Z99 * auc_deviation(area, int(inside.sum()), int((~inside).sum()))
     low, high = max(0.0, area - spread), min(1.0, area + spread)
     return Score(
-        measure="membership AUC", value=area, baseline=0.5, low=low, high=high, succeeded=low > 0.5 and area >= 0.65
-    )
+        measure="membership AUC", value=area, baseline=0.5, low=low, high=high,
+        succeeded=low > 0.5 and _ENOUGH["membership AUC"](area, 0.5),
+    )  # fmt: skip
 
 
 def auc_deviation(area: float, members: int, others: int) -> float:
@@ -103,7 +136,8 @@ def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
     guessed -= everywhere
     result = metrics.token_set_score(guessed, true)
     pairs = _beside(truth.sequences[:SHOWN], found, guessed)
-    return Score(measure="token F1", value=result.f1, baseline=0.0, succeeded=result.f1 >= ADVANTAGE, pairs=pairs)
+    enough = _ENOUGH["token F1"](result.f1, 0.0)
+    return Score(measure="token F1", value=result.f1, baseline=0.0, succeeded=enough, pairs=pairs)
 
 
 def _beside(
@@ -131,7 +165,7 @@ def _labels(found: Reconstruction, truth: Truth) -> Score | None:
         measure="label count accuracy",
         value=value,
         baseline=baseline,
-        succeeded=metrics.advantage(value, baseline) >= ADVANTAGE,
+        succeeded=_ENOUGH["label count accuracy"](value, baseline),
     )
 
 
@@ -158,7 +192,7 @@ def _images(found: Reconstruction, truth: Truth) -> Score | None:
         measure="PSNR dB",
         value=best,
         baseline=baseline,
-        succeeded=best >= baseline + 6.0,
+        succeeded=_ENOUGH["PSNR dB"](best, baseline),
         pictures=tuple(
             Pictured(
                 truth=true[j],

@@ -21,7 +21,7 @@ from attacks.contract import Attack, Budget, Prior, Reconstruction
 from attacks.observation import Knowledge, Observation, ObservationError, load_observation
 from attacks.registry import ATTACKS
 from attacks.rehearsal import noise_only, rehearse
-from attacks.scoring import Score, score
+from attacks.scoring import Score, pooled, score
 from attacks.truth import Truth, load_truth
 from defenses.dp import RecordMechanism
 from defenses.random_source import RandomSource
@@ -30,7 +30,7 @@ from ffm_secure.audit_words import Decode, decoder, sentence
 from ffm_secure.canary_rounds import client_canaries, record_canaries
 from ffm_secure.config import RunConfig
 from ffm_secure.errors import ConfigError, StoreError
-from ffm_secure.pictures import png_address
+from ffm_secure.pictures import side_by_side
 from ffm_secure.store import Store
 from ffm_secure.types import (
     AuditFinding,
@@ -39,7 +39,6 @@ from ffm_secure.types import (
     Observer,
     Point,
     RecoveredPair,
-    RecoveredPicture,
     RunSummary,
 )
 
@@ -55,6 +54,8 @@ DEAR = 5.0  # CPU seconds
 # Closed forms that cost tens of seconds on a real model: they come last, so that cheap attacks never lose their verdict.
 LATE = frozenset({"adapter_readout", "span", "span_exact"})
 SECONDS = {"quick": (20.0, 120.0), "standard": (45.0, 1_400.0), "exhaustive": (3_600.0, float("inf"))}  # an attack, all
+DRAWS = 5  # of records and noise, for attacks cheap enough that luck need not decide their verdict
+CHEAP = 1.0  # CPU seconds of attack and control together, up to which all draws are tried
 TELLING = 0.1  # how much surer an attack must be on an undefended update than on noise for its confidence to tell
 
 SHOWN_PICTURES = 2  # of one finding
@@ -106,6 +107,7 @@ class Stage:
     control: Scene
     scenes: Mapping[Point, Scene]
     wire: Callable[[int], Scene]  # what that many clients really send in a round, nothing granted
+    again: Callable[[int], Stage] | None = None  # the same step with other records and other noise, by number
 
 
 def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
@@ -127,7 +129,7 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
     if resumed is None:
         raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")
     vector = client_replay.next_start(prepared, folder, *resumed)
-    stages = [build_stage(prepared, vector, records=records) for records in (CANDIDATES, 1)]
+    stages = [_with_draws(prepared, vector, records) for records in (CANDIDATES, 1)]
     observers = cast("tuple[Observer, ...]", config.audit.observers or ("server", "public"))
     decode, ran = decoder(prepared.backbone.tokenizer), Ran()
     findings = tuple(_findings(stages, observers, config, Purse(name=budget), decode, ran))
@@ -236,7 +238,9 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
     trained.load_vector(vector)
     rows = np.random.default_rng(seed)
     client = client_replay.largest(prepared)
-    encoded = prepared.task.encode(prepared.dataset.train.take(prepared.parts[client]))
+    own = prepared.parts[client]
+    few = own[np.sort(rows.permutation(len(own))[: 4 * records])]  # not all of a large client's records need encoding
+    encoded = prepared.task.encode(prepared.dataset.train.take(few))
     size = min(records, len(encoded) // 2)
     order = rows.permutation(len(encoded))
     members, others = order[:size], order[size : 2 * size]
@@ -276,6 +280,12 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
     smallest = client_replay.smallest_sum(config)
     scenes["aggregated"] = scene("aggregated", client_replay.aggregate(prepared, points, client, size), smallest)
     return Stage(records=size, model=model, prior=prior, control=scenes["raw"], scenes=scenes, wire=wire)
+
+
+def _with_draws(prepared: setup.Prepared, vector: Tensor, records: int) -> Stage:
+    """Build a stage that can be drawn anew."""
+    again = cache(lambda number: build_stage(prepared, vector, seed=number, records=records))
+    return replace(again(0), again=again)
 
 
 def _candidates(prepared: setup.Prepared, encoded: Any, rows: list[int]) -> dict[str, Tensor]:
@@ -324,7 +334,7 @@ def _findings(
         attack = ATTACKS[name]()  # all its observers together, so that its control is run once
         stage = _stage_for(attack, stages, purse, ran)
         for observer in observers:
-            point = seen_by(observer, config, stage)
+            point = client_replay.seen_by(observer, config, stage.scenes)
             control = ran.get((name, stage.records, "raw"))
             proven = control is not None and control[1] is not None and control[1].succeeded
             # Where the control failed nothing would be proven, so the attack is not run a second time.
@@ -332,9 +342,14 @@ def _findings(
             if seen is None or control is None:
                 yield not_tried(observer, attack, point, purse)
                 continue
+            told = ""
+            if proven:
+                seen, told = _over_draws(attack, stage, point, seen, control, purse, ran)
             found = judge(observer, name, point, seen, control, decode)
-            shown = seen[1] if found.verdict in ("leaked", "not leaked") else None
-            found = replace(found, granted=_granted_words(stage), pictures=_drawn(shown, stage.prior))
+            found = replace(found, reason="; ".join(filter(None, (found.reason, told))))
+            shown = seen[1].pictures if seen[1] is not None and found.verdict in ("leaked", "not leaked") else ()
+            pictures = side_by_side(shown[:SHOWN_PICTURES], stage.prior.image_mean, stage.prior.image_std)
+            found = replace(found, granted=_granted_words(stage), pictures=pictures)
             yield _beside_the_wire(found, attack, stage, purse, ran)
 
 
@@ -355,6 +370,29 @@ def _once(attack: Attack, stage: Stage, scene: Scene, purse: Purse, ran: Ran, ke
         found = attack.run(scene.observation, stage.model, stage.prior, budget, 0)
         ran[place] = found, score(found, scene.truth) if found.applicable else None
     return ran.get(place)
+
+
+def _over_draws(
+    attack: Attack, stage: Stage, point: Point, seen: Result, control: Result, purse: Purse, ran: Ran
+) -> tuple[Result, str]:
+    """Repeat a cheap attack on other records and other noise; return its mean score, and how many draws stand behind it.
+
+    Draws whose own control fails prove nothing and are left out. An undefended update is its own control, once is enough.
+    """
+    if point == "raw" or stage.again is None or seen[1] is None or seen[0].seconds + control[0].seconds > CHEAP:
+        return seen, ""
+    scores = [seen[1]]
+    for number in range(1, DRAWS):
+        if purse.budget(attack) is None:
+            break
+        other = stage.again(number)
+        undefended = _once(attack, other, other.control, purse, ran, key=f"raw, draw {number}")
+        if undefended is None or undefended[1] is None or not undefended[1].succeeded:
+            continue
+        result = _once(attack, other, other.scenes[point], purse, ran, key=f"{point}, draw {number}")
+        if result is not None and result[1] is not None:
+            scores.append(result[1])
+    return (seen[0], pooled(scores)), f"mean of {len(scores)} draws of records and noise" if len(scores) > 1 else ""
 
 
 def _granted_words(stage: Stage) -> tuple[str, ...]:
@@ -380,20 +418,6 @@ def _beside_the_wire(found: AuditFinding, attack: Attack, stage: Stage, purse: P
     return replace(found, observed=value, observed_reason=told if value is not None else f"{told}: {result.reason}")
 
 
-def _drawn(scored: Score | None, prior: Prior) -> tuple[RecoveredPicture, ...]:
-    """Turn images as the model takes them into pictures as a person sees them."""
-    mean = 0.0 if prior.image_mean is None else prior.image_mean.view(-1, 1, 1)
-    deviation = 1.0 if prior.image_std is None else prior.image_std.view(-1, 1, 1)
-
-    def address(image: Tensor) -> str:
-        return png_address(image * deviation + mean)
-
-    return tuple(
-        RecoveredPicture(truth=address(one.truth), recovered=address(one.recovered), psnr=one.psnr, ssim=one.ssim)
-        for one in (() if scored is None else scored.pictures[:SHOWN_PICTURES])
-    )
-
-
 def not_tried(observer: Observer, attack: Attack, point: Point, purse: Purse) -> AuditFinding:
     """Say that nothing is known of an attack that the budget had no room for."""
     return AuditFinding(
@@ -405,17 +429,6 @@ def not_tried(observer: Observer, attack: Attack, point: Point, purse: Purse) ->
         score=None,
         reason=purse.refusal(attack),
     )
-
-
-def seen_by(observer: Observer, config: RunConfig, stage: Stage) -> Point:
-    """Return at which point of its way an observer sees an update; seeded noise hides nothing, so it is taken off."""
-    alone: Point = "clipped" if config.privacy.noise == "seeded" else "noised"
-    single: Point = alone if alone in stage.scenes else "raw"
-    if observer == "server" and config.protection.kind == "none":
-        return single
-    if observer == "colluding_server" and config.protection.kind != "secagg":
-        return single
-    return single if config.privacy.noise == "seeded" else "aggregated"
 
 
 def judge(
@@ -520,7 +533,7 @@ def _length(stage: Stage) -> int:
 def _placed(drawn: Iterator[curves.Curve], stage: Stage, prepared: setup.Prepared) -> Iterator[LeakCurve]:
     """Mark on each curve where the run lies: what the server sees of one step."""
     config, width = prepared.config, curves.width_of(stage.control.observation, stage.model)
-    clients = stage.scenes[seen_by("server", config, stage)].observation.contributors
+    clients = stage.scenes[client_replay.seen_by("server", config, stage.scenes)].observation.contributors
     records = float(config.federation.lifecycle.batch_size * clients)
     noise = 0.0 if prepared.mechanism is None else float(prepared.mechanism.noise_multiplier)
     tokens = records * _length(stage) / width.size if width else None

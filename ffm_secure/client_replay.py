@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ffm_secure.config import RunConfig
 from ffm_secure.home import Home
 from ffm_secure.mechanism import ClientNoise
 from ffm_secure.strategies import ServerState
-from ffm_secure.types import RoundPlan, RoundRecord
+from ffm_secure.types import Observer, Point, RoundPlan, RoundRecord
 
 
 def largest(prepared: setup.Prepared) -> int:
@@ -97,6 +97,17 @@ def aggregate(
 def smallest_sum(config: RunConfig) -> int:
     """Return how many clients stand behind the smallest sum an observer may be left with: the threshold, less colluders."""
     return max(1, plan.minimum_survivors(config) - config.protection.colluding)
+
+
+def seen_by(observer: Observer, config: RunConfig, points: Collection[Point]) -> Point:
+    """Return at which point of its way an observer sees an update; seeded noise hides nothing, so it is taken off."""
+    alone: Point = "clipped" if config.privacy.noise == "seeded" else "noised"
+    single: Point = alone if alone in points else "raw"
+    if observer == "server" and config.protection.kind == "none":
+        return single
+    if observer == "colluding_server" and config.protection.kind != "secagg":
+        return single
+    return single if config.privacy.noise == "seeded" else "aggregated"
 
 
 def wire_change(prepared: setup.Prepared, vector: Tensor, members: Any, client: int, clients: int) -> dict[str, Tensor]:

@@ -5,10 +5,27 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
+from collections.abc import Iterable
+from typing import Protocol
 
 from torch import Tensor, nn
 
+from ffm_secure.types import RecoveredPicture
+
 LARGEST_SIDE = 96  # pixels; larger pictures are shrunk, a report is no archive
+
+
+class _Pair(Protocol):
+    """A true image and the recovered one, both (channels, height, width) as the model takes them."""
+
+    @property
+    def truth(self) -> Tensor: ...
+    @property
+    def recovered(self) -> Tensor: ...
+    @property
+    def psnr(self) -> float: ...
+    @property
+    def ssim(self) -> float: ...
 
 
 def png_address(image: Tensor) -> str:
@@ -29,3 +46,19 @@ def png_address(image: Tensor) -> str:
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def side_by_side(
+    pairs: Iterable[_Pair], mean: Tensor | None = None, deviation: Tensor | None = None
+) -> tuple[RecoveredPicture, ...]:
+    """Turn true and recovered images as the model takes them into pictures as a person sees them."""
+    shift = 0.0 if mean is None else mean.view(-1, 1, 1)
+    scale = 1.0 if deviation is None else deviation.view(-1, 1, 1)
+
+    def address(image: Tensor) -> str:
+        return png_address(image * scale + shift)
+
+    return tuple(
+        RecoveredPicture(truth=address(one.truth), recovered=address(one.recovered), psnr=one.psnr, ssim=one.ssim)
+        for one in pairs
+    )

@@ -20,7 +20,7 @@ from attacks.registry import ATTACKS, build
 from attacks.rehearsal import noise_only, rehearse
 import ffm_secure as ffm
 from ffm_secure import client_replay
-from ffm_secure.audit import HEAVY, SECONDS, Purse, audit_observation, decoder
+from ffm_secure.audit import DRAWS, HEAVY, SECONDS, Purse, audit_observation, audit_run, decoder
 from ffm_secure.audit_words import sentence
 from ffm_secure.cli import app
 from ffm_secure.errors import StoreError
@@ -189,3 +189,21 @@ def test_what_crosses_the_wire_is_what_the_clients_learned() -> None:
     assert max(float(value.abs().max()) for value in alone[0].values()) > 1e-3
     for name, value in both.items():
         assert torch.allclose(value, alone[0][name] + alone[1][name], atol=1e-5)
+
+
+def test_a_verdict_under_noise_is_the_mean_of_draws_each_with_its_own_control(tmp_path: Path) -> None:
+    run = Path(__file__).resolve().parents[2] / "examples" / "audit" / "text.toml"
+    noise = ("privacy.unit=record", "privacy.epsilon=8.0", "privacy.delta=1e-5", "privacy.clip_norm=0.5", "privacy.reason=")
+    chosen = ("audit.attacks=['label_identity', 'idlg_label']", "federation.rounds=1", "task.clients=4", "federation.cohort=4")
+    done = ffm.load(run, (*noise, *chosen, "task.evaluation_examples=20"), runs=tmp_path).start()
+    audit = audit_run(done.folder).audit
+    assert audit is not None
+    by_place = {(item.attack, item.observer): item for item in audit.findings}
+    one = by_place["idlg_label", "server"]
+    assert one.point == "noised"
+    assert f"mean of {DRAWS} draws of records and noise" in one.reason
+    assert one.low is not None
+    assert one.low <= one.score <= one.high
+    assert one.score in [n / DRAWS for n in range(DRAWS + 1)]  # a label of one example is read or not
+    assert (one.verdict == "leaked") == (one.score >= 0.4 and one.low > one.baseline)
+    assert by_place["label_identity", "public"].point == "aggregated"

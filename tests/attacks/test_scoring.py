@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attacks.contract import Item, ItemKind, Reconstruction
-from attacks.scoring import auc_deviation, score
+from attacks.scoring import Score, auc_deviation, pooled, score
 from attacks.truth import Truth
 
 TEXT = Truth(sequences=((1, 10, 11, 2), (1, 12, 13, 2)), labels=(0, 3), classes=4)
@@ -86,3 +86,28 @@ def test_a_single_image_must_beat_its_one_colour() -> None:
 def test_what_the_truth_cannot_judge_stays_unjudged() -> None:
     assert score(found("embedding", [[1.0, 2.0]]), TEXT) is None
     assert score(found("scores", [1.0, 2.0]), TEXT) is None
+
+
+def test_the_mean_of_draws_is_judged_and_not_its_luckiest() -> None:
+    def drawn(values: list[float], baseline: float = 0.1, measure: str = "label count accuracy") -> Score:
+        return pooled([Score(measure=measure, value=v, baseline=baseline, succeeded=v > 0.4) for v in values])
+
+    lucky = drawn([1.0, 0.0, 0.0, 0.0, 0.0])
+    assert not lucky.succeeded
+    assert lucky.value == pytest.approx(0.2)
+    often = drawn([1.0, 1.0, 0.0, 1.0, 1.0])
+    assert often.succeeded
+    assert often.low is not None
+    assert often.low > 0.1
+    assert not drawn([0.5, 0.05, 0.05, 0.9], baseline=0.05).succeeded  # far apart: the interval reaches down to guessing
+    assert drawn([30.0, 32.0], baseline=12.0, measure="PSNR dB").succeeded
+    assert not drawn([17.0, 16.0], baseline=12.0, measure="PSNR dB").succeeded
+
+
+def test_one_draw_stays_as_it_is_and_measures_are_not_mixed() -> None:
+    one = Score(measure="token F1", value=0.9, baseline=0.0, succeeded=True, pairs=(("1 2", "1 2"),))
+    assert pooled([one]) is one
+    with pytest.raises(ValueError, match="2 measures"):
+        pooled([one, Score(measure="PSNR dB", value=9.0, baseline=1.0, succeeded=True)])
+    with pytest.raises(ValueError, match="0 scores"):
+        pooled([])
