@@ -8,6 +8,7 @@ recorded, and global random state is left alone.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -147,6 +148,9 @@ class Item:
     value: Tensor
     confidence: float = 1.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "confidence", _share(self.confidence))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Finding:
@@ -229,22 +233,47 @@ class PlainAttack:
         watched, watched_prior = _watch(observation, prior, read)
         try:
             _require(self.requires, watched, model, watched_prior)
+            _readable(watched, model)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 finding = self.attempt(watched, model, watched_prior, budget, seed)
         except NotApplicable as refusal:
             missing = not_applicable(str(refusal), attack=self.name)
             return replace(missing, seconds=time.process_time() - started, knowledge_used=tuple(sorted(read)))
+        items = tuple(item for item in finding.items if bool(torch.isfinite(item.value).all()))
+        lost = len(finding.items) - len(items)
         return Reconstruction(
             attack=self.name,
-            items=finding.items,
-            confidence=min(1.0, max(0.0, finding.confidence)),
+            items=items,
+            confidence=_share(finding.confidence) if items or not lost else 0.0,
             seconds=time.process_time() - started,
             knowledge_used=tuple(sorted(read)),
             applicable=True,
-            reason=finding.reason,
+            reason="; ".join(filter(None, (finding.reason, f"{lost} items held values that are no numbers" * bool(lost)))),
             details=finding.details,
         )
+
+
+def _share(confidence: float) -> float:
+    """Return a confidence inside [0, 1]; one that is no number is none."""
+    return min(1.0, max(0.0, confidence)) if math.isfinite(confidence) else 0.0
+
+
+def _readable(observation: Observation, model: nn.Module | None) -> None:
+    """Refuse tensors that hold no finite real numbers, or do not have the shape of the model's parameter of their name."""
+    broken = [
+        name
+        for name, tensor in observation.tensors.items()
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all())
+    ]
+    if broken:
+        raise NotApplicable(f"{', '.join(sorted(broken)[:3])}: holds values that are no finite real numbers")
+    own = {} if model is None else dict(model.named_parameters())
+    other = [n for n, t in observation.tensors.items() if n in own and own[n].shape != t.shape]
+    if other:
+        name = min(other)
+        seen, held = tuple(observation.tensors[name].shape), tuple(own[name].shape)
+        raise NotApplicable(f"{name} was observed as {seen}, the model holds it as {held}: another model was trained")
 
 
 def not_applicable(reason: str, *, attack: str = "") -> Reconstruction:

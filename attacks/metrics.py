@@ -130,8 +130,13 @@ def mean_squared_error(recovered: Tensor, true: Tensor) -> float:
 
 
 def psnr(recovered: Tensor, true: Tensor, *, peak: float = 1.0, cap: float = 200.0) -> float:
-    """Return the peak signal-to-noise ratio in dB, at most `cap` (an exact copy would be infinite)."""
+    """Return the peak signal-to-noise ratio in dB, at most `cap` (an exact copy would be infinite).
+
+    An image with a value that is no number is as bad as can be: -`cap`.
+    """
     error = mean_squared_error(recovered, true)
+    if not math.isfinite(error):
+        return -cap
     return cap if error == 0.0 else min(cap, 10.0 * math.log10(peak**2 / error))
 
 

@@ -55,6 +55,7 @@ class Knowledge:
     dropout: float | None = None
     clip_norm: float | None = None
     noise_multiplier: float | None = None
+    noise_deviation: float | None = None
     vocabulary_size: int | None = None
     special_tokens: tuple[int, ...] | None = None
     token_set: tuple[int, ...] | None = None
@@ -75,7 +76,8 @@ class Observation:
     `tensors` are named as in `model.named_parameters()`. A "gradient" is the mean gradient of a batch; a "delta" is
     new weights minus broadcast weights; a "sum" is the plain sum over `contributors` of either, and
     `metadata["summand"]` says which. `metadata` holds only what the protocol reveals: learning_rate, local_steps,
-    optimiser, weight_decay, clip_norm, noise_multiplier, batch_size, point ("raw", "clipped", "noised",
+    optimiser, weight_decay, clip_norm, noise_multiplier, noise_deviation (of each entry as it crossed the wire; without it
+    multiplier times bound), batch_size, point ("raw", "clipped", "noised",
     "aggregated").
 
     Raises: ObservationError when the parts contradict each other.
@@ -119,12 +121,12 @@ class Observation:
         is False.
         """
         if self.content == "gradient":
-            return GradientView(tensors=self.tensors, scaled=True)
+            return GradientView(tensors=self.tensors, scaled=True, factor=1.0)
         rate, steps, optimiser = self.known("learning_rate"), self.known("local_steps"), self.known("optimiser")
         scaled = bool(rate) and bool(steps) and str(optimiser).lower() == "sgd"
         factor = -1.0 / (float(rate) * int(steps)) if scaled else -1.0
         tensors = {name: tensor * factor for name, tensor in self.tensors.items()}
-        return GradientView(tensors=MappingProxyType(tensors), scaled=scaled)
+        return GradientView(tensors=MappingProxyType(tensors), scaled=scaled, factor=factor)
 
     def replace_tensors(self, tensors: Mapping[str, Tensor], **facts: Fact) -> Observation:
         """Return the same observation with other tensors and amended metadata (for example after noise was added)."""
@@ -146,10 +148,11 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientView:
-    """Tensors in gradient orientation; `scaled` says whether their length is meaningful or only their direction."""
+    """Tensors in gradient orientation: those observed times `factor`; `scaled` says whether their length is meaningful."""
 
     tensors: Mapping[str, Tensor]
     scaled: bool
+    factor: float
 
 
 def save_observation(observation: Observation, folder: Path) -> None:

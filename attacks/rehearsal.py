@@ -40,9 +40,9 @@ def invented_batch(model: nn.Module, *, count: int, length: int, seed: int) -> t
     with torch.no_grad():
         generative = model(input_ids=ids[:1], attention_mask=torch.ones_like(ids[:1])).logits.ndim == 3
     if generative:
-        return {"input_ids": ids, "labels": ids}, Truth(sequences=sequences)
+        return {"input_ids": ids, "labels": ids}, Truth(sequences=sequences, vocabulary=int(vocabulary))
     return {"input_ids": ids, "labels": labels}, Truth(
-        sequences=sequences, labels=tuple(labels.tolist()), classes=classes
+        sequences=sequences, labels=tuple(labels.tolist()), classes=classes, vocabulary=int(vocabulary)
     )
 
 
@@ -59,7 +59,10 @@ def rehearse(observation: Observation, model: nn.Module, *, seed: int) -> tuple[
             if name in own and own[name].shape == value.shape:
                 own[name].copy_(value)
     trained = {name: value for name, value in client.named_parameters() if name in observation.tensors}
-    if len(trained) != len(observation.tensors):
+    # A difference of two state dicts also names tied weights a second time, and buffers, which no gradient moves.
+    kept, buffers = client.state_dict(keep_vars=True), {name for name, _ in client.named_buffers()}
+    own_again = {name for name, value in kept.items() if any(value is other for other in trained.values())}
+    if not trained or set(observation.tensors) - set(trained) - own_again - buffers:
         return None
     count = int(observation.known("batch_size") or 1) * observation.contributors
     lengths = observation.known("lengths") or (observation.known("sequence_length") or _LENGTH,)
@@ -79,8 +82,15 @@ def rehearse(observation: Observation, model: nn.Module, *, seed: int) -> tuple[
         images=None if truths[0].images is None else torch.cat([t.images for t in truths if t.images is not None]),
         labels=labels or None,
         classes=truths[0].classes,
+        vocabulary=truths[0].vocabulary,
     )
     return _undefended(observation, tensors), whole
+
+
+def guessed(observation: Observation, truth: Truth) -> bool:
+    """Say whether a rehearsal had to guess how much data stands behind the update, so that it may be easier than the update."""
+    length = observation.known("lengths") or observation.known("sequence_length")
+    return observation.known("batch_size") is None or (truth.images is None and length is None)
 
 
 def _trained(
@@ -116,7 +126,7 @@ def _optimiser(parameters: list[Tensor], observation: Observation) -> torch.opti
 
 
 def _undefended(observation: Observation, tensors: Mapping[str, Tensor]) -> Observation:
-    gone = ("noise_multiplier", "clip_norm", "point")
+    gone = ("noise_multiplier", "noise_deviation", "clip_norm", "point")
     metadata = {name: value for name, value in observation.metadata.items() if name not in gone}
     granted = {name: getattr(observation.knowledge, name) for name in observation.knowledge.granted()}
     for name in ("labels", "label_counts", "token_set", *gone):

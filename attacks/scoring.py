@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from scipy.stats import binom, mannwhitneyu
 from torch import Tensor
 
 from attacks import metrics
@@ -17,11 +18,12 @@ from attacks.truth import Truth
 
 SHOWN = 4  # texts or images kept beside the truth
 ADVANTAGE = 0.3  # share of the way from guessing to perfect that counts as a success
+LUCK = 0.05  # how likely guessing may do as well, for a success to be a leak
 _Z99 = 2.576
 # What counts as clearly better than guessing, by measure.
 _ENOUGH: dict[str, Callable[[float, float], bool]] = {
     "membership AUC": lambda value, guessing: value >= 0.65,
-    "token F1": lambda value, guessing: value >= ADVANTAGE,
+    "token F1": lambda value, guessing: metrics.advantage(value, guessing) >= ADVANTAGE,
     "label count accuracy": lambda value, guessing: metrics.advantage(value, guessing) >= ADVANTAGE,
     "PSNR dB": lambda value, guessing: value >= guessing + 6.0,
 }
@@ -39,7 +41,11 @@ class Pictured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """State how well an attack did by its own kind of measure; `succeeded` means clearly better than guessing."""
+    """State how well an attack did by its own kind of measure; `succeeded` means clearly better than guessing.
+
+    `luck` is the chance that guessing does as well: one label of two is guessed half the time, however good the score.
+    `draws` is how many draws of records and noise the mean is over.
+    """
 
     measure: str
     value: float
@@ -47,8 +53,15 @@ class Score:
     low: float | None = None
     high: float | None = None
     succeeded: bool
+    luck: float = 0.0
+    draws: int = 1
     pairs: tuple[tuple[str, str], ...] = ()
     pictures: tuple[Pictured, ...] = ()
+
+    @property
+    def proven(self) -> bool:
+        """Say whether the success is more than luck."""
+        return self.succeeded and self.luck <= LUCK
 
 
 def score(found: Reconstruction, truth: Truth) -> Score | None:
@@ -64,10 +77,10 @@ def score(found: Reconstruction, truth: Truth) -> Score | None:
 
 
 def pooled(scores: Sequence[Score]) -> Score:
-    """Return the mean of an attack's scores on several draws of records and noise, with its 95 % interval.
+    """Return the mean of an attack's scores on several draws of records and noise, with its 99 % interval.
 
     Guarantee: it succeeds only where the mean would pass as a single score and the whole interval lies above guessing, so
-    that one lucky draw is no leak, and an attack that wins seldom is one where winning is worth it. One score stays as it is.
+    that one lucky draw is no leak. One score stays as it is.
     Raises: ValueError for no score, or scores of different measures.
     """
     measures = {one.measure for one in scores}
@@ -75,7 +88,7 @@ def pooled(scores: Sequence[Score]) -> Score:
         raise ValueError(f"{len(scores)} scores of {len(measures)} measures, must be some of one")
     if len(scores) == 1:
         return scores[0]
-    interval = metrics.bootstrap_interval([one.value for one in scores])
+    interval = metrics.bootstrap_interval([one.value for one in scores], confidence=0.99)
     baseline = sum(one.baseline for one in scores) / len(scores)
     enough = _ENOUGH[scores[0].measure](interval.value, baseline)
     return replace(
@@ -84,7 +97,9 @@ def pooled(scores: Sequence[Score]) -> Score:
         baseline=baseline,
         low=interval.low,
         high=interval.high,
+        draws=len(scores),
         succeeded=enough and interval.low > baseline,
+        luck=float(binom.sf(sum(one.succeeded for one in scores) - 1, len(scores), max(one.luck for one in scores))),
     )
 
 
@@ -96,8 +111,9 @@ def _members(found: Reconstruction, truth: Truth) -> Score | None:
     area = metrics.auc(scores[inside], scores[~inside])
     spread = _Z99 * auc_deviation(area, int(inside.sum()), int((~inside).sum()))
     low, high = max(0.0, area - spread), min(1.0, area + spread)
+    test = mannwhitneyu(scores[inside], scores[~inside], alternative="greater")
     return Score(
-        measure="membership AUC", value=area, baseline=0.5, low=low, high=high,
+        measure="membership AUC", luck=float(test.pvalue), value=area, baseline=0.5, low=low, high=high,
         succeeded=low > 0.5 and _ENOUGH["membership AUC"](area, 0.5),
     )  # fmt: skip
 
@@ -136,8 +152,20 @@ def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
     guessed -= everywhere
     result = metrics.token_set_score(guessed, true)
     pairs = _beside(truth.sequences[:SHOWN], found, guessed)
-    enough = _ENOUGH["token F1"](result.f1, 0.0)
-    return Score(measure="token F1", value=result.f1, baseline=0.0, succeeded=enough, pairs=pairs)
+    baseline = _guessed_tokens(true, truth, everywhere)
+    enough = _ENOUGH["token F1"](result.f1, baseline)
+    return Score(measure="token F1", value=result.f1, baseline=baseline, succeeded=enough, pairs=pairs)
+
+
+def _guessed_tokens(true: set[int], truth: Truth, everywhere: set[int]) -> float:
+    """Return the best F1 of guessing: all ids, or the most frequent ones of texts that were not used, as many as pay best."""
+    found = 0.0 if truth.vocabulary is None else 2 * len(true) / (max(truth.vocabulary, len(true)) + len(true))
+    hits = 0
+    frequent = Counter(token for text in truth.others for token in set(text) - everywhere).most_common()
+    for number, (token, _) in enumerate(frequent, start=1):
+        hits += token in true
+        found = max(found, 2 * hits / (number + len(true)))
+    return found
 
 
 def _beside(
@@ -163,6 +191,7 @@ def _labels(found: Reconstruction, truth: Truth) -> Score | None:
     value, baseline = metrics.count_accuracy(guessed[:classes], true), metrics.count_accuracy(uniform, true)
     return Score(
         measure="label count accuracy",
+        luck=1.0 / classes if len(truth.labels) == 1 else 0.0,
         value=value,
         baseline=baseline,
         succeeded=_ENOUGH["label count accuracy"](value, baseline),

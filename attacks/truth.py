@@ -18,7 +18,7 @@ class Truth:
 
     `sequences` are token ids without padding, `images` is (n, channels, height, width), `facts` are token spans that
     name personal facts as (sequence index, start, stop), `members` says for each audited candidate whether it was
-    used.
+    used. What guessing goes by: `vocabulary`, the number of token ids, and `others`, texts of the same kind that were not used.
     """
 
     sequences: tuple[tuple[int, ...], ...] | None = None
@@ -28,6 +28,8 @@ class Truth:
     classes: int | None = None
     facts: tuple[tuple[int, int, int], ...] = ()
     members: tuple[bool, ...] | None = None
+    vocabulary: int | None = None
+    others: tuple[tuple[int, ...], ...] = ()
     properties: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from attacks import canary, curves
 from attacks.command import load_model, load_tokenizer
-from attacks.contract import Attack, Budget, Prior, Reconstruction
+from attacks.contract import Attack, Budget, Prior
 from attacks.observation import Knowledge, Observation, ObservationError, load_observation
 from attacks.registry import ATTACKS
-from attacks.rehearsal import noise_only, rehearse
-from attacks.scoring import Score, pooled, score
+from attacks.rehearsal import guessed, noise_only, rehearse
+from attacks.scoring import pooled
 from attacks.truth import Truth, load_truth
+from attacks.verdict import Judgement, Result, judge, judge_unknown, tried, unless_guessed
 from defenses.dp import RecordMechanism
 from defenses.random_source import RandomSource
 from ffm_secure import client_replay, plan, report, setup
@@ -54,13 +55,13 @@ DEAR = 5.0  # CPU seconds
 # Closed forms that cost tens of seconds on a real model: they come last, so that cheap attacks never lose their verdict.
 LATE = frozenset({"adapter_readout", "span", "span_exact"})
 SECONDS = {"quick": (20.0, 120.0), "standard": (45.0, 1_400.0), "exhaustive": (3_600.0, float("inf"))}  # an attack, all
-DRAWS = 5  # of records and noise, for attacks cheap enough that luck need not decide their verdict
-CHEAP = 1.0  # CPU seconds of attack and control together, up to which all draws are tried
-TELLING = 0.1  # how much surer an attack must be on an undefended update than on noise for its confidence to tell
+# Draws of records and noise, for attacks cheap enough that luck need not decide their verdict. Of a single record's label
+# there are few outcomes, so it takes more of them.
+DRAWS, DRAWS_OF_ONE = 4, 8
+CHEAP = 0.5  # CPU seconds
 
 SHOWN_PICTURES = 2  # of one finding
 
-Result = tuple[Reconstruction, Score | None]
 Ran = dict[tuple[str, int, str], Result]  # by attack, records, and point or what crossed the wire
 
 
@@ -99,15 +100,20 @@ class Purse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """What all scenes share: the model as broadcast, what an attacker may bring along, the control, the rest."""
+    """What all scenes share: the model as broadcast, what an attacker may bring along, and the scenes themselves."""
 
     records: int
     model: nn.Module
     prior: Prior
-    control: Scene
-    scenes: Mapping[Point, Scene]
+    points: frozenset[str]  # of one client's update
+    at: Callable[[Point], Scene]
     wire: Callable[[int], Scene]  # what that many clients really send in a round, nothing granted
     again: Callable[[int], Stage] | None = None  # the same step with other records and other noise, by number
+
+    @property
+    def control(self) -> Scene:
+        """Return the undefended update."""
+        return self.at("raw")
 
 
 def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
@@ -202,30 +208,55 @@ def _standalone(
     attacks: Collection[str],
 ) -> Iterator[AuditFinding]:
     rehearsed = None if model is None else rehearse(observation, model, seed=0)
+    easier = rehearsed is not None and guessed(observation, rehearsed[1])
     silence, prior = noise_only(observation, seed=0), Prior()
     observer = cast(Observer, observation.observer)  # a name the other system gave
     told = observation.metadata.get("point") or ("aggregated" if observation.kind == "sum" else "raw")
     point = cast(Point, told)
-
-    def attempt(attack: Attack, seen: Observation, budget: Budget, known: Truth | None) -> Result:
-        found = attack.run(seen, model, prior, budget, 0)
-        return found, score(found, known) if found.applicable and known is not None else None
-
+    words = None if model is None else _vocabulary(model)
+    truth = None if truth is None else replace(truth, vocabulary=words)
     for name in attacks:
         attack = ATTACKS[name]()
         budget = purse.budget(attack)
         if budget is None:
             yield not_tried(observer, attack, point, purse)
             continue
-        seen = attempt(attack, observation, budget, truth)
-        if not seen[0].applicable or rehearsed is None:
-            yield judge(observer, name, point, seen, seen if not seen[0].applicable else (seen[0], None), decode)
-            continue
-        control = attempt(attack, rehearsed[0], budget, rehearsed[1])
-        if truth is not None or control[1] is None or not control[1].succeeded:
-            yield judge(observer, name, point, seen, control, decode)
+        seen = tried(attack, observation, model, prior, budget, truth)
+        control = None
+        if rehearsed is not None and seen[0].applicable:
+            control = tried(attack, rehearsed[0], model, prior, budget, replace(rehearsed[1], vocabulary=words))
+        if truth is None and control is not None and control[1] is not None and control[1].proven:
+            noise = tried(attack, silence, model, prior, budget, None)
+            found = judge_unknown(seen[0], control[0], noise[0], guessed=easier)
         else:
-            yield judge_unknown(observer, name, point, seen[0], control[0], attempt(attack, silence, budget, None)[0])
+            found = unless_guessed(judge(seen, control), easier)
+        yield _told(observer, point, seen, found, decode)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return how many token ids a model reads, None where it reads no tokens."""
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
+
+
+def _told(observer: Observer, point: Point, seen: Result, judged: Judgement, decode: Decode) -> AuditFinding:
+    """Write a judgement as a finding of the report."""
+    return AuditFinding(
+        observer=observer,
+        attack=seen[0].attack,
+        point=point,
+        verdict=judged.verdict,
+        measure=judged.measure,
+        score=judged.score,
+        low=judged.low,
+        high=judged.high,
+        baseline=judged.baseline,
+        control=judged.control,
+        seconds=seen[0].seconds,
+        knowledge=seen[0].knowledge_used,
+        reason=judged.reason,
+        pairs=tuple(RecoveredPair(truth=decode(true), recovered=decode(guess)) for true, guess in judged.pairs),
+    )
 
 
 def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, records: int = CANDIDATES) -> Stage:
@@ -248,22 +279,24 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
     batch = prepared.task.batch(encoded, members, device=prepared.device)
     points = client_replay.gradients(prepared, batch)
     names = client_replay.own_names(prepared)
-    facts = {"batch_size": size, "local_steps": 1, "learning_rate": config.federation.lifecycle.learning_rate}
-    truth = _truth(batch, members=size, outsiders=size)
+    facts = {"learning_rate": config.federation.lifecycle.learning_rate}
+    strangers = prepared.task.batch(encoded, others, device="cpu")
+    truth = _truth(batch, members=size, strangers=strangers, vocabulary=_vocabulary(model))
     prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
     shape = None if truth.images is None else tuple(truth.images.shape[1:])  # the model itself says what it takes
     public = Knowledge(task=config.task.kind, image_shape=shape)
-    knowledge = replace(public, batch_size=size, **(_granted(truth) if size == 1 else {}))
+    knowledge = replace(public, batch_size=size, local_steps=1, **(_granted(truth) if size == 1 else {}))
 
     def scene(
         point: Point, tensors: Mapping[str, Tensor], clients: int = 1, *, content: str = "gradient", **told: Any
     ) -> Scene:
         summed = {"summand": content} if clients > 1 else {}
+        hidden = client_replay.noise_facts(prepared, point, clients, steps=told.get("local_steps", 0))
         observation = Observation(
             kind="sum" if clients > 1 else cast(Literal["gradient", "delta"], content),
             tensors={names[name]: tensor.detach().cpu() for name, tensor in tensors.items()},
             contributors=clients,
-            metadata={"point": point, **(told or facts), **summed},
+            metadata={"point": point, **(told or facts), **summed, **hidden},
             knowledge=public if told else knowledge,
         )
         return Scene(point=point, observation=observation, truth=truth)
@@ -274,12 +307,14 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
         point: Point = "aggregated" if clients > 1 else "raw" if prepared.mechanism is None else "noised"
         return scene(point, sent, clients, content="delta", **client_replay.wire_facts(prepared, size))
 
-    scenes: dict[Point, Scene] = {
-        cast(Point, point): scene(cast(Point, point), tensors) for point, tensors in points.items()
-    }
-    smallest = client_replay.smallest_sum(config)
-    scenes["aggregated"] = scene("aggregated", client_replay.aggregate(prepared, points, client, size), smallest)
-    return Stage(records=size, model=model, prior=prior, control=scenes["raw"], scenes=scenes, wire=wire)
+    @cache
+    def at(point: Point) -> Scene:
+        if point != "aggregated":
+            return scene(point, points[point])
+        total = client_replay.aggregate(prepared, points, client, size)  # of a whole cohort: made when it is asked for
+        return scene("aggregated", total, client_replay.smallest_sum(config))
+
+    return Stage(records=size, model=model, prior=prior, points=frozenset(points), at=at, wire=wire)
 
 
 def _with_draws(prepared: setup.Prepared, vector: Tensor, records: int) -> Stage:
@@ -311,19 +346,27 @@ def _pixels(prepared: setup.Prepared) -> dict[str, Any]:
     return {} if mean is None or std is None else {"image_mean": mean.flatten(), "image_std": std.flatten()}
 
 
-def _truth(batch: Mapping[str, Tensor], *, members: int, outsiders: int) -> Truth:
-    sequences = None
-    if "input_ids" in batch:
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        sequences = tuple(tuple(ids[keep.bool()].tolist()) for ids, keep in zip(batch["input_ids"], mask, strict=True))
+def _truth(
+    batch: Mapping[str, Tensor], *, members: int, strangers: Mapping[str, Tensor], vocabulary: int | None
+) -> Truth:
+    """Return what the client trained on, and the texts of the same kind that guessing may go by."""
     labels = batch.get("labels")
     flat = tuple(labels.tolist()) if labels is not None and labels.dim() == 1 else None
     return Truth(
-        sequences=sequences,
+        sequences=_texts(batch) or None,
         images=batch.get("pixel_values"),
         labels=flat,
-        members=(True,) * members + (False,) * outsiders,
+        members=(True,) * members + (False,) * members,
+        vocabulary=vocabulary,
+        others=_texts(strangers),
     )
+
+
+def _texts(batch: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+    if "input_ids" not in batch:
+        return ()
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return tuple(tuple(ids[keep.bool()].tolist()) for ids, keep in zip(batch["input_ids"], mask, strict=True))
 
 
 def _findings(
@@ -333,66 +376,63 @@ def _findings(
     for name in sorted(wanted, key=lambda name: name in LATE):
         attack = ATTACKS[name]()  # all its observers together, so that its control is run once
         stage = _stage_for(attack, stages, purse, ran)
+        control = _repeated(attack, stage, "raw", purse, ran)
         for observer in observers:
-            point = client_replay.seen_by(observer, config, stage.scenes)
-            control = ran.get((name, stage.records, "raw"))
-            proven = control is not None and control[1] is not None and control[1].succeeded
+            point = client_replay.seen_by(observer, config, stage.points)
+            proven = control is not None and control[1] is not None and control[1].proven
             # Where the control failed nothing would be proven, so the attack is not run a second time.
-            seen = _once(attack, stage, stage.scenes[point], purse, ran) if proven else control
+            seen = _repeated(attack, stage, point, purse, ran, like=control) if proven else control
             if seen is None or control is None:
                 yield not_tried(observer, attack, point, purse)
                 continue
-            told = ""
-            if proven:
-                seen, told = _over_draws(attack, stage, point, seen, control, purse, ran)
-            found = judge(observer, name, point, seen, control, decode)
-            found = replace(found, reason="; ".join(filter(None, (found.reason, told))))
-            shown = seen[1].pictures if seen[1] is not None and found.verdict in ("leaked", "not leaked") else ()
+            # A leak is what the observer sees of the update; the control alone is none.
+            judged = judge(seen, control) if proven else judge((seen[0], None), control)
+            shown = seen[1].pictures if seen[1] is not None and judged.verdict in ("leaked", "not leaked") else ()
             pictures = side_by_side(shown[:SHOWN_PICTURES], stage.prior.image_mean, stage.prior.image_std)
+            found = _told(observer, point, seen, judged, decode)
             found = replace(found, granted=_granted_words(stage), pictures=pictures)
             yield _beside_the_wire(found, attack, stage, purse, ran)
 
 
 def _stage_for(attack: Attack, stages: Sequence[Stage], purse: Purse, ran: Ran) -> Stage:
     """Return the first stage on which the control passes; a step on one record is the second chance of a cheap attack."""
-    tried = stages[1:] if attack.family in HEAVY else stages if attack.family in CLOSED else stages[:1]
-    for stage in tried:
+    several = stages[1:] if attack.family in HEAVY else stages if attack.family in CLOSED else stages[:1]
+    for stage in several:
         control = _once(attack, stage, stage.control, purse, ran)
         if control is None or control[0].seconds > DEAR or (control[1] is not None and control[1].succeeded):
-            return stage if control is not None and control[1] is not None else tried[0]
-    return tried[0]
+            return stage if control is not None and control[1] is not None else several[0]
+    return several[0]
 
 
 def _once(attack: Attack, stage: Stage, scene: Scene, purse: Purse, ran: Ran, key: str = "") -> Result | None:
     """Run an attack on a scene, if that has not been done and the purse allows it."""
     place, budget = (attack.name, stage.records, key or scene.point), purse.budget(attack)
     if place not in ran and budget is not None:
-        found = attack.run(scene.observation, stage.model, stage.prior, budget, 0)
-        ran[place] = found, score(found, scene.truth) if found.applicable else None
+        ran[place] = tried(attack, scene.observation, stage.model, stage.prior, budget, scene.truth)
     return ran.get(place)
 
 
-def _over_draws(
-    attack: Attack, stage: Stage, point: Point, seen: Result, control: Result, purse: Purse, ran: Ran
-) -> tuple[Result, str]:
-    """Repeat a cheap attack on other records and other noise; return its mean score, and how many draws stand behind it.
+def _repeated(
+    attack: Attack, stage: Stage, point: Point, purse: Purse, ran: Ran, *, like: Result | None = None
+) -> Result | None:
+    """Run an attack on every draw of a stage where that is cheap; its score is then their mean.
 
-    Draws whose own control fails prove nothing and are left out. An undefended update is its own control, once is enough.
+    A draw on which nothing is found counts as guessing, as far as the score `like` this one says what that is.
     """
-    if point == "raw" or stage.again is None or seen[1] is None or seen[0].seconds + control[0].seconds > CHEAP:
-        return seen, ""
-    scores = [seen[1]]
-    for number in range(1, DRAWS):
-        if purse.budget(attack) is None:
-            break
+    first = _once(attack, stage, stage.at(point), purse, ran)
+    known = first[1] if first is not None and first[1] is not None else None if like is None else like[1]
+    if first is None or known is None or stage.again is None or first[0].seconds > CHEAP:
+        return first
+    guess = replace(known, value=known.baseline, succeeded=False, pairs=(), pictures=())
+    scores = [first[1] or guess]
+    for number in range(1, DRAWS_OF_ONE if stage.records == 1 else DRAWS):
         other = stage.again(number)
-        undefended = _once(attack, other, other.control, purse, ran, key=f"raw, draw {number}")
-        if undefended is None or undefended[1] is None or not undefended[1].succeeded:
-            continue
-        result = _once(attack, other, other.scenes[point], purse, ran, key=f"{point}, draw {number}")
-        if result is not None and result[1] is not None:
-            scores.append(result[1])
-    return (seen[0], pooled(scores)), f"mean of {len(scores)} draws of records and noise" if len(scores) > 1 else ""
+        done = _once(attack, other, other.at(point), purse, ran, key=f"{point}, draw {number}")
+        if done is None:
+            break
+        scores.append(done[1] or guess)
+    found = any(one is not guess for one in scores)
+    return (first[0], pooled(scores)) if found else first
 
 
 def _granted_words(stage: Stage) -> tuple[str, ...]:
@@ -405,7 +445,7 @@ def _beside_the_wire(found: AuditFinding, attack: Attack, stage: Stage, purse: P
     """Put beside a leak how the attack fares on what the protocol really sends; where nothing leaked at worst, that is less."""
     if found.verdict != "leaked":
         return found
-    clients = stage.scenes[found.point].observation.contributors
+    clients = stage.at(found.point).observation.contributors
     if purse.budget(attack) is None:
         return replace(found, observed_reason=purse.refusal(attack))
     try:
@@ -431,86 +471,6 @@ def not_tried(observer: Observer, attack: Attack, point: Point, purse: Purse) ->
     )
 
 
-def judge(
-    observer: Observer,
-    name: str,
-    point: Point,
-    seen: Result,
-    control: Result,
-    decode: Decode = str,
-) -> AuditFinding:
-    """Give the verdict: a leak, no leak although the control succeeded, nothing proven, or not applicable with the reason."""
-    found, result = seen
-    reference = control[1]
-    base = AuditFinding(
-        observer=observer,
-        attack=name,
-        point=point,
-        verdict="not applicable",
-        measure="",
-        score=None,
-        seconds=found.seconds,
-        knowledge=found.knowledge_used,
-        reason=found.reason,
-    )
-    if not control[0].applicable:
-        return replace(base, reason=control[0].reason)
-    if reference is None or not reference.succeeded:
-        value = None if reference is None else reference.value
-        return replace(
-            base,
-            verdict="inconclusive",
-            measure="" if reference is None else reference.measure,
-            control=value,
-            reason="the same attack fails even on the undefended update, so its silence proves nothing",
-        )
-    if result is None:
-        return replace(
-            base,
-            measure=reference.measure,
-            control=reference.value,
-            baseline=reference.baseline,
-            reason=f"works on the undefended update, but does not fit this one: {found.reason or 'nothing to score'}",
-        )
-    return replace(
-        base,
-        verdict="leaked" if result.succeeded else "not leaked",
-        measure=result.measure,
-        score=result.value,
-        low=result.low,
-        high=result.high,
-        baseline=result.baseline,
-        control=reference.value,
-        reason="" if result.succeeded else "control passed",
-        pairs=tuple(RecoveredPair(truth=decode(true), recovered=decode(guess)) for true, guess in result.pairs),
-    )
-
-
-def judge_unknown(
-    observer: Observer, name: str, point: Point, seen: Reconstruction, control: Reconstruction, silence: Reconstruction
-) -> AuditFinding:
-    """Give the verdict where the truth is not known: is the attack as sure as on a rehearsal, or no surer than on noise?"""
-    low = silence.confidence if silence.items else 0.0
-    base = AuditFinding(
-        observer=observer,
-        attack=name,
-        point=point,
-        verdict="inconclusive",
-        measure="own confidence",
-        score=seen.confidence if seen.items else 0.0,
-        baseline=low,
-        control=control.confidence,
-        seconds=seen.seconds,
-        knowledge=seen.knowledge_used,
-        reason="its confidence does not tell an update from noise; name what the client trained on with --truth",
-    )
-    if control.confidence - low < TELLING:
-        return base
-    leaked = bool(seen.items) and seen.confidence > 0.5 * (low + control.confidence)
-    reason = "as sure as on a rehearsal with invented data" if leaked else "control passed on a rehearsal"
-    return replace(base, verdict="leaked" if leaked else "not leaked", reason=reason)
-
-
 def _leak_curves(stage: Stage, ran: Ran, budget: str) -> Iterator[curves.Curve]:
     """Draw curves for the best closed form of each family whose control passed: one attack shows the law of its kind."""
     best: dict[str, tuple[tuple[int, float, float], Attack]] = {}
@@ -533,7 +493,7 @@ def _length(stage: Stage) -> int:
 def _placed(drawn: Iterator[curves.Curve], stage: Stage, prepared: setup.Prepared) -> Iterator[LeakCurve]:
     """Mark on each curve where the run lies: what the server sees of one step."""
     config, width = prepared.config, curves.width_of(stage.control.observation, stage.model)
-    clients = stage.scenes[client_replay.seen_by("server", config, stage.scenes)].observation.contributors
+    clients = stage.at(client_replay.seen_by("server", config, stage.points)).observation.contributors
     records = float(config.federation.lifecycle.batch_size * clients)
     noise = 0.0 if prepared.mechanism is None else float(prepared.mechanism.noise_multiplier)
     tokens = records * _length(stage) / width.size if width else None

@@ -162,6 +162,30 @@ def wire_facts(prepared: setup.Prepared, records: int) -> dict[str, Any]:
     }
 
 
+def noise_facts(prepared: setup.Prepared, point: Point, clients: int, *, steps: int = 0) -> dict[str, Any]:
+    """Return what the run file tells everyone of the bound and the noise in an update, or in a sum of `clients` of them.
+
+    `steps` is how many local steps stand behind a delta, 0 for the gradient of one step. The deviation is left out where an
+    optimiser mixes the noise of several steps.
+    """
+    mechanism = prepared.mechanism
+    if mechanism is None or point == "raw" or prepared.config.privacy.noise == "seeded":
+        return {}
+    facts: dict[str, Any] = {"clip_norm": mechanism.clip_norm}
+    if point == "clipped":
+        return facts
+    if isinstance(mechanism, ClientNoise):
+        levels = mechanism.inner.integer_sensitivity(scale=mechanism.scale, dimension=mechanism.dimension)
+        deviation = mechanism.noise_multiplier * levels / mechanism.scale / mechanism.inner.honest_survivors**0.5
+    else:
+        deviation = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.expected_batch_size
+        spec = prepared.config.federation.lifecycle
+        if steps and (spec.optimizer != "sgd" or spec.momentum):
+            return facts
+        deviation *= spec.learning_rate * steps**0.5 if steps else 1.0
+    return {**facts, "noise_deviation": deviation * clients**0.5}
+
+
 def _others(prepared: setup.Prepared, client: int) -> list[int]:
     return [index for index in range(len(prepared.parts)) if index != client and len(prepared.parts[index])]
 

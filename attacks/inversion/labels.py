@@ -68,15 +68,16 @@ def find_head(observation: Observation, model: nn.Module) -> Head:
         raise NotApplicable("the batch size is not known")
     steps = int(observation.known("local_steps") or 1) if observation.content == "delta" else 1
     name = observed[-1]
-    weight = view.tensors[f"{name}.weight"].double() / observation.contributors
-    bias = view.tensors.get(f"{name}.bias")
     module = model.get_submodule(name)
     assert isinstance(module, nn.Linear)
+    # Plain SGD adds its decay to the gradient; it is known, and no example caused it.
+    decay = float(observation.known("weight_decay") or 0.0) if observation.content == "delta" else 0.0
+    bias = view.tensors.get(f"{name}.bias")
     return Head(
         name=name,
         module=module,
-        weight=weight,
-        bias=None if bias is None else bias.double() / observation.contributors,
+        weight=view.tensors[f"{name}.weight"].double() / observation.contributors - decay * module.weight.double(),
+        bias=None if bias is None else bias.double() / observation.contributors - decay * module.bias.double(),
         examples=int(batch) * steps * observation.contributors,
     )
 
@@ -101,22 +102,27 @@ def identity_counts(bias: Tensor, mean_probability: Tensor, examples: int) -> Te
 
 
 def least_counts(bias: Tensor, examples: int) -> Tensor:
-    """Return how often each label occurs at least: n_c >= -K db_c, since no probability is negative."""
+    """Return how often each label occurs at least: n_c >= -K db_c, since no probability is negative.
+
+    Assumes: the gradient is that of the loss alone, without a decay of weights, and a mean over K examples.
+    """
     rounding = float(bias.sum().abs()) + 1e-5 * float(bias.abs().max())
     return (-examples * (bias + rounding)).ceil().clamp_min(0.0).long()
 
 
-def possible_labels(weight: Tensor, deadline: Deadline) -> tuple[Tensor, int] | None:
-    """Return the labels (boolean) that examples seen in the gradient can have, and how many examples are seen.
+def possible_labels(weight: Tensor, examples: int, deadline: Deadline) -> Tensor | None:
+    """Return which labels can be in the batch (boolean), or None when nothing is excluded, or not in time.
 
-    None when nothing is excluded, or not in time. Every example puts its p - e_y into the column space of the weight's
-    gradient, a vector negative at y alone, and there at least as long as all its other entries together. A class at which
-    no vector of that space is the only negative one is absent. An example the model is so sure of that its error drowns in
-    rounding is not seen and its label not bounded: the rank counts those that are. Source: RLG, section 3.
+    Every example puts its p - e_y into the column space of the weight's gradient, a vector that sums to zero and is negative
+    at y alone. A class at which no vector of that space is the only negative one is absent.
+
+    Assumes: as many examples as the rank, which must be below the features' number. Of fewer dimensions some example is not
+    seen (the model is sure of it) or shares its features with another, and its label must not be excluded.
+    Source: RLG, section 3.
     """
     columns, singular, _ = torch.linalg.svd(weight, full_matrices=False)
     classes, rank = len(weight), numerical_rank(singular, tuple(weight.shape))
-    if not 0 < rank < classes - 1 or classes > _SEPARABLE:
+    if rank != examples or rank >= min(classes - 1, weight.shape[1]) or classes > _SEPARABLE:
         return None
     basis, found = columns[:, :rank].numpy(), torch.zeros(classes, dtype=torch.bool)
     for label in range(classes):
@@ -125,17 +131,30 @@ def possible_labels(weight: Tensor, deadline: Deadline) -> tuple[Tensor, int] | 
         others, slack = -np.delete(basis, label, axis=0), np.full(classes - 1, _TILT)
         solved = linprog(basis[label], A_ub=others, b_ub=slack, bounds=[(-1, 1)] * rank)
         found[label] = solved.status == 0 and solved.fun < -0.5
-    return (found, rank) if bool(found.any()) else None
+    return found if bool(found.any()) else None
 
 
 def bounded_counts(estimate: Tensor, least: Tensor, possible: Tensor, total: int) -> Tensor:
-    """Return the whole counts of a given sum nearest to an estimate, within bounds as far as these agree with the sum."""
-    counts, wanted = least.clone(), estimate.double().masked_fill(~possible, -torch.inf)
-    while int(counts.sum()) > total:
-        counts[int((counts - estimate).masked_fill(counts == 0, -torch.inf).argmax())] -= 1
-    while int(counts.sum()) < total:
-        counts[int((wanted - counts).argmax())] += 1
-    return counts
+    """Return the whole counts of a given sum nearest to an estimate, within bounds as far as these agree with the sum.
+
+    All counts above their bound give up the same amount, so that they add up; what rounding leaves goes to the largest rests.
+    """
+    if int(least.sum()) >= total:
+        return round_to_total(least, total)
+    wanted, floor = estimate.double().masked_fill(~possible, -torch.inf), least.double()
+    reach = total + float(estimate.abs().max()) + 1.0
+    low, high = -reach, reach
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(torch.maximum(wanted - middle, floor).sum()) > total else (low, middle)
+    exact = torch.maximum(wanted - high, floor)
+    whole = exact.floor()
+    rest = torch.where(possible, exact - whole, torch.full_like(exact, -1.0))
+    missing = total - int(whole.sum())
+    order = rest.argsort(descending=True, stable=True)[: max(1, int(possible.sum()))]
+    whole[order] += missing // len(order)
+    whole[order[: missing % len(order)]] += 1
+    return whole.long()
 
 
 def single_label(weight: Tensor) -> int:
@@ -234,49 +253,67 @@ def _identity(observation: Observation, model: nn.Module | None, prior: Prior, b
     deadline = budget.start()
     private = working_copy(model, observation).requires_grad_(False)
     head = find_head(observation, private)
+    total, closed = head.examples, float(head.weight.sum(dim=0).norm()) <= _CLOSED * float(head.weight.norm())
+    if closed and total == 1 and (head.classes > 2 or head.bias is not None):  # the other rows all point away from its own
+        return _finding(_one_hot(_single(head), head.classes), head, 1.0)
     probability, feature, _ = probe_head(observation, private, prior, head, seed)
-    bias, total = _bias(head, feature), head.examples
+    bias = _bias(head, feature)
     raw = identity_counts(bias, probability, total)
     roundness = max(0.0, 1.0 - 2.0 * float((raw - raw.round()).abs().mean()))
-    if float(head.weight.sum(dim=0).norm()) > _CLOSED * float(head.weight.norm()):  # noise, or no cross-entropy
+    if not closed:  # noise, or no cross-entropy
         return _finding(round_to_total(raw, total), head, roundness)
-    possible, seen, least = _bounds(head, deadline)
+    possible, least = _bounds(head, deadline)
     if float((least - raw).clamp_min(0.0).sum()) > 0.25 * total:
         # The probes are foreign to the model. A calibrated one predicts the batch's own shares, all but a part e spread
         # evenly: then n_c / K = 1 / C - db_c / e, and e is taken as twice what keeps every count from being negative.
         raw = total / head.classes * (1.0 - bias / (2.0 * bias.max().clamp_min(1e-12)))
         roundness = 0.0
     pinned = min(1.0, int(least.sum()) / total)
-    visible = bounded_counts(raw, least, possible, seen)
-    counts = bounded_counts(raw, visible, torch.ones_like(possible), total)
-    return _finding(counts, head, pinned + (1.0 - pinned) * roundness)
+    return _finding(bounded_counts(raw, least, possible, total), head, pinned + (1.0 - pinned) * roundness)
 
 
-def _bounds(head: Head, deadline: Deadline) -> tuple[Tensor, int, Tensor]:
-    """Return which labels are possible for how many of the examples, and how often each occurs at least."""
+def _bounds(head: Head, deadline: Deadline) -> tuple[Tensor, Tensor]:
+    """Return which labels are possible, and how often each occurs at least.
+
+    Raises: NotApplicable when the bounds together exceed the examples by far: another scale, or more examples.
+    """
     least = torch.zeros(head.classes, dtype=torch.long)
     if head.bias is not None:
         least = least_counts(head.bias, head.examples)
-    bounded = possible_labels(head.weight, deadline)
-    if bounded is None:
-        return torch.ones(head.classes, dtype=torch.bool), head.examples, least
-    possible, seen = bounded[0] | (least > 0), min(bounded[1], head.examples)
+    if int(least.sum()) > 2 * head.examples + head.classes:
+        raise NotApplicable(
+            f"the head's gradient is larger than {head.examples} examples can cause: it is scaled, or there were more"
+        )
+    possible = possible_labels(head.weight, head.examples, deadline)
+    if possible is None:
+        return torch.ones(head.classes, dtype=torch.bool), least
+    possible |= least > 0
     if int(possible.sum()) <= min(head.examples, head.classes // 2):  # in few dimensions hardly one passes by chance
         least = torch.maximum(least, possible.long())
-    return possible, seen, least
+    return possible, least
+
+
+def _single(head: Head) -> int:
+    """Return the label of a single example; with two classes the rows mirror each other, and the bias decides."""
+    if head.classes == 2 and head.bias is not None:
+        return int(head.bias.argmin())
+    return single_label(head.weight.clone())
+
+
+def _one_hot(label: int, classes: int) -> Tensor:
+    return nn.functional.one_hot(torch.tensor(label), classes)
 
 
 def _idlg(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
     head = find_head(observation, working_copy(model, observation).requires_grad_(False))
     if head.examples != 1:
         raise NotApplicable(f"iDLG reads one label, here are {head.examples}")
-    rows = head.weight
-    label = single_label(rows.clone())
+    if head.classes == 2 and head.bias is None:
+        raise NotApplicable("of two classes without a bias the rows mirror each other: either label fits")
+    rows, label = head.weight, _single(head)
     others = np.delete((rows @ rows[label]).numpy(), label)
     opposite = float((others <= 0).mean()) if len(others) else 0.0
-    counts = torch.zeros(head.classes, dtype=torch.long)
-    counts[label] = 1
-    return _finding(counts, head, opposite)
+    return _finding(_one_hot(label, head.classes), head, opposite)
 
 
 def _llg(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:

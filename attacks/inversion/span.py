@@ -161,16 +161,23 @@ def _descend(
     deadline: Deadline,
     generator: torch.Generator,
 ) -> list[tuple[int, ...]]:
-    """Change one token at a time to the one with the smallest mean distance, from several random starts."""
+    """Change one token at a time to the one with the smallest mean distance, from several random starts.
+
+    Every start holds on to a token that no sentence found so far has at its place, so that none is overlooked by chance.
+    """
     found: dict[tuple[int, ...], float] = {}
+    missing = [(place, token) for place, entry in enumerate(options) for token in entry]
     for _ in range(starts):
-        if deadline.expired:
+        if deadline.expired or not missing:
             break
-        now = tuple(entry[int(torch.randint(len(entry), (1,), generator=generator))] for entry in options)
-        best = math.inf
+        kept, token = missing[int(torch.randint(len(missing), (1,), generator=generator))]
+        drawn = [entry[int(torch.randint(len(entry), (1,), generator=generator))] for entry in options]
+        now, best = (*drawn[:kept], token, *drawn[kept + 1 :]), math.inf
         for _ in range(6):
             before = best
             for place in torch.randperm(len(options), generator=generator).tolist():
+                if place == kept:
+                    continue
                 tried = [(*now[:place], token, *now[place + 1 :]) for token in options[place]]
                 means = _context_distance(scene, torch.tensor(tried)).mean(1)
                 best, now = float(means.min()), tried[int(means.argmin())]
@@ -178,6 +185,8 @@ def _descend(
                 break
         if float(_context_distance(scene, torch.tensor([now])).max()) <= threshold:
             found[now] = best
+            if scene.structure.positional:
+                missing = [pair for pair in missing if now[pair[0]] != pair[1]]
     return sorted(found, key=lambda sentence: found[sentence])
 
 

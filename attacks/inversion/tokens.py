@@ -48,10 +48,13 @@ def is_tied(model: nn.Module, name: str) -> bool:
 
 
 def without_decay(observation: Observation, name: str) -> Tensor | None:
-    """Return an observed delta with the decoupled weight decay of AdamW taken out, or None when the facts are not known.
+    """Return an observed delta with the weight decay of AdamW or plain SGD taken out, or None when the facts are not known.
 
-    A row that got no gradient moved by exactly ((1 - rate x decay)^steps - 1) times its broadcast value.
+    A row that got no gradient moved by exactly ((1 - rate x decay)^steps - 1) times its broadcast value. Under Adam's own
+    decay or with momentum it moved otherwise, which is left in.
     """
+    if str(observation.known("optimiser") or "").lower() not in ("adamw", "sgd"):
+        return None
     delta = observation.tensors[name]
     rate, decay, steps = (observation.known(fact) for fact in ("learning_rate", "weight_decay", "local_steps"))
     weight = None if observation.broadcast is None else observation.broadcast.get(name)
@@ -69,10 +72,11 @@ def embedding_rows(observation: Observation, model: nn.Module) -> Tensor:
     name = f"{token_embedding(model)}.weight"
     if name not in observation.tensors:
         raise NotApplicable("the token embedding was not trained, so its rows say nothing")
-    rows = observation.gradient().tensors[name].double()
+    view = observation.gradient()
+    rows = view.tensors[name].double()
     if observation.content == "delta" and observation.known("weight_decay"):
         cleaned = without_decay(observation, name)
-        rows = rows if cleaned is None else -cleaned
+        rows = rows if cleaned is None else view.factor * cleaned
     return rows
 
 
@@ -145,7 +149,8 @@ def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tenso
             chosen = ~zeros
             if float(zeros.double().mean()) < 0.1:  # a padding row alone: absent rows may hold rounding of a decay
                 gap = _above_gap(scores)
-                chosen = gap if bool(gap.any()) else chosen
+                # One row at zero is padding; of the others nothing is known when a decay moved them all.
+                chosen = gap if bool(gap.any()) or int(zeros.sum()) <= 1 else chosen
         else:
             chosen = _above_gap(scores)
     return _some(chosen)
@@ -161,9 +166,15 @@ def _above_gap(scores: Tensor) -> Tensor:
 
 
 def noise_per_entry(observation: Observation) -> float:
-    """Return the standard deviation of the noise on each entry as far as it is known, else 0."""
-    multiplier, bound = observation.known("noise_multiplier"), observation.known("clip_norm")
-    return float(multiplier) * float(bound) if multiplier and bound else 0.0
+    """Return the standard deviation of the noise on each entry of the gradient view as far as it is known, else 0.
+
+    Noise is stated as it crossed the wire: a delta that is divided by rate and steps has its noise divided, too.
+    """
+    seen = observation.known("noise_deviation")
+    if not seen:
+        multiplier, bound = observation.known("noise_multiplier"), observation.known("clip_norm")
+        seen = float(multiplier) * float(bound) if multiplier and bound else 0.0
+    return float(seen) * abs(observation.gradient().factor)
 
 
 def _width(model: nn.Module) -> int:

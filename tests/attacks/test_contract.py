@@ -17,7 +17,7 @@ import torch
 import attacks
 from attacks import Budget, Knowledge, Observation, Prior, not_applicable
 from attacks.command import attack_table, description, main, run_one, taxonomy_table
-from attacks.contract import Attack, Reconstruction
+from attacks.contract import Attack, Finding, Item, PlainAttack, Reconstruction
 from attacks.inversion import active
 from attacks.registry import ATTACKS, TAXONOMY, build
 from tests.attacks import models
@@ -161,8 +161,8 @@ def _imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_attack_can_reach_the_truth(path: Path) -> None:
-    if path.name in ("truth.py", "scoring.py", "rehearsal.py", "curves.py"):
-        pytest.skip("the truth, what scores it, what invents its own, and what draws curves of the invented")
+    if path.name in ("truth.py", "scoring.py", "verdict.py", "rehearsal.py", "curves.py"):
+        pytest.skip("the truth, what scores it and judges, what invents its own, and what draws curves of the invented")
     assert not {
         name for name in _imports(path) if name.startswith(("attacks.truth", "attacks.scoring", "attacks.rehearsal"))
     }
@@ -239,3 +239,31 @@ def test_a_command_runs_as_a_module_and_unknown_names_are_no_module(tmp_path, mo
     assert left.value.code == 0
     assert json.loads(capsys.readouterr().out)["applicable"]
     assert find_spec("attacks.no_such_attack") is None
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+@pytest.mark.parametrize("case", ["text", "image", "digits", "crafted", "sum"])
+def test_tensors_no_attack_can_read_are_refused_with_the_reason(name: str, case: str) -> None:
+    observation, model, prior, _ = CASES[case]()
+    first = next(iter(observation.tensors))
+    value = observation.tensors[first]
+    holes = value.clone()
+    holes.view(-1)[0] = float("inf")
+    for odd in (holes, (1e6 * value).long(), value.repeat(*[2] * value.ndim)):
+        seen = observation.replace_tensors({**observation.tensors, first: odd})
+        found = build(name).run(seen, model, prior, Budget.quick(), 0)
+        assert not found.applicable
+        assert first in found.reason or "not known to this observer" in found.reason
+
+
+def test_what_is_no_number_is_no_item_and_no_confidence() -> None:
+    def broken(*_: object) -> Finding:
+        good, bad = torch.ones(2), torch.tensor([1.0, float("nan")])
+        items = (Item(kind="scores", value=good, confidence=float("nan")), Item(kind="scores", value=bad))
+        return Finding(items=items, confidence=float("nan"))
+
+    attack = PlainAttack(name="broken", family="labels", attempt=broken)
+    found = attack.run(bare_case()[0], None, Prior(), Budget.quick(), 0)
+    assert len(found.items) == 1
+    assert found.confidence == found.items[0].confidence == 0.0
+    assert "no numbers" in found.reason

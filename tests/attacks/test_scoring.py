@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from attacks.metrics import psnr
 from attacks.contract import Item, ItemKind, Reconstruction
 from attacks.scoring import Score, auc_deviation, pooled, score
 from attacks.truth import Truth
@@ -111,3 +114,46 @@ def test_one_draw_stays_as_it_is_and_measures_are_not_mixed() -> None:
         pooled([one, Score(measure="PSNR dB", value=9.0, baseline=1.0, succeeded=True)])
     with pytest.raises(ValueError, match="0 scores"):
         pooled([])
+
+
+def test_one_label_of_two_is_a_coin_and_many_coins_are_not() -> None:
+    truth = Truth(labels=(1,), classes=2)
+    coin = score(found("labels", [1]), truth)
+    assert coin is not None
+    assert (coin.succeeded, coin.luck, coin.proven) == (True, 0.5, False)
+    assert pooled([coin] * 8).proven
+    assert not pooled([coin] * 4).proven
+    wrong = replace(coin, value=0.0, succeeded=False)
+    assert not pooled([coin] * 5 + [wrong] * 3).proven
+
+
+def test_a_clear_order_of_few_candidates_may_be_luck() -> None:
+    def judged(members: int) -> Score | None:
+        scores = [1.0 + i for i in range(members)] + [0.0] * members
+        return score(found("scores", scores), Truth(members=(True,) * members + (False,) * members))
+
+    assert judged(1).succeeded
+    assert not judged(1).proven
+    assert judged(8).proven
+
+
+def test_guessing_tokens_goes_by_the_vocabulary_and_by_texts_that_were_not_used() -> None:
+    sequences = (tuple(range(3, 33)), tuple(range(33, 63)))
+    everything = score(found("token_set", range(120)), Truth(sequences=sequences, vocabulary=120))
+    assert everything is not None
+    assert everything.value == pytest.approx(everything.baseline)
+    assert not everything.succeeded
+    usual = Truth(sequences=((5, 6, 7), (6, 7, 8)), vocabulary=30_000, others=((5, 6, 9), (5, 7, 8), (5, 6, 7)))
+    guess = score(found("token_set", [5, 6, 7]), usual)
+    assert guess is not None
+    assert guess.baseline >= guess.value - 0.2
+    assert not guess.succeeded
+    assert score(found("token_set", range(3, 63)), Truth(sequences=sequences, vocabulary=120)).succeeded
+
+
+def test_a_picture_that_is_no_number_is_no_success() -> None:
+    truth = Truth(images=torch.rand(1, 1, 8, 8))
+    broken = score(found("image", torch.full((1, 8, 8), float("nan"))), truth)
+    assert broken is not None
+    assert not broken.succeeded
+    assert psnr(torch.full((1, 8, 8), float("nan")), truth.images[0]) == -200.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from attacks import Budget, Prior
+from attacks import Budget, Observation, Prior
 from attacks.command import load_model
-from attacks.inversion.tokens import beside_a_head, split_scores
+from attacks.inversion.tokens import beside_a_head, noise_per_entry, split_scores
 from attacks.metrics import token_set_score
 from attacks.registry import build
 from tests.attacks import models
@@ -133,3 +135,35 @@ def test_pure_noise_shows_nothing():
         rows = torch.randn(300, 16, generator=generator)
         flagged += split_scores(rows.norm(dim=1), noise=1.0, width=16) is not None
     assert flagged == 0
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "sgd with momentum"])
+def test_rows_that_an_unknown_form_of_decay_moved_are_not_taken_for_tokens(optimiser: str) -> None:
+    model, ids = models.bert(vocabulary=300, width=32, length=16), models.sentences(2, 6, 300)
+    client = copy.deepcopy(model)
+    kind = {
+        "adam": lambda trained: torch.optim.Adam(trained, lr=0.01, weight_decay=0.01),
+        "sgd with momentum": lambda trained: torch.optim.SGD(trained, lr=0.01, weight_decay=0.01, momentum=0.9),
+    }
+    step = kind[optimiser](list(client.parameters()))
+    before = {name: value.detach().clone() for name, value in client.named_parameters()}
+    for _ in range(3):
+        step.zero_grad()
+        models.text_loss(client, {"input_ids": ids, "labels": torch.arange(2)}).backward()
+        step.step()
+    facts = {"learning_rate": 0.01, "weight_decay": 0.01, "local_steps": 3, "optimiser": optimiser}
+    delta = {name: (value - before[name]).detach() for name, value in client.named_parameters()}
+    seen = Observation(kind="delta", tensors=delta, metadata=facts, broadcast=before)
+    found = build("token_presence").run(seen, model, Prior(), Budget.quick(), 0)
+    assert all(len(ids) < 100 for ids in found.of("token_set")), "all rows moved, so that most of them hold no token"
+
+
+def test_noise_of_a_delta_counts_in_the_units_of_the_gradient() -> None:
+    model, ids = models.bert(vocabulary=120, width=32, length=16), models.sentences(8, 8, 120, distinct=False)
+    batch = {"input_ids": ids, "labels": torch.arange(8) % 2}
+    delta = models.observe_delta(model, [batch, batch], models.text_loss, learning_rate=0.01)
+    hidden = models.noised(delta, 1.0)
+    assert noise_per_entry(hidden) == pytest.approx(1.0 / 0.02)
+    assert noise_per_entry(hidden.replace_tensors(hidden.tensors, noise_deviation=0.3)) == pytest.approx(0.3 / 0.02)
+    assert not build("token_presence").run(hidden, model, Prior(), Budget.quick(), 0).items
+    assert build("token_presence").run(delta, model, Prior(), Budget.quick(), 0).items
