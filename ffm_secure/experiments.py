@@ -2,177 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import multiprocessing
 import os
-import re
 import threading
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ffm_secure import config as run_file
 from ffm_secure import experiments_report as page
-from ffm_secure import experiments_summary, plan, report
-from ffm_secure.config import RunConfig
-from ffm_secure.errors import ConfigError, FfmError, PlanRefused, StoreError
+from ffm_secure import experiments_summary, report
+from ffm_secure.errors import ConfigError, FfmError, StoreError
+from ffm_secure.experiments_file import Cell, load
 from ffm_secure.experiments_report import Row
 from ffm_secure.run import Run, place
-from ffm_secure.schema import Problems, option, parse_toml, read_table, set_value
 from ffm_secure.store import Store, write_atomic
 from ffm_secure.types import RunSummary
 
-_LABEL = r"[^=,]{1,60}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Value:
-    """One value of an axis: a label for the table, and what it changes in the run file."""
-
-    label: str = option(pattern=_LABEL, help="1 to 60 characters, no comma, no equals sign")
-    set: tuple[str, ...] = option((), help="section.key=value, as with --set")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """One thing that is varied."""
-
-    name: str = option(pattern=_LABEL, help="1 to 60 characters, no comma, no equals sign")
-    values: tuple[Value, ...] = option(help="at least one [[axes.values]] with a label")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quick:
-    """What `--quick` runs instead of the whole: fewer cells, fewer seeds, other settings."""
-
-    seeds: tuple[int, ...] = option((1,), minimum=0)
-    set: tuple[str, ...] = option(())
-    only: tuple[str, ...] = option((), help="axis=label; of an axis named here only these labels are run")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Experiment:
-    """A grid: all combinations of the axes, each with every seed."""
-
-    format: int = option(choices=(1,))
-    name: str = option(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}", help="letters, digits, dot, dash, underscore")
-    about: str = option("", help="the question the grid answers")
-    seeds: tuple[int, ...] = option(minimum=0, help="one run of every cell for each")
-    run: dict = option(help="a whole run file; name and seed are set by the grid")  # type: ignore[type-arg]
-    axes: tuple[Axis, ...] = option(help="at least one [[axes]]")
-    compare: str = option("", help="the axis whose labels are compared in pairs")
-    references: tuple[str, ...] = option((), help="labels of that axis that the others are compared with")
-    skip: tuple[str, ...] = option((), help="axis=label,axis=label: combinations left out")
-    quick: Quick = option(Quick())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One run of a grid."""
-
-    labels: tuple[tuple[str, str], ...]  # (axis, label)
-    seed: int
-    config: RunConfig
-
-
-def load(path: Path, *, quick: bool = False) -> tuple[Experiment, tuple[Cell, ...]]:
-    """Read a grid and check every one of its run files before the first is run.
-
-    Raises:
-      ConfigError: with every problem of the grid, or of every cell, at once.
-    """
-    problems = Problems()
-    table = parse_toml(path)
-    experiment = read_table(Experiment, table, "", problems)
-    if experiment is not None and not problems:
-        _check(experiment, problems)
-    if experiment is None or problems:
-        raise ConfigError(str(path), list(problems))
-    if quick:
-        experiment = replace(experiment, name=f"{experiment.name}-quick", seeds=experiment.quick.seeds)
-    cells: list[Cell] = []
-    refused: dict[str, list[str]] = {}  # a mistake in the shared part is one mistake, however many cells have it
-    for labels, sets in _combinations(experiment, quick=quick):
-        for seed in experiment.seeds:
-            try:
-                cells.append(Cell(labels=labels, seed=seed, config=_configure(experiment, labels, sets, seed)))
-            except (ConfigError, PlanRefused) as error:
-                for problem in error.problems if isinstance(error, ConfigError) else error.reasons:
-                    refused.setdefault(problem, []).append(_name(labels, seed))
-    for problem, where in refused.items():
-        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
-        problems.append(f"{where[0]}{more}: {problem}")
-    names = [cell.config.name for cell in cells]
-    if not problems and len(set(names)) < max(1, len(names)):
-        problems.add("axes", len(names), "no cell is left, or labels differ only in what a folder name cannot hold")
-    if problems:
-        raise ConfigError(str(path), list(problems))
-    return experiment, tuple(cells)
-
-
-def _check(experiment: Experiment, problems: Problems) -> None:
-    known = {axis.name: {value.label for value in axis.values} for axis in experiment.axes}
-    for name, values in (
-        ("seeds", experiment.seeds),
-        ("axes", experiment.axes),
-        *((a.name, a.values) for a in experiment.axes),
-    ):
-        if not values:
-            problems.add(name, values, "must not be empty")
-    if len(known) < len(experiment.axes) or any(len(known[a.name]) < len(a.values) for a in experiment.axes):
-        problems.add("axes", sorted(known), "names of axes, and labels of an axis, must differ")
-    if experiment.compare and experiment.compare not in known:
-        problems.add("compare", experiment.compare, f"must be the name of an axis: {', '.join(known)}")
-    for label in experiment.references:
-        if label not in known.get(experiment.compare, ()):
-            problems.add("references", label, f"must be a label of the axis {experiment.compare!r}")
-    for text in (*experiment.skip, *experiment.quick.only):
-        for axis, label in _pairs(text):
-            if label not in known.get(axis, ()):
-                problems.add(
-                    "skip" if text in experiment.skip else "quick.only", text, "names no axis with such a label"
-                )
-
-
-def _pairs(text: str) -> list[tuple[str, str]]:
-    parts = [part.partition("=") for part in text.split(",")]
-    return [(axis.strip(), label.strip()) for axis, _, label in parts]
-
-
-def _combinations(experiment: Experiment, *, quick: bool) -> list[tuple[tuple[tuple[str, str], ...], tuple[str, ...]]]:
-    """List the cells of the grid, without seeds: labels, and what they set."""
-    only = [pair for text in experiment.quick.only for pair in _pairs(text)] if quick else []
-    kept = []
-    for axis in experiment.axes:
-        named = {label for name, label in only if name == axis.name}
-        kept.append([(axis.name, value) for value in axis.values if not named or value.label in named])
-    found = []
-    for chosen in itertools.product(*kept):
-        labels = tuple((name, value.label) for name, value in chosen)
-        if any(set(_pairs(text)) <= set(labels) for text in experiment.skip):
-            continue
-        sets = [override for _, value in chosen for override in value.set]
-        found.append((labels, (*sets, *(experiment.quick.set if quick else ()))))
-    return found
-
-
-def _configure(experiment: Experiment, labels: Any, sets: Sequence[str], seed: int) -> RunConfig:
-    table, problems, name = copy.deepcopy(experiment.run), Problems(), _name(labels, seed)
-    for override in sets:
-        set_value(table, override, problems)
-    table |= {"format": 1, "name": name, "seed": seed}
-    made = run_file.from_table(table, where=name, problems=problems)
-    plan.check(made)
-    return made
-
-
-def _name(labels: Sequence[tuple[str, str]], seed: int) -> str:
-    words = [re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower()[:20] or "x" for _, label in labels]
-    return f"{'_'.join(words)}_s{seed}"[:80]
+__all__ = ["finished", "load", "row_of", "run"]
 
 
 def run(
