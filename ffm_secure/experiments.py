@@ -50,6 +50,8 @@ def run(
         shown = f"{summary.metric_name} {summary.metric_final:.4f}"
         name = cells[number].config.name
         say(f"{len(rows)}/{len(cells)} {name}: {shown}{' (known)' if known else f', {summary.seconds:.0f} s'}")
+        if not rows[number].whole:
+            say(_stopped(rows[number], folder / "runs" / name, rounds=cells[number].config.federation.rounds))
         results = page.results(
             name=experiment.name,
             about=experiment.about,
@@ -61,6 +63,12 @@ def run(
         )
         _write(folder, results)
     return folder / "report.html", results
+
+
+def _stopped(row: Row, folder: Path, *, rounds: int) -> str:
+    """Say that a run is no result, and the remedy: to continue it would meet the same empty budget."""
+    ended = f"{row.run}: {row.status} after {len(row.curve)} of {rounds} rounds"
+    return f"{ended}, left out of means and differences; remove {folder} to run it anew"
 
 
 def _write(folder: Path, results: dict[str, Any]) -> None:
@@ -127,7 +135,7 @@ def _start(text: str, base: str, runs: str, threads: int) -> str:
 
 
 def finished(made: Run) -> RunSummary | None:
-    """Return the summary of a run that has ended, None if it has to be run or continued.
+    """Return the summary of a run that has ended, at its last round or where its budget did; None if it has to go on.
 
     Raises:
       StoreError: its folder holds a run of other settings.
