@@ -12,14 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from defenses.dp import Ledger
 from ffm_secure import config as run_file
 from ffm_secure import experiments_report as page
-from ffm_secure import experiments_summary, report
+from ffm_secure import experiments_summary, report, setup
+from ffm_secure.accounts import holds_other_rows
 from ffm_secure.errors import ConfigError, FfmError, StoreError
 from ffm_secure.experiments_file import Cell, load
 from ffm_secure.experiments_report import Row
 from ffm_secure.run import Run, place
-from ffm_secure.store import Store, write_atomic
+from ffm_secure.store import Store, changed_rows, write_atomic
 from ffm_secure.types import RunSummary
 
 __all__ = ["finished", "load", "row_of", "run"]
@@ -83,9 +85,9 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
 
 def _summaries(made: Callable[[int], Run], count: int, *, jobs: int) -> Iterator[tuple[int, RunSummary, bool]]:
     """Yield number, summary, and whether it was known: first what is finished, then each cell as it ends."""
-    missing = []
+    missing, rows = [], Rows()
     for number in range(count):
-        summary = finished(made(number))
+        summary = finished(made(number), rows)
         if summary is None:
             missing.append(number)
         else:
@@ -101,7 +103,7 @@ def _summaries(made: Callable[[int], Run], count: int, *, jobs: int) -> Iterator
         try:
             for future in as_completed(work):
                 run = made(work[future])
-                problem, summary = future.result(), finished(run)
+                problem, summary = future.result(), finished(run, rows)
                 if problem or summary is None:
                     raise FfmError(f"{run.folder.name}: {problem or 'was stopped; the same command continues it'}")
                 yield work[future], summary, False
@@ -134,18 +136,54 @@ def _start(text: str, base: str, runs: str, threads: int) -> str:
     return ""
 
 
-def finished(made: Run) -> RunSummary | None:
+def finished(made: Run, rows: Rows) -> RunSummary | None:
     """Return the summary of a run that has ended, at its last round or where its budget did; None if it has to go on.
 
     Raises:
-      StoreError: its folder holds a run of other settings.
+      StoreError: its folder holds a run of other settings, or of rows that have changed.
     """
     if not (made.folder / "report.json").is_file():
         return None
     if replace(Store.read(made.folder).config(), speed=made.config.speed) != made.config:
         raise StoreError(f"{made.folder}: holds a run with other settings; remove it, or give another --out")
+    rows.require(made)
     summary = report.from_json((made.folder / "report.json").read_text())
     return summary if summary.status != "interrupted" else None
+
+
+class Rows:
+    """Hold the rows of finished runs against those that their run files mean now; every data set is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], setup.Contents] = {}
+
+    def require(self, made: Run) -> None:
+        """Refuse a finished run whose rows have changed since; its figure would stand for other data.
+
+        A run of before digests were noted is known by its own ledger, which names the training rows alone.
+        """
+        stored, now = Store.read(made.folder).contents(), self._of(made)
+        if stored and stored != now.digests:
+            raise StoreError(f"{made.folder}: {changed_rows(stored, now.digests)}")
+        own = made.folder / "ledger.sqlite"
+        if not stored and own.is_file():
+            ledger = Ledger.open(own, create=False)
+            try:
+                if holds_other_rows(ledger, now.account):
+                    raise StoreError(f"{made.folder}: {changed_rows('data:', '')}")
+            finally:
+                ledger.close()
+
+    def _of(self, made: Run) -> setup.Contents:
+        task = made.config.task
+        public = made.config.federation.lifecycle.public_data
+        key = (task.data, task.kind, task.text_column, task.label_column, public)
+        seed = made.config.seed
+        found = self._known.get(key) or self._known.get((*key, seed))
+        if found is None:
+            found = setup.contents(made.config, made.base)
+            self._known[(*key, seed) if found.seeded else key] = found
+        return found
 
 
 def row_of(cell: Cell, summary: RunSummary) -> Row:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from ffm_secure import commands, experiments
+from ffm_secure import commands, experiments, setup
 from ffm_secure.engines import LocalEngine
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, Interrupted, StoreError
 from ffm_secure.experiments_report import Row, interval, paired, results, to_html, to_json
@@ -255,6 +255,67 @@ def test_a_cell_without_budget_for_its_last_round_is_not_finished(
         commands.experiment(file, out=tmp_path, quick=False, jobs=1, json=False, quiet=True)
     shutil.rmtree(folder)
     assert experiments.run(file, out=tmp_path)[1]["complete"]
+
+
+def _write_rows(folder: Path, *, flipped: str = "", validation: bool = True) -> None:
+    """Write a small set of texts; in the flipped part some labels are others."""
+    folder.mkdir(exist_ok=True)
+    for part, count in (("train", 40), ("validation", 12) if validation else ("train", 40)):
+        lines = [f"note {i},{'a' if (i + (part == flipped and i == 3)) % 2 else 'b'}" for i in range(count)]
+        (folder / f"{part}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+
+
+def _text_grid(tmp_path: Path, seeds: str = "[1]") -> Path:
+    file = tmp_path / "grid.toml"
+    task = (
+        'task = { kind = "text_classification", data = "rows", clients = 3, max_length = 8, evaluation_examples = 10 }'
+    )
+    lines = [task if line.startswith("task =") else line for line in GRID.splitlines()]
+    text = "\n".join(lines).replace("tiny-vit", "tiny-bert").replace("seeds = [1]", f"seeds = {seeds}", 1)
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(("part", "words"), [("train", "training"), ("validation", "validation")])
+def test_a_finished_cell_of_other_rows_is_refused(part: str, words: str, tmp_path: Path) -> None:
+    """The run file says the same; its figure would stand for data it never saw. Nothing is deleted."""
+    file = _text_grid(tmp_path)
+    _write_rows(tmp_path / "rows")
+    found = experiments.run(file, out=tmp_path / "out")[1]
+    _write_rows(tmp_path / "rows")
+    assert experiments.run(file, out=tmp_path / "out")[1] == found, "the same rows, written anew"
+    _write_rows(tmp_path / "rows", flipped=part)
+    with pytest.raises(StoreError, match=f"one_s1: its {words} rows have changed .* remove the folder to run it anew"):
+        experiments.run(file, out=tmp_path / "out")
+    assert (tmp_path / "out" / "tiny" / "runs" / "one_s1" / "report.json").is_file()
+    _write_rows(tmp_path / "rows")
+    assert experiments.run(file, out=tmp_path / "out")[1] == found
+
+
+def test_a_finished_cell_without_noted_rows_is_known_by_its_ledger(tmp_path: Path) -> None:
+    file = _text_grid(tmp_path)
+    _write_rows(tmp_path / "rows")
+    found = experiments.run(file, out=tmp_path / "out")[1]
+    for noted in (tmp_path / "out").rglob("data.json"):
+        noted.unlink()
+    assert experiments.run(file, out=tmp_path / "out")[1] == found
+    _write_rows(tmp_path / "rows", flipped="train")
+    with pytest.raises(StoreError, match="its training rows have changed"):
+        experiments.run(file, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("validation", "loads"), [(True, 1), (False, 2)])
+def test_a_finished_grid_reads_a_data_set_once(
+    validation: bool, loads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four cells, one set; where the seed parts its validation rows, once for each seed."""
+    file = _text_grid(tmp_path, seeds="[1, 2]")
+    _write_rows(tmp_path / "rows", validation=validation)
+    found = experiments.run(file, out=tmp_path / "out")[1]
+    load, calls = setup.load_dataset, []
+    monkeypatch.setattr(setup, "load_dataset", lambda *arguments: (calls.append(1), load(*arguments))[1])
+    assert experiments.run(file, out=tmp_path / "out")[1] == found
+    assert len(calls) == loads
 
 
 def test_cells_in_processes_of_their_own_give_the_same_table(tmp_path: Path) -> None:
