@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -468,3 +469,20 @@ def test_every_results_page_shows_the_table_of_its_grid(path: Path) -> None:
     assert to_markdown(found).strip() in page
     assert f"{path.stem}.svg" in page
     assert path.with_suffix(".svg").read_text() == to_svg(found)
+
+
+@pytest.mark.parametrize("path", SHOWN, ids=lambda path: path.stem)
+def test_the_ranges_in_the_text_are_those_of_the_table(path: Path) -> None:
+    """Where a page says that the first label is ahead "by a to b of" a reference, a and b are the ends of its mean differences."""
+    stored = json.loads(path.read_text())
+    first = stored["cells"][0]["labels"].get(stored["compare"])
+    means: dict[str, list[float]] = {}
+    for cell in stored["cells"]:
+        for item in cell["differences"] if cell["labels"].get(stored["compare"]) == first else ():
+            means.setdefault(item["against"], []).append(item["mean"])
+    said = re.findall(
+        r"by (\d\.\d{3}) to (\d\.\d{3})\s+of\s+([\w -]*?)(?=[,.;]|\s+and\b)", path.with_suffix(".md").read_text()
+    )
+    assert len(said) == {"ffm-vs-single-source-private": 2}.get(path.stem, 0), "the check reads what the page says"
+    for low, high, against in said:
+        assert (low, high) == (f"{min(means[against]):.3f}", f"{max(means[against]):.3f}"), against
