@@ -24,13 +24,29 @@ def account_of(name: str, examples: Any, parts: Sequence[np.ndarray]) -> str:
     return f"{name[-120:]} data:{_data_digest(examples)[:16]} split:{split.hexdigest()[:16]}"
 
 
+def contents_of(account: str, dataset: Any, other: Any = None) -> str:
+    """Name all rows a run reads: the training rows by their digest in an account, the validation rows, another set's public rows."""
+    parts = [_data_word(account), f"validation:{_data_digest(dataset.validation)[:16]}"]
+    return " ".join([*parts, *([f"public:{_data_digest(other)[:16]}"] if other is not None else [])])
+
+
+def holds_other_rows(ledger: Ledger, account: str) -> bool:
+    """Tell whether a ledger of one run was opened for other training rows than those of an account."""
+    known = {_data_word(held) for _, held, _ in ledger.accounts()}
+    return bool(known) and _data_word(account) not in known
+
+
+def _data_word(account: str) -> str:
+    return account.split()[-2]  # the name before it may hold spaces
+
+
 def refuse_other_dealings(ledger: Ledger, account: str, unit: str) -> None:
     """Refuse to open a second account for rows that a ledger already knows under another split or another unit.
 
     Raises:
       StoreError: it knows them; a fresh account would forget what was spent.
     """
-    data = next(word for word in account.split() if word.startswith("data:"))
+    data = _data_word(account)
     for owner, known, other in ledger.accounts():
         if data not in known.split():
             continue

@@ -59,6 +59,11 @@ def experiment(file: Path, *, out: Path, quick: bool, jobs: int, json: bool, qui
     with clear_errors():
         html, found = experiments.run(file, out=out, quick=quick, jobs=jobs, say=shown)
     say(found, [f"table and curves: {html}"], json=json, quiet=quiet)
+    if found["stopped"]:
+        names = ", ".join(item["run"] for item in found["stopped"])
+        raise BudgetExhausted(
+            f"not complete: {names}; remove such a run's folder in {html.parent / 'runs'} to run it anew"
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

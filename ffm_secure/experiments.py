@@ -2,177 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import multiprocessing
 import os
-import re
 import threading
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from defenses.dp import Ledger
 from ffm_secure import config as run_file
 from ffm_secure import experiments_report as page
-from ffm_secure import experiments_summary, plan, report
-from ffm_secure.config import RunConfig
-from ffm_secure.errors import ConfigError, FfmError, PlanRefused, StoreError
+from ffm_secure import experiments_summary, report, setup
+from ffm_secure.accounts import holds_other_rows
+from ffm_secure.errors import ConfigError, FfmError, StoreError
+from ffm_secure.experiments_file import Cell, load
 from ffm_secure.experiments_report import Row
 from ffm_secure.run import Run, place
-from ffm_secure.schema import Problems, option, parse_toml, read_table, set_value
-from ffm_secure.store import Store, write_atomic
+from ffm_secure.store import Store, changed_rows, write_atomic
 from ffm_secure.types import RunSummary
 
-_LABEL = r"[^=,]{1,60}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Value:
-    """One value of an axis: a label for the table, and what it changes in the run file."""
-
-    label: str = option(pattern=_LABEL, help="1 to 60 characters, no comma, no equals sign")
-    set: tuple[str, ...] = option((), help="section.key=value, as with --set")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """One thing that is varied."""
-
-    name: str = option(pattern=_LABEL, help="1 to 60 characters, no comma, no equals sign")
-    values: tuple[Value, ...] = option(help="at least one [[axes.values]] with a label")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quick:
-    """What `--quick` runs instead of the whole: fewer cells, fewer seeds, other settings."""
-
-    seeds: tuple[int, ...] = option((1,), minimum=0)
-    set: tuple[str, ...] = option(())
-    only: tuple[str, ...] = option((), help="axis=label; of an axis named here only these labels are run")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Experiment:
-    """A grid: all combinations of the axes, each with every seed."""
-
-    format: int = option(choices=(1,))
-    name: str = option(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}", help="letters, digits, dot, dash, underscore")
-    about: str = option("", help="the question the grid answers")
-    seeds: tuple[int, ...] = option(minimum=0, help="one run of every cell for each")
-    run: dict = option(help="a whole run file; name and seed are set by the grid")  # type: ignore[type-arg]
-    axes: tuple[Axis, ...] = option(help="at least one [[axes]]")
-    compare: str = option("", help="the axis whose labels are compared in pairs")
-    references: tuple[str, ...] = option((), help="labels of that axis that the others are compared with")
-    skip: tuple[str, ...] = option((), help="axis=label,axis=label: combinations left out")
-    quick: Quick = option(Quick())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One run of a grid."""
-
-    labels: tuple[tuple[str, str], ...]  # (axis, label)
-    seed: int
-    config: RunConfig
-
-
-def load(path: Path, *, quick: bool = False) -> tuple[Experiment, tuple[Cell, ...]]:
-    """Read a grid and check every one of its run files before the first is run.
-
-    Raises:
-      ConfigError: with every problem of the grid, or of every cell, at once.
-    """
-    problems = Problems()
-    table = parse_toml(path)
-    experiment = read_table(Experiment, table, "", problems)
-    if experiment is not None and not problems:
-        _check(experiment, problems)
-    if experiment is None or problems:
-        raise ConfigError(str(path), list(problems))
-    if quick:
-        experiment = replace(experiment, name=f"{experiment.name}-quick", seeds=experiment.quick.seeds)
-    cells: list[Cell] = []
-    refused: dict[str, list[str]] = {}  # a mistake in the shared part is one mistake, however many cells have it
-    for labels, sets in _combinations(experiment, quick=quick):
-        for seed in experiment.seeds:
-            try:
-                cells.append(Cell(labels=labels, seed=seed, config=_configure(experiment, labels, sets, seed)))
-            except (ConfigError, PlanRefused) as error:
-                for problem in error.problems if isinstance(error, ConfigError) else error.reasons:
-                    refused.setdefault(problem, []).append(_name(labels, seed))
-    for problem, where in refused.items():
-        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
-        problems.append(f"{where[0]}{more}: {problem}")
-    names = [cell.config.name for cell in cells]
-    if not problems and len(set(names)) < max(1, len(names)):
-        problems.add("axes", len(names), "no cell is left, or labels differ only in what a folder name cannot hold")
-    if problems:
-        raise ConfigError(str(path), list(problems))
-    return experiment, tuple(cells)
-
-
-def _check(experiment: Experiment, problems: Problems) -> None:
-    known = {axis.name: {value.label for value in axis.values} for axis in experiment.axes}
-    for name, values in (
-        ("seeds", experiment.seeds),
-        ("axes", experiment.axes),
-        *((a.name, a.values) for a in experiment.axes),
-    ):
-        if not values:
-            problems.add(name, values, "must not be empty")
-    if len(known) < len(experiment.axes) or any(len(known[a.name]) < len(a.values) for a in experiment.axes):
-        problems.add("axes", sorted(known), "names of axes, and labels of an axis, must differ")
-    if experiment.compare and experiment.compare not in known:
-        problems.add("compare", experiment.compare, f"must be the name of an axis: {', '.join(known)}")
-    for label in experiment.references:
-        if label not in known.get(experiment.compare, ()):
-            problems.add("references", label, f"must be a label of the axis {experiment.compare!r}")
-    for text in (*experiment.skip, *experiment.quick.only):
-        for axis, label in _pairs(text):
-            if label not in known.get(axis, ()):
-                problems.add(
-                    "skip" if text in experiment.skip else "quick.only", text, "names no axis with such a label"
-                )
-
-
-def _pairs(text: str) -> list[tuple[str, str]]:
-    parts = [part.partition("=") for part in text.split(",")]
-    return [(axis.strip(), label.strip()) for axis, _, label in parts]
-
-
-def _combinations(experiment: Experiment, *, quick: bool) -> list[tuple[tuple[tuple[str, str], ...], tuple[str, ...]]]:
-    """List the cells of the grid, without seeds: labels, and what they set."""
-    only = [pair for text in experiment.quick.only for pair in _pairs(text)] if quick else []
-    kept = []
-    for axis in experiment.axes:
-        named = {label for name, label in only if name == axis.name}
-        kept.append([(axis.name, value) for value in axis.values if not named or value.label in named])
-    found = []
-    for chosen in itertools.product(*kept):
-        labels = tuple((name, value.label) for name, value in chosen)
-        if any(set(_pairs(text)) <= set(labels) for text in experiment.skip):
-            continue
-        sets = [override for _, value in chosen for override in value.set]
-        found.append((labels, (*sets, *(experiment.quick.set if quick else ()))))
-    return found
-
-
-def _configure(experiment: Experiment, labels: Any, sets: Sequence[str], seed: int) -> RunConfig:
-    table, problems, name = copy.deepcopy(experiment.run), Problems(), _name(labels, seed)
-    for override in sets:
-        set_value(table, override, problems)
-    table |= {"format": 1, "name": name, "seed": seed}
-    made = run_file.from_table(table, where=name, problems=problems)
-    plan.check(made)
-    return made
-
-
-def _name(labels: Sequence[tuple[str, str]], seed: int) -> str:
-    words = [re.sub(r"[^A-Za-z0-9]+", "-", label).strip("-").lower()[:20] or "x" for _, label in labels]
-    return f"{'_'.join(words)}_s{seed}"[:80]
+__all__ = ["finished", "load", "row_of", "run"]
 
 
 def run(
@@ -200,6 +52,8 @@ def run(
         shown = f"{summary.metric_name} {summary.metric_final:.4f}"
         name = cells[number].config.name
         say(f"{len(rows)}/{len(cells)} {name}: {shown}{' (known)' if known else f', {summary.seconds:.0f} s'}")
+        if not rows[number].whole:
+            say(_stopped(rows[number], folder / "runs" / name, rounds=cells[number].config.federation.rounds))
         results = page.results(
             name=experiment.name,
             about=experiment.about,
@@ -211,6 +65,12 @@ def run(
         )
         _write(folder, results)
     return folder / "report.html", results
+
+
+def _stopped(row: Row, folder: Path, *, rounds: int) -> str:
+    """Say that a run is no result, and the remedy: to continue it would meet the same empty budget."""
+    ended = f"{row.run}: {row.status} after {len(row.curve)} of {rounds} rounds"
+    return f"{ended}, left out of means and differences; remove {folder} to run it anew"
 
 
 def _write(folder: Path, results: dict[str, Any]) -> None:
@@ -225,9 +85,9 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
 
 def _summaries(made: Callable[[int], Run], count: int, *, jobs: int) -> Iterator[tuple[int, RunSummary, bool]]:
     """Yield number, summary, and whether it was known: first what is finished, then each cell as it ends."""
-    missing = []
+    missing, rows = [], Rows()
     for number in range(count):
-        summary = finished(made(number))
+        summary = finished(made(number), rows)
         if summary is None:
             missing.append(number)
         else:
@@ -243,7 +103,7 @@ def _summaries(made: Callable[[int], Run], count: int, *, jobs: int) -> Iterator
         try:
             for future in as_completed(work):
                 run = made(work[future])
-                problem, summary = future.result(), finished(run)
+                problem, summary = future.result(), finished(run, rows)
                 if problem or summary is None:
                     raise FfmError(f"{run.folder.name}: {problem or 'was stopped; the same command continues it'}")
                 yield work[future], summary, False
@@ -276,18 +136,54 @@ def _start(text: str, base: str, runs: str, threads: int) -> str:
     return ""
 
 
-def finished(made: Run) -> RunSummary | None:
-    """Return the summary of a run that has ended, None if it has to be run or continued.
+def finished(made: Run, rows: Rows) -> RunSummary | None:
+    """Return the summary of a run that has ended, at its last round or where its budget did; None if it has to go on.
 
     Raises:
-      StoreError: its folder holds a run of other settings.
+      StoreError: its folder holds a run of other settings, or of rows that have changed.
     """
     if not (made.folder / "report.json").is_file():
         return None
     if replace(Store.read(made.folder).config(), speed=made.config.speed) != made.config:
         raise StoreError(f"{made.folder}: holds a run with other settings; remove it, or give another --out")
+    rows.require(made)
     summary = report.from_json((made.folder / "report.json").read_text())
     return summary if summary.status != "interrupted" else None
+
+
+class Rows:
+    """Hold the rows of finished runs against those that their run files mean now; every data set is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], setup.Contents] = {}
+
+    def require(self, made: Run) -> None:
+        """Refuse a finished run whose rows have changed since; its figure would stand for other data.
+
+        A run of before digests were noted is known by its own ledger, which names the training rows alone.
+        """
+        stored, now = Store.read(made.folder).contents(), self._of(made)
+        if stored and stored != now.digests:
+            raise StoreError(f"{made.folder}: {changed_rows(stored, now.digests)}")
+        own = made.folder / "ledger.sqlite"
+        if not stored and own.is_file():
+            ledger = Ledger.open(own, create=False)
+            try:
+                if holds_other_rows(ledger, now.account):
+                    raise StoreError(f"{made.folder}: {changed_rows('data:', '')}")
+            finally:
+                ledger.close()
+
+    def _of(self, made: Run) -> setup.Contents:
+        task = made.config.task
+        public = made.config.federation.lifecycle.public_data
+        key = (task.data, task.kind, task.text_column, task.label_column, public)
+        seed = made.config.seed
+        found = self._known.get(key) or self._known.get((*key, seed))
+        if found is None:
+            found = setup.contents(made.config, made.base)
+            self._known[(*key, seed) if found.seeded else key] = found
+        return found
 
 
 def row_of(cell: Cell, summary: RunSummary) -> Row:

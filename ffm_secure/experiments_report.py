@@ -40,10 +40,15 @@ class Row:
     numbers_sent: int  # bytes of one client in one round
     seconds: float
 
+    @property
+    def whole(self) -> bool:
+        """Tell whether the run reached its last round; another's metric is that of less training."""
+        return self.status == "complete"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A mean over seeds with its two-sided 95 % t-interval; infinitely wide with one seed."""
+    """A mean over seeds with its two-sided 95 % t-interval; infinitely wide with one seed, not a number with none."""
 
     mean: float
     low: float
@@ -61,11 +66,15 @@ def interval(values: Sequence[float]) -> Interval:
     (0.9, 0.652, 1.148)
     """
     data = np.asarray(values, dtype=np.float64)
-    mean = float(data.mean())
+    mean = _mean(data)
     if len(data) < 2:
         return Interval(mean=mean, low=-math.inf, high=math.inf, count=len(data))
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(data) - 1) * data.std(ddof=1) / math.sqrt(len(data)))
     return Interval(mean=mean, low=mean - half, high=mean + half, count=len(data))
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
 
 
 def results(
@@ -78,25 +87,30 @@ def results(
     compare: str,
     references: Sequence[str],
 ) -> dict[str, Any]:
-    """Summarise a grid: one entry a cell, with the paired difference to every reference; and all rows behind it."""
+    """Summarise a grid: one entry a cell, with the paired difference to every reference; and all rows behind it.
+
+    Guarantee: a run that ended before its last round is in `rows` and in `stopped`, and in no mean, difference or count; the grid
+    is not complete while there is one.
+    """
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(row.labels, []).append(row)
     cells = []
-    for labels, group in groups.items():
-        first = group[0]
+    for labels, rows_of_cell in groups.items():
+        first, group = rows_of_cell[0], [row for row in rows_of_cell if row.whole]
         entry = {
             "labels": dict(labels),
             "metric_name": first.metric_name,
             "higher_is_better": first.higher_is_better,
             "metric": asdict(interval([row.metric for row in group])),
-            "before": float(np.mean([row.before for row in group])),
+            "before": _mean([row.before for row in group]),
             "majority": first.majority,
-            "epsilon": max(row.epsilon for row in group),
-            "bytes_up": float(np.mean([row.bytes_up for row in group])),
+            "epsilon": max(row.epsilon for row in rows_of_cell),  # spent is spent, by a stopped run too
+            "bytes_up": _mean([row.bytes_up for row in group]),
             "bytes_per_client_round": first.numbers_sent,
-            "seconds": float(np.mean([row.seconds for row in group])),
-            "public_phases": float(np.mean([row.phases.count("public") for row in group])),
+            "seconds": _mean([row.seconds for row in group]),
+            "public_phases": _mean([row.phases.count("public") for row in group]),
+            "stopped": len(rows_of_cell) - len(group),
             "differences": [],
         }
         for label in references:
@@ -104,16 +118,18 @@ def results(
                 other = groups.get(tuple((axis, label if axis == compare else value) for axis, value in labels), [])
                 entry["differences"] += [paired(group, other, against=label)] if other else []
         cells.append(entry)
+    whole = [row for row in rows if row.whole]
     return {
         "format": FORMAT,
         "name": name,
         "about": about,
         "command": command,
-        "complete": len(rows) == wanted,
-        "runs": len(rows),
+        "complete": len(whole) == wanted,
+        "runs": len(whole),
         "wanted": wanted,
         "compare": compare,
-        "seconds": sum(row.seconds for row in rows),
+        "seconds": sum(row.seconds for row in whole),
+        "stopped": [{"run": row.run, "status": row.status, "rounds": len(row.curve)} for row in rows if not row.whole],
         "cells": cells,
         "rows": [{**asdict(row), "labels": dict(row.labels)} for row in rows],
     }
@@ -121,8 +137,8 @@ def results(
 
 def paired(group: Sequence[Row], other: Sequence[Row], *, against: str) -> dict[str, Any]:
     """Compare two cells seed by seed; `better` is true or false where the interval excludes zero, else null."""
-    theirs = {row.seed: row.metric for row in other}
-    differences = [row.metric - theirs[row.seed] for row in group if row.seed in theirs]
+    theirs = {row.seed: row.metric for row in other if row.whole}
+    differences = [row.metric - theirs[row.seed] for row in group if row.whole and row.seed in theirs]
     if not differences:
         return {
             "against": against,
@@ -163,12 +179,12 @@ def to_html(found: Mapping[str, Any]) -> str:
         tag("title", f"{found['name']} – ffm-secure experiment"),
         tag("style", style),
     )
-    state = "" if found["complete"] else f" Not complete: {found['runs']} of {found['wanted']} runs."
+    state = _state(found)
     intro = f"{found['about']} {found['runs']} runs, {found['seconds']:.0f} seconds of training.{state}"
     main = [tag("section", tag("h2", "Table"), _table(found)), tag("section", tag("h2", "Curves"), *_curves(found))]
     body = tag(
         "body",
-        tag("header", tag("h1", found["name"]), tag("p", intro.strip())),
+        tag("header", tag("h1", found["name"]), tag("p", intro.strip()), *_stopped(found)),
         tag("main", *main),
         tag(
             "footer",
@@ -183,6 +199,23 @@ def to_html(found: Mapping[str, Any]) -> str:
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
 
+def _state(found: Mapping[str, Any]) -> str:
+    return "" if found["complete"] else f" Not complete: {found['runs']} of {found['wanted']} runs."
+
+
+def stopped_lines(found: Mapping[str, Any]) -> list[str]:
+    """Say of every run that ended early how it ended, in words that a table has no place for."""
+    return [f"{item['run']}: {item['status']} after {item['rounds']} rounds" for item in found["stopped"]]
+
+
+LEFT_OUT = "Left out of means and differences, because they ended before their last round; remove the folder of such a run to run it anew"
+
+
+def _stopped(found: Mapping[str, Any]) -> list[Html]:
+    lines = stopped_lines(found)
+    return [tag("p", f"{LEFT_OUT}:"), tag("ul", *[tag("li", line) for line in lines])] if lines else []
+
+
 def _table(found: Mapping[str, Any]) -> Html:
     cells = found["cells"]
     names = list(cells[0]["labels"]) if cells else []
@@ -194,7 +227,7 @@ def _table(found: Mapping[str, Any]) -> Html:
         ),
         Column(
             heading=cells[0]["metric_name"] if cells else "metric",
-            cell=lambda cell: _spread(cell["metric"]),
+            cell=_spread,
             field="metric",
         ),
         *(
@@ -207,7 +240,7 @@ def _table(found: Mapping[str, Any]) -> Html:
         Column(
             heading="up, a client and round", cell=lambda cell: size(cell["bytes_per_client_round"]), field="bytes_up"
         ),
-        Column(heading="seconds", cell=lambda cell: figure(cell["seconds"], 3), field="seconds"),
+        Column(heading="seconds", cell=lambda cell: _seconds(cell["seconds"]), field="seconds"),
     ]
     caption = (
         "Mean over seeds with its 95 % t-interval; differences are paired by seed, and marked better or worse where their "
@@ -216,15 +249,23 @@ def _table(found: Mapping[str, Any]) -> Html:
     return table(columns, cells, caption=caption, of="cells")
 
 
-def _spread(found: Mapping[str, Any]) -> str:
+def _spread(cell: Mapping[str, Any]) -> str:
+    found = cell["metric"]
+    left = f" ({cell['stopped']} stopped early, left out)" if cell["stopped"] else ""
+    if found["count"] == 0:
+        return f"–{left}"
     if found["count"] < 2:
-        return f"{found['mean']:.4f} (one seed)"
-    return f"{found['mean']:.4f} ± {found['high'] - found['mean']:.4f}"
+        return f"{found['mean']:.4f} (one seed){left}"
+    return f"{found['mean']:.4f} ± {found['high'] - found['mean']:.4f}{left}"
+
+
+def _seconds(value: float) -> str:
+    return "–" if math.isnan(value) else figure(value, 3)
 
 
 def _difference(cell: Mapping[str, Any], label: str) -> str:
     item = next((item for item in cell["differences"] if item["against"] == label), None)
-    if item is None:
+    if item is None or item["count"] == 0:
         return "–"
     if item["count"] < 2:
         return f"{item['mean']:+.4f} (one seed)"
@@ -241,6 +282,8 @@ def _curves(found: Mapping[str, Any]) -> list[Html]:
     compare = found["compare"]
     panels: dict[tuple[str, ...], dict[str, list[Any]]] = {}
     for row in found["rows"]:
+        if row["status"] != "complete":
+            continue
         rest = tuple(f"{axis}: {label}" for axis, label in row["labels"].items() if axis != compare)
         panels.setdefault(rest, {}).setdefault(row["labels"].get(compare, "all"), []).append(row["curve"])
     drawn = []

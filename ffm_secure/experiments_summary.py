@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ffm_secure.charts import nice_ticks
+from ffm_secure.experiments_report import LEFT_OUT, stopped_lines
 from ffm_secure.report_markup import Html, size, tag
 
 _WIDTH, _LEFT, _RIGHT, _LINE, _TOP, _GAP = 760.0, 330.0, 24.0, 20.0, 12.0, 12.0
@@ -17,7 +18,7 @@ _FONT = "font-family:system-ui,sans-serif;font-size:12px"
 def to_markdown(found: Mapping[str, Any]) -> str:
     """Write the table of a grid in Markdown: means with 95 % t-intervals, paired differences, what it cost.
 
-    A difference is in bold where its interval excludes zero.
+    A difference is in bold where its interval excludes zero. A run that ended early is named and has no figure.
     """
     cells: Sequence[Mapping[str, Any]] = found["cells"]
     if not cells:
@@ -29,14 +30,16 @@ def to_markdown(found: Mapping[str, Any]) -> str:
     head += [f"minus {label}" for label in against] + ["epsilon spent", "up, a client and round", "seconds"]
     lines = [head, ["---"] * len(head)]
     for cell in cells:
-        line = [*cell["labels"].values(), *_values(found, cell), _spread(cell["metric"], seeds)]
+        line = [*cell["labels"].values(), *_values(found, cell), _spread(cell, seeds)]
         line += [_difference(cell, label) for label in against]
         spent = float(cell["epsilon"])
         line += ["none" if math.isinf(spent) else f"{spent:.2f}", size(cell["bytes_per_client_round"])]
-        lines.append([*line, f"{cell['seconds']:.0f}"])
+        lines.append([*line, "–" if math.isnan(cell["seconds"]) else f"{cell['seconds']:.0f}"])
     table = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
     state = "" if found["complete"] else f" Not complete: {found['runs']} of {found['wanted']} runs."
-    return f"{cells[0]['metric_name']}, {found['runs']} runs of together {found['seconds'] / 60:.0f} minutes.{state}\n\n{table}\n"
+    text = f"{cells[0]['metric_name']}, {found['runs']} runs of together {found['seconds'] / 60:.0f} minutes.{state}\n\n{table}\n"
+    stopped = "\n".join(f"- {line}" for line in stopped_lines(found))
+    return text + (f"\n{LEFT_OUT}:\n\n{stopped}\n" if stopped else "")
 
 
 def _seeds(found: Mapping[str, Any]) -> list[int]:
@@ -44,20 +47,27 @@ def _seeds(found: Mapping[str, Any]) -> list[int]:
 
 
 def _values(found: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
-    by_seed = {row["seed"]: row["metric"] for row in found["rows"] if row["labels"] == cell["labels"]}
-    return [f"{by_seed[seed]:.3f}" if seed in by_seed else "–" for seed in _seeds(found)]
+    by_seed = {
+        row["seed"]: f"{row['metric']:.3f}" if row["status"] == "complete" else row["status"]
+        for row in found["rows"]
+        if row["labels"] == cell["labels"]
+    }
+    return [by_seed.get(seed, "–") for seed in _seeds(found)]
 
 
-def _spread(value: Mapping[str, Any], seeds: int) -> str:
+def _spread(cell: Mapping[str, Any], seeds: int) -> str:
+    value = cell["metric"]
+    if value["count"] == 0:
+        return "–"
     if value["count"] < 2:
-        return f"{value['mean']:.3f}"
+        return f"{value['mean']:.3f}" + (" (1 seed)" if cell["stopped"] else "")
     short = "" if value["count"] == seeds else f" ({value['count']} seeds)"
     return f"{value['mean']:.3f} ± {float(value['high']) - value['mean']:.3f}{short}"
 
 
 def _difference(cell: Mapping[str, Any], label: str) -> str:
     item = next((item for item in cell["differences"] if item["against"] == label), None)
-    if item is None:
+    if item is None or item["count"] == 0:
         return "–"
     if item["count"] < 2:
         return f"{item['mean']:+.3f}"
@@ -68,7 +78,7 @@ def _difference(cell: Mapping[str, Any], label: str) -> str:
 def to_svg(found: Mapping[str, Any]) -> str:
     """Draw every cell as a line of dots, one for each seed, with a bar at the mean: a picture that needs no style sheet."""
     cells = found["cells"]
-    values = [row["metric"] for row in found["rows"] if math.isfinite(row["metric"])]
+    values = [row["metric"] for row in found["rows"] if _drawn(row)]
     if not values:
         return str(tag("svg", xmlns="http://www.w3.org/2000/svg"))
     ticks = nice_ticks(min(values), max(values))
@@ -112,11 +122,15 @@ def to_svg(found: Mapping[str, Any]) -> str:
     )
 
 
+def _drawn(row: Mapping[str, Any]) -> bool:
+    return row["status"] == "complete" and math.isfinite(row["metric"])
+
+
 def _line(
     found: Mapping[str, Any], cell: Mapping[str, Any], across: Any, down: float, colour: str, label: str
 ) -> list[Html]:
     middle = down + _LINE / 2
-    seen = [row["metric"] for row in found["rows"] if row["labels"] == cell["labels"] and math.isfinite(row["metric"])]
+    seen = [row["metric"] for row in found["rows"] if row["labels"] == cell["labels"] and _drawn(row)]
     drawn = [_text(24, middle + 4, label)]
     drawn += [
         tag("circle", cx=f"{across(value):.1f}", cy=f"{middle:.1f}", r="4", fill=colour, fill_opacity="0.55")

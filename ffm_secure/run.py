@@ -67,6 +67,7 @@ class Run:
         prepared = self.prepared()
         initial = prepared.trainable.flatten().cpu()
         with Store.open(self.folder, self.config) as store:
+            store.require_contents(prepared.contents)
             made = setup.build(prepared, self.folder)
             zero = made.evaluate(initial).metric
             trained = federation.run(made, store, watch=watch)

@@ -19,7 +19,7 @@ from defenses.dp import Event, Ledger, PerSampleEngine, RecordMechanism, balance
 from defenses.random_source import RandomSource
 from ffm_secure import data, models, partition, plan, tasks, trainable
 from ffm_secure import mechanism as mechanisms
-from ffm_secure.accounts import account_of, refuse_other_dealings
+from ffm_secure.accounts import account_of, contents_of, refuse_other_dealings
 from ffm_secure.charges import Charges
 from ffm_secure.client import Client
 from ffm_secure.config import RunConfig
@@ -51,6 +51,7 @@ class Prepared:
     device: str
     public: Any = None  # examples a public phase learns from
     account: str = ""  # the ledger's name for these rows, dealt in this way
+    contents: str = ""  # digests of all rows the run reads
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -182,6 +183,7 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
     device = choose_device(config.speed.device)
     trained.model.to(device)
     account = account_of(dataset.name, whole.train, parts)  # of all rows: taking some out makes no new account
+    contents = contents_of(account, whole, public if config.federation.lifecycle.public_data else None)
     begun = _stored_noise(folder)
     mechanism_, code = mechanisms.build(
         config,
@@ -205,6 +207,7 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
         device=device,
         public=public,
         account=account,
+        contents=contents,
     )
 
 
@@ -247,8 +250,7 @@ def part_in_public(config: RunConfig, dataset: Any, base: Path) -> tuple[Any, An
     if spec.kind != "pretrain":
         return dataset, None
     if spec.public_data:
-        named = replace(config, task=replace(config.task, data=spec.public_data))
-        public = load_dataset(named, base)
+        public = _other_set(config, base)
         if public.label_names != dataset.label_names:
             raise DataError(
                 f"{spec.public_data}: its labels are not those of {config.task.data}; they must be the same"
@@ -262,6 +264,30 @@ def part_in_public(config: RunConfig, dataset: Any, base: Path) -> tuple[Any, An
     order = np.random.default_rng([config.seed, 1]).permutation(len(dataset.train))
     taken, kept = np.sort(order[: spec.public_examples]), np.sort(order[spec.public_examples :])
     return replace(dataset, train=dataset.train.take(kept)), dataset.train.take(taken)
+
+
+def _other_set(config: RunConfig, base: Path) -> Any:
+    named = replace(config, task=replace(config.task, data=config.federation.lifecycle.public_data))
+    return load_dataset(named, base)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """Name the rows that a run file means now."""
+
+    account: str  # of the training rows, not dealt to anybody
+    digests: str  # of all rows, as the run itself notes them
+    seeded: bool  # whether the seed has a say: it parts validation rows from a set that has none
+
+
+def contents(config: RunConfig, base: Path) -> Contents:
+    """Read the data of a run file and name its rows, without a model."""
+    whole = load_dataset(config, base)
+    other = _other_set(config, base) if config.federation.lifecycle.public_data else None
+    account = account_of(whole.name, whole.train, ())
+    seeded = bool(whole.held_out or (other is not None and other.held_out))
+    digests = contents_of(account, whole, other.train if other is not None else None)
+    return Contents(account=account, digests=digests, seeded=seeded)
 
 
 def _describe_phases(config: RunConfig, public: Any) -> str:

@@ -57,7 +57,7 @@ class Store:
 
     Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `checkpoints/round-NNNNNN/` global tensors and server
     state (the two newest are kept), `home/<client>/` what a simulated client keeps to itself, `adapter/` the final model,
-    `ledger.sqlite`, `observations/`, `report.html`, `report.json`.
+    `data.json` digests of the rows the run reads, `ledger.sqlite`, `observations/`, `report.html`, `report.json`.
     Guarantee: killed at any moment, `resume` returns the last finished round and exactly the records up to it.
     """
 
@@ -128,6 +128,28 @@ class Store:
             return run_file.load(self.folder / "run.toml")
         except ConfigError as error:
             raise StoreError(f"{self.folder}: run.toml is damaged\n{error}") from None
+
+    def contents(self) -> str:
+        """Return the digests of the rows the run reads; nothing in a directory that began without noting them."""
+        path = self.folder / "data.json"
+        if not path.is_file():
+            return ""
+        found = _read_json(path)
+        if not isinstance(found, dict) or not isinstance(found.get("rows"), str):
+            raise StoreError(f"{path}: is damaged")
+        return str(found["rows"])
+
+    def require_contents(self, digests: str) -> None:
+        """Note the rows a run reads when it begins, and refuse to go on with others.
+
+        Raises:
+          StoreError: the rows have changed since.
+        """
+        stored = self.contents()
+        if stored and stored != digests:
+            raise StoreError(f"{self.folder}: {changed_rows(stored, digests)}")
+        if not stored and self._newest() is None:
+            write_atomic(self.folder / "data.json", (json.dumps({"format": FORMAT, "rows": digests}) + "\n").encode())
 
     def commit(self, state: ServerState, record: RoundRecord, *, run_id: bytes) -> None:
         """Make a finished round durable: first the state, then the record that points at it."""
@@ -206,6 +228,16 @@ class Store:
         names = sorted((self.folder / "checkpoints").glob("round-*"))
         for old in names[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def changed_rows(stored: str, found: str) -> str:
+    """Say which rows of a run are not what they were, and what to do."""
+    words = {"data": "training", "validation": "validation", "public": "public"}
+    changed = [words.get(word.partition(":")[0], word) for word in stored.split() if word not in found.split()]
+    return (
+        f"its {' and '.join(changed) or 'public'} rows have changed since the run began; restore them, "
+        "or remove the folder to run it anew, or choose another name or folder"
+    )
 
 
 def _same_run(stored: RunConfig, asked: RunConfig) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,8 +17,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from ffm_secure import experiments
-from ffm_secure.errors import ConfigError, FfmError, StoreError
+from ffm_secure import commands, experiments, setup
+from ffm_secure.engines import LocalEngine
+from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, Interrupted, StoreError
 from ffm_secure.experiments_report import Row, interval, paired, results, to_html, to_json
 from ffm_secure.experiments_summary import to_markdown, to_svg
 
@@ -145,6 +148,44 @@ def test_results_are_also_a_markdown_table_and_a_picture_of_their_own() -> None:
     )
 
 
+def test_a_run_that_ended_early_is_no_result() -> None:
+    """It is named in every form, and every figure is what it would be without it; a cell of such runs alone has none."""
+    kept = [row(label, seed, 0.6 + 0.1 * (label == "a") + 0.01 * seed) for label in "ab" for seed in (1, 2, 3)]
+    early = [
+        row("a", 4, 0.0, status="budget exhausted", curve=(0.0,), seconds=100.0),
+        row("b", 4, 0.9),
+        *[row("c", seed, 0.0, status="budget exhausted", curve=(0.0,)) for seed in (1, 2)],
+    ]
+    made: dict[str, Any] = {"name": "grid", "about": "", "command": "", "compare": "rule", "references": ["b", "c"]}
+    found, without = (results(rows=rows, wanted=10, **made) for rows in ([*kept, *early], [*kept, early[1]]))
+    for key in ("metric", "before", "bytes_up", "seconds", "public_phases"):
+        assert [cell[key] for cell in found["cells"][:2]] == [cell[key] for cell in without["cells"]], key
+    first, second, third = (cell["differences"] for cell in found["cells"])
+    assert first[0] == without["cells"][0]["differences"][0]
+    assert first[0]["count"] == 3
+    assert {item["count"] for item in (first[1], second[0], third[0])} == {0}
+    assert (found["complete"], found["runs"], found["wanted"]) == (False, 7, 10)
+    assert found["stopped"] == [
+        {"run": run, "status": "budget exhausted", "rounds": 1} for run in ("a-4", "c-1", "c-2")
+    ]
+    assert json.loads(to_json(found))["complete"] is False
+    lines = to_markdown(found).splitlines()
+    assert "Not complete: 7 of 10 runs." in lines[0]
+    assert "| 0.730 | budget exhausted | 0.720 ± 0.025 (3 seeds) | **+0.100" in lines[4]
+    assert "| budget exhausted | budget exhausted | – | – | – | – | – | none | 10 B | – |" in lines[6]
+    assert lines[-1] == "- c-2: budget exhausted after 1 rounds"
+    page = to_html(found)
+    assert "<li>a-4: budget exhausted after 1 rounds</li>" in page
+    assert "0.7200 ± 0.0248 (1 stopped early, left out)" in page
+    assert "– (2 stopped early, left out)" in page
+    assert "nan" not in page + to_markdown(found)
+    assert to_svg(found).count("<circle") == 7
+    all_stopped = results(rows=early[2:], wanted=2, **made)
+    assert "<circle" not in to_svg(all_stopped)
+    assert to_markdown(all_stopped).count("budget exhausted") == 4
+    assert to_html(all_stopped)
+
+
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +214,109 @@ def test_a_grid_runs_resumes_and_refuses_foreign_runs(tmp_path: Path, monkeypatc
     file.write_text(GRID.replace("learning_rate = 0.1", "learning_rate = 0.2"))
     with pytest.raises(StoreError, match="other settings"):
         experiments.run(file, out=tmp_path / "out", quick=True)
+
+
+def test_a_cell_without_budget_for_its_last_round_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round that was begun is paid for; stopped in it, a private run has one round too few to go on with."""
+    file = tmp_path / "grid.toml"
+    file.write_text(
+        GRID.replace("rounds = 1", "rounds = 3").replace(
+            'unit = "none", reason = "test data"', 'unit = "record", epsilon = 2.0, delta = 1e-5, clip_norm = 1.0'
+        )
+    )
+    train, calls = LocalEngine._train, []
+
+    def stopped_in_round_two(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(LocalEngine, "_train", stopped_in_round_two)
+    with pytest.raises(Interrupted):
+        experiments.run(file, out=tmp_path)
+    lines: list[str] = []
+    html, found = experiments.run(file, out=tmp_path, say=lines.append)
+    assert [(item["run"], item["status"]) for item in found["rows"]] == [
+        ("one_s1", "budget exhausted"),
+        ("two_s1", "complete"),
+    ]
+    assert not found["complete"]
+    assert [cell["metric"]["count"] for cell in found["cells"]] == [0, 1]
+    folder = html.parent / "runs" / "one_s1"
+    remedy = f"one_s1: budget exhausted after 2 of 3 rounds, left out of means and differences; remove {folder} to run it anew"
+    assert remedy in lines
+    assert experiments.run(file, out=tmp_path, say=lines.append)[1] == found
+    assert lines.count(remedy) == 2, "also where it is already known"
+    with pytest.raises(
+        BudgetExhausted, match=r"not complete: one_s1; remove such a run's folder in .*runs to run it anew"
+    ):
+        commands.experiment(file, out=tmp_path, quick=False, jobs=1, json=False, quiet=True)
+    shutil.rmtree(folder)
+    assert experiments.run(file, out=tmp_path)[1]["complete"]
+
+
+def _write_rows(folder: Path, *, flipped: str = "", validation: bool = True) -> None:
+    """Write a small set of texts; in the flipped part some labels are others."""
+    folder.mkdir(exist_ok=True)
+    for part, count in (("train", 40), ("validation", 12) if validation else ("train", 40)):
+        lines = [f"note {i},{'a' if (i + (part == flipped and i == 3)) % 2 else 'b'}" for i in range(count)]
+        (folder / f"{part}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+
+
+def _text_grid(tmp_path: Path, seeds: str = "[1]") -> Path:
+    file = tmp_path / "grid.toml"
+    task = (
+        'task = { kind = "text_classification", data = "rows", clients = 3, max_length = 8, evaluation_examples = 10 }'
+    )
+    lines = [task if line.startswith("task =") else line for line in GRID.splitlines()]
+    text = "\n".join(lines).replace("tiny-vit", "tiny-bert").replace("seeds = [1]", f"seeds = {seeds}", 1)
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(("part", "words"), [("train", "training"), ("validation", "validation")])
+def test_a_finished_cell_of_other_rows_is_refused(part: str, words: str, tmp_path: Path) -> None:
+    """The run file says the same; its figure would stand for data it never saw. Nothing is deleted."""
+    file = _text_grid(tmp_path)
+    _write_rows(tmp_path / "rows")
+    found = experiments.run(file, out=tmp_path / "out")[1]
+    _write_rows(tmp_path / "rows")
+    assert experiments.run(file, out=tmp_path / "out")[1] == found, "the same rows, written anew"
+    _write_rows(tmp_path / "rows", flipped=part)
+    with pytest.raises(StoreError, match=f"one_s1: its {words} rows have changed .* remove the folder to run it anew"):
+        experiments.run(file, out=tmp_path / "out")
+    assert (tmp_path / "out" / "tiny" / "runs" / "one_s1" / "report.json").is_file()
+    _write_rows(tmp_path / "rows")
+    assert experiments.run(file, out=tmp_path / "out")[1] == found
+
+
+def test_a_finished_cell_without_noted_rows_is_known_by_its_ledger(tmp_path: Path) -> None:
+    file = _text_grid(tmp_path)
+    _write_rows(tmp_path / "rows")
+    found = experiments.run(file, out=tmp_path / "out")[1]
+    for noted in (tmp_path / "out").rglob("data.json"):
+        noted.unlink()
+    assert experiments.run(file, out=tmp_path / "out")[1] == found
+    _write_rows(tmp_path / "rows", flipped="train")
+    with pytest.raises(StoreError, match="its training rows have changed"):
+        experiments.run(file, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("validation", "loads"), [(True, 1), (False, 2)])
+def test_a_finished_grid_reads_a_data_set_once(
+    validation: bool, loads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four cells, one set; where the seed parts its validation rows, once for each seed."""
+    file = _text_grid(tmp_path, seeds="[1, 2]")
+    _write_rows(tmp_path / "rows", validation=validation)
+    found = experiments.run(file, out=tmp_path / "out")[1]
+    load, calls = setup.load_dataset, []
+    monkeypatch.setattr(setup, "load_dataset", lambda *arguments: (calls.append(1), load(*arguments))[1])
+    assert experiments.run(file, out=tmp_path / "out")[1] == found
+    assert len(calls) == loads
 
 
 def test_cells_in_processes_of_their_own_give_the_same_table(tmp_path: Path) -> None:
@@ -325,3 +469,20 @@ def test_every_results_page_shows_the_table_of_its_grid(path: Path) -> None:
     assert to_markdown(found).strip() in page
     assert f"{path.stem}.svg" in page
     assert path.with_suffix(".svg").read_text() == to_svg(found)
+
+
+@pytest.mark.parametrize("path", SHOWN, ids=lambda path: path.stem)
+def test_the_ranges_in_the_text_are_those_of_the_table(path: Path) -> None:
+    """Where a page says that the first label is ahead "by a to b of" a reference, a and b are the ends of its mean differences."""
+    stored = json.loads(path.read_text())
+    first = stored["cells"][0]["labels"].get(stored["compare"])
+    means: dict[str, list[float]] = {}
+    for cell in stored["cells"]:
+        for item in cell["differences"] if cell["labels"].get(stored["compare"]) == first else ():
+            means.setdefault(item["against"], []).append(item["mean"])
+    said = re.findall(
+        r"by (\d\.\d{3}) to (\d\.\d{3})\s+of\s+([\w -]*?)(?=[,.;]|\s+and\b)", path.with_suffix(".md").read_text()
+    )
+    assert len(said) == {"ffm-vs-single-source-private": 2}.get(path.stem, 0), "the check reads what the page says"
+    for low, high, against in said:
+        assert (low, high) == (f"{min(means[against]):.3f}", f"{max(means[against]):.3f}"), against

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffm_secure.errors import StoreError
+from ffm_secure import setup
+from ffm_secure.errors import Interrupted, StoreError
+from ffm_secure.federation import Silent
+from ffm_secure.run import Run
 from ffm_secure.store import Store, write_atomic
 from ffm_secure.strategies import ServerState
 from ffm_secure.types import RoundRecord
-from tests.federation.helpers import make
+from tests.federation.helpers import make, table
 
 RUN = bytes(range(16))
 
@@ -68,6 +71,99 @@ def test_a_fresh_folder_has_nothing_to_resume(tmp_path: Path) -> None:
     with Store.open(tmp_path, make()) as store:
         assert store.resume() is None
         assert store.config() == make()
+
+
+def test_the_rows_of_a_run_are_noted_once_and_required_after(tmp_path: Path) -> None:
+    rows = "data:1 validation:2 public:3"
+    with Store.open(tmp_path / "new", make()) as store:
+        assert store.contents() == ""
+        store.require_contents(rows)
+        store.require_contents(rows)
+        assert store.contents() == rows
+        for other, words in (
+            ("data:9 validation:2 public:3", "training"),
+            ("data:1 validation:9", "validation and public"),
+        ):
+            with pytest.raises(
+                StoreError, match=f"new: its {words} rows have changed since the run began; restore them"
+            ):
+                store.require_contents(other)
+        assert store.contents() == rows
+        (tmp_path / "new" / "data.json").write_text("{}")
+        with pytest.raises(StoreError, match=r"data\.json: is damaged"):
+            store.contents()
+    fill(tmp_path / "begun")
+    with Store.open(tmp_path / "begun", make()) as store:
+        store.require_contents(rows)
+        assert store.contents() == "", "what it began with was not noted, and is not made up"
+
+
+def test_every_set_a_run_reads_is_among_its_rows(tmp_path: Path) -> None:
+    """Training, validation and another set's public rows: each changes its own digest; a copy elsewhere changes none."""
+
+    def found(folder: str, **changed: str) -> list[str]:
+        for name, part in (
+            ("private", "train"),
+            ("private", "validation"),
+            ("public", "train"),
+            ("public", "validation"),
+        ):
+            place = tmp_path / folder / name
+            place.mkdir(parents=True, exist_ok=True)
+            word = changed.get(name if name == part else f"{name}_{part}", "note")
+            (place / f"{part}.csv").write_text("text,label\n" + "".join(f"{word} {i},{i % 2}\n" for i in range(20)))
+        lifecycle = {
+            "kind": "pretrain",
+            "local_steps": 1,
+            "batch_size": 4,
+            "learning_rate": 0.1,
+            "public_data": "public",
+        }
+        made = make(
+            task={**table()["task"], "kind": "text_classification", "data": "private", "max_length": 8},
+            model={"name": "builtin:tiny-bert", "trainable": {"kind": "lora", "rank": 2}},
+            federation={"rounds": 1, "cohort": 4, "lifecycle": lifecycle},
+        )
+        now = setup.contents(made, tmp_path / folder)
+        assert not now.seeded
+        assert now.digests == setup.prepare(made, tmp_path / folder).contents, "a grid reads them without a model"
+        return now.digests.split()
+
+    first = found("a")
+    assert [word.partition(":")[0] for word in first] == ["data", "validation", "public"]
+    assert found("b") == first
+    for place, changed in enumerate(("private_train", "private_validation", "public_train")):
+        other = found("a", **{changed: "other"})
+        assert [old != new for old, new in zip(first, other, strict=True)] == [place == index for index in range(3)]
+    assert found("a", public_validation="other") == first, "nobody reads the validation rows of the public set"
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
+    """Both ways: with the rows it began with it goes on."""
+
+    class Stop(Silent):
+        def round_finished(self, record: RoundRecord) -> None:
+            raise KeyboardInterrupt
+
+    def write(word: str) -> None:
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        for part in ("train", "validation"):
+            (tmp_path / "rows" / f"{part}.csv").write_text(
+                "text,label\n" + "".join(f"{word} {i},{i % 2}\n" for i in range(20))
+            )
+
+    made = make(
+        task={**table()["task"], "kind": "text_classification", "data": "rows", "max_length": 8},
+        model={"name": "builtin:tiny-bert", "trainable": {"kind": "lora", "rank": 2}},
+    )
+    write("note")
+    with pytest.raises(Interrupted):
+        Run(made, base=tmp_path, runs=tmp_path / "runs").start(watch=Stop())
+    write("other")
+    with pytest.raises(StoreError, match="its training and validation rows have changed since the run began"):
+        Run(made, base=tmp_path, runs=tmp_path / "runs").start()
+    write("note")
+    assert Run(made, base=tmp_path, runs=tmp_path / "runs").start().summary.status == "complete"
 
 
 def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
