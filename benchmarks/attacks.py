@@ -102,8 +102,15 @@ def observed(data: Data, model: nn.Module, update: str, count: int, seed: int) -
         labels=None if data.generative else tuple(labels.tolist()),
         classes=data.classes,
         members=members,
+        vocabulary=_vocabulary(model),
+        others=() if data.image else data.unused(torch.cat(chosen)),
     )
     return seen, truth, prior
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    return max(sizes, default=None)
 
 
 def cell(group: Group, attack: str, update: str, count: int, *, seeds: int, budget: Budget) -> Cell:

@@ -58,6 +58,12 @@ class Data:
         """Draw `count` examples."""
         return self.rows(self.chosen(count, seed))
 
+    def unused(self, used: Tensor) -> tuple[tuple[int, ...], ...]:
+        """Return the texts that no client used: what guessing goes by."""
+        kept = torch.ones(len(self.inputs), dtype=torch.bool)
+        kept[used] = False
+        return tuple(map(tuple, self.inputs[kept].tolist()))
+
     def tested(self, members: Tensor) -> tuple[Prior, tuple[bool, ...] | None]:
         """Return what the attacker is given, and which of its candidates were used; None where none is tested."""
         if not self.candidates:
