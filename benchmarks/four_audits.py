@@ -1,6 +1,7 @@
 """Audit four runs that differ in nothing but their defence: none, local noise, secure aggregation, both.
 
     python -m benchmarks.four_audits --json [--quick] [--budget quick|standard] [--task text|picture] [--page FILE]
+    python -m benchmarks.four_audits --join OUTPUT [OUTPUT ...] --page FILE
 
 Each run of `examples/audit/` is trained and audited with the command's own functions. The table names, for every observer,
 the attacks that leaked, those that did not although their control passed, and counts the rest; beside it the processor
@@ -51,6 +52,12 @@ def audits(tasks: tuple[str, ...], defences: tuple[str, ...], budget: str) -> It
             yield from rows(found, task=task, defence=defence, wall=wall)
 
 
+def joined(files: list[Path]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of earlier runs from the last line of their output."""
+    for file in files:
+        yield from json.loads(file.read_text(encoding="utf-8").strip().splitlines()[-1])["rows"]
+
+
 def rows(found: AuditSummary, *, task: str, defence: str, wall: float) -> Iterator[dict[str, Any]]:
     """Sum up an audit: for each observer what leaked, what did not with a passed control, and what stayed open."""
     for observer in dict.fromkeys(item.observer for item in found.findings):
@@ -98,24 +105,33 @@ HEAD = (
 )
 
 
-def page(found: list[dict[str, Any]], command: str) -> str:
-    """Write the documentation's page."""
-    return "\n".join(
-        [
-            "# Four audits",
+INTRODUCTION = """# Four audits
+
+The runs of `examples/audit/`, seed 7, tiny models built in code, each trained and audited four times with nothing changed but
+the defence. A number is the attack's score, cheap attacks the mean over draws of records and noise; *control* is the same attack on the
+undefended step, *as observed* the same attack on what the whole round really sends, with nothing granted. Attacks whose control fails
+prove nothing and are only counted. Seconds are those of the audit alone, which both observers share.
+"""
+
+
+def page(found: list[dict[str, Any]]) -> str:
+    """Write the documentation's page: one table a budget."""
+    parts = [INTRODUCTION]
+    for budget in dict.fromkeys(row["budget"] for row in found):
+        own = [row for row in found if row["budget"] == budget]
+        slowest = max(row["wall_seconds"] for row in own)
+        parts += [
+            f"## Budget {budget}",
             "",
-            "The runs of `examples/audit/`, seed 7, tiny models built in code, each trained and audited four times with nothing changed but",
-            "the defence. A number is the attack's score; *control* is the same attack on the undefended step, *as observed* the same",
-            "attack on what the whole round really sends, with nothing granted. Attacks that fail on their control prove nothing and are only",
-            "counted.",
+            f"The slowest of the {len({(row['task'], row['defence']) for row in own})} audits took {slowest:.0f} seconds of wall time.",
             "",
-            f"```\n{command}\n```",
+            f"```\npython -m benchmarks.four_audits --budget {budget} --json\n```",
             "",
             HEAD,
-            *map(line, found),
+            *map(line, own),
             "",
         ]
-    )
+    return "\n".join(parts)
 
 
 def main() -> None:
@@ -126,6 +142,7 @@ def main() -> None:
     parser.add_argument("--budget", default="quick", choices=("quick", "standard"))
     parser.add_argument("--task", action="append", choices=("text", "picture"))
     parser.add_argument("--page", type=Path, help="write the table as a Markdown page")
+    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="take rows from stored outputs, run nothing")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
@@ -134,14 +151,11 @@ def main() -> None:
     defences = ("none", "both") if options.quick else tuple(DEFENCES)
     print(HEAD, flush=True)
     found = []
-    for row in audits(tasks, defences, options.budget):
+    for row in joined(options.join) if options.join else audits(tasks, defences, options.budget):
         found.append(row)
         print(line(row), flush=True)
     if options.page is not None:
-        chosen = "".join(f" --task {task}" for task in options.task or ())
-        options.page.write_text(
-            page(found, f"python -m benchmarks.four_audits --budget {options.budget}{chosen} --json")
-        )
+        options.page.write_text(page(found))
     if options.json:
         print(json.dumps({"rows": found, "torch": torch.__version__, "machine": platform.machine()}))
 
