@@ -7,12 +7,17 @@ attack. Ground truth lives in `attacks.truth`, which no attack imports.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import re
 import reprlib
+import secrets
+import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
@@ -32,6 +37,7 @@ Fact = str | int | float | bool | None
 _DESCRIPTION = "observation.json"
 _TENSORS = "tensors.safetensors"
 _BROADCAST = "broadcast.safetensors"
+_FILES = (_DESCRIPTION, _TENSORS, _BROADCAST)
 
 
 class ObservationError(ValueError):
@@ -77,7 +83,7 @@ class _Rule:
         wrong = [place for place, entry in enumerate(value) if not self.fits(entry)]
         if not wrong:
             return []
-        rest = f" (and {len(wrong) - 1} more entries)" if len(wrong) > 1 else ""
+        rest = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         return [f"{name}[{wrong[0]}] is {_show(value[wrong[0]])}{rest}, must be {self.wanted()}"]
 
 
@@ -103,11 +109,11 @@ _RULES: Mapping[str, _Rule] = {
     "auxiliary_data": _Rule("text"),
     "batch_statistics": _Rule("truth"),
 }
-_ROUND, _CONTRIBUTORS = _Rule("whole"), _Rule("whole", least=1)
+_COUNTS = {"round": _Rule("whole"), "contributors": _Rule("whole", least=1)}
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None  # halves of letters cannot be written
 
 
 def _show(value: object) -> str:
@@ -119,15 +125,9 @@ def _show(value: object) -> str:
 
 def _plain(value: Any) -> Any:
     """Turn NumPy's numbers into plain ones and a list into a tuple; anything else stays what it is."""
-    return tuple(map(_plain_number, value)) if isinstance(value, list | tuple) else _plain_number(value)
-
-
-def _plain_number(value: Any) -> Any:
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, np.integer):
-        return int(value)
-    return float(value) if isinstance(value, np.floating) else value
+    if isinstance(value, list | tuple):
+        return tuple(entry.item() if isinstance(entry, np.number | np.bool_) else entry for entry in value)
+    return value.item() if isinstance(value, np.number | np.bool_) else value
 
 
 def _knowledge_problems(knowledge: Mapping[str, object]) -> list[str]:
@@ -205,7 +205,7 @@ class Observation:
     knowledge: Knowledge = Knowledge()
 
     def __post_init__(self) -> None:
-        for name in ("round", "contributors"):
+        for name in _COUNTS:
             object.__setattr__(self, name, _plain(getattr(self, name)))
         if isinstance(self.metadata, Mapping):
             _freeze(self, "metadata", {name: _plain(value) for name, value in self.metadata.items()})
@@ -250,16 +250,7 @@ class Observation:
 
     def replace_tensors(self, tensors: Mapping[str, Tensor], **facts: Fact) -> Observation:
         """Return the same observation with other tensors and amended metadata (for example after noise was added)."""
-        return Observation(
-            kind=self.kind,
-            tensors=tensors,
-            round=self.round,
-            observer=self.observer,
-            contributors=self.contributors,
-            metadata={**self.metadata, **facts},
-            broadcast=self.broadcast,
-            knowledge=self.knowledge,
-        )
+        return replace(self, tensors=tensors, metadata={**self.metadata, **facts})
 
     def save(self, folder: str | Path) -> None:
         """Write the observation as `observation.json` and safetensors files; the folder is created when missing."""
@@ -277,42 +268,132 @@ class GradientView:
 def save_observation(observation: Observation, folder: Path) -> None:
     """Write an observation to a folder, versioned, without pickle.
 
-    Raises: ObservationError when a number is not finite and therefore cannot be written as JSON.
+    Guarantee: everything is written and read back beside its place first. A new folder then appears whole; in an older
+    one the files of an observation are exchanged, the description last, and after a failure the old ones are back. Other
+    files in it stay. Killed within the exchange, the folder has no description and a hidden folder in it the old files.
+
+    Raises: ObservationError when the observation cannot be stored, OSError when the disk refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    description, parts = _describe(observation)
+    folder = Path(os.path.realpath(folder))
+    for path in (folder / name for name in _FILES):
+        if path.is_dir() and not path.is_symlink():
+            raise ObservationError(f"{path} is a folder, there is no place for the file")
+    if folder.exists() and not folder.is_dir():
+        raise ObservationError(f"{folder} is not a folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh, mark = not folder.exists(), f"{secrets.token_hex(6)}.new"
+    stage = folder.with_name(f".{folder.name}.{mark}") if fresh else folder / f".observation.{mark}"
+    stage.mkdir()
+    try:
+        for name, tensors in parts.items():
+            description["sha256"][name] = _write_tensors(stage / name, tensors)
+        (stage / _DESCRIPTION).write_text(_as_json(description), encoding="utf-8")
+        for path in (*stage.iterdir(), stage):
+            _sync(path)
+        if fresh:
+            os.rename(stage, folder)
+        else:
+            _exchange(stage, folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    _sync(folder)
+
+
+def _describe(observation: Observation) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
+    parts = {_TENSORS: observation.tensors}
+    if observation.broadcast is not None:
+        parts[_BROADCAST] = observation.broadcast
+    wrong = [
+        f"{file}: {_show(name)} is on the meta device or not a dense tensor, which cannot be stored"
+        for file, tensors in parts.items()
+        for name, tensor in tensors.items()
+        if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided
+    ]
+    if wrong:
+        raise ObservationError("; ".join(wrong))
     description = {
         "format": FORMAT_VERSION,
-        "kind": observation.kind,
-        "round": observation.round,
-        "observer": observation.observer,
-        "contributors": observation.contributors,
+        **{name: getattr(observation, name) for name in _FACTS},
         "metadata": dict(observation.metadata),
         "knowledge": {name: getattr(observation.knowledge, name) for name in observation.knowledge.granted()},
         "tensors": _inventory(observation.tensors),
         "broadcast": None if observation.broadcast is None else _inventory(observation.broadcast),
+        "sha256": dict.fromkeys(parts, "0" * 64),
     }
+    _as_json(description)  # refused before anything is written
+    return description, parts
+
+
+def _as_json(description: Mapping[str, Any]) -> str:
     try:
-        text = json.dumps(description, indent=2, allow_nan=False)
-    except ValueError as error:
-        raise ObservationError(f"metadata and knowledge must hold finite numbers: {error}") from None
-    save_file(_stored(observation.tensors), str(folder / _TENSORS))
-    if observation.broadcast is not None:
-        save_file(_stored(observation.broadcast), str(folder / _BROADCAST))
-    (folder / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+    except (ValueError, TypeError) as error:
+        raise ObservationError(f"metadata and knowledge must hold text and finite numbers: {error}") from None
+    if len(text) > _LARGEST:
+        raise ObservationError(f"{_DESCRIPTION} would be {len(text)} bytes long, must be {_LARGEST} at most")
+    return text
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    try:
+        save_file(_stored(tensors), str(path))
+    except _UNREADABLE as error:
+        raise ObservationError(f"{path.name} cannot be written, {type(error).__name__}: {error}") from None
+    digest = _sha256(path)
+    _read_tensors(path, _inventory(tensors), digest)
+    return digest
+
+
+def _exchange(stage: Path, folder: Path) -> None:
+    """Put the files of the stage in the place of those in the folder, all of them or none."""
+    kept = stage.with_suffix(".old")
+    kept.mkdir()
+    old = [name for name in _FILES if os.path.lexists(folder / name)]
+    try:
+        for name in old:  # the description goes first, so that it never stands beside the tensors of another one
+            os.replace(folder / name, kept / name)
+        for name in reversed(_FILES):
+            if (stage / name).exists():
+                os.replace(stage / name, folder / name)
+    except BaseException:
+        for name in reversed(_FILES):
+            if os.path.lexists(kept / name):
+                os.replace(kept / name, folder / name)
+            elif name not in old:
+                (folder / name).unlink(missing_ok=True)
+        kept.rmdir()
+        raise
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_observation(folder: str | Path) -> Observation:
     """Read an observation folder strictly.
 
     Raises: ObservationError naming the file and all that is wrong with it: a missing file or a link, an unknown version
-    or key, a fact of a wrong type or range, tensors that differ from the inventory.
+    or key, a fact of a wrong type or range, tensors that differ from the inventory or its SHA-256. Folders of earlier
+    versions name no digest and are taken without.
     """
     folder = Path(folder)
     description = _read_description(folder / _DESCRIPTION)
-    tensors = _read_tensors(folder / _TENSORS, description["tensors"])
+    digests = description.get("sha256", {})
+    tensors = _read_tensors(folder / _TENSORS, description["tensors"], digests.get(_TENSORS))
     broadcast = None
     if description["broadcast"] is not None:
-        broadcast = _read_tensors(folder / _BROADCAST, description["broadcast"])
+        broadcast = _read_tensors(folder / _BROADCAST, description["broadcast"], digests.get(_BROADCAST))
     facts = {name: description[name] for name in _FACTS}
     knowledge = Knowledge(**description["knowledge"])
     return Observation(**facts, tensors=tensors, broadcast=broadcast, knowledge=knowledge)
@@ -378,19 +459,16 @@ def _read_json(path: Path) -> tuple[Any, list[str]]:
 
 def _deeper(value: object, levels: int) -> bool:
     """Say whether a JSON value nests deeper than that, without recursion."""
-    layer = [value]
+    layer: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(levels):
-        layer = [inner for outer in layer if isinstance(outer, dict | list) for inner in _inside(outer)]
-    return any(isinstance(outer, dict | list) for outer in layer)
-
-
-def _inside(outer: dict[str, Any] | list[Any]) -> list[Any]:
-    return list(outer.values()) if isinstance(outer, dict) else outer
+        layer = [inner for outer in layer for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        layer = [inner for inner in layer if isinstance(inner, dict | list)]
+    return bool(layer)
 
 
 def _description_problems(description: Mapping[str, Any]) -> list[str]:
     missing = [key for key in _KEYS if key not in description]
-    unknown = [key for key in description if key not in _KEYS]
+    unknown = [key for key in description if key not in (*_KEYS, "sha256")]
     problems = [f"missing keys {missing}, unknown keys {_show(unknown)}"] if missing or unknown else []
     objects = {name: description.get(name, {}) for name in ("metadata", "knowledge", "tensors", "broadcast")}
     if objects["broadcast"] is None:
@@ -404,6 +482,11 @@ def _description_problems(description: Mapping[str, Any]) -> list[str]:
     problems += _knowledge_problems({name: _plain(value) for name, value in whole.get("knowledge", {}).items()})
     for name in ("tensors", "broadcast"):
         problems += _inventory_problems(name, whole[name]) if name in whole else []
+    if "sha256" in description:
+        files = {_TENSORS} if description.get("broadcast") is None else {_TENSORS, _BROADCAST}
+        digests = description["sha256"]
+        if not isinstance(digests, dict) or set(digests) != files or not all(map(_is_text, digests.values())):
+            problems.append(f"sha256 is {_show(digests)}, must give a digest for {sorted(files)}")
     return problems
 
 
@@ -414,26 +497,34 @@ def _inventory_problems(name: str, inventory: Mapping[str, Any]) -> list[str]:
     if not wrong:
         return []
     shown = f"{name}[{_show(wrong[0])}] is {_show(inventory[wrong[0]])}"
-    rest = f" (and {len(wrong) - 1} more entries)" if len(wrong) > 1 else ""
+    rest = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     return [f"{shown}{rest}, must be a JSON object of shape, a list of whole numbers, and dtype, text"]
 
 
 def _is_entry(entry: object) -> bool:
     if not isinstance(entry, dict) or set(entry) != {"shape", "dtype"} or not isinstance(entry["shape"], list):
         return False
-    return isinstance(entry["dtype"], str) and all(_ROUND.fits(size) for size in entry["shape"])
+    return isinstance(entry["dtype"], str) and all(_COUNTS["round"].fits(size) for size in entry["shape"])
 
 
 # What reading a safetensors file that others wrote can raise: headers, types and sizes it does not know.
 _UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError)
 
 
-def _read_tensors(path: Path, inventory: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(path: Path, inventory: Mapping[str, Any], digest: str | None) -> dict[str, Tensor]:
     _require_file(path)
     try:
+        before = path.stat()
         tensors = load_file(str(path))
+        content = None if digest is None else _sha256(path)
+        after = path.stat()
     except _UNREADABLE as error:
         raise ObservationError(f"{path} is not a safetensors file: {error}") from None
+    if any(getattr(before, name) != getattr(after, name) for name in ("st_ino", "st_size", "st_mtime_ns")):
+        raise ObservationError(f"{path} changed while it was read")
+    if content != digest:
+        wanted = f"its SHA-256 is {content}, must be {_show(digest)}"
+        raise ObservationError(f"{path} is not the file that {_DESCRIPTION} describes: {wanted}")
     found = _inventory(tensors)
     if found != inventory:
         different = sorted(name for name in set(found) | set(inventory) if found.get(name) != inventory.get(name))
@@ -465,7 +556,7 @@ def _tensor_problems(field_name: str, tensors: object) -> list[str]:
     return [
         f"{field_name}[{_show(name)}] must map a name to a tensor"
         for name, tensor in tensors.items()
-        if not _is_text(name) or not isinstance(tensor, torch.Tensor)
+        if not _is_text(name) or name == "__metadata__" or not isinstance(tensor, torch.Tensor)  # the format's own
     ]
 
 
@@ -475,13 +566,10 @@ def _fact_problems(facts: Mapping[str, Any]) -> list[str]:
     kind, contributors, metadata = facts.get("kind"), facts.get("contributors"), facts.get("metadata", {})
     if "kind" in facts and (not isinstance(kind, str) or kind not in get_args(Kind)):
         problems.append(f"kind is {_show(kind)}, must be one of {get_args(Kind)}")
-    if "round" in facts:
-        problems += _ROUND.problems("round", facts["round"])
-    if "contributors" in facts:
-        wrong = _CONTRIBUTORS.problems("contributors", contributors)
-        problems += wrong
-        if not wrong and kind in ("gradient", "delta") and contributors != 1:
-            problems.append(f"a {kind} has one contributor, not {contributors}: use kind 'sum'")
+    for name in [name for name in _COUNTS if name in facts]:
+        problems += _COUNTS[name].problems(name, facts[name])
+    if kind in ("gradient", "delta") and _COUNTS["contributors"].fits(contributors) and contributors != 1:
+        problems.append(f"a {kind} has one contributor, not {contributors}: use kind 'sum'")
     if "observer" in facts and not (_is_text(facts["observer"]) and facts["observer"]):
         shown = _show(facts["observer"])
         problems.append(f"observer is {shown}, must name the row of the threat model, for example 'server'")
