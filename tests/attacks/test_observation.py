@@ -151,6 +151,13 @@ def test_knowledge_and_metadata_of_a_wrong_type_or_range_are_refused(stored, nam
         seen(metadata={name: value})
 
 
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_belong_in_knowledge(name):
+    for value in (3, (3,)):
+        with pytest.raises(ObservationError, match=rf"metadata\['{name}'\] is .*grant it in knowledge"):
+            seen(metadata={name: value})
+
+
 def test_facts_at_the_bounds_are_taken(tmp_path):
     facts = dict.fromkeys(WHOLE, 1) | dict.fromkeys(REAL, 0) | dict.fromkeys(TEXT, "x") | {"batch_statistics": False}
     lists = dict.fromkeys(LISTS, (1, 2)) | {"labels": (0,), "special_tokens": ()}
@@ -248,14 +255,20 @@ def test_missing_and_broken_files_are_named(tmp_path):
         load_observation(tmp_path)
 
 
-def test_a_failed_export_writes_nothing(tmp_path):
+def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
     quantised = torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)
-    for bad in (torch.ones(2).to_sparse(), torch.ones(2, device="meta"), quantised, torch.ones(2).to(torch.complex128)):
+    for bad in (torch.ones(2).to_sparse(), torch.ones(2, device="meta"), quantised):
         for changes in ({"tensors": {"a": bad}}, {"broadcast": {"a": bad}}):
-            with pytest.raises(ObservationError, match=r"stored|written"):
-                seen(**changes).save(tmp_path / "round")
+            with pytest.raises(ObservationError, match=r"safetensors: 'a' .*cannot be stored"):
+                seen(**changes).save(tmp_path / "new" / "round")
     with pytest.raises(ObservationError, match="metadata"):
-        seen(metadata={"huge": 10**5000}).save(tmp_path / "round")
+        seen(metadata={"huge": 10**5000}).save(tmp_path / "new" / "round")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(ObservationError, match=r"broadcast\.safetensors cannot be written.*complex128"):
+        seen(broadcast={"a": torch.ones(2, dtype=torch.complex128)}).save(tmp_path / "round")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -304,6 +317,28 @@ def test_an_exchange_that_fails_brings_the_old_files_back(stored, monkeypatch, f
         after.save(stored)
     assert files(stored) == before
     assert same(load_observation(stored), seen())
+
+
+def test_an_exchange_that_fails_takes_away_what_was_not_there(tmp_path, monkeypatch):
+    seen(broadcast=None).save(tmp_path)
+    before, move = files(tmp_path), os.replace
+
+    def failing(source, target):
+        if Path(source).parent.suffix == ".new" and Path(target).name == "observation.json":
+            raise OSError("the disk is gone")
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        seen().save(tmp_path)
+    assert files(tmp_path) == before
+
+
+def test_a_link_to_a_folder_yet_to_be_is_followed(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    seen().save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert same(load_observation(tmp_path / "new"), seen())
 
 
 def test_a_fresh_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
