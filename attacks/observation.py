@@ -7,14 +7,22 @@ attack. Ground truth lives in `attacks.truth`, which no attack imports.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+import re
+import reprlib
+import secrets
+import shutil
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,10 +37,106 @@ Fact = str | int | float | bool | None
 _DESCRIPTION = "observation.json"
 _TENSORS = "tensors.safetensors"
 _BROADCAST = "broadcast.safetensors"
+_FILES = (_DESCRIPTION, _TENSORS, _BROADCAST)
 
 
 class ObservationError(ValueError):
     """An observation that contradicts itself, or a folder that does not hold one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Say what a fact may be: a kind of value, for numbers from `least` and below `below`, one or `many`."""
+
+    kind: Literal["whole", "real", "text", "truth"]
+    least: int = 0
+    below: float = math.inf
+    many: bool = False
+    shortest: int = 0
+
+    def wanted(self) -> str:
+        """Word the rule."""
+        if self.kind in ("text", "truth"):
+            return "text" if self.kind == "text" else "true or false"
+        below = f" and below {self.below:g}" if math.isfinite(self.below) else ""
+        numbers = "whole numbers" if self.kind == "whole" else "finite numbers"
+        one = f"a {numbers.removesuffix('s')}" if not self.many else f"a list of {numbers}"
+        return f"{one} from {self.least}{below}" + (f", {self.shortest} at least" if self.shortest else "")
+
+    def fits(self, value: object) -> bool:
+        """Say whether a single value keeps the rule."""
+        if self.kind == "truth":
+            return isinstance(value, bool)
+        if self.kind == "text":
+            return _is_text(value)
+        if isinstance(value, bool) or not isinstance(value, int if self.kind == "whole" else int | float):
+            return False
+        # 64 bits bound every whole number: more fits no tensor. NaN fails every comparison.
+        return self.least <= value < min(self.below, 2**63) and math.isfinite(value)
+
+    def problems(self, name: str, value: object) -> list[str]:
+        """Name what breaks the rule; of many wrong entries the first and their number."""
+        if not self.many:
+            return [] if self.fits(value) else [f"{name} is {_show(value)}, must be {self.wanted()}"]
+        if not isinstance(value, tuple) or len(value) < self.shortest:
+            return [f"{name} is {_show(value)}, must be {self.wanted()}"]
+        wrong = [place for place, entry in enumerate(value) if not self.fits(entry)]
+        if not wrong:
+            return []
+        rest = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        return [f"{name}[{wrong[0]}] is {_show(value[wrong[0]])}{rest}, must be {self.wanted()}"]
+
+
+_RULES: Mapping[str, _Rule] = {
+    "labels": _Rule("whole", many=True),
+    "label_counts": _Rule("whole", many=True),
+    "lengths": _Rule("whole", many=True),
+    "sequence_length": _Rule("whole", least=1),
+    "batch_size": _Rule("whole", least=1),
+    "local_steps": _Rule("whole", least=1),
+    "local_epochs": _Rule("whole", least=1),
+    "optimiser": _Rule("text"),
+    "learning_rate": _Rule("real"),
+    "weight_decay": _Rule("real"),
+    "dropout": _Rule("real", below=1.0),
+    "clip_norm": _Rule("real"),
+    "noise_multiplier": _Rule("real"),
+    "vocabulary_size": _Rule("whole", least=1),
+    "special_tokens": _Rule("whole", many=True),
+    "token_set": _Rule("whole", many=True),
+    "image_shape": _Rule("whole", least=1, many=True, shortest=1),
+    "task": _Rule("text"),
+    "auxiliary_data": _Rule("text"),
+    "batch_statistics": _Rule("truth"),
+}
+_COUNTS = {"round": _Rule("whole"), "contributors": _Rule("whole", least=1)}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None  # halves of letters cannot be written
+
+
+def _show(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of thousands of digits
+        return f"a huge {type(value).__name__}"
+
+
+def _plain(value: Any) -> Any:
+    """Turn NumPy's numbers into plain ones and a list into a tuple; anything else stays what it is."""
+    if isinstance(value, list | tuple):
+        return tuple(entry.item() if isinstance(entry, np.number | np.bool_) else entry for entry in value)
+    return value.item() if isinstance(value, np.number | np.bool_) else value
+
+
+def _knowledge_problems(knowledge: Mapping[str, object]) -> list[str]:
+    unknown = sorted(set(knowledge) - set(_RULES))
+    problems = [f"knowledge: unknown names {_show(unknown)}, allowed are {sorted(_RULES)}"] if unknown else []
+    for name, value in knowledge.items():
+        if name in _RULES and value is not None:
+            problems += _RULES[name].problems(f"knowledge.{name}", value)
+    return problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +144,8 @@ class Knowledge:
     """Declare what the attacker is assumed to know beyond the wire; None means unknown.
 
     Guarantee: attacks read assumptions only from here, and the run lists in `knowledge_used` which of them were read.
+
+    Raises: ObservationError naming every fact of a wrong type or range.
     """
 
     labels: tuple[int, ...] | None = None
@@ -63,6 +169,14 @@ class Knowledge:
     task: str | None = None
     auxiliary_data: str | None = None
     batch_statistics: bool | None = None
+
+    def __post_init__(self) -> None:
+        # Read past any subclass that notes what is read: a check is no use of a fact.
+        found = {name: _plain(object.__getattribute__(self, name)) for name in _RULES}
+        if problems := _knowledge_problems(found):
+            raise ObservationError("; ".join(problems))
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def granted(self) -> tuple[str, ...]:
         """Name the facts that are granted, in the order of the fields, for the knowledge ledger."""
@@ -93,11 +207,19 @@ class Observation:
     knowledge: Knowledge = Knowledge()
 
     def __post_init__(self) -> None:
-        problems = _problems(self)
+        for name in _COUNTS:
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        if isinstance(self.metadata, Mapping):
+            _freeze(self, "metadata", {name: _plain(value) for name, value in self.metadata.items()})
+        problems = _fact_problems({name: getattr(self, name) for name in _FACTS})
+        problems += _tensor_problems("tensors", self.tensors)
+        if self.broadcast is not None:
+            problems += _tensor_problems("broadcast", self.broadcast)
+        if not isinstance(self.knowledge, Knowledge):
+            problems.append(f"knowledge is {_show(self.knowledge)}, must be a Knowledge")
         if problems:
             raise ObservationError("; ".join(problems))
         _freeze(self, "tensors", {name: tensor.detach() for name, tensor in self.tensors.items()})
-        _freeze(self, "metadata", dict(self.metadata))
         if self.broadcast is not None:
             _freeze(self, "broadcast", {name: tensor.detach() for name, tensor in self.broadcast.items()})
 
@@ -130,16 +252,7 @@ class Observation:
 
     def replace_tensors(self, tensors: Mapping[str, Tensor], **facts: Fact) -> Observation:
         """Return the same observation with other tensors and amended metadata (for example after noise was added)."""
-        return Observation(
-            kind=self.kind,
-            tensors=tensors,
-            round=self.round,
-            observer=self.observer,
-            contributors=self.contributors,
-            metadata={**self.metadata, **facts},
-            broadcast=self.broadcast,
-            knowledge=self.knowledge,
-        )
+        return replace(self, tensors=tensors, metadata={**self.metadata, **facts})
 
     def save(self, folder: str | Path) -> None:
         """Write the observation as `observation.json` and safetensors files; the folder is created when missing."""
@@ -158,102 +271,268 @@ class GradientView:
 def save_observation(observation: Observation, folder: Path) -> None:
     """Write an observation to a folder, versioned, without pickle.
 
-    Raises: ObservationError when a number is not finite and therefore cannot be written as JSON.
+    Guarantee: everything is written and read back beside its place first. A new folder then appears whole; in an older
+    one the files of an observation are exchanged, the description last, and after a failure the old ones are back. Other
+    files in it stay. Killed within the exchange, the folder has no description and a hidden folder in it the old files.
+
+    Raises: ObservationError when the observation cannot be stored, OSError when the disk refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    description, parts = _describe(observation)
+    folder = Path(os.path.realpath(folder))
+    for path in (folder / name for name in _FILES):
+        if path.is_dir() and not path.is_symlink():
+            raise ObservationError(f"{path} is a folder, there is no place for the file")
+    if folder.exists() and not folder.is_dir():
+        raise ObservationError(f"{folder} is not a folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh, mark = not folder.exists(), f"{secrets.token_hex(6)}.new"
+    stage = folder.with_name(f".{folder.name}.{mark}") if fresh else folder / f".observation.{mark}"
+    stage.mkdir()
+    try:
+        for name, tensors in parts.items():
+            description["sha256"][name] = _write_tensors(stage / name, tensors)
+        (stage / _DESCRIPTION).write_text(_as_json(description), encoding="utf-8")
+        for path in (*stage.iterdir(), stage):
+            _sync(path)
+        if fresh:
+            os.rename(stage, folder)
+        else:
+            _exchange(stage, folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    _sync(folder)
+
+
+def _describe(observation: Observation) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
+    parts = {_TENSORS: observation.tensors}
+    if observation.broadcast is not None:
+        parts[_BROADCAST] = observation.broadcast
+    wrong = [
+        f"{file}: {_show(name)} is on the meta device or not a dense tensor, which cannot be stored"
+        for file, tensors in parts.items()
+        for name, tensor in tensors.items()
+        if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided
+    ]
+    if wrong:
+        raise ObservationError("; ".join(wrong))
     description = {
         "format": FORMAT_VERSION,
-        "kind": observation.kind,
-        "round": observation.round,
-        "observer": observation.observer,
-        "contributors": observation.contributors,
+        **{name: getattr(observation, name) for name in _FACTS},
         "metadata": dict(observation.metadata),
         "knowledge": {name: getattr(observation.knowledge, name) for name in observation.knowledge.granted()},
         "tensors": _inventory(observation.tensors),
         "broadcast": None if observation.broadcast is None else _inventory(observation.broadcast),
+        "sha256": dict.fromkeys(parts, "0" * 64),
     }
+    _as_json(description)  # refused before anything is written
+    return description, parts
+
+
+def _as_json(description: Mapping[str, Any]) -> str:
     try:
-        text = json.dumps(description, indent=2, allow_nan=False)
-    except ValueError as error:
-        raise ObservationError(f"metadata and knowledge must hold finite numbers: {error}") from None
-    save_file(_plain(observation.tensors), str(folder / _TENSORS))
-    if observation.broadcast is not None:
-        save_file(_plain(observation.broadcast), str(folder / _BROADCAST))
-    (folder / _DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+    except (ValueError, TypeError) as error:
+        raise ObservationError(f"metadata and knowledge must hold text and finite numbers: {error}") from None
+    if len(text) > _LARGEST:
+        raise ObservationError(f"{_DESCRIPTION} would be {len(text)} bytes long, must be {_LARGEST} at most")
+    return text
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    try:
+        save_file(_stored(tensors), str(path))
+    except _UNREADABLE as error:
+        raise ObservationError(f"{path.name} cannot be written, {type(error).__name__}: {error}") from None
+    digest = _sha256(path)
+    _read_tensors(path, _inventory(tensors), digest)
+    return digest
+
+
+def _exchange(stage: Path, folder: Path) -> None:
+    """Put the files of the stage in the place of those in the folder, all of them or none."""
+    kept = stage.with_suffix(".old")
+    kept.mkdir()
+    old = [name for name in _FILES if os.path.lexists(folder / name)]
+    try:
+        for name in old:  # the description goes first, so that it never stands beside the tensors of another one
+            os.replace(folder / name, kept / name)
+        for name in reversed(_FILES):
+            if (stage / name).exists():
+                os.replace(stage / name, folder / name)
+    except BaseException:
+        for name in reversed(_FILES):
+            if os.path.lexists(kept / name):
+                os.replace(kept / name, folder / name)
+            elif name not in old:
+                (folder / name).unlink(missing_ok=True)
+        kept.rmdir()
+        raise
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_observation(folder: str | Path) -> Observation:
     """Read an observation folder strictly.
 
-    Raises: ObservationError naming the file and what is wrong: a missing file, an unknown version or key, tensors
-    that differ from the inventory.
+    Raises: ObservationError naming the file and all that is wrong with it: a missing file or a link, an unknown version
+    or key, a fact of a wrong type or range, tensors that differ from the inventory or its SHA-256. Folders of earlier
+    versions name no digest and are taken without.
     """
     folder = Path(folder)
     description = _read_description(folder / _DESCRIPTION)
-    tensors = _read_tensors(folder / _TENSORS, description["tensors"])
+    digests = description.get("sha256", {})
+    tensors = _read_tensors(folder / _TENSORS, description["tensors"], digests.get(_TENSORS))
     broadcast = None
     if description["broadcast"] is not None:
-        broadcast = _read_tensors(folder / _BROADCAST, description["broadcast"])
-    return Observation(
-        kind=description["kind"],
-        tensors=tensors,
-        round=description["round"],
-        observer=description["observer"],
-        contributors=description["contributors"],
-        metadata=description["metadata"],
-        broadcast=broadcast,
-        knowledge=_read_knowledge(description["knowledge"]),
-    )
+        broadcast = _read_tensors(folder / _BROADCAST, description["broadcast"], digests.get(_BROADCAST))
+    facts = {name: description[name] for name in _FACTS}
+    knowledge = Knowledge(**description["knowledge"])
+    return Observation(**facts, tensors=tensors, broadcast=broadcast, knowledge=knowledge)
 
 
-_KEYS = ("format", "kind", "round", "observer", "contributors", "metadata", "knowledge", "tensors", "broadcast")
+_FACTS = ("kind", "round", "observer", "contributors", "metadata")
+_KEYS = ("format", *_FACTS, "knowledge", "tensors", "broadcast")
+_LARGEST = 64 * 2**20  # bytes of observation.json: the labels of some millions of records
+_DEEPEST = 8  # brackets within brackets; the format itself needs four
+
+
+def _require_file(path: Path) -> None:
+    if path.is_symlink():
+        raise ObservationError(f"{path} is a link: an observation folder holds its own files")
+    if not path.is_file():
+        raise ObservationError(f"{path} is missing: an observation folder holds {_DESCRIPTION} and {_TENSORS}")
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ObservationError(f"{path} is missing: an observation folder holds {_DESCRIPTION} and {_TENSORS}")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ObservationError(f"{path} is not JSON: {error}") from None
+    description, repeated = _read_json(path)
     if not isinstance(description, dict):
         raise ObservationError(f"{path} must hold one JSON object")
+    problems = [f"the key {_show(name)} stands there more than once" for name in repeated]
     version = description.get("format")
-    if version != FORMAT_VERSION:
-        raise ObservationError(f"{path}: format is {version!r}, this version reads format {FORMAT_VERSION}")
-    missing = [key for key in _KEYS if key not in description]
-    unknown = [key for key in description if key not in _KEYS]
-    if missing or unknown:
-        raise ObservationError(f"{path}: missing keys {missing}, unknown keys {unknown}")
-    wrong = [key for key in ("metadata", "knowledge", "tensors") if not isinstance(description[key], dict)]
-    if wrong:
-        raise ObservationError(f"{path}: {', '.join(wrong)} must be JSON objects")
+    if type(version) is not int or version != FORMAT_VERSION:
+        problems.append(f"format is {_show(version)}, this version reads format {FORMAT_VERSION}")
+    else:
+        problems += _description_problems(description)
+    if problems:
+        raise ObservationError(f"{path}: {'; '.join(problems)}")
     return description
 
 
-def _read_tensors(path: Path, inventory: Mapping[str, Any]) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ObservationError(f"{path} is missing")
+def _read_json(path: Path) -> tuple[Any, list[str]]:
+    """Return what a JSON file of bounded size and depth holds, and the keys that stand twice in one object."""
+    _require_file(path)
+    repeated: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            repeated.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        return found
+
     try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise ObservationError(f"{path} cannot be read: {error}") from None
+    if len(content) > _LARGEST:
+        raise ObservationError(f"{path} is longer than {_LARGEST} bytes")
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
+        deep = _deeper(value, _DEEPEST)
+    except ValueError as error:
+        raise ObservationError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        deep = True
+    if deep:
+        raise ObservationError(f"{path} is nested deeper than {_DEEPEST} levels")
+    return value, repeated
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """Say whether a JSON value nests deeper than that, without recursion."""
+    layer: list[Any] = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        layer = [inner for outer in layer for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        layer = [inner for inner in layer if isinstance(inner, dict | list)]
+    return bool(layer)
+
+
+def _description_problems(description: Mapping[str, Any]) -> list[str]:
+    missing = [key for key in _KEYS if key not in description]
+    unknown = [key for key in description if key not in (*_KEYS, "sha256")]
+    problems = [f"missing keys {missing}, unknown keys {_show(unknown)}"] if missing or unknown else []
+    objects = {name: description.get(name, {}) for name in ("metadata", "knowledge", "tensors", "broadcast")}
+    if objects["broadcast"] is None:
+        del objects["broadcast"]
+    wrong = [f"{name} is {_show(value)}" for name, value in objects.items() if not isinstance(value, dict)]
+    if wrong:
+        problems.append(f"{', '.join(wrong)}: these must be JSON objects")
+    whole = {name: value for name, value in objects.items() if isinstance(value, dict)}
+    facts = {name: description[name] for name in _FACTS if name in description}
+    problems += _fact_problems({**facts, "metadata": whole.get("metadata", {})})
+    problems += _knowledge_problems({name: _plain(value) for name, value in whole.get("knowledge", {}).items()})
+    for name in ("tensors", "broadcast"):
+        problems += _inventory_problems(name, whole[name]) if name in whole else []
+    if "sha256" in description:
+        files = {_TENSORS} if description.get("broadcast") is None else {_TENSORS, _BROADCAST}
+        digests = description["sha256"]
+        if not isinstance(digests, dict) or set(digests) != files or not all(map(_is_text, digests.values())):
+            problems.append(f"sha256 is {_show(digests)}, must give a digest for {sorted(files)}")
+    return problems
+
+
+def _inventory_problems(name: str, inventory: Mapping[str, Any]) -> list[str]:
+    if name == "tensors" and not inventory:
+        return ["tensors is empty"]
+    wrong = [key for key, entry in inventory.items() if not _is_entry(entry)]
+    if not wrong:
+        return []
+    shown = f"{name}[{_show(wrong[0])}] is {_show(inventory[wrong[0]])}"
+    rest = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return [f"{shown}{rest}, must be a JSON object of shape, a list of whole numbers, and dtype, text"]
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict) or set(entry) != {"shape", "dtype"} or not isinstance(entry["shape"], list):
+        return False
+    return isinstance(entry["dtype"], str) and all(_COUNTS["round"].fits(size) for size in entry["shape"])
+
+
+# What reading a safetensors file that others wrote can raise: headers, types and sizes it does not know.
+_UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError)
+
+
+def _read_tensors(path: Path, inventory: Mapping[str, Any], digest: str | None) -> dict[str, Tensor]:
+    _require_file(path)
+    try:
+        before = path.stat()
         tensors = load_file(str(path))
-    except (SafetensorError, OSError) as error:
+        content = None if digest is None else _sha256(path)
+        after = path.stat()
+    except _UNREADABLE as error:
         raise ObservationError(f"{path} is not a safetensors file: {error}") from None
-    if _inventory(tensors) != inventory:
-        found = _inventory(tensors)
+    if any(getattr(before, name) != getattr(after, name) for name in ("st_ino", "st_size", "st_mtime_ns")):
+        raise ObservationError(f"{path} changed while it was read")
+    if content != digest:
+        wanted = f"its SHA-256 is {content}, must be {_show(digest)}"
+        raise ObservationError(f"{path} is not the file that {_DESCRIPTION} describes: {wanted}")
+    found = _inventory(tensors)
+    if found != inventory:
         different = sorted(name for name in set(found) | set(inventory) if found.get(name) != inventory.get(name))
         raise ObservationError(f"{path} differs from {_DESCRIPTION} at {different[:5]}")
     return tensors
-
-
-def _read_knowledge(entries: Mapping[str, Any]) -> Knowledge:
-    names = {entry.name for entry in fields(Knowledge)}
-    unknown = sorted(set(entries) - names)
-    if unknown:
-        raise ObservationError(f"knowledge: unknown names {unknown}, allowed are {sorted(names)}")
-    granted: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()
-    }
-    return Knowledge(**granted)
 
 
 def _inventory(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -263,7 +542,7 @@ def _inventory(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Tied weights share storage, which the file format refuses; a copy of each is what was sent anyway.
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
@@ -272,29 +551,52 @@ def _freeze(observation: Observation, name: str, value: dict[str, Any]) -> None:
     object.__setattr__(observation, name, MappingProxyType(value))
 
 
-def _problems(observation: Observation) -> list[str]:
+def _tensor_problems(field_name: str, tensors: object) -> list[str]:
+    if not isinstance(tensors, Mapping):
+        return [f"{field_name} is {_show(tensors)}, must map names to tensors"]
+    if field_name == "tensors" and not tensors:
+        return ["tensors is empty"]
+    return [
+        f"{field_name}[{_show(name)}] must map a name to a tensor"
+        for name, tensor in tensors.items()
+        if not _is_text(name) or name == "__metadata__" or not isinstance(tensor, torch.Tensor)  # the format's own
+    ]
+
+
+def _fact_problems(facts: Mapping[str, Any]) -> list[str]:
+    """Name what is wrong with the facts of an observation; those that are missing are not looked at."""
     problems = []
-    if observation.kind not in get_args(Kind):
-        problems.append(f"kind is {observation.kind!r}, must be one of {get_args(Kind)}")
-    if not isinstance(observation.round, int) or observation.round < 0:
-        problems.append(f"round is {observation.round!r}, must be a whole number from 0")
-    if not isinstance(observation.contributors, int) or observation.contributors < 1:
-        problems.append(f"contributors is {observation.contributors!r}, must be a whole number from 1")
-    elif observation.kind != "sum" and observation.contributors != 1:
-        problems.append(f"a {observation.kind} has one contributor, not {observation.contributors}: use kind 'sum'")
-    if not observation.observer:
-        problems.append("observer is empty, name the row of the threat model, for example 'server'")
-    if not observation.tensors:
-        problems.append("tensors is empty")
-    for name, tensor in observation.tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            problems.append(f"tensors[{name!r}] must map a name to a tensor")
-    if observation.kind == "sum" and observation.metadata.get("summand") not in ("gradient", "delta"):
+    kind, contributors, metadata = facts.get("kind"), facts.get("contributors"), facts.get("metadata", {})
+    if "kind" in facts and (not isinstance(kind, str) or kind not in get_args(Kind)):
+        problems.append(f"kind is {_show(kind)}, must be one of {get_args(Kind)}")
+    for name in [name for name in _COUNTS if name in facts]:
+        problems += _COUNTS[name].problems(name, facts[name])
+    if kind in ("gradient", "delta") and _COUNTS["contributors"].fits(contributors) and contributors != 1:
+        problems.append(f"a {kind} has one contributor, not {contributors}: use kind 'sum'")
+    if "observer" in facts and not (_is_text(facts["observer"]) and facts["observer"]):
+        shown = _show(facts["observer"])
+        problems.append(f"observer is {shown}, must name the row of the threat model, for example 'server'")
+    if not isinstance(metadata, Mapping):
+        return [*problems, f"metadata is {_show(metadata)}, must map names to facts (in JSON an object)"]
+    if kind == "sum" and metadata.get("summand") is None:
         problems.append("a sum needs metadata['summand'] = 'gradient' or 'delta'")
-    point = observation.metadata.get("point")
-    if point is not None and point not in get_args(Point):
-        problems.append(f"metadata['point'] is {point!r}, must be one of {get_args(Point)}")
-    for name, value in observation.metadata.items():
-        if not isinstance(value, Fact) or (isinstance(value, float) and not math.isfinite(value)):
-            problems.append(f"metadata[{name!r}] must be a finite number, text, truth value or None")
+    for name, value in metadata.items():
+        if value is not None:
+            problems += _metadata_problems(name, value)
     return problems
+
+
+def _metadata_problems(name: object, value: object) -> list[str]:
+    label, choices = f"metadata[{_show(name)}]", {"point": get_args(Point), "summand": ("gradient", "delta")}
+    if not isinstance(name, str) or not _is_text(name):
+        return [f"{label} must have text as its name"]
+    if name in choices:
+        right = isinstance(value, str) and value in choices[name]
+        return [] if right else [f"{label} is {_show(value)}, must be one of {choices[name]}"]
+    if name in _RULES:
+        if _RULES[name].many:
+            return [f"{label} is {_show(value)}, but the protocol reveals no lists: grant it in knowledge"]
+        return _RULES[name].problems(label, value)
+    if not isinstance(value, Fact) or (isinstance(value, float) and not math.isfinite(value)):
+        return [f"{label} is {_show(value)}, must be a finite number, text, truth value or None"]
+    return []

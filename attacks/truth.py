@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,25 +37,66 @@ class Truth:
         object.__setattr__(self, "properties", MappingProxyType(dict(self.properties)))
 
 
+_KNOWN = ("token_ids", "attention_mask", "images", "labels")
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def load_truth(path: Path) -> Truth:
     """Read what a client trained on from a safetensors file.
 
-    It may hold token_ids (n, t) with an attention_mask of the same shape, images (n, c, h, w), and labels (n,).
+    It may hold token_ids (n, t), whole numbers, with an attention_mask of the same shape, images (n, c, h, w), finite
+    numbers, and labels (n,), whole numbers.
 
-    Raises: ValueError naming the file and what is wrong.
+    Raises: ValueError naming the file and all that is wrong with it.
     """
-    known = ("token_ids", "attention_mask", "images", "labels")
     try:
         tensors = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    unknown = sorted(set(tensors) - set(known))
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a safetensors file that can be read: {error}") from None
+    unknown = sorted(set(tensors) - set(_KNOWN))
     if unknown or not tensors:
-        raise ValueError(f"{path}: holds {unknown or 'nothing'}, known tensors are {list(known)}")
+        raise ValueError(f"{path}: holds {unknown or 'nothing'}, known tensors are {list(_KNOWN)}")
+    if problems := _problems(tensors):
+        raise ValueError(f"{path}: {'; '.join(problems)}")
     ids, mask, labels = tensors.get("token_ids"), tensors.get("attention_mask"), tensors.get("labels")
     sequences = None
     if ids is not None:
-        kept = ids == ids if mask is None else mask.bool()
+        kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         sequences = tuple(tuple(row[keep].tolist()) for row, keep in zip(ids, kept, strict=True))
-    flat = tuple(int(label) for label in labels.tolist()) if labels is not None and labels.ndim == 1 else None
+    flat = None if labels is None else tuple(labels.tolist())
     return Truth(sequences=sequences, images=tensors.get("images"), labels=flat)
+
+
+def _problems(tensors: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    ids, mask, images = tensors.get("token_ids"), tensors.get("attention_mask"), tensors.get("images")
+    for name, axes in (("token_ids", ("n", "t")), ("labels", ("n",))):
+        problems += _not_whole(name, tensors[name], axes) if name in tensors else []
+    if mask is not None and (ids is None or mask.shape != ids.shape):
+        beside = "there are none" if ids is None else f"theirs is {tuple(ids.shape)}"
+        problems.append(f"attention_mask has the shape {tuple(mask.shape)}, must have that of token_ids: {beside}")
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        problems.append("attention_mask must hold 0 and 1 alone")
+    if images is not None:
+        if images.ndim != 4 or images.dtype not in _REAL:
+            problems.append(f"images is {_what(images)}, must hold floating-point numbers of shape (n, c, h, w)")
+        elif not bool(torch.isfinite(images).all()):
+            problems.append("images must hold finite numbers")
+    counts = {name: len(tensor) for name, tensor in tensors.items() if name != "attention_mask" and tensor.ndim}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        problems.append(f"the numbers of records are {counts}, must be one number from 1")
+    return problems
+
+
+def _not_whole(name: str, tensor: Tensor, axes: tuple[str, ...]) -> list[str]:
+    real = tensor.is_floating_point() or tensor.is_complex()
+    if real or tensor.dtype is torch.bool or tensor.ndim != len(axes):
+        return [f"{name} is {_what(tensor)}, must hold whole numbers of shape ({', '.join(axes)})"]
+    values = tensor.long()  # the least of small unsigned numbers is not implemented
+    if values.numel() and int(values.min()) < 0:
+        return [f"{name} holds {int(values.min())}, must hold whole numbers from 0"]
+    return []
+
+
+def _what(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
