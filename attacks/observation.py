@@ -11,8 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import reprlib
 import secrets
 import shutil
 from collections import Counter
@@ -22,11 +20,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from attacks.facts import COUNTS, RULES, is_text, plain, show
 
 FORMAT_VERSION = 1
 
@@ -44,98 +43,12 @@ class ObservationError(ValueError):
     """An observation that contradicts itself, or a folder that does not hold one."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """Say what a fact may be: a kind of value, for numbers from `least` and below `below`, one or `many`."""
-
-    kind: Literal["whole", "real", "text", "truth"]
-    least: int = 0
-    below: float = math.inf
-    many: bool = False
-    shortest: int = 0
-
-    def wanted(self) -> str:
-        """Word the rule."""
-        if self.kind in ("text", "truth"):
-            return "text" if self.kind == "text" else "true or false"
-        below = f" and below {self.below:g}" if math.isfinite(self.below) else ""
-        numbers = "whole numbers" if self.kind == "whole" else "finite numbers"
-        one = f"a {numbers.removesuffix('s')}" if not self.many else f"a list of {numbers}"
-        return f"{one} from {self.least}{below}" + (f", {self.shortest} at least" if self.shortest else "")
-
-    def fits(self, value: object) -> bool:
-        """Say whether a single value keeps the rule."""
-        if self.kind == "truth":
-            return isinstance(value, bool)
-        if self.kind == "text":
-            return _is_text(value)
-        if isinstance(value, bool) or not isinstance(value, int if self.kind == "whole" else int | float):
-            return False
-        # 64 bits bound every whole number: more fits no tensor. NaN fails every comparison.
-        return self.least <= value < min(self.below, 2**63) and math.isfinite(value)
-
-    def problems(self, name: str, value: object) -> list[str]:
-        """Name what breaks the rule; of many wrong entries the first and their number."""
-        if not self.many:
-            return [] if self.fits(value) else [f"{name} is {_show(value)}, must be {self.wanted()}"]
-        if not isinstance(value, tuple) or len(value) < self.shortest:
-            return [f"{name} is {_show(value)}, must be {self.wanted()}"]
-        wrong = [place for place, entry in enumerate(value) if not self.fits(entry)]
-        if not wrong:
-            return []
-        rest = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        return [f"{name}[{wrong[0]}] is {_show(value[wrong[0]])}{rest}, must be {self.wanted()}"]
-
-
-_RULES: Mapping[str, _Rule] = {
-    "labels": _Rule("whole", many=True),
-    "label_counts": _Rule("whole", many=True),
-    "lengths": _Rule("whole", many=True),
-    "sequence_length": _Rule("whole", least=1),
-    "batch_size": _Rule("whole", least=1),
-    "local_steps": _Rule("whole", least=1),
-    "local_epochs": _Rule("whole", least=1),
-    "optimiser": _Rule("text"),
-    "learning_rate": _Rule("real"),
-    "weight_decay": _Rule("real"),
-    "dropout": _Rule("real", below=1.0),
-    "clip_norm": _Rule("real"),
-    "noise_multiplier": _Rule("real"),
-    "vocabulary_size": _Rule("whole", least=1),
-    "special_tokens": _Rule("whole", many=True),
-    "token_set": _Rule("whole", many=True),
-    "image_shape": _Rule("whole", least=1, many=True, shortest=1),
-    "task": _Rule("text"),
-    "auxiliary_data": _Rule("text"),
-    "batch_statistics": _Rule("truth"),
-}
-_COUNTS = {"round": _Rule("whole"), "contributors": _Rule("whole", least=1)}
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None  # halves of letters cannot be written
-
-
-def _show(value: object) -> str:
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # a number of thousands of digits
-        return f"a huge {type(value).__name__}"
-
-
-def _plain(value: Any) -> Any:
-    """Turn NumPy's numbers into plain ones and a list into a tuple; anything else stays what it is."""
-    if isinstance(value, list | tuple):
-        return tuple(entry.item() if isinstance(entry, np.number | np.bool_) else entry for entry in value)
-    return value.item() if isinstance(value, np.number | np.bool_) else value
-
-
 def _knowledge_problems(knowledge: Mapping[str, object]) -> list[str]:
-    unknown = sorted(set(knowledge) - set(_RULES))
-    problems = [f"knowledge: unknown names {_show(unknown)}, allowed are {sorted(_RULES)}"] if unknown else []
+    unknown = sorted(set(knowledge) - set(RULES))
+    problems = [f"knowledge: unknown names {show(unknown)}, allowed are {sorted(RULES)}"] if unknown else []
     for name, value in knowledge.items():
-        if name in _RULES and value is not None:
-            problems += _RULES[name].problems(f"knowledge.{name}", value)
+        if name in RULES and value is not None:
+            problems += RULES[name].problems(f"knowledge.{name}", value)
     return problems
 
 
@@ -172,7 +85,7 @@ class Knowledge:
 
     def __post_init__(self) -> None:
         # Read past any subclass that notes what is read: a check is no use of a fact.
-        found = {name: _plain(object.__getattribute__(self, name)) for name in _RULES}
+        found = {name: plain(object.__getattribute__(self, name)) for name in RULES}
         if problems := _knowledge_problems(found):
             raise ObservationError("; ".join(problems))
         for name, value in found.items():
@@ -207,16 +120,16 @@ class Observation:
     knowledge: Knowledge = Knowledge()
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            object.__setattr__(self, name, _plain(getattr(self, name)))
+        for name in COUNTS:
+            object.__setattr__(self, name, plain(getattr(self, name)))
         if isinstance(self.metadata, Mapping):
-            _freeze(self, "metadata", {name: _plain(value) for name, value in self.metadata.items()})
+            _freeze(self, "metadata", {name: plain(value) for name, value in self.metadata.items()})
         problems = _fact_problems({name: getattr(self, name) for name in _FACTS})
         problems += _tensor_problems("tensors", self.tensors)
         if self.broadcast is not None:
             problems += _tensor_problems("broadcast", self.broadcast)
         if not isinstance(self.knowledge, Knowledge):
-            problems.append(f"knowledge is {_show(self.knowledge)}, must be a Knowledge")
+            problems.append(f"knowledge is {show(self.knowledge)}, must be a Knowledge")
         if problems:
             raise ObservationError("; ".join(problems))
         _freeze(self, "tensors", {name: tensor.detach() for name, tensor in self.tensors.items()})
@@ -308,7 +221,7 @@ def _describe(observation: Observation) -> tuple[dict[str, Any], dict[str, Mappi
     if observation.broadcast is not None:
         parts[_BROADCAST] = observation.broadcast
     wrong = [
-        f"{file}: {_show(name)} is on the meta device or not a dense tensor, which cannot be stored"
+        f"{file}: {show(name)} is on the meta device or not a dense tensor, which cannot be stored"
         for file, tensors in parts.items()
         for name, tensor in tensors.items()
         if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided
@@ -419,10 +332,10 @@ def _read_description(path: Path) -> dict[str, Any]:
     description, repeated = _read_json(path)
     if not isinstance(description, dict):
         raise ObservationError(f"{path} must hold one JSON object")
-    problems = [f"the key {_show(name)} stands there more than once" for name in repeated]
+    problems = [f"the key {show(name)} stands there more than once" for name in repeated]
     version = description.get("format")
     if type(version) is not int or version != FORMAT_VERSION:
-        problems.append(f"format is {_show(version)}, this version reads format {FORMAT_VERSION}")
+        problems.append(f"format is {show(version)}, this version reads format {FORMAT_VERSION}")
     else:
         problems += _description_problems(description)
     if problems:
@@ -472,24 +385,24 @@ def _deeper(value: object, levels: int) -> bool:
 def _description_problems(description: Mapping[str, Any]) -> list[str]:
     missing = [key for key in _KEYS if key not in description]
     unknown = [key for key in description if key not in (*_KEYS, "sha256")]
-    problems = [f"missing keys {missing}, unknown keys {_show(unknown)}"] if missing or unknown else []
+    problems = [f"missing keys {missing}, unknown keys {show(unknown)}"] if missing or unknown else []
     objects = {name: description.get(name, {}) for name in ("metadata", "knowledge", "tensors", "broadcast")}
     if objects["broadcast"] is None:
         del objects["broadcast"]
-    wrong = [f"{name} is {_show(value)}" for name, value in objects.items() if not isinstance(value, dict)]
+    wrong = [f"{name} is {show(value)}" for name, value in objects.items() if not isinstance(value, dict)]
     if wrong:
         problems.append(f"{', '.join(wrong)}: these must be JSON objects")
     whole = {name: value for name, value in objects.items() if isinstance(value, dict)}
     facts = {name: description[name] for name in _FACTS if name in description}
     problems += _fact_problems({**facts, "metadata": whole.get("metadata", {})})
-    problems += _knowledge_problems({name: _plain(value) for name, value in whole.get("knowledge", {}).items()})
+    problems += _knowledge_problems({name: plain(value) for name, value in whole.get("knowledge", {}).items()})
     for name in ("tensors", "broadcast"):
         problems += _inventory_problems(name, whole[name]) if name in whole else []
     if "sha256" in description:
         files = {_TENSORS} if description.get("broadcast") is None else {_TENSORS, _BROADCAST}
         digests = description["sha256"]
-        if not isinstance(digests, dict) or set(digests) != files or not all(map(_is_text, digests.values())):
-            problems.append(f"sha256 is {_show(digests)}, must give a digest for {sorted(files)}")
+        if not isinstance(digests, dict) or set(digests) != files or not all(map(is_text, digests.values())):
+            problems.append(f"sha256 is {show(digests)}, must give a digest for {sorted(files)}")
     return problems
 
 
@@ -499,7 +412,7 @@ def _inventory_problems(name: str, inventory: Mapping[str, Any]) -> list[str]:
     wrong = [key for key, entry in inventory.items() if not _is_entry(entry)]
     if not wrong:
         return []
-    shown = f"{name}[{_show(wrong[0])}] is {_show(inventory[wrong[0]])}"
+    shown = f"{name}[{show(wrong[0])}] is {show(inventory[wrong[0]])}"
     rest = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     return [f"{shown}{rest}, must be a JSON object of shape, a list of whole numbers, and dtype, text"]
 
@@ -507,7 +420,7 @@ def _inventory_problems(name: str, inventory: Mapping[str, Any]) -> list[str]:
 def _is_entry(entry: object) -> bool:
     if not isinstance(entry, dict) or set(entry) != {"shape", "dtype"} or not isinstance(entry["shape"], list):
         return False
-    return isinstance(entry["dtype"], str) and all(_COUNTS["round"].fits(size) for size in entry["shape"])
+    return isinstance(entry["dtype"], str) and all(COUNTS["round"].fits(size) for size in entry["shape"])
 
 
 # What reading a safetensors file that others wrote can raise: headers, types and sizes it does not know.
@@ -526,7 +439,7 @@ def _read_tensors(path: Path, inventory: Mapping[str, Any], digest: str | None) 
     if any(getattr(before, name) != getattr(after, name) for name in ("st_ino", "st_size", "st_mtime_ns")):
         raise ObservationError(f"{path} changed while it was read")
     if content != digest:
-        wanted = f"its SHA-256 is {content}, must be {_show(digest)}"
+        wanted = f"its SHA-256 is {content}, must be {show(digest)}"
         raise ObservationError(f"{path} is not the file that {_DESCRIPTION} describes: {wanted}")
     found = _inventory(tensors)
     if found != inventory:
@@ -553,13 +466,13 @@ def _freeze(observation: Observation, name: str, value: dict[str, Any]) -> None:
 
 def _tensor_problems(field_name: str, tensors: object) -> list[str]:
     if not isinstance(tensors, Mapping):
-        return [f"{field_name} is {_show(tensors)}, must map names to tensors"]
+        return [f"{field_name} is {show(tensors)}, must map names to tensors"]
     if field_name == "tensors" and not tensors:
         return ["tensors is empty"]
     return [
-        f"{field_name}[{_show(name)}] must map a name to a tensor"
+        f"{field_name}[{show(name)}] must map a name to a tensor"
         for name, tensor in tensors.items()
-        if not _is_text(name) or name == "__metadata__" or not isinstance(tensor, torch.Tensor)  # the format's own
+        if not is_text(name) or name == "__metadata__" or not isinstance(tensor, torch.Tensor)  # the format's own
     ]
 
 
@@ -568,16 +481,16 @@ def _fact_problems(facts: Mapping[str, Any]) -> list[str]:
     problems = []
     kind, contributors, metadata = facts.get("kind"), facts.get("contributors"), facts.get("metadata", {})
     if "kind" in facts and (not isinstance(kind, str) or kind not in get_args(Kind)):
-        problems.append(f"kind is {_show(kind)}, must be one of {get_args(Kind)}")
-    for name in [name for name in _COUNTS if name in facts]:
-        problems += _COUNTS[name].problems(name, facts[name])
-    if kind in ("gradient", "delta") and _COUNTS["contributors"].fits(contributors) and contributors != 1:
+        problems.append(f"kind is {show(kind)}, must be one of {get_args(Kind)}")
+    for name in [name for name in COUNTS if name in facts]:
+        problems += COUNTS[name].problems(name, facts[name])
+    if kind in ("gradient", "delta") and COUNTS["contributors"].fits(contributors) and contributors != 1:
         problems.append(f"a {kind} has one contributor, not {contributors}: use kind 'sum'")
-    if "observer" in facts and not (_is_text(facts["observer"]) and facts["observer"]):
-        shown = _show(facts["observer"])
+    if "observer" in facts and not (is_text(facts["observer"]) and facts["observer"]):
+        shown = show(facts["observer"])
         problems.append(f"observer is {shown}, must name the row of the threat model, for example 'server'")
     if not isinstance(metadata, Mapping):
-        return [*problems, f"metadata is {_show(metadata)}, must map names to facts (in JSON an object)"]
+        return [*problems, f"metadata is {show(metadata)}, must map names to facts (in JSON an object)"]
     if kind == "sum" and metadata.get("summand") is None:
         problems.append("a sum needs metadata['summand'] = 'gradient' or 'delta'")
     for name, value in metadata.items():
@@ -587,16 +500,16 @@ def _fact_problems(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _metadata_problems(name: object, value: object) -> list[str]:
-    label, choices = f"metadata[{_show(name)}]", {"point": get_args(Point), "summand": ("gradient", "delta")}
-    if not isinstance(name, str) or not _is_text(name):
+    label, choices = f"metadata[{show(name)}]", {"point": get_args(Point), "summand": ("gradient", "delta")}
+    if not isinstance(name, str) or not is_text(name):
         return [f"{label} must have text as its name"]
     if name in choices:
         right = isinstance(value, str) and value in choices[name]
-        return [] if right else [f"{label} is {_show(value)}, must be one of {choices[name]}"]
-    if name in _RULES:
-        if _RULES[name].many:
-            return [f"{label} is {_show(value)}, but the protocol reveals no lists: grant it in knowledge"]
-        return _RULES[name].problems(label, value)
+        return [] if right else [f"{label} is {show(value)}, must be one of {choices[name]}"]
+    if name in RULES:
+        if RULES[name].many:
+            return [f"{label} is {show(value)}, but the protocol reveals no lists: grant it in knowledge"]
+        return RULES[name].problems(label, value)
     if not isinstance(value, Fact) or (isinstance(value, float) and not math.isfinite(value)):
-        return [f"{label} is {_show(value)}, must be a finite number, text, truth value or None"]
+        return [f"{label} is {show(value)}, must be a finite number, text, truth value or None"]
     return []

@@ -118,7 +118,7 @@ def test_a_part_of_another_type_is_refused_by_name(stored, name, value, bound):
 
 
 WHOLE = ("batch_size", "local_steps", "local_epochs", "sequence_length", "vocabulary_size")
-REAL = ("learning_rate", "weight_decay", "dropout", "clip_norm", "noise_multiplier")
+REAL = ("learning_rate", "weight_decay", "dropout", "clip_norm", "noise_multiplier", "noise_deviation")
 TEXT = ("optimiser", "task", "auxiliary_data")
 LISTS = ("labels", "label_counts", "lengths", "special_tokens", "token_set", "image_shape")
 WRONG = [
@@ -136,7 +136,7 @@ WRONG = [
 
 def test_every_fact_that_can_be_granted_is_checked():
     checked = {name for name, _ in WRONG}
-    assert checked == {entry.name for entry in dataclasses.fields(Knowledge)} == set(module._RULES)
+    assert checked == {entry.name for entry in dataclasses.fields(Knowledge)} == set(RULES)
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
