@@ -143,6 +143,17 @@ class Refactored(Halves):
 
     note = "FedSVD: B is trained and sent; the server turns the factors by a singular value decomposition"
 
+    def __init__(self, config: StrategyConfig, trainable: Any, *, seed: int = 0) -> None:
+        super().__init__(config, trainable, seed=seed)
+        for item in self.adapters:
+            (rank, columns), rows = self.shapes[item.a], self.shapes[item.b][0]
+            if rank > min(rows, columns):
+                raise ModelError(
+                    f"model.trainable.rank = {rank} with federation.strategy.kind = 'fedsvd': {item.a} belongs to a module of "
+                    f"{rows} x {columns}, whose product has {min(rows, columns)} singular values; lower the rank to "
+                    f"{min(rows, columns)}, or use ffa"
+                )
+
     def settle(self, vector: Tensor) -> Tensor:
         """Turn the factors: A^T = Q R, B R^T = U S V^T, then A becomes V^T Q^T and B becomes U S."""
         turned = vector.clone()

@@ -151,6 +151,28 @@ def test_fedsvd_leaves_orthonormal_rows_even_where_b_is_zero() -> None:
         torch.testing.assert_close(a @ a.t(), torch.eye(len(a)), atol=1e-5, rtol=0.0)
 
 
+def test_fedsvd_refuses_a_rank_larger_than_a_module_before_anything_is_charged(tmp_path: Path) -> None:
+    """The keys and values of this model are 32 x 64: a product has at most 32 singular values."""
+    trainable, rule = lora_for("fedsvd", "tiny-llama", rank=32)
+    state = rule.start(trainable.flatten())
+    changes = client_changes(rule, state.vector, 0, seed=1)
+    wanted = torch.stack([dense(rule, state.vector + change) for change in changes]).mean(0)
+    assert (dense(rule, one_round(rule, state, changes).vector) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    with pytest.raises(ModelError, match=r"rank = 33 .* 32 x 64, .* lower the rank to 32"):
+        lora_for("fedsvd", "tiny-llama", rank=33)
+    lora_for("ffa", "tiny-llama", rank=33)  # the control: the other rules take any rank
+    task = {"kind": "text_classification", "data": "builtin:clinic_notes?size=60&validation=20", "clients": 4}
+    made = make(
+        task=task,
+        model={"name": "builtin:tiny-llama", "trainable": {"kind": "lora", "rank": 64}},
+        federation={"strategy": {"kind": "fedsvd"}},
+        privacy=RECORD,
+    )
+    with pytest.raises(ModelError, match="rank = 64"):
+        train(made, tmp_path)
+    assert not (tmp_path / "ledger.sqlite").exists()
+
+
 def test_flora_takes_clients_of_different_ranks() -> None:
     trainable, rule = lora_for("flora", ranks=(1, 3))
     state = one_round(rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=3))
