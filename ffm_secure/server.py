@@ -59,6 +59,7 @@ def advance(setup: Setup, plan: RoundPlan, state: ServerState, outcome: Outcome)
                 device=setup.device,
                 microbatch=config.speed.microbatch,
             )
+        vector = strategy.after_public(vector, plan.round)
         return pretrain.remember(state, replace(state, vector=vector), plan.phase)
     if outcome.sum is None:
         return state

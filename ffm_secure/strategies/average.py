@@ -63,6 +63,10 @@ class Strategy:
         """Return the state after a round; `mean_message` is float64."""
         raise NotImplementedError
 
+    def after_public(self, vector: Tensor, phase: int) -> Tensor:
+        """Return the vector to broadcast after the server learned by itself in round `phase`; the model is the same one."""
+        return vector
+
 
 class Average(Strategy):
     """Add the mean change of the clients, scaled by the server's learning rate.

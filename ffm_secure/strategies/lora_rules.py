@@ -207,6 +207,8 @@ class Stacking(LoraRule):
     Stacking the factors of all clients is their sum of products, so clients send the product itself: the server needs the
     sum only and learns no client's factors or rank; the price is a dense upload. A is drawn anew for every step, B starts
     at zero.
+    Guarantee: B is zero in every broadcast, so that a client's product is its own change: what the server learned in public
+    passes through no client's rank, bound or share.
     Source: Wang et al. 2024, arXiv:2409.05976, section 3.
     """
 
@@ -246,12 +248,23 @@ class Stacking(LoraRule):
         split = self.count(self.head)
         self.put(vector, self.head, mean[:split])
         self.put(vector, [item.weight for item in self.adapters], mean[split:])
-        stream = torch.Generator().manual_seed((self.seed * 1_000_003 + state.round + 1) % 2**63)
+        self.restart(vector, state.round + 1)
+        return ServerState(round=state.round + 1, vector=vector.to(torch.float32))
+
+    def after_public(self, vector: Tensor, phase: int) -> Tensor:
+        """Fold the server's own product into the weight and start the adapters anew."""
+        folded = vector.double()
+        self.put(folded, [item.weight for item in self.adapters], self.products(folded))
+        self.restart(folded, -phase)  # steps count up from 1, so the two never share a draw
+        return folded.to(torch.float32)
+
+    def restart(self, vector: Tensor, number: int) -> None:
+        """Draw every A anew and set every B to zero, in place."""
+        stream = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
         for item in self.adapters:
             a = self.view(vector, item.a)
             a.copy_((2 * torch.rand(a.shape, generator=stream, dtype=a.dtype) - 1) / a.shape[1] ** 0.5)
             self.view(vector, item.b).zero_()
-        return ServerState(round=state.round + 1, vector=vector.to(torch.float32))
 
 
 class SharedA(LoraRule):

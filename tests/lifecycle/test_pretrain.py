@@ -258,6 +258,73 @@ def test_public_rows_are_no_longer_private(tmp_path: Path) -> None:
     )
 
 
+# --- rules for LoRA --------------------------------------------------------------------------------------------------
+
+CLIENT_CLIPS = {"unit": "client", "epsilon": 1e5, "delta": 0.01, "clip_norm": 0.05, "noise": "seeded"}
+HARD_ON_MESSAGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "half the learning rate": {"strategy": {"learning_rate": 0.5}},
+    "ranks 1 and 2": {"trainable": {"kind": "lora", "ranks": [1, 2]}},
+    "a small clip": {"privacy": CLIENT_CLIPS, "protection": {"kind": "secagg", "coordinate_bound": 20.0}},
+}
+
+
+def by_rule(kind: str, rounds: int, changed: dict[str, Any] | None = None, **lifecycle: Any) -> RunConfig:
+    changed = changed or {}
+    made = pretraining(rounds=rounds, privacy=changed.get("privacy"), **lifecycle)
+    strategy = replace(made.federation.strategy, kind=kind, **changed.get("strategy", {}))
+    trainable = replace(made.model.trainable, **{"kind": "lora", "rank": 2, **changed.get("trainable", {})})
+    protection = replace(made.protection, **changed.get("protection", {"coordinate_bound": 20.0}))
+    return replace(
+        made,
+        model=replace(made.model, trainable=trainable),
+        federation=replace(made.federation, strategy=strategy),
+        protection=protection,
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(case, kind) for case in HARD_ON_MESSAGES for kind in ("flora", "fedex") if (case, kind) != ("ranks 1 and 2", "fedex")],
+)
+def test_what_was_learned_in_public_survives_a_private_phase_whole(case: str, kind: str, tmp_path: Path) -> None:
+    """In the private phase nobody learns, so the model must stay as the public phase left it, whatever bounds a message."""
+    still = {"learning_rate": 1e-12, "public_learning_rate": 0.3, "public_steps": 4}
+    built, public = train(by_rule(kind, 1, HARD_ON_MESSAGES[case], **still), tmp_path / "public")
+    _, private = train(by_rule(kind, 2, HARD_ON_MESSAGES[case], **still), tmp_path / "private")
+    assert [item.phase for item in private.records] == ["public", "private"]
+    rule: Any = built.prepared.strategy
+
+    def dense(vector: torch.Tensor) -> torch.Tensor:
+        weights = rule.pick(vector, [item.weight for item in rule.adapters])
+        return torch.cat((weights + rule.products(vector), rule.pick(vector, rule.head))).double()
+
+    start = dense(prepared(built.config).trainable.flatten())
+    learned, kept = dense(public.state.vector) - start, dense(private.state.vector) - start
+    assert learned.norm() > 0.1
+    assert float(kept @ learned / (learned @ learned)) == pytest.approx(1.0, abs=0.01)
+    if kind == "flora":
+        assert not rule.pick(public.state.vector, rule.b).any(), "the adapters start anew"
+
+
+def test_flora_resumes_in_a_private_phase_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    made = by_rule("flora", 4, {"privacy": RECORD})
+    _, whole = train(made, tmp_path / "whole")
+
+    class Stop(Silent):
+        def round_finished(self, record: RoundRecord) -> None:
+            if record.round == 3:
+                raise KeyboardInterrupt
+
+    part = setup.build(prepared(made), tmp_path / "part")
+    with Store.open(tmp_path / "part", made) as store, pytest.raises(Interrupted):
+        run(part, store, watch=Stop())
+    _, resumed = train(made, tmp_path / "part")
+    assert [item.phase for item in resumed.records] == ["public", "private", "public", "private"]
+    assert torch.equal(resumed.state.vector, whole.state.vector)
+    assert [item.alignment for item in resumed.records] == [item.alignment for item in whole.records]
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 

@@ -186,6 +186,22 @@ def test_flora_takes_clients_of_different_ranks() -> None:
         assert torch.equal(local[rule.places[rule.head[0]]], (state.vector + change)[rule.places[rule.head[0]]])
 
 
+@pytest.mark.parametrize("kind", [kind for kind in LORA_RULES if kind != "fedsa"])
+def test_a_public_phase_leaves_the_same_model_to_broadcast(kind: str) -> None:
+    """FLoRA folds what the server learned and starts anew, with another A each time; the other rules change nothing."""
+    trainable, rule = lora_for(kind)
+    vector = trainable.flatten()
+    first, again, later = (rule.after_public(vector, phase) for phase in (3, 3, 4))
+    torch.testing.assert_close(dense(rule, first), dense(rule, vector), atol=1e-6, rtol=1e-5)
+    assert torch.equal(first, again)
+    if kind == "flora":
+        assert rule.pick(vector, rule.b).any()
+        assert not rule.pick(first, rule.b).any()
+        assert not torch.equal(rule.pick(first, rule.a), rule.pick(later, rule.a))
+    else:
+        assert torch.equal(first, vector)
+
+
 def test_rules_need_factors() -> None:
     trainable, _, _ = prepare("tiny-bert", "text_classification", {"kind": "head"})
     with pytest.raises(ModelError, match=r"needs model\.trainable\.kind = 'lora'"):
