@@ -12,7 +12,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ffm_secure.config import Controller, Lifecycle
@@ -129,19 +128,22 @@ def learn_in_public(
     return start + change.vector.to(start.device)
 
 
-def remember(before: Any, after: Any, phase: str) -> Any:
+def remember(strategy: Any, before: Any, after: Any, phase: str) -> Any:
     """Keep the newest change of each source beside the server's state, so that a resumed run still has it."""
-    kept = {name: value for name, value in before.slots.items() if name.startswith("phase.")}
-    return replace(after, slots={**after.slots, **kept, f"phase.{phase}": after.vector - before.vector})
+    kept = {name: value for name, value in before.slots.items() if name.startswith("moved.")}
+    newest = strategy.moved(before.vector, after.vector)
+    return replace(after, slots={**after.slots, **kept, f"moved.{phase}": newest})
 
 
-def alignment(slots: Mapping[str, Tensor]) -> float | None:
-    """Return the cosine between the newest public and the newest private change; None before there are both.
+def alignment(strategy: Any, slots: Mapping[str, Tensor]) -> float | None:
+    """Return the cosine between the newest public and the newest private change; None where there are no two to compare.
 
-    Both are released numbers: the public change, and the opened mean of the private ones with its noise, which pulls the
-    cosine towards 0. Values that stay at or below 0 without noise say that the two distributions pull apart.
+    The strategy says what a change is: of the trained numbers, or under a rule for LoRA of the products and the head. Both are
+    released numbers: the public change, and the opened mean of the private ones with its noise, which pulls the cosine towards 0.
+    Values that stay at or below 0 without noise say that the two distributions pull apart.
     """
-    public, private = slots.get("phase.public"), slots.get("phase.private")
+    public, private = slots.get("moved.public"), slots.get("moved.private")
     if public is None or private is None:
         return None
-    return float(torch.nn.functional.cosine_similarity(public.double(), private.double(), dim=0))
+    cosine: float | None = strategy.cosine(public, private)
+    return cosine

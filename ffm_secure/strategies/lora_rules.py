@@ -31,6 +31,8 @@ class Adapter:
 class LoraRule(Strategy):
     """What the rules share: a vector seen as named tensors.
 
+    Changes are compared as the model feels them: the change of every adapted weight with its product, and of the head. Factors say
+    nothing there, because rules turn them, draw them anew, or train another half of them in the next step.
     Guarantee: `message` and `step` are functions of vectors alone; nothing of a client but its message reaches `step`.
     """
 
@@ -84,6 +86,37 @@ class LoraRule(Strategy):
         """Return the products of all adapters end to end."""
         return torch.cat([self.product(vector, item).reshape(-1) for item in self.adapters])
 
+    def moved(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return both vectors where only factors are kept, so that nothing dense is; otherwise the dense change."""
+        if not self.folds:
+            return torch.cat((before, after))
+        weights, old, new = [item.weight for item in self.adapters], before.double(), after.double()
+        grown = self.pick(new - old, weights) + self.products(new) - self.products(old)
+        return torch.cat((grown, self.pick(new - old, self.head))).to(before.dtype)
+
+    def cosine(self, first: Tensor, second: Tensor) -> float | None:
+        """Return the cosine between two changes; where only factors are kept, from products of factors."""
+        if self.folds:
+            return super().cosine(first, second)
+        one, two = first.double(), second.double()
+        size = (self._inner(one, one) * self._inner(two, two)) ** 0.5
+        return self._inner(one, two) / size if size else 0.0
+
+    def _inner(self, first: Tensor, second: Tensor) -> float:
+        """Return the inner product of two changes: <B A, D C> is the sum over B^T D times A C^T, entry by entry."""
+        heads = [self.pick(new - old, self.head) for old, new in (first.chunk(2), second.chunk(2))]
+        total = float(heads[0] @ heads[1])
+        for item in self.adapters:
+            (b, a), (d, c) = self._difference(first, item), self._difference(second, item)
+            total += item.scaling**2 * float(((b.t() @ d) * (a @ c.t())).sum())
+        return total
+
+    def _difference(self, moved: Tensor, item: Adapter) -> tuple[Tensor, Tensor]:
+        """Return factors [m, 2r] and [2r, n] of the change of one product."""
+        old, new = moved.chunk(2)
+        b = torch.cat((self.view(new, item.b), -self.view(old, item.b)), dim=1)
+        return b, torch.cat((self.view(new, item.a), self.view(old, item.a)))
+
 
 class Halves(LoraRule):
     """Rules under which a round trains only some of the tensors; only those travel up, padded to the largest round."""
@@ -132,6 +165,14 @@ class Alternating(Halves):
     def trains(self, step: int) -> tuple[str, ...]:
         """Name what this step trains."""
         return (*(self.a if step % 2 else self.b), *self.head)
+
+    def cosine(self, first: Tensor, second: Tensor) -> float | None:
+        """Return None for changes of different halves: B moves what A reads, A what B writes, whatever the data say."""
+        return super().cosine(first, second) if self._trained_a(first) == self._trained_a(second) else None
+
+    def _trained_a(self, moved: Tensor) -> bool:
+        old, new = moved.chunk(2)
+        return not torch.equal(self.pick(old, self.a), self.pick(new, self.a))
 
 
 class Refactored(Halves):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,30 @@ def test_a_public_phase_leaves_the_same_model_to_broadcast(kind: str) -> None:
         assert not torch.equal(rule.pick(first, rule.a), rule.pick(later, rule.a))
     else:
         assert torch.equal(first, vector)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LORA_RULES if kind != "fedsa"])
+def test_two_changes_are_compared_as_the_model_feels_them(kind: str) -> None:
+    """The cosine of a public and a private change against that of the dense weights and the head before and after."""
+    trainable, rule = lora_for(kind)
+    start = one_round(rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=1))
+    start = one_round(rule, start, client_changes(rule, start.vector, 1, seed=2))
+    changes = client_changes(rule, start.vector, start.round, seed=3)
+    public = replace(start, vector=rule.after_public(start.vector + changes[0], 3))
+    private = one_round(rule, public, changes)
+    seen = [(start.vector, public.vector), (public.vector, private.vector)]
+    kept = [rule.moved(before, after) for before, after in seen]
+    moved = [dense(rule, after.double()) - dense(rule, before.double()) for before, after in seen]
+    wanted = float(torch.nn.functional.cosine_similarity(*moved, dim=0))
+    assert rule.cosine(*kept) == pytest.approx(wanted, abs=1e-4)
+    assert rule.cosine(kept[1], kept[1]) == pytest.approx(1.0)
+    assert wanted > 0.1, "one of the three clients learned what the server learned"
+    plain = float(torch.nn.functional.cosine_similarity(*(after - before for before, after in seen), dim=0))
+    if kind in ("fedsvd", "flora"):
+        assert abs(plain - wanted) > 0.03, "the factors themselves were turned or drawn anew"
+    if kind == "rolora":
+        other = one_round(rule, private, client_changes(rule, private.vector, private.round, seed=4))
+        assert rule.cosine(kept[0], rule.moved(private.vector, other.vector)) is None, "B was trained there, A here"
 
 
 def test_rules_need_factors() -> None:
