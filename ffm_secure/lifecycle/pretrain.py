@@ -48,7 +48,7 @@ def gain_per_cost(history: History, spec: Controller) -> Phase:
     """Choose the source whose last `window` phases lowered the public loss most for what they cost.
 
     Each source is tried once first, and the one not chosen is tried again after `retry` phases, because its gain may have
-    changed since. A source that gains at no cost comes first.
+    changed since. A source that costs nothing comes first, but only while it gains more than `least_gain` of the loss a phase.
     """
     for source in ("public", "private"):
         if not any(record.phase == source for record in history):
@@ -59,23 +59,29 @@ def gain_per_cost(history: History, spec: Controller) -> Phase:
 
 
 def rate(history: History, source: str, spec: Controller) -> float:
-    """Return the fall of the public loss per unit of cost over a source's last `window` phases; infinite before it is known."""
-    gain = cost = 0.0
-    pairs = [(before, after) for before, after in pairwise(history) if after.phase == source]
+    """Return the fall of the public loss per unit of cost over a source's last `window` phases; infinite before it is known.
+
+    What costs nothing is worth any price while it gains more than `least_gain` of the last loss a phase, and nothing below that:
+    a gain that small must not keep a run from what it is willing to pay for.
+    """
+    pairs = [(before, after) for before, after in pairwise(history) if after.phase == source][-spec.window :]
     if not pairs:
         return math.inf
-    for before, after in pairs[-spec.window :]:
-        gain += before.loss - after.loss
-        cost += COSTS[spec.cost](before, after)
+    gain = sum(before.loss - after.loss for before, after in pairs) / len(pairs)
+    cost = sum(COSTS[spec.cost](after) for _, after in pairs) / len(pairs)
     if gain <= 0.0:
         return gain
-    return gain / cost if cost > 0.0 else math.inf
+    if cost > 0.0:
+        return gain / cost
+    return math.inf if gain > spec.least_gain * abs(history[-1].loss) else 0.0
 
 
-COSTS: Mapping[str, Callable[[RoundRecord, RoundRecord], float]] = {
-    "epsilon": lambda before, after: after.epsilon_spent - before.epsilon_spent,
-    "bytes": lambda before, after: float(after.bytes_up + after.bytes_down),
-    "seconds": lambda before, after: after.seconds - after.evaluation_seconds,
+COSTS: Mapping[str, Callable[[RoundRecord], float]] = {
+    # Every private phase charges its cohort the same event, so the price of each is one charge. The largest epsilon over the owners,
+    # which the record holds, stands still while the cohort is of owners who have spent less than others.
+    "epsilon": lambda record: float(record.phase == "private"),
+    "bytes": lambda record: float(record.bytes_up + record.bytes_down),
+    "seconds": lambda record: record.seconds - record.evaluation_seconds,
 }
 CONTROLLERS: Mapping[str, Callable[[History, Controller], Phase]] = {
     "fixed": fixed,

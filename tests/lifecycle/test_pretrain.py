@@ -105,6 +105,43 @@ def test_gain_per_epsilon_prefers_what_spends_nothing_while_it_gains() -> None:
     assert gain_per_cost((*past, record(4, "public", 1.5, epsilon_spent=1.0)), spec) == "private"
 
 
+def played(controller: dict[str, Any], gains: dict[str, float], rounds: int, **private: Any) -> str:
+    """Let a controller choose while each source lowers the loss by a fixed number a phase; `private` is a private record's cost."""
+    spec, past, loss = Controller(kind="gain_per_cost", **controller), (), 10.0
+    for number in range(rounds):
+        phase = gain_per_cost(past, spec)
+        loss -= gains[phase]
+        past = (*past, record(number + 1, phase, loss, **(private if phase == "private" else {})))
+    return "".join("u" if item.phase == "public" else "r" for item in past)
+
+
+@pytest.mark.parametrize("cost", ["epsilon", "bytes"])
+def test_what_costs_nothing_does_not_keep_a_run_from_a_source_that_gains(cost: str) -> None:
+    """A public gain of a millionth a phase, for nothing, against a private one of 0.2; public phases are only tried again."""
+    spent = {"bytes_up": 100, "epsilon_spent": 3.0}  # of the largest spender: the same after each of these phases
+    mostly_public, mostly_private = ("ur" + "uuuur" * 6)[:30], ("urur" + "rrrur" * 6)[:30]
+    assert played({"cost": cost}, {"public": 1e-6, "private": 0.2}, 30, **spent) == mostly_private
+    others: dict[str, tuple[dict[str, Any], float, float]] = {
+        "a free gain of two percent comes first": ({}, 0.2, 0.4),
+        "with 0 any free gain comes first": ({"least_gain": 0.0}, 1e-6, 0.2),
+        "a private source that does harm is only tried again": ({}, 1e-6, -0.1),
+    }
+    for why, (options, public, private) in others.items():
+        phases = played({"cost": cost, **options}, {"public": public, "private": private}, 30, **spent)
+        assert phases == mostly_public, why
+
+
+def test_a_private_phase_costs_one_charge_whoever_has_spent_most() -> None:
+    spec = Controller(kind="gain_per_cost", cost="epsilon", window=2)
+    losses = [2.0, 1.8, 1.6]
+    past = tuple(
+        record(number + 1, "private", loss, epsilon_spent=epsilon)
+        for number, (loss, epsilon) in enumerate(zip(losses, [5.8, 5.8, 8.0], strict=True))
+    )
+    assert rate(past, "private", spec) == pytest.approx(0.2)
+    assert rate(past[:2], "private", spec) == pytest.approx(0.2), "the largest epsilon stood still, yet a cohort was charged"
+
+
 @pytest.mark.parametrize("most", [0, 1, 3])
 def test_private_rounds_never_exceed_what_the_noise_was_calibrated_for(most: int) -> None:
     spec = Lifecycle(
