@@ -1,7 +1,7 @@
 """FFM pre-training: the server learns from public data, clients from private data, and a controller says who is next.
 
-A controller is a pure function of the records of the past rounds. Records hold only what was released or is public: losses on
-public rows, epsilon already charged, bytes and seconds. A client's own loss is in none of them.
+A controller is a pure function of the records of the past rounds: losses on public rows, which phases there were, bytes, and seconds
+where no privacy unit is promised, because the wall time of a private phase depends on private rows. A client's own loss is in no record.
 """
 
 from __future__ import annotations

@@ -372,6 +372,11 @@ def test_mistakes_are_explained() -> None:
         pretraining(controller={"kind": "fixed", "public": 0, "private": 0})
     with pytest.raises(PlanRefused, match="gain per epsilon has no meaning"):
         plan.check(pretraining(controller={"kind": "gain_per_cost", "cost": "epsilon"}))
+    clock = {"kind": "gain_per_cost", "cost": "seconds"}
+    for privacy in (RECORD, {**RECORD, "unit": "person", "records_per_person": 2}, CLIENT_CLIPS):
+        with pytest.raises(PlanRefused, match=f"cost = 'seconds' with unit = '{privacy['unit']}'.* choose epsilon or bytes"):
+            plan.check(pretraining(controller=clock, privacy=privacy))
+    plan.check(pretraining(controller=clock))  # without a promise the clock breaks none
     skipping = pretraining(controller={"kind": "plateau"})
     skipping = replace(skipping, federation=replace(skipping.federation, evaluate_every=2))
     with pytest.raises(PlanRefused, match="the loss of every round"):
