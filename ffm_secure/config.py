@@ -110,6 +110,13 @@ class Controller:
         help="phases after which the other source is tried again",
         only_for=("gain_per_cost",),
     )
+    least_gain: float = option(
+        0.01,
+        minimum=0.0,
+        below=1.0,
+        help="relative fall of the loss below which a phase that costs nothing counts as no gain",
+        only_for=("gain_per_cost",),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,11 @@ _TELLS = "its prompt is made of the whole text, so a causal model would be told 
 _NOT_FACTORS = (
     "the rule is about the factors B and A of LoRA, which this kind does not train: use average, or trainable lora"
 )
-_NO_EPSILON = "without a guarantee nothing is spent, so gain per epsilon has no meaning: choose bytes or seconds"
+_NO_EPSILON = "without a guarantee nothing is spent, so gain per epsilon has no meaning: choose bytes"
+_CLOCK = (
+    "the wall time of a private phase depends on how many rows clients have and how long their texts are, so decisions by it would "
+    "release that without noise or charge: choose epsilon or bytes"
+)
 _NO_CACHE = "picture models keep no keys and values to put a prefix in front of: use deep_prompt"
 _HOME_CLIENT = (
     "what a client keeps at home bears no noise under the client unit, and the public evaluation of the clients' models would "
@@ -45,7 +49,7 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     },
     ("lifecycle", "strategy"): {("pretrain", "fedsa"): _HOME_PUBLIC},
     ("strategy", "unit"): {("fedsa", "client"): _HOME_CLIENT},
-    ("cost", "unit"): {("epsilon", "none"): _NO_EPSILON},
+    ("cost", "unit"): {("epsilon", "none"): _NO_EPSILON, **{("seconds", unit): _CLOCK for unit in _PRIVATE}},
     ("cost", "noise"): {("epsilon", "seeded"): _NO_EPSILON},
     ("weighting", "unit"): {("examples", unit): _WEIGHTS for unit in _PRIVATE},
     ("unit", "protection"): {("client", "none"): _CLIENT_NEEDS_RING, ("client", "ckks"): _CKKS_DISCRETE},

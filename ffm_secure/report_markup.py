@@ -280,7 +280,7 @@ def phase_column(rounds: Sequence[RoundRecord], *, trained: int) -> list[Column]
     chance = figure(2 / max(1, trained) ** 0.5, 2)
     agreement = Column(
         heading=f"Public and private change, cosine (by chance within ±{chance})",
-        cell=lambda record: "none yet" if record.alignment is None else figure(record.alignment),
+        cell=lambda record: "none" if record.alignment is None else figure(record.alignment),
         field="alignment",
     )
     return [Column(heading="Phase", cell=lambda record: record.phase, field="phase"), agreement]

@@ -59,11 +59,14 @@ def advance(setup: Setup, plan: RoundPlan, state: ServerState, outcome: Outcome)
                 device=setup.device,
                 microbatch=config.speed.microbatch,
             )
-        return pretrain.remember(state, replace(state, vector=vector), plan.phase)
+        vector = strategy.after_public(vector, plan.round)
+        return pretrain.remember(strategy, state, replace(state, vector=vector), plan.phase)
     if outcome.sum is None:
         return state
     after = strategy.step(state, mean_change(setup, outcome.sum))
-    return pretrain.remember(state, after, plan.phase) if config.federation.lifecycle.kind == "pretrain" else after
+    if config.federation.lifecycle.kind != "pretrain":
+        return after
+    return pretrain.remember(strategy, state, after, plan.phase)
 
 
 def record(
@@ -100,6 +103,6 @@ def record(
         bytes_down=outcome.bytes_down,
         client_seconds=outcome.client_seconds,
         evaluation_seconds=evaluated,
-        alignment=pretrain.alignment(state.slots),
+        alignment=pretrain.alignment(setup.prepared.strategy, state.slots),
         seconds=time.perf_counter() - began,
     )

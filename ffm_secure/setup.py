@@ -193,6 +193,8 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
         history=() if begun else spent_before(config, account),
         multiplier=begun,
     )
+    if isinstance(mechanism_, RecordMechanism):
+        trainable.rehearse_per_sample(trained, strategy.trains(0), clipping=config.privacy.clipping)
     return Prepared(
         config=config,
         dataset=dataset,

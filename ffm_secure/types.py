@@ -90,7 +90,7 @@ class RoundRecord:
     client_seconds: float  # wall time inside clients' training
     evaluation_seconds: float = 0.0
     alignment: float | None = (
-        None  # cosine between the newest public and the newest private change, where there are both
+        None  # cosine between the newest public and the newest private change, where two can be compared
     )
 
 

@@ -1,7 +1,7 @@
 """FFM pre-training: the server learns from public data, clients from private data, and a controller says who is next.
 
-A controller is a pure function of the records of the past rounds. Records hold only what was released or is public: losses on
-public rows, epsilon already charged, bytes and seconds. A client's own loss is in none of them.
+A controller is a pure function of the records of the past rounds: losses on public rows, which phases there were, bytes, and seconds
+where no privacy unit is promised, because the wall time of a private phase depends on private rows. A client's own loss is in no record.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ffm_secure.config import Controller, Lifecycle
@@ -49,7 +48,7 @@ def gain_per_cost(history: History, spec: Controller) -> Phase:
     """Choose the source whose last `window` phases lowered the public loss most for what they cost.
 
     Each source is tried once first, and the one not chosen is tried again after `retry` phases, because its gain may have
-    changed since. A source that gains at no cost comes first.
+    changed since. A source that costs nothing comes first, but only while it gains more than `least_gain` of the loss a phase.
     """
     for source in ("public", "private"):
         if not any(record.phase == source for record in history):
@@ -60,23 +59,29 @@ def gain_per_cost(history: History, spec: Controller) -> Phase:
 
 
 def rate(history: History, source: str, spec: Controller) -> float:
-    """Return the fall of the public loss per unit of cost over a source's last `window` phases; infinite before it is known."""
-    gain = cost = 0.0
-    pairs = [(before, after) for before, after in pairwise(history) if after.phase == source]
+    """Return the fall of the public loss per unit of cost over a source's last `window` phases; infinite before it is known.
+
+    What costs nothing is worth any price while it gains more than `least_gain` of the last loss a phase, and nothing below that:
+    a gain that small must not keep a run from what it is willing to pay for.
+    """
+    pairs = [(before, after) for before, after in pairwise(history) if after.phase == source][-spec.window :]
     if not pairs:
         return math.inf
-    for before, after in pairs[-spec.window :]:
-        gain += before.loss - after.loss
-        cost += COSTS[spec.cost](before, after)
+    gain = sum(before.loss - after.loss for before, after in pairs) / len(pairs)
+    cost = sum(COSTS[spec.cost](after) for _, after in pairs) / len(pairs)
     if gain <= 0.0:
         return gain
-    return gain / cost if cost > 0.0 else math.inf
+    if cost > 0.0:
+        return gain / cost
+    return math.inf if gain > spec.least_gain * abs(history[-1].loss) else 0.0
 
 
-COSTS: Mapping[str, Callable[[RoundRecord, RoundRecord], float]] = {
-    "epsilon": lambda before, after: after.epsilon_spent - before.epsilon_spent,
-    "bytes": lambda before, after: float(after.bytes_up + after.bytes_down),
-    "seconds": lambda before, after: after.seconds - after.evaluation_seconds,
+COSTS: Mapping[str, Callable[[RoundRecord], float]] = {
+    # Every private phase charges its cohort the same event, so the price of each is one charge. The largest epsilon over the owners,
+    # which the record holds, stands still while the cohort is of owners who have spent less than others.
+    "epsilon": lambda record: float(record.phase == "private"),
+    "bytes": lambda record: float(record.bytes_up + record.bytes_down),
+    "seconds": lambda record: record.seconds - record.evaluation_seconds,
 }
 CONTROLLERS: Mapping[str, Callable[[History, Controller], Phase]] = {
     "fixed": fixed,
@@ -129,19 +134,22 @@ def learn_in_public(
     return start + change.vector.to(start.device)
 
 
-def remember(before: Any, after: Any, phase: str) -> Any:
+def remember(strategy: Any, before: Any, after: Any, phase: str) -> Any:
     """Keep the newest change of each source beside the server's state, so that a resumed run still has it."""
-    kept = {name: value for name, value in before.slots.items() if name.startswith("phase.")}
-    return replace(after, slots={**after.slots, **kept, f"phase.{phase}": after.vector - before.vector})
+    kept = {name: value for name, value in before.slots.items() if name.startswith("moved.")}
+    newest = strategy.moved(before.vector, after.vector)
+    return replace(after, slots={**after.slots, **kept, f"moved.{phase}": newest})
 
 
-def alignment(slots: Mapping[str, Tensor]) -> float | None:
-    """Return the cosine between the newest public and the newest private change; None before there are both.
+def alignment(strategy: Any, slots: Mapping[str, Tensor]) -> float | None:
+    """Return the cosine between the newest public and the newest private change; None where there are no two to compare.
 
-    Both are released numbers: the public change, and the opened mean of the private ones with its noise, which pulls the
-    cosine towards 0. Values that stay at or below 0 without noise say that the two distributions pull apart.
+    The strategy says what a change is: of the trained numbers, or under a rule for LoRA of the products and the head. Both are
+    released numbers: the public change, and the opened mean of the private ones with its noise, which pulls the cosine towards 0.
+    Values that stay at or below 0 without noise say that the two distributions pull apart.
     """
-    public, private = slots.get("phase.public"), slots.get("phase.private")
+    public, private = slots.get("moved.public"), slots.get("moved.private")
     if public is None or private is None:
         return None
-    return float(torch.nn.functional.cosine_similarity(public.double(), private.double(), dim=0))
+    cosine: float | None = strategy.cosine(public, private)
+    return cosine

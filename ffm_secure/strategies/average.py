@@ -63,6 +63,18 @@ class Strategy:
         """Return the state after a round; `mean_message` is float64."""
         raise NotImplementedError
 
+    def after_public(self, vector: Tensor, phase: int) -> Tensor:
+        """Return the vector to broadcast after the server learned by itself in round `phase`; the model is the same one."""
+        return vector
+
+    def moved(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return what to remember of a change of the global vector, so that `cosine` can compare it with another."""
+        return after - before
+
+    def cosine(self, first: Tensor, second: Tensor) -> float | None:
+        """Return the cosine between two changes that `moved` returned; None where they cannot be compared."""
+        return float(torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=0))
+
 
 class Average(Strategy):
     """Add the mean change of the clients, scaled by the server's learning rate.

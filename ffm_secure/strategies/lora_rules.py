@@ -31,6 +31,8 @@ class Adapter:
 class LoraRule(Strategy):
     """What the rules share: a vector seen as named tensors.
 
+    Changes are compared as the model feels them: the change of every adapted weight with its product, and of the head. Factors say
+    nothing there, because rules turn them, draw them anew, or train another half of them in the next step.
     Guarantee: `message` and `step` are functions of vectors alone; nothing of a client but its message reaches `step`.
     """
 
@@ -84,6 +86,37 @@ class LoraRule(Strategy):
         """Return the products of all adapters end to end."""
         return torch.cat([self.product(vector, item).reshape(-1) for item in self.adapters])
 
+    def moved(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return both vectors where only factors are kept, so that nothing dense is; otherwise the dense change."""
+        if not self.folds:
+            return torch.cat((before, after))
+        weights, old, new = [item.weight for item in self.adapters], before.double(), after.double()
+        grown = self.pick(new - old, weights) + self.products(new) - self.products(old)
+        return torch.cat((grown, self.pick(new - old, self.head))).to(before.dtype)
+
+    def cosine(self, first: Tensor, second: Tensor) -> float | None:
+        """Return the cosine between two changes; where only factors are kept, from products of factors."""
+        if self.folds:
+            return super().cosine(first, second)
+        one, two = first.double(), second.double()
+        size = (self._inner(one, one) * self._inner(two, two)) ** 0.5
+        return self._inner(one, two) / size if size else 0.0
+
+    def _inner(self, first: Tensor, second: Tensor) -> float:
+        """Return the inner product of two changes: <B A, D C> is the sum over B^T D times A C^T, entry by entry."""
+        heads = [self.pick(new - old, self.head) for old, new in (first.chunk(2), second.chunk(2))]
+        total = float(heads[0] @ heads[1])
+        for item in self.adapters:
+            (b, a), (d, c) = self._difference(first, item), self._difference(second, item)
+            total += item.scaling**2 * float(((b.t() @ d) * (a @ c.t())).sum())
+        return total
+
+    def _difference(self, moved: Tensor, item: Adapter) -> tuple[Tensor, Tensor]:
+        """Return factors [m, 2r] and [2r, n] of the change of one product."""
+        old, new = moved.chunk(2)
+        b = torch.cat((self.view(new, item.b), -self.view(old, item.b)), dim=1)
+        return b, torch.cat((self.view(new, item.a), self.view(old, item.a)))
+
 
 class Halves(LoraRule):
     """Rules under which a round trains only some of the tensors; only those travel up, padded to the largest round."""
@@ -133,6 +166,14 @@ class Alternating(Halves):
         """Name what this step trains."""
         return (*(self.a if step % 2 else self.b), *self.head)
 
+    def cosine(self, first: Tensor, second: Tensor) -> float | None:
+        """Return None for changes of different halves: B moves what A reads, A what B writes, whatever the data say."""
+        return super().cosine(first, second) if self._trained_a(first) == self._trained_a(second) else None
+
+    def _trained_a(self, moved: Tensor) -> bool:
+        old, new = moved.chunk(2)
+        return not torch.equal(self.pick(old, self.a), self.pick(new, self.a))
+
 
 class Refactored(Halves):
     """FedSVD: B is trained; then the server writes B A anew as U S times V^T, so that A follows what was learned.
@@ -142,6 +183,17 @@ class Refactored(Halves):
     """
 
     note = "FedSVD: B is trained and sent; the server turns the factors by a singular value decomposition"
+
+    def __init__(self, config: StrategyConfig, trainable: Any, *, seed: int = 0) -> None:
+        super().__init__(config, trainable, seed=seed)
+        for item in self.adapters:
+            (rank, columns), rows = self.shapes[item.a], self.shapes[item.b][0]
+            if rank > min(rows, columns):
+                raise ModelError(
+                    f"model.trainable.rank = {rank} with federation.strategy.kind = 'fedsvd': {item.a} belongs to a module of "
+                    f"{rows} x {columns}, whose product has {min(rows, columns)} singular values; lower the rank to "
+                    f"{min(rows, columns)}, or use ffa"
+                )
 
     def settle(self, vector: Tensor) -> Tensor:
         """Turn the factors: A^T = Q R, B R^T = U S V^T, then A becomes V^T Q^T and B becomes U S."""
@@ -196,6 +248,8 @@ class Stacking(LoraRule):
     Stacking the factors of all clients is their sum of products, so clients send the product itself: the server needs the
     sum only and learns no client's factors or rank; the price is a dense upload. A is drawn anew for every step, B starts
     at zero.
+    Guarantee: B is zero in every broadcast, so that a client's product is its own change: what the server learned in public
+    passes through no client's rank, bound or share.
     Source: Wang et al. 2024, arXiv:2409.05976, section 3.
     """
 
@@ -235,12 +289,23 @@ class Stacking(LoraRule):
         split = self.count(self.head)
         self.put(vector, self.head, mean[:split])
         self.put(vector, [item.weight for item in self.adapters], mean[split:])
-        stream = torch.Generator().manual_seed((self.seed * 1_000_003 + state.round + 1) % 2**63)
+        self.restart(vector, state.round + 1)
+        return ServerState(round=state.round + 1, vector=vector.to(torch.float32))
+
+    def after_public(self, vector: Tensor, phase: int) -> Tensor:
+        """Fold the server's own product into the weight and start the adapters anew."""
+        folded = vector.double()
+        self.put(folded, [item.weight for item in self.adapters], self.products(folded))
+        self.restart(folded, -phase)  # steps count up from 1, so the two never share a draw
+        return folded.to(torch.float32)
+
+    def restart(self, vector: Tensor, number: int) -> None:
+        """Draw every A anew and set every B to zero, in place."""
+        stream = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
         for item in self.adapters:
             a = self.view(vector, item.a)
             a.copy_((2 * torch.rand(a.shape, generator=stream, dtype=a.dtype) - 1) / a.shape[1] ** 0.5)
             self.view(vector, item.b).zero_()
-        return ServerState(round=state.round + 1, vector=vector.to(torch.float32))
 
 
 class SharedA(LoraRule):

@@ -13,6 +13,7 @@ from ffm_secure.trainable.lora import attach_head, attach_lora, attach_lora_xs
 from ffm_secure.trainable.prefix import attach_prefix
 from ffm_secure.trainable.prompt import attach_prompt
 from ffm_secure.trainable.prompt_kinds import attach_deep_prompt, attach_p_tuning, attach_prompt_generator
+from ffm_secure.trainable.rehearsal import rehearse, rehearse_per_sample
 
 TRAINABLES: dict[str, Callable[..., TrainableModel]] = {
     "full": attach_full,
@@ -32,6 +33,10 @@ def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed:
     """Choose what is trained. The backbone stays as it is: its frozen tensors are shared, never changed.
 
     `spec` is the table `[model.trainable]`: `kind` and the options of that kind; options of other kinds are not read.
+
+    Guarantee: the model has run with what is trained, and a gradient reached every tensor of it (`rehearse` says where not).
+    Raises:
+      ModelError: an unknown kind or option, or one that does not work with this model.
     """
     kind = spec.get("kind")
     if kind not in TRAINABLES:
@@ -41,7 +46,9 @@ def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed:
         raise ModelError(f"model.trainable.{unknown[0]}: unknown option; known are {', '.join(sorted(_KEYS))}")
     if task_kind != backbone.kind:
         raise ModelError(f"the model was loaded for {backbone.kind}, not for {task_kind}")
-    return TRAINABLES[kind](backbone, spec, task_kind=task_kind, seed=seed)
+    made = TRAINABLES[kind](backbone, spec, task_kind=task_kind, seed=seed)
+    rehearse(made)
+    return made
 
 
-__all__ = ["TRAINABLES", "TrainableModel", "attach", "replicate"]
+__all__ = ["TRAINABLES", "TrainableModel", "attach", "rehearse_per_sample", "replicate"]

@@ -52,7 +52,7 @@ class PrefixedModel(nn.Module):
             return args, {**kwargs, "attention_mask": longer, "past_key_values": cache}
 
         # The head never sees the prefix: classifiers that pool over the mask go on pooling over the real tokens.
-        handle = self.model.base_model.register_forward_pre_hook(hand_over, with_kwargs=True)
+        handle = attending(self.model).register_forward_pre_hook(hand_over, with_kwargs=True)
         try:
             return self.model(**batch)
         finally:
@@ -89,10 +89,19 @@ class Prefix(PromptTrainable):
         self.load_tensors(read_tensors(folder, OWN_TENSORS if own else PEFT_TENSORS))
 
 
+def attending(model: Any) -> nn.Module:
+    """Return the module that hands keys and values to the layers: OPT's language model calls the decoder in its base model itself."""
+    body: nn.Module = getattr(model, "base_model", model)
+    inner = getattr(body, "decoder", None)
+    return inner if isinstance(inner, nn.Module) and not model.config.is_encoder_decoder else body
+
+
 def cache_shape(backbone: Backbone) -> tuple[int, int]:
     """Return how many heads keys have, and how wide each is."""
     config: Any = backbone.model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if config.model_type == "falcon":  # the newer kind repeats shared keys before it keeps them
+        heads = 1 if config.multi_query and not config.new_decoder_architecture else config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(heads), int(width)
 
@@ -104,8 +113,12 @@ def attach_prefix(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str
     """
     if task_kind == "image_classification":
         raise ModelError("model.trainable.kind = 'prefix': picture models keep no keys and values; use deep_prompt")
-    body = getattr(backbone.model, "base_model", backbone.model)
-    if "past_key_values" not in inspect.signature(body.forward).parameters:
+    if backbone.config.is_encoder_decoder:
+        raise ModelError(
+            f"model.trainable.kind = 'prefix': {backbone.architecture} has an encoder beside its decoder, and its texts go into both; "
+            "use lora"
+        )
+    if "past_key_values" not in inspect.signature(attending(backbone.model).forward).parameters:
         raise ModelError(
             f"model.trainable.kind = 'prefix': {backbone.architecture} keeps no keys and values; use deep_prompt"
         )

@@ -172,13 +172,21 @@ class GeneratedPrompt(PromptedModel):
     """
 
     def __init__(
-        self, model: Any, prompt: Tensor, *, hidden: int, representation: str, kind: str, max_positions: int | None
+        self,
+        model: Any,
+        prompt: Tensor,
+        *,
+        hidden: int,
+        representation: str,
+        kind: str,
+        max_positions: int | None,
+        seen: int,
     ) -> None:
         super().__init__(model, prompt, kind=kind, max_positions=max_positions)
         length, width = prompt.shape
         self.representation = representation
         self.code = ExpandedParameter(torch.randn(length, hidden))
-        self.down = nn.Linear(width, hidden)
+        self.down = nn.Linear(seen, hidden)  # some families have embeddings narrower than the model
         self.up = nn.Linear(hidden, width, bias=False)
         nn.init.zeros_(self.up.weight)  # the first prompt is the base alone
 
@@ -230,14 +238,16 @@ def attach_prompt_generator(
         )
     length, hidden = checked_length(backbone, spec), int(spec.get("hidden", 64))
     representation = str(spec.get("representation", "model"))
+    start = start_prompt(backbone, length, seed)
     build = partial(
         GeneratedPrompt,
         hidden=hidden,
         representation=representation,
         kind=task_kind,
         max_positions=backbone.max_positions,
+        seen=backbone.hidden_size if representation == "model" else start.shape[1],
     )
-    wrapped = _seeded(build, with_own_head(backbone), start_prompt(backbone, length, seed), seed=seed)
+    wrapped = _seeded(build, with_own_head(backbone), start, seed=seed)
     own = {
         "generator.base": wrapped.prompt.value,
         "generator.code": wrapped.code.value,

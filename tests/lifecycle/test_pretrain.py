@@ -105,6 +105,43 @@ def test_gain_per_epsilon_prefers_what_spends_nothing_while_it_gains() -> None:
     assert gain_per_cost((*past, record(4, "public", 1.5, epsilon_spent=1.0)), spec) == "private"
 
 
+def played(controller: dict[str, Any], gains: dict[str, float], rounds: int, **private: Any) -> str:
+    """Let a controller choose while each source lowers the loss by a fixed number a phase; `private` is a private record's cost."""
+    spec, past, loss = Controller(kind="gain_per_cost", **controller), (), 10.0
+    for number in range(rounds):
+        phase = gain_per_cost(past, spec)
+        loss -= gains[phase]
+        past = (*past, record(number + 1, phase, loss, **(private if phase == "private" else {})))
+    return "".join("u" if item.phase == "public" else "r" for item in past)
+
+
+@pytest.mark.parametrize("cost", ["epsilon", "bytes"])
+def test_what_costs_nothing_does_not_keep_a_run_from_a_source_that_gains(cost: str) -> None:
+    """A public gain of a millionth a phase, for nothing, against a private one of 0.2; public phases are only tried again."""
+    spent = {"bytes_up": 100, "epsilon_spent": 3.0}  # of the largest spender: the same after each of these phases
+    mostly_public, mostly_private = ("ur" + "uuuur" * 6)[:30], ("urur" + "rrrur" * 6)[:30]
+    assert played({"cost": cost}, {"public": 1e-6, "private": 0.2}, 30, **spent) == mostly_private
+    others: dict[str, tuple[dict[str, Any], float, float]] = {
+        "a free gain of two percent comes first": ({}, 0.2, 0.4),
+        "with 0 any free gain comes first": ({"least_gain": 0.0}, 1e-6, 0.2),
+        "a private source that does harm is only tried again": ({}, 1e-6, -0.1),
+    }
+    for why, (options, public, private) in others.items():
+        phases = played({"cost": cost, **options}, {"public": public, "private": private}, 30, **spent)
+        assert phases == mostly_public, why
+
+
+def test_a_private_phase_costs_one_charge_whoever_has_spent_most() -> None:
+    spec = Controller(kind="gain_per_cost", cost="epsilon", window=2)
+    losses = [2.0, 1.8, 1.6]
+    past = tuple(
+        record(number + 1, "private", loss, epsilon_spent=epsilon)
+        for number, (loss, epsilon) in enumerate(zip(losses, [5.8, 5.8, 8.0], strict=True))
+    )
+    assert rate(past, "private", spec) == pytest.approx(0.2)
+    assert rate(past[:2], "private", spec) == pytest.approx(0.2), "the largest epsilon stood still, yet a cohort was charged"
+
+
 @pytest.mark.parametrize("most", [0, 1, 3])
 def test_private_rounds_never_exceed_what_the_noise_was_calibrated_for(most: int) -> None:
     spec = Lifecycle(
@@ -258,6 +295,73 @@ def test_public_rows_are_no_longer_private(tmp_path: Path) -> None:
     )
 
 
+# --- rules for LoRA --------------------------------------------------------------------------------------------------
+
+CLIENT_CLIPS = {"unit": "client", "epsilon": 1e5, "delta": 0.01, "clip_norm": 0.05, "noise": "seeded"}
+HARD_ON_MESSAGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "half the learning rate": {"strategy": {"learning_rate": 0.5}},
+    "ranks 1 and 2": {"trainable": {"kind": "lora", "ranks": [1, 2]}},
+    "a small clip": {"privacy": CLIENT_CLIPS, "protection": {"kind": "secagg", "coordinate_bound": 20.0}},
+}
+
+
+def by_rule(kind: str, rounds: int, changed: dict[str, Any] | None = None, **lifecycle: Any) -> RunConfig:
+    changed = changed or {}
+    made = pretraining(rounds=rounds, privacy=changed.get("privacy"), **lifecycle)
+    strategy = replace(made.federation.strategy, kind=kind, **changed.get("strategy", {}))
+    trainable = replace(made.model.trainable, **{"kind": "lora", "rank": 2, **changed.get("trainable", {})})
+    protection = replace(made.protection, **changed.get("protection", {"coordinate_bound": 20.0}))
+    return replace(
+        made,
+        model=replace(made.model, trainable=trainable),
+        federation=replace(made.federation, strategy=strategy),
+        protection=protection,
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(case, kind) for case in HARD_ON_MESSAGES for kind in ("flora", "fedex") if (case, kind) != ("ranks 1 and 2", "fedex")],
+)
+def test_what_was_learned_in_public_survives_a_private_phase_whole(case: str, kind: str, tmp_path: Path) -> None:
+    """In the private phase nobody learns, so the model must stay as the public phase left it, whatever bounds a message."""
+    still = {"learning_rate": 1e-12, "public_learning_rate": 0.3, "public_steps": 4}
+    built, public = train(by_rule(kind, 1, HARD_ON_MESSAGES[case], **still), tmp_path / "public")
+    _, private = train(by_rule(kind, 2, HARD_ON_MESSAGES[case], **still), tmp_path / "private")
+    assert [item.phase for item in private.records] == ["public", "private"]
+    rule: Any = built.prepared.strategy
+
+    def dense(vector: torch.Tensor) -> torch.Tensor:
+        weights = rule.pick(vector, [item.weight for item in rule.adapters])
+        return torch.cat((weights + rule.products(vector), rule.pick(vector, rule.head))).double()
+
+    start = dense(prepared(built.config).trainable.flatten())
+    learned, kept = dense(public.state.vector) - start, dense(private.state.vector) - start
+    assert learned.norm() > 0.1
+    assert float(kept @ learned / (learned @ learned)) == pytest.approx(1.0, abs=0.01)
+    if kind == "flora":
+        assert not rule.pick(public.state.vector, rule.b).any(), "the adapters start anew"
+
+
+def test_flora_resumes_in_a_private_phase_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    made = by_rule("flora", 4, {"privacy": RECORD})
+    _, whole = train(made, tmp_path / "whole")
+
+    class Stop(Silent):
+        def round_finished(self, record: RoundRecord) -> None:
+            if record.round == 3:
+                raise KeyboardInterrupt
+
+    part = setup.build(prepared(made), tmp_path / "part")
+    with Store.open(tmp_path / "part", made) as store, pytest.raises(Interrupted):
+        run(part, store, watch=Stop())
+    _, resumed = train(made, tmp_path / "part")
+    assert [item.phase for item in resumed.records] == ["public", "private", "public", "private"]
+    assert torch.equal(resumed.state.vector, whole.state.vector)
+    assert [item.alignment for item in resumed.records] == [item.alignment for item in whole.records]
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +372,11 @@ def test_mistakes_are_explained() -> None:
         pretraining(controller={"kind": "fixed", "public": 0, "private": 0})
     with pytest.raises(PlanRefused, match="gain per epsilon has no meaning"):
         plan.check(pretraining(controller={"kind": "gain_per_cost", "cost": "epsilon"}))
+    clock = {"kind": "gain_per_cost", "cost": "seconds"}
+    for privacy in (RECORD, {**RECORD, "unit": "person", "records_per_person": 2}, CLIENT_CLIPS):
+        with pytest.raises(PlanRefused, match=f"cost = 'seconds' with unit = '{privacy['unit']}'.* choose epsilon or bytes"):
+            plan.check(pretraining(controller=clock, privacy=privacy))
+    plan.check(pretraining(controller=clock))  # without a promise the clock breaks none
     skipping = pretraining(controller={"kind": "plateau"})
     skipping = replace(skipping, federation=replace(skipping.federation, evaluate_every=2))
     with pytest.raises(PlanRefused, match="the loss of every round"):

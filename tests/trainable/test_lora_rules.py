@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,28 @@ def test_fedsvd_leaves_orthonormal_rows_even_where_b_is_zero() -> None:
         torch.testing.assert_close(a @ a.t(), torch.eye(len(a)), atol=1e-5, rtol=0.0)
 
 
+def test_fedsvd_refuses_a_rank_larger_than_a_module_before_anything_is_charged(tmp_path: Path) -> None:
+    """The keys and values of this model are 32 x 64: a product has at most 32 singular values."""
+    trainable, rule = lora_for("fedsvd", "tiny-llama", rank=32)
+    state = rule.start(trainable.flatten())
+    changes = client_changes(rule, state.vector, 0, seed=1)
+    wanted = torch.stack([dense(rule, state.vector + change) for change in changes]).mean(0)
+    assert (dense(rule, one_round(rule, state, changes).vector) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    with pytest.raises(ModelError, match=r"rank = 33 .* 32 x 64, .* lower the rank to 32"):
+        lora_for("fedsvd", "tiny-llama", rank=33)
+    lora_for("ffa", "tiny-llama", rank=33)  # the control: the other rules take any rank
+    task = {"kind": "text_classification", "data": "builtin:clinic_notes?size=60&validation=20", "clients": 4}
+    made = make(
+        task=task,
+        model={"name": "builtin:tiny-llama", "trainable": {"kind": "lora", "rank": 64}},
+        federation={"strategy": {"kind": "fedsvd"}},
+        privacy=RECORD,
+    )
+    with pytest.raises(ModelError, match="rank = 64"):
+        train(made, tmp_path)
+    assert not (tmp_path / "ledger.sqlite").exists()
+
+
 def test_flora_takes_clients_of_different_ranks() -> None:
     trainable, rule = lora_for("flora", ranks=(1, 3))
     state = one_round(rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=3))
@@ -162,6 +185,46 @@ def test_flora_takes_clients_of_different_ranks() -> None:
         for item in rule.adapters:
             assert torch.linalg.matrix_rank(rule.product(local, item)) == rank
         assert torch.equal(local[rule.places[rule.head[0]]], (state.vector + change)[rule.places[rule.head[0]]])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LORA_RULES if kind != "fedsa"])
+def test_a_public_phase_leaves_the_same_model_to_broadcast(kind: str) -> None:
+    """FLoRA folds what the server learned and starts anew, with another A each time; the other rules change nothing."""
+    trainable, rule = lora_for(kind)
+    vector = trainable.flatten()
+    first, again, later = (rule.after_public(vector, phase) for phase in (3, 3, 4))
+    torch.testing.assert_close(dense(rule, first), dense(rule, vector), atol=1e-6, rtol=1e-5)
+    assert torch.equal(first, again)
+    if kind == "flora":
+        assert rule.pick(vector, rule.b).any()
+        assert not rule.pick(first, rule.b).any()
+        assert not torch.equal(rule.pick(first, rule.a), rule.pick(later, rule.a))
+    else:
+        assert torch.equal(first, vector)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LORA_RULES if kind != "fedsa"])
+def test_two_changes_are_compared_as_the_model_feels_them(kind: str) -> None:
+    """The cosine of a public and a private change against that of the dense weights and the head before and after."""
+    trainable, rule = lora_for(kind)
+    start = one_round(rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=1))
+    start = one_round(rule, start, client_changes(rule, start.vector, 1, seed=2))
+    changes = client_changes(rule, start.vector, start.round, seed=3)
+    public = replace(start, vector=rule.after_public(start.vector + changes[0], 3))
+    private = one_round(rule, public, changes)
+    seen = [(start.vector, public.vector), (public.vector, private.vector)]
+    kept = [rule.moved(before, after) for before, after in seen]
+    moved = [dense(rule, after.double()) - dense(rule, before.double()) for before, after in seen]
+    wanted = float(torch.nn.functional.cosine_similarity(*moved, dim=0))
+    assert rule.cosine(*kept) == pytest.approx(wanted, abs=1e-4)
+    assert rule.cosine(kept[1], kept[1]) == pytest.approx(1.0)
+    assert wanted > 0.1, "one of the three clients learned what the server learned"
+    plain = float(torch.nn.functional.cosine_similarity(*(after - before for before, after in seen), dim=0))
+    if kind in ("fedsvd", "flora"):
+        assert abs(plain - wanted) > 0.03, "the factors themselves were turned or drawn anew"
+    if kind == "rolora":
+        other = one_round(rule, private, client_changes(rule, private.vector, private.round, seed=4))
+        assert rule.cosine(kept[0], rule.moved(private.vector, other.vector)) is None, "B was trained there, A here"
 
 
 def test_rules_need_factors() -> None:
