@@ -14,6 +14,7 @@ import torch
 
 from attacks import Budget, Finding, Knowledge, Observation, ObservationError, PlainAttack, Prior, load_observation
 from attacks import observation as module
+from attacks.facts import RULES
 
 
 def seen(**changes) -> Observation:
