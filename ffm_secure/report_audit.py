@@ -166,7 +166,7 @@ def _scores(finding: AuditFinding, at: str) -> Html:
     heading = tag(
         "p",
         f"{finding.measure[:1].upper()}{finding.measure[1:]}",
-        ", with its 95 % interval" if interval else None,
+        ", with its 99 % interval" if interval else None,
         class_="measure",
     )
     about = tag("p", tag("a", "What this epsilon is about", href="#bounds"), class_="under") if is_epsilon else None

@@ -135,7 +135,7 @@ class AuditFinding:
     verdict: Verdict
     measure: str  # for instance "token F1", "PSNR dB", "TPR at 1 % FPR", "epsilon lower bound"
     score: float | None
-    low: float | None = None  # 95 % interval
+    low: float | None = None  # 99 % interval
     high: float | None = None
     baseline: float | None = None  # the same measure for guessing from the prior
     control: float | None = None  # the same attack with the defence off
