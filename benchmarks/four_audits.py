@@ -81,7 +81,9 @@ def rows(found: AuditSummary, *, task: str, defence: str, wall: float) -> Iterat
 
 def _told(item: Any) -> str:
     without = "" if item.observed is None else f", as observed {item.observed:.2f}"
-    return f"{item.attack} ({item.measure} {item.score:.2f}, control {item.control:.2f}{without})"
+    reached = "nothing found" if item.score is None else f"{item.measure} {item.score:.2f}"
+    control = "" if item.control is None else f", control {item.control:.2f}"
+    return f"{item.attack} ({reached}{control}{without})"
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one run and two defences, for smoke use")
     parser.add_argument("--budget", default="quick", choices=("quick", "standard"))
     parser.add_argument("--task", action="append", choices=("text", "picture"))
+    parser.add_argument("--defence", action="append", choices=tuple(DEFENCES), help="audit this one alone")
     parser.add_argument("--page", type=Path, help="write the table as a Markdown page")
     parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="take rows from stored outputs, run nothing")
     options = parser.parse_args()
@@ -148,7 +151,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tasks = tuple(options.task or (("text",) if options.quick else ("text", "picture")))
-    defences = ("none", "both") if options.quick else tuple(DEFENCES)
+    defences = tuple(options.defence or (("none", "both") if options.quick else DEFENCES))
     print(HEAD, flush=True)
     found = []
     for row in joined(options.join) if options.join else audits(tasks, defences, options.budget):
