@@ -59,6 +59,7 @@ SECONDS = {"quick": (20.0, 120.0), "standard": (45.0, 1_400.0), "exhaustive": (3
 # there are few outcomes, so it takes more of them.
 DRAWS, DRAWS_OF_ONE = 4, 8
 CHEAP = 0.5  # CPU seconds
+DRAWING = 1 / 12  # of the seconds of all attacks may go into drawing, for several records and for one each
 
 SHOWN_PICTURES = 2  # of one finding
 
@@ -80,6 +81,7 @@ class Purse:
 
     name: str
     began: float = field(default_factory=time.process_time)
+    drawing: dict[int, float] = field(default_factory=dict)  # seconds spent on draws, by records
 
     def budget(self, attack: Attack) -> Budget | None:
         """Return what an attack may spend; None when the audit has nothing left for it."""
@@ -90,6 +92,16 @@ class Purse:
         preset = Budget.named(self.name)
         restarts = 2 if self.name == "standard" and attack.family in HEAVY else preset.restarts
         return replace(preset, seconds=min(each, left), restarts=restarts)
+
+    def draw(self, stage: Stage, number: int, point: Point) -> Stage | None:
+        """Draw a stage anew; None once drawing has had its share, for on a large model attacks are worth more."""
+        if stage.again is None or self.drawing.get(stage.records, 0.0) > DRAWING * SECONDS[self.name][1]:
+            return None
+        began = time.process_time()
+        other = stage.again(number)
+        other.at(point)
+        self.drawing[stage.records] = self.drawing.get(stage.records, 0.0) + time.process_time() - began
+        return other
 
     def refusal(self, attack: Attack) -> str:
         """Say why an attack is not run."""
@@ -426,8 +438,9 @@ def _repeated(
     guess = replace(known, value=known.baseline, succeeded=False, pairs=(), pictures=())
     scores = [first[1] or guess]
     for number in range(1, DRAWS_OF_ONE if stage.records == 1 else DRAWS):
-        other = stage.again(number)
-        done = _once(attack, other, other.at(point), purse, ran, key=f"{point}, draw {number}")
+        other = purse.draw(stage, number, point)
+        place = f"{point}, draw {number}"
+        done = None if other is None else _once(attack, other, other.at(point), purse, ran, key=place)
         if done is None:
             break
         scores.append(done[1] or guess)

@@ -39,15 +39,18 @@ def next_start(
     return home.enter(largest(prepared), state.vector, run_id=run_id, before=len(records) + 1)
 
 
-def gradients(prepared: setup.Prepared, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def gradients(
+    prepared: setup.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool = False
+) -> dict[str, dict[str, Tensor]]:
     """Return one step's update at each point: raw, and under record-level privacy clipped and noised by the run's mechanism.
 
     Only what the run's strategy trains in a first step is clipped and noised, and only what it sends is returned. Where
     products are sent, their factors are returned: products are a function of them, so an observer is given no less.
+    With `sent_only` the raw step is left out where a clipped and noised one is sent.
     """
     strategy = prepared.strategy
     with prepared.trainable.training_only(strategy.trains(0)):
-        found = _points(prepared, batch)
+        found = _points(prepared, batch, sent_only=sent_only)
     sent = strategy.sends(0)
     return {
         point: {name: value for name, value in tensors.items() if sent is None or name in sent}
@@ -55,14 +58,16 @@ def gradients(prepared: setup.Prepared, batch: Mapping[str, Tensor]) -> dict[str
     }
 
 
-def _points(prepared: setup.Prepared, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _points(
+    prepared: setup.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool
+) -> dict[str, dict[str, Tensor]]:
     trained, task, mechanism = prepared.trainable, prepared.task, prepared.mechanism
-    active = trained.active
-    losses = task.losses(trained.model, batch)
-    raw = torch.autograd.grad(losses.mean(), list(active.values()), allow_unused=True)
-    found = {
-        "raw": {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(active.items(), raw, strict=True)}
-    }
+    active, found = trained.active, {}
+    if not (sent_only and isinstance(mechanism, RecordMechanism)):
+        losses = task.losses(trained.model, batch)
+        raw = torch.autograd.grad(losses.mean(), list(active.values()), allow_unused=True)
+        pairs = zip(active.items(), raw, strict=True)
+        found["raw"] = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
     if isinstance(mechanism, RecordMechanism):
         with PerSampleEngine(trained.model, parameters=active) as engine:
             clipping = Clipping(kind=prepared.config.privacy.clipping, clip_norm=mechanism.clip_norm)
@@ -88,8 +93,8 @@ def aggregate(
         batch = prepared.task.batch(
             prepared.task.encode(prepared.dataset.train.take(part)), np.arange(len(part)), device=prepared.device
         )
-        sent = gradients(prepared, batch)
-        for name, value in sent.get("noised", sent["raw"]).items():
+        sent = gradients(prepared, batch, sent_only=True)
+        for name, value in (sent.get("noised") or sent["raw"]).items():
             total[name] += value
     return total
 
