@@ -3,7 +3,7 @@
 The parent draws pictures, takes gradients of one small network and runs our attack; the same file, run by the other
 environment's Python, rebuilds the network and runs breaching's with the settings its configuration recommends. Both
 know labels and shape and are timed by their own process's CPU clock after a short warm-up. The number of iterations is
-set for both: ours takes seven tenths of the other's, because a step that sees kinks costs more. The settings of ours were
+set for both: ours takes four fifths of the other's, because a step that sees kinks costs more. The settings of ours were
 chosen on seeds from 100 on, the comparison runs on seeds 0 to 4.
 """
 
