@@ -282,7 +282,7 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
     rows = np.random.default_rng(seed)
     client = client_replay.largest(prepared)
     own = prepared.parts[client]
-    few = own[np.sort(rows.permutation(len(own))[: 4 * records])]  # not all of a large client's records need encoding
+    few = own[np.sort(rows.permutation(len(own))[: 4 * CANDIDATES])]  # not all of a large client's records need encoding
     encoded = prepared.task.encode(prepared.dataset.train.take(few))
     size = min(records, len(encoded) // 2)
     order = rows.permutation(len(encoded))
@@ -292,7 +292,7 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
     points = client_replay.gradients(prepared, batch)
     names = client_replay.own_names(prepared)
     facts = {"learning_rate": config.federation.lifecycle.learning_rate}
-    strangers = prepared.task.batch(encoded, others, device="cpu")
+    strangers = prepared.task.batch(encoded, order[size : size + CANDIDATES], device="cpu")  # what guessing goes by
     truth = _truth(batch, members=size, strangers=strangers, vocabulary=_vocabulary(model))
     prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
     shape = None if truth.images is None else tuple(truth.images.shape[1:])  # the model itself says what it takes
