@@ -20,7 +20,7 @@ from attacks.registry import ATTACKS, build
 from attacks.rehearsal import noise_only, rehearse
 import ffm_secure as ffm
 from ffm_secure import client_replay
-from ffm_secure.audit import DRAWS, DRAWS_OF_ONE, HEAVY, SECONDS, Purse, audit_observation, audit_run, decoder
+from ffm_secure.audit import DRAWS, DRAWS_OF_ONE, HEAVY, SECONDS, Purse, audit_observation, audit_run, build_stage, decoder
 from ffm_secure.audit_words import sentence
 from ffm_secure.cli import app
 from ffm_secure.errors import StoreError
@@ -257,3 +257,25 @@ def test_a_difference_of_state_dicts_has_its_rehearsal_too(tmp_path: Path) -> No
     by_name = {item.attack: item for item in found.findings}
     assert by_name["token_presence"].verdict == "leaked"  # the truth proves it, control or not
     assert by_name["imprint"].verdict == "not applicable"
+
+
+RECORD = ("privacy={unit='record',epsilon=8.0,delta=1e-5,clip_norm=0.5}",)
+CLIENT = ("privacy={unit='client',epsilon=8.0,delta=1e-5,clip_norm=0.5}", "protection={kind='secagg',threshold=3}")
+
+
+@pytest.mark.parametrize("privacy", [RECORD, (*RECORD, "protection={kind='secagg',threshold=3}"), CLIENT], ids=["record", "masked", "client"])
+def test_the_noise_an_attacker_is_told_is_the_noise_there_is(privacy: tuple[str, ...]) -> None:
+    run = Path(__file__).resolve().parents[2] / "examples" / "audit" / "text.toml"
+    small = ("task.data=builtin:clinic_notes?size=400&validation=40", "task.clients=4", "federation.cohort=4", "task.evaluation_examples=20")
+    prepared = ffm.load(run, (*small, *privacy)).prepared()
+    vector = prepared.trainable.flatten()
+    one, two = (build_stage(prepared, vector, records=4) for _ in range(2))  # the same records, other noise
+    clients = client_replay.smallest_sum(prepared.config)
+    scenes = [(stage.at("noised"), stage.at("aggregated"), stage.wire(clients)) for stage in (one, two)]
+    for first, second in zip(*scenes, strict=True):
+        told = first.observation.metadata["noise_deviation"]
+        apart = [first.observation.tensors[name] - tensor for name, tensor in second.observation.tensors.items()]
+        measured = float(torch.cat([tensor.flatten() for tensor in apart]).double().std()) / 2**0.5
+        assert measured == pytest.approx(told, rel=0.05), first.point
+        assert first.observation.metadata["clip_norm"] == prepared.mechanism.clip_norm
+    assert not {"noise_deviation", "clip_norm"} & set(one.control.observation.metadata)
