@@ -80,19 +80,15 @@ def judge(seen: Result, control: Result | None) -> Judgement:
 
 
 def _unproven(control: Result) -> Judgement:
-    reference = control[1]
+    found, reference = control
+    told = "the same attack fails even on the undefended update, so its silence proves nothing"
+    if _FAILED in found.details:
+        told = f"on the undefended update it {found.reason}"
     if reference is None:
-        failed = control[0].reason if _FAILED in control[0].details else ""
-        told = "the same attack fails even on the undefended update, so its silence proves nothing"
-        return Judgement(verdict="inconclusive", reason=f"on the undefended update it {failed}" if failed else told)
-    told = _lucky(reference) if reference.succeeded else ""
-    return Judgement(
-        verdict="inconclusive",
-        measure=reference.measure,
-        control=reference.value,
-        reason=f"on the undefended update {told}" * bool(told)
-        or "the same attack fails even on the undefended update, so its silence proves nothing",
-    )
+        return Judgement(verdict="inconclusive", reason=told)
+    if reference.succeeded:
+        told = f"on the undefended update {_lucky(reference)}"
+    return Judgement(verdict="inconclusive", measure=reference.measure, control=reference.value, reason=told)
 
 
 def _lucky(result: Score) -> str:

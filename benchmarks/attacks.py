@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from attacks import Budget, Knowledge, Observation, Prior
+from attacks.inversion.tokens import vocabulary_of
 from attacks.metrics import bootstrap_interval
 from attacks.registry import build
 from attacks.scoring import score
@@ -102,15 +103,10 @@ def observed(data: Data, model: nn.Module, update: str, count: int, seed: int) -
         labels=None if data.generative else tuple(labels.tolist()),
         classes=data.classes,
         members=members,
-        vocabulary=_vocabulary(model),
+        vocabulary=vocabulary_of(model),
         others=() if data.image else data.unused(torch.cat(chosen)),
     )
     return seen, truth, prior
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
-    return max(sizes, default=None)
 
 
 def cell(group: Group, attack: str, update: str, count: int, *, seeds: int, budget: Budget) -> Cell:

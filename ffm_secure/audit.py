@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from attacks import canary, curves
 from attacks.command import load_model, load_tokenizer
 from attacks.contract import Attack, Budget, Prior
+from attacks.inversion.tokens import vocabulary_of
 from attacks.observation import Knowledge, Observation, ObservationError, load_observation
 from attacks.registry import ATTACKS
 from attacks.rehearsal import guessed, noise_only, rehearse
@@ -225,8 +226,8 @@ def _standalone(
     observer = cast(Observer, observation.observer)  # a name the other system gave
     told = observation.metadata.get("point") or ("aggregated" if observation.kind == "sum" else "raw")
     point = cast(Point, told)
-    words = None if model is None else _vocabulary(model)
-    truth = None if truth is None else replace(truth, vocabulary=words)
+    if truth is not None and model is not None:
+        truth = replace(truth, vocabulary=vocabulary_of(model))
     for name in attacks:
         attack = ATTACKS[name]()
         budget = purse.budget(attack)
@@ -236,19 +237,13 @@ def _standalone(
         seen = tried(attack, observation, model, prior, budget, truth)
         control = None
         if rehearsed is not None and seen[0].applicable:
-            control = tried(attack, rehearsed[0], model, prior, budget, replace(rehearsed[1], vocabulary=words))
+            control = tried(attack, rehearsed[0], model, prior, budget, rehearsed[1])
         if truth is None and control is not None and control[1] is not None and control[1].proven:
             noise = tried(attack, silence, model, prior, budget, None)
             found = judge_unknown(seen[0], control[0], noise[0], guessed=easier)
         else:
             found = unless_guessed(judge(seen, control), easier)
         yield _told(observer, point, seen, found, decode)
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    """Return how many token ids a model reads, None where it reads no tokens."""
-    table = getattr(model, "get_input_embeddings", lambda: None)()
-    return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
 
 def _told(observer: Observer, point: Point, seen: Result, judged: Judgement, decode: Decode) -> AuditFinding:
@@ -271,11 +266,19 @@ def _told(observer: Observer, point: Point, seen: Result, judged: Judgement, dec
     )
 
 
-def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, records: int = CANDIDATES) -> Stage:
+def build_stage(
+    prepared: setup.Prepared,
+    vector: Tensor,
+    *,
+    seed: int = 0,
+    records: int = CANDIDATES,
+    model: nn.Module | None = None,
+) -> Stage:
     """Replay one local step of a client from the broadcast model with known records, at every point of its way.
 
     One step is the worst case for the client; what a run sends after many steps tells an attacker less. A step on one
-    record is the worst case of all: its length, label and the shape of a picture are granted as well.
+    record is the worst case of all: its length, label and the shape of a picture are granted as well. `model` is the attacker's
+    copy where there is one already.
     """
     config, trained = prepared.config, prepared.trainable
     trained.load_vector(vector)
@@ -287,13 +290,13 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
     size = min(records, len(encoded) // 2)
     order = rows.permutation(len(encoded))
     members, others = order[:size], order[size : 2 * size]
-    model = client_replay.attackable(prepared)
+    model = client_replay.attackable(prepared) if model is None else model
     batch = prepared.task.batch(encoded, members, device=prepared.device)
     points = client_replay.gradients(prepared, batch)
     names = client_replay.own_names(prepared)
     facts = {"learning_rate": config.federation.lifecycle.learning_rate}
     strangers = prepared.task.batch(encoded, order[size : size + CANDIDATES], device="cpu")  # what guessing goes by
-    truth = _truth(batch, members=size, strangers=strangers, vocabulary=_vocabulary(model))
+    truth = _truth(batch, members=size, strangers=strangers, vocabulary=vocabulary_of(model))
     prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
     shape = None if truth.images is None else tuple(truth.images.shape[1:])  # the model itself says what it takes
     public = Knowledge(task=config.task.kind, image_shape=shape)
@@ -331,8 +334,9 @@ def build_stage(prepared: setup.Prepared, vector: Tensor, *, seed: int = 0, reco
 
 def _with_draws(prepared: setup.Prepared, vector: Tensor, records: int) -> Stage:
     """Build a stage that can be drawn anew."""
-    again = cache(lambda number: build_stage(prepared, vector, seed=number, records=records))
-    return replace(again(0), again=again)
+    first = build_stage(prepared, vector, records=records)
+    again = cache(lambda number: build_stage(prepared, vector, seed=number, records=records, model=first.model))
+    return replace(first, again=again)
 
 
 def _candidates(prepared: setup.Prepared, encoded: Any, rows: list[int]) -> dict[str, Tensor]:
@@ -397,8 +401,7 @@ def _findings(
             if seen is None or control is None:
                 yield not_tried(observer, attack, point, purse)
                 continue
-            # A leak is what the observer sees of the update; the control alone is none.
-            judged = judge(seen, control) if proven else judge((seen[0], None), control)
+            judged = judge(seen, control)
             shown = seen[1].pictures if seen[1] is not None and judged.verdict in ("leaked", "not leaked") else ()
             pictures = side_by_side(shown[:SHOWN_PICTURES], stage.prior.image_mean, stage.prior.image_std)
             found = _told(observer, point, seen, judged, decode)
@@ -433,7 +436,7 @@ def _repeated(
     """
     first = _once(attack, stage, stage.at(point), purse, ran)
     known = first[1] if first is not None and first[1] is not None else None if like is None else like[1]
-    if first is None or known is None or stage.again is None or first[0].seconds > CHEAP:
+    if first is None or known is None or first[0].seconds > CHEAP:
         return first
     guess = replace(known, value=known.baseline, succeeded=False, pairs=(), pictures=())
     scores = [first[1] or guess]

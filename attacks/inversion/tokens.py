@@ -34,11 +34,23 @@ def token_embedding(model: nn.Module) -> str:
     return names[0]
 
 
+def vocabulary_of(model: nn.Module) -> int | None:
+    """Return how many token ids the model can embed, None where it embeds no tokens."""
+    try:
+        table = model.get_submodule(token_embedding(model))
+    except NotApplicable:
+        return None
+    assert isinstance(table, nn.Embedding)
+    return table.num_embeddings
+
+
 def vocabulary_size(observation: Observation, model: nn.Module) -> int:
     """Return the number of token ids the model can embed, or fewer when the tokenizer's size is known."""
-    rows = model.get_submodule(token_embedding(model)).num_embeddings
+    rows = vocabulary_of(model)
+    if rows is None:
+        raise NotApplicable("the model has no token embedding")
     known = observation.known("vocabulary_size")
-    return min(int(known), int(rows)) if known else int(rows)  # type: ignore[arg-type]
+    return min(int(known), rows) if known else rows
 
 
 def is_tied(model: nn.Module, name: str) -> bool:
