@@ -32,8 +32,8 @@ from attacks.scoring import score
 from attacks.truth import Truth
 from benchmarks import attacks_conformance, attacks_models, attacks_peer, attacks_span, attacks_special
 from benchmarks.attacks_models import Data, Group
-from benchmarks.attacks_special import Setting
 from tests.attacks import models
+from tests.attacks.cases import Case
 
 PARTS = ("table", "conformance", "span", "peer")
 RATE, CLIENTS = 0.01, 4
@@ -112,17 +112,17 @@ def observed(data: Data, model: nn.Module, update: str, count: int, seed: int) -
 def cell(group: Group, attack: str, update: str, count: int, *, seeds: int, budget: Budget) -> Cell:
     """Run one attack on `seeds` updates and score it."""
 
-    def setting(seed: int) -> Setting:
+    def setting(seed: int) -> Case:
         model = group.data.model()
         seen, truth, prior = observed(group.data, model, update, count, seed)
-        return Setting(seen=seen, model=model, truth=truth, prior=prior)
+        return Case(seen=seen, model=model, truth=truth, prior=prior)
 
     kind = f"{group.part}, {update}" if group.part else update
     return measured_cell(setting, attack, group.name, kind, count, seeds=seeds, budget=budget)
 
 
 def measured_cell(
-    setting: Callable[[int], Setting], attack: str, model: str, update: str, count: int, *, seeds: int, budget: Budget
+    setting: Callable[[int], Case], attack: str, model: str, update: str, count: int, *, seeds: int, budget: Budget
 ) -> Cell:
     """Run one attack on a setting a seed and sum the scores up."""
     runs, reason = [], ""

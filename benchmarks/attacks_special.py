@@ -1,35 +1,25 @@
 """Settings of the table that are no plain update of one kind: targets singled out, released models, attackers that train.
 
-Each line of `LINES` makes, for a seed, what the server sees, the model, what the attacker is given, and the truth.
+Each line of `LINES` makes a case for a seed: those the tests hold, on digits drawn anew.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from attacks import Knowledge, Observation, Prior
-from attacks.inversion import active, active_adapters
+from attacks import Observation, Prior
+from attacks.inversion import active_adapters
 from attacks.truth import Truth
-from tests.attacks import models
+from tests.attacks import cases, models
+from tests.attacks.cases import Case
 from tests.attacks.test_active_peft import Pool
 
-SHAPE = (1, 8, 8)
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Setting:
-    """What one run of an attack gets, and the truth about it."""
-
-    seen: Observation
-    model: nn.Module | None
-    truth: Truth
-    prior: Prior = Prior()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +30,7 @@ class Line:
     model: str
     update: str
     batch: int
-    setting: Callable[[int], Setting]
+    setting: Callable[[int], Case]
     seeds: int = 3
     iterations: int = 200
 
@@ -50,58 +40,29 @@ def _digits(places: Tensor) -> Batch:
     return {"images": images[places], "labels": labels[places]}
 
 
-def _drawn(count: int, seed: int, *, first: int = 0, last: int = 600) -> Tensor:
-    return first + torch.randperm(last - first, generator=torch.Generator().manual_seed(seed))[:count]
+def _drawn(seed: int, *, first: int = 0, last: int = 600) -> Tensor:
+    return first + torch.randperm(last - first, generator=torch.Generator().manual_seed(seed))
 
 
-def _noised(made: Setting, noise: float, seed: int) -> Setting:
-    return replace(made, seen=models.noised(made.seen, noise, seed=seed)) if noise else made
-
-
-def fished(seed: int, *, batch: int, noise: float) -> Setting:
+def fished(seed: int, *, batch: int, noise: float) -> Case:
     """Single one image of a class out of a batch by a crafted head."""
-    _, labels = models.digits()
-    places = _drawn(600, seed)
-    chosen = torch.cat([places[labels[places] == 3][:1], places[labels[places] != 3][: batch - 1]])
-    model, rows = active.craft_fishing(models.mlp(), 3), _digits(chosen)
-    seen = models.observe(model, rows, models.image_loss, knowledge=Knowledge(image_shape=SHAPE))
-    return _noised(Setting(seen=seen, model=model, truth=Truth(images=rows["images"][:1])), noise, seed)
+    return cases.fished(batch, order=_drawn(seed)).noised(noise, seed)
 
 
-def silenced(seed: int, *, clients: int, noise: float) -> Setting:
+def silenced(seed: int, *, clients: int, noise: float) -> Case:
     """Open a sum of clients of which all but one were sent weights that keep them silent."""
-    model, rows = models.mlp(), _digits(_drawn(clients, seed))
-    quiet = active.craft_suppression(model)
-    parts = [
-        models.gradient(sent, {key: value[i : i + 1] for key, value in rows.items()}, models.image_loss)
-        for i, sent in enumerate([model, *[quiet] * (clients - 1)])
-    ]
-    seen = Observation(
-        kind="sum", tensors={name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]},
-        contributors=clients, metadata={"summand": "gradient"}, knowledge=Knowledge(image_shape=SHAPE),
-    )  # fmt: skip
-    return _noised(Setting(seen=seen, model=model, truth=Truth(images=rows["images"][:1])), noise, seed)
+    return cases.silenced(clients, order=_drawn(seed)).noised(noise, seed)
 
 
-def _sent(examples: Mapping[str, Tensor], seed: int, *, noise: float) -> dict[str, Tensor]:
-    seen = models.observe(models.mlp(width=32), examples, models.image_loss)
-    return dict((models.noised(seen, noise, seed=seed) if noise else seen).tensors)
-
-
-def simulated(seed: int, *, batch: int, noise: float) -> Setting:
+def simulated(seed: int, *, batch: int, noise: float) -> Case:
     """Let the attacker train on simulated updates of the exact client, its noise included."""
-    rows = _digits(_drawn(batch, seed, first=1300, last=1700))
-    seen = Observation(
-        kind="gradient", tensors=_sent(rows, 10**9 + seed, noise=noise), metadata={"batch_size": batch}
-    )
-    prior = Prior(client=functools.partial(_sent, noise=noise), examples=_digits(torch.arange(1200)))
-    return Setting(seen=seen, model=None, truth=Truth(images=rows["images"]), prior=prior)
+    return cases.simulated(batch, order=_drawn(seed, first=1300, last=1700)).noised(noise, seed)
 
 
-def pooled(seed: int, *, noise: float) -> Setting:
+def pooled(seed: int, *, noise: float) -> Case:
     """Plant the queries of sixteen targets in a prompt pool; eight of them take part beside eight others."""
     images, _ = models.digits()
-    places, others = _drawn(16, seed, first=1000, last=1200), _drawn(8, seed, first=1200, last=1700)
+    places, others = _drawn(seed, first=1000, last=1200)[:16], _drawn(seed, first=1200, last=1700)[:8]
     start = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed))
     targets = images[places]
     keys, _ = active_adapters.craft_prompt_keys(start, targets.flatten(1), images[:600].flatten(1))
@@ -110,7 +71,7 @@ def pooled(seed: int, *, noise: float) -> Setting:
     seen = models.noised(seen, noise, seed=seed) if noise else seen
     seen = Observation(kind="gradient", tensors=seen.tensors, broadcast={"keys": keys})
     truth = Truth(members=(True,) * 8 + (False,) * 8)
-    return Setting(seen=seen, model=None, truth=truth, prior=Prior(candidates={"queries": targets.flatten(1)}))
+    return Case(seen=seen, model=None, truth=truth, prior=Prior(candidates={"queries": targets.flatten(1)}))
 
 
 @functools.cache
@@ -130,7 +91,7 @@ def _memorised(first: int, last: int) -> Batch:
     return {"images": models.digits()[0][first:last], "labels": labels[first:last]}
 
 
-def released(seed: int, *, trained: bool) -> Setting:
+def released(seed: int, *, trained: bool) -> Case:
     """Test forty members and forty others on a released model that memorised the members, or that saw none."""
     first = 80 * (seed % 2)
     model = _trained(10 + seed, first, first + 40) if trained else models.mlp(seed=10 + seed)
@@ -139,7 +100,7 @@ def released(seed: int, *, trained: bool) -> Setting:
         candidates=_memorised(first, first + 80), examples=_memorised(160, 240), reference_models=references
     )
     seen = Observation(kind="gradient", tensors={"3.bias": torch.zeros(10)})
-    return Setting(seen=seen, model=model, truth=Truth(members=(True,) * 40 + (False,) * 40), prior=prior)
+    return Case(seen=seen, model=model, truth=Truth(members=(True,) * 40 + (False,) * 40), prior=prior)
 
 
 def _lines() -> tuple[Line, ...]:

@@ -148,7 +148,7 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
     if resumed is None:
         raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")
     vector = client_replay.next_start(prepared, folder, *resumed)
-    stages = [_with_draws(prepared, vector, records) for records in (CANDIDATES, 1)]
+    stages = [with_draws(prepared, vector, records) for records in (CANDIDATES, 1)]
     observers = cast("tuple[Observer, ...]", config.audit.observers or ("server", "public"))
     decode, ran = decoder(prepared.backbone.tokenizer), Ran()
     findings = tuple(_findings(stages, observers, config, Purse(name=budget), decode, ran))
@@ -332,7 +332,7 @@ def build_stage(
     return Stage(records=size, model=model, prior=prior, points=frozenset(points), at=at, wire=wire)
 
 
-def _with_draws(prepared: setup.Prepared, vector: Tensor, records: int) -> Stage:
+def with_draws(prepared: setup.Prepared, vector: Tensor, records: int) -> Stage:
     """Build a stage that can be drawn anew."""
     first = build_stage(prepared, vector, records=records)
     again = cache(lambda number: build_stage(prepared, vector, seed=number, records=records, model=first.model))
@@ -392,12 +392,12 @@ def _findings(
     for name in sorted(wanted, key=lambda name: name in LATE):
         attack = ATTACKS[name]()  # all its observers together, so that its control is run once
         stage = _stage_for(attack, stages, purse, ran)
-        control = _repeated(attack, stage, "raw", purse, ran)
+        control = repeated(attack, stage, "raw", purse, ran)
         for observer in observers:
             point = client_replay.seen_by(observer, config, stage.points)
             proven = control is not None and control[1] is not None and control[1].proven
             # Where the control failed nothing would be proven, so the attack is not run a second time.
-            seen = _repeated(attack, stage, point, purse, ran, like=control) if proven else control
+            seen = repeated(attack, stage, point, purse, ran, like=control) if proven else control
             if seen is None or control is None:
                 yield not_tried(observer, attack, point, purse)
                 continue
@@ -427,7 +427,7 @@ def _once(attack: Attack, stage: Stage, scene: Scene, purse: Purse, ran: Ran, ke
     return ran.get(place)
 
 
-def _repeated(
+def repeated(
     attack: Attack, stage: Stage, point: Point, purse: Purse, ran: Ran, *, like: Result | None = None
 ) -> Result | None:
     """Run an attack on every draw of a stage where that is cheap; its score is then their mean.

@@ -121,30 +121,35 @@ def trapped() -> nn.Module:
     return active.craft_trap(models.mlp(width=256), models.digits()[0][600:1500])
 
 
-def fished() -> Case:
-    """Return one image of a class among others of other classes, behind a head that wants that class."""
+def fished(count: int = 8, *, order: Tensor | None = None) -> Case:
+    """Return one image of a class among others of other classes, behind a head that wants that class.
+
+    `order` is the order in which digits are taken.
+    """
     images, labels = models.digits()
-    chosen = torch.cat([(labels == 3).nonzero()[:1, 0], (labels != 3).nonzero()[:7, 0]])
+    order = torch.arange(len(labels)) if order is None else order
+    chosen = torch.cat([order[labels[order] == 3][:1], order[labels[order] != 3][: count - 1]])
     model = active.craft_fishing(models.mlp(), 3)
     batch = {"images": images[chosen], "labels": labels[chosen]}
     seen = models.observe(model, batch, models.image_loss, knowledge=Knowledge(image_shape=(1, 8, 8)))
     return Case(seen=seen, model=model, truth=Truth(images=images[chosen[:1]]))
 
 
-def silenced() -> Case:
+def silenced(clients: int = 5, *, order: Tensor | None = None) -> Case:
     """Return one client in a sum whose other clients were sent weights that keep them silent."""
     model, (images, labels) = models.mlp(), models.digits()
+    places = torch.arange(clients) if order is None else order[:clients]
     quiet = active.craft_suppression(model)
     parts = [
         models.gradient(sent, {"images": images[i : i + 1], "labels": labels[i : i + 1]}, models.image_loss)
-        for i, sent in enumerate([model, *[quiet] * 4])
+        for i, sent in zip(places.tolist(), [model, *[quiet] * (clients - 1)], strict=True)
     ]
     total = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
     seen = Observation(
-        kind="sum", tensors=total, contributors=5, metadata={"summand": "gradient"},
+        kind="sum", tensors=total, contributors=clients, metadata={"summand": "gradient"},
         knowledge=Knowledge(image_shape=(1, 8, 8)),
     )  # fmt: skip
-    return Case(seen=seen, model=model, truth=Truth(images=images[:1]))
+    return Case(seen=seen, model=model, truth=Truth(images=images[places[:1]]))
 
 
 def adapter(count: int = 1, *, clients: int = 1) -> Case:
@@ -174,10 +179,11 @@ class Simulated(Case):
         return replace(self, seen=self.seen.replace_tensors(tensors), prior=prior)
 
 
-def simulated(count: int = 1) -> Case:
-    """Return digits behind a small network, and public digits to train on."""
+def simulated(count: int = 1, *, order: Tensor | None = None) -> Case:
+    """Return digits behind a small network, and public digits to train on; `order` takes none of the first 1,300."""
     images, labels = models.digits()
-    batch = {"images": images[1300 : 1300 + count], "labels": labels[1300 : 1300 + count]}
+    places = torch.arange(1300, 1300 + count) if order is None else order[:count]
+    batch = {"images": images[places], "labels": labels[places]}
     client = functools.partial(Simulated.sent, noise=0.0)
     seen = models.observe(models.mlp(width=32), batch, models.image_loss, batch_size=count)
     prior = Prior(client=client, examples={"images": images[:1200], "labels": labels[:1200]})

@@ -20,7 +20,20 @@ from attacks.registry import ATTACKS, build
 from attacks.rehearsal import noise_only, rehearse
 import ffm_secure as ffm
 from ffm_secure import client_replay
-from ffm_secure.audit import DRAWS, DRAWS_OF_ONE, HEAVY, SECONDS, Purse, audit_observation, audit_run, build_stage, decoder
+from ffm_secure.audit import (
+    DRAWS,
+    DRAWS_OF_ONE,
+    HEAVY,
+    SECONDS,
+    Purse,
+    Ran,
+    audit_observation,
+    audit_run,
+    build_stage,
+    decoder,
+    repeated,
+    with_draws,
+)
 from ffm_secure.audit_words import sentence
 from ffm_secure.cli import app
 from ffm_secure.errors import StoreError
@@ -279,3 +292,21 @@ def test_the_noise_an_attacker_is_told_is_the_noise_there_is(privacy: tuple[str,
         assert measured == pytest.approx(told, rel=0.05), first.point
         assert first.observation.metadata["clip_norm"] == prepared.mechanism.clip_norm
     assert not {"noise_deviation", "clip_norm"} & set(one.control.observation.metadata)
+
+
+def test_drawing_ends_when_it_has_had_its_share() -> None:
+    prepared = ffm.load(
+        Path(__file__).resolve().parents[2] / "examples" / "audit" / "text.toml",
+        ("task.data=builtin:clinic_notes?size=400&validation=40", "task.evaluation_examples=20"),
+    ).prepared()
+    stage, purse = with_draws(prepared, prepared.trainable.flatten(), 1), Purse(name="quick")
+    other = purse.draw(stage, 1, "raw")
+    assert other is not None
+    assert other.model is stage.model  # a draw costs no second copy of the model
+    assert 0.0 < purse.drawing[1] < SECONDS["quick"][1] / 12
+    purse.drawing[1] = SECONDS["quick"][1] / 11
+    assert purse.draw(stage, 2, "raw") is None
+    several = Ran()
+    found = repeated(build("idlg_label"), stage, "raw", purse, several)
+    assert found is not None
+    assert found[1].draws == 1
