@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from ffm_secure import config as run_file
 from ffm_secure import plan
 from ffm_secure.config import RunConfig
 from ffm_secure.errors import ConfigError, PlanRefused
-from ffm_secure.schema import Problems, option, parse_toml, read_table, set_value
+from ffm_secure.schema import Problems, did_you_mean, option, parse_toml, read_table, set_value
 
 _LABEL = r"[^=,]{1,60}"
 _GIVEN = {"format": "it is 1", "name": "a cell is named after its labels and its seed", "seed": "give it in seeds"}
@@ -246,30 +245,24 @@ def _check_words(experiment: Experiment, table: Mapping[str, Any], problems: Pro
             problems.add(f"axes {axis!r}", label, "stands twice; labels of an axis must differ")
     if experiment.compare and experiment.compare not in known:
         advice = f"must be the name of an axis: {', '.join(known)}"
-        problems.add("compare", experiment.compare, advice + _did_you_mean(experiment.compare, known))
+        problems.add("compare", experiment.compare, advice + did_you_mean(experiment.compare, known))
     elif not table.get("compare") and experiment.references:
         problems.add("references", list(experiment.references), "need compare, the axis whose labels they are")
     for label in experiment.references if experiment.compare in known else ():
         if label not in known[experiment.compare]:
             advice = f"must be a label of the axis {experiment.compare!r}"
-            problems.add("references", label, advice + _did_you_mean(label, known[experiment.compare]))
+            problems.add("references", label, advice + did_you_mean(label, known[experiment.compare]))
     for name, texts in (("skip", experiment.skip), ("quick.only", experiment.quick.only)):
         for text in texts:
             for axis, label in _pairs(text):
                 if label not in known.get(axis, ()):
-                    words = _did_you_mean(label, known[axis]) if axis in known else _did_you_mean(axis, known)
+                    words = did_you_mean(label, known[axis]) if axis in known else did_you_mean(axis, known)
                     problems.add(name, text, f"names no axis with such a label{words}")
 
 
 def _twice(words: Iterable[str]) -> list[str]:
     seen: list[str] = list(words)
     return [word for word in dict.fromkeys(seen) if seen.count(word) > 1]
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    plain = {name.casefold(): name for name in known}
-    close = difflib.get_close_matches(word.casefold(), plain, n=1)
-    return f"; did you mean {plain[close[0]]!r}?" if close else ""
 
 
 # --- settings without an effect --------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from ffm_secure.data import Examples
 from ffm_secure.errors import DataError
+from ffm_secure.schema import did_you_mean
 
 Indices = NDArray[np.int64]
 Shares = NDArray[np.float64]
@@ -297,8 +297,7 @@ def _options(split: Any) -> tuple[str, dict[str, Any]]:
     defaults = SPLITS[kind].defaults
     unknown = [] if is_dataclass(split) else sorted(given.keys() - defaults.keys())
     if unknown:
-        near = difflib.get_close_matches(unknown[0], defaults, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; {kind} knows {', '.join(defaults) or 'no options'}"
+        hint = did_you_mean(unknown[0], defaults) or f"; {kind} knows {', '.join(defaults) or 'no options'}"
         raise DataError(f"split.{unknown[0]}: unknown option{hint}")
     options = {**defaults, **{name: value for name, value in given.items() if name in defaults}}
     for name, value in options.items():

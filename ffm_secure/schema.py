@@ -9,7 +9,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,8 +102,7 @@ def read_table(kind: type[T], table: object, where: str, problems: Problems) -> 
     before = len(problems)
     for key in table:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(fields)}"
+            hint = did_you_mean(str(key), fields).removeprefix("; ") or f"known keys: {', '.join(fields)}"
             problems.append(f"{_join(where, str(key))}: unknown key; {hint}")
     values = {}
     for name, field in fields.items():
@@ -161,8 +160,7 @@ def _check(value: Any, name: str, rules: Mapping[str, Any], problems: Problems) 
         problems.add(name, value, "must be a finite number")
         return
     if rules.get("choices") and value not in rules["choices"]:
-        close = difflib.get_close_matches(str(value), [str(choice) for choice in rules["choices"]], n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(str(value), map(str, rules["choices"]))
         problems.add(name, value, f"must be {_say_choices(rules['choices'])}{hint}")
     if "minimum" in rules and value < rules["minimum"]:
         problems.add(name, value, f"must be at least {rules['minimum']}")
@@ -174,6 +172,13 @@ def _check(value: Any, name: str, rules: Mapping[str, Any], problems: Problems) 
         problems.add(name, value, f"must be below {rules['below']}")
     if "pattern" in rules and not re.fullmatch(rules["pattern"], value):
         problems.add(name, value, f"must be {rules.get('help') or rules['pattern']}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a hint at the known word most like this one, whatever the case; nothing where none is like it."""
+    plain = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(word.casefold(), plain, n=1)
+    return f"; did you mean {plain[close[0]]!r}?" if close else ""
 
 
 def _say_choices(advice: object) -> str:
