@@ -210,7 +210,7 @@ def test_what_crosses_the_wire_is_what_the_clients_learned() -> None:
         assert torch.allclose(value, alone[0][name] + alone[1][name], atol=1e-5)
 
 
-def test_a_verdict_under_noise_is_the_mean_of_draws_each_with_its_own_control(tmp_path: Path) -> None:
+def test_a_verdict_under_noise_is_the_mean_of_draws(tmp_path: Path) -> None:
     run = Path(__file__).resolve().parents[2] / "examples" / "audit" / "text.toml"
     noise = ("privacy.unit=record", "privacy.epsilon=8.0", "privacy.delta=1e-5", "privacy.clip_norm=0.5", "privacy.reason=")
     chosen = ("audit.attacks=['label_identity', 'idlg_label']", "federation.rounds=1", "task.clients=4", "federation.cohort=4")

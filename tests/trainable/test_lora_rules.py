@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,21 @@ def test_two_changes_are_compared_as_the_model_feels_them(kind: str) -> None:
     if kind == "rolora":
         other = one_round(rule, private, client_changes(rule, private.vector, private.round, seed=4))
         assert rule.cosine(kept[0], rule.moved(private.vector, other.vector)) is None, "B was trained there, A here"
+
+
+@pytest.mark.parametrize(("kind", "wider"), [("ffa", True), ("fedsvd", True), ("fedex", True), ("flora", False)])
+def test_chance_reaches_beyond_the_reports_floor_under_rules_with_fewer_directions(kind: str, wider: bool) -> None:
+    trainable, rule = lora_for(kind)
+    start = one_round(rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=1)).vector
+    cosines = []
+    for draw in range(40):
+        ends = [start]  # the second phase begins where the first one ended
+        for phase, change in enumerate(client_changes(rule, start, 0, seed=draw)[:2]):
+            ends.append(rule.after_public(ends[-1] + change, 2 * draw + phase))
+        cosines.append(abs(rule.cosine(*(rule.moved(*pair) for pair in pairwise(ends)))))
+    floor = 2 / len(start) ** 0.5
+    reached = torch.tensor(cosines).quantile(0.95).item()
+    assert (reached > 1.2 * floor) == wider, (reached, floor)
 
 
 def test_rules_need_factors() -> None:
