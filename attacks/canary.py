@@ -110,7 +110,9 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, d
 
 def one_run_epsilon(canaries: int, guesses: int, correct: int, delta: float, significance: float) -> float:
     """Return the largest epsilon that the guesses reject: the p-value there is still below the significance."""
-    return _largest_rejected(lambda epsilon: one_run_p_value(canaries, guesses, correct, epsilon, delta) < significance)
+    return _largest_rejected(
+        lambda epsilon: one_run_p_value(canaries, guesses, correct, epsilon, delta) < significance
+    )
 
 
 def fdp_epsilon(canaries: int, guesses: int, correct: int, delta: float, significance: float) -> float:
@@ -174,7 +176,9 @@ def _by_ranks(
 def clopper_pearson(successes: int, trials: int, significance: float) -> tuple[float, float]:
     """Return the one-sided lower and the one-sided upper bound of a rate, each wrong with probability at most the significance."""
     low = 0.0 if successes == 0 else float(beta.ppf(significance, successes, trials - successes + 1))
-    high = 1.0 if successes == trials else float(beta.ppf(1 - significance, successes + 1, trials - successes))
+    high = (
+        1.0 if successes == trials else float(beta.ppf(1 - significance, successes + 1, trials - successes))
+    )
     return low, high
 
 
@@ -198,10 +202,14 @@ def _clopper_pearson(members: Floats, others: Floats, delta: float, significance
             first, second = inside > threshold, outside > threshold
         else:
             first, second = outside <= threshold, inside <= threshold
-        return rates_epsilon(int(first.sum()), len(first), int(second.sum()), len(second), delta, significance)
+        return rates_epsilon(
+            int(first.sum()), len(first), int(second.sum()), len(second), delta, significance
+        )
 
     grid = np.unique(np.quantile(np.concatenate([choose_in, choose_out]), np.linspace(0.01, 0.99, 33)))
-    trials = [(epsilon(level, choose_in, choose_out, up), level, up) for level in grid for up in (True, False)]
+    trials = [
+        (epsilon(level, choose_in, choose_out, up), level, up) for level in grid for up in (True, False)
+    ]
     _, level, up = max(trials)
     return epsilon(level, use_in, use_out, up)
 
@@ -243,7 +251,9 @@ def gaussian_separation(members: Floats, others: Floats, significance: float) ->
         return 0.0
     if statistic > 30.0:
         # The non-central t is numerically out of reach there; its normal limit is close (Johnson and Welch, 1940).
-        return float((statistic - norm.isf(significance) * math.sqrt(1 + statistic**2 / (2 * freedom))) / size)
+        return float(
+            (statistic - norm.isf(significance) * math.sqrt(1 + statistic**2 / (2 * freedom))) / size
+        )
     centre = brentq(lambda shift: float(nct.sf(statistic, freedom, shift)) - significance, 0.0, statistic)
     return float(centre) / size
 
@@ -354,7 +364,9 @@ class Canaries:
             return flat[self.coordinates]
         return torch.stack([self.direction(index) @ flat / self.norm for index in range(self.count)])
 
-    def audit(self, update: Tensor, delta: float, significance: float = 0.05, method: Method = "one_run") -> LowerBound:
+    def audit(
+        self, update: Tensor, delta: float, significance: float = 0.05, method: Method = "one_run"
+    ) -> LowerBound:
         """Return the lower bound on epsilon that one observed (summed, whitened) update proves."""
         scores, coins = self.scores(update).double().numpy(), self.included.numpy()
         return lower_bound(scores[coins], scores[~coins], delta, significance, method)
@@ -362,7 +374,9 @@ class Canaries:
     @property
     def coordinates(self) -> Tensor:
         """Return where the "dirac" canaries lie, one coordinate each: shape (count,)."""
-        return torch.randperm(self.dimension, generator=torch.Generator().manual_seed(self.seed + 1))[: self.count]
+        return torch.randperm(self.dimension, generator=torch.Generator().manual_seed(self.seed + 1))[
+            : self.count
+        ]
 
 
 def combine_rounds(updates: Sequence[Tensor], noise: Sequence[float]) -> Tensor:
@@ -372,7 +386,9 @@ def combine_rounds(updates: Sequence[Tensor], noise: Sequence[float]) -> Tensor:
     statistic.
     """
     if len(updates) != len(noise) or not updates:
-        raise ValueError(f"{len(updates)} updates and {len(noise)} noise levels: one level per update is needed")
+        raise ValueError(
+            f"{len(updates)} updates and {len(noise)} noise levels: one level per update is needed"
+        )
     weights = [1.0 / max(level, 1e-12) ** 2 for level in noise]
     total = torch.stack([update * weight for update, weight in zip(updates, weights, strict=True)]).sum(0)
     return total / sum(weights)

@@ -54,9 +54,13 @@ def run_one(name: str, arguments: Sequence[str] | None = None) -> int:
 def description(name: str) -> str:
     """Say what an attack recovers, what it needs, and which published attacks it stands for."""
     attack = build(name)
-    published = [f"{entry.name} ({entry.source}), {entry.status}" for entry in TAXONOMY if entry.where == name]
+    published = [
+        f"{entry.name} ({entry.source}), {entry.status}" for entry in TAXONOMY if entry.where == name
+    ]
     lines = [f"{attack.name} ({attack.family})", getattr(attack, "summary", "")]
-    return "\n".join([*lines, f"needs: {', '.join(attack.requires)}", *(f"published: {line}" for line in published)])
+    return "\n".join(
+        [*lines, f"needs: {', '.join(attack.requires)}", *(f"published: {line}" for line in published)]
+    )
 
 
 def _run(name: str, chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -84,7 +88,8 @@ def as_json(result: Reconstruction) -> dict[str, object]:
         "knowledge_used": list(result.knowledge_used),
         "details": dict(result.details),
         "items": [
-            {"kind": item.kind, "confidence": item.confidence, "value": item.value.tolist()} for item in result.items
+            {"kind": item.kind, "confidence": item.confidence, "value": item.value.tolist()}
+            for item in result.items
         ],
     }
 
@@ -99,7 +104,9 @@ def load_model(folder: Path) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     names = list(getattr(config, "architectures", None) or [])
     if len(names) != 1 or not hasattr(transformers, names[0]):
-        raise ValueError(f"{folder}: config.json names the architectures {names}, exactly one known name is needed")
+        raise ValueError(
+            f"{folder}: config.json names the architectures {names}, exactly one known name is needed"
+        )
     loaded = getattr(transformers, names[0]).from_pretrained(
         folder, local_files_only=True, use_safetensors=True, attn_implementation="eager"
     )
@@ -113,7 +120,9 @@ def taxonomy_table() -> str:
     lines = ["| # | Attack | Source | Status | Here | Note |", "|---|---|---|---|---|---|"]
     for entry in TAXONOMY:
         where = f"`{entry.where}`" if entry.where else ""
-        lines.append(f"| {entry.number} | {entry.name} | {entry.source} | {entry.status} | {where} | {entry.reason} |")
+        lines.append(
+            f"| {entry.number} | {entry.name} | {entry.source} | {entry.status} | {where} | {entry.reason} |"
+        )
     return "\n".join(lines)
 
 
@@ -122,7 +131,9 @@ def load_tokenizer(folder: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -139,11 +150,15 @@ def attack_table() -> str:
 
 def _names() -> str:
     built = [build(name) for name in sorted(ATTACKS)]
-    return "\n".join(f"{attack.name:<22} {attack.family:<14} {getattr(attack, 'summary', '')}" for attack in built)
+    return "\n".join(
+        f"{attack.name:<22} {attack.family:<14} {getattr(attack, 'summary', '')}" for attack in built
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m attacks", description="Attack what one observer saw of a round.")
+    parser = argparse.ArgumentParser(
+        prog="python -m attacks", description="Attack what one observer saw of a round."
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of the tensor library")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="name every attack")
@@ -159,9 +174,13 @@ def _parser() -> argparse.ArgumentParser:
 def _run_options(run: argparse.ArgumentParser, *, threads: bool = True) -> None:
     if threads:
         run.add_argument("--threads", type=int, default=1, help="threads of the tensor library")
-    run.add_argument("--observation", required=True, type=Path, help="folder with observation.json and tensors")
+    run.add_argument(
+        "--observation", required=True, type=Path, help="folder with observation.json and tensors"
+    )
     run.add_argument("--model", type=Path, help="model folder (config.json and safetensors)")
     run.add_argument("--budget", choices=("quick", "standard", "exhaustive"), default="quick")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--candidates", type=Path, help="safetensors file of candidates (token_ids or images, labels)")
+    run.add_argument(
+        "--candidates", type=Path, help="safetensors file of candidates (token_ids or images, labels)"
+    )
     run.add_argument("--json", action="store_true", help="one line of JSON")

@@ -249,7 +249,9 @@ class PlainAttack:
             seconds=time.process_time() - started,
             knowledge_used=tuple(sorted(read)),
             applicable=True,
-            reason="; ".join(filter(None, (finding.reason, f"{lost} items held values that are no numbers" * bool(lost)))),
+            reason="; ".join(
+                filter(None, (finding.reason, f"{lost} items held values that are no numbers" * bool(lost)))
+            ),
             details=finding.details,
         )
 
@@ -273,13 +275,21 @@ def _readable(observation: Observation, model: nn.Module | None) -> None:
     if other:
         name = min(other)
         seen, held = tuple(observation.tensors[name].shape), tuple(own[name].shape)
-        raise NotApplicable(f"{name} was observed as {seen}, the model holds it as {held}: another model was trained")
+        raise NotApplicable(
+            f"{name} was observed as {seen}, the model holds it as {held}: another model was trained"
+        )
 
 
 def not_applicable(reason: str, *, attack: str = "") -> Reconstruction:
     """Return the honest answer of an attack that does not fit this observation."""
     return Reconstruction(
-        attack=attack, items=(), confidence=0.0, seconds=0.0, knowledge_used=(), applicable=False, reason=reason
+        attack=attack,
+        items=(),
+        confidence=0.0,
+        seconds=0.0,
+        knowledge_used=(),
+        applicable=False,
+        reason=reason,
     )
 
 
@@ -296,7 +306,9 @@ def working_copy(model: nn.Module | None, observation: Observation) -> nn.Module
         own = dict(private.named_parameters()) | dict(private.named_buffers())
         for name, value in observation.broadcast.items():
             if name not in own or own[name].shape != value.shape:
-                raise NotApplicable(f"the broadcast holds {name!r}, which the model does not have in that shape")
+                raise NotApplicable(
+                    f"the broadcast holds {name!r}, which the model does not have in that shape"
+                )
             with torch.no_grad():
                 own[name].copy_(value)
     return private
@@ -327,14 +339,18 @@ _PRIOR_FIELDS = frozenset(entry.name for entry in fields(Prior))
 
 
 def _watch(observation: Observation, prior: Prior, read: set[str]) -> tuple[Observation, Prior]:
-    knowledge = _WatchedKnowledge(**{name: getattr(observation.knowledge, name) for name in _KNOWLEDGE_FIELDS})
+    knowledge = _WatchedKnowledge(
+        **{name: getattr(observation.knowledge, name) for name in _KNOWLEDGE_FIELDS}
+    )
     watched_prior = _WatchedPrior(**{name: getattr(prior, name) for name in _PRIOR_FIELDS})
     object.__setattr__(knowledge, "read", read)
     object.__setattr__(watched_prior, "read", read)
     return replace(observation, knowledge=knowledge), watched_prior
 
 
-def _require(requires: Iterable[str], observation: Observation, model: nn.Module | None, prior: Prior) -> None:
+def _require(
+    requires: Iterable[str], observation: Observation, model: nn.Module | None, prior: Prior
+) -> None:
     missing = []
     for fact in requires:
         if fact == "model":

@@ -47,7 +47,11 @@ class Width:
 
 def width_of(observation: Observation, model: nn.Module) -> Width | None:
     """Return the dimension that tokens have to stay below, None where the model does not name one."""
-    ranks = [tensor.shape[0] for name, tensor in observation.tensors.items() if "lora_A" in name and tensor.ndim == 2]
+    ranks = [
+        tensor.shape[0]
+        for name, tensor in observation.tensors.items()
+        if "lora_A" in name and tensor.ndim == 2
+    ]
     if ranks:
         return Width(axis="tokens per rank", size=max(ranks))
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
@@ -58,7 +62,9 @@ def template(observation: Observation) -> Observation:
     """Return the observation as one client's, with nothing granted but the task, for rehearsals to fill."""
     metadata = {name: value for name, value in observation.metadata.items() if name != "summand"}
     knowledge = Knowledge(task=observation.knowledge.task)
-    return replace(observation, kind=observation.content, contributors=1, metadata=metadata, knowledge=knowledge)
+    return replace(
+        observation, kind=observation.content, contributors=1, metadata=metadata, knowledge=knowledge
+    )
 
 
 def by_batch(
@@ -104,13 +110,24 @@ def _drawn(
     drawn = rehearse(asked, model, seed=seed)
     if drawn is None:
         return None
-    seen, truth = drawn[0].replace_tensors(drawn[0].tensors, sequence_length=None), drawn[1]  # the length is not told
-    shape = None if truth.images is None else tuple(truth.images.shape[1:])  # the model itself says what it takes
+    seen, truth = (
+        drawn[0].replace_tensors(drawn[0].tensors, sequence_length=None),
+        drawn[1],
+    )  # the length is not told
+    shape = (
+        None if truth.images is None else tuple(truth.images.shape[1:])
+    )  # the model itself says what it takes
     return replace(seen, knowledge=replace(seen.knowledge, image_shape=shape)), truth
 
 
 def curve(
-    attack: Attack, model: nn.Module, axis: Axis, rehearsals: Iterable[Rehearsal], budget: Budget, *, scale: float = 1.0
+    attack: Attack,
+    model: nn.Module,
+    axis: Axis,
+    rehearsals: Iterable[Rehearsal],
+    budget: Budget,
+    *,
+    scale: float = 1.0,
 ) -> Curve:
     """Run one attack along an axis until the budget's seconds are spent; `scale` turns places into the axis' unit.
 
@@ -157,7 +174,9 @@ POINTS = {
         seconds=120.0, sizes=(1, 2, 4, 8, 16, 32, 64), multipliers=(0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
     ),
     "exhaustive": Points(
-        seconds=3_600.0, sizes=(1, 2, 4, 8, 16, 32, 64, 128, 256), multipliers=(0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
+        seconds=3_600.0,
+        sizes=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+        multipliers=(0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0),
     ),
 }
 
@@ -170,7 +189,12 @@ def _against(attack: Attack, width: Width | None, length: int) -> tuple[Axis, fl
 
 
 def draw(
-    chosen: Sequence[tuple[Attack, float]], observation: Observation, model: nn.Module, *, length: int, name: str
+    chosen: Sequence[tuple[Attack, float]],
+    observation: Observation,
+    model: nn.Module,
+    *,
+    length: int,
+    name: str,
 ) -> Iterator[Curve]:
     """Yield a curve against the batch and one against noise for each attack, within the CPU seconds of budget `name`.
 

@@ -83,7 +83,9 @@ COUNTS = {"round": Rule("whole"), "contributors": Rule("whole", least=1)}
 
 def is_text(value: object) -> bool:
     """Say whether a value is text that can be written."""
-    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None  # halves of letters cannot be written
+    return (
+        isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None
+    )  # halves of letters cannot be written
 
 
 def show(value: object) -> str:

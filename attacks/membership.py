@@ -75,7 +75,12 @@ def example_gradients(model: nn.Module, batch: Batch, names: tuple[str, ...]) ->
         with torch.enable_grad():
             grads = torch.autograd.grad(candidate_loss(model, one(batch, index)), wanted, allow_unused=True)
         rows.append(
-            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(wanted, grads, strict=True)])
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).flatten()
+                    for p, g in zip(wanted, grads, strict=True)
+                ]
+            )
         )
     return torch.stack(rows)
 
@@ -88,11 +93,15 @@ def _candidates(prior: Prior) -> Batch:
 
 def _scored(scores: Tensor, confidence: float, **details: float | int | str) -> Finding:
     return Finding(
-        items=(Item(kind="scores", value=scores, confidence=confidence),), confidence=confidence, details=details
+        items=(Item(kind="scores", value=scores, confidence=confidence),),
+        confidence=confidence,
+        details=details,
     )
 
 
-def _matched(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _matched(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     private, candidates = working_copy(model, observation), _candidates(prior)
     own = dict(private.named_parameters())
     view = observation.gradient().tensors
@@ -126,13 +135,19 @@ def _spread(scores: Tensor) -> float:
     return 1.0 - min(within) / total
 
 
-def _residual(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _residual(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     private, candidates = working_copy(model, observation).double(), _candidates(prior)
     noise = noise_per_entry(observation)
-    spans = [spectrum_of(channel).span(noise=noise) for channel in observed_channels(observation, private).values()]
+    spans = [
+        spectrum_of(channel).span(noise=noise) for channel in observed_channels(observation, private).values()
+    ]
     spans = [span for span in spans if span.informative]
     if not spans:
-        raise NotApplicable("every observed row space is full or empty: too many tokens, noise, or a foreign optimiser")
+        raise NotApplicable(
+            "every observed row space is full or empty: too many tokens, noise, or a foreign optimiser"
+        )
     most = max(span.rank for span in spans)
     spans = [span for span in spans if span.rank == most][:4]
     modules = {span.channel: private.get_submodule(span.channel) for span in spans}
@@ -147,15 +162,21 @@ def _residual(observation: Observation, model: nn.Module | None, prior: Prior, b
         ]
         # The mean over all but the last place: a causal model's last token leaves no trace.
         scores.append(
-            -torch.stack([entry[:-1].mean() if len(entry) > 1 else entry.mean() for entry in distances]).mean()
+            -torch.stack(
+                [entry[:-1].mean() if len(entry) > 1 else entry.mean() for entry in distances]
+            ).mean()
         )
     table = torch.stack(scores)
     if float(-table.min()) < _ROUNDING:
-        return Finding(reason="every candidate lies in the row spaces: they are full, or all candidates are members")
+        return Finding(
+            reason="every candidate lies in the row spaces: they are full, or all candidates are members"
+        )
     return _scored(table, _spread(table), rank=most, channels=len(spans))
 
 
-def _lira(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _lira(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     target, reference = _target_and_reference(observation, model, prior)
     spread = reference.std(dim=0, unbiased=True) if len(reference) > 1 else torch.ones(reference.shape[1])
     pooled = spread.mean().clamp_min(1e-6)
@@ -163,7 +184,9 @@ def _lira(observation: Observation, model: nn.Module | None, prior: Prior, budge
     return _scored(scores, _spread(scores), references=len(reference))
 
 
-def _rmia(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _rmia(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     if not prior.examples:
         raise NotApplicable("RMIA compares with a population: set prior.examples")
     target, reference = _target_and_reference(observation, model, prior)
@@ -187,12 +210,18 @@ def _logit(log_probability: Tensor) -> Tensor:
     return torch.log(probability / (1 - probability))
 
 
-def _target_and_reference(observation: Observation, model: nn.Module | None, prior: Prior) -> tuple[Tensor, Tensor]:
+def _target_and_reference(
+    observation: Observation, model: nn.Module | None, prior: Prior
+) -> tuple[Tensor, Tensor]:
     candidates = _candidates(prior)
     if not prior.reference_models:
-        raise NotApplicable("reference models trained without the target are needed: set prior.reference_models")
+        raise NotApplicable(
+            "reference models trained without the target are needed: set prior.reference_models"
+        )
     target = _logit(confidences(working_copy(model, observation), candidates))
-    reference = torch.stack([_logit(confidences(other.eval(), candidates)) for other in prior.reference_models])
+    reference = torch.stack(
+        [_logit(confidences(other.eval(), candidates)) for other in prior.reference_models]
+    )
     return target, reference
 
 

@@ -93,7 +93,9 @@ def exact_sequence_rate(recovered: Sequence[Sequence[int]], true: Sequence[Seque
 
 def fact_recall(recovered: Sequence[Sequence[int]], facts: Sequence[Sequence[int]]) -> float:
     """Return the share of personal facts (token spans) that stand, whole and in order, in some recovered sequence."""
-    return sum(any(_contains(text, fact) for text in recovered) for fact in facts) / len(facts) if facts else 0.0
+    return (
+        sum(any(_contains(text, fact) for text in recovered) for fact in facts) / len(facts) if facts else 0.0
+    )
 
 
 def count_accuracy(recovered: Sequence[float], true: Sequence[float]) -> float:
@@ -192,7 +194,9 @@ def _ssim_terms(recovered: Tensor, true: Tensor, peak: float) -> tuple[float, fl
     variance_second = smooth(second * second) - mean_second**2
     covariance = smooth(first * second) - mean_first * mean_second
     contrast = (2 * covariance + contrast_floor) / (variance_first + variance_second + contrast_floor)
-    luminance = (2 * mean_first * mean_second + luminance_floor) / (mean_first**2 + mean_second**2 + luminance_floor)
+    luminance = (2 * mean_first * mean_second + luminance_floor) / (
+        mean_first**2 + mean_second**2 + luminance_floor
+    )
     return float((luminance * contrast).mean()), float(contrast.mean())
 
 
@@ -214,7 +218,9 @@ def auc(scores_in: Sequence[float] | Floats, scores_out: Sequence[float] | Float
     return float(surplus / (len(members) * len(others)))
 
 
-def tpr_at_fpr(scores_in: Sequence[float] | Floats, scores_out: Sequence[float] | Floats, rate: float) -> float:
+def tpr_at_fpr(
+    scores_in: Sequence[float] | Floats, scores_out: Sequence[float] | Floats, rate: float
+) -> float:
     """Return the largest true-positive rate of any threshold whose false-positive rate is at most `rate`.
 
     Guarantee: never interpolates; with fewer than 1/rate non-members the threshold lies above all of them.
@@ -248,7 +254,9 @@ def match_one_to_one(similarity: Floats) -> list[tuple[int, int]]:
     return [(int(row), int(column)) for row, column in zip(rows, columns, strict=True)]
 
 
-def similarity_matrix(recovered: Sequence[Any], true: Sequence[Any], metric: Callable[[Any, Any], float]) -> Floats:
+def similarity_matrix(
+    recovered: Sequence[Any], true: Sequence[Any], metric: Callable[[Any, Any], float]
+) -> Floats:
     """Return metric(recovered, true) for every pair: shape (recovered, true)."""
     table = np.zeros((len(recovered), len(true)))
     for row, found in enumerate(recovered):

@@ -139,7 +139,9 @@ class Observation:
     @property
     def content(self) -> Literal["gradient", "delta"]:
         """Say what one contribution is, whether seen alone or inside a sum."""
-        return cast(Literal["gradient", "delta"], self.metadata["summand"] if self.kind == "sum" else self.kind)
+        return cast(
+            Literal["gradient", "delta"], self.metadata["summand"] if self.kind == "sum" else self.kind
+        )
 
     def known(self, fact: str) -> Any:
         """Return a fact revealed by the protocol, else the declared assumption of that name, else None."""
@@ -157,7 +159,11 @@ class Observation:
         """
         if self.content == "gradient":
             return GradientView(tensors=self.tensors, scaled=True, factor=1.0)
-        rate, steps, optimiser = self.known("learning_rate"), self.known("local_steps"), self.known("optimiser")
+        rate, steps, optimiser = (
+            self.known("learning_rate"),
+            self.known("local_steps"),
+            self.known("optimiser"),
+        )
         scaled = bool(rate) and bool(steps) and str(optimiser).lower() == "sgd"
         factor = -1.0 / (float(rate) * int(steps)) if scaled else -1.0
         tensors = {name: tensor * factor for name, tensor in self.tensors.items()}
@@ -267,7 +273,9 @@ def _exchange(stage: Path, folder: Path) -> None:
     kept.mkdir()
     old = [name for name in _FILES if os.path.lexists(folder / name)]
     try:
-        for name in old:  # the description goes first, so that it never stands beside the tensors of another one
+        for (
+            name
+        ) in old:  # the description goes first, so that it never stands beside the tensors of another one
             os.replace(folder / name, kept / name)
         for name in reversed(_FILES):
             if (stage / name).exists():
@@ -325,7 +333,9 @@ def _require_file(path: Path) -> None:
     if path.is_symlink():
         raise ObservationError(f"{path} is a link: an observation folder holds its own files")
     if not path.is_file():
-        raise ObservationError(f"{path} is missing: an observation folder holds {_DESCRIPTION} and {_TENSORS}")
+        raise ObservationError(
+            f"{path} is missing: an observation folder holds {_DESCRIPTION} and {_TENSORS}"
+        )
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -395,7 +405,9 @@ def _description_problems(description: Mapping[str, Any]) -> list[str]:
     whole = {name: value for name, value in objects.items() if isinstance(value, dict)}
     facts = {name: description[name] for name in _FACTS if name in description}
     problems += _fact_problems({**facts, "metadata": whole.get("metadata", {})})
-    problems += _knowledge_problems({name: plain(value) for name, value in whole.get("knowledge", {}).items()})
+    problems += _knowledge_problems(
+        {name: plain(value) for name, value in whole.get("knowledge", {}).items()}
+    )
     for name in ("tensors", "broadcast"):
         problems += _inventory_problems(name, whole[name]) if name in whole else []
     if "sha256" in description:
@@ -418,7 +430,11 @@ def _inventory_problems(name: str, inventory: Mapping[str, Any]) -> list[str]:
 
 
 def _is_entry(entry: object) -> bool:
-    if not isinstance(entry, dict) or set(entry) != {"shape", "dtype"} or not isinstance(entry["shape"], list):
+    if (
+        not isinstance(entry, dict)
+        or set(entry) != {"shape", "dtype"}
+        or not isinstance(entry["shape"], list)
+    ):
         return False
     return isinstance(entry["dtype"], str) and all(COUNTS["round"].fits(size) for size in entry["shape"])
 
@@ -443,7 +459,9 @@ def _read_tensors(path: Path, inventory: Mapping[str, Any], digest: str | None) 
         raise ObservationError(f"{path} is not the file that {_DESCRIPTION} describes: {wanted}")
     found = _inventory(tensors)
     if found != inventory:
-        different = sorted(name for name in set(found) | set(inventory) if found.get(name) != inventory.get(name))
+        different = sorted(
+            name for name in set(found) | set(inventory) if found.get(name) != inventory.get(name)
+        )
         raise ObservationError(f"{path} differs from {_DESCRIPTION} at {different[:5]}")
     return tensors
 
@@ -472,7 +490,9 @@ def _tensor_problems(field_name: str, tensors: object) -> list[str]:
     return [
         f"{field_name}[{show(name)}] must map a name to a tensor"
         for name, tensor in tensors.items()
-        if not is_text(name) or name == "__metadata__" or not isinstance(tensor, torch.Tensor)  # the format's own
+        if not is_text(name)
+        or name == "__metadata__"
+        or not isinstance(tensor, torch.Tensor)  # the format's own
     ]
 
 

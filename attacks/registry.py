@@ -101,12 +101,25 @@ class Published:
     reason: str = ""
 
 
-def _entry(number: int, group: str, name: str, source: str, status: Status, where: str, reason: str) -> Published:
-    return Published(number=number, group=group, name=name, source=source, status=status, where=where, reason=reason)
+def _entry(
+    number: int, group: str, name: str, source: str, status: Status, where: str, reason: str
+) -> Published:
+    return Published(
+        number=number, group=group, name=name, source=source, status=status, where=where, reason=reason
+    )
 
 
-_IMAGES, _PRIORS, _ANALYTIC = "images, by optimisation", "images, with a learned prior", "closed form, passive"
-_ACTIVE, _TEXT, _PEFT, _OTHER = "malicious server", "text", "parameter-efficient tuning", "labels and inference"
+_IMAGES, _PRIORS, _ANALYTIC = (
+    "images, by optimisation",
+    "images, with a learned prior",
+    "closed form, passive",
+)
+_ACTIVE, _TEXT, _PEFT, _OTHER = (
+    "malicious server",
+    "text",
+    "parameter-efficient tuning",
+    "labels and inference",
+)
 
 # fmt: off
 TAXONOMY: tuple[Published, ...] = (

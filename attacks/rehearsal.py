@@ -20,7 +20,9 @@ _LENGTH = 8
 _PATCH = 4  # invented pictures are drawn at a fourth of their side and smoothed
 
 
-def invented_batch(model: nn.Module, *, count: int, length: int, seed: int) -> tuple[dict[str, Tensor], Truth] | None:
+def invented_batch(
+    model: nn.Module, *, count: int, length: int, seed: int
+) -> tuple[dict[str, Tensor], Truth] | None:
     """Return a batch for a Hugging Face model and the truth about it, or None where the model does not say what it takes."""
     generator = torch.Generator().manual_seed(seed)
     config: Any = getattr(model, "config", None)
@@ -29,7 +31,9 @@ def invented_batch(model: nn.Module, *, count: int, length: int, seed: int) -> t
     side, vocabulary = getattr(config, "image_size", None), getattr(config, "vocab_size", None)
     if side:
         channels = int(getattr(config, "num_channels", 3))
-        coarse = torch.rand(count, channels, -(-int(side) // _PATCH), -(-int(side) // _PATCH), generator=generator)
+        coarse = torch.rand(
+            count, channels, -(-int(side) // _PATCH), -(-int(side) // _PATCH), generator=generator
+        )
         images = nn.functional.interpolate(coarse, size=(int(side), int(side)), mode="bilinear")
         truth = Truth(images=images, labels=tuple(labels.tolist()), classes=classes)
         return {"pixel_values": images, "labels": labels}, truth
@@ -68,7 +72,10 @@ def rehearse(observation: Observation, model: nn.Module, *, seed: int) -> tuple[
     lengths = observation.known("lengths") or (observation.known("sequence_length") or _LENGTH,)
     steps = int(observation.known("local_steps") or 1) if observation.content == "delta" else 1
     try:
-        drawn = [invented_batch(client, count=count, length=max(lengths), seed=seed + step) for step in range(steps)]
+        drawn = [
+            invented_batch(client, count=count, length=max(lengths), seed=seed + step)
+            for step in range(steps)
+        ]
         batches = [batch for batch in drawn if batch is not None]
         if not batches:
             return None
@@ -79,7 +86,9 @@ def rehearse(observation: Observation, model: nn.Module, *, seed: int) -> tuple[
     labels = tuple(label for truth in truths for label in truth.labels or ())
     whole = Truth(
         sequences=tuple(row for truth in truths for row in truth.sequences or ()) or None,
-        images=None if truths[0].images is None else torch.cat([t.images for t in truths if t.images is not None]),
+        images=None
+        if truths[0].images is None
+        else torch.cat([t.images for t in truths if t.images is not None]),
         labels=labels or None,
         classes=truths[0].classes,
         vocabulary=truths[0].vocabulary,
@@ -94,7 +103,10 @@ def guessed(observation: Observation, truth: Truth) -> bool:
 
 
 def _trained(
-    client: nn.Module, trained: Mapping[str, Tensor], batches: list[dict[str, Tensor]], observation: Observation
+    client: nn.Module,
+    trained: Mapping[str, Tensor],
+    batches: list[dict[str, Tensor]],
+    observation: Observation,
 ) -> dict[str, Tensor]:
     parameters = [value.requires_grad_(True) for value in trained.values()]
     before = {name: value.detach().clone() for name, value in trained.items()}
@@ -117,7 +129,10 @@ def _trained(
 
 def _optimiser(parameters: list[Tensor], observation: Observation) -> torch.optim.Optimizer:
     kind = str(observation.known("optimiser") or "sgd").lower()
-    rate, decay = float(observation.known("learning_rate") or 0.01), float(observation.known("weight_decay") or 0.0)
+    rate, decay = (
+        float(observation.known("learning_rate") or 0.01),
+        float(observation.known("weight_decay") or 0.0),
+    )
     if kind == "sgd":
         return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
     if kind == "adam":

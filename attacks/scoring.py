@@ -99,7 +99,9 @@ def pooled(scores: Sequence[Score]) -> Score:
         high=interval.high,
         draws=len(scores),
         succeeded=enough and interval.low > baseline,
-        luck=float(binom.sf(sum(one.succeeded for one in scores) - 1, len(scores), max(one.luck for one in scores))),
+        luck=float(
+            binom.sf(sum(one.succeeded for one in scores) - 1, len(scores), max(one.luck for one in scores))
+        ),
     )
 
 
@@ -132,7 +134,9 @@ def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
     if not truth.sequences:
         return None
     everywhere = (
-        set.intersection(*(set(sequence) for sequence in truth.sequences)) if len(truth.sequences) > 1 else set()
+        set.intersection(*(set(sequence) for sequence in truth.sequences))
+        if len(truth.sequences) > 1
+        else set()
     )
     true = set().union(*truth.sequences) - everywhere
     guessed: set[int] = set()
@@ -159,7 +163,9 @@ def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
 
 def _guessed_tokens(true: set[int], truth: Truth, everywhere: set[int]) -> float:
     """Return the best F1 of guessing: all ids, or the most frequent ones of texts that were not used, as many as pay best."""
-    found = 0.0 if truth.vocabulary is None else 2 * len(true) / (max(truth.vocabulary, len(true)) + len(true))
+    found = (
+        0.0 if truth.vocabulary is None else 2 * len(true) / (max(truth.vocabulary, len(true)) + len(true))
+    )
     hits = 0
     frequent = Counter(token for text in truth.others for token in set(text) - everywhere).most_common()
     for number, (token, _) in enumerate(frequent, start=1):
@@ -175,7 +181,9 @@ def _beside(
     texts = [[token for token in value.tolist() if token >= 0] for value in found.of("sequence")]
     pairs = []
     for true in sequences:
-        best = max(texts, key=lambda text: len(set(text) & set(true)), default=[t for t in true if t in guessed])
+        best = max(
+            texts, key=lambda text: len(set(text) & set(true)), default=[t for t in true if t in guessed]
+        )
         pairs.append((" ".join(map(str, true)), " ".join(map(str, best))))
     return tuple(pairs)
 

@@ -74,15 +74,21 @@ def _problems(tensors: Mapping[str, Tensor]) -> list[str]:
         problems += _not_whole(name, tensors[name], axes) if name in tensors else []
     if mask is not None and (ids is None or mask.shape != ids.shape):
         beside = "there are none" if ids is None else f"theirs is {tuple(ids.shape)}"
-        problems.append(f"attention_mask has the shape {tuple(mask.shape)}, must have that of token_ids: {beside}")
+        problems.append(
+            f"attention_mask has the shape {tuple(mask.shape)}, must have that of token_ids: {beside}"
+        )
     if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
         problems.append("attention_mask must hold 0 and 1 alone")
     if images is not None:
         if images.ndim != 4 or images.dtype not in _REAL:
-            problems.append(f"images is {_what(images)}, must hold floating-point numbers of shape (n, c, h, w)")
+            problems.append(
+                f"images is {_what(images)}, must hold floating-point numbers of shape (n, c, h, w)"
+            )
         elif not bool(torch.isfinite(images).all()):
             problems.append("images must hold finite numbers")
-    counts = {name: len(tensor) for name, tensor in tensors.items() if name != "attention_mask" and tensor.ndim}
+    counts = {
+        name: len(tensor) for name, tensor in tensors.items() if name != "attention_mask" and tensor.ndim
+    }
     if len(set(counts.values())) > 1 or 0 in counts.values():
         problems.append(f"the numbers of records are {counts}, must be one number from 1")
     return problems

@@ -15,7 +15,9 @@ from attacks.truth import Truth
 Verdict = Literal["leaked", "not leaked", "inconclusive", "not applicable"]
 Result = tuple[Reconstruction, Score | None]
 
-TELLING = 0.1  # how much surer an attack must be on an undefended update than on noise for its confidence to tell
+TELLING = (
+    0.1  # how much surer an attack must be on an undefended update than on noise for its confidence to tell
+)
 _FAILED = "failed"  # in the details of an attack that ended in an error
 
 
@@ -35,7 +37,12 @@ class Judgement:
 
 
 def tried(
-    attack: Attack, seen: Observation, model: nn.Module | None, prior: Prior, budget: Budget, truth: Truth | None
+    attack: Attack,
+    seen: Observation,
+    model: nn.Module | None,
+    prior: Prior,
+    budget: Budget,
+    truth: Truth | None,
 ) -> Result:
     """Run an attack and score it; an error ends the attack, not the audit, and proves nothing."""
     try:
@@ -61,7 +68,9 @@ def judge(seen: Result, control: Result | None) -> Judgement:
     if not found.applicable and (control is None or not control[0].applicable):
         return Judgement(verdict="not applicable", reason=(control or seen)[0].reason)
     if control is None:
-        return Judgement(verdict="inconclusive", reason="no control: no undefended step of this model could be rehearsed")
+        return Judgement(
+            verdict="inconclusive", reason="no control: no undefended step of this model could be rehearsed"
+        )
     if not control[0].applicable:
         return Judgement(verdict="not applicable", reason=control[0].reason)
     reference = control[1]
@@ -74,9 +83,15 @@ def judge(seen: Result, control: Result | None) -> Judgement:
     if result is not None:
         return replace(_scored("not leaked", result, control), reason="control passed" + _over(result, "; "))
     if found.applicable and not found.items:
-        return _beside(reference, "not leaked", f"control passed, here it finds nothing: {found.reason or 'no reason given'}")
+        return _beside(
+            reference,
+            "not leaked",
+            f"control passed, here it finds nothing: {found.reason or 'no reason given'}",
+        )
     told = found.reason or "nothing to score"
-    return _beside(reference, "not applicable", f"works on the undefended update, but does not fit this one: {told}")
+    return _beside(
+        reference, "not applicable", f"works on the undefended update, but does not fit this one: {told}"
+    )
 
 
 def _unproven(control: Result) -> Judgement:
@@ -101,7 +116,11 @@ def _over(result: Score, start: str = "") -> str:
 
 def _beside(reference: Score, verdict: Verdict, reason: str) -> Judgement:
     return Judgement(
-        verdict=verdict, measure=reference.measure, control=reference.value, baseline=reference.baseline, reason=reason
+        verdict=verdict,
+        measure=reference.measure,
+        control=reference.value,
+        baseline=reference.baseline,
+        reason=reason,
     )
 
 
@@ -143,7 +162,9 @@ def judge_unknown(
         return base
     if seen.items and seen.confidence > 0.5 * (low + control.confidence):
         return replace(base, verdict="leaked", reason="as sure as on a rehearsal with invented data")
-    return unless_guessed(replace(base, verdict="not leaked", reason="control passed on a rehearsal"), guessed)
+    return unless_guessed(
+        replace(base, verdict="not leaked", reason="control passed on a rehearsal"), guessed
+    )
 
 
 def unless_guessed(judgement: Judgement, guessed: bool) -> Judgement:

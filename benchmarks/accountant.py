@@ -32,9 +32,13 @@ QUICK = ("base_q01_s1_T1000", "sst2_lora", "delta_1e-15", "het_2")
 def main() -> None:
     """Print the tables and, last, one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line (always done)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line (always done)"
+    )
     parser.add_argument("--quick", action="store_true", help="four vectors and small histories")
-    parser.add_argument("--limit", type=float, default=90.0, help="CPU seconds one accountant may take for one vector")
+    parser.add_argument(
+        "--limit", type=float, default=90.0, help="CPU seconds one accountant may take for one vector"
+    )
     parser.add_argument("--worker", nargs="+", metavar="ACCOUNTANT VECTOR", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -72,7 +76,9 @@ def _in_process(name: str, vectors: list[str], limit: float) -> dict[str, dict[s
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.accountant"]
     command += ["--limit", str(limit), "--worker", name, *vectors]
     found = {}
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as worker:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as worker:
         assert worker.stdout is not None
         for line in worker.stdout:
             if line.startswith('{"vector"'):
@@ -97,7 +103,9 @@ def _work(name: str, vectors: list[str], limit: float) -> None:
             process.join()
             stopped = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
             answer = (
-                {"status": "over limit", "seconds": limit} if stopped else {"status": "declined", "reason": "crashed"}
+                {"status": "over limit", "seconds": limit}
+                if stopped
+                else {"status": "declined", "reason": "crashed"}
             )
         process.join()
         print(json.dumps({"vector": vector, **answer}), flush=True)
@@ -196,7 +204,12 @@ def _running(rounds: int) -> dict[str, Any]:
         start = time.process_time()
         accountant.epsilon_with(_event(0.0123 + 1e-4 * index, 1.1, 3), 1e-5)
         times.append(time.process_time() - start)
-    return {"rounds": rounds, "epsilon": bound.epsilon, "all_seconds": whole, "one_more_ms": 1e3 * sorted(times)[4]}
+    return {
+        "rounds": rounds,
+        "epsilon": bound.epsilon,
+        "all_seconds": whole,
+        "one_more_ms": 1e3 * sorted(times)[4],
+    }
 
 
 def _ledger(owners: int) -> dict[str, Any]:
@@ -224,7 +237,12 @@ def _ledger(owners: int) -> dict[str, Any]:
         start = time.perf_counter()
         ledger.verify()
         verified = time.perf_counter() - start
-    result = {"owners": owners, "all_ms": 1e3 * many, "twenty_ms": 1e3 * sorted(times)[5], "verify_ms": 1e3 * verified}
+    result = {
+        "owners": owners,
+        "all_ms": 1e3 * many,
+        "twenty_ms": 1e3 * sorted(times)[5],
+        "verify_ms": 1e3 * verified,
+    }
     return result | _reopened(owners)
 
 
@@ -253,7 +271,11 @@ def _calibration() -> list[dict[str, float]]:
     from defenses.dp.calibration import noise_multiplier
 
     result = []
-    for target, delta, rate, steps in ((8.0, 1e-5, 0.01, 1000), (1.0, 1e-5, 0.0152, 660), (0.1, 1e-8, 0.001, 10_000)):
+    for target, delta, rate, steps in (
+        (8.0, 1e-5, 0.01, 1000),
+        (1.0, 1e-5, 0.0152, 660),
+        (0.1, 1e-8, 0.001, 10_000),
+    ):
         start = time.process_time()
         sigma = noise_multiplier(epsilon=target, delta=delta, sampling_rate=rate, steps=steps)
         result.append(
@@ -269,13 +291,18 @@ def _calibration() -> list[dict[str, float]]:
     return result
 
 
-def _print(rows: list[dict[str, Any]], running: dict[str, Any], ledger: dict[str, Any], calibration: list[Any]) -> None:
+def _print(
+    rows: list[dict[str, Any]], running: dict[str, Any], ledger: dict[str, Any], calibration: list[Any]
+) -> None:
     print(f"{'vector':22s}{'delta':>9s}{'reference':>12s}" + "".join(f"{name:>28s}" for name in ACCOUNTANTS))
     for row in rows:
         print(
-            f"{row['id']:22s}{row['delta']:9.0e}{row['reference']:12.5g}" + "".join(_cell(row[n]) for n in ACCOUNTANTS)
+            f"{row['id']:22s}{row['delta']:9.0e}{row['reference']:12.5g}"
+            + "".join(_cell(row[n]) for n in ACCOUNTANTS)
         )
-    print("cells: epsilon, difference to the reference, seconds; '<' marks a value below the reference's tolerance")
+    print(
+        "cells: epsilon, difference to the reference, seconds; '<' marks a value below the reference's tolerance"
+    )
     print(
         f"{running['rounds']} different rounds: {running['all_seconds']:.2f} s; one more: {running['one_more_ms']:.1f} ms"
     )

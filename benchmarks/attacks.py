@@ -57,7 +57,9 @@ class Cell:
     reason: str = ""
 
 
-def observed(data: Data, model: nn.Module, update: str, count: int, seed: int) -> tuple[Observation, Truth, Prior]:
+def observed(
+    data: Data, model: nn.Module, update: str, count: int, seed: int
+) -> tuple[Observation, Truth, Prior]:
     """Return what crosses the wire for one update type, what it was made of, and what the attacker is given."""
     steps = 2 if "SGD" in update else 1
     seeds = [seed] if not update.startswith(("sum", "delta")) else [
@@ -72,7 +74,11 @@ def observed(data: Data, model: nn.Module, update: str, count: int, seed: int) -
         seen = models.observe_sum(model, draws, data.loss, batch_size=count)
     elif update.startswith("delta"):
         sgd = "SGD" in update
-        facts = {"learning_rate": RATE, "optimiser": "sgd" if sgd else "adamw", "weight_decay": 0.0 if sgd else 0.01}
+        facts = {
+            "learning_rate": RATE,
+            "optimiser": "sgd" if sgd else "adamw",
+            "weight_decay": 0.0 if sgd else 0.01,
+        }
         seen = models.observe_delta(model, draws, data.loss, **facts)
         seen = seen.replace_tensors(seen.tensors, batch_size=count)
     else:
@@ -122,7 +128,14 @@ def cell(group: Group, attack: str, update: str, count: int, *, seeds: int, budg
 
 
 def measured_cell(
-    setting: Callable[[int], Case], attack: str, model: str, update: str, count: int, *, seeds: int, budget: Budget
+    setting: Callable[[int], Case],
+    attack: str,
+    model: str,
+    update: str,
+    count: int,
+    *,
+    seeds: int,
+    budget: Budget,
 ) -> Cell:
     """Run one attack on a setting a seed and sum the scores up."""
     runs, reason = [], ""
@@ -131,7 +144,9 @@ def measured_cell(
         found = build(attack).run(made.seen, made.model, made.prior, budget, seed)
         reason = reason or found.reason
         pictures = bool(found.of("image"))
-        judged = replace(made.truth, labels=None) if pictures else made.truth  # labels were granted, pictures were not
+        judged = (
+            replace(made.truth, labels=None) if pictures else made.truth
+        )  # labels were granted, pictures were not
         runs.append((found, score(found, judged) if found.applicable else None))
     scored = [result for _, result in runs if result is not None]
     interval = bootstrap_interval([result.value for result in scored]) if scored else None
@@ -154,7 +169,9 @@ def measured_cell(
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
     """Run the whole table, printing as it goes."""
     groups = attacks_models.built(quick=options.quick)
-    groups += [] if options.assets is None else attacks_models.from_assets(options.assets, quick=options.quick)
+    groups += (
+        [] if options.assets is None else attacks_models.from_assets(options.assets, quick=options.quick)
+    )
     special = () if options.quick else attacks_special.LINES
     first, shares = map(int, options.share.split("/"))
     groups, special = groups[first - 1 :: shares], special[first - 1 :: shares]
@@ -174,7 +191,13 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for entry in special:
         budget = Budget(seconds=60.0, iterations=entry.iterations, restarts=1)
         line = measured_cell(
-            entry.setting, entry.attack, entry.model, entry.update, entry.batch, seeds=entry.seeds, budget=budget
+            entry.setting,
+            entry.attack,
+            entry.model,
+            entry.update,
+            entry.batch,
+            seeds=entry.seeds,
+            budget=budget,
         )
         _print(line)
         yield line
@@ -187,7 +210,8 @@ def _print(line: Cell) -> None:
         return
     between = f"{line.low:8.3f}-{line.high:8.3f}"
     print(
-        f"{start} {line.score:8.3f} {between} {line.guessing:7.3f} {line.succeeded:>5} {line.seconds:7.2f}", flush=True
+        f"{start} {line.score:8.3f} {between} {line.guessing:7.3f} {line.succeeded:>5} {line.seconds:7.2f}",
+        flush=True,
     )
 
 
@@ -213,14 +237,21 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Print the tables, then one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="closed forms only, one or two seeds, two batch sizes")
+    parser.add_argument(
+        "--quick", action="store_true", help="closed forms only, one or two seeds, two batch sizes"
+    )
     parser.add_argument("--assets", type=Path, help="folder with the trained models and data")
     parser.add_argument("--peer", type=Path, help="Python of an environment with breaching 0.1.2")
     parser.add_argument("--span-peer", type=Path, help="folder that holds the published span functions")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run, in this order")
-    parser.add_argument("--only-peer", action="store_const", dest="parts", const=("peer",), help="same as --parts peer")
     parser.add_argument(
-        "--share", default="1/1", metavar="K/N", help="every N-th model of the table from the K-th, for several cores"
+        "--only-peer", action="store_const", dest="parts", const=("peer",), help="same as --parts peer"
+    )
+    parser.add_argument(
+        "--share",
+        default="1/1",
+        metavar="K/N",
+        help="every N-th model of the table from the K-th, for several cores",
     )
     parser.add_argument("--json", action="store_true", help="kept for symmetry: JSON is always the last line")
     options = parser.parse_args()

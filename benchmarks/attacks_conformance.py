@@ -95,7 +95,9 @@ def counted(successes: int, trials: int, repeated: int) -> tuple[float, float]:
     """Return the 99 % range of a repetition over `repeated` trials of a reference that is a count."""
     rate, (low, high) = successes / trials, clopper_pearson(successes, trials, 0.005)
     own = Z99 * (rate * (1 - rate) / repeated) ** 0.5
-    return max(0.0, rate - ((rate - low) ** 2 + own**2) ** 0.5), min(1.0, rate + ((high - rate) ** 2 + own**2) ** 0.5)
+    return max(0.0, rate - ((rate - low) ** 2 + own**2) ** 0.5), min(
+        1.0, rate + ((high - rate) ** 2 + own**2) ** 0.5
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -116,7 +118,9 @@ def spans(seeds: int) -> Iterator[Line]:
                 else models.observe_sum(model, parts, models.text_loss)
             )
             found = run("span_exact", without_rows(seen), model)
-            rates.append(exact_sequence_rate([value.tolist() for value in found.of("sequence")], ids.tolist()))
+            rates.append(
+                exact_sequence_rate([value.tolist() for value in found.of("sequence")], ids.tolist())
+            )
         below = batch * clients * 8 < 128
         who = f"batch of {batch}" if clients == 1 else f"sum of {clients} clients"
         yield Line(
@@ -135,7 +139,9 @@ def language(seeds: int) -> Iterator[Line]:
             ids = models.sentences(batch, 8, 600, seed=seed)
             seen = models.observe(model, {"input_ids": ids, "labels": ids}, models.text_loss)
             found = run("span", without_rows(seen), model)
-            rates.append(exact_sequence_rate([value.tolist() for value in found.of("sequence")], ids[:, :-1].tolist()))
+            rates.append(
+                exact_sequence_rate([value.tolist() for value in found.of("sequence")], ids[:, :-1].tolist())
+            )
         yield Line(
             attack="span", setting=f"causal language model, batch of {batch}", unit="prefixes exact", reference="1",
             low=1.0, high=1.0, measured=mean(rates), runs=seeds, seconds=time.process_time() - began,
@@ -150,11 +156,15 @@ def lora_laws(seeds: int) -> Iterator[Line]:
             for rank in (4, 8, 16, 32):
                 for tokens in (4, 8, 16):
                     modules = ("attn.c_attn", "mlp.c_fc")
-                    model = models.add_lora(models.gpt2(vocabulary=400, seed=seed), rank, modules, zero_b=first_step)
+                    model = models.add_lora(
+                        models.gpt2(vocabulary=400, seed=seed), rank, modules, zero_b=first_step
+                    )
                     count = max(1, tokens // 8)
                     ids = models.sentences(count, tokens // count, 400, seed=seed)
                     found = run("span_exact", models.observe(model, labelled(ids), models.text_loss), model)
-                    rate = exact_sequence_rate([value.tolist() for value in found.of("sequence")], ids.tolist())
+                    rate = exact_sequence_rate(
+                        [value.tolist() for value in found.of("sequence")], ids.tolist()
+                    )
                     right += rate == float(tokens < rank if first_step else tokens <= rank)
                     cells += 1
         law = "first step, B = 0: exact iff tokens < r" if first_step else "B not 0: exact iff tokens <= r"
@@ -216,7 +226,9 @@ def matched_text(seeds: int) -> Iterator[Line]:
             seen = models.observe(model, labelled(ids), models.text_loss, knowledge=known, batch_size=batch)
             seen = seen.replace_tensors({n: t for n, t in seen.tensors.items() if not n.endswith(rows)})
             found = run("text_matching", seen, model, iterations=iterations)
-            table = similarity_matrix([x.tolist() for x in found.of("sequence")], ids.tolist(), positional_accuracy)
+            table = similarity_matrix(
+                [x.tolist() for x in found.of("sequence")], ids.tolist(), positional_accuracy
+            )
             rates.append(sum(table[row, column] for row, column in match_one_to_one(table)) / batch)
         low, high = counted(right, of, 8 * batch * len(rates))
         yield Line(
@@ -241,14 +253,18 @@ def vision(seeds: int) -> Iterator[Line]:
     gradients of the places are nearly the same and noise weighs more: these lines have no reference and show by how much.
     """
     for noise, batch, reference in ((0.0, 1, 200.0), (0.0, 2, 8.0)):
-        yield _vision(seeds, noise, batch, str(reference), (140.0, 200.0) if batch == 1 else (0.0, 12.0), known=True)
+        yield _vision(
+            seeds, noise, batch, str(reference), (140.0, 200.0) if batch == 1 else (0.0, 12.0), known=True
+        )
     for noise, reference in ((1e-4, 54.8), (1e-3, 34.6), (1e-2, 20.5), (1e-1, 11.9)):
         yield _vision(seeds, noise, 1, f"{reference:g}", (reference - 4.0, reference + 4.0), known=True)
     for noise in (1e-4, 1e-3, 1e-2):
         yield _vision(seeds, noise, 1, "none", (0.0, 200.0), known=False)
 
 
-def _vision(seeds: int, noise: float, batch: int, reference: str, bounds: tuple[float, float], *, known: bool) -> Line:
+def _vision(
+    seeds: int, noise: float, batch: int, reference: str, bounds: tuple[float, float], *, known: bool
+) -> Line:
     began, values = time.process_time(), []
     for seed in range(seeds):
         model = models.vit(heads=4 if known else 2, seed=seed).double()
@@ -263,7 +279,11 @@ def _vision(seeds: int, noise: float, batch: int, reference: str, bounds: tuple[
             generator = torch.Generator().manual_seed(seed)
             seen = seen.replace_tensors({n: _shaken(t, noise, generator) for n, t in seen.tensors.items()})
         values.append(psnr(run("position_vision", seen, model).of("image")[0].clamp(0, 1), images[0]))
-    how = "4 heads, torch's initial weights, wide squares" if known else "2 heads, transformers' initial weights, small squares"
+    how = (
+        "4 heads, torch's initial weights, wide squares"
+        if known
+        else "2 heads, transformers' initial weights, small squares"
+    )
     cap = " (cap); single-precision output gives 140 or more" if bounds[0] == 140.0 else ""
     return Line(
         attack="position_vision", setting=f"ViT, width 192, batch of {batch}, relative noise {noise:g}, {how}",
@@ -295,8 +315,14 @@ def dense(seeds: int) -> Iterator[Line]:
         runs = seeds if name == "linear_readout" or batch < 10 else min(seeds, 3)
         for seed in range(runs):
             torch.manual_seed(seed)
-            model = nn.Sequential(nn.Flatten(), nn.Linear(768, width), nn.ReLU(), nn.Linear(width, 10)).eval().double()
-            images = 2 * torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)).double() - 1
+            model = (
+                nn.Sequential(nn.Flatten(), nn.Linear(768, width), nn.ReLU(), nn.Linear(width, 10))
+                .eval()
+                .double()
+            )
+            images = (
+                2 * torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed)).double() - 1
+            )
             images = images if name == "spear" else 0.5 * (images + 1)
             known = Knowledge(batch_size=batch, image_shape=(3, 16, 16))
             data = {"images": images, "labels": torch.arange(batch) % 10}
@@ -417,7 +443,9 @@ def natural_members(seeds: int) -> Iterator[Line]:
             data = {"images": images[order[:6]], "labels": labels[order[:6]]}
             seen = models.noised(models.observe(model, data, models.image_loss), multiplier, seed=seed)
             both = {"images": images[order[:12]], "labels": labels[order[:12]]}
-            prior = Prior(candidates=both, examples={"images": images[1200:1250], "labels": labels[1200:1250]})
+            prior = Prior(
+                candidates=both, examples={"images": images[1200:1250], "labels": labels[1200:1250]}
+            )
             scores = run("matched_filter", seen, model, prior).of("scores")[0].tolist()
             inside += scores[:6]
             outside += scores[6:]
@@ -437,7 +465,9 @@ CHECKS: tuple[Callable[[int], Iterator[Line]], ...] = (
 
 def lines(*, quick: bool) -> Iterator[Line]:
     """Run every check, printing as it goes; `quick` takes one seed and leaves gradient matching out."""
-    print(f"{'attack':16} {'setting':62} {'unit':20} {'reference':>30} {'range':>15} {'here':>8} {'ok':>3} {'s':>6}")
+    print(
+        f"{'attack':16} {'setting':62} {'unit':20} {'reference':>30} {'range':>15} {'here':>8} {'ok':>3} {'s':>6}"
+    )
     for check in CHECKS[:-1] if quick else CHECKS:
         for line in check(1 if quick else 5):
             between = f"{line.low:.3g} to {line.high:.3g}"

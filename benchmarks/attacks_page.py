@@ -127,7 +127,9 @@ def _table(cells: list[dict[str, Any]]) -> Iterator[str]:
     batches = [batch for batch in sorted({cell["batch"] for cell in cells}) if batch <= WIDEST]
     cells = [cell if cell["batch"] in batches else _aside(cell) for cell in cells]
     yield ""
-    head = "| attack | model and data | update | measure |" + "".join(f" batch {batch} |" for batch in (*batches, "as told"))
+    head = "| attack | model and data | update | measure |" + "".join(
+        f" batch {batch} |" for batch in (*batches, "as told")
+    )
     yield from _rows(head, _table_rows(cells, batches))
     yield ""
     yield "`python -m benchmarks.attacks --parts table --assets ../shared`; `--quick` for closed forms on models built in code."

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 ITERATIONS = 500
 OUR_SHARE = 0.8
-WARM_UP = 3  # iterations before the measured run, in both processes: imports and allocations are not the attack
+WARM_UP = (
+    3  # iterations before the measured run, in both processes: imports and allocations are not the attack
+)
 
 
 def network(classes: int = 10) -> nn.Module:
@@ -47,12 +49,16 @@ def crops(count: int, side: int, seed: int, *, cut: tuple[int, int] = (96, 256))
     from sklearn.datasets import load_sample_images
 
     generator = torch.Generator().manual_seed(seed)
-    photographs = [torch.tensor(photo).permute(2, 0, 1).float() / 255 for photo in load_sample_images().images]
+    photographs = [
+        torch.tensor(photo).permute(2, 0, 1).float() / 255 for photo in load_sample_images().images
+    ]
     found = []
     for index in range(count):
         photo = photographs[index % len(photographs)]
         size = int(torch.randint(*cut, (1,), generator=generator))
-        top, left = (int(torch.randint(0, photo.shape[axis] - size, (1,), generator=generator)) for axis in (1, 2))
+        top, left = (
+            int(torch.randint(0, photo.shape[axis] - size, (1,), generator=generator)) for axis in (1, 2)
+        )
         square = photo[:, top : top + size, left : left + size]
         found.append(nn.functional.interpolate(square[None], size=(side, side), mode="area")[0])
     return torch.stack(found)
@@ -73,9 +79,13 @@ def ours(case: dict[str, Tensor], name: str, iterations: int, seed: int) -> tupl
     from attacks import Budget, Knowledge, Observation, Prior
     from attacks.registry import build
 
-    gradients = {key.removeprefix("gradient."): value for key, value in case.items() if key.startswith("gradient.")}
+    gradients = {
+        key.removeprefix("gradient."): value for key, value in case.items() if key.startswith("gradient.")
+    }
     labels, images = case["labels"], case["images"]
-    known = Knowledge(labels=tuple(labels.tolist()), image_shape=tuple(images.shape[1:]), batch_size=len(labels))
+    known = Knowledge(
+        labels=tuple(labels.tolist()), image_shape=tuple(images.shape[1:]), batch_size=len(labels)
+    )
     seen = Observation(kind="gradient", tensors=gradients, knowledge=known)
     for count in (WARM_UP, iterations):
         budget = Budget(seconds=600.0, iterations=count, restarts=1)
@@ -103,7 +113,9 @@ def theirs(case: dict[str, Tensor], iterations: int, seed: int) -> tuple[Tensor,
     gradients = [case[f"gradient.{name}"] for name, _ in model.named_parameters()]
     facts = {"num_data_points": len(case["labels"]), "labels": case["labels"], "local_hyperparams": None}
     shared = [{"gradients": gradients, "buffers": None, "metadata": facts}]
-    payload = [{"parameters": list(model.parameters()), "buffers": list(model.buffers()), "metadata": metadata}]
+    payload = [
+        {"parameters": list(model.parameters()), "buffers": list(model.buffers()), "metadata": metadata}
+    ]
     for count in (WARM_UP, iterations):
         config = breaching.get_attack_config("invertinggradients")
         config.optim.max_iterations = count
@@ -174,7 +186,13 @@ def _case(python: Path, batch: int, side: int, seed: int, iterations: int) -> di
         return {"error": done.stderr.strip().splitlines()[-1:]}
     images, seconds = ours(case, "inverting_gradients", int(OUR_SHARE * iterations), seed)
     own = {"psnr": quality(images, case["images"]), "seconds": seconds}
-    return {"batch": batch, "side": side, "seed": seed, "peer": json.loads(done.stdout.splitlines()[-1]), "ours": own}
+    return {
+        "batch": batch,
+        "side": side,
+        "seed": seed,
+        "peer": json.loads(done.stdout.splitlines()[-1]),
+        "ours": own,
+    }
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -192,7 +210,9 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         good = sum(row["ours"]["psnr"] >= row["peer"]["psnr"] for row in own)
         quick = sum(row["ours"]["seconds"] <= row["peer"]["seconds"] for row in own)
-        lines.append({"batch": batch, "side": side, **means, "as_good": good, "no_slower": quick, "of": len(own)})
+        lines.append(
+            {"batch": batch, "side": side, **means, "as_good": good, "no_slower": quick, "of": len(own)}
+        )
         print(
             f"{batch:5} {side:4} {means['peer_psnr']:13.2f} {means['peer_seconds']:7.2f} {means['ours_psnr']:8.2f}"
             f" {means['ours_seconds']:7.2f} {good:5}/{len(own)} {quick:6}/{len(own)}"

@@ -108,7 +108,9 @@ def side_by_side(folder: Path | None, *, quick: bool) -> dict[str, Any]:
     """Run both on batches of random sentences, interleaved, with and without the embedding rows in the update."""
     how = restated() if folder is None else from_folder(folder)
     rows: list[dict[str, Any]] = []
-    print(f"{'update':22} {'batch':>5} {'seed':>4} {'true':>5} {'published':>9} {'s':>7} {'ours':>5} {'s':>7}")
+    print(
+        f"{'update':22} {'batch':>5} {'seed':>4} {'true':>5} {'published':>9} {'s':>7} {'ours':>5} {'s':>7}"
+    )
     for update in ("all parameters", "first block only"):
         for batch in (1, 4) if quick else (1, 2, 4, 8):
             for seed in range(1 if quick else 5):
@@ -131,7 +133,10 @@ def _case(how: Published, update: str, batch: int, seed: int) -> dict[str, Any]:
     }
     seen = Observation(kind="gradient", tensors=kept, knowledge=Knowledge(sequence_length=LENGTH))
     true = {(place, token) for row in ids.tolist() for place, token in enumerate(row)}
-    order = [("published", lambda: published_tokens(how, model, seen)), ("ours", lambda: our_tokens(model, seen))]
+    order = [
+        ("published", lambda: published_tokens(how, model, seen)),
+        ("ours", lambda: our_tokens(model, seen)),
+    ]
     row: dict[str, Any] = {"update": update, "batch": batch, "seed": seed, "true": len(true)}
     for name, run in order if seed % 2 else reversed(order):
         pairs, seconds = run()

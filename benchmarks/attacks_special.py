@@ -112,20 +112,50 @@ def _lines() -> tuple[Line, ...]:
         for batch in (1, 4):
             one = functools.partial(simulated, batch=batch, noise=noise)
             made.append(
-                Line(attack="learned_inversion", model="network of two layers", update=update, batch=batch, setting=one)
+                Line(
+                    attack="learned_inversion",
+                    model="network of two layers",
+                    update=update,
+                    batch=batch,
+                    setting=one,
+                )
             )
         summed = update.replace("gradient", "sum of clients of one each")
         for clients in (4, 16):
             one = functools.partial(silenced, clients=clients, noise=noise)
             made.append(
-                Line(attack="model_inconsistency", model="others silenced", update=summed, batch=clients, setting=one)
+                Line(
+                    attack="model_inconsistency",
+                    model="others silenced",
+                    update=summed,
+                    batch=clients,
+                    setting=one,
+                )
             )
         one = functools.partial(pooled, noise=noise)
-        made.append(Line(attack="prompt_membership", model="planted prompt pool", update=update, batch=16, setting=one, seeds=5))
+        made.append(
+            Line(
+                attack="prompt_membership",
+                model="planted prompt pool",
+                update=update,
+                batch=16,
+                setting=one,
+                seeds=5,
+            )
+        )
     for attack in ("lira", "rmia"):
         for trained, update in ((True, "released, labels memorised"), (False, "released, members not seen")):
             one = functools.partial(released, trained=trained)
-            made.append(Line(attack=attack, model="network of two layers", update=update, batch=40, setting=one, seeds=4))
+            made.append(
+                Line(
+                    attack=attack,
+                    model="network of two layers",
+                    update=update,
+                    batch=40,
+                    setting=one,
+                    seeds=4,
+                )
+            )
     return tuple(made)
 
 

@@ -153,7 +153,9 @@ class CanaryGradient(PrivateGradient):
             mean = joined / max(1, len(indices))
             joined = mean * min(1.0, bound.clip_norm / float(mean.norm())) * len(indices)
         parts = torch.split(joined, [value.numel() for value in total.gradients.values()])
-        gradients = {name: part.view_as(old) for (name, old), part in zip(total.gradients.items(), parts, strict=True)}
+        gradients = {
+            name: part.view_as(old) for (name, old), part in zip(total.gradients.items(), parts, strict=True)
+        }
         return ClippedSum(gradients=gradients, batch_size=len(indices), clip=bound)
 
     def _weakened(self, released: Mapping[str, Tensor], total: ClippedSum) -> Mapping[str, Tensor]:
@@ -211,7 +213,8 @@ class ColludingServer(LocalEngine):
     def _workplace(self, trainable: Any) -> Workplace:
         shipped = super()._workplace(trainable)
         named = {
-            name: getattr(shipped, name) for name in ("config", "trainable", "task", "mechanism", "code", "device")
+            name: getattr(shipped, name)
+            for name in ("config", "trainable", "task", "mechanism", "code", "device")
         }
         return CanaryWorkplace(self.planted, self.sent, **named)
 
@@ -231,7 +234,9 @@ def audited_run(flaw: str, *, quick: bool, seeded: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place, Store.open(Path(place) / "run", checked) as store:
         made = setup.build(setup.prepare(checked, Path(place)), Path(place) / "run")
         size, mechanism = made.trainable.size, made.mechanism
-        coins = Canaries(count=min(12_000, size // 2), dimension=size, norm=mechanism.clip_norm, seed=11, kind="dirac")
+        coins = Canaries(
+            count=min(12_000, size // 2), dimension=size, norm=mechanism.clip_norm, seed=11, kind="dirac"
+        )
         server = ColludingServer(made, Planted(coins=coins, flaw=flaw))
         trained = federation.run(made, store, engine=server)
         with Ledger.open(made.ledger_path, create=False) as ledger:
@@ -287,14 +292,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="8 steps instead of 80, one flaw")
     parser.add_argument("--only", choices=list(FLAWS), help="one of the runs")
-    parser.add_argument("--seeded", action="store_true", help="replay the noise from the run's seed, for tests")
+    parser.add_argument(
+        "--seeded", action="store_true", help="replay the noise from the run's seed, for tests"
+    )
     parser.add_argument("--json", action="store_true", help="kept for symmetry: JSON is always the last line")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     flaws = [options.only] if options.only else list(FLAWS)[:2] if options.quick else list(FLAWS)
-    print(f"{'run':16}{'ledger':>8}{'cover':>8}" + "".join(f"{name:>10}" for name in METHODS) + "  verdict", flush=True)
+    print(
+        f"{'run':16}{'ledger':>8}{'cover':>8}" + "".join(f"{name:>10}" for name in METHODS) + "  verdict",
+        flush=True,
+    )
     rows = []
     for flaw in flaws:
         row = audited_run(flaw, quick=options.quick, seeded=options.seeded)
@@ -309,7 +319,9 @@ def main() -> None:
         f"{sum(row['cpu_seconds'] for row in rows):.0f} CPU seconds"
     )
     print(
-        json.dumps({"benchmark": "canary", "machine": platform.machine(), "significance": SIGNIFICANCE, "rows": rows})
+        json.dumps(
+            {"benchmark": "canary", "machine": platform.machine(), "significance": SIGNIFICANCE, "rows": rows}
+        )
     )
 
 

@@ -51,7 +51,9 @@ def backbone() -> nn.Module:
     if found is not None and found.origin is not None:
         folder = Path(found.origin).parent / "model"
         return BertForSequenceClassification.from_pretrained(folder, num_labels=2, **off)
-    shape = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, **off)
+    shape = BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, **off
+    )
     return BertForSequenceClassification(shape)
 
 
@@ -186,7 +188,9 @@ def measure(setting: str, repeats: int) -> dict[str, dict[str, float]]:
     return {
         name: {
             "seconds": statistics.median(values),
-            "ratio": statistics.median(own / base for own, base in zip(values, seconds["no privacy"], strict=True)),
+            "ratio": statistics.median(
+                own / base for own, base in zip(values, seconds["no privacy"], strict=True)
+            ),
         }
         for name, values in seconds.items()
     }
@@ -238,7 +242,14 @@ def main() -> None:
             peak = f"{row['peak_megabytes']:8.0f}" if "peak_megabytes" in row else "       -"
             print(f"{setting:18} {name:14} {row['seconds']:8.3f} {row['ratio']:7.3f} {peak}", flush=True)
     print(
-        json.dumps({"benchmark": "dp_step", "torch": torch.__version__, "machine": platform.machine(), "rows": result})
+        json.dumps(
+            {
+                "benchmark": "dp_step",
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+                "rows": result,
+            }
+        )
     )
 
 

@@ -28,7 +28,13 @@ from ffm_secure.audit import audit_run
 from ffm_secure.types import AuditSummary
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "audit"
-LOCAL = ("privacy.unit=record", "privacy.epsilon=8.0", "privacy.delta=1e-5", "privacy.clip_norm=0.5", "privacy.reason=")
+LOCAL = (
+    "privacy.unit=record",
+    "privacy.epsilon=8.0",
+    "privacy.delta=1e-5",
+    "privacy.clip_norm=0.5",
+    "privacy.reason=",
+)
 MASKED = ("protection.kind=secagg",)
 DEFENCES: Mapping[str, tuple[str, ...]] = {
     "none": (),
@@ -70,7 +76,9 @@ def rows(found: AuditSummary, *, task: str, defence: str, wall: float) -> Iterat
             "budget": found.budget,
             "leaked": [_told(item) for item in mine if item.verdict == "leaked"],
             "not_leaked": [_told(item) for item in mine if item.verdict == "not leaked"],
-            "inconclusive": sum(item.verdict == "inconclusive" and item.measure != "not run" for item in mine),
+            "inconclusive": sum(
+                item.verdict == "inconclusive" and item.measure != "not run" for item in mine
+            ),
             "not_run": sum(item.measure == "not run" for item in mine),
             "not_applicable": sum(item.verdict == "not applicable" for item in mine),
             "epsilon_lower": found.epsilon_lower,
@@ -138,14 +146,18 @@ def page(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--quick", action="store_true", help="one run and two defences, for smoke use")
     parser.add_argument("--budget", default="quick", choices=("quick", "standard"))
     parser.add_argument("--task", action="append", choices=("text", "picture"))
     parser.add_argument("--defence", action="append", choices=tuple(DEFENCES), help="audit this one alone")
     parser.add_argument("--page", type=Path, help="write the table as a Markdown page")
-    parser.add_argument("--join", type=Path, nargs="+", metavar="FILE", help="take rows from stored outputs, run nothing")
+    parser.add_argument(
+        "--join", type=Path, nargs="+", metavar="FILE", help="take rows from stored outputs, run nothing"
+    )
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()

@@ -51,7 +51,9 @@ def sets() -> dict[str, Parameters]:
         "BFV, packed, seeded (ours)": choose("bfv", parties=PARTIES, value_bound=BOUND),
         "BFV, packed, high level (fallback)": choose("bfv", parties=PARTIES, value_bound=BOUND, seeded=False),
         "CKKS, packed, seeded (ours)": choose("ckks", parties=PARTIES, value_bound=BOUND),
-        "CKKS, packed, high level (fallback)": choose("ckks", parties=PARTIES, value_bound=BOUND, seeded=False),
+        "CKKS, packed, high level (fallback)": choose(
+            "ckks", parties=PARTIES, value_bound=BOUND, seeded=False
+        ),
     }
 
 
@@ -109,11 +111,16 @@ class Measurement:
         return {
             "bytes_per_parameter_up": self.up / self.vectors.shape[1],
             "bytes_per_parameter_down": self.down / self.vectors.shape[1],
-            **{f"cpu_s_{name.replace(' ', '_')}": round(value * scale, 4) for name, value in self.seconds.items()},
+            **{
+                f"cpu_s_{name.replace(' ', '_')}": round(value * scale, 4)
+                for name, value in self.seconds.items()
+            },
             "wall_s_encrypt_save": round(self.wall_seconds * scale, 4),
             "max_error_before_rounding": slot_error(parameters),
             "error_bound": error_bound(parameters, PARTIES),
-            "noise_margin_bits": noise_margin_bits(parameters, PARTIES) if parameters.scheme == "bfv" else None,
+            "noise_margin_bits": noise_margin_bits(parameters, PARTIES)
+            if parameters.scheme == "bfv"
+            else None,
             "exact": self.exact,
             "poly_modulus_degree": parameters.poly_modulus_degree,
             "coefficient_bits": list(parameters.coefficient_bits),
@@ -131,7 +138,11 @@ class Reference:
         self.tenseal, self.vectors = tenseal, vectors.astype(np.float64)
         symmetric = tenseal.ENCRYPTION_TYPE.SYMMETRIC
         self.context = tenseal.context(
-            tenseal.SCHEME_TYPE.CKKS, 8192, coeff_mod_bit_sizes=[60, 40, 40], encryption_type=symmetric, n_threads=1
+            tenseal.SCHEME_TYPE.CKKS,
+            8192,
+            coeff_mod_bit_sizes=[60, 40, 40],
+            encryption_type=symmetric,
+            n_threads=1,
         )
         self.seconds: dict[str, float] = {}
         self.up = self.down = 0
@@ -261,14 +272,20 @@ def agreement_of_backends(cases: int) -> dict[str, Any]:
         expected = vectors.sum(0)
         results = []
         for key in keys[most, bound]:
-            terms = Agreement(run=key.run, round=case, length=length, value_bound=bound, parties=most, fewest=1)
+            terms = Agreement(
+                run=key.run, round=case, length=length, value_bound=bound, parties=most, fewest=1
+            )
             clients = [EncryptedClient(key, terms, name) for name in NAMES[:count]]
             results.append(one_sum(Accumulator(key.public_bundle(), terms), clients, vectors))
         results.append(
-            one_sum(WordAccumulator(terms, "plain"), [PlainClient(terms, each) for each in NAMES[:count]], vectors)
+            one_sum(
+                WordAccumulator(terms, "plain"), [PlainClient(terms, each) for each in NAMES[:count]], vectors
+            )
         )
         masking = [
-            MaskingClient(terms, name, mask=pairwise(index, count, case), open_sum=lambda words, parties: words)
+            MaskingClient(
+                terms, name, mask=pairwise(index, count, case), open_sum=lambda words, parties: words
+            )
             for index, name in enumerate(NAMES[:count])
         ]
         results.append(one_sum(WordAccumulator(terms, "masking"), masking, vectors))
@@ -303,8 +320,12 @@ def wrapping() -> dict[str, float]:
 def main() -> None:
     """Print the tables, then the JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a smoke run: fewer parameters, repeats and cases")
-    parser.add_argument("--json", action="store_true", help="kept for uniformity; the JSON object is always printed")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke run: fewer parameters, repeats and cases"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="kept for uniformity; the JSON object is always printed"
+    )
     quick = parser.parse_args().quick
     usable, reason = available()
     if not usable:
@@ -322,7 +343,9 @@ def main() -> None:
         for measurement in measurements.values():
             measurement.run()
     rows = {name: measurement.row() for name, measurement in measurements.items()}
-    print(f"{PARTIES} parties agreed, {ADDED} added, |x| <= {BOUND}; CPU seconds per 1 M parameters, one thread")
+    print(
+        f"{PARTIES} parties agreed, {ADDED} added, |x| <= {BOUND}; CPU seconds per 1 M parameters, one thread"
+    )
     print(f"{'parameter set':<52} {'B/par up':>8} {'down':>6} {'enc+save':>8} {'load':>6} {'add':>6} {'decrypt':>7} "
           f"{'max error':>9} {'bound':>8}")  # fmt: skip
     for name, row in rows.items():

@@ -41,7 +41,9 @@ class Factors(LoraRule):
 def weights(factors: LoraRule, vector: Tensor) -> Tensor:
     """Return every adapted weight: what was folded into it, plus the product."""
     parts = [
-        ((factors.view(vector, item.weight) if item.weight else 0.0) + factors.product(vector, item)).reshape(-1)
+        ((factors.view(vector, item.weight) if item.weight else 0.0) + factors.product(vector, item)).reshape(
+            -1
+        )
         for item in factors.adapters
     ]
     return torch.cat(parts).double()
@@ -61,7 +63,9 @@ def misses(config: Any, *, base: Path, rounds: int) -> Iterator[tuple[float, flo
             plan = plan_round(made, number, state)
             messages, own = [], []
             for client in plan.cohort:
-                learned = workplace.learn(made.clients[client], plan, state.vector, made.client_source(plan, client))
+                learned = workplace.learn(
+                    made.clients[client], plan, state.vector, made.client_source(plan, client)
+                )
                 messages.append(learned.vector.double())
                 own.append(weights(factors, workplace.trainable.flatten().cpu()))
             before, wanted = weights(factors, state.vector), torch.stack(own).mean(0)
@@ -90,14 +94,18 @@ def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="the quick form of the grid, for smoke use")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    print("| privacy | split | rule | missed, share of the mean change | largest entry missed |\n|---|---|---|---|---|")
+    print(
+        "| privacy | split | rule | missed, share of the mean change | largest entry missed |\n|---|---|---|---|---|"
+    )
     found = []
     for row in rows(quick=options.quick):
         found.append(row)

@@ -37,7 +37,9 @@ def rows() -> dict[str, Draw]:
 
     return {
         "Gaussian": lambda n: gaussian(n, std=1.0, source=source),
-        "Gaussian, released (added and rounded)": lambda n: add_gaussian(torch.zeros(n), std=1.0, source=source),
+        "Gaussian, released (added and rounded)": lambda n: add_gaussian(
+            torch.zeros(n), std=1.0, source=source
+        ),
         "Skellam, variance 1e2": lambda n: skellam(n, variance=1e2, source=source),
         "Skellam, variance 1e8": lambda n: skellam(n, variance=1e8, source=source),
         "Skellam, variance 1e12": lambda n: skellam(n, variance=1e12, source=source),
@@ -47,7 +49,9 @@ def rows() -> dict[str, Draw]:
         "raw AES-256-CTR words": words,
         "not cryptographic: torch.randn": lambda n: torch.randn(n),
         "not cryptographic: numpy standard_normal": lambda n: usual.standard_normal(n),
-        "not cryptographic: numpy Skellam, variance 1e8": lambda n: usual.poisson(5e7, n) - usual.poisson(5e7, n),
+        "not cryptographic: numpy Skellam, variance 1e8": lambda n: (
+            usual.poisson(5e7, n) - usual.poisson(5e7, n)
+        ),
     }
 
 

@@ -55,7 +55,10 @@ def cpu_seconds(act: Callable[[], Any]) -> float:
 
 def interleaved(repeats: int, *acts: Callable[[], Any]) -> list[list[float]]:
     """Time several acts in turn, so that they meet the same weather."""
-    return [list(times) for times in zip(*([cpu_seconds(act) for act in acts] for _ in range(repeats)), strict=True)]
+    return [
+        list(times)
+        for times in zip(*([cpu_seconds(act) for act in acts] for _ in range(repeats)), strict=True)
+    ]
 
 
 # Masking against the keystream
@@ -133,7 +136,9 @@ def measure_session(count: int, length: int, lost: int, *, mode: Mode = "active"
         count, length, mode=mode, modulus_bits=modulus_bits, survivors=count - lost, neighbours=neighbours,
         threshold=threshold,
     )  # fmt: skip
-    clients = [ClientSession(person, parameters, policy, source.derive(place)) for place, person in enumerate(people)]
+    clients = [
+        ClientSession(person, parameters, policy, source.derive(place)) for place, person in enumerate(people)
+    ]
     server = ServerSession(parameters)
     spent: dict[bytes, float] = {session.id: 0.0 for session in clients}
     stages: dict[str, list[float]] = {}
@@ -197,7 +202,9 @@ def measure_session(count: int, length: int, lost: int, *, mode: Mode = "active"
 # Beside a peer
 
 
-def our_work(length: int, neighbours: int, dealers: int, threshold: int, rounds: int) -> dict[str, Callable[[], Any]]:
+def our_work(
+    length: int, neighbours: int, dealers: int, threshold: int, rounds: int
+) -> dict[str, Callable[[], Any]]:
     """Return the pieces of work that the peer's functions are timed on, in ours; every client brings 16-bit values.
 
     With lanes as many values share a 64-bit word as the sum of all clients allows; without, each has a word of 32 bits.
@@ -216,7 +223,11 @@ def our_work(length: int, neighbours: int, dealers: int, threshold: int, rounds:
 
     def quantise(bits: int) -> Any:
         grid = grids[bits]
-        return grid.encode_lanes(values, lanes, source=source) if bits == 64 else grid.encode(values, source=source)
+        return (
+            grid.encode_lanes(values, lanes, source=source)
+            if bits == 64
+            else grid.encode(values, source=source)
+        )
 
     def upload(bits: int) -> None:
         """Quantise and mask, with key agreement, opening of shares, packing, hash and signature."""
@@ -267,7 +278,8 @@ def prepared_uploads(
     for number in range(rounds):
         fresh = [Identity(person.seed()) for person in people]
         clients = [
-            ClientSession(person, parameters, policy, source.derive(number, person.id.hex())) for person in fresh
+            ClientSession(person, parameters, policy, source.derive(number, person.id.hex()))
+            for person in fresh
         ]
         server = ServerSession(parameters)
         for one in clients:
@@ -295,7 +307,11 @@ def measure_peer(python: str, length: int, neighbours: int, repeats: int) -> dic
         for name, act in work.items():
             ours[name].append(cpu_seconds(act))
         output = subprocess.run(
-            [python, str(PEER_WORKER), *arguments], check=True, capture_output=True, text=True, env={"PATH": ""}
+            [python, str(PEER_WORKER), *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={"PATH": ""},
         ).stdout
         facts = json.loads(output.splitlines()[-1])
         for name, seconds in facts["seconds"].items():
@@ -333,7 +349,9 @@ def measure_peer(python: str, length: int, neighbours: int, repeats: int) -> dic
 def machine() -> dict[str, Any]:
     """Describe the machine and versions."""
     with open("/proc/cpuinfo") as lines:
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+        model = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown"
+        )
     return {
         "cpu": model, "python": platform.python_version(), "numpy": np.__version__,
         "cryptography": cryptography.__version__,
@@ -364,15 +382,21 @@ def show(results: dict[str, Any]) -> None:
                 f"{row['peer_seconds'] * 1e3:9.2f} ms   x{row['peer_over_ours']:.1f} (median of pairs "
                 f"x{row['peer_over_ours_median']:.1f})"
             )
-        print(f"  bytes per parameter: {peer['bytes_per_parameter']}; per share message: {peer['share_message_bytes']}")
+        print(
+            f"  bytes per parameter: {peer['bytes_per_parameter']}; per share message: {peer['share_message_bytes']}"
+        )
 
 
 def main() -> None:
     """Run the measurements and print table and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, for a smoke test")
     parser.add_argument("--large", action="store_true", help="add 1,000 clients on a ring")
-    parser.add_argument("--peer", metavar="PYTHON", help="interpreter of an environment with Flower installed")
+    parser.add_argument(
+        "--peer", metavar="PYTHON", help="interpreter of an environment with Flower installed"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     length, repeats = (200_000, 2) if options.quick else (10_000_000, 7)

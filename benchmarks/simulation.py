@@ -89,9 +89,13 @@ def main() -> None:
             str(words.seed),
         ]
         rows.append(
-            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
         )
-    print(f"{'clients':>8} {'round s':>9} {'clients %':>10} {'evaluation %':>13} {'loop %':>8} {'peak MiB':>9}")
+    print(
+        f"{'clients':>8} {'round s':>9} {'clients %':>10} {'evaluation %':>13} {'loop %':>8} {'peak MiB':>9}"
+    )
     for row in rows:
         print(
             f"{row['clients']:>8} {row['round_seconds']:>9.2f} {100 * row['client_share']:>10.1f} {100 * row['evaluation_share']:>13.1f} "

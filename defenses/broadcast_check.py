@@ -127,7 +127,9 @@ def check_broadcast(
         if name in unfit or _STATISTICS.search(name) or not tensor.is_floating_point():
             continue
         if not bool(torch.isfinite(tensor).all()):
-            reasons.append(Reason(rule="not finite", tensor=name, detail="holds infinite or undefined values"))
+            reasons.append(
+                Reason(rule="not finite", tensor=name, detail="holds infinite or undefined values")
+            )
             continue
         reasons.extend(_content(name, tensor.detach(), reference_layout[name], bounds))
         if previous is not None and name in previous and previous[name].shape == tensor.shape:
@@ -136,7 +138,9 @@ def check_broadcast(
 
 
 def _layout(tensors: Mapping[str, Tensor], reference: Mapping[str, TensorLayout]) -> list[Reason]:
-    reasons = [Reason(rule="layout", tensor=name, detail="missing") for name in reference if name not in tensors]
+    reasons = [
+        Reason(rule="layout", tensor=name, detail="missing") for name in reference if name not in tensors
+    ]
     for name, tensor in tensors.items():
         wanted = reference.get(name)
         found = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
@@ -144,7 +148,9 @@ def _layout(tensors: Mapping[str, Tensor], reference: Mapping[str, TensorLayout]
             reasons.append(Reason(rule="layout", tensor=name, detail="not part of the agreed architecture"))
         elif found != f"{wanted.shape} {wanted.dtype}":
             reasons.append(
-                Reason(rule="layout", tensor=name, detail=f"is {found}, must be {wanted.shape} {wanted.dtype}")
+                Reason(
+                    rule="layout", tensor=name, detail=f"is {found}, must be {wanted.shape} {wanted.dtype}"
+                )
             )
     return reasons
 
@@ -155,7 +161,9 @@ def _content(name: str, tensor: Tensor, layout: TensorLayout, limits: Limits) ->
         run = longest_monotone_run(tensor)
         if run > limits.sorted_run:
             reasons.append(
-                Reason(rule="sorted biases", tensor=name, detail=f"{run} in order, at most {limits.sorted_run}")
+                Reason(
+                    rule="sorted biases", tensor=name, detail=f"{run} in order, at most {limits.sorted_run}"
+                )
             )
         return reasons
     matrix = _as_matrix(tensor)
@@ -183,7 +191,11 @@ def _scale(name: str, tensor: Tensor, limits: Limits) -> list[Reason]:
     allowed = limits.attention_scale if _ATTENTION.search(name) else limits.scale
     if largest <= allowed:
         return []
-    return [Reason(rule="extreme scale", tensor=name, detail=f"largest entry {largest:.3g}, at most {allowed:.3g}")]
+    return [
+        Reason(
+            rule="extreme scale", tensor=name, detail=f"largest entry {largest:.3g}, at most {allowed:.3g}"
+        )
+    ]
 
 
 def _zeros(name: str, matrix: Tensor, limits: Limits) -> list[Reason]:
@@ -195,20 +207,28 @@ def _zeros(name: str, matrix: Tensor, limits: Limits) -> list[Reason]:
     diagonal.fill_diagonal_(1.0)
     identity = bool((matrix.diagonal() != 0).all()) and bool((matrix[diagonal == 0] == 0).all()) and size > 1
     rule: Rule = "identity block" if identity else "zeroed block"
-    return [Reason(rule=rule, tensor=name, detail=f"{share:.0%} exact zeros, at most {limits.zero_share:.0%}")]
+    return [
+        Reason(rule=rule, tensor=name, detail=f"{share:.0%} exact zeros, at most {limits.zero_share:.0%}")
+    ]
 
 
 def _memory(name: str, tensor: Tensor, before: Tensor, fixed: bool, limits: Limits) -> list[Reason]:
     if fixed:
         same = torch.equal(tensor, before)
-        return [] if same else [Reason(rule="frozen tensor changed", tensor=name, detail="must equal the previous one")]
+        return (
+            []
+            if same
+            else [Reason(rule="frozen tensor changed", tensor=name, detail="must equal the previous one")]
+        )
     size = float(before.double().norm())
     if tensor.ndim < 2 or size == 0.0:
         return []
     jump = float((tensor.double() - before.double()).norm()) / size
     if jump <= limits.jump:
         return []
-    return [Reason(rule="large jump", tensor=name, detail=f"{jump:.3g} of its norm, at most {limits.jump:.3g}")]
+    return [
+        Reason(rule="large jump", tensor=name, detail=f"{jump:.3g} of its norm, at most {limits.jump:.3g}")
+    ]
 
 
 def longest_monotone_run(values: Tensor) -> int:

@@ -53,7 +53,9 @@ class RandomSource:
         """Open an independent stream bound to the labels; the same labels give the same stream, others another."""
         self._refuse_fork()
         message = b"".join(_encoded(label) for label in labels)
-        return RandomSource(hashlib.blake2b(message, key=self._key, digest_size=32).digest(), private=self.private)
+        return RandomSource(
+            hashlib.blake2b(message, key=self._key, digest_size=32).digest(), private=self.private
+        )
 
     def fill(self, out: npt.NDArray[np.generic]) -> None:
         """Overwrite a contiguous array with random bytes, in place."""

@@ -28,7 +28,12 @@ def rows(kind: type, where: str = "") -> Iterator[str]:
             continue
         bounds = [
             f"{word} {rules[key]:g}"
-            for key, word in (("minimum", "at least"), ("above", "above"), ("maximum", "at most"), ("below", "below"))
+            for key, word in (
+                ("minimum", "at least"),
+                ("above", "above"),
+                ("maximum", "at most"),
+                ("below", "below"),
+            )
             if key in rules
         ]
         if "choices" in rules:

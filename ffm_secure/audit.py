@@ -55,7 +55,11 @@ CLOSED = frozenset({"presence", "labels", "linear", "least squares", "span"})
 DEAR = 5.0  # CPU seconds
 # Closed forms that cost tens of seconds on a real model: they come last, so that cheap attacks never lose their verdict.
 LATE = frozenset({"adapter_readout", "span", "span_exact"})
-SECONDS = {"quick": (20.0, 120.0), "standard": (45.0, 1_400.0), "exhaustive": (3_600.0, float("inf"))}  # an attack, all
+SECONDS = {
+    "quick": (20.0, 120.0),
+    "standard": (45.0, 1_400.0),
+    "exhaustive": (3_600.0, float("inf")),
+}  # an attack, all
 # Draws of records and noise, for attacks cheap enough that luck need not decide their verdict. Of a single record's label
 # there are few outcomes, so it takes more of them.
 DRAWS, DRAWS_OF_ONE = 4, 8
@@ -262,7 +266,9 @@ def _told(observer: Observer, point: Point, seen: Result, judged: Judgement, dec
         seconds=seen[0].seconds,
         knowledge=seen[0].knowledge_used,
         reason=judged.reason,
-        pairs=tuple(RecoveredPair(truth=decode(true), recovered=decode(guess)) for true, guess in judged.pairs),
+        pairs=tuple(
+            RecoveredPair(truth=decode(true), recovered=decode(guess)) for true, guess in judged.pairs
+        ),
     )
 
 
@@ -285,7 +291,9 @@ def build_stage(
     rows = np.random.default_rng(seed)
     client = client_replay.largest(prepared)
     own = prepared.parts[client]
-    few = own[np.sort(rows.permutation(len(own))[: 4 * CANDIDATES])]  # not all of a large client's records need encoding
+    few = own[
+        np.sort(rows.permutation(len(own))[: 4 * CANDIDATES])
+    ]  # not all of a large client's records need encoding
     encoded = prepared.task.encode(prepared.dataset.train.take(few))
     size = min(records, len(encoded) // 2)
     order = rows.permutation(len(encoded))
@@ -295,15 +303,24 @@ def build_stage(
     points = client_replay.gradients(prepared, batch)
     names = client_replay.own_names(prepared)
     facts = {"learning_rate": config.federation.lifecycle.learning_rate}
-    strangers = prepared.task.batch(encoded, order[size : size + CANDIDATES], device="cpu")  # what guessing goes by
+    strangers = prepared.task.batch(
+        encoded, order[size : size + CANDIDATES], device="cpu"
+    )  # what guessing goes by
     truth = _truth(batch, members=size, strangers=strangers, vocabulary=vocabulary_of(model))
     prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
-    shape = None if truth.images is None else tuple(truth.images.shape[1:])  # the model itself says what it takes
+    shape = (
+        None if truth.images is None else tuple(truth.images.shape[1:])
+    )  # the model itself says what it takes
     public = Knowledge(task=config.task.kind, image_shape=shape)
     knowledge = replace(public, batch_size=size, local_steps=1, **(_granted(truth) if size == 1 else {}))
 
     def scene(
-        point: Point, tensors: Mapping[str, Tensor], clients: int = 1, *, content: str = "gradient", **told: Any
+        point: Point,
+        tensors: Mapping[str, Tensor],
+        clients: int = 1,
+        *,
+        content: str = "gradient",
+        **told: Any,
     ) -> Scene:
         summed = {"summand": content} if clients > 1 else {}
         hidden = client_replay.noise_facts(prepared, point, clients, steps=told.get("local_steps", 0))
@@ -326,7 +343,9 @@ def build_stage(
     def at(point: Point) -> Scene:
         if point != "aggregated":
             return scene(point, points[point])
-        total = client_replay.aggregate(prepared, points, client, size)  # of a whole cohort: made when it is asked for
+        total = client_replay.aggregate(
+            prepared, points, client, size
+        )  # of a whole cohort: made when it is asked for
         return scene("aggregated", total, client_replay.smallest_sum(config))
 
     return Stage(records=size, model=model, prior=prior, points=frozenset(points), at=at, wire=wire)
@@ -335,7 +354,9 @@ def build_stage(
 def with_draws(prepared: setup.Prepared, vector: Tensor, records: int) -> Stage:
     """Build a stage that can be drawn anew."""
     first = build_stage(prepared, vector, records=records)
-    again = cache(lambda number: build_stage(prepared, vector, seed=number, records=records, model=first.model))
+    again = cache(
+        lambda number: build_stage(prepared, vector, seed=number, records=records, model=first.model)
+    )
     return replace(first, again=again)
 
 
@@ -386,7 +407,12 @@ def _texts(batch: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
 
 
 def _findings(
-    stages: list[Stage], observers: tuple[Observer, ...], config: RunConfig, purse: Purse, decode: Decode, ran: Ran
+    stages: list[Stage],
+    observers: tuple[Observer, ...],
+    config: RunConfig,
+    purse: Purse,
+    decode: Decode,
+    ran: Ran,
 ) -> Iterator[AuditFinding]:
     wanted = [name for name in ATTACKS if {"all", name} & set(config.audit.attacks)]
     for name in sorted(wanted, key=lambda name: name in LATE):
@@ -402,7 +428,9 @@ def _findings(
                 yield not_tried(observer, attack, point, purse)
                 continue
             judged = judge(seen, control)
-            shown = seen[1].pictures if seen[1] is not None and judged.verdict in ("leaked", "not leaked") else ()
+            shown = (
+                seen[1].pictures if seen[1] is not None and judged.verdict in ("leaked", "not leaked") else ()
+            )
             pictures = side_by_side(shown[:SHOWN_PICTURES], stage.prior.image_mean, stage.prior.image_std)
             found = _told(observer, point, seen, judged, decode)
             found = replace(found, granted=_granted_words(stage), pictures=pictures)
@@ -453,11 +481,15 @@ def repeated(
 
 def _granted_words(stage: Stage) -> tuple[str, ...]:
     """Name everything an attacker of this stage may know beyond the wire."""
-    priors = (f"prior.{name}" for name in ("candidates", "image_mean") if getattr(stage.prior, name) is not None)
+    priors = (
+        f"prior.{name}" for name in ("candidates", "image_mean") if getattr(stage.prior, name) is not None
+    )
     return (*stage.control.observation.knowledge.granted(), "one step", *priors)
 
 
-def _beside_the_wire(found: AuditFinding, attack: Attack, stage: Stage, purse: Purse, ran: Ran) -> AuditFinding:
+def _beside_the_wire(
+    found: AuditFinding, attack: Attack, stage: Stage, purse: Purse, ran: Ran
+) -> AuditFinding:
     """Put beside a leak how the attack fares on what the protocol really sends; where nothing leaked at worst, that is less."""
     if found.verdict != "leaked":
         return found
@@ -471,7 +503,9 @@ def _beside_the_wire(found: AuditFinding, attack: Attack, stage: Stage, purse: P
     result, scored = cast(Result, done)
     told = f"{clients} client{'s' if clients > 1 else ''} in one whole round, nothing granted"
     value = None if scored is None else scored.value
-    return replace(found, observed=value, observed_reason=told if value is not None else f"{told}: {result.reason}")
+    return replace(
+        found, observed=value, observed_reason=told if value is not None else f"{told}: {result.reason}"
+    )
 
 
 def not_tried(observer: Observer, attack: Attack, point: Point, purse: Purse) -> AuditFinding:
@@ -513,7 +547,12 @@ def _placed(drawn: Iterator[curves.Curve], stage: Stage, prepared: setup.Prepare
     records = float(config.federation.lifecycle.batch_size * clients)
     noise = 0.0 if prepared.mechanism is None else float(prepared.mechanism.noise_multiplier)
     tokens = records * _length(stage) / width.size if width else None
-    here = {"records": records, "noise multiplier": noise, "tokens per width": tokens, "tokens per rank": tokens}
+    here = {
+        "records": records,
+        "noise multiplier": noise,
+        "tokens per width": tokens,
+        "tokens per rank": tokens,
+    }
     for one in drawn:
         yield LeakCurve(**{item.name: getattr(one, item.name) for item in fields(one)}, here=here[one.axis])
 
@@ -525,7 +564,13 @@ def _over_rounds(bounds: Mapping[int, canary.LowerBound]) -> Iterator[LeakCurve]
     here = float(max(bounds)) if bounds else None
     x = tuple(map(float, bounds))
     yield LeakCurve(
-        attack="canaries", axis="rounds", measure="epsilon, at least", x=x, y=epsilons, here=here, reason=reason
+        attack="canaries",
+        axis="rounds",
+        measure="epsilon, at least",
+        x=x,
+        y=epsilons,
+        here=here,
+        reason=reason,
     )
 
 
@@ -545,7 +590,9 @@ def bounds_over_rounds(prepared: setup.Prepared, *, seed: int = 1) -> dict[int, 
         return {}
     rounds = max(1, plan.participation_cap(config))
     dimension = max(2 * CANARIES, min(prepared.trainable.size, 20_000))
-    coins = canary.Canaries(count=CANARIES, dimension=dimension, norm=mechanism.clip_norm, seed=seed, kind="dirac")
+    coins = canary.Canaries(
+        count=CANARIES, dimension=dimension, norm=mechanism.clip_norm, seed=seed, kind="dirac"
+    )
     begin = record_canaries if isinstance(mechanism, RecordMechanism) else client_canaries
     totals, seen = begin(mechanism, coins, RandomSource.system()), {}
     for number in range(1, rounds + 1):

@@ -30,10 +30,14 @@ def sentence(findings: Sequence[AuditFinding]) -> str:
     for item in findings:
         rank = _WORST_FIRST.index("not tried" if item.measure == "not run" else item.verdict)
         worst[item.attack] = min(rank, worst.get(item.attack, rank))
-    leaked, passed, open_, untried, _ = (list(worst.values()).count(rank) for rank in range(len(_WORST_FIRST)))
+    leaked, passed, open_, untried, _ = (
+        list(worst.values()).count(rank) for rank in range(len(_WORST_FIRST))
+    )
     if leaked:
         shown = _exposed([item for item in findings if item.verdict == "leaked"])
-        return f"Private data leaked: {shown} ({leaked} of {_attacks(leaked + passed)} with a passed control)."
+        return (
+            f"Private data leaked: {shown} ({leaked} of {_attacks(leaked + passed)} with a passed control)."
+        )
     if not passed:
         return "Nothing was proven: no attack worked even on the undefended update."
     rest = f", {untried} {'was' if untried == 1 else 'were'} not tried under this budget" if untried else ""

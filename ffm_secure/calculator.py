@@ -8,22 +8,36 @@ from ffm_secure.speech import clear_errors, number, say
 
 
 def epsilon(
-    q: float | None, sigma: float | None, steps: int | None, *, delta: float, segments: tuple[str, ...], json: bool
+    q: float | None,
+    sigma: float | None,
+    steps: int | None,
+    *,
+    delta: float,
+    segments: tuple[str, ...],
+    json: bool,
 ) -> None:
     """Print the epsilon of a history."""
     with clear_errors():
         parts = [*_first_segment(q, sigma, steps), *(_segment(text) for text in segments)]
         if not parts:
-            raise ConfigError("epsilon", ["give --q, --sigma and --steps, or at least one --segment q,sigma,steps"])
+            raise ConfigError(
+                "epsilon", ["give --q, --sigma and --steps, or at least one --segment q,sigma,steps"]
+            )
         found = epsilon_report(parts, delta)
     say(found, [f"{name}: {number(value)}" for name, value in found.items()], json=json)
 
 
-def sigma(epsilon: float, q: float, steps: int, *, delta: float, segments: tuple[str, ...], json: bool) -> None:
+def sigma(
+    epsilon: float, q: float, steps: int, *, delta: float, segments: tuple[str, ...], json: bool
+) -> None:
     """Print the noise multiplier for a target epsilon."""
     with clear_errors():
         found = sigma_report(
-            epsilon=epsilon, delta=delta, sampling_rate=q, steps=steps, history=[_segment(text) for text in segments]
+            epsilon=epsilon,
+            delta=delta,
+            sampling_rate=q,
+            steps=steps,
+            history=[_segment(text) for text in segments],
         )
     say(found, [f"{name}: {number(value)}" for name, value in found.items()], json=json)
 
@@ -48,5 +62,6 @@ def _segment(text: str) -> tuple[float, float, int]:
         return float(q), float(multiplier), int(steps)
     except ValueError:
         raise ConfigError(
-            "--segment", [f"{text!r}: must be sampling rate, noise multiplier, steps, for instance 0.01,1.0,1000"]
+            "--segment",
+            [f"{text!r}: must be sampling rate, noise multiplier, steps, for instance 0.01,1.0,1000"],
         ) from None

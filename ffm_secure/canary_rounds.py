@@ -47,7 +47,8 @@ def client_canaries(mechanism: ClientNoise, coins: Coins, source: RandomSource) 
     signal = coins.contribution(grid.inner.clip)
     while True:
         noise = sum(
-            grid.noisy_integers(torch.zeros(coins.dimension), source) for _ in range(grid.inner.honest_survivors)
+            grid.noisy_integers(torch.zeros(coins.dimension), source)
+            for _ in range(grid.inner.honest_survivors)
         )
         total += signal.double() + torch.from_numpy(np.asarray(noise)) / grid.scale
         yield total

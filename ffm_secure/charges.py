@@ -80,7 +80,9 @@ class Charges:
 
     def epsilon(self) -> float:
         """Return the largest epsilon any owner has spent on this data set."""
-        return max(self.ledger.epsilon(owner, self.dataset, self.unit, self.delta) for owner in set(self.owners))
+        return max(
+            self.ledger.epsilon(owner, self.dataset, self.unit, self.delta) for owner in set(self.owners)
+        )
 
     def largest_history(self) -> tuple[Event, ...]:
         """Return the events of the owner who has spent most."""

@@ -91,12 +91,17 @@ def line_chart(
         return tag("p", "Nothing to draw: no finite value was recorded.", class_="empty")
     ticks = nice_ticks(min([*values, 0.0]) if from_zero else min(values), max(values), whole=whole)
     frame = _Frame(ticks[0], ticks[-1], rounds[0], rounds[-1])
-    parts = [_grid(frame, ticks, shown), _round_axis(frame, rounds) if axis is None else _named_axis(frame, axis)]
+    parts = [
+        _grid(frame, ticks, shown),
+        _round_axis(frame, rounds) if axis is None else _named_axis(frame, axis),
+    ]
     parts += [_level(frame, level) for level in levels]
     parts += [_line(frame, line, shown, axis) for line in series]
     parts += [_crossed(frame, value) for value in aborted]
     parts.append(_labels(frame, series, levels, shown))
-    return tag("svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img", aria_label=description, class_="chart")
+    return tag(
+        "svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img", aria_label=description, class_="chart"
+    )
 
 
 def nice_ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
@@ -109,7 +114,9 @@ def nice_ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
         pad = abs(high) / 2 or 1.0
         low, high = (0.0, 2 * high) if high > 0 else (low - pad, high + pad)
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
-    steps = [power * factor for factor in (1, 2, 2.5, 5, 10, 20, 50) if not whole or (power * factor).is_integer()]
+    steps = [
+        power * factor for factor in (1, 2, 2.5, 5, 10, 20, 50) if not whole or (power * factor).is_integer()
+    ]
     step = next(step for step in [*steps, 1.0] if (high - low) / step <= 4)
     start, stop = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{place * step:.12g}") for place in range(start, stop + 1)]
@@ -147,14 +154,17 @@ def _round_axis(frame: _Frame, rounds: Sequence[int]) -> Html:
     chosen = sorted({rounds[0], rounds[-1]} | ({middle} if rounds[-1] - rounds[0] >= 4 else set()))
     words = [f"round {value:,}" if place == 0 else f"{value:,}" for place, value in enumerate(chosen)]
     return join(
-        _text(frame.x(value), HEIGHT - 12, word, "tick middle") for value, word in zip(chosen, words, strict=True)
+        _text(frame.x(value), HEIGHT - 12, word, "tick middle")
+        for value, word in zip(chosen, words, strict=True)
     )
 
 
 def _named_axis(frame: _Frame, axis: Axis) -> Html:
     last = len(axis.names) - 1
     every = math.ceil(len(axis.names) / 5)
-    chosen = sorted({last, *(place for place in range(0, last + 1, every) if last - place >= every or place == last)})
+    chosen = sorted(
+        {last, *(place for place in range(0, last + 1, every) if last - place >= every or place == last)}
+    )
     parts = [_text(frame.x(place), HEIGHT - 12, axis.names[place], "tick middle") for place in chosen]
     if axis.mark is not None:
         x = frame.x(axis.mark)
@@ -205,8 +215,13 @@ def _crossed(frame: _Frame, value: int) -> Html:
     return tag("g", tag("title", f"round {value:,} was aborted"), cross)
 
 
-def _labels(frame: _Frame, series: Sequence[Series], levels: Sequence[Level], shown: Callable[[float], str]) -> Html:
-    wanted = [(frame.y(level.value), f"{level.label} {shown(level.value)}", f"{level.role} soft") for level in levels]
+def _labels(
+    frame: _Frame, series: Sequence[Series], levels: Sequence[Level], shown: Callable[[float], str]
+) -> Html:
+    wanted = [
+        (frame.y(level.value), f"{level.label} {shown(level.value)}", f"{level.role} soft")
+        for level in levels
+    ]
     for line in series:
         last = next((v for v in reversed(line.y) if math.isfinite(v)), None)
         if last is not None:
@@ -214,7 +229,9 @@ def _labels(frame: _Frame, series: Sequence[Series], levels: Sequence[Level], sh
     wanted.sort(key=lambda item: item[0])
     places = spread([y for y, _, _ in wanted], gap=LABEL_GAP, low=TOP, high=HEIGHT - BOTTOM)
     x = WIDTH - RIGHT + 7
-    return join(_text(x, y + 4, words, f"label {role}") for y, (_, words, role) in zip(places, wanted, strict=True))
+    return join(
+        _text(x, y + 4, words, f"label {role}") for y, (_, words, role) in zip(places, wanted, strict=True)
+    )
 
 
 def spread(places: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
@@ -245,7 +262,12 @@ def sparkline(values: Sequence[float]) -> Html | None:
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     dot = tag("circle", cx=f"{points[-1][0]:.1f}", cy=f"{points[-1][1]:.1f}", r=3.5, class_="dot first")
     return tag(
-        "svg", tag("path", d=path, class_="line first"), dot, viewBox="0 0 240 50", aria_hidden="true", class_="spark"
+        "svg",
+        tag("path", d=path, class_="line first"),
+        dot,
+        viewBox="0 0 240 50",
+        aria_hidden="true",
+        class_="spark",
     )
 
 
@@ -312,7 +334,9 @@ def changes(rows: Sequence[Change], *, better_up: bool) -> Html:
         return tag("p", "Nothing to draw: no finite value was recorded.", class_="empty")
     low, high = min(finite), max(finite)
     pad = (high - low) * 0.04 or 1.0
-    return tag("ul", *[_change(row, low - pad, high - low + 2 * pad, better_up) for row in rows], class_="bars moves")
+    return tag(
+        "ul", *[_change(row, low - pad, high - low + 2 * pad, better_up) for row in rows], class_="bars moves"
+    )
 
 
 def _change(row: Change, low: float, span: float, better_up: bool) -> Html:
@@ -323,7 +347,9 @@ def _change(row: Change, low: float, span: float, better_up: bool) -> Html:
         kind = f"reach {'bad' if worse else 'first'}"
         parts = [
             tag(
-                "span", class_=kind, style=f"inset-inline-start:{_percent(start)};inline-size:{_percent(stop - start)}"
+                "span",
+                class_=kind,
+                style=f"inset-inline-start:{_percent(start)};inline-size:{_percent(stop - start)}",
             ),
             tag("span", class_="ring", style=f"inset-inline-start:{_percent((row.before - low) / span)}"),
             tag(
@@ -340,7 +366,9 @@ def _change(row: Change, low: float, span: float, better_up: bool) -> Html:
     )
 
 
-def histogram(values: Sequence[float], *, description: str, low: float, high: float, role: str, note: str) -> Html:
+def histogram(
+    values: Sequence[float], *, description: str, low: float, high: float, role: str, note: str
+) -> Html:
     """Draw how many clients lie where, on a scale given from outside so that two can be compared."""
     finite = sorted(v for v in values if math.isfinite(v))
     if not finite:
@@ -374,4 +402,6 @@ def histogram(values: Sequence[float], *, description: str, low: float, high: fl
         anchor = "start" if place == 0 else "end" if place == len(ticks) - 1 else "middle"
         parts.append(_text(x, height - 9, _tick(value, ticks, short), f"tick {anchor}"))
     parts.append(_text(left, 15, note, f"label {role}"))
-    return tag("svg", *parts, viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label=description, class_="chart")
+    return tag(
+        "svg", *parts, viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label=description, class_="chart"
+    )

@@ -19,7 +19,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 def examine() -> dict[str, Any]:
     """Return every check with what was found, whether it is enough, and what to do if not."""
     checks = [
-        _check("python", sys.version.split()[0], sys.version_info >= (3, 11), "Python 3.11 or newer is needed"),
+        _check(
+            "python", sys.version.split()[0], sys.version_info >= (3, 11), "Python 3.11 or newer is needed"
+        ),
         _check("random source", f"{len(os.urandom(32))} bytes from the operating system", True, ""),
         _check("accelerator", _accelerator(), True, ""),
         _check("processor cores", str(os.cpu_count()), True, ""),
@@ -34,9 +36,14 @@ def examine() -> dict[str, Any]:
         _check("browser", next((name for name in BROWSERS if shutil.which(name)), "none"), True, ""),
     ]
     checks += [
-        _check(name, version, True, "") for name, version in software().items() if name not in ("python", "tenseal")
+        _check(name, version, True, "")
+        for name, version in software().items()
+        if name not in ("python", "tenseal")
     ]
-    return {"ok": all(check["ok"] for check in checks if not check["advice"].startswith("optional")), "checks": checks}
+    return {
+        "ok": all(check["ok"] for check in checks if not check["advice"].startswith("optional")),
+        "checks": checks,
+    }
 
 
 def _check(name: str, found: str, ok: bool, advice: str) -> dict[str, Any]:

@@ -57,7 +57,9 @@ def experiment(
     out: Annotated[Path, typer.Option(help="Folder for runs, results.json and report.html.")] = Path(
         "runs/experiments"
     ),
-    jobs: Annotated[int, typer.Option(help="Runs at once, each in its own process with its share of the cores.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at once, each in its own process with its share of the cores.")
+    ] = 1,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -73,7 +75,8 @@ def audit(
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Model folder the observation belongs to.")] = None,
     truth: Annotated[
-        Path | None, typer.Option(help="What its client trained on (safetensors), to score what attacks find.")
+        Path | None,
+        typer.Option(help="What its client trained on (safetensors), to score what attacks find."),
     ] = None,
     budget: Annotated[str, typer.Option(help="quick, standard or exhaustive.")] = "quick",
     fail_on_leak: Annotated[bool, typer.Option(help="Exit with 6 if anything leaked.")] = False,
@@ -116,7 +119,8 @@ def epsilon(
     steps: Annotated[int | None, typer.Option(help="Steps.")] = None,
     delta: Annotated[float, typer.Option(help="Delta.")] = 1e-5,
     segment: Annotated[
-        list[str] | None, typer.Option(metavar="Q,SIGMA,STEPS", help="One more part of the history; may repeat.")
+        list[str] | None,
+        typer.Option(metavar="Q,SIGMA,STEPS", help="One more part of the history; may repeat."),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -60,18 +60,26 @@ class Workplace:
     def __post_init__(self) -> None:
         self.strategy = build(self.config.federation.strategy, self.trainable, seed=self.config.seed)
 
-    def contribute(self, client: Client, plan: RoundPlan, start: Tensor, source: RandomSource) -> npt.NDArray[Any]:
+    def contribute(
+        self, client: Client, plan: RoundPlan, start: Tensor, source: RandomSource
+    ) -> npt.NDArray[Any]:
         """Return what this client adds to the round's sum, as integers modulo 2^m.
 
         Assumes: the ledger has reserved the round's event for this client, before this call touches its data.
         """
         change = self.learn(client, plan, start, source.derive("learn"))
         noisy = self.protect(change, client, source.derive("protect"))
-        return self.code.quantise(noisy.values, loss=noisy.loss, weight=noisy.weight, source=source.derive("round"))
+        return self.code.quantise(
+            noisy.values, loss=noisy.loss, weight=noisy.weight, source=source.derive("round")
+        )
 
     def learn(self, client: Client, plan: RoundPlan, start: Tensor, source: RandomSource) -> LocalChange:
         """Run the local steps and say what is sent of them; record-level noise is drawn here, inside every step."""
-        spec, strategy, mask = self.config.federation.lifecycle, self.strategy, self.strategy.mask(client.index)
+        spec, strategy, mask = (
+            self.config.federation.lifecycle,
+            self.strategy,
+            self.strategy.mask(client.index),
+        )
         start = start if mask is None else start * mask
         start = self.home.enter(client.index, start, run_id=plan.run_id, before=plan.round)
         with self.trainable.training_only(strategy.trains(plan.step)):

@@ -91,7 +91,9 @@ def aggregate(
     for index in _others(prepared, client)[: smallest_sum(prepared.config) - 1]:
         part = prepared.parts[index][:records]
         batch = prepared.task.batch(
-            prepared.task.encode(prepared.dataset.train.take(part)), np.arange(len(part)), device=prepared.device
+            prepared.task.encode(prepared.dataset.train.take(part)),
+            np.arange(len(part)),
+            device=prepared.device,
         )
         sent = gradients(prepared, batch, sent_only=True)
         for name, value in (sent.get("noised") or sent["raw"]).items():
@@ -115,7 +117,9 @@ def seen_by(observer: Observer, config: RunConfig, points: Collection[Point]) ->
     return single if config.privacy.noise == "seeded" else "aggregated"
 
 
-def wire_change(prepared: setup.Prepared, vector: Tensor, members: Any, client: int, clients: int) -> dict[str, Tensor]:
+def wire_change(
+    prepared: setup.Prepared, vector: Tensor, members: Any, client: int, clients: int
+) -> dict[str, Tensor]:
     """Return the opened sum of what `clients` clients really send in one round; the first has nothing but `members`.
 
     Local steps, optimiser, bound, noise and rounding are the run's own. The others learn from as many records of theirs.
@@ -140,7 +144,9 @@ def wire_change(prepared: setup.Prepared, vector: Tensor, members: Any, client: 
         part = prepared.parts[index][: len(members)]
         rows = members if index == client else prepared.task.encode(prepared.dataset.train.take(part))
         source = RandomSource.system()
-        sent = place.contribute(Client(index=index, name="", examples=rows), told, vector.to(prepared.device), source)
+        sent = place.contribute(
+            Client(index=index, name="", examples=rows), told, vector.to(prepared.device), source
+        )
         if total is None:
             total = sent
         else:
@@ -181,7 +187,9 @@ def noise_facts(prepared: setup.Prepared, point: Point, clients: int, *, steps: 
         return facts
     if isinstance(mechanism, ClientNoise):
         levels = mechanism.inner.integer_sensitivity(scale=mechanism.scale, dimension=mechanism.dimension)
-        deviation = mechanism.noise_multiplier * levels / mechanism.scale / mechanism.inner.honest_survivors**0.5
+        deviation = (
+            mechanism.noise_multiplier * levels / mechanism.scale / mechanism.inner.honest_survivors**0.5
+        )
     else:
         deviation = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.expected_batch_size
         spec = prepared.config.federation.lifecycle

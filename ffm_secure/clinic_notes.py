@@ -88,11 +88,20 @@ _SURNAME = (
     ),
     _listed("ridge worth by ley ham combe ton wick stead well croft more"),
 )
-_STREETS = _listed("Nowhere Imaginary Unlisted Fiction Placeholder Make-Believe Pretence Phantom Hypothetical Invented")
+_STREETS = _listed(
+    "Nowhere Imaginary Unlisted Fiction Placeholder Make-Believe Pretence Phantom Hypothetical Invented"
+)
 _WAYS = _listed("Lane Street Road Close Avenue Terrace Way Court")
 _TOWNS = _listed("Exampleton Sampleford Testbury Mockhaven Nullthorpe Fableham Dummyville Placeholm")
 
-_HEADS = ("{name}, {record}", "Re: {name}, DOB {birth}", "{record} {name}", "{name} of {address}", "{name}", "{record}")
+_HEADS = (
+    "{name}, {record}",
+    "Re: {name}, DOB {birth}",
+    "{record} {name}",
+    "{name} of {address}",
+    "{name}",
+    "{record}",
+)
 _TAILS = (
     "Ring {name} on {phone}",
     "Results to {phone}",
@@ -218,12 +227,16 @@ class _Words:
 def _cases(condition: Condition, write: Callable[[str], Sequence[str]]) -> list[_Case]:
     """Part a condition into the diseases it names, where some of its items belong to one name only."""
     names = write(condition.names)
-    lists = [write(items) for items in (condition.complaints, condition.findings, condition.drugs, condition.plans)]
+    lists = [
+        write(items) for items in (condition.complaints, condition.findings, condition.drugs, condition.plans)
+    ]
     if not any("# " in item for items in lists for item in items):
         return [_Case(condition.ages, names, *lists)]
     return [
         _Case(
-            condition.ages, [name], *([_untagged(item) for item in items if _belongs(item, number)] for items in lists)
+            condition.ages,
+            [name],
+            *([_untagged(item) for item in items if _belongs(item, number)] for items in lists),
         )
         for number, name in enumerate(names, start=1)
     ]

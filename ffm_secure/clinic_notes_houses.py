@@ -135,7 +135,9 @@ SOCIAL = (
     "alcohol {4-28} units a week | no drug allergies | penicillin allergy | two cats at home | independent at home"
 )
 SOCIAL_YOUNGER = "works nights | drives a lorry | office job | off work {2-8} weeks | two small children"
-SOCIAL_OLDER = "retired teacher | care home resident | carer for spouse | walks with a stick | carers twice a day"
+SOCIAL_OLDER = (
+    "retired teacher | care home resident | carer for spouse | walks with a stick | carers twice a day"
+)
 
 ROUTINE = "nothing new since last visit | much the same symptoms | slow improvement only | fewer bad days"
 
@@ -171,7 +173,9 @@ class Layout:
 
 def _layout(order: str, headings: str, item: str, section: str, openers: str) -> Layout:
     names = tuple(order.split())
-    return Layout(names, dict(zip(names, headings.split("|"), strict=True)), item, section, tuple(openers.split("|")))
+    return Layout(
+        names, dict(zip(names, headings.split("|"), strict=True)), item, section, tuple(openers.split("|"))
+    )
 
 
 _WIDE = "who history background drugs exam impression plan"

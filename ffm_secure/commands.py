@@ -45,10 +45,14 @@ def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet
 
             if not silent:
                 console.print(f"auditing ({started.config.audit.budget}) ...")
-            result = dataclasses.replace(result, summary=audit_run(result.folder, budget=started.config.audit.budget))
+            result = dataclasses.replace(
+                result, summary=audit_run(result.folder, budget=started.config.audit.budget)
+            )
     say(_result_table(result), _result_lines(result), json=json, quiet=quiet)
     if result.summary.status == "budget exhausted":
-        raise BudgetExhausted("the privacy budget ended the run before its last round; what was trained is kept")
+        raise BudgetExhausted(
+            "the privacy budget ended the run before its last round; what was trained is kept"
+        )
 
 
 def experiment(file: Path, *, out: Path, quick: bool, jobs: int, json: bool, quiet: bool) -> None:
@@ -75,7 +79,9 @@ class Seen:
     truth: Path | None = None
 
 
-def audit(folder: Path | None, seen: Seen, *, budget: str, fail_on_leak: bool, json: bool, quiet: bool) -> None:
+def audit(
+    folder: Path | None, seen: Seen, *, budget: str, fail_on_leak: bool, json: bool, quiet: bool
+) -> None:
     """Attack a run, or a stored observation of any system."""
     from ffm_secure.audit import audit_observation, audit_run
 
@@ -84,7 +90,9 @@ def audit(folder: Path | None, seen: Seen, *, budget: str, fail_on_leak: bool, j
     if folder is not None and (seen.model or seen.truth):
         raise ConfigError("audit", ["--model and --truth belong to --observation; a run knows its own"])
     if budget not in ("quick", "standard", "exhaustive"):
-        raise ConfigError("audit", [f"--budget = {budget!r}: must be one of 'quick', 'standard', 'exhaustive'"])
+        raise ConfigError(
+            "audit", [f"--budget = {budget!r}: must be one of 'quick', 'standard', 'exhaustive'"]
+        )
     with clear_errors():
         if folder is not None:
             found = audit_run(folder, budget=budget).audit
@@ -124,7 +132,9 @@ def report(folder: Path, *, json: bool) -> None:
         try:
             summary = page.from_json((folder / "report.json").read_text())
         except OSError:
-            raise StoreError(f"{folder}: has no report.json yet; finish the run first (ffm-secure run)") from None
+            raise StoreError(
+                f"{folder}: has no report.json yet; finish the run first (ffm-secure run)"
+            ) from None
         except ValueError as error:
             raise StoreError(f"{folder / 'report.json'}: is damaged: {error}") from None
         html, data = page.write(summary, folder)
@@ -157,13 +167,18 @@ def _plan_lines(described: PlanSummary) -> list[str]:
         f"  {'sees' if index == 0 else '':<8} {observer:<17} {seen}"
         for index, (observer, seen) in enumerate(described.reveals.items())
     ]
-    lines += [f"  breaks   {described.breaks}", *(f"  {_statement_line(item)}" for item in described.statements)]
+    lines += [
+        f"  breaks   {described.breaks}",
+        *(f"  {_statement_line(item)}" for item in described.statements),
+    ]
     lines += [f"  warning  {warning}" for warning in described.warnings]
     return lines
 
 
 def _statement_line(statement: PrivacyStatement) -> str:
-    amount = f"{statement.epsilon:.4g} at delta {statement.delta:g}" if statement.finite else "none (infinite)"
+    amount = (
+        f"{statement.epsilon:.4g} at delta {statement.delta:g}" if statement.finite else "none (infinite)"
+    )
     note = f" ({statement.note})" if statement.note else ""
     return (
         f"epsilon  {statement.observer:<17} {amount}; unit {statement.unit}; adjacency {statement.adjacency}; "
@@ -220,19 +235,23 @@ def _finding_line(item: AuditFinding) -> str:
         score,
         *(
             f"{name} {value:.3f}"
-            for name, value in (("as observed", item.observed), ("baseline", item.baseline), ("control", item.control))
+            for name, value in (
+                ("as observed", item.observed),
+                ("baseline", item.baseline),
+                ("control", item.control),
+            )
             if value is not None
         ),
     ]
-    return (
-        f"{item.observer:<17} {item.attack:<22} {item.point:<11} {item.verdict:<11} {', '.join(filter(None, numbers))}"
-    )
+    return f"{item.observer:<17} {item.attack:<22} {item.point:<11} {item.verdict:<11} {', '.join(filter(None, numbers))}"
 
 
 def _audit_lines(found: AuditSummary) -> list[str]:
     """Show what leaked, then what did not with its control; the rest as counts, since the report gives each reason."""
     lines = [f"  audit    {found.sentence}"]
-    told = [item for verdict in ("leaked", "not leaked") for item in found.findings if item.verdict == verdict]
+    told = [
+        item for verdict in ("leaked", "not leaked") for item in found.findings if item.verdict == verdict
+    ]
     lines += [f"           {_finding_line(item)}" for item in told]
     silent = Counter((item.observer, item.verdict) for item in found.findings if item not in told)
     lines += [
@@ -240,5 +259,7 @@ def _audit_lines(found: AuditSummary) -> list[str]:
         for (observer, verdict), count in silent.items()
     ]
     if found.epsilon_lower is not None:
-        lines.append(f"           lower bound on epsilon {found.epsilon_lower:.3f} ({found.epsilon_lower_method})")
+        lines.append(
+            f"           lower bound on epsilon {found.epsilon_lower:.3f} ({found.epsilon_lower_method})"
+        )
     return lines

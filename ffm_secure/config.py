@@ -10,7 +10,14 @@ from ffm_secure.errors import ConfigError
 from ffm_secure.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
 
 TASKS = ("text_classification", "causal_lm", "masked_lm", "image_classification")
-LORA_RULES = ("ffa", "rolora", "fedsvd", "fedex", "flora", "fedsa")  # how LoRA factors are averaged; see docs/lora.md
+LORA_RULES = (
+    "ffa",
+    "rolora",
+    "fedsvd",
+    "fedex",
+    "flora",
+    "fedsa",
+)  # how LoRA factors are averaged; see docs/lora.md
 PROMPTS = ("prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")
 OBSERVERS = ("public", "client", "server", "colluding_server")
 
@@ -52,17 +59,33 @@ class TrainableSpec:
     """Which numbers are trained and sent."""
 
     kind: str = option(
-        choices=("full", "head", "lora", "lora_xs", "prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")
+        choices=(
+            "full",
+            "head",
+            "lora",
+            "lora_xs",
+            "prompt",
+            "prefix",
+            "p_tuning",
+            "deep_prompt",
+            "prompt_generator",
+        )
     )
     rank: int = option(8, minimum=1, maximum=1024, only_for=("lora", "lora_xs"))
     ranks: tuple[int, ...] = option(
-        (), minimum=1, maximum=1024, help="ranks dealt to the clients in turn, with strategy flora", only_for=("lora",)
+        (),
+        minimum=1,
+        maximum=1024,
+        help="ranks dealt to the clients in turn, with strategy flora",
+        only_for=("lora",),
     )
     alpha: float = option(16.0, above=0.0, only_for=("lora", "lora_xs"))
     target_modules: tuple[str, ...] = option(
         (), help="empty: chosen by architecture; ['all-linear'] for all", only_for=("lora", "lora_xs")
     )
-    length: int = option(16, minimum=1, maximum=1024, help="virtual tokens of a prompt or prefix", only_for=PROMPTS)
+    length: int = option(
+        16, minimum=1, maximum=1024, help="virtual tokens of a prompt or prefix", only_for=PROMPTS
+    )
     hidden: int = option(
         64,
         minimum=1,
@@ -82,11 +105,15 @@ class TrainableSpec:
 class Model:
     """Which foundation model is adapted, and where."""
 
-    name: str = option(help="local folder, hub name, or builtin:minilm | tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit")
+    name: str = option(
+        help="local folder, hub name, or builtin:minilm | tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit"
+    )
     trainable: TrainableSpec
     dtype: str = option("float32", choices=("float32", "bfloat16"))
     weights: str = option(
-        "checkpoint", choices=("checkpoint", "random"), help="random: only the architecture, to pre-train from scratch"
+        "checkpoint",
+        choices=("checkpoint", "random"),
+        help="random: only the architecture, to pre-train from scratch",
     )
 
 
@@ -99,10 +126,16 @@ class Controller:
     private: int = option(1, minimum=0, maximum=10_000, help="private phases in a row", only_for=("fixed",))
     patience: int = option(2, minimum=1, maximum=1000, help="fewest phases in a row", only_for=("plateau",))
     margin: float = option(
-        0.01, minimum=0.0, below=1.0, help="relative fall of the loss that counts as progress", only_for=("plateau",)
+        0.01,
+        minimum=0.0,
+        below=1.0,
+        help="relative fall of the loss that counts as progress",
+        only_for=("plateau",),
     )
     cost: str = option("bytes", choices=("epsilon", "bytes", "seconds"), only_for=("gain_per_cost",))
-    window: int = option(2, minimum=1, maximum=1000, help="phases a gain is taken over", only_for=("gain_per_cost",))
+    window: int = option(
+        2, minimum=1, maximum=1000, help="phases a gain is taken over", only_for=("gain_per_cost",)
+    )
     retry: int = option(
         4,
         minimum=1,
@@ -132,15 +165,25 @@ class Lifecycle:
     momentum: float = option(0.0, minimum=0.0, maximum=0.999)
     weight_decay: float = option(0.0, minimum=0.0, maximum=1.0)
     proximal: float = option(0.0, minimum=0.0, help="FedProx mu")
-    public_data: str = option("", help="as task.data; empty: public_examples rows of task.data", only_for=("pretrain",))
+    public_data: str = option(
+        "", help="as task.data; empty: public_examples rows of task.data", only_for=("pretrain",)
+    )
     public_examples: int = option(
         0, minimum=0, help="rows taken out of the private data and declared public", only_for=("pretrain",)
     )
     public_steps: int = option(
-        0, minimum=0, maximum=1_000_000, help="steps of a public phase; 0: local_steps", only_for=("pretrain",)
+        0,
+        minimum=0,
+        maximum=1_000_000,
+        help="steps of a public phase; 0: local_steps",
+        only_for=("pretrain",),
     )
-    public_batch_size: int = option(0, minimum=0, maximum=1_000_000, help="0: batch_size", only_for=("pretrain",))
-    public_learning_rate: float = option(0.0, minimum=0.0, maximum=1e3, help="0: learning_rate", only_for=("pretrain",))
+    public_batch_size: int = option(
+        0, minimum=0, maximum=1_000_000, help="0: batch_size", only_for=("pretrain",)
+    )
+    public_learning_rate: float = option(
+        0.0, minimum=0.0, maximum=1e3, help="0: learning_rate", only_for=("pretrain",)
+    )
     private_rounds: int = option(
         0,
         minimum=0,
@@ -209,11 +252,17 @@ class Protection:
     """What hides one client's update from the server."""
 
     kind: str = option(choices=("secagg", "bfv", "ckks", "none"))
-    threshold: int = option(0, minimum=0, help="fewest clients whose sum may be opened; 0: a two-thirds majority")
+    threshold: int = option(
+        0, minimum=0, help="fewest clients whose sum may be opened; 0: a two-thirds majority"
+    )
     mode: str = option("active", choices=("semi_honest", "active"), only_for=("secagg",))
-    colluding: int = option(1, minimum=0, help="clients that may side with the server; their noise is not counted")
+    colluding: int = option(
+        1, minimum=0, help="clients that may side with the server; their noise is not counted"
+    )
     value_bits: int = option(20, minimum=4, maximum=32, help="signed bits of one quantised coordinate")
-    coordinate_bound: float = option(1.0, above=0.0, maximum=1e9, help="largest size of one coordinate of an update")
+    coordinate_bound: float = option(
+        1.0, above=0.0, maximum=1e9, help="largest size of one coordinate of an update"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +289,9 @@ class RunConfig:
     """One run, complete: two equal values describe the same run."""
 
     format: int = option(choices=(1,))
-    name: str = option(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", help="letters, digits, dot, dash, underscore")
+    name: str = option(
+        pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", help="letters, digits, dot, dash, underscore"
+    )
     seed: int = option(minimum=0, maximum=2**63 - 1)
     task: Task
     model: Model
@@ -309,7 +360,9 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
             "different ranks need federation.strategy.kind = 'flora'; other rules average factors of one shape",
         )
     if task.split.kind == "natural" and not task.split.column:
-        problems.add("task.split.column", "", "missing; a natural split needs the column that names the owner")
+        problems.add(
+            "task.split.column", "", "missing; a natural split needs the column that names the owner"
+        )
     if privacy.unit == "none":
         if not privacy.reason.strip():
             problems.add(
@@ -327,11 +380,15 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
     for name in ("epsilon", "delta", "clip_norm"):
         if getattr(privacy, name) <= 0.0:
             problems.add(
-                f"privacy.{name}", getattr(privacy, name), f"must be above 0 with privacy.unit = '{privacy.unit}'"
+                f"privacy.{name}",
+                getattr(privacy, name),
+                f"must be above 0 with privacy.unit = '{privacy.unit}'",
             )
     if privacy.unit == "person" and privacy.records_per_person < 2:
         problems.add(
-            "privacy.records_per_person", privacy.records_per_person, "must be at least 2 with privacy.unit = 'person'"
+            "privacy.records_per_person",
+            privacy.records_per_person,
+            "must be at least 2 with privacy.unit = 'person'",
         )
     if privacy.unit != "person" and privacy.records_per_person != 1:
         problems.add(

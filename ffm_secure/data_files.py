@@ -54,7 +54,9 @@ def read_source(path: Path) -> tuple[Table, Table | None]:
     if (path / "train").is_dir():
         names = class_folders(path / "train")
         held_out = next((path / name for name in VALIDATION_NAMES if (path / name).is_dir()), None)
-        return read_pictures(path / "train", names), None if held_out is None else read_pictures(held_out, names)
+        return read_pictures(path / "train", names), None if held_out is None else read_pictures(
+            held_out, names
+        )
     if class_folders(path):
         return read_pictures(path, class_folders(path)), None
     raise DataError(
@@ -66,7 +68,9 @@ def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """Find `train.parquet` or its pieces `train-*.parquet`; two formats at once are ambiguous."""
     pattern = re.compile(rf"({'|'.join(names)})(-.*)?", re.ASCII)
     found = sorted(
-        path for path in folder.iterdir() if path.suffix in READERS and pattern.fullmatch(path.stem) and path.is_file()
+        path
+        for path in folder.iterdir()
+        if path.suffix in READERS and pattern.fullmatch(path.stem) and path.is_file()
     )
     bases = {(path.suffix, path.stem.split("-")[0]) for path in found}
     if len(bases) > 1:
@@ -82,7 +86,9 @@ def _joined(paths: Sequence[Path]) -> Table:
     first = tables[0]
     for table in tables[1:]:
         if set(table.columns) != set(first.columns):
-            raise DataError(f"{table.origin}: its columns differ from those of {first.origin}; write all pieces alike")
+            raise DataError(
+                f"{table.origin}: its columns differ from those of {first.origin}; write all pieces alike"
+            )
     columns = {name: _concatenate([table.columns[name] for table in tables]) for name in first.columns}
     return Table(origin=str(paths[0].parent / "train"), columns=columns, label_names=first.label_names)
 
@@ -102,9 +108,13 @@ def read_table(path: Path) -> Table:
         table = reader(path)
     except DataError:
         raise
-    except Exception as error:  # a damaged file makes the parsers raise nearly anything; users get one clear line
+    except (
+        Exception
+    ) as error:  # a damaged file makes the parsers raise nearly anything; users get one clear line
         reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
-        raise DataError(f"{path}: not a readable {path.suffix[1:]} file ({reason}); write it again") from error
+        raise DataError(
+            f"{path}: not a readable {path.suffix[1:]} file ({reason}); write it again"
+        ) from error
     if len(table) == 0:
         raise DataError(f"{path}: holds no rows; a data set needs at least one")
     return table
@@ -113,9 +123,13 @@ def read_table(path: Path) -> Table:
 def read_parquet(path: Path) -> Table:
     """Read a parquet file, class names from the `datasets` metadata included."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        unpacked = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        unpacked = sum(
+            file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)
+        )
         if unpacked > MAX_BYTES:
-            raise DataError(f"{path}: claims {unpacked} bytes unpacked, more than the bound of {MAX_BYTES}; split it")
+            raise DataError(
+                f"{path}: claims {unpacked} bytes unpacked, more than the bound of {MAX_BYTES}; split it"
+            )
         table = file.read()
         table.validate(full=True)  # offsets of a damaged file must not be followed blindly
     return arrow_table(table, origin=str(path))
@@ -128,7 +142,9 @@ def arrow_table(table: pa.Table, *, origin: str) -> Table:
     columns: dict[str, Column] = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
         number = (
-            pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)
+            pa.types.is_integer(column.type)
+            or pa.types.is_floating(column.type)
+            or pa.types.is_boolean(column.type)
         )
         columns[name] = column.to_numpy() if number and column.null_count == 0 else column.to_pylist()
     return Table(origin=origin, columns=columns, label_names=_class_names(table.schema.metadata))
@@ -158,9 +174,13 @@ def read_jsonl(path: Path) -> Table:
         try:
             row = json.loads(line, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: line {number} is not JSON ({error}); repair or remove the line") from error
+            raise DataError(
+                f"{path}: line {number} is not JSON ({error}); repair or remove the line"
+            ) from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}: line {number} is a {type(row).__name__}; every line must be a JSON object")
+            raise DataError(
+                f"{path}: line {number} is a {type(row).__name__}; every line must be a JSON object"
+            )
         if rows and row.keys() != rows[0].keys():
             odd = ", ".join(sorted(row.keys() ^ rows[0].keys()))
             raise DataError(
@@ -249,8 +269,12 @@ def read_npz(path: Path) -> Table:
         members = archive.infolist()
         unpacked = sum(member.file_size for member in members)
         if unpacked > MAX_BYTES:
-            raise DataError(f"{path}: claims {unpacked} bytes unpacked, more than the bound of {MAX_BYTES}; split it")
-        columns = {member.filename.removesuffix(".npy"): _read_array(archive, member, path) for member in members}
+            raise DataError(
+                f"{path}: claims {unpacked} bytes unpacked, more than the bound of {MAX_BYTES}; split it"
+            )
+        columns = {
+            member.filename.removesuffix(".npy"): _read_array(archive, member, path) for member in members
+        }
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise DataError(f"{path}: arrays differ in length ({lengths}); every array needs one row per example")
@@ -264,7 +288,9 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -
             raise DataError(f"{path}: array {member.filename} has format {version}; save it with numpy.savez")
         shape, _, dtype = _HEADERS[version](file)
     if dtype.hasobject or dtype.kind not in "biufU":
-        raise DataError(f"{path}: array {member.filename} is {dtype}; only numbers and text are read, never objects")
+        raise DataError(
+            f"{path}: array {member.filename} is {dtype}; only numbers and text are read, never objects"
+        )
     size = dtype.itemsize
     for length in shape:
         size *= length
@@ -296,7 +322,9 @@ def read_pictures(folder: Path, names: tuple[str, ...]) -> Table:
     """List the pictures of a folder with one subfolder per class; they are decoded later."""
     unknown = sorted(set(class_folders(folder)) - set(names))
     if unknown:
-        raise DataError(f"{folder}: holds the classes {unknown}, which the train part lacks; add or remove them")
+        raise DataError(
+            f"{folder}: holds the classes {unknown}, which the train part lacks; add or remove them"
+        )
     paths = [
         (file, label)
         for label, name in enumerate(names)
@@ -307,7 +335,9 @@ def read_pictures(folder: Path, names: tuple[str, ...]) -> Table:
     if not paths:
         raise DataError(f"{folder}: holds no pictures; put them in one subfolder per class")
     labels = np.array([label for _, label in paths], dtype=np.int64)
-    return Table(origin=str(folder), columns={"image": [file for file, _ in paths], "label": labels}, label_names=names)
+    return Table(
+        origin=str(folder), columns={"image": [file for file, _ in paths], "label": labels}, label_names=names
+    )
 
 
 READERS: dict[str, Callable[[Path], Table]] = {

@@ -25,7 +25,9 @@ def load_hub(name: str, path: Path) -> tuple[Any, Any | None]:
 
         repository, _, configuration = name.partition(":")
         HfApi().dataset_info(repository, timeout=CONNECT_SECONDS)
-    except Exception as error:  # name resolution, proxies, HTTP and offline mode all fail in ways of their own
+    except (
+        Exception
+    ) as error:  # name resolution, proxies, HTTP and offline mode all fail in ways of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise DataError(
             f"{missing}cannot be reached ({reason}); check the name and the network, or use a local folder"

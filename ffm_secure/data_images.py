@@ -19,7 +19,12 @@ MAX_PIXELS = 64 * 2**20  # one picture; more is a damaged header or a decompress
 EAGER_BYTES = 512 * 2**20  # a decoded column above this stays encoded until rows are asked for
 MIXED_SIDE = 224  # common side when pictures differ in size and none was asked for
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow's other readers start programs or run long; they stay closed
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+)  # Pillow's other readers start programs or run long; they stay closed
 
 
 def open_picture(encoded: bytes | Path, place: str) -> Image.Image:
@@ -57,7 +62,9 @@ def _square(picture: Image.Image, side: int) -> Image.Image:
     scale = side / min(picture.size)
     width, height = (max(side, round(length * scale)) for length in picture.size)
     left, top = (width - side) // 2, (height - side) // 2
-    return picture.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+    return picture.resize((width, height), Image.Resampling.BILINEAR).crop(
+        (left, top, left + side, top + side)
+    )
 
 
 class LazyImages(Sequence[Any]):
@@ -67,7 +74,9 @@ class LazyImages(Sequence[Any]):
     arrays uint8 [n, H, W, 3]; `take` stays lazy.
     """
 
-    def __init__(self, encoded: Sequence[bytes | Path], places: Sequence[str], size: tuple[int, int], side: int | None):
+    def __init__(
+        self, encoded: Sequence[bytes | Path], places: Sequence[str], size: tuple[int, int], side: int | None
+    ):
         self._encoded, self._places, self._size, self._side = encoded, places, size, side
 
     @property
@@ -122,7 +131,11 @@ def image_column(values: Any, *, place: Callable[[int], str], image_size: int | 
 
 
 def _pixel_array(values: NDArray[Any], place: str) -> Pixels:
-    if values.dtype != np.uint8 or values.ndim not in (3, 4) or (values.ndim == 4 and values.shape[3] not in (1, 3)):
+    if (
+        values.dtype != np.uint8
+        or values.ndim not in (3, 4)
+        or (values.ndim == 4 and values.shape[3] not in (1, 3))
+    ):
         raise DataError(
             f"{place}: pictures are {values.dtype} {list(values.shape)}; they must be uint8 [rows, height, width] or "
             "[rows, height, width, 1 or 3]"
@@ -136,7 +149,9 @@ def _encoded(value: Any, place: str) -> bytes | Path:
         value = value.get("bytes")
     if isinstance(value, (bytes, Path)):
         return value
-    raise DataError(f"{place}: holds no picture (found {type(value).__name__}); store the encoded bytes in the column")
+    raise DataError(
+        f"{place}: holds no picture (found {type(value).__name__}); store the encoded bytes in the column"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -28,7 +28,12 @@ __all__ = ["finished", "load", "row_of", "run"]
 
 
 def run(
-    path: Path, *, out: Path, quick: bool = False, jobs: int = 1, say: Callable[[str], None] = lambda line: None
+    path: Path,
+    *,
+    out: Path,
+    quick: bool = False,
+    jobs: int = 1,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, dict[str, Any]]:
     """Run what is missing of a grid, `jobs` cells at once, and write its results; return the page and the results.
 
@@ -43,7 +48,9 @@ def run(
     base = path.resolve().parent
 
     def made(number: int) -> Run:
-        return place(cells[number].config, base=base, runs=folder / "runs")  # anew each time: a run holds its model
+        return place(
+            cells[number].config, base=base, runs=folder / "runs"
+        )  # anew each time: a run holds its model
 
     rows: dict[int, Row] = {}
     results: dict[str, Any] = {}
@@ -51,7 +58,9 @@ def run(
         rows[number] = row_of(cells[number], summary)
         shown = f"{summary.metric_name} {summary.metric_final:.4f}"
         name = cells[number].config.name
-        say(f"{len(rows)}/{len(cells)} {name}: {shown}{' (known)' if known else f', {summary.seconds:.0f} s'}")
+        say(
+            f"{len(rows)}/{len(cells)} {name}: {shown}{' (known)' if known else f', {summary.seconds:.0f} s'}"
+        )
         if not rows[number].whole:
             say(_stopped(rows[number], folder / "runs" / name, rounds=cells[number].config.federation.rounds))
         results = page.results(
@@ -83,7 +92,9 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
         write_atomic(folder / name, text.encode())
 
 
-def _summaries(made: Callable[[int], Run], count: int, *, jobs: int) -> Iterator[tuple[int, RunSummary, bool]]:
+def _summaries(
+    made: Callable[[int], Run], count: int, *, jobs: int
+) -> Iterator[tuple[int, RunSummary, bool]]:
     """Yield number, summary, and whether it was known: first what is finished, then each cell as it ends."""
     missing, rows = [], Rows()
     for number in range(count):
@@ -94,7 +105,11 @@ def _summaries(made: Callable[[int], Run], count: int, *, jobs: int) -> Iterator
             yield number, summary, True
     if jobs == 1 or len(missing) < 2:
         for number in missing:
-            yield number, made(number).start(fairness=False).summary, False  # a grid compares runs, not clients
+            yield (
+                number,
+                made(number).start(fairness=False).summary,
+                False,
+            )  # a grid compares runs, not clients
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
@@ -105,7 +120,9 @@ def _summaries(made: Callable[[int], Run], count: int, *, jobs: int) -> Iterator
                 run = made(work[future])
                 problem, summary = future.result(), finished(run, rows)
                 if problem or summary is None:
-                    raise FfmError(f"{run.folder.name}: {problem or 'was stopped; the same command continues it'}")
+                    raise FfmError(
+                        f"{run.folder.name}: {problem or 'was stopped; the same command continues it'}"
+                    )
                 yield work[future], summary, False
         finally:
             pool.shutdown(cancel_futures=True)

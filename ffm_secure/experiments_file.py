@@ -17,7 +17,11 @@ from ffm_secure.errors import ConfigError, PlanRefused
 from ffm_secure.schema import Problems, did_you_mean, option, parse_toml, read_table, set_value
 
 _LABEL = r"[^=,]{1,60}"
-_GIVEN = {"format": "it is 1", "name": "a cell is named after its labels and its seed", "seed": "give it in seeds"}
+_GIVEN = {
+    "format": "it is 1",
+    "name": "a cell is named after its labels and its seed",
+    "seed": "give it in seeds",
+}
 _LONGEST_WORD, _LONGEST_NAME = 20, 80  # of a label in the name of a cell, and of the whole name
 
 Labels = tuple[tuple[str, str], ...]  # (axis, label)
@@ -54,7 +58,9 @@ class Experiment:
     """A grid: all combinations of the axes, each with every seed."""
 
     format: int = option(choices=(1,))
-    name: str = option(pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}", help="letters, digits, dot, dash, underscore")
+    name: str = option(
+        pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}", help="letters, digits, dot, dash, underscore"
+    )
     about: str = option("", help="the question the grid answers")
     seeds: tuple[int, ...] = option(minimum=0, help="one run of every cell for each")
     run: dict = option(help="a whole run file; name and seed are set by the grid")  # type: ignore[type-arg]
@@ -113,7 +119,9 @@ def load(path: Path, *, quick: bool = False) -> tuple[Experiment, tuple[Cell, ..
     for form in forms:
         _check_names(form, problems)
     cells: dict[bool, list[Cell]] = {}
-    refused: dict[str, list[str]] = {}  # a mistake in the shared part is one mistake, however many cells have it
+    refused: dict[
+        str, list[str]
+    ] = {}  # a mistake in the shared part is one mistake, however many cells have it
     for form in forms if sound else ():
         cells[form.quick] = _configured(experiment, form, refused)
         if form.quick == quick and not form.combinations and not problems:
@@ -168,7 +176,11 @@ def _sound_axes(written: object) -> list[dict[str, Any]]:
     kept = []
     for axis in written if isinstance(written, list) else ():
         values = axis.get("values") if isinstance(axis, dict) else None
-        sound = [item for item in values if read_table(Value, item, "", Problems())] if isinstance(values, list) else []
+        sound = (
+            [item for item in values if read_table(Value, item, "", Problems())]
+            if isinstance(values, list)
+            else []
+        )
         if sound and read_table(Axis, {"name": axis.get("name"), "values": sound}, "", Problems()):
             kept.append({"name": axis["name"], "values": sound})
     return kept
@@ -247,7 +259,9 @@ def _check_words(experiment: Experiment, table: Mapping[str, Any], problems: Pro
         advice = f"must be the name of an axis: {', '.join(known)}"
         problems.add("compare", experiment.compare, advice + did_you_mean(experiment.compare, known))
     elif not table.get("compare") and experiment.references:
-        problems.add("references", list(experiment.references), "need compare, the axis whose labels they are")
+        problems.add(
+            "references", list(experiment.references), "need compare, the axis whose labels they are"
+        )
     for label in experiment.references if experiment.compare in known else ():
         if label not in known[experiment.compare]:
             advice = f"must be a label of the axis {experiment.compare!r}"
@@ -308,7 +322,9 @@ _Place = tuple[str, str, str]  # axis, label, override
 def _undone(chosen: Sequence[tuple[str, Value]], *, quick: bool) -> Iterator[tuple[_Place, _Place]]:
     """Yield pairs of overrides of which the second takes the first away; between axes also where it only refines it."""
     places = [
-        (axis, value.label, override) for axis, value in chosen for override in (value.quick if quick else value.set)
+        (axis, value.label, override)
+        for axis, value in chosen
+        for override in (value.quick if quick else value.set)
     ]
     for first, second in itertools.combinations(places, 2):
         one, two = _keys(first[2]), _keys(second[2])
@@ -382,7 +398,9 @@ def _configured(experiment: Experiment, form: _Form, refused: dict[str, list[str
         labels, sets = _labels(chosen), form.sets(chosen)
         for seed in form.seeds:
             try:
-                cells.append(Cell(labels=labels, seed=seed, config=_configure(experiment, labels, sets, seed)))
+                cells.append(
+                    Cell(labels=labels, seed=seed, config=_configure(experiment, labels, sets, seed))
+                )
             except (ConfigError, PlanRefused) as error:
                 for problem in error.problems if isinstance(error, ConfigError) else error.reasons:
                     if problem not in known:
@@ -408,7 +426,9 @@ def _check_equal(form: _Form, cells: Sequence[Cell], problems: Problems) -> None
         other = first.setdefault(replace(cell.config, name="any"), cell)
         differ = [(one, two) for one, two in zip(other.labels, cell.labels, strict=True) if one != two]
         if differ:
-            words = " and ".join(f"labels {one!r} and {two!r} of axis {axis!r}" for (axis, one), (_, two) in differ)
+            words = " and ".join(
+                f"labels {one!r} and {two!r} of axis {axis!r}" for (axis, one), (_, two) in differ
+            )
             found.setdefault(words, []).append(f"{other.config.name} and {cell.config.name}")
     for words, pairs in found.items():
         advice = "change one of them, or leave it out with skip" + (" or quick.only" if form.quick else "")

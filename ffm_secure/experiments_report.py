@@ -115,7 +115,9 @@ def results(
         }
         for label in references:
             if label != dict(labels).get(compare):
-                other = groups.get(tuple((axis, label if axis == compare else value) for axis, value in labels), [])
+                other = groups.get(
+                    tuple((axis, label if axis == compare else value) for axis, value in labels), []
+                )
                 entry["differences"] += [paired(group, other, against=label)] if other else []
         cells.append(entry)
     whole = [row for row in rows if row.whole]
@@ -129,7 +131,9 @@ def results(
         "wanted": wanted,
         "compare": compare,
         "seconds": sum(row.seconds for row in whole),
-        "stopped": [{"run": row.run, "status": row.status, "rounds": len(row.curve)} for row in rows if not row.whole],
+        "stopped": [
+            {"run": row.run, "status": row.status, "rounds": len(row.curve)} for row in rows if not row.whole
+        ],
         "cells": cells,
         "rows": [{**asdict(row), "labels": dict(row.labels)} for row in rows],
     }
@@ -181,7 +185,10 @@ def to_html(found: Mapping[str, Any]) -> str:
     )
     state = _state(found)
     intro = f"{found['about']} {found['runs']} runs, {found['seconds']:.0f} seconds of training.{state}"
-    main = [tag("section", tag("h2", "Table"), _table(found)), tag("section", tag("h2", "Curves"), *_curves(found))]
+    main = [
+        tag("section", tag("h2", "Table"), _table(found)),
+        tag("section", tag("h2", "Curves"), *_curves(found)),
+    ]
     body = tag(
         "body",
         tag("header", tag("h1", found["name"]), tag("p", intro.strip()), *_stopped(found)),
@@ -232,13 +239,17 @@ def _table(found: Mapping[str, Any]) -> Html:
         ),
         *(
             Column(
-                heading=f"minus {label}", cell=lambda cell, label=label: _difference(cell, label), field="differences"
+                heading=f"minus {label}",
+                cell=lambda cell, label=label: _difference(cell, label),
+                field="differences",
             )
             for label in against
         ),
         Column(heading="epsilon", cell=lambda cell: _epsilon(cell["epsilon"]), field="epsilon"),
         Column(
-            heading="up, a client and round", cell=lambda cell: size(cell["bytes_per_client_round"]), field="bytes_up"
+            heading="up, a client and round",
+            cell=lambda cell: size(cell["bytes_per_client_round"]),
+            field="bytes_up",
         ),
         Column(heading="seconds", cell=lambda cell: _seconds(cell["seconds"]), field="seconds"),
     ]
@@ -292,7 +303,9 @@ def _curves(found: Mapping[str, Any]) -> list[Html]:
         for place, (label, curves) in enumerate(lines.items()):
             length = min(len(curve) for curve in curves)
             mean = [float(np.mean([curve[i] for curve in curves])) for i in range(length)]
-            series.append(Series(label=label, x=list(range(1, length + 1)), y=mean, role=_ROLES[place % len(_ROLES)]))
+            series.append(
+                Series(label=label, x=list(range(1, length + 1)), y=mean, role=_ROLES[place % len(_ROLES)])
+            )
         heading = ", ".join(rest) or "all"
         chart = line_chart(series, description=f"Mean metric after each round, {heading}")
         drawn.append(tag("figure", tag("figcaption", heading), chart))

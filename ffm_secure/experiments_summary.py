@@ -149,5 +149,12 @@ def _rule(x1: float, y1: float, x2: float, y2: float, colour: str, *, width: str
 
 def _text(x: float, y: float, words: str, *, anchor: str = "start", weight: str = "400") -> Html:
     return tag(
-        "text", words, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, font_weight=weight, style=_FONT, fill="#1a202c"
+        "text",
+        words,
+        x=f"{x:.1f}",
+        y=f"{y:.1f}",
+        text_anchor=anchor,
+        font_weight=weight,
+        style=_FONT,
+        fill="#1a202c",
     )

@@ -66,7 +66,11 @@ def run(setup: Setup, store: Store, *, watch: Watch | None = None, engine: Engin
             plan = server.plan_round(setup, number, state, records)
             watch.round_started(plan, setup.config.federation.rounds)
             reservations = setup.charges.reserve(plan)
-            outcome = engine.collect(plan, state.vector, watch.client_finished) if plan.cohort else Outcome(sum=None)
+            outcome = (
+                engine.collect(plan, state.vector, watch.client_finished)
+                if plan.cohort
+                else Outcome(sum=None)
+            )
             state = server.advance(setup, plan, state, outcome)
             setup.charges.spend(reservations)
             record = server.record(setup, plan, outcome, state, records, began=began)
@@ -76,7 +80,9 @@ def run(setup: Setup, store: Store, *, watch: Watch | None = None, engine: Engin
     except BudgetExceeded as refusal:
         return Trained(state=state, records=records, status="budget exhausted", reason=str(refusal))
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped after round {len(records)}; run the same command again to continue") from None
+        raise Interrupted(
+            f"stopped after round {len(records)}; run the same command again to continue"
+        ) from None
     finally:
         engine.close()
     return Trained(state=state, records=records, status="complete")

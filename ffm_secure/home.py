@@ -64,7 +64,9 @@ class Home:
         Raises:
           StoreError: a client's numbers of its last round are missing.
         """
-        last = {client: record.round for record in records for client in record.survivors} if self.places else {}
+        last = (
+            {client: record.round for record in records for client in record.survivors} if self.places else {}
+        )
         for client, round in last.items():
             path = self._path(client, round)
             if not path.is_file() or _read(path, run_id) is None:

@@ -56,7 +56,9 @@ def build(
     return _record_mechanism(config, nominal, history, multiplier), code
 
 
-def _record_mechanism(config: RunConfig, nominal: int, history: Sequence[Event], multiplier: float) -> RecordMechanism:
+def _record_mechanism(
+    config: RunConfig, nominal: int, history: Sequence[Event], multiplier: float
+) -> RecordMechanism:
     privacy = config.privacy
     steps, rate = plan.local_steps(config, nominal), plan.sampling_rate(config, nominal)
     cap = max(1, plan.participation_cap(config))
@@ -103,7 +105,9 @@ class ClientNoise:
     @property
     def noise_bound(self) -> int:
         """Return what one client's noise on one coordinate exceeds with probability below 1e-30 (12 standard deviations)."""
-        deviation = self.noise_multiplier * self.inner.integer_sensitivity(scale=self.scale, dimension=self.dimension)
+        deviation = self.noise_multiplier * self.inner.integer_sensitivity(
+            scale=self.scale, dimension=self.dimension
+        )
         return 2 + math.ceil(12 * deviation / math.sqrt(self.inner.honest_survivors))
 
     def event(self, release: str) -> Event:
@@ -131,7 +135,10 @@ def _client_mechanism(
 
     def made(multiplier: float) -> ClientNoise:
         inner = ClientMechanism(
-            noise_multiplier=multiplier, clip_norm=privacy.clip_norm, honest_survivors=honest, participations=1
+            noise_multiplier=multiplier,
+            clip_norm=privacy.clip_norm,
+            honest_survivors=honest,
+            participations=1,
         )
         return ClientNoise(inner=inner, scale=scale, dimension=size)
 
@@ -145,7 +152,9 @@ def _client_mechanism(
     low, high = (multiplier, multiplier) if multiplier else (1e-3, 1.0)
     while not multiplier and spent(high) > privacy.epsilon:
         if high > 1e6:
-            raise BudgetExceeded(f"what the ledger already holds leaves nothing of epsilon {privacy.epsilon:g}")
+            raise BudgetExceeded(
+                f"what the ledger already holds leaves nothing of epsilon {privacy.epsilon:g}"
+            )
         low, high = high, 2 * high
     while high - low > 1e-4 * high:
         middle = (low + high) / 2

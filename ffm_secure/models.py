@@ -111,7 +111,9 @@ def load_backbone(
         if name.removeprefix("builtin:") in TINY and name.startswith("builtin:"):
             return _tiny(name, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout)
         folder = _locate(name, base)
-        backbone = _pretrained(name, folder, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout)
+        backbone = _pretrained(
+            name, folder, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout
+        )
         return _from_scratch(backbone, seed) if random_weights else backbone
 
 
@@ -172,7 +174,9 @@ def _hub_answers(seconds: float = 5.0) -> bool:
 
 def _check_folder(name: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model.name = {name!r}: the folder holds no config.json; point to a transformers model")
+        raise ModelError(
+            f"model.name = {name!r}: the folder holds no config.json; point to a transformers model"
+        )
     if any(folder.glob("*.safetensors")):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
@@ -189,7 +193,11 @@ def _tiny(name: str, *, kind: str, labels: int | None, seed: int, dtype: str, dr
     prepare = _keep if dropout else _without_dropout
     model, tokenizer = build_tiny(short, kind=kind, labels=labels, seed=seed, prepare=prepare)
     inside = f"{model.base_model_prefix}."
-    fresh = () if kind == "causal_lm" else tuple(f for f, _ in model.named_parameters() if not f.startswith(inside))
+    fresh = (
+        ()
+        if kind == "causal_lm"
+        else tuple(f for f, _ in model.named_parameters() if not f.startswith(inside))
+    )
     return _finish(
         model.to(_DTYPES[dtype]),  # type: ignore[arg-type]
         tokenizer,
@@ -223,13 +231,19 @@ def _pretrained(
                 output_loading_info=True,
                 **options,
             )
-        tokenizer = None if kind.startswith("image") else transformers.AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = (
+            None
+            if kind.startswith("image")
+            else transformers.AutoTokenizer.from_pretrained(folder, **options)
+        )
     except Exception as error:  # whatever a damaged checkpoint makes the library throw is one error of ours
         raise ModelError(_explain(name, kind, local, error)) from error
     fresh = _fresh(name, kind, model, report)
     notes: tuple[str, ...] = ()
     if kind == "masked_lm" and fresh:
-        notes = ("no masked-LM head in the checkpoint: a new one, tied to the input embeddings, is trained along",)
+        notes = (
+            "no masked-LM head in the checkpoint: a new one, tied to the input embeddings, is trained along",
+        )
         _start_as_identity(model, fresh)
     backbone = _finish(model, tokenizer, name=name, kind=kind, folder=folder, fresh=fresh, notes=notes)
     if kind == "causal_lm":
@@ -243,7 +257,9 @@ def _from_scratch(backbone: Backbone, seed: int) -> Backbone:
         torch.manual_seed(seed)
         model = type(backbone.model)(backbone.config).to(backbone.model.dtype)  # type: ignore[arg-type]
     model.eval().requires_grad_(False)
-    return replace(backbone, model=model, notes=(*backbone.notes, "from scratch: every weight is drawn from the seed"))
+    return replace(
+        backbone, model=model, notes=(*backbone.notes, "from scratch: every weight is drawn from the seed")
+    )
 
 
 def _model_class(folder: str, config: Any, kind: str) -> Any:
@@ -251,13 +267,17 @@ def _model_class(folder: str, config: Any, kind: str) -> Any:
     pooling = Path(folder) / "1_Pooling" / "config.json"
     if kind != "text_classification" or config.model_type != "bert" or not pooling.is_file():
         return _AUTO[kind]
-    return MeanPoolClassifier if json.loads(pooling.read_text()).get("pooling_mode_mean_tokens") else _AUTO[kind]
+    return (
+        MeanPoolClassifier if json.loads(pooling.read_text()).get("pooling_mode_mean_tokens") else _AUTO[kind]
+    )
 
 
 def _explain(name: str, kind: str, local: bool, error: Exception) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     if "Unrecognized configuration class" in first:
-        return f"model.name = {name!r}: its architecture cannot do {kind} ({first.split(' for this kind')[0]})"
+        return (
+            f"model.name = {name!r}: its architecture cannot do {kind} ({first.split(' for this kind')[0]})"
+        )
     if local:
         return f"model.name = {name!r}: the folder cannot be loaded ({type(error).__name__}: {first})"
     return (
@@ -279,7 +299,9 @@ def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) ->
         )
     fresh = tuple(key for key, _ in model.named_parameters() if key in absent)
     if fresh and kind == "causal_lm":
-        raise ModelError(f"model.name = {name!r}: the checkpoint has no language-model head ({fresh[0]} is missing)")
+        raise ModelError(
+            f"model.name = {name!r}: the checkpoint has no language-model head ({fresh[0]} is missing)"
+        )
     return fresh
 
 
@@ -293,7 +315,14 @@ def _start_as_identity(model: nn.Module, fresh: tuple[str, ...]) -> None:
 
 
 def _finish(
-    model: nn.Module, tokenizer: Any, *, name: str, kind: str, folder: str | None, fresh: tuple[str, ...], notes: Any
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    name: str,
+    kind: str,
+    folder: str | None,
+    fresh: tuple[str, ...],
+    notes: Any,
 ) -> Backbone:
     model.eval().requires_grad_(False)
     config: Any = model.config
@@ -354,7 +383,9 @@ def _normalisation(folder: str | None, channels: int) -> Normalisation:
     """Read mean and deviation from preprocessor_config.json; 0.5 where there is none."""
     path = Path(folder, "preprocessor_config.json") if folder is not None else None
     table = json.loads(path.read_text()) if path is not None and path.is_file() else {}
-    mean, std = (tuple(float(v) for v in table.get(key) or (0.5,) * channels) for key in ("image_mean", "image_std"))
+    mean, std = (
+        tuple(float(v) for v in table.get(key) or (0.5,) * channels) for key in ("image_mean", "image_std")
+    )
     return Normalisation(mean=mean, std=std)
 
 

@@ -50,7 +50,9 @@ def partition(examples: Examples, *, clients: int, split: Any, seed: int) -> tup
     """
     kind, options = _options(split)
     if not 1 <= clients <= len(examples):
-        raise DataError(f"clients = {clients}: must lie between 1 and the {len(examples)} rows of {examples.origin}")
+        raise DataError(
+            f"clients = {clients}: must lie between 1 and the {len(examples)} rows of {examples.origin}"
+        )
     if clients * options.get("min_size", 0) > len(examples):
         raise DataError(
             f"min_size = {options['min_size']}: {clients} clients would need {clients * options['min_size']} rows, "
@@ -68,7 +70,8 @@ def client_examples(examples: Examples, *, clients: int, split: Any, seed: int) 
     if not shifts:
         return tuple(parts)
     return tuple(
-        apply_shift(part, shift, seed=[seed, i]) for i, (part, shift) in enumerate(zip(parts, shifts, strict=True))
+        apply_shift(part, shift, seed=[seed, i])
+        for i, (part, shift) in enumerate(zip(parts, shifts, strict=True))
     )
 
 
@@ -90,11 +93,15 @@ def _rounded(shares: Shares, count: int) -> Indices:
     return np.diff(edges, prepend=0)
 
 
-def _iid(examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator) -> list[Indices]:
+def _iid(
+    examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator
+) -> list[Indices]:
     return _cut(rng.permutation(len(examples)), _even(len(examples), clients))
 
 
-def _dirichlet(examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator) -> list[Indices]:
+def _dirichlet(
+    examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator
+) -> list[Indices]:
     """Draw each label's shares over the clients from Dirichlet(alpha, ..., alpha) (Li et al. 2022, section 4.1)."""
     labels = examples.labels
     hands: list[list[Indices]] = [[] for _ in range(clients)]
@@ -129,7 +136,9 @@ def _topped_up(parts: list[Indices], least: int, rng: np.random.Generator) -> li
     return parts
 
 
-def _quantity(examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator) -> list[Indices]:
+def _quantity(
+    examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator
+) -> list[Indices]:
     """Draw the clients' sizes from Dirichlet(alpha), or in proportion to log-normals(sigma); rows are IID."""
     if options["distribution"] == "dirichlet":
         shares = _dirichlet_shares(options["alpha"], clients, rng)
@@ -140,7 +149,9 @@ def _quantity(examples: Examples, clients: int, options: Mapping[str, Any], rng:
     return _topped_up(_cut(rows, _rounded(shares, len(rows))), options["min_size"], rng)
 
 
-def _shards(examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator) -> list[Indices]:
+def _shards(
+    examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator
+) -> list[Indices]:
     """Sort by label, cut into equal shards, deal `shards_per_client` to each (McMahan et al. 2017, section 3)."""
     each = options["shards_per_client"]
     if clients * each > len(examples):
@@ -155,7 +166,9 @@ def _shards(examples: Examples, clients: int, options: Mapping[str, Any], rng: n
     return [np.concatenate([shards[shard] for shard in hand]) for hand in dealt]
 
 
-def _natural(examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator) -> list[Indices]:
+def _natural(
+    examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator
+) -> list[Indices]:
     """Give every value of a column its own client; too many values are merged, or the smaller ones left out.
 
     The `clients` largest groups (ties by name) each found a client. With groups = "merge" every further group joins a
@@ -199,7 +212,9 @@ def _groups(examples: Examples, column: str) -> dict[Any, Indices]:
             )
         rows.setdefault(value, []).append(row)
     if len({type(name) for name in rows}) > 1:
-        raise DataError(f"{examples.origin}: column {column!r} mixes text and numbers; make it one or the other")
+        raise DataError(
+            f"{examples.origin}: column {column!r} mixes text and numbers; make it one or the other"
+        )
     return {name: np.array(members, dtype=np.int64) for name, members in rows.items()}
 
 
@@ -209,7 +224,9 @@ def feature_shifts(*, clients: int, split: Any) -> tuple[FeatureShift, ...]:
     if kind != "feature_shift":
         return ()
     neutral = 1.0 if options["transform"] == "brightness" else 0.0
-    steps = np.linspace(neutral, options["strength"], clients).tolist() if clients > 1 else [options["strength"]]
+    steps = (
+        np.linspace(neutral, options["strength"], clients).tolist() if clients > 1 else [options["strength"]]
+    )
     return tuple(FeatureShift(transform=options["transform"], strength=float(step)) for step in steps)
 
 
@@ -237,7 +254,9 @@ def _drop_words(text: str, probability: float, rng: np.random.Generator) -> str:
     return " ".join(kept) or words[0]
 
 
-def _shift_pixels(pixels: NDArray[np.uint8], shift: FeatureShift, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _shift_pixels(
+    pixels: NDArray[np.uint8], shift: FeatureShift, rng: np.random.Generator
+) -> NDArray[np.uint8]:
     if shift.transform == "rotation":
         return _rotated(pixels, shift.strength)
     if shift.transform == "noise":
@@ -278,7 +297,11 @@ SPLITS: Mapping[str, _Split] = {
     "feature_shift": _Split(deal=_iid, defaults={"transform": "noise", "strength": 32.0}),
 }
 
-_CHOICES = {"distribution": ("dirichlet", "lognormal"), "groups": ("merge", "largest"), "transform": TRANSFORMS}
+_CHOICES = {
+    "distribution": ("dirichlet", "lognormal"),
+    "groups": ("merge", "largest"),
+    "transform": TRANSFORMS,
+}
 _BOUNDS = {
     "alpha": (0.0, 1e6),
     "sigma": (0.0, 10.0),

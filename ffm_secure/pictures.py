@@ -59,6 +59,8 @@ def side_by_side(
         return png_address(image * scale + shift)
 
     return tuple(
-        RecoveredPicture(truth=address(one.truth), recovered=address(one.recovered), psnr=one.psnr, ssim=one.ssim)
+        RecoveredPicture(
+            truth=address(one.truth), recovered=address(one.recovered), psnr=one.psnr, ssim=one.ssim
+        )
         for one in pairs
     )

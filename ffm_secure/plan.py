@@ -9,16 +9,12 @@ from ffm_secure.config import LORA_RULES, PROMPTS, RunConfig
 from ffm_secure.errors import PlanRefused
 
 _PRIVATE = ("record", "person", "client")
-_WEIGHTS = (
-    "weights from example counts are private data, and the divisor must be a public constant: use weighting = 'uniform'"
-)
+_WEIGHTS = "weights from example counts are private data, and the divisor must be a public constant: use weighting = 'uniform'"
 _CLIENT_NEEDS_RING = "noise of the client unit is whole only in the secure sum; in the clear the server sees each client with a share of it"
 _CKKS_DISCRETE = "approximate sums cannot carry exact discrete noise: use secagg or bfv with the client unit"
 _NO_HEAD = "a language model has no classification head to train alone: choose lora, prompt or full"
 _TELLS = "its prompt is made of the whole text, so a causal model would be told the words it has to predict: use prompt or prefix"
-_NOT_FACTORS = (
-    "the rule is about the factors B and A of LoRA, which this kind does not train: use average, or trainable lora"
-)
+_NOT_FACTORS = "the rule is about the factors B and A of LoRA, which this kind does not train: use average, or trainable lora"
 _NO_EPSILON = "without a guarantee nothing is spent, so gain per epsilon has no meaning: choose bytes"
 _CLOCK = (
     "the wall time of a private phase depends on how many rows clients have and how long their texts are, so decisions by it would "
@@ -29,9 +25,7 @@ _HOME_CLIENT = (
     "what a client keeps at home bears no noise under the client unit, and the public evaluation of the clients' models would "
     "release it: use the record or person unit, or ffa"
 )
-_HOME_PUBLIC = (
-    "the server learns in public phases, but every client keeps a B of its own and the server has none: use ffa"
-)
+_HOME_PUBLIC = "the server learns in public phases, but every client keeps a B of its own and the server has none: use ffa"
 _CLIP_UNIT = "clips single records; the client unit clips whole updates: use clipping = 'flat'"
 _CLIP_NONE = "there is nothing to clip without a privacy unit: leave clipping at 'flat'"
 _SEEDED_NONE = "a run without privacy unit draws no privacy noise: leave noise at 'system'"
@@ -64,7 +58,17 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
 # new option must take a position; `position` refuses to answer for anything newer.
 REVIEWED: Mapping[str, tuple[str, ...]] = {
     "task": ("text_classification", "causal_lm", "masked_lm", "image_classification"),
-    "trainable": ("full", "head", "lora", "lora_xs", "prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator"),
+    "trainable": (
+        "full",
+        "head",
+        "lora",
+        "lora_xs",
+        "prompt",
+        "prefix",
+        "p_tuning",
+        "deep_prompt",
+        "prompt_generator",
+    ),
     "lifecycle": ("finetune", "pretrain"),
     "controller": ("fixed", "plateau", "gain_per_cost"),
     "cost": ("epsilon", "bytes", "seconds"),
@@ -91,9 +95,9 @@ def position(first: tuple[str, str], second: tuple[str, str]) -> str:
             raise KeyError(f"{axis} = {value!r} has taken no position")
     order = list(REVIEWED)
     (axis_a, value_a), (axis_b, value_b) = sorted((first, second), key=lambda choice: order.index(choice[0]))
-    return REFUSED.get((axis_a, axis_b), {}).get((value_a, value_b), "") or REFUSED.get((axis_b, axis_a), {}).get(
-        (value_b, value_a), ""
-    )
+    return REFUSED.get((axis_a, axis_b), {}).get((value_a, value_b), "") or REFUSED.get(
+        (axis_b, axis_a), {}
+    ).get((value_b, value_a), "")
 
 
 def choices(config: RunConfig) -> dict[str, str]:
@@ -157,7 +161,11 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
                 f"protection.threshold = {threshold}: unmasking needs {needed} of {federation.cohort} clients in mode "
                 f"'{protection.mode}' with {protection.colluding} colluding; raise threshold to {needed} or lower colluding"
             )
-    if privacy.unit == "client" and protection.kind != "none" and threshold - max(1, protection.colluding) < 1:
+    if (
+        privacy.unit == "client"
+        and protection.kind != "none"
+        and threshold - max(1, protection.colluding) < 1
+    ):
         yield f"protection.colluding = {protection.colluding}: leaves no honest noise among {threshold} survivors"
     if privacy.unit == "client" and privacy.delta > 0 and privacy.delta > 1.0 / config.task.clients:
         yield (

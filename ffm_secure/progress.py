@@ -6,7 +6,14 @@ import math
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ffm_secure.plan import describe_bytes
 from ffm_secure.types import RoundPlan, RoundRecord
@@ -14,8 +21,12 @@ from ffm_secure.types import RoundPlan, RoundRecord
 
 def round_line(record: RoundRecord, *, rounds: int, budget: float) -> str:
     """Say one round in one line."""
-    spent = "none (infinite)" if math.isinf(record.epsilon_spent) else f"{record.epsilon_spent:.3f} / {budget:g}"
-    answered = f"{len(record.survivors)}/{len(record.cohort)}" if record.phase == "private" else "none, public phase"
+    spent = (
+        "none (infinite)" if math.isinf(record.epsilon_spent) else f"{record.epsilon_spent:.3f} / {budget:g}"
+    )
+    answered = (
+        f"{len(record.survivors)}/{len(record.cohort)}" if record.phase == "private" else "none, public phase"
+    )
     note = f"  ABORTED: {record.aborted}" if record.aborted else ""
     return (
         f"round {record.round:>{len(str(rounds))}}/{rounds}  loss {record.loss:7.4f}  {record.metric_name} {record.metric:8.4f}  "
@@ -29,7 +40,9 @@ class Bars:
 
     def __init__(self, *, rounds: int, budget: float, quiet: bool, done: int = 0) -> None:
         self.rounds, self.budget, self.quiet = rounds, budget, quiet
-        console = Console(file=sys.stderr if not sys.stdout.isatty() else sys.stdout, highlight=False, soft_wrap=True)
+        console = Console(
+            file=sys.stderr if not sys.stdout.isatty() else sys.stdout, highlight=False, soft_wrap=True
+        )
         self.console = console
         self.progress = Progress(
             TextColumn("{task.description}"),

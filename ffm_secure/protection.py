@@ -84,7 +84,10 @@ class Unprotected:
                 bytes_up=sent,
             )
         return Collected(
-            ring_sum=ring.reduce(total, self.code.modulus_bits), survivors=tuple(arrived), dropped=drop, bytes_up=sent
+            ring_sum=ring.reduce(total, self.code.modulus_bits),
+            survivors=tuple(arrived),
+            dropped=drop,
+            bytes_up=sent,
         )
 
 
@@ -140,7 +143,9 @@ class SecureAggregation:
         """Run one session; too few survivors, or anything improper, leaves the sum closed."""
         parameters = self._parameters(round_plan)
         source = RandomSource.system()
-        members = {self.identities[client].id: client for client in (*order, *(set(round_plan.cohort) - set(order)))}
+        members = {
+            self.identities[client].id: client for client in (*order, *(set(round_plan.cohort) - set(order)))
+        }
         sessions = {
             owner: secagg.ClientSession(self.identities[client], parameters, self.policy, source)
             for owner, client in members.items()
@@ -152,7 +157,9 @@ class SecureAggregation:
         except ProtocolError as error:
             few = isinstance(error, secagg.NotEnoughClients)
             reason = (
-                f"fewer than {self.policy.minimum_survivors} clients could open the sum" if few else "protocol aborted"
+                f"fewer than {self.policy.minimum_survivors} clients could open the sum"
+                if few
+                else "protocol aborted"
             )
             up, down = _bytes(server.traffic)
             return Collected(ring_sum=None, dropped=dict(drop), aborted=reason, bytes_up=up, bytes_down=down)
@@ -206,7 +213,9 @@ class Encrypted:
         self.names = tuple(hashlib.sha256(f"ffm-secure party {owner}".encode()).digest() for owner in owners)
         self.minimum = plan.minimum_survivors(config)
         self.bound = max(1, code.max_weight, code.quantizer.largest * code.max_weight + code.noise_bound)
-        self.parameters = he.choose(config.protection.kind, parties=config.federation.cohort, value_bound=self.bound)  # type: ignore[arg-type]
+        self.parameters = he.choose(
+            config.protection.kind, parties=config.federation.cohort, value_bound=self.bound
+        )  # type: ignore[arg-type]
         self.holder: he.KeyHolder | None = None
 
     def collect(
@@ -214,7 +223,9 @@ class Encrypted:
     ) -> Collected:
         """Encrypt, add, open."""
         if self.holder is None or not self.holder.usable:
-            self.holder = he.KeyHolder.generate(self.parameters, random=RandomSource.system(), run=round_plan.run_id)
+            self.holder = he.KeyHolder.generate(
+                self.parameters, random=RandomSource.system(), run=round_plan.run_id
+            )
         agreement = he.Agreement(
             run=round_plan.run_id,
             round=round_plan.round,

@@ -35,7 +35,10 @@ def render_json(summary: RunSummary) -> str:
     are the strings "infinity", "-infinity" and "nan". Keys of mappings are sorted; fields keep their order.
     Raises: StoreError where a value does not have its declared type.
     """
-    return json.dumps(_encode(summary, RunSummary, "report"), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+    return (
+        json.dumps(_encode(summary, RunSummary, "report"), indent=1, ensure_ascii=True, allow_nan=False)
+        + "\n"
+    )
 
 
 def from_json(text: str) -> RunSummary:
@@ -48,7 +51,9 @@ def from_json(text: str) -> RunSummary:
     try:
         tree = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"report.json cannot be read: {error}; write it again with `ffm-secure report`") from None
+        raise StoreError(
+            f"report.json cannot be read: {error}; write it again with `ffm-secure report`"
+        ) from None
     _require_format(tree)
     summary: RunSummary = _decode(tree, RunSummary, "report")
     return summary
@@ -99,7 +104,9 @@ def _require_format(tree: Any) -> None:
     if not isinstance(tree, dict):
         raise StoreError("report: not an object; this is not a report of ffm-secure")
     if type(tree.get("format")) is not int or tree["format"] != FORMAT:
-        raise StoreError(f"report.format = {_short(tree.get('format'))}: this version reads format {FORMAT} only")
+        raise StoreError(
+            f"report.format = {_short(tree.get('format'))}: this version reads format {FORMAT} only"
+        )
 
 
 def _short(value: Any) -> str:
@@ -123,7 +130,10 @@ def _encode(value: Any, hint: Any, at: str) -> Any:
         if not isinstance(value, hint):  # type: ignore[arg-type]
             raise _wrong(at, value, f"a {getattr(hint, '__name__', hint)}")
         inner_hints = _hints(hint)  # type: ignore[arg-type]
-        return {f.name: _encode(getattr(value, f.name), inner_hints[f.name], f"{at}.{f.name}") for f in fields(hint)}
+        return {
+            f.name: _encode(getattr(value, f.name), inner_hints[f.name], f"{at}.{f.name}")
+            for f in fields(hint)
+        }
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is tuple:
         return [_encode(item, arguments[0], f"{at}[{place}]") for place, item in enumerate(value)]
@@ -145,7 +155,9 @@ def _encode_scalar(value: Any, hint: Any, at: str) -> Any:
         return int(value)
     if hint in (str, bool) and isinstance(value, hint):
         return value
-    raise _wrong(at, value, {float: "a number", int: "a whole number", str: "text", bool: "true or false"}[hint])
+    raise _wrong(
+        at, value, {float: "a number", int: "a whole number", str: "text", bool: "true or false"}[hint]
+    )
 
 
 def _finite_or_word(value: float) -> float | str:
@@ -200,7 +212,9 @@ def _decode_record(value: Any, hint: Any, at: str) -> Any:
     if missing := [name for name in needed if name not in value]:
         raise StoreError(f"{at}.{missing[0]}: missing; write the report again with `ffm-secure report`")
     inner = _hints(hint)
-    return hint(**{name: _decode(value[name], inner[name], f"{at}.{name}") for name in names if name in value})
+    return hint(
+        **{name: _decode(value[name], inner[name], f"{at}.{name}") for name in names if name in value}
+    )
 
 
 def _decode_key(key: str, hint: Any, at: str) -> Any:
@@ -222,7 +236,9 @@ def _decode_scalar(value: Any, hint: Any, at: str) -> Any:
         return _finite_number(value, at)
     if hint in (int, str, bool) and type(value) is hint:
         return value
-    raise _wrong(at, value, {float: "a number", int: "a whole number", str: "text", bool: "true or false"}[hint])
+    raise _wrong(
+        at, value, {float: "a number", int: "a whole number", str: "text", bool: "true or false"}[hint]
+    )
 
 
 def _finite_number(value: float, at: str) -> float:

@@ -77,7 +77,9 @@ def audit_body(audit: AuditSummary | None) -> Html:
         tag("p", spent, class_="under"),
         tag("div", *ran, class_="cards") if ran else None,
         _curves(audit.curves) if audit.curves else None,
-        folded(f"{len(skipped)} not applicable, and why", tag("ul", *skipped, class_="plain")) if skipped else None,
+        folded(f"{len(skipped)} not applicable, and why", tag("ul", *skipped, class_="plain"))
+        if skipped
+        else None,
     )
 
 
@@ -100,7 +102,9 @@ def _skipped(finding: AuditFinding) -> Html:
 
 def _finding(place: int, finding: AuditFinding) -> Html:
     at = f"audit.findings.{place}"
-    rows: list[tuple[str, Html | str]] = [("Time", number(finding.seconds, duration(finding.seconds), f"{at}.seconds"))]
+    rows: list[tuple[str, Html | str]] = [
+        ("Time", number(finding.seconds, duration(finding.seconds), f"{at}.seconds"))
+    ]
     rows = [*_ledger(finding), *rows]
     told = tag(
         "div",
@@ -110,8 +114,13 @@ def _finding(place: int, finding: AuditFinding) -> Html:
         tag("p", finding.reason) if finding.reason else None,
         facts(rows),
     )
-    beside = [_pairs(finding.pairs) if finding.pairs else None, _gallery(finding, at) if finding.pictures else None]
-    return tag("article", told, _scores(finding, at), *beside, class_=f"card finding {_KIND[finding.verdict][0]}")
+    beside = [
+        _pairs(finding.pairs) if finding.pairs else None,
+        _gallery(finding, at) if finding.pictures else None,
+    ]
+    return tag(
+        "article", told, _scores(finding, at), *beside, class_=f"card finding {_KIND[finding.verdict][0]}"
+    )
 
 
 def _ledger(finding: AuditFinding) -> list[tuple[str, Html | str]]:
@@ -135,7 +144,11 @@ def _scores(finding: AuditFinding, at: str) -> Html:
 
     known = (finding.score, finding.low, finding.high, finding.baseline, finding.control, finding.observed)
     values = [v for v in known if v is not None]
-    unit = all(math.isfinite(v) and 0 <= v <= 1 for v in values) and "dB" not in finding.measure and not is_epsilon
+    unit = (
+        all(math.isfinite(v) and 0 <= v <= 1 for v in values)
+        and "dB" not in finding.measure
+        and not is_epsilon
+    )
     interval: list[Html | str] = []
     if finding.low is not None and finding.high is not None:
         low, high = (
@@ -161,7 +174,12 @@ def _scores(finding: AuditFinding, at: str) -> Html:
     ):
         if value is not None:
             rows.append(
-                Bar(label=label, value=value, shown=number(value, written(value), f"{at}.{field}"), role="quiet")
+                Bar(
+                    label=label,
+                    value=value,
+                    shown=number(value, written(value), f"{at}.{field}"),
+                    role="quiet",
+                )
             )
     heading = tag(
         "p",
@@ -169,20 +187,30 @@ def _scores(finding: AuditFinding, at: str) -> Html:
         ", with its 99 % interval" if interval else None,
         class_="measure",
     )
-    about = tag("p", tag("a", "What this epsilon is about", href="#bounds"), class_="under") if is_epsilon else None
+    about = (
+        tag("p", tag("a", "What this epsilon is about", href="#bounds"), class_="under")
+        if is_epsilon
+        else None
+    )
     return tag("div", heading, bars(rows, top=1.0 if unit else None), about)
 
 
 def _pairs(pairs: Sequence[RecoveredPair]) -> Html:
     shown = [_pair(pair) for pair in pairs]
-    more = folded(f"and {len(pairs) - _SHOWN_PAIRS} more", *shown[_SHOWN_PAIRS:]) if len(pairs) > _SHOWN_PAIRS else None
+    more = (
+        folded(f"and {len(pairs) - _SHOWN_PAIRS} more", *shown[_SHOWN_PAIRS:])
+        if len(pairs) > _SHOWN_PAIRS
+        else None
+    )
     return folded("True beside recovered", *shown[:_SHOWN_PAIRS], more, open_=True)
 
 
 def _pair(pair: RecoveredPair) -> Html:
     truth, recovered = pair.truth.split(), pair.recovered.split()
     common = Counter(map(_plain, truth)) & Counter(map(_plain, recovered))
-    words = f"{sum(common.values())} of {amount(len(truth), 'word')} recovered" if truth else "nothing to recover"
+    words = (
+        f"{sum(common.values())} of {amount(len(truth), 'word')} recovered" if truth else "nothing to recover"
+    )
     return tag(
         "div",
         facts([("True", _marked(truth, common)), ("Recovered", _marked(recovered, common))], "facts pair"),
@@ -235,7 +263,9 @@ def _curves(curves: Sequence[LeakCurve]) -> Html:
     """Draw how each leak grows and falls; one point alone is no audit."""
     drawn = [_curve(place, one) for place, one in enumerate(curves) if one.x]
     missing = [
-        tag("li", tag("strong", one.attack), f", {_AXES[one.axis]}: {one.reason}") for one in curves if not one.x
+        tag("li", tag("strong", one.attack), f", {_AXES[one.axis]}: {one.reason}")
+        for one in curves
+        if not one.x
     ]
     about = (
         "The same attacks on invented data, undefended but for the noise shown, on this run's own model. The upright line "
@@ -260,10 +290,14 @@ def _curve(place: int, one: LeakCurve) -> Html:
     here = None
     if one.here is not None:
         outside = ", beyond the curve" if axis.mark is None else ""
-        here = join([" This run: ", number(one.here, _place(one.here), f"audit.curves.{place}.here"), f"{outside}."])
+        here = join(
+            [" This run: ", number(one.here, _place(one.here), f"audit.curves.{place}.here"), f"{outside}."]
+        )
     words = f"{one.measure[:1].upper()}{one.measure[1:]} against {_AXES[one.axis]}"
     chart = line_chart([line], description=f"{one.attack}: {words}", levels=levels, axis=axis, from_zero=True)
-    caption = tag("figcaption", words, ".", here, f" {one.reason[:1].upper()}{one.reason[1:]}." if one.reason else None)
+    caption = tag(
+        "figcaption", words, ".", here, f" {one.reason[:1].upper()}{one.reason[1:]}." if one.reason else None
+    )
     return tag("figure", tag("h4", one.attack), chart, caption)
 
 

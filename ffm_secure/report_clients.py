@@ -6,7 +6,19 @@ import math
 from collections.abc import Sequence
 
 from ffm_secure.charts import Change, changes, histogram
-from ffm_secure.report_markup import Column, Html, amount, bound, count, facts, figure, five_fields, folded, table, tag
+from ffm_secure.report_markup import (
+    Column,
+    Html,
+    amount,
+    bound,
+    count,
+    facts,
+    figure,
+    five_fields,
+    folded,
+    table,
+    tag,
+)
 from ffm_secure.report_privacy import budget_words, worst
 from ffm_secure.types import ClientOutcome, RunSummary
 
@@ -18,9 +30,17 @@ def clients_body(summary: RunSummary) -> Html:
     clients = summary.clients
     if not clients:
         return tag("p", "No figures per client were released.", class_="empty")
-    source = tag("p", tag("span", "Source", class_="badge quiet"), " ", summary.clients_source, class_="source")
+    source = tag(
+        "p", tag("span", "Source", class_="badge quiet"), " ", summary.clients_source, class_="source"
+    )
     body = _few(summary) if len(clients) <= MOST_ROWS else _many(summary)
-    return tag("div", source, _spread(summary), body, folded(f"All {amount(len(clients), 'client')}", _table(summary)))
+    return tag(
+        "div",
+        source,
+        _spread(summary),
+        body,
+        folded(f"All {amount(len(clients), 'client')}", _table(summary)),
+    )
 
 
 def _ordered(summary: RunSummary) -> list[ClientOutcome]:
@@ -74,10 +94,10 @@ def _few(summary: RunSummary) -> Html:
         )
         for c in _ordered(summary)
     ]
-    caption = (
-        f"{summary.metric_name} of the final model for each client, worst first. Ring: before training. Dot: after."
+    caption = f"{summary.metric_name} of the final model for each client, worst first. Ring: before training. Dot: after."
+    return tag(
+        "figure", changes(rows, better_up=summary.higher_is_better), tag("figcaption", caption), class_="wide"
     )
-    return tag("figure", changes(rows, better_up=summary.higher_is_better), tag("figcaption", caption), class_="wide")
 
 
 def _many(summary: RunSummary) -> Html:

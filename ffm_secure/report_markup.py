@@ -122,7 +122,13 @@ def small(value: float) -> str:
     >>> small(1e-5), small(0.01), small(0.0)
     ('1e-5', '0.01', '0')
     """
-    return figure(value) if not math.isfinite(value) else _power(f"{value:e}") if 0 < value < 1e-3 else f"{value:g}"
+    return (
+        figure(value)
+        if not math.isfinite(value)
+        else _power(f"{value:e}")
+        if 0 < value < 1e-3
+        else f"{value:g}"
+    )
 
 
 def count(value: int) -> str:
@@ -242,7 +248,9 @@ class Column:
     text: bool = False
 
 
-def table(columns: Sequence[Column], rows: Sequence[Any], *, caption: str, of: str = "", kind: str = "") -> Html:
+def table(
+    columns: Sequence[Column], rows: Sequence[Any], *, caption: str, of: str = "", kind: str = ""
+) -> Html:
     """Build a data table whose first column names the row; a tight one labels its cells, to be stacked on a phone."""
     head = tag("tr", *[_head(column) for column in columns])
     return tag(
@@ -258,7 +266,9 @@ def table(columns: Sequence[Column], rows: Sequence[Any], *, caption: str, of: s
 def _head(column: Column) -> Html:
     long = any(len(word) > 14 for word in column.heading.split())
     kinds = [*([] if column.text else ["n"]), *(["long"] if long else [])]
-    return tag("th", column.heading, scope="col", data_field=column.field or None, class_=" ".join(kinds) or None)
+    return tag(
+        "th", column.heading, scope="col", data_field=column.field or None, class_=" ".join(kinds) or None
+    )
 
 
 def _row(columns: Sequence[Column], row: Any, *, labelled: bool) -> Html:
@@ -266,7 +276,9 @@ def _row(columns: Sequence[Column], row: Any, *, labelled: bool) -> Html:
     for place, column in enumerate(columns):
         name, scope = ("th", "row") if place == 0 else ("td", None)
         label = column.heading if labelled else None
-        cells.append(tag(name, column.cell(row), scope=scope, class_=None if column.text else "n", data_label=label))
+        cells.append(
+            tag(name, column.cell(row), scope=scope, class_=None if column.text else "n", data_label=label)
+        )
     return tag("tr", *cells)
 
 

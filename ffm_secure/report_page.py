@@ -30,7 +30,14 @@ from ffm_secure.report_markup import (
     size,
     tag,
 )
-from ffm_secure.report_privacy import bounds_body, budget_words, lower_bound, spent_body, statements_body, worst
+from ffm_secure.report_privacy import (
+    bounds_body,
+    budget_words,
+    lower_bound,
+    spent_body,
+    statements_body,
+    worst,
+)
 from ffm_secure.report_rounds import cost_body, opened, participation_body, utility_body
 from ffm_secure.types import AuditSummary, RunSummary
 
@@ -73,9 +80,16 @@ def render_html(summary: RunSummary) -> str:
         "body",
         tag("a", "Skip to the summary", href="#summary", class_="skip"),
         _masthead(summary),
-        tag("nav", *[tag("a", heading, href=f"#{name}") for name, heading, _ in sections], aria_label="Sections"),
+        tag(
+            "nav",
+            *[tag("a", heading, href=f"#{name}") for name, heading, _ in sections],
+            aria_label="Sections",
+        ),
         tag("main", _notices(summary), *[_section(name, heading, body) for name, heading, body in sections]),
-        tag("footer", tag("p", "Written by ffm-secure. The same figures, exact, are in report.json beside this page.")),
+        tag(
+            "footer",
+            tag("p", "Written by ffm-secure. The same figures, exact, are in report.json beside this page."),
+        ),
     )
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
@@ -92,7 +106,9 @@ def _style() -> Html:
 
 
 def _section(name: str, heading: str, body: Html) -> Html:
-    return tag("section", tag("h2", heading, id=f"{name}-title"), body, id=name, aria_labelledby=f"{name}-title")
+    return tag(
+        "section", tag("h2", heading, id=f"{name}-title"), body, id=name, aria_labelledby=f"{name}-title"
+    )
 
 
 def _masthead(summary: RunSummary) -> Html:
@@ -100,7 +116,9 @@ def _masthead(summary: RunSummary) -> Html:
         f"{summary.status} · {amount(len(summary.rounds), 'round')} · {amount(len(summary.clients), 'client')} · "
         f"{duration(summary.seconds)}"
     )
-    return tag("header", tag("p", "ffm-secure report", class_="brand"), tag("h1", summary.name), tag("p", line))
+    return tag(
+        "header", tag("p", "ffm-secure report", class_="brand"), tag("h1", summary.name), tag("p", line)
+    )
 
 
 def _notices(summary: RunSummary) -> Html | None:
@@ -116,7 +134,9 @@ def _notice(text: str, kind: str) -> Html:
     head, colon, rest = text.partition(":")
     named = colon and len(head) <= 60
     words = [tag("strong", f"{head}{colon}"), rest] if named else [text]
-    return tag("li", tag("span", "Alarm " if kind == "alarm" else "Note ", class_="unseen"), *words, class_=kind)
+    return tag(
+        "li", tag("span", "Alarm " if kind == "alarm" else "Note ", class_="unseen"), *words, class_=kind
+    )
 
 
 def _alarms(summary: RunSummary) -> list[str]:
@@ -141,7 +161,9 @@ def _alarms(summary: RunSummary) -> list[str]:
 def _warnings(summary: RunSummary) -> list[str]:
     found = []
     if summary.status == "interrupted":
-        found.append("Interrupted: the figures cover the rounds so far; running it again continues from there.")
+        found.append(
+            "Interrupted: the figures cover the rounds so far; running it again continues from there."
+        )
     if summary.status == "budget exhausted":
         found.append("Budget exhausted: the next round could not be paid for, so it was not started.")
     if not summary.rounds:
@@ -171,7 +193,11 @@ def _beats(summary: RunSummary, other: float) -> bool:
 def _summary_body(summary: RunSummary) -> Html:
     lead = f"{_learned(summary)}; {_kept(summary)}; {_exposed(summary.audit)}"
     cards = tag(
-        "div", _learned_card(summary), _spent_card(summary), _exposed_card(summary.audit), class_="cards three told"
+        "div",
+        _learned_card(summary),
+        _spent_card(summary),
+        _exposed_card(summary.audit),
+        class_="cards three told",
     )
     return tag("div", tag("p", lead if lead.endswith((".", "!", "?")) else lead + ".", class_="lead"), cards)
 
@@ -192,14 +218,18 @@ def _learned(summary: RunSummary) -> str:
         return f"{words}, which is worse than not training"
     majority = summary.metric_majority
     return (
-        words if majority is None else f"{words} (always guessing the most common class scores {figure(majority, 3)})"
+        words
+        if majority is None
+        else f"{words} (always guessing the most common class scores {figure(majority, 3)})"
     )
 
 
 def _kept(summary: RunSummary) -> str:
     if _stamped(summary) and any(s.finite for s in summary.statements):
         return "this run is not private, and its epsilon promises nothing"
-    kept = [OBSERVERS[s.observer] for s in summary.statements if s.finite and s.epsilon <= summary.budget_epsilon]
+    kept = [
+        OBSERVERS[s.observer] for s in summary.statements if s.finite and s.epsilon <= summary.budget_epsilon
+    ]
     open_ = [OBSERVERS[s.observer] for s in summary.statements if not s.finite]
     if not kept:
         return (
@@ -225,14 +255,21 @@ def _exposed(audit: AuditSummary | None) -> str:
 
 def _card(heading: str, big: Child, *rest: Child, words: bool = False) -> Html:
     return tag(
-        "article", tag("h3", heading), tag("p", big, class_="big words" if words else "big"), *rest, class_="card"
+        "article",
+        tag("h3", heading),
+        tag("p", big, class_="big words" if words else "big"),
+        *rest,
+        class_="card",
     )
 
 
 def _learned_card(summary: RunSummary) -> Html:
     best = "higher is better" if summary.higher_is_better else "lower is better"
     rows: list[tuple[str, Child]] = [
-        ("Before training", number(summary.metric_zero_round, figure(summary.metric_zero_round), "metric_zero_round")),
+        (
+            "Before training",
+            number(summary.metric_zero_round, figure(summary.metric_zero_round), "metric_zero_round"),
+        ),
     ]
     if summary.metric_majority is not None:
         majority = number(summary.metric_majority, figure(summary.metric_majority), "metric_majority")
@@ -251,10 +288,14 @@ def _learned_card(summary: RunSummary) -> Html:
 
 def _spent_card(summary: RunSummary) -> Html:
     if not summary.statements:
-        return _card("Spent", INFINITE, tag("p", "No privacy statement was made.", class_="under"), words=True)
+        return _card(
+            "Spent", INFINITE, tag("p", "No privacy statement was made.", class_="under"), words=True
+        )
     place, statement = worst(summary.statements)
     shown = number(statement.epsilon, bound(statement.epsilon), f"statements.{place}.epsilon")
-    budget = tag("span", " of ", number(summary.budget_epsilon, budget_words(summary.budget_epsilon), "budget_epsilon"))
+    budget = tag(
+        "span", " of ", number(summary.budget_epsilon, budget_words(summary.budget_epsilon), "budget_epsilon")
+    )
     words = "epsilon, the largest over data owners" if statement.finite else "no epsilon is guaranteed"
     if statement.finite and _stamped(summary):
         words = "epsilon of the mechanism; this run does not keep it, see the warnings"
@@ -281,7 +322,9 @@ def _exposed_card(audit: AuditSummary | None) -> Html:
             words=True,
         )
     leaks = sum(finding.verdict == "leaked" for finding in audit.findings)
-    told = sum(finding.verdict in ("leaked", "not leaked") for finding in audit.findings)  # the rest prove nothing
+    told = sum(
+        finding.verdict in ("leaked", "not leaked") for finding in audit.findings
+    )  # the rest prove nothing
     return _card(
         "Exposed",
         f"{leaks} of {told}",
@@ -314,7 +357,9 @@ def _plan_body(summary: RunSummary) -> Html:
         "noise multiplier ",
         number(plan.noise_multiplier, figure(plan.noise_multiplier), "plan.noise_multiplier"),
     )
-    reveals = facts([(f"To {OBSERVERS[name]}", plan.reveals[name]) for name in OBSERVERS if name in plan.reveals])
+    reveals = facts(
+        [(f"To {OBSERVERS[name]}", plan.reveals[name]) for name in OBSERVERS if name in plan.reveals]
+    )
     return tag(
         "div",
         tag("p", plan.headline, class_="lede"),
@@ -338,7 +383,9 @@ def _plan_body(summary: RunSummary) -> Html:
 
 
 def _plan_card(heading: str, words: str, under: Html) -> Html:
-    return tag("article", tag("h3", heading), tag("p", words), tag("p", under, class_="under"), class_="card plain")
+    return tag(
+        "article", tag("h3", heading), tag("p", words), tag("p", under, class_="under"), class_="card plain"
+    )
 
 
 def _configuration_body(summary: RunSummary) -> Html:
@@ -346,7 +393,9 @@ def _configuration_body(summary: RunSummary) -> Html:
     tables = [name for name in _CONFIG_ORDER if isinstance(config.get(name), dict)]
     tables += sorted(name for name in config if isinstance(config[name], dict) and name not in tables)
     plain = [(name, _value(config[name])) for name in sorted(config) if name not in tables]
-    groups = [tag("article", tag("h3", "Run"), facts(plain, "facts code"), class_="card plain")] if plain else []
+    groups = (
+        [tag("article", tag("h3", "Run"), facts(plain, "facts code"), class_="card plain")] if plain else []
+    )
     for name in tables:
         rows = [(key, _value(config[name][key], outer=True)) for key in _kind_first(config[name])]
         groups.append(tag("article", tag("h3", f"[{name}]"), facts(rows, "facts code"), class_="card plain"))

@@ -93,7 +93,9 @@ def _panel(summary: RunSummary, promise: Promise) -> Html:
     elif not traced or not math.isclose(traced[-1].epsilon_spent, statement.epsilon, rel_tol=SAME):
         drawn = _budget_bars(summary, statement)
         note = tag(
-            "p", "Only the largest epsilon is recorded round by round; this is the value at the end.", class_="under"
+            "p",
+            "Only the largest epsilon is recorded round by round; this is the value at the end.",
+            class_="under",
         )
     else:
         drawn = _epsilon_chart(summary, promise, traced)
@@ -118,7 +120,12 @@ def _budget_bars(summary: RunSummary, statement: PrivacyStatement) -> Html:
     rows = [Bar(label="spent", value=statement.epsilon, shown=bound(statement.epsilon))]
     if math.isfinite(summary.budget_epsilon):
         rows.append(
-            Bar(label="budget", value=summary.budget_epsilon, shown=bound(summary.budget_epsilon), role="quiet")
+            Bar(
+                label="budget",
+                value=summary.budget_epsilon,
+                shown=bound(summary.budget_epsilon),
+                role="quiet",
+            )
         )
     return bars(rows)
 
@@ -175,7 +182,9 @@ def bounds_body(summary: RunSummary) -> Html:
     lower = audit.epsilon_lower if audit is not None else None
     if audit is None or lower is None:
         said = tag(
-            "p", "No lower bound was measured: no canary audit ran. The promises below are untested.", class_="lede"
+            "p",
+            "No lower bound was measured: no canary audit ran. The promises below are untested.",
+            class_="lede",
         )
     else:
         said = tag(
@@ -193,12 +202,21 @@ def bounds_body(summary: RunSummary) -> Html:
 def _bounds(summary: RunSummary, promise: Promise, lower: float | None) -> Html:
     statement, rows = promise.statement, []
     if lower is not None:
-        rows.append(Bar(label="measured, at least", value=lower, shown=bound(lower, upper=False), role="second"))
+        rows.append(
+            Bar(label="measured, at least", value=lower, shown=bound(lower, upper=False), role="second")
+        )
     kind = "first" if statement.finite else "bad"
-    rows.append(Bar(label="promised, at most", value=statement.epsilon, shown=bound(statement.epsilon), role=kind))
+    rows.append(
+        Bar(label="promised, at most", value=statement.epsilon, shown=bound(statement.epsilon), role=kind)
+    )
     if math.isfinite(summary.budget_epsilon):
         rows.append(
-            Bar(label="budget", value=summary.budget_epsilon, shown=bound(summary.budget_epsilon), role="quiet")
+            Bar(
+                label="budget",
+                value=summary.budget_epsilon,
+                shown=bound(summary.budget_epsilon),
+                role="quiet",
+            )
         )
     about = tag("figcaption", five_fields(statement, promise.against))
     return tag("figure", tag("div", tag("h3", promise.heading), bars(rows)), about, class_="split")

@@ -56,7 +56,9 @@ def utility_body(summary: RunSummary) -> Html:
     x = [record.round for record in rounds]
     metric, loss = [record.metric for record in rounds], [record.loss for record in rounds]
     levels = (
-        [Level(label="before", value=summary.metric_zero_round)] if math.isfinite(summary.metric_zero_round) else []
+        [Level(label="before", value=summary.metric_zero_round)]
+        if math.isfinite(summary.metric_zero_round)
+        else []
     )
     if summary.metric_majority is not None and math.isfinite(summary.metric_majority):
         levels.append(Level(label="majority", value=summary.metric_majority, role="second"))
@@ -90,7 +92,9 @@ def utility_body(summary: RunSummary) -> Html:
         tag(
             "div",
             _figure(
-                summary.metric_name[:1].upper() + summary.metric_name[1:], metric_chart, f"{direction} {baseline}{gaps}"
+                summary.metric_name[:1].upper() + summary.metric_name[1:],
+                metric_chart,
+                f"{direction} {baseline}{gaps}",
             ),
             _figure("Loss", loss_chart, "Nats per sample on the public evaluation set. Lower is better."),
             class_="figures",
@@ -128,7 +132,11 @@ def cost_body(summary: RunSummary) -> Html:
             Column(heading="Down", cell=lambda r: size(r.bytes_down), field="bytes_down"),
             Column(heading="Whole", cell=lambda r: duration(r.seconds), field="seconds"),
             Column(heading="Training", cell=lambda r: duration(r.client_seconds), field="client_seconds"),
-            Column(heading="Evaluation", cell=lambda r: duration(r.evaluation_seconds), field="evaluation_seconds"),
+            Column(
+                heading="Evaluation",
+                cell=lambda r: duration(r.evaluation_seconds),
+                field="evaluation_seconds",
+            ),
         ],
         rounds,
         caption="Traffic of all clients together and wall time, round by round",
@@ -148,7 +156,11 @@ def cost_body(summary: RunSummary) -> Html:
         tag(
             "div",
             _figure("Bytes per round", traffic, "All clients together."),
-            _figure("Seconds per round", time, "Wall time of the whole round, and the part in which clients trained."),
+            _figure(
+                "Seconds per round",
+                time,
+                "Wall time of the whole round, and the part in which clients trained.",
+            ),
             class_="figures",
         ),
         folded("The numbers behind these charts", numbers),
@@ -219,5 +231,9 @@ def _dropped(record: RoundRecord) -> str:
 
 def _aborts(rounds: Sequence[RoundRecord]) -> Html:
     items = [tag("li", tag("strong", f"Round {r.round}: "), r.aborted) for r in rounds if r.aborted]
-    more = folded(f"and {len(items) - 6} more", tag("ul", *items[6:], class_="plain")) if len(items) > 6 else None
+    more = (
+        folded(f"and {len(items) - 6} more", tag("ul", *items[6:], class_="plain"))
+        if len(items) > 6
+        else None
+    )
     return tag("div", tag("h3", "Aborted rounds"), tag("ul", *items[:6], class_="plain"), more)

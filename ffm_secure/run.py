@@ -78,10 +78,14 @@ class Run:
             self._finish(store, made, trained, result)
         return Result(folder=self.folder, summary=result)
 
-    def _fairness(self, made: setup.Setup, trained: federation.Trained, initial: Any) -> tuple[ClientOutcome, ...]:
+    def _fairness(
+        self, made: setup.Setup, trained: federation.Trained, initial: Any
+    ) -> tuple[ClientOutcome, ...]:
         return summary.outcomes(made, trained, initial)
 
-    def _finish(self, store: Store, made: setup.Setup, trained: federation.Trained, result: RunSummary) -> None:
+    def _finish(
+        self, store: Store, made: setup.Setup, trained: federation.Trained, result: RunSummary
+    ) -> None:
         made.trainable.load_vector(trained.state.vector)
         store.replace_folder("adapter", lambda folder: made.trainable.export(folder, self.config.model.name))
         for client in made.clients if made.home.places else ():

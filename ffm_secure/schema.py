@@ -64,7 +64,9 @@ def parse_toml(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(str(path), [f"file size = {path.stat().st_size} bytes: must be at most {_LARGEST_FILE}"])
+            raise ConfigError(
+                str(path), [f"file size = {path.stat().st_size} bytes: must be at most {_LARGEST_FILE}"]
+            )
         return tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror or error}"]) from None
@@ -127,9 +129,17 @@ def _check_relevance(
     chosen = values.get("kind")
     for name, field in fields.items():
         kinds = field.metadata.get("only_for")
-        if kinds and name in table and chosen is not None and chosen not in kinds and values[name] != field.default:
+        if (
+            kinds
+            and name in table
+            and chosen is not None
+            and chosen not in kinds
+            and values[name] != field.default
+        ):
             problems.add(
-                _join(where, name), values[name], f"is not read with kind = '{chosen}', only with {_say_choices(kinds)}"
+                _join(where, name),
+                values[name],
+                f"is not read with kind = '{chosen}', only with {_say_choices(kinds)}",
             )
 
 
@@ -141,7 +151,9 @@ def _read_value(hint: Any, value: object, name: str, rules: Mapping[str, Any], p
             problems.add(name, value, "must be a list")
             return ()
         inner = typing.get_args(hint)[0]
-        return tuple(_read_value(inner, item, f"{name}[{index}]", rules, problems) for index, item in enumerate(value))
+        return tuple(
+            _read_value(inner, item, f"{name}[{index}]", rules, problems) for index, item in enumerate(value)
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             value = float(value)

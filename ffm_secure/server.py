@@ -18,10 +18,14 @@ from ffm_secure.strategies import ServerState
 from ffm_secure.types import RoundPlan, RoundRecord, RoundSum
 
 
-def plan_round(setup: Setup, number: int, state: ServerState, records: tuple[RoundRecord, ...] = ()) -> RoundPlan:
+def plan_round(
+    setup: Setup, number: int, state: ServerState, records: tuple[RoundRecord, ...] = ()
+) -> RoundPlan:
     """Say who takes part in a round, in which exact model, under which mechanism; nobody in a public phase."""
     config = setup.config
-    phase = pretrain.next_phase(records, config.federation.lifecycle, private_rounds=plans.private_rounds(config))
+    phase = pretrain.next_phase(
+        records, config.federation.lifecycle, private_rounds=plans.private_rounds(config)
+    )
     public = sum(record.phase == "public" for record in records)
     return RoundPlan(
         run_id=setup.run_id,
@@ -40,7 +44,9 @@ def mean_change(setup: Setup, total: RoundSum) -> Tensor:
     Guarantee: with a client unit the divisor is the public cohort size, never the number that answered; otherwise it is the
     public number of survivors, or the summed public weights of a run without privacy unit.
     """
-    divisor = float(setup.config.federation.cohort) if setup.config.privacy.unit == "client" else total.weight_sum
+    divisor = (
+        float(setup.config.federation.cohort) if setup.config.privacy.unit == "client" else total.weight_sum
+    )
     return torch.from_numpy(total.values) / divisor
 
 

@@ -162,7 +162,9 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
         torch.set_num_threads(config.speed.threads)
     whole = load_dataset(config, base)
     dataset, public = part_in_public(config, whole, base)
-    parts = partition.partition(dataset.train, clients=config.task.clients, split=config.task.split, seed=config.seed)
+    parts = partition.partition(
+        dataset.train, clients=config.task.clients, split=config.task.split, seed=config.seed
+    )
     nominal = config.task.nominal_examples or max(1, len(dataset.train) // config.task.clients)
     labels = len(dataset.label_names) if dataset.label_names else None
     backbone = models.load_backbone(
@@ -174,7 +176,9 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
         dtype=config.model.dtype,
         random_weights=config.model.weights == "random",
     )
-    task = tasks.build_task(config.task.kind, backbone=backbone, dataset=dataset, max_length=config.task.max_length)
+    task = tasks.build_task(
+        config.task.kind, backbone=backbone, dataset=dataset, max_length=config.task.max_length
+    )
     spec = {**to_table(config.model.trainable), "folded": folds(config.federation.strategy)}
     trained = trainable.attach(backbone, spec, task_kind=config.task.kind, seed=config.seed)
     strategy = build_strategy(config.federation.strategy, trained, seed=config.seed)
@@ -182,7 +186,9 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
     trained.description += (_describe_phases(config, public),) if public is not None else ()
     device = choose_device(config.speed.device)
     trained.model.to(device)
-    account = account_of(dataset.name, whole.train, parts)  # of all rows: taking some out makes no new account
+    account = account_of(
+        dataset.name, whole.train, parts
+    )  # of all rows: taking some out makes no new account
     contents = contents_of(account, whole, public if config.federation.lifecycle.public_data else None)
     begun = _stored_noise(folder)
     mechanism_, code = mechanisms.build(
@@ -302,7 +308,9 @@ def _describe_phases(config: RunConfig, public: Any) -> str:
 
 def load_dataset(config: RunConfig, base: Path) -> Any:
     """Load the data set a run file names, its validation part cut to the public evaluation rows."""
-    options = {name: value for name in ("text_column", "label_column") if (value := getattr(config.task, name))}
+    options = {
+        name: value for name in ("text_column", "label_column") if (value := getattr(config.task, name))
+    }
     return data.load(config.task.data, kind=config.task.kind, base=base, seed=config.seed, **options)
 
 
@@ -324,11 +332,14 @@ def build(prepared: Prepared, folder: Path) -> Setup:
     chosen = np.sort(np.random.default_rng(config.seed).permutation(len(prepared.dataset.validation))[:rows])
     evaluation = prepared.task.encode(prepared.dataset.validation.take(chosen))
     probe(prepared, evaluation)
-    ledger_path = Path(config.privacy.ledger).expanduser() if config.privacy.ledger else folder / "ledger.sqlite"
+    ledger_path = (
+        Path(config.privacy.ledger).expanduser() if config.privacy.ledger else folder / "ledger.sqlite"
+    )
     charges = open_charges(prepared, ledger_path)
     if prepared.mechanism is not None and folder.is_dir():
         write_atomic(
-            folder / "noise.json", json.dumps({"noise_multiplier": prepared.mechanism.noise_multiplier}).encode()
+            folder / "noise.json",
+            json.dumps({"noise_multiplier": prepared.mechanism.noise_multiplier}).encode(),
         )
     federation = config.federation
     schedule = balanced_schedule(
@@ -398,7 +409,9 @@ def open_charges(prepared: Prepared, path: Path) -> Charges:
     refuse_other_dealings(ledger, prepared.account, charged)
     ledger.set_budgets(prepared.owners, prepared.account, charged, limit, delta)
     replay = (
-        hashlib.sha256(repr((config, prepared.account)).encode()).digest() if config.privacy.noise == "seeded" else b""
+        hashlib.sha256(repr((config, prepared.account)).encode()).digest()
+        if config.privacy.noise == "seeded"
+        else b""
     )
     return Charges(
         ledger=ledger,

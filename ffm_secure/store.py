@@ -80,7 +80,9 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
-            raise StoreError(f"{folder}: another process is running this run; wait for it or stop it") from None
+            raise StoreError(
+                f"{folder}: another process is running this run; wait for it or stop it"
+            ) from None
         store = cls(folder, lock)
         try:
             store._claim(config)
@@ -149,7 +151,9 @@ class Store:
         if stored and stored != digests:
             raise StoreError(f"{self.folder}: {changed_rows(stored, digests)}")
         if not stored and self._newest() is None:
-            write_atomic(self.folder / "data.json", (json.dumps({"format": FORMAT, "rows": digests}) + "\n").encode())
+            write_atomic(
+                self.folder / "data.json", (json.dumps({"format": FORMAT, "rows": digests}) + "\n").encode()
+            )
 
     def commit(self, state: ServerState, record: RoundRecord, *, run_id: bytes) -> None:
         """Make a finished round durable: first the state, then the record that points at it."""
@@ -158,8 +162,15 @@ class Store:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         tensors = {"vector": state.vector, **{f"slot.{key}": value for key, value in state.slots.items()}}
-        metadata = {"format": str(FORMAT), "round": str(record.round), "steps": str(state.round), "run": run_id.hex()}
-        content = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()}, metadata=metadata)
+        metadata = {
+            "format": str(FORMAT),
+            "round": str(record.round),
+            "steps": str(state.round),
+            "run": run_id.hex(),
+        }
+        content = safetensors.torch.save(
+            {key: value.contiguous() for key, value in tensors.items()}, metadata=metadata
+        )
         _write_synced(temporary / "state.safetensors", content)
         _write_synced(temporary / "record.json", (_line(record) + "\n").encode())
         sync_folder(temporary)
@@ -181,10 +192,14 @@ class Store:
         record = _parse(RoundRecord, _read_json(checkpoint / "record.json"), str(checkpoint / "record.json"))
         records = [item for item in self.records() if item.round < record.round]
         if [item.round for item in records] != list(range(1, last)):
-            raise StoreError(f"{self.folder / 'rounds.jsonl'}: records of earlier rounds are missing or out of order")
+            raise StoreError(
+                f"{self.folder / 'rounds.jsonl'}: records of earlier rounds are missing or out of order"
+            )
         complete = (*records, record)
         if self._lock is not None:
-            write_atomic(self.folder / "rounds.jsonl", "".join(_line(item) + "\n" for item in complete).encode())
+            write_atomic(
+                self.folder / "rounds.jsonl", "".join(_line(item) + "\n" for item in complete).encode()
+            )
         return state, complete, run_id
 
     def records(self) -> tuple[RoundRecord, ...]:
@@ -233,7 +248,9 @@ class Store:
 def changed_rows(stored: str, found: str) -> str:
     """Say which rows of a run are not what they were, and what to do."""
     words = {"data": "training", "validation": "validation", "public": "public"}
-    changed = [words.get(word.partition(":")[0], word) for word in stored.split() if word not in found.split()]
+    changed = [
+        words.get(word.partition(":")[0], word) for word in stored.split() if word not in found.split()
+    ]
     return (
         f"its {' and '.join(changed) or 'public'} rows have changed since the run began; restore them, "
         "or remove the folder to run it anew, or choose another name or folder"
@@ -280,7 +297,9 @@ def _read_checkpoint(folder: Path) -> tuple[ServerState, int, bytes]:
         state = ServerState(round=int(metadata["steps"]), vector=vector, slots=slots)
         return state, int(metadata["round"]), bytes.fromhex(metadata["run"])
     except (OSError, ValueError, KeyError, safetensors.SafetensorError):
-        raise StoreError(f"{path}: is damaged; remove this checkpoint folder to continue from the one before") from None
+        raise StoreError(
+            f"{path}: is damaged; remove this checkpoint folder to continue from the one before"
+        ) from None
 
 
 def _read_json(path: Path) -> Any:
@@ -328,9 +347,13 @@ def _convert(hint: Any, value: Any) -> Any:
             raise ValueError(value)
         return value
     if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
-        return {_convert(inner[0], key): _convert(inner[1], item) for key, item in _expect(value, dict).items()}
+        return {
+            _convert(inner[0], key): _convert(inner[1], item) for key, item in _expect(value, dict).items()
+        }
     if isinstance(hint, types.UnionType):
-        return None if value is None else _convert(next(kind for kind in inner if kind is not type(None)), value)
+        return (
+            None if value is None else _convert(next(kind for kind in inner if kind is not type(None)), value)
+        )
     if hint is float:
         return float(value) if isinstance(value, str) else float(_expect(value, int | float))
     if hint is int:

@@ -24,7 +24,17 @@ from ffm_secure.types import AuditSummary, ClientOutcome, Observer, PlanSummary,
 
 SEEDED = "NOT PRIVATE: the privacy noise of this run came from a seed, which is for tests only"
 _BACKENDS: Mapping[str, Kind] = {"none": "plain", "secagg": "masking", "bfv": "bfv", "ckks": "ckks"}
-_PACKAGES = ("ffm-secure", "torch", "transformers", "peft", "datasets", "cryptography", "opacus", "tenseal", "numpy")
+_PACKAGES = (
+    "ffm-secure",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "cryptography",
+    "opacus",
+    "tenseal",
+    "numpy",
+)
 
 
 def describe(prepared: Prepared) -> PlanSummary:
@@ -33,9 +43,12 @@ def describe(prepared: Prepared) -> PlanSummary:
     federation, trained = config.federation, prepared.trainable
     share = trained.size / max(1, prepared.backbone.total_parameters)
     up = prepared.code.length * prepared.code.modulus_bits // 8
-    sealed = {"none": "in the clear", "secagg": "masked", "bfv": "encrypted (BFV)", "ckks": "encrypted (CKKS)"}[
-        config.protection.kind
-    ]
+    sealed = {
+        "none": "in the clear",
+        "secagg": "masked",
+        "bfv": "encrypted (BFV)",
+        "ckks": "encrypted (CKKS)",
+    }[config.protection.kind]
     return PlanSummary(
         headline=f"{config.name}: {federation.rounds} rounds, {config.task.clients} clients, {federation.cohort} a round, "
         f"each at most {plan.participation_cap(config)} times",
@@ -70,7 +83,11 @@ def statements(prepared: Prepared, events: Sequence[Event] | None = None) -> tup
     """
     config = prepared.config
     privacy = config.privacy
-    unit = f"person with up to {privacy.records_per_person} records" if privacy.unit == "person" else privacy.unit
+    unit = (
+        f"person with up to {privacy.records_per_person} records"
+        if privacy.unit == "person"
+        else privacy.unit
+    )
     bound = _bound(prepared, events)
     common = PrivacyStatement(
         observer="public",
@@ -94,7 +111,9 @@ def statements(prepared: Prepared, events: Sequence[Event] | None = None) -> tup
 def _bound(prepared: Prepared, events: Sequence[Event] | None) -> EpsilonBound:
     accountant = Accountant()
     if prepared.mechanism is not None and events is None:
-        accountant.compose(prepared.mechanism.event("plan"), count=max(1, plan.participation_cap(prepared.config)))
+        accountant.compose(
+            prepared.mechanism.event("plan"), count=max(1, plan.participation_cap(prepared.config))
+        )
     for event, count in Counter(events or ()).items():
         accountant.compose(event, count=count)
     return accountant.epsilon(prepared.config.privacy.delta or 1e-5)
@@ -111,7 +130,9 @@ def _for_observer(common: PrivacyStatement, config: RunConfig, observer: Observe
             epsilon=math.inf,
             note="a server that holds one client's key reads every upload, and one client's share of the noise protects nobody",
         )
-    return replace(common, note=f"noise of up to {config.protection.colluding} colluding clients is not counted")
+    return replace(
+        common, note=f"noise of up to {config.protection.colluding} colluding clients is not counted"
+    )
 
 
 def summarise(
@@ -252,7 +273,9 @@ def _warnings(prepared: Prepared) -> list[str]:
         found.append(SEEDED)
     if config.privacy.unit != "none":
         declared = (
-            "declared" if config.task.nominal_examples else "taken from the data; declare it with task.nominal_examples"
+            "declared"
+            if config.task.nominal_examples
+            else "taken from the data; declare it with task.nominal_examples"
         )
         found.append(
             f"taken to be public: validation rows, class names, and {prepared.nominal} examples a client ({declared})"

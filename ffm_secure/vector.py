@@ -32,7 +32,9 @@ class VectorCode:
     quantizer: ring.Quantizer
     max_weight: int = 1
     carries_loss: bool = False
-    grid_scale: float = 0.0  # integer levels a unit where noise is discrete; 0: values are real and rounded here
+    grid_scale: float = (
+        0.0  # integer levels a unit where noise is discrete; 0: values are real and rounded here
+    )
     noise_bound: int = 0
 
     @property
@@ -49,7 +51,9 @@ class VectorCode:
         """Bind everything that shapes the integers; both ends of a secure session must agree on it."""
         return hashlib.sha256(f"ffm-secure vector 1 {self!r}".encode()).digest()
 
-    def quantise(self, values: npt.NDArray[Any], *, loss: float, weight: int, source: RandomSource) -> npt.NDArray[Any]:
+    def quantise(
+        self, values: npt.NDArray[Any], *, loss: float, weight: int, source: RandomSource
+    ) -> npt.NDArray[Any]:
         """Return the ring vector of one client; real values are rounded at random, without bias."""
         if values.dtype == np.int64:
             payload = ring.from_signed(values, self.modulus_bits)
@@ -80,11 +84,17 @@ class VectorCode:
         if self.grid_scale:
             values = ring.signed(opened.payload, self.modulus_bits) / self.grid_scale
             return RoundSum(
-                round=round, survivors=tuple(survivors), values=values, loss_sum=None, weight_sum=float(len(survivors))
+                round=round,
+                survivors=tuple(survivors),
+                values=values,
+                loss_sum=None,
+                weight_sum=float(len(survivors)),
             )
         decoded = self.quantizer.decode_sum(opened.payload)
         loss = (
-            float(decoded[self.size]) * _LARGEST_LOSS / self.quantizer.coordinate_bound if self.carries_loss else None
+            float(decoded[self.size]) * _LARGEST_LOSS / self.quantizer.coordinate_bound
+            if self.carries_loss
+            else None
         )
         return RoundSum(
             round=round,
@@ -101,7 +111,9 @@ def real_code(
     """Return the code for real changes, in the smallest ring that cannot overflow."""
     bits = ring.modulus_for(value_bits, clients, max_weight=max_weight)
     quantizer = ring.Quantizer(value_bits=value_bits, coordinate_bound=bound, modulus_bits=bits)
-    return VectorCode(size=size, clients=clients, quantizer=quantizer, max_weight=max_weight, carries_loss=carries_loss)
+    return VectorCode(
+        size=size, clients=clients, quantizer=quantizer, max_weight=max_weight, carries_loss=carries_loss
+    )
 
 
 def grid_code(
@@ -110,4 +122,6 @@ def grid_code(
     """Return the code for changes already on an integer grid with discrete noise of at most `noise_bound` (a tail bound)."""
     bits = ring.modulus_for(value_bits, clients, noise_bound=noise_bound)
     quantizer = ring.Quantizer(value_bits=value_bits, coordinate_bound=bound, modulus_bits=bits)
-    return VectorCode(size=size, clients=clients, quantizer=quantizer, grid_scale=grid_scale, noise_bound=noise_bound)
+    return VectorCode(
+        size=size, clients=clients, quantizer=quantizer, grid_scale=grid_scale, noise_bound=noise_bound
+    )

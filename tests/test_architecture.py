@@ -62,7 +62,10 @@ def forbidden(path: Path, module: str) -> str:
     importers = ("ffm_secure/commands.py", "ffm_secure/cli.py", "ffm_secure/__init__.py", "ffm_secure/run.py")
     if (module + ".").startswith("ffm_secure.audit.") and place not in (*importers, "ffm_secure/audit.py"):
         return "only the command line and the package's door import the audit"
-    if (module + ".").startswith("ffm_secure.cli.") and place not in ("ffm_secure/cli.py", "ffm_secure/__main__.py"):
+    if (module + ".").startswith("ffm_secure.cli.") and place not in (
+        "ffm_secure/cli.py",
+        "ffm_secure/__main__.py",
+    ):
         return "nobody imports the command line but its own entry point"
     return ""
 
@@ -129,7 +132,11 @@ def test_nothing_grows_too_long(package: str) -> None:
 
 def _docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     first = node.body[0]
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+    if (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    ):
         return (first.end_lineno or first.lineno) - first.lineno + 1
     return 0
 

@@ -52,7 +52,9 @@ def test_plan_says_the_four_things_and_trains_nothing(place: Path) -> None:
     assert described["trainable_parameters"] > 0
     assert len(described["statements"]) == 4
     for statement in described["statements"]:
-        assert {"unit", "adjacency", "observer", "mechanism", "delta", "accountant", "slack"} <= set(statement)
+        assert {"unit", "adjacency", "observer", "mechanism", "delta", "accountant", "slack"} <= set(
+            statement
+        )
 
 
 def test_a_second_call_resumes_and_changes_nothing(place: Path) -> None:
@@ -62,7 +64,8 @@ def test_a_second_call_resumes_and_changes_nothing(place: Path) -> None:
     before = json.loads((place / "result.json").read_text())
     assert json.loads(again.stdout)["epsilon"] == pytest.approx(before["epsilon"], rel=1e-3)
     assert (
-        json.loads(call("ledger", "runs/test", "--json", cwd=place).stdout)["entries"] == json.loads(ledger)["entries"]
+        json.loads(call("ledger", "runs/test", "--json", cwd=place).stdout)["entries"]
+        == json.loads(ledger)["entries"]
     )
 
 
@@ -82,7 +85,9 @@ def test_a_tampered_ledger_is_refused(place: Path, tmp_path: Path) -> None:
     at = content.rindex(b"client-2")
     content[at + 7] ^= 1
     (tmp_path / "ledger.sqlite").write_bytes(bytes(content))
-    (tmp_path / "ledger.sqlite.head").write_bytes((place / "runs" / "test" / "ledger.sqlite.head").read_bytes())
+    (tmp_path / "ledger.sqlite.head").write_bytes(
+        (place / "runs" / "test" / "ledger.sqlite.head").read_bytes()
+    )
     done = call("ledger", str(tmp_path / "ledger.sqlite"))
     assert done.returncode == 5
     assert "not authentic" in done.stderr
@@ -101,7 +106,12 @@ def test_audit_writes_verdicts_into_the_report(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["findings"]
-    assert {item["verdict"] for item in found["findings"]} <= {"leaked", "not leaked", "inconclusive", "not applicable"}
+    assert {item["verdict"] for item in found["findings"]} <= {
+        "leaked",
+        "not leaked",
+        "inconclusive",
+        "not applicable",
+    }
     assert 0 <= found["epsilon_lower"] <= 8.0
     assert json.loads((place / "runs" / "test" / "report.json").read_text())["audit"]["findings"]
 
@@ -116,13 +126,17 @@ def test_doctor_finds_the_essentials() -> None:
 def test_epsilon_and_sigma_are_inverse() -> None:
     sigma = json.loads(call("sigma", "--epsilon", "3", "--q", "0.01", "--steps", "500", "--json").stdout)
     value = next(value for name, value in sigma.items() if "noise" in name or "sigma" in name)
-    epsilon = json.loads(call("epsilon", "--q", "0.01", "--sigma", str(value), "--steps", "500", "--json").stdout)
+    epsilon = json.loads(
+        call("epsilon", "--q", "0.01", "--sigma", str(value), "--steps", "500", "--json").stdout
+    )
     assert 2.98 < epsilon["epsilon"] <= 3.0 + 1e-9
 
 
 def test_epsilon_matches_the_published_reference() -> None:
     found = json.loads(
-        call("epsilon", "--q", "0.01", "--sigma", "1.0", "--steps", "1000", "--delta", "1e-5", "--json").stdout
+        call(
+            "epsilon", "--q", "0.01", "--sigma", "1.0", "--steps", "1000", "--delta", "1e-5", "--json"
+        ).stdout
     )
     assert found["epsilon"] == pytest.approx(1.828, abs=2e-3)
 

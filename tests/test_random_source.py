@@ -29,7 +29,15 @@ def test_seeds_replay_and_labels_separate() -> None:
     assert draw[0] == draw[1]
     others = {
         RandomSource.seeded(3).derive(*labels).random_bytes(16)
-        for labels in (("noise", 2), ("noise",), ("noise1",), ("n", "oise1"), ("noise\x001",), ("noise", "1"), ())
+        for labels in (
+            ("noise", 2),
+            ("noise",),
+            ("noise1",),
+            ("n", "oise1"),
+            ("noise\x001",),
+            ("noise", "1"),
+            (),
+        )
     }
     assert len(others | {draw[0]}) == 8
     assert not RandomSource.seeded(3).private
@@ -41,7 +49,9 @@ def test_below_is_uniform_and_a_skewed_one_would_be_caught() -> None:
     source = RandomSource.seeded(1)
     counts = np.bincount([source.below(7) for _ in range(14_000)], minlength=7)
     assert chisquare(counts).pvalue > 1e-3
-    skewed = np.bincount([source.below(256) % 7 if source.below(10) else 0 for _ in range(14_000)], minlength=7)
+    skewed = np.bincount(
+        [source.below(256) % 7 if source.below(10) else 0 for _ in range(14_000)], minlength=7
+    )
     assert chisquare(skewed).pvalue < 1e-3
 
 

@@ -61,10 +61,17 @@ def test_a_stage_goes_through_every_command(name: str, tmp_path: Path) -> None:
     assert first["epsilon"] == pytest.approx(again["epsilon"], rel=1e-3)
     assert 0 < first["epsilon"] <= 8.0
     found = json.loads(done("audit", str(folder), "--json"))
-    assert {item["verdict"] for item in found["findings"]} <= {"leaked", "not leaked", "inconclusive", "not applicable"}
+    assert {item["verdict"] for item in found["findings"]} <= {
+        "leaked",
+        "not leaked",
+        "inconclusive",
+        "not applicable",
+    }
     assert found["epsilon_lower"] <= first["epsilon"]
     ledger = json.loads(done("ledger", str(folder), "--json"))
-    private = sum(json.loads(line)["phase"] == "private" for line in (folder / "rounds.jsonl").read_text().splitlines())
+    private = sum(
+        json.loads(line)["phase"] == "private" for line in (folder / "rounds.jsonl").read_text().splitlines()
+    )
     assert ledger["entries"] >= 4 * private > 0
     (folder / "report.html").unlink()
     done("report", str(folder))
@@ -87,14 +94,18 @@ def test_an_audit_attacks_what_the_rule_sends_and_nothing_else(kind: str) -> Non
             "lifecycle": {"kind": "finetune", "local_steps": 1, "batch_size": 4, "learning_rate": 0.1},
             "strategy": {"kind": kind},
         },
-        privacy=CLIENT if kind == "ffa" else {"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0},
+        privacy=CLIENT
+        if kind == "ffa"
+        else {"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0},
         protection=SECAGG,
     )
     ready = prepared(made)
     rule = ready.strategy
     encoded = ready.task.encode(ready.dataset.train.take(ready.parts[0]))
     points = client_replay.gradients(ready, ready.task.batch(encoded, np.arange(4), device="cpu"))
-    factors = {"ffa": rule.b, "rolora": rule.b, "fedsvd": rule.b, "fedsa": rule.a}.get(kind, (*rule.a, *rule.b))
+    factors = {"ffa": rule.b, "rolora": rule.b, "fedsvd": rule.b, "fedsa": rule.a}.get(
+        kind, (*rule.a, *rule.b)
+    )
     assert set(points) == {"raw", "clipped", "noised"}
     for tensors in points.values():
         assert set(tensors) == {*factors, *rule.head}

@@ -32,7 +32,9 @@ class ImprintBlock(nn.Module):
     The block passes its input on, shifted by one constant per example, so that the model behind still learns.
     """
 
-    def __init__(self, features: int, bins: int, *, kind: Literal["cumulative", "sparse"] = "cumulative") -> None:
+    def __init__(
+        self, features: int, bins: int, *, kind: Literal["cumulative", "sparse"] = "cumulative"
+    ) -> None:
         super().__init__()
         self.rows = nn.Linear(features, bins)
         self.activation: nn.Module = nn.ReLU() if kind == "cumulative" else nn.Hardtanh(0.0, 1.0)
@@ -136,11 +138,18 @@ def read_imprint(weight: Tensor, bias: Tensor, *, cumulative: bool, tolerance: f
     return rows[held] / offsets[held, None]
 
 
-def _imprint(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _imprint(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     private = working_copy(model, observation)
     for name, channel in observed_channels(observation, private).items():
         weight = private.get_submodule(name).weight
-        if channel.bias is None or not isinstance(weight, Tensor) or len(weight) < 4 or not parallel_rows(weight):
+        if (
+            channel.bias is None
+            or not isinstance(weight, Tensor)
+            or len(weight) < 4
+            or not parallel_rows(weight)
+        ):
             continue
         spread = float(weight.norm(dim=1).std() / weight.norm(dim=1).mean())
         found = read_imprint(channel.gradient, channel.bias, cumulative=spread < 1e-4)
@@ -148,7 +157,9 @@ def _imprint(observation: Observation, model: nn.Module | None, prior: Prior, bu
         if not len(found):
             return Finding(reason="every bin is empty or holds a mixture", details={"channel": name})
         items = tuple(as_item(value, observation, 0.9) for value in found)
-        return Finding(items=items, confidence=0.9, details={"channel": name, "bins": len(weight), "held": len(found)})
+        return Finding(
+            items=items, confidence=0.9, details={"channel": name, "bins": len(weight), "held": len(found)}
+        )
     raise NotApplicable("no layer of the broadcast has parallel rows: it is not an imprint block")
 
 
@@ -207,7 +218,9 @@ def craft_trap(
     return crafted
 
 
-def _trap(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _trap(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     private = working_copy(model, observation)
     channel = first_biased(observation, private)
     found = _in_range(bias_quotients(channel)[0], prior)
@@ -255,7 +268,13 @@ def craft_fishing(model: nn.Module, label: int, *, offset: float = 1e3) -> nn.Mo
 
 
 def craft_feature_fishing(
-    model: nn.Module, label: int, *, feature: int, threshold: float, sharpness: float = 1e3, offset: float = 1e3
+    model: nn.Module,
+    label: int,
+    *,
+    feature: int,
+    threshold: float,
+    sharpness: float = 1e3,
+    offset: float = 1e3,
 ) -> nn.Module:
     """Return a copy that keeps only those examples of one class whose penultimate feature lies above a threshold.
 
@@ -273,15 +292,23 @@ def craft_feature_fishing(
     return crafted
 
 
-def _fish(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _fish(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     private = working_copy(model, observation)
     head = private.get_submodule(head_name(private))
     assert isinstance(head, nn.Linear)
     connected = (head.weight.abs().sum(1) > 0).nonzero().flatten()
     if len(connected) != 1:
-        raise NotApplicable("the broadcast's head connects more than one class: it is not a fishing broadcast")
+        raise NotApplicable(
+            "the broadcast's head connects more than one class: it is not a fishing broadcast"
+        )
     body = next(
-        (channel for channel in observed_channels(observation, private).values() if channel.name != head_name(private)),
+        (
+            channel
+            for channel in observed_channels(observation, private).values()
+            if channel.name != head_name(private)
+        ),
         None,
     )
     if body is not None and body.bias is not None and _first_layer(private) == body.name:
@@ -298,7 +325,11 @@ def _fish(observation: Observation, model: nn.Module | None, prior: Prior, budge
 
 def _first_layer(model: nn.Module) -> str:
     return str(
-        next(name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False)))
+        next(
+            name
+            for name, module in model.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+        )
     )
 
 
@@ -356,19 +387,27 @@ def unsummed(observation: Observation, names: tuple[str, ...], *, suppressed: in
     )
 
 
-def _suppressed(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _suppressed(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     """Read a sum of which the server knows that one client alone was awake, up to its first linear layer."""
     private = working_copy(model, observation)
     channel = first_biased(observation, private)
     others = observation.contributors - 1
     names = (f"{channel.name}.weight", f"{channel.name}.bias")
     alone = unsummed(observation, names, suppressed=others)
-    groups = [(value, size) for value, size in agreeing(bias_quotients(first_biased(alone, private))[0]) if size >= 2]
+    groups = [
+        (value, size)
+        for value, size in agreeing(bias_quotients(first_biased(alone, private))[0])
+        if size >= 2
+    ]
     limit = int(observation.known("batch_size") or len(groups))
     items = tuple(as_item(value, observation, 1.0 - 0.5**size) for value, size in groups[:limit])
     if not items:
         return Finding(reason="no two neurons agree on an input", details={"channel": channel.name})
-    return Finding(items=items, confidence=items[0].confidence, details={"channel": channel.name, "silenced": others})
+    return Finding(
+        items=items, confidence=items[0].confidence, details={"channel": channel.name, "silenced": others}
+    )
 
 
 def imprint() -> Attack:

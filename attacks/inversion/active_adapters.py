@@ -101,10 +101,16 @@ def vision_frame(model: nn.Module) -> tuple[Frame, nn.Conv2d, nn.Parameter]:
 
     Raises: NotApplicable when the width has no room for pixels and codes.
     """
-    projection = next((m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride == m.kernel_size), None)
-    positions = next((p for name, p in model.named_parameters() if re.search(r"pos", name) and p.ndim == 3), None)
+    projection = next(
+        (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride == m.kernel_size), None
+    )
+    positions = next(
+        (p for name, p in model.named_parameters() if re.search(r"pos", name) and p.ndim == 3), None
+    )
     if projection is None or positions is None:
-        raise NotApplicable("the model is not a vision transformer with a patch projection and position embedding")
+        raise NotApplicable(
+            "the model is not a vision transformer with a patch projection and position embedding"
+        )
     pixels = projection.in_channels * projection.kernel_size[0] * projection.kernel_size[1]
     frame = Frame(pixels=pixels, places=positions.shape[1])
     if frame.blank >= positions.shape[2]:
@@ -174,7 +180,9 @@ def _set_bins(down: nn.Linear, up: nn.Linear, seen: Tensor, frame: Frame, width:
             row = torch.zeros(width)
             codes = seen[:, place, frame.image_code]
             # The image code sorts; the place code is only large enough to silence the other places.
-            row[frame.image_code] = 0.5 * seen[:, place, frame.pixels + place].median() / (codes.max() - codes.min())
+            row[frame.image_code] = (
+                0.5 * seen[:, place, frame.pixels + place].median() / (codes.max() - codes.min())
+            )
             row[frame.pixels + place] = 1.0
             values = (seen[:, place] @ row).double()
             edges = torch.quantile(values, torch.arange(bins, dtype=torch.float64) / bins)
@@ -192,7 +200,9 @@ def _read_adapter(
     private = working_copy(model, observation)
     frame, projection, positions = vision_frame(private)
     if float(positions.detach()[0, 0, frame.pixels]) != _CODE:
-        raise NotApplicable("the broadcast's position embedding holds no place codes: it is not a crafted one")
+        raise NotApplicable(
+            "the broadcast's position embedding holds no place codes: it is not a crafted one"
+        )
     name = _down_projection(observation, private, positions.shape[2])
     own, view = private.get_submodule(name), observation.gradient().tensors
     assert isinstance(own, nn.Linear)
@@ -225,10 +235,14 @@ def _unnormed(state: Tensor, frame: Frame, place: int) -> tuple[float, Tensor]:
     blank, code = state[frame.blank], state[frame.pixels + place]
     spread = _CODE / (code - blank)
     mean = -blank * spread
-    return float(state[frame.image_code] * spread + mean), (state[: frame.pixels] * spread + mean) / _PATCH_SCALE
+    return float(state[frame.image_code] * spread + mean), (
+        state[: frame.pixels] * spread + mean
+    ) / _PATCH_SCALE
 
 
-def _grouped(found: dict[int, list[tuple[float, Tensor]]], channels: int, patch: tuple[int, int]) -> list[Tensor]:
+def _grouped(
+    found: dict[int, list[tuple[float, Tensor]]], channels: int, patch: tuple[int, int]
+) -> list[Tensor]:
     """Put together patches that carry the same image code; images with a missing patch are left out."""
     order = sorted(found)
     side = int(len(order) ** 0.5)
@@ -236,7 +250,9 @@ def _grouped(found: dict[int, list[tuple[float, Tensor]]], channels: int, patch:
     for code, first in found[order[0]]:
         parts = [first]
         for place in order[1:]:
-            same = [pixels for other, pixels in found[place] if abs(other - code) < 1e-3 * max(1.0, abs(code))]
+            same = [
+                pixels for other, pixels in found[place] if abs(other - code) < 1e-3 * max(1.0, abs(code))
+            ]
             parts.extend(same[:1])
         pixels = torch.stack(parts)
         if len(parts) == len(order) and bool(((pixels > -0.05) & (pixels < 1.05)).all()):
@@ -273,7 +289,9 @@ def craft_lora_leak(model: nn.Module, *, skew: float = 50.0) -> nn.Module:
                 module.bias.zero_()
         for layer, name in enumerate(names):
             prefix = name.removesuffix("self.value")
-            query, key = (_linear(crafted, re.escape(f"{prefix}self.{part}") + "$") for part in ("query", "key"))
+            query, key = (
+                _linear(crafted, re.escape(f"{prefix}self.{part}") + "$") for part in ("query", "key")
+            )
             _clear(query, key)
             _quiet_layer(crafted, prefix)
             lora_b = _table(crafted, f"{name}.lora_B")
@@ -304,11 +322,15 @@ def _position_name(model: nn.Module) -> str:
     raise NotApplicable("the model has no learned position embedding")
 
 
-def _read_lora(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _read_lora(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     private = working_copy(model, observation)
     table = _table(private, _position_name(private)).detach()
     if float(table[0, 0]) != _CODE or float(table[0, 1]) != 0.0:
-        raise NotApplicable("the broadcast's position embedding holds no place codes: it is not a crafted one")
+        raise NotApplicable(
+            "the broadcast's position embedding holds no place codes: it is not a crafted one"
+        )
     factors = [name for name in observation.tensors if re.search(r"lora_A\b.*weight$", name)]
     if not factors:
         raise NotApplicable("no gradient of LoRA's first factor was observed")
@@ -319,7 +341,10 @@ def _read_lora(observation: Observation, model: nn.Module | None, prior: Prior, 
             if float(row.norm()) == 0.0:
                 continue
             place = int(row.abs().argmax())
-            if place < len(table) and (best := _decode(row * row[place].sign(), words, place, private)) is not None:
+            if (
+                place < len(table)
+                and (best := _decode(row * row[place].sign(), words, place, private)) is not None
+            ):
                 pairs[place] = max(pairs.get(place, best), best, key=lambda pair: pair[1])
     if not pairs:
         return Finding(reason="no row of the first factor holds one token's state")
@@ -356,7 +381,9 @@ def craft_prompt_keys(keys: Tensor, targets: Tensor, public: Tensor) -> tuple[Te
     The other keys become centres of public queries (m, d), so that everyone but the targets is drawn to those.
     """
     if len(targets) >= len(keys):
-        raise ValueError(f"targets has {len(targets)} rows, must be fewer than the {len(keys)} keys of the pool")
+        raise ValueError(
+            f"targets has {len(targets)} rows, must be fewer than the {len(keys)} keys of the pool"
+        )
     crafted = keys.clone()
     slots = torch.arange(len(targets))
     crafted[: len(targets)] = nn.functional.normalize(targets, dim=1)
@@ -384,9 +411,16 @@ def _prompt_membership(
         raise NotApplicable("the broadcast pool was not observed")
     queries = (prior.candidates or {}).get("queries")
     keys = next(
-        (value for name, value in observation.broadcast.items() if re.search(r"key", name) and value.ndim == 2), None
+        (
+            value
+            for name, value in observation.broadcast.items()
+            if re.search(r"key", name) and value.ndim == 2
+        ),
+        None,
     )
-    prompts = next((value for name, value in observation.tensors.items() if "prompt" in name and value.ndim == 3), None)
+    prompts = next(
+        (value for name, value in observation.tensors.items() if "prompt" in name and value.ndim == 3), None
+    )
     if queries is None or keys is None or prompts is None:
         raise NotApplicable("a pool's keys, its prompts' update and the candidates' queries are needed")
     likeness = nn.functional.normalize(queries, dim=1) @ nn.functional.normalize(keys, dim=1).T
@@ -395,7 +429,9 @@ def _prompt_membership(
         raise NotApplicable("the pool has no slot planted for every candidate")
     scores = slot_scores(prompts, slots)
     moved = float((scores > 1e-6 * scores.max().clamp_min(1e-30)).double().mean())
-    return Finding(items=(Item(kind="scores", value=scores, confidence=0.9),), confidence=0.9, details={"moved": moved})
+    return Finding(
+        items=(Item(kind="scores", value=scores, confidence=0.9),), confidence=0.9, details={"moved": moved}
+    )
 
 
 def adapter_leak() -> Attack:

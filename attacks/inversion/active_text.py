@@ -73,7 +73,9 @@ def _write_code(block: Any, width: int, skew: float, generator: torch.Generator)
         output.weight[index, width - _RESERVED + index] = 0.5
 
 
-def _store_states(model: nn.Module, block: Any, public: Tensor, width: int, generator: torch.Generator) -> None:
+def _store_states(
+    model: nn.Module, block: Any, public: Tensor, width: int, generator: torch.Generator
+) -> None:
     first, second = block.mlp.c_fc, block.mlp.c_proj
     seen = capture_inputs({"states": first}, lambda: model(input_ids=public))["states"].reshape(-1, width)
     along = torch.randn(width, generator=generator)
@@ -88,7 +90,9 @@ def _store_states(model: nn.Module, block: Any, public: Tensor, width: int, gene
         second.bias.zero_()
 
 
-def _read(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _read(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     private = working_copy(model, observation)
     words, places, block = _parts(private)
     first = block.mlp.c_fc
@@ -109,7 +113,9 @@ def _read(observation: Observation, model: nn.Module | None, prior: Prior, budge
         Item(kind="token_set", value=torch.unique(tokens), confidence=0.95),
     ]
     items += [Item(kind="sequence", value=text, confidence=0.95) for text in _sentences(tokens, where, codes)]
-    return Finding(items=tuple(items), confidence=0.95, details={"held": len(states), "decoded": int(keep.sum())})
+    return Finding(
+        items=tuple(items), confidence=0.95, details={"held": len(states), "decoded": int(keep.sum())}
+    )
 
 
 def _decode(states: Tensor, words: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,7 +132,9 @@ def _decode(states: Tensor, words: Tensor, places: Tensor) -> tuple[Tensor, Tens
     for index in range(len(places)):
         table = words[:, :kept].double() + places[index, :kept].double()
         table = table - table.mean(1, keepdim=True)
-        value, chosen = (nn.functional.normalize(ours, dim=1) @ nn.functional.normalize(table, dim=1).T).max(1)
+        value, chosen = (nn.functional.normalize(ours, dim=1) @ nn.functional.normalize(table, dim=1).T).max(
+            1
+        )
         better = value > best
         best, token = torch.where(better, value, best), torch.where(better, chosen, token)
         place = torch.where(better, torch.tensor(index), place)
@@ -144,7 +152,9 @@ def _sentences(tokens: Tensor, where: Tensor, codes: Tensor, *, tolerance: float
     while left:
         head = codes[left[0]]
         same = [
-            index for index in left if float((codes[index] - head).norm()) <= tolerance * max(1.0, float(head.norm()))
+            index
+            for index in left
+            if float((codes[index] - head).norm()) <= tolerance * max(1.0, float(head.norm()))
         ]
         text = torch.full((int(where[same].max()) + 1,), -1)
         text[where[same]] = tokens[same]

@@ -44,7 +44,9 @@ def decode(states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return nearest, torch.linalg.vector_norm(unit - rows[nearest], dim=1)
 
 
-def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _attempt(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     private = working_copy(model, observation).double()
     channels = narrow_channels(observation, private)
     items: list[Item] = []
@@ -61,7 +63,9 @@ def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, bu
         items.insert(0, Item(kind="token_set", value=torch.tensor(sorted(tokens)), confidence=1.0))
     confidence = 1.0 if tokens else 0.8 if items else 0.0
     reason = "" if items else "no unit was hit by one position alone"
-    return Finding(items=tuple(items), confidence=confidence, reason=reason, details={"adapters": len(channels)})
+    return Finding(
+        items=tuple(items), confidence=confidence, reason=reason, details={"adapters": len(channels)}
+    )
 
 
 def _tokens_of(model: nn.Module, channel: Channel, quotients: Tensor, vocabulary: int) -> set[int]:

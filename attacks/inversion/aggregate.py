@@ -13,7 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attacks.contract import Attack, Budget, Deadline, Finding, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.contract import (
+    Attack,
+    Budget,
+    Deadline,
+    Finding,
+    NotApplicable,
+    PlainAttack,
+    Prior,
+    working_copy,
+)
 from attacks.inversion.channels import numerical_rank
 from attacks.inversion.linear import as_item, first_biased
 from attacks.inversion.priors import total_variation
@@ -102,8 +111,12 @@ def separate(
     return nn.functional.normalize(free.detach(), dim=1) @ mixture.whitened, value
 
 
-def _minimise(variable: Tensor, objective: Callable[[], Tensor], iterations: int, deadline: Deadline) -> float:
-    optimiser = torch.optim.LBFGS([variable], lr=1.0, max_iter=20, line_search_fn="strong_wolfe", tolerance_change=0.0)
+def _minimise(
+    variable: Tensor, objective: Callable[[], Tensor], iterations: int, deadline: Deadline
+) -> float:
+    optimiser = torch.optim.LBFGS(
+        [variable], lr=1.0, max_iter=20, line_search_fn="strong_wolfe", tolerance_change=0.0
+    )
 
     def closure() -> Tensor:
         value = objective()
@@ -139,7 +152,9 @@ def rescaled(sources: Tensor, gradient: Tensor, bias: Tensor | None) -> Tensor:
     return (positive - low) / (high - low).clamp_min(1e-12)
 
 
-def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _attempt(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     deadline = budget.start()
     private = working_copy(model, observation)
     channel = first_biased(observation, private)
@@ -172,7 +187,9 @@ def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, bu
     inside = float(((inputs > -0.1) & (inputs < 1.1)).double().mean())
     items = tuple(as_item(row, observation, inside) for row in inputs)
     return Finding(
-        items=items, confidence=inside, details={"channel": channel.name, "sources": count, "objective": best[1]}
+        items=items,
+        confidence=inside,
+        details={"channel": channel.name, "sources": count, "objective": best[1]},
     )
 
 

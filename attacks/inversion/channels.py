@@ -114,7 +114,11 @@ def spectrum_of(channel: Channel) -> Spectrum:
     rows, columns = channel.gradient.shape
     _, singular, right = torch.linalg.svd(channel.gradient.double(), full_matrices=False)
     return Spectrum(
-        channel=channel.name, singular=singular, right=right, shape=(rows, columns), dtype=channel.gradient.dtype
+        channel=channel.name,
+        singular=singular,
+        right=right,
+        shape=(rows, columns),
+        dtype=channel.gradient.dtype,
     )
 
 

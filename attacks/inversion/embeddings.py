@@ -14,7 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from attacks.contract import Attack, Budget, Deadline, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.contract import (
+    Attack,
+    Budget,
+    Deadline,
+    Finding,
+    Item,
+    NotApplicable,
+    PlainAttack,
+    Prior,
+    working_copy,
+)
 from attacks.inversion.channels import capture_inputs, linear_modules
 from attacks.inversion.matching import cohort_size, known_or_inferred_labels
 from attacks.inversion.optimise import (
@@ -35,7 +45,12 @@ from attacks.inversion.tokens import embedding_names, noise_per_entry, likely_to
 from attacks.observation import Observation
 
 TAG = Settings(
-    distance="squared and absolute", absolute=0.01, optimiser="adamw", rate=0.05, schedule="linear", warm_up=20
+    distance="squared and absolute",
+    absolute=0.01,
+    optimiser="adamw",
+    rate=0.05,
+    schedule="linear",
+    warm_up=20,
 )
 COSINE = Settings(distance="cosine per tensor", optimiser="lbfgs", rate=1.0, line_search=True, precise=True)
 WHITENED = replace(COSINE, distance="whitened")
@@ -133,7 +148,9 @@ def text_frame(observation: Observation, model: nn.Module) -> TextFrame:
     allowed &= rows.norm(dim=1) > 0
     placeholder = next(token for token in range(len(rows)) if token != padding and bool(rows[token].any()))
     with torch.no_grad():
-        probe = model(input_ids=torch.full((1, 2), placeholder), attention_mask=torch.ones(1, 2, dtype=torch.long))
+        probe = model(
+            input_ids=torch.full((1, 2), placeholder), attention_mask=torch.ones(1, 2, dtype=torch.long)
+        )
     generative = getattr(probe, "logits", probe).ndim == 3
     return TextFrame(
         embedding=name,
@@ -178,12 +195,16 @@ def text_problem(
     if not frame.generative:
         labels = None if joint else known_or_inferred_labels(observation, private, prior, count, seed)
         with torch.no_grad():
-            classes = int(logits_of(private, frame, torch.zeros(count, frame.length, frame.rows.shape[1])).shape[-1])
+            classes = int(
+                logits_of(private, frame, torch.zeros(count, frame.length, frame.rows.shape[1])).shape[-1]
+            )
     names, target, scaled = share_only(private, observation)
     # The dummies enter behind the table, so its rows carry nothing for matching beyond the tokens already read off them.
     kept = [index for index, name in enumerate(names) if name != f"{frame.embedding}.weight"]
     if not kept:
-        raise NotApplicable("only the token embedding was shared: its rows give the tokens, matching adds nothing")
+        raise NotApplicable(
+            "only the token embedding was shared: its rows give the tokens, matching adds nothing"
+        )
     spread = float(frame.rows[frame.allowed].std())
 
     def draw(generator: torch.Generator) -> Tensor:
@@ -237,7 +258,9 @@ def nearest_tokens(
     return tokens, best
 
 
-def token_misfit(problem: Problem, frame: TextFrame, settings: Settings, tokens: Tensor, targets: Tensor) -> float:
+def token_misfit(
+    problem: Problem, frame: TextFrame, settings: Settings, tokens: Tensor, targets: Tensor
+) -> float:
     """Return how badly the update of real tokens (b, t) fits the observed one: 0 when they are the client's."""
     grads, _ = update_of(problem, frame.rows[tokens], targets, keep_graph=False)
     return float(
@@ -323,7 +346,9 @@ def text_finding(
 ) -> Finding:
     """Return recovered sequences: the nearest tokens, exchanged while that makes the update fit better."""
     candidates, likeness = nearest_tokens(problem.model, found.inputs, frame, keep=_CANDIDATES)
-    tokens, residual = exchange_tokens(problem, frame, settings, candidates, found.targets, deadline, trials=trials)
+    tokens, residual = exchange_tokens(
+        problem, frame, settings, candidates, found.targets, deadline, trials=trials
+    )
     explained = max(0.0, 1.0 - residual / max(found.start_distance, 1e-30))
     details: dict[str, float | int | str] = {
         "distance": found.distance,
@@ -334,11 +359,19 @@ def text_finding(
         "likeness": float(likeness[..., 0].mean()),
     }
     reason = "stopped by the clock" if found.stopped else ""
-    return Finding(items=as_sequences(tokens, frame, explained), confidence=explained, reason=reason, details=details)
+    return Finding(
+        items=as_sequences(tokens, frame, explained), confidence=explained, reason=reason, details=details
+    )
 
 
 def invert_text(
-    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int, *, settings: Settings
+    observation: Observation,
+    model: nn.Module | None,
+    prior: Prior,
+    budget: Budget,
+    seed: int,
+    *,
+    settings: Settings,
 ) -> Finding:
     """Match the observed update with dummy embeddings under the given settings."""
     deadline = budget.start()
@@ -352,10 +385,14 @@ def invert_text(
 
 
 def _preset(name: str, settings: Settings, summary: str) -> Attack:
-    def attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+    def attempt(
+        observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+    ) -> Finding:
         return invert_text(observation, model, prior, budget, seed, settings=settings)
 
-    return PlainAttack(name=name, family="matching", attempt=attempt, requires=("model", "batch_size"), summary=summary)
+    return PlainAttack(
+        name=name, family="matching", attempt=attempt, requires=("model", "batch_size"), summary=summary
+    )
 
 
 def tag() -> Attack:
@@ -372,4 +409,6 @@ def text_matching() -> Attack:
 
 def text_matching_whitened() -> Attack:
     """Return matching on embeddings with each tensor weighed by its own size plus the noise."""
-    return _preset("text_matching_whitened", WHITENED, "text by matching of embeddings, tensors weighed against noise")
+    return _preset(
+        "text_matching_whitened", WHITENED, "text by matching of embeddings, tensors weighed against noise"
+    )

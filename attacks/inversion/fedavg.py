@@ -54,7 +54,9 @@ def local_run(observation: Observation) -> LocalRun:
         raise NotApplicable("the update is not one client's delta: use gradient matching")
     optimiser = str(observation.known("optimiser") or "").lower()
     if optimiser != "sgd":
-        raise NotApplicable(f"the simulation is written for SGD clients, the optimiser is {optimiser or 'unknown'}")
+        raise NotApplicable(
+            f"the simulation is written for SGD clients, the optimiser is {optimiser or 'unknown'}"
+        )
     facts = {name: observation.known(name) for name in ("learning_rate", "local_steps", "batch_size")}
     missing = [name for name, value in facts.items() if not value]
     if missing:
@@ -63,7 +65,9 @@ def local_run(observation: Observation) -> LocalRun:
     steps, batch = int(facts["local_steps"]), int(facts["batch_size"])
     if steps % epochs:
         raise NotApplicable(f"{steps} steps are not a whole number of batches in {epochs} epochs")
-    return LocalRun(rate=float(facts["learning_rate"]), epochs=epochs, examples=batch * (steps // epochs), batch=batch)
+    return LocalRun(
+        rate=float(facts["learning_rate"]), epochs=epochs, examples=batch * (steps // epochs), batch=batch
+    )
 
 
 def logits_at(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
@@ -74,7 +78,9 @@ def logits_at(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -
     return logits
 
 
-def simulated_delta(problem: Problem, run: LocalRun, epochs: tuple[Tensor, ...], labels: Tensor) -> list[Tensor]:
+def simulated_delta(
+    problem: Problem, run: LocalRun, epochs: tuple[Tensor, ...], labels: Tensor
+) -> list[Tensor]:
     """Return old minus new weights after the client's steps on dummies, one set (n, ...) per epoch, differentiably."""
     start = dict(zip(problem.names, problem.parameters, strict=True))
     weights: dict[str, Tensor] = {name: value.detach().requires_grad_(True) for name, value in start.items()}
@@ -86,7 +92,8 @@ def simulated_delta(problem: Problem, run: LocalRun, epochs: tuple[Tensor, ...],
             loss = cross_entropy(logits_at(problem.model, weights, dummies[part]), targets[part])
             grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
             weights = {
-                name: value - run.rate * grad for (name, value), grad in zip(weights.items(), grads, strict=True)
+                name: value - run.rate * grad
+                for (name, value), grad in zip(weights.items(), grads, strict=True)
             }
     return [first[name] - weights[name] for name in problem.names]
 
@@ -125,7 +132,9 @@ def _prepare(
     return problem, run, problem.labels
 
 
-def _simulate(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _simulate(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     deadline = budget.start()
     problem, run, labels = _prepare(observation, model, prior, seed)
     steps = run.epochs * run.batches
@@ -147,7 +156,12 @@ def _simulate(observation: Observation, model: nn.Module | None, prior: Prior, b
 
 
 def _descend(
-    problem: Problem, run: LocalRun, labels: Tensor, iterations: int, generator: torch.Generator, deadline: Deadline
+    problem: Problem,
+    run: LocalRun,
+    labels: Tensor,
+    iterations: int,
+    generator: torch.Generator,
+    deadline: Deadline,
 ) -> tuple[float, Tensor, float]:
     low, high = problem.box if problem.box is not None else (torch.tensor(-3.0), torch.tensor(3.0))
     middle = (0.5 * (low + high)).expand(problem.shape)
@@ -181,7 +195,9 @@ def _descend(
     return best[0], best[1], first
 
 
-def _surrogate(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _surrogate(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     deadline = budget.start()
     if observation.content != "delta":
         raise NotApplicable("the update is a gradient: use gradient matching")
@@ -229,7 +245,9 @@ def _slide(
     best = float("inf"), images.detach().clone(), 0.5
     for step in range(iterations):
         optimiser.param_groups[0]["lr"] = settings.rate * (1.0 - step / iterations) + 1e-3
-        weights = {name: start[name] + place * delta for name, delta in zip(problem.names, deltas, strict=True)}
+        weights = {
+            name: start[name] + place * delta for name, delta in zip(problem.names, deltas, strict=True)
+        }
         loss = cross_entropy(logits_at(problem.model, weights, images), targets)
         grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         distance = misfit(list(grads), problem.target, kind="cosine")
@@ -250,13 +268,20 @@ def _slide(
 
 
 def _finding(
-    images: Tensor, labels: Tensor, distance: float, start: float, deadline: Deadline, details: dict[str, float | int]
+    images: Tensor,
+    labels: Tensor,
+    distance: float,
+    start: float,
+    deadline: Deadline,
+    details: dict[str, float | int],
 ) -> Finding:
     confidence = max(0.0, min(1.0, 1.0 - distance / max(start, 1e-30)))
     items = [Item(kind="image", value=image, confidence=confidence) for image in images]
     items.append(Item(kind="labels", value=labels, confidence=confidence))
     reason = "stopped by the clock" if deadline.expired else ""
-    return Finding(items=tuple(items), confidence=confidence, reason=reason, details={"distance": distance, **details})
+    return Finding(
+        items=tuple(items), confidence=confidence, reason=reason, details={"distance": distance, **details}
+    )
 
 
 def unrolled() -> Attack:

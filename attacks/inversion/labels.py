@@ -18,7 +18,17 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
-from attacks.contract import Attack, Budget, Deadline, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.contract import (
+    Attack,
+    Budget,
+    Deadline,
+    Finding,
+    Item,
+    NotApplicable,
+    PlainAttack,
+    Prior,
+    working_copy,
+)
 from attacks.inversion.channels import capture_inputs, linear_modules, numerical_rank
 from attacks.inversion.tokens import embedding_names, vocabulary_size
 from attacks.observation import Observation
@@ -76,8 +86,11 @@ def find_head(observation: Observation, model: nn.Module) -> Head:
     return Head(
         name=name,
         module=module,
-        weight=view.tensors[f"{name}.weight"].double() / observation.contributors - decay * module.weight.double(),
-        bias=None if bias is None else bias.double() / observation.contributors - decay * module.bias.double(),
+        weight=view.tensors[f"{name}.weight"].double() / observation.contributors
+        - decay * module.weight.double(),
+        bias=None
+        if bias is None
+        else bias.double() / observation.contributors - decay * module.bias.double(),
         examples=int(batch) * steps * observation.contributors,
     )
 
@@ -146,7 +159,9 @@ def bounded_counts(estimate: Tensor, least: Tensor, possible: Tensor, total: int
     low, high = -reach, reach
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if float(torch.maximum(wanted - middle, floor).sum()) > total else (low, middle)
+        low, high = (
+            (middle, high) if float(torch.maximum(wanted - middle, floor).sum()) > total else (low, middle)
+        )
     exact = torch.maximum(wanted - high, floor)
     whole = exact.floor()
     rest = torch.where(possible, exact - whole, torch.full_like(exact, -1.0))
@@ -194,7 +209,10 @@ def ilrg_counts(weight: Tensor, bias: Tensor, module: nn.Linear, examples: int) 
     own = module.bias.double() if module.bias is not None else 0.0
     probabilities = torch.softmax(features @ module.weight.double().T + own, dim=1)
     system = torch.cat(
-        [(probabilities - torch.eye(len(bias), dtype=torch.float64)).T, torch.ones(1, len(bias), dtype=torch.float64)]
+        [
+            (probabilities - torch.eye(len(bias), dtype=torch.float64)).T,
+            torch.ones(1, len(bias), dtype=torch.float64),
+        ]
     )
     target = torch.cat([bias * examples, torch.tensor([float(examples)], dtype=torch.float64)])
     solution: Tensor = torch.linalg.lstsq(system, target[:, None], driver="gelsd").solution
@@ -249,12 +267,16 @@ def _finding(counts: Tensor, head: Head, confidence: float) -> Finding:
     return Finding(items=items, confidence=confidence, details={"head": head.name, "examples": head.examples})
 
 
-def _identity(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _identity(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     deadline = budget.start()
     private = working_copy(model, observation).requires_grad_(False)
     head = find_head(observation, private)
     total, closed = head.examples, float(head.weight.sum(dim=0).norm()) <= _CLOSED * float(head.weight.norm())
-    if closed and total == 1 and (head.classes > 2 or head.bias is not None):  # the other rows all point away from its own
+    if (
+        closed and total == 1 and (head.classes > 2 or head.bias is not None)
+    ):  # the other rows all point away from its own
         return _finding(_one_hot(_single(head), head.classes), head, 1.0)
     probability, feature, _ = probe_head(observation, private, prior, head, seed)
     bias = _bias(head, feature)
@@ -288,7 +310,9 @@ def _bounds(head: Head, deadline: Deadline) -> tuple[Tensor, Tensor]:
     if possible is None:
         return torch.ones(head.classes, dtype=torch.bool), least
     possible |= least > 0
-    if int(possible.sum()) <= min(head.examples, head.classes // 2):  # in few dimensions hardly one passes by chance
+    if int(possible.sum()) <= min(
+        head.examples, head.classes // 2
+    ):  # in few dimensions hardly one passes by chance
         least = torch.maximum(least, possible.long())
     return possible, least
 
@@ -304,7 +328,9 @@ def _one_hot(label: int, classes: int) -> Tensor:
     return nn.functional.one_hot(torch.tensor(label), classes)
 
 
-def _idlg(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _idlg(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     head = find_head(observation, working_copy(model, observation).requires_grad_(False))
     if head.examples != 1:
         raise NotApplicable(f"iDLG reads one label, here are {head.examples}")
@@ -316,14 +342,18 @@ def _idlg(observation: Observation, model: nn.Module | None, prior: Prior, budge
     return _finding(_one_hot(label, head.classes), head, opposite)
 
 
-def _llg(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _llg(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     head = find_head(observation, working_copy(model, observation).requires_grad_(False))
     if not bool((head.weight.sum(dim=1) < 0).any()):
         raise NotApplicable("no row of the head has a negative sum: the features are not of one sign")
     return _finding(llg_counts(head.weight, head.examples), head, 0.5)
 
 
-def _ilrg(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _ilrg(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     head = find_head(observation, working_copy(model, observation).requires_grad_(False))
     if head.bias is None:
         raise NotApplicable("iLRG divides by the head's bias gradient, and the head has no bias")

@@ -33,7 +33,13 @@ class Simulated:
 
 
 def simulate_pairs(
-    client: Client, examples: Mapping[str, Tensor], *, names: tuple[str, ...], batch: int, pairs: int, seed: int
+    client: Client,
+    examples: Mapping[str, Tensor],
+    *,
+    names: tuple[str, ...],
+    batch: int,
+    pairs: int,
+    seed: int,
 ) -> Simulated:
     """Run the client's pipeline on `pairs` random public batches; return updates over `names` and inputs.
 
@@ -131,7 +137,9 @@ def fit_inverter(
         schedule.step()
         if step % 25 == 24 or step == iterations - 1:
             with torch.no_grad():
-                error = float(permuted_loss(network(features[:cut]).reshape(-1, batch, size), simulated.inputs[:cut]))
+                error = float(
+                    permuted_loss(network(features[:cut]).reshape(-1, batch, size), simulated.inputs[:cut])
+                )
             if error < best:
                 best, kept = error, {name: value.clone() for name, value in network.state_dict().items()}
             if deadline.expired:
@@ -141,10 +149,14 @@ def fit_inverter(
     return network.eval(), best, naive
 
 
-def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _attempt(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     deadline = budget.start()
     if prior.client is None or prior.examples is None or "images" not in prior.examples:
-        raise NotApplicable("the client's pipeline and public images are needed: set prior.client and prior.examples")
+        raise NotApplicable(
+            "the client's pipeline and public images are needed: set prior.client and prior.examples"
+        )
     batch = int(observation.known("batch_size")) * observation.contributors
     names = tuple(sorted(observation.tensors))
     pairs = min(_PAIRS, 8 * budget.iterations)
@@ -159,9 +171,17 @@ def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, bu
         guess = network(components(seen[None])).reshape(batch, *prior.examples["images"].shape[1:])
     confidence = max(0.0, 1.0 - error / max(naive, 1e-30))
     items = tuple(Item(kind="image", value=image, confidence=confidence) for image in guess)
-    details = {"pairs": pairs, "features": len(components.basis), "held_out_error": error, "mean_image_error": naive}
+    details = {
+        "pairs": pairs,
+        "features": len(components.basis),
+        "held_out_error": error,
+        "mean_image_error": naive,
+    }
     return Finding(
-        items=items, confidence=confidence, reason="stopped by the clock" if deadline.expired else "", details=details
+        items=items,
+        confidence=confidence,
+        reason="stopped by the clock" if deadline.expired else "",
+        details=details,
     )
 
 

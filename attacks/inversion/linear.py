@@ -16,7 +16,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from attacks.contract import Attack, Budget, Deadline, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.contract import (
+    Attack,
+    Budget,
+    Deadline,
+    Finding,
+    Item,
+    NotApplicable,
+    PlainAttack,
+    Prior,
+    working_copy,
+)
 from attacks.inversion.channels import Channel, numerical_rank, observed_channels
 from attacks.observation import Observation
 
@@ -62,7 +72,9 @@ def agreeing(candidates: Tensor, *, tolerance: float = 1e-4) -> list[tuple[Tenso
     return sorted(groups, key=lambda group: -group[1])
 
 
-def _readout(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _readout(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     private = working_copy(model, observation)
     channel = first_biased(observation, private)
     candidates, _ = bias_quotients(channel)
@@ -75,7 +87,8 @@ def _readout(observation: Observation, model: nn.Module | None, prior: Prior, bu
     chosen = (sure + lone)[:limit] if limit else sure
     if not chosen:
         return Finding(
-            reason="no two neurons agree on an input", details={"channel": channel.name, "neurons": len(candidates)}
+            reason="no two neurons agree on an input",
+            details={"channel": channel.name, "neurons": len(candidates)},
         )
     items = tuple(as_item(value, observation, confidence) for value, confidence in chosen)
     mean = sum(confidence for _, confidence in chosen) / len(chosen)
@@ -122,7 +135,9 @@ def spear_inputs(
     silent = 0.3 * math.sqrt(torch.finfo(gradient.dtype).eps)
     search = sparse_directions(left, silent=silent, samples=samples, generator=generator, deadline=deadline)
     for directions in search:
-        scale = torch.linalg.lstsq(left @ directions, bias.double()[:, None], driver="gelsd").solution.flatten()
+        scale = torch.linalg.lstsq(
+            left @ directions, bias.double()[:, None], driver="gelsd"
+        ).solution.flatten()
         if bool((scale.abs() < 1e-12).any()):
             continue
         mixing = directions * scale
@@ -198,7 +213,9 @@ def activation_agreement(inputs: Tensor, deltas: Tensor, module: nn.Module, sile
     return float((fires == moved).double().mean())
 
 
-def _spear(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _spear(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     private = working_copy(model, observation)
     channel = first_biased(observation, private)
     if channel.bias is None:
@@ -214,7 +231,9 @@ def _spear(observation: Observation, model: nn.Module | None, prior: Prior, budg
     )
     if found is None:
         reason = (
-            "stopped by the clock" if deadline.expired else "too few sparse directions: no ReLU, or too many examples"
+            "stopped by the clock"
+            if deadline.expired
+            else "too few sparse directions: no ReLU, or too many examples"
         )
         return Finding(reason=reason, details={"channel": channel.name})
     inputs, _, agreement = found

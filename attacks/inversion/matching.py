@@ -41,7 +41,9 @@ from attacks.observation import Observation
 DLG = Settings(distance="squared", optimiser="lbfgs", rate=1.0, joint=True)
 IDLG = replace(DLG, joint=False)
 # With kinks seen the size of the gradient means something, so that its sign alone, as published, would throw it away.
-GEIPING = Settings(distance="cosine", rate=0.1, schedule="cosine", smoothness=(0.1, 3e-3), kink=1.0, start="normal")
+GEIPING = Settings(
+    distance="cosine", rate=0.1, schedule="cosine", smoothness=(0.1, 3e-3), kink=1.0, start="normal"
+)
 MODERN = Settings(
     distance="cosine",
     rate=0.1,
@@ -64,7 +66,13 @@ GRAD_INVERSION = Settings(
     start="normal",
 )
 GRAD_VIT = Settings(
-    distance="cosine per tensor", optimiser="lbfgs", rate=1.0, line_search=True, precise=True, seams=1e-4, start="grey"
+    distance="cosine per tensor",
+    optimiser="lbfgs",
+    rate=1.0,
+    line_search=True,
+    precise=True,
+    seams=1e-4,
+    start="grey",
 )
 
 
@@ -134,9 +142,13 @@ def image_problem(
     )
 
 
-def image_penalty(problem: Problem, settings: Settings, observation: Observation) -> tuple[Problem, Penalty | None]:
+def image_penalty(
+    problem: Problem, settings: Settings, observation: Observation
+) -> tuple[Problem, Penalty | None]:
     """Return the problem with the activations the priors need, and the weighted sum of those priors."""
-    norms = tuple(name for name, module in problem.model.named_modules() if isinstance(module, nn.BatchNorm2d))
+    norms = tuple(
+        name for name, module in problem.model.named_modules() if isinstance(module, nn.BatchNorm2d)
+    )
     taps = norms if settings.batch_norm else ()
     wanted = _wanted_features(problem, observation) if settings.feature else None
     taps += (wanted[0],) if wanted is not None else ()
@@ -151,7 +163,9 @@ def image_penalty(problem: Problem, settings: Settings, observation: Observation
                 {name: tapped[name] for name in norms}, problem.model
             )
         if wanted is not None:
-            total = total + settings.feature * feature_distance(tapped[wanted[0]].flatten(1), wanted[1], wanted[2])
+            total = total + settings.feature * feature_distance(
+                tapped[wanted[0]].flatten(1), wanted[1], wanted[2]
+            )
         if settings.magnitude:
             total = total + settings.magnitude * inputs.square().mean()
         if patch is not None:
@@ -168,7 +182,9 @@ def _wanted_features(problem: Problem, observation: Observation) -> tuple[str, T
     shared = dict(zip(problem.names, problem.target, strict=True))
     if not linear or f"{linear[-1]}.weight" not in shared or f"{linear[-1]}.bias" not in shared:
         return None
-    wanted, usable = class_features(shared[f"{linear[-1]}.weight"], shared[f"{linear[-1]}.bias"], problem.labels)
+    wanted, usable = class_features(
+        shared[f"{linear[-1]}.weight"], shared[f"{linear[-1]}.bias"], problem.labels
+    )
     alone = (problem.labels[:, None] == problem.labels[None, :]).sum(1) == 1
     usable = usable & alone
     return (linear[-1], wanted, usable) if bool(usable.any()) and wanted.ndim == 2 else None
@@ -176,7 +192,11 @@ def _wanted_features(problem: Problem, observation: Observation) -> tuple[str, T
 
 def _patch_size(model: nn.Module) -> tuple[int, int] | None:
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size and module.kernel_size[0] > 1:
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.stride == module.kernel_size
+            and module.kernel_size[0] > 1
+        ):
             return int(module.kernel_size[0]), int(module.kernel_size[1])
     return None
 
@@ -200,7 +220,13 @@ def image_finding(found: Match, problem: Problem) -> Finding:
 
 
 def invert_images(
-    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int, *, settings: Settings
+    observation: Observation,
+    model: nn.Module | None,
+    prior: Prior,
+    budget: Budget,
+    seed: int,
+    *,
+    settings: Settings,
 ) -> Finding:
     """Match the observed update with dummy images under the given settings."""
     problem = image_problem(observation, model, prior, seed, joint=settings.joint)
@@ -214,17 +240,28 @@ def invert_images(
 
     with differentiable_attention(), torch.enable_grad():
         found = solve(
-            problem, settings, budget, seed, penalty=penalty, smoother=smoother if settings.smoothness[0] else None
+            problem,
+            settings,
+            budget,
+            seed,
+            penalty=penalty,
+            smoother=smoother if settings.smoothness[0] else None,
         )
     return image_finding(found, problem)
 
 
 def _preset(name: str, settings: Settings, summary: str) -> Attack:
-    def attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+    def attempt(
+        observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+    ) -> Finding:
         return invert_images(observation, model, prior, budget, seed, settings=settings)
 
     return PlainAttack(
-        name=name, family="matching", attempt=attempt, requires=("model", "image_shape", "batch_size"), summary=summary
+        name=name,
+        family="matching",
+        attempt=attempt,
+        requires=("model", "image_shape", "batch_size"),
+        summary=summary,
     )
 
 
@@ -250,9 +287,13 @@ def modern_inversion() -> Attack:
 
 def grad_inversion() -> Attack:
     """Return GradInversion's priors: batch-norm statistics, consensus of restarts, Langevin noise."""
-    return _preset("grad_inversion", GRAD_INVERSION, "images by matching with batch-norm statistics and restarts")
+    return _preset(
+        "grad_inversion", GRAD_INVERSION, "images by matching with batch-norm statistics and restarts"
+    )
 
 
 def grad_vit() -> Attack:
     """Return per-tensor cosine matching by L-BFGS with the patch-seam prior, for vision transformers."""
-    return _preset("grad_vit", GRAD_VIT, "images from vision transformers by cosine matching with a patch prior")
+    return _preset(
+        "grad_vit", GRAD_VIT, "images from vision transformers by cosine matching with a patch prior"
+    )

@@ -130,7 +130,9 @@ def differentiable_attention() -> Iterator[None]:
         yield
 
 
-def share_only(model: nn.Module, observation: Observation) -> tuple[tuple[str, ...], tuple[Tensor, ...], bool]:
+def share_only(
+    model: nn.Module, observation: Observation
+) -> tuple[tuple[str, ...], tuple[Tensor, ...], bool]:
     """Let only the observed parameters require gradients; return their names, mean gradient, and whether it is scaled.
 
     This is the parameter mask: whatever was shared is matched, nothing else. Tensors that are zero in the observation
@@ -149,7 +151,9 @@ def share_only(model: nn.Module, observation: Observation) -> tuple[tuple[str, .
     largest = max(sizes.values(), default=0.0)
     names = tuple(name for name in own if name in shared and sizes[name] > _NUMERICALLY_ZERO * largest)
     if not names:
-        raise NotApplicable("no observed tensor other than zero has the name and shape of a parameter of the model")
+        raise NotApplicable(
+            "no observed tensor other than zero has the name and shape of a parameter of the model"
+        )
     for name, parameter in own.items():
         parameter.requires_grad_(name in names)
     clipped = observation.known("clip_norm") is not None and observation.metadata.get("point") != "raw"
@@ -288,11 +292,22 @@ def match(
     `unit`, by default that of the start, so that priors weigh the same whether much or little depends on the inputs. With noise of known size
     the run ends once the fit is better than noise allows. Starts from `start` when given.
     """
-    inputs = (start if start is not None else draw_start(problem, settings, generator)).clone().requires_grad_(True)
+    inputs = (
+        (start if start is not None else draw_start(problem, settings, generator))
+        .clone()
+        .requires_grad_(True)
+    )
     logits = _start_logits(problem, settings, generator)
     if settings.optimiser == "lbfgs":
         return _quasi_newton(
-            problem, settings, inputs, logits, iterations=iterations, deadline=deadline, penalty=penalty, unit=unit
+            problem,
+            settings,
+            inputs,
+            logits,
+            iterations=iterations,
+            deadline=deadline,
+            penalty=penalty,
+            unit=unit,
         )
     descent = _Descent(problem, settings, iterations, penalty, smoother, unit)
     variables = [inputs] if logits is None else [inputs, logits]
@@ -389,7 +404,9 @@ class _Descent:
             if settings.sign == "hard":
                 grad = grad.sign()
             elif settings.sign == "soft":
-                grad = torch.tanh(grad / (grad.abs().mean() * (0.1 + step / self.iterations)).clamp_min(1e-30))
+                grad = torch.tanh(
+                    grad / (grad.abs().mean() * (0.1 + step / self.iterations)).clamp_min(1e-30)
+                )
             variable.grad = grad
         optimiser.step()
         if settings.langevin:
@@ -459,7 +476,9 @@ def _quasi_newton(
 
     while len(history) < iterations * settings.evaluations:
         optimiser.step(closure)  # type: ignore[no-untyped-call]
-        converged = best[0] < 1e-14 or (problem.noise > 0 and settings.distance == "cosine" and best[0] < problem.floor)
+        converged = best[0] < 1e-14 or (
+            problem.noise > 0 and settings.distance == "cosine" and best[0] < problem.floor
+        )
         stuck = len(history) > 100 and history[-60] - min(history) < 1e-6 * history[-60]
         if deadline.expired or converged or stuck or not math.isfinite(history[-1]):
             break
@@ -494,7 +513,9 @@ def draw_start(problem: Problem, settings: Settings, generator: torch.Generator)
         return _inside(torch.rand(problem.shape, generator=generator), problem.box)
     if settings.start == "grey" and problem.box is not None:
         low, high = problem.box
-        return (0.5 * (low + high)).expand(problem.shape) + 0.02 * torch.randn(problem.shape, generator=generator)
+        return (0.5 * (low + high)).expand(problem.shape) + 0.02 * torch.randn(
+            problem.shape, generator=generator
+        )
     return torch.randn(problem.shape, generator=generator)
 
 

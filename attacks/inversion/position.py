@@ -31,7 +31,9 @@ def refuse_rescaled(observation: Observation) -> None:
     """
     optimiser = str(observation.known("optimiser") or "sgd").lower()
     if observation.content == "delta" and "sgd" not in optimiser:
-        raise NotApplicable(f"{optimiser} rescales every entry, which breaks the linear relation between gradients")
+        raise NotApplicable(
+            f"{optimiser} rescales every entry, which breaks the linear relation between gradients"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -48,7 +50,9 @@ def placement(position_gradient: Tensor, token_gradient: Tensor) -> tuple[Tensor
     return solution, residual
 
 
-def _text(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _text(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     refuse_rescaled(observation)
     private = working_copy(model, observation)
     token_name = f"{token_embedding(private)}.weight"
@@ -136,7 +140,9 @@ def _grid(observation: Observation, model: nn.Module, places: int, patch: tuple[
     return side, side
 
 
-def _vision(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _vision(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     refuse_rescaled(observation)
     private = working_copy(model, observation)
     name, module = _patch_projection(observation, private)
@@ -146,7 +152,9 @@ def _vision(observation: Observation, model: nn.Module | None, prior: Prior, bud
     count = grid[0] * grid[1]
     weight = observation.gradient().tensors[f"{name}.weight"].flatten(1)
     if count > weight.shape[0]:
-        raise NotApplicable(f"{count} patches exceed the width {weight.shape[0]}: the system has no single solution")
+        raise NotApplicable(
+            f"{count} patches exceed the width {weight.shape[0]}: the system has no single solution"
+        )
     patches, residual = solve_patches(positions[-count:], weight)
     image = assemble(patches, module.in_channels, patch, grid)
     image = image if residual <= _SOLVED else within_pixels(image, prior)
@@ -165,7 +173,9 @@ def _vision(observation: Observation, model: nn.Module | None, prior: Prior, bud
 # --------------------------------------------------------------------------------------------------------------- APRIL
 
 
-def _april(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _april(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     refuse_rescaled(observation)
     private = working_copy(model, observation)
     _, module = _patch_projection(observation, private)

@@ -79,11 +79,17 @@ def batch_statistics_distance(taps: Mapping[str, Tensor], model: nn.Module, *, f
     total, weight = torch.zeros(()), first
     for name, value in taps.items():
         module = model.get_submodule(name)
-        if not isinstance(module, nn.BatchNorm2d) or module.running_mean is None or module.running_var is None:
+        if (
+            not isinstance(module, nn.BatchNorm2d)
+            or module.running_mean is None
+            or module.running_var is None
+        ):
             continue
         mean = value.mean(dim=(0, 2, 3))
         variance = value.var(dim=(0, 2, 3), unbiased=False)
-        total = total + weight * ((mean - module.running_mean).norm() + (variance - module.running_var).norm())
+        total = total + weight * (
+            (mean - module.running_mean).norm() + (variance - module.running_var).norm()
+        )
         weight = 1.0
     return total
 

@@ -18,7 +18,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from attacks.contract import Attack, Budget, Deadline, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.contract import (
+    Attack,
+    Budget,
+    Deadline,
+    Finding,
+    Item,
+    NotApplicable,
+    PlainAttack,
+    Prior,
+    working_copy,
+)
 from attacks.inversion.channels import Channel, Span, capture_inputs, observed_channels, spectrum_of
 from attacks.inversion.embeddings import TextFrame, text_frame
 from attacks.inversion.matching import known_or_inferred_labels
@@ -103,7 +113,10 @@ def last_tokens(observation: Observation, model: nn.Module) -> Tensor | None:
     """
     head = output_layer(model)
     weight = None if head is None else getattr(model.get_submodule(head), "weight", None)
-    for name, own in model.named_parameters():  # a head tied to the token embedding goes by the embedding's name
+    for (
+        name,
+        own,
+    ) in model.named_parameters():  # a head tied to the token embedding goes by the embedding's name
         if own is weight and name in observation.tensors:
             norms: Tensor = torch.linalg.vector_norm(observation.tensors[name], dim=1)
             return norms.argsort(descending=True)[:_PLACE]
@@ -126,7 +139,9 @@ def propose(
     for place in range(1, len(options)):
         width = max(8, 2_048 // len(prefixes))
         tokens, far = options[place][:width], distances[place][:width]
-        tried = torch.cat([prefixes.repeat_interleave(len(tokens), 0), tokens.repeat(len(prefixes))[:, None]], dim=1)
+        tried = torch.cat(
+            [prefixes.repeat_interleave(len(tokens), 0), tokens.repeat(len(prefixes))[:, None]], dim=1
+        )
         total = scores.repeat_interleave(len(tokens)) + far.repeat(len(prefixes))
         if heads.spans and not deadline.expired:
             total = total + heads.distance(tried)[:, -1]
@@ -266,7 +281,8 @@ def pick_next(
     best: tuple[float, Tensor, Tensor | None] | None = None
     for length in lengths:
         drawn = [
-            options[torch.randint(len(options), (starts,), generator=pursuit.generator)] for options in pursuit.options
+            options[torch.randint(len(options), (starts,), generator=pursuit.generator)]
+            for options in pursuit.options
         ]
         ids = torch.cat([proposals[:, :length], torch.stack(drawn[:length], dim=1)])
         repeated = None if labels is None else torch.tensor(labels).repeat_interleave(len(ids))
@@ -298,7 +314,9 @@ def _clusters(ids: Tensor, order: list[int], most: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------ the attack
 
 
-def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _attempt(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     deadline = budget.start()
     refuse_rescaled(observation)
     private = working_copy(model, observation)
@@ -306,18 +324,24 @@ def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, bu
     sized = observation if known else observation.replace_tensors(observation.tensors, batch_size=_MOST)
     structure = study(observation, private)
     if not structure.causal:
-        raise NotApplicable("positions see each other both ways, so no sentence can be built from the left: use tiger")
+        raise NotApplicable(
+            "positions see each other both ways, so no sentence can be built from the left: use tiger"
+        )
     with differentiable_attention():
         frame = text_frame(sized, private)
         frame.allowed[frame.padding] = False
         labels = _labels(observation, private, prior, frame, seed)
         channels = observed_channels(observation, private)
         alone, mixed = (
-            heads_of(structure.light, [channels[spectrum.channel] for spectrum in spectra], noise=structure.noise)
+            heads_of(
+                structure.light, [channels[spectrum.channel] for spectrum in spectra], noise=structure.noise
+            )
             for spectra in (structure.alone, structure.mixed[:_CONTEXT])
         )
         if not alone.spans:
-            return Finding(reason="the row spaces of all heads are full or empty, so no token fits a place better")
+            return Finding(
+                reason="the row spaces of all heads are full or empty, so no token fits a place better"
+            )
         options, distances = place_tokens(alone, frame, deadline)
         last = last_tokens(observation, private) if frame.generative else None
         if last is not None:
@@ -384,7 +408,9 @@ def _pursuit(
     model = structure.light.requires_grad_(True)
     own = None if labels is None else torch.tensor(labels)[torch.arange(_PROBES) % len(labels)]
     wanted = [channels[name] for name in narrow[:_CHANNELS]]
-    noise = {channel.name: max(structure.noise, _rounding(observation, model, channel.name)) for channel in wanted}
+    noise = {
+        channel.name: max(structure.noise, _rounding(observation, model, channel.name)) for channel in wanted
+    }
     space = whiten(model, wanted, torch.stack(draws, dim=1), own, noise=noise)
     return Pursuit(
         space=space,
@@ -450,7 +476,13 @@ def _finding(pursuit: Pursuit) -> Finding:
         if weight > 0 and math.isfinite(weight):  # a client adds sentences up, it takes none away
             sure = confidence * min(1.0, weight / max(typical, 1e-30))
             items.append(Item(kind="sequence", value=ids[0], confidence=sure))
-    reason = "stopped by the clock" if pursuit.deadline.expired else "" if items else "no sentence explains anything"
+    reason = (
+        "stopped by the clock"
+        if pursuit.deadline.expired
+        else ""
+        if items
+        else "no sentence explains anything"
+    )
     details: dict[str, float | int | str] = {"picks": len(pursuit.ids), "unexplained": pursuit.share}
     return Finding(items=tuple(items), confidence=confidence, reason=reason, details=details)
 

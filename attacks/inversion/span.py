@@ -38,7 +38,9 @@ from attacks.observation import Observation
 # ------------------------------------------------------------------------------------------------------------- sentences
 
 
-def search_decoder(scene: Scene, candidates: Candidates, *, width: int, deadline: Deadline) -> list[tuple[int, ...]]:
+def search_decoder(
+    scene: Scene, candidates: Candidates, *, width: int, deadline: Deadline
+) -> list[tuple[int, ...]]:
     """Extend prefixes token by token, keeping those whose last position fits the span of a layer that sees the prefix.
 
     When the threshold is loose, only the best prefix of each token and the best token of each prefix are kept.
@@ -72,7 +74,9 @@ def with_own_trace(scene: Scene, sentences: list[tuple[int, ...]]) -> list[tuple
     kept: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for sentence in dict.fromkeys(sentences):
         ids = torch.tensor([sentence])
-        inputs = capture_inputs(module, lambda ids=ids: call(scene.structure.model, ids))[scene.mixed[0].channel][0]  # type: ignore[misc]
+        inputs = capture_inputs(module, lambda ids=ids: call(scene.structure.model, ids))[
+            scene.mixed[0].channel
+        ][0]  # type: ignore[misc]
         unit = inputs / inputs.norm(dim=-1, keepdim=True)
         kept[sentence] = {tuple(row) for row in (unit * 1e5).round().long().tolist()}
     for sentence in sorted(kept, key=lambda entry: (len(kept[entry]), -len(entry))):
@@ -84,10 +88,14 @@ def with_own_trace(scene: Scene, sentences: list[tuple[int, ...]]) -> list[tuple
 
 def _distinct(scene: Scene, sentences: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Keep the best-fitting sentences, dropping any that agrees in 70 % of its places with one already kept."""
-    means = {sentence: float(_context_distance(scene, torch.tensor([sentence])).mean()) for sentence in sentences}
+    means = {
+        sentence: float(_context_distance(scene, torch.tensor([sentence])).mean()) for sentence in sentences
+    }
     kept: list[tuple[int, ...]] = []
     for sentence in sorted(means, key=lambda entry: (-len(entry), means[entry])):
-        agreements = [sum(a == b for a, b in zip(sentence, other, strict=False)) / len(sentence) for other in kept]
+        agreements = [
+            sum(a == b for a, b in zip(sentence, other, strict=False)) / len(sentence) for other in kept
+        ]
         if max(agreements, default=0.0) < 0.7:
             kept.append(sentence)
     return kept
@@ -105,11 +113,19 @@ def context_threshold(scene: Scene, candidates: Candidates) -> float:
     strangers = torch.randint(scene.structure.vocabulary, (64, length), generator=generator)
     first = scene.mixed[0]
     codimension, rank = first.shape[1] - first.rank, first.rank
-    return tail(_context_distance(scene, strangers), codimension=codimension, rank=rank) or candidates.threshold
+    return (
+        tail(_context_distance(scene, strangers), codimension=codimension, rank=rank) or candidates.threshold
+    )
 
 
 def search_encoder(
-    scene: Scene, candidates: Candidates, *, lengths: tuple[int, ...], budget: Budget, deadline: Deadline, seed: int
+    scene: Scene,
+    candidates: Candidates,
+    *,
+    lengths: tuple[int, ...],
+    budget: Budget,
+    deadline: Deadline,
+    seed: int,
 ) -> list[tuple[int, ...]]:
     """Find whole sentences whose every position fits.
 
@@ -148,7 +164,8 @@ def _enumerate(
         part = grids[start : start + 4_096]
         fits = _context_distance(scene, part).amax(1)
         found += [
-            (float(fits[row]), tuple(part[row].tolist())) for row in (fits <= threshold).nonzero().flatten().tolist()
+            (float(fits[row]), tuple(part[row].tolist()))
+            for row in (fits <= threshold).nonzero().flatten().tolist()
         ]
     return [sentence for _, sentence in sorted(found)]
 
@@ -220,7 +237,11 @@ def _attempt(
     structure = study(observation, working_copy(model, observation).double())
     tokens = likely_tokens(observation, structure.model)
     found = find_candidates(
-        structure, token_pool(structure.vocabulary, tokens), deadline=deadline, allowed=tokens, outliers=outliers
+        structure,
+        token_pool(structure.vocabulary, tokens),
+        deadline=deadline,
+        allowed=tokens,
+        outliers=outliers,
     )
     if found is None:
         return Finding(
@@ -232,7 +253,9 @@ def _attempt(
     known = sorted({token for options in candidates.ids for token in options})
     items = [Item(kind="token_set", value=torch.tensor(known), confidence=certainty)]
     sentences = _sentences(observation, scene, candidates, budget, deadline, seed)
-    items += [Item(kind="sequence", value=torch.tensor(sentence), confidence=certainty) for sentence in sentences]
+    items += [
+        Item(kind="sequence", value=torch.tensor(sentence), confidence=certainty) for sentence in sentences
+    ]
     return Finding(
         items=tuple(items),
         confidence=certainty,
@@ -242,7 +265,12 @@ def _attempt(
 
 
 def _sentences(
-    observation: Observation, scene: Scene, candidates: Candidates, budget: Budget, deadline: Deadline, seed: int
+    observation: Observation,
+    scene: Scene,
+    candidates: Candidates,
+    budget: Budget,
+    deadline: Deadline,
+    seed: int,
 ) -> list[tuple[int, ...]]:
     if scene.structure.positional and all(len(options) <= 1 for options in candidates.ids):
         only = tuple(options[0] for options in candidates.ids if options)
@@ -271,7 +299,9 @@ def _decode(scene: Scene, candidates: Candidates, *, width: int, deadline: Deadl
         if not other.mixed or deadline.expired:
             continue
         found = _distinct(other, search_decoder(other, candidates, width=width, deadline=deadline))
-        covered = len({pair for sentence in found for pair in enumerate(sentence)} & pairs) / max(1, len(pairs))
+        covered = len({pair for sentence in found for pair in enumerate(sentence)} & pairs) / max(
+            1, len(pairs)
+        )
         if (covered, -float(len(found))) > score:
             best, score = found, (covered, -float(len(found)))
     return best

@@ -17,7 +17,14 @@ from scipy.stats import beta, norm
 from torch import Tensor, nn
 
 from attacks.contract import Deadline, NotApplicable
-from attacks.inversion.channels import Span, Spectrum, capture_inputs, execution_order, observed_channels, spectrum_of
+from attacks.inversion.channels import (
+    Span,
+    Spectrum,
+    capture_inputs,
+    execution_order,
+    observed_channels,
+    spectrum_of,
+)
 from attacks.inversion.tokens import noise_per_entry, vocabulary_size
 from attacks.observation import Observation
 
@@ -108,11 +115,15 @@ def study(observation: Observation, model: nn.Module, *, context: bool = True) -
     channels = observed_channels(observation, model)
     vocabulary = vocabulary_size(observation, model)
     probe = torch.arange(3, 9).remainder(vocabulary).unsqueeze(0)
-    order = execution_order({name: model.get_submodule(name) for name in channels}, lambda: call(model, probe))
+    order = execution_order(
+        {name: model.get_submodule(name) for name in channels}, lambda: call(model, probe)
+    )
     order, backward, forward = _probe(model, order, probe)
     alone = [name for name in order if not backward[name] and not forward[name]]
     if not alone:
-        raise NotApplicable("every observed layer sees tokens already mixed by attention, none sees them alone")
+        raise NotApplicable(
+            "every observed layer sees tokens already mixed by attention, none sees them alone"
+        )
     same = _inputs_of(model, alone[0], torch.full_like(probe, 3 % vocabulary))[0]
     mixed = [name for name in order if name not in alone][: _MIXED_STUDIED if context else 0]
     spectra = {name: spectrum_of(channels[name]) for name in (*alone, *mixed)}
@@ -141,7 +152,9 @@ def cut(structure: Structure, tolerance: float | None) -> Scene:
     mixed = [spectrum.span(tolerance=tolerance, noise=structure.noise) for spectrum in structure.mixed]
     # A channel of lower rank than its neighbours missed some tokens: a last layer's query sees one position only.
     context = [
-        span for span in mixed if span.informative and span.rank >= tokens - (tolerance is not None) * tokens // 8
+        span
+        for span in mixed
+        if span.informative and span.rank >= tokens - (tolerance is not None) * tokens // 8
     ]
     return Scene(
         structure=structure,
@@ -159,7 +172,10 @@ def _ambient(model: nn.Module, names: list[str], vocabulary: int) -> dict[str, i
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (2 * widest // 4 + 1, 4), generator=generator)
     captured = capture_inputs(modules, lambda: call(model, ids))
-    return {name: int(torch.linalg.matrix_rank(value.flatten(0, 1), rtol=1e-9)) for name, value in captured.items()}
+    return {
+        name: int(torch.linalg.matrix_rank(value.flatten(0, 1), rtol=1e-9))
+        for name, value in captured.items()
+    }
 
 
 def ladder(structure: Structure) -> Iterator[Scene]:
@@ -194,7 +210,9 @@ def _per_token(captured: Tensor, probe: Tensor) -> bool:
     return captured.ndim == 3 and captured.shape[:2] == probe.shape
 
 
-def _probe(model: nn.Module, names: list[str], probe: Tensor) -> tuple[list[str], dict[str, bool], dict[str, bool]]:
+def _probe(
+    model: nn.Module, names: list[str], probe: Tensor
+) -> tuple[list[str], dict[str, bool], dict[str, bool]]:
     """Return the channels that work per token, and whether each lets the last position see the first, and the reverse."""
     modules = {name: model.get_submodule(name) for name in names}
     base = capture_inputs(modules, lambda: call(model, probe))
@@ -324,7 +342,9 @@ def find_candidates(
             f"the row spaces of the first layer say nothing (width {widths}): as many tokens, or an update that is not low rank"
         )
     chosen = best or fallback
-    return chosen if chosen is None or allowed is None else (chosen[0], _only(chosen[1], set(allowed.tolist())))
+    return (
+        chosen if chosen is None or allowed is None else (chosen[0], _only(chosen[1], set(allowed.tolist())))
+    )
 
 
 def _only(candidates: Candidates, allowed: set[int]) -> Candidates:
@@ -344,7 +364,9 @@ def token_pool(vocabulary: int, present: Tensor | None) -> Tensor:
     return torch.tensor(sorted(set(pool.tolist())))
 
 
-def _outliers(scene: Scene, tokens: Tensor, distances: Tensor, codimension: int) -> tuple[Scene, Candidates] | None:
+def _outliers(
+    scene: Scene, tokens: Tensor, distances: Tensor, codimension: int
+) -> tuple[Scene, Candidates] | None:
     threshold = tail(distances, codimension=codimension, rank=scene.tokens)
     if threshold is None or not bool((distances <= threshold).any()):
         return None
@@ -367,7 +389,10 @@ def _passed(
     passed = distances <= threshold
     ids = tuple(tuple(tokens[passed[:, place]].tolist()) for place in range(passed.shape[1]))
     return Candidates(
-        ids=ids if scene.structure.positional else ids * scene.positions, threshold=threshold, gap=gap, exact=exact
+        ids=ids if scene.structure.positional else ids * scene.positions,
+        threshold=threshold,
+        gap=gap,
+        exact=exact,
     )
 
 

@@ -87,14 +87,24 @@ def random_move(length: int, generator: torch.Generator, *, pinned: int = 0) -> 
     if kind == 3:
         cut = max(first, second)
         return torch.cat([order[:pinned], order[cut:], order[pinned:cut]])
-    end = first + 1 if kind == 1 else min(length, first + 1 + int(torch.randint(free, (1,), generator=generator)))
+    end = (
+        first + 1
+        if kind == 1
+        else min(length, first + 1 + int(torch.randint(free, (1,), generator=generator)))
+    )
     span, rest = order[first:end], torch.cat([order[:first], order[end:]])
     place = pinned + int(torch.randint(len(rest) - pinned + 1, (1,), generator=generator))
     return torch.cat([rest[:place], span, rest[place:]])
 
 
 def reorder(
-    judge: Judge, tokens: Tensor, *, moves: int, generator: torch.Generator, deadline: Deadline, pinned: int = 0
+    judge: Judge,
+    tokens: Tensor,
+    *,
+    moves: int,
+    generator: torch.Generator,
+    deadline: Deadline,
+    pinned: int = 0,
 ) -> tuple[Tensor, Tensor, float]:
     """Try random moves inside and across sentences; return the best tokens, the orders that led there, and the score.
 
@@ -129,7 +139,9 @@ def _judge(problem: Problem, frame: TextFrame, prior: Prior, unit: float, target
     )
 
 
-def _lamp(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _lamp(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     deadline, generator = budget.start(), torch.Generator().manual_seed(seed)
     problem, frame = text_problem(observation, model, prior, seed)
     problem = in_double(problem)
@@ -182,7 +194,9 @@ def _finding(
     explained = max(0.0, min(1.0, 1.0 - residual / max(start, 1e-30)))
     details = {"token_distance": residual, "start_distance": start, "surprise": surprise}
     reason = "stopped by the clock" if deadline.expired else ""
-    return Finding(items=as_sequences(tokens, frame, explained), confidence=explained, reason=reason, details=details)
+    return Finding(
+        items=as_sequences(tokens, frame, explained), confidence=explained, reason=reason, details=details
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- FILM
@@ -224,7 +238,9 @@ def cover(beams: list[tuple[Tensor, float]], bag: Tensor, count: int) -> Tensor:
     return torch.stack(chosen)
 
 
-def _film(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _film(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     deadline, generator = budget.start(), torch.Generator().manual_seed(seed)
     assert prior.language_model is not None
     problem, frame = text_problem(observation, model, prior, seed)
@@ -243,7 +259,12 @@ def _film(observation: Observation, model: nn.Module | None, prior: Prior, budge
         if len(tokens) == 1:
             tokens = min((beam[None] for beam, _ in beams), key=judge.score)
         tokens, _, _ = reorder(
-            judge, tokens, moves=budget.iterations, generator=generator, deadline=deadline, pinned=1 if special else 0
+            judge,
+            tokens,
+            moves=budget.iterations,
+            generator=generator,
+            deadline=deadline,
+            pinned=1 if special else 0,
         )
         choices = torch.cat([tokens[..., None], bag.expand(*tokens.shape, -1)], dim=-1)
         tokens, residual = exchange_tokens(
@@ -256,7 +277,9 @@ def _given_targets(problem: Problem) -> Tensor:
     if problem.labels is None and problem.classes:
         raise NotApplicable("the labels are neither known nor shown by the head")
     return (
-        torch.zeros(problem.shape[0], 0) if problem.labels is None else label_targets(problem.labels, problem.classes)
+        torch.zeros(problem.shape[0], 0)
+        if problem.labels is None
+        else label_targets(problem.labels, problem.classes)
     )
 
 
@@ -320,7 +343,9 @@ def with_masks(problem: Problem, shapes: dict[str, tuple[int, ...]], rates: dict
         masks, offset = {}, inputs
         for name, size in sizes.items():
             raw = variables[offset : offset + size].reshape(shapes[name])
-            masks[name] = torch.sigmoid(4.0 * raw + math.log((1 - rates[name]) / rates[name])) / (1.0 - rates[name])
+            masks[name] = torch.sigmoid(4.0 * raw + math.log((1 - rates[name]) / rates[name])) / (
+                1.0 - rates[name]
+            )
             offset += size
         return variables[:inputs].reshape(problem.shape), masks
 
@@ -339,7 +364,9 @@ def with_masks(problem: Problem, shapes: dict[str, tuple[int, ...]], rates: dict
     return replace(problem, loss=loss, draw=start)
 
 
-def _grab(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _grab(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     deadline = budget.start()
     problem, frame = text_problem(observation, model, prior, seed)
     problem = in_double(problem)
@@ -378,14 +405,19 @@ def _grab(observation: Observation, model: nn.Module | None, prior: Prior, budge
     }
     items: tuple[Item, ...] = as_sequences(tokens[..., 0], frame, confidence)
     return Finding(
-        items=items, confidence=confidence, reason="stopped by the clock" if deadline.expired else "", details=details
+        items=items,
+        confidence=confidence,
+        reason="stopped by the clock" if deadline.expired else "",
+        details=details,
     )
 
 
 def _flat_targets(problem: Problem, targets: Tensor) -> Problem:
     """Return the problem with its targets bound: the variables no longer have one row per sentence."""
     inner = problem.loss
-    return replace(problem, labels=None, classes=0, loss=lambda model, variables, _: inner(model, variables, targets))
+    return replace(
+        problem, labels=None, classes=0, loss=lambda model, variables, _: inner(model, variables, targets)
+    )
 
 
 def lamp() -> Attack:

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Deadline, Finding, Item, PlainAttack, Prior, working_copy
-from attacks.inversion.channels import Channel, Spectrum, capture_inputs, numerical_rank, observed_channels, spectrum_of
+from attacks.inversion.channels import (
+    Channel,
+    Spectrum,
+    capture_inputs,
+    numerical_rank,
+    observed_channels,
+    spectrum_of,
+)
 from attacks.inversion.embeddings import TextFrame, logits_of, text_frame
 from attacks.inversion.optimise import differentiable_attention
 from attacks.inversion.position import refuse_rescaled
@@ -73,7 +80,10 @@ def target_of(spectrum: Spectrum, noise: float) -> Target | None:
     if not 0 < len(values) < spectrum.shape[1]:
         return None
     return Target(
-        channel=spectrum.channel, basis=basis, weights=1.0 - (edge / values).square(), gains=torch.ones(1).to(basis)
+        channel=spectrum.channel,
+        basis=basis,
+        weights=1.0 - (edge / values).square(),
+        gains=torch.ones(1).to(basis),
     )
 
 
@@ -101,7 +111,11 @@ def targets_of(
     """
     spectra = (*structure.alone, *structure.mixed)
     noises = {one.channel: noise_in(one, structure.noise) for one in spectra}
-    found = [one for one in (target_of(spectrum, noises[spectrum.channel]) for spectrum in spectra) if one is not None]
+    found = [
+        one
+        for one in (target_of(spectrum, noises[spectrum.channel]) for spectrum in spectra)
+        if one is not None
+    ]
     widest = max((len(one.weights) for one in found), default=1)
     gains = {name: torch.zeros(length, dtype=torch.float64) for name in noises}
     structure.model.requires_grad_(True)
@@ -155,7 +169,9 @@ def _rehearse(
 
 def weighed(targets: Sequence[Target], inputs: Mapping[str, Tensor]) -> Tensor:
     """Return the mean distance of places (n, t, in) over layers, weighed by what each can tell: shape (n, t)."""
-    parts = torch.stack([one.gains * one.distance(inputs[one.channel][:, : len(one.gains)]) for one in targets])
+    parts = torch.stack(
+        [one.gains * one.distance(inputs[one.channel][:, : len(one.gains)]) for one in targets]
+    )
     total: Tensor = parts.sum(0) / torch.stack([one.gains for one in targets]).sum().clamp_min(1e-30)
     return total * parts.shape[-1]
 
@@ -180,7 +196,9 @@ class Descent:
 
     def of_tokens(self, ids: Tensor) -> Tensor:
         """Return the distance of sentences of real tokens (n, t)."""
-        return torch.cat([token_distances(self.model, self.targets, part).mean(1) for part in torch.split(ids, 256)])
+        return torch.cat(
+            [token_distances(self.model, self.targets, part).mean(1) for part in torch.split(ids, 256)]
+        )
 
 
 def token_distances(model: nn.Module, targets: Sequence[Target], ids: Tensor) -> Tensor:
@@ -241,7 +259,9 @@ def descend(
     return exchange(descent, candidates, deadline=deadline)
 
 
-def exchange(descent: Descent, candidates: Tensor, *, deadline: Deadline, sweeps: int = 4) -> tuple[Tensor, Tensor]:
+def exchange(
+    descent: Descent, candidates: Tensor, *, deadline: Deadline, sweeps: int = 4
+) -> tuple[Tensor, Tensor]:
     """Change one token at a time among candidates (n, t, k), the first being the start, while that brings it nearer."""
     ids = candidates[..., 0].clone()
     best, rows = descent.of_tokens(ids), torch.arange(len(ids))
@@ -265,7 +285,9 @@ def exchange(descent: Descent, candidates: Tensor, *, deadline: Deadline, sweeps
 # ------------------------------------------------------------------------------------------------------------ the attack
 
 
-def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _attempt(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     deadline, generator = budget.start(), torch.Generator().manual_seed(seed)
     refuse_rescaled(observation)
     known = observation.known("batch_size")
@@ -281,7 +303,12 @@ def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, bu
             # What a language model reads last gets no gradient: it is only predicted.
             visible = length - 1 if frame.generative else length
             targets = targets_of(
-                structure, channels, frame, length=visible, count=known and len(frame.lengths), generator=generator
+                structure,
+                channels,
+                frame,
+                length=visible,
+                count=known and len(frame.lengths),
+                generator=generator,
             )
             if not targets:
                 continue
@@ -298,9 +325,13 @@ def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, bu
                 )
                 found += list(zip(far.tolist(), ids, strict=True))
     if not found:
-        return Finding(reason="no layer tells a true token from others: too many tokens, or noise", details=details)
+        return Finding(
+            reason="no layer tells a true token from others: too many tokens, or noise", details=details
+        )
     kept = distinct(
-        found, most=len(frame.lengths), worst=None if known else 0.5 * (min(far for far, _ in found) + strangers)
+        found,
+        most=len(frame.lengths),
+        worst=None if known else 0.5 * (min(far for far, _ in found) + strangers),
     )
     return _finding(kept, strangers, deadline, details)
 
@@ -323,26 +354,37 @@ def _of_strangers(descent: Descent, generator: torch.Generator) -> float:
     return float(descent.of_tokens(drawn).mean())
 
 
-def distinct(found: list[tuple[float, Tensor]], *, most: int, worst: float | None) -> list[tuple[float, Tensor]]:
+def distinct(
+    found: list[tuple[float, Tensor]], *, most: int, worst: float | None
+) -> list[tuple[float, Tensor]]:
     """Return the nearest sentences, one of each cluster of alike ones, none farther than `worst`."""
     kept: list[tuple[float, Tensor]] = []
     for far, ids in sorted(found, key=lambda entry: entry[0]):
         if len(kept) == most or (worst is not None and far > worst):
             break
-        alike = [float((ids == other).double().mean()) if len(ids) == len(other) else 0.0 for _, other in kept]
+        alike = [
+            float((ids == other).double().mean()) if len(ids) == len(other) else 0.0 for _, other in kept
+        ]
         if max(alike, default=0.0) < _LIKENESS:
             kept.append((far, ids))
     return kept
 
 
 def _finding(
-    kept: list[tuple[float, Tensor]], strangers: float, deadline: Deadline, details: dict[str, float | int | str]
+    kept: list[tuple[float, Tensor]],
+    strangers: float,
+    deadline: Deadline,
+    details: dict[str, float | int | str],
 ) -> Finding:
     """Return the sentences; how sure each is, is the share of the way from random sentences to the row spaces."""
     sure = [max(0.0, min(1.0, 1.0 - far / max(strangers, 1e-30))) for far, _ in kept]
-    items = tuple(Item(kind="sequence", value=ids, confidence=part) for part, (_, ids) in zip(sure, kept, strict=True))
+    items = tuple(
+        Item(kind="sequence", value=ids, confidence=part) for part, (_, ids) in zip(sure, kept, strict=True)
+    )
     facts = details | {"distance": kept[0][0] if kept else strangers, "strangers": strangers}
-    reason = "stopped by the clock" if deadline.expired else "" if items else "no sentence is near the row spaces"
+    reason = (
+        "stopped by the clock" if deadline.expired else "" if items else "no sentence is near the row spaces"
+    )
     return Finding(items=items, confidence=sum(sure) / max(1, len(sure)), reason=reason, details=facts)
 
 

@@ -13,7 +13,11 @@ from attacks.observation import Observation
 
 def embedding_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the embedding modules, the one with most rows (the vocabulary) first."""
-    sizes = {name: module.num_embeddings for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    sizes = {
+        name: module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
     return tuple(sorted(sizes, key=lambda name: -sizes[name]))
 
 
@@ -68,7 +72,9 @@ def without_decay(observation: Observation, name: str) -> Tensor | None:
     if str(observation.known("optimiser") or "").lower() not in ("adamw", "sgd"):
         return None
     delta = observation.tensors[name]
-    rate, decay, steps = (observation.known(fact) for fact in ("learning_rate", "weight_decay", "local_steps"))
+    rate, decay, steps = (
+        observation.known(fact) for fact in ("learning_rate", "weight_decay", "local_steps")
+    )
     weight = None if observation.broadcast is None else observation.broadcast.get(name)
     if weight is None or not rate or not decay or not steps:
         return None
@@ -105,7 +111,9 @@ def beside_a_head(rows: Tensor, *, noise: float = 0.0, linear: bool = True) -> T
     weights = lengths.sqrt()  # neither the many quiet rows nor the few loud ones should choose the direction
     common = weights @ units
     if noise > 0.0:
-        edge = noise * math.sqrt(2 * math.log(1_000 * len(rows)))  # the Gaussian's tail, once in a thousand runs
+        edge = noise * math.sqrt(
+            2 * math.log(1_000 * len(rows))
+        )  # the Gaussian's tail, once in a thousand runs
         return _some(rows @ (common / common.norm()) < -edge)
     moved = lengths > 0
     found = [(units @ common < weights)[moved]]  # each row against all the others
@@ -159,7 +167,9 @@ def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tenso
         zeros = scores <= floor
         if bool(zeros.any()) and bool((~zeros).any()):
             chosen = ~zeros
-            if float(zeros.double().mean()) < 0.1:  # a padding row alone: absent rows may hold rounding of a decay
+            if (
+                float(zeros.double().mean()) < 0.1
+            ):  # a padding row alone: absent rows may hold rounding of a decay
                 gap = _above_gap(scores)
                 # One row at zero is padding; of the others nothing is known when a decay moved them all.
                 chosen = gap if bool(gap.any()) or int(zeros.sum()) <= 1 else chosen
@@ -199,12 +209,16 @@ def _standing_out(observation: Observation, model: nn.Module) -> tuple[Tensor | 
     """Return which tokens stand out (boolean), or None, and how sure that is."""
     rows, noise = embedding_rows(observation, model), noise_per_entry(observation)
     if is_tied(model, token_embedding(model)):
-        linear = observation.content == "gradient" or "adam" not in str(observation.known("optimiser")).lower()
+        linear = (
+            observation.content == "gradient" or "adam" not in str(observation.known("optimiser")).lower()
+        )
         chosen = beside_a_head(rows, noise=noise, linear=linear)
         if chosen is None:
             return None, 0.0
         absent = nn.functional.normalize(rows[~chosen & rows.any(dim=1)])
-        return chosen, float(absent.mean(dim=0).norm())  # near 1 when they agree on a direction, as noise does not
+        return chosen, float(
+            absent.mean(dim=0).norm()
+        )  # near 1 when they agree on a direction, as noise does not
     scores: Tensor = torch.linalg.vector_norm(rows, dim=1)
     chosen = split_scores(scores, noise=noise, width=rows.shape[1])
     if chosen is None:
@@ -234,7 +248,9 @@ def likely_tokens(observation: Observation, model: nn.Module) -> Tensor | None:
     return (lengths >= lengths[present].min()).nonzero().flatten()
 
 
-def _attempt(observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int) -> Finding:
+def _attempt(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
     chosen, sure = _standing_out(observation, working_copy(model, observation))
     if chosen is None:
         return Finding(reason="no row of the embedding stands out")

@@ -79,7 +79,8 @@ def gram(traces: Trace) -> Tensor:
 def squared_norms(traces: Trace) -> Tensor:
     """Return the squared norm of each sentence's gradient: the diagonal of `gram`."""
     parts = [
-        ((seen @ seen.transpose(1, 2)) * (back @ back.transpose(1, 2))).sum((1, 2)) for seen, back in traces.values()
+        ((seen @ seen.transpose(1, 2)) * (back @ back.transpose(1, 2))).sum((1, 2))
+        for seen, back in traces.values()
     ]
     return torch.stack(parts).sum(0)
 
@@ -100,7 +101,8 @@ def stacked(traces: Sequence[Trace]) -> Trace:
         return torch.cat([nn.functional.pad(value, (0, 0, 0, longest - value.shape[1])) for value in values])
 
     return {
-        name: (fill([one[name][0] for one in traces]), fill([one[name][1] for one in traces])) for name in traces[0]
+        name: (fill([one[name][0] for one in traces]), fill([one[name][1] for one in traces]))
+        for name in traces[0]
     }
 
 
@@ -129,7 +131,12 @@ class Whitened:
 
 
 def whiten(
-    model: nn.Module, channels: Sequence[Channel], ids: Tensor, labels: Tensor | None, *, noise: Mapping[str, float]
+    model: nn.Module,
+    channels: Sequence[Channel],
+    ids: Tensor,
+    labels: Tensor | None,
+    *,
+    noise: Mapping[str, float],
 ) -> Whitened:
     """Return the space in which random sentences `ids` (n, t) have inputs and output gradients of unit covariance.
 

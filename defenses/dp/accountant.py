@@ -91,7 +91,9 @@ class Accountant:
             raise ParameterError(f"count = {count!r}: must be a positive integer")
         statement = statement_of(event)
         if statement is not None and self._statement not in (None, statement):
-            raise ParameterError(f"{statement}: cannot be added to a history of {self._statement}; keep one accountant each")
+            raise ParameterError(
+                f"{statement}: cannot be added to a history of {self._statement}; keep one accountant each"
+            )
         self._statement = self._statement or statement
         if isinstance(event, (GaussianEvent, MatrixFactorizationEvent)):
             self._compose_mechanism(mechanism_of(event), count)
@@ -128,7 +130,9 @@ class Accountant:
         twin._counts, twin._log = dict(self._counts), list(self._log)
         twin._mu_squared, twin._infinite, twin._statement = self._mu_squared, self._infinite, self._statement
         twin._renyi_only, twin._events = dict(self._renyi_only), dict(self._events)
-        twin._compositions = {delta: self._compositions[delta].copy() for delta in deltas if delta in self._compositions}
+        twin._compositions = {
+            delta: self._compositions[delta].copy() for delta in deltas if delta in self._compositions
+        }
         return twin
 
     def epsilon(self, delta: float) -> EpsilonBound:
@@ -168,7 +172,9 @@ class Accountant:
         if not self._counts and not self._renyi_only:
             return gaussian_delta(math.sqrt(self._mu_squared), epsilon) if self._mu_squared else 0.0
         if self._renyi_only:
-            return min(1.0, math.exp(max(renyi_log_delta(moments, epsilon) for moments in self._renyi_moments())))
+            return min(
+                1.0, math.exp(max(renyi_log_delta(moments, epsilon) for moments in self._renyi_moments()))
+            )
         return self._pld_delta(epsilon)
 
     def _simple_epsilon(self, delta: float) -> EpsilonBound | None:
@@ -189,7 +195,9 @@ class Accountant:
         best = EpsilonBound(epsilon=math.inf, delta=delta, accountant="pld", slack=0.0)
         for _ in range(5):
             if known is None:
-                known = self._build(self._plan(delta, accuracy * refinement, found, margin, grown=delta in self._compositions))
+                known = self._build(
+                    self._plan(delta, accuracy * refinement, found, margin, grown=delta in self._compositions)
+                )
             self._catch_up(known)
             curves = self._curves(known)
             values = [composition.epsilon_of(curve, delta) for curve in curves]
@@ -231,7 +239,9 @@ class Accountant:
             return min(1.0, guess)
         return min(1.0, best)
 
-    def _plan(self, delta: float, accuracy: float, known: tuple[float, float] | None, margin: float, *, grown: bool) -> Plan:
+    def _plan(
+        self, delta: float, accuracy: float, known: tuple[float, float] | None, margin: float, *, grown: bool
+    ) -> Plan:
         # A history that outgrew its grid will grow on: leave room, so that rebuilding stays rare.
         room = 1.4 if grown else 1.0
         steps = room * float(sum(self._counts.values()) + 1)
@@ -273,7 +283,10 @@ class Accountant:
         if self._mu_squared:
             running = (running[0].copy(), running[1].copy())
             composition.multiply(running, known.plan, gaussian_pair(math.sqrt(self._mu_squared)), 1)
-        return [composition.curve_of(state, side, known.plan) for state, side in zip(running, known.plan.directions)]
+        return [
+            composition.curve_of(state, side, known.plan)
+            for state, side in zip(running, known.plan.directions)
+        ]
 
     def _remember(self, delta: float, known: _Composition) -> None:
         self._compositions.pop(delta, None)

@@ -44,7 +44,9 @@ def epsilon_report(
             rate, sigma, steps = segment
             events.append(_event(rate, sigma, steps, sampling, adjacency, unit, records_per_person))
         except ParameterError as error:
-            problems += [f"segment {number}: {part}" for part in str(error).split("; ") if not _is_common(part)]
+            problems += [
+                f"segment {number}: {part}" for part in str(error).split("; ") if not _is_common(part)
+            ]
         except (TypeError, ValueError):
             problems.append(f"segment {number} = {segment!r}: must be q, sigma, steps")
     _refuse(problems)
@@ -145,7 +147,10 @@ def _common_problems(delta: object, sampling: str, adjacency: str, unit: str, re
 
 def _is_common(problem: str) -> bool:
     """Problems with arguments every segment shares are reported once."""
-    return problem.startswith(("sampling = ", "adjacency = '", "unit = ", "records_per_person = ")) and "must be" in problem
+    return (
+        problem.startswith(("sampling = ", "adjacency = '", "unit = ", "records_per_person = "))
+        and "must be" in problem
+    )
 
 
 def _statement(unit: str, adjacency: str, sampling: str, records: int) -> dict[str, Any]:

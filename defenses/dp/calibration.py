@@ -56,7 +56,9 @@ def _solve(template: GaussianEvent, epsilon: float, delta: float, history: tuple
         past.compose(event)
     spent = past.epsilon(delta).epsilon
     if spent >= epsilon:
-        raise BudgetExceeded(f"epsilon = {epsilon:g} at delta = {delta:g}: the history already holds {spent:.4g}")
+        raise BudgetExceeded(
+            f"epsilon = {epsilon:g} at delta = {delta:g}: the history already holds {spent:.4g}"
+        )
 
     def excess(log_noise: float) -> float:
         event = _with_noise(template, math.exp(log_noise))
@@ -147,5 +149,7 @@ def local_noise_multiplier(*, central_multiplier: float, survivors: int, colludi
 
 def _honest(survivors: int, colluding: int) -> int:
     if not 0 <= colluding < survivors:
-        raise ParameterError(f"survivors = {survivors}, colluding = {colluding}: at least one honest survivor is needed")
+        raise ParameterError(
+            f"survivors = {survivors}, colluding = {colluding}: at least one honest survivor is needed"
+        )
     return survivors - colluding

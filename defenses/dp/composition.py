@@ -170,7 +170,9 @@ def make_plan(
     return Plan(spacing, growth, cut, delta, (directions[0], directions[1]))
 
 
-def _window(own: Floats, other: Floats, delta: float, epsilon: float, steps: float) -> tuple[float, float, float, float]:
+def _window(
+    own: Floats, other: Floats, delta: float, epsilon: float, steps: float
+) -> tuple[float, float, float, float]:
     """Return tilt, the order of the tail bound, the saddle and the width of the window.
 
     Three conditions bound the width from below: the top is inside; what wraps from above has lost less than the tilt
@@ -185,7 +187,9 @@ def _window(own: Floats, other: Floats, delta: float, epsilon: float, steps: flo
     tail_tilt, top = _smallest_order((own + needed) / ORDERS)
     gaps = ORDERS[None, :] - ORDERS[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
-        above = np.where(gaps > 0, ((own - 0.7 * ORDERS * epsilon) + needed)[None, :] / gaps, np.inf).min(axis=1)
+        above = np.where(gaps > 0, ((own - 0.7 * ORDERS * epsilon) + needed)[None, :] / gaps, np.inf).min(
+            axis=1
+        )
         # E_P e^(-s loss) = E_Q e^(-(s - 1) loss): the moments of the other direction bound what wraps from below.
         low = (other + (1 + ORDERS) * top + needed)[None, :] / (1 + ORDERS[None, :] + ORDERS[:, None])
     widths = np.maximum(np.maximum(above, np.minimum(low.min(axis=1), needed / ORDERS)), top)
@@ -205,7 +209,10 @@ def _smallest_order(values: Floats) -> tuple[float, float]:
 
 def start(plan: Plan) -> tuple[Running, Running]:
     """Return the transforms of nothing released."""
-    both = [Running(np.ones(side.size // 2 + 1, dtype=np.complex128), np.zeros(side.size // 2 + 1)) for side in plan.directions]
+    both = [
+        Running(np.ones(side.size // 2 + 1, dtype=np.complex128), np.zeros(side.size // 2 + 1))
+        for side in plan.directions
+    ]
     return both[0], both[1]
 
 
@@ -222,7 +229,9 @@ def multiply(running: tuple[Running, Running], plan: Plan, pair: MixturePair, co
         (running[0], remove, grid.forward, losses, grid.coarse_forward, grid.coarse_backward),
         (running[1], add, grid.backward, -losses, grid.coarse_backward, grid.coarse_forward),
     ):
-        state.log_surplus += count * (_tilt(masses, signed, side.saddle)[0] - _coarse_moment(own, other, side.saddle))
+        state.log_surplus += count * (
+            _tilt(masses, signed, side.saddle)[0] - _coarse_moment(own, other, side.saddle)
+        )
 
 
 def _multiply(
@@ -247,7 +256,9 @@ def _multiply(
     state.steps += count
 
 
-def _sharpen(factor: Complexes, drift: Floats, masses: Floats, indices: Integers, size: int, count: int) -> None:
+def _sharpen(
+    factor: Complexes, drift: Floats, masses: Floats, indices: Integers, size: int, count: int
+) -> None:
     """Recompute the lowest coefficients of a high power from 1 minus the coefficient, in place.
 
     An error of one ulp in a coefficient grows with the number of steps. The heaviest masses are therefore summed as

@@ -93,11 +93,15 @@ class GaussianEvent(Event):
     def _disagreements(self) -> list[str]:
         problems = []
         if self.unit != "person" and self.records_per_person != 1:
-            problems.append(f"records_per_person = {self.records_per_person}: only the unit 'person' owns several")
+            problems.append(
+                f"records_per_person = {self.records_per_person}: only the unit 'person' owns several"
+            )
         if self.sampling == "full" and self.sampling_rate != 1.0:
             problems.append(f"sampling_rate = {self.sampling_rate}: must be 1 when sampling is 'full'")
         if self.sampling == "fixed_size" and self.adjacency == "add_remove":
-            problems.append("adjacency = 'add_remove': fixed-size batches are accounted under 'replace_one' or 'zero_out'")
+            problems.append(
+                "adjacency = 'add_remove': fixed-size batches are accounted under 'replace_one' or 'zero_out'"
+            )
         if self.sampling == "fixed_size" and self.records_per_person != 1:
             problems.append("records_per_person: several records a person need 'poisson' or 'full' sampling")
         return problems
@@ -127,14 +131,20 @@ class MatrixFactorizationEvent(Event):
 
     def __post_init__(self) -> None:
         problems = _unit_problems(self.unit, self.adjacency)
-        problems += _positive("noise_multiplier", self.noise_multiplier) + _positive("sensitivity", self.sensitivity)
+        problems += _positive("noise_multiplier", self.noise_multiplier) + _positive(
+            "sensitivity", self.sensitivity
+        )
         problems += _positive("clip_norm", self.clip_norm) + _text("release", self.release)
         for name in ("bands", "min_separation", "participations", "steps"):
             problems += _integer(name, getattr(self, name), 1, MOST_STEPS)
         if not problems and self.bands > self.min_separation:
-            problems.append(f"bands = {self.bands}: at most min_separation = {self.min_separation}, or the columns overlap")
+            problems.append(
+                f"bands = {self.bands}: at most min_separation = {self.min_separation}, or the columns overlap"
+            )
         if not problems and self.unit == "person":
-            problems.append("unit = 'person': account the person as a client, or clip the whole person's contribution")
+            problems.append(
+                "unit = 'person': account the person as a client, or clip the whole person's contribution"
+            )
         _refuse(problems)
 
 
@@ -190,10 +200,16 @@ class TuningEvent(Event):
     def __post_init__(self) -> None:
         problems = _choice("distribution", self.distribution, STOPPINGS) + _text("release", self.release)
         problems += _positive("stopping", self.stopping)
-        if not isinstance(self.base, tuple) or not self.base or not all(isinstance(part, Event) for part in self.base):
+        if (
+            not isinstance(self.base, tuple)
+            or not self.base
+            or not all(isinstance(part, Event) for part in self.base)
+        ):
             problems.append("base: must be a non-empty tuple of events, one candidate run")
         if self.distribution == "truncated_negative_binomial" and not problems and self.stopping >= 1:
-            problems.append(f"stopping = {self.stopping}: must be below 1 for a truncated negative binomial law")
+            problems.append(
+                f"stopping = {self.stopping}: must be below 1 for a truncated negative binomial law"
+            )
         if not _is_real(self.shape) or not -1 < self.shape < math.inf:
             problems.append(f"shape = {self.shape!r}: must be a number above -1")
         _refuse(problems)
@@ -225,11 +241,15 @@ def from_dict(values: Mapping[str, Any]) -> Event:
         raise ParameterError(f"version: this software reads events of version {EVENT_VERSION} only")
     known = KINDS.get(str(values.get("kind")))
     if known is None:
-        raise ParameterError(f"kind = {values.get('kind')!r}: unknown event; known are {', '.join(sorted(KINDS))}")
+        raise ParameterError(
+            f"kind = {values.get('kind')!r}: unknown event; known are {', '.join(sorted(KINDS))}"
+        )
     given = {name: value for name, value in values.items() if name not in ("version", "kind")}
     names = {field.name for field in fields(known)}
     if set(given) != names:
-        raise ParameterError(f"{known.kind}: unknown fields {sorted(set(given) - names)}, missing {sorted(names - set(given))}")
+        raise ParameterError(
+            f"{known.kind}: unknown fields {sorted(set(given) - names)}, missing {sorted(names - set(given))}"
+        )
     if known is TuningEvent and isinstance(given["base"], list):
         given["base"] = tuple(from_dict(part) for part in given["base"])
     return known(**given)
@@ -263,7 +283,9 @@ def statement_of(event: Event) -> Statement | None:
     if isinstance(event, TuningEvent):
         statements = {statement_of(part) for part in event.base} - {None}
         if len(statements) > 1:
-            raise ParameterError("base: all events of one candidate run must share unit, adjacency and records_per_person")
+            raise ParameterError(
+                "base: all events of one candidate run must share unit, adjacency and records_per_person"
+            )
         return next(iter(statements), None)
     records = event.records_per_person if isinstance(event, GaussianEvent) else 1
     if isinstance(event, (GaussianEvent, MatrixFactorizationEvent, SkellamEvent)):
@@ -273,11 +295,17 @@ def statement_of(event: Event) -> Statement | None:
 
 def price_of(event: Event) -> str:
     """Return canonical JSON of the fields the price depends on; events that differ only in labels share it."""
-    return json.dumps(_without_labels(event.to_dict()), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json.dumps(
+        _without_labels(event.to_dict()), sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
 
 
 def _without_labels(values: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in values.items() if name not in ("release", "clip_norm", "scale", "reason")}
+    kept = {
+        name: value
+        for name, value in values.items()
+        if name not in ("release", "clip_norm", "scale", "reason")
+    }
     if isinstance(kept.get("base"), list):
         kept["base"] = [_without_labels(part) for part in kept["base"]]
     return kept
@@ -300,7 +328,10 @@ def _is_real(value: object) -> bool:
 def _positive(name: str, value: object, most: float = math.inf) -> list[str]:
     if isinstance(value, (int, float)) and _is_real(value) and 0 < value <= most:
         return []
-    return [f"{name} = {value!r}: must be a finite number above 0" + (f" and at most {most:g}" if most < math.inf else "")]
+    return [
+        f"{name} = {value!r}: must be a finite number above 0"
+        + (f" and at most {most:g}" if most < math.inf else "")
+    ]
 
 
 def _integer(name: str, value: object, least: int, most: int) -> list[str]:

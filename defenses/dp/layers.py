@@ -131,9 +131,19 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, recorder: Recorder, transposed: bool
+        ctx: Any,
+        x: Tensor,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        recorder: Recorder,
+        transposed: bool,
     ) -> Tensor:
-        ctx.recorder, ctx.parameters, ctx.transposed, ctx.dtype = recorder, (weight, bias), transposed, x.dtype
+        ctx.recorder, ctx.parameters, ctx.transposed, ctx.dtype = (
+            recorder,
+            (weight, bias),
+            transposed,
+            x.dtype,
+        )
         ctx.save_for_backward(x if weight.requires_grad else None)
         return F.linear(x, weight.t() if transposed else weight, bias)
 
@@ -156,7 +166,9 @@ class _Linear(torch.autograd.Function):
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, weight: nn.Parameter, padding: int | None, recorder: Recorder) -> Tensor:
+    def forward(
+        ctx: Any, indices: Tensor, weight: nn.Parameter, padding: int | None, recorder: Recorder
+    ) -> Tensor:
         ctx.recorder, ctx.parameter, ctx.padding = recorder, weight, padding
         ctx.save_for_backward(indices)
         return F.embedding(indices, weight)
@@ -175,7 +187,12 @@ class _Embedding(torch.autograd.Function):
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, recorder: Recorder, layer: nn.Conv2d
+        ctx: Any,
+        x: Tensor,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        recorder: Recorder,
+        layer: nn.Conv2d,
     ) -> Tensor:
         ctx.recorder, ctx.parameters, ctx.shape, ctx.dtype = recorder, (weight, bias), x.shape, x.dtype
         ctx.kernel = layer.kernel_size
@@ -264,7 +281,9 @@ def cover(module: nn.Module, recorder: Recorder) -> Cover | None:
     return None
 
 
-def _forward(module: nn.Module, replacement: Callable[..., Tensor], parameters: Iterable[nn.Parameter]) -> Cover:
+def _forward(
+    module: nn.Module, replacement: Callable[..., Tensor], parameters: Iterable[nn.Parameter]
+) -> Cover:
     return Cover(module, "forward", replacement, tuple(p for p in parameters if p.requires_grad))
 
 
@@ -273,14 +292,20 @@ def _cover_core(module: Any, recorder: Recorder) -> Cover | None:
     own = [value for name, value in named.items() if name in ("weight", "bias", "value")]
     runs, spread = type(module).forward, recorder.spread
     if runs is nn.Linear.forward:
-        return _forward(module, lambda input: _linear(spread(input), module.weight, module.bias, recorder, False), own)
+        return _forward(
+            module, lambda input: _linear(spread(input), module.weight, module.bias, recorder, False), own
+        )
     if _is(module, "transformers.pytorch_utils", "Conv1D"):
         return _forward(module, lambda x: _linear(spread(x), module.weight, module.bias, recorder, True), own)
     if runs is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
         padding = module.padding_idx
-        return _forward(module, lambda input: _embedding(spread(input), module.weight, padding, recorder), own)
+        return _forward(
+            module, lambda input: _embedding(spread(input), module.weight, padding, recorder), own
+        )
     if runs is nn.Conv2d.forward and _plain(module):
-        return _forward(module, lambda input: _conv2d(spread(input), module.weight, module.bias, recorder, module), own)
+        return _forward(
+            module, lambda input: _conv2d(spread(input), module.weight, module.bias, recorder, module), own
+        )
     if isinstance(module, ExpandedParameter):
         value = module.value
         return _forward(module, lambda batch_size: recorder.expand(value, batch_size, value.ndim + 1), own)
@@ -367,7 +392,9 @@ def _cover_broadcast(module: nn.Module, recorder: Recorder) -> Cover | None:
         return None
     if any(base.__module__.startswith("torch.") and base is not nn.Module for base in type(module).__mro__):
         return None  # layers of torch do more with their weights than broadcast them
-    return _shadowed(module, own, recorder, lambda value, x: _expand(value, recorder, (x.shape[0], *value.shape[1:])))
+    return _shadowed(
+        module, own, recorder, lambda value, x: _expand(value, recorder, (x.shape[0], *value.shape[1:]))
+    )
 
 
 def _cover_adapter(module: Any, recorder: Recorder) -> Cover | None:
@@ -398,8 +425,12 @@ def _lora_embedding(layer: Any, recorder: Recorder) -> Callable[..., Tensor]:
         x = recorder.spread(x)
         for name in layer.active_adapters:
             if name in layer.lora_embedding_A and name not in layer.lora_variant:
-                low = _lookup_transposed(x, layer.lora_embedding_A[name], layer.base_layer.padding_idx, recorder)
-                change = _linear(low, layer.lora_embedding_B[name], None, recorder, False) * layer.scaling[name]
+                low = _lookup_transposed(
+                    x, layer.lora_embedding_A[name], layer.base_layer.padding_idx, recorder
+                )
+                change = (
+                    _linear(low, layer.lora_embedding_B[name], None, recorder, False) * layer.scaling[name]
+                )
                 result = result + (change if scale is None else change * scale.to(change.dtype))
         return result
 
@@ -410,7 +441,9 @@ class _LookupTransposed(torch.autograd.Function):
     """Look columns of `[width, size]` up; the gradient is recorded by sample as `[batch, width, size]`."""
 
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, table: nn.Parameter, padding: int | None, recorder: Recorder) -> Tensor:
+    def forward(
+        ctx: Any, indices: Tensor, table: nn.Parameter, padding: int | None, recorder: Recorder
+    ) -> Tensor:
         ctx.recorder, ctx.parameter, ctx.padding = recorder, table, padding
         ctx.save_for_backward(indices)
         return F.embedding(indices, table.t())
@@ -475,9 +508,13 @@ def _dora(layer: Any, recorder: Recorder) -> Callable[..., Tensor]:
         adapter_name: str = "default",
     ) -> Tensor:
         with torch.no_grad():
-            change = layer.get_lora_weight(lora_A=lora_A, lora_B=lora_B, adapter_name=adapter_name).to(x.dtype)
+            change = layer.get_lora_weight(lora_A=lora_A, lora_B=lora_B, adapter_name=adapter_name).to(
+                x.dtype
+            )
             weight = base_layer.weight.to(x.dtype)
-            norm = layer.get_weight_norm(weight=weight, lora_weight=change, scaling=scaling, adapter_name=adapter_name)
+            norm = layer.get_weight_norm(
+                weight=weight, lora_weight=change, scaling=scaling, adapter_name=adapter_name
+            )
         if base_result is None:
             base_result = F.linear(x, weight.t() if layer.fan_in_fan_out else weight)
         elif base_layer.bias is not None:

@@ -202,7 +202,9 @@ class Ledger:
         budget = Budget(epsilon=float(epsilon), delta=delta)
         with self._change():
             for owner in owners:
-                self._set_budget(_Account(_label("owner", owner), _label("dataset", dataset), unit), budget, raise_because)
+                self._set_budget(
+                    _Account(_label("owner", owner), _label("dataset", dataset), unit), budget, raise_because
+                )
 
     def _set_budget(self, account: _Account, budget: Budget, reason: str) -> None:
         old = self._budgets.get(account)
@@ -231,7 +233,11 @@ class Ledger:
             for charge, is_new in zip(entries, fresh):
                 account = _Account(charge.owner, charge.dataset, _unit_of(charge.event))
                 known = self._commitments.get(_commitment_key(charge))
-                row = known if known is not None and not is_new else self._append("reserve", account, _charge_body(charge))
+                row = (
+                    known
+                    if known is not None and not is_new
+                    else self._append("reserve", account, _charge_body(charge))
+                )
                 result.append(_reservation(row, account, replayed=not is_new))
         return tuple(result)
 
@@ -241,7 +247,9 @@ class Ledger:
             for reservation in reservations:
                 row = self._reserved.get(reservation.sequence)
                 if row is None or (row.owner, row.dataset) != (reservation.owner, reservation.dataset):
-                    raise ParameterError(f"sequence = {reservation.sequence}: this ledger holds no such reservation")
+                    raise ParameterError(
+                        f"sequence = {reservation.sequence}: this ledger holds no such reservation"
+                    )
                 if reservation.sequence not in self._spent:
                     account = _Account(row.owner, row.dataset, row.unit)
                     self._append("spend", account, {"reservation": reservation.sequence})
@@ -251,7 +259,9 @@ class Ledger:
         self._refresh()
         account = _Account(owner, dataset, unit)
         if account not in self._budgets:
-            raise ParameterError(f"owner = {owner!r}, dataset = {dataset!r}, unit = {unit!r}: no such account")
+            raise ParameterError(
+                f"owner = {owner!r}, dataset = {dataset!r}, unit = {unit!r}: no such account"
+            )
         return self._projected(self._history(account), [], delta)
 
     def budget(self, owner: str, dataset: str, unit: str) -> Budget:
@@ -259,7 +269,9 @@ class Ledger:
         self._refresh()
         known = self._budgets.get(_Account(owner, dataset, unit))
         if known is None:
-            raise ParameterError(f"owner = {owner!r}, dataset = {dataset!r}, unit = {unit!r}: no such account")
+            raise ParameterError(
+                f"owner = {owner!r}, dataset = {dataset!r}, unit = {unit!r}: no such account"
+            )
         return known
 
     def accounts(self) -> tuple[tuple[str, str, str], ...]:
@@ -302,7 +314,10 @@ class Ledger:
             document = {
                 "version": 1,
                 "head": {"sequence": head.sequence, "hash": head.hash.hex()},
-                "rows": [{"body": json.loads(row.body), "sequence": row.sequence, "hash": row.hash.hex()} for row in rows],
+                "rows": [
+                    {"body": json.loads(row.body), "sequence": row.sequence, "hash": row.hash.hex()}
+                    for row in rows
+                ],
             }
             return json.dumps(document, indent=1, sort_keys=True)
         if format == "csv":
@@ -330,7 +345,13 @@ class Ledger:
             self._apply(row)
 
     def _append(self, kind: str, account: _Account, body: dict[str, Any]) -> Row:
-        whole = {"kind": kind, "owner": account.owner, "dataset": account.dataset, "unit": account.unit, **body}
+        whole = {
+            "kind": kind,
+            "owner": account.owner,
+            "dataset": account.dataset,
+            "unit": account.unit,
+            **body,
+        }
         row = self._file.append({**whole, "time": self._clock()})
         self._apply(row)
         return row
@@ -395,7 +416,9 @@ class Ledger:
                 payers = [payer for payer in self._payers(account) if payer in self._budgets] or [account]
                 for payer in payers:
                     wanted.setdefault(payer, []).append(charge.event)
-        problems = [problem for account, events in wanted.items() if (problem := self._problem(account, events))]
+        problems = [
+            problem for account, events in wanted.items() if (problem := self._problem(account, events))
+        ]
         if problems:
             raise BudgetExceeded("nothing was released; " + "; ".join(problems))
         return fresh
@@ -405,12 +428,18 @@ class Ledger:
             return True
         key = _commitment_key(charge)
         known = self._commitments.get(key)
-        earlier = from_dict(json.loads(known.body)["event"]) if known else (seen[key].event if key in seen else None)
+        earlier = (
+            from_dict(json.loads(known.body)["event"])
+            if known
+            else (seen[key].event if key in seen else None)
+        )
         if earlier is None:
             seen[key] = charge
             return True
         if price_of(earlier) != price_of(charge.event):
-            raise ParameterError(f"commitment of {charge.owner!r}: the same commitment was charged with another event")
+            raise ParameterError(
+                f"commitment of {charge.owner!r}: the same commitment was charged with another event"
+            )
         return False
 
     def _problem(self, account: _Account, events: list[Event]) -> str:
@@ -503,7 +532,11 @@ def _charge_body(charge: Charge) -> dict[str, Any]:
 
 def _reservation(row: Row, account: _Account, *, replayed: bool) -> Reservation:
     return Reservation(
-        sequence=row.sequence, owner=account.owner, dataset=account.dataset, unit=account.unit, replayed=replayed
+        sequence=row.sequence,
+        owner=account.owner,
+        dataset=account.dataset,
+        unit=account.unit,
+        replayed=replayed,
     )
 
 
@@ -519,7 +552,12 @@ def _check_charge(charge: Charge) -> None:
 
 
 def _label(name: str, value: object) -> str:
-    if not isinstance(value, str) or not value.strip() or len(value) > _LONGEST_LABEL or not value.isprintable():
+    if (
+        not isinstance(value, str)
+        or not value.strip()
+        or len(value) > _LONGEST_LABEL
+        or not value.isprintable()
+    ):
         raise ParameterError(f"{name} = {value!r}: must be 1 to {_LONGEST_LABEL} printable characters")
     return value
 

@@ -84,7 +84,9 @@ class LedgerFile:
                 for statement in _SCHEMA:
                     self._connection.execute(statement)
                 empty = {"owner": "", "dataset": "", "unit": ""}
-                self.append({"kind": "genesis", **empty, "version": FORMAT_VERSION, "ledger": os.urandom(16).hex()})
+                self.append(
+                    {"kind": "genesis", **empty, "version": FORMAT_VERSION, "ledger": os.urandom(16).hex()}
+                )
         if not self.head_path.exists():
             self._adopt_newborn()
         self._check_schema()
@@ -115,11 +117,19 @@ class LedgerFile:
 
     def append(self, body: dict[str, Any]) -> Row:
         """Chain one row to the last; only inside a transaction."""
-        last = self._connection.execute("SELECT sequence, hash FROM entries ORDER BY sequence DESC LIMIT 1").fetchone()
+        last = self._connection.execute(
+            "SELECT sequence, hash FROM entries ORDER BY sequence DESC LIMIT 1"
+        ).fetchone()
         sequence, previous = (last[0] + 1, bytes(last[1])) if last else (1, _START)
         text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
         row = Row(
-            sequence, body["kind"], body["owner"], body["dataset"], body["unit"], text, _link(previous, sequence, text)
+            sequence,
+            body["kind"],
+            body["owner"],
+            body["dataset"],
+            body["unit"],
+            text,
+            _link(previous, sequence, text),
         )
         values = (row.sequence, row.kind, row.owner, row.dataset, row.unit, row.body, row.hash)
         self._connection.execute(f"INSERT INTO entries ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
@@ -138,7 +148,9 @@ class LedgerFile:
         """Read the rows after `seen`, checking that each continues the chain and says what its columns say."""
         previous, expected = _START, 1
         if seen:
-            known = self._connection.execute("SELECT hash FROM entries WHERE sequence = ?", (seen,)).fetchone()
+            known = self._connection.execute(
+                "SELECT hash FROM entries WHERE sequence = ?", (seen,)
+            ).fetchone()
             if known is None:
                 raise TamperedError
             previous, expected = bytes(known[0]), seen + 1
@@ -184,7 +196,9 @@ class LedgerFile:
             raise TamperedError
 
     def _check_anchor(self, anchor: Head) -> None:
-        known = self._connection.execute("SELECT hash FROM entries WHERE sequence = ?", (anchor.sequence,)).fetchone()
+        known = self._connection.execute(
+            "SELECT hash FROM entries WHERE sequence = ?", (anchor.sequence,)
+        ).fetchone()
         if known is None or bytes(known[0]).hex() != anchor.hash:
             raise TamperedError
 
@@ -200,11 +214,15 @@ class LedgerFile:
 
 def _is_damage(error: BaseException) -> bool:
     """A damaged file, as opposed to a busy or full one."""
-    return type(error) is sqlite3.DatabaseError or (isinstance(error, sqlite3.OperationalError) and "decode" in str(error))
+    return type(error) is sqlite3.DatabaseError or (
+        isinstance(error, sqlite3.OperationalError) and "decode" in str(error)
+    )
 
 
 def _link(previous: bytes, sequence: int, body: str) -> bytes:
-    return hashlib.sha256(b"ffm-secure ledger 1\x00" + previous + sequence.to_bytes(8, "big") + body.encode()).digest()
+    return hashlib.sha256(
+        b"ffm-secure ledger 1\x00" + previous + sequence.to_bytes(8, "big") + body.encode()
+    ).digest()
 
 
 def _check_row(row: Row, sequence: int, previous: bytes) -> None:
@@ -214,7 +232,11 @@ def _check_row(row: Row, sequence: int, previous: bytes) -> None:
         digest = _link(previous, sequence, row.body)
     except (TypeError, ValueError, KeyError, AttributeError, UnicodeError):
         raise TamperedError from None
-    if row.sequence != sequence or row.hash != digest or columns != (row.kind, row.owner, row.dataset, row.unit):
+    if (
+        row.sequence != sequence
+        or row.hash != digest
+        or columns != (row.kind, row.owner, row.dataset, row.unit)
+    ):
         raise TamperedError
 
 

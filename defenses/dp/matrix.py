@@ -38,20 +38,26 @@ def participation_cap(*, steps: int, min_separation: int) -> int:
     return math.ceil(steps / min_separation)
 
 
-def sensitivity(coefficients: Sequence[float] | Coefficients, *, participations: int, min_separation: int) -> float:
+def sensitivity(
+    coefficients: Sequence[float] | Coefficients, *, participations: int, min_separation: int
+) -> float:
     """Return the largest change of C x, in clip bounds, by one client, rounded up.
 
     Raises: ParameterError when the bands are more than the separation, for then columns overlap.
     """
     column = np.asarray(coefficients, dtype=np.float64)
     if len(column) > min_separation:
-        raise ParameterError(f"bands = {len(column)}: at most min_separation = {min_separation}, or the columns overlap")
+        raise ParameterError(
+            f"bands = {len(column)}: at most min_separation = {min_separation}, or the columns overlap"
+        )
     if participations < 1:
         raise ParameterError(f"participations = {participations}: must be at least 1")
     return math.sqrt(participations * float(column @ column)) * (1 + 1e-12)
 
 
-def root_mean_square_error(coefficients: Sequence[float] | Coefficients, *, steps: int, participations: int) -> float:
+def root_mean_square_error(
+    coefficients: Sequence[float] | Coefficients, *, steps: int, participations: int
+) -> float:
     """Return the error of a prefix sum, root mean square over the run, for noise multiplier one and clip bound one."""
     column = np.asarray(coefficients, dtype=np.float64)
     rows = np.cumsum(_inverse(column, steps))

@@ -55,7 +55,9 @@ class RecordMechanism:
         if not self.noise_multiplier >= 0:
             raise ParameterError(f"noise_multiplier = {self.noise_multiplier}: must not be negative")
         if not self.expected_batch_size > 0:
-            raise ParameterError(f"expected_batch_size = {self.expected_batch_size}: must be a positive constant")
+            raise ParameterError(
+                f"expected_batch_size = {self.expected_batch_size}: must be a positive constant"
+            )
         if not 0 < self.sampling_rate <= 1:
             raise ParameterError(f"sampling_rate = {self.sampling_rate}: must lie in (0, 1]")
         if self.steps < 1:
@@ -68,7 +70,10 @@ class RecordMechanism:
     def bound(self) -> Clipping:
         """Return the clipping of the first step (of every step, unless it adapts)."""
         return Clipping(
-            kind=self.clipping, clip_norm=self.clip_norm, quantile=self.quantile, learning_rate=self.clip_learning_rate
+            kind=self.clipping,
+            clip_norm=self.clip_norm,
+            quantile=self.quantile,
+            learning_rate=self.clip_learning_rate,
         )
 
     def gradient_noise_multiplier(self) -> float:
@@ -105,7 +110,11 @@ class RecordMechanism:
         return poisson_sample(population, rate=self.sampling_rate, source=source)
 
     def privatise(
-        self, clipped_sum: Mapping[str, Tensor] | ClippedSum, source: RandomSource, *, clip_norm: float | None = None
+        self,
+        clipped_sum: Mapping[str, Tensor] | ClippedSum,
+        source: RandomSource,
+        *,
+        clip_norm: float | None = None,
     ) -> dict[str, Tensor]:
         """Return (sum + N(0, (noise_multiplier * clip_norm)^2)) / expected_batch_size, by parameter.
 
@@ -122,7 +131,9 @@ class RecordMechanism:
             gradients = clipped_sum.gradients
         assert isinstance(gradients, Mapping)
         std = self.gradient_noise_multiplier() * bound * WIDENING
-        noisy = {name: add_gaussian(value, std=std, source=source) for name, value in sorted(gradients.items())}
+        noisy = {
+            name: add_gaussian(value, std=std, source=source) for name, value in sorted(gradients.items())
+        }
         return {name: noisy[name] / self.expected_batch_size for name in gradients}
 
     def start(self) -> RecordRun:
@@ -161,7 +172,9 @@ class RecordRun:
         Raises: BudgetExceeded after the last stated step; ParameterError when the previous step was not released.
         """
         if self._open:
-            raise ParameterError("the last batch was never privatised; every sampled step must release its noise")
+            raise ParameterError(
+                "the last batch was never privatised; every sampled step must release its noise"
+            )
         if self._begun >= self.mechanism.steps:
             raise BudgetExceeded(f"all {self.mechanism.steps} steps of this mechanism are used")
         self._begun += 1
@@ -172,7 +185,9 @@ class RecordRun:
     def privatise(self, clipped_sum: ClippedSum, source: RandomSource) -> dict[str, Tensor]:
         """Release the step: noisy sum over the public divisor. Moves an adaptive bound, by its own noisy count."""
         if not self._open:
-            raise NotPrivateError("privatise before sample: the event would describe a sampler that did not run")
+            raise NotPrivateError(
+                "privatise before sample: the event would describe a sampler that did not run"
+            )
         self.private &= source.private
         released = self.mechanism.privatise(clipped_sum, source, clip_norm=self.bound.clip_norm)
         if self.bound.kind == "adaptive":
@@ -258,7 +273,9 @@ class ClientMechanism:
 
     def integer_share(self, update: Tensor, *, scale: float, source: RandomSource) -> Integers:
         """Clip the update, round it at random to the grid and add this client's Skellam share, as int64."""
-        bounded = clip_vector(update.detach().to("cpu", torch.float64).reshape(-1), clip_norm=self.clip_norm).numpy()
+        bounded = clip_vector(
+            update.detach().to("cpu", torch.float64).reshape(-1), clip_norm=self.clip_norm
+        ).numpy()
         grid = np.floor(bounded * scale)
         rounded = grid.astype(np.int64) + (source.uniform(len(grid)) < bounded * scale - grid)
         if self.noise_multiplier == 0:

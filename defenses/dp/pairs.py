@@ -49,7 +49,9 @@ class MixturePair:
 
     def log_ratios(self, outputs: Floats) -> tuple[Floats, Floats]:
         """Return the log densities of P and of Q, both relative to N(0, sigma^2)."""
-        return _log_density_ratio(self.up, outputs, self.sigma), _log_density_ratio(self.down, -outputs, self.sigma)
+        return _log_density_ratio(self.up, outputs, self.sigma), _log_density_ratio(
+            self.down, -outputs, self.sigma
+        )
 
     def output_of_loss(self, losses: Floats) -> Floats:
         """Return the output x at which the loss is reached; -inf (or inf) where every loss is larger (or smaller)."""

@@ -90,7 +90,9 @@ class PerSampleEngine:
         fed once for the whole batch.
         """
         uses, values = self._differentiate(losses, batch_size)
-        with torch.no_grad():  # layer inputs still carry the forward pass's graph, which must not grow into the sums
+        with (
+            torch.no_grad()
+        ):  # layer inputs still carry the forward pass's graph, which must not grow into the sums
             return self._clip(uses, values, clip)
 
     def _clip(self, uses: dict[str, list[Use]], values: Tensor, clip: Clipping) -> ClippedSum:
@@ -101,7 +103,9 @@ class PerSampleEngine:
         for name in squared:
             squared[name] = torch.where(poisoned, torch.inf, squared[name])
         factors = clip.factors(squared)
-        sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in self._parameters.items()}
+        sums = {
+            name: torch.zeros_like(value, dtype=torch.float32) for name, value in self._parameters.items()
+        }
         for name, parts in uses.items():
             for part in parts:
                 sums[name] += _weighted_sum(part, factors[name], self._parameters[name].shape)
@@ -120,7 +124,9 @@ class PerSampleEngine:
 
     def empty(self, clip: Clipping) -> ClippedSum:
         """Return the sum over an empty batch: zeros, to which the step still adds its noise."""
-        zeros = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in self._parameters.items()}
+        zeros = {
+            name: torch.zeros_like(value, dtype=torch.float32) for name, value in self._parameters.items()
+        }
         return ClippedSum(gradients=zeros, batch_size=0, clip=clip)
 
     def close(self) -> None:
@@ -168,7 +174,9 @@ class PerSampleEngine:
         for parameter in self._parameters.values():
             parameter.grad = None
         self._recorder.batch = batch_size
-        watch = None if batch_size else self._model.register_forward_pre_hook(self._note_batch, with_kwargs=True)
+        watch = (
+            None if batch_size else self._model.register_forward_pre_hook(self._note_batch, with_kwargs=True)
+        )
         before = [(item, item.module.__dict__.get(item.attribute)) for item in self._covers]
         try:
             for item in self._covers:
@@ -187,7 +195,9 @@ class PerSampleEngine:
                 parameter.grad = kept[name]
 
     def _note_batch(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1]
+        tensors = [
+            value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1
+        ]
         sizes = {value.shape[0] for value in tensors}
         self._recorder.batch = max(sizes) if sizes and len(sizes - {1}) <= 1 else None
 
@@ -206,7 +216,9 @@ class PerSampleEngine:
         foreign = [leaf for leaf in _leaves(values) if isinstance(leaf, nn.Parameter) and leaf not in known]
         if foreign:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in foreign)
-            raise NotPrivateError(f"the loss trains parameters of shape {shapes} that are not part of the model")
+            raise NotPrivateError(
+                f"the loss trains parameters of shape {shapes} that are not part of the model"
+            )
         self._graph_seen = True
 
     def _refuse_batch_statistics(self) -> None:
@@ -304,7 +316,9 @@ def _check_losses(values: object, batch: int | None) -> None:
             "tokens of the batch couples samples (use reduction='none' and reduce within each sample)"
         )
     if batch is not None and len(values) != batch:
-        raise NotPrivateError(f"losses() returned {len(values)} losses for a batch of {batch}; return one a sample")
+        raise NotPrivateError(
+            f"losses() returned {len(values)} losses for a batch of {batch}; return one a sample"
+        )
 
 
 def _dense(use: Use, shape: torch.Size) -> Dense:
@@ -351,7 +365,11 @@ def _inner(left: Use, right: Use) -> Tensor:
     """Return the inner product `[batch]` of two per-sample gradients without forming them."""
     if isinstance(left, Dense) and isinstance(right, Dense):
         flat = left.values.flatten(1)
-        return torch.einsum("bn,bn->b", flat, right.values.flatten(1)) if left is not right else flat.square().sum(1)
+        return (
+            torch.einsum("bn,bn->b", flat, right.values.flatten(1))
+            if left is not right
+            else flat.square().sum(1)
+        )
     if isinstance(left, Outer) and isinstance(right, Outer):
         rows = torch.bmm(left.rows.float(), right.rows.float().transpose(1, 2))
         return (rows * torch.bmm(left.columns.float(), right.columns.float().transpose(1, 2))).sum((1, 2))

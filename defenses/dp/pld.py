@@ -67,17 +67,25 @@ def discretise(pair: MixturePair, *, spacing: float, growth: float, tail: float)
     indices = _dots(math.floor(low / spacing), math.ceil(high / spacing), bulk(pair) / spacing, growth)
     losses = indices * spacing
     outputs = pair.output_of_loss(losses)
-    cells = [_cell_masses(outputs, index * 1.0, pair.sigma) for index in range(-len(pair.down) + 1, len(pair.up))]
+    cells = [
+        _cell_masses(outputs, index * 1.0, pair.sigma) for index in range(-len(pair.down) + 1, len(pair.up))
+    ]
     offset = len(pair.down) - 1
-    mass_p = sum((weight * cells[offset + index] for index, weight in enumerate(pair.up)), np.zeros(len(losses) + 1))
-    mass_q = sum((weight * cells[offset - index] for index, weight in enumerate(pair.down)), np.zeros(len(losses) + 1))
+    mass_p = sum(
+        (weight * cells[offset + index] for index, weight in enumerate(pair.up)), np.zeros(len(losses) + 1)
+    )
+    mass_q = sum(
+        (weight * cells[offset - index] for index, weight in enumerate(pair.down)), np.zeros(len(losses) + 1)
+    )
     # P - e^loss Q over each cell, with the common central component taken out of both before it can cancel.
     centre = cells[offset]
     rest_p = sum((w * cells[offset + i] for i, w in enumerate(pair.up) if i), np.zeros(len(losses) + 1))
     rest_q = sum((w * cells[offset - i] for i, w in enumerate(pair.down) if i), np.zeros(len(losses) + 1))
     left = losses[:-1]
     near, far = pair.gap - pair.down[0] * np.expm1(left), pair.up[0] - pair.down[0] * np.exp(left)
-    above = np.where(np.abs(left) < 0.5, near, far) * centre[1:-1] + rest_p[1:-1] - np.exp(left) * rest_q[1:-1]
+    above = (
+        np.where(np.abs(left) < 0.5, near, far) * centre[1:-1] + rest_p[1:-1] - np.exp(left) * rest_q[1:-1]
+    )
     result = _connect(spacing, indices, losses, mass_p, mass_q, above)
     return _symmetrise(result) if pair.symmetric else result
 
@@ -103,7 +111,9 @@ def _connect(
         forward_infinity=max(0.0, float(mass_p[-1]) - kept),
         backward_infinity=max(0.0, float(mass_q[0]) - float(mass_p[0] * np.exp(-losses[0]))),
         coarse_forward=np.concatenate([mass_p[:1], inner_p, [kept]]),
-        coarse_backward=np.concatenate([mass_p[:1] * np.exp(-losses[0]), inner_q, [kept * np.exp(-losses[-1])]]),
+        coarse_backward=np.concatenate(
+            [mass_p[:1] * np.exp(-losses[0]), inner_q, [kept * np.exp(-losses[-1])]]
+        ),
     )
 
 
@@ -130,7 +140,9 @@ def _symmetrise(grid: LossGrid) -> LossGrid:
 
 def _output_range(pair: MixturePair, tail: float) -> tuple[float, float]:
     """Return outputs below which Q, and above which P, has at most `tail` mass."""
-    low = min(-i - pair.sigma * _quantile(tail / (len(pair.down) * w)) for i, w in enumerate(pair.down) if w > 0)
+    low = min(
+        -i - pair.sigma * _quantile(tail / (len(pair.down) * w)) for i, w in enumerate(pair.down) if w > 0
+    )
     high = max(i + pair.sigma * _quantile(tail / (len(pair.up) * w)) for i, w in enumerate(pair.up) if w > 0)
     return low, high
 

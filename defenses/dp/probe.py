@@ -97,7 +97,9 @@ class _Probe:
             error = _difference(_difference(whole, rest), alone[i])
             coupling = _norm(error) / max(scale, 1e-30)
             if not coupling <= tolerance:
-                self._blame(i, error, f"leaving sample {i} out changes what the others contribute by {coupling:.2g}")
+                self._blame(
+                    i, error, f"leaving sample {i} out changes what the others contribute by {coupling:.2g}"
+                )
             worst = max(worst, coupling)
         return norms, worst
 
@@ -108,7 +110,11 @@ class _Probe:
             change = _difference(whole, self._sum(self._without(i), clip))
             ratio = _norm(change) / clip.clip_norm
             if not ratio <= 1 + tolerance:
-                self._blame(i, change, f"leaving sample {i} out changes the clipped sum by {ratio:.4f} times the bound")
+                self._blame(
+                    i,
+                    change,
+                    f"leaving sample {i} out changes the clipped sum by {ratio:.4f} times the bound",
+                )
             worst = max(worst, ratio)
         return worst
 
@@ -128,7 +134,9 @@ class _Probe:
 _UNBOUNDED = Clipping(clip_norm=3e37)
 
 
-def _first_coupled_module(model: nn.Module, losses_of: LossesOf, everyone: list[int], rest: list[int]) -> str | None:
+def _first_coupled_module(
+    model: nn.Module, losses_of: LossesOf, everyone: list[int], rest: list[int]
+) -> str | None:
     """Name the first module whose output for a sample depends on who else is in the batch while its input does not."""
     full = list(_trace(model, losses_of(everyone)))
     part = list(_trace(model, losses_of(rest)))

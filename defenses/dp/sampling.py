@@ -82,6 +82,8 @@ def balanced_schedule(clients: int, *, rounds: int, cohort: int, source: RandomS
 
 def _check_schedule(clients: int, rounds: int, cohort: int) -> None:
     if clients < 1 or rounds < 0:
-        raise ParameterError(f"clients = {clients}, rounds = {rounds}: there must be a client, and no negative rounds")
+        raise ParameterError(
+            f"clients = {clients}, rounds = {rounds}: there must be a client, and no negative rounds"
+        )
     if not 1 <= cohort <= clients:
         raise ParameterError(f"cohort = {cohort}: must lie in [1, clients = {clients}]")

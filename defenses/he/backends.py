@@ -78,7 +78,9 @@ def check_values(values: Integers, agreement: Agreement) -> None:
             f"{getattr(values, 'dtype', '')} {getattr(values, 'shape', '')}"
         )
     if max(int(values.max()), -int(values.min())) > agreement.value_bound:
-        raise ParameterError(f"values exceed the agreed bound {agreement.value_bound}: clip before encrypting")
+        raise ParameterError(
+            f"values exceed the agreed bound {agreement.value_bound}: clip before encrypting"
+        )
 
 
 def _within(total: Integers, count: int, agreement: Agreement) -> bool:
@@ -105,7 +107,9 @@ class _WordChunks:
         words = np.empty(self.agreement.length, dtype=np.uint64)
         start, sender = 0, b""
         limit = 8 * _WORDS_PER_CHUNK
-        for party, payload in read_chunks(chunks, role=role, digest=self._digest, count=self._count, limit=limit):
+        for party, payload in read_chunks(
+            chunks, role=role, digest=self._digest, count=self._count, limit=limit
+        ):
             sender = party
             target = words[start : start + _WORDS_PER_CHUNK]
             if len(payload) != 8 * len(target):
@@ -229,7 +233,9 @@ class EncryptedClient:
         check_party(party)
         _require(agreement, holder.parameters)
         if agreement.run != holder.run:
-            raise ParameterError("the agreement belongs to another run than the key: rotate the key with the run")
+            raise ParameterError(
+                "the agreement belongs to another run than the key: rotate the key with the run"
+            )
         self._holder = holder
         self._agreement = agreement
         self._party = party
@@ -250,7 +256,9 @@ class EncryptedClient:
                     part = np.concatenate([part, tag[max(start - length, 0) : start + step - length]])
                 yield engine.encrypt(pack(part, parameters))
 
-        return write_chunks(payloads(), role="upload", digest=self._digest, count=self._count, party=self._party)
+        return write_chunks(
+            payloads(), role="upload", digest=self._digest, count=self._count, party=self._party
+        )
 
     def decrypt_sum(self, chunks: Iterable[bytes], parties: Sequence[bytes]) -> Integers:
         """Open the sum of exactly these parties.
@@ -283,7 +291,9 @@ class EncryptedClient:
         code = confirmation_code(self._confirmed(total, parties), self._party)
         return write_confirmation(digest=self._digest, party=self._party, code=code)
 
-    def check_confirmations(self, total: Integers, parties: Sequence[bytes], messages: Iterable[bytes]) -> None:
+    def check_confirmations(
+        self, total: Integers, parties: Sequence[bytes], messages: Iterable[bytes]
+    ) -> None:
         """Compare what this client opened with what the others did, before the sum leaves it or is used.
 
         Guarantee: when it returns, a majority of the agreement's parties, or else everybody in the sum, opened this very
@@ -356,7 +366,9 @@ class Accumulator:
         if self._broken or len(self._parties) >= self._agreement.parties:
             raise ProtocolError
         limit, party, loaded = self._engine.payload_limit, b"", []
-        for party, payload in read_chunks(chunks, role="upload", digest=self._digest, count=self._count, limit=limit):
+        for party, payload in read_chunks(
+            chunks, role="upload", digest=self._digest, count=self._count, limit=limit
+        ):
             if party in self._parties or sender not in (None, party):
                 raise ProtocolError
             loaded.append(self._engine.load(payload))

@@ -55,7 +55,9 @@ def to_wire(content: bytes, shape: Shape) -> bytes:
     *_, count = _FIELDS.unpack_from(content)
     words = np.frombuffer(content, dtype="<u8", count=count, offset=_FIELDS.size)
     rows = words.reshape(-1, len(shape.primes), shape.degree)
-    packed = b"".join(_pack(row, prime) for polynomial in rows for row, prime in zip(polynomial, shape.primes))
+    packed = b"".join(
+        _pack(row, prime) for polynomial in rows for row, prime in zip(polynomial, shape.primes)
+    )
     seed = content[-SEED_BYTES:] if len(rows) == 1 else b""
     return seed + packed
 

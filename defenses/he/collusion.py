@@ -31,7 +31,9 @@ def collusion(kind: Kind, *, parties: int, fewest: int, tolerated: int = 0) -> C
         ParameterError: an unknown backend or impossible counts.
     """
     if not 1 <= fewest <= parties or not 0 <= tolerated <= parties:
-        raise ParameterError(f"parties = {parties}, fewest = {fewest}, tolerated = {tolerated}: impossible counts")
+        raise ParameterError(
+            f"parties = {parties}, fewest = {fewest}, tolerated = {tolerated}: impossible counts"
+        )
     if kind not in _STATEMENTS:
         raise ParameterError(f"backend {kind!r} is unknown; known are {', '.join(sorted(_STATEMENTS))}")
     numbers = {"parties": parties, "fewest": fewest, "tolerated": tolerated, "more": tolerated + 1}

@@ -71,7 +71,9 @@ class KeyHolder:
         require_tenseal()
         run = random.random_bytes(RUN_BYTES) if run is None else run
         if len(run) != RUN_BYTES:
-            raise ParameterError(f"run has {len(run)} bytes: use {RUN_BYTES} random bytes, fresh for every run")
+            raise ParameterError(
+                f"run has {len(run)} bytes: use {RUN_BYTES} random bytes, fresh for every run"
+            )
         material = b"" if parameters.seeded else VectorEngine.generate(parameters)
         return cls(parameters, run=run, root=random.random_bytes(ROOT_BYTES), material=material)
 
@@ -140,7 +142,9 @@ class KeyHolder:
         head = _WRAP + self.run + _raw(identity.public_key()) + recipient + _raw(ephemeral.public_key())
         bundle = encode_parameters(self.parameters)
         plain = struct.pack(">H", len(bundle)) + bundle + self._root + self._material
-        body = head + ChaCha20Poly1305(_channel(ephemeral, exchange, head, exchange)).encrypt(_ZERO_NONCE, plain, head)
+        body = head + ChaCha20Poly1305(_channel(ephemeral, exchange, head, exchange)).encrypt(
+            _ZERO_NONCE, plain, head
+        )
         return body + identity.sign(body)
 
     def __repr__(self) -> str:
@@ -178,7 +182,11 @@ class KeyRequest:
         exchange = _raw(self._private.public_key())
         body, signature = wrapped[:-_SIGNATURE_BYTES], wrapped[-_SIGNATURE_BYTES:]
         head = body[:_WRAP_BYTES]
-        if len(holder) != 32 or len(head) != _WRAP_BYTES or head[:-32] != _WRAP + self.run + holder + self.identity:
+        if (
+            len(holder) != 32
+            or len(head) != _WRAP_BYTES
+            or head[:-32] != _WRAP + self.run + holder + self.identity
+        ):
             raise ProtocolError
         try:
             Ed25519PublicKey.from_public_bytes(holder).verify(signature, body)
@@ -207,7 +215,9 @@ def _check_offer(offer: bytes, *, run: bytes, roster: Collection[bytes]) -> tupl
     if len(offer) != _OFFER_BYTES or offer[:start] != _OFFER + run or identity not in roster:
         raise ProtocolError
     try:
-        Ed25519PublicKey.from_public_bytes(identity).verify(offer[-_SIGNATURE_BYTES:], offer[:-_SIGNATURE_BYTES])
+        Ed25519PublicKey.from_public_bytes(identity).verify(
+            offer[-_SIGNATURE_BYTES:], offer[:-_SIGNATURE_BYTES]
+        )
     except (InvalidSignature, ValueError):
         raise ProtocolError from None
     return identity, exchange

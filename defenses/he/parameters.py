@@ -190,7 +190,9 @@ def choose(scheme: Scheme, *, parties: int, value_bound: int, seeded: bool = Tru
     return min(fitting, key=lambda each: (each.ideal_bytes_per_value, each.digits, each.lanes))
 
 
-def _candidates(scheme: Scheme, parties: int, value_bound: int, digits: int, seeded: bool) -> list[Parameters]:
+def _candidates(
+    scheme: Scheme, parties: int, value_bound: int, digits: int, seeded: bool
+) -> list[Parameters]:
     digit_bits = 0 if digits == 1 else -(-value_bound.bit_length() // digits)
     lane_bits = (parties * _digit_bound(value_bound, digits, digit_bits)).bit_length() + 1
     found = []
@@ -222,7 +224,11 @@ def _fits(parameters: Parameters, parties: int) -> bool:
     """Ask the two quick questions before the full lint: is the noise small enough, is there headroom?"""
     if parameters.scheme == "bfv":
         return parameters.plain_bits <= LARGEST_PRIME_BITS and noise_margin_bits(parameters, parties) >= 0
-    return parameters.scale_bits >= 1 and error_bound(parameters, parties) <= CKKS_TOLERANCE and _headroom(parameters)
+    return (
+        parameters.scale_bits >= 1
+        and error_bound(parameters, parties) <= CKKS_TOLERANCE
+        and _headroom(parameters)
+    )
 
 
 def _digit_bound(value_bound: int, digits: int, digit_bits: int) -> int:
@@ -261,7 +267,10 @@ def _lint_ring(parameters: Parameters) -> list[str]:
     if degree not in LARGEST_MODULUS_BITS:
         return [*problems, f"poly_modulus_degree = {degree}: must be one of {sorted(LARGEST_MODULUS_BITS)}"]
     if not sizes or any(not 16 <= bits <= LARGEST_PRIME_BITS for bits in sizes):
-        return [*problems, f"coefficient_bits = {sizes}: every prime must have 16 to {LARGEST_PRIME_BITS} bits"]
+        return [
+            *problems,
+            f"coefficient_bits = {sizes}: every prime must have 16 to {LARGEST_PRIME_BITS} bits",
+        ]
     if sum(sizes) > LARGEST_MODULUS_BITS[degree]:
         problems.append(
             f"coefficient modulus of {sum(sizes)} bits at poly_modulus_degree {degree}: {SECURITY_BITS}-bit security "
@@ -284,7 +293,11 @@ def _lint_layout(parameters: Parameters) -> list[str]:
         problems.append(
             f"{lanes} lanes of {parameters.lane_bits} bits: must be at least one lane of 2 bits, together at most 62"
         )
-    if not 1 <= digits <= DIGIT_LIMIT or (digits > 1) != (parameters.digit_bits > 0) or parameters.digit_bits > 62:
+    if (
+        not 1 <= digits <= DIGIT_LIMIT
+        or (digits > 1) != (parameters.digit_bits > 0)
+        or parameters.digit_bits > 62
+    ):
         problems.append(
             f"digits = {digits} of {parameters.digit_bits} bits: 1 digit has 0 bits, "
             f"2 to {DIGIT_LIMIT} digits have 1 to 62"

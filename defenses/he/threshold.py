@@ -122,7 +122,9 @@ class OpenFHEThreshold:
             raise ProtocolError
         totals = [self._ciphertext(chunk) for chunk in uploads[0]]
         for upload in uploads[1:]:
-            totals = [self._context.EvalAdd(total, self._ciphertext(chunk)) for total, chunk in zip(totals, upload)]
+            totals = [
+                self._context.EvalAdd(total, self._ciphertext(chunk)) for total, chunk in zip(totals, upload)
+            ]
         return [self._write(total) for total in totals]
 
     def partial(self, chunks: Sequence[bytes], *, lead: bool) -> list[bytes]:

@@ -46,14 +46,18 @@ class Agreement:
 
     def __post_init__(self) -> None:
         if len(self.run) != RUN_BYTES:
-            raise ParameterError(f"run has {len(self.run)} bytes: use {RUN_BYTES} random bytes, fresh for every run")
+            raise ParameterError(
+                f"run has {len(self.run)} bytes: use {RUN_BYTES} random bytes, fresh for every run"
+            )
         for name in ("length", "value_bound", "fewest"):
             if getattr(self, name) < 1:
                 raise ParameterError(f"{name} = {getattr(self, name)}: must be at least 1")
         if not 0 <= self.round < 2**63:
             raise ParameterError(f"round = {self.round}: must be between 0 and 2^63 - 1")
         if self.fewest > self.parties:
-            raise ParameterError(f"fewest = {self.fewest} exceeds parties = {self.parties}: no sum could be opened")
+            raise ParameterError(
+                f"fewest = {self.fewest} exceeds parties = {self.parties}: no sum could be opened"
+            )
 
     def digest(self, mechanism: bytes) -> bytes:
         """Hash the agreement together with the encoded mechanism that carries it."""
@@ -68,14 +72,18 @@ def check_party(party: bytes) -> None:
         ParameterError: names the length found.
     """
     if not isinstance(party, bytes) or len(party) != PARTY_BYTES or party == _NOBODY:
-        raise ParameterError(f"a party is named by its {PARTY_BYTES}-byte roster identity, not by {party!r:.40}")
+        raise ParameterError(
+            f"a party is named by its {PARTY_BYTES}-byte roster identity, not by {party!r:.40}"
+        )
 
 
 def check_parties(parties: Sequence[bytes], agreement: Agreement) -> None:
     """Refuse a list of parties whose sum may not be opened; constant message."""
     if not agreement.fewest <= len(parties) <= agreement.parties or len(set(parties)) != len(parties):
         raise ProtocolError
-    if any(not isinstance(party, bytes) or len(party) != PARTY_BYTES or party == _NOBODY for party in parties):
+    if any(
+        not isinstance(party, bytes) or len(party) != PARTY_BYTES or party == _NOBODY for party in parties
+    ):
         raise ProtocolError
 
 

@@ -179,7 +179,11 @@ class ClientSession:
         )
         signature = self._identity.sign(unsigned.statement(self._parameters.session_id))
         self._advert = messages.Advert(
-            id=self.id, channel_key=unsigned.channel_key, mask_key=unsigned.mask_key, nonce=nonce, signature=signature
+            id=self.id,
+            channel_key=unsigned.channel_key,
+            mask_key=unsigned.mask_key,
+            nonce=nonce,
+            signature=signature,
         )
         return messages.write_advert(self._advert)
 
@@ -223,7 +227,10 @@ class ClientSession:
         held, transcript = self._held(), self._transcript
         key_shares, self_shares = (
             shamir.split(
-                bytes(secret), threshold=self._parameters.threshold, shares=len(self._neighbours), source=self._source
+                bytes(secret),
+                threshold=self._parameters.threshold,
+                shares=len(self._neighbours),
+                source=self._source,
             )
             for secret in (held.mask_key, held.self_secret)
         )
@@ -268,17 +275,23 @@ class ClientSession:
 
         Shapes: vector uint32 (modulus up to 32 bits) or uint64, [length]; message length * m / 8 + 98 bytes.
         """
-        if vector.dtype != word_type(self._parameters.modulus_bits) or vector.shape != (self._parameters.length,):
+        if vector.dtype != word_type(self._parameters.modulus_bits) or vector.shape != (
+            self._parameters.length,
+        ):
             raise ParameterError(
                 f"vector: {vector.dtype} of shape {vector.shape}; this session sums "
                 f"{word_type(self._parameters.modulus_bits).__name__} of shape ({self._parameters.length},)"
             )
         if model_hash is None and self._parameters.model_hash == DEFERRED_MODEL:
-            raise ParameterError("model_hash: this session was set up before its model; name the model when masking")
+            raise ParameterError(
+                "model_hash: this session was set up before its model; name the model when masking"
+            )
         return self._mask(delivery, vector, update, model_hash)
 
     @_step(Stage.MASK)
-    def _mask(self, delivery: bytes, vector: RingVector, update: bytes | None, model_hash: bytes | None) -> memoryview:
+    def _mask(
+        self, delivery: bytes, vector: RingVector, update: bytes | None, model_hash: bytes | None
+    ) -> memoryview:
         held = self._held()
         for index, ciphertext in messages.read_delivery(delivery, len(self._neighbours)):
             neighbour = self._neighbours[index]
@@ -304,7 +317,9 @@ class ClientSession:
         """Return the self mask and one mask for each neighbour whose shares arrived."""
         sharers = sorted(held.shares)
         shared = agree(bytes(held.mask_key), (self._mask_keys[neighbour] for neighbour in sharers))
-        masks = [Mask(messages.self_seed(bytes(held.self_secret), transcript=self._transcript, owner=self.id))]
+        masks = [
+            Mask(messages.self_seed(bytes(held.self_secret), transcript=self._transcript, owner=self.id))
+        ]
         for neighbour, secret in zip(sharers, shared, strict=True):
             peer = self._ids[neighbour]
             seed = messages.pair_seed(secret, transcript=self._transcript, one=self.id, other=peer)
@@ -321,7 +336,9 @@ class ClientSession:
         message = memoryview(buffer)[skipped : skipped + start + size]  # type: ignore[arg-type]
         payload, streams, digest = message[start:], MaskStreams(masks, word), hashlib.sha256()
         scratch: RingVector = np.empty(streams.chunk_words, dtype=word)
-        whole: RingVector | None = np.frombuffer(payload, dtype=word) if bits == 8 * scratch.itemsize else None
+        whole: RingVector | None = (
+            np.frombuffer(payload, dtype=word) if bits == 8 * scratch.itemsize else None
+        )
         for part in chunks(len(vector), streams.chunk_words):
             window = payload[packed_bytes(part.start, bits) : packed_bytes(part.stop, bits)]
             masked = scratch[: part.stop - part.start] if whole is None else whole[part]
@@ -366,7 +383,9 @@ class ClientSession:
             [self_share if owner in survivors else key_share
              for owner, (key_share, self_share) in sorted(held.shares.items())]
         )  # fmt: skip
-        statement = messages.body_statement("response", self._transcript, self.id, hashlib.sha256(body).digest())
+        statement = messages.body_statement(
+            "response", self._transcript, self.id, hashlib.sha256(body).digest()
+        )
         signature = self._identity.sign(statement)
         self._forget()
         return messages.header(messages.Kind.RESPONSE) + self.id + signature + body

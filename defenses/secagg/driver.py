@@ -64,9 +64,14 @@ def drive(
 
     each(Stage.ADVERTISE, lambda owner, session: server.receive_advertisement(session.advertise()))
     server.roster_message()
-    each(Stage.SHARE, lambda owner, session: server.receive_shares(session.share(server.roster_message(owner))))
+    each(
+        Stage.SHARE, lambda owner, session: server.receive_shares(session.share(server.roster_message(owner)))
+    )
     each(Stage.MASK, upload)
     if any(session.stage is Stage.CONFIRM for session in clients.values()):
         each(Stage.CONFIRM, confirm)
-    each(Stage.UNMASK, lambda owner, session: server.receive_response(session.unmask(server.request_for(owner))))
+    each(
+        Stage.UNMASK,
+        lambda owner, session: server.receive_response(session.unmask(server.request_for(owner))),
+    )
     return Outcome(sum=server.finish(), traffic=server.traffic, lost=lost)

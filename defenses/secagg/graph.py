@@ -37,7 +37,9 @@ class Graph:
 
     __slots__ = ("_count", "_half", "_known", "_place", "_ring")
 
-    def __init__(self, count: int, *, neighbours: int, ring: list[int] | None, remember: bool = False) -> None:
+    def __init__(
+        self, count: int, *, neighbours: int, ring: list[int] | None, remember: bool = False
+    ) -> None:
         self._count, self._half, self._ring = count, neighbours // 2, ring
         self._known: dict[int, list[int]] | None = {} if remember else None
         self._place = [0] * count
@@ -66,7 +68,9 @@ class Graph:
         return bisect.bisect_left(self.neighbours(owner), holder) + 1
 
 
-def build_graph(kind: GraphKind, *, count: int, neighbours: int, transcript: bytes, remember: bool = False) -> Graph:
+def build_graph(
+    kind: GraphKind, *, count: int, neighbours: int, transcript: bytes, remember: bool = False
+) -> Graph:
     """Build the graph every client of a session computes for itself from the session's transcript.
 
     A Harary ring with more neighbours than members is the complete graph.
@@ -105,7 +109,14 @@ def threshold_above(*, neighbours: int, corrupted: int, mode: Mode) -> int:
 
 
 def safe_threshold(
-    *, kind: GraphKind, clients: int, neighbours: int, corrupted: int, dropouts: int, mode: Mode, security_bits: int
+    *,
+    kind: GraphKind,
+    clients: int,
+    neighbours: int,
+    corrupted: int,
+    dropouts: int,
+    mode: Mode,
+    security_bits: int,
 ) -> int | None:
     """Return the smallest threshold that keeps every honest client's secrets, or None when no threshold does.
 
@@ -149,7 +160,10 @@ def find_graph_parameters(
         raise ParameterError(f"clients = {clients}: a sum over fewer than 3 hides nobody; invite at least 3")
     if not (0 <= corrupted < 1 and 0 <= dropouts < 1):
         raise ParameterError(f"corrupted = {corrupted}, dropouts = {dropouts}: fractions lie in [0, 1)")
-    colluders, lost = math.floor((corrupted + _ROUNDING) * clients), math.floor((dropouts + _ROUNDING) * clients)
+    colluders, lost = (
+        math.floor((corrupted + _ROUNDING) * clients),
+        math.floor((dropouts + _ROUNDING) * clients),
+    )
     if not (prefer_complete and clients <= COMPLETE_UP_TO[mode]):
         survivors = math.ceil((1 - dropouts - _ROUNDING) * clients)
         for neighbours in range(2, clients - 1, 2):

@@ -188,7 +188,9 @@ class Roster:
         """Sign a list of public keys as the operator."""
         ordered = tuple(sorted(public_keys, key=identity_of))
         return cls(
-            operator=operator.public_key, public_keys=ordered, signature=operator.sign(_roster_statement(ordered))
+            operator=operator.public_key,
+            public_keys=ordered,
+            signature=operator.sign(_roster_statement(ordered)),
         )
 
     @classmethod

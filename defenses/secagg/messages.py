@@ -101,7 +101,11 @@ class Advert:
         if len(data) != ADVERT_BYTES:
             raise ProtocolError
         return cls(
-            id=data[:32], channel_key=data[32:64], mask_key=data[64:96], nonce=data[96:128], signature=data[128:]
+            id=data[:32],
+            channel_key=data[32:64],
+            mask_key=data[64:96],
+            nonce=data[96:128],
+            signature=data[128:],
         )
 
 
@@ -152,7 +156,9 @@ class SealedShares:
 
     def statement(self, transcript: bytes) -> bytes:
         """Return what the signature covers."""
-        return LABEL + b"shares" + transcript + self.id + self.commitment + _digest(b"".join(self.ciphertexts))
+        return (
+            LABEL + b"shares" + transcript + self.id + self.commitment + _digest(b"".join(self.ciphertexts))
+        )
 
     def to_bytes(self) -> bytes:
         """Write the R1 message."""
@@ -164,7 +170,9 @@ class SealedShares:
         view = body_of(message, Kind.SHARES)
         if len(view) < 128:
             raise ProtocolError
-        return cls(bytes(view[:32]), bytes(view[32:64]), bytes(view[64:128]), _fixed(view[128:], CIPHERTEXT_BYTES))
+        return cls(
+            bytes(view[:32]), bytes(view[32:64]), bytes(view[64:128]), _fixed(view[128:], CIPHERTEXT_BYTES)
+        )
 
 
 def _digest(data: bytes | memoryview) -> bytes:
@@ -192,7 +200,14 @@ def self_seed(secret: bytes, *, transcript: bytes, owner: bytes) -> bytes:
 
 
 def seal_shares(
-    key: bytes, *, point: int, key_share: bytes, self_share: bytes, transcript: bytes, sender: bytes, receiver: bytes
+    key: bytes,
+    *,
+    point: int,
+    key_share: bytes,
+    self_share: bytes,
+    transcript: bytes,
+    sender: bytes,
+    receiver: bytes,
 ) -> bytes:
     """Encrypt the two shares of a neighbour. The zero nonce is safe: each directed key encrypts one message."""
     aad = LABEL + b"share" + transcript + sender + receiver

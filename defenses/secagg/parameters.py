@@ -80,15 +80,22 @@ class SessionParameters:
             if not low <= getattr(self, name) <= high
         ]
         if self.mode not in _MODES or self.graph not in _GRAPHS:
-            return [*problems, f"mode = {self.mode}, graph = {self.graph}: must be one of {_MODES} and {_GRAPHS}"]
+            return [
+                *problems,
+                f"mode = {self.mode}, graph = {self.graph}: must be one of {_MODES} and {_GRAPHS}",
+            ]
         if self.modulus_bits not in MODULUS_BITS:
             problems.append(f"modulus_bits = {self.modulus_bits}: must be one of {MODULUS_BITS}")
         if self.graph == "complete" and self.neighbours != self.clients - 1:
             problems.append(f"neighbours = {self.neighbours}: in a complete graph {self.clients - 1}")
         if self.graph == "harary" and (self.neighbours % 2 or not 2 <= self.neighbours < self.clients - 1):
-            problems.append(f"neighbours = {self.neighbours}: on a ring even and from 2 to {self.clients - 2}")
+            problems.append(
+                f"neighbours = {self.neighbours}: on a ring even and from 2 to {self.clients - 2}"
+            )
         if self.mode == "active" and 2 * self.threshold <= self.neighbours:
-            problems.append(f"threshold = {self.threshold}: in active mode more than half of {self.neighbours}")
+            problems.append(
+                f"threshold = {self.threshold}: in active mode more than half of {self.neighbours}"
+            )
         return problems
 
     def _fields(self) -> bytes:
@@ -173,20 +180,26 @@ class ClientPolicy:
         if threshold < self.minimum_threshold:
             problems.append(f"threshold = {threshold}: must be at least {self.minimum_threshold}")
         if parameters.modulus_bits not in self.modulus_bits:
-            problems.append(f"modulus_bits = {parameters.modulus_bits}: must be one of {sorted(self.modulus_bits)}")
+            problems.append(
+                f"modulus_bits = {parameters.modulus_bits}: must be one of {sorted(self.modulus_bits)}"
+            )
         if parameters.length > self.maximum_length:
             problems.append(f"length = {parameters.length}: must be at most {self.maximum_length}")
         if self.quantization_hash not in (None, parameters.quantization_hash):
             problems.append("quantization_hash: not the rule this client uses")
         if parameters.model_hash == DEFERRED_MODEL and not self.deferred_model:
-            problems.append("model_hash: deferred, and this client wants to know the model before it agrees on keys")
+            problems.append(
+                "model_hash: deferred, and this client wants to know the model before it agrees on keys"
+            )
         if self.run_id not in (None, parameters.run_id):
             problems.append("run_id: not the run this client joined")
         safe = self._safe_threshold(parameters, parameters.clients)
         if safe is None:
             problems.append(f"neighbours = {parameters.neighbours}: too few for {self.colluders} colluders")
         elif threshold < safe:
-            problems.append(f"threshold = {threshold}: must be at least {safe} against {self.colluders} colluders")
+            problems.append(
+                f"threshold = {threshold}: must be at least {safe} against {self.colluders} colluders"
+            )
         if problems:
             raise ParameterError("; ".join(problems))
 

@@ -29,7 +29,9 @@ if sys.byteorder != "little":
 
 def _require_modulus(modulus_bits: int) -> None:
     if modulus_bits not in MODULUS_BITS:
-        raise ParameterError(f"modulus_bits = {modulus_bits}: must be one of {', '.join(map(str, MODULUS_BITS))}")
+        raise ParameterError(
+            f"modulus_bits = {modulus_bits}: must be one of {', '.join(map(str, MODULUS_BITS))}"
+        )
 
 
 def largest_sum(value_bits: int, *, clients: int, max_weight: int = 1, noise_bound: int = 0) -> int:
@@ -74,7 +76,9 @@ def _smallest(bound: int) -> int:
     for modulus_bits in MODULUS_BITS:
         if bound < 1 << (modulus_bits - 1):
             return modulus_bits
-    raise ParameterError(f"a sum can reach {bound}, which no modulus up to 64 bits holds; use fewer bits or clients")
+    raise ParameterError(
+        f"a sum can reach {bound}, which no modulus up to 64 bits holds; use fewer bits or clients"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,14 +145,18 @@ class Quantizer:
         """
         values = self._checked(vector, weight)
         if weight * self.largest > lanes.bound:
-            raise ParameterError(f"lanes.bound = {lanes.bound}: too small for values up to {weight * self.largest}")
+            raise ParameterError(
+                f"lanes.bound = {lanes.bound}: too small for values up to {weight * self.largest}"
+            )
         words = np.empty(lanes.words(len(values)), dtype=np.uint64)
         rounder = _Rounder(source, scale=weight * self.scale, limit=weight * self.largest)
         for part in chunks(len(words), _ROUND_CHUNK):
             target = words[part]
             for lane in range(lanes.count):
                 rounded, shift = rounder.round(lanes.run(values, lane, part)), lane * lanes.width
-                if lane == 0:  # always full; what the others bring along in front of their integers is taken off here
+                if (
+                    lane == 0
+                ):  # always full; what the others bring along in front of their integers is taken off here
                     np.subtract(rounded, np.uint64(_Rounder.excess(lanes)), out=target)
                     continue
                 np.left_shift(rounded, np.uint64(shift), out=rounded)
@@ -160,7 +168,9 @@ class Quantizer:
     def _checked(self, vector: npt.ArrayLike, weight: int) -> npt.NDArray[np.floating[Any]]:
         values = np.asarray(vector)
         if values.ndim != 1 or values.dtype.kind != "f":
-            raise ParameterError(f"a vector of {values.dtype} with {values.ndim} dimensions: must be floating and flat")
+            raise ParameterError(
+                f"a vector of {values.dtype} with {values.ndim} dimensions: must be floating and flat"
+            )
         if weight < 0 or weight * self.largest >= 1 << 51:
             raise ParameterError(f"weight = {weight}: must be from 0 to {(1 << 51) // self.largest}")
         return values
@@ -210,7 +220,9 @@ class _Rounder:
         """Return a view of at most one chunk of rounded values, each as `BITS` plus two's complement."""
         count = len(values)
         scaled = self._scaled[:count]
-        if count and not (math.isfinite(np.maximum.reduce(values)) and math.isfinite(np.minimum.reduce(values))):
+        if count and not (
+            math.isfinite(np.maximum.reduce(values)) and math.isfinite(np.minimum.reduce(values))
+        ):
             raise ParameterError("the vector holds a value that is not finite; bound it before quantising")
         np.copyto(scaled, values)
         with np.errstate(over="ignore"):  # infinity is bounded like everything else
@@ -340,7 +352,9 @@ def pack(ring: RingVector, modulus_bits: int) -> bytes:
     """
     _require_modulus(modulus_bits)
     if ring.dtype != word_type(modulus_bits) or ring.ndim != 1:
-        raise ParameterError(f"a vector modulo 2^{modulus_bits} is a flat array of {word_type(modulus_bits).__name__}")
+        raise ParameterError(
+            f"a vector modulo 2^{modulus_bits} is a flat array of {word_type(modulus_bits).__name__}"
+        )
     out = bytearray(packed_bytes(len(ring), modulus_bits))
     for part in chunks(len(ring), _CHUNK):
         pack_into(_window(out, part, modulus_bits), np.ascontiguousarray(ring[part]), modulus_bits)

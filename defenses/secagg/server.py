@@ -215,7 +215,9 @@ class ServerSession:
             needed = max(self._parameters.minimum_survivors, self._parameters.threshold + 1)
             self._abort_unless(len(self._shares) >= needed)
             self._sharers = set(self._shares)
-            self._accumulator = np.zeros(self._parameters.length, dtype=word_type(self._parameters.modulus_bits))
+            self._accumulator = np.zeros(
+                self._parameters.length, dtype=word_type(self._parameters.modulus_bits)
+            )
             self._stage = Stage.MASK
         self._require(Stage.MASK)
         place = self._place.get(owner, -1)
@@ -387,7 +389,11 @@ class ServerSession:
         holders = self._graph.neighbours(place)
         preferred = [point for point in shares if holders[point - 1] in self._reliable]
         secret, chosen = shamir.recover(
-            shares, threshold=self._parameters.threshold, accept=accept, source=self._source, preferred=preferred
+            shares,
+            threshold=self._parameters.threshold,
+            accept=accept,
+            source=self._source,
+            preferred=preferred,
         )
         if list(chosen) != sorted(shares)[: len(chosen)]:
             self._reliable.update(holders[point - 1] for point in chosen)
@@ -396,7 +402,9 @@ class ServerSession:
     def _self_mask(self, place: int, shares: Mapping[int, bytes]) -> Mask:
         owner, commitment = self._order[place], self._commitments[place]
         secret = self._recover(
-            place, shares, lambda guess: messages.self_commitment(self._setup_transcript, owner, guess) == commitment
+            place,
+            shares,
+            lambda guess: messages.self_commitment(self._setup_transcript, owner, guess) == commitment,
         )
         return Mask(messages.self_seed(secret, transcript=self._transcript, owner=owner), negative=True)
 
@@ -411,6 +419,9 @@ class ServerSession:
         peers = [self._order[partner] for partner in partners]
         shared = agree(secret, (self._adverts[peer].mask_key for peer in peers))
         return [
-            Mask(messages.pair_seed(key, transcript=self._transcript, one=owner, other=peer), negative=peer < owner)
+            Mask(
+                messages.pair_seed(key, transcript=self._transcript, one=owner, other=peer),
+                negative=peer < owner,
+            )
             for peer, key in zip(peers, shared, strict=True)
         ]

@@ -97,7 +97,11 @@ def recover(
         raise ProtocolError
     for attempt in range(_ATTEMPTS if len(points) > threshold else 1):
         if attempt < 2:
-            order = points if attempt == 0 else [*preferred, *(point for point in points if point not in preferred)]
+            order = (
+                points
+                if attempt == 0
+                else [*preferred, *(point for point in points if point not in preferred)]
+            )
         else:
             order = [points[int(index)] for index in source.permutation(len(points))]
         chosen = tuple(order[:threshold])

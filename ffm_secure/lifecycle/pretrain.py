@@ -36,7 +36,9 @@ def plateau(history: History, spec: Controller) -> Phase:
     if not history:
         return "public"
     current = history[-1].phase
-    stay = next((age for age, record in enumerate(reversed(history)) if record.phase != current), len(history))
+    stay = next(
+        (age for age, record in enumerate(reversed(history)) if record.phase != current), len(history)
+    )
     if stay < spec.patience or len(history) == stay == spec.patience:
         return current  # too soon, or nothing is known from before
     before = history[-spec.patience - 1].loss
@@ -128,7 +130,13 @@ def learn_in_public(
         proximal=0.0,
     )
     rule = PlainGradient(
-        trainable=trainable, task=task, encoded=public, spec=plain, seed=seed, device=device, microbatch=microbatch
+        trainable=trainable,
+        task=task,
+        encoded=public,
+        spec=plain,
+        seed=seed,
+        device=device,
+        microbatch=microbatch,
     )
     change = finetune(trainable=trainable, start=start, spec=plain, rule=rule)
     return start + change.vector.to(start.device)

@@ -30,4 +30,13 @@ def folds(config: StrategyConfig) -> bool:
     return config.kind in LORA_RULES and LORA_RULES[config.kind].folds
 
 
-__all__ = ["LORA_RULES", "STRATEGIES", "Average", "ServerOptimizer", "ServerState", "Strategy", "build", "folds"]
+__all__ = [
+    "LORA_RULES",
+    "STRATEGIES",
+    "Average",
+    "ServerOptimizer",
+    "ServerState",
+    "Strategy",
+    "build",
+    "folds",
+]

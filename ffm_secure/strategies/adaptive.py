@@ -23,10 +23,16 @@ class ServerOptimizer(Strategy):
 
     def start(self, vector: Tensor) -> ServerState:
         """Return the state before the first round."""
-        names = {"avgm": ("momentum",), "adagrad": ("sum",), "adam": ("mean", "square"), "yogi": ("mean", "square")}
+        names = {
+            "avgm": ("momentum",),
+            "adagrad": ("sum",),
+            "adam": ("mean", "square"),
+            "yogi": ("mean", "square"),
+        }
         floor = {"square": self.config.tau**2, "sum": self.config.tau**2}
         slots = {
-            name: torch.full_like(vector, floor.get(name, 0.0), dtype=torch.float64) for name in names[self.config.kind]
+            name: torch.full_like(vector, floor.get(name, 0.0), dtype=torch.float64)
+            for name in names[self.config.kind]
         }
         return ServerState(round=0, vector=vector.detach().clone(), slots=slots)
 

@@ -42,7 +42,9 @@ class LoraRule(Strategy):
     def __init__(self, config: StrategyConfig, trainable: Any, *, seed: int = 0) -> None:
         self.adapters: tuple[Adapter, ...] = getattr(trainable, "adapters", ())
         if not self.adapters:
-            raise ModelError(f"federation.strategy.kind = {config.kind!r} needs model.trainable.kind = 'lora'")
+            raise ModelError(
+                f"federation.strategy.kind = {config.kind!r} needs model.trainable.kind = 'lora'"
+            )
         self.learning_rate, self.seed = config.learning_rate, seed
         self.places: dict[str, slice] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -58,7 +58,9 @@ class Task:
     metric_name: ClassVar[str]
     higher_is_better: ClassVar[bool]
 
-    def __init__(self, backbone: Backbone, data: TaskData, *, max_length: int = 64, fixed_length: bool = False) -> None:
+    def __init__(
+        self, backbone: Backbone, data: TaskData, *, max_length: int = 64, fixed_length: bool = False
+    ) -> None:
         self.backbone, self.data = backbone, data
         limit = backbone.max_positions
         if max_length < 2 or (limit is not None and max_length > limit):
@@ -84,7 +86,9 @@ class Task:
         Guarantee: every index comes out exactly once. Sums over samples do not depend on the split, beyond rounding.
         """
         chosen = as_indices(indices)
-        lengths = encoded.lengths()[chosen] if hasattr(encoded, "lengths") else np.ones(len(chosen), dtype=np.int64)
+        lengths = (
+            encoded.lengths()[chosen] if hasattr(encoded, "lengths") else np.ones(len(chosen), dtype=np.int64)
+        )
         order = np.argsort(-lengths, kind="stable")
         start = 0
         while start < len(order):
@@ -99,7 +103,9 @@ class Task:
         """Return per-sample losses float32 [B], in nats."""
         raise NotImplementedError
 
-    def evaluate(self, model: nn.Module, encoded: Any, *, batch_size: int = 64, device: str = "cpu") -> Evaluation:
+    def evaluate(
+        self, model: nn.Module, encoded: Any, *, batch_size: int = 64, device: str = "cpu"
+    ) -> Evaluation:
         """Return mean loss and metric over a set; the order and the batch size do not matter beyond rounding."""
         loss = right = count = 0.0
         with _evaluating(model):

@@ -20,7 +20,9 @@ class EncodedText:
 
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
-    segments: NDArray[np.int8] | None = None  # 0 for the first text of a pair, 1 for the second; beside tokens
+    segments: NDArray[np.int8] | None = (
+        None  # 0 for the first text of a pair, 1 for the second; beside tokens
+    )
     labels: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:

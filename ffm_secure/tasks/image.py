@@ -54,7 +54,9 @@ class ImageClassification(Classification):
 
     def _fit(self, pictures: Any) -> Tensor:
         if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4):
-            raise ModelError(f"pictures are {pictures.dtype} {list(pictures.shape)}; they must be uint8 [n, H, W, C]")
+            raise ModelError(
+                f"pictures are {pictures.dtype} {list(pictures.shape)}; they must be uint8 [n, H, W, C]"
+            )
         tensor = torch.from_numpy(np.ascontiguousarray(pictures))
         tensor = tensor.unsqueeze(1) if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2)
         if tensor.shape[1] != self.channels:

@@ -27,13 +27,17 @@ class _Text(Task):
         if backbone.tokenizer is None:
             raise ModelError(f"{self.kind}: the model {backbone.source} has no tokenizer")
         if not 1 <= len(data.text_columns) <= (2 if self.kind == "text_classification" else 1):
-            raise ModelError(f"{self.kind}: cannot read text columns {list(data.text_columns)}; set task.text_column")
+            raise ModelError(
+                f"{self.kind}: cannot read text columns {list(data.text_columns)}; set task.text_column"
+            )
         self.tokenizer = backbone.tokenizer
 
     def encode(self, examples: Columns) -> EncodedText:
         """Tokenise the text columns, cut to `max_length` tokens."""
         columns = text_columns(examples, self.data.text_columns)
-        return encode_texts(self.tokenizer, columns, max_length=self.max_length, labels=self._labels(examples))
+        return encode_texts(
+            self.tokenizer, columns, max_length=self.max_length, labels=self._labels(examples)
+        )
 
     def batch(
         self, encoded: EncodedText, indices: Any, *, device: str, generator: torch.Generator | None = None
@@ -98,7 +102,9 @@ class MaskedLM(_Text):
     def __init__(self, backbone: Backbone, data: TaskData, **options: Any) -> None:
         super().__init__(backbone, data, **options)
         if self.tokenizer.mask_token_id is None:
-            raise ModelError(f"masked_lm: the tokenizer of {backbone.source} has no mask token; try 'causal_lm'")
+            raise ModelError(
+                f"masked_lm: the tokenizer of {backbone.source} has no mask token; try 'causal_lm'"
+            )
         self.special = np.zeros(len(self.tokenizer), dtype=bool)
         self.special[list(self.tokenizer.all_special_ids)] = True
 
@@ -121,7 +127,9 @@ class MaskedLM(_Text):
         nats = token_cross_entropy(scores, targets)
         return nats.sum(dim=1) / (targets != IGNORED).sum(dim=1).clamp(min=1)
 
-    def evaluation_batch(self, encoded: EncodedText, indices: NDArray[np.int64], device: str) -> dict[str, Tensor]:
+    def evaluation_batch(
+        self, encoded: EncodedText, indices: NDArray[np.int64], device: str
+    ) -> dict[str, Tensor]:
         """Hide tokens by a stream of each example's own."""
         batch = super().batch(encoded, indices, device="cpu")
         shape = tuple(batch["input_ids"].shape)
@@ -182,5 +190,7 @@ def asked_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor,
 
 def token_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     """Return the cross-entropy [B, T] of scores [B, T, V]; 0 where the target is -100."""
-    flat = nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    flat = nn.functional.cross_entropy(
+        scores.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
+    )
     return flat.view(targets.shape)

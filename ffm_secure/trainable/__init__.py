@@ -26,7 +26,18 @@ TRAINABLES: dict[str, Callable[..., TrainableModel]] = {
     "deep_prompt": attach_deep_prompt,
     "prompt_generator": attach_prompt_generator,
 }
-_KEYS = {"kind", "rank", "alpha", "dropout", "target_modules", "length", "hidden", "representation", "ranks", "folded"}
+_KEYS = {
+    "kind",
+    "rank",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "length",
+    "hidden",
+    "representation",
+    "ranks",
+    "folded",
+}
 
 
 def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> TrainableModel:
@@ -43,7 +54,9 @@ def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed:
         raise ModelError(f"model.trainable.kind = {kind!r}: must be one of {', '.join(TRAINABLES)}")
     unknown = sorted(set(spec) - _KEYS)
     if unknown:
-        raise ModelError(f"model.trainable.{unknown[0]}: unknown option; known are {', '.join(sorted(_KEYS))}")
+        raise ModelError(
+            f"model.trainable.{unknown[0]}: unknown option; known are {', '.join(sorted(_KEYS))}"
+        )
     if task_kind != backbone.kind:
         raise ModelError(f"the model was loaded for {backbone.kind}, not for {task_kind}")
     made = TRAINABLES[kind](backbone, spec, task_kind=task_kind, seed=seed)

@@ -35,7 +35,12 @@ class TrainableModel(ABC):
     kind: ClassVar[str]
 
     def __init__(
-        self, *, backbone: Backbone, model: nn.Module, parameters: dict[str, nn.Parameter], description: Iterable[str]
+        self,
+        *,
+        backbone: Backbone,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        description: Iterable[str],
     ) -> None:
         self.backbone, self.model, self.parameters = backbone, model, parameters
         self.description = tuple(description)
@@ -82,7 +87,9 @@ class TrainableModel(ABC):
     def load_vector(self, vector: Tensor) -> None:
         """Set all trained numbers from a vector [d] in the order of `layout`."""
         if tuple(vector.shape) != (self.size,):
-            raise ModelError(f"vector of shape {list(vector.shape)} does not fit: the model trains {self.size} numbers")
+            raise ModelError(
+                f"vector of shape {list(vector.shape)} does not fit: the model trains {self.size} numbers"
+            )
         start = 0
         with torch.no_grad():
             for parameter in self.parameters.values():
@@ -145,12 +152,16 @@ def write_peft(folder: Path, config: Any, tensors: Mapping[str, Tensor], base_mo
     save_file(_plain(tensors), folder / PEFT_TENSORS, metadata={"format": "pt"})
 
 
-def write_own(folder: Path, table: Mapping[str, Any], tensors: Mapping[str, Tensor], base_model_name: str) -> None:
+def write_own(
+    folder: Path, table: Mapping[str, Any], tensors: Mapping[str, Tensor], base_model_name: str
+) -> None:
     """Write tensors and a small table in our own versioned format, for what PEFT has no type for."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"format": FORMAT_VERSION, "base_model": base_model_name, **table}
     (folder / OWN_CONFIG).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
-    save_file(_plain(tensors), folder / OWN_TENSORS, metadata={"format": "pt", "ffm_secure": str(FORMAT_VERSION)})
+    save_file(
+        _plain(tensors), folder / OWN_TENSORS, metadata={"format": "pt", "ffm_secure": str(FORMAT_VERSION)}
+    )
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:

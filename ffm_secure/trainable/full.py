@@ -48,7 +48,9 @@ class Full(TrainableModel):
                     dtype=next(iter(self.parameters.values())).dtype,
                     output_loading_info=True,
                 )
-        except Exception as error:  # whatever a damaged folder makes the library throw becomes one error of ours
+        except (
+            Exception
+        ) as error:  # whatever a damaged folder makes the library throw becomes one error of ours
             raise ModelError(f"{folder}: cannot be read as {self.backbone.architecture} ({error})") from error
         if report["missing_keys"] or report["unexpected_keys"]:
             raise ModelError(f"{folder}: does not hold the tensors of {self.backbone.architecture}")
@@ -67,7 +69,10 @@ def attach_full(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, 
     _leave_to_linear(model)
     total = sum(p.numel() for p in parameters.values())
     return Full(
-        backbone=backbone, model=model, parameters=parameters, description=[f"every parameter: {total:,} numbers"]
+        backbone=backbone,
+        model=model,
+        parameters=parameters,
+        description=[f"every parameter: {total:,} numbers"],
     )
 
 
@@ -81,7 +86,9 @@ def _leave_to_linear(model: nn.Module) -> None:
                     delattr(module, name)
 
 
-def give_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def give_positions(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
     """Hand a model its positions once per sample instead of once per batch."""
     tokens: Tensor | None = kwargs.get("input_ids")
     if tokens is None or kwargs.get("position_ids") is not None:

@@ -98,7 +98,9 @@ class Head(PeftAdapter):
     kind = "head"
 
 
-def attach_lora(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> Lora | FoldedLora:
+def attach_lora(
+    backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int
+) -> Lora | FoldedLora:
     """Put LoRA adapters of `rank` beside the chosen modules; B starts at zero, so the model starts unchanged.
 
     With `folded` the weights of these modules are owned and belong to the vector, for rules that fold into them; with
@@ -112,7 +114,12 @@ def attach_lora(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, 
     model = wrapped.get_base_model()
     parameters = {_peft_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
     adapters = tuple(_adapter(path, layer, folded) for path, layer in lora_layers(model))
-    common: dict[str, Any] = {"backbone": backbone, "model": model, "parameters": parameters, "description": lines}
+    common: dict[str, Any] = {
+        "backbone": backbone,
+        "model": model,
+        "parameters": parameters,
+        "description": lines,
+    }
     made: Lora | FoldedLora = FoldedLora(**common) if folded else Lora(config=config, **common)
     made.adapters, made.ranks = adapters, ranks
     return made
@@ -129,13 +136,19 @@ def attach_lora_xs(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: st
     cores: dict[str, nn.Parameter] = {}
     for path, layer in lora_layers(model):
         cores[f"base_model.model.{path}.{CORE}"] = _put_core(path, layer)
-    heads = {_peft_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad and ".lora_" not in name}
+    heads = {
+        _peft_name(name): p
+        for name, p in wrapped.named_parameters()
+        if p.requires_grad and ".lora_" not in name
+    }
     size = sum(p.numel() for p in cores.values())
     lines = [
         f"cores of {config.r} x {config.r} between frozen factors of {len(cores)} modules: {size:,} numbers",
         *lines[1:],
     ]
-    return LoraXs(config=config, backbone=backbone, model=model, parameters={**cores, **heads}, description=lines)
+    return LoraXs(
+        config=config, backbone=backbone, model=model, parameters={**cores, **heads}, description=lines
+    )
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -161,7 +174,9 @@ def _put_core(path: str, layer: Any) -> nn.Parameter:
     if rank > min(weight.shape):
         raise ModelError(f"model.trainable.rank = {rank}: {path} has rank {min(weight.shape)} at most")
     u, s, vt = torch.linalg.svd(weight.t() if layer.fan_in_fan_out else weight, full_matrices=False)
-    sign = torch.sign(u[u.abs().argmax(dim=0), torch.arange(u.shape[1])])[:rank]  # the same signs on every machine
+    sign = torch.sign(u[u.abs().argmax(dim=0), torch.arange(u.shape[1])])[
+        :rank
+    ]  # the same signs on every machine
     with torch.no_grad():
         a.weight.copy_(vt[:rank] * sign[:, None])
         b.weight.copy_(u[:, :rank] * (s[:rank] * sign))
@@ -214,7 +229,9 @@ def _copy_for(backbone: Backbone, targets: tuple[str, ...], heads: tuple[str, ..
 def attach_head(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> Head:
     """Train the classification head and nothing else."""
     if not task_kind.endswith("classification"):
-        raise ModelError(f"model.trainable.kind = 'head': {task_kind} has no head of its own; use lora, prompt or full")
+        raise ModelError(
+            f"model.trainable.kind = 'head': {task_kind} has no head of its own; use lora, prompt or full"
+        )
     heads = head_modules(backbone)
     inside = {id(p) for name in heads for p in backbone.model.get_submodule(name).parameters()}
     model = sharing_copy(backbone.model, own=[p for p in backbone.model.parameters() if id(p) in inside])
@@ -237,7 +254,11 @@ def _peft_name(name: str) -> str:
 
 
 def _describe(
-    rank: int, alpha: float, targets: tuple[str, ...], heads: tuple[str, ...], parameters: Mapping[str, nn.Parameter]
+    rank: int,
+    alpha: float,
+    targets: tuple[str, ...],
+    heads: tuple[str, ...],
+    parameters: Mapping[str, nn.Parameter],
 ) -> list[str]:
     adapters = {name: p for name, p in parameters.items() if ".lora_" in name}
     leaves = sorted({target.rpartition(".")[2] for target in targets})

@@ -80,7 +80,9 @@ class Prefix(PromptTrainable):
             write_own(folder, table, self.parameters, base_model_name)
             return
         sizes = {**peft_sizes(self.backbone, heads * width), "num_attention_heads": heads}
-        config = PrefixTuningConfig(task_type=task, num_virtual_tokens=length, encoder_hidden_size=width, **sizes)
+        config = PrefixTuningConfig(
+            task_type=task, num_virtual_tokens=length, encoder_hidden_size=width, **sizes
+        )
         self.write_prompt(folder, base_model_name, config, self.parameters[PROMPT])
 
     def import_(self, folder: Path) -> None:
@@ -101,7 +103,9 @@ def cache_shape(backbone: Backbone) -> tuple[int, int]:
     config: Any = backbone.model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if config.model_type == "falcon":  # the newer kind repeats shared keys before it keeps them
-        heads = 1 if config.multi_query and not config.new_decoder_architecture else config.num_attention_heads
+        heads = (
+            1 if config.multi_query and not config.new_decoder_architecture else config.num_attention_heads
+        )
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(heads), int(width)
 
@@ -112,7 +116,9 @@ def attach_prefix(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str
     Source: Li and Liang 2021, arXiv:2101.00190, section 4.2.
     """
     if task_kind == "image_classification":
-        raise ModelError("model.trainable.kind = 'prefix': picture models keep no keys and values; use deep_prompt")
+        raise ModelError(
+            "model.trainable.kind = 'prefix': picture models keep no keys and values; use deep_prompt"
+        )
     if backbone.config.is_encoder_decoder:
         raise ModelError(
             f"model.trainable.kind = 'prefix': {backbone.architecture} has an encoder beside its decoder, and its texts go into both; "
@@ -130,7 +136,12 @@ def attach_prefix(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str
     dtype = next(iter(backbone.model.parameters())).dtype
     wrapped = PrefixedModel(model, start.to(dtype), heads=heads, max_positions=backbone.max_positions)
     parameters = {PROMPT: wrapped.prefix.value, **head_parameters(backbone, model)}
-    lines = [f"prefix of {length} tokens in {backbone.config.num_hidden_layers} layers: {length * columns:,} numbers"]
+    lines = [
+        f"prefix of {length} tokens in {backbone.config.num_hidden_layers} layers: {length * columns:,} numbers"
+    ]
     return Prefix(
-        backbone=backbone, model=wrapped, parameters=parameters, description=[*lines, *head_lines(backbone, parameters)]
+        backbone=backbone,
+        model=wrapped,
+        parameters=parameters,
+        description=[*lines, *head_lines(backbone, parameters)],
     )

@@ -130,7 +130,9 @@ class Prompt(PromptTrainable):
             table = {"kind": self.kind, "task": self.backbone.kind, "length": length, "width": width}
             write_own(folder, table, self.parameters, base_model_name)
             return
-        peft = PromptTuningConfig(task_type=task, num_virtual_tokens=length, **peft_sizes(self.backbone, width))
+        peft = PromptTuningConfig(
+            task_type=task, num_virtual_tokens=length, **peft_sizes(self.backbone, width)
+        )
         self.write_prompt(folder, base_model_name, peft, self.parameters[PROMPT])
 
     def import_(self, folder: Path) -> None:
@@ -160,9 +162,14 @@ def attach_prompt(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str
         model, start_prompt(backbone, length, seed), kind=task_kind, max_positions=backbone.max_positions
     )
     parameters = {PROMPT: wrapped.prompt.value, **head_parameters(backbone, model)}
-    lines = [f"soft prompt of {length} tokens x {backbone.hidden_size}: {parameters[PROMPT].numel():,} numbers"]
+    lines = [
+        f"soft prompt of {length} tokens x {backbone.hidden_size}: {parameters[PROMPT].numel():,} numbers"
+    ]
     return Prompt(
-        backbone=backbone, model=wrapped, parameters=parameters, description=[*lines, *head_lines(backbone, parameters)]
+        backbone=backbone,
+        model=wrapped,
+        parameters=parameters,
+        description=[*lines, *head_lines(backbone, parameters)],
     )
 
 
@@ -170,7 +177,9 @@ def checked_length(backbone: Backbone, spec: Mapping[str, Any]) -> int:
     """Return the number of virtual tokens, checked against the positions of the model."""
     length, limit = int(spec.get("length", 16)), backbone.max_positions
     if length < 1 or (limit is not None and length >= limit):
-        raise ModelError(f"model.trainable.length = {length}: must be from 1 to below {limit}, the model's positions")
+        raise ModelError(
+            f"model.trainable.length = {length}: must be from 1 to below {limit}, the model's positions"
+        )
     return length
 
 
@@ -201,6 +210,8 @@ def start_prompt(backbone: Backbone, length: int, seed: int) -> Tensor:
             raise ModelError(
                 f"model.trainable.kind: pictures with a prompt need a ViT, this is {backbone.architecture}"
             )
-        return torch.randn((length, backbone.hidden_size), generator=stream) * float(model.config.initializer_range)
+        return torch.randn((length, backbone.hidden_size), generator=stream) * float(
+            model.config.initializer_range
+        )
     words: Tensor = model.get_input_embeddings().weight.detach()
     return words[torch.randint(len(words), (length,), generator=stream)].float().clone()

@@ -35,7 +35,11 @@ class OwnFormat(PromptTrainable):
 
     def export(self, folder: Path, base_model_name: str) -> None:
         """Write `trainable.safetensors` and `trainable.json`."""
-        table = {"kind": self.kind, "task": self.backbone.kind, "shapes": {n: list(s) for n, s in self.layout}}
+        table = {
+            "kind": self.kind,
+            "task": self.backbone.kind,
+            "shapes": {n: list(s) for n, s in self.layout},
+        }
         write_own(folder, table, self.parameters, base_model_name)
 
     def import_(self, folder: Path) -> None:
@@ -49,10 +53,18 @@ class OwnFormat(PromptTrainable):
 class EncodedPrompt(PromptedModel):
     """A prompt that a small network makes of trained inputs; every sample runs it for itself."""
 
-    def __init__(self, model: Any, prompt: Tensor, *, hidden: int, kind: str, max_positions: int | None) -> None:
+    def __init__(
+        self, model: Any, prompt: Tensor, *, hidden: int, kind: str, max_positions: int | None
+    ) -> None:
         super().__init__(model, prompt, kind=kind, max_positions=max_positions)
         width = prompt.shape[1]
-        layers = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width)]
+        layers = [
+            nn.Linear(width, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, width),
+        ]
         self.encoder = nn.Sequential(*layers)
 
     def virtual_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -104,7 +116,9 @@ def attach_p_tuning(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: s
 class DeepPromptedModel(PromptedModel):
     """A prompt of its own for every layer: what a layer made of its virtual tokens is replaced before the next."""
 
-    def __init__(self, model: Any, prompt: Tensor, deeper: Tensor, *, kind: str, max_positions: int | None) -> None:
+    def __init__(
+        self, model: Any, prompt: Tensor, deeper: Tensor, *, kind: str, max_positions: int | None
+    ) -> None:
         super().__init__(model, prompt, kind=kind, max_positions=max_positions)
         self.deeper = ExpandedParameter(deeper)
 
@@ -134,7 +148,9 @@ def layers_of(model: Any) -> list[nn.Module]:
     count = int(model.config.num_hidden_layers)
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
-        raise ModelError(f"model.trainable.kind: {type(model).__name__} has no list of {count} layers; use 'prompt'")
+        raise ModelError(
+            f"model.trainable.kind: {type(model).__name__} has no list of {count} layers; use 'prompt'"
+        )
     return list(lists[0])
 
 
@@ -144,7 +160,9 @@ class DeepPrompt(OwnFormat):
     kind = "deep_prompt"
 
 
-def attach_deep_prompt(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> DeepPrompt:
+def attach_deep_prompt(
+    backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int
+) -> DeepPrompt:
     """Train `length` virtual tokens for every layer; those of later layers start small.
 
     Source: Jia et al. 2022, arXiv:2203.12119, section 3.2 (deep form); Liu et al. 2022, arXiv:2110.07602, for text.
@@ -154,7 +172,11 @@ def attach_deep_prompt(backbone: Backbone, spec: Mapping[str, Any], *, task_kind
     stream = torch.Generator().manual_seed(seed + 1)
     later = torch.randn((count - 1, length, backbone.hidden_size), generator=stream) * 0.02
     wrapped = DeepPromptedModel(
-        model, start_prompt(backbone, length, seed), later, kind=task_kind, max_positions=backbone.max_positions
+        model,
+        start_prompt(backbone, length, seed),
+        later,
+        kind=task_kind,
+        max_positions=backbone.max_positions,
     )
     own = {"prompts.first": wrapped.prompt.value, "prompts.later": wrapped.deeper.value}
     line = f"deep prompt of {length} tokens for each of {count} layers: {_count(own):,} numbers"
@@ -259,11 +281,15 @@ def attach_prompt_generator(
     return _finish(PromptGenerator, backbone, wrapped, own, line)
 
 
-def _finish(kind: Callable[..., Any], backbone: Backbone, wrapped: Any, own: dict[str, nn.Parameter], line: str) -> Any:
+def _finish(
+    kind: Callable[..., Any], backbone: Backbone, wrapped: Any, own: dict[str, nn.Parameter], line: str
+) -> Any:
     parameters = {**own, **head_parameters(backbone, wrapped.model)}
     wrapped.to(next(iter(backbone.model.parameters())).dtype)
     lines = [line, *head_lines(backbone, parameters)]
-    trainable: TrainableModel = kind(backbone=backbone, model=wrapped, parameters=parameters, description=lines)
+    trainable: TrainableModel = kind(
+        backbone=backbone, model=wrapped, parameters=parameters, description=lines
+    )
     return trainable
 
 

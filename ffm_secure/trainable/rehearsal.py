@@ -75,7 +75,9 @@ def rehearse_per_sample(trainable: TrainableModel, names: Iterable[str] | None, 
         except (ModelError, NotPrivateError):
             raise
         except Exception as error:  # as above
-            reason = f"gives no gradient per sample, which a record or person unit needs ({_first_line(error)})"
+            reason = (
+                f"gives no gradient per sample, which a record or person unit needs ({_first_line(error)})"
+            )
             raise ModelError(f"{_refusal(trainable, reason)}, or the client unit") from error
 
 
@@ -86,7 +88,9 @@ def tiny_batch(backbone: Backbone, model: Any) -> dict[str, Tensor] | None:
         if backbone.image_size is None:
             return None
         shape = (2, backbone.channels, backbone.image_size, backbone.image_size)
-        return {"pixel_values": torch.linspace(-1.0, 1.0, 2 * shape[1] * shape[2] ** 2, device=device).view(shape)}
+        return {
+            "pixel_values": torch.linspace(-1.0, 1.0, 2 * shape[1] * shape[2] ** 2, device=device).view(shape)
+        }
     words, end = _words(backbone.config)
     tokens = torch.tensor([[*words, end], [*reversed(words), end]], device=device)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -114,7 +118,9 @@ def _unreached(answer: Tensor, trainable: TrainableModel) -> list[str]:
 
 def _refusal(trainable: TrainableModel, reason: str) -> str:
     kind = trainable.kind
-    return f"model.trainable.kind = {kind!r}: {trainable.backbone.architecture} {reason}; use {_INSTEAD[kind]}"
+    return (
+        f"model.trainable.kind = {kind!r}: {trainable.backbone.architecture} {reason}; use {_INSTEAD[kind]}"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,9 @@ ALL_LINEAR = "all-linear"
 # The query and value projections of each family, by transformers' model_type. One fused projection counts as both.
 QUERY_VALUE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "albert"), ("query", "value")),
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "opt"), ("q_proj", "v_proj")),
+    **dict.fromkeys(
+        ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "opt"), ("q_proj", "v_proj")
+    ),
     **dict.fromkeys(("gemma3_text", "stablelm", "gptj", "gpt_neo", "olmo2", "smollm3"), ("q_proj", "v_proj")),
     **dict.fromkeys(("vit", "bart"), ("q_proj", "v_proj")),
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
@@ -38,9 +40,13 @@ def head_modules(backbone: Backbone) -> tuple[str, ...]:
     names: list[str] = []
     if backbone.kind.endswith("classification"):
         body = model.base_model_prefix
-        names = [n for n, child in model.named_children() if n != body and any(True for _ in child.parameters())]
+        names = [
+            n for n, child in model.named_children() if n != body and any(True for _ in child.parameters())
+        ]
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in backbone.fresh):
-        whole = all(f"{parent}.{inner}" in fresh for inner, _ in model.get_submodule(parent).named_parameters())
+        whole = all(
+            f"{parent}.{inner}" in fresh for inner, _ in model.get_submodule(parent).named_parameters()
+        )
         if whole and not any(parent == name or parent.startswith(f"{name}.") for name in names):
             names.append(parent)
     return tuple(names)
@@ -59,7 +65,11 @@ def lora_targets(backbone: Backbone, wanted: Sequence[str], *, outside: Iterable
     chosen = tuple(wanted) or QUERY_VALUE.get(model_type, ())
     missing = [name for name in chosen if not any(matches(path, name) for path in linear)]
     if missing or not chosen:
-        what = f"{missing[0]!r} fits no linear module" if missing else f"nothing is chosen for {model_type!r} models"
+        what = (
+            f"{missing[0]!r} fits no linear module"
+            if missing
+            else f"nothing is chosen for {model_type!r} models"
+        )
         leaves = sorted({path.rpartition(".")[2] for path in linear})
         raise ModelError(
             f"model.trainable.target_modules: {what} of {backbone.architecture}; "
@@ -75,7 +85,9 @@ def matches(path: str, target: str) -> bool:
 
 def is_conv1d(model: nn.Module, targets: Sequence[str]) -> bool:
     """Tell whether the targets are GPT-2's transposed linear modules."""
-    return any(isinstance(m, Conv1D) for path, m in model.named_modules() if any(matches(path, t) for t in targets))
+    return any(
+        isinstance(m, Conv1D) for path, m in model.named_modules() if any(matches(path, t) for t in targets)
+    )
 
 
 def _linear_modules(model: nn.Module, *, outside: tuple[str, ...]) -> list[str]:

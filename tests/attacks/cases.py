@@ -59,7 +59,9 @@ def words(ids: Tensor) -> Truth:
     return Truth(sequences=tuple(tuple(row) for row in ids.tolist()))
 
 
-def observed(model: nn.Module, batch: models.Batch, loss: models.Loss, granted: Knowledge, clients: int) -> Observation:
+def observed(
+    model: nn.Module, batch: models.Batch, loss: models.Loss, granted: Knowledge, clients: int
+) -> Observation:
     """Return one client's gradient, or the sum over clients that hold one example each."""
     if clients == 1:
         return models.observe(model, batch, loss, knowledge=granted)
@@ -100,9 +102,13 @@ def stepped(count: int = 2, *, rate: float = 0.05) -> Case:
 
 def picture(model: nn.Module, side: int) -> Case:
     """Return one random colour picture behind a gradient."""
-    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).dtype)
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(
+        next(model.parameters()).dtype
+    )
     granted = Knowledge(batch_size=1, labels=(3,), image_shape=(3, side, side))
-    seen = models.observe(model, {"images": image, "labels": torch.tensor([3])}, models.image_loss, knowledge=granted)
+    seen = models.observe(
+        model, {"images": image, "labels": torch.tensor([3])}, models.image_loss, knowledge=granted
+    )
     return Case(seen=seen, model=model, truth=Truth(images=image.float()))
 
 

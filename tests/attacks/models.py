@@ -31,7 +31,13 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def bert(
-    *, vocabulary: int = 1000, width: int = 64, layers: int = 2, length: int = 32, classes: int = 2, seed: int = 0
+    *,
+    vocabulary: int = 1000,
+    width: int = 64,
+    layers: int = 2,
+    length: int = 32,
+    classes: int = 2,
+    seed: int = 0,
 ):
     """Return a BERT classifier without dropout."""
     torch.manual_seed(seed)
@@ -100,7 +106,14 @@ def llama(*, vocabulary: int = 500, width: int = 64, layers: int = 2, seed: int 
 
 
 def vit(
-    *, size: int = 32, patch: int = 8, width: int = 192, layers: int = 2, heads: int = 2, classes: int = 10, seed: int = 0
+    *,
+    size: int = 32,
+    patch: int = 8,
+    width: int = 192,
+    layers: int = 2,
+    heads: int = 2,
+    classes: int = 10,
+    seed: int = 0,
 ):
     """Return a standard pre-norm residual vision transformer."""
     torch.manual_seed(seed)
@@ -149,7 +162,9 @@ def sentences(count: int, length: int, vocabulary: int, *, seed: int = 0, distin
     """Return random token ids (count, length), never 0, 1 or 2; all tokens differ when `distinct` and the vocabulary allows."""
     generator = torch.Generator().manual_seed(seed)
     if distinct and count * length <= vocabulary - 3:
-        return 3 + torch.randperm(vocabulary - 3, generator=generator)[: count * length].reshape(count, length)
+        return 3 + torch.randperm(vocabulary - 3, generator=generator)[: count * length].reshape(
+            count, length
+        )
     return torch.randint(3, vocabulary, (count, length), generator=generator)
 
 
@@ -179,7 +194,9 @@ def gradient(model: nn.Module, batch: Batch, loss: Loss) -> dict[str, Tensor]:
     }
 
 
-def observe(model: nn.Module, batch: Batch, loss: Loss, *, knowledge: Knowledge | None = None, **facts) -> Observation:
+def observe(
+    model: nn.Module, batch: Batch, loss: Loss, *, knowledge: Knowledge | None = None, **facts
+) -> Observation:
     """Return what the server sees when one client sends the gradient of one batch."""
     return Observation(
         kind="gradient",
@@ -226,7 +243,12 @@ def observe_delta(
         steps += 1
     before = dict(model.named_parameters())
     delta = {n: (v - before[n]).detach() for n, v in client.named_parameters() if v.requires_grad}
-    facts = {"learning_rate": learning_rate, "local_steps": steps, "optimiser": optimiser, "weight_decay": weight_decay}
+    facts = {
+        "learning_rate": learning_rate,
+        "local_steps": steps,
+        "optimiser": optimiser,
+        "weight_decay": weight_decay,
+    }
     broadcast = {name: value.detach().clone() for name, value in before.items()}
     return Observation(
         kind="delta", tensors=delta, metadata=facts, broadcast=broadcast, knowledge=knowledge or Knowledge()
@@ -286,14 +308,20 @@ class Prompted(nn.Module):
         )
 
 
-def noised(observation: Observation, multiplier: float, *, clip_norm: float = 1.0, seed: int = 0) -> Observation:
+def noised(
+    observation: Observation, multiplier: float, *, clip_norm: float = 1.0, seed: int = 0
+) -> Observation:
     """Return the observation as it would look under one Gaussian step: clipped as a whole, then noise z C on every entry."""
     norm = torch.sqrt(sum(t.double().square().sum() for t in observation.tensors.values()))
     factor = min(1.0, clip_norm / float(norm))
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: tensor * factor
-        + multiplier * clip_norm * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+        + multiplier
+        * clip_norm
+        * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
         for name, tensor in observation.tensors.items()
     }
-    return observation.replace_tensors(tensors, noise_multiplier=multiplier, clip_norm=clip_norm, point="noised")
+    return observation.replace_tensors(
+        tensors, noise_multiplier=multiplier, clip_norm=clip_norm, point="noised"
+    )

@@ -59,7 +59,9 @@ def answers(models, data, batch: int) -> Observation:
 
 
 @pytest.mark.parametrize("kind", ["cumulative", "sparse"])
-@pytest.mark.parametrize(("clients", "batch", "least"), [(1, 8, 1.0), (1, 32, 0.96), (1, 64, 0.87), (8, 8, 0.87)])
+@pytest.mark.parametrize(
+    ("clients", "batch", "least"), [(1, 8, 1.0), (1, 32, 0.96), (1, 64, 0.87), (8, 8, 0.87)]
+)
 def test_imprint_reads_inputs_and_a_sum_is_just_a_larger_batch(data, kind, clients, batch, least) -> None:
     model = active.craft_imprint(mlp(), data[0], bins=512, kind=kind, direction=random_direction())
     seen = answers([model] * clients, data, batch)

@@ -9,7 +9,17 @@ from transformers import BertConfig, BertForSequenceClassification
 from attacks import Budget, Observation, Prior
 from attacks.inversion import active_adapters, active_text
 from attacks.metrics import auc, exact_sequence_rate, match_one_to_one, psnr, similarity_matrix
-from tests.attacks.models import add_lora, digits, gpt2, image_loss, observe, observe_sum, sentences, text_loss, vit
+from tests.attacks.models import (
+    add_lora,
+    digits,
+    gpt2,
+    image_loss,
+    observe,
+    observe_sum,
+    sentences,
+    text_loss,
+    vit,
+)
 
 BUDGET = Budget(seconds=60.0, iterations=10, restarts=1)
 
@@ -64,9 +74,13 @@ def test_crafted_adapters_hand_over_images_from_one_client_and_from_a_sum() -> N
     images, labels = digits()
     crafted = active_adapters.craft_adapter_leak(adapted_vit(), images[:600], down=DOWN, up=UP)
     parts = [{"images": images[i : i + 2], "labels": labels[i : i + 2]} for i in (700, 900)]
-    alone = active_adapters.adapter_leak().run(observe(crafted, parts[0], image_loss), crafted, Prior(), BUDGET, 0)
+    alone = active_adapters.adapter_leak().run(
+        observe(crafted, parts[0], image_loss), crafted, Prior(), BUDGET, 0
+    )
     assert recovered(alone, images[700:702]) == 1.0
-    summed = active_adapters.adapter_leak().run(observe_sum(crafted, parts, image_loss), crafted, Prior(), BUDGET, 0)
+    summed = active_adapters.adapter_leak().run(
+        observe_sum(crafted, parts, image_loss), crafted, Prior(), BUDGET, 0
+    )
     assert recovered(summed, torch.cat([images[700:702], images[900:902]])) >= 0.5
 
 
@@ -123,7 +137,11 @@ class Pool(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         queries = inputs.flatten(1)
-        chosen = (nn.functional.normalize(queries, dim=1) @ nn.functional.normalize(self.keys, dim=1).T).topk(2).indices
+        chosen = (
+            (nn.functional.normalize(queries, dim=1) @ nn.functional.normalize(self.keys, dim=1).T)
+            .topk(2)
+            .indices
+        )
         return self.head(queries + self.prompts[chosen].sum((1, 2)))
 
 
@@ -131,12 +149,16 @@ def test_planted_slots_of_a_prompt_pool_tell_who_took_part() -> None:
     images, labels = digits()
     targets = images[1000:1008]
     keys, slots = active_adapters.craft_prompt_keys(
-        torch.randn(24, 64, generator=torch.Generator().manual_seed(0)), targets.flatten(1), images[:600].flatten(1)
+        torch.randn(24, 64, generator=torch.Generator().manual_seed(0)),
+        targets.flatten(1),
+        images[:600].flatten(1),
     )
     assert slots.tolist() == list(range(8))
     model = Pool(keys)
     batch = torch.cat([images[1200:1208], targets[:4]])
-    seen = observe(model, {"images": batch, "labels": torch.cat([labels[1200:1208], labels[1000:1004]])}, image_loss)
+    seen = observe(
+        model, {"images": batch, "labels": torch.cat([labels[1200:1208], labels[1000:1004]])}, image_loss
+    )
     seen = Observation(kind="gradient", tensors=seen.tensors, broadcast={"keys": keys})
     found = active_adapters.prompt_membership().run(
         seen, None, Prior(candidates={"queries": targets.flatten(1)}), BUDGET, 0

@@ -39,7 +39,18 @@ from ffm_secure.cli import app
 from ffm_secure.errors import StoreError
 from ffm_secure.pictures import png_address
 from ffm_secure.types import AuditFinding, Observer, Verdict
-from tests.attacks.models import bert, gpt2, mlp, noised, observe, observe_delta, observe_sum, sentences, text_loss, vit
+from tests.attacks.models import (
+    bert,
+    gpt2,
+    mlp,
+    noised,
+    observe,
+    observe_delta,
+    observe_sum,
+    sentences,
+    text_loss,
+    vit,
+)
 
 QUICK = ("token_presence", "span", "label_identity", "inverting_gradients", "imprint")
 
@@ -77,7 +88,9 @@ def test_a_stored_sum_is_audited_by_the_command_with_verdicts_knowledge_and_json
     assert by_name["span"]["pairs"][0]["truth"].split() == by_name["span"]["pairs"][0]["recovered"].split()
     assert by_name["imprint"]["verdict"] == "not applicable"
     assert "standard" in by_name["text_matching"]["reason"]
-    assert all(item["reason"] for item in found["findings"] if item["verdict"] in ("not applicable", "inconclusive"))
+    assert all(
+        item["reason"] for item in found["findings"] if item["verdict"] in ("not applicable", "inconclusive")
+    )
     assert found["cpu_seconds"] < 180
     assert "leaked" in found["sentence"]
 
@@ -122,17 +135,23 @@ def test_a_rehearsal_is_the_same_step_on_other_data_and_noise_is_of_the_same_len
         assert set(found.of("token_set")[0].tolist()) == {token for row in truth.sequences for token in row}
         quiet = noise_only(seen, seed=0)
         for name, tensor in seen.tensors.items():
-            assert float(quiet.tensors[name].norm()) == pytest.approx(float(tensor.norm()), rel=1e-3, abs=1e-9)
+            assert float(quiet.tensors[name].norm()) == pytest.approx(
+                float(tensor.norm()), rel=1e-3, abs=1e-9
+            )
 
 
 def test_pictures_are_rehearsed_and_other_makes_of_model_are_not() -> None:
     model = vit(size=16, patch=8, width=32, layers=1)
-    seen = Observation(kind="gradient", tensors={name: torch.zeros_like(p) for name, p in model.named_parameters()})
+    seen = Observation(
+        kind="gradient", tensors={name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    )
     rehearsed = rehearse(seen, model, seed=0)
     assert rehearsed is not None
     assert rehearsed[1].images is not None
     assert rehearsed[1].images.shape == (1, 3, 16, 16)
-    other = Observation(kind="gradient", tensors={name: torch.zeros_like(p) for name, p in mlp().named_parameters()})
+    other = Observation(
+        kind="gradient", tensors={name: torch.zeros_like(p) for name, p in mlp().named_parameters()}
+    )
     assert rehearse(other, mlp(), seed=0) is None
 
 
@@ -163,7 +182,9 @@ def test_recovered_ids_are_shown_as_readable_tokens() -> None:
 
 
 def found(attack: str, observer: Observer, verdict: Verdict, measure: str) -> AuditFinding:
-    return AuditFinding(observer=observer, attack=attack, point="raw", verdict=verdict, measure=measure, score=1.0)
+    return AuditFinding(
+        observer=observer, attack=attack, point="raw", verdict=verdict, measure=measure, score=1.0
+    )
 
 
 def test_one_line_says_who_can_learn_what() -> None:
@@ -186,7 +207,10 @@ def test_a_picture_survives_its_address_and_a_large_one_is_shrunk() -> None:
     pixels = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
     address = png_address(pixels)
     shown = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
-    assert np.abs(np.asarray(shown).astype(float) / 255 - pixels.permute(1, 2, 0).numpy()).max() <= 0.5 / 255 + 1e-6
+    assert (
+        np.abs(np.asarray(shown).astype(float) / 255 - pixels.permute(1, 2, 0).numpy()).max()
+        <= 0.5 / 255 + 1e-6
+    )
     large = png_address(torch.full((1, 400, 200), 2.0))
     assert Image.open(io.BytesIO(base64.b64decode(large.partition(",")[2]))).size == (25, 50)
 
@@ -198,7 +222,10 @@ def test_what_crosses_the_wire_is_what_the_clients_learned() -> None:
     vector = prepared.trainable.flatten()
     first = client_replay.largest(prepared)
     second = 1 if first == 0 else 0
-    rows = [prepared.task.encode(prepared.dataset.train.take(prepared.parts[index][:4])) for index in (first, second)]
+    rows = [
+        prepared.task.encode(prepared.dataset.train.take(prepared.parts[index][:4]))
+        for index in (first, second)
+    ]
     alone = [
         client_replay.wire_change(prepared, vector, part, index, 1)
         for part, index in zip(rows, (first, second), strict=True)
@@ -212,8 +239,19 @@ def test_what_crosses_the_wire_is_what_the_clients_learned() -> None:
 
 def test_a_verdict_under_noise_is_the_mean_of_draws(tmp_path: Path) -> None:
     run = Path(__file__).resolve().parents[2] / "examples" / "audit" / "text.toml"
-    noise = ("privacy.unit=record", "privacy.epsilon=8.0", "privacy.delta=1e-5", "privacy.clip_norm=0.5", "privacy.reason=")
-    chosen = ("audit.attacks=['label_identity', 'idlg_label']", "federation.rounds=1", "task.clients=4", "federation.cohort=4")
+    noise = (
+        "privacy.unit=record",
+        "privacy.epsilon=8.0",
+        "privacy.delta=1e-5",
+        "privacy.clip_norm=0.5",
+        "privacy.reason=",
+    )
+    chosen = (
+        "audit.attacks=['label_identity', 'idlg_label']",
+        "federation.rounds=1",
+        "task.clients=4",
+        "federation.cohort=4",
+    )
     done = ffm.load(run, (*noise, *chosen, "task.evaluation_examples=20"), runs=tmp_path).start()
     audit = audit_run(done.folder).audit
     assert audit is not None
@@ -223,7 +261,9 @@ def test_a_verdict_under_noise_is_the_mean_of_draws(tmp_path: Path) -> None:
     assert f"mean of {DRAWS_OF_ONE} draws of records and noise" in one.reason
     assert one.low is not None
     assert one.low <= one.score <= one.high
-    assert one.score in [n / DRAWS_OF_ONE for n in range(DRAWS_OF_ONE + 1)]  # a label of one example is read or not
+    assert one.score in [
+        n / DRAWS_OF_ONE for n in range(DRAWS_OF_ONE + 1)
+    ]  # a label of one example is read or not
     assert {"batch_size", "labels"} & set(one.granted) == {"batch_size", "labels"}
     assert "batch_size" in by_place["label_identity", "server"].knowledge
     several = by_place["label_identity", "public"]
@@ -232,7 +272,11 @@ def test_a_verdict_under_noise_is_the_mean_of_draws(tmp_path: Path) -> None:
 
 
 def small(ids: torch.Tensor) -> Observation:
-    return observe(gpt2(vocabulary=120, width=32, length=16), {"input_ids": ids, "labels": torch.ones(len(ids)).long()}, text_loss)
+    return observe(
+        gpt2(vocabulary=120, width=32, length=16),
+        {"input_ids": ids, "labels": torch.ones(len(ids)).long()},
+        text_loss,
+    )
 
 
 def test_an_error_ends_one_attack_and_not_the_audit(tmp_path: Path) -> None:
@@ -265,7 +309,10 @@ def test_a_difference_of_state_dicts_has_its_rehearsal_too(tmp_path: Path) -> No
     seen.replace_tensors({**twice, "foreign": torch.zeros(3)}).save(tmp_path / "seen")
     model.save_pretrained(tmp_path / "model")
     found = audit_observation(
-        tmp_path / "seen", model=tmp_path / "model", truth=tmp_path / "truth.safetensors", attacks=("token_presence", "imprint")
+        tmp_path / "seen",
+        model=tmp_path / "model",
+        truth=tmp_path / "truth.safetensors",
+        attacks=("token_presence", "imprint"),
     )
     by_name = {item.attack: item for item in found.findings}
     assert by_name["token_presence"].verdict == "leaked"  # the truth proves it, control or not
@@ -273,13 +320,25 @@ def test_a_difference_of_state_dicts_has_its_rehearsal_too(tmp_path: Path) -> No
 
 
 RECORD = ("privacy={unit='record',epsilon=8.0,delta=1e-5,clip_norm=0.5}",)
-CLIENT = ("privacy={unit='client',epsilon=8.0,delta=1e-5,clip_norm=0.5}", "protection={kind='secagg',threshold=3}")
+CLIENT = (
+    "privacy={unit='client',epsilon=8.0,delta=1e-5,clip_norm=0.5}",
+    "protection={kind='secagg',threshold=3}",
+)
 
 
-@pytest.mark.parametrize("privacy", [RECORD, (*RECORD, "protection={kind='secagg',threshold=3}"), CLIENT], ids=["record", "masked", "client"])
+@pytest.mark.parametrize(
+    "privacy",
+    [RECORD, (*RECORD, "protection={kind='secagg',threshold=3}"), CLIENT],
+    ids=["record", "masked", "client"],
+)
 def test_the_noise_an_attacker_is_told_is_the_noise_there_is(privacy: tuple[str, ...]) -> None:
     run = Path(__file__).resolve().parents[2] / "examples" / "audit" / "text.toml"
-    small = ("task.data=builtin:clinic_notes?size=400&validation=40", "task.clients=4", "federation.cohort=4", "task.evaluation_examples=20")
+    small = (
+        "task.data=builtin:clinic_notes?size=400&validation=40",
+        "task.clients=4",
+        "federation.cohort=4",
+        "task.evaluation_examples=20",
+    )
     prepared = ffm.load(run, (*small, *privacy)).prepared()
     vector = prepared.trainable.flatten()
     one, two = (build_stage(prepared, vector, records=4) for _ in range(2))  # the same records, other noise
@@ -287,7 +346,9 @@ def test_the_noise_an_attacker_is_told_is_the_noise_there_is(privacy: tuple[str,
     scenes = [(stage.at("noised"), stage.at("aggregated"), stage.wire(clients)) for stage in (one, two)]
     for first, second in zip(*scenes, strict=True):
         told = first.observation.metadata["noise_deviation"]
-        apart = [first.observation.tensors[name] - tensor for name, tensor in second.observation.tensors.items()]
+        apart = [
+            first.observation.tensors[name] - tensor for name, tensor in second.observation.tensors.items()
+        ]
         measured = float(torch.cat([tensor.flatten() for tensor in apart]).double().std()) / 2**0.5
         assert measured == pytest.approx(told, rel=0.05), first.point
         assert first.observation.metadata["clip_norm"] == prepared.mechanism.clip_norm

@@ -17,7 +17,19 @@ from defenses.broadcast_check import (
     longest_monotone_run,
     parallel_share,
 )
-from tests.attacks.models import add_lora, bert, cnn, digits, gpt2, image_loss, llama, mlp, sentences, text_loss, vit
+from tests.attacks.models import (
+    add_lora,
+    bert,
+    cnn,
+    digits,
+    gpt2,
+    image_loss,
+    llama,
+    mlp,
+    sentences,
+    text_loss,
+    vit,
+)
 from tests.attacks.test_active_peft import DOWN, UP, Pool, adapted_vit, encoder
 
 
@@ -27,7 +39,9 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def refused(crafted: nn.Module, honest: nn.Module, **options) -> set[str]:
     """Return the rules that refuse a crafted broadcast, judged against the honest layout."""
-    return {reason.rule for reason in check_broadcast(weights(crafted), layout_of(weights(honest)), **options)}
+    return {
+        reason.rule for reason in check_broadcast(weights(crafted), layout_of(weights(honest)), **options)
+    }
 
 
 def public() -> Tensor:
@@ -78,7 +92,10 @@ def test_honest_models_pass(name) -> None:
 
 
 def test_a_round_of_training_is_no_jump_and_frozen_tensors_stay() -> None:
-    for model, loss, batch in ((cnn(), image_loss, pictures()), (add_lora(bert(), 8, ("query",)), text_loss, texts())):
+    for model, loss, batch in (
+        (cnn(), image_loss, pictures()),
+        (add_lora(bert(), 8, ("query",)), text_loss, texts()),
+    ):
         before, after = weights(model), weights(trained(model, loss, batch))
         frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
         assert check_broadcast(after, layout_of(before), before, frozen=frozen) == []
@@ -127,7 +144,9 @@ def test_crafted_models_are_refused_by_their_marks_alone(name) -> None:
 
 
 def test_an_imprint_block_nobody_agreed_on_is_another_architecture() -> None:
-    reasons = check_broadcast(weights(active.craft_imprint(mlp(), public(), bins=64)), layout_of(weights(mlp())))
+    reasons = check_broadcast(
+        weights(active.craft_imprint(mlp(), public(), bins=64)), layout_of(weights(mlp()))
+    )
     assert {reason.rule for reason in reasons} == {"layout"}
     assert "imprint.rows.weight" in {reason.tensor for reason in reasons}
 
@@ -140,7 +159,9 @@ def test_what_looks_ordinary_is_refused_only_with_memory() -> None:
     assert "digest" in refused(trap, honest, expected_digest=broadcast_digest(weights(honest)))
     pool = Pool(torch.randn(24, 64, generator=torch.Generator().manual_seed(0)))
     planted = copy.deepcopy(pool)
-    keys, _ = active_adapters.craft_prompt_keys(pool.keys.detach(), public()[:8].flatten(1), public().flatten(1))
+    keys, _ = active_adapters.craft_prompt_keys(
+        pool.keys.detach(), public()[:8].flatten(1), public().flatten(1)
+    )
     planted.keys.data.copy_(keys)
     changed = refused(planted, pool, previous=weights(pool), frozen=("keys",))
     assert "frozen tensor changed" in changed

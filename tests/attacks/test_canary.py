@@ -50,7 +50,9 @@ def test_the_p_value_equals_its_definition_term_by_term():
     canaries, guesses, correct, epsilon, delta = 60, 12, 10, 1.0, 1e-3
     rate = math.exp(epsilon) / (1 + math.exp(epsilon))
     tail = sum(binom.pmf(k, guesses, rate) for k in range(correct, guesses + 1))
-    slope = max(sum(binom.pmf(correct - j, guesses, rate) for j in range(1, i + 1)) / i for i in range(1, correct + 1))
+    slope = max(
+        sum(binom.pmf(correct - j, guesses, rate) for j in range(1, i + 1)) / i for i in range(1, correct + 1)
+    )
     assert one_run_p_value(canaries, guesses, correct, epsilon, delta) == pytest.approx(
         tail + 2 * canaries * delta * slope
     )
@@ -84,15 +86,23 @@ def ideal(mu: float, canaries: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("method", METHODS)
 def test_bounds_rarely_exceed_the_truth(method):
     truth = gaussian_epsilon(0.5, DELTA)
-    exceeded = sum(lower_bound(*ideal(0.5, 300, seed), DELTA, 0.05, method).epsilon > truth for seed in range(60))
-    assert exceeded <= (9 if method == "gaussian" else 4)  # 60 trials at 5 %: 3 expected, more than 9 has chance 5e-4
+    exceeded = sum(
+        lower_bound(*ideal(0.5, 300, seed), DELTA, 0.05, method).epsilon > truth for seed in range(60)
+    )
+    assert exceeded <= (
+        9 if method == "gaussian" else 4
+    )  # 60 trials at 5 %: 3 expected, more than 9 has chance 5e-4
 
 
 # Mean of three runs on ideal Gaussian canaries, m = 1000, by the same published module (method "gdp" for ours "gaussian").
-@pytest.mark.parametrize(("mu", "reference"), [(1.0, (1.343, 2.045, 0.992, 2.85)), (2.0, (2.765, 4.505, 2.726, 7.72))])
+@pytest.mark.parametrize(
+    ("mu", "reference"), [(1.0, (1.343, 2.045, 0.992, 2.85)), (2.0, (2.765, 4.505, 2.726, 7.72))]
+)
 def test_power_is_no_worse_than_the_published_auditor(mu, reference):
     for method, published in zip(METHODS, reference, strict=True):
-        mean = np.mean([lower_bound(*ideal(mu, 1000, seed), DELTA, 0.05, method).epsilon for seed in range(4)])
+        mean = np.mean(
+            [lower_bound(*ideal(mu, 1000, seed), DELTA, 0.05, method).epsilon for seed in range(4)]
+        )
         assert mean > (0.75 if method == "clopper_pearson" else 0.95) * published, method
         assert mean < gaussian_epsilon(mu, DELTA)
 
@@ -133,7 +143,9 @@ def release(canaries: Canaries, *, seed: int, broken: str = "") -> torch.Tensor:
         return (clip(mean) + noise / len(every)) * len(every)
     if broken == "reused noise":
         with_data = torch.stack([clip(vector) for vector in every]).sum(0) + noise
-        return with_data - 0.9 * noise  # the observer subtracts what an earlier round showed of the same noise
+        return (
+            with_data - 0.9 * noise
+        )  # the observer subtracts what an earlier round showed of the same noise
     if broken == "unprotected coordinates":
         noise = noise.clone()
         noise[DIMENSION // 2 :] = 0.0
@@ -195,7 +207,9 @@ def test_random_directions_add_little_cross_talk():
     assert float((scores[coins] - 1).abs().max()) < 0.15
     assert float(scores[~coins].abs().max()) < 0.15
     assert 10 < int(coins.sum()) < 40
-    assert torch.equal(canaries.direction(3), Canaries(count=50, dimension=20_000, norm=CLIP, seed=2).direction(3))
+    assert torch.equal(
+        canaries.direction(3), Canaries(count=50, dimension=20_000, norm=CLIP, seed=2).direction(3)
+    )
 
 
 def test_rounds_add_up():

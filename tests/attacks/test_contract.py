@@ -56,7 +56,11 @@ def digits_case() -> tuple[Observation, torch.nn.Module, Prior, dict[str, torch.
     images, labels = models.digits()
     batch = {"images": images[:4].clone(), "labels": labels[:4].clone()}
     observation = models.observe_delta(
-        model, [batch], models.image_loss, learning_rate=0.1, knowledge=Knowledge(batch_size=4, image_shape=(1, 8, 8))
+        model,
+        [batch],
+        models.image_loss,
+        learning_rate=0.1,
+        knowledge=Knowledge(batch_size=4, image_shape=(1, 8, 8)),
     )
     public = {"images": images[4:12], "labels": labels[4:12]}
     prior = Prior(
@@ -103,7 +107,8 @@ def same(first: Reconstruction, second: Reconstruction) -> bool:
         == (second.applicable, second.reason, second.confidence, second.knowledge_used, dict(second.details))
         and len(first.items) == len(second.items)
         and all(
-            a.kind == b.kind and torch.equal(a.value, b.value) for a, b in zip(first.items, second.items, strict=True)
+            a.kind == b.kind and torch.equal(a.value, b.value)
+            for a, b in zip(first.items, second.items, strict=True)
         )
     )
 
@@ -123,7 +128,9 @@ def test_contract(name: str, case: str) -> None:
     # Seconds bound the main loop; set-up and the last step may run over.
     assert time.process_time() - started < SMALL.seconds + 10.0
     assert torch.equal(state, torch.random.get_rng_state()), "global random state was touched"
-    assert all(torch.equal(tensors[key], observation.tensors[key]) for key in tensors), "the observation was changed"
+    assert all(torch.equal(tensors[key], observation.tensors[key]) for key in tensors), (
+        "the observation was changed"
+    )
     if model is not None:
         assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items()), (
             "the model was changed"
@@ -134,10 +141,14 @@ def test_contract(name: str, case: str) -> None:
     assert all(0.0 <= item.confidence <= 1.0 for item in first.items)
     if not first.applicable or not first.items:
         assert first.reason, "nothing found, and no reason given"
-    assert set(first.knowledge_used) <= set(observation.knowledge.granted()) | {f"prior.{k}" for k in Prior.__slots__}
+    assert set(first.knowledge_used) <= set(observation.knowledge.granted()) | {
+        f"prior.{k}" for k in Prior.__slots__
+    }
     for value in private.values():  # poison the truth after capture: nothing may change
         value.fill_(1)
-    assert same(first, attack.run(observation, model, prior, SMALL, 7)), "not deterministic, or it read the truth"
+    assert same(first, attack.run(observation, model, prior, SMALL, 7)), (
+        "not deterministic, or it read the truth"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
@@ -162,9 +173,13 @@ def _imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_attack_can_reach_the_truth(path: Path) -> None:
     if path.name in ("truth.py", "scoring.py", "verdict.py", "rehearsal.py", "curves.py"):
-        pytest.skip("the truth, what scores it and judges, what invents its own, and what draws curves of the invented")
+        pytest.skip(
+            "the truth, what scores it and judges, what invents its own, and what draws curves of the invented"
+        )
     assert not {
-        name for name in _imports(path) if name.startswith(("attacks.truth", "attacks.scoring", "attacks.rehearsal"))
+        name
+        for name in _imports(path)
+        if name.startswith(("attacks.truth", "attacks.scoring", "attacks.rehearsal"))
     }
 
 
@@ -206,7 +221,17 @@ def test_the_command_runs_an_attack_on_folders(tmp_path, capsys) -> None:
     observation.save(tmp_path / "seen")
     model.save_pretrained(tmp_path / "model")
     assert (
-        main(["run", "span", "--observation", str(tmp_path / "seen"), "--model", str(tmp_path / "model"), "--json"])
+        main(
+            [
+                "run",
+                "span",
+                "--observation",
+                str(tmp_path / "seen"),
+                "--model",
+                str(tmp_path / "model"),
+                "--json",
+            ]
+        )
         == 0
     )
     out = capsys.readouterr().out.strip().splitlines()[-1]

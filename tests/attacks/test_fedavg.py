@@ -14,12 +14,18 @@ from tests.attacks.models import cnn, digits, image_loss, observe_delta
 BUDGET = Budget(seconds=300.0, iterations=150, restarts=1)
 
 
-def client(model: nn.Module, *, count: int, batch: int, epochs: int, rate: float = 0.05, optimiser: str = "sgd"):
+def client(
+    model: nn.Module, *, count: int, batch: int, epochs: int, rate: float = 0.05, optimiser: str = "sgd"
+):
     """Return what is observed of a client that passes `epochs` times over its images, and the images."""
     images, labels = digits()
     images, labels = images[10 : 10 + count], labels[10 : 10 + count]
-    parts = [{"images": images[i : i + batch], "labels": labels[i : i + batch]} for i in range(0, count, batch)]
-    knowledge = Knowledge(image_shape=(1, 8, 8), labels=tuple(labels.tolist()), local_epochs=epochs, batch_size=batch)
+    parts = [
+        {"images": images[i : i + batch], "labels": labels[i : i + batch]} for i in range(0, count, batch)
+    ]
+    knowledge = Knowledge(
+        image_shape=(1, 8, 8), labels=tuple(labels.tolist()), local_epochs=epochs, batch_size=batch
+    )
     return observe_delta(
         model, parts * epochs, image_loss, learning_rate=rate, optimiser=optimiser, knowledge=knowledge
     ), images

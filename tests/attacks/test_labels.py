@@ -35,7 +35,9 @@ def accuracy(name, model, count, *, seed=0, prior=None):
 @pytest.mark.parametrize("count", [1, 4, 16, 64])
 def test_identity_is_exact_on_an_untrained_network(count):
     public = Prior(examples={"images": IMAGES[:500]})
-    assert all(accuracy("label_identity", models.mlp(), count, seed=seed, prior=public) == 1.0 for seed in range(3))
+    assert all(
+        accuracy("label_identity", models.mlp(), count, seed=seed, prior=public) == 1.0 for seed in range(3)
+    )
 
 
 def test_identity_is_exact_when_the_mean_probability_is_known():
@@ -90,7 +92,10 @@ def test_a_trained_network_leaves_estimators_near_the_uniform_guess():
         for name in ("label_identity", "llg")
     }
     guess = (
-        sum(count_accuracy(uniform_counts(10, 64).tolist(), digits_observation(model, 64, seed=s)[1]) for s in range(5))
+        sum(
+            count_accuracy(uniform_counts(10, 64).tolist(), digits_observation(model, 64, seed=s)[1])
+            for s in range(5)
+        )
         / 5
     )
     assert guess > 0.75
@@ -116,7 +121,12 @@ def test_an_adaptive_optimiser_or_an_unknown_batch_is_not_applicable():
     model = models.mlp()
     batch = {"images": IMAGES[:4], "labels": LABELS[:4]}
     adaptive = models.observe_delta(
-        model, [batch], models.image_loss, learning_rate=0.01, optimiser="adamw", knowledge=Knowledge(batch_size=4)
+        model,
+        [batch],
+        models.image_loss,
+        learning_rate=0.01,
+        optimiser="adamw",
+        knowledge=Knowledge(batch_size=4),
     )
     assert "scale" in build("label_identity").run(adaptive, model, Prior(), QUICK, 0).reason
     unknown = models.observe(model, batch, models.image_loss)
@@ -129,7 +139,11 @@ def test_a_head_without_bias_is_read_through_the_mean_feature():
     true = torch.tensor([0, 1, 1, 2, 3, 3, 3, 0])
     observation = models.observe(model, {"input_ids": ids, "labels": true}, models.text_loss, batch_size=8)
     result = build("label_identity").run(
-        observation, model, Prior(examples={"token_ids": models.sentences(64, 6, 200, distinct=False)}), QUICK, 0
+        observation,
+        model,
+        Prior(examples={"token_ids": models.sentences(64, 6, 200, distinct=False)}),
+        QUICK,
+        0,
     )
     assert count_accuracy(result.of("label_counts")[0].tolist(), torch.bincount(true).tolist()) >= 0.75
 
@@ -138,7 +152,9 @@ def test_a_head_without_bias_is_read_through_the_mean_feature():
     classes=strategies.integers(3, 12), examples=strategies.integers(1, 12), seed=strategies.integers(0, 10**6),
     sure=strategies.floats(0.1, 8.0), single=strategies.booleans(),
 )  # fmt: skip
-@example(classes=5, examples=5, seed=1, sure=6.0, single=False)  # the model is sure of both examples of one label
+@example(
+    classes=5, examples=5, seed=1, sure=6.0, single=False
+)  # the model is sure of both examples of one label
 @settings(max_examples=60, deadline=None)
 def test_bounds_and_the_column_space_never_exclude_the_truth(classes, examples, seed, sure, single):
     generator = torch.Generator().manual_seed(seed)
@@ -172,7 +188,9 @@ def test_a_small_batch_excludes_most_labels():
     generator = torch.Generator().manual_seed(0)
     chances = torch.softmax(torch.randn(3, 40, generator=generator).double(), dim=1)
     errors = chances - torch.nn.functional.one_hot(torch.tensor([7, 7, 31]), 40)
-    possible = labels.possible_labels(errors.T @ torch.randn(3, 64, generator=generator).double(), 3, QUICK.start())
+    possible = labels.possible_labels(
+        errors.T @ torch.randn(3, 64, generator=generator).double(), 3, QUICK.start()
+    )
     assert possible.nonzero().flatten().tolist() == [7, 31]
 
 
@@ -180,12 +198,19 @@ def test_a_small_batch_excludes_most_labels():
 def test_the_label_of_one_example_is_exact(classes: int, bias: bool) -> None:
     for seed in range(10):
         torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, classes, bias=bias))
+        model = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, classes, bias=bias)
+        )
         label = seed * classes // 10
         batch = {"images": torch.randn(1, 8), "labels": torch.tensor([label])}
-        seen = models.observe(model, batch, models.image_loss, knowledge=Knowledge(batch_size=1, image_shape=(8,)))
+        seen = models.observe(
+            model, batch, models.image_loss, knowledge=Knowledge(batch_size=1, image_shape=(8,))
+        )
         for name in ("idlg_label", "label_identity"):
-            assert build(name).run(seen, model, Prior(), QUICK, 0).of("labels")[0].tolist() == [label], (name, seed)
+            assert build(name).run(seen, model, Prior(), QUICK, 0).of("labels")[0].tolist() == [label], (
+                name,
+                seed,
+            )
 
 
 def test_of_two_classes_without_a_bias_either_label_fits() -> None:
@@ -199,8 +224,12 @@ def test_of_two_classes_without_a_bias_either_label_fits() -> None:
 
 def test_a_gradient_of_another_scale_is_refused_at_once() -> None:
     observation, _ = digits_observation(models.mlp(width=32), 64)
-    scaled = observation.replace_tensors({name: 65_536 * value for name, value in observation.tensors.items()})
-    found = build("label_identity").run(scaled, models.mlp(width=32), Prior(), Budget(seconds=1, iterations=1, restarts=1), 0)
+    scaled = observation.replace_tensors(
+        {name: 65_536 * value for name, value in observation.tensors.items()}
+    )
+    found = build("label_identity").run(
+        scaled, models.mlp(width=32), Prior(), Budget(seconds=1, iterations=1, restarts=1), 0
+    )
     assert not found.applicable
     assert "scaled" in found.reason
     assert found.seconds < 1.0

@@ -28,7 +28,9 @@ def signs(sent: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
 def private(sent: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     norm = torch.sqrt(sum(value.square().sum() for value in sent.values()))
     generator = torch.Generator().manual_seed(seed)
-    return {name: value / norm + torch.randn(value.shape, generator=generator) for name, value in sent.items()}
+    return {
+        name: value / norm + torch.randn(value.shape, generator=generator) for name, value in sent.items()
+    }
 
 
 def audited(defence: Defence, batch: int = 1) -> tuple[float, float]:
@@ -76,7 +78,8 @@ def test_components_whiten_and_a_client_that_sends_other_tensors_is_refused() ->
     seen = Observation(kind="gradient", tensors={"x": torch.zeros(3)}, metadata={"batch_size": 1})
     images, labels = digits()
     prior = Prior(
-        client=lambda batch, seed: {"y": torch.zeros(3)}, examples={"images": images[:9], "labels": labels[:9]}
+        client=lambda batch, seed: {"y": torch.zeros(3)},
+        examples={"images": images[:9], "labels": labels[:9]},
     )
     found = learned.learned_inversion().run(seen, None, prior, BUDGET, 0)
     assert not found.applicable

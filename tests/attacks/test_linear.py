@@ -23,7 +23,9 @@ def network(width: int, *, double: bool = False) -> nn.Module:
 
 def pictures(count: int, *, double: bool = False) -> torch.Tensor:
     images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    return 2 * images.double() - 1 if double else images  # centred, as clients feed them, in the tests of SPEAR
+    return (
+        2 * images.double() - 1 if double else images
+    )  # centred, as clients feed them, in the tests of SPEAR
 
 
 def recover(name: str, count: int, width: int, *, double: bool = False, noise: float = 0.0):
@@ -35,7 +37,9 @@ def recover(name: str, count: int, width: int, *, double: bool = False, noise: f
         observation = models.noised(observation, noise)
     result = build(name).run(observation, model, Prior(), BUDGET, 0)
     table = similarity_matrix(result.of("image"), list(images.float()), psnr)
-    return sorted((table[a, b] for a, b in match_one_to_one(table)), reverse=True) if result.items else [], result
+    return sorted(
+        (table[a, b] for a, b in match_one_to_one(table)), reverse=True
+    ) if result.items else [], result
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -76,14 +76,22 @@ def _train(model, data, steps):
 @pytest.mark.parametrize("name", ["lira", "rmia"])
 def test_released_models_that_memorised_give_members_away_and_others_do_not(name):
     generator = torch.Generator().manual_seed(0)
-    noisy = {"images": IMAGES[:120], "labels": torch.randint(10, (120,), generator=generator)}  # labels to memorise
+    noisy = {
+        "images": IMAGES[:120],
+        "labels": torch.randint(10, (120,), generator=generator),
+    }  # labels to memorise
     members = {key: value[:40] for key, value in noisy.items()}
     both = {key: value[:80] for key, value in noisy.items()}
     population = {key: value[80:] for key, value in noisy.items()}
-    references = tuple(_train(models.mlp(seed=s), {k: v[80:] for k, v in noisy.items()}, 150) for s in (1, 2, 3))
+    references = tuple(
+        _train(models.mlp(seed=s), {k: v[80:] for k, v in noisy.items()}, 150) for s in (1, 2, 3)
+    )
     prior = Prior(candidates=both, examples=population, reference_models=references)
     areas = {}
-    for label, target in (("memorised", _train(models.mlp(), members, 150)), ("untrained", models.mlp(seed=9))):
+    for label, target in (
+        ("memorised", _train(models.mlp(), members, 150)),
+        ("untrained", models.mlp(seed=9)),
+    ):
         observation = Observation(kind="gradient", tensors={"3.bias": torch.zeros(10)})
         scores = build(name).run(observation, target, prior, QUICK, 0).of("scores")[0].tolist()
         areas[label] = auc(scores[:40], scores[40:])

@@ -113,7 +113,9 @@ def test_ms_ssim_is_one_scale_on_a_small_image_and_falls_with_noise():
     generator = torch.Generator().manual_seed(0)
     small = torch.rand(2, 1, 12, 12, generator=generator)
     assert metrics.ms_ssim(small[0], small[1]) == pytest.approx(max(0.0, metrics.ssim(small[0], small[1])))
-    image = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 12, generator=generator), size=96, mode="bilinear")[0]
+    image = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 12, 12, generator=generator), size=96, mode="bilinear"
+    )[0]
     noisy = [
         metrics.ms_ssim((image + level * torch.randn(image.shape, generator=generator)).clamp(0, 1), image)
         for level in (0.0, 0.1, 0.5)
@@ -144,7 +146,9 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
     generator = np.random.default_rng(0)
     hits = 0
     for seed in range(200):
-        interval = metrics.bootstrap_interval(generator.normal(size=40), resamples=300, seed=seed, confidence=0.9)
+        interval = metrics.bootstrap_interval(
+            generator.normal(size=40), resamples=300, seed=seed, confidence=0.9
+        )
         hits += interval.low <= 0.0 <= interval.high
     assert 0.82 <= hits / 200 <= 0.96
     with pytest.raises(ValueError, match="empty"):
@@ -155,7 +159,9 @@ def test_gaussian_predictions_match_simulation():
     generator = np.random.default_rng(0)
     inside, outside = 1 + 2 * generator.normal(size=20_000), 2 * generator.normal(size=20_000)
     assert metrics.auc(inside, outside) == pytest.approx(metrics.gaussian_auc(2.0), abs=0.01)
-    assert metrics.tpr_at_fpr(inside, outside, 0.01) == pytest.approx(metrics.gaussian_tpr(2.0, 0.01), abs=0.01)
+    assert metrics.tpr_at_fpr(inside, outside, 0.01) == pytest.approx(
+        metrics.gaussian_tpr(2.0, 0.01), abs=0.01
+    )
     assert metrics.gaussian_auc(0.0) == 1.0
 
 

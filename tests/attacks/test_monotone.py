@@ -37,7 +37,9 @@ def vision() -> nn.Module:
 
 def nothing(model: nn.Module, *, frozen: tuple[str, ...] = ()) -> Observation:
     """Return an observation that says no more than what is trained."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and not any(part in n for part in frozen)}
+    trained = {
+        n: p for n, p in model.named_parameters() if p.requires_grad and not any(part in n for part in frozen)
+    }
     return Observation(kind="gradient", tensors={name: torch.zeros_like(p) for name, p in trained.items()})
 
 
@@ -111,7 +113,9 @@ def read(name: str, case: Case) -> float:
     if not found.of("image"):
         return 0.0
     true, guesses = truth.flatten(1).double(), torch.stack(found.of("image")).flatten(1).double()
-    missed = torch.cdist(true, guesses).square().amin(dim=1) / (true - true.mean(dim=1, keepdim=True)).square().sum(1)
+    missed = torch.cdist(true, guesses).square().amin(dim=1) / (
+        true - true.mean(dim=1, keepdim=True)
+    ).square().sum(1)
     return float((1.0 - missed).clamp_min(0.0).mean())
 
 
@@ -165,10 +169,14 @@ def beside_lora(rank: int) -> Case:
     [
         ("span", beside_lora, (16, 8, 2)),
         ("lora_leak", cases.low_rank, (8, 4, 2)),
-        pytest.param("text_matching", lambda rank: cases.matched(2, rank=rank), (16, 1), marks=pytest.mark.slow),
+        pytest.param(
+            "text_matching", lambda rank: cases.matched(2, rank=rank), (16, 1), marks=pytest.mark.slow
+        ),
     ],
 )
-def test_a_lower_rank_of_lora_hides_more(name: str, make: Callable[[int], Case], ranks: tuple[int, ...]) -> None:
+def test_a_lower_rank_of_lora_hides_more(
+    name: str, make: Callable[[int], Case], ranks: tuple[int, ...]
+) -> None:
     values = [read(name, make(rank)) for rank in ranks]
     assert values[0] > 0.9
     falls(values, to=0.7)
@@ -233,7 +241,8 @@ def test_noise_hides_who_took_part(name: str, make: Callable[[int], Case], count
 
 
 @pytest.mark.parametrize(
-    ("name", "make", "sizes"), [("matched_filter", members, (4, 256)), ("projection_residual", spoken, (4, 20))]
+    ("name", "make", "sizes"),
+    [("matched_filter", members, (4, 256)), ("projection_residual", spoken, (4, 20))],
 )
 @pytest.mark.parametrize("summed", [False, True])
 def test_a_crowd_hides_who_took_part(
@@ -256,7 +265,8 @@ DIRECTIONS = (
 
 
 @pytest.mark.parametrize(
-    "name", [*DIRECTIONS, pytest.param("text_matching", marks=pytest.mark.slow), "matched_filter", "label_identity"]
+    "name",
+    [*DIRECTIONS, pytest.param("text_matching", marks=pytest.mark.slow), "matched_filter", "label_identity"],
 )
 def test_clipping_alone_hides_nothing(name: str) -> None:
     """A bound rescales one update: what attacks read is its direction, so only noise on top of the bound protects."""
@@ -280,6 +290,8 @@ def test_a_curve_out_of_time_leaves_points_out_and_a_dear_attack_is_not_drawn() 
     )
     assert late.x == late.y == ()
     assert "stopped" in late.reason
-    dear = tuple(curves.draw([(build("label_identity"), 1e6)], nothing(model), model, length=TOKENS, name="quick"))
+    dear = tuple(
+        curves.draw([(build("label_identity"), 1e6)], nothing(model), model, length=TOKENS, name="quick")
+    )
     assert {one.axis for one in dear} == {"records", "noise multiplier"}
     assert all("CPU seconds" in one.reason and not one.x for one in dear)

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from attacks import Budget, Finding, Knowledge, Observation, ObservationError, PlainAttack, Prior, load_observation
+from attacks import (
+    Budget,
+    Finding,
+    Knowledge,
+    Observation,
+    ObservationError,
+    PlainAttack,
+    Prior,
+    load_observation,
+)
 from attacks import observation as module
 from attacks.facts import RULES
 
@@ -44,7 +53,8 @@ def same(after: Observation, before: Observation) -> bool:
     facts = all(getattr(after, name) == getattr(before, name) for name in (*module._FACTS, "knowledge"))
     pairs = [(after.tensors, before.tensors), (after.broadcast or {}, before.broadcast or {})]
     return facts and all(
-        set(a) == set(b) and all(torch.equal(a[name], b[name]) and a[name].dtype is b[name].dtype for name in b)
+        set(a) == set(b)
+        and all(torch.equal(a[name], b[name]) and a[name].dtype is b[name].dtype for name in b)
         for a, b in pairs
     )
 
@@ -53,7 +63,9 @@ def test_saved_and_loaded_are_equal(tmp_path):
     before = seen()
     before.save(tmp_path / "new" / "round")
     assert same(load_observation(tmp_path / "new" / "round"), before)
-    assert not same(load_observation(tmp_path / "new" / "round"), seen(tensors={"layer.weight": torch.ones(2)}))
+    assert not same(
+        load_observation(tmp_path / "new" / "round"), seen(tensors={"layer.weight": torch.ones(2)})
+    )
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["round"]
 
 
@@ -124,9 +136,17 @@ TEXT = ("optimiser", "task", "auxiliary_data")
 LISTS = ("labels", "label_counts", "lengths", "special_tokens", "token_set", "image_shape")
 WRONG = [
     *((name, value) for name in WHOLE for value in ("many", -5, 0, 1.5, True, [1], float("nan"), 2**63)),
-    *((name, value) for name in REAL for value in ("fast", -1, True, [0.1], float("nan"), float("inf"), 10**400)),
+    *(
+        (name, value)
+        for name in REAL
+        for value in ("fast", -1, True, [0.1], float("nan"), float("inf"), 10**400)
+    ),
     *((name, value) for name in TEXT for value in (1, True, ["sgd"], {})),
-    *((name, value) for name in LISTS for value in ("abc", 3, {}, [[1], {}], ["1"], [-1], [1.5], [True], [2**63])),
+    *(
+        (name, value)
+        for name in LISTS
+        for value in ("abc", 3, {}, [[1], {}], ["1"], [-1], [1.5], [True], [2**63])
+    ),
     ("dropout", 1.0),
     ("image_shape", []),
     ("image_shape", [3, 0, 8]),
@@ -143,7 +163,9 @@ def test_every_fact_that_can_be_granted_is_checked():
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_knowledge_and_metadata_of_a_wrong_type_or_range_are_refused(stored, name, value):
     for place in ("knowledge", "metadata"):
-        rewrite(stored, lambda d, place=place: d.update({"knowledge": {}, "metadata": {}, place: {name: value}}))
+        rewrite(
+            stored, lambda d, place=place: d.update({"knowledge": {}, "metadata": {}, place: {name: value}})
+        )
         with pytest.raises(ObservationError, match=rf"observation\.json: {place}.*{name}.* is .*"):
             load_observation(stored)
     with pytest.raises(ObservationError, match=f"{name}.* is .*, must be"):
@@ -160,9 +182,16 @@ def test_lists_belong_in_knowledge(name):
 
 
 def test_facts_at_the_bounds_are_taken(tmp_path):
-    facts = dict.fromkeys(WHOLE, 1) | dict.fromkeys(REAL, 0) | dict.fromkeys(TEXT, "x") | {"batch_statistics": False}
+    facts = (
+        dict.fromkeys(WHOLE, 1)
+        | dict.fromkeys(REAL, 0)
+        | dict.fromkeys(TEXT, "x")
+        | {"batch_statistics": False}
+    )
     lists = dict.fromkeys(LISTS, (1, 2)) | {"labels": (0,), "special_tokens": ()}
-    before = seen(metadata=facts | {"schedule": "warm", "seconds": 1.5}, knowledge=Knowledge(**facts, **lists))
+    before = seen(
+        metadata=facts | {"schedule": "warm", "seconds": 1.5}, knowledge=Knowledge(**facts, **lists)
+    )
     before.save(tmp_path)
     after = load_observation(tmp_path)
     assert after.knowledge == before.knowledge
@@ -170,8 +199,15 @@ def test_facts_at_the_bounds_are_taken(tmp_path):
 
 
 def test_all_problems_are_reported_at_once(stored):
-    spoiled = {"round": -1, "observer": "", "metadata": {"local_steps": -2, "point": "cooked"}, "broadcast": [1]}
-    rewrite(stored, lambda d: d.update(spoiled, knowledge={"batch_size": -5, "lengths": [[1], {}], "password": 1}))
+    spoiled = {
+        "round": -1,
+        "observer": "",
+        "metadata": {"local_steps": -2, "point": "cooked"},
+        "broadcast": [1],
+    }
+    rewrite(
+        stored, lambda d: d.update(spoiled, knowledge={"batch_size": -5, "lengths": [[1], {}], "password": 1})
+    )
     with pytest.raises(ObservationError) as refusal:
         load_observation(stored)
     for part in (
@@ -231,11 +267,14 @@ def test_links_out_of_the_folder_are_refused(tmp_path, name):
 
 def test_numbers_of_numpy_become_plain_and_other_types_are_refused(tmp_path):
     knowledge = Knowledge(
-        batch_size=np.int64(4), learning_rate=np.float32(0.5), labels=[np.int8(1), 2], batch_statistics=np.bool_(True)
+        batch_size=np.int64(4),
+        learning_rate=np.float32(0.5),
+        labels=[np.int8(1), 2],
+        batch_statistics=np.bool_(True),
     )
-    seen(knowledge=knowledge, round=np.int32(3), metadata={"local_steps": np.uint8(2), "loss": np.float16(0.5)}).save(
-        tmp_path / "round"
-    )
+    seen(
+        knowledge=knowledge, round=np.int32(3), metadata={"local_steps": np.uint8(2), "loss": np.float16(0.5)}
+    ).save(tmp_path / "round")
     after = load_observation(tmp_path / "round")
     assert after.knowledge == Knowledge(batch_size=4, learning_rate=0.5, labels=(1, 2), batch_statistics=True)
     assert (type(after.round), type(knowledge.batch_size)) == (int, int)
@@ -393,7 +432,9 @@ def test_a_place_that_is_taken_is_refused(stored, tmp_path):
 def test_files_of_two_observations_do_not_load_together(stored, tmp_path, name):
     seen(tensors=OTHER, broadcast={"layer.weight": torch.ones(2, 3)}).save(tmp_path / "other")
     shutil.copy(tmp_path / "other" / name, stored / name)
-    with pytest.raises(ObservationError, match=rf"{name} is not the file that observation\.json describes.*SHA-256"):
+    with pytest.raises(
+        ObservationError, match=rf"{name} is not the file that observation\.json describes.*SHA-256"
+    ):
         load_observation(stored)
 
 
@@ -418,7 +459,13 @@ def test_folders_of_earlier_versions_name_no_digest_and_load(stored):
 
 @pytest.mark.parametrize(
     "digests",
-    [None, "x", {}, {"tensors.safetensors": None, "broadcast.safetensors": None}, {"tensors.safetensors": "0" * 64}],
+    [
+        None,
+        "x",
+        {},
+        {"tensors.safetensors": None, "broadcast.safetensors": None},
+        {"tensors.safetensors": "0" * 64},
+    ],
 )
 def test_digests_that_leave_a_file_out_are_refused(stored, digests):
     rewrite(stored, lambda d: d.update(sha256=digests))

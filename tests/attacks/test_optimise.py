@@ -45,7 +45,9 @@ def pair(seed: int = 0) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     )
 
 
-@pytest.mark.parametrize("kind", ["cosine", "cosine per tensor", "squared", "squared and absolute", "whitened"])
+@pytest.mark.parametrize(
+    "kind", ["cosine", "cosine per tensor", "squared", "squared and absolute", "whitened"]
+)
 def test_distances_are_zero_at_the_truth_and_positive_elsewhere(kind) -> None:
     ours, target = pair()
     assert float(misfit(list(target), target, kind=kind)) == pytest.approx(0.0, abs=1e-6)
@@ -103,8 +105,12 @@ def picture(index: int = 0, count: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def seen_images(model: nn.Module, images: Tensor, labels: Tensor, *, told: bool = True) -> Observation:
-    knowledge = Knowledge(image_shape=tuple(images.shape[1:]), labels=tuple(labels.tolist()) if told else None)
-    return observe(model, {"images": images, "labels": labels}, image_loss, knowledge=knowledge, batch_size=len(images))
+    knowledge = Knowledge(
+        image_shape=tuple(images.shape[1:]), labels=tuple(labels.tolist()) if told else None
+    )
+    return observe(
+        model, {"images": images, "labels": labels}, image_loss, knowledge=knowledge, batch_size=len(images)
+    )
 
 
 def mean_psnr(found, truth: Tensor) -> float:
@@ -130,7 +136,9 @@ def test_a_seen_kink_states_how_fast_units_switch() -> None:
         (switched,) = torch.autograd.grad(rectifier(values + shift).mean(), shift, create_graph=True)
         rates.append(float(torch.autograd.grad(switched, shift)[0]))
     assert rates[0] == 0.0  # plain differentiation leaves the switching out
-    assert rates[1] == pytest.approx(1 / math.sqrt(2 * math.pi), rel=0.15)  # the density of the values at zero
+    assert rates[1] == pytest.approx(
+        1 / math.sqrt(2 * math.pi), rel=0.15
+    )  # the density of the values at zero
 
 
 @pytest.mark.parametrize("attack", [matching.inverting_gradients, matching.modern_inversion])
@@ -159,7 +167,8 @@ def test_noise_of_a_usable_budget_brings_images_to_the_baseline() -> None:
     clear = seen_images(model, images, labels)
     grey = psnr(torch.full_like(images[0], 0.5), images[0])
     quality = [
-        mean_psnr(attack.run(noised(clear, z), model, Prior(), budget(120), 0), images) for z in (0.0, 1e-2, 1.0)
+        mean_psnr(attack.run(noised(clear, z), model, Prior(), budget(120), 0), images)
+        for z in (0.0, 1e-2, 1.0)
     ]
     assert quality[0] > quality[1] > quality[2]
     assert quality[2] < grey + 3.0
@@ -203,9 +212,13 @@ def test_solve_is_deterministic_by_seed() -> None:
 
 def test_batch_norm_prior_is_used_where_there_is_batch_norm() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)
+    ).eval()
     images, labels = picture(3)
-    found = matching.grad_inversion().run(seen_images(model, images, labels), model, Prior(), budget(40, 2), 0)
+    found = matching.grad_inversion().run(
+        seen_images(model, images, labels), model, Prior(), budget(40, 2), 0
+    )
     assert found.applicable
     assert len(found.of("image")) == 1
 
@@ -222,7 +235,10 @@ def test_vision_transformer_with_fused_attention_can_be_attacked() -> None:
 
 def test_a_patch_as_large_as_the_picture_can_be_attacked() -> None:
     """The gradient of such a picture lies in memory in another order, which L-BFGS does not take."""
-    model, images = vit(size=8, patch=8, width=96, layers=1), digits()[0][3:4].expand(-1, 3, -1, -1).contiguous()
+    model, images = (
+        vit(size=8, patch=8, width=96, layers=1),
+        digits()[0][3:4].expand(-1, 3, -1, -1).contiguous(),
+    )
     seen = seen_images(model, images, torch.tensor([1]))
     assert matching.grad_vit().run(seen, model, Prior(), budget(3), 0).applicable
 
@@ -231,12 +247,22 @@ def test_a_patch_as_large_as_the_picture_can_be_attacked() -> None:
 
 
 def attacked_text(
-    model: nn.Module, count: int, iterations: int, *, attack=None, drop: tuple[str, ...] = (), noise: float = 0.0
+    model: nn.Module,
+    count: int,
+    iterations: int,
+    *,
+    attack=None,
+    drop: tuple[str, ...] = (),
+    noise: float = 0.0,
 ):
     ids, labels = sentences(count, 8, 1000), torch.arange(count) % 2
     knowledge = Knowledge(labels=tuple(labels.tolist()), sequence_length=8)
-    seen = observe(model, {"input_ids": ids, "labels": labels}, text_loss, knowledge=knowledge, batch_size=count)
-    seen = seen.replace_tensors({name: value for name, value in seen.tensors.items() if not name.endswith(drop)})
+    seen = observe(
+        model, {"input_ids": ids, "labels": labels}, text_loss, knowledge=knowledge, batch_size=count
+    )
+    seen = seen.replace_tensors(
+        {name: value for name, value in seen.tensors.items() if not name.endswith(drop)}
+    )
     seen = noised(seen, noise) if noise else seen
     found = (attack or embeddings.text_matching()).run(seen, model, Prior(), budget(iterations), 0)
     assert found.applicable, found.reason

@@ -23,12 +23,15 @@ def vision(name, model, images, *, noise: float = 0.0, double: bool = True):
     if double:
         model, images = model.double(), images.double()
     batch = {"images": images, "labels": torch.arange(len(images))}
-    observation = models.observe(model, batch, models.image_loss, knowledge=Knowledge(image_shape=(3, 32, 32)))
+    observation = models.observe(
+        model, batch, models.image_loss, knowledge=Knowledge(image_shape=(3, 32, 32))
+    )
     if noise:
         generator = torch.Generator().manual_seed(1)
         observation = observation.replace_tensors(
             {
-                key: value + noise * value.square().mean().sqrt() * torch.randn(value.shape, generator=generator)
+                key: value
+                + noise * value.square().mean().sqrt() * torch.randn(value.shape, generator=generator)
                 for key, value in observation.tensors.items()
             }
         )
@@ -41,7 +44,9 @@ def vision(name, model, images, *, noise: float = 0.0, double: bool = True):
 def test_text_is_placed_exactly_below_the_width(make, count):
     model = make(width=128, vocabulary=2000)
     ids = models.sentences(count, 8, 2000)
-    observation = models.observe(model, {"input_ids": ids, "labels": torch.arange(count) % 2}, models.text_loss)
+    observation = models.observe(
+        model, {"input_ids": ids, "labels": torch.arange(count) % 2}, models.text_loss
+    )
     result = build("position_text").run(observation, model, Prior(), QUICK, 0)
     true = {(place, token) for row in ids.tolist() for place, token in enumerate(row)}
     assert set(map(tuple, result.of("placed_tokens")[0].tolist())) == true
@@ -76,7 +81,9 @@ def test_several_sgd_steps_keep_the_linear_relation():
 def test_adamw_breaks_it_and_it_says_so():
     model = models.bert(width=64, vocabulary=500)
     batch = {"input_ids": models.sentences(1, 6, 500), "labels": torch.tensor([1])}
-    observation = models.observe_delta(model, [batch], models.text_loss, learning_rate=1e-3, optimiser="adamw")
+    observation = models.observe_delta(
+        model, [batch], models.text_loss, learning_rate=1e-3, optimiser="adamw"
+    )
     result = build("position_text").run(observation, model, Prior(), QUICK, 0)
     assert not result.applicable
     assert "adamw" in result.reason
@@ -103,7 +110,9 @@ def test_single_precision_is_enough():
 
 
 def test_noise_degrades_the_image_step_by_step_and_confidence_with_it():
-    values = [vision("position_vision", models.vit(), picture(), noise=noise) for noise in (1e-6, 1e-4, 1e-2, 1e-1)]
+    values = [
+        vision("position_vision", models.vit(), picture(), noise=noise) for noise in (1e-6, 1e-4, 1e-2, 1e-1)
+    ]
     assert [value for value, _ in values] == sorted((value for value, _ in values), reverse=True)
     assert values[0][0] > 80.0
     assert values[-1][0] < 14.0
@@ -128,7 +137,8 @@ class PlainBlocks(nn.Module):
         self.projection = nn.Conv2d(3, width, patch, patch)
         self.position = nn.Parameter(torch.randn(1, 4, width) * 0.1)
         self.blocks = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}) for _ in range(blocks)
+            nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+            for _ in range(blocks)
         )
         self.heads, self.residual, self.head = heads, residual, nn.Linear(width, 10)
 
@@ -155,8 +165,12 @@ def test_april_is_exact_only_without_residual():
         )  # wider than a patch has pixels, so that embedding is invertible
         batch = {"images": image.double(), "labels": torch.tensor([1])}
         model = model.double()
-        observation = models.observe(model, batch, models.image_loss, knowledge=Knowledge(image_shape=(3, 32, 32)))
-        scores[residual] = psnr(build("april").run(observation, model, Prior(), QUICK, 0).of("image")[0], image[0])
+        observation = models.observe(
+            model, batch, models.image_loss, knowledge=Knowledge(image_shape=(3, 32, 32))
+        )
+        scores[residual] = psnr(
+            build("april").run(observation, model, Prior(), QUICK, 0).of("image")[0], image[0]
+        )
         own = build("position_vision").run(observation, model, Prior(), QUICK, 0)
         assert psnr(own.of("image")[0], image[0]) > 100.0
     assert scores[False] > 60.0

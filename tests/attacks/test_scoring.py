@@ -18,11 +18,16 @@ TEXT = Truth(sequences=((1, 10, 11, 2), (1, 12, 13, 2)), labels=(0, 3), classes=
 
 def found(kind: ItemKind, *values: object) -> Reconstruction:
     items = tuple(Item(kind=kind, value=torch.as_tensor(value)) for value in values)
-    return Reconstruction(attack="test", items=items, confidence=1.0, seconds=0.0, knowledge_used=(), applicable=True)
+    return Reconstruction(
+        attack="test", items=items, confidence=1.0, seconds=0.0, knowledge_used=(), applicable=True
+    )
 
 
 def test_tokens_that_stand_in_every_text_count_for_nothing() -> None:
-    perfect, special = score(found("token_set", [10, 11, 12, 13]), TEXT), score(found("token_set", [1, 2]), TEXT)
+    perfect, special = (
+        score(found("token_set", [10, 11, 12, 13]), TEXT),
+        score(found("token_set", [1, 2]), TEXT),
+    )
     assert perfect is not None
     assert special is not None
     assert perfect.value == 1.0
@@ -62,7 +67,9 @@ def test_membership_needs_more_than_luck() -> None:
 
 def test_the_deviation_of_an_area_matches_simulation() -> None:
     rng = np.random.default_rng(1)
-    areas = [float((rng.normal(0.5, 1, 32)[:, None] > rng.normal(0, 1, 32)[None]).mean()) for _ in range(2000)]
+    areas = [
+        float((rng.normal(0.5, 1, 32)[:, None] > rng.normal(0, 1, 32)[None]).mean()) for _ in range(2000)
+    ]
     assert auc_deviation(float(np.mean(areas)), 32, 32) == pytest.approx(float(np.std(areas)), rel=0.15)
 
 
@@ -102,7 +109,9 @@ def test_the_mean_of_draws_is_judged_and_not_its_luckiest() -> None:
     assert often.succeeded
     assert often.low is not None
     assert often.low > 0.1
-    assert not drawn([0.5, 0.05, 0.05, 0.9], baseline=0.05).succeeded  # far apart: the interval reaches down to guessing
+    assert not drawn(
+        [0.5, 0.05, 0.05, 0.9], baseline=0.05
+    ).succeeded  # far apart: the interval reaches down to guessing
     assert drawn([30.0, 32.0], baseline=12.0, measure="PSNR dB").succeeded
     assert not drawn([17.0, 16.0], baseline=12.0, measure="PSNR dB").succeeded
 
@@ -143,7 +152,9 @@ def test_guessing_tokens_goes_by_the_vocabulary_and_by_texts_that_were_not_used(
     assert everything is not None
     assert everything.value == pytest.approx(everything.baseline)
     assert not everything.succeeded
-    usual = Truth(sequences=((5, 6, 7), (6, 7, 8)), vocabulary=30_000, others=((5, 6, 9), (5, 7, 8), (5, 6, 7)))
+    usual = Truth(
+        sequences=((5, 6, 7), (6, 7, 8)), vocabulary=30_000, others=((5, 6, 9), (5, 7, 8), (5, 6, 7))
+    )
     guess = score(found("token_set", [5, 6, 7]), usual)
     assert guess is not None
     assert guess.baseline >= guess.value - 0.2

@@ -53,14 +53,18 @@ def test_traces_hold_the_gradients_of_sentences(generative: bool) -> None:
     single = [
         models.gradient(
             model,
-            predict(ids[i : i + 1]) if labels is None else {"input_ids": ids[i : i + 1], "labels": labels[i : i + 1]},
+            predict(ids[i : i + 1])
+            if labels is None
+            else {"input_ids": ids[i : i + 1], "labels": labels[i : i + 1]},
             models.text_loss,
         )
         for i in range(3)
     ]
     seen = traces.trace(model, CHANNELS, ids, labels)
     target = {name: whole[f"{name}.weight"].T for name in CHANNELS}
-    flat = torch.stack([torch.cat([one[f"{name}.weight"].T.flatten() for name in CHANNELS]) for one in single])
+    flat = torch.stack(
+        [torch.cat([one[f"{name}.weight"].T.flatten() for name in CHANNELS]) for one in single]
+    )
     torch.testing.assert_close(traces.gram(seen), flat @ flat.T, rtol=1e-3, atol=1e-8)
     torch.testing.assert_close(traces.squared_norms(seen), flat.square().sum(1), rtol=1e-3, atol=1e-8)
     torch.testing.assert_close(traces.inner(seen, target), flat @ flat.mean(0), rtol=1e-3, atol=1e-8)
@@ -73,7 +77,9 @@ def test_filling_up_changes_no_inner_product() -> None:
     model, ids = language_model(), texts(2)
     parts = [traces.trace(model, CHANNELS, ids[:1], None), traces.trace(model, CHANNELS, ids[1:, :3], None)]
     both = traces.stacked(parts)
-    torch.testing.assert_close(traces.squared_norms(both), torch.cat([traces.squared_norms(part) for part in parts]))
+    torch.testing.assert_close(
+        traces.squared_norms(both), torch.cat([traces.squared_norms(part) for part in parts])
+    )
 
 
 def test_random_sentences_are_white() -> None:

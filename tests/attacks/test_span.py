@@ -24,7 +24,11 @@ QUICK = Budget(seconds=60.0, iterations=400, restarts=1)
 def without_embedding(observation: Observation) -> Observation:
     """Hide the token rows, so that the span alone has to find the tokens among the whole vocabulary."""
     return observation.replace_tensors(
-        {name: value for name, value in observation.tensors.items() if "wte" not in name and "embed" not in name}
+        {
+            name: value
+            for name, value in observation.tensors.items()
+            if "wte" not in name and "embed" not in name
+        }
     )
 
 
@@ -84,14 +88,18 @@ def test_a_secure_sum_is_a_larger_batch(clients, expected):
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_language_model_shows_all_but_the_last_token(count):
     model, ids = models.gpt2(classes=None, vocabulary=600), models.sentences(count, 8, 600)
-    observation = without_embedding(models.observe(model, {"input_ids": ids, "labels": ids}, models.text_loss))
+    observation = without_embedding(
+        models.observe(model, {"input_ids": ids, "labels": ids}, models.text_loss)
+    )
     assert attack("span", observation, model, ids[:, :-1])[0] == 1.0
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_rotary_positions_are_searched_without_a_place(count):
     model, ids = models.llama(), models.sentences(count, 8, 500)
-    observation = without_embedding(models.observe(model, {"input_ids": ids, "labels": ids}, models.text_loss))
+    observation = without_embedding(
+        models.observe(model, {"input_ids": ids, "labels": ids}, models.text_loss)
+    )
     exact, score, number, _ = attack("span", observation, model, ids[:, :-1])
     assert (exact, number) == (1.0, count)
     assert score.precision == 1.0
@@ -207,6 +215,8 @@ def test_a_search_without_any_candidate_finds_nothing() -> None:
     budget = Budget.quick()
     scene: Any = None
     assert (
-        search_encoder(scene, nothing, lengths=(4, 8), budget=budget, deadline=Deadline(stop_at=float("inf")), seed=0)
+        search_encoder(
+            scene, nothing, lengths=(4, 8), budget=budget, deadline=Deadline(stop_at=float("inf")), seed=0
+        )
         == []
     )

@@ -39,7 +39,9 @@ def accuracy(found, ids: Tensor) -> float:
     return sum(table[row, column] for row, column in match_one_to_one(table)) / len(ids)
 
 
-@given(length=strategies.integers(1, 12), pinned=strategies.integers(0, 2), seed=strategies.integers(0, 10**6))
+@given(
+    length=strategies.integers(1, 12), pinned=strategies.integers(0, 2), seed=strategies.integers(0, 10**6)
+)
 @settings(max_examples=60, deadline=None)
 def test_moves_are_permutations_that_keep_pinned_places(length, pinned, seed) -> None:
     order = text.random_move(length, torch.Generator().manual_seed(seed), pinned=min(pinned, length))
@@ -64,15 +66,21 @@ def test_cover_uses_different_sentences() -> None:
 EMBEDDINGS = ("position_embeddings.weight", "token_type_embeddings.weight")
 
 
-def observed(model: nn.Module, ids: Tensor, *, keep_words: bool, dropout: float | None = None, train: bool = False):
+def observed(
+    model: nn.Module, ids: Tensor, *, keep_words: bool, dropout: float | None = None, train: bool = False
+):
     labels = torch.arange(len(ids)) % 2
     knowledge = Knowledge(labels=tuple(labels.tolist()), sequence_length=ids.shape[1], dropout=dropout)
     torch.manual_seed(1)
     model.train(train)
-    seen = observe(model, {"input_ids": ids, "labels": labels}, text_loss, knowledge=knowledge, batch_size=len(ids))
+    seen = observe(
+        model, {"input_ids": ids, "labels": labels}, text_loss, knowledge=knowledge, batch_size=len(ids)
+    )
     model.eval()
     drop = EMBEDDINGS if keep_words else (*EMBEDDINGS, "word_embeddings.weight")
-    return seen.replace_tensors({name: value for name, value in seen.tensors.items() if not name.endswith(drop)})
+    return seen.replace_tensors(
+        {name: value for name, value in seen.tensors.items() if not name.endswith(drop)}
+    )
 
 
 def test_reorder_finds_the_order_of_known_tokens_by_the_update_alone() -> None:
@@ -97,7 +105,11 @@ def test_lamp_reads_a_batch_without_embedding_gradients() -> None:
     model = bert(vocabulary=200)
     seen = observed(model, ids, keep_words=False)
     found = text.lamp().run(
-        seen, model, Prior(language_model=language_model), Budget(seconds=120.0, iterations=150, restarts=1), 0
+        seen,
+        model,
+        Prior(language_model=language_model),
+        Budget(seconds=120.0, iterations=150, restarts=1),
+        0,
     )
     assert accuracy(found, ids) >= 0.5  # chance is 1 in 197
     assert "prior.language_model" in found.knowledge_used
@@ -175,7 +187,11 @@ def test_with_the_true_masks_the_true_words_explain_the_update_and_without_they_
 def test_grab_is_not_applicable_without_dropout() -> None:
     model, ids = bert(vocabulary=200), sentences(1, 6, 200)
     found = text.grab().run(
-        observed(model, ids, keep_words=False), model, Prior(), Budget(seconds=5.0, iterations=2, restarts=1), 0
+        observed(model, ids, keep_words=False),
+        model,
+        Prior(),
+        Budget(seconds=5.0, iterations=2, restarts=1),
+        0,
     )
     assert not found.applicable
 

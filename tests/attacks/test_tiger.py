@@ -113,7 +113,10 @@ def test_the_update_of_other_texts_is_not_mistaken_for_ours() -> None:
 
 def test_targets_stand_out_of_noise_and_know_their_members() -> None:
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(60, 3, generator=generator).double(), torch.randn(3, 40, generator=generator).double())
+    left, right = (
+        torch.randn(60, 3, generator=generator).double(),
+        torch.randn(3, 40, generator=generator).double(),
+    )
     noise = 0.05 * torch.randn(60, 40, generator=generator).double()
     clean, blurred = (
         spectrum_of(Channel(name="x", gradient=gradient, bias=None))
@@ -124,7 +127,9 @@ def test_targets_stand_out_of_noise_and_know_their_members() -> None:
     for spectrum in (clean, blurred):
         target = target_of(spectrum, noise_in(spectrum, 0.0))
         assert target is not None
-        assert int((target.weights > 0.5).sum()) == 3  # noise alone reaches the edge, but no weight to speak of
+        assert (
+            int((target.weights > 0.5).sum()) == 3
+        )  # noise alone reaches the edge, but no weight to speak of
         assert float(target.distance(right).max()) < 0.1
         assert float(target.distance(torch.randn(50, 40, generator=generator).double()).mean()) > 0.8
     only_noise = spectrum_of(Channel(name="x", gradient=noise, bias=None))

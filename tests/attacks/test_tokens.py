@@ -19,7 +19,9 @@ QUICK = Budget.quick()
 
 def found(observation, model, ids):
     result = build("token_presence").run(observation, model, Prior(), QUICK, 0)
-    return token_set_score(result.of("token_set")[0].tolist(), ids.flatten().tolist()) if result.items else None
+    return (
+        token_set_score(result.of("token_set")[0].tolist(), ids.flatten().tolist()) if result.items else None
+    )
 
 
 def classify(ids):
@@ -36,7 +38,9 @@ def test_the_set_is_exact_whatever_the_batch(make, count):
 
 def test_a_secure_sum_shows_the_union():
     model, ids = models.gpt2(vocabulary=500, width=32), models.sentences(20, 6, 500)
-    score = found(models.observe_sum(model, [classify(row[None]) for row in ids], models.text_loss), model, ids)
+    score = found(
+        models.observe_sum(model, [classify(row[None]) for row in ids], models.text_loss), model, ids
+    )
     assert (score.precision, score.recall) == (1.0, 1.0)
 
 
@@ -45,7 +49,12 @@ def test_a_secure_sum_shows_the_union():
 def test_deltas_show_it_too_once_decay_is_taken_out(optimiser, steps):
     model, ids = models.gpt2(vocabulary=500, width=32), models.sentences(4, 8, 500)
     observation = models.observe_delta(
-        model, [classify(ids)] * steps, models.text_loss, learning_rate=1e-3, optimiser=optimiser, weight_decay=0.01
+        model,
+        [classify(ids)] * steps,
+        models.text_loss,
+        learning_rate=1e-3,
+        optimiser=optimiser,
+        weight_decay=0.01,
     )
     moved = (observation.tensors["transformer.wte.weight"].norm(dim=1) > 0).sum()
     assert moved == 500, "decay should have moved every row, else this test proves nothing"
@@ -143,7 +152,9 @@ def test_rows_that_an_unknown_form_of_decay_moved_are_not_taken_for_tokens(optim
     client = copy.deepcopy(model)
     kind = {
         "adam": lambda trained: torch.optim.Adam(trained, lr=0.01, weight_decay=0.01),
-        "sgd with momentum": lambda trained: torch.optim.SGD(trained, lr=0.01, weight_decay=0.01, momentum=0.9),
+        "sgd with momentum": lambda trained: torch.optim.SGD(
+            trained, lr=0.01, weight_decay=0.01, momentum=0.9
+        ),
     }
     step = kind[optimiser](list(client.parameters()))
     before = {name: value.detach().clone() for name, value in client.named_parameters()}
@@ -164,7 +175,9 @@ def test_noise_of_a_delta_counts_in_the_units_of_the_gradient() -> None:
     delta = models.observe_delta(model, [batch, batch], models.text_loss, learning_rate=0.01)
     hidden = models.noised(delta, 1.0)
     assert noise_per_entry(hidden) == pytest.approx(1.0 / 0.02)
-    assert noise_per_entry(hidden.replace_tensors(hidden.tensors, noise_deviation=0.3)) == pytest.approx(0.3 / 0.02)
+    assert noise_per_entry(hidden.replace_tensors(hidden.tensors, noise_deviation=0.3)) == pytest.approx(
+        0.3 / 0.02
+    )
     assert not build("token_presence").run(hidden, model, Prior(), Budget.quick(), 0).items
     assert build("token_presence").run(delta, model, Prior(), Budget.quick(), 0).items
 

@@ -20,7 +20,16 @@ EXCEPTIONS = {
     "lira": "scores candidates on a released model, sees no update",
     "rmia": "scores candidates on a released model, sees no update",
 }
-SLOW = {"somp", "grad_vit", "tag", "text_matching_whitened", "lamp", "grab", "fedavg_unrolled", "learned_inversion"}
+SLOW = {
+    "somp",
+    "grad_vit",
+    "tag",
+    "text_matching_whitened",
+    "lamp",
+    "grab",
+    "fedavg_unrolled",
+    "learned_inversion",
+}
 RECONSTRUCTIONS = sorted(set(ATTACKS) - set(EXCEPTIONS))
 
 
@@ -28,7 +37,9 @@ def test_no_attack_is_forgotten() -> None:
     assert set(RECONSTRUCTIONS) <= set(cases.CASES), "give every new attack a case in tests/attacks/cases.py"
     assert set(EXCEPTIONS) <= set(ATTACKS)
     assert not set(EXCEPTIONS) & set(cases.CASES)
-    assert all(build(name).summary.startswith("membership") for name in EXCEPTIONS)  # nothing is reconstructed
+    assert all(
+        build(name).summary.startswith("membership") for name in EXCEPTIONS
+    )  # nothing is reconstructed
 
 
 @pytest.mark.parametrize(

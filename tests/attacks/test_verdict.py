@@ -19,7 +19,9 @@ WRONG = replace(RIGHT, value=0.1, succeeded=False)
 LUCKY = replace(RIGHT, luck=0.5)
 
 
-def ran(*, applicable: bool = True, reason: str = "", items: bool = True, confidence: float = 0.9) -> Reconstruction:
+def ran(
+    *, applicable: bool = True, reason: str = "", items: bool = True, confidence: float = 0.9
+) -> Reconstruction:
     kept = (Item(kind="token_set", value=torch.tensor([1])),) if items and applicable else ()
     return Reconstruction(
         attack="test", items=kept, confidence=confidence if kept else 0.0, seconds=0.0, knowledge_used=(),
@@ -33,14 +35,24 @@ def ran(*, applicable: bool = True, reason: str = "", items: bool = True, confid
         ((ran(), RIGHT), (ran(), RIGHT), "leaked", ""),
         ((ran(), WRONG), (ran(), RIGHT), "not leaked", "control passed"),
         ((ran(items=False), None), (ran(), RIGHT), "not leaked", "finds nothing"),
-        ((ran(applicable=False, reason="no rows"), None), (ran(), RIGHT), "not applicable", "works on the undefended"),
+        (
+            (ran(applicable=False, reason="no rows"), None),
+            (ran(), RIGHT),
+            "not applicable",
+            "works on the undefended",
+        ),
         ((ran(), WRONG), (ran(), WRONG), "inconclusive", "fails even on the undefended"),
         ((ran(), WRONG), (ran(), LUCKY), "inconclusive", "guessing does as well in 50%"),
         ((ran(), LUCKY), (ran(), RIGHT), "inconclusive", "guessing does as well in 50%"),
         ((ran(), WRONG), None, "inconclusive", "no control"),
         ((ran(), RIGHT), None, "leaked", ""),
         ((ran(applicable=False, reason="no model"), None), None, "not applicable", "no model"),
-        ((ran(), WRONG), (ran(applicable=False, reason="not this model"), None), "not applicable", "not this model"),
+        (
+            (ran(), WRONG),
+            (ran(applicable=False, reason="not this model"), None),
+            "not applicable",
+            "not this model",
+        ),
     ],
 )
 def test_a_verdict_follows_from_the_attack_and_its_control(seen, control, verdict: str, word: str) -> None:

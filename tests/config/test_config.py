@@ -138,7 +138,9 @@ def test_configs_are_frozen_and_keyword_only() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.text(max_size=40), reason=st.text(min_size=1, max_size=40).filter(str.strip))
-def test_any_text_survives_the_round_trip(name: str, reason: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_text_survives_the_round_trip(
+    name: str, reason: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     changed = table()
     changed["task"]["data"] = name
     changed["privacy"] = {"unit": "none", "reason": reason}
@@ -176,5 +178,9 @@ def test_to_table_holds_every_key() -> None:
 
 def test_the_page_is_made_from_the_schema() -> None:
     space: dict[str, Any] = {"__name__": "page", "__file__": str(ROOT / "docs" / "make_run_file_page.py")}
-    exec(compile((ROOT / "docs" / "make_run_file_page.py").read_text(), "make_run_file_page.py", "exec"), space)  # noqa: S102
-    assert (ROOT / "docs" / "run_file.md").read_text() == space["page"](), "run: python docs/make_run_file_page.py"
+    exec(
+        compile((ROOT / "docs" / "make_run_file_page.py").read_text(), "make_run_file_page.py", "exec"), space
+    )  # noqa: S102
+    assert (ROOT / "docs" / "run_file.md").read_text() == space["page"](), (
+        "run: python docs/make_run_file_page.py"
+    )

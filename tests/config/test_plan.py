@@ -78,7 +78,10 @@ def refused(**sections: dict[str, object]) -> str:
         ({"privacy": {"unit": "client"}, "protection": {"kind": "ckks"}}, "exact discrete noise"),
         ({"federation": {"cohort": 2}, "protection": {"kind": "secagg"}}, "must be at least 3"),
         ({"protection": {"kind": "secagg", "threshold": 2}}, "raise threshold"),
-        ({"privacy": {"unit": "client", "delta": 0.5}, "protection": {"kind": "secagg"}}, "give away one whole client"),
+        (
+            {"privacy": {"unit": "client", "delta": 0.5}, "protection": {"kind": "secagg"}},
+            "give away one whole client",
+        ),
         (
             {"privacy": {"unit": "client", "clipping": "per_layer"}, "protection": {"kind": "secagg"}},
             "clips single records",

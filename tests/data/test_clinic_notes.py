@@ -13,7 +13,15 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from ffm_secure.clinic_notes import OPTIONS, SPECIALTIES, clinic_notes, planted_facts
-from ffm_secure.clinic_notes_houses import BACKGROUND, LABS, LAYOUTS, SECTIONS, SHARED_COMPLAINTS, make_house, writer
+from ffm_secure.clinic_notes_houses import (
+    BACKGROUND,
+    LABS,
+    LAYOUTS,
+    SECTIONS,
+    SHARED_COMPLAINTS,
+    make_house,
+    writer,
+)
 from ffm_secure.data import Dataset, load
 
 KINDS = {
@@ -47,7 +55,9 @@ def test_twenty_thousand_notes_and_more_all_distinct(notes):
 def test_generation_is_quick():
     started = time.process_time()
     clinic_notes({})
-    assert time.process_time() - started < 3.0 * 2  # seconds of processor time; doubled for slow shared machines
+    assert (
+        time.process_time() - started < 3.0 * 2
+    )  # seconds of processor time; doubled for slow shared machines
 
 
 def test_the_seed_decides_and_the_run_s_seed_does_not():
@@ -120,7 +130,9 @@ def test_a_patient_stays_in_one_hospital_and_one_part_and_keeps_the_same_facts(n
     homes: dict[str, set[str]] = {}
     values: dict[tuple[str, str], set[str]] = {}
     for part in (notes.train, notes.validation):
-        for patient, hospital, stored in zip(*map(part.column, ("patient", "hospital", "facts")), strict=True):
+        for patient, hospital, stored in zip(
+            *map(part.column, ("patient", "hospital", "facts")), strict=True
+        ):
             homes.setdefault(patient, set()).add(hospital)
             for fact in planted_facts(stored):
                 values.setdefault((patient, fact.kind), set()).add(fact.value)

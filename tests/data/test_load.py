@@ -65,7 +65,9 @@ def test_parquet_folder_with_both_parts(tmp_path):
 def test_pieces_of_a_part_are_joined_in_order(tmp_path):
     for piece in range(2):
         rows = slice(10 * piece, 10 * piece + 10)
-        pq.write_table(pa.table({"text": TEXTS[rows], "label": LABELS[rows]}), tmp_path / f"train-{piece}-of-2.parquet")
+        pq.write_table(
+            pa.table({"text": TEXTS[rows], "label": LABELS[rows]}), tmp_path / f"train-{piece}-of-2.parquet"
+        )
     data = read(".", tmp_path, validation_fraction=0.1)
     assert sorted([*data.train.column("text"), *data.validation.column("text")]) == sorted(TEXTS)
 
@@ -199,7 +201,9 @@ def test_text_labels_are_numbered_in_sorted_order_of_the_union(tmp_path):
 
 def test_class_names_come_from_the_metadata_or_a_name_column(tmp_path):
     features = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["x", "y", "z"]}}}}
-    table = pa.table({"text": TEXTS, "label": LABELS}).replace_schema_metadata({"huggingface": json.dumps(features)})
+    table = pa.table({"text": TEXTS, "label": LABELS}).replace_schema_metadata(
+        {"huggingface": json.dumps(features)}
+    )
     pq.write_table(table, tmp_path / "train.parquet")
     assert read(".", tmp_path).label_names == ("x", "y", "z")
     write_parquet(tmp_path, text=TEXTS, label=LABELS, label_name=["abc"[y] for y in LABELS])
@@ -275,23 +279,56 @@ def png_bomb() -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"0"))
+        + chunk(b"IEND", b"")
+    )
 
 
 TEXT, PICTURE = "text_classification", "image_classification"
 BAD = {
-    "truncated": (TEXT, file_with("train.parquet", b"PAR1 and then nothing"), r"train.parquet: not a readable parquet"),
+    "truncated": (
+        TEXT,
+        file_with("train.parquet", b"PAR1 and then nothing"),
+        r"train.parquet: not a readable parquet",
+    ),
     "nothing": (TEXT, lambda folder: None, r"no data found; put train.parquet"),
-    "no rows": (TEXT, parquet_with(text=pa.array([], pa.string()), label=pa.array([], pa.int64())), "holds no rows"),
+    "no rows": (
+        TEXT,
+        parquet_with(text=pa.array([], pa.string()), label=pa.array([], pa.int64())),
+        "holds no rows",
+    ),
     "bare csv": (TEXT, file_with("train.csv", "text,label\n"), "holds no rows"),
     "one row": (TEXT, parquet_with(text=["a"], label=[0]), "cannot be parted"),
     "no label": (TEXT, parquet_with(text=TEXTS), "no label column among 'text'; set label_column"),
-    "no text": (TEXT, parquet_with(words=TEXTS, label=LABELS), "no text column among 'words', 'label'; set text"),
+    "no text": (
+        TEXT,
+        parquet_with(words=TEXTS, label=LABELS),
+        "no text column among 'words', 'label'; set text",
+    ),
     "no picture": (PICTURE, parquet_with(text=TEXTS, label=LABELS), "no picture column among"),
-    "null text": (TEXT, parquet_with(text=[*TEXTS[:4], None], label=LABELS[:5]), "row 4: column 'text' holds nothing"),
-    "numbers as text": (TEXT, parquet_with(text=LABELS, label=LABELS), "row .*: column 'text' holds int64, not text"),
-    "null label": (TEXT, parquet_with(text=TEXTS[:5], label=[0, 1, None, 1, 0]), "row 2: label nothing in column"),
-    "nan label": (TEXT, parquet_with(text=TEXTS[:5], label=[0, 1, float("nan"), 1, 0]), "row 2: label nan in column"),
+    "null text": (
+        TEXT,
+        parquet_with(text=[*TEXTS[:4], None], label=LABELS[:5]),
+        "row 4: column 'text' holds nothing",
+    ),
+    "numbers as text": (
+        TEXT,
+        parquet_with(text=LABELS, label=LABELS),
+        "row .*: column 'text' holds int64, not text",
+    ),
+    "null label": (
+        TEXT,
+        parquet_with(text=TEXTS[:5], label=[0, 1, None, 1, 0]),
+        "row 2: label nothing in column",
+    ),
+    "nan label": (
+        TEXT,
+        parquet_with(text=TEXTS[:5], label=[0, 1, float("nan"), 1, 0]),
+        "row 2: label nan in column",
+    ),
     "half label": (TEXT, parquet_with(text=TEXTS[:5], label=[0, 1, 0.5, 1, 0]), "row 2: label 0.5 in column"),
     "negative": (
         TEXT,
@@ -299,9 +336,17 @@ BAD = {
         "row 2: label -1 in column 'label' is out",
     ),
     "identifiers": (TEXT, parquet_with(text=TEXTS[:5], label=[0, 1, 10**9, 1, 0]), "row 2: label 1000000000"),
-    "broken line": (TEXT, file_with("train.jsonl", '{"text": "a", "label": 0}\n{"text": \n'), "line 2 is not JSON"),
+    "broken line": (
+        TEXT,
+        file_with("train.jsonl", '{"text": "a", "label": 0}\n{"text": \n'),
+        "line 2 is not JSON",
+    ),
     "not an object": (TEXT, file_with("train.jsonl", "[1]\n"), "line 1 is a list"),
-    "other keys": (TEXT, file_with("train.jsonl", '{"text": "a"}\n\n{"label": 0}\n'), "line 3 differs from line 1"),
+    "other keys": (
+        TEXT,
+        file_with("train.jsonl", '{"text": "a"}\n\n{"label": 0}\n'),
+        "line 3 differs from line 1",
+    ),
     "NaN in JSON": (TEXT, file_with("train.jsonl", '{"text": "a", "label": NaN}\n'), "NaN is not JSON"),
     "deep JSON": (TEXT, file_with("train.jsonl", "[" * 100_000 + "\n"), "line 1 is not JSON"),
     "null in JSON": (
@@ -310,7 +355,11 @@ BAD = {
         "line 1: column",
     ),
     "not UTF-8": (TEXT, file_with("train.csv", b"text,label\n\xff\xfe,1\n"), "line 2 is not UTF-8"),
-    "ragged csv": (TEXT, file_with("train.csv", "text,label\na,1\nb,c,2\n"), "line 3 has 3 fields, the header 2"),
+    "ragged csv": (
+        TEXT,
+        file_with("train.csv", "text,label\na,1\nb,c,2\n"),
+        "line 3 has 3 fields, the header 2",
+    ),
     "open quote": (TEXT, file_with("train.csv", 'text,label\na,1\n"b,2\n'), "line 3 is not valid"),
     "twin columns": (TEXT, file_with("train.csv", "text,text\na,1\n"), "same name"),
     "pickle": (PICTURE, object_array, "never objects"),
@@ -320,7 +369,11 @@ BAD = {
         lambda f: np.savez(f / "train.npz", image=np.ones((3, 2, 2)), label=[0, 1, 0]),
         "float64",
     ),
-    "uneven npz": (PICTURE, lambda f: np.savez(f / "train.npz", image=np.ones((3, 2)), label=[0]), "differ in length"),
+    "uneven npz": (
+        PICTURE,
+        lambda f: np.savez(f / "train.npz", image=np.ones((3, 2)), label=[0]),
+        "differ in length",
+    ),
     "bomb": (
         PICTURE,
         parquet_with(image=[png(0), png_bomb(), png(1)], label=[0, 1, 0]),
@@ -331,7 +384,11 @@ BAD = {
         parquet_with(image=[png(0), b"GIF89a" * 9], label=[0, 1]),
         r"row 1: not a readable picture \(unknown format",
     ),
-    "cut image": (PICTURE, parquet_with(image=[png(0)] * 4 + [png(9)[:-30]], label=[0] * 5), "picture is damaged"),
+    "cut image": (
+        PICTURE,
+        parquet_with(image=[png(0)] * 4 + [png(9)[:-30]], label=[0] * 5),
+        "picture is damaged",
+    ),
     "path only": (
         PICTURE,
         parquet_with(image=[{"bytes": None, "path": "x.png"}] * 3, label=[0] * 3),
@@ -339,7 +396,10 @@ BAD = {
     ),
     "two formats": (
         TEXT,
-        lambda f: (file_with("train.csv", "text,label\na,1\n")(f), write_parquet(f, text=TEXTS, label=LABELS)),
+        lambda f: (
+            file_with("train.csv", "text,label\na,1\n")(f),
+            write_parquet(f, text=TEXTS, label=LABELS),
+        ),
         "train.csv, train.parquet compete",
     ),
 }
@@ -364,7 +424,11 @@ def test_bad_data_gives_one_clear_error(tmp_path, case):
         ("builtin:clinic_notes?doctors=4", {}, "no option 'doctors'"),
         ("builtin:clinic_notes?size=many", {}, "is not <option>=<whole number>"),
         ("builtin:digits?size=3", {}, "takes no options"),
-        ("builtin:clinic_notes?size=50&validation=5", {"text_column": "body"}, "no column 'body'; there are 'text'"),
+        (
+            "builtin:clinic_notes?size=50&validation=5",
+            {"text_column": "body"},
+            "no column 'body'; there are 'text'",
+        ),
         ("builtin:digits", {"validation_fraction": 1.5}, "validation_fraction = 1.5"),
         ("bad\0name", {}, "path|there is no"),
         ("train.xlsx", {}, "unknown format '.xlsx'; use one of .csv"),
@@ -384,7 +448,9 @@ def test_unknown_kinds_are_refused(tmp_path):
 def test_a_hub_name_without_a_network_is_a_quick_clear_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match=r"there is no .*nobody/nothing, and as a Hugging Face data set it cannot be"):
+    with pytest.raises(
+        DataError, match=r"there is no .*nobody/nothing, and as a Hugging Face data set it cannot be"
+    ):
         read("nobody/nothing", tmp_path)
 
 
@@ -451,7 +517,11 @@ def test_damaged_files_never_raise_anything_else(tmp_path, name, kind, rounds):
     if name == "train.npz":
         np.savez_compressed(tmp_path / name, image=np.zeros((9, 3, 3), np.uint8), label=np.arange(9) % 2)
     elif name.endswith("parquet"):
-        columns = {"text": TEXTS} if kind == TEXT else {"image": [{"bytes": png(i), "path": "p"} for i in range(20)]}
+        columns = (
+            {"text": TEXTS}
+            if kind == TEXT
+            else {"image": [{"bytes": png(i), "path": "p"} for i in range(20)]}
+        )
         pq.write_table(pa.table({**columns, "label": LABELS}), tmp_path / name, compression="zstd")
     elif name.endswith("jsonl"):
         write_jsonl(tmp_path / name, [{"text": t, "label": y} for t, y in zip(TEXTS, LABELS, strict=True)])

@@ -28,7 +28,9 @@ def deal(examples, clients, seed, **split):
 
 SPLITS = st.one_of(
     st.just({"kind": "iid"}),
-    st.builds(lambda a, m: {"kind": "dirichlet", "alpha": a, "min_size": m}, st.floats(1e-6, 1e4), st.integers(0, 2)),
+    st.builds(
+        lambda a, m: {"kind": "dirichlet", "alpha": a, "min_size": m}, st.floats(1e-6, 1e4), st.integers(0, 2)
+    ),
     st.builds(lambda a: {"kind": "quantity", "alpha": a}, st.floats(1e-6, 1e4)),
     st.builds(lambda s: {"kind": "quantity", "distribution": "lognormal", "sigma": s}, st.floats(0, 10)),
     st.builds(lambda n: {"kind": "shards", "shards_per_client": n}, st.integers(1, 3)),
@@ -102,7 +104,9 @@ def label_table(examples, parts):
 
 def test_iid_labels_are_independent_of_clients_and_skewed_ones_are_not():
     examples = balanced(10, 200)
-    honest = [stats.chi2_contingency(label_table(examples, deal(examples, 8, s, kind="iid")))[1] for s in range(200)]
+    honest = [
+        stats.chi2_contingency(label_table(examples, deal(examples, 8, s, kind="iid")))[1] for s in range(200)
+    ]
     assert stats.kstest(honest, "uniform").pvalue > 1e-3
     skewed = [
         stats.chi2_contingency(label_table(examples, deal(examples, 8, s, kind="dirichlet", alpha=5.0)))[1]
@@ -152,7 +156,9 @@ def test_shards_are_drawn_without_preference():
     assert stats.binomtest(pure, 600, 1 / 2).pvalue < 1e-4
 
 
-HOSPITALS = labelled(np.arange(100) % 3, hospital=["a"] * 40 + ["b"] * 30 + ["c"] * 15 + ["d"] * 10 + ["e"] * 5)
+HOSPITALS = labelled(
+    np.arange(100) % 3, hospital=["a"] * 40 + ["b"] * 30 + ["c"] * 15 + ["d"] * 10 + ["e"] * 5
+)
 
 
 def test_natural_clients_are_the_groups_in_order_of_their_names():
@@ -209,21 +215,29 @@ def test_feature_shift_grows_in_equal_steps_and_leaves_labels_alone():
 
 def test_rotation_by_a_right_angle_is_the_exact_rotation():
     pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (3, 9, 9, 3)).astype(np.uint8)
-    shift = feature_shifts(clients=1, split={"kind": "feature_shift", "transform": "rotation", "strength": 90.0})[0]
+    shift = feature_shifts(
+        clients=1, split={"kind": "feature_shift", "transform": "rotation", "strength": 90.0}
+    )[0]
     turned = apply_shift(labelled([0, 1, 2], image=pixels), shift, seed=0).column("image")
-    assert (turned == np.rot90(pixels, axes=(1, 2))).all() or (turned == np.rot90(pixels, -1, axes=(1, 2))).all()
+    assert (turned == np.rot90(pixels, axes=(1, 2))).all() or (
+        turned == np.rot90(pixels, -1, axes=(1, 2))
+    ).all()
     assert not (turned == pixels).all()
 
 
 def test_brightness_scales_and_clips():
-    shift = feature_shifts(clients=1, split={"kind": "feature_shift", "transform": "brightness", "strength": 1.5})[0]
+    shift = feature_shifts(
+        clients=1, split={"kind": "feature_shift", "transform": "brightness", "strength": 1.5}
+    )[0]
     assert (apply_shift(grey(2), shift, seed=0).column("image") == 192).all()
 
 
 def test_token_dropout_loses_the_claimed_share_of_words():
     texts = [" ".join(["word"] * 100)] * 100
     examples = Examples(columns={"text": texts, "note": ["two words"] * 100}, text_columns=("text",))
-    shift = feature_shifts(clients=1, split={"kind": "feature_shift", "transform": "token_dropout", "strength": 0.3})[0]
+    shift = feature_shifts(
+        clients=1, split={"kind": "feature_shift", "transform": "token_dropout", "strength": 0.3}
+    )[0]
     dropped = apply_shift(examples, shift, seed=1)
     kept = sum(len(text.split()) for text in dropped.column("text"))
     assert stats.binomtest(kept, 10_000, 0.7).pvalue > 1e-3

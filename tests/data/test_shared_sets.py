@@ -61,7 +61,9 @@ def test_set_loads_with_its_columns_and_deals(shared, name):
         assert images.std() > 30
     if natural is not None:
         assert natural in data.natural_columns
-        assert len(partition(data.train, clients=2, split={"kind": "natural", "column": natural}, seed=0)) == 2
+        assert (
+            len(partition(data.train, clients=2, split={"kind": "natural", "column": natural}, seed=0)) == 2
+        )
     parts = partition(data.train, clients=20, split=split, seed=0)
     assert sum(map(len, parts)) == rows
     public, private = public_stream(data, 0.1, seed=0)

@@ -43,7 +43,9 @@ def _nodes(step: Step, order: float, fineness: float) -> tuple[npt.NDArray[np.fl
     return loss, q_log + loss, q_log, weights.ravel()
 
 
-def _log_moment(step: Step, points: npt.NDArray[np.complex128], *, add: bool, fineness: float) -> npt.NDArray[np.complex128]:
+def _log_moment(
+    step: Step, points: npt.NDArray[np.complex128], *, add: bool, fineness: float
+) -> npt.NDArray[np.complex128]:
     loss, p_log, q_log, weights = _nodes(step, float(points[0].real), fineness)
     own, signed = (q_log, -loss) if add else (p_log, loss)
     used = own + points[0].real * np.maximum(signed, 0.0) > -90
@@ -54,8 +56,16 @@ def _log_moment(step: Step, points: npt.NDArray[np.complex128], *, add: bool, fi
     return result * step.steps
 
 
-def delta_at(steps: list[Step], epsilon: float, order: float, *, add: bool = False, points: int = 600, span: float = 0.0,
-             fineness: float = 40.0) -> float:
+def delta_at(
+    steps: list[Step],
+    epsilon: float,
+    order: float,
+    *,
+    add: bool = False,
+    points: int = 600,
+    span: float = 0.0,
+    fineness: float = 40.0,
+) -> float:
     """Integrate along Re s = order; `span` is the largest imaginary part (chosen from the decay when 0)."""
     gap = 2 * math.pi / (60.0 / order + 2 * epsilon)
     imaginary = (np.arange(points) + 0.5) * (span / points if span else gap)

@@ -12,8 +12,14 @@ from defenses.errors import BudgetExceeded
 def main(path: str, log: str, name: str) -> None:
     """Write one line to `log` after each reservation, the instant data would be touched."""
     event = GaussianEvent(
-        unit="record", adjacency="add_remove", sampling="full", sampling_rate=1.0, noise_multiplier=20.0, steps=1,
-        clip_norm=1.0, release="round",
+        unit="record",
+        adjacency="add_remove",
+        sampling="full",
+        sampling_rate=1.0,
+        noise_multiplier=20.0,
+        steps=1,
+        clip_norm=1.0,
+        release="round",
     )
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     with Ledger.open(path, create=False) as ledger:
@@ -27,7 +33,6 @@ def main(path: str, log: str, name: str) -> None:
                 return
             os.write(stream, f"paid {reserved[0].sequence}\n".encode())
             ledger.spend(reserved)
-
 
 
 def create(path: str) -> None:

@@ -25,7 +25,11 @@ def text_batch(seed: int = 0, *, start: int = 3) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(start, VOCABULARY, (BATCH, LENGTH), generator=draw)
     mask = (torch.arange(LENGTH)[None] < torch.tensor(LENGTHS)[:, None]).long()
-    return {"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask, "labels": torch.tensor([0, 1, 1, 0])}
+    return {
+        "input_ids": torch.where(mask.bool(), ids, 1),
+        "attention_mask": mask,
+        "labels": torch.tensor([0, 1, 1, 0]),
+    }
 
 
 def pick(batch: dict[str, Tensor], index: list[int]) -> dict[str, Tensor]:

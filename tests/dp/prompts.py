@@ -26,7 +26,9 @@ class Virtual(nn.Module):
             self.net = nn.Sequential(nn.Linear(WIDTH, 4), nn.Tanh(), nn.Linear(4, VIRTUAL * WIDTH))
             return
         self.constants = expanded_normal(VIRTUAL, WIDTH, std=0.5, generator=torch.Generator().manual_seed(0))
-        self.net = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, WIDTH)) if kind == "p_tuning" else None
+        self.net = (
+            nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, WIDTH)) if kind == "p_tuning" else None
+        )
 
     def forward(self, summary: Tensor) -> Tensor:
         if not hasattr(self, "constants"):
@@ -81,7 +83,9 @@ class Prefixed(nn.Module):
         cache: Any = DynamicCache([(own[:, layer, 0], own[:, layer, 1]) for layer in range(LAYERS)])
         if self.name == "t5":
             cache = EncoderDecoderCache(cache, DynamicCache())
-            return self.body(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, **rest)
+            return self.body(
+                input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, **rest
+            )
         longer = torch.cat([attention_mask.new_ones(len(input_ids), VIRTUAL), attention_mask], dim=1)
 
         def hand_over(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -99,16 +103,23 @@ class DeepPrompted(Prompted):
 
     def __init__(self, name: str) -> None:
         super().__init__(name, "prompt")
-        self.deeper = expanded_normal(LAYERS - 1, VIRTUAL, WIDTH, std=0.5, generator=torch.Generator().manual_seed(1))
+        self.deeper = expanded_normal(
+            LAYERS - 1, VIRTUAL, WIDTH, std=0.5, generator=torch.Generator().manual_seed(1)
+        )
 
     def forward(self, **batch: Tensor) -> SimpleNamespace:
         first = 1 if "pixel_values" in batch else 0
         later = self.deeper(len(next(iter(batch.values()))))
-        lists = [part for part in self.body.modules() if isinstance(part, nn.ModuleList) and len(part) == LAYERS]
+        lists = [
+            part for part in self.body.modules() if isinstance(part, nn.ModuleList) and len(part) == LAYERS
+        ]
 
         def replace(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden = args[0]
-            return (torch.cat([hidden[:, :first], later[:, 0], hidden[:, first + VIRTUAL :]], dim=1), *args[1:])
+            return (
+                torch.cat([hidden[:, :first], later[:, 0], hidden[:, first + VIRTUAL :]], dim=1),
+                *args[1:],
+            )
 
         with ExitStack() as hooks:
             hooks.callback(lists[0][1].register_forward_pre_hook(replace).remove)

@@ -21,7 +21,12 @@ VECTORS = json.loads((Path(__file__).parent / "vectors" / "accounting.json").rea
 
 
 def step(rate: float, sigma: float, steps: int = 1, **changes: Any) -> GaussianEvent:
-    values: dict[str, Any] = {"unit": "record", "adjacency": "add_remove", "sampling": "poisson", "clip_norm": 1.0}
+    values: dict[str, Any] = {
+        "unit": "record",
+        "adjacency": "add_remove",
+        "sampling": "poisson",
+        "clip_norm": 1.0,
+    }
     values |= {"sampling_rate": rate, "noise_multiplier": sigma, "steps": steps, "release": "test"}
     return GaussianEvent(**{**values, **changes})
 
@@ -94,7 +99,10 @@ def test_one_step_against_its_closed_form() -> None:
     for rate, sigma, delta in ((0.5, 1.0, 1e-5), (0.01, 0.5, 1e-6), (0.3, 3.0, 1e-9), (0.001, 0.4, 1e-5)):
         bound = epsilon([step(rate, sigma)], delta).epsilon
         assert _one_step_delta(rate, sigma, bound) <= delta
-        assert _one_step_delta(rate, sigma, bound * 0.999) >= delta or _one_step_add(rate, sigma, bound * 0.999) >= delta
+        assert (
+            _one_step_delta(rate, sigma, bound * 0.999) >= delta
+            or _one_step_add(rate, sigma, bound * 0.999) >= delta
+        )
 
 
 def _tail(value: float) -> float:
@@ -116,7 +124,9 @@ def _one_step_add(rate: float, sigma: float, eps: float) -> float:
     return _tail(-output / sigma) - math.exp(eps) * other
 
 
-@pytest.mark.parametrize("case", [(0.01, 1.0, 500, 1e-5), (0.1, 2.0, 100, 1e-6), (0.3, 1.5, 20, 1e-4)], ids=str)
+@pytest.mark.parametrize(
+    "case", [(0.01, 1.0, 500, 1e-5), (0.1, 2.0, 100, 1e-6), (0.3, 1.5, 20, 1e-4)], ids=str
+)
 def test_agrees_with_an_independent_loss_distribution(case: tuple[float, float, int, float]) -> None:
     pld = pytest.importorskip("dp_accounting.pld.privacy_loss_distribution")
     rate, sigma, steps, delta = case
@@ -147,14 +157,24 @@ def test_fixed_size_batches_cost_between_poisson_at_half_noise_and_renyi() -> No
 
 
 def test_full_participations_merge_exactly() -> None:
-    together = epsilon([step(1.0, 10.0, 60, sampling="full"), step(1.0, 5.0, 10, unit="record")], 1e-6).epsilon
+    together = epsilon(
+        [step(1.0, 10.0, 60, sampling="full"), step(1.0, 5.0, 10, unit="record")], 1e-6
+    ).epsilon
     assert together == pytest.approx(gaussian_epsilon(math.sqrt(0.6 + 0.4), 1e-6), rel=1e-12)
 
 
 def test_matrix_factorisation_is_one_gaussian() -> None:
     event = MatrixFactorizationEvent(
-        unit="client", adjacency="replace_one", noise_multiplier=6.0, sensitivity=3.0, bands=2, min_separation=2,
-        participations=3, steps=6, clip_norm=1.0, release="run",
+        unit="client",
+        adjacency="replace_one",
+        noise_multiplier=6.0,
+        sensitivity=3.0,
+        bands=2,
+        min_separation=2,
+        participations=3,
+        steps=6,
+        clip_norm=1.0,
+        release="run",
     )
     assert epsilon([event], 1e-6).epsilon == pytest.approx(gaussian_epsilon(1.0, 1e-6), rel=1e-12)
 
@@ -206,7 +226,11 @@ def test_losses_beyond_doubles_fall_back_to_a_valid_bound() -> None:
 def test_events_of_different_statements_are_refused() -> None:
     accountant = Accountant()
     accountant.compose(step(0.1, 1.0))
-    for change in ({"unit": "client"}, {"adjacency": "replace_one"}, {"unit": "person", "records_per_person": 3}):
+    for change in (
+        {"unit": "client"},
+        {"adjacency": "replace_one"},
+        {"unit": "person", "records_per_person": 3},
+    ):
         with pytest.raises(ParameterError, match="history"):
             accountant.compose(step(0.1, 1.0, **change))
 
@@ -214,8 +238,14 @@ def test_events_of_different_statements_are_refused() -> None:
 def test_skellam_approaches_the_gaussian_from_above() -> None:
     def skellam(variance: float) -> float:
         event = SkellamEvent(
-            unit="client", adjacency="zero_out", l1_sensitivity=math.sqrt(variance), l2_sensitivity=math.sqrt(variance) / 2,
-            variance=variance, scale=1.0, steps=10, release="sum",
+            unit="client",
+            adjacency="zero_out",
+            l1_sensitivity=math.sqrt(variance),
+            l2_sensitivity=math.sqrt(variance) / 2,
+            variance=variance,
+            scale=1.0,
+            steps=10,
+            release="sum",
         )
         return epsilon([event], 1e-5).epsilon
 

@@ -15,7 +15,12 @@ from defenses.errors import BudgetExceeded, ParameterError
 
 
 def step(sigma: float, rate: float, steps: int, **changes: Any) -> GaussianEvent:
-    values: dict[str, Any] = {"unit": "record", "adjacency": "add_remove", "sampling": "poisson", "clip_norm": 1.0}
+    values: dict[str, Any] = {
+        "unit": "record",
+        "adjacency": "add_remove",
+        "sampling": "poisson",
+        "clip_norm": 1.0,
+    }
     values |= {"sampling_rate": rate, "noise_multiplier": sigma, "steps": steps, "release": "test"}
     return GaussianEvent(**{**values, **changes})
 
@@ -32,7 +37,9 @@ CASES: list[tuple[float, float, float, int, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_noise_is_enough_and_a_thousandth_less_is_not(case: tuple[float, float, float, int, dict[str, Any]]) -> None:
+def test_the_noise_is_enough_and_a_thousandth_less_is_not(
+    case: tuple[float, float, float, int, dict[str, Any]],
+) -> None:
     target, delta, rate, steps, options = case
     sigma = noise_multiplier(epsilon=target, delta=delta, sampling_rate=rate, steps=steps, **options)
     extra = {**options, "unit": "person"} if "records_per_person" in options else options
@@ -64,7 +71,9 @@ def test_dropped_and_colluding_shares_do_not_count() -> None:
             surviving_noise_multiplier(local_multiplier=1.0, survivors=survivors, colluding=colluding)
 
 
-@pytest.mark.parametrize("changes", [{"epsilon": 0.0}, {"epsilon": math.inf}, {"sampling_rate": 2.0}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"epsilon": 0.0}, {"epsilon": math.inf}, {"sampling_rate": 2.0}, {"steps": 0}]
+)
 def test_impossible_targets_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ParameterError):
         noise_multiplier(**{"epsilon": 1.0, "delta": 1e-5, "sampling_rate": 0.1, "steps": 10, **changes})
@@ -83,7 +92,14 @@ def test_calculator_lists_every_problem_once() -> None:
     with pytest.raises(ParameterError) as caught:
         epsilon_report([(2.0, 1.0, 10), (0.1, -1.0, 0)], 0.0, sampling="shuffle", unit="house")
     text = str(caught.value)
-    for part in ("delta = 0.0", "sampling = 'shuffle'", "unit = 'house'", "segment 1: sampling_rate", "segment 2: noise", "steps"):
+    for part in (
+        "delta = 0.0",
+        "sampling = 'shuffle'",
+        "unit = 'house'",
+        "segment 1: sampling_rate",
+        "segment 2: noise",
+        "steps",
+    ):
         assert text.count(part) >= 1, part
     assert text.count("unit = 'house'") == 1
     with pytest.raises(ParameterError, match="at least one"):

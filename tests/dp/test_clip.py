@@ -14,20 +14,26 @@ from defenses.errors import ParameterError
 
 KINDS = ["flat", "per_layer", "automatic", "adaptive"]
 norms = st.lists(
-    st.one_of(st.floats(0, 2.0**60, width=32), st.just(float("nan")), st.just(float("inf"))), min_size=1, max_size=5
+    st.one_of(st.floats(0, 2.0**60, width=32), st.just(float("nan")), st.just(float("inf"))),
+    min_size=1,
+    max_size=5,
 )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(kind=st.sampled_from(KINDS), bound=st.floats(1e-3, 1e3), first=norms, second=norms)
-def test_no_sample_exceeds_the_bound(kind: ClippingKind, bound: float, first: list[float], second: list[float]) -> None:
+def test_no_sample_exceeds_the_bound(
+    kind: ClippingKind, bound: float, first: list[float], second: list[float]
+) -> None:
     length = min(len(first), len(second))
     squared = {"a.weight": torch.tensor(first[:length]) ** 2, "b.weight": torch.tensor(second[:length]) ** 2}
     factors = Clipping(kind=kind, clip_norm=bound).factors(squared)
     for sample in range(length):
         parts = [float(squared[name][sample]) for name in squared]
         scale = [float(factors[name][sample]) for name in squared]
-        if not all(math.isfinite(part) for part in parts) or not math.isfinite(float(torch.tensor(parts).sum())):
+        if not all(math.isfinite(part) for part in parts) or not math.isfinite(
+            float(torch.tensor(parts).sum())
+        ):
             assert scale == [0.0, 0.0]
         else:
             total = sum(part * factor**2 for part, factor in zip(parts, scale, strict=True))
@@ -42,14 +48,21 @@ def test_small_gradients_are_left_alone_by_flat_clipping() -> None:
 
 def test_per_layer_clipping_splits_the_bound_over_modules() -> None:
     clip = Clipping(kind="per_layer", clip_norm=2.0)
-    squared = {"a.weight": torch.tensor([100.0]), "a.bias": torch.tensor([44.0]), "b.weight": torch.tensor([1.0])}
+    squared = {
+        "a.weight": torch.tensor([100.0]),
+        "a.bias": torch.tensor([44.0]),
+        "b.weight": torch.tensor([1.0]),
+    }
     factors = clip.factors(squared)
     assert float(factors["a.weight"]) == float(factors["a.bias"]) == pytest.approx(2 / math.sqrt(2) / 12)
     assert float(factors["b.weight"]) == 1.0
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(values=st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=1, max_size=20), bound=st.floats(1e-6, 1e6))
+@given(
+    values=st.lists(st.floats(-(2.0**60), 2.0**60, width=32), min_size=1, max_size=20),
+    bound=st.floats(1e-6, 1e6),
+)
 def test_a_clipped_vector_is_within_the_bound(values: list[float], bound: float) -> None:
     clipped = clip_vector(torch.tensor(values), clip_norm=bound)
     assert float(torch.linalg.vector_norm(clipped.double())) <= bound * (1 + 1e-6)

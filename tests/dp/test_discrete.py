@@ -53,7 +53,7 @@ def distance(law: dict[int, Fraction], exact: Callable[[int], mpf], reach: int) 
 def test_the_gaussian_table_is_exact_to_two_to_the_minus_hundred(sigma: float) -> None:
     with mp.workdps(70):
         reach = math.ceil(18 * sigma) + 3
-        weights = {x: exp(-mpf(x) ** 2 / (2 * mpf(sigma) ** 2)) for x in range(-reach, reach + 1)}
+        weights = {x: exp(-(mpf(x) ** 2) / (2 * mpf(sigma) ** 2)) for x in range(-reach, reach + 1)}
         total = sum(weights.values())
         law = probabilities(discrete._gaussian_table(sigma))
         assert distance(law, lambda x: weights[x] / total, reach) < -100
@@ -88,26 +88,33 @@ def test_a_sum_of_discrete_gaussians_is_a_discrete_gaussian() -> None:
     with mp.workdps(40):
         reach = 400
         law = dict.fromkeys(range(-reach, reach + 1), mpf(0))
-        left = {x: exp(-mpf(x) ** 2 / (2 * mpf(rest) ** 2)) for x in range(-120, 121)}
-        right = {x: exp(-mpf(x) ** 2 / (2 * mpf(fine) ** 2)) for x in range(-100, 101)}
+        left = {x: exp(-(mpf(x) ** 2) / (2 * mpf(rest) ** 2)) for x in range(-120, 121)}
+        right = {x: exp(-(mpf(x) ** 2) / (2 * mpf(fine) ** 2)) for x in range(-100, 101)}
         for x, a in left.items():
             for y, b in right.items():
                 law[factor * x + y] += a * b
         mass = sum(law.values())
-        wide = {x: exp(-mpf(x) ** 2 / (2 * variance)) for x in law}
+        wide = {x: exp(-(mpf(x) ** 2) / (2 * variance)) for x in law}
         total = sum(wide.values())
         assert max(abs(law[x] / mass / (wide[x] / total) - 1) for x in range(-120, 121)) < 1e-30
 
 
-def chi_square(samples: npt.NDArray[np.int64], law: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]) -> float:
+def chi_square(
+    samples: npt.NDArray[np.int64], law: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]
+) -> float:
     """Return the p-value that samples come from the law, over cells with at least 20 expected."""
     values = np.arange(samples.min() - 1, samples.max() + 2)
     expected = law(values) * len(samples)
     observed = np.bincount(samples - values[0], minlength=len(values))
     good = expected >= 20
     rest = np.array([observed[~good].sum(), expected[~good].sum()])
-    cells = np.append(observed[good], rest[0]), np.append(expected[good], rest[1] + len(samples) - expected.sum())
-    return float(stats.chi2.sf(((cells[0] - cells[1]) ** 2 / np.maximum(cells[1], 1)).sum(), len(cells[0]) - 1))
+    cells = (
+        np.append(observed[good], rest[0]),
+        np.append(expected[good], rest[1] + len(samples) - expected.sum()),
+    )
+    return float(
+        stats.chi2.sf(((cells[0] - cells[1]) ** 2 / np.maximum(cells[1], 1)).sum(), len(cells[0]) - 1)
+    )
 
 
 def gaussian_law(sigma: float) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]]:
@@ -147,7 +154,9 @@ def test_large_scales_pass_at_their_scale_and_fail_at_another(kind: str, scale: 
 
 
 def test_shares_of_skellam_add_up_to_skellam() -> None:
-    total = sum(skellam(COUNT, variance=4.0 / 5, source=RandomSource.seeded(20 + share)) for share in range(5))
+    total = sum(
+        skellam(COUNT, variance=4.0 / 5, source=RandomSource.seeded(20 + share)) for share in range(5)
+    )
     assert isinstance(total, np.ndarray)
     assert chi_square(total, lambda k: stats.skellam.pmf(k, 2.0, 2.0)) > 1e-4
 

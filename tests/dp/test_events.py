@@ -42,12 +42,26 @@ def examples() -> list[Event]:
         gaussian,
         NonPrivateEvent(reason="baseline"),
         SkellamEvent(
-            unit="client", adjacency="zero_out", l1_sensitivity=900.0, l2_sensitivity=30.0, variance=1e4, scale=32.0, steps=5,
+            unit="client",
+            adjacency="zero_out",
+            l1_sensitivity=900.0,
+            l2_sensitivity=30.0,
+            variance=1e4,
+            scale=32.0,
+            steps=5,
             release="sum",
         ),
         MatrixFactorizationEvent(
-            unit="client", adjacency="zero_out", noise_multiplier=3.0, sensitivity=2.0, bands=4, min_separation=5,
-            participations=3, steps=15, clip_norm=1.0, release="run",
+            unit="client",
+            adjacency="zero_out",
+            noise_multiplier=3.0,
+            sensitivity=2.0,
+            bands=4,
+            min_separation=5,
+            participations=3,
+            steps=15,
+            clip_norm=1.0,
+            release="run",
         ),
         TuningEvent(base=(gaussian, gaussian), distribution="poisson", stopping=10.0, release="best of many"),
     ]
@@ -74,7 +88,9 @@ def test_every_gaussian_survives_json(rate: float, noise: float, steps: int, lab
 
 
 def test_equal_events_have_one_text() -> None:
-    assert GaussianEvent(**{**GAUSSIAN, "noise_multiplier": 1}).to_json() == GaussianEvent(**GAUSSIAN).to_json()
+    assert (
+        GaussianEvent(**{**GAUSSIAN, "noise_multiplier": 1}).to_json() == GaussianEvent(**GAUSSIAN).to_json()
+    )
 
 
 def test_events_cannot_change() -> None:
@@ -113,7 +129,8 @@ def test_all_problems_are_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 2}, {"version": None}, {"kind": "laplace"}, {"kind": None}, {"extra": 1}, {"steps": None}]
+    "change",
+    [{"version": 2}, {"version": None}, {"kind": "laplace"}, {"kind": None}, {"extra": 1}, {"steps": None}],
 )
 def test_unknown_json_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ParameterError):

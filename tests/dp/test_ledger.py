@@ -23,13 +23,24 @@ from defenses.errors import BudgetExceeded, ParameterError, TamperedError
 
 
 def step(steps: int = 10, **changes: Any) -> GaussianEvent:
-    values: dict[str, Any] = {"unit": "record", "adjacency": "add_remove", "sampling": "poisson", "clip_norm": 1.0}
+    values: dict[str, Any] = {
+        "unit": "record",
+        "adjacency": "add_remove",
+        "sampling": "poisson",
+        "clip_norm": 1.0,
+    }
     values |= {"sampling_rate": 0.05, "noise_multiplier": 1.0, "steps": steps, "release": "update"}
     return GaussianEvent(**{**values, **changes})
 
 
 def charge(owner: str = "north", event: Event | None = None, **changes: Any) -> Charge:
-    values: dict[str, Any] = {"dataset": "cases", "run": "run-1", "round": 1, "release": "update", "commitment": b""}
+    values: dict[str, Any] = {
+        "dataset": "cases",
+        "run": "run-1",
+        "round": 1,
+        "release": "update",
+        "commitment": b"",
+    }
     return Charge(owner=owner, event=event or step(), **{**values, **changes})
 
 
@@ -95,7 +106,9 @@ def test_a_replayed_release_is_charged_once(tmp_path: Path) -> None:
     again = ledger.reserve([charge(commitment=same, run="resumed"), charge("south", commitment=same)])
     assert [r.replayed for r in (*first, *again)] == [False, True, False]
     assert again[0].sequence == first[0].sequence
-    assert len(ledger.events("north", "cases", "record")) == len(ledger.events("south", "cases", "record")) == 1
+    assert (
+        len(ledger.events("north", "cases", "record")) == len(ledger.events("south", "cases", "record")) == 1
+    )
     twice = ledger.reserve([charge(commitment=b"d" * 32), charge(commitment=b"d" * 32)])
     assert [r.replayed for r in twice] == [False, True]
     with pytest.raises(ParameterError, match="another event"):
@@ -126,8 +139,16 @@ def test_data_sets_and_units_have_their_own_budgets(tmp_path: Path) -> None:
     ledger.set_budget("north", "cases", "person", 8.0, 1e-5)
     ledger.reserve([charge(), charge(event=step(unit="person", records_per_person=3))])
     assert ledger.epsilon("north", "images", "record", 1e-5) == 0.0
-    assert ledger.epsilon("north", "cases", "person", 1e-5) > ledger.epsilon("north", "cases", "record", 1e-5) > 0
-    assert ledger.accounts() == (("north", "cases", "person"), ("north", "cases", "record"), ("north", "images", "record"))
+    assert (
+        ledger.epsilon("north", "cases", "person", 1e-5)
+        > ledger.epsilon("north", "cases", "record", 1e-5)
+        > 0
+    )
+    assert ledger.accounts() == (
+        ("north", "cases", "person"),
+        ("north", "cases", "record"),
+        ("north", "images", "record"),
+    )
     with pytest.raises(BudgetExceeded, match="mix"):
         ledger.reserve([charge(event=step(unit="person", records_per_person=5))])
 
@@ -251,7 +272,11 @@ def test_an_older_copy_of_the_table_is_noticed_by_the_anchor(tmp_path: Path) -> 
 
 
 def _last(path: Path) -> dict[str, Any]:
-    row = sqlite3.connect(path).execute("SELECT sequence, hash FROM entries ORDER BY sequence DESC LIMIT 1").fetchone()
+    row = (
+        sqlite3.connect(path)
+        .execute("SELECT sequence, hash FROM entries ORDER BY sequence DESC LIMIT 1")
+        .fetchone()
+    )
     return {"sequence": row[0], "hash": row[1].hex()}
 
 
@@ -279,7 +304,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes, li
 
 
 @given(which=st.integers(0, 7), position=st.integers(0, 10**6), change=st.integers(1, 255))
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_any_changed_byte_of_a_row_is_noticed(
     which: int, position: int, change: int, tmp_path: Path, finished: tuple[bytes, bytes, list[bytes]]
 ) -> None:
@@ -301,7 +331,15 @@ def test_a_ledger_that_should_exist_is_not_created(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"owner": ""}, {"dataset": "a\nb"}, {"round": -1}, {"round": True}, {"commitment": b"short"}, {"run": "x" * 301}]
+    "change",
+    [
+        {"owner": ""},
+        {"dataset": "a\nb"},
+        {"round": -1},
+        {"round": True},
+        {"commitment": b"short"},
+        {"run": "x" * 301},
+    ],
 )
 def test_malformed_charges_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     ledger = ledger_at(tmp_path)
@@ -347,6 +385,11 @@ def test_many_owners_with_one_history_cost_one_computation(tmp_path: Path) -> No
     owners = [f"client {index}" for index in range(60)]
     ledger = ledger_at(tmp_path, *owners)
     for round_number in range(3):
-        ledger.reserve([charge(owner, round=round_number, event=step(1, release=f"round {round_number}")) for owner in owners])
+        ledger.reserve(
+            [
+                charge(owner, round=round_number, event=step(1, release=f"round {round_number}"))
+                for owner in owners
+            ]
+        )
     assert len(ledger._epsilons) <= 8
     assert len(ledger._accountants) == 1

@@ -41,13 +41,18 @@ def test_the_calculator_loads_no_model_library() -> None:
 
 
 def test_the_ledger_loads_no_model_library_and_the_check_would_notice_one() -> None:
-    assert not loaded("import sys\nfrom defenses.dp import Accountant, GaussianEvent, Ledger, poisson_sample")[1]
+    assert not loaded(
+        "import sys\nfrom defenses.dp import Accountant, GaussianEvent, Ledger, poisson_sample"
+    )[1]
     assert "torch" in loaded(LEDGER)[1]
 
 
 def test_every_public_name_has_a_home() -> None:
     assert sorted(defenses.dp._HOMES) == sorted(defenses.dp.__all__)
     for name in defenses.dp.__all__:
-        assert getattr(defenses.dp, name).__module__ == f"defenses.dp.{defenses.dp._HOMES[name]}" or name == "Event"
+        assert (
+            getattr(defenses.dp, name).__module__ == f"defenses.dp.{defenses.dp._HOMES[name]}"
+            or name == "Event"
+        )
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         defenses.dp.nothing  # noqa: B018

@@ -39,7 +39,9 @@ def test_the_event_is_made_of_the_fields_that_run() -> None:
         unit="person", records_per_person=3, adjacency="zero_out", sampling="poisson", sampling_rate=0.1,
         noise_multiplier=1.2, steps=3, clip_norm=0.5, release="update",
     )  # fmt: skip
-    assert record(noise_multiplier=0.0).event("update") == NonPrivateEvent(reason="update: noise_multiplier is 0")
+    assert record(noise_multiplier=0.0).event("update") == NonPrivateEvent(
+        reason="update: noise_multiplier is 0"
+    )
 
 
 def test_noise_has_the_scale_of_the_event_over_the_public_divisor() -> None:
@@ -114,7 +116,9 @@ def test_sampling_kinds() -> None:
 
 
 def test_an_adaptive_run_follows_the_quantile_at_the_stated_cost() -> None:
-    mechanism = record(clipping="adaptive", count_noise=2.0, clip_norm=0.1, steps=300, expected_batch_size=100)
+    mechanism = record(
+        clipping="adaptive", count_noise=2.0, clip_norm=0.1, steps=300, expected_batch_size=100
+    )
     run, source = mechanism.start(), RandomSource.seeded(5)
     norms = torch.linspace(0.0, 4.0, 100)
     spread = []
@@ -139,7 +143,9 @@ def test_one_dp_sgd_run_end_to_end_learns_and_handles_empty_batches() -> None:
     x = torch.randn(300, 5)
     y = (x @ torch.randn(5) > 0).long()
     model = nn.Linear(5, 2)
-    mechanism = record(sampling_rate=0.2, expected_batch_size=60, clip_norm=1.0, steps=40, noise_multiplier=0.8)
+    mechanism = record(
+        sampling_rate=0.2, expected_batch_size=60, clip_norm=1.0, steps=40, noise_multiplier=0.8
+    )
     run, source = mechanism.start(), RandomSource.seeded(6)
     with PerSampleEngine(model) as engine:
         for _ in range(40):
@@ -157,7 +163,12 @@ def test_one_dp_sgd_run_end_to_end_learns_and_handles_empty_batches() -> None:
 
 
 def client(**changes: object) -> ClientMechanism:
-    values: dict[str, object] = {"noise_multiplier": 0.8, "clip_norm": 2.0, "honest_survivors": 4, "participations": 5}
+    values: dict[str, object] = {
+        "noise_multiplier": 0.8,
+        "clip_norm": 2.0,
+        "honest_survivors": 4,
+        "participations": 5,
+    }
     return ClientMechanism(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -191,8 +202,13 @@ def test_a_rounded_update_stays_within_the_sensitivity_of_the_event(scale: float
     for _ in range(20):
         update = size * torch.randn(64, generator=draw)
         rounded = mechanism.integer_share(update, scale=scale, source=RandomSource.system())
-        assert np.linalg.norm(rounded.astype(np.float64)) <= mechanism.integer_sensitivity(scale=scale, dimension=64)
-    many = [mechanism.integer_share(torch.full((64,), 0.013), scale=scale, source=RandomSource.system()) for _ in range(400)]
+        assert np.linalg.norm(rounded.astype(np.float64)) <= mechanism.integer_sensitivity(
+            scale=scale, dimension=64
+        )
+    many = [
+        mechanism.integer_share(torch.full((64,), 0.013), scale=scale, source=RandomSource.system())
+        for _ in range(400)
+    ]
     assert np.mean(many) == pytest.approx(0.013 * scale, abs=5 * 0.5 / math.sqrt(64 * 400))
 
 

@@ -20,7 +20,12 @@ VECTORS = json.loads((Path(__file__).parent / "vectors" / "accounting.json").rea
 
 
 def step(rate: float, sigma: float, steps: int = 1, **changes: Any) -> GaussianEvent:
-    values: dict[str, Any] = {"unit": "record", "adjacency": "add_remove", "sampling": "poisson", "clip_norm": 1.0}
+    values: dict[str, Any] = {
+        "unit": "record",
+        "adjacency": "add_remove",
+        "sampling": "poisson",
+        "clip_norm": 1.0,
+    }
     values |= {"sampling_rate": rate, "noise_multiplier": sigma, "steps": steps, "release": "test"}
     return GaussianEvent(**{**values, **changes})
 
@@ -47,7 +52,9 @@ def test_row_1_shuffled_batches_cannot_be_called_poisson() -> None:
         step(0.001, 0.6, 1000, sampling="shuffle")
     poisson = epsilon([step(0.001, 0.6, 1000)], 1e-6).epsilon
     assert poisson == pytest.approx(2.107, rel=2e-3)
-    assert shuffle_delta_at_least(0.6, 1000, poisson) > 1e-3  # A thousand times the delta that would be claimed.
+    assert (
+        shuffle_delta_at_least(0.6, 1000, poisson) > 1e-3
+    )  # A thousand times the delta that would be claimed.
     # The honest event of one epoch over a fixed partition is one full participation.
     full = epsilon([step(1.0, 0.6, 1, sampling="full")], 1e-6).epsilon
     assert full == pytest.approx(8.8405, rel=1e-4)
@@ -73,7 +80,9 @@ def test_row_10_rounds_are_composed_not_repeated_and_not_added(tmp_path: Path) -
     ledger.set_budget("o", "d", "record", 20.0, rows["delta"])
     ledger.reserve([Charge(owner="o", dataset="d", event=one, run="r", round=0, release="u")])
     single = ledger.epsilon("o", "d", "record", rows["delta"])
-    charges = [Charge(owner="o", dataset="d", event=one, run="r", round=n, release="u") for n in range(1, 100)]
+    charges = [
+        Charge(owner="o", dataset="d", event=one, run="r", round=n, release="u") for n in range(1, 100)
+    ]
     ledger.reserve(charges)
     total = ledger.epsilon("o", "d", "record", rows["delta"])
     assert single == pytest.approx(1.138, rel=1e-3)
@@ -94,7 +103,9 @@ def test_row_11_client_and_batch_rates_are_never_multiplied() -> None:
 
 def test_row_12_choosing_the_best_run_is_an_event() -> None:
     base = step(0.01, 1.0, 1000)
-    best = TuningEvent(base=(base,), distribution="truncated_negative_binomial", stopping=0.1, release="best of about ten")
+    best = TuningEvent(
+        base=(base,), distribution="truncated_negative_binomial", stopping=0.1, release="best of about ten"
+    )
     assert epsilon([best], 1e-5).epsilon > 2 * epsilon([base], 1e-5).epsilon
 
 
@@ -123,7 +134,16 @@ def test_row_14_a_release_nobody_bounded_is_never_free(tmp_path: Path) -> None:
     ledger.set_budget("o", "d", "record", 8.0, 1e-5)
     with pytest.raises(BudgetExceeded):
         ledger.reserve(
-            [Charge(owner="o", dataset="d", event=NonPrivateEvent(reason="metrics"), run="r", round=0, release="loss")]
+            [
+                Charge(
+                    owner="o",
+                    dataset="d",
+                    event=NonPrivateEvent(reason="metrics"),
+                    run="r",
+                    round=0,
+                    release="loss",
+                )
+            ]
         )
 
 
@@ -131,8 +151,12 @@ def test_row_19_missing_shares_of_noise_are_missing() -> None:
     rows = VECTORS["dropout"]
     for row in rows["rows"]:
         share = rows["sigma"] / math.sqrt(100)
-        sigma = surviving_noise_multiplier(local_multiplier=share, survivors=round(100 * (1 - row["dropout"])))
-        assert epsilon([step(rows["q"], sigma, rows["steps"])], rows["delta"]).epsilon == pytest.approx(row["eps"], rel=2e-3)
+        sigma = surviving_noise_multiplier(
+            local_multiplier=share, survivors=round(100 * (1 - row["dropout"]))
+        )
+        assert epsilon([step(rows["q"], sigma, rows["steps"])], rows["delta"]).epsilon == pytest.approx(
+            row["eps"], rel=2e-3
+        )
 
 
 @pytest.mark.parametrize("batches", [49, 98, 103, 1147])

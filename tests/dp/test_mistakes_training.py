@@ -54,7 +54,9 @@ def test_row_3_an_empty_batch_releases_noise_and_cannot_be_skipped() -> None:
     # the mistake: no release when nobody was drawn; then a release alone proves that somebody is there
     run, source = mechanism().start(), RandomSource.seeded(1)
     skipped_with_nobody, skipped_with_one = 1.0, 1 - 0.02
-    assert skipped_with_nobody != skipped_with_one  # an output of probability 0 against 0.02: no epsilon covers that
+    assert (
+        skipped_with_nobody != skipped_with_one
+    )  # an output of probability 0 against 0.02: no epsilon covers that
     with PerSampleEngine(linear()) as engine:
         while len(run.sample(1, source)):
             run.privatise(engine.empty(run.bound), source)
@@ -119,7 +121,9 @@ def test_row_7_a_frozen_batch_norm_in_train_mode_is_refused() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4).requires_grad_(False), nn.Linear(4, 1, bias=False))
     x = torch.randn(4, 4) * torch.tensor([1.0, 1.0, 1.0, 20.0])[:, None]
     whole, rest = (model[0](part) for part in (x, x[:3]))
-    assert float((clipped(whole) - clipped(rest)).norm()) > 2.2  # times C, with nothing trainable in the module
+    assert (
+        float((clipped(whole) - clipped(rest)).norm()) > 2.2
+    )  # times C, with nothing trainable in the module
     with pytest.raises(NotPrivateError, match="BatchNorm1d"):
         PerSampleEngine(model)
 
@@ -138,7 +142,9 @@ def test_row_8_a_parameter_outside_the_covered_modules_is_refused() -> None:
     model(x).sum().backward()
     scale = model[1].get_parameter("scale")
     assert scale.grad is not None
-    assert float(scale.grad.norm()) > 100  # what such a head would have been trained on, at any noise multiplier
+    assert (
+        float(scale.grad.norm()) > 100
+    )  # what such a head would have been trained on, at any noise multiplier
     with pytest.raises(NotPrivateError, match=r"1\.scale.*Head"):
         PerSampleEngine(model)
 
@@ -180,7 +186,9 @@ def test_row_16_low_precision_does_not_stretch_the_bound() -> None:
     model = nn.Linear(300, 1, bias=False).bfloat16()
     with PerSampleEngine(model) as engine:
         for i in range(16):
-            own = engine.clipped_sum(lambda i=i: model(rows[i : i + 1]).squeeze(-1), clip=BOUND).gradients["weight"]
+            own = engine.clipped_sum(lambda i=i: model(rows[i : i + 1]).squeeze(-1), clip=BOUND).gradients[
+                "weight"
+            ]
             assert own.dtype == torch.float32
             assert float(own.double().norm()) == pytest.approx(1.0, rel=1e-6)
 
@@ -189,7 +197,9 @@ def test_row_16_low_precision_does_not_stretch_the_bound() -> None:
 def test_row_17_a_non_finite_sample_vanishes(bad: float) -> None:
     x = torch.ones(3, 4)
     x[1, 2] = bad
-    assert not torch.isfinite(clipped(x)).all()  # the mistake: one sample announces itself by breaking the model
+    assert not torch.isfinite(
+        clipped(x)
+    ).all()  # the mistake: one sample announces itself by breaking the model
     model = linear()
     with PerSampleEngine(model) as engine:
         whole = engine.clipped_sum(dot_losses(model, x)([0, 1, 2]), clip=BOUND).gradients["weight"]

@@ -72,7 +72,9 @@ def test_released_values_lie_on_one_public_grid_whatever_was_hidden(value: float
 def test_a_plain_float_sum_betrays_its_input_and_the_grid_does_not() -> None:
     """The attack: subtract the candidate and ask whether a float Gaussian can have made the rest."""
     noise = torch.from_numpy(gaussian(2000, std=1.0, source=RandomSource.seeded(4)))
-    coarse = (noise * 2**10).round() / 2**10  # a sampler with few distinct values, as every float sampler has some
+    coarse = (
+        noise * 2**10
+    ).round() / 2**10  # a sampler with few distinct values, as every float sampler has some
 
     def fits(released: torch.Tensor, candidate: float) -> float:
         rest = (released - candidate) * 2**10
@@ -81,7 +83,10 @@ def test_a_plain_float_sum_betrays_its_input_and_the_grid_does_not() -> None:
     hidden, other = 0.0, 1 / 3
     assert fits(coarse + hidden, hidden) == 1.0
     assert fits(coarse + hidden, other) == 0.0
-    hardened = {x: add_gaussian(torch.full((2000,), x), std=1.0, source=RandomSource.seeded(5)) for x in (hidden, other)}
+    hardened = {
+        x: add_gaussian(torch.full((2000,), x), std=1.0, source=RandomSource.seeded(5))
+        for x in (hidden, other)
+    }
     grids = {x: float(((y.double() / grid_of(1.0)) % 1).abs().sum()) for x, y in hardened.items()}
     assert grids == {hidden: 0.0, other: 0.0}
 

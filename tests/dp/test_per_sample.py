@@ -132,7 +132,9 @@ def clipped_by_definition(rows: dict[str, Tensor], clip: Clipping) -> dict[str, 
         for name, value in own.items():
             if clip.kind == "per_layer":
                 module = name.rpartition(".")[0]
-                norm = sum(float(v.norm()) ** 2 for n, v in own.items() if n.rpartition(".")[0] == module) ** 0.5
+                norm = (
+                    sum(float(v.norm()) ** 2 for n, v in own.items() if n.rpartition(".")[0] == module) ** 0.5
+                )
                 factor = min(1.0, clip.clip_norm / len(modules) ** 0.5 / norm) if norm else 1.0
             elif clip.kind == "automatic":
                 factor = clip.clip_norm / (whole + clip.stabiliser)
@@ -169,7 +171,10 @@ def test_micro_batches_add_up_to_the_whole_batch() -> None:
     clip = Clipping(kind="adaptive", clip_norm=0.5)
     with PerSampleEngine(subject.model) as engine:
         whole = engine.clipped_sum(lambda: subject.losses([0, 1, 2, 3]), clip=clip)
-        parts = [engine.clipped_sum(lambda index=index: subject.losses(index), clip=clip) for index in ([0, 1, 2], [3])]
+        parts = [
+            engine.clipped_sum(lambda index=index: subject.losses(index), clip=clip)
+            for index in ([0, 1, 2], [3])
+        ]
         joined = parts[0] + parts[1] + engine.empty(clip)
     assert joined.batch_size == whole.batch_size
     assert joined.within == whole.within
@@ -187,7 +192,9 @@ def test_a_non_finite_sample_contributes_exactly_zero(poison: float, trainable: 
     weight = torch.tensor([1.0, poison, 1.0, 1.0])
     with PerSampleEngine(model) as engine:
         found = engine.clipped_sum(lambda: subject.losses([0, 1, 2, 3]) * weight, clip=clip)
-        clean = engine.clipped_sum(lambda: subject.losses([0, 1, 2, 3]) * weight.nan_to_num(0, 0, 0).clamp_max(1), clip=clip)
+        clean = engine.clipped_sum(
+            lambda: subject.losses([0, 1, 2, 3]) * weight.nan_to_num(0, 0, 0).clamp_max(1), clip=clip
+        )
         zero = engine.clipped_sum(lambda: subject.losses([0, 1, 2, 3]) * (weight == 1), clip=clip)
     for name, value in zero.gradients.items():
         assert torch.isfinite(found.gradients[name]).all()
@@ -230,7 +237,11 @@ def test_opacus_agrees_where_it_is_right() -> None:
     again = case("llama", wrapped)
     wrapped.train()  # its hooks sleep in eval mode; this model has no dropout
     again.losses([0, 1, 2, 3]).sum().backward()
-    theirs = {name.removeprefix("_module."): value for name, value in wrapped.named_parameters() if value.requires_grad}
+    theirs = {
+        name.removeprefix("_module."): value
+        for name, value in wrapped.named_parameters()
+        if value.requires_grad
+    }
     for name, value in ours.items():
         assert float((theirs[name].grad_sample - value).norm()) <= 1e-5 * float(value.norm()), name
 
@@ -251,13 +262,19 @@ def test_the_model_is_untouched_between_and_after_calls() -> None:
 
 def test_a_scalar_loss_is_refused() -> None:
     subject = case("bert", lora("bert"))
-    with PerSampleEngine(subject.model) as engine, pytest.raises(NotPrivateError, match="one loss per sample"):
+    with (
+        PerSampleEngine(subject.model) as engine,
+        pytest.raises(NotPrivateError, match="one loss per sample"),
+    ):
         engine.clipped_sum(lambda: subject.losses([0, 1, 2, 3]).mean(), clip=Clipping(clip_norm=1.0))
 
 
 def test_too_few_losses_are_refused() -> None:
     subject = case("bert", lora("bert"))
-    with PerSampleEngine(subject.model) as engine, pytest.raises(NotPrivateError, match="3 losses for a batch of 4"):
+    with (
+        PerSampleEngine(subject.model) as engine,
+        pytest.raises(NotPrivateError, match="3 losses for a batch of 4"),
+    ):
         engine.clipped_sum(lambda: subject.losses([0, 1, 2, 3])[:3], clip=Clipping(clip_norm=1.0))
 
 

@@ -65,9 +65,16 @@ def test_both_directions_are_one_pair(pair: MixturePair) -> None:
     np.testing.assert_allclose(grid.backward, grid.forward * np.exp(-grid.indices * grid.spacing), rtol=1e-12)
 
 
-@given(rate=st.floats(1e-7, 0.95), sigma=st.floats(0.25, 30.0), spacing=st.floats(1e-4, 0.3), epsilon=st.floats(-1, 4))
+@given(
+    rate=st.floats(1e-7, 0.95),
+    sigma=st.floats(0.25, 30.0),
+    spacing=st.floats(1e-4, 0.3),
+    epsilon=st.floats(-1, 4),
+)
 @settings(max_examples=80, deadline=None, derandomize=True)
-def test_domination_for_any_step_and_any_grid(rate: float, sigma: float, spacing: float, epsilon: float) -> None:
+def test_domination_for_any_step_and_any_grid(
+    rate: float, sigma: float, spacing: float, epsilon: float
+) -> None:
     pair = poisson_pair(rate, sigma)
     grid = discretise(pair, spacing=spacing, growth=0.05, tail=1e-13)
     for add in (False, True):

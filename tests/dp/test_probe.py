@@ -41,13 +41,20 @@ def sensitivity_by_definition(
     return max(float((whole - clipped([j for j in everyone if j != i])).norm()) / bound for i in everyone)
 
 
-def worst(parameters: list[nn.Parameter], losses_of: Callable[[Sequence[int]], Callable[[], Tensor]]) -> float:
-    return max(sensitivity_by_definition(parameters, losses_of, bound) for bound in 10.0 ** torch.linspace(-3, 1, 25).numpy())
+def worst(
+    parameters: list[nn.Parameter], losses_of: Callable[[Sequence[int]], Callable[[], Tensor]]
+) -> float:
+    return max(
+        sensitivity_by_definition(parameters, losses_of, bound)
+        for bound in 10.0 ** torch.linspace(-3, 1, 25).numpy()
+    )
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_a_correct_model_passes_in_train_mode_with_dropout(name: str) -> None:
-    model = wake(peft.get_peft_model(build(name), peft.LoraConfig(target_modules=ATTENTION[name], lora_dropout=0.3)))
+    model = wake(
+        peft.get_peft_model(build(name), peft.LoraConfig(target_modules=ATTENTION[name], lora_dropout=0.3))
+    )
     model.train()
     batch = text_batch()
 
@@ -59,7 +66,10 @@ def test_a_correct_model_passes_in_train_mode_with_dropout(name: str) -> None:
         return lambda: predict_next(model, batch, list(indices))
 
     with PerSampleEngine(model) as engine:
-        noisy = [engine.clipped_sum(losses_of([0, 1, 2, 3]), clip=Clipping(clip_norm=1e9)).gradients for _ in range(2)]
+        noisy = [
+            engine.clipped_sum(losses_of([0, 1, 2, 3]), clip=Clipping(clip_norm=1e9)).gradients
+            for _ in range(2)
+        ]
         assert any(not torch.equal(noisy[0][key], noisy[1][key]) for key in noisy[0])
         report = probe_sensitivity(engine, losses_of, samples=SAMPLES, clip_norm=0.1)
     assert report.sensitivity <= 1 + 1e-5
@@ -121,7 +131,10 @@ def test_a_module_that_mixes_samples_is_found_by_the_probe_and_named() -> None:
     model = WithBatchNorm(CentredOverBatch())
     losses_of = squared_losses(model, inputs(6) * torch.tensor([1.0, 1.0, 1.0, 8.0])[:, None])
     assert worst(list(model.head.parameters()), losses_of) > 1.05
-    with PerSampleEngine(model) as engine, pytest.raises(NotPrivateError, match=r"norm \(CentredOverBatch\) mixes"):
+    with (
+        PerSampleEngine(model) as engine,
+        pytest.raises(NotPrivateError, match=r"norm \(CentredOverBatch\) mixes"),
+    ):
         probe_sensitivity(engine, losses_of, samples=SAMPLES, clip_norm=1.0)
 
 
@@ -141,7 +154,9 @@ def test_a_parameter_used_outside_its_module_is_refused_by_name() -> None:
     losses_of = squared_losses(model, 100 * inputs(6))
     losses_of([0, 1, 2, 3])().sum().backward()
     assert model.head.weight.grad is not None
-    assert float(model.head.weight.grad.norm()) > 100  # the whole batch, unclipped: this is what would be trained on
+    assert (
+        float(model.head.weight.grad.norm()) > 100
+    )  # the whole batch, unclipped: this is what would be trained on
     model.zero_grad()
     with PerSampleEngine(model) as engine, pytest.raises(NotPrivateError, match=r"head\.weight"):
         probe_sensitivity(engine, losses_of, samples=SAMPLES, clip_norm=1.0)
@@ -154,7 +169,10 @@ def test_a_trainable_outside_the_model_is_refused() -> None:
     x = inputs(6)
     with PerSampleEngine(model) as engine, pytest.raises(NotPrivateError, match="not part of the model"):
         probe_sensitivity(
-            engine, lambda indices: lambda: outside(model(x[list(indices)])).sum(-1), samples=SAMPLES, clip_norm=1.0
+            engine,
+            lambda indices: lambda: outside(model(x[list(indices)])).sum(-1),
+            samples=SAMPLES,
+            clip_norm=1.0,
         )
 
 
@@ -176,10 +194,14 @@ def test_a_prompt_seen_as_a_batch_of_one_is_refused_by_name() -> None:
     model = RepeatedPrompt()
     x = inputs(6)
     seen = []
-    handle = model.prompt.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0].shape))
+    handle = model.prompt.register_full_backward_hook(
+        lambda module, grad_in, grad_out: seen.append(grad_out[0].shape)
+    )
     squared_losses(model, x)([0, 1, 2, 3])().sum().backward()
     handle.remove()
-    assert seen == [(3, 6)]  # no sample axis reaches the hook: any clipping there clips the batch as one sample
+    assert seen == [
+        (3, 6)
+    ]  # no sample axis reaches the hook: any clipping there clips the batch as one sample
     with PerSampleEngine(model) as engine, pytest.raises(NotPrivateError, match=r"prompt\.weight"):
         probe_sensitivity(engine, squared_losses(model, x), samples=SAMPLES, clip_norm=1.0)
 
@@ -193,7 +215,8 @@ def test_adapter_library_prompts_are_refused_by_name(config: peft.PeftConfig) ->
     batch = text_batch()
     with pytest.raises(NotPrivateError, match="prompt_encoder"), PerSampleEngine(model) as engine:
         engine.clipped_sum(
-            lambda: model(input_ids=batch["input_ids"]).logits.square().mean((1, 2)), clip=Clipping(clip_norm=1.0)
+            lambda: model(input_ids=batch["input_ids"]).logits.square().mean((1, 2)),
+            clip=Clipping(clip_norm=1.0),
         )
 
 

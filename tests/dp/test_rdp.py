@@ -15,7 +15,12 @@ from defenses.dp.rdp import ORDERS, event_log_moments, pair_log_moments, renyi_e
 
 
 def step(steps: int = 1, **changes: Any) -> GaussianEvent:
-    values: dict[str, Any] = {"unit": "record", "adjacency": "add_remove", "sampling": "poisson", "clip_norm": 1.0}
+    values: dict[str, Any] = {
+        "unit": "record",
+        "adjacency": "add_remove",
+        "sampling": "poisson",
+        "clip_norm": 1.0,
+    }
     values |= {"sampling_rate": 0.01, "noise_multiplier": 1.0, "steps": steps, "release": "test"}
     return GaussianEvent(**{**values, **changes})
 
@@ -51,20 +56,34 @@ def test_sampled_moments_match_the_binomial_sum(rate: float, sigma: float) -> No
 def test_agrees_with_another_implementation() -> None:
     accounting, rdp = pytest.importorskip("dp_accounting"), pytest.importorskip("dp_accounting.rdp")
     other = rdp.RdpAccountant()
-    other.compose(accounting.SelfComposedDpEvent(accounting.PoissonSampledDpEvent(0.01, accounting.GaussianDpEvent(1.0)), 1000))
+    other.compose(
+        accounting.SelfComposedDpEvent(
+            accounting.PoissonSampledDpEvent(0.01, accounting.GaussianDpEvent(1.0)), 1000
+        )
+    )
     ours = max(renyi_epsilon(1000 * curve, 1e-5)[0] for curve in pair_log_moments(poisson_pair(0.01, 1.0)))
     assert ours == pytest.approx(other.get_epsilon(1e-5), rel=5e-3)
 
 
 def test_renyi_lies_above_the_loss_distribution() -> None:
-    for event in (step(1000), step(50, adjacency="replace_one"), step(200, adjacency="replace_one", sampling="fixed_size")):
+    for event in (
+        step(1000),
+        step(50, adjacency="replace_one"),
+        step(200, adjacency="replace_one", sampling="fixed_size"),
+    ):
         loose = max(renyi_epsilon(curve, 1e-6)[0] for curve in event_log_moments(event))
         assert epsilon([event], 1e-6).epsilon < loose
 
 
 def skellam(variance: float, *, l1: float = 64.0, l2: float = 8.0, steps: int = 3) -> SkellamEvent:
     return SkellamEvent(
-        unit="client", adjacency="zero_out", l1_sensitivity=l1, l2_sensitivity=l2, variance=variance, scale=8.0, steps=steps,
+        unit="client",
+        adjacency="zero_out",
+        l1_sensitivity=l1,
+        l2_sensitivity=l2,
+        variance=variance,
+        scale=8.0,
+        steps=steps,
         release="sum",
     )
 
@@ -93,8 +112,12 @@ def test_skellam_bound_lies_above_the_exact_divergence_of_one_coordinate() -> No
         ("truncated_negative_binomial", 0.01, 1.0, 5.270),
     ],
 )
-def test_tuning_costs_what_the_theorems_say(distribution: Any, stopping: float, shape: float, published: float) -> None:
-    event = TuningEvent(base=(step(1000),), distribution=distribution, stopping=stopping, shape=shape, release="best")
+def test_tuning_costs_what_the_theorems_say(
+    distribution: Any, stopping: float, shape: float, published: float
+) -> None:
+    event = TuningEvent(
+        base=(step(1000),), distribution=distribution, stopping=stopping, shape=shape, release="best"
+    )
     bound = epsilon([event], 1e-5)
     assert bound.accountant == "rdp"
     assert published - 5e-4 <= bound.epsilon <= published * 1.006
@@ -102,7 +125,11 @@ def test_tuning_costs_what_the_theorems_say(distribution: Any, stopping: float, 
 
 def test_tuning_costs_more_than_one_run_and_less_than_ten() -> None:
     event = TuningEvent(base=(step(1000),), distribution="poisson", stopping=10.0, release="best")
-    assert epsilon([step(1000)], 1e-5).epsilon < epsilon([event], 1e-5).epsilon < epsilon([step(10_000)], 1e-5).epsilon
+    assert (
+        epsilon([step(1000)], 1e-5).epsilon
+        < epsilon([event], 1e-5).epsilon
+        < epsilon([step(10_000)], 1e-5).epsilon
+    )
 
 
 def test_no_bound_has_no_curve() -> None:

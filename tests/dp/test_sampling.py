@@ -20,7 +20,9 @@ def test_poisson_batch_sizes_are_binomial_and_not_at_another_rate(rate: float) -
     source = RandomSource.seeded(1)
     sizes = np.array([len(poisson_sample(400, rate=rate, source=source)) for _ in range(4000)])
     assert abs(sizes.mean() - 400 * rate) < 5 * math.sqrt(400 * rate * (1 - rate) / 4000)
-    assert abs(sizes.mean() - 400 * rate * 1.05) > 5 * math.sqrt(400 * rate * (1 - rate) / 4000) or rate < 0.01
+    assert (
+        abs(sizes.mean() - 400 * rate * 1.05) > 5 * math.sqrt(400 * rate * (1 - rate) / 4000) or rate < 0.01
+    )
     assert sizes.var() == pytest.approx(400 * rate * (1 - rate), rel=0.15)
 
 

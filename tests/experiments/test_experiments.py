@@ -129,18 +129,22 @@ def test_results_are_also_a_markdown_table_and_a_picture_of_their_own() -> None:
         for label in ("plain <b>", "a|b")
         for seed in (1, 2, 3)
     ]
-    found = results(name="grid", about="", command="", rows=rows, wanted=6, compare="rule", references=["a|b"])
+    found = results(
+        name="grid", about="", command="", rows=rows, wanted=6, compare="rule", references=["a|b"]
+    )
     lines = to_markdown(found).splitlines()
     assert lines[0].startswith("accuracy, 6 runs")
-    assert lines[2].startswith("| data | rule | seed 1 | seed 2 | seed 3 | mean ± 95 % | minus a\\|b | epsilon spent |")
+    assert lines[2].startswith(
+        "| data | rule | seed 1 | seed 2 | seed 3 | mean ± 95 % | minus a\\|b | epsilon spent |"
+    )
     assert "| 0.710 | 0.720 | 0.730 | 0.720 ± 0.025 | **+0.100 [+0.100, +0.100]** | none |" in lines[4]
     assert len({line.replace("\\|", "").count("|") for line in lines[2:]}) == 1
     drawn = ElementTree.fromstring(to_svg(found))
     dots = drawn.findall(".//{http://www.w3.org/2000/svg}circle")
     assert len(dots) == 6
-    assert [float(dot.attrib["cx"]) for dot in dots] == sorted(float(dot.attrib["cx"]) for dot in dots[:3]) + sorted(
-        float(dot.attrib["cx"]) for dot in dots[3:]
-    )
+    assert [float(dot.attrib["cx"]) for dot in dots] == sorted(
+        float(dot.attrib["cx"]) for dot in dots[:3]
+    ) + sorted(float(dot.attrib["cx"]) for dot in dots[3:])
     assert "plain <b>" in {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
     assert (
         to_markdown(results(name="g", about="", command="", rows=[], wanted=1, compare="", references=[]))
@@ -150,13 +154,21 @@ def test_results_are_also_a_markdown_table_and_a_picture_of_their_own() -> None:
 
 def test_a_run_that_ended_early_is_no_result() -> None:
     """It is named in every form, and every figure is what it would be without it; a cell of such runs alone has none."""
-    kept = [row(label, seed, 0.6 + 0.1 * (label == "a") + 0.01 * seed) for label in "ab" for seed in (1, 2, 3)]
+    kept = [
+        row(label, seed, 0.6 + 0.1 * (label == "a") + 0.01 * seed) for label in "ab" for seed in (1, 2, 3)
+    ]
     early = [
         row("a", 4, 0.0, status="budget exhausted", curve=(0.0,), seconds=100.0),
         row("b", 4, 0.9),
         *[row("c", seed, 0.0, status="budget exhausted", curve=(0.0,)) for seed in (1, 2)],
     ]
-    made: dict[str, Any] = {"name": "grid", "about": "", "command": "", "compare": "rule", "references": ["b", "c"]}
+    made: dict[str, Any] = {
+        "name": "grid",
+        "about": "",
+        "command": "",
+        "compare": "rule",
+        "references": ["b", "c"],
+    }
     found, without = (results(rows=rows, wanted=10, **made) for rows in ([*kept, *early], [*kept, early[1]]))
     for key in ("metric", "before", "bytes_up", "seconds", "public_phases"):
         assert [cell[key] for cell in found["cells"][:2]] == [cell[key] for cell in without["cells"]], key
@@ -189,7 +201,9 @@ def test_a_run_that_ended_early_is_no_result() -> None:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_grid_runs_resumes_and_refuses_foreign_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_runs_resumes_and_refuses_foreign_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "grid.toml"
     file.write_text(GRID)
     _, cells = experiments.load(file)
@@ -223,7 +237,8 @@ def test_a_cell_without_budget_for_its_last_round_is_not_finished(
     file = tmp_path / "grid.toml"
     file.write_text(
         GRID.replace("rounds = 1", "rounds = 3").replace(
-            'unit = "none", reason = "test data"', 'unit = "record", epsilon = 2.0, delta = 1e-5, clip_norm = 1.0'
+            'unit = "none", reason = "test data"',
+            'unit = "record", epsilon = 2.0, delta = 1e-5, clip_norm = 1.0',
         )
     )
     train, calls = LocalEngine._train, []
@@ -268,9 +283,7 @@ def _write_rows(folder: Path, *, flipped: str = "", validation: bool = True) -> 
 
 def _text_grid(tmp_path: Path, seeds: str = "[1]") -> Path:
     file = tmp_path / "grid.toml"
-    task = (
-        'task = { kind = "text_classification", data = "rows", clients = 3, max_length = 8, evaluation_examples = 10 }'
-    )
+    task = 'task = { kind = "text_classification", data = "rows", clients = 3, max_length = 8, evaluation_examples = 10 }'
     lines = [task if line.startswith("task =") else line for line in GRID.splitlines()]
     text = "\n".join(lines).replace("tiny-vit", "tiny-bert").replace("seeds = [1]", f"seeds = {seeds}", 1)
     file.write_text(text)
@@ -286,7 +299,9 @@ def test_a_finished_cell_of_other_rows_is_refused(part: str, words: str, tmp_pat
     _write_rows(tmp_path / "rows")
     assert experiments.run(file, out=tmp_path / "out")[1] == found, "the same rows, written anew"
     _write_rows(tmp_path / "rows", flipped=part)
-    with pytest.raises(StoreError, match=f"one_s1: its {words} rows have changed .* remove the folder to run it anew"):
+    with pytest.raises(
+        StoreError, match=f"one_s1: its {words} rows have changed .* remove the folder to run it anew"
+    ):
         experiments.run(file, out=tmp_path / "out")
     assert (tmp_path / "out" / "tiny" / "runs" / "one_s1" / "report.json").is_file()
     _write_rows(tmp_path / "rows")
@@ -349,7 +364,13 @@ def test_workers_end_with_a_killed_command(tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
     file.write_text(GRID.replace("rounds = 1", "rounds = 5000"))
     words = "import pathlib, sys; from ffm_secure import experiments; file, out = map(pathlib.Path, sys.argv[1:]); "
-    command = [sys.executable, "-c", f"{words}experiments.run(file, out=out, jobs=2)", str(file), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-c",
+        f"{words}experiments.run(file, out=out, jobs=2)",
+        str(file),
+        str(tmp_path),
+    ]
     parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         folders = [tmp_path / "tiny" / "runs" / f"{label}_s1" for label in ("one", "two")]
@@ -391,7 +412,9 @@ def test_every_cell_is_checked_before_the_first_runs(old: str, new: str, words: 
 
 def test_a_mistake_in_the_shared_part_is_told_once(tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
-    file.write_text(GRID.replace("seeds = [1]", "seeds = [1, 2, 3]", 1).replace("local_steps = 1", "local_stepz = 1"))
+    file.write_text(
+        GRID.replace("seeds = [1]", "seeds = [1, 2, 3]", 1).replace("local_steps = 1", "local_stepz = 1")
+    )
     with pytest.raises(ConfigError) as caught:
         experiments.load(file)
     assert len(caught.value.problems) == 1
@@ -481,8 +504,11 @@ def test_the_ranges_in_the_text_are_those_of_the_table(path: Path) -> None:
         for item in cell["differences"] if cell["labels"].get(stored["compare"]) == first else ():
             means.setdefault(item["against"], []).append(item["mean"])
     said = re.findall(
-        r"by (\d\.\d{3}) to (\d\.\d{3})\s+of\s+([\w -]*?)(?=[,.;]|\s+and\b)", path.with_suffix(".md").read_text()
+        r"by (\d\.\d{3}) to (\d\.\d{3})\s+of\s+([\w -]*?)(?=[,.;]|\s+and\b)",
+        path.with_suffix(".md").read_text(),
     )
-    assert len(said) == {"ffm-vs-single-source-private": 2}.get(path.stem, 0), "the check reads what the page says"
+    assert len(said) == {"ffm-vs-single-source-private": 2}.get(path.stem, 0), (
+        "the check reads what the page says"
+    )
     for low, high, against in said:
         assert (low, high) == (f"{min(means[against]):.3f}", f"{max(means[against]):.3f}"), against

@@ -47,18 +47,30 @@ def test_the_sound_grid_has_no_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"model.trainable.rank=2"', '"model.trainable.rank=2", "seed=9"', "axes 'rank' 'two' = 'seed=9': is set"),
+        (
+            '"model.trainable.rank=2"',
+            '"model.trainable.rank=2", "seed=9"',
+            "axes 'rank' 'two' = 'seed=9': is set",
+        ),
         (
             '"model.trainable.rank=2"',
             '"model.trainable.rank=2", "name = zz"',
             "axes 'rank' 'two' = 'name = zz': is set",
         ),
-        ('"model.trainable.rank=2"', '"model.trainable.rank=2", "format=1"', "'format=1': is set by the grid"),
+        (
+            '"model.trainable.rank=2"',
+            '"model.trainable.rank=2", "format=1"',
+            "'format=1': is set by the grid",
+        ),
         ("[run]", "[run]\nseed = 4", "run.seed = 4: is set by the grid: give it in seeds"),
         ("[run]", '[run]\nname = "x"', "run.name = 'x': is set by the grid"),
         ("[run]", "[run]\nformat = 1", "run.format = 1: is set by the grid"),
         ("[quick]", '[quick]\nset = ["seed=7"]', "quick.set = 'seed=7': is set by the grid"),
-        ('"model.trainable.rank=2"]', '"model.trainable.rank=2"], quick = ["seed=9"]', "'seed=9': is set by the grid"),
+        (
+            '"model.trainable.rank=2"]',
+            '"model.trainable.rank=2"], quick = ["seed=9"]',
+            "'seed=9': is set by the grid",
+        ),
     ],
 )
 def test_what_the_grid_decides_cannot_be_set(old: str, new: str, words: str, tmp_path: Path) -> None:
@@ -68,7 +80,8 @@ def test_what_the_grid_decides_cannot_be_set(old: str, new: str, words: str, tmp
 
 
 @pytest.mark.parametrize(
-    "override", ["model.trainable.rank=4", "model.trainable={kind='lora', rank=4}", "model.trainable.rank.x=4"]
+    "override",
+    ["model.trainable.rank=4", "model.trainable={kind='lora', rank=4}", "model.trainable.rank.x=4"],
 )
 def test_two_axes_cannot_set_one_key(override: str, tmp_path: Path) -> None:
     """The same key, its parent or its child: the axis that comes first would have rows of its own and no effect."""
@@ -93,7 +106,10 @@ def test_axes_that_never_meet_may_set_one_key(tmp_path: Path) -> None:
 
 def test_a_label_cannot_undo_its_own_settings(tmp_path: Path) -> None:
     twice = '"model.trainable.rank=2", "model.trainable={kind=\'lora\'}"'
-    assert "one undoes the other in two_s1" in problems(changed(('"model.trainable.rank=2"', twice)), tmp_path)[0]
+    assert (
+        "one undoes the other in two_s1"
+        in problems(changed(('"model.trainable.rank=2"', twice)), tmp_path)[0]
+    )
     finer = '"model.trainable={kind=\'lora\'}", "model.trainable.rank=2"'
     assert problems(changed(('"model.trainable.rank=2"', finer)), tmp_path) == []
 
@@ -105,7 +121,9 @@ def test_labels_that_change_nothing_are_refused(tmp_path: Path) -> None:
         "change one of them, or leave it out with skip"
     ]
     quick = changed(('only = ["rank=two"]', 'set = ["model.trainable.rank=5"]'))
-    assert problems(quick, tmp_path)[0].startswith("quick: labels 'one' and 'two' of axis 'rank' give equal settings")
+    assert problems(quick, tmp_path)[0].startswith(
+        "quick: labels 'one' and 'two' of axis 'rank' give equal settings"
+    )
 
 
 def test_a_label_can_have_settings_of_its_own_in_the_quick_form(tmp_path: Path) -> None:
@@ -149,12 +167,16 @@ def test_mistakes_of_every_kind_are_told_at_once(tmp_path: Path) -> None:
     ):
         assert any(words in problem for problem in found), (words, found)
     text = text.replace('only = ["rank=twoo"]', 'only = ["rank=two"]')
-    assert any("quick: two_s1: federation.roundz: unknown key" in problem for problem in problems(text, tmp_path))
+    assert any(
+        "quick: two_s1: federation.roundz: unknown key" in problem for problem in problems(text, tmp_path)
+    )
 
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_quick_form_is_checked_with_and_without_its_flag(quick: bool, tmp_path: Path) -> None:
-    found = problems(changed(("seeds = [5]", 'seeds = [5]\nset = ["federation.roundz=1"]')), tmp_path, quick=quick)
+    found = problems(
+        changed(("seeds = [5]", 'seeds = [5]\nset = ["federation.roundz=1"]')), tmp_path, quick=quick
+    )
     assert found == ["quick: two_s5: federation.roundz: unknown key; did you mean 'rounds'?"]
     found = problems(changed(("seeds = [5]", "seeds = []")), tmp_path, quick=quick)
     assert found == ["quick.seeds = (): must not be empty"]
@@ -194,12 +216,22 @@ LONG = "a label of twenty letters"
             "would share the folder one_s1",
         ),
         (
-            [('"one"', '"öne"'), ('"one"', '"öne"'), ('label = "two"', 'label = "üne"'), ("rank=two", "rank=üne")],
+            [
+                ('"one"', '"öne"'),
+                ('"one"', '"öne"'),
+                ('label = "two"', 'label = "üne"'),
+                ("rank=two", "rank=üne"),
+            ],
             "labels 'öne' and 'üne' of axis 'rank' differ only in characters that a folder name does not keep (it keeps a to z "
             "and 0 to 9): the cells 'rank=öne, seed 1' and 'rank=üne, seed 1' would share the folder ne_s1",
         ),
         (
-            [('"one"', f'"{LONG} A"'), ('"one"', f'"{LONG} A"'), ('"two"', f'"{LONG} B"'), ("=two", f"={LONG} B")],
+            [
+                ('"one"', f'"{LONG} A"'),
+                ('"one"', f'"{LONG} A"'),
+                ('"two"', f'"{LONG} B"'),
+                ("=two", f"={LONG} B"),
+            ],
             f"labels '{LONG} A' and '{LONG} B' of axis 'rank' are alike in their first 20 characters, which name the folder: the "
             f"cells 'rank={LONG} A, seed 1' and 'rank={LONG} B, seed 1' would share the folder a-label-of-twenty-le_s1",
         ),
@@ -221,10 +253,13 @@ def test_two_cells_in_one_folder_are_named(pairs: list[tuple[str, str]], words: 
 def test_names_that_are_cut_are_told(tmp_path: Path) -> None:
     """Four axes of long labels leave no place for the seed."""
     more = "".join(
-        f'[[axes]]\nname = "{name}"\nvalues = [{{ label = "{LONG}" }}]\n' for name in ("second", "third", "fourth")
+        f'[[axes]]\nname = "{name}"\nvalues = [{{ label = "{LONG}" }}]\n'
+        for name in ("second", "third", "fourth")
     )
     long = [('"one"', f'"{LONG}"'), ('"one"', f'"{LONG}"')]
     found = problems(changed(*long, ("seeds = [1]", "seeds = [1, 2]"), more=more), tmp_path)
     assert len(found) == 1
-    assert found[0].startswith("names of cells are longer than 80 characters and alike up to there; shorten labels: ")
+    assert found[0].startswith(
+        "names of cells are longer than 80 characters and alike up to there; shorten labels: "
+    )
     assert f"fourth={LONG}, seed 1' and" in found[0]

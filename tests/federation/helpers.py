@@ -24,7 +24,12 @@ def table(**sections: dict[str, Any]) -> dict[str, Any]:
         "format": 1,
         "name": "test",
         "seed": 3,
-        "task": {"kind": "image_classification", "data": "builtin:digits", "clients": 4, "evaluation_examples": 60},
+        "task": {
+            "kind": "image_classification",
+            "data": "builtin:digits",
+            "clients": 4,
+            "evaluation_examples": 60,
+        },
         "model": {"name": "builtin:tiny-vit", "trainable": {"kind": "lora", "rank": 2}},
         "federation": {
             "rounds": 3,

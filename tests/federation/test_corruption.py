@@ -62,10 +62,15 @@ def test_run_files(start: int, tmp_path: Path) -> None:
 
 def write_sources(folder: Path) -> tuple[str, ...]:
     """Write one good file of every kind; return their names."""
-    table = {"text": [f"note number {index}" for index in range(40)], "label": [index % 2 for index in range(40)]}
+    table = {
+        "text": [f"note number {index}" for index in range(40)],
+        "label": [index % 2 for index in range(40)],
+    }
     pq.write_table(pa.table(table), folder / "train.parquet")
     (folder / "train.csv").write_text("text,label\n" + "\n".join(f"note {i},{i % 2}" for i in range(40)))
-    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": f"note {i}", "label": i % 2}) for i in range(40)))
+    (folder / "train.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"note {i}", "label": i % 2}) for i in range(40))
+    )
     np.savez(folder / "train.npz", images=np.zeros((40, 8, 8), dtype=np.uint8), labels=np.arange(40) % 2)
     return ("train.parquet", "train.csv", "train.jsonl", "train.npz")
 
@@ -112,7 +117,9 @@ def test_run_directories(start: int, finished: Path, tmp_path: Path) -> None:
     from defenses.errors import DefenseError
 
     names = sorted(
-        path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file() and path.name != ".lock"
+        path.relative_to(finished).as_posix()
+        for path in finished.rglob("*")
+        if path.is_file() and path.name != ".lock"
     )
     for seed in range(start, start + 20):
         chance = random.Random(seed)
@@ -193,10 +200,15 @@ def test_a_thousand(finished: Path, tmp_path: Path) -> None:
         victim = folder / chance.choice(names)
         victim.write_bytes(damage(victim.read_bytes(), chance))
         before = snapshot(folder)
-        codes = [check_command("ledger", folder.name, cwd=tmp_path), check_command("report", folder.name, cwd=tmp_path)]
+        codes = [
+            check_command("ledger", folder.name, cwd=tmp_path),
+            check_command("report", folder.name, cwd=tmp_path),
+        ]
         after = snapshot(folder)
         kept = [name for name in before if name not in ("report.html", "report.json")]
-        assert {name: before[name] for name in kept} == {name: after.get(name) for name in kept}, "data were changed"
+        assert {name: before[name] for name in kept} == {name: after.get(name) for name in kept}, (
+            "data were changed"
+        )
         assert not [name for name in after if name.endswith(".new")], "a half-written file was left"
         refused["directory"] += any(codes)
         shutil.rmtree(folder)

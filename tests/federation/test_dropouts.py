@@ -228,7 +228,9 @@ def test_the_plan_says_who_can_decrypt_and_what_breaks_it(kind: str) -> None:
     ],
 )
 @pytest.mark.parametrize("colluding", [0, 1, 20])
-def test_large_cohorts_share_on_a_ring_that_clients_accept(cohort: int, mode: str, kind: str, colluding: int) -> None:
+def test_large_cohorts_share_on_a_ring_that_clients_accept(
+    cohort: int, mode: str, kind: str, colluding: int
+) -> None:
     made = make(
         task={"clients": cohort},
         federation={"cohort": cohort},
@@ -240,7 +242,9 @@ def test_large_cohorts_share_on_a_ring_that_clients_accept(cohort: int, mode: st
     assert kind == "complete" or graph.neighbours < cohort / 2
     code = real_code(size=5, clients=cohort, value_bits=8, bound=1.0, max_weight=1, carries_loss=False)
     masking = SecureAggregation(code, made, [str(number) for number in range(cohort)])
-    round_plan = RoundPlan(run_id=bytes(16), round=1, cohort=tuple(range(cohort)), fingerprint="aa" * 32, mechanism="")
+    round_plan = RoundPlan(
+        run_id=bytes(16), round=1, cohort=tuple(range(cohort)), fingerprint="aa" * 32, mechanism=""
+    )
     masking.policy.admit(masking._parameters(round_plan))  # raises if a client would refuse
 
 
@@ -259,7 +263,12 @@ def contribution(client: int) -> npt.NDArray[Any]:
 @pytest.mark.parametrize("kind", ["none", "secagg"])
 @pytest.mark.parametrize("mode", ["active", "semi_honest"])
 def test_who_is_lost_after_the_upload_counts_in_every_protection(kind: str, mode: str) -> None:
-    protection = {"kind": kind, "threshold": 3, "colluding": 0, **({"mode": mode} if kind == "secagg" else {})}
+    protection = {
+        "kind": kind,
+        "threshold": 3,
+        "colluding": 0,
+        **({"mode": mode} if kind == "secagg" else {}),
+    }
     built = build_protection(make(protection=protection), code=CODE, owners=["a", "b", "c", "d"])
     for stage in sorted(AFTER_UPLOAD):
         round_plan = dataclasses.replace(ROUND, round=1 + sorted(AFTER_UPLOAD).index(stage))
@@ -276,21 +285,29 @@ def test_who_is_lost_after_the_upload_counts_in_every_protection(kind: str, mode
 
 
 @pytest.mark.parametrize("kind", ["bfv", "ckks"])
-def test_clients_that_opened_different_sums_abort_the_round(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_that_opened_different_sums_abort_the_round(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
-    built = build_protection(make(protection={"kind": kind, "threshold": 3}), code=CODE, owners=["a", "b", "c", "d"])
+    built = build_protection(
+        make(protection={"kind": kind, "threshold": 3}), code=CODE, owners=["a", "b", "c", "d"]
+    )
     found = built.collect(ROUND, contribute=contribution, drop={}, order=[0, 1, 2, 3])
     assert found.ring_sum is not None
     assert found.ring_sum.tolist() == [4, 4, 10, 10, 10, 10, 10]
     honest = he.EncryptedClient.confirm
     monkeypatch.setattr(he.EncryptedClient, "confirm", lambda *args: honest(*args)[:-1] + b"\0")
-    found = built.collect(dataclasses.replace(ROUND, round=2), contribute=contribution, drop={}, order=[0, 1, 2, 3])
+    found = built.collect(
+        dataclasses.replace(ROUND, round=2), contribute=contribution, drop={}, order=[0, 1, 2, 3]
+    )
     assert (found.ring_sum, found.aborted) == (None, "protocol aborted")
     assert min(found.bytes_up, found.bytes_down) > 0
 
 
 @pytest.mark.parametrize("stage", sorted(AFTER_UPLOAD))
 def test_a_stage_that_encryption_lacks_is_refused(stage: str) -> None:
-    made = make(protection={"kind": "bfv", "threshold": 3}, federation={"dropout": {"rate": 0.1, "stages": [stage]}})
+    made = make(
+        protection={"kind": "bfv", "threshold": 3}, federation={"dropout": {"rate": 0.1, "stages": [stage]}}
+    )
     with pytest.raises(PlanRefused, match=f"'{stage}' does not exist"):
         plan.check(made)

@@ -28,7 +28,11 @@ def shared_a(**sections: Any) -> RunConfig:
         "lifecycle": {"kind": "finetune", "local_steps": 2, "batch_size": 8, "learning_rate": 0.1},
         "strategy": {"kind": "fedsa"},
     }
-    base: dict[str, Any] = {"task": {"clients": 5}, "privacy": RECORD, "protection": {**SECAGG, "colluding": 0}}
+    base: dict[str, Any] = {
+        "task": {"clients": 5},
+        "privacy": RECORD,
+        "protection": {**SECAGG, "colluding": 0},
+    }
     return make(**{**base, "federation": federation, **sections})
 
 
@@ -66,7 +70,9 @@ def test_an_interrupted_round_begins_from_what_clients_had_before_it(tmp_path: P
 
     rule = built.prepared.strategy
     initial = prepared(made).trainable.flatten()
-    assert torch.equal(rule.pick(whole.state.vector, rule.b), rule.pick(initial, rule.b)), "the server has no B"
+    assert torch.equal(rule.pick(whole.state.vector, rule.b), rule.pick(initial, rule.b)), (
+        "the server has no B"
+    )
     assert not torch.equal(rule.pick(whole.state.vector, rule.a), rule.pick(initial, rule.a))
     assert built.code.size == rule.count((*rule.a, *rule.head)), "and nobody sends one"
     own = [rule.pick(model, rule.b) for model in models(built, whole)]
@@ -75,7 +81,9 @@ def test_an_interrupted_round_begins_from_what_clients_had_before_it(tmp_path: P
     lost = [(r.round, c) for r in whole.records for c, stage in r.dropped.items() if stage == "train"]
     assert lost, "the seed loses nobody, so this test shows nothing"
     for number, client in lost:
-        assert not (built.home.folder / built.home.owners[client] / f"round-{number:06d}.safetensors").exists()
+        assert not (
+            built.home.folder / built.home.owners[client] / f"round-{number:06d}.safetensors"
+        ).exists()
         before, after = (built.own(client, whole.state.vector, before=number + late) for late in (0, 1))
         assert torch.equal(before, after), "who was lost keeps what it had"
 
@@ -101,14 +109,18 @@ def test_files_of_another_run_and_of_later_rounds_are_not_read(tmp_path: Path) -
     home = Home(folder=tmp_path, owners=("a", "b"), places=(slice(1, 3), slice(4, 5)))
     vector, one, other = torch.arange(6.0), b"\1" * 16, b"\2" * 16
     home.leave(0, vector + 10, run_id=one, round=2)
-    assert torch.equal(home.enter(0, vector, run_id=one, before=3), torch.tensor([0.0, 11.0, 12.0, 3.0, 14.0, 5.0]))
+    assert torch.equal(
+        home.enter(0, vector, run_id=one, before=3), torch.tensor([0.0, 11.0, 12.0, 3.0, 14.0, 5.0])
+    )
     for client, run_id, before in ((0, one, 2), (0, other, 3), (1, one, 3)):
         assert torch.equal(home.enter(client, vector, run_id=run_id, before=before), vector)
     for number in range(3, 9):
         home.leave(0, vector + number, run_id=one, round=number)
     assert [path.name[6:12] for path in sorted((tmp_path / "a").iterdir())] == ["000006", "000007", "000008"]
     home.leave(0, vector - 1, run_id=one, round=7)  # the round is played again
-    assert torch.equal(home.enter(0, vector, run_id=one, before=8), torch.tensor([0.0, 0.0, 1.0, 3.0, 3.0, 5.0]))
+    assert torch.equal(
+        home.enter(0, vector, run_id=one, before=8), torch.tensor([0.0, 0.0, 1.0, 3.0, 3.0, 5.0])
+    )
     with pytest.raises(StoreError, match="this run keeps 2"):
         Home(folder=tmp_path, owners=("a",), places=(slice(0, 2),)).enter(0, vector, run_id=one, before=8)
 
@@ -117,6 +129,14 @@ def test_what_cannot_be_sound_is_refused() -> None:
     plan.check(shared_a())
     with pytest.raises(PlanRefused, match="would release it"):
         plan.check(shared_a(privacy=CLIENT))
-    learning = {"kind": "pretrain", "local_steps": 1, "batch_size": 8, "learning_rate": 0.1, "public_examples": 50}
+    learning = {
+        "kind": "pretrain",
+        "local_steps": 1,
+        "batch_size": 8,
+        "learning_rate": 0.1,
+        "public_examples": 50,
+    }
     with pytest.raises(PlanRefused, match="the server has none"):
-        plan.check(make(federation={"rounds": 2, "cohort": 4, "lifecycle": learning, "strategy": {"kind": "fedsa"}}))
+        plan.check(
+            make(federation={"rounds": 2, "cohort": 4, "lifecycle": learning, "strategy": {"kind": "fedsa"}})
+        )

@@ -13,10 +13,17 @@ from tests.federation.helpers import CLIENT, RECORD, SECAGG, make, prepared, tra
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "strategy"), [("sgd", "average"), ("adam", "average"), ("adamw", "average"), ("sgd", "fedsa")]
+    ("optimizer", "strategy"),
+    [("sgd", "average"), ("adam", "average"), ("adamw", "average"), ("sgd", "fedsa")],
 )
 def test_one_client_without_noise_equals_plain_torch(optimizer: str, strategy: str, tmp_path: Path) -> None:
-    lifecycle = {"kind": "finetune", "local_steps": 3, "batch_size": 16, "learning_rate": 0.05, "optimizer": optimizer}
+    lifecycle = {
+        "kind": "finetune",
+        "local_steps": 3,
+        "batch_size": 16,
+        "learning_rate": 0.05,
+        "optimizer": optimizer,
+    }
     made = make(
         task={"clients": 1},
         federation={"rounds": 2, "cohort": 1, "lifecycle": lifecycle, "strategy": {"kind": strategy}},
@@ -29,7 +36,9 @@ def test_one_client_without_noise_equals_plain_torch(optimizer: str, strategy: s
     encoded = plain.task.encode(plain.dataset.train.take(plain.parts[0]))
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     for number in (1, 2):  # a client's optimizer is new in every round
-        stepper = kinds[optimizer](parameters, lr=0.05, **({} if optimizer == "sgd" else {"weight_decay": 0.0}))
+        stepper = kinds[optimizer](
+            parameters, lr=0.05, **({} if optimizer == "sgd" else {"weight_decay": 0.0})
+        )
         order = np.random.default_rng([made.seed, number, 0])
         order.integers(2**62)
         rows = order.permutation(len(encoded))
@@ -38,12 +47,16 @@ def test_one_client_without_noise_equals_plain_torch(optimizer: str, strategy: s
             batch = plain.task.batch(encoded, rows[16 * step : 16 * step + 16], device="cpu")
             plain.task.losses(plain.trainable.model, batch).mean().backward()
             stepper.step()
-    reached = built.own(0, trained.state.vector, before=3)  # what stayed at home belongs to the client's model
+    reached = built.own(
+        0, trained.state.vector, before=3
+    )  # what stayed at home belongs to the client's model
     assert float((reached - plain.trainable.flatten()).abs().max()) <= 1e-6
     assert built.trainable.size == trained.state.vector.numel()
 
 
-@pytest.mark.parametrize("privacy", [{"unit": "none", "reason": "test data"}, RECORD], ids=["plain", "record"])
+@pytest.mark.parametrize(
+    "privacy", [{"unit": "none", "reason": "test data"}, RECORD], ids=["plain", "record"]
+)
 def test_masked_equals_unmasked_bit_for_bit(privacy: dict[str, object], tmp_path: Path) -> None:
     results = {}
     for name, protection in {"open": {"kind": "none", "threshold": 3}, "masked": SECAGG}.items():
@@ -59,7 +72,9 @@ def test_encrypted_equals_open_bit_for_bit(kind: str, tmp_path: Path) -> None:
     results = []
     for name in ("none", kind):
         made = make(
-            privacy=RECORD, protection={"kind": name, "threshold": 3, "value_bits": 12}, federation={"rounds": 2}
+            privacy=RECORD,
+            protection={"kind": name, "threshold": 3, "value_bits": 12},
+            federation={"rounds": 2},
         )
         results.append(train(made, tmp_path / name)[1])
     assert torch.equal(results[0].state.vector, results[1].state.vector)
@@ -70,12 +85,15 @@ def test_client_noise_is_the_same_under_masks_and_encryption(tmp_path: Path) -> 
     pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
     masked = train(make(privacy=CLIENT, protection={**SECAGG, "value_bits": 12}), tmp_path / "masked")[1]
     sealed = train(
-        make(privacy=CLIENT, protection={"kind": "bfv", "threshold": 3, "value_bits": 12}), tmp_path / "sealed"
+        make(privacy=CLIENT, protection={"kind": "bfv", "threshold": 3, "value_bits": 12}),
+        tmp_path / "sealed",
     )[1]
     assert torch.equal(masked.state.vector, sealed.state.vector)
 
 
-@pytest.mark.parametrize("privacy", [{"unit": "none", "reason": "test data"}, RECORD], ids=["plain", "record"])
+@pytest.mark.parametrize(
+    "privacy", [{"unit": "none", "reason": "test data"}, RECORD], ids=["plain", "record"]
+)
 def test_workers_change_nothing_but_speed(privacy: dict[str, object], tmp_path: Path) -> None:
     one = train(make(privacy=privacy, protection=SECAGG), tmp_path / "one")[1]
     three = train(make(privacy=privacy, protection=SECAGG, speed={"workers": 3}), tmp_path / "three")[1]
@@ -104,7 +122,9 @@ def test_survivors_only(tmp_path: Path) -> None:
     runs: dict[str, tuple[RoundRecord, ...]] = {}
     vectors = {}
     for name, kind in {"open": "none", "masked": "secagg"}.items():
-        made = make(seed=2, task={"clients": 6}, federation=federation, protection={"kind": kind, "threshold": 4})
+        made = make(
+            seed=2, task={"clients": 6}, federation=federation, protection={"kind": kind, "threshold": 4}
+        )
         _, trained = train(made, tmp_path / name)
         runs[name], vectors[name] = trained.records, trained.state.vector
     opened = [record for record in runs["masked"] if not record.aborted]

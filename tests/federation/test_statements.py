@@ -32,11 +32,15 @@ def test_a_lost_ledger_is_refused_on_resume(tmp_path: Path) -> None:
         train(made, tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"task": {"clients": 5}, "federation": {"rounds": 1, "cohort": 4}}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 4}, {"task": {"clients": 5}, "federation": {"rounds": 1, "cohort": 4}}]
+)
 def test_another_dealing_of_known_rows_is_refused(change: dict[str, object], tmp_path: Path) -> None:
     train(make(privacy=shared(tmp_path), federation=ONE), tmp_path / "a")
     with pytest.raises(StoreError, match="another split or seed"):
-        setup.build(prepared(make(**{"privacy": shared(tmp_path), "federation": ONE, **change})), tmp_path / "b")
+        setup.build(
+            prepared(make(**{"privacy": shared(tmp_path), "federation": ONE, **change})), tmp_path / "b"
+        )
 
 
 def test_a_copy_of_the_rows_is_the_same_account(tmp_path: Path) -> None:
@@ -49,7 +53,11 @@ def test_a_copy_of_the_rows_is_the_same_account(tmp_path: Path) -> None:
     model = {"name": "builtin:tiny-bert", "trainable": {"kind": "head"}}
     accounts = [
         prepared(
-            make(task={"kind": "text_classification", "data": str(place), "clients": 4}, model=model, privacy=RECORD)
+            make(
+                task={"kind": "text_classification", "data": str(place), "clients": 4},
+                model=model,
+                privacy=RECORD,
+            )
         ).account
         for place in (folder, tmp_path / "copy")
     ]
@@ -58,7 +66,9 @@ def test_a_copy_of_the_rows_is_the_same_account(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("public", [True, False])
 def test_rows_that_become_public_are_counted_in_a_warning(public: bool, tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"note {i},{'ab'[i % 2]}\n" for i in range(60)))
+    (tmp_path / "train.csv").write_text(
+        "text,label\n" + "".join(f"note {i},{'ab'[i % 2]}\n" for i in range(60))
+    )
     if public:
         (tmp_path / "validation.csv").write_text("text,label\nx,a\ny,b\n")
     task = {"kind": "text_classification", "data": str(tmp_path), "clients": 4}
@@ -77,11 +87,15 @@ def test_another_unit_beside_a_used_account_is_refused(tmp_path: Path) -> None:
 def test_a_second_run_is_calibrated_to_what_is_left(tmp_path: Path) -> None:
     first, _ = train(make(privacy=shared(tmp_path, epsilon=4.0), federation=ONE), tmp_path / "a")
     before = first.charges.epsilon()
-    second, done = train(make(name="b", privacy=shared(tmp_path, epsilon=4.0), federation=ONE), tmp_path / "b")
+    second, done = train(
+        make(name="b", privacy=shared(tmp_path, epsilon=4.0), federation=ONE), tmp_path / "b"
+    )
     assert done.status == "complete"
     assert first.mechanism is not None
     assert second.mechanism is not None
-    assert second.mechanism.noise_multiplier > 1.5 * first.mechanism.noise_multiplier  # almost nothing was left
+    assert (
+        second.mechanism.noise_multiplier > 1.5 * first.mechanism.noise_multiplier
+    )  # almost nothing was left
     assert before < second.charges.epsilon() <= 4.0  # the very ledger, read after each run
 
 
@@ -93,7 +107,12 @@ def test_statements_come_from_the_events_that_were_charged(tmp_path: Path) -> No
     again = epsilon(events, 1e-5)
     assert result.statements[0].epsilon == pytest.approx(again.epsilon)
     assert result.statements[0].slack > 0
-    assert [statement.observer for statement in result.statements] == ["public", "client", "server", "colluding_server"]
+    assert [statement.observer for statement in result.statements] == [
+        "public",
+        "client",
+        "server",
+        "colluding_server",
+    ]
 
 
 def test_seeded_noise_is_never_a_number(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def record(number: int, **changes: object) -> RoundRecord:
 
 def state(number: int) -> ServerState:
     return ServerState(
-        round=number, vector=torch.full((5,), float(number)), slots={"mean": torch.ones(5, dtype=torch.float64)}
+        round=number,
+        vector=torch.full((5,), float(number)),
+        slots={"mean": torch.ones(5, dtype=torch.float64)},
     )
 
 
@@ -111,7 +113,9 @@ def test_every_set_a_run_reads_is_among_its_rows(tmp_path: Path) -> None:
             place = tmp_path / folder / name
             place.mkdir(parents=True, exist_ok=True)
             word = changed.get(name if name == part else f"{name}_{part}", "note")
-            (place / f"{part}.csv").write_text("text,label\n" + "".join(f"{word} {i},{i % 2}\n" for i in range(20)))
+            (place / f"{part}.csv").write_text(
+                "text,label\n" + "".join(f"{word} {i},{i % 2}\n" for i in range(20))
+            )
         lifecycle = {
             "kind": "pretrain",
             "local_steps": 1,
@@ -126,7 +130,9 @@ def test_every_set_a_run_reads_is_among_its_rows(tmp_path: Path) -> None:
         )
         now = setup.contents(made, tmp_path / folder)
         assert not now.seeded
-        assert now.digests == setup.prepare(made, tmp_path / folder).contents, "a grid reads them without a model"
+        assert now.digests == setup.prepare(made, tmp_path / folder).contents, (
+            "a grid reads them without a model"
+        )
         return now.digests.split()
 
     first = found("a")
@@ -134,8 +140,12 @@ def test_every_set_a_run_reads_is_among_its_rows(tmp_path: Path) -> None:
     assert found("b") == first
     for place, changed in enumerate(("private_train", "private_validation", "public_train")):
         other = found("a", **{changed: "other"})
-        assert [old != new for old, new in zip(first, other, strict=True)] == [place == index for index in range(3)]
-    assert found("a", public_validation="other") == first, "nobody reads the validation rows of the public set"
+        assert [old != new for old, new in zip(first, other, strict=True)] == [
+            place == index for index in range(3)
+        ]
+    assert found("a", public_validation="other") == first, (
+        "nobody reads the validation rows of the public set"
+    )
 
 
 def test_an_interrupted_run_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
@@ -202,7 +212,12 @@ def test_another_run_is_refused_and_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["run.toml", "rounds.jsonl", "checkpoints/round-000003/state.safetensors", "checkpoints/round-000003/record.json"],
+    [
+        "run.toml",
+        "rounds.jsonl",
+        "checkpoints/round-000003/state.safetensors",
+        "checkpoints/round-000003/record.json",
+    ],
 )
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
 def test_damage_is_named_or_harmless(name: str, damage: str, tmp_path: Path) -> None:
@@ -212,7 +227,12 @@ def test_damage_is_named_or_harmless(name: str, damage: str, tmp_path: Path) -> 
     if damage == "flip":
         content[len(content) // 3] ^= 0x55
     path.write_bytes(
-        {"flip": bytes(content), "cut": bytes(content[: len(content) // 2]), "empty": b"", "text": b"hello\n"}[damage]
+        {
+            "flip": bytes(content),
+            "cut": bytes(content[: len(content) // 2]),
+            "empty": b"",
+            "text": b"hello\n",
+        }[damage]
     )
     try:
         with Store.open(tmp_path, make()) as store:
@@ -225,7 +245,8 @@ def test_damage_is_named_or_harmless(name: str, damage: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "change", [{"round": "1"}, {"loss": None}, {"extra": 1}, {"survivors": 3}, {"phase": "odd"}, {"loss": True}]
+    "change",
+    [{"round": "1"}, {"loss": None}, {"extra": 1}, {"survivors": 3}, {"phase": "odd"}, {"loss": True}],
 )
 def test_a_record_that_does_not_fit_its_types_is_refused(change: dict[str, object], tmp_path: Path) -> None:
     fill(tmp_path, rounds=1)

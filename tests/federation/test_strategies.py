@@ -8,7 +8,10 @@ import torch
 from ffm_secure.config import Strategy
 from ffm_secure.strategies import STRATEGIES, build
 
-CHANGES = [torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64), torch.tensor([0.25, 2.0, -1.0], dtype=torch.float64)]
+CHANGES = [
+    torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64),
+    torch.tensor([0.25, 2.0, -1.0], dtype=torch.float64),
+]
 START = torch.tensor([1.0, 2.0, 3.0])
 
 

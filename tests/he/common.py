@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from defenses.he import Accumulator, Agreement, EncryptedClient, KeyHolder, MaskingClient, Parameters, PlainClient
+from defenses.he import (
+    Accumulator,
+    Agreement,
+    EncryptedClient,
+    KeyHolder,
+    MaskingClient,
+    Parameters,
+    PlainClient,
+)
 from defenses.he import WordAccumulator as Words
 from defenses.random_source import RandomSource
 
@@ -15,7 +23,9 @@ Integers = npt.NDArray[np.int64]
 PARTIES = [bytes([number]) * 32 for number in range(1, 255)]
 
 
-def agreement(run: bytes, *, parties: int, bound: int, length: int, number: int = 0, fewest: int = 1) -> Agreement:
+def agreement(
+    run: bytes, *, parties: int, bound: int, length: int, number: int = 0, fewest: int = 1
+) -> Agreement:
     return Agreement(run=run, round=number, length=length, value_bound=bound, parties=parties, fewest=fewest)
 
 

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from defenses.errors import ParameterError, ProtocolError
-from defenses.he import Accumulator, EncryptedClient, KeyHolder, PlainClient, WordAccumulator, choose, ciphertexts
+from defenses.he import (
+    Accumulator,
+    EncryptedClient,
+    KeyHolder,
+    PlainClient,
+    WordAccumulator,
+    choose,
+    ciphertexts,
+)
 from defenses.he.engines import SealEngine
 from defenses.he.packing import pack
 from defenses.he.parameters import ntt_prime
@@ -63,7 +71,9 @@ def forge_sum(key, terms, uploads):
         for total, chunk in zip(totals, other):
             engine.add(total, engine.load(chunk[HEADER_BYTES:]))
     digest = terms.digest(key.public_bundle())
-    return list(write_chunks((engine.save(each) for each in totals), role="sum", digest=digest, count=len(totals)))
+    return list(
+        write_chunks((engine.save(each) for each in totals), role="sum", digest=digest, count=len(totals))
+    )
 
 
 def uploads_of(key, terms, count=5):
@@ -138,7 +148,9 @@ def test_chunks_in_another_order_are_refused(parameters):
     refuses_untouched(key, terms, [chunks[1], chunks[0], *chunks[2:]], PARTIES[:3])
     # The server rewrites the headers: position 0 and 1 exchanged inside.
     bodies = [chunk[HEADER_BYTES:] for chunk in chunks]
-    relabelled = [chunk[:HEADER_BYTES] + body for chunk, body in zip(chunks, [bodies[1], bodies[0], *bodies[2:]])]
+    relabelled = [
+        chunk[:HEADER_BYTES] + body for chunk, body in zip(chunks, [bodies[1], bodies[0], *bodies[2:]])
+    ]
     refuses_and_burns(key, terms, relabelled, PARTIES[:3])
 
 
@@ -217,9 +229,14 @@ def test_a_shift_by_the_server_is_noticed(scheme):
         slots = pack(delta, parameters).astype(float).tolist()
         engine._encoder.encode(slots, 2.0**parameters.scale_bits, plain)
     engine._evaluator.add_plain_inplace(totals[0], plain)
-    assert engine.decrypt(totals[0])[5] == pack(VECTORS[:3].sum(0)[: parameters.values_per_chunk], parameters)[5] + 1
+    assert (
+        engine.decrypt(totals[0])[5]
+        == pack(VECTORS[:3].sum(0)[: parameters.values_per_chunk], parameters)[5] + 1
+    )
     digest = terms.digest(key.public_bundle())
-    forged = list(write_chunks((engine.save(each) for each in totals), role="sum", digest=digest, count=len(totals)))
+    forged = list(
+        write_chunks((engine.save(each) for each in totals), role="sum", digest=digest, count=len(totals))
+    )
     refuses_and_burns(key, terms, forged, PARTIES[:3])
 
 
@@ -232,8 +249,12 @@ def test_a_client_beyond_its_bound_is_noticed_when_the_sum_leaves_the_range(para
     tag = key.tagger(client._digest).tag(huge, PARTIES[0], BOUND)
     whole = np.concatenate([huge, tag])
     step, engine = parameters.values_per_chunk, key.engine()
-    payloads = [engine.encrypt(pack(whole[start : start + step], parameters)) for start in range(0, len(whole), step)]
-    evil = list(write_chunks(payloads, role="upload", digest=client._digest, count=client._count, party=PARTIES[0]))
+    payloads = [
+        engine.encrypt(pack(whole[start : start + step], parameters)) for start in range(0, len(whole), step)
+    ]
+    evil = list(
+        write_chunks(payloads, role="upload", digest=client._digest, count=client._count, party=PARTIES[0])
+    )
     chunks = added(key, terms, [evil, *uploads_of(key, terms, 3)[1:]])
     refuses_and_burns(key, terms, chunks, PARTIES[:3])
 
@@ -258,12 +279,18 @@ def mutations(message: bytes, generator: np.random.Generator, count: int):
         elif kind == 2:
             yield message + generator.bytes(int(generator.integers(1, 200)))
         elif kind == 3:
-            yield message[:position] + generator.bytes(int(generator.integers(1, 64))) + message[position + 32 :]
+            yield (
+                message[:position]
+                + generator.bytes(int(generator.integers(1, 64)))
+                + message[position + 32 :]
+            )
         else:
             yield message[:HEADER_BYTES] + generator.bytes(int(generator.integers(1, 40_000)))
 
 
-@pytest.mark.parametrize("budget", [400, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
+@pytest.mark.parametrize(
+    "budget", [400, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
+)
 def test_hostile_uploads_never_crash_the_server(parameters, budget):
     key, terms = setting(parameters)
     first, *rest = upload(key, terms, 0, VECTORS[0])
@@ -281,7 +308,9 @@ def test_hostile_uploads_never_crash_the_server(parameters, budget):
     assert messages == {"protocol aborted"}
 
 
-@pytest.mark.parametrize("budget", [150, pytest.param(30_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
+@pytest.mark.parametrize(
+    "budget", [150, pytest.param(30_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
+)
 def test_hostile_sums_never_crash_a_client_and_never_open(parameters, budget):
     key, terms = setting(parameters)
     root, material = key._root, key._material

@@ -6,13 +6,30 @@ import numpy as np
 import pytest
 
 from defenses.errors import ParameterError, ProtocolError
-from defenses.he import Accumulator, EncryptedClient, MaskingClient, PlainClient, WordAccumulator, choose, error_bound
+from defenses.he import (
+    Accumulator,
+    EncryptedClient,
+    MaskingClient,
+    PlainClient,
+    WordAccumulator,
+    choose,
+    error_bound,
+)
 from tests.he.common import PARTIES, agreement, encrypted_sum, holder, masked_sum, pairwise_masks, plain_sum
 
 pytest.importorskip("tenseal")
 
 # (most parties, bound): small lanes, common lanes, digits, the largest sums.
-SETTINGS = [(2, 1), (3, 127), (3, 2**15 - 1), (5, 2**15), (6, 2**19 - 1), (4, 2**31 - 1), (3, 2**40), (2, 2**59 - 1)]
+SETTINGS = [
+    (2, 1),
+    (3, 127),
+    (3, 2**15 - 1),
+    (5, 2**15),
+    (6, 2**19 - 1),
+    (4, 2**31 - 1),
+    (3, 2**40),
+    (2, 2**59 - 1),
+]
 PATTERNS = ("uniform", "largest", "smallest", "mixed", "zero")
 
 
@@ -46,7 +63,11 @@ def test_four_backends_give_the_same_sums_on_1000_random_cases(most, bound):
 @pytest.mark.parametrize("scheme, seeded", [("bfv", True), ("bfv", False), ("ckks", True), ("ckks", False)])
 def test_vectors_of_several_chunks_and_both_engines(scheme, seeded):
     parameters = choose(scheme, parties=3, value_bound=2**15 - 1, seeded=seeded)
-    for length in (parameters.values_per_chunk - 1, parameters.values_per_chunk, 3 * parameters.values_per_chunk + 17):
+    for length in (
+        parameters.values_per_chunk - 1,
+        parameters.values_per_chunk,
+        3 * parameters.values_per_chunk + 17,
+    ):
         key = holder(parameters)
         vectors = np.random.default_rng(length).integers(-(2**15) + 1, 2**15, (3, length))
         terms = agreement(key.run, parties=3, bound=2**15 - 1, length=length)
@@ -70,7 +91,10 @@ def test_the_ckks_error_stays_within_the_printed_bound():
     parameters = choose("ckks", parties=10, value_bound=2**15 - 1)
     engine = SealEngine(parameters, bytes(range(64)))
     generator = np.random.default_rng(3)
-    packed = [pack(generator.integers(-(2**15) + 1, 2**15, parameters.values_per_chunk), parameters) for _ in range(10)]
+    packed = [
+        pack(generator.integers(-(2**15) + 1, 2**15, parameters.values_per_chunk), parameters)
+        for _ in range(10)
+    ]
     total = engine.load(engine.encrypt(packed[0]))
     for slots in packed[1:]:
         engine.add(total, engine.load(engine.encrypt(slots)))
@@ -138,7 +162,10 @@ def test_the_server_refuses_one_party_too_many():
     key = holder(choose("bfv", parties=2, value_bound=100))
     terms = agreement(key.run, parties=2, bound=100, length=10)
     server = Accumulator(key.public_bundle(), terms)
-    uploads = [list(EncryptedClient(key, terms, party).encrypt(np.zeros(10, dtype=np.int64))) for party in PARTIES[:3]]
+    uploads = [
+        list(EncryptedClient(key, terms, party).encrypt(np.zeros(10, dtype=np.int64)))
+        for party in PARTIES[:3]
+    ]
     server.add(uploads[0])
     server.add(uploads[1])
     with pytest.raises(ProtocolError):

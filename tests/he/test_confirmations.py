@@ -28,7 +28,10 @@ def run_key(parties: int, seed: int = 0) -> KeyHolder:
 
 
 def refused(
-    client: EncryptedClient, messages: Sequence[bytes], total: np.ndarray = SUM, parties: Sequence[bytes] = FIVE
+    client: EncryptedClient,
+    messages: Sequence[bytes],
+    total: np.ndarray = SUM,
+    parties: Sequence[bytes] = FIVE,
 ) -> None:
     with pytest.raises(ProtocolError):
         client.check_confirmations(total, parties, messages)
@@ -82,7 +85,17 @@ def test_forged_foreign_and_repeated_messages_are_refused():
     late = EncryptedClient(group[0]._holder, other_round, FIVE[2]).confirm(SUM, FIVE)
     flipped = good[2][:-1] + bytes([good[2][-1] ^ 1])
     stranger = good[2][:25] + PARTIES[9] + good[2][57:]
-    for bad in (in_anothers_name, other_key, late, flipped, stranger, good[2][:-1], good[2] + b"\0", b"", good[1]):
+    for bad in (
+        in_anothers_name,
+        other_key,
+        late,
+        flipped,
+        stranger,
+        good[2][:-1],
+        good[2] + b"\0",
+        b"",
+        good[1],
+    ):
         refused(group[0], [good[1], bad, *good[3:]])
 
 

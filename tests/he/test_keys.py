@@ -63,7 +63,11 @@ def test_a_wrapped_key_encrypts_and_opens_together_with_the_original(parameters)
 def test_a_wrapped_key_opens_only_for_its_addressee_and_only_once():
     key, asked, other = key_of(), request(2), request(3)
     wrapped = wrap(key, asked.offer)
-    for wrong in (other, KeyRequest(identity(2), run=RUN, random=RandomSource.seeded(99)), request(2, bytes(16))):
+    for wrong in (
+        other,
+        KeyRequest(identity(2), run=RUN, random=RandomSource.seeded(99)),
+        request(2, bytes(16)),
+    ):
         with pytest.raises(ProtocolError, match=ABORTED):
             wrong.unwrap(wrapped, holder=name(1), parameters=PARAMETERS)
     for holder_name in (name(2), name(3), b"", bytes(32)):

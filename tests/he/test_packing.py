@@ -11,7 +11,13 @@ from defenses.he.packing import pack, unpack
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.sampled_from(["bfv", "ckks"]), st.integers(1, 300), st.integers(1, 2**50), st.integers(0, 2**32), st.data())
+@given(
+    st.sampled_from(["bfv", "ckks"]),
+    st.integers(1, 300),
+    st.integers(1, 2**50),
+    st.integers(0, 2**32),
+    st.data(),
+)
 def test_packing_is_linear_and_undone_at_the_extremes(scheme, parties, bound, seed, data):
     parameters = choose(scheme, parties=parties, value_bound=bound)
     length = data.draw(st.integers(1, parameters.values_per_chunk))
@@ -32,7 +38,8 @@ def test_packing_is_the_sum_of_shifted_lanes():
     values = np.random.default_rng(1).integers(-7, 8, parameters.values_per_chunk)
     lanes = values.reshape(parameters.lanes, parameters.slots)
     slow = [
-        sum(int(lane[slot]) << (parameters.lane_bits * place) for place, lane in enumerate(lanes)) for slot in range(9)
+        sum(int(lane[slot]) << (parameters.lane_bits * place) for place, lane in enumerate(lanes))
+        for slot in range(9)
     ]
     assert parameters.lanes > 1
     assert pack(values, parameters)[:9].tolist() == slow

@@ -13,7 +13,12 @@ from defenses.he.parameters import CKKS_TOLERANCE, LARGEST_MODULUS_BITS, ntt_pri
 from tests.he.common import agreement, encrypted_sum, holder
 
 REFERENCE = Parameters(
-    scheme="ckks", poly_modulus_degree=8192, coefficient_bits=(60, 40, 40), scale_bits=40, lane_bits=19, seeded=False
+    scheme="ckks",
+    poly_modulus_degree=8192,
+    coefficient_bits=(60, 40, 40),
+    scale_bits=40,
+    lane_bits=19,
+    seeded=False,
 )
 
 
@@ -76,7 +81,9 @@ GOOD_CKKS = choose("ckks", parties=8, value_bound=2**15 - 1)
     ],
 )
 def test_unusable_parameters_are_refused_with_the_reason(parameters, reason):
-    assert any(reason in problem for problem in lint(parameters, parties=8, value_bound=2**15 - 1, length=100))
+    assert any(
+        reason in problem for problem in lint(parameters, parties=8, value_bound=2**15 - 1, length=100)
+    )
 
 
 def test_all_problems_are_reported_at_once():
@@ -114,10 +121,14 @@ def test_the_noise_model_bounds_what_seal_measures():
     plain, total, other = sealapi.Plaintext(), sealapi.Ciphertext(context), sealapi.Ciphertext(context)
     encoder.encode(list(range(4096)), plain)
     encryptor.encrypt_symmetric(plain, total)
-    parameters = Parameters(scheme="bfv", poly_modulus_degree=4096, coefficient_bits=(54,), plain_bits=20, lane_bits=19)
+    parameters = Parameters(
+        scheme="bfv", poly_modulus_degree=4096, coefficient_bits=(54,), plain_bits=20, lane_bits=19
+    )
     for count in range(2, 41):
         encryptor.encrypt_symmetric(plain, other)
         evaluator.add_inplace(total, other)
         measured = decryptor.invariant_noise_budget(total)
         # SEAL rounds the budget down; the worst case never promises more, and is not absurdly far off.
-        assert noise_margin_bits(parameters, count) - 1 <= measured <= noise_margin_bits(parameters, count) + 6
+        assert (
+            noise_margin_bits(parameters, count) - 1 <= measured <= noise_margin_bits(parameters, count) + 6
+        )

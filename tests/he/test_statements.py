@@ -103,8 +103,13 @@ def test_statements_carry_the_numbers_of_the_run():
 
 
 def test_descriptions_print_the_error_bound():
-    assert "error at most 0." in describe(choose("ckks", parties=10, value_bound=100), parties=10)["exactness"]
-    assert "exact with certainty" in describe(choose("bfv", parties=10, value_bound=100), parties=10)["exactness"]
+    assert (
+        "error at most 0." in describe(choose("ckks", parties=10, value_bound=100), parties=10)["exactness"]
+    )
+    assert (
+        "exact with certainty"
+        in describe(choose("bfv", parties=10, value_bound=100), parties=10)["exactness"]
+    )
 
 
 def test_the_example_of_the_documentation_runs():

@@ -47,7 +47,9 @@ def test_tags_equal_their_slow_definition():
     pads = source.derive("pad", PARTIES[0].hex())
     expected = []
     for row, prime in zip(every, PRIMES):
-        number = (sum((word >> 1) * value for word, value in zip(row, values.tolist())) + pads.below(prime)) % prime
+        number = (
+            sum((word >> 1) * value for word, value in zip(row, values.tolist())) + pads.below(prime)
+        ) % prime
         expected.append(number)
     assert digit_bits(bound) == 31
     assert Tagger(source).tag(values, PARTIES[0], bound).tolist() == expected

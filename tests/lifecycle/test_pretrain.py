@@ -45,7 +45,8 @@ def record(number: int, phase: str, loss: float, **values: Any) -> RoundRecord:
 def history(phases: str, losses: list[float]) -> tuple[RoundRecord, ...]:
     names = {"u": "public", "r": "private"}
     return tuple(
-        record(i + 1, names[letter], loss) for i, (letter, loss) in enumerate(zip(phases, losses, strict=True))
+        record(i + 1, names[letter], loss)
+        for i, (letter, loss) in enumerate(zip(phases, losses, strict=True))
     )
 
 
@@ -91,7 +92,9 @@ def test_gain_per_cost_takes_what_helps_most_for_its_price() -> None:
     assert gain_per_cost(past, spec) == "private"
     dear = (past[0], replace(past[1], seconds=10.0), past[2])
     assert gain_per_cost(dear, spec) == "public", "the same gain for ten times the seconds"
-    assert gain_per_cost(history("urrrr", [2.0, 1.8, 1.6, 1.4, 1.2]), spec) == "public", "the other is tried again"
+    assert gain_per_cost(history("urrrr", [2.0, 1.8, 1.6, 1.4, 1.2]), spec) == "public", (
+        "the other is tried again"
+    )
 
 
 def test_gain_per_epsilon_prefers_what_spends_nothing_while_it_gains() -> None:
@@ -118,7 +121,10 @@ def played(controller: dict[str, Any], gains: dict[str, float], rounds: int, **p
 @pytest.mark.parametrize("cost", ["epsilon", "bytes"])
 def test_what_costs_nothing_does_not_keep_a_run_from_a_source_that_gains(cost: str) -> None:
     """A public gain of a millionth a phase, for nothing, against a private one of 0.2; public phases are only tried again."""
-    spent = {"bytes_up": 100, "epsilon_spent": 3.0}  # of the largest spender: the same after each of these phases
+    spent = {
+        "bytes_up": 100,
+        "epsilon_spent": 3.0,
+    }  # of the largest spender: the same after each of these phases
     mostly_public, mostly_private = ("ur" + "uuuur" * 6)[:30], ("urur" + "rrrur" * 6)[:30]
     assert played({"cost": cost}, {"public": 1e-6, "private": 0.2}, 30, **spent) == mostly_private
     others: dict[str, tuple[dict[str, Any], float, float]] = {
@@ -139,13 +145,19 @@ def test_a_private_phase_costs_one_charge_whoever_has_spent_most() -> None:
         for number, (loss, epsilon) in enumerate(zip(losses, [5.8, 5.8, 8.0], strict=True))
     )
     assert rate(past, "private", spec) == pytest.approx(0.2)
-    assert rate(past[:2], "private", spec) == pytest.approx(0.2), "the largest epsilon stood still, yet a cohort was charged"
+    assert rate(past[:2], "private", spec) == pytest.approx(0.2), (
+        "the largest epsilon stood still, yet a cohort was charged"
+    )
 
 
 @pytest.mark.parametrize("most", [0, 1, 3])
 def test_private_rounds_never_exceed_what_the_noise_was_calibrated_for(most: int) -> None:
     spec = Lifecycle(
-        kind="pretrain", batch_size=4, learning_rate=0.1, local_steps=1, controller=Controller(public=1, private=2)
+        kind="pretrain",
+        batch_size=4,
+        learning_rate=0.1,
+        local_steps=1,
+        controller=Controller(public=1, private=2),
     )
     past: tuple[RoundRecord, ...] = ()
     for number in range(9):
@@ -157,7 +169,11 @@ def test_private_rounds_never_exceed_what_the_noise_was_calibrated_for(most: int
 
 
 def pretraining(
-    *, rounds: int = 4, controller: dict[str, Any] | None = None, privacy: dict[str, Any] | None = None, **more: Any
+    *,
+    rounds: int = 4,
+    controller: dict[str, Any] | None = None,
+    privacy: dict[str, Any] | None = None,
+    **more: Any,
 ) -> RunConfig:
     lifecycle = {
         "kind": "pretrain",
@@ -174,8 +190,12 @@ def pretraining(
     )
 
 
-@pytest.mark.parametrize(("public", "private", "rounds"), [(1, 1, 5), (2, 1, 7), (1, 3, 6), (3, 2, 4), (1, 0, 3)])
-def test_the_plan_counts_private_rounds_as_the_controller_plays_them(public: int, private: int, rounds: int) -> None:
+@pytest.mark.parametrize(
+    ("public", "private", "rounds"), [(1, 1, 5), (2, 1, 7), (1, 3, 6), (3, 2, 4), (1, 0, 3)]
+)
+def test_the_plan_counts_private_rounds_as_the_controller_plays_them(
+    public: int, private: int, rounds: int
+) -> None:
     made = pretraining(rounds=rounds, controller={"kind": "fixed", "public": public, "private": private})
     past: tuple[RoundRecord, ...] = ()
     for number in range(rounds):
@@ -236,7 +256,13 @@ def test_from_scratch_takes_the_architecture_alone_and_learns(kind: str, tmp_pat
     teacher = load_backbone(f"builtin:{name}", kind=kind, labels=None, base=Path(), seed=50)
     teacher.model.save_pretrained(tmp_path / "checkpoint")
     teacher.tokenizer.save_pretrained(tmp_path / "checkpoint")
-    lifecycle = {"kind": "pretrain", "local_steps": 8, "batch_size": 16, "learning_rate": 0.5, "public_examples": 60}
+    lifecycle = {
+        "kind": "pretrain",
+        "local_steps": 8,
+        "batch_size": 16,
+        "learning_rate": 0.5,
+        "public_examples": 60,
+    }
     data = "builtin:clinic_notes?size=240&validation=40"
 
     def made(weights: str, seed: int = 3) -> RunConfig:
@@ -254,7 +280,9 @@ def test_from_scratch_takes_the_architecture_alone_and_learns(kind: str, tmp_pat
     assert starts[0].trainable.layout == starts[1].trainable.layout, "the architecture is kept"
     words = max(starts[0].trainable.layout, key=lambda item: torch.Size(item[1]).numel())[0]
     first, second = (start.trainable.tensors()[words].flatten() for start in starts[:2])
-    assert abs(float(torch.nn.functional.cosine_similarity(first, second, dim=0))) < 0.1, "no weight is taken over"
+    assert abs(float(torch.nn.functional.cosine_similarity(first, second, dim=0))) < 0.1, (
+        "no weight is taken over"
+    )
 
     built, trained = train(made("random"), tmp_path / "run")
     before = built.evaluate(drawn).loss
@@ -322,9 +350,16 @@ def by_rule(kind: str, rounds: int, changed: dict[str, Any] | None = None, **lif
 
 @pytest.mark.parametrize(
     ("case", "kind"),
-    [(case, kind) for case in HARD_ON_MESSAGES for kind in ("flora", "fedex") if (case, kind) != ("ranks 1 and 2", "fedex")],
+    [
+        (case, kind)
+        for case in HARD_ON_MESSAGES
+        for kind in ("flora", "fedex")
+        if (case, kind) != ("ranks 1 and 2", "fedex")
+    ],
 )
-def test_what_was_learned_in_public_survives_a_private_phase_whole(case: str, kind: str, tmp_path: Path) -> None:
+def test_what_was_learned_in_public_survives_a_private_phase_whole(
+    case: str, kind: str, tmp_path: Path
+) -> None:
     """In the private phase nobody learns, so the model must stay as the public phase left it, whatever bounds a message."""
     still = {"learning_rate": 1e-12, "public_learning_rate": 0.3, "public_steps": 4}
     built, public = train(by_rule(kind, 1, HARD_ON_MESSAGES[case], **still), tmp_path / "public")
@@ -374,7 +409,9 @@ def test_mistakes_are_explained() -> None:
         plan.check(pretraining(controller={"kind": "gain_per_cost", "cost": "epsilon"}))
     clock = {"kind": "gain_per_cost", "cost": "seconds"}
     for privacy in (RECORD, {**RECORD, "unit": "person", "records_per_person": 2}, CLIENT_CLIPS):
-        with pytest.raises(PlanRefused, match=f"cost = 'seconds' with unit = '{privacy['unit']}'.* choose epsilon or bytes"):
+        with pytest.raises(
+            PlanRefused, match=f"cost = 'seconds' with unit = '{privacy['unit']}'.* choose epsilon or bytes"
+        ):
             plan.check(pretraining(controller=clock, privacy=privacy))
     plan.check(pretraining(controller=clock))  # without a promise the clock breaks none
     skipping = pretraining(controller={"kind": "plateau"})

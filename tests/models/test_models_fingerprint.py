@@ -48,7 +48,10 @@ def test_golden_vector() -> None:
 
 def test_order_layout_and_gradient_flag_do_not_matter() -> None:
     base = {"w": torch.arange(6.0).reshape(2, 3), "v": torch.ones(2)}
-    other = {"v": torch.nn.Parameter(torch.ones(2)), "w": torch.arange(6.0).reshape(2, 3).t().contiguous().t()}
+    other = {
+        "v": torch.nn.Parameter(torch.ones(2)),
+        "w": torch.arange(6.0).reshape(2, 3).t().contiguous().t(),
+    }
     assert not other["w"].is_contiguous()
     assert fingerprint(base) == fingerprint(other)
 

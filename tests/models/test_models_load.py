@@ -29,7 +29,13 @@ TINY = [
 
 
 def load(
-    name: str, kind: str = "text_classification", *, labels: int = 3, seed: int = 1, base: Path = Path(), **rest: bool
+    name: str,
+    kind: str = "text_classification",
+    *,
+    labels: int = 3,
+    seed: int = 1,
+    base: Path = Path(),
+    **rest: bool,
 ) -> Backbone:
     return load_backbone(name, kind=kind, labels=labels, base=base, seed=seed, **rest)  # type: ignore[arg-type]
 
@@ -99,7 +105,11 @@ def test_another_number_of_labels_replaces_the_head_and_nothing_else(saved: Path
 def test_a_sentence_encoder_gets_its_mean_pooling_head(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
     BertModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -202,7 +212,12 @@ def test_a_causal_model_needs_its_output_layer(tmp_path: Path) -> None:
 
 def test_a_vision_model_cannot_read(tmp_path: Path) -> None:
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, image_size=8, patch_size=4
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=16,
+        image_size=8,
+        patch_size=4,
     )
     ViTForImageClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot do text_classification"):
@@ -246,7 +261,9 @@ def test_an_empty_folder_is_explained(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
-def test_a_hub_name_without_network_is_an_error_within_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_name_without_network_is_an_error_within_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     start = time.monotonic()
@@ -255,7 +272,9 @@ def test_a_hub_name_without_network_is_an_error_within_seconds(monkeypatch: pyte
     assert time.monotonic() - start < 20
 
 
-def test_an_unreachable_hub_is_noticed_before_any_retry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_noticed_before_any_retry(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for key in ("HF_HUB_OFFLINE", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing listens

@@ -23,7 +23,9 @@ minilm = pytest.mark.skipif(
 )
 
 
-def prepare(source: str, name: str, kind: str, base: Path, **options: Any) -> tuple[Backbone, Task, data.Dataset]:
+def prepare(
+    source: str, name: str, kind: str, base: Path, **options: Any
+) -> tuple[Backbone, Task, data.Dataset]:
     dataset = data.load(source, kind=kind, base=base, seed=1)  # type: ignore[arg-type]
     labels = None if dataset.label_names is None else len(dataset.label_names)
     backbone = load_backbone(name, kind=kind, labels=labels, base=base, seed=1)
@@ -67,7 +69,9 @@ def test_minilm_keeps_its_embedding() -> None:
     )
     with torch.inference_mode():
         hidden = plain(**inputs).last_hidden_state
-        wanted = torch.stack([row[m.bool()].mean(0) for row, m in zip(hidden, inputs["attention_mask"], strict=True)])
+        wanted = torch.stack(
+            [row[m.bool()].mean(0) for row, m in zip(hidden, inputs["attention_mask"], strict=True)]
+        )
         logits = backbone.model(**inputs).logits
         torch.testing.assert_close(logits, backbone.model.classifier(wanted), atol=1e-5, rtol=1e-4)  # type: ignore[operator]
 
@@ -100,7 +104,10 @@ def test_minilm_learns_sst2(spec: dict[str, Any], rate: float, steps: int, share
 @pytest.mark.slow
 def test_minilm_learns_to_restore_words(shared: Path) -> None:
     backbone, task, dataset = prepare("data/medquad", "builtin:minilm", "masked_lm", shared)
-    encoded, held_out = task.encode(dataset.train.take(range(2000))), task.encode(dataset.validation.take(range(100)))
+    encoded, held_out = (
+        task.encode(dataset.train.take(range(2000))),
+        task.encode(dataset.validation.take(range(100))),
+    )
     trainable = attach(backbone, {"kind": "lora"}, task_kind=task.kind, seed=1)
     before = task.evaluate(trainable.model, held_out)
     train(trainable, task, encoded, steps=30, rate=2e-3)
@@ -123,8 +130,13 @@ def test_the_story_model_has_the_documented_perplexity_on_shakespeare(shared: Pa
 
 @pytest.mark.assets
 def test_the_story_model_adapts_to_shakespeare(shared: Path) -> None:
-    backbone, task, dataset = prepare("data/shakespeare_speakers", "models/llama_stories260k", "causal_lm", shared)
-    encoded, held_out = task.encode(dataset.train.take(range(1000))), task.encode(dataset.validation.take(range(100)))
+    backbone, task, dataset = prepare(
+        "data/shakespeare_speakers", "models/llama_stories260k", "causal_lm", shared
+    )
+    encoded, held_out = (
+        task.encode(dataset.train.take(range(1000))),
+        task.encode(dataset.validation.take(range(100))),
+    )
     trainable = attach(backbone, {"kind": "lora", "rank": 8}, task_kind=task.kind, seed=1)
     before = task.evaluate(trainable.model, held_out)
     train(trainable, task, encoded, steps=25, rate=1e-2)
@@ -136,7 +148,9 @@ def test_the_story_model_adapts_to_shakespeare(shared: Path) -> None:
 @pytest.mark.assets
 @pytest.mark.slow
 def test_the_vision_transformer_has_the_documented_accuracy(shared: Path) -> None:
-    backbone, task, dataset = prepare("data/cifar10", "models/vit_cifar10_546k", "image_classification", shared)
+    backbone, task, dataset = prepare(
+        "data/cifar10", "models/vit_cifar10_546k", "image_classification", shared
+    )
     assert backbone.fresh == ()
     found = task.evaluate(backbone.model, task.encode(dataset.validation))
     assert found.metric == pytest.approx(0.739, abs=0.0006)
@@ -144,7 +158,9 @@ def test_the_vision_transformer_has_the_documented_accuracy(shared: Path) -> Non
 
 @pytest.mark.assets
 def test_the_vision_transformer_gets_a_new_head_for_other_labels(shared: Path) -> None:
-    backbone, task, dataset = prepare("data/cifar100", "models/vit_cifar10_546k", "image_classification", shared)
+    backbone, task, dataset = prepare(
+        "data/cifar100", "models/vit_cifar10_546k", "image_classification", shared
+    )
     assert backbone.fresh == ("classifier.weight", "classifier.bias")
     encoded = task.encode(dataset.train.take(range(800)))
     trainable = attach(backbone, {"kind": "head"}, task_kind=task.kind, seed=1)

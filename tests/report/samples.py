@@ -185,7 +185,9 @@ def findings(*, leak: bool = False) -> tuple[AuditFinding, ...]:
         RecoveredPair(truth=truth, recovered=got),
         RecoveredPair(
             truth="Neurology follow-up: migraine, left-handed violinist",
-            recovered="follow-up stable" if not leak else "neurology follow-up migraine left-handed violinist",
+            recovered="follow-up stable"
+            if not leak
+            else "neurology follow-up migraine left-handed violinist",
         ),
         RecoveredPair(truth="cardiology", recovered="cardiology" if leak else "orthopaedics"),
         RecoveredPair(truth="rash on both arms", recovered=""),
@@ -381,7 +383,9 @@ def private(**changes: Any) -> RunSummary:
         "seconds": 432.7,
     }
     values |= changes
-    values.setdefault("metric_final", values["rounds"][-1].metric if values["rounds"] else values["metric_zero_round"])
+    values.setdefault(
+        "metric_final", values["rounds"][-1].metric if values["rounds"] else values["metric_zero_round"]
+    )
     return RunSummary(**values)
 
 
@@ -431,7 +435,9 @@ def aborted() -> RunSummary:
 
 def many(total: int = 200, length: int = 50) -> RunSummary:
     """Build a run with many clients."""
-    return private(name="two-hundred-clients", rounds=rounds(length, clients=total, cohort=20), clients=clients(total))
+    return private(
+        name="two-hundred-clients", rounds=rounds(length, clients=total, cohort=20), clients=clients(total)
+    )
 
 
 def fresh() -> RunSummary:
@@ -468,7 +474,9 @@ def thousand() -> RunSummary:
 
 def diverged() -> RunSummary:
     """Build a run whose metric stopped being a number."""
-    broken = tuple(dataclasses.replace(r, metric=math.nan, loss=INFINITY) if r.round > 12 else r for r in rounds(20))
+    broken = tuple(
+        dataclasses.replace(r, metric=math.nan, loss=INFINITY) if r.round > 12 else r for r in rounds(20)
+    )
     lost = tuple(dataclasses.replace(c, metric=math.nan) for c in clients())
     return private(name="diverged", rounds=broken, metric_final=math.nan, clients=lost)
 
@@ -476,10 +484,12 @@ def diverged() -> RunSummary:
 def perplexity() -> RunSummary:
     """Build a run where lower is better and nothing is known of a majority."""
     records = tuple(
-        dataclasses.replace(r, metric=400 * math.exp(-r.round / 6) + 31, metric_name="perplexity") for r in rounds(20)
+        dataclasses.replace(r, metric=400 * math.exp(-r.round / 6) + 31, metric_name="perplexity")
+        for r in rounds(20)
     )
     moved = tuple(
-        dataclasses.replace(c, metric=30 + 10 * c.metric, metric_before=380 + 90 * c.metric_before) for c in clients()
+        dataclasses.replace(c, metric=30 + 10 * c.metric, metric_before=380 + 90 * c.metric_before)
+        for c in clients()
     )
     return private(
         name="shakespeare",
@@ -516,7 +526,10 @@ def every_text(summary: RunSummary, change: Callable[[str], str]) -> RunSummary:
         if isinstance(value, (list, tuple)):
             return type(value)(walk(item, name) for item in value)
         if isinstance(value, dict):
-            return {(change(k) if isinstance(k, str) and name != "reveals" else k): walk(v) for k, v in value.items()}
+            return {
+                (change(k) if isinstance(k, str) and name != "reveals" else k): walk(v)
+                for k, v in value.items()
+            }
         return value
 
     return walk(summary)  # type: ignore[no-any-return]

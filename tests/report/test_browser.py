@@ -20,7 +20,9 @@ WIDTHS = (390, 1280)
 def browser() -> Iterator[Browser]:
     program = find_browser()
     if program is None:
-        pytest.skip("no Chromium was found: install it (Debian: apt-get install chromium) to check the page's layout")
+        pytest.skip(
+            "no Chromium was found: install it (Debian: apt-get install chromium) to check the page's layout"
+        )
     with Browser(program) as running:
         yield running
 
@@ -63,7 +65,9 @@ def test_a_thousand_rounds_and_clients_have_no_fault(browser: Browser, tmp_path:
     ],
 )
 def test_a_planted_fault_is_caught(rule: str, expected: str, browser: Browser, tmp_path: Path) -> None:
-    summary = samples.private(name="a name that is rather long, as the names of studies in hospitals often are")
+    summary = samples.private(
+        name="a name that is rather long, as the names of studies in hospitals often are"
+    )
     path = stored(tmp_path, render_html(summary).replace("</style>", rule + "</style>"))
     browser.open(path, width=390)
     assert any(expected in fault for fault in browser.faults()), browser.faults()[:5]
@@ -85,7 +89,9 @@ def test_light_and_dark_differ_and_pictures_have_the_right_width(browser: Browse
 
 def test_only_the_file_itself_is_asked_for(browser: Browser, tmp_path: Path) -> None:
     hostile = '<img src="http://127.0.0.1:9/x"><script>document.title="owned"</script>'
-    path = stored(tmp_path, render_html(samples.every_text(samples.aborted_with_audit(), lambda text: text + hostile)))
+    path = stored(
+        tmp_path, render_html(samples.every_text(samples.aborted_with_audit(), lambda text: text + hostile))
+    )
     browser.open(path, width=1280)
     assert browser.evaluate("document.title").startswith("unreliable-network")
     assert browser.evaluate("document.scripts.length + document.images.length") == 0

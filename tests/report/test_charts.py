@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffm_secure.charts import HEIGHT, WIDTH, Bar, Level, Series, bars, histogram, line_chart, nice_ticks, spread
+from ffm_secure.charts import (
+    HEIGHT,
+    WIDTH,
+    Bar,
+    Level,
+    Series,
+    bars,
+    histogram,
+    line_chart,
+    nice_ticks,
+    spread,
+)
 
 FINITE = st.floats(-1e9, 1e9, allow_nan=False).map(lambda v: float(f"{v:.6g}"))
 
@@ -93,5 +104,7 @@ def test_bars_share_one_scale() -> None:
 
 
 def test_a_histogram_counts_every_client() -> None:
-    drawn = histogram([0.1] * 3 + [0.9] * 5 + [math.nan], description="d", low=0.0, high=1.0, role="first", note="n")
+    drawn = histogram(
+        [0.1] * 3 + [0.9] * 5 + [math.nan], description="d", low=0.0, high=1.0, role="first", note="n"
+    )
     assert sum(int(found) for found in re.findall(r": (\d+)</title>", drawn)) == 8

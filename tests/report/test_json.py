@@ -139,7 +139,17 @@ def test_damage_is_refused_with_its_path_and_by_the_schema(change: Any, path: st
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"format": 1, "format": 1}', '{"format": NaN}', "[" * 100_000, '{"format": 1e999}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"format": 1, "format": 1}',
+        '{"format": NaN}',
+        "[" * 100_000,
+        '{"format": 1e999}',
+    ],
 )
 def test_what_is_not_a_report_is_refused(text: str) -> None:
     with pytest.raises(StoreError):

@@ -302,15 +302,24 @@ def test_nothing_is_fetched_and_nothing_runs(name: str) -> None:
     assert len(style) == 1
     assert "url(" not in style[0]
     assert "@import" not in style[0]
-    policy = [values["content"] for tag, values in seen.tags if values.get("http-equiv") == "Content-Security-Policy"]
+    policy = [
+        values["content"]
+        for tag, values in seen.tags
+        if values.get("http-equiv") == "Content-Security-Policy"
+    ]
     pictures = "img-src data:; " if name == "pictured" else ""
-    assert policy == [f"default-src 'none'; {pictures}style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"]
+    assert policy == [
+        f"default-src 'none'; {pictures}style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    ]
 
 
 def test_pictures_stand_beside_the_truth_and_no_other_address_is_drawn() -> None:
     summary = samples.pictured()
     seen = page(summary)
-    assert [values["alt"] for tag, values in seen.tags if tag == "img"] == ["true picture", "recovered picture"] * 2
+    assert [values["alt"] for tag, values in seen.tags if tag == "img"] == [
+        "true picture",
+        "recovered picture",
+    ] * 2
     assert "PSNR 200 dB, SSIM 1.00" in seen.text
     hostile = page(samples.every_text(summary, lambda text: text + '" onerror="alert(1)'))
     assert not [tag for tag, _ in hostile.tags if tag == "img"]
@@ -322,7 +331,10 @@ def test_curves_mark_where_the_run_lies_and_say_what_is_missing() -> None:
     marks = [values for tag, values in seen.tags if tag == "path" and values.get("class") == "here"]
     assert len(marks) == 3  # 240 tokens per rank lie beyond their curve
     assert "This run: 240 , beyond the curve. Stopped after 8 CPU seconds." in seen.text
-    assert "span_exact , tokens in the update over the width of the model: one run takes 31 CPU seconds" in seen.text
+    assert (
+        "span_exact , tokens in the update over the width of the model: one run takes 31 CPU seconds"
+        in seen.text
+    )
 
 
 def test_everything_granted_stands_beside_what_was_used_and_what_is_left_without_it() -> None:
@@ -341,7 +353,9 @@ def test_the_page_has_landmarks_names_and_targets() -> None:
     assert len(ids) == len(set(ids))
     assert {(values["href"] or "")[1:] for tag, values in seen.tags if tag == "a"} <= set(ids)
     assert all(values["aria-labelledby"] in ids for tag, values in seen.tags if "aria-labelledby" in values)
-    assert all(values.get("aria-label") or values.get("aria-hidden") for tag, values in seen.tags if tag == "svg")
+    assert all(
+        values.get("aria-label") or values.get("aria-hidden") for tag, values in seen.tags if tag == "svg"
+    )
     assert next(values for tag, values in seen.tags if tag == "html")["lang"] == "en"
 
 
@@ -364,6 +378,8 @@ def test_numbers_are_written_plainly() -> None:
 def test_epsilon_is_drawn_over_rounds_where_accountants_agree(share: float, drawn: bool) -> None:
     """Found in a real run: the round's figure and the statement differ by what each accountant rounds up."""
     whole = samples.private()
-    traced = [dataclasses.replace(record, epsilon_spent=record.epsilon_spent * share) for record in whole.rounds]
+    traced = [
+        dataclasses.replace(record, epsilon_spent=record.epsilon_spent * share) for record in whole.rounds
+    ]
     text = render_html(dataclasses.replace(whole, rounds=tuple(traced)))
     assert ("this is the value at the end" not in text) is drawn

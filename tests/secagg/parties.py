@@ -54,7 +54,9 @@ class Parties:
     def vectors(self) -> dict[bytes, RingVector]:
         word, bits = word_type(self.parameters.modulus_bits), self.parameters.modulus_bits
         stream = self.source.derive("vectors")
-        return {owner: reduce(stream.words(self.parameters.length).astype(word), bits) for owner in self.people}
+        return {
+            owner: reduce(stream.words(self.parameters.length).astype(word), bits) for owner in self.people
+        }
 
     def next_round(self, **changes: object) -> Parties:
         changes.setdefault("round", self.parameters.round + 1)
@@ -94,13 +96,17 @@ def gather(
     )  # fmt: skip
 
 
-def plain_sum(vectors: Mapping[bytes, RingVector], survivors: tuple[bytes, ...], modulus_bits: int) -> list[int]:
+def plain_sum(
+    vectors: Mapping[bytes, RingVector], survivors: tuple[bytes, ...], modulus_bits: int
+) -> list[int]:
     """Add up with Python integers: the obvious definition."""
     columns = zip(*(vectors[owner].tolist() for owner in survivors), strict=True)
     return [sum(column) % (1 << modulus_bits) for column in columns]
 
 
-def run(parties: Parties, drop: Mapping[bytes, object] | None = None) -> tuple[Outcome, dict[bytes, RingVector]]:
+def run(
+    parties: Parties, drop: Mapping[bytes, object] | None = None
+) -> tuple[Outcome, dict[bytes, RingVector]]:
     """Drive one session over random vectors."""
     vectors = parties.vectors()
     return drive(parties.clients(), parties.server(), vectors.__getitem__, drop), vectors  # type: ignore[arg-type]

@@ -39,7 +39,9 @@ def tampered_rosters(table: Table) -> dict[str, bytes]:
     session_id = table.parties.parameters.session_id
 
     def signed_by(identity: Identity, *, owner: bytes, channel: bytes, mask: bytes) -> messages.Advert:
-        unsigned = messages.Advert(id=owner, channel_key=channel, mask_key=mask, nonce=b"n" * 32, signature=b"")
+        unsigned = messages.Advert(
+            id=owner, channel_key=channel, mask_key=mask, nonce=b"n" * 32, signature=b""
+        )
         return replace(unsigned, signature=identity.sign(unsigned.statement(session_id)))
 
     fresh = [public_of(bytes([seed]) * 32) for seed in (1, 2, 3)]
@@ -73,7 +75,9 @@ def tampered_rosters(table: Table) -> dict[str, bytes]:
             own, signed_by(colluder, owner=other.id, channel=bytes(32), mask=fresh[0]), *adverts[2:]
         ],
     }  # fmt: skip
-    written = {name: messages.write_roster(sorted(rows, key=lambda row: row.id)) for name, rows in rosters.items()}
+    written = {
+        name: messages.write_roster(sorted(rows, key=lambda row: row.id)) for name, rows in rosters.items()
+    }
     written["not sorted"] = messages.write_roster(reversed(adverts))
     written["nobody"] = messages.header(messages.Kind.ROSTER)
     written["another version"] = b"\x02" + written["own advert missing"][1:]
@@ -147,7 +151,9 @@ def test_a_client_with_another_model_cannot_be_in_the_same_session():
     other = replace(parties, parameters=replace(parties.parameters, model_hash=b"M" * 32))
     table = play(parties, Stage.ADVERTISE)
     ids = table.ids
-    split = ClientSession(Identity(parties.people[ids[0]].seed()), other.parameters, parties.policy, parties.source)
+    split = ClientSession(
+        Identity(parties.people[ids[0]].seed()), other.parameters, parties.policy, parties.source
+    )
     adverts = {ids[0]: split.advertise(), **{owner: table.clients[owner].advertise() for owner in ids[1:]}}
     refused(lambda: table.server.receive_advertisement(adverts[ids[0]]))
     joined = messages.write_roster(messages.read_advert(adverts[owner]) for owner in sorted(ids))
@@ -221,7 +227,8 @@ def test_a_cohort_shrunk_until_the_ring_is_unsafe_is_refused():
     parties = gather(80, neighbours=16, threshold=11, colluders=6, minimum_survivors=60, security_bits=6)
     table = play(parties, Stage.ADVERTISE)
     adverts = sorted(
-        (messages.read_advert(session.advertise()) for session in table.clients.values()), key=lambda row: row.id
+        (messages.read_advert(session.advertise()) for session in table.clients.values()),
+        key=lambda row: row.id,
     )
     table.clients[adverts[0].id].share(messages.write_roster(adverts))
     refused(lambda: table.clients[adverts[1].id].share(messages.write_roster(adverts[:60])))
@@ -234,12 +241,23 @@ def test_a_roster_comes_from_the_operator_alone():
     assert Roster.from_bytes(roster.to_bytes(), operator=operator.public_key) == roster
     forged = Roster.issue(server, [person.public_key for person in people])
     refused(lambda: Roster.from_bytes(forged.to_bytes(), operator=operator.public_key))
-    refused(lambda: Roster(operator=operator.public_key, public_keys=forged.public_keys, signature=forged.signature))
+    refused(
+        lambda: Roster(
+            operator=operator.public_key, public_keys=forged.public_keys, signature=forged.signature
+        )
+    )
     extended = (*roster.public_keys, server.public_key)
     with pytest.raises((ProtocolError, ParameterError)):
         Roster(operator=operator.public_key, public_keys=extended, signature=roster.signature)
     data = roster.to_bytes()
-    for damaged in (b"", data[:-1], b"\0" + data[1:], data + b"\0", data[:1] + data[33:], data[:40] + data[8:]):
+    for damaged in (
+        b"",
+        data[:-1],
+        b"\0" + data[1:],
+        data + b"\0",
+        data[:1] + data[33:],
+        data[:40] + data[8:],
+    ):
         refused(lambda damaged=damaged: Roster.from_bytes(damaged, operator=operator.public_key))
     with pytest.raises(ParameterError):
         Roster.issue(operator, [people[0].public_key, people[0].public_key])
@@ -261,7 +279,11 @@ def test_an_altered_share_is_refused():
         fresh = play(gather(5), Stage.MASK)
         delivery = bytearray(fresh.server.delivery_for(owner))
         delivery[position] ^= 1
-        refused(lambda fresh=fresh, delivery=delivery: fresh.clients[owner].mask(bytes(delivery), fresh.vectors[owner]))
+        refused(
+            lambda fresh=fresh, delivery=delivery: fresh.clients[owner].mask(
+                bytes(delivery), fresh.vectors[owner]
+            )
+        )
         assert_left(fresh.clients[owner])
 
 
@@ -387,7 +409,9 @@ def test_a_response_has_one_secret_of_each_neighbour(mode: str):
             table.server.receive_confirmation(table.clients[owner].confirm(table.server.survivors_message()))
     witness = table.clients[ids[1]]
     held = dict(witness._held().shares)
-    body = messages.SignedBody.from_bytes(witness.unmask(table.server.request_for(ids[1])), messages.Kind.RESPONSE).body
+    body = messages.SignedBody.from_bytes(
+        witness.unmask(table.server.request_for(ids[1])), messages.Kind.RESPONSE
+    ).body
     answered = messages.read_shares(body)
     assert len(answered) == len(held) == 5
     for (owner, (key_share, self_share)), answer in zip(sorted(held.items()), answered):
@@ -402,7 +426,9 @@ def test_a_late_upload_of_a_client_declared_dead_stays_hidden():
     ids, server = table.ids, table.server
     late = table.clients[ids[0]].mask(server.delivery_for(ids[0]), table.vectors[ids[0]])
     for owner in ids[1:]:
-        server.receive_masked_input(table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner]))
+        server.receive_masked_input(
+            table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner])
+        )
     for owner in ids[1:]:
         server.receive_confirmation(table.clients[owner].confirm(server.survivors_message()))
     refused(lambda: server.receive_masked_input(late))
@@ -411,13 +437,17 @@ def test_a_late_upload_of_a_client_declared_dead_stays_hidden():
     collected = server._collect_shares()[0]
     body = messages.SignedBody.from_bytes(late, messages.Kind.MASKED).body
     stripped = np.frombuffer(body, dtype=np.uint32).copy()
-    add_masks(stripped, [Mask(mask.seed, negative=not mask.negative) for mask in server._pair_masks(0, collected)])
+    add_masks(
+        stripped, [Mask(mask.seed, negative=not mask.negative) for mask in server._pair_masks(0, collected)]
+    )
     difference = stripped - table.vectors[ids[0]]
     assert (difference != 0).all()
     commitment = server._commitments[0]
     with pytest.raises(ProtocolError):
         server._recover(
-            0, collected, lambda guess: messages.self_commitment(server._transcript, ids[0], guess) == commitment
+            0,
+            collected,
+            lambda guess: messages.self_commitment(server._transcript, ids[0], guess) == commitment,
         )
     assert_exact_sum(server, table, ids[1:])
 
@@ -493,7 +523,9 @@ def test_resubmitting_an_update_gives_it_away_and_is_refused():
         open_with(fresh.next_round(), vectors, skip=ids[2], named=True)
 
 
-def open_with(parties: Parties, vectors: dict[bytes, np.ndarray], *, skip: bytes | None, named: bool) -> np.ndarray:
+def open_with(
+    parties: Parties, vectors: dict[bytes, np.ndarray], *, skip: bytes | None, named: bool
+) -> np.ndarray:
     clients, server = parties.clients(), parties.server()
     present = {owner: session for owner, session in clients.items() if owner != skip}
     for session in present.values():
@@ -518,7 +550,9 @@ def test_an_update_that_left_may_not_be_retried_even_after_an_abort():
     table.clients[owner].mask(table.server.delivery_for(owner), table.vectors[owner], update=b"u")
     table.clients[owner].discard()
     again = play(parties.next_round(), Stage.MASK)
-    refused(lambda: again.clients[owner].mask(again.server.delivery_for(owner), again.vectors[owner], update=b"u"))
+    refused(
+        lambda: again.clients[owner].mask(again.server.delivery_for(owner), again.vectors[owner], update=b"u")
+    )
 
 
 def test_rows_touched_by_one_client_show_in_the_sum():

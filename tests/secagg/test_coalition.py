@@ -101,7 +101,10 @@ def test_two_clients_with_one_stream_of_randomness_do_not_take_part_together():
     refused(lambda: server.receive_advertisement(second))
     others = [parties.clients_without_guard(owner).advertise() for owner in ids[2:]]
     roster = messages.write_roster(
-        sorted((messages.read_advert(advert) for advert in (first, second, *others)), key=lambda advert: advert.id)
+        sorted(
+            (messages.read_advert(advert) for advert in (first, second, *others)),
+            key=lambda advert: advert.id,
+        )
     )
     refused(lambda: twins[0].share(roster))
 
@@ -112,7 +115,9 @@ def test_a_phantom_survivor_opens_nothing():
     table = play(parties, Stage.MASK)
     ids, server = table.ids, table.server
     for owner in ids[1:]:
-        server.receive_masked_input(table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner]))
+        server.receive_masked_input(
+            table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner])
+        )
     table.clients[ids[0]].mask(server.delivery_for(ids[0]), table.vectors[ids[0]])  # lost on the way
     server._uploaded.add(0)
     for owner in ids:
@@ -162,7 +167,10 @@ def test_whatever_a_lying_server_says_no_honest_client_is_opened(data: st.DataOb
         session, claim, available = table.clients[ids[place]], claims[told[place]], signed[told[place]]
         if session.stage is not Stage.UNMASK:
             continue
-        owners, neighbours = sorted(session._held().shares), [other for other in range(count) if other != place]
+        owners, neighbours = (
+            sorted(session._held().shares),
+            [other for other in range(count) if other != place],
+        )
         rows = [(neighbours.index(other), available[other]) for other in sorted(available) if other != place]
         try:
             session.unmask(messages.write_active_request(rows, count - 1))

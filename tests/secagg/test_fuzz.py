@@ -66,7 +66,9 @@ def valid_for_server(table: Table, stage: Stage) -> list[bytes]:
     acts: dict[Stage, Callable[[bytes, ClientSession], bytes]] = {
         Stage.ADVERTISE: lambda owner, session: session.advertise(),
         Stage.SHARE: lambda owner, session: session.share(server.roster_message()),
-        Stage.MASK: lambda owner, session: bytes(session.mask(server.delivery_for(owner), table.vectors[owner])),
+        Stage.MASK: lambda owner, session: bytes(
+            session.mask(server.delivery_for(owner), table.vectors[owner])
+        ),
         Stage.CONFIRM: lambda owner, session: session.confirm(server.survivors_message()),
         Stage.UNMASK: lambda owner, session: session.unmask(server.request_for(owner)),
     }
@@ -168,7 +170,11 @@ def may_be_accepted(stage: Stage, mode: str, message: bytes, valid: list[bytes])
         genuine, shown = messages.read_roster(valid[0]), messages.read_roster(message)
         return len(shown) >= 3 and genuine[0] in shown and all(advert in genuine for advert in shown)
     if stage is Stage.MASK or (stage is Stage.UNMASK and mode == "active"):
-        rows = messages.read_delivery(message, 5) if stage is Stage.MASK else messages.read_active_request(message, 5)
+        rows = (
+            messages.read_delivery(message, 5)
+            if stage is Stage.MASK
+            else messages.read_active_request(message, 5)
+        )
         return len(rows) >= gather(6, mode=mode).parameters.threshold  # type: ignore[arg-type]
     if stage in (Stage.CONFIRM, Stage.UNMASK):
         kind = messages.Kind.SURVIVORS if stage is Stage.CONFIRM else messages.Kind.REQUEST
@@ -178,7 +184,10 @@ def may_be_accepted(stage: Stage, mode: str, message: bytes, valid: list[bytes])
 
 
 SERVER_STAGES = [
-    (stage, mode) for mode in MODES for stage in list(Stage)[:5] if (stage, mode) != (Stage.CONFIRM, "semi_honest")
+    (stage, mode)
+    for mode in MODES
+    for stage in list(Stage)[:5]
+    if (stage, mode) != (Stage.CONFIRM, "semi_honest")
 ]
 CLIENT_STAGES = [row for row in SERVER_STAGES if row[0] is not Stage.ADVERTISE]
 

@@ -31,8 +31,16 @@ HEX = bytes.fromhex
 
 def test_keystream_words():
     key = bytes(range(32))
-    assert [f"{word:08x}" for word in keystream(key, 4, np.uint32)] == ["b60090f2", "d09f492a", "6a9af3a9", "80772edd"]
-    assert [f"{word:016x}" for word in keystream(key, 2, np.uint64)] == ["d09f492ab60090f2", "80772edd6a9af3a9"]
+    assert [f"{word:08x}" for word in keystream(key, 4, np.uint32)] == [
+        "b60090f2",
+        "d09f492a",
+        "6a9af3a9",
+        "80772edd",
+    ]
+    assert [f"{word:016x}" for word in keystream(key, 2, np.uint64)] == [
+        "d09f492ab60090f2",
+        "80772edd6a9af3a9",
+    ]
 
 
 def test_graph_of_eight():
@@ -101,7 +109,9 @@ def test_session_of_three():
         minimum_survivors=3, modulus_bits=32, length=8, layout_hash=filled(0xA0, 0), quantization_hash=filled(0xA1, 0),
         model_hash=filled(0xA2, 0), roster=Roster.issue(operator, [person.public_key for person in people]),
     )  # fmt: skip
-    assert parameters.roster.digest.hex() == "9038b4e873c1d604938a7cf507f91e8f152b242f7da702d7545741026ffeb8a8"
+    assert (
+        parameters.roster.digest.hex() == "9038b4e873c1d604938a7cf507f91e8f152b242f7da702d7545741026ffeb8a8"
+    )
     assert parameters.session_id.hex() == "373f95a6062511fa9401d1db6dea449677ff83983e721bdb4b62b4d3ba103032"
     assert people[0].id.hex() == "34750f98bd59fcfc946da45aaabe933be154a4b5094e1c4abf42866505f3c97e"
     server = ServerSession(parameters)
@@ -117,8 +127,12 @@ def test_session_of_three():
     transcript = clients[0].transcript
     assert transcript.hex() == "942766d4f17476b17944eba9f9feabab355be93b364f72432ddaf0d11eb1564b"
     check_session_keys(transcript, people)
-    vectors = [(np.arange(8, dtype=np.int64) * (j + 1) - 5).astype(np.uint64).astype(np.uint32) for j in range(3)]
-    uploads = [client.mask(server.delivery_for(client.id), vector) for client, vector in zip(clients, vectors)]
+    vectors = [
+        (np.arange(8, dtype=np.int64) * (j + 1) - 5).astype(np.uint64).astype(np.uint32) for j in range(3)
+    ]
+    uploads = [
+        client.mask(server.delivery_for(client.id), vector) for client, vector in zip(clients, vectors)
+    ]
     body = messages.SignedBody.from_bytes(uploads[0], messages.Kind.MASKED).body
     assert np.frombuffer(body, dtype="<u4").tolist() == [
         0x2DB5402E, 0xCD5507B1, 0xD079F526, 0x0331F9E1, 0x01758C5D, 0xC4C701C1, 0xCCD9B541, 0xD3480EB8,
@@ -254,7 +268,9 @@ def test_hkdf_case_1_of_rfc_5869_and_the_key_derivation_in_use():
     )
     for salt in (b"", b"s" * 32):
         reference = HKDF(hashes.SHA256(), 32, salt or None, LABEL + b"pair" + b"context")
-        assert derive_key(b"k" * 32, salt=salt, label="pair", context=b"context") == reference.derive(b"k" * 32)
+        assert derive_key(b"k" * 32, salt=salt, label="pair", context=b"context") == reference.derive(
+            b"k" * 32
+        )
 
 
 def test_chacha20_poly1305_section_2_8_2_of_rfc_8439():
@@ -304,7 +320,8 @@ def test_every_seed_bit_changes_the_mask():
     """Folding or truncating the seed would leave some of the 256 neighbours with the same mask."""
     base = bytes(range(32))
     flipped = [
-        keystream((int.from_bytes(base, "big") ^ 1 << bit).to_bytes(32, "big"), 8, np.uint32) for bit in range(256)
+        keystream((int.from_bytes(base, "big") ^ 1 << bit).to_bytes(32, "big"), 8, np.uint32)
+        for bit in range(256)
     ]
     words = np.stack([keystream(base, 8, np.uint32), *flipped])
     assert len({row.tobytes() for row in words}) == 257

@@ -63,7 +63,9 @@ def test_quantising_into_lanes_is_quantising_and_packing(clients: int, dtype: ty
 
 def test_rounding_at_random_in_lanes_is_unbiased():
     grid, lanes = Quantizer(value_bits=4, coordinate_bound=7.0, modulus_bits=64), Lanes(bound=100)
-    integers = lanes.unpack(grid.encode_lanes(np.full(40_000, 0.3), lanes, source=RandomSource.seeded(2)), 40_000)
+    integers = lanes.unpack(
+        grid.encode_lanes(np.full(40_000, 0.3), lanes, source=RandomSource.seeded(2)), 40_000
+    )
     assert set(integers.tolist()) == {0, 1}
     assert abs(integers.mean() - 0.3) <= 5 * math.sqrt(0.3 * 0.7 / 40_000)
     assert abs(np.corrcoef(integers[:13_000], integers[13_334:26_334])[0, 1]) < 0.05  # neighbours in a word

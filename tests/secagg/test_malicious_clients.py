@@ -71,7 +71,9 @@ def test_nobody_can_speak_for_another_client():
     server.receive_masked_input(mine)
     refused(lambda: server.receive_masked_input(mine))
     for owner in ids[1:]:
-        server.receive_masked_input(table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner]))
+        server.receive_masked_input(
+            table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner])
+        )
     confirmation = table.clients[ids[0]].confirm(server.survivors_message())
     refused(lambda: server.receive_confirmation(confirmation[:2] + ids[1] + confirmation[34:]))
     for owner in ids:
@@ -145,7 +147,9 @@ def test_a_client_can_push_one_other_out_but_not_touch_the_sum_of_the_rest():
     refused(lambda: table.clients[ids[1]].mask(server.delivery_for(ids[1]), table.vectors[ids[1]]))
     staying = [ids[0], *ids[2:]]
     for owner in staying:
-        server.receive_masked_input(table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner]))
+        server.receive_masked_input(
+            table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner])
+        )
     for owner in staying:
         server.receive_confirmation(table.clients[owner].confirm(server.survivors_message()))
     for owner in staying:

@@ -41,7 +41,9 @@ def test_a_steady_round_takes_two_client_messages_and_one_more_to_confirm(mode: 
     for round_number in range(1, 4):
         following, next_server = sessions(parties, round_number + 1)
         sent = dict.fromkeys(owners, 0)
-        vectors = {owner: np.full(11, round_number + place, dtype=np.uint32) for place, owner in enumerate(owners)}
+        vectors = {
+            owner: np.full(11, round_number + place, dtype=np.uint32) for place, owner in enumerate(owners)
+        }
         deliveries = {owner: server.delivery_for(owner) for owner in owners}
         server.bind_model(model_of(round_number))
         for owner in owners:
@@ -74,7 +76,9 @@ def test_a_client_lost_between_rounds_is_recovered_like_any_other():
     server.bind_model(model_of(1))
     vector = np.arange(11, dtype=np.uint32)
     for owner in owners[1:]:
-        server.receive_masked_input(clients[owner].mask(server.delivery_for(owner), vector, model_hash=model_of(1)))
+        server.receive_masked_input(
+            clients[owner].mask(server.delivery_for(owner), vector, model_hash=model_of(1))
+        )
     for owner in owners[1:]:
         server.receive_confirmation(clients[owner].confirm(server.survivors_message()))
     for owner in owners[1:]:
@@ -143,7 +147,9 @@ def test_a_model_named_up_front_cannot_be_exchanged_when_masking():
     with pytest.raises(ProtocolError):
         table.server.bind_model(model_of(1))
     session = table.clients[owner]
-    refused(lambda: session.mask(table.server.delivery_for(owner), table.vectors[owner], model_hash=model_of(1)))
+    refused(
+        lambda: session.mask(table.server.delivery_for(owner), table.vectors[owner], model_hash=model_of(1))
+    )
     other = table.clients[table.ids[1]]
     other.mask(table.server.delivery_for(other.id), table.vectors[other.id], model_hash=b"m" * 32)
 
@@ -152,5 +158,11 @@ def test_bundles_are_taken_apart_whole_or_not_at_all():
     whole = messages.bundle([b"one", b"", b"three"])
     assert [bytes(part) for part in messages.unbundle(whole)] == [b"one", b"", b"three"]
     assert messages.unbundle(messages.bundle([])) == []
-    for damaged in (whole[:-1], whole + b"\0", b"\x01\x08" + whole[2:], whole[:2] + b"\xff" * 8 + whole[10:], b""):
+    for damaged in (
+        whole[:-1],
+        whole + b"\0",
+        b"\x01\x08" + whole[2:],
+        whole[:2] + b"\xff" * 8 + whole[10:],
+        b"",
+    ):
         refused(lambda damaged=damaged: messages.unbundle(damaged))

@@ -84,7 +84,9 @@ def expect_losses(count: int, fraction: float, mode: Mode, seed: int) -> dict[in
     return {int(place): STAGES[mode][source.below(len(STAGES[mode]))] for place in lost}
 
 
-def check_losses(count: int, *, mode: Mode, neighbours: int | None, threshold: int | None, length: int) -> None:
+def check_losses(
+    count: int, *, mode: Mode, neighbours: int | None, threshold: int | None, length: int
+) -> None:
     survivors = count - int(0.2 * count)
     parties = gather(
         count, mode=mode, minimum_survivors=max(3, survivors), length=length, neighbours=neighbours,
@@ -171,7 +173,9 @@ def test_a_client_whose_training_fails_counts_as_lost():
     parties = gather(5)
     vectors = parties.vectors()
     failing = list(parties.people)[3]
-    outcome = drive(parties.clients(), parties.server(), lambda owner: None if owner == failing else vectors[owner])
+    outcome = drive(
+        parties.clients(), parties.server(), lambda owner: None if owner == failing else vectors[owner]
+    )
     assert_exact(outcome, vectors)
     assert dict(outcome.lost) == {failing: Stage.MASK}
 

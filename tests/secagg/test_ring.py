@@ -143,9 +143,16 @@ def test_impossible_grids_are_refused(settings_: dict[str, float]):
         quantizer(**settings_)  # type: ignore[arg-type]
 
 
-@given(st.lists(st.floats(-2, 2), min_size=1, max_size=40), st.integers(2, 24), st.integers(1, 500), st.booleans())
+@given(
+    st.lists(st.floats(-2, 2), min_size=1, max_size=40),
+    st.integers(2, 24),
+    st.integers(1, 500),
+    st.booleans(),
+)
 @settings(max_examples=150, deadline=None)
-def test_encoding_stays_within_one_level_and_the_limit(values: list[float], bits: int, weight: int, at_random: bool):
+def test_encoding_stays_within_one_level_and_the_limit(
+    values: list[float], bits: int, weight: int, at_random: bool
+):
     grid = quantizer(bits, 1.5, 64)
     exact = np.clip(np.array(values), -1.5, 1.5) * grid.scale * weight
     integers = signed(grid.encode(np.array(values), source=SEEDED if at_random else None, weight=weight), 64)
@@ -158,7 +165,9 @@ def test_encoding_stays_within_one_level_and_the_limit(values: list[float], bits
 
 @given(st.integers(2, 32), st.integers(1, 100_000), st.integers(1, 1000), st.integers(0, 10_000))
 @settings(max_examples=300, deadline=None)
-def test_the_chosen_modulus_is_the_smallest_that_holds_every_sum(bits: int, clients: int, weight: int, noise: int):
+def test_the_chosen_modulus_is_the_smallest_that_holds_every_sum(
+    bits: int, clients: int, weight: int, noise: int
+):
     bound = clients * ((2 ** (bits - 1) - 1) * weight + noise)
     assert largest_sum(bits, clients=clients, max_weight=weight, noise_bound=noise) == bound
     chosen = modulus_for(bits, clients, max_weight=weight, noise_bound=noise)
@@ -166,10 +175,14 @@ def test_the_chosen_modulus_is_the_smallest_that_holds_every_sum(bits: int, clie
         fits = -(2 ** (modulus_bits - 1)) <= -bound and bound < 2 ** (modulus_bits - 1)
         assert fits == (modulus_bits >= chosen)
         if fits:
-            check_overflow(modulus_bits, value_bits=bits, clients=clients, max_weight=weight, noise_bound=noise)
+            check_overflow(
+                modulus_bits, value_bits=bits, clients=clients, max_weight=weight, noise_bound=noise
+            )
         else:
             with pytest.raises(ParameterError, match=f"use {chosen} bits"):
-                check_overflow(modulus_bits, value_bits=bits, clients=clients, max_weight=weight, noise_bound=noise)
+                check_overflow(
+                    modulus_bits, value_bits=bits, clients=clients, max_weight=weight, noise_bound=noise
+                )
 
 
 def test_published_examples_of_the_overflow_rule():
@@ -232,13 +245,23 @@ def test_signed_values_survive_the_ring(modulus_bits: int):
 def test_headers_are_opened_and_checked():
     payloads = [from_signed(np.array([j, -j], dtype=np.int64), 24) for j in (1, 2, 3)]
     total = reduce(
-        np.sum([frame(p, weight=w, modulus_bits=24) for p, w in zip(payloads, (5, 7, 11))], axis=0, dtype=np.uint32), 24
+        np.sum(
+            [frame(p, weight=w, modulus_bits=24) for p, w in zip(payloads, (5, 7, 11))],
+            axis=0,
+            dtype=np.uint32,
+        ),
+        24,
     )
     opened = unframe(total, survivors=3, modulus_bits=24, max_weight=11, value_bits=8)
     assert opened.total_weight == 23
     assert signed(opened.payload, 24).tolist() == [6, -6]
     assert len(total) == 2 + HEADER
-    for changes in ({"survivors": 2}, {"survivors": 4}, {"max_weight": 7}, {"max_weight": 1, "value_bits": 2}):
+    for changes in (
+        {"survivors": 2},
+        {"survivors": 4},
+        {"max_weight": 7},
+        {"max_weight": 1, "value_bits": 2},
+    ):
         settings_ = {"survivors": 3, "max_weight": 11, "value_bits": 8, **changes}
         with pytest.raises(ProtocolError):
             unframe(total, modulus_bits=24, **settings_)

@@ -29,7 +29,11 @@ def spoken_forms(secret: bytes) -> list[str]:
 def session_secrets(session: ClientSession) -> list[bytes]:
     held = session._held()
     secrets = [bytes(held.mask_key), bytes(held.self_secret), *map(bytes, held.channels.values())]
-    return [secret for secret in [*secrets, *(share for pair in held.shares.values() for share in pair)] if any(secret)]
+    return [
+        secret
+        for secret in [*secrets, *(share for pair in held.shares.values() for share in pair)]
+        if any(secret)
+    ]
 
 
 @pytest.mark.parametrize("stage", [Stage.SHARE, Stage.MASK, Stage.CONFIRM, Stage.UNMASK])

@@ -37,7 +37,9 @@ def test_any_threshold_shares_give_the_secret_back(secret: bytes, threshold: int
     points = data.draw(st.permutations(range(1, count + 1)))[:threshold]
     chosen = {x: dealt[x - 1] for x in points}
     assert shamir.combine(chosen) == secret
-    assert lagrange({x: int.from_bytes(share, "big") for x, share in chosen.items()}) == int.from_bytes(secret, "big")
+    assert lagrange({x: int.from_bytes(share, "big") for x, share in chosen.items()}) == int.from_bytes(
+        secret, "big"
+    )
 
 
 @pytest.mark.parametrize("secret", [bytes(32), b"\xff" * 32])
@@ -92,7 +94,9 @@ def test_a_result_that_is_no_32_byte_string_is_refused():
         shamir.combine({1: above, 2: above})
 
 
-@pytest.mark.parametrize("shares", [{}, {0: bytes(33), 1: bytes(33)}, {1: bytes(32), 2: bytes(33)}, {-1: bytes(33)}])
+@pytest.mark.parametrize(
+    "shares", [{}, {0: bytes(33), 1: bytes(33)}, {1: bytes(32), 2: bytes(33)}, {-1: bytes(33)}]
+)
 def test_malformed_shares_are_refused(shares: dict[int, bytes]):
     with pytest.raises(ProtocolError):
         shamir.combine(shares)
@@ -121,13 +125,16 @@ def test_rings_are_regular_symmetric_and_without_loops(count: int, neighbours: i
 
 def test_a_ring_with_too_many_neighbours_is_the_complete_graph():
     graph = build_graph("harary", count=5, neighbours=4, transcript=b"t" * 32)
-    assert [graph.neighbours(member) for member in range(5)] == [[o for o in range(5) if o != m] for m in range(5)]
+    assert [graph.neighbours(member) for member in range(5)] == [
+        [o for o in range(5) if o != m] for m in range(5)
+    ]
     assert [graph.share_point(holder, 2) for holder in (0, 1, 3, 4)] == [1, 2, 3, 4]
 
 
 def test_graphs_follow_the_transcript_and_are_spread_evenly():
     places = [
-        build_graph("harary", count=12, neighbours=2, transcript=bytes([s]) * 32).neighbours(0) for s in range(250)
+        build_graph("harary", count=12, neighbours=2, transcript=bytes([s]) * 32).neighbours(0)
+        for s in range(250)
     ]
     counts = [sum(other in row for row in places) for other in range(1, 12)]
     expected = 250 * 2 / 11
@@ -198,7 +205,12 @@ def test_the_parameter_tables():
 def test_the_grinding_safe_rows():
     for clients, corrupted, dropouts, expected in GRINDING_SAFE:
         found = find_graph_parameters(
-            clients, corrupted=corrupted, dropouts=dropouts, mode="active", security_bits=80, prefer_complete=False
+            clients,
+            corrupted=corrupted,
+            dropouts=dropouts,
+            mode="active",
+            security_bits=80,
+            prefer_complete=False,
         )
         assert f"{found.neighbours}/{found.threshold}" == expected
 
@@ -241,7 +253,8 @@ def test_published_rows_of_another_finder(row: str):
 
 
 @pytest.mark.parametrize(
-    "clients, colluders, threshold, may_leave", [(10, 1, 6, 3), (10, 3, 7, 2), (5, 1, 3, 1), (3, 1, 2, 0), (4, 1, 3, 0)]
+    "clients, colluders, threshold, may_leave",
+    [(10, 1, 6, 3), (10, 3, 7, 2), (5, 1, 3, 1), (3, 1, 2, 0), (4, 1, 3, 0)],
 )
 def test_small_complete_graphs(clients: int, colluders: int, threshold: int, may_leave: int):
     assert threshold_above(neighbours=clients - 1, corrupted=colluders, mode="active") == threshold
@@ -268,7 +281,10 @@ def test_hypergeometric_tails_match_exact_fractions():
         kind="harary", clients=clients, neighbours=neighbours, corrupted=corrupted, dropouts=0, mode="semi_honest",
         security_bits=10,
     )  # fmt: skip
-    ways = [math.comb(corrupted, x) * math.comb(clients - corrupted, neighbours - x) for x in range(neighbours + 1)]
+    ways = [
+        math.comb(corrupted, x) * math.comb(clients - corrupted, neighbours - x)
+        for x in range(neighbours + 1)
+    ]
     tails = [Fraction(sum(ways[x:]), math.comb(clients, neighbours)) for x in range(neighbours + 1)]
     limit = Fraction(1, 2**11 * clients)
     assert threshold is not None

@@ -59,11 +59,15 @@ def table(kind: str) -> Table:
     return Table(text=TEXTS, other=TEXTS[::-1], label=LABELS)
 
 
-def prepare(name: str, kind: str, *, text: Sequence[str] = ("text",), **options: Any) -> tuple[Task, Any, Encoded]:
+def prepare(
+    name: str, kind: str, *, text: Sequence[str] = ("text",), **options: Any
+) -> tuple[Task, Any, Encoded]:
     backbone = load_backbone(f"builtin:{name}", kind=kind, labels=3, base=Path(), seed=5)
     pictures = kind == "image_classification"
     columns = SimpleNamespace(
-        text_columns=() if pictures else tuple(text), label_column="label", image_column="picture" if pictures else None
+        text_columns=() if pictures else tuple(text),
+        label_column="label",
+        image_column="picture" if pictures else None,
     )
     task = build_task(kind, backbone=backbone, dataset=columns, **options)
     with torch.no_grad():  # spread the random weights, so that losses of different samples differ clearly
@@ -130,13 +134,17 @@ def test_causal_loss_and_perplexity_by_definition(name: str) -> None:
     assert isinstance(encoded, EncodedText)
     means, nats, count = [], 0.0, 0
     for row in range(5):
-        tokens = torch.from_numpy(encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]].astype(np.int64))
+        tokens = torch.from_numpy(
+            encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]].astype(np.int64)
+        )
         with torch.inference_mode():
             scores = model(input_ids=tokens.unsqueeze(0)).logits[0]
         parts = [-float(log_softmax(scores[i], dim=0)[tokens[i + 1]]) for i in range(len(tokens) - 1)]
         means.append(sum(parts) / len(parts))
         nats, count = nats + sum(parts), count + len(parts)
-    torch.testing.assert_close(losses(task, model, encoded, range(5)), torch.tensor(means), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        losses(task, model, encoded, range(5)), torch.tensor(means), atol=1e-4, rtol=1e-5
+    )
     result = task.evaluate(model, encoded, batch_size=2)
     assert result.loss == pytest.approx(nats / count, rel=1e-5)
     assert result.metric == pytest.approx(math.exp(nats / count), rel=1e-4)
@@ -233,7 +241,9 @@ def test_chunks_do_not_change_the_gradient() -> None:
     parts = list(task.chunks(encoded, range(5), most=4))
     assert len(parts) > 1
     split = [
-        torch.autograd.grad(task.losses(model, task.batch(encoded, p, device="cpu")).sum(), model.classifier.weight)[0]
+        torch.autograd.grad(
+            task.losses(model, task.batch(encoded, p, device="cpu")).sum(), model.classifier.weight
+        )[0]
         for p in parts
     ]
     torch.testing.assert_close(torch.stack(split).sum(0), whole, atol=1e-5, rtol=1e-4)
@@ -268,14 +278,18 @@ def test_texts_are_cut_padded_and_kept_compact() -> None:
 
 def test_pairs_of_texts_carry_segments() -> None:
     task, model, _ = prepare("tiny-bert", "text_classification", text=("text", "other"))
-    encoded = task.encode(Table(text=["a good day", "bad"], other=["not bad", "the end was great"], label=[0, 1]))
+    encoded = task.encode(
+        Table(text=["a good day", "bad"], other=["not bad", "the end was great"], label=[0, 1])
+    )
     assert isinstance(encoded, EncodedText)
     batch = task.batch(encoded, [0, 1], device="cpu")
     single = task.backbone.tokenizer("bad", "the end was great")  # type: ignore[misc]
     assert batch["token_type_ids"][1].tolist() == single["token_type_ids"]
     assert batch["token_type_ids"].max() == 1
     decoder, _, _ = prepare("tiny-gpt2", "text_classification", text=("text", "other"))
-    assert "token_type_ids" not in decoder.batch(decoder.encode(table("text_classification")), [0], device="cpu")
+    assert "token_type_ids" not in decoder.batch(
+        decoder.encode(table("text_classification")), [0], device="cpu"
+    )
     together = losses(task, model, encoded, [0, 1])
     torch.testing.assert_close(losses(task, model, encoded, [0]), together[:1], atol=2e-5, rtol=2e-5)
 
@@ -291,7 +305,9 @@ def test_pictures_of_the_right_size_pass_unchanged_and_are_normalised_in_the_bat
 def test_resizing_agrees_with_pillow() -> None:
     task, _, _ = prepare("tiny-vit", "image_classification")
     smooth = np.zeros((1, 48, 40, 3), dtype=np.uint8)
-    smooth[0] = (np.add.outer(np.arange(48) * 2, np.arange(40) * 3)[..., None] + np.array([0, 20, 40])).astype(np.uint8)
+    smooth[0] = (
+        np.add.outer(np.arange(48) * 2, np.arange(40) * 3)[..., None] + np.array([0, 20, 40])
+    ).astype(np.uint8)
     encoded = task.encode(Table(picture=smooth, label=[0]))
     wanted = np.asarray(Image.fromarray(smooth[0]).resize((32, 32), Image.Resampling.BILINEAR), dtype=float)
     assert np.abs(encoded.pixels[0].permute(1, 2, 0).numpy() - wanted).max() <= 1.0  # type: ignore[union-attr]
@@ -306,7 +322,10 @@ def test_grey_pictures_fill_all_channels() -> None:
 
 def test_majority_answers_with_the_commonest_training_label() -> None:
     task, _, _ = prepare("tiny-bert", "text_classification")
-    train, validation = Table(text=["x"] * 4, label=[2, 2, 0, 1]), Table(text=["x"] * 5, label=[2, 2, 2, 0, 1])
+    train, validation = (
+        Table(text=["x"] * 4, label=[2, 2, 0, 1]),
+        Table(text=["x"] * 5, label=[2, 2, 2, 0, 1]),
+    )
     assert task.majority(train, validation) == 0.6
     language, _, _ = prepare("tiny-llama", "causal_lm")
     assert language.majority(train, validation) is None
@@ -339,7 +358,9 @@ def test_unfitting_models_and_columns_are_refused() -> None:
         build_task("sorting", backbone=backbone, dataset=SimpleNamespace())
     with pytest.raises(ModelError, match="takes no pictures"):
         build_task("image_classification", backbone=backbone, dataset=SimpleNamespace(image_column="x"))
-    unlabelled = build_task("text_classification", backbone=backbone, dataset=SimpleNamespace(text_columns=("text",)))
+    unlabelled = build_task(
+        "text_classification", backbone=backbone, dataset=SimpleNamespace(text_columns=("text",))
+    )
     with pytest.raises(ModelError, match=r"task\.label_column"):
         unlabelled.encode(table("text_classification"))
     backbone.tokenizer.mask_token = None  # type: ignore[union-attr]
@@ -361,7 +382,9 @@ def test_a_tiny_model_learns_a_rule_it_was_not_built_with() -> None:
     """60 plain steps on 'good' against 'bad'; unseen sentences."""
     backbone = load_backbone("builtin:tiny-bert", kind="text_classification", labels=2, base=Path(), seed=5)
     task = build_task(
-        "text_classification", backbone=backbone, dataset=SimpleNamespace(text_columns=("text",), label_column="label")
+        "text_classification",
+        backbone=backbone,
+        dataset=SimpleNamespace(text_columns=("text",), label_column="label"),
     )
     nouns = ["movie", "story", "film", "day", "plan", "home", "work", "end"]
     rows = [(f"the {noun} was {word}", label) for noun in nouns for label, word in enumerate(("bad", "good"))]

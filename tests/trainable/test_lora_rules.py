@@ -124,7 +124,9 @@ def test_every_rule_is_linear_in_what_is_sent(kind: str) -> None:
     )
     mean = torch.stack([first, second, third]).double().mean(0)
     other = torch.stack([first + second, third, torch.zeros_like(first)]).double().mean(0)
-    torch.testing.assert_close(rule.step(state, mean).vector, rule.step(state, other).vector, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        rule.step(state, mean).vector, rule.step(state, other).vector, atol=1e-6, rtol=1e-6
+    )
 
 
 def test_what_travels() -> None:
@@ -159,7 +161,9 @@ def test_fedsvd_refuses_a_rank_larger_than_a_module_before_anything_is_charged(t
     state = rule.start(trainable.flatten())
     changes = client_changes(rule, state.vector, 0, seed=1)
     wanted = torch.stack([dense(rule, state.vector + change) for change in changes]).mean(0)
-    assert (dense(rule, one_round(rule, state, changes).vector) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert (
+        dense(rule, one_round(rule, state, changes).vector) - wanted
+    ).abs().max() < 1e-4 * wanted.abs().max()
     with pytest.raises(ModelError, match=r"rank = 33 .* 32 x 64, .* lower the rank to 32"):
         lora_for("fedsvd", "tiny-llama", rank=33)
     lora_for("ffa", "tiny-llama", rank=33)  # the control: the other rules take any rank
@@ -177,7 +181,9 @@ def test_fedsvd_refuses_a_rank_larger_than_a_module_before_anything_is_charged(t
 
 def test_flora_takes_clients_of_different_ranks() -> None:
     trainable, rule = lora_for("flora", ranks=(1, 3))
-    state = one_round(rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=3))
+    state = one_round(
+        rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=3)
+    )
     change = client_changes(rule, state.vector, 1, seed=4)[0]
     for client, rank in ((0, 1), (1, 3), (2, 1)):
         mask = rule.mask(client)
@@ -185,7 +191,9 @@ def test_flora_takes_clients_of_different_ranks() -> None:
         local = mask * (state.vector + change)
         for item in rule.adapters:
             assert torch.linalg.matrix_rank(rule.product(local, item)) == rank
-        assert torch.equal(local[rule.places[rule.head[0]]], (state.vector + change)[rule.places[rule.head[0]]])
+        assert torch.equal(
+            local[rule.places[rule.head[0]]], (state.vector + change)[rule.places[rule.head[0]]]
+        )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LORA_RULES if kind != "fedsa"])
@@ -208,7 +216,9 @@ def test_a_public_phase_leaves_the_same_model_to_broadcast(kind: str) -> None:
 def test_two_changes_are_compared_as_the_model_feels_them(kind: str) -> None:
     """The cosine of a public and a private change against that of the dense weights and the head before and after."""
     trainable, rule = lora_for(kind)
-    start = one_round(rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=1))
+    start = one_round(
+        rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=1)
+    )
     start = one_round(rule, start, client_changes(rule, start.vector, 1, seed=2))
     changes = client_changes(rule, start.vector, start.round, seed=3)
     public = replace(start, vector=rule.after_public(start.vector + changes[0], 3))
@@ -225,13 +235,21 @@ def test_two_changes_are_compared_as_the_model_feels_them(kind: str) -> None:
         assert abs(plain - wanted) > 0.03, "the factors themselves were turned or drawn anew"
     if kind == "rolora":
         other = one_round(rule, private, client_changes(rule, private.vector, private.round, seed=4))
-        assert rule.cosine(kept[0], rule.moved(private.vector, other.vector)) is None, "B was trained there, A here"
+        assert rule.cosine(kept[0], rule.moved(private.vector, other.vector)) is None, (
+            "B was trained there, A here"
+        )
 
 
-@pytest.mark.parametrize(("kind", "wider"), [("ffa", True), ("fedsvd", True), ("fedex", True), ("flora", False)])
-def test_chance_reaches_beyond_the_reports_floor_under_rules_with_fewer_directions(kind: str, wider: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "wider"), [("ffa", True), ("fedsvd", True), ("fedex", True), ("flora", False)]
+)
+def test_chance_reaches_beyond_the_reports_floor_under_rules_with_fewer_directions(
+    kind: str, wider: bool
+) -> None:
     trainable, rule = lora_for(kind)
-    start = one_round(rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=1)).vector
+    start = one_round(
+        rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=1)
+    ).vector
     cosines = []
     for draw in range(40):
         ends = [start]  # the second phase begins where the first one ended
@@ -263,7 +281,9 @@ def test_rules_need_factors() -> None:
         pytest.param("average", {"kind": "lora_xs", "rank": 4}, 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_under_noise_and_masks(kind: str, trainable: dict[str, Any], rounds: int, tmp_path: Path) -> None:
+def test_a_run_under_noise_and_masks(
+    kind: str, trainable: dict[str, Any], rounds: int, tmp_path: Path
+) -> None:
     lifecycle = {"kind": "finetune", "local_steps": 1, "batch_size": 4, "learning_rate": 0.1}
     made = make(
         model={"name": "builtin:tiny-vit", "trainable": trainable},
@@ -310,7 +330,9 @@ def test_a_core_starts_as_the_backbone_and_trains_per_sample(name: str, tmp_path
     shake(trainable)
     assert torch.equal(losses(replicate(trainable), task, encoded), losses(trainable, task, encoded))
     parameters = list(trainable.parameters.values())
-    wanted = [torch.autograd.grad(losses(trainable, task, encoded, [row]).sum(), parameters) for row in range(4)]
+    wanted = [
+        torch.autograd.grad(losses(trainable, task, encoded, [row]).sum(), parameters) for row in range(4)
+    ]
     with PerSampleEngine(trainable.model, parameters=trainable.parameters) as engine:
         found = engine.per_sample(lambda: losses(trainable, task, encoded))
     for place, key in enumerate(trainable.parameters):

@@ -48,7 +48,9 @@ def backbone_of(model_type: str, kind: str, **options: Any) -> Backbone:
         model = CLASSES[kind].from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
     inside = f"{model.base_model_prefix}."
     return Backbone(
         model=model.requires_grad_(False),
@@ -58,7 +60,9 @@ def backbone_of(model_type: str, kind: str, **options: Any) -> Backbone:
         hidden_size=16,
         max_positions=36,
         kind=kind,
-        fresh=() if kind == "causal_lm" else tuple(n for n, _ in model.named_parameters() if not n.startswith(inside)),
+        fresh=()
+        if kind == "causal_lm"
+        else tuple(n for n, _ in model.named_parameters() if not n.startswith(inside)),
     )
 
 
@@ -76,7 +80,9 @@ def backbone_of(model_type: str, kind: str, **options: Any) -> Backbone:
         ("gpt2", {"vocab_size": 60, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 40}),
     ],
 )
-def test_a_prefix_made_of_words_answers_as_if_the_words_stood_in_front(model_type: str, options: dict[str, Any]) -> None:
+def test_a_prefix_made_of_words_answers_as_if_the_words_stood_in_front(
+    model_type: str, options: dict[str, Any]
+) -> None:
     backbone: Any = backbone_of(model_type, "causal_lm", **options)
     before, after = torch.tensor([[11, 12, 13, 14]] * 2), torch.tensor([[21, 22, 23], [31, 32, 33]])
     with torch.no_grad():
@@ -104,7 +110,10 @@ def test_a_prefix_that_no_layer_reads_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_prefix_of_the_wrong_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = backbone_of("falcon", "text_classification", **SMALL)
     monkeypatch.setattr(prefix, "cache_shape", lambda backbone: (4, 4))
-    with pytest.raises(ModelError, match=r"'prefix': Falcon.* cannot run with it \(RuntimeError.*use prompt, p_tuning or lora"):
+    with pytest.raises(
+        ModelError,
+        match=r"'prefix': Falcon.* cannot run with it \(RuntimeError.*use prompt, p_tuning or lora",
+    ):
         attach(backbone, {"kind": "prefix", "length": 3}, task_kind="text_classification", seed=1)
 
 
@@ -134,7 +143,10 @@ def test_lora_beside_a_module_that_never_runs_is_refused() -> None:
     backbone: Any = backbone_of("bert", "text_classification", **SMALL)
     backbone.model.bert.idle = nn.Linear(16, 16).requires_grad_(False)
     spec = {"kind": "lora", "rank": 2, "target_modules": ["query", "idle"]}
-    with pytest.raises(ModelError, match=r"does not use it: no gradient reaches .*idle.lora_A.weight and 1 more; use other target"):
+    with pytest.raises(
+        ModelError,
+        match=r"does not use it: no gradient reaches .*idle.lora_A.weight and 1 more; use other target",
+    ):
         attach(backbone, spec, task_kind="text_classification", seed=1)
 
 
@@ -151,14 +163,24 @@ def test_a_rehearsal_leaves_nothing_behind() -> None:
 # --- gradients of single samples -------------------------------------------------------------------------------------
 
 
-def run_of(model_type: str, folder: Path, *, trainable: str, privacy: dict[str, Any], **options: Any) -> Prepared:
+def run_of(
+    model_type: str, folder: Path, *, trainable: str, privacy: dict[str, Any], **options: Any
+) -> Prepared:
     """Prepare a run on a small checkpoint of a family."""
     tokenizer = tiny_tokenizer()
     backbone: Any = backbone_of(model_type, "text_classification", **options | {"vocab_size": len(tokenizer)})
     backbone.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    data = {"kind": "text_classification", "data": "builtin:clinic_notes?size=60&validation=20", "clients": 4, "max_length": 16}
-    model = {"name": str(folder), "trainable": {"kind": trainable, **({"rank": 2} if trainable == "lora" else {})}}
+    data = {
+        "kind": "text_classification",
+        "data": "builtin:clinic_notes?size=60&validation=20",
+        "clients": 4,
+        "max_length": 16,
+    }
+    model = {
+        "name": str(folder),
+        "trainable": {"kind": trainable, **({"rank": 2} if trainable == "lora" else {})},
+    }
     protection = SECAGG if privacy.get("unit") == "client" else {"kind": "none"}
     return prepared(make(task=data, model=model, privacy=privacy, protection=protection))
 
@@ -169,7 +191,13 @@ def test_a_plan_refuses_a_model_without_gradients_per_sample(tmp_path: Path) -> 
     words = r"'full': DebertaV2ForSequenceClassification gives no gradient per sample.*; use lora or prompt, or the client unit"
     with pytest.raises(ModelError, match=words):
         run_of("deberta-v2", tmp_path, trainable="full", privacy=RECORD, **deberta)
-    for trainable, privacy in (("lora", RECORD), ("full", CLIENT), ("full", {"unit": "none", "reason": "test"})):
-        assert run_of("deberta-v2", tmp_path, trainable=trainable, privacy=privacy, **deberta).trainable.size > 0
+    for trainable, privacy in (
+        ("lora", RECORD),
+        ("full", CLIENT),
+        ("full", {"unit": "none", "reason": "test"}),
+    ):
+        assert (
+            run_of("deberta-v2", tmp_path, trainable=trainable, privacy=privacy, **deberta).trainable.size > 0
+        )
     with pytest.raises(NotPrivateError, match="embed_positions"):
         run_of("opt", tmp_path / "opt", trainable="full", privacy=RECORD, **OPT)

@@ -40,8 +40,20 @@ SPECS: list[dict[str, Any]] = [
     {"kind": "deep_prompt", "length": 5},
     {"kind": "prompt_generator", "length": 5, "hidden": 4},
 ]
-DRAWN = ("lora", "prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")  # the start depends on the seed
-NEWER = ("prefix", "p_tuning", "deep_prompt", "prompt_generator")  # checked on one model of each family, to save time
+DRAWN = (
+    "lora",
+    "prompt",
+    "prefix",
+    "p_tuning",
+    "deep_prompt",
+    "prompt_generator",
+)  # the start depends on the seed
+NEWER = (
+    "prefix",
+    "p_tuning",
+    "deep_prompt",
+    "prompt_generator",
+)  # checked on one model of each family, to save time
 FEWER = [
     ("tiny-bert", "text_classification"),
     ("tiny-bert", "masked_lm"),
@@ -84,7 +96,9 @@ def backbone_of(name: str, kind: str, seed: int = 5) -> Backbone:
 def task_of(backbone: Backbone) -> tuple[Task, Any]:
     pictures = backbone.kind == "image_classification"
     dataset = SimpleNamespace(
-        text_columns=() if pictures else ("text",), label_column="label", image_column="picture" if pictures else None
+        text_columns=() if pictures else ("text",),
+        label_column="label",
+        image_column="picture" if pictures else None,
     )
     task = build_task(backbone.kind, backbone=backbone, dataset=dataset)
     texts = ["a good movie", "the plot is bad and long", "home", "we love this story very much today"]
@@ -104,7 +118,9 @@ def shake(trainable: TrainableModel, seed: int = 9) -> None:
     trainable.load_vector(trainable.flatten() + 0.05 * noise)
 
 
-def losses(trainable: TrainableModel, task: Task, encoded: Any, rows: Sequence[int] = range(4)) -> torch.Tensor:
+def losses(
+    trainable: TrainableModel, task: Task, encoded: Any, rows: Sequence[int] = range(4)
+) -> torch.Tensor:
     return task.losses(trainable.model, task.batch(encoded, rows, device="cpu"))
 
 
@@ -119,7 +135,9 @@ def same_length(backbone: Backbone) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name, kind, spec", GRID)
-def test_only_the_named_tensors_are_trained_and_the_vector_is_exact(name: str, kind: str, spec: dict[str, Any]) -> None:
+def test_only_the_named_tensors_are_trained_and_the_vector_is_exact(
+    name: str, kind: str, spec: dict[str, Any]
+) -> None:
     trainable, task, encoded = prepare(name, kind, spec)
     assert {id(p) for p in trainable.model.parameters() if p.requires_grad} == {
         id(p) for p in trainable.parameters.values()
@@ -174,7 +192,9 @@ def test_frozen_storage_is_shared_by_all_trainables_of_a_backbone(spec: dict[str
 
 
 @pytest.mark.parametrize("name, kind, spec", GRID)
-def test_a_replica_shares_what_is_frozen_and_owns_what_is_trained(name: str, kind: str, spec: dict[str, Any]) -> None:
+def test_a_replica_shares_what_is_frozen_and_owns_what_is_trained(
+    name: str, kind: str, spec: dict[str, Any]
+) -> None:
     trainable, task, encoded = prepare(name, kind, spec)
     shake(trainable)
     before, start = losses(trainable, task, encoded).detach(), trainable.flatten()
@@ -218,7 +238,9 @@ def test_full_training_computes_what_the_plain_model_computes() -> None:
         torch.testing.assert_close(losses(trainable, task, encoded).detach(), plain)
 
 
-@pytest.mark.parametrize("name, kind, spec", [p for p in GRID if "length" in p.values[2] and p.values[0] != "tiny-vit"])
+@pytest.mark.parametrize(
+    "name, kind, spec", [p for p in GRID if "length" in p.values[2] and p.values[0] != "tiny-vit"]
+)
 def test_a_prompted_loss_does_not_depend_on_the_company(name: str, kind: str, spec: dict[str, Any]) -> None:
     if kind == "masked_lm":
         pytest.skip("masks are drawn anew by row")
@@ -252,7 +274,9 @@ def test_half_precision_models_train_and_travel_as_float32(spec: dict[str, Any])
 
 
 @pytest.mark.parametrize("name, kind, spec", GRID)
-def test_per_sample_gradients_equal_a_loop_over_batches_of_one(name: str, kind: str, spec: dict[str, Any]) -> None:
+def test_per_sample_gradients_equal_a_loop_over_batches_of_one(
+    name: str, kind: str, spec: dict[str, Any]
+) -> None:
     trainable, task, encoded = prepare(name, kind, spec)
     shake(trainable)
     wanted = []
@@ -309,7 +333,9 @@ def test_plain_peft_loads_the_adapter_on_the_same_base(
 
 
 @pytest.mark.parametrize("how", ["prompt", "prefix", "p_tuning"])
-@pytest.mark.parametrize("name, kind", [pair for pair in MODELS if pair[1] in ("text_classification", "causal_lm")])
+@pytest.mark.parametrize(
+    "name, kind", [pair for pair in MODELS if pair[1] in ("text_classification", "causal_lm")]
+)
 def test_plain_peft_loads_the_prompt(name: str, kind: str, how: str, tmp_path: Path) -> None:
     """Equal lengths: PEFT hands decoders no place to find the last word of a padded text."""
     trainable, _, _ = prepare(name, kind, {"kind": how, "length": 4})
@@ -344,7 +370,14 @@ def test_prompts_peft_has_no_type_for_are_stored_with_a_version(name: str, kind:
     trainable, _, _ = prepare(name, kind, {"kind": "prompt", "length": 4})
     trainable.export(tmp_path, "base")
     table = json.loads((tmp_path / "trainable.json").read_text())
-    assert table == {"format": 1, "base_model": "base", "kind": "prompt", "task": kind, "length": 4, "width": 64}
+    assert table == {
+        "format": 1,
+        "base_model": "base",
+        "kind": "prompt",
+        "task": kind,
+        "length": 4,
+        "width": 64,
+    }
     (tmp_path / "trainable.json").write_text(json.dumps(table | {"format": 2}))
     with pytest.raises(ModelError, match="format = 2"):
         trainable.import_(tmp_path)
@@ -354,13 +387,17 @@ def test_prompts_peft_has_no_type_for_are_stored_with_a_version(name: str, kind:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_damaged_or_foreign_files_are_refused_and_change_nothing(spec: dict[str, Any], tmp_path: Path) -> None:
+def test_damaged_or_foreign_files_are_refused_and_change_nothing(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
     trainable, _, _ = prepare("tiny-bert", "text_classification", spec)
     trainable.export(tmp_path / "cut", "base")
     for path in (tmp_path / "cut").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-7])
     wider = {**spec, "rank": 4, "length": 6}
-    other = prepare("tiny-llama" if spec["kind"] in ("full", "head") else "tiny-bert", "text_classification", wider)[0]
+    other = prepare(
+        "tiny-llama" if spec["kind"] in ("full", "head") else "tiny-bert", "text_classification", wider
+    )[0]
     other.export(tmp_path / "other", "base")
     before = fingerprint(trainable.tensors())
     for folder in ("cut", "other", "missing"):
@@ -396,7 +433,9 @@ def test_options_of_other_kinds_are_not_read() -> None:
 
 def test_a_model_loaded_for_another_task_is_refused() -> None:
     with pytest.raises(ModelError, match="loaded for masked_lm"):
-        attach(backbone_of("tiny-bert", "masked_lm"), {"kind": "full"}, task_kind="text_classification", seed=1)
+        attach(
+            backbone_of("tiny-bert", "masked_lm"), {"kind": "full"}, task_kind="text_classification", seed=1
+        )
 
 
 def test_a_text_too_long_for_prompt_and_model_is_refused() -> None:
@@ -420,7 +459,9 @@ def test_pictures_have_no_prefix() -> None:
 
 
 @pytest.mark.parametrize("representation", ["model", "embedding"])
-@pytest.mark.parametrize("name, kind", [("tiny-bert", "text_classification"), ("tiny-vit", "image_classification")])
+@pytest.mark.parametrize(
+    "name, kind", [("tiny-bert", "text_classification"), ("tiny-vit", "image_classification")]
+)
 def test_a_generated_prompt_depends_on_its_own_input_alone(name: str, kind: str, representation: str) -> None:
     spec = {"kind": "prompt_generator", "length": 3, "hidden": 4, "representation": representation}
     trainable, task, encoded = prepare(name, kind, spec)
@@ -436,12 +477,16 @@ def test_a_generated_prompt_depends_on_its_own_input_alone(name: str, kind: str,
 
 
 def test_the_frozen_representation_carries_no_gradient() -> None:
-    trainable, task, encoded = prepare("tiny-bert", "text_classification", {"kind": "prompt_generator", "length": 3})
+    trainable, task, encoded = prepare(
+        "tiny-bert", "text_classification", {"kind": "prompt_generator", "length": 3}
+    )
     batch = task.batch(encoded, range(4), device="cpu")
     assert not trainable.model.frozen_representation(batch).requires_grad  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name, kind", [("tiny-bert", "text_classification"), ("tiny-vit", "image_classification")])
+@pytest.mark.parametrize(
+    "name, kind", [("tiny-bert", "text_classification"), ("tiny-vit", "image_classification")]
+)
 def test_deep_prompts_reach_every_layer(name: str, kind: str) -> None:
     trainable, task, encoded = prepare(name, kind, {"kind": "deep_prompt", "length": 3})
     losses(trainable, task, encoded).sum().backward()

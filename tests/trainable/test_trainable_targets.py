@@ -15,7 +15,13 @@ from ffm_secure.models import Backbone, load_backbone
 from ffm_secure.trainable import attach
 from ffm_secure.trainable.targets import QUERY_VALUE, head_modules, lora_targets, matches
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40}
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 40,
+}
 DECODER = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32, "pad_token_id": 0}
 FAMILIES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"), SMALL),
@@ -68,15 +74,24 @@ def test_default_targets_exist_in_every_layer(model_type: str) -> None:
 def test_an_unknown_family_lists_the_candidates() -> None:
     backbone = load_backbone("builtin:tiny-bert", kind="text_classification", labels=2, base=Path(), seed=1)
     backbone.config.model_type = "unheard-of"
-    with pytest.raises(ModelError, match=r"nothing is chosen for 'unheard-of'.*all-linear.*dense, key, query, value"):
+    with pytest.raises(
+        ModelError, match=r"nothing is chosen for 'unheard-of'.*all-linear.*dense, key, query, value"
+    ):
         attach(backbone, {"kind": "lora"}, task_kind="text_classification", seed=1)
     assert (
-        attach(backbone, {"kind": "lora", "target_modules": ["key"]}, task_kind="text_classification", seed=1).size > 0
+        attach(
+            backbone, {"kind": "lora", "target_modules": ["key"]}, task_kind="text_classification", seed=1
+        ).size
+        > 0
     )
 
 
 def test_all_linear_leaves_out_the_head_and_the_output_embedding() -> None:
-    for name, kind in (("tiny-bert", "text_classification"), ("tiny-llama", "causal_lm"), ("tiny-gpt2", "causal_lm")):
+    for name, kind in (
+        ("tiny-bert", "text_classification"),
+        ("tiny-llama", "causal_lm"),
+        ("tiny-gpt2", "causal_lm"),
+    ):
         backbone = load_backbone(f"builtin:{name}", kind=kind, labels=2, base=Path(), seed=1)
         chosen = lora_targets(backbone, ("all-linear",), outside=head_modules(backbone))
         assert chosen
