@@ -74,9 +74,8 @@ def with_own_trace(scene: Scene, sentences: list[tuple[int, ...]]) -> list[tuple
     kept: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for sentence in dict.fromkeys(sentences):
         ids = torch.tensor([sentence])
-        inputs = capture_inputs(module, lambda ids=ids: call(scene.structure.model, ids))[
-            scene.mixed[0].channel
-        ][0]  # type: ignore[misc]
+        captured = capture_inputs(module, partial(call, scene.structure.model, ids))
+        inputs = captured[scene.mixed[0].channel][0]
         unit = inputs / inputs.norm(dim=-1, keepdim=True)
         kept[sentence] = {tuple(row) for row in (unit * 1e5).round().long().tolist()}
     for sentence in sorted(kept, key=lambda entry: (len(kept[entry]), -len(entry))):

@@ -177,10 +177,9 @@ def test_to_table_holds_every_key() -> None:
 
 
 def test_the_page_is_made_from_the_schema() -> None:
-    space: dict[str, Any] = {"__name__": "page", "__file__": str(ROOT / "docs" / "make_run_file_page.py")}
-    exec(
-        compile((ROOT / "docs" / "make_run_file_page.py").read_text(), "make_run_file_page.py", "exec"), space
-    )  # noqa: S102
+    path = ROOT / "docs" / "make_run_file_page.py"
+    space: dict[str, Any] = {"__name__": "page", "__file__": str(path)}
+    exec(compile(path.read_text(), path.name, "exec"), space)  # noqa: S102
     assert (ROOT / "docs" / "run_file.md").read_text() == space["page"](), (
         "run: python docs/make_run_file_page.py"
     )
