@@ -319,7 +319,7 @@ def _vision(folder: Path, *, quick: bool) -> list[Group]:
 def _minilm(folder: Path) -> list[Group]:
     from transformers import AutoTokenizer
 
-    from ffm_secure.models import load_backbone
+    from ffm_secure.models.backbone import load_backbone
 
     def fresh() -> nn.Module:
         backbone = load_backbone("builtin:minilm", kind="text_classification", labels=2, base=Path(), seed=0)

@@ -37,12 +37,13 @@ from attacks.canary import Canaries, gaussian_epsilon
 from defenses.dp import Accountant, ClippedSum, Clipping, Event, Ledger
 from defenses.dp.accountant import gaussian_delta
 from defenses.random_source import RandomSource
-from ffm_secure import config, federation, setup
-from ffm_secure.client import Client, Workplace
-from ffm_secure.engines import LocalEngine, Outcome
+from ffm_secure import federation
+from ffm_secure.config import run_file as config
+from ffm_secure.engines import LocalEngine, RoundResult, setup
 from ffm_secure.lifecycle.finetune import GradientRule, PrivateGradient
-from ffm_secure.store import Store
-from ffm_secure.types import RoundPlan
+from ffm_secure.records import RoundPlan
+from ffm_secure.site.trainer import Client, SiteTrainer
+from ffm_secure.storage.run_directory import Store
 
 VICTIM, SIGNIFICANCE, LENGTH = 0, 0.025, 10.0
 METHODS = {"one-run": "one_run", "f-DP": "one_run_fdp", "Gaussian": "gaussian"}
@@ -172,7 +173,7 @@ def _flat(parts: Mapping[str, Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------------------------- a run with an observer
 
 
-class CanaryWorkplace(Workplace):
+class CanaryWorkplace(SiteTrainer):
     """Where the audited client trains with canaries, and what every client sends is seen by the colluders' server."""
 
     def __init__(self, planted: Planted, sent: dict[int, np.ndarray], **shipped: Any) -> None:
@@ -210,7 +211,7 @@ class ColludingServer(LocalEngine):
         super().__init__(made)
         self.seen = np.zeros(made.trainable.size)
 
-    def _workplace(self, trainable: Any) -> Workplace:
+    def _workplace(self, trainable: Any) -> SiteTrainer:
         shipped = super()._workplace(trainable)
         named = {
             name: getattr(shipped, name)
@@ -218,7 +219,7 @@ class ColludingServer(LocalEngine):
         }
         return CanaryWorkplace(self.planted, self.sent, **named)
 
-    def collect(self, plan: RoundPlan, vector: Tensor, finished: Any) -> Outcome:
+    def collect(self, plan: RoundPlan, vector: Tensor, finished: Any) -> RoundResult:
         outcome = super().collect(plan, vector, finished)
         assert outcome.sum is not None
         others = [self.setup.code.open(ring, round=plan.round, survivors=(client,)).values

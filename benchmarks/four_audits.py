@@ -24,8 +24,8 @@ import torch
 from transformers.utils import logging
 
 import ffm_secure as ffm
-from ffm_secure.audit import audit_run
-from ffm_secure.types import AuditSummary
+from ffm_secure.auditing.run_audit import audit_run
+from ffm_secure.records import AuditSummary
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "audit"
 LOCAL = (

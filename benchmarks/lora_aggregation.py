@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ffm_secure import experiments, setup
-from ffm_secure.client import Workplace
-from ffm_secure.config import Strategy
-from ffm_secure.run import place
-from ffm_secure.server import plan_round
+from ffm_secure.api import place
+from ffm_secure.config.run_file import Strategy
+from ffm_secure.engines import setup
+from ffm_secure.experiments import grid as experiments
+from ffm_secure.server.rounds import plan_round
+from ffm_secure.site.trainer import SiteTrainer
 from ffm_secure.strategies.lora_rules import LoraRule
 from ffm_secure.trainable import replicate
 
@@ -53,7 +54,7 @@ def misses(config: Any, *, base: Path, rounds: int) -> Iterator[tuple[float, flo
     """Yield for each round the distance to the dense mean, in units of how far that mean moved, and the largest entry of it."""
     with tempfile.TemporaryDirectory() as folder:
         made = setup.build(place(config, base=base, runs=Path(folder)).prepared(), Path(folder))
-        workplace = Workplace(
+        workplace = SiteTrainer(
             config=config, trainable=replicate(made.trainable), task=made.task, mechanism=made.mechanism,
             code=made.code, device=made.device, home=made.home,
         )  # fmt: skip

@@ -19,8 +19,8 @@ import torch
 
 def measure(clients: int, rounds: int, model: str, seed: int) -> dict[str, float]:
     """Run a small federation in this process; return the shares of a round and the peak memory."""
-    from ffm_secure import config
-    from ffm_secure.run import Run
+    from ffm_secure.api import Run
+    from ffm_secure.config import run_file as config
 
     torch.set_num_threads(1)
     table = {

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from ffm_secure.config import RunConfig
+from ffm_secure.config.run_file import RunConfig
 
 HEAD = """# The run file
 

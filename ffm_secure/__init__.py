@@ -7,9 +7,10 @@ True
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ffm_secure.config import RunConfig
+from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import (
     BudgetExhausted,
     ConfigError,
@@ -20,7 +21,7 @@ from ffm_secure.errors import (
     PlanRefused,
     StoreError,
 )
-from ffm_secure.types import (
+from ffm_secure.records import (
     AuditFinding,
     AuditSummary,
     PlanSummary,
@@ -29,7 +30,10 @@ from ffm_secure.types import (
     RunSummary,
 )
 
-_LAZY = {"Result": "run", "Run": "run", "load": "run"}
+if TYPE_CHECKING:
+    from ffm_secure.api import Result
+
+_LAZY = {"Result": "api", "Run": "api", "load": "api"}
 
 __all__ = [
     "AuditFinding", "AuditSummary", "BudgetExhausted", "ConfigError", "DataError", "FfmError", "Interrupted", "ModelError",
@@ -38,13 +42,14 @@ __all__ = [
 ]  # fmt: skip
 
 
-def audit(result: Any, *, budget: str = "quick") -> AuditSummary:
+def audit(result: Result | str | Path, *, budget: str = "quick") -> AuditSummary:
     """Attack a finished run (a `Result` or its folder) and return what was found; the run's report is amended."""
-    import importlib
+    from ffm_secure.auditing.run_audit import audit_run
 
-    command: Any = importlib.import_module("ffm_secure.audit")  # a module that can be called
-    found: AuditSummary = command(result, budget=budget)
-    return found
+    folder = Path(getattr(result, "folder", result))
+    summary = audit_run(folder, budget=budget).audit
+    assert summary is not None
+    return summary
 
 
 def __getattr__(name: str) -> Any:

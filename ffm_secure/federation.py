@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from defenses.errors import BudgetExceeded
-from ffm_secure import server
-from ffm_secure.engines import Engine, LocalEngine, Outcome
+from ffm_secure.engines import Engine, LocalEngine, RoundResult
+from ffm_secure.engines.setup import Setup
 from ffm_secure.errors import Interrupted
-from ffm_secure.setup import Setup
-from ffm_secure.store import Store
+from ffm_secure.records import RoundPlan, RoundRecord, RunStatus
+from ffm_secure.server import rounds as server
+from ffm_secure.storage.run_directory import Store
 from ffm_secure.strategies import ServerState
-from ffm_secure.types import RoundPlan, RoundRecord, RunStatus
 
 
-class Watch(Protocol):
+class Callback(Protocol):
     """See a run progress; nothing private passes through here."""
 
     def round_started(self, plan: RoundPlan, total: int) -> None:
@@ -29,8 +29,8 @@ class Watch(Protocol):
         """A round is durable."""
 
 
-class Silent:
-    """Watch nothing."""
+class NullCallback:
+    """Callback nothing."""
 
     def round_started(self, plan: RoundPlan, total: int) -> None:
         """Ignore."""
@@ -43,7 +43,7 @@ class Silent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
+class TrainingResult:
     """What the loop leaves behind: the last state, one record a round, and how it ended."""
 
     state: ServerState
@@ -52,13 +52,15 @@ class Trained:
     reason: str = ""
 
 
-def run(setup: Setup, store: Store, *, watch: Watch | None = None, engine: Engine | None = None) -> Trained:
+def run(
+    setup: Setup, store: Store, *, watch: Callback | None = None, engine: Engine | None = None
+) -> TrainingResult:
     """Train until the rounds or the budget end; continue where a killed run stopped.
 
     Guarantee: no client's data is touched before its ledger holds a reservation for the round; what was reserved stays spent
     whatever happens next; a finished round is on disk before the next one begins.
     """
-    watch, engine = watch or Silent(), engine or LocalEngine(setup)
+    watch, engine = watch or NullCallback(), engine or LocalEngine(setup)
     state, records = _begin(setup, store)
     try:
         for number in range(len(records) + 1, setup.config.federation.rounds + 1):
@@ -69,7 +71,7 @@ def run(setup: Setup, store: Store, *, watch: Watch | None = None, engine: Engin
             outcome = (
                 engine.collect(plan, state.vector, watch.client_finished)
                 if plan.cohort
-                else Outcome(sum=None)
+                else RoundResult(sum=None)
             )
             state = server.advance(setup, plan, state, outcome)
             setup.charges.spend(reservations)
@@ -78,14 +80,14 @@ def run(setup: Setup, store: Store, *, watch: Watch | None = None, engine: Engin
             records = (*records, record)
             watch.round_finished(record)
     except BudgetExceeded as refusal:
-        return Trained(state=state, records=records, status="budget exhausted", reason=str(refusal))
+        return TrainingResult(state=state, records=records, status="budget exhausted", reason=str(refusal))
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped after round {len(records)}; run the same command again to continue"
         ) from None
     finally:
         engine.close()
-    return Trained(state=state, records=records, status="complete")
+    return TrainingResult(state=state, records=records, status="complete")
 
 
 def _begin(setup: Setup, store: Store) -> tuple[ServerState, tuple[RoundRecord, ...]]:

@@ -15,10 +15,9 @@ SHARED = ("defenses.random_source", "defenses.errors")
 HEAVY = {  # optional or heavy packages and the only places that may import them
     "tenseal": ("defenses/he/",),
     "opacus": (),  # tests and benchmarks compare with it; nothing here runs on it
-    "peft": ("ffm_secure/trainable/", "ffm_secure/models.py"),
+    "peft": ("ffm_secure/trainable/", "ffm_secure/models/backbone.py"),
     "transformers": (
-        "ffm_secure/models.py",
-        "ffm_secure/builtin_models.py",
+        "ffm_secure/models/",
         "ffm_secure/trainable/",
         "ffm_secure/tasks/",
         "attacks/",
@@ -57,13 +56,22 @@ def forbidden(path: Path, module: str) -> str:
         return _inside_defenses(place, module) if target == "defenses" else "defenses imports only defenses"
     if room == "attacks":
         return "" if target == "attacks" else "attacks imports only attacks"
-    if target == "attacks" and place != "ffm_secure/audit.py":
-        return "only ffm_secure/audit.py imports attacks"
-    importers = ("ffm_secure/commands.py", "ffm_secure/cli.py", "ffm_secure/__init__.py", "ffm_secure/run.py")
-    if (module + ".").startswith("ffm_secure.audit.") and place not in (*importers, "ffm_secure/audit.py"):
+    if target == "attacks" and not place.startswith("ffm_secure/auditing/"):
+        return "only ffm_secure/auditing imports attacks"
+    importers = (
+        "ffm_secure/cli/commands.py",
+        "ffm_secure/cli/app.py",
+        "ffm_secure/__init__.py",
+        "ffm_secure/api.py",
+    )
+    if (
+        (module + ".").startswith("ffm_secure.auditing.")
+        and place not in importers
+        and not place.startswith("ffm_secure/auditing/")
+    ):
         return "only the command line and the package's door import the audit"
-    if (module + ".").startswith("ffm_secure.cli.") and place not in (
-        "ffm_secure/cli.py",
+    if (module + ".").startswith("ffm_secure.cli.app.") and place not in (
+        "ffm_secure/cli/app.py",
         "ffm_secure/__main__.py",
     ):
         return "nobody imports the command line but its own entry point"
@@ -92,11 +100,11 @@ def test_imports_point_one_way(package: str) -> None:
 @pytest.mark.parametrize(
     ("place", "module"),
     [
-        ("defenses/dp/x.py", "ffm_secure.types"),
+        ("defenses/dp/x.py", "ffm_secure.records"),
         ("defenses/dp/x.py", "defenses.secagg.ring"),
         ("attacks/x.py", "defenses.dp"),
-        ("ffm_secure/client.py", "attacks.span"),
-        ("ffm_secure/federation.py", "ffm_secure.audit"),
+        ("ffm_secure/site/trainer.py", "attacks.span"),
+        ("ffm_secure/federation.py", "ffm_secure.auditing.run_audit"),
     ],
 )
 def test_planted_import_is_caught(place: str, module: str) -> None:

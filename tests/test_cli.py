@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ffm_secure import config
-from ffm_secure.checkup import examine
+from ffm_secure.cli.doctor import examine
+from ffm_secure.config import run_file as config
 from tests.federation.helpers import call, make
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ffm_secure import client_replay
-from ffm_secure.config import LORA_RULES
+from ffm_secure.auditing import replayed as client_replay
+from ffm_secure.config.run_file import LORA_RULES
 from tests.federation.helpers import CLIENT, ROOT, SECAGG, call, make, prepared
 
 SMALL = (

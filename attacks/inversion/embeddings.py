@@ -41,7 +41,7 @@ from attacks.inversion.optimise import (
     update_of,
 )
 from attacks.inversion.priors import norm_distance
-from attacks.inversion.tokens import embedding_names, noise_per_entry, likely_tokens, token_embedding
+from attacks.inversion.tokens import embedding_names, likely_tokens, noise_per_entry, token_embedding
 from attacks.observation import Observation
 
 TAG = Settings(

@@ -22,8 +22,8 @@ from attacks.inversion.optimise import (
     Settings,
     differentiable_attention,
     image_logits,
-    in_double,
     image_loss,
+    in_double,
     share_only,
     solve,
 )

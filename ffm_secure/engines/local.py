@@ -15,16 +15,16 @@ import numpy.typing as npt
 from torch import Tensor
 
 from defenses.random_source import RandomSource
-from ffm_secure.client import Workplace
-from ffm_secure.inspection import Inspection
-from ffm_secure.protection import AFTER_UPLOAD
-from ffm_secure.setup import Setup
+from ffm_secure.engines.setup import Setup
+from ffm_secure.protection.protections import AFTER_UPLOAD
+from ffm_secure.records import RoundPlan, RoundSum
+from ffm_secure.site.broadcast_guard import Inspection
+from ffm_secure.site.trainer import SiteTrainer
 from ffm_secure.trainable import replicate
-from ffm_secure.types import RoundPlan, RoundSum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class RoundResult:
     """What came of a round: the open sum, or why there is none."""
 
     sum: RoundSum | None
@@ -38,7 +38,7 @@ class Outcome:
 class Engine(Protocol):
     """Carry a round's plan to the clients and their sealed updates back."""
 
-    def collect(self, plan: RoundPlan, vector: Tensor, finished: Callable[[int, int], None]) -> Outcome:
+    def collect(self, plan: RoundPlan, vector: Tensor, finished: Callable[[int, int], None]) -> RoundResult:
         """Run one round."""
 
     def close(self) -> None:
@@ -56,15 +56,15 @@ class LocalEngine:
         self.setup = setup
         self.inspection = Inspection(setup.trainable)
         self.workers = setup.config.speed.workers
-        self.free: SimpleQueue[Workplace] = SimpleQueue()
+        self.free: SimpleQueue[SiteTrainer] = SimpleQueue()
         for number in range(self.workers):
             self.free.put(self._workplace(setup.trainable if number == 0 else replicate(setup.trainable)))
         self.pool = ThreadPoolExecutor(self.workers) if self.workers > 1 else None
         self.busy = 0.0
 
-    def _workplace(self, trainable: Any) -> Workplace:
+    def _workplace(self, trainable: Any) -> SiteTrainer:
         setup = self.setup
-        return Workplace(
+        return SiteTrainer(
             config=setup.config,
             trainable=trainable,
             task=setup.task,
@@ -74,7 +74,7 @@ class LocalEngine:
             home=setup.home,
         )
 
-    def collect(self, plan: RoundPlan, vector: Tensor, finished: Callable[[int, int], None]) -> Outcome:
+    def collect(self, plan: RoundPlan, vector: Tensor, finished: Callable[[int, int], None]) -> RoundResult:
         """Run one round: train whoever is not lost, seal, open."""
         drop = lost_clients(self.setup, plan)
         never = {client for client, stage in drop.items() if stage not in AFTER_UPLOAD}
@@ -95,7 +95,7 @@ class LocalEngine:
         if collected.ring_sum is not None:
             total = self.setup.code.open(collected.ring_sum, round=plan.round, survivors=collected.survivors)
         broadcast = 4 * self.setup.trainable.size * len(plan.cohort)
-        return Outcome(
+        return RoundResult(
             sum=total,
             dropped=collected.dropped,
             aborted=collected.aborted,

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from defenses.dp import ClippedSum, Clipping, PerSampleEngine, RecordMechanism
 from defenses.random_source import RandomSource
-from ffm_secure.config import Lifecycle
+from ffm_secure.config.run_file import Lifecycle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LocalChange:
+class ModelUpdate:
     """Hold what one client learned. Private: it never leaves the client as it is."""
 
     vector: Tensor  # float32 [d], new minus broadcast
@@ -144,7 +144,7 @@ def similar_lengths(encoded: Any, indices: np.ndarray, size: int) -> Iterator[np
 
 def finetune(
     *, trainable: Any, start: Tensor, spec: Lifecycle, rule: GradientRule, mask: Tensor | None = None
-) -> LocalChange:
+) -> ModelUpdate:
     """Run the local steps of one round from the broadcast vector; leave the model's other tensors untouched.
 
     Only `trainable.active` is trained. Where `mask` [d] is 0 the numbers are 0 and stay 0, noise included.
@@ -172,7 +172,7 @@ def finetune(
     change = after - start.to(after.device)
     for parameter in parameters.values():
         parameter.grad = None
-    return LocalChange(vector=change, loss=rule.loss(), steps=taken)
+    return ModelUpdate(vector=change, loss=rule.loss(), steps=taken)
 
 
 def named_parts(trainable: Any, vector: Tensor) -> dict[str, Tensor]:

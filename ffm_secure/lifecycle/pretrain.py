@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ffm_secure.config import Controller, Lifecycle
+from ffm_secure.config.run_file import Controller, Lifecycle
 from ffm_secure.lifecycle.finetune import PlainGradient, finetune
-from ffm_secure.types import RoundRecord
+from ffm_secure.records import RoundRecord
 
 Phase = Literal["public", "private"]
 History = Sequence[RoundRecord]
@@ -144,19 +144,19 @@ def learn_in_public(
 
 def remember(strategy: Any, before: Any, after: Any, phase: str) -> Any:
     """Keep the newest change of each source beside the server's state, so that a resumed run still has it."""
-    kept = {name: value for name, value in before.slots.items() if name.startswith("moved.")}
+    kept = {name: value for name, value in before.optimizer_state.items() if name.startswith("moved.")}
     newest = strategy.moved(before.vector, after.vector)
-    return replace(after, slots={**after.slots, **kept, f"moved.{phase}": newest})
+    return replace(after, optimizer_state={**after.optimizer_state, **kept, f"moved.{phase}": newest})
 
 
-def alignment(strategy: Any, slots: Mapping[str, Tensor]) -> float | None:
+def alignment(strategy: Any, optimizer_state: Mapping[str, Tensor]) -> float | None:
     """Return the cosine between the newest public and the newest private change; None where there are no two to compare.
 
     The strategy says what a change is: of the trained numbers, or under a rule for LoRA of the products and the head. Both are
     released numbers: the public change, and the opened mean of the private ones with its noise, which pulls the cosine towards 0.
     Values that stay at or below 0 without noise say that the two distributions pull apart.
     """
-    public, private = slots.get("moved.public"), slots.get("moved.private")
+    public, private = optimizer_state.get("moved.public"), optimizer_state.get("moved.private")
     if public is None or private is None:
         return None
     cosine: float | None = strategy.cosine(public, private)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ffm_secure.config import Strategy as StrategyConfig
+from ffm_secure.config.run_file import Strategy as StrategyConfig
 from ffm_secure.strategies.adaptive import ServerOptimizer
 from ffm_secure.strategies.average import Average, ServerState, Strategy
 from ffm_secure.strategies.lora_rules import LORA_RULES

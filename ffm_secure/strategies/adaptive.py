@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ffm_secure.config import Strategy as StrategyConfig
+from ffm_secure.config.run_file import Strategy as StrategyConfig
 from ffm_secure.strategies.average import ServerState, Strategy
 
 
@@ -30,19 +30,21 @@ class ServerOptimizer(Strategy):
             "yogi": ("mean", "square"),
         }
         floor = {"square": self.config.tau**2, "sum": self.config.tau**2}
-        slots = {
+        optimizer_state = {
             name: torch.full_like(vector, floor.get(name, 0.0), dtype=torch.float64)
             for name in names[self.config.kind]
         }
-        return ServerState(round=0, vector=vector.detach().clone(), slots=slots)
+        return ServerState(round=0, vector=vector.detach().clone(), optimizer_state=optimizer_state)
 
     def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
         """Return the state after a round."""
         if self.config.kind in ("avgm", "adagrad"):
-            vector, slots = self._torch_step(state, mean_message)
+            vector, optimizer_state = self._torch_step(state, mean_message)
         else:
-            vector, slots = self._moment_step(state, mean_message)
-        return ServerState(round=state.round + 1, vector=vector.to(torch.float32), slots=slots)
+            vector, optimizer_state = self._moment_step(state, mean_message)
+        return ServerState(
+            round=state.round + 1, vector=vector.to(torch.float32), optimizer_state=optimizer_state
+        )
 
     def _torch_step(self, state: ServerState, change: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weight = torch.nn.Parameter(state.vector.double())
@@ -55,14 +57,14 @@ class ServerOptimizer(Strategy):
         else:
             optimizer = torch.optim.Adagrad([weight], lr=config.learning_rate, eps=config.tau)
             slot, key = "sum", "sum"
-        optimizer.state[weight][key] = state.slots[slot].clone()
+        optimizer.state[weight][key] = state.optimizer_state[slot].clone()
         optimizer.step()
         return weight.detach(), {slot: optimizer.state[weight][key].detach()}
 
     def _moment_step(self, state: ServerState, change: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
-        mean = config.momentum * state.slots["mean"] + (1 - config.momentum) * change
-        old, squared = state.slots["square"], change.square()
+        mean = config.momentum * state.optimizer_state["mean"] + (1 - config.momentum) * change
+        old, squared = state.optimizer_state["square"], change.square()
         if config.kind == "adam":
             square = config.beta2 * old + (1 - config.beta2) * squared
         else:

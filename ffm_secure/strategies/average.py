@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ffm_secure.config import Strategy as StrategyConfig
+from ffm_secure.config.run_file import Strategy as StrategyConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +18,7 @@ class ServerState:
 
     round: int
     vector: Tensor  # float32 [d]
-    slots: Mapping[str, Tensor] = field(default_factory=dict)
+    optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Strategy:

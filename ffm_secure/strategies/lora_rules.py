@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ffm_secure.config import Strategy as StrategyConfig
+from ffm_secure.config.run_file import Strategy as StrategyConfig
 from ffm_secure.errors import ModelError
 from ffm_secure.strategies.average import ServerState, Strategy
 
@@ -120,7 +120,7 @@ class LoraRule(Strategy):
         return b, torch.cat((self.view(new, item.a), self.view(old, item.a)))
 
 
-class Halves(LoraRule):
+class RoLoRA(LoraRule):
     """Rules under which a round trains only some of the tensors; only those travel up, padded to the largest round."""
 
     def trains(self, step: int) -> tuple[str, ...]:
@@ -147,7 +147,7 @@ class Halves(LoraRule):
         return vector
 
 
-class FrozenA(Halves):
+class FrozenA(RoLoRA):
     """FFA-LoRA: A stays as it was drawn, B is averaged, and the mean of B A is the mean of B times A.
 
     Source: Sun et al. 2024, arXiv:2403.12313, section 3.
@@ -156,7 +156,7 @@ class FrozenA(Halves):
     note = "FFA-LoRA: A stays as drawn, B is trained and sent"
 
 
-class Alternating(Halves):
+class Alternating(RoLoRA):
     """RoLoRA: B in one step, A in the next; the factor at rest is the same for all, so the mean is exact in each.
 
     Source: Chen et al. 2024, arXiv:2409.02346, Algorithm 1.
@@ -177,7 +177,7 @@ class Alternating(Halves):
         return not torch.equal(self.pick(old, self.a), self.pick(new, self.a))
 
 
-class Refactored(Halves):
+class FedSVD(RoLoRA):
     """FedSVD: B is trained; then the server writes B A anew as U S times V^T, so that A follows what was learned.
 
     The rewriting sees released numbers only, and V^T has orthonormal rows, so noise on B is not made larger by A.
@@ -209,7 +209,7 @@ class Refactored(Halves):
         return turned
 
 
-class Residual(LoraRule):
+class FedEx(LoraRule):
     """FedEx-LoRA: factors are averaged, and what that misses of the mean product is folded into the frozen weight.
 
     Clients send their product beside the factors, so that the server needs the sum only; the price is a dense upload.
@@ -244,10 +244,10 @@ class Residual(LoraRule):
         return ServerState(round=state.round + 1, vector=after.to(torch.float32))
 
 
-class Stacking(LoraRule):
+class FLoRA(LoraRule):
     """FLoRA: every client's product is added to the weight, and the adapters start anew; ranks may differ.
 
-    Stacking the factors of all clients is their sum of products, so clients send the product itself: the server needs the
+    FLoRA the factors of all clients is their sum of products, so clients send the product itself: the server needs the
     sum only and learns no client's factors or rank; the price is a dense upload. A is drawn anew for every step, B starts
     at zero.
     Guarantee: B is zero in every broadcast, so that a client's product is its own change: what the server learned in public
@@ -310,7 +310,7 @@ class Stacking(LoraRule):
             self.view(vector, item.b).zero_()
 
 
-class SharedA(LoraRule):
+class FedSA(LoraRule):
     """FedSA-LoRA: A and B are trained; A and the head are averaged, every client keeps its own B at home.
 
     There is no product of the server's: client i's model is B_i times the mean A, which is the mean over j of B_i A_j. B in the
@@ -351,8 +351,8 @@ class SharedA(LoraRule):
 LORA_RULES: dict[str, type[LoraRule]] = {
     "ffa": FrozenA,
     "rolora": Alternating,
-    "fedsvd": Refactored,
-    "fedex": Residual,
-    "flora": Stacking,
-    "fedsa": SharedA,
+    "fedsvd": FedSVD,
+    "fedex": FedEx,
+    "flora": FLoRA,
+    "fedsa": FedSA,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models.backbone import Backbone
 from ffm_secure.tasks.base import Evaluation, Task, TaskData
 from ffm_secure.tasks.encoded import Encoded, EncodedImages, EncodedText
 from ffm_secure.tasks.image import ImageClassification

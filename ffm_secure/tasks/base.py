@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models.backbone import Backbone
 from ffm_secure.tasks.encoded import Encoded
 
 

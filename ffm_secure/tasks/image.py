@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models.backbone import Backbone
 from ffm_secure.tasks.base import Classification, Columns, TaskData, as_indices
 from ffm_secure.tasks.encoded import EncodedImages
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models.backbone import Backbone
 from ffm_secure.tasks.base import Classification, Columns, Task, TaskData, as_indices, logits, text_columns
 from ffm_secure.tasks.encoded import EncodedText, encode_texts, pad_texts
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import TrainableModel, replicate
 from ffm_secure.trainable.full import attach_full
 from ffm_secure.trainable.lora import attach_head, attach_lora, attach_lora_xs

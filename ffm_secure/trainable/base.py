@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models.backbone import Backbone
 
 FORMAT_VERSION = 1
 OWN_TENSORS, OWN_CONFIG = "trainable.safetensors", "trainable.json"

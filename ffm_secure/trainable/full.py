@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone, quiet
+from ffm_secure.models.backbone import Backbone, quiet
 from ffm_secure.trainable.base import TrainableModel, sharing_copy
 
 # Families that look positions up with a batch of one, which would hide whose gradient is whose.

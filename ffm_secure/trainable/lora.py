@@ -12,7 +12,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models.backbone import Backbone
 from ffm_secure.strategies.lora_rules import Adapter
 from ffm_secure.trainable.base import (
     OWN_TENSORS,

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import OWN_TENSORS, PEFT_TENSORS, read_tensors, write_own
 from ffm_secure.trainable.lora import TASK_TYPES
 from ffm_secure.trainable.prompt import (

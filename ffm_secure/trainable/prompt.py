@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import (
     OWN_TENSORS,
     PEFT_TENSORS,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import OWN_TENSORS, TrainableModel, read_tensors, write_own
 from ffm_secure.trainable.lora import TASK_TYPES
 from ffm_secure.trainable.prompt import (

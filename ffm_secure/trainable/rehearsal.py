@@ -11,7 +11,7 @@ from torch import Tensor
 from defenses.dp import Clipping, PerSampleEngine
 from defenses.errors import NotPrivateError
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone
+from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import TrainableModel
 
 # What to use where a kind does not work with a model.

@@ -15,30 +15,21 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import ffm_secure as ffm
 from attacks import Budget, Knowledge, Observation, Prior
 from attacks.registry import ATTACKS, build
 from attacks.rehearsal import noise_only, rehearse
-import ffm_secure as ffm
-from ffm_secure import client_replay
-from ffm_secure.audit import (
-    DRAWS,
-    DRAWS_OF_ONE,
-    HEAVY,
-    SECONDS,
-    Purse,
-    Ran,
-    audit_observation,
-    audit_run,
-    build_stage,
-    decoder,
-    repeated,
-    with_draws,
-)
-from ffm_secure.audit_words import sentence
-from ffm_secure.cli import app
+from ffm_secure.auditing import replayed as client_replay
+from ffm_secure.auditing.budget import DRAWS, DRAWS_OF_ONE, HEAVY, SECONDS, AuditBudget
+from ffm_secure.auditing.findings import Ran, repeated
+from ffm_secure.auditing.png import png_address
+from ffm_secure.auditing.run_audit import audit_run
+from ffm_secure.auditing.standalone import audit_observation
+from ffm_secure.auditing.step import build_stage, with_draws
+from ffm_secure.auditing.wording import decoder, sentence
+from ffm_secure.cli.app import app
 from ffm_secure.errors import StoreError
-from ffm_secure.pictures import png_address
-from ffm_secure.types import AuditFinding, Observer, Verdict
+from ffm_secure.records import AuditFinding, Observer, Verdict
 from tests.attacks.models import (
     bert,
     gpt2,
@@ -156,7 +147,7 @@ def test_pictures_are_rehearsed_and_other_makes_of_model_are_not() -> None:
 
 
 def test_the_purse_keeps_a_quick_audit_short_and_says_what_was_left_out() -> None:
-    quick, spent = Purse(name="quick"), Purse(name="standard", began=-1e9)
+    quick, spent = AuditBudget(name="quick"), AuditBudget(name="standard", began=-1e9)
     span, matching = build("span"), build("text_matching")
     assert quick.budget(matching) is None
     assert "standard" in quick.refusal(matching)
@@ -165,7 +156,7 @@ def test_the_purse_keeps_a_quick_audit_short_and_says_what_was_left_out() -> Non
     assert allowed.seconds <= SECONDS["quick"][0]
     assert spent.budget(span) is None
     assert "used up" in spent.refusal(span)
-    tried = Purse(name="standard").budget(matching)
+    tried = AuditBudget(name="standard").budget(matching)
     assert tried is not None
     assert tried.seconds <= 45.0
     assert {build(name).family for name in ATTACKS} >= HEAVY
@@ -360,7 +351,7 @@ def test_drawing_ends_when_it_has_had_its_share() -> None:
         Path(__file__).resolve().parents[2] / "examples" / "audit" / "text.toml",
         ("task.data=builtin:clinic_notes?size=400&validation=40", "task.evaluation_examples=20"),
     ).prepared()
-    stage, purse = with_draws(prepared, prepared.trainable.flatten(), 1), Purse(name="quick")
+    stage, purse = with_draws(prepared, prepared.trainable.flatten(), 1), AuditBudget(name="quick")
     other = purse.draw(stage, 1, "raw")
     assert other is not None
     assert other.model is stage.model  # a draw costs no second copy of the model

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from attacks.metrics import psnr
 from attacks.contract import Item, ItemKind, Reconstruction
+from attacks.metrics import psnr
 from attacks.scoring import Score, auc_deviation, pooled, score
 from attacks.truth import Truth
 

@@ -10,8 +10,8 @@ import torch
 from scipy.stats import beta
 
 from attacks import Budget, Knowledge, Observation, Prior
-from attacks.inversion.channels import Channel, spectrum_of
 from attacks.contract import Deadline
+from attacks.inversion.channels import Channel, spectrum_of
 from attacks.inversion.span import search_encoder
 from attacks.inversion.subspace import Candidates, separate, tail
 from attacks.metrics import exact_sequence_rate, token_set_score

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from attacks import Budget, Knowledge, Observation, Prior
 from attacks.contract import Finding, Item, PlainAttack, Reconstruction
@@ -12,7 +13,6 @@ from attacks.rehearsal import guessed
 from attacks.scoring import Score
 from attacks.truth import Truth
 from attacks.verdict import judge, judge_unknown, tried, unless_guessed
-import torch
 
 RIGHT = Score(measure="token F1", value=0.9, baseline=0.1, succeeded=True)
 WRONG = replace(RIGHT, value=0.1, succeeded=False)

@@ -8,11 +8,12 @@ import typing
 
 import pytest
 
-from ffm_secure import config, plan
+from ffm_secure.config import compatibility
+from ffm_secure.config import run_file as config
 from ffm_secure.errors import PlanRefused
 from tests.config.test_config import table
 
-OPTIONS = [(axis, value) for axis, values in plan.REVIEWED.items() for value in values]
+OPTIONS = [(axis, value) for axis, values in compatibility.REVIEWED.items() for value in values]
 PAIRS = [pair for pair in itertools.combinations(OPTIONS, 2) if pair[0][0] != pair[1][0]]
 
 
@@ -39,26 +40,26 @@ def _choices(kind: type, field: str) -> tuple[str, ...]:
     ],
 )
 def test_every_option_of_the_run_file_was_reviewed(axis: str, kind: type, field: str) -> None:
-    assert set(plan.REVIEWED[axis]) == set(_choices(kind, field))
+    assert set(compatibility.REVIEWED[axis]) == set(_choices(kind, field))
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda pair: "-".join(pair))
 def test_every_pair_has_a_position(first: tuple[str, str], second: tuple[str, str]) -> None:
-    reason = plan.position(first, second)
-    assert reason == plan.position(second, first)
+    reason = compatibility.position(first, second)
+    assert reason == compatibility.position(second, first)
     assert reason == "" or len(reason) > 20
 
 
 def test_refusals_name_reviewed_options() -> None:
-    for (axis_a, axis_b), pairs in plan.REFUSED.items():
+    for (axis_a, axis_b), pairs in compatibility.REFUSED.items():
         for value_a, value_b in pairs:
-            assert value_a in plan.REVIEWED[axis_a]
-            assert value_b in plan.REVIEWED[axis_b]
+            assert value_a in compatibility.REVIEWED[axis_a]
+            assert value_b in compatibility.REVIEWED[axis_b]
 
 
 def test_a_new_option_must_take_a_position() -> None:
     with pytest.raises(KeyError, match="has taken no position"):
-        plan.position(("unit", "household"), ("protection", "secagg"))
+        compatibility.position(("unit", "household"), ("protection", "secagg"))
 
 
 def refused(**sections: dict[str, object]) -> str:
@@ -66,7 +67,7 @@ def refused(**sections: dict[str, object]) -> str:
     for section, values in sections.items():
         changed[section] |= values
     with pytest.raises(PlanRefused) as caught:
-        plan.check(config.from_table(changed))
+        compatibility.check(config.from_table(changed))
     return str(caught.value)
 
 
@@ -116,4 +117,4 @@ def test_shares_needed_match_the_table(cohort: int, colluding: int, mode: str, n
     changed = table()
     changed["task"]["clients"], changed["federation"]["cohort"] = cohort, cohort
     changed["protection"] = {"kind": "secagg", "colluding": colluding, "mode": mode}
-    assert plan.shamir_threshold(config.from_table(changed)) == needed
+    assert compatibility.shamir_threshold(config.from_table(changed)) == needed

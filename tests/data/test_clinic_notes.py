@@ -12,8 +12,7 @@ from scipy import stats
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from ffm_secure.clinic_notes import OPTIONS, SPECIALTIES, clinic_notes, planted_facts
-from ffm_secure.clinic_notes_houses import (
+from ffm_secure.data.clinic_notes.hospitals import (
     BACKGROUND,
     LABS,
     LAYOUTS,
@@ -22,7 +21,8 @@ from ffm_secure.clinic_notes_houses import (
     make_house,
     writer,
 )
-from ffm_secure.data import Dataset, load
+from ffm_secure.data.clinic_notes.notes import OPTIONS, SPECIALTIES, clinic_notes, planted_facts
+from ffm_secure.data.dataset import Dataset, load
 
 KINDS = {
     "name": r"[A-Z][a-z]+ [A-Z][a-z]+",
@@ -158,7 +158,7 @@ def test_no_markup_of_the_vocabulary_reaches_a_note(notes):
 @pytest.mark.parametrize("label", SPECIALTIES)
 @pytest.mark.parametrize("index", range(8))
 def test_every_disease_has_something_to_say_in_every_hospital(label, index):
-    from ffm_secure.clinic_notes import _cases
+    from ffm_secure.data.clinic_notes.notes import _cases
 
     house = make_house(index, np.random.Generator(np.random.PCG64(index)).random)
     for short in (False, True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ffm_secure.partition import SPLITS
+from ffm_secure.data.partition import SPLITS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from ffm_secure import data_images
-from ffm_secure.data import Dataset, Examples, load, public_stream
-from ffm_secure.data_images import LazyImages
+from ffm_secure.data import images as data_images
+from ffm_secure.data.dataset import Dataset, Examples, load, public_stream
+from ffm_secure.data.images import LazyImages
 from ffm_secure.errors import DataError
 
 TEXTS = [f"sentence number {i}" for i in range(20)]

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ffm_secure.config import Split
-from ffm_secure.data import Examples
+from ffm_secure.config.run_file import Split
+from ffm_secure.data.dataset import Examples
+from ffm_secure.data.partition import apply_shift, client_examples, feature_shifts, partition
 from ffm_secure.errors import DataError
-from ffm_secure.partition import apply_shift, client_examples, feature_shifts, partition
 
 
 def labelled(labels, **columns) -> Examples:

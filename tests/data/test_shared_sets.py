@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ffm_secure.data import load, public_stream
+from ffm_secure.data import partition
+from ffm_secure.data.dataset import load, public_stream
 from ffm_secure.errors import DataError
-from ffm_secure.partition import partition
 
 pytestmark = pytest.mark.assets
 

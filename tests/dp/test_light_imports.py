@@ -12,7 +12,7 @@ import defenses.dp
 HEAVY = ("torch", "transformers", "opacus", "datasets", "scipy.stats", "scipy.optimize")
 ASK = """
 import sys
-from ffm_secure.cli import main
+from ffm_secure.cli.app import main
 sys.argv = ["ffm-secure", "epsilon", "--q", "0.01", "--sigma", "1.0", "--steps", "1000", "--delta", "1e-5"]
 try:
     main()

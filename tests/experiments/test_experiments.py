@@ -17,11 +17,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from ffm_secure import commands, experiments, setup
-from ffm_secure.engines import LocalEngine
+from ffm_secure.cli import commands
+from ffm_secure.engines import LocalEngine, setup
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, Interrupted, StoreError
-from ffm_secure.experiments_report import Row, interval, paired, results, to_html, to_json
-from ffm_secure.experiments_summary import to_markdown, to_svg
+from ffm_secure.experiments import grid as experiments
+from ffm_secure.experiments.grid_report import Row, interval, paired, results, to_html, to_json
+from ffm_secure.experiments.grid_summary import to_markdown, to_svg
 
 ROOT = Path(__file__).resolve().parents[2]
 GRIDS = sorted((ROOT / "experiments").glob("*.toml"))
@@ -363,7 +364,7 @@ def test_what_stops_a_cell_in_another_process_is_said(tmp_path: Path) -> None:
 def test_workers_end_with_a_killed_command(tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
     file.write_text(GRID.replace("rounds = 1", "rounds = 5000"))
-    words = "import pathlib, sys; from ffm_secure import experiments; file, out = map(pathlib.Path, sys.argv[1:]); "
+    words = "import pathlib, sys; from ffm_secure.experiments import grid as experiments; file, out = map(pathlib.Path, sys.argv[1:]); "
     command = [
         sys.executable,
         "-c",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ffm_secure import experiments
 from ffm_secure.errors import ConfigError
+from ffm_secure.experiments import grid as experiments
 from tests.experiments.test_experiments import GRID, GRIDS
 
 SIZE = """

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffm_secure import cli, config, setup
-from ffm_secure.config import RunConfig
-from ffm_secure.federation import Trained, run
-from ffm_secure.store import Store
+from ffm_secure.cli import app as cli
+from ffm_secure.config import run_file as config
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.engines import setup
+from ffm_secure.federation import TrainingResult, run
+from ffm_secure.storage.run_directory import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +64,7 @@ def prepared(made: RunConfig) -> setup.Prepared:
     return setup.prepare(made, Path.cwd())
 
 
-def train(made: RunConfig, folder: Path) -> tuple[setup.Setup, Trained]:
+def train(made: RunConfig, folder: Path) -> tuple[setup.Setup, TrainingResult]:
     """Run the loop in a fresh folder."""
     built = setup.build(prepared(made), folder)
     with Store.open(folder, made) as store:

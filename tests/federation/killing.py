@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from ffm_secure import config, setup
+from ffm_secure.config import run_file as config
+from ffm_secure.engines import setup
 from ffm_secure.federation import run
-from ffm_secure.store import Store
+from ffm_secure.storage.run_directory import Store
 
 EARLY = 0.2  # the share of kills that do not wait for the first round
 

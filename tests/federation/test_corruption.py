@@ -12,12 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ffm_secure import config, ledgers, report, setup
-from ffm_secure.config import RunConfig
+from ffm_secure.api import load
+from ffm_secure.cli import ledger_table as ledgers
+from ffm_secure.config import run_file as config
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.config.schema import dump_toml
+from ffm_secure.engines import setup
 from ffm_secure.errors import FfmError
-from ffm_secure.run import load
-from ffm_secure.schema import dump_toml
-from ffm_secure.store import Store
+from ffm_secure.report import document as report
+from ffm_secure.storage.run_directory import Store
 from tests.federation.helpers import call, make
 
 CASES = 60

@@ -18,18 +18,25 @@ import torch
 
 from defenses import he
 from defenses.secagg import ring
-from ffm_secure import plan, setup, summary
-from ffm_secure.config import RunConfig
-from ffm_secure.engines import LocalEngine, Outcome
+from ffm_secure.config import compatibility
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.engines import LocalEngine, RoundResult, setup
 from ffm_secure.engines.local import lost_clients
 from ffm_secure.errors import PlanRefused
 from ffm_secure.federation import run
-from ffm_secure.protection import AFTER_UPLOAD, Collected, SecureAggregation, build_protection, sharing_graph
-from ffm_secure.report import render_html
-from ffm_secure.report_markup import size
-from ffm_secure.store import Store
-from ffm_secure.types import RoundPlan, RoundRecord, RunSummary
-from ffm_secure.vector import VectorCode, real_code
+from ffm_secure.protection.codec import VectorCodec, real_code
+from ffm_secure.protection.protections import (
+    AFTER_UPLOAD,
+    AggregationResult,
+    SecureAggregation,
+    build_protection,
+    sharing_graph,
+)
+from ffm_secure.records import RoundPlan, RoundRecord, RunSummary
+from ffm_secure.report import summary
+from ffm_secure.report.document import render_html
+from ffm_secure.report.markup import size
+from ffm_secure.storage.run_directory import Store
 from tests.federation.helpers import RECORD, make, prepared, train
 
 ROUND = RoundPlan(run_id=bytes(range(16)), round=1, cohort=(0, 1, 2, 3), fingerprint="aa" * 32, mechanism="")
@@ -41,7 +48,7 @@ class SumOf:
 
     kind = "none"
 
-    def __init__(self, code: VectorCode, records: Sequence[RoundRecord]) -> None:
+    def __init__(self, code: VectorCodec, records: Sequence[RoundRecord]) -> None:
         self.code, self.records = code, records
 
     def collect(
@@ -51,14 +58,16 @@ class SumOf:
         contribute: Callable[[int], npt.NDArray[Any]],
         drop: Mapping[int, str],
         order: Sequence[int],
-    ) -> Collected:
+    ) -> AggregationResult:
         assert not drop
         record = self.records[round_plan.round - 1]
         if record.aborted:
-            return Collected(ring_sum=None, aborted="as in the other run")
+            return AggregationResult(ring_sum=None, aborted="as in the other run")
         vectors = [ring.signed(contribute(client), self.code.modulus_bits) for client in record.survivors]
         total: npt.NDArray[np.int64] = np.sum(vectors, axis=0, dtype=np.int64)
-        return Collected(ring_sum=ring.from_signed(total, self.code.modulus_bits), survivors=record.survivors)
+        return AggregationResult(
+            ring_sum=ring.from_signed(total, self.code.modulus_bits), survivors=record.survivors
+        )
 
 
 def lora(parties: int, *, rounds: int, kind: str = "secagg", rate: float = 0.2, **sections: Any) -> RunConfig:
@@ -164,7 +173,9 @@ class Remembering(LocalEngine):
         super().__init__(built)
         self.starts: list[torch.Tensor] = []
 
-    def collect(self, plan: RoundPlan, vector: torch.Tensor, finished: Callable[[int, int], None]) -> Outcome:
+    def collect(
+        self, plan: RoundPlan, vector: torch.Tensor, finished: Callable[[int, int], None]
+    ) -> RoundResult:
         self.starts.append(vector.clone())
         return super().collect(plan, vector, finished)
 
@@ -310,4 +321,4 @@ def test_a_stage_that_encryption_lacks_is_refused(stage: str) -> None:
         protection={"kind": "bfv", "threshold": 3}, federation={"dropout": {"rate": 0.1, "stages": [stage]}}
     )
     with pytest.raises(PlanRefused, match=f"'{stage}' does not exist"):
-        plan.check(made)
+        compatibility.check(made)

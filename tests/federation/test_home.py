@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from ffm_secure import plan, setup
-from ffm_secure.config import RunConfig
+from ffm_secure.config import compatibility
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.engines import setup
+from ffm_secure.engines.setup import Setup
 from ffm_secure.errors import Interrupted, PlanRefused, StoreError
-from ffm_secure.federation import Silent, Trained, run
-from ffm_secure.home import Home
-from ffm_secure.setup import Setup
-from ffm_secure.store import Store
-from ffm_secure.types import RoundPlan
+from ffm_secure.federation import NullCallback, TrainingResult, run
+from ffm_secure.records import RoundPlan
+from ffm_secure.site.client_state import ClientStateStore
+from ffm_secure.storage.run_directory import Store
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, make, prepared, train
 
 
@@ -36,13 +37,13 @@ def shared_a(**sections: Any) -> RunConfig:
     return make(**{**base, "federation": federation, **sections})
 
 
-def models(built: Setup, trained: Trained) -> list[torch.Tensor]:
+def models(built: Setup, trained: TrainingResult) -> list[torch.Tensor]:
     """Return every client's own model at the end."""
     last = len(trained.records) + 1
     return [built.own(client.index, trained.state.vector, before=last) for client in built.clients]
 
 
-class Stop(Silent):
+class Stop(NullCallback):
     """Interrupt a run after some clients of its third round have learned, and written what they keep."""
 
     round = 0
@@ -106,7 +107,7 @@ NONE = {"unit": "none", "reason": "test data"}
 
 
 def test_files_of_another_run_and_of_later_rounds_are_not_read(tmp_path: Path) -> None:
-    home = Home(folder=tmp_path, owners=("a", "b"), places=(slice(1, 3), slice(4, 5)))
+    home = ClientStateStore(folder=tmp_path, owners=("a", "b"), places=(slice(1, 3), slice(4, 5)))
     vector, one, other = torch.arange(6.0), b"\1" * 16, b"\2" * 16
     home.leave(0, vector + 10, run_id=one, round=2)
     assert torch.equal(
@@ -122,13 +123,15 @@ def test_files_of_another_run_and_of_later_rounds_are_not_read(tmp_path: Path) -
         home.enter(0, vector, run_id=one, before=8), torch.tensor([0.0, 0.0, 1.0, 3.0, 3.0, 5.0])
     )
     with pytest.raises(StoreError, match="this run keeps 2"):
-        Home(folder=tmp_path, owners=("a",), places=(slice(0, 2),)).enter(0, vector, run_id=one, before=8)
+        ClientStateStore(folder=tmp_path, owners=("a",), places=(slice(0, 2),)).enter(
+            0, vector, run_id=one, before=8
+        )
 
 
 def test_what_cannot_be_sound_is_refused() -> None:
-    plan.check(shared_a())
+    compatibility.check(shared_a())
     with pytest.raises(PlanRefused, match="would release it"):
-        plan.check(shared_a(privacy=CLIENT))
+        compatibility.check(shared_a(privacy=CLIENT))
     learning = {
         "kind": "pretrain",
         "local_steps": 1,
@@ -137,6 +140,6 @@ def test_what_cannot_be_sound_is_refused() -> None:
         "public_examples": 50,
     }
     with pytest.raises(PlanRefused, match="the server has none"):
-        plan.check(
+        compatibility.check(
             make(federation={"rounds": 2, "cohort": 4, "lifecycle": learning, "strategy": {"kind": "fedsa"}})
         )

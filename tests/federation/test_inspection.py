@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ffm_secure import setup
-from ffm_secure.engines import LocalEngine
+from ffm_secure.engines import LocalEngine, setup
 from ffm_secure.errors import BroadcastRefused
-from ffm_secure.inspection import Inspection
-from ffm_secure.server import plan_round
+from ffm_secure.server.rounds import plan_round
+from ffm_secure.site.broadcast_guard import Inspection
 from ffm_secure.strategies import build
 from tests.federation.helpers import make, prepared
 

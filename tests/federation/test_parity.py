@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ffm_secure.types import RoundRecord
+from ffm_secure.records import RoundRecord
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, make, prepared, train
 
 

@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from defenses.errors import NotPrivateError
-from ffm_secure import setup
+from ffm_secure.engines import setup
 from ffm_secure.tasks import ImageClassification
 from tests.federation.helpers import RECORD, make, prepared
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from defenses.dp import Ledger
-from ffm_secure import config, setup
-from ffm_secure.config import RunConfig
+from ffm_secure.config import run_file as config
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.engines import setup
+from ffm_secure.engines.setup import Setup
 from ffm_secure.federation import run
-from ffm_secure.setup import Setup
-from ffm_secure.store import Store
-from ffm_secure.types import RoundRecord
+from ffm_secure.records import RoundRecord
+from ffm_secure.storage.run_directory import Store
 from tests.federation.helpers import RECORD, SECAGG, make, prepared, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,8 +101,8 @@ def check(name: str, tmp_path: Path, *, kills: int, seed: int) -> int:
     assert resumed is not None
     state, records, run_id = resumed
     assert torch.equal(state.vector, whole.state.vector)
-    assert {key: value.tolist() for key, value in state.slots.items()} == {
-        key: value.tolist() for key, value in whole.state.slots.items()
+    assert {key: value.tolist() for key, value in state.optimizer_state.items()} == {
+        key: value.tolist() for key, value in whole.state.optimizer_state.items()
     }
     assert [(r.round, r.phase, r.cohort, r.loss, r.alignment) for r in records] == [
         (r.round, r.phase, r.cohort, r.loss, r.alignment) for r in whole.records
@@ -166,7 +167,7 @@ def test_without_a_seed_a_crash_is_charged_and_the_budget_holds(tmp_path: Path) 
 
 
 def _plan(built: object) -> object:
-    from ffm_secure import server
+    from ffm_secure.server import rounds as server
     from ffm_secure.strategies import ServerState
 
     state = ServerState(round=0, vector=built.trainable.flatten())  # type: ignore[attr-defined]

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from defenses.dp import epsilon
-from ffm_secure import server, setup, summary
+from ffm_secure.engines import setup
 from ffm_secure.errors import StoreError
 from ffm_secure.federation import run
-from ffm_secure.store import Store
+from ffm_secure.report import summary
+from ffm_secure.server import rounds as server
+from ffm_secure.storage.run_directory import Store
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, make, prepared, train
 
 ONE = {"rounds": 1}

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffm_secure import setup
+from ffm_secure.api import Run
+from ffm_secure.engines import setup
 from ffm_secure.errors import Interrupted, StoreError
-from ffm_secure.federation import Silent
-from ffm_secure.run import Run
-from ffm_secure.store import Store, write_atomic
+from ffm_secure.federation import NullCallback
+from ffm_secure.records import RoundRecord
+from ffm_secure.storage.run_directory import Store, write_atomic
 from ffm_secure.strategies import ServerState
-from ffm_secure.types import RoundRecord
 from tests.federation.helpers import make, table
 
 RUN = bytes(range(16))
@@ -45,7 +45,7 @@ def state(number: int) -> ServerState:
     return ServerState(
         round=number,
         vector=torch.full((5,), float(number)),
-        slots={"mean": torch.ones(5, dtype=torch.float64)},
+        optimizer_state={"mean": torch.ones(5, dtype=torch.float64)},
     )
 
 
@@ -64,7 +64,7 @@ def test_what_was_committed_comes_back(tmp_path: Path) -> None:
     assert found.round == 3
     assert run_id == RUN
     assert torch.equal(found.vector, state(3).vector)
-    assert torch.equal(found.slots["mean"], state(3).slots["mean"])
+    assert torch.equal(found.optimizer_state["mean"], state(3).optimizer_state["mean"])
     assert records == (record(1), record(2), record(3))
     assert len(list((tmp_path / "checkpoints").glob("round-*"))) == 2
 
@@ -151,7 +151,7 @@ def test_every_set_a_run_reads_is_among_its_rows(tmp_path: Path) -> None:
 def test_an_interrupted_run_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
     """Both ways: with the rows it began with it goes on."""
 
-    class Stop(Silent):
+    class Stop(NullCallback):
         def round_finished(self, record: RoundRecord) -> None:
             raise KeyboardInterrupt
 

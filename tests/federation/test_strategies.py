@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ffm_secure.config import Strategy
+from ffm_secure.config.run_file import Strategy
 from ffm_secure.strategies import STRATEGIES, build
 
 CHANGES = [

@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from ffm_secure import config, plan, setup
-from ffm_secure.config import Controller, Lifecycle, RunConfig
+from ffm_secure.cli.progress import round_line
+from ffm_secure.config import compatibility
+from ffm_secure.config import run_file as config
+from ffm_secure.config.run_file import Controller, Lifecycle, RunConfig
+from ffm_secure.engines import setup
 from ffm_secure.errors import DataError, Interrupted, PlanRefused
-from ffm_secure.federation import Silent, run
-
+from ffm_secure.federation import NullCallback, run
 from ffm_secure.lifecycle.finetune import PlainGradient
-from ffm_secure.models import load_backbone
 from ffm_secure.lifecycle.pretrain import fixed, gain_per_cost, learn_in_public, next_phase, plateau, rate
-from ffm_secure.progress import round_line
-from ffm_secure.report_markup import phase_column
-from ffm_secure.store import Store
-from ffm_secure.types import RoundRecord
+from ffm_secure.models.backbone import load_backbone
+from ffm_secure.records import RoundRecord
+from ffm_secure.report.markup import phase_column
+from ffm_secure.storage.run_directory import Store
 from tests.federation.helpers import RECORD, make, prepared, train
 
 
@@ -200,7 +201,7 @@ def test_the_plan_counts_private_rounds_as_the_controller_plays_them(
     past: tuple[RoundRecord, ...] = ()
     for number in range(rounds):
         past = (*past, record(number + 1, fixed(past, made.federation.lifecycle.controller), 1.0))
-    assert plan.private_rounds(made) == sum(item.phase == "private" for item in past)
+    assert compatibility.private_rounds(made) == sum(item.phase == "private" for item in past)
 
 
 def test_only_private_phases_spend_and_a_stopped_run_ends_the_same(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_only_private_phases_spend_and_a_stopped_run_ends_the_same(tmp_path: Pat
     assert [item.alignment is None for item in whole.records] == [True, False, False, False]
     assert all(-1.0 <= item.alignment <= 1.0 for item in whole.records if item.alignment is not None)
 
-    class Stop(Silent):
+    class Stop(NullCallback):
         def round_finished(self, record: RoundRecord) -> None:
             if record.round == 2:
                 raise KeyboardInterrupt
@@ -383,7 +384,7 @@ def test_flora_resumes_in_a_private_phase_as_if_it_had_not_stopped(tmp_path: Pat
     made = by_rule("flora", 4, {"privacy": RECORD})
     _, whole = train(made, tmp_path / "whole")
 
-    class Stop(Silent):
+    class Stop(NullCallback):
         def round_finished(self, record: RoundRecord) -> None:
             if record.round == 3:
                 raise KeyboardInterrupt
@@ -406,17 +407,17 @@ def test_mistakes_are_explained() -> None:
     with pytest.raises(config.ConfigError, match="cannot both be 0"):
         pretraining(controller={"kind": "fixed", "public": 0, "private": 0})
     with pytest.raises(PlanRefused, match="gain per epsilon has no meaning"):
-        plan.check(pretraining(controller={"kind": "gain_per_cost", "cost": "epsilon"}))
+        compatibility.check(pretraining(controller={"kind": "gain_per_cost", "cost": "epsilon"}))
     clock = {"kind": "gain_per_cost", "cost": "seconds"}
     for privacy in (RECORD, {**RECORD, "unit": "person", "records_per_person": 2}, CLIENT_CLIPS):
         with pytest.raises(
             PlanRefused, match=f"cost = 'seconds' with unit = '{privacy['unit']}'.* choose epsilon or bytes"
         ):
-            plan.check(pretraining(controller=clock, privacy=privacy))
-    plan.check(pretraining(controller=clock))  # without a promise the clock breaks none
+            compatibility.check(pretraining(controller=clock, privacy=privacy))
+    compatibility.check(pretraining(controller=clock))  # without a promise the clock breaks none
     skipping = pretraining(controller={"kind": "plateau"})
     skipping = replace(skipping, federation=replace(skipping.federation, evaluate_every=2))
     with pytest.raises(PlanRefused, match="the loss of every round"):
-        plan.check(skipping)
+        compatibility.check(skipping)
     with pytest.raises(DataError, match="leaves -"):
         prepared(pretraining(public_examples=1_000_000))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ffm_secure.models import fingerprint
+from ffm_secure.models.backbone import fingerprint
 
 GOLDEN = {
     "b": torch.tensor([[1.0, -2.5], [0.0, 3.25]]),

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
 
-import ffm_secure.models
-from ffm_secure.builtin_models import MeanPoolClassifier, masked_mean, tiny_tokenizer
+import ffm_secure.models.backbone
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone, fingerprint, load_backbone
+from ffm_secure.models.backbone import Backbone, fingerprint, load_backbone
+from ffm_secure.models.builtin import MeanPoolClassifier, masked_mean, tiny_tokenizer
 
 TINY = [
     ("tiny-bert", "text_classification"),
@@ -285,7 +285,7 @@ def test_an_unreachable_hub_is_noticed_before_any_retry(
 
 
 def test_without_the_demo_extra_minilm_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ffm_secure.models, "_MINILM", "package_that_is_not_there")
+    monkeypatch.setattr(ffm_secure.models.backbone, "_MINILM", "package_that_is_not_there")
     with pytest.raises(ModelError, match="extra 'demo'"):
         load("builtin:minilm")
 

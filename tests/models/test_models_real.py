@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from ffm_secure import data
+from ffm_secure.data import dataset as data
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone, load_backbone
+from ffm_secure.models.backbone import Backbone, load_backbone
 from ffm_secure.tasks import Task, build_task
 from ffm_secure.trainable import TrainableModel, attach
 

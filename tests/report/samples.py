@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from ffm_secure.types import (
+from ffm_secure.records import (
     AuditFinding,
     AuditSummary,
     ClientOutcome,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ffm_secure.report import render_html
+from ffm_secure.report.document import render_html
 
 from . import samples
 from .browser import Browser, find_browser

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffm_secure.charts import (
+from ffm_secure.report.charts import (
     HEIGHT,
     WIDTH,
     Bar,

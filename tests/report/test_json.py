@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ffm_secure.errors import StoreError
-from ffm_secure.report import from_json, render_html, render_json, write
-from ffm_secure.types import RunSummary
+from ffm_secure.records import RunSummary
+from ffm_secure.report.document import from_json, render_html, render_json, write
 
 from . import samples
 
-SCHEMA = json.loads(files("ffm_secure").joinpath("report.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads(files("ffm_secure.report").joinpath("report.schema.json").read_text(encoding="utf-8"))
 CHECK = jsonschema.Draft202012Validator(SCHEMA)
 SMALL = [name for name in samples.ALL if name != "thousand"]
 
@@ -40,7 +40,7 @@ def test_schema_names_exactly_the_fields_of_every_record() -> None:
         assert schema["additionalProperties"] is False
 
     walk(RunSummary, SCHEMA)
-    from ffm_secure import types
+    from ffm_secure import records as types
 
     for name, schema in SCHEMA["$defs"].items():
         if name != "number":

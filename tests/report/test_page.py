@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ffm_secure.report import render_html, render_json
-from ffm_secure.report_markup import INFINITE, OBSERVERS, bound, figure, size, small
+from ffm_secure.report.document import render_html, render_json
+from ffm_secure.report.markup import INFINITE, OBSERVERS, bound, figure, size, small
 
 from . import samples
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy, log_softmax
 
 from ffm_secure.errors import ModelError
-from ffm_secure.models import load_backbone
+from ffm_secure.models.backbone import load_backbone
 from ffm_secure.tasks import TASKS, Encoded, EncodedText, MaskedLM, Task, build_task
 
 GRID = [

@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 
 from defenses.dp.per_sample import PerSampleEngine
-from ffm_secure import config
-from ffm_secure.config import LORA_RULES, Strategy
+from ffm_secure.config import run_file as config
+from ffm_secure.config.run_file import LORA_RULES, Strategy
 from ffm_secure.errors import ModelError
-from ffm_secure.models import load_backbone
+from ffm_secure.models.backbone import load_backbone
 from ffm_secure.strategies import LORA_RULES as RULES
 from ffm_secure.strategies import build, folds
 from ffm_secure.strategies.lora_rules import LoraRule

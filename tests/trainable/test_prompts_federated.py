@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffm_secure.config import PROMPTS
+from ffm_secure.config.run_file import PROMPTS
 from tests.federation.helpers import RECORD, SECAGG, make, train
 
 SLOW = ("prompt", "prefix", "deep_prompt", "p_tuning")

@@ -11,10 +11,10 @@ import transformers as tf
 from torch import nn
 
 from defenses.errors import NotPrivateError
-from ffm_secure.builtin_models import tiny_tokenizer
+from ffm_secure.engines.setup import Prepared
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone, load_backbone
-from ffm_secure.setup import Prepared
+from ffm_secure.models.backbone import Backbone, load_backbone
+from ffm_secure.models.builtin import tiny_tokenizer
 from ffm_secure.trainable import attach, prefix, rehearse_per_sample
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, make, prepared
 

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model_state_dict
 
 from defenses.dp.per_sample import PerSampleEngine
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone, fingerprint, load_backbone
+from ffm_secure.models.backbone import Backbone, fingerprint, load_backbone
 from ffm_secure.tasks import Task, build_task
 from ffm_secure.trainable import TrainableModel, attach, replicate
 

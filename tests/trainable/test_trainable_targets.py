@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 
 from ffm_secure.errors import ModelError
-from ffm_secure.models import Backbone, load_backbone
+from ffm_secure.models.backbone import Backbone, load_backbone
 from ffm_secure.trainable import attach
 from ffm_secure.trainable.targets import QUERY_VALUE, head_modules, lora_targets, matches
 

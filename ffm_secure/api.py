@@ -1,0 +1,129 @@
+"""A run from Python: load, plan, start, look at the result. The command line is a thin shell around this."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ffm_secure import federation
+from ffm_secure.config import run_file
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.engines import setup
+from ffm_secure.records import ClientOutcome, PlanSummary, RunSummary
+from ffm_secure.report import document as report
+from ffm_secure.report import summary
+from ffm_secure.storage.run_directory import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a run left behind."""
+
+    folder: Path
+    summary: RunSummary
+
+    @property
+    def epsilon(self) -> float:
+        """Return the epsilon that holds against the public; infinite if nothing is guaranteed."""
+        return self.summary.statements[0].epsilon
+
+    @property
+    def metric(self) -> float:
+        """Return the task's metric of the final model on the public validation rows."""
+        return self.summary.metric_final
+
+    accuracy = metric
+
+
+class Run:
+    """One run file with its place on disk.
+
+    >>> import ffm_secure as ffm
+    >>> run = ffm.load("examples/tiny.toml")
+    >>> run.config.federation.rounds
+    3
+    """
+
+    def __init__(self, config: RunConfig, *, base: Path, runs: Path) -> None:
+        self.config, self.base, self.folder = config, base, runs / config.name
+        self._prepared: setup.Prepared | None = None
+
+    def prepared(self) -> setup.Prepared:
+        """Load data and model once."""
+        if self._prepared is None:
+            self._prepared = setup.prepare(self.config, self.base, self.folder)
+        return self._prepared
+
+    def plan(self) -> PlanSummary:
+        """Say what the run would train, send, spend and reveal; trains nothing."""
+        return summary.describe(self.prepared())
+
+    def start(self, *, watch: federation.Callback | None = None, fairness: bool = True) -> Result:
+        """Train to the end of the rounds or of the budget; continue a run that was stopped.
+
+        Without `fairness` the report says nothing about single clients, and their evaluation is saved.
+        """
+        began = time.perf_counter()
+        prepared = self.prepared()
+        initial = prepared.trainable.flatten().cpu()
+        with Store.open(self.folder, self.config) as store:
+            store.require_contents(prepared.contents)
+            made = setup.build(prepared, self.folder)
+            zero = made.evaluate(initial).metric
+            trained = federation.run(made, store, watch=watch)
+            outcomes = self._fairness(made, trained, initial) if fairness else ()
+            result = summary.summarise(
+                made, trained, zero_metric=zero, outcomes=outcomes, seconds=time.perf_counter() - began
+            )
+            self._finish(store, made, trained, result)
+        return Result(folder=self.folder, summary=result)
+
+    def _fairness(
+        self, made: setup.Setup, trained: federation.TrainingResult, initial: Any
+    ) -> tuple[ClientOutcome, ...]:
+        return summary.outcomes(made, trained, initial)
+
+    def _finish(
+        self, store: Store, made: setup.Setup, trained: federation.TrainingResult, result: RunSummary
+    ) -> None:
+        made.trainable.load_vector(trained.state.vector)
+        store.replace_folder("adapter", lambda folder: made.trainable.export(folder, self.config.model.name))
+        for client in made.clients if made.home.places else ():
+            own = made.own(client.index, trained.state.vector, before=len(trained.records) + 1)
+            made.trainable.load_vector(own)
+            made.trainable.export(made.home.folder / client.name / "adapter", self.config.model.name)
+        report.write(result, self.folder)
+
+
+def load(path: str | Path, overrides: tuple[str, ...] = (), *, runs: str | Path = "runs") -> Run:
+    """Read a run file; a relative path in it is looked up in the current folder first, then beside the file."""
+    path = Path(path)
+    return place(run_file.load(path, tuple(overrides)), base=path.resolve().parent, runs=Path(runs))
+
+
+def place(config: RunConfig, *, base: Path, runs: Path) -> Run:
+    """Give a config its place on disk: what is local is named by its absolute path."""
+    task = dataclasses.replace(config.task, data=_locate(config.task.data, base))
+    lifecycle = config.federation.lifecycle
+    if lifecycle.public_data:
+        lifecycle = dataclasses.replace(lifecycle, public_data=_locate(lifecycle.public_data, base))
+    federation_ = dataclasses.replace(config.federation, lifecycle=lifecycle)
+    model = dataclasses.replace(config.model, name=_locate(config.model.name, base))
+    ledger = str(Path(config.privacy.ledger).expanduser().resolve()) if config.privacy.ledger else ""
+    privacy = dataclasses.replace(config.privacy, ledger=ledger)
+    placed = dataclasses.replace(config, task=task, model=model, federation=federation_, privacy=privacy)
+    return Run(placed, base=base, runs=runs)
+
+
+def _locate(name: str, base: Path) -> str:
+    """Return the absolute path of something local, so that the stored run file works from any folder; other names stay."""
+    if name.startswith("builtin:"):
+        return name
+    for place in (Path.cwd(), base):
+        candidate = place / Path(name).expanduser()
+        if candidate.exists():
+            return str(candidate.resolve())
+    return name

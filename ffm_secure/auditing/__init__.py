@@ -1,0 +1,1 @@
+"""Attack a run: the only room that imports attacks."""

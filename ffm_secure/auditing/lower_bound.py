@@ -1,0 +1,71 @@
+"""The lower bound on epsilon that canaries prove, round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from attacks import canary
+from defenses.dp import RecordMechanism
+from defenses.random_source import RandomSource
+from ffm_secure.auditing.budget import CANARIES, SIGNIFICANCE
+from ffm_secure.auditing.canary_rounds import client_canaries, record_canaries
+from ffm_secure.config import compatibility
+from ffm_secure.engines import setup
+from ffm_secure.records import (
+    LeakCurve,
+    RunSummary,
+)
+
+
+def mechanism_lower_bound(prepared: setup.Prepared, *, seed: int = 1) -> canary.LowerBound | None:
+    """Audit the run's own mechanism over all rounds a client may take part in, with canaries of the largest allowed norm.
+
+    The canaries go through the very sampler, bound, noise and divisor that the run used; the result is a lower bound on
+    epsilon, wrong with probability at most 5 %, to be held against the ledger's upper bound.
+    """
+    return bounds[max(bounds)] if (bounds := bounds_over_rounds(prepared, seed=seed)) else None
+
+
+def bounds_over_rounds(prepared: setup.Prepared, *, seed: int = 1) -> dict[int, canary.LowerBound]:
+    """Return the lower bound that 1, 2, 4, ... rounds of one canary run prove, and all rounds; nothing without a mechanism."""
+    mechanism, config = prepared.mechanism, prepared.config
+    if mechanism is None:
+        return {}
+    rounds = max(1, compatibility.participation_cap(config))
+    dimension = max(2 * CANARIES, min(prepared.trainable.size, 20_000))
+    coins = canary.Canaries(
+        count=CANARIES, dimension=dimension, norm=mechanism.clip_norm, seed=seed, kind="dirac"
+    )
+    begin = record_canaries if isinstance(mechanism, RecordMechanism) else client_canaries
+    totals, seen = begin(mechanism, coins, RandomSource.system()), {}
+    for number in range(1, rounds + 1):
+        total = next(totals)
+        if number == rounds or number & (number - 1) == 0:
+            seen[number] = coins.audit(total, config.privacy.delta, SIGNIFICANCE)
+    return seen
+
+
+def curve_over_rounds(bounds: Mapping[int, canary.LowerBound]) -> Iterator[LeakCurve]:
+    """Show how the proven lower bound on epsilon grows over the rounds one client takes part in."""
+    epsilons = tuple(bound.epsilon for bound in bounds.values())
+    reason = "" if bounds else "no noise hides what one round tells, so more rounds add nothing to it"
+    here = float(max(bounds)) if bounds else None
+    x = tuple(map(float, bounds))
+    yield LeakCurve(
+        attack="canaries",
+        axis="rounds",
+        measure="epsilon, at least",
+        x=x,
+        y=epsilons,
+        here=here,
+        reason=reason,
+    )
+
+
+def measured_how(bound: canary.LowerBound, summary: RunSummary) -> str:
+    """Say in the five fields of every epsilon what a measured lower bound is a bound on."""
+    promise = next(statement for statement in summary.statements if statement.observer == "server")
+    return (
+        f"{bound.canaries} canaries in one run of the mechanism, {bound.method}, confidence {1 - bound.significance:.0%}; "
+        f"unit {promise.unit}, adjacency {promise.adjacency}, observer server, delta {promise.delta:g}"
+    )

@@ -1,0 +1,231 @@
+"""Replay what one client sends: one step at every point of its way, or the run's own local steps as they cross the wire."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from defenses.dp import Clipping, PerSampleEngine, RecordMechanism
+from defenses.random_source import RandomSource
+from defenses.secagg import ring
+from ffm_secure.config import compatibility
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.engines import setup
+from ffm_secure.privacy.mechanism import ClientNoise
+from ffm_secure.records import Observer, Point, RoundPlan, RoundRecord
+from ffm_secure.site.client_state import ClientStateStore
+from ffm_secure.site.trainer import Client, SiteTrainer
+from ffm_secure.strategies import ServerState
+
+
+def largest(prepared: setup.Prepared) -> int:
+    """Return the client with most records."""
+    return max(range(len(prepared.parts)), key=lambda index: len(prepared.parts[index]))
+
+
+def next_start(
+    prepared: setup.Prepared, folder: Path, state: ServerState, records: Sequence[RoundRecord], run_id: bytes
+) -> Tensor:
+    """Return the vector from which the largest client would learn next: the global one, and what it keeps at home.
+
+    Whoever attacks that client is granted what it keeps, though nobody else ever sees it.
+    """
+    home = ClientStateStore(folder=folder / "home", owners=prepared.owners, places=prepared.strategy.home)
+    return home.enter(largest(prepared), state.vector, run_id=run_id, before=len(records) + 1)
+
+
+def gradients(
+    prepared: setup.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool = False
+) -> dict[str, dict[str, Tensor]]:
+    """Return one step's update at each point: raw, and under record-level privacy clipped and noised by the run's mechanism.
+
+    Only what the run's strategy trains in a first step is clipped and noised, and only what it sends is returned. Where
+    products are sent, their factors are returned: products are a function of them, so an observer is given no less.
+    With `sent_only` the raw step is left out where a clipped and noised one is sent.
+    """
+    strategy = prepared.strategy
+    with prepared.trainable.training_only(strategy.trains(0)):
+        found = _points(prepared, batch, sent_only=sent_only)
+    sent = strategy.sends(0)
+    return {
+        point: {name: value for name, value in tensors.items() if sent is None or name in sent}
+        for point, tensors in found.items()
+    }
+
+
+def _points(
+    prepared: setup.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool
+) -> dict[str, dict[str, Tensor]]:
+    trained, task, mechanism = prepared.trainable, prepared.task, prepared.mechanism
+    active, found = trained.active, {}
+    if not (sent_only and isinstance(mechanism, RecordMechanism)):
+        losses = task.losses(trained.model, batch)
+        raw = torch.autograd.grad(losses.mean(), list(active.values()), allow_unused=True)
+        pairs = zip(active.items(), raw, strict=True)
+        found["raw"] = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+    if isinstance(mechanism, RecordMechanism):
+        with PerSampleEngine(trained.model, parameters=active) as engine:
+            clipping = Clipping(kind=prepared.config.privacy.clipping, clip_norm=mechanism.clip_norm)
+            clipped = engine.clipped_sum(lambda: task.losses(trained.model, batch), clip=clipping).gradients
+        found["clipped"] = {name: value / mechanism.expected_batch_size for name, value in clipped.items()}
+        found["noised"] = mechanism.privatise(clipped, RandomSource.system())
+    if isinstance(mechanism, ClientNoise):
+        vector = torch.cat([value.reshape(-1) for value in found["raw"].values()])
+        found["clipped"] = unflatten(mechanism.inner.clip(vector.cpu()), found["raw"])
+        share = mechanism.noisy_integers(vector, RandomSource.system()) / mechanism.scale
+        found["noised"] = unflatten(torch.from_numpy(share).float(), found["raw"])
+    return found
+
+
+def aggregate(
+    prepared: setup.Prepared, points: Mapping[str, Mapping[str, Tensor]], client: int, records: int
+) -> dict[str, Tensor]:
+    """Add what the other clients of a cohort send in the same step, each with its own records and its own noise."""
+    own = points.get("noised", points["raw"])
+    total = {name: value.clone() for name, value in own.items()}
+    for index in _others(prepared, client)[: smallest_sum(prepared.config) - 1]:
+        part = prepared.parts[index][:records]
+        batch = prepared.task.batch(
+            prepared.task.encode(prepared.dataset.train.take(part)),
+            np.arange(len(part)),
+            device=prepared.device,
+        )
+        sent = gradients(prepared, batch, sent_only=True)
+        for name, value in (sent.get("noised") or sent["raw"]).items():
+            total[name] += value
+    return total
+
+
+def smallest_sum(config: RunConfig) -> int:
+    """Return how many clients stand behind the smallest sum an observer may be left with: the threshold, less colluders."""
+    return max(1, compatibility.minimum_survivors(config) - config.protection.colluding)
+
+
+def seen_by(observer: Observer, config: RunConfig, points: Collection[Point]) -> Point:
+    """Return at which point of its way an observer sees an update; seeded noise hides nothing, so it is taken off."""
+    alone: Point = "clipped" if config.privacy.noise == "seeded" else "noised"
+    single: Point = alone if alone in points else "raw"
+    if observer == "server" and config.protection.kind == "none":
+        return single
+    if observer == "colluding_server" and config.protection.kind != "secagg":
+        return single
+    return single if config.privacy.noise == "seeded" else "aggregated"
+
+
+def wire_change(
+    prepared: setup.Prepared, vector: Tensor, members: Any, client: int, clients: int
+) -> dict[str, Tensor]:
+    """Return the opened sum of what `clients` clients really send in one round; the first has nothing but `members`.
+
+    Local steps, optimiser, bound, noise and rounding are the run's own. The others learn from as many records of theirs.
+
+    Raises:
+      ValueError: what is sent is no change of the trained tensors themselves.
+    """
+    if prepared.strategy.folds:
+        raise ValueError("products are sent, not the change of the trained tensors themselves")
+    chosen = [client, *_others(prepared, client)][:clients]
+    place = SiteTrainer(
+        config=prepared.config,
+        trainable=prepared.trainable,
+        task=prepared.task,
+        mechanism=prepared.mechanism,
+        code=prepared.code,
+        device=prepared.device,
+    )
+    told = RoundPlan(run_id=bytes(16), round=1, cohort=tuple(chosen), fingerprint="", mechanism="")
+    total = None
+    for index in chosen:
+        part = prepared.parts[index][: len(members)]
+        rows = members if index == client else prepared.task.encode(prepared.dataset.train.take(part))
+        source = RandomSource.system()
+        sent = place.contribute(
+            Client(index=index, name="", examples=rows), told, vector.to(prepared.device), source
+        )
+        if total is None:
+            total = sent
+        else:
+            ring.add_into(total, sent)
+    total = ring.reduce(total, prepared.code.modulus_bits)
+    prepared.trainable.load_vector(vector)
+    values = torch.from_numpy(prepared.code.open(total, round=1, survivors=chosen).values).float()
+    parameters = prepared.trainable.parameters
+    like = {name: parameters[name] for name in prepared.strategy.sends(told.step) or parameters}
+    return unflatten(values[: sum(p.numel() for p in like.values())], like)  # half a vector is padded
+
+
+def wire_facts(prepared: setup.Prepared, records: int) -> dict[str, Any]:
+    """Return what every party of a run knows of an update: the run file says it. Momentum makes SGD another optimiser."""
+    spec = prepared.config.federation.lifecycle
+    size = min(spec.batch_size, records)
+    plain = spec.optimizer == "sgd" and not spec.momentum
+    return {
+        "batch_size": size,
+        "local_steps": spec.local_steps or spec.local_epochs * -(-records // size),
+        "learning_rate": spec.learning_rate,
+        "optimiser": "sgd" if plain else "sgd with momentum" if spec.optimizer == "sgd" else spec.optimizer,
+        "weight_decay": spec.weight_decay,
+    }
+
+
+def noise_facts(prepared: setup.Prepared, point: Point, clients: int, *, steps: int = 0) -> dict[str, Any]:
+    """Return what the run file tells everyone of the bound and the noise in an update, or in a sum of `clients` of them.
+
+    `steps` is how many local steps stand behind a delta, 0 for the gradient of one step. The deviation is left out where an
+    optimiser mixes the noise of several steps.
+    """
+    mechanism = prepared.mechanism
+    if mechanism is None or point == "raw" or prepared.config.privacy.noise == "seeded":
+        return {}
+    facts: dict[str, Any] = {"clip_norm": mechanism.clip_norm}
+    if point == "clipped":
+        return facts
+    if isinstance(mechanism, ClientNoise):
+        levels = mechanism.inner.integer_sensitivity(scale=mechanism.scale, dimension=mechanism.dimension)
+        deviation = (
+            mechanism.noise_multiplier * levels / mechanism.scale / mechanism.inner.honest_survivors**0.5
+        )
+    else:
+        deviation = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.expected_batch_size
+        spec = prepared.config.federation.lifecycle
+        if steps and (spec.optimizer != "sgd" or spec.momentum):
+            return facts
+        deviation *= spec.learning_rate * steps**0.5 if steps else 1.0
+    return {**facts, "noise_deviation": deviation * clients**0.5}
+
+
+def _others(prepared: setup.Prepared, client: int) -> list[int]:
+    return [index for index in range(len(prepared.parts)) if index != client and len(prepared.parts[index])]
+
+
+def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = torch.split(vector, [value.numel() for value in like.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
+
+
+def own_names(prepared: setup.Prepared) -> dict[str, str]:
+    """Map the canonical names of what is trained to the names the model itself uses."""
+    own = {id(parameter): name for name, parameter in prepared.trainable.model.named_parameters()}
+    return {name: own[id(parameter)] for name, parameter in prepared.trainable.parameters.items()}
+
+
+def attackable(prepared: setup.Prepared) -> nn.Module:
+    """Copy the model for the attacker: eager attention, and padding read from the ids, as a client's own batches have it."""
+    model = copy.deepcopy(prepared.trainable.model).cpu()
+    pad = getattr(prepared.backbone.tokenizer, "pad_token_id", None)
+    if pad is None or prepared.config.task.kind == "image_classification":
+        return model
+    kind = type(model)
+
+    def forward(self: nn.Module, input_ids: Tensor, **rest: Any) -> Any:
+        mask = rest.pop("attention_mask", (input_ids != pad).long())
+        return kind.forward(self, input_ids=input_ids, attention_mask=mask, **rest)
+
+    model.__class__ = type("Padded" + kind.__name__, (kind,), {"forward": forward})
+    return model

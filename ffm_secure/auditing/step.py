@@ -1,0 +1,187 @@
+"""Replay one local step of a client: the worst case, at every point of its way and as it crosses the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attacks.contract import Prior
+from attacks.inversion.tokens import vocabulary_of
+from attacks.observation import Knowledge, Observation
+from attacks.truth import Truth
+from ffm_secure.auditing import replayed as client_replay
+from ffm_secure.engines import setup
+from ffm_secure.records import (
+    Point,
+)
+
+CANDIDATES = 32  # members and as many outsiders in a membership test
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservationPoint:
+    """One update on its way from a client to an observer, and apart from it the truth about it."""
+
+    point: Point
+    observation: Observation
+    truth: Truth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayedStep:
+    """What all scenes share: the model as broadcast, what an attacker may bring along, and the scenes themselves."""
+
+    records: int
+    model: nn.Module
+    prior: Prior
+    points: frozenset[str]  # of one client's update
+    at: Callable[[Point], ObservationPoint]
+    wire: Callable[[int], ObservationPoint]  # what that many clients really send in a round, nothing granted
+    again: Callable[[int], ReplayedStep] | None = (
+        None  # the same step with other records and other noise, by number
+    )
+
+    @property
+    def control(self) -> ObservationPoint:
+        """Return the undefended update."""
+        return self.at("raw")
+
+
+def build_stage(
+    prepared: setup.Prepared,
+    vector: Tensor,
+    *,
+    seed: int = 0,
+    records: int = CANDIDATES,
+    model: nn.Module | None = None,
+) -> ReplayedStep:
+    """Replay one local step of a client from the broadcast model with known records, at every point of its way.
+
+    One step is the worst case for the client; what a run sends after many steps tells an attacker less. A step on one
+    record is the worst case of all: its length, label and the shape of a picture are granted as well. `model` is the attacker's
+    copy where there is one already.
+    """
+    config, trained = prepared.config, prepared.trainable
+    trained.load_vector(vector)
+    rows = np.random.default_rng(seed)
+    client = client_replay.largest(prepared)
+    own = prepared.parts[client]
+    few = own[
+        np.sort(rows.permutation(len(own))[: 4 * CANDIDATES])
+    ]  # not all of a large client's records need encoding
+    encoded = prepared.task.encode(prepared.dataset.train.take(few))
+    size = min(records, len(encoded) // 2)
+    order = rows.permutation(len(encoded))
+    members, others = order[:size], order[size : 2 * size]
+    model = client_replay.attackable(prepared) if model is None else model
+    batch = prepared.task.batch(encoded, members, device=prepared.device)
+    points = client_replay.gradients(prepared, batch)
+    names = client_replay.own_names(prepared)
+    facts = {"learning_rate": config.federation.lifecycle.learning_rate}
+    strangers = prepared.task.batch(
+        encoded, order[size : size + CANDIDATES], device="cpu"
+    )  # what guessing goes by
+    truth = _truth(batch, members=size, strangers=strangers, vocabulary=vocabulary_of(model))
+    prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
+    shape = (
+        None if truth.images is None else tuple(truth.images.shape[1:])
+    )  # the model itself says what it takes
+    public = Knowledge(task=config.task.kind, image_shape=shape)
+    knowledge = replace(public, batch_size=size, local_steps=1, **(_granted(truth) if size == 1 else {}))
+
+    def scene(
+        point: Point,
+        tensors: Mapping[str, Tensor],
+        clients: int = 1,
+        *,
+        content: str = "gradient",
+        **told: Any,
+    ) -> ObservationPoint:
+        summed = {"summand": content} if clients > 1 else {}
+        hidden = client_replay.noise_facts(prepared, point, clients, steps=told.get("local_steps", 0))
+        observation = Observation(
+            kind="sum" if clients > 1 else cast(Literal["gradient", "delta"], content),
+            tensors={names[name]: tensor.detach().cpu() for name, tensor in tensors.items()},
+            contributors=clients,
+            metadata={"point": point, **(told or facts), **summed, **hidden},
+            knowledge=public if told else knowledge,
+        )
+        return ObservationPoint(point=point, observation=observation, truth=truth)
+
+    @cache
+    def wire(clients: int) -> ObservationPoint:
+        sent = client_replay.wire_change(prepared, vector, encoded.take(members), client, clients)
+        point: Point = "aggregated" if clients > 1 else "raw" if prepared.mechanism is None else "noised"
+        return scene(point, sent, clients, content="delta", **client_replay.wire_facts(prepared, size))
+
+    @cache
+    def at(point: Point) -> ObservationPoint:
+        if point != "aggregated":
+            return scene(point, points[point])
+        total = client_replay.aggregate(
+            prepared, points, client, size
+        )  # of a whole cohort: made when it is asked for
+        return scene("aggregated", total, client_replay.smallest_sum(config))
+
+    return ReplayedStep(records=size, model=model, prior=prior, points=frozenset(points), at=at, wire=wire)
+
+
+def with_draws(prepared: setup.Prepared, vector: Tensor, records: int) -> ReplayedStep:
+    """Build a stage that can be drawn anew."""
+    first = build_stage(prepared, vector, records=records)
+    again = cache(
+        lambda number: build_stage(prepared, vector, seed=number, records=records, model=first.model)
+    )
+    return replace(first, again=again)
+
+
+def _candidates(prepared: setup.Prepared, encoded: Any, rows: list[int]) -> dict[str, Tensor]:
+    batch = prepared.task.batch(encoded, np.asarray(rows), device="cpu")
+    renamed = {"input_ids": "token_ids", "pixel_values": "images", "labels": "labels"}
+    found = {renamed[name]: value for name, value in batch.items() if name in renamed}
+    if prepared.config.task.kind in ("causal_lm", "masked_lm"):
+        found.pop("labels", None)
+    return found
+
+
+def _granted(truth: Truth) -> dict[str, Any]:
+    """Return what the strongest observer of one record is assumed to know besides the update."""
+    granted: dict[str, Any] = {"labels": truth.labels}
+    if truth.sequences is not None:
+        granted["lengths"] = tuple(map(len, truth.sequences))
+    return granted
+
+
+def _pixels(prepared: setup.Prepared) -> dict[str, Any]:
+    """Return the public normalisation of pictures."""
+    mean, std = getattr(prepared.task, "mean", None), getattr(prepared.task, "std", None)
+    return {} if mean is None or std is None else {"image_mean": mean.flatten(), "image_std": std.flatten()}
+
+
+def _truth(
+    batch: Mapping[str, Tensor], *, members: int, strangers: Mapping[str, Tensor], vocabulary: int | None
+) -> Truth:
+    """Return what the client trained on, and the texts of the same kind that guessing may go by."""
+    labels = batch.get("labels")
+    flat = tuple(labels.tolist()) if labels is not None and labels.dim() == 1 else None
+    return Truth(
+        sequences=_texts(batch) or None,
+        images=batch.get("pixel_values"),
+        labels=flat,
+        members=(True,) * members + (False,) * members,
+        vocabulary=vocabulary,
+        others=_texts(strangers),
+    )
+
+
+def _texts(batch: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+    if "input_ids" not in batch:
+        return ()
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return tuple(tuple(ids[keep.bool()].tolist()) for ids, keep in zip(batch["input_ids"], mask, strict=True))

@@ -1,0 +1,157 @@
+"""The command line: plan, run, experiment, audit, ledger, report, doctor, epsilon, sigma. Each body hands over to a function."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ffm_secure.cli import calculator
+from ffm_secure.errors import FfmError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Adapt foundation models together, and prove what the result reveals.",
+)
+
+RunFile = Annotated[Path, typer.Argument(help="Run file (TOML).", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="Run directory, for instance runs/demo.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value; checked like the file."),
+]
+Runs = Annotated[Path, typer.Option(help="Folder that holds run directories.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+
+
+def _commands() -> Any:
+    """Load the commands on runs, and with them the model libraries, only when one is called."""
+    return importlib.import_module("ffm_secure.cli.commands")
+
+
+@app.command()
+def plan(file: RunFile, set_: Overrides = None, json: Json = False) -> None:
+    """Show what a run would send, spend and reveal. Trains nothing."""
+    _commands().plan(file, tuple(set_ or ()), json=json)
+
+
+@app.command()
+def run(
+    file: RunFile, set_: Overrides = None, runs: Runs = Path("runs"), json: Json = False, quiet: Quiet = False
+) -> None:
+    """Train, or continue a stopped run. Writes everything to runs/<name>/."""
+    _commands().run(file, tuple(set_ or ()), runs=runs, json=json, quiet=quiet)
+
+
+@app.command()
+def experiment(
+    file: Annotated[Path, typer.Argument(help="Grid of run files (TOML).", show_default=False)],
+    quick: Annotated[bool, typer.Option(help="Run the small form of the grid.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for runs, results.json and report.html.")] = Path(
+        "runs/experiments"
+    ),
+    jobs: Annotated[
+        int, typer.Option(help="Runs at once, each in its own process with its share of the cores.")
+    ] = 1,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a grid of run files; what is finished is not run again. Writes a table and curves."""
+    _commands().experiment(file, out=out, quick=quick, jobs=jobs, json=json, quiet=quiet)
+
+
+@app.command()
+def audit(
+    folder: Annotated[Path | None, typer.Argument(help="Run directory.", show_default=False)] = None,
+    observation: Annotated[
+        Path | None, typer.Option(help="Audit a stored observation of any system instead of a run.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder the observation belongs to.")] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="What its client trained on (safetensors), to score what attacks find."),
+    ] = None,
+    budget: Annotated[str, typer.Option(help="quick, standard or exhaustive.")] = "quick",
+    fail_on_leak: Annotated[bool, typer.Option(help="Exit with 6 if anything leaked.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attack what each observer of a finished run saw."""
+    commands = _commands()
+    seen = commands.Seen(observation=observation, model=model, truth=truth)
+    commands.audit(folder, seen, budget=budget, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
+
+
+@app.command()
+def ledger(
+    folder: Annotated[Path, typer.Argument(help="Run directory or ledger file.", show_default=False)],
+    owner: Annotated[str, typer.Option(help="Show one data owner only.")] = "",
+    export: Annotated[str, typer.Option(help="Print every entry as csv or json.")] = "",
+    json: Json = False,
+) -> None:
+    """Verify a ledger, then print every charge and the epsilon they add up to."""
+    _commands().ledger(folder, owner=owner, export=export, json=json)
+
+
+@app.command()
+def report(folder: RunFolder, json: Json = False) -> None:
+    """Write report.html and report.json of a run anew: one file each, no network."""
+    _commands().report(folder, json=json)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Check this machine: versions, accelerator, random source, TenSEAL, browser."""
+    _commands().doctor(json=json)
+
+
+@app.command()
+def epsilon(
+    q: Annotated[float | None, typer.Option(help="Poisson sampling rate.")] = None,
+    sigma: Annotated[float | None, typer.Option(help="Noise multiplier.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps.")] = None,
+    delta: Annotated[float, typer.Option(help="Delta.")] = 1e-5,
+    segment: Annotated[
+        list[str] | None,
+        typer.Option(metavar="Q,SIGMA,STEPS", help="One more part of the history; may repeat."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compute the epsilon of a history of Poisson-sampled Gaussian steps."""
+    calculator.epsilon(q, sigma, steps, delta=delta, segments=tuple(segment or ()), json=json)
+
+
+@app.command(name="sigma")
+def sigma_command(
+    epsilon: Annotated[float, typer.Option(help="Target epsilon.")],
+    q: Annotated[float, typer.Option(help="Poisson sampling rate.")],
+    steps: Annotated[int, typer.Option(help="Steps.")],
+    delta: Annotated[float, typer.Option(help="Delta.")] = 1e-5,
+    segment: Annotated[
+        list[str] | None, typer.Option(metavar="Q,SIGMA,STEPS", help="Already spent; may repeat.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compute the smallest noise multiplier that keeps a target epsilon."""
+    calculator.sigma(epsilon, q, steps, delta=delta, segments=tuple(segment or ()), json=json)
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one clear message and a meaningful exit code."""
+    try:
+        app()
+    except FfmError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)

@@ -1,0 +1,67 @@
+"""The accountant on the command line: epsilon of a history, sigma for a target. Loads no model library."""
+
+from __future__ import annotations
+
+from defenses.dp.calculator import epsilon_report, sigma_report
+from ffm_secure.cli.console import clear_errors, number, say
+from ffm_secure.errors import ConfigError
+
+
+def epsilon(
+    q: float | None,
+    sigma: float | None,
+    steps: int | None,
+    *,
+    delta: float,
+    segments: tuple[str, ...],
+    json: bool,
+) -> None:
+    """Print the epsilon of a history."""
+    with clear_errors():
+        parts = [*_first_segment(q, sigma, steps), *(_segment(text) for text in segments)]
+        if not parts:
+            raise ConfigError(
+                "epsilon", ["give --q, --sigma and --steps, or at least one --segment q,sigma,steps"]
+            )
+        found = epsilon_report(parts, delta)
+    say(found, [f"{name}: {number(value)}" for name, value in found.items()], json=json)
+
+
+def sigma(
+    epsilon: float, q: float, steps: int, *, delta: float, segments: tuple[str, ...], json: bool
+) -> None:
+    """Print the noise multiplier for a target epsilon."""
+    with clear_errors():
+        found = sigma_report(
+            epsilon=epsilon,
+            delta=delta,
+            sampling_rate=q,
+            steps=steps,
+            history=[_segment(text) for text in segments],
+        )
+    say(found, [f"{name}: {number(value)}" for name, value in found.items()], json=json)
+
+
+def _first_segment(q: float | None, sigma: float | None, steps: int | None) -> list[tuple[float, float, int]]:
+    given = {"--q": q, "--sigma": sigma, "--steps": steps}
+    if all(value is None for value in given.values()):
+        return []
+    missing = [f"{name}: missing" for name, value in given.items() if value is None]
+    if missing:
+        raise ConfigError("epsilon", missing)
+    assert q is not None
+    assert sigma is not None
+    assert steps is not None
+    return [(q, sigma, steps)]
+
+
+def _segment(text: str) -> tuple[float, float, int]:
+    parts = text.split(",")
+    try:
+        q, multiplier, steps = parts
+        return float(q), float(multiplier), int(steps)
+    except ValueError:
+        raise ConfigError(
+            "--segment",
+            [f"{text!r}: must be sampling rate, noise multiplier, steps, for instance 0.01,1.0,1000"],
+        ) from None

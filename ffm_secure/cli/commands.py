@@ -1,0 +1,266 @@
+"""What the commands on runs do: call the library, print for people or for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ffm_secure.api import Result, load
+from ffm_secure.cli import doctor as checkup
+from ffm_secure.cli.console import clear_errors, console, print_json, print_lines, say
+from ffm_secure.cli.progress import Bars
+from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound, StoreError
+from ffm_secure.records import AuditFinding, AuditSummary, PlanSummary, PrivacyStatement
+from ffm_secure.report.summary import SEEDED
+from ffm_secure.storage.run_directory import Store
+
+
+def plan(file: Path, overrides: tuple[str, ...], *, json: bool) -> None:
+    """Print the plan of a run file."""
+    with clear_errors():
+        described = load(file, overrides).plan()
+    say(described, _plan_lines(described), json=json)
+
+
+def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet: bool) -> None:
+    """Train, audit if the run file asks for it, write the report."""
+    with clear_errors():
+        started = load(file, overrides, runs=runs)
+        silent = quiet or json
+        described = started.plan()
+        if not silent:
+            print_lines(_plan_lines(described))
+            console.print()
+        budget = started.config.privacy.epsilon
+        with Bars(rounds=started.config.federation.rounds, budget=budget, quiet=silent) as watch:
+            result = started.start(watch=watch)
+        if started.config.audit.observers and result.summary.rounds:
+            from ffm_secure.auditing.run_audit import audit_run
+
+            if not silent:
+                console.print(f"auditing ({started.config.audit.budget}) ...")
+            result = dataclasses.replace(
+                result, summary=audit_run(result.folder, budget=started.config.audit.budget)
+            )
+    say(_result_table(result), _result_lines(result), json=json, quiet=quiet)
+    if result.summary.status == "budget exhausted":
+        raise BudgetExhausted(
+            "the privacy budget ended the run before its last round; what was trained is kept"
+        )
+
+
+def experiment(file: Path, *, out: Path, quick: bool, jobs: int, json: bool, quiet: bool) -> None:
+    """Run what is missing of a grid; write its table and curves."""
+    from ffm_secure.experiments import grid as experiments
+
+    shown = (lambda line: None) if json or quiet else console.print
+    with clear_errors():
+        html, found = experiments.run(file, out=out, quick=quick, jobs=jobs, say=shown)
+    say(found, [f"table and curves: {html}"], json=json, quiet=quiet)
+    if found["stopped"]:
+        names = ", ".join(item["run"] for item in found["stopped"])
+        raise BudgetExhausted(
+            f"not complete: {names}; remove such a run's folder in {html.parent / 'runs'} to run it anew"
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A stored observation, the model folder it belongs to, and a file of what its client trained on."""
+
+    observation: Path | None
+    model: Path | None = None
+    truth: Path | None = None
+
+
+def audit(
+    folder: Path | None, seen: Seen, *, budget: str, fail_on_leak: bool, json: bool, quiet: bool
+) -> None:
+    """Attack a run, or a stored observation of any system."""
+    from ffm_secure.auditing.run_audit import audit_run
+    from ffm_secure.auditing.standalone import audit_observation
+
+    if (folder is None) == (seen.observation is None):
+        raise ConfigError("audit", ["give a run directory or --observation FOLDER, exactly one of them"])
+    if folder is not None and (seen.model or seen.truth):
+        raise ConfigError("audit", ["--model and --truth belong to --observation; a run knows its own"])
+    if budget not in ("quick", "standard", "exhaustive"):
+        raise ConfigError(
+            "audit", [f"--budget = {budget!r}: must be one of 'quick', 'standard', 'exhaustive'"]
+        )
+    with clear_errors():
+        if folder is not None:
+            found = audit_run(folder, budget=budget).audit
+        else:
+            assert seen.observation is not None
+            found = audit_observation(seen.observation, model=seen.model, truth=seen.truth, budget=budget)
+    assert found is not None
+    say(found, _audit_lines(found), json=json, quiet=quiet)
+    if fail_on_leak and any(item.verdict == "leaked" for item in found.findings):
+        raise LeakFound("at least one attack recovered private data; see the findings above")
+
+
+def ledger(folder: Path, *, owner: str, export: str, json: bool) -> None:
+    """Verify a ledger and print it."""
+    from ffm_secure.cli.ledger_table import ledger_lines, ledger_table, open_for_reading
+
+    if export not in ("", "csv", "json"):
+        raise ConfigError("ledger", [f"--export = {export!r}: must be 'csv' or 'json'"])
+    with clear_errors():
+        opened = open_for_reading(folder)
+        opened.verify()
+        if export:
+            sys.stdout.write(opened.export(export))
+            return
+        table = ledger_table(opened, owner=owner)
+        if folder.is_dir() and Store.read(folder).config().privacy.noise == "seeded":
+            table["stamp"] = SEEDED
+    say(table, [*ledger_lines(table), *([table["stamp"]] if "stamp" in table else [])], json=json)
+
+
+def report(folder: Path, *, json: bool) -> None:
+    """Write the report of a run anew from its report.json."""
+    from ffm_secure.report import document as page
+
+    with clear_errors():
+        Store.read(folder).config()
+        try:
+            summary = page.from_json((folder / "report.json").read_text())
+        except OSError:
+            raise StoreError(
+                f"{folder}: has no report.json yet; finish the run first (ffm-secure run)"
+            ) from None
+        except ValueError as error:
+            raise StoreError(f"{folder / 'report.json'}: is damaged: {error}") from None
+        html, data = page.write(summary, folder)
+    say({"html": str(html), "json": str(data)}, [str(html), str(data)], json=json)
+
+
+def doctor(*, json: bool) -> None:
+    """Print what this machine offers."""
+    found = checkup.examine()
+    if json:
+        print_json(found)
+        return
+    table = Table("what", "found", "", box=None, pad_edge=False)
+    for item in found["checks"]:
+        table.add_row(item["name"], item["found"], "ok" if item["ok"] else item["advice"])
+    console.print(table)
+    if not found["ok"]:
+        raise FfmError("something this machine needs is missing; see above")
+
+
+def _plan_lines(described: PlanSummary) -> list[str]:
+    lines = [
+        described.headline,
+        "",
+        f"  trains   {described.trains}",
+        f"  sends    {described.sends}",
+        f"  spends   {described.spends}",
+    ]
+    lines += [
+        f"  {'sees' if index == 0 else '':<8} {observer:<17} {seen}"
+        for index, (observer, seen) in enumerate(described.reveals.items())
+    ]
+    lines += [
+        f"  breaks   {described.breaks}",
+        *(f"  {_statement_line(item)}" for item in described.statements),
+    ]
+    lines += [f"  warning  {warning}" for warning in described.warnings]
+    return lines
+
+
+def _statement_line(statement: PrivacyStatement) -> str:
+    amount = (
+        f"{statement.epsilon:.4g} at delta {statement.delta:g}" if statement.finite else "none (infinite)"
+    )
+    note = f" ({statement.note})" if statement.note else ""
+    return (
+        f"epsilon  {statement.observer:<17} {amount}; unit {statement.unit}; adjacency {statement.adjacency}; "
+        f"{statement.accountant}{note}"
+    )
+
+
+def _result_table(result: Result) -> dict[str, Any]:
+    summary = result.summary
+    return {
+        "name": summary.name,
+        "status": summary.status,
+        "stamps": summary.stamps,
+        "folder": str(result.folder),
+        "report": str(result.folder / "report.html"),
+        "rounds": len(summary.rounds),
+        "metric_name": summary.metric_name,
+        "metric": summary.metric_final,
+        "metric_zero_round": summary.metric_zero_round,
+        "metric_majority": summary.metric_majority,
+        "loss": summary.rounds[-1].loss if summary.rounds else math.nan,
+        "epsilon": summary.statements[0].epsilon,
+        "delta": summary.statements[0].delta,
+        "unit": summary.statements[0].unit,
+        "budget": summary.budget_epsilon,
+        "bytes_up": sum(record.bytes_up for record in summary.rounds),
+        "bytes_down": sum(record.bytes_down for record in summary.rounds),
+        "noise_multiplier": summary.plan.noise_multiplier,
+        "trainable_parameters": summary.plan.trainable_parameters,
+        "round_seconds": sum(record.seconds for record in summary.rounds),
+        "client_seconds": sum(record.client_seconds for record in summary.rounds),
+        "seconds": summary.seconds,
+        "audit": summary.audit,
+    }
+
+
+def _result_lines(result: Result) -> list[str]:
+    summary = result.summary
+    majority = "" if summary.metric_majority is None else f", majority {summary.metric_majority:.4f}"
+    lines = [
+        "",
+        *(f"  {stamp}" for stamp in summary.stamps),
+        f"  {summary.metric_name} {summary.metric_final:.4f} (before training {summary.metric_zero_round:.4f}{majority})",
+        f"  {_statement_line(summary.statements[0])}",
+    ]
+    lines += _audit_lines(summary.audit) if summary.audit else []
+    return [*lines, f"  report   {result.folder / 'report.html'}"]
+
+
+def _finding_line(item: AuditFinding) -> str:
+    """Write one verdict with its score, its baseline and its control."""
+    score = "" if item.score is None else f"{item.measure} {item.score:.3f}"
+    numbers = [
+        score,
+        *(
+            f"{name} {value:.3f}"
+            for name, value in (
+                ("as observed", item.observed),
+                ("baseline", item.baseline),
+                ("control", item.control),
+            )
+            if value is not None
+        ),
+    ]
+    return f"{item.observer:<17} {item.attack:<22} {item.point:<11} {item.verdict:<11} {', '.join(filter(None, numbers))}"
+
+
+def _audit_lines(found: AuditSummary) -> list[str]:
+    """Show what leaked, then what did not with its control; the rest as counts, since the report gives each reason."""
+    lines = [f"  audit    {found.sentence}"]
+    told = [
+        item for verdict in ("leaked", "not leaked") for item in found.findings if item.verdict == verdict
+    ]
+    lines += [f"           {_finding_line(item)}" for item in told]
+    silent = Counter((item.observer, item.verdict) for item in found.findings if item not in told)
+    lines += [
+        f"           {observer:<17} {count} {verdict}; reasons in the report"
+        for (observer, verdict), count in silent.items()
+    ]
+    if found.epsilon_lower is not None:
+        lines.append(
+            f"           lower bound on epsilon {found.epsilon_lower:.3f} ({found.epsilon_lower_method})"
+        )
+    return lines

@@ -1,0 +1,117 @@
+"""Read a ledger for people: every charge, and the epsilon they add up to."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from defenses.dp import Ledger
+from ffm_secure.errors import StoreError
+from ffm_secure.storage.run_directory import Store
+
+_SHOWN = 40
+
+
+def open_for_reading(place: Path) -> Ledger:
+    """Open the ledger of a run directory, or a ledger file.
+
+    Raises:
+      StoreError: there is none.
+    """
+    if place.is_dir():
+        named = Store.read(place).config().privacy.ledger
+        place = Path(named).expanduser() if named else place / "ledger.sqlite"
+    if not place.is_file():
+        raise StoreError(f"{place}: is not a ledger; give a run directory or a ledger file")
+    return Ledger.open(place, create=False)
+
+
+def ledger_table(ledger: Ledger, *, owner: str) -> dict[str, Any]:
+    """Collect the accounts of a ledger: owner, data set, unit, charges, spent and granted.
+
+    Raises:
+      StoreError: the named owner has no entry.
+    """
+    entries = ledger.entries()
+    owners = sorted({entry.owner for entry in entries})
+    if owner and owner not in owners:
+        raise StoreError(f"owner = {owner!r}: the ledger knows {', '.join(owners) or 'nobody'}")
+    chosen = [entry for entry in entries if not owner or entry.owner == owner]
+    charges = [entry for entry in chosen if entry.kind == "reserve"]
+    granted = {
+        (entry.owner, entry.dataset, entry.unit): (entry.epsilon, entry.delta)
+        for entry in chosen
+        if entry.kind == "budget"
+    }
+    accounts = []
+    for account in sorted({(entry.owner, entry.dataset, entry.unit) for entry in charges} | set(granted)):
+        budget, delta = granted.get(account, (math.inf, 1e-5))
+        own = [entry for entry in charges if (entry.owner, entry.dataset, entry.unit) == account]
+        accounts.append(
+            {
+                "owner": account[0],
+                "dataset": account[1],
+                "unit": account[2],
+                "charges": len(own),
+                "unconfirmed": sum(not entry.spent for entry in own),
+                "epsilon": ledger.epsilon(*account, delta or 1e-5),
+                "budget": budget,
+                "delta": delta,
+            }
+        )
+    head = ledger.head()
+    return {
+        "verified": True,
+        "entries": head.sequence,
+        "head": head.hash,
+        "accounts": accounts,
+        "charges": [
+            {
+                "sequence": entry.sequence,
+                "time": entry.time,
+                "owner": entry.owner,
+                "run": entry.run,
+                "round": entry.round,
+                "unit": entry.unit,
+                "release": entry.release,
+                "spent": entry.spent,
+                "event": entry.event.to_dict() if entry.event else {},
+            }
+            for entry in charges
+        ],
+    }
+
+
+def ledger_lines(table: dict[str, Any]) -> list[str]:
+    """Say a ledger in lines: the newest charges, then what every account adds up to."""
+    lines = []
+    charges = table["charges"]
+    if len(charges) > _SHOWN:
+        lines.append(f"(the first {len(charges) - _SHOWN} charges are left out; --export csv prints all)")
+    for charge in charges[-_SHOWN:]:
+        state = "spent" if charge["spent"] else "reserved, counts as spent"
+        lines.append(
+            f"{charge['sequence']:>6}  {charge['owner']:<14} round {charge['round']:>4}  {_event_words(charge['event'])}  {state}"
+        )
+    lines.append("")
+    for account in table["accounts"]:
+        spent = "infinite" if math.isinf(account["epsilon"]) else f"{account['epsilon']:.4f}"
+        budget = (
+            "no budget"
+            if account["budget"] is None or math.isinf(account["budget"])
+            else f"of {account['budget']:g} at delta {account['delta']:g}"
+        )
+        lines.append(
+            f"{account['owner']:<14} {account['dataset']}  per {account['unit']}: epsilon {spent} {budget}, {account['charges']} charges"
+            + (f", {account['unconfirmed']} of them never confirmed" if account["unconfirmed"] else "")
+        )
+    return [*lines, f"verified: {table['entries']} entries, head {table['head'][:16]}"]
+
+
+def _event_words(event: dict[str, Any]) -> str:
+    if event.get("kind") == "gaussian":
+        return f"{event['steps']} x {event['sampling']}({event['sampling_rate']:.4g}) Gaussian({event['noise_multiplier']:.4g})"
+    if event.get("kind") == "skellam":
+        return f"{event['steps']} x Skellam({math.sqrt(event['variance']) / event['l2_sensitivity']:.4g})"
+    return str(event.get("kind", ""))

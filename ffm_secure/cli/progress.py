@@ -1,0 +1,81 @@
+"""Progress for people: a bar with the time left, and one line a round."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ffm_secure.config.compatibility import describe_bytes
+from ffm_secure.records import RoundPlan, RoundRecord
+
+
+def round_line(record: RoundRecord, *, rounds: int, budget: float) -> str:
+    """Say one round in one line."""
+    spent = (
+        "none (infinite)" if math.isinf(record.epsilon_spent) else f"{record.epsilon_spent:.3f} / {budget:g}"
+    )
+    answered = (
+        f"{len(record.survivors)}/{len(record.cohort)}" if record.phase == "private" else "none, public phase"
+    )
+    note = f"  ABORTED: {record.aborted}" if record.aborted else ""
+    return (
+        f"round {record.round:>{len(str(rounds))}}/{rounds}  loss {record.loss:7.4f}  {record.metric_name} {record.metric:8.4f}  "
+        f"epsilon {spent}  clients {answered}  up {describe_bytes(record.bytes_up)}  down {describe_bytes(record.bytes_down)}  "
+        f"{record.seconds:.1f} s{note}"
+    )
+
+
+class Bars:
+    """Show two bars, rounds and clients, and print a line as each round ends."""
+
+    def __init__(self, *, rounds: int, budget: float, quiet: bool, done: int = 0) -> None:
+        self.rounds, self.budget, self.quiet = rounds, budget, quiet
+        console = Console(
+            file=sys.stderr if not sys.stdout.isatty() else sys.stdout, highlight=False, soft_wrap=True
+        )
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self.of_rounds = self.progress.add_task("rounds", total=rounds, completed=done)
+        self.of_clients = self.progress.add_task("clients", total=None)
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def round_started(self, plan: RoundPlan, total: int) -> None:
+        """Reset the bar of clients."""
+        self.progress.update(self.of_rounds, completed=plan.round - 1)
+        self.progress.reset(self.of_clients, total=len(plan.cohort))
+
+    def client_finished(self, done: int, total: int) -> None:
+        """Advance the bar of clients."""
+        self.progress.update(self.of_clients, completed=done, total=total)
+
+    def round_finished(self, record: RoundRecord) -> None:
+        """Print the round's line."""
+        self.progress.update(self.of_rounds, completed=record.round)
+        if not self.quiet:
+            self.console.print(round_line(record, rounds=self.rounds, budget=self.budget), markup=False)

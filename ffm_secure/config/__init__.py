@@ -1,0 +1,1 @@
+"""The run file: what it may say, and which choices go together."""

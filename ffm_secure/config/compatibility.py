@@ -1,0 +1,243 @@
+"""Which choices go together, and what a run would train, send, spend and reveal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from ffm_secure.config.run_file import LORA_RULES, PROMPTS, RunConfig
+from ffm_secure.errors import PlanRefused
+
+_PRIVATE = ("record", "person", "client")
+_WEIGHTS = "weights from example counts are private data, and the divisor must be a public constant: use weighting = 'uniform'"
+_CLIENT_NEEDS_RING = "noise of the client unit is whole only in the secure sum; in the clear the server sees each client with a share of it"
+_CKKS_DISCRETE = "approximate sums cannot carry exact discrete noise: use secagg or bfv with the client unit"
+_NO_HEAD = "a language model has no classification head to train alone: choose lora, prompt or full"
+_TELLS = "its prompt is made of the whole text, so a causal model would be told the words it has to predict: use prompt or prefix"
+_NOT_FACTORS = "the rule is about the factors B and A of LoRA, which this kind does not train: use average, or trainable lora"
+_NO_EPSILON = "without a guarantee nothing is spent, so gain per epsilon has no meaning: choose bytes"
+_CLOCK = (
+    "the wall time of a private phase depends on how many rows clients have and how long their texts are, so decisions by it would "
+    "release that without noise or charge: choose epsilon or bytes"
+)
+_NO_CACHE = "picture models keep no keys and values to put a prefix in front of: use deep_prompt"
+_HOME_CLIENT = (
+    "what a client keeps at home bears no noise under the client unit, and the public evaluation of the clients' models would "
+    "release it: use the record or person unit, or ffa"
+)
+_HOME_PUBLIC = "the server learns in public phases, but every client keeps a B of its own and the server has none: use ffa"
+_CLIP_UNIT = "clips single records; the client unit clips whole updates: use clipping = 'flat'"
+_CLIP_NONE = "there is nothing to clip without a privacy unit: leave clipping at 'flat'"
+_SEEDED_NONE = "a run without privacy unit draws no privacy noise: leave noise at 'system'"
+
+# (axis, axis): refused pairs with the reason. Pairs that are absent were considered and are sound.
+REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
+    ("task", "trainable"): {
+        ("causal_lm", "head"): _NO_HEAD,
+        ("masked_lm", "head"): _NO_HEAD,
+        ("causal_lm", "prompt_generator"): _TELLS,
+        ("image_classification", "prefix"): _NO_CACHE,
+    },
+    ("trainable", "strategy"): {
+        (kind, rule): _NOT_FACTORS for kind in ("full", "head", "lora_xs", *PROMPTS) for rule in LORA_RULES
+    },
+    ("lifecycle", "strategy"): {("pretrain", "fedsa"): _HOME_PUBLIC},
+    ("strategy", "unit"): {("fedsa", "client"): _HOME_CLIENT},
+    ("cost", "unit"): {("epsilon", "none"): _NO_EPSILON, **{("seconds", unit): _CLOCK for unit in _PRIVATE}},
+    ("cost", "noise"): {("epsilon", "seeded"): _NO_EPSILON},
+    ("weighting", "unit"): {("examples", unit): _WEIGHTS for unit in _PRIVATE},
+    ("unit", "protection"): {("client", "none"): _CLIENT_NEEDS_RING, ("client", "ckks"): _CKKS_DISCRETE},
+    ("unit", "clipping"): {
+        **{("client", kind): f"{kind} clipping {_CLIP_UNIT}" for kind in ("per_layer", "automatic")},
+        **{("none", kind): _CLIP_NONE for kind in ("per_layer", "automatic")},
+    },
+    ("unit", "noise"): {("none", "seeded"): _SEEDED_NONE},
+}
+
+# Every axis of choice with the values its pairs were reviewed with. A test compares this with the run file's schema, so that a
+# new option must take a position; `position` refuses to answer for anything newer.
+REVIEWED: Mapping[str, tuple[str, ...]] = {
+    "task": ("text_classification", "causal_lm", "masked_lm", "image_classification"),
+    "trainable": (
+        "full",
+        "head",
+        "lora",
+        "lora_xs",
+        "prompt",
+        "prefix",
+        "p_tuning",
+        "deep_prompt",
+        "prompt_generator",
+    ),
+    "lifecycle": ("finetune", "pretrain"),
+    "controller": ("fixed", "plateau", "gain_per_cost"),
+    "cost": ("epsilon", "bytes", "seconds"),
+    "optimizer": ("sgd", "adam", "adamw"),
+    "proximal": ("off", "on"),
+    "strategy": ("average", "avgm", "adam", "yogi", "adagrad", *LORA_RULES),
+    "weighting": ("uniform", "examples"),
+    "dropout": ("none", "some"),
+    "unit": ("record", "person", "client", "none"),
+    "clipping": ("flat", "per_layer", "automatic"),
+    "noise": ("system", "seeded"),
+    "protection": ("none", "secagg", "bfv", "ckks"),
+}
+
+
+def position(first: tuple[str, str], second: tuple[str, str]) -> str:
+    """Return why two choices do not go together, or an empty string if they do.
+
+    Raises:
+      KeyError: one of them was never reviewed; unknown means refuse.
+    """
+    for axis, value in (first, second):
+        if value not in REVIEWED[axis]:
+            raise KeyError(f"{axis} = {value!r} has taken no position")
+    order = list(REVIEWED)
+    (axis_a, value_a), (axis_b, value_b) = sorted((first, second), key=lambda choice: order.index(choice[0]))
+    return REFUSED.get((axis_a, axis_b), {}).get((value_a, value_b), "") or REFUSED.get(
+        (axis_b, axis_a), {}
+    ).get((value_b, value_a), "")
+
+
+def choices(config: RunConfig) -> dict[str, str]:
+    """Return the value a run file takes on every axis."""
+    federation, lifecycle = config.federation, config.federation.lifecycle
+    return {
+        "task": config.task.kind,
+        "trainable": config.model.trainable.kind,
+        "lifecycle": lifecycle.kind,
+        "controller": lifecycle.controller.kind,
+        "cost": lifecycle.controller.cost,
+        "optimizer": lifecycle.optimizer,
+        "proximal": "on" if lifecycle.proximal else "off",
+        "strategy": federation.strategy.kind,
+        "weighting": federation.weighting,
+        "dropout": "some" if federation.dropout.rate else "none",
+        "unit": config.privacy.unit,
+        "clipping": config.privacy.clipping,
+        "noise": config.privacy.noise,
+        "protection": config.protection.kind,
+    }
+
+
+def check(config: RunConfig) -> None:
+    """Refuse unsound combinations, with every reason at once.
+
+    Raises:
+      PlanRefused: at least one pair of choices, or one number, is unsound.
+    """
+    reasons = [*_pair_reasons(choices(config)), *_number_reasons(config)]
+    if reasons:
+        raise PlanRefused(reasons)
+
+
+def _pair_reasons(chosen: Mapping[str, str]) -> Iterator[str]:
+    axes = list(chosen.items())
+    for index, first in enumerate(axes):
+        for second in axes[index + 1 :]:
+            reason = position(first, second)
+            if reason:
+                yield f"{first[0]} = '{first[1]}' with {second[0]} = '{second[1]}': {reason}"
+
+
+def _number_reasons(config: RunConfig) -> Iterator[str]:
+    federation, protection, privacy = config.federation, config.protection, config.privacy
+    threshold = minimum_survivors(config)
+    if protection.kind in ("secagg", "bfv", "ckks") and federation.cohort < 3:
+        yield (
+            f"federation.cohort = {federation.cohort} with protection '{protection.kind}': must be at least 3, or one client "
+            "could subtract itself and read the other"
+        )
+    elif protection.kind != "none":
+        if threshold < 3 or threshold - protection.colluding < 2:
+            yield (
+                f"protection.threshold = {threshold} with colluding = {protection.colluding}: at least 3 clients, 2 of them honest, must be in "
+                "every sum, or colluders read the last one; raise threshold"
+            )
+        needed = shamir_threshold(config)
+        if protection.kind == "secagg" and needed > threshold:
+            yield (
+                f"protection.threshold = {threshold}: unmasking needs {needed} of {federation.cohort} clients in mode "
+                f"'{protection.mode}' with {protection.colluding} colluding; raise threshold to {needed} or lower colluding"
+            )
+    if (
+        privacy.unit == "client"
+        and protection.kind != "none"
+        and threshold - max(1, protection.colluding) < 1
+    ):
+        yield f"protection.colluding = {protection.colluding}: leaves no honest noise among {threshold} survivors"
+    if privacy.unit == "client" and privacy.delta > 0 and privacy.delta > 1.0 / config.task.clients:
+        yield (
+            f"privacy.delta = {privacy.delta}: must be at most 1 / clients = {1 / config.task.clients:g}, or the guarantee may "
+            "give away one whole client"
+        )
+    adaptive = federation.lifecycle.kind == "pretrain" and federation.lifecycle.controller.kind != "fixed"
+    if adaptive and federation.evaluate_every != 1:
+        yield (
+            f"federation.evaluate_every = {federation.evaluate_every}: the controller decides by the loss of every round; "
+            "set it to 1"
+        )
+    absent = [stage for stage in federation.dropout.stages if stage in ("confirm", "unmask")]
+    if protection.kind in ("bfv", "ckks") and federation.dropout.rate > 0:
+        for stage in absent:
+            yield f"federation.dropout.stages: '{stage}' does not exist with protection '{protection.kind}'; remove it"
+
+
+def minimum_survivors(config: RunConfig) -> int:
+    """Return the fewest clients whose sum may be opened: the configured threshold, or two thirds of the cohort."""
+    if config.protection.threshold:
+        return config.protection.threshold
+    if config.protection.kind == "none":
+        return 1
+    return max(min(3, config.federation.cohort), -(-2 * config.federation.cohort // 3))
+
+
+def shamir_threshold(config: RunConfig) -> int:
+    """Return how many shares unmasking needs on the complete graph.
+
+    Source: ffm-secagg/1, section 1.5: semi-honest t > c; active 2t > k + c, with no share dealt to oneself.
+    """
+    neighbours, corrupt = config.federation.cohort - 1, config.protection.colluding
+    return corrupt + 1 if config.protection.mode == "semi_honest" else (neighbours + corrupt) // 2 + 1
+
+
+def participation_cap(config: RunConfig) -> int:
+    """Return the largest number of rounds any one client takes part in under the balanced schedule."""
+    return math.ceil(private_rounds(config) * config.federation.cohort / config.task.clients)
+
+
+def private_rounds(config: RunConfig) -> int:
+    """Return the most rounds in which clients take part; public phases of pre-training are none of them."""
+    rounds, lifecycle = config.federation.rounds, config.federation.lifecycle
+    if lifecycle.kind != "pretrain":
+        return rounds
+    most, controller = lifecycle.private_rounds or rounds, lifecycle.controller
+    if controller.kind == "fixed":
+        whole, rest = divmod(rounds, controller.public + controller.private)
+        return min(most, whole * controller.private + max(0, rest - controller.public))
+    return min(most, rounds)
+
+
+def local_steps(config: RunConfig, nominal: int) -> int:
+    """Return the steps of one round as a public constant."""
+    lifecycle = config.federation.lifecycle
+    return lifecycle.local_steps or lifecycle.local_epochs * -(-nominal // lifecycle.batch_size)
+
+
+def sampling_rate(config: RunConfig, nominal: int) -> float:
+    """Return the Poisson rate of one local step from public constants only."""
+    return min(1.0, config.federation.lifecycle.batch_size / nominal)
+
+
+def describe_bytes(count: float) -> str:
+    """Say a number of bytes in words.
+
+    >>> describe_bytes(2_936_012)
+    '2.8 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -1,0 +1,435 @@
+"""The run file: TOML in, frozen dataclasses out, every problem reported at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
+from ffm_secure.errors import ConfigError
+
+TASKS = ("text_classification", "causal_lm", "masked_lm", "image_classification")
+LORA_RULES = (
+    "ffa",
+    "rolora",
+    "fedsvd",
+    "fedex",
+    "flora",
+    "fedsa",
+)  # how LoRA factors are averaged; see docs/lora.md
+PROMPTS = ("prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")
+OBSERVERS = ("public", "client", "server", "colluding_server")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How the training examples are dealt to the clients."""
+
+    kind: str = option("iid", choices=("iid", "dirichlet", "quantity", "shards", "natural", "feature_shift"))
+    alpha: float = option(
+        0.5,
+        above=0.0,
+        maximum=1e6,
+        help="concentration of dirichlet and quantity; smaller is more uneven",
+        only_for=("dirichlet", "quantity"),
+    )
+    column: str = option("", help="column of a natural split, for instance hospital", only_for=("natural",))
+    shards_per_client: int = option(2, minimum=1, maximum=1000, only_for=("shards",))
+    min_size: int = option(1, minimum=0, help="fewest examples a client may get")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is learned, from which data, by how many clients."""
+
+    kind: str = option(choices=TASKS)
+    data: str = option(help="folder or file, Hugging Face name, or builtin:<name>")
+    clients: int = option(minimum=1, maximum=100_000)
+    split: Split = option(Split())
+    text_column: str = option("")
+    label_column: str = option("")
+    max_length: int = option(64, minimum=4, maximum=8192, help="tokens kept of a text")
+    nominal_examples: int = option(0, minimum=0, help="public size of one client's data; 0: rows / clients")
+    evaluation_examples: int = option(1000, minimum=1, help="public validation rows used after each round")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainableSpec:
+    """Which numbers are trained and sent."""
+
+    kind: str = option(
+        choices=(
+            "full",
+            "head",
+            "lora",
+            "lora_xs",
+            "prompt",
+            "prefix",
+            "p_tuning",
+            "deep_prompt",
+            "prompt_generator",
+        )
+    )
+    rank: int = option(8, minimum=1, maximum=1024, only_for=("lora", "lora_xs"))
+    ranks: tuple[int, ...] = option(
+        (),
+        minimum=1,
+        maximum=1024,
+        help="ranks dealt to the clients in turn, with strategy flora",
+        only_for=("lora",),
+    )
+    alpha: float = option(16.0, above=0.0, only_for=("lora", "lora_xs"))
+    target_modules: tuple[str, ...] = option(
+        (), help="empty: chosen by architecture; ['all-linear'] for all", only_for=("lora", "lora_xs")
+    )
+    length: int = option(
+        16, minimum=1, maximum=1024, help="virtual tokens of a prompt or prefix", only_for=PROMPTS
+    )
+    hidden: int = option(
+        64,
+        minimum=1,
+        maximum=8192,
+        help="width of the network that makes a prompt",
+        only_for=("p_tuning", "prompt_generator"),
+    )
+    representation: str = option(
+        "model",
+        choices=("model", "embedding"),
+        help="what a prompt is generated from: the frozen model's mean output, or the mean of its input embeddings",
+        only_for=("prompt_generator",),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """Which foundation model is adapted, and where."""
+
+    name: str = option(
+        help="local folder, hub name, or builtin:minilm | tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit"
+    )
+    trainable: TrainableSpec
+    dtype: str = option("float32", choices=("float32", "bfloat16"))
+    weights: str = option(
+        "checkpoint",
+        choices=("checkpoint", "random"),
+        help="random: only the architecture, to pre-train from scratch",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Controller:
+    """Which source a round of pre-training learns from: public data on the server, or private data on clients."""
+
+    kind: str = option("fixed", choices=("fixed", "plateau", "gain_per_cost"))
+    public: int = option(1, minimum=0, maximum=10_000, help="public phases in a row", only_for=("fixed",))
+    private: int = option(1, minimum=0, maximum=10_000, help="private phases in a row", only_for=("fixed",))
+    patience: int = option(2, minimum=1, maximum=1000, help="fewest phases in a row", only_for=("plateau",))
+    margin: float = option(
+        0.01,
+        minimum=0.0,
+        below=1.0,
+        help="relative fall of the loss that counts as progress",
+        only_for=("plateau",),
+    )
+    cost: str = option("bytes", choices=("epsilon", "bytes", "seconds"), only_for=("gain_per_cost",))
+    window: int = option(
+        2, minimum=1, maximum=1000, help="phases a gain is taken over", only_for=("gain_per_cost",)
+    )
+    retry: int = option(
+        4,
+        minimum=1,
+        maximum=1000,
+        help="phases after which the other source is tried again",
+        only_for=("gain_per_cost",),
+    )
+    least_gain: float = option(
+        0.01,
+        minimum=0.0,
+        below=1.0,
+        help="relative fall of the loss below which a phase that costs nothing counts as no gain",
+        only_for=("gain_per_cost",),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifecycle:
+    """How a client learns at home, and in pre-training the server from public data."""
+
+    kind: str = option(choices=("finetune", "pretrain"))
+    local_steps: int = option(0, minimum=0, maximum=1_000_000, help="steps a round; or give local_epochs")
+    local_epochs: int = option(0, minimum=0, maximum=10_000)
+    batch_size: int = option(minimum=1, maximum=1_000_000, help="expected size under Poisson sampling")
+    learning_rate: float = option(above=0.0, maximum=1e3)
+    optimizer: str = option("sgd", choices=("sgd", "adam", "adamw"))
+    momentum: float = option(0.0, minimum=0.0, maximum=0.999)
+    weight_decay: float = option(0.0, minimum=0.0, maximum=1.0)
+    proximal: float = option(0.0, minimum=0.0, help="FedProx mu")
+    public_data: str = option(
+        "", help="as task.data; empty: public_examples rows of task.data", only_for=("pretrain",)
+    )
+    public_examples: int = option(
+        0, minimum=0, help="rows taken out of the private data and declared public", only_for=("pretrain",)
+    )
+    public_steps: int = option(
+        0,
+        minimum=0,
+        maximum=1_000_000,
+        help="steps of a public phase; 0: local_steps",
+        only_for=("pretrain",),
+    )
+    public_batch_size: int = option(
+        0, minimum=0, maximum=1_000_000, help="0: batch_size", only_for=("pretrain",)
+    )
+    public_learning_rate: float = option(
+        0.0, minimum=0.0, maximum=1e3, help="0: learning_rate", only_for=("pretrain",)
+    )
+    private_rounds: int = option(
+        0,
+        minimum=0,
+        maximum=1_000_000,
+        help="most private phases, which the noise is calibrated for; 0: every round may be one",
+        only_for=("pretrain",),
+    )
+    controller: Controller = option(Controller(), only_for=("pretrain",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strategy:
+    """How a sum becomes the next global model."""
+
+    kind: str = option("average", choices=("average", "avgm", "adam", "yogi", "adagrad", *LORA_RULES))
+    learning_rate: float = option(1.0, above=0.0, maximum=1e3)
+    momentum: float = option(0.9, minimum=0.0, maximum=0.9999, only_for=("avgm", "adam", "yogi"))
+    beta2: float = option(0.99, minimum=0.0, maximum=0.99999, only_for=("adam", "yogi"))
+    tau: float = option(1e-3, above=0.0, only_for=("adam", "yogi", "adagrad"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropout:
+    """Simulated losses: the share of a cohort lost in a round, and where."""
+
+    rate: float = option(0.0, minimum=0.0, maximum=1.0)
+    stages: tuple[str, ...] = option(
+        ("train", "upload"),
+        choices=("advertise", "share", "train", "upload", "confirm", "unmask"),
+        help="where a client is lost; upload is a straggler, who learned, was charged and came too late",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Federation:
+    """Who takes part when."""
+
+    rounds: int = option(minimum=0, maximum=1_000_000)
+    cohort: int = option(minimum=1, maximum=100_000, help="clients a round")
+    lifecycle: Lifecycle
+    strategy: Strategy = option(Strategy())
+    weighting: str = option("uniform", choices=("uniform", "examples"))
+    dropout: Dropout = option(Dropout())
+    evaluate_every: int = option(1, minimum=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Privacy:
+    """What decides epsilon: this table, and only this one. There is no default."""
+
+    unit: str = option(choices=("record", "person", "client", "none"))
+    epsilon: float = option(0.0, minimum=0.0, maximum=1e6, help="the budget of each data owner")
+    delta: float = option(0.0, minimum=0.0, below=1.0)
+    clip_norm: float = option(0.0, minimum=0.0, maximum=1e9)
+    records_per_person: int = option(1, minimum=1, maximum=1024)
+    clipping: str = option("flat", choices=("flat", "per_layer", "automatic"))
+    ledger: str = option("", help="SQLite file that outlives this run; empty: inside the run directory")
+    noise: str = option(
+        "system", choices=("system", "seeded"), help="seeded is for tests and stamps the run not private"
+    )
+    reason: str = option("", help="why no privacy unit is needed; required with unit = 'none'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protection:
+    """What hides one client's update from the server."""
+
+    kind: str = option(choices=("secagg", "bfv", "ckks", "none"))
+    threshold: int = option(
+        0, minimum=0, help="fewest clients whose sum may be opened; 0: a two-thirds majority"
+    )
+    mode: str = option("active", choices=("semi_honest", "active"), only_for=("secagg",))
+    colluding: int = option(
+        1, minimum=0, help="clients that may side with the server; their noise is not counted"
+    )
+    value_bits: int = option(20, minimum=4, maximum=32, help="signed bits of one quantised coordinate")
+    coordinate_bound: float = option(
+        1.0, above=0.0, maximum=1e9, help="largest size of one coordinate of an update"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """Which observers are played against the run afterwards."""
+
+    observers: tuple[str, ...] = option((), choices=OBSERVERS)
+    attacks: tuple[str, ...] = option(("all",))
+    budget: str = option("quick", choices=("quick", "standard", "exhaustive"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What cannot change epsilon."""
+
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, mps")
+    workers: int = option(1, minimum=1, maximum=256)
+    microbatch: int = option(64, minimum=1, help="examples whose gradients are held at once")
+    threads: int = option(0, minimum=0, help="torch threads; 0: leave as is")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run, complete: two equal values describe the same run."""
+
+    format: int = option(choices=(1,))
+    name: str = option(
+        pattern=r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", help="letters, digits, dot, dash, underscore"
+    )
+    seed: int = option(minimum=0, maximum=2**63 - 1)
+    task: Task
+    model: Model
+    federation: Federation
+    privacy: Privacy
+    protection: Protection
+    audit: Audit = option(Audit())
+    speed: Speed = option(Speed())
+
+    MUST_BE_EXPLICIT: ClassVar[tuple[str, ...]] = ("privacy", "protection")
+
+
+def load(path: Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a run file, apply `section.key=value` overrides, and check the whole.
+
+    Raises:
+      ConfigError: with every problem of file and overrides at once.
+    """
+    table = parse_toml(path)
+    problems = Problems()
+    for override in overrides:
+        set_value(table, override, problems)
+    return from_table(table, where=str(path), problems=problems)
+
+
+def from_table(table: dict[str, Any], *, where: str = "run", problems: Problems | None = None) -> RunConfig:
+    """Turn a parsed table into a checked `RunConfig`."""
+    problems = problems or Problems()
+    config = read_table(RunConfig, table, "", problems)
+    if config is not None and not problems:
+        _check_across(config, problems)
+    if problems or config is None:
+        raise ConfigError(where, list(problems))
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """Write a config as TOML that `load` reads back to an equal value."""
+    return dump_toml(config)
+
+
+def _check_across(config: RunConfig, problems: Problems) -> None:
+    """Check what no single field can: bounds that depend on another field."""
+    task, federation, privacy, protection = config.task, config.federation, config.privacy, config.protection
+    lifecycle = federation.lifecycle
+    if federation.cohort > task.clients:
+        problems.add("federation.cohort", federation.cohort, f"must be at most task.clients = {task.clients}")
+    if (lifecycle.local_steps > 0) == (lifecycle.local_epochs > 0):
+        problems.add(
+            "federation.lifecycle.local_steps",
+            lifecycle.local_steps,
+            "give local_steps or local_epochs, exactly one above 0",
+        )
+    if lifecycle.kind == "pretrain":
+        _check_pretraining(lifecycle, problems)
+    if protection.threshold > federation.cohort:
+        problems.add(
+            "protection.threshold",
+            protection.threshold,
+            f"must be at most federation.cohort = {federation.cohort}, or no round could ever be opened",
+        )
+    if config.model.trainable.ranks and federation.strategy.kind != "flora":
+        problems.add(
+            "model.trainable.ranks",
+            config.model.trainable.ranks,
+            "different ranks need federation.strategy.kind = 'flora'; other rules average factors of one shape",
+        )
+    if task.split.kind == "natural" and not task.split.column:
+        problems.add(
+            "task.split.column", "", "missing; a natural split needs the column that names the owner"
+        )
+    if privacy.unit == "none":
+        if not privacy.reason.strip():
+            problems.add(
+                "privacy.reason",
+                privacy.reason,
+                "missing; say why this run needs no privacy unit (the report prints it)",
+            )
+        return
+    if privacy.noise == "seeded" and privacy.ledger:
+        problems.add(
+            "privacy.ledger",
+            privacy.ledger,
+            "seeded noise is for tests and must not be charged to a ledger that outlives the run",
+        )
+    for name in ("epsilon", "delta", "clip_norm"):
+        if getattr(privacy, name) <= 0.0:
+            problems.add(
+                f"privacy.{name}",
+                getattr(privacy, name),
+                f"must be above 0 with privacy.unit = '{privacy.unit}'",
+            )
+    if privacy.unit == "person" and privacy.records_per_person < 2:
+        problems.add(
+            "privacy.records_per_person",
+            privacy.records_per_person,
+            "must be at least 2 with privacy.unit = 'person'",
+        )
+    if privacy.unit != "person" and privacy.records_per_person != 1:
+        problems.add(
+            "privacy.records_per_person",
+            privacy.records_per_person,
+            "only privacy.unit = 'person' reads it; set that unit",
+        )
+
+
+def _check_pretraining(lifecycle: Lifecycle, problems: Problems) -> None:
+    controller = lifecycle.controller
+    if bool(lifecycle.public_data) == (lifecycle.public_examples > 0):
+        problems.add(
+            "federation.lifecycle.public_data",
+            lifecycle.public_data,
+            "give public_data or public_examples, exactly one of them",
+        )
+    if not lifecycle.public_steps and not lifecycle.local_steps:
+        problems.add("federation.lifecycle.public_steps", 0, "must be above 0 where local_epochs is given")
+    if controller.kind == "fixed" and not controller.public and not controller.private:
+        problems.add("federation.lifecycle.controller.private", 0, "public and private cannot both be 0")
+
+
+__all__ = [
+    "OBSERVERS",
+    "TASKS",
+    "Audit",
+    "Controller",
+    "Dropout",
+    "Federation",
+    "Lifecycle",
+    "Model",
+    "Privacy",
+    "Protection",
+    "RunConfig",
+    "Speed",
+    "Split",
+    "Strategy",
+    "Task",
+    "TrainableSpec",
+    "dump",
+    "from_table",
+    "load",
+]

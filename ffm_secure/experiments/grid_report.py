@@ -1,0 +1,312 @@
+"""From the rows of a grid to a table with confidence intervals, paired differences and curves: pure, as JSON and as one page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ffm_secure.report.charts import Series, line_chart
+from ffm_secure.report.markup import Column, Html, figure, size, table, tag
+
+FORMAT = 1
+CONFIDENCE = 0.95
+_ROLES = ("first", "second", "quiet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What one run of a grid reached and cost."""
+
+    labels: tuple[tuple[str, str], ...]
+    seed: int
+    run: str
+    status: str
+    metric_name: str
+    higher_is_better: bool
+    metric: float
+    before: float
+    majority: float | None
+    curve: tuple[float, ...]
+    phases: tuple[str, ...]
+    epsilon: float
+    bytes_up: int  # all clients and rounds
+    numbers_sent: int  # bytes of one client in one round
+    seconds: float
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether the run reached its last round; another's metric is that of less training."""
+        return self.status == "complete"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean over seeds with its two-sided 95 % t-interval; infinitely wide with one seed, not a number with none."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return mean and t-interval.
+
+    Source: Student 1908; the interval assumes seeds are independent and their means roughly normal.
+
+    >>> found = interval([0.8, 0.9, 1.0])
+    >>> round(found.mean, 3), round(found.low, 3), round(found.high, 3)
+    (0.9, 0.652, 1.148)
+    """
+    data = np.asarray(values, dtype=np.float64)
+    mean = _mean(data)
+    if len(data) < 2:
+        return Interval(mean=mean, low=-math.inf, high=math.inf, count=len(data))
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(data) - 1) * data.std(ddof=1) / math.sqrt(len(data)))
+    return Interval(mean=mean, low=mean - half, high=mean + half, count=len(data))
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+def results(
+    *,
+    name: str,
+    about: str,
+    command: str,
+    rows: Sequence[Row],
+    wanted: int,
+    compare: str,
+    references: Sequence[str],
+) -> dict[str, Any]:
+    """Summarise a grid: one entry a cell, with the paired difference to every reference; and all rows behind it.
+
+    Guarantee: a run that ended before its last round is in `rows` and in `stopped`, and in no mean, difference or count; the grid
+    is not complete while there is one.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.labels, []).append(row)
+    cells = []
+    for labels, rows_of_cell in groups.items():
+        first, group = rows_of_cell[0], [row for row in rows_of_cell if row.whole]
+        entry = {
+            "labels": dict(labels),
+            "metric_name": first.metric_name,
+            "higher_is_better": first.higher_is_better,
+            "metric": asdict(interval([row.metric for row in group])),
+            "before": _mean([row.before for row in group]),
+            "majority": first.majority,
+            "epsilon": max(row.epsilon for row in rows_of_cell),  # spent is spent, by a stopped run too
+            "bytes_up": _mean([row.bytes_up for row in group]),
+            "bytes_per_client_round": first.numbers_sent,
+            "seconds": _mean([row.seconds for row in group]),
+            "public_phases": _mean([row.phases.count("public") for row in group]),
+            "stopped": len(rows_of_cell) - len(group),
+            "differences": [],
+        }
+        for label in references:
+            if label != dict(labels).get(compare):
+                other = groups.get(
+                    tuple((axis, label if axis == compare else value) for axis, value in labels), []
+                )
+                entry["differences"] += [paired(group, other, against=label)] if other else []
+        cells.append(entry)
+    whole = [row for row in rows if row.whole]
+    return {
+        "format": FORMAT,
+        "name": name,
+        "about": about,
+        "command": command,
+        "complete": len(whole) == wanted,
+        "runs": len(whole),
+        "wanted": wanted,
+        "compare": compare,
+        "seconds": sum(row.seconds for row in whole),
+        "stopped": [
+            {"run": row.run, "status": row.status, "rounds": len(row.curve)} for row in rows if not row.whole
+        ],
+        "cells": cells,
+        "rows": [{**asdict(row), "labels": dict(row.labels)} for row in rows],
+    }
+
+
+def paired(group: Sequence[Row], other: Sequence[Row], *, against: str) -> dict[str, Any]:
+    """Compare two cells seed by seed; `better` is true or false where the interval excludes zero, else null."""
+    theirs = {row.seed: row.metric for row in other if row.whole}
+    differences = [row.metric - theirs[row.seed] for row in group if row.whole and row.seed in theirs]
+    if not differences:
+        return {
+            "against": against,
+            "better": None,
+            **asdict(Interval(mean=math.nan, low=-math.inf, high=math.inf, count=0)),
+        }
+    found, up = interval(differences), group[0].higher_is_better
+    better = None
+    if found.low > 0 or found.high < 0:
+        better = (found.low > 0) == up
+    return {"against": against, "better": better, **asdict(found)}
+
+
+def to_json(found: Mapping[str, Any]) -> str:
+    """Write results; infinity and not-a-number become words, as in report.json."""
+    return json.dumps(_plain(found), indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("infinity" if value > 0 else "-infinity")
+    return value
+
+
+def to_html(found: Mapping[str, Any]) -> str:
+    """Draw results as one self-contained page: no script, nothing fetched."""
+    style = Html(files("ffm_secure.report").joinpath("report.css").read_text(encoding="utf-8"))
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        tag("title", f"{found['name']} – ffm-secure experiment"),
+        tag("style", style),
+    )
+    state = _state(found)
+    intro = f"{found['about']} {found['runs']} runs, {found['seconds']:.0f} seconds of training.{state}"
+    main = [
+        tag("section", tag("h2", "Table"), _table(found)),
+        tag("section", tag("h2", "Curves"), *_curves(found)),
+    ]
+    body = tag(
+        "body",
+        tag("header", tag("h1", found["name"]), tag("p", intro.strip()), *_stopped(found)),
+        tag("main", *main),
+        tag(
+            "footer",
+            tag(
+                "p",
+                "Regenerate with: ",
+                tag("code", found["command"]),
+                ". Every figure is in results.json beside this page.",
+            ),
+        ),
+    )
+    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+
+
+def _state(found: Mapping[str, Any]) -> str:
+    return "" if found["complete"] else f" Not complete: {found['runs']} of {found['wanted']} runs."
+
+
+def stopped_lines(found: Mapping[str, Any]) -> list[str]:
+    """Say of every run that ended early how it ended, in words that a table has no place for."""
+    return [f"{item['run']}: {item['status']} after {item['rounds']} rounds" for item in found["stopped"]]
+
+
+LEFT_OUT = "Left out of means and differences, because they ended before their last round; remove the folder of such a run to run it anew"
+
+
+def _stopped(found: Mapping[str, Any]) -> list[Html]:
+    lines = stopped_lines(found)
+    return [tag("p", f"{LEFT_OUT}:"), tag("ul", *[tag("li", line) for line in lines])] if lines else []
+
+
+def _table(found: Mapping[str, Any]) -> Html:
+    cells = found["cells"]
+    names = list(cells[0]["labels"]) if cells else []
+    against = list(dict.fromkeys(item["against"] for cell in cells for item in cell["differences"]))
+    columns = [
+        *(
+            Column(heading=name, cell=lambda cell, name=name: cell["labels"][name], field="", text=True)
+            for name in names
+        ),
+        Column(
+            heading=cells[0]["metric_name"] if cells else "metric",
+            cell=_spread,
+            field="metric",
+        ),
+        *(
+            Column(
+                heading=f"minus {label}",
+                cell=lambda cell, label=label: _difference(cell, label),
+                field="differences",
+            )
+            for label in against
+        ),
+        Column(heading="epsilon", cell=lambda cell: _epsilon(cell["epsilon"]), field="epsilon"),
+        Column(
+            heading="up, a client and round",
+            cell=lambda cell: size(cell["bytes_per_client_round"]),
+            field="bytes_up",
+        ),
+        Column(heading="seconds", cell=lambda cell: _seconds(cell["seconds"]), field="seconds"),
+    ]
+    caption = (
+        "Mean over seeds with its 95 % t-interval; differences are paired by seed, and marked better or worse where their "
+        "interval excludes zero"
+    )
+    return table(columns, cells, caption=caption, of="cells")
+
+
+def _spread(cell: Mapping[str, Any]) -> str:
+    found = cell["metric"]
+    left = f" ({cell['stopped']} stopped early, left out)" if cell["stopped"] else ""
+    if found["count"] == 0:
+        return f"–{left}"
+    if found["count"] < 2:
+        return f"{found['mean']:.4f} (one seed){left}"
+    return f"{found['mean']:.4f} ± {found['high'] - found['mean']:.4f}{left}"
+
+
+def _seconds(value: float) -> str:
+    return "–" if math.isnan(value) else figure(value, 3)
+
+
+def _difference(cell: Mapping[str, Any], label: str) -> str:
+    item = next((item for item in cell["differences"] if item["against"] == label), None)
+    if item is None or item["count"] == 0:
+        return "–"
+    if item["count"] < 2:
+        return f"{item['mean']:+.4f} (one seed)"
+    verdict = {True: " better", False: " worse", None: ""}[item["better"]]
+    return f"{item['mean']:+.4f} [{item['low']:+.4f}, {item['high']:+.4f}]{verdict}"
+
+
+def _epsilon(value: float) -> str:
+    return "none (infinite)" if math.isinf(value) else f"{value:.2f}"
+
+
+def _curves(found: Mapping[str, Any]) -> list[Html]:
+    """Draw one chart for each combination of the axes that are not compared."""
+    compare = found["compare"]
+    panels: dict[tuple[str, ...], dict[str, list[Any]]] = {}
+    for row in found["rows"]:
+        if row["status"] != "complete":
+            continue
+        rest = tuple(f"{axis}: {label}" for axis, label in row["labels"].items() if axis != compare)
+        panels.setdefault(rest, {}).setdefault(row["labels"].get(compare, "all"), []).append(row["curve"])
+    drawn = []
+    for rest, lines in panels.items():
+        series = []
+        for place, (label, curves) in enumerate(lines.items()):
+            length = min(len(curve) for curve in curves)
+            mean = [float(np.mean([curve[i] for curve in curves])) for i in range(length)]
+            series.append(
+                Series(label=label, x=list(range(1, length + 1)), y=mean, role=_ROLES[place % len(_ROLES)])
+            )
+        heading = ", ".join(rest) or "all"
+        chart = line_chart(series, description=f"Mean metric after each round, {heading}")
+        drawn.append(tag("figure", tag("figcaption", heading), chart))
+    return drawn

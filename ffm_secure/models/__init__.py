@@ -1,0 +1,1 @@
+"""Backbones: loaded, built in code, named by what they hold."""

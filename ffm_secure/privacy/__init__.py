@@ -1,0 +1,1 @@
+"""From a run file to a mechanism, and from events to statements."""

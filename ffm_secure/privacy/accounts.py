@@ -1,0 +1,83 @@
+"""Which account a run charges: named by the rows themselves and how they were dealt, never by a path alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from defenses.dp import Ledger
+from ffm_secure.errors import StoreError
+
+
+def dataset_fingerprint(name: str, examples: Any, parts: Sequence[np.ndarray]) -> str:
+    """Return the ledger's name for these training rows dealt in this way.
+
+    Guarantee: a copy, another path or a link to the same rows gives the same data digest; another split of them gives the same
+    data digest and another split digest, which `refuse_repartition` recognises.
+    """
+    split = hashlib.sha256()
+    for part in parts:
+        split.update(len(part).to_bytes(8, "little") + np.asarray(part, dtype="<i8").tobytes())
+    return f"{name[-120:]} data:{_data_digest(examples)[:16]} split:{split.hexdigest()[:16]}"
+
+
+def contents_fingerprint(account: str, dataset: Any, other: Any = None) -> str:
+    """Name all rows a run reads: the training rows by their digest in an account, the validation rows, another set's public rows."""
+    parts = [_data_word(account), f"validation:{_data_digest(dataset.validation)[:16]}"]
+    return " ".join([*parts, *([f"public:{_data_digest(other)[:16]}"] if other is not None else [])])
+
+
+def holds_other_rows(ledger: Ledger, account: str) -> bool:
+    """Tell whether a ledger of one run was opened for other training rows than those of an account."""
+    known = {_data_word(held) for _, held, _ in ledger.accounts()}
+    return bool(known) and _data_word(account) not in known
+
+
+def _data_word(account: str) -> str:
+    return account.split()[-2]  # the name before it may hold spaces
+
+
+def refuse_repartition(ledger: Ledger, account: str, unit: str) -> None:
+    """Refuse to open a second account for rows that a ledger already knows under another split or another unit.
+
+    Raises:
+      StoreError: it knows them; a fresh account would forget what was spent.
+    """
+    data = _data_word(account)
+    for owner, known, other in ledger.accounts():
+        if data not in known.split():
+            continue
+        if known.split()[-1] != account.split()[-1]:
+            raise StoreError(
+                "the ledger knows these rows as dealt by another split or seed; deal them the same way, or use another ledger"
+            )
+        if other != unit and ledger.events(owner, known, other):
+            raise StoreError(
+                f"the ledger holds charges per {other} for these rows; a budget per {unit} beside it would forget them"
+            )
+
+
+def _data_digest(examples: Any) -> str:
+    digest = hashlib.sha256(str(len(examples)).encode())
+    for name in sorted(examples.columns):
+        column = examples.columns[name]
+        digest.update(b"\x00column\x00" + name.encode())
+        if isinstance(column, np.ndarray) and column.dtype != object:
+            digest.update(np.ascontiguousarray(column).tobytes())
+            continue
+        for start in range(0, len(column), 1024):
+            block = (
+                column[np.arange(start, min(start + 1024, len(column)))]
+                if not isinstance(column, list | tuple | np.ndarray)
+                else None
+            )
+            if isinstance(block, np.ndarray):
+                digest.update(np.ascontiguousarray(block).tobytes())
+                continue
+            for item in column[start : start + 1024]:
+                text = str(item).encode("utf-8", "surrogatepass")
+                digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()

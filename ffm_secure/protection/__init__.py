@@ -1,0 +1,1 @@
+"""What hides one update from the server: a codec, and a client and a server side for every protection."""

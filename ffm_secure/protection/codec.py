@@ -1,0 +1,127 @@
+"""How a change travels: count, weight, change and (without privacy unit) loss as one vector of integers modulo 2^m."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from defenses.errors import ProtocolError
+from defenses.random_source import RandomSource
+from defenses.secagg import ring
+from ffm_secure.records import RoundSum
+
+_LARGEST_LOSS = 64.0  # nats; a larger mean loss is reported as this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorCodec:
+    """Encode changes of `size` numbers for sums of at most `clients`.
+
+    Every protection carries the same integers, so their sums agree bit for bit.
+    Guarantee: built only by `code_for`, which proves that no sum can wrap around; `open` refuses a sum whose count or weight
+    coordinate is impossible.
+    """
+
+    size: int
+    clients: int
+    quantizer: ring.Quantizer
+    max_weight: int = 1
+    carries_loss: bool = False
+    grid_scale: float = (
+        0.0  # integer levels a unit where noise is discrete; 0: values are real and rounded here
+    )
+    noise_bound: int = 0
+
+    @property
+    def length(self) -> int:
+        """Return the number of ring coordinates, count and weight included."""
+        return ring.HEADER + self.size + int(self.carries_loss)
+
+    @property
+    def modulus_bits(self) -> int:
+        """Return m."""
+        return self.quantizer.modulus_bits
+
+    def digest(self) -> bytes:
+        """Bind everything that shapes the integers; both ends of a secure session must agree on it."""
+        return hashlib.sha256(f"ffm-secure vector 1 {self!r}".encode()).digest()
+
+    def quantise(
+        self, values: npt.NDArray[Any], *, loss: float, weight: int, source: RandomSource
+    ) -> npt.NDArray[Any]:
+        """Return the ring vector of one client; real values are rounded at random, without bias."""
+        if values.dtype == np.int64:
+            payload = ring.from_signed(values, self.modulus_bits)
+            return ring.frame(payload, weight=1, modulus_bits=self.modulus_bits)
+        weight = min(weight, self.max_weight)
+        if self.carries_loss:
+            share = min(max(loss, 0.0), _LARGEST_LOSS) / _LARGEST_LOSS * self.quantizer.coordinate_bound
+            values = np.append(values, share)
+        payload = self.quantizer.encode(values, source=source, weight=weight)
+        return ring.frame(payload, weight=weight, modulus_bits=self.modulus_bits)
+
+    def open(self, ring_sum: npt.NDArray[Any], *, round: int, survivors: Sequence[int]) -> RoundSum:
+        """Check and decode an opened sum.
+
+        Raises:
+          ProtocolError: count, weight or magnitude is impossible for these survivors.
+        """
+        opened = ring.unframe(
+            ring_sum,
+            survivors=len(survivors),
+            modulus_bits=self.modulus_bits,
+            max_weight=self.max_weight,
+            value_bits=None if self.grid_scale else self.quantizer.value_bits,
+            noise_bound=self.noise_bound,
+        )
+        if len(opened.payload) != self.length - ring.HEADER:
+            raise ProtocolError
+        if self.grid_scale:
+            values = ring.signed(opened.payload, self.modulus_bits) / self.grid_scale
+            return RoundSum(
+                round=round,
+                survivors=tuple(survivors),
+                values=values,
+                loss_sum=None,
+                weight_sum=float(len(survivors)),
+            )
+        decoded = self.quantizer.decode_sum(opened.payload)
+        loss = (
+            float(decoded[self.size]) * _LARGEST_LOSS / self.quantizer.coordinate_bound
+            if self.carries_loss
+            else None
+        )
+        return RoundSum(
+            round=round,
+            survivors=tuple(survivors),
+            values=decoded[: self.size],
+            loss_sum=loss,
+            weight_sum=float(opened.total_weight),
+        )
+
+
+def real_code(
+    *, size: int, clients: int, value_bits: int, bound: float, max_weight: int, carries_loss: bool
+) -> VectorCodec:
+    """Return the code for real changes, in the smallest ring that cannot overflow."""
+    bits = ring.modulus_for(value_bits, clients, max_weight=max_weight)
+    quantizer = ring.Quantizer(value_bits=value_bits, coordinate_bound=bound, modulus_bits=bits)
+    return VectorCodec(
+        size=size, clients=clients, quantizer=quantizer, max_weight=max_weight, carries_loss=carries_loss
+    )
+
+
+def grid_code(
+    *, size: int, clients: int, value_bits: int, bound: float, grid_scale: float, noise_bound: int
+) -> VectorCodec:
+    """Return the code for changes already on an integer grid with discrete noise of at most `noise_bound` (a tail bound)."""
+    bits = ring.modulus_for(value_bits, clients, noise_bound=noise_bound)
+    quantizer = ring.Quantizer(value_bits=value_bits, coordinate_bound=bound, modulus_bits=bits)
+    return VectorCodec(
+        size=size, clients=clients, quantizer=quantizer, grid_scale=grid_scale, noise_bound=noise_bound
+    )

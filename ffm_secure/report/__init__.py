@@ -1,0 +1,1 @@
+"""From records to a page that an officer reads."""

@@ -1,0 +1,1 @@
+"""One data owner: the only room that touches private rows."""

@@ -1,0 +1,107 @@
+"""What a client keeps at home between rounds: its own numbers, in a folder of its own, never sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ffm_secure.errors import StoreError
+from ffm_secure.records import RoundRecord
+from ffm_secure.storage.run_directory import write_atomic
+
+FORMAT = 1
+KEPT = 3  # newest rounds: a run that continues from the checkpoint before its last still finds what it needs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientStateStore:
+    """Hold every simulated client's folder; a real client has only its own. Without `places` nothing is kept.
+
+    Layout: `<client>/round-NNNNNN.safetensors`, what the client had after a round it took part in.
+    Guarantee: a file belongs to a run and a round, and is replaced whole. A round that is played again after a kill starts from
+    what the client had before it, whatever the killed attempt left behind. A client that was lost keeps what it had.
+    """
+
+    folder: Path = Path()
+    owners: Sequence[str] = ()
+    places: Sequence[slice] = ()  # of the kept numbers in the vector [d]
+
+    def enter(self, client: int, vector: Tensor, *, run_id: bytes, before: int) -> Tensor:
+        """Return a global vector [d] with this client's own numbers of the rounds before one in their places.
+
+        Raises:
+          StoreError: what the client kept cannot be read.
+        """
+        if not self.places:
+            return vector
+        for path in reversed(self._files(client)):
+            kept = _read(path, run_id) if _round(path) < before else None
+            if kept is not None:
+                return self._put(vector, kept, path)
+        return vector
+
+    def leave(self, client: int, vector: Tensor, *, run_id: bytes, round: int) -> None:
+        """Keep this client's own numbers of a vector [d], durably, before anything of the round is sent."""
+        if not self.places:
+            return
+        path = self._path(client, round)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = torch.cat([vector[place] for place in self.places]).detach().cpu().contiguous()
+        metadata = {"format": str(FORMAT), "run": run_id.hex(), "round": str(round)}
+        write_atomic(path, safetensors.torch.save({"kept": kept}, metadata=metadata))
+        for old in [item for item in self._files(client) if _round(item) <= round][:-KEPT]:
+            old.unlink(missing_ok=True)
+
+    def require(self, records: Sequence[RoundRecord], run_id: bytes) -> None:
+        """Refuse to continue a run when a client has lost what it kept: it would silently begin anew.
+
+        Raises:
+          StoreError: a client's numbers of its last round are missing.
+        """
+        last = (
+            {client: record.round for record in records for client in record.survivors} if self.places else {}
+        )
+        for client, round in last.items():
+            path = self._path(client, round)
+            if not path.is_file() or _read(path, run_id) is None:
+                raise StoreError(f"{path}: is missing; restore it, or start the run under another name")
+
+    def _path(self, client: int, round: int) -> Path:
+        return self.folder / self.owners[client] / f"round-{round:06d}.safetensors"
+
+    def _files(self, client: int) -> list[Path]:
+        return sorted((self.folder / self.owners[client]).glob("round-*.safetensors"))
+
+    def _put(self, vector: Tensor, kept: Tensor, path: Path) -> Tensor:
+        sizes = [place.stop - place.start for place in self.places]
+        if kept.numel() != sum(sizes):
+            raise StoreError(f"{path}: holds {kept.numel()} numbers, this run keeps {sum(sizes)}")
+        own = vector.clone()
+        for place, part in zip(self.places, kept.split(sizes), strict=True):
+            own[place] = part.to(own.device)
+        return own
+
+
+def _round(path: Path) -> int:
+    digits = path.name.removeprefix("round-").removesuffix(".safetensors")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _read(path: Path, run_id: bytes) -> Tensor | None:
+    """Return what a file holds; None if another run left it there."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata, kept = file.metadata() or {}, file.get_tensor("kept")
+        if metadata.get("format") != str(FORMAT) or kept.dtype != torch.float32 or kept.dim() != 1:
+            raise ValueError
+        if not bool(torch.isfinite(kept).all()) or metadata.get("round") != str(_round(path)):
+            raise ValueError
+    except (OSError, ValueError, safetensors.SafetensorError):
+        raise StoreError(f"{path}: is damaged; restore it, or start the run under another name") from None
+    return kept if metadata.get("run") == run_id.hex() else None

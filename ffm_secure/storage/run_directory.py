@@ -1,0 +1,372 @@
+"""The run directory: effective config, checkpoints, records, observations; atomic, locked, resumable after a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import shutil
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ffm_secure.config import run_file
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.errors import ConfigError, StoreError
+from ffm_secure.records import RoundRecord
+from ffm_secure.strategies import ServerState
+
+FORMAT = 1
+T = TypeVar("T")
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file by new content so that a reader, or a crash, sees the old or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Store:
+    """Own one run directory while the process lives; a second process is refused.
+
+    Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `checkpoints/round-NNNNNN/` global tensors and server
+    state (the two newest are kept), `home/<client>/` what a simulated client keeps to itself, `adapter/` the final model,
+    `data.json` digests of the rows the run reads, `ledger.sqlite`, `observations/`, `report.html`, `report.json`.
+    Guarantee: killed at any moment, `resume` returns the last finished round and exactly the records up to it.
+    """
+
+    def __init__(self, folder: Path, lock: IO[str] | None) -> None:
+        self.folder, self._lock = folder, lock
+
+    @classmethod
+    def open(cls, folder: Path, config: RunConfig) -> Store:
+        """Create the directory, or continue in it if it belongs to the same run.
+
+        Raises:
+          StoreError: the directory holds another run, is in use, or cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / ".lock", "w")  # noqa: SIM115  held for the life of the store
+        except OSError as error:
+            raise StoreError(f"{folder}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise StoreError(
+                f"{folder}: another process is running this run; wait for it or stop it"
+            ) from None
+        store = cls(folder, lock)
+        try:
+            store._claim(config)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    @classmethod
+    def read(cls, folder: Path) -> Store:
+        """Open a directory for reading only."""
+        if not (folder / "run.toml").is_file():
+            raise StoreError(f"{folder}: is not a run directory (no run.toml)")
+        return cls(folder, None)
+
+    def close(self) -> None:
+        """Release the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _claim(self, config: RunConfig) -> None:
+        path = self.folder / "run.toml"
+        if path.exists():
+            stored = self.config()
+            if _same_run(stored, config):
+                return
+            changed = ", ".join(_differences(stored, config)) or "its contents"
+            raise StoreError(
+                f"{self.folder}: holds a run with other settings ({changed}); choose another name or folder"
+            )
+        for name in ("checkpoints", "observations"):
+            (self.folder / name).mkdir(exist_ok=True)
+        write_atomic(path, run_file.dump(config).encode())
+
+    def config(self) -> RunConfig:
+        """Return the effective config of the run."""
+        try:
+            return run_file.load(self.folder / "run.toml")
+        except ConfigError as error:
+            raise StoreError(f"{self.folder}: run.toml is damaged\n{error}") from None
+
+    def contents(self) -> str:
+        """Return the digests of the rows the run reads; nothing in a directory that began without noting them."""
+        path = self.folder / "data.json"
+        if not path.is_file():
+            return ""
+        found = _read_json(path)
+        if not isinstance(found, dict) or not isinstance(found.get("rows"), str):
+            raise StoreError(f"{path}: is damaged")
+        return str(found["rows"])
+
+    def require_contents(self, digests: str) -> None:
+        """Note the rows a run reads when it begins, and refuse to go on with others.
+
+        Raises:
+          StoreError: the rows have changed since.
+        """
+        stored = self.contents()
+        if stored and stored != digests:
+            raise StoreError(f"{self.folder}: {changed_rows(stored, digests)}")
+        if not stored and self._newest() is None:
+            write_atomic(
+                self.folder / "data.json", (json.dumps({"format": FORMAT, "rows": digests}) + "\n").encode()
+            )
+
+    def commit(self, state: ServerState, record: RoundRecord, *, run_id: bytes) -> None:
+        """Make a finished round durable: first the state, then the record that points at it."""
+        name = f"round-{record.round:06d}"
+        final, temporary = self.folder / "checkpoints" / name, self.folder / "checkpoints" / f".{name}.new"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        tensors = {
+            "vector": state.vector,
+            **{f"slot.{key}": value for key, value in state.optimizer_state.items()},
+        }
+        metadata = {
+            "format": str(FORMAT),
+            "round": str(record.round),
+            "steps": str(state.round),
+            "run": run_id.hex(),
+        }
+        content = safetensors.torch.save(
+            {key: value.contiguous() for key, value in tensors.items()}, metadata=metadata
+        )
+        _write_synced(temporary / "state.safetensors", content)
+        _write_synced(temporary / "record.json", (_line(record) + "\n").encode())
+        sync_folder(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        sync_folder(final.parent)
+        with open(self.folder / "rounds.jsonl", "ab") as file:
+            file.write((_line(record) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._forget_old(keep=2)
+
+    def resume(self) -> tuple[ServerState, tuple[RoundRecord, ...], bytes] | None:
+        """Return the last finished state, the records up to it and the run's id; None before the first round."""
+        checkpoint = self._newest()
+        if checkpoint is None:
+            return None
+        state, last, run_id = _read_checkpoint(checkpoint)
+        record = _parse(RoundRecord, _read_json(checkpoint / "record.json"), str(checkpoint / "record.json"))
+        records = [item for item in self.records() if item.round < record.round]
+        if [item.round for item in records] != list(range(1, last)):
+            raise StoreError(
+                f"{self.folder / 'rounds.jsonl'}: records of earlier rounds are missing or out of order"
+            )
+        complete = (*records, record)
+        if self._lock is not None:
+            write_atomic(
+                self.folder / "rounds.jsonl", "".join(_line(item) + "\n" for item in complete).encode()
+            )
+        return state, complete, run_id
+
+    def records(self) -> tuple[RoundRecord, ...]:
+        """Return the records on disk; a torn last line is the mark of a kill and is dropped."""
+        path = self.folder / "rounds.jsonl"
+        try:
+            lines = path.read_bytes().split(b"\n") if path.exists() else []
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+        complete, seen = lines[:-1], {}
+        for number, line in enumerate(complete, start=1):
+            try:
+                record = _parse(RoundRecord, json.loads(line), f"{path}, line {number}")
+            except (ValueError, RecursionError):
+                raise StoreError(f"{path}, line {number}: is damaged") from None
+            seen[record.round] = record
+        return tuple(seen[key] for key in sorted(seen))
+
+    def write_text(self, name: str, content: str) -> Path:
+        """Write a small file of the run atomically."""
+        write_atomic(self.folder / name, content.encode())
+        return self.folder / name
+
+    def replace_folder(self, name: str, fill: typing.Callable[[Path], None]) -> Path:
+        """Fill a new folder and swap it in whole."""
+        final, temporary = self.folder / name, self.folder / f".{name}.new"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        fill(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        sync_folder(self.folder)
+        return final
+
+    def _newest(self) -> Path | None:
+        folder = self.folder / "checkpoints"
+        names = sorted(item for item in folder.glob("round-*") if item.is_dir()) if folder.is_dir() else []
+        return names[-1] if names else None
+
+    def _forget_old(self, *, keep: int) -> None:
+        names = sorted((self.folder / "checkpoints").glob("round-*"))
+        for old in names[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def changed_rows(stored: str, found: str) -> str:
+    """Say which rows of a run are not what they were, and what to do."""
+    words = {"data": "training", "validation": "validation", "public": "public"}
+    changed = [
+        words.get(word.partition(":")[0], word) for word in stored.split() if word not in found.split()
+    ]
+    return (
+        f"its {' and '.join(changed) or 'public'} rows have changed since the run began; restore them, "
+        "or remove the folder to run it anew, or choose another name or folder"
+    )
+
+
+def _same_run(stored: RunConfig, asked: RunConfig) -> bool:
+    """Compare everything that shapes the result; speed and audit may change between two starts of one run."""
+    neutral = {"speed": stored.speed, "audit": stored.audit}
+    return dataclasses.replace(asked, **neutral) == stored
+
+
+def _differences(stored: Any, asked: Any, where: str = "") -> list[str]:
+    found: list[str] = []
+    for field in dataclasses.fields(stored):
+        old, new = getattr(stored, field.name), getattr(asked, field.name)
+        name = f"{where}{field.name}"
+        if dataclasses.is_dataclass(old) and type(old) is type(new):
+            found += _differences(old, new, f"{name}.")
+        elif old != new and field.name not in ("speed", "audit"):
+            found.append(f"{name}: {old!r} there, {new!r} asked")
+    return found
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_checkpoint(folder: Path) -> tuple[ServerState, int, bytes]:
+    path = folder / "state.safetensors"
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if metadata.get("format") != str(FORMAT):
+            raise ValueError("format")
+        vector = tensors.pop("vector")
+        if vector.dtype != torch.float32 or vector.dim() != 1 or not bool(torch.isfinite(vector).all()):
+            raise ValueError("vector")
+        optimizer_state = {key.removeprefix("slot."): value for key, value in tensors.items()}
+        state = ServerState(round=int(metadata["steps"]), vector=vector, optimizer_state=optimizer_state)
+        return state, int(metadata["round"]), bytes.fromhex(metadata["run"])
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError):
+        raise StoreError(
+            f"{path}: is damaged; remove this checkpoint folder to continue from the one before"
+        ) from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise StoreError(f"{path}: is damaged") from None
+
+
+def _line(record: Any) -> str:
+    return json.dumps(_encode(record), separators=(",", ":"), sort_keys=True, allow_nan=False)
+
+
+def _encode(value: Any) -> Any:
+    """Turn records into JSON; what JSON cannot say (infinity, nan) becomes a word."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("infinity" if value > 0 else "-infinity")
+    return value
+
+
+def _parse(kind: type[T], value: object, where: str) -> T:
+    """Build a record from JSON, refusing anything that does not fit its types."""
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(value, dict) or set(value) != set(fields):
+        raise StoreError(f"{where}: is damaged")
+    try:
+        return kind(**{name: _convert(hints[name], item) for name, item in value.items()})
+    except (TypeError, ValueError, OverflowError):
+        raise StoreError(f"{where}: is damaged") from None
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return tuple(_convert(inner[0], item) for item in _expect(value, list))
+    if origin is typing.Literal:
+        if value not in inner:
+            raise ValueError(value)
+        return value
+    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        return {
+            _convert(inner[0], key): _convert(inner[1], item) for key, item in _expect(value, dict).items()
+        }
+    if isinstance(hint, types.UnionType):
+        return (
+            None if value is None else _convert(next(kind for kind in inner if kind is not type(None)), value)
+        )
+    if hint is float:
+        return float(value) if isinstance(value, str) else float(_expect(value, int | float))
+    if hint is int:
+        return int(value) if isinstance(value, str) else _expect(value, int)
+    return _expect(value, hint)
+
+
+def _expect(value: Any, kind: Any) -> Any:
+    if isinstance(value, bool) and kind is not bool:
+        raise ValueError(value)
+    if not isinstance(value, kind):
+        raise ValueError(value)
+    return value
