@@ -16,6 +16,7 @@ Over a network the same two classes take and return the bytes; see `ClientSessio
 """
 
 from defenses.secagg.client import ClientSession, Stage
+from defenses.secagg.complaints import Complaint, left_out
 from defenses.secagg.driver import Outcome, drive
 from defenses.secagg.graph import GraphParameters, find_graph_parameters
 from defenses.secagg.keys import Identity, ReplayGuard, Roster
@@ -40,8 +41,8 @@ from defenses.secagg.ring import (
 from defenses.secagg.server import NotEnoughClients, RingSum, ServerSession, Traffic
 
 __all__ = [
-    "DEFERRED_MODEL", "FEWEST_SURVIVORS", "HEADER", "MODULUS_BITS", "ClientPolicy", "ClientSession", "GraphParameters", "Identity",
+    "DEFERRED_MODEL", "FEWEST_SURVIVORS", "HEADER", "MODULUS_BITS", "ClientPolicy", "ClientSession", "Complaint", "GraphParameters", "Identity",
     "Lanes", "Mask", "NotEnoughClients", "OpenedSum", "Outcome", "Quantizer", "ReplayGuard", "RingSum", "RingVector", "Roster",
     "ServerSession", "SessionParameters", "Stage", "Traffic", "add_into", "add_masks", "check_overflow", "drive",
-    "find_graph_parameters", "frame", "from_signed", "modulus_for", "pack", "signed", "unframe", "unpack",
+    "find_graph_parameters", "frame", "from_signed", "left_out", "modulus_for", "pack", "signed", "unframe", "unpack",
 ]  # fmt: skip

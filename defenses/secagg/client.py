@@ -15,7 +15,7 @@ from defenses.errors import ParameterError, ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import messages, shamir
 from defenses.secagg.graph import Graph, build_graph
-from defenses.secagg.keys import Identity, agree, public_of, require_distinct_keys, verify_signature
+from defenses.secagg.keys import Identity, agree, public_of, require_sound_keys, verify_signature
 from defenses.secagg.masks import Mask, MaskStreams, RingVector, chunks, word_type
 from defenses.secagg.parameters import DEFERRED_MODEL, ClientPolicy, SessionParameters
 from defenses.secagg.ring import pack_into, packed_bytes
@@ -119,6 +119,7 @@ class ClientSession:
         self._place = -1
         self._neighbours: list[int] = []
         self._survivors: list[int] = []
+        self._complaint = b""
 
     @property
     def id(self) -> bytes:
@@ -134,6 +135,15 @@ class ClientSession:
     def transcript(self) -> bytes:
         """Return the session transcript, empty before `share`; not a secret."""
         return self._transcript
+
+    @property
+    def complaint(self) -> bytes:
+        """Return the signed message that names the neighbours whose shares did not open, empty if there are none.
+
+        `mask` refuses when there are, and the session is over; send this instead of the masked vector. It tells the server
+        nothing but which ciphertexts were no good.
+        """
+        return self._complaint
 
     def __repr__(self) -> str:
         return f"ClientSession({self.id.hex()[:16]}, {self._stage.name.lower()}, secrets=<hidden>)"
@@ -211,7 +221,7 @@ class ClientSession:
         adverts = messages.read_roster(roster)
         self._policy.admit_cohort(self._parameters, len(adverts))
         members = self._parameters.roster.members
-        require_distinct_keys([key for advert in adverts for key in (advert.channel_key, advert.mask_key)])
+        require_sound_keys([key for advert in adverts for key in (advert.channel_key, advert.mask_key)])
         if self._advert not in adverts:
             raise ProtocolError
         for advert in adverts:
@@ -293,12 +303,7 @@ class ClientSession:
         self, delivery: bytes, vector: RingVector, update: bytes | None, model_hash: bytes | None
     ) -> memoryview:
         held = self._held()
-        for index, ciphertext in messages.read_delivery(delivery, len(self._neighbours)):
-            neighbour = self._neighbours[index]
-            held.shares[neighbour] = messages.open_shares(
-                bytes(held.channels[index]), ciphertext, point=self._graph.share_point(self._place, neighbour),
-                transcript=self._transcript, sender=self._ids[neighbour], receiver=self.id,
-            )  # fmt: skip
+        self._open_delivery(messages.read_delivery(delivery, len(self._neighbours)))
         if len(held.shares) < self._parameters.threshold:
             raise ProtocolError
         if self._parameters.model_hash == DEFERRED_MODEL:
@@ -312,6 +317,29 @@ class ClientSession:
         for buffer in (held.mask_key, held.self_secret, *held.channels.values()):
             buffer[:] = bytes(len(buffer))
         return message
+
+    def _open_delivery(self, ciphertexts: list[tuple[int, bytes]]) -> None:
+        """Open the neighbours' shares; leave a complaint about those that do not open, and with them the session."""
+        held, spoiled = self._held(), []
+        for index, ciphertext in ciphertexts:
+            neighbour = self._neighbours[index]
+            try:
+                held.shares[neighbour] = messages.open_shares(
+                    bytes(held.channels[index]), ciphertext,
+                    point=self._graph.share_point(self._place, neighbour),
+                    transcript=self._transcript, sender=self._ids[neighbour], receiver=self.id,
+                )  # fmt: skip
+            except ProtocolError:
+                spoiled.append((index, ciphertext))
+        if not spoiled:
+            return
+        body = messages.write_complaint_body(spoiled, len(self._neighbours))
+        statement = messages.body_statement(
+            "complaint", self._transcript, self.id, hashlib.sha256(body).digest()
+        )
+        signature = self._identity.sign(statement)
+        self._complaint = messages.header(messages.Kind.COMPLAINT) + self.id + signature + body
+        raise ProtocolError
 
     def _masks(self, held: _Secrets) -> list[Mask]:
         """Return the self mask and one mask for each neighbour whose shares arrived."""

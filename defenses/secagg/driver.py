@@ -7,17 +7,19 @@ from dataclasses import dataclass
 
 from defenses.errors import ProtocolError
 from defenses.secagg.client import ClientSession, Stage
+from defenses.secagg.complaints import Complaint
 from defenses.secagg.masks import RingVector
 from defenses.secagg.server import RingSum, ServerSession, Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Hold what a session gave: the sum, the bytes of each client, and at which stage each missing client was lost."""
+    """Hold what a session gave: the sum, the bytes of each client, where each missing client was lost, and complaints."""
 
     sum: RingSum
     traffic: Mapping[bytes, Traffic]
     lost: Mapping[bytes, Stage]
+    complaints: tuple[Complaint, ...] = ()
 
 
 def drive(
@@ -30,7 +32,8 @@ def drive(
 
     `inputs` is asked for a client's ring vector when that client masks, not before, and one vector is held at a time:
     local training can happen inside, and None says that it failed and the client is lost. A client named in `drop`
-    sends nothing from that stage on. A client whose own session refuses a message counts as lost at that stage.
+    sends nothing from that stage on. A client whose own session refuses a message counts as lost at that stage; its
+    complaint, if it has one, goes to the server.
 
     Guarantee: `inputs` is called at most once per client and never for one that was lost before masking.
     Raises: NotEnoughClients or ProtocolError when the sum cannot be opened; then nothing of it is known.
@@ -48,10 +51,10 @@ def drive(
             try:
                 send(owner, session)
             except ProtocolError:
-                if server.stage is Stage.ABORTED:
-                    raise
                 lost[owner] = stage
                 session.discard()
+                if session.complaint:
+                    server.receive_complaint(session.complaint)
 
     def upload(owner: bytes, session: ClientSession) -> bytes:
         delivery, vector = server.delivery_for(owner), inputs(owner)
@@ -62,16 +65,15 @@ def drive(
     def confirm(owner: bytes, session: ClientSession) -> bytes:
         return server.receive_confirmation(session.confirm(server.survivors_message(owner)))
 
+    def share(owner: bytes, session: ClientSession) -> bytes:
+        return server.receive_shares(session.share(server.roster_message(owner)))
+
+    def unmask(owner: bytes, session: ClientSession) -> bytes:
+        return server.receive_response(session.unmask(server.request_for(owner)))
+
     each(Stage.ADVERTISE, lambda owner, session: server.receive_advertisement(session.advertise()))
-    server.roster_message()
-    each(
-        Stage.SHARE, lambda owner, session: server.receive_shares(session.share(server.roster_message(owner)))
-    )
-    each(Stage.MASK, upload)
-    if any(session.stage is Stage.CONFIRM for session in clients.values()):
-        each(Stage.CONFIRM, confirm)
-    each(
-        Stage.UNMASK,
-        lambda owner, session: server.receive_response(session.unmask(server.request_for(owner))),
-    )
-    return Outcome(sum=server.finish(), traffic=server.traffic, lost=lost)
+    stages = {Stage.SHARE: share, Stage.MASK: upload, Stage.CONFIRM: confirm, Stage.UNMASK: unmask}
+    while (stage := server.close_stage()) is not Stage.UNMASK:
+        each(stage, stages[stage])
+    each(Stage.UNMASK, unmask)
+    return Outcome(sum=server.finish(), traffic=server.traffic, lost=lost, complaints=server.complaints)

@@ -21,6 +21,17 @@ KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 _ROSTER_VERSION = 1
 _CURVE_PRIME = 2**255 - 19
+_LOW_ORDER = frozenset(
+    point.to_bytes(KEY_BYTES, "little")
+    for point in (
+        0,
+        1,
+        _CURVE_PRIME - 1,
+        325606250916557431795983626356110631294008115727848805560023387167927233504,
+        39382357235489614581723060781553021112529911719440698176882885853963445705823,
+    )
+)
+"""The X25519 public keys below the prime that give everybody the same, all-zero, shared secret."""
 
 
 def labelled_hash(label: str, *parts: bytes) -> bytes:
@@ -69,12 +80,15 @@ def agree(secret: bytes, public_keys: Iterable[bytes]) -> list[bytes]:
     return [private.exchange(X25519PublicKey.from_public_bytes(public)) for public in public_keys]
 
 
-def require_distinct_keys(keys: Sequence[bytes]) -> None:
-    """Check that X25519 public keys are canonical encodings and pairwise different.
+def require_sound_keys(keys: Sequence[bytes]) -> None:
+    """Check that X25519 public keys are canonical encodings, pairwise different and not of low order.
 
-    Raises: ProtocolError. Two encodings of one point would pass for two keys.
+    Raises: ProtocolError. Two encodings of one point would pass for two keys; with a point of low order nobody can agree
+    on a secret, so one member that advertised it would have all honest ones leave.
     """
-    if len(set(keys)) != len(keys) or any(int.from_bytes(key, "little") >= _CURVE_PRIME for key in keys):
+    if len(set(keys)) != len(keys) or not _LOW_ORDER.isdisjoint(keys):
+        raise ProtocolError
+    if any(int.from_bytes(key, "little") >= _CURVE_PRIME for key in keys):
         raise ProtocolError
 
 

@@ -36,6 +36,7 @@ class Kind(IntEnum):
     REQUEST = 7
     RESPONSE = 8
     BUNDLE = 9
+    COMPLAINT = 10
 
 
 def header(kind: Kind) -> bytes:
@@ -274,6 +275,22 @@ class SignedBody:
 def body_statement(label: str, transcript: bytes, owner: bytes, digest: bytes) -> bytes:
     """Return what the signature of an R2 or R4 message covers, from the digest of its body."""
     return LABEL + label.encode() + transcript + owner + digest
+
+
+def write_complaint_body(ciphertexts: Sequence[tuple[int, bytes]], neighbours: int) -> bytes:
+    """Write the body of a complaint: which neighbours' ciphertexts did not open, and their SHA-256."""
+    bitmap = write_bitmap((place for place, _ in ciphertexts), neighbours)
+    return bitmap + b"".join(_digest(ciphertext) for _, ciphertext in ciphertexts)
+
+
+def read_complaint_body(body: memoryview, neighbours: int) -> list[tuple[int, bytes]]:
+    """Read the body of a complaint: place among the sorted neighbours, and digest."""
+    return _keyed(body, neighbours, hashlib.sha256().digest_size)
+
+
+def matches(ciphertext: bytes, digest: bytes) -> bool:
+    """Say whether a complaint is about this ciphertext."""
+    return _digest(ciphertext) == digest
 
 
 def write_survivors(survivors: Iterable[int], count: int) -> bytes:
