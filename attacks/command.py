@@ -20,8 +20,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from attacks.contract import Budget, Prior, Reconstruction
+from attacks.fitting import fit
 from attacks.observation import ObservationError, load_observation
 from attacks.registry import ATTACKS, TAXONOMY, build
+from attacks.result_folder import Result, load_truth, result_of, score_json, write_result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,15 +67,43 @@ def description(name: str) -> str:
 
 def _run(name: str, chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
-        observation = load_observation(chosen.observation)
-        model = None if chosen.model is None else load_model(chosen.model)
+        model = None if chosen.model is None else load_model(chosen.model, adapter=chosen.adapter)
+        if model is None and chosen.adapter is not None:
+            raise ValueError("--adapter needs --model, the model it adapts")
+        fitted = fit(load_observation(chosen.observation), model)
         candidates = None if chosen.candidates is None else load_file(str(chosen.candidates))
+        truth = None if chosen.truth is None else load_truth(chosen.truth)
     except (ObservationError, SafetensorError, OSError, ValueError) as error:
         parser.exit(2, f"attacks: {error}\n")
     prior = Prior(candidates=candidates)
-    result = build(name).run(observation, model, prior, Budget.named(chosen.budget), chosen.seed)
-    print(json.dumps(as_json(result), indent=None if chosen.json else 2))
+    budget = Budget.named(chosen.budget)
+    found = build(name).run(fitted.observation, model, prior, budget, chosen.seed)
+    result = result_of(found, fitted.notes, truth)
+    numbers = as_json(found) | {"notes": list(result.notes), "score": score_json(result.score)}
+    if chosen.out is not None:
+        try:
+            _write(result, chosen.out, numbers, chosen.model)
+        except OSError as error:
+            parser.exit(2, f"attacks: {error}\n")
+    print(json.dumps(numbers, indent=None if chosen.json else 2))
     return 0
+
+
+def _write(result: Result, out: Path, numbers: dict[str, object], model: Path | None) -> None:
+    tokenizer = None if model is None else load_tokenizer(model)
+    shift, scale = ((), ()) if model is None else normalisation(model)
+    decode = None if tokenizer is None else tokenizer.decode
+    write_result(result, out, numbers=numbers, decode=decode, shift=shift, scale=scale)
+
+
+def normalisation(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and deviation per channel that a model folder's preprocessor states, or nothing."""
+    try:
+        stated = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        shift, scale = (tuple(map(float, stated[key])) for key in ("image_mean", "image_std"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return (), ()
+    return shift, scale
 
 
 def as_json(result: Reconstruction) -> dict[str, object]:
@@ -94,10 +124,12 @@ def as_json(result: Reconstruction) -> dict[str, object]:
     }
 
 
-def load_model(folder: Path) -> nn.Module:
+def load_model(folder: Path, *, adapter: Path | None = None) -> nn.Module:
     """Load a model folder in the Hugging Face layout, from disk alone, with eager attention and safetensors weights.
 
-    Raises: OSError or ValueError when the folder does not hold one.
+    `adapter` is a folder as PEFT writes it, put on top of the model.
+
+    Raises: OSError or ValueError when a folder does not hold one.
     """
     import transformers
 
@@ -112,7 +144,23 @@ def load_model(folder: Path) -> nn.Module:
     )
     if not isinstance(loaded, nn.Module):
         raise ValueError(f"{folder}: {names[0]} is not a model")
-    return loaded.eval()
+    return loaded.eval() if adapter is None else _adapted(loaded, adapter).eval()
+
+
+def _adapted(model: nn.Module, folder: Path) -> nn.Module:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing: --adapter names a folder as PEFT writes it")
+    import peft
+
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True, local_files_only=True)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{folder} does not fit the model: {lines[0]}") from None
+    if not isinstance(adapted, nn.Module):
+        raise ValueError(f"{folder} holds no adapter")
+    return adapted
 
 
 def taxonomy_table() -> str:
@@ -178,6 +226,9 @@ def _run_options(run: argparse.ArgumentParser, *, threads: bool = True) -> None:
         "--observation", required=True, type=Path, help="folder with observation.json and tensors"
     )
     run.add_argument("--model", type=Path, help="model folder (config.json and safetensors)")
+    run.add_argument("--adapter", type=Path, help="adapter folder as PEFT writes it, on top of the model")
+    run.add_argument("--truth", type=Path, help="safetensors file of what was trained on, to score by")
+    run.add_argument("--out", type=Path, help="new folder for report.md, result.json and pictures")
     run.add_argument("--budget", choices=("quick", "standard", "exhaustive"), default="quick")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attacks.inversion.channels import ended
 from attacks.observation import Observation
 from attacks.truth import Truth
 
@@ -40,6 +41,7 @@ def invented_batch(
     if not vocabulary:
         return None
     ids = torch.randint(min(10, vocabulary // 2), int(vocabulary), (count, length), generator=generator)
+    ids = ended(model, ids)
     sequences = tuple(tuple(row) for row in ids.tolist())
     with torch.no_grad():
         generative = model(input_ids=ids[:1], attention_mask=torch.ones_like(ids[:1])).logits.ndim == 3

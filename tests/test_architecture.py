@@ -15,7 +15,7 @@ SHARED = ("defenses.random_source", "defenses.errors")
 HEAVY = {  # optional or heavy packages and the only places that may import them
     "tenseal": ("defenses/he/",),
     "opacus": (),  # tests and benchmarks compare with it; nothing here runs on it
-    "peft": ("ffm_secure/trainable/", "ffm_secure/models/backbone.py"),
+    "peft": ("ffm_secure/trainable/", "ffm_secure/models/backbone.py", "attacks/command.py"),
     "transformers": (
         "ffm_secure/models/",
         "ffm_secure/trainable/",

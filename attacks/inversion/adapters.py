@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
-from attacks.inversion.channels import Channel, capture_inputs, observed_channels
+from attacks.inversion.channels import Channel, capture_inputs, observed_channels, run_tokens
 from attacks.inversion.linear import agreeing, bias_quotients
 from attacks.inversion.tokens import embedding_names, vocabulary_size
 from attacks.observation import Observation
@@ -74,7 +74,7 @@ def _tokens_of(model: nn.Module, channel: Channel, quotients: Tensor, vocabulary
     longest = int(getattr(getattr(model, "config", None), "max_position_embeddings", 1) or 1)
     for place in range(min(longest, 8)):
         ids = torch.arange(vocabulary)[:, None].expand(-1, place + 1)
-        captured = capture_inputs(module, lambda ids=ids: model(input_ids=ids))  # type: ignore[misc]
+        captured = capture_inputs(module, lambda ids=ids: run_tokens(model, ids))  # type: ignore[misc]
         if channel.name not in captured or captured[channel.name].ndim != 3:
             return set()
         nearest, distance = decode(quotients, captured[channel.name][:, -1])

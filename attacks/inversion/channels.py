@@ -143,6 +143,45 @@ def numerical_rank(
     return int((singular > max(tolerance * float(singular[0]), edge)).sum())
 
 
+def end_token(model: nn.Module) -> int | None:
+    """Return the token by which an encoder-decoder classifier finds the end of a text, None for every other model.
+
+    Its head reads the state at the last end token, and refuses texts without one or with different numbers of them.
+    """
+    config = getattr(model, "config", None)
+    end = getattr(config, "eos_token_id", None)
+    headed = any(name.rpartition(".")[2] == "classification_head" for name, _ in model.named_modules())
+    decoded = bool(getattr(config, "is_encoder_decoder", False))
+    return end if decoded and headed and isinstance(end, int) else None
+
+
+def ended(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return texts (n, t) that close with the end token a model's head looks for, and hold it nowhere else."""
+    end = end_token(model)
+    if end is None:
+        return ids
+    inner = torch.where(ids == end, (end + 3) % _vocabulary(model), ids)
+    closing = torch.full_like(ids[:, -1:], end)
+    return torch.cat([inner[:, :-1], closing], dim=1)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(getattr(getattr(model, "config", None), "vocab_size", 2**31))
+
+
+def run_tokens(model: nn.Module, ids: Tensor) -> object:
+    """Run a model on any tokens (n, t), for the sake of what its layers see.
+
+    The head of an encoder-decoder classifier refuses tokens without an end only when every layer before it has run.
+    """
+    try:
+        return model(input_ids=ids)
+    except (ValueError, RuntimeError):
+        if end_token(model) is None:
+            raise
+        return None
+
+
 class _Enough(Exception):
     """Stops a forward pass once the last wanted input was captured."""
 

@@ -25,7 +25,7 @@ from attacks.contract import (
     Prior,
     working_copy,
 )
-from attacks.inversion.channels import capture_inputs, linear_modules
+from attacks.inversion.channels import capture_inputs, end_token, ended, linear_modules, run_tokens
 from attacks.inversion.matching import cohort_size, known_or_inferred_labels
 from attacks.inversion.optimise import (
     Match,
@@ -73,6 +73,7 @@ class TextFrame:
     placeholder: int
     padding: int
     generative: bool
+    end: int | None = None
 
     @property
     def length(self) -> int:
@@ -86,27 +87,48 @@ class TextFrame:
 
     @property
     def ids(self) -> Tensor:
-        """Return placeholder ids (sequences, length): real places hold a token that is not padding."""
-        return torch.where(self.mask.bool(), self.placeholder, self.padding)
+        """Return placeholder ids (sequences, length): real places hold a token that is not padding.
+
+        The last real place holds the end token where the model's head looks for one.
+        """
+        ids = torch.where(self.mask.bool(), self.placeholder, self.padding)
+        if self.end is not None:
+            ids[torch.arange(len(ids)), torch.tensor(self.lengths) - 1] = self.end
+        return ids
 
 
 @contextmanager
-def replaced_output(module: nn.Module, value: Tensor) -> Iterator[None]:
-    """Let a module return `value` wherever its own output has that shape. Guarantee: the hook is removed."""
+def replaced_output(model: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """Let an embedding return `value` where its own output has that shape. Guarantee: the hooks are removed.
+
+    Modules that share its weight count as the same embedding. In an encoder-decoder classifier the second of them embeds
+    the same text for the decoder, one place later behind a start token.
+    """
+    weight = model.get_submodule(name).weight
+    shared = [
+        module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight is weight
+    ]
+    calls = 0
 
     def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return value.to(output.dtype) if output.shape == value.shape else output
+        nonlocal calls
+        if output.shape != value.shape:
+            return output
+        calls += 1
+        moved = value.to(output.dtype)
+        return moved if calls == 1 else torch.cat([output[:, :1], moved[:, :-1]], dim=1)
 
-    handle = module.register_forward_hook(hook)
+    handles = [module.register_forward_hook(hook) for module in shared]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def logits_of(model: nn.Module, frame: TextFrame, embeddings: Tensor) -> Tensor:
     """Return the model's logits when the tokens' embeddings are replaced."""
-    with replaced_output(model.get_submodule(frame.embedding), embeddings):
+    with replaced_output(model, frame.embedding, embeddings):
         output = model(input_ids=frame.ids, attention_mask=frame.mask)
     logits: Tensor = getattr(output, "logits", output)
     return logits
@@ -146,11 +168,12 @@ def text_frame(observation: Observation, model: nn.Module) -> TextFrame:
         allowed = torch.zeros(len(rows), dtype=torch.bool)
         allowed[present] = True
     allowed &= rows.norm(dim=1) > 0
-    placeholder = next(token for token in range(len(rows)) if token != padding and bool(rows[token].any()))
+    end = end_token(model)
+    other = (padding, end)
+    placeholder = next(token for token in range(len(rows)) if token not in other and bool(rows[token].any()))
     with torch.no_grad():
-        probe = model(
-            input_ids=torch.full((1, 2), placeholder), attention_mask=torch.ones(1, 2, dtype=torch.long)
-        )
+        pair = ended(model, torch.full((1, 2), placeholder))
+        probe = model(input_ids=pair, attention_mask=torch.ones_like(pair))
     generative = getattr(probe, "logits", probe).ndim == 3
     return TextFrame(
         embedding=name,
@@ -160,6 +183,7 @@ def text_frame(observation: Observation, model: nn.Module) -> TextFrame:
         placeholder=placeholder,
         padding=padding,
         generative=generative,
+        end=end,
     )
 
 
@@ -311,7 +335,7 @@ def exchange_tokens(
 
 
 def _call(model: nn.Module, ids: Tensor) -> object:
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return run_tokens(model, ids)
 
 
 def as_sequences(tokens: Tensor, frame: TextFrame, confidence: float) -> tuple[Item, ...]:

@@ -29,7 +29,7 @@ from attacks.contract import (
     Prior,
     working_copy,
 )
-from attacks.inversion.channels import capture_inputs, linear_modules, numerical_rank
+from attacks.inversion.channels import capture_inputs, ended, linear_modules, numerical_rank
 from attacks.inversion.tokens import embedding_names, vocabulary_size
 from attacks.observation import Observation
 
@@ -250,7 +250,8 @@ def _on_images(model: nn.Module, images: Tensor) -> Callable[[], object]:
 
 
 def _on_tokens(model: nn.Module, ids: Tensor) -> Callable[[], object]:
-    return lambda: model(input_ids=ids)
+    closed = ended(model, ids)
+    return lambda: model(input_ids=closed)
 
 
 def _bias(head: Head, mean_feature: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from attacks.inversion.channels import (
     capture_inputs,
     execution_order,
     observed_channels,
+    run_tokens,
     spectrum_of,
 )
 from attacks.inversion.tokens import noise_per_entry, vocabulary_size
@@ -199,7 +200,8 @@ def _longest(observation: Observation, model: nn.Module) -> int:
 
 
 def call(model: nn.Module, ids: Tensor) -> object:
-    return model(input_ids=ids)
+    """Run a model on probe tokens (n, t)."""
+    return run_tokens(model, ids)
 
 
 def _inputs_of(model: nn.Module, name: str, ids: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attacks.inversion.channels import Channel
+from attacks.inversion.channels import Channel, ended
 
 Trace = Mapping[str, tuple[Tensor, Tensor]]  # per channel: inputs (n, t, in) and output gradients (n, t, out)
 
@@ -27,7 +27,7 @@ _ROWS = 8_192  # tokens in one pass
 
 def sentence_losses(model: nn.Module, ids: Tensor, labels: Tensor | None) -> Tensor:
     """Return the loss of every sentence (n,): of its label, or without labels the mean over its next tokens."""
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    output = model(input_ids=ended(model, ids), attention_mask=torch.ones_like(ids))
     logits: Tensor = getattr(output, "logits", output)
     if labels is not None:
         return nn.functional.cross_entropy(logits, labels, reduction="none")

@@ -1,0 +1,125 @@
+"""Bring an observation of any library under the names of a model, or say exactly why that cannot be done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from attacks.names import SHOWN, Matching, Mismatch, ModelNames, match_names
+from attacks.observation import Observation, ObservationError
+
+_SAME = 1e-6  # relative difference of the two copies of a tied tensor that rounding leaves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Fitted:
+    """Hold an observation under the model's names, and in words what had to be done to it."""
+
+    observation: Observation
+    notes: tuple[str, ...] = ()
+
+
+def names_of(model: nn.Module) -> ModelNames:
+    """Return the names and shapes of a model's parameters and buffers, and which parameters share their storage."""
+    parameters = dict(model.named_parameters())
+    first = {id(value): name for name, value in parameters.items()}
+    stored = model.state_dict(keep_vars=True)
+    every = dict(model.named_parameters(remove_duplicate=False)) | {
+        name: value for name, value in stored.items() if isinstance(value, nn.Parameter)
+    }
+    return ModelNames(
+        parameters={name: tuple(value.shape) for name, value in parameters.items()},
+        buffers={name: tuple(value.shape) for name, value in model.named_buffers()},
+        tied={
+            name: first[id(value)]
+            for name, value in every.items()
+            if name not in parameters and id(value) in first
+        },
+        stored=tuple(name for name, value in stored.items() if isinstance(value, Tensor)),
+        trained=tuple(name for name, value in parameters.items() if value.requires_grad),
+    )
+
+
+def fit(observation: Observation, model: nn.Module | None) -> Fitted:
+    """Return the observation under the model's names: prefixes read past, lists named, transposed matrices turned.
+
+    Guarantee: afterwards every tensor is finite and has the shape of the model's tensor of its name. Buffers of whole
+    numbers, such as counters of a normalisation, are left out.
+
+    Raises: ObservationError naming every reason: names, prefix, shapes, values that are no finite numbers.
+    """
+    problems, notes = _unreadable(observation), list[str]()
+    if model is None:
+        if problems:
+            raise ObservationError("; ".join(problems))
+        return Fitted(observation=observation)
+    names = names_of(model)
+    fitted: dict[str, dict[str, Tensor]] = {}
+    parts = {"tensors": observation.tensors}
+    if observation.broadcast is not None:
+        parts["broadcast"] = observation.broadcast
+    for label, tensors in parts.items():
+        matching = match_names({name: tuple(value.shape) for name, value in tensors.items()}, names)
+        if isinstance(matching, Mismatch):
+            problems.append(f"{label}: {'; '.join(matching.reasons)}")
+            continue
+        notes += [f"{label}: {note}" for note in matching.notes]
+        fitted[label], conflicts = _placed(tensors, matching)
+        problems += [f"{label}: {conflict}" for conflict in conflicts]
+    if problems:
+        raise ObservationError("; ".join(problems))
+    seen = {name: value for name, value in fitted["tensors"].items() if value.is_floating_point()}
+    left_out = sorted(set(fitted["tensors"]) - set(seen))
+    if left_out:
+        notes.append(f"tensors: {_list(left_out)} hold whole numbers and were left out")
+    if not seen:
+        raise ObservationError("tensors: all hold whole numbers, there is no update to read")
+    changed = replace(observation, tensors=seen, broadcast=fitted.get("broadcast"))
+    return Fitted(observation=changed, notes=tuple(notes))
+
+
+def _unreadable(observation: Observation) -> list[str]:
+    """Name the tensors that hold values no attack can read."""
+    broken = [name for name, value in observation.tensors.items() if not bool(torch.isfinite(value).all())]
+    odd = [
+        name for name, value in observation.tensors.items() if value.is_complex() or value.dtype is torch.bool
+    ]
+    problems = []
+    if broken:
+        problems.append(
+            f"tensors: {_list(sorted(broken))}: {len(broken)} of {len(observation.tensors)} hold NaN or infinity; "
+            "record the update again, before the step that broke it"
+        )
+    if odd:
+        problems.append(f"tensors: {_list(sorted(odd))} hold no real numbers")
+    return problems
+
+
+def _placed(tensors: Mapping[str, Tensor], matching: Matching) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors under their new names, and the names of tied ones that differ."""
+    placed: dict[str, Tensor] = {}
+    conflicts = []
+    for name, value in tensors.items():
+        place = matching.places[name]
+        turned = value.T if place.transposed else value
+        if place.name in placed and not _same(placed[place.name], turned):
+            conflicts.append(
+                f"{name} and {place.name} are one tensor in the model, but were observed to differ"
+            )
+        placed.setdefault(place.name, turned)
+    return placed, conflicts
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    scale = float(first.double().abs().max()) if first.numel() else 0.0
+    return first.shape == second.shape and torch.allclose(
+        first.double(), second.double(), rtol=0.0, atol=_SAME * scale
+    )
+
+
+def _list(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
