@@ -87,10 +87,10 @@ def find_head(observation: Observation, model: nn.Module) -> Head:
         name=name,
         module=module,
         weight=view.tensors[f"{name}.weight"].double() / observation.contributors
-        - decay * module.weight.double(),
+        - decay * module.weight.detach().double(),
         bias=None
         if bias is None
-        else bias.double() / observation.contributors - decay * module.bias.double(),
+        else bias.double() / observation.contributors - decay * module.bias.detach().double(),
         examples=int(batch) * steps * observation.contributors,
     )
 
@@ -206,8 +206,8 @@ def ilrg_counts(weight: Tensor, bias: Tensor, module: nn.Linear, examples: int) 
     Source: iLRG, equations 5 to 9.
     """
     features = weight / torch.where(bias.abs() < 1e-12, torch.full_like(bias, 1e-12), bias)[:, None]
-    own = module.bias.double() if module.bias is not None else 0.0
-    probabilities = torch.softmax(features @ module.weight.double().T + own, dim=1)
+    own = module.bias.detach().double() if module.bias is not None else 0.0
+    probabilities = torch.softmax(features @ module.weight.detach().double().T + own, dim=1)
     system = torch.cat(
         [
             (probabilities - torch.eye(len(bias), dtype=torch.float64)).T,
@@ -240,8 +240,8 @@ def probe_head(
     features = capture_inputs({head.name: head.module}, forward)[head.name].double()
     if features.ndim == 3:
         features = features[:, -1]
-    own = head.module.bias.double() if head.module.bias is not None else 0.0
-    probabilities = torch.softmax(features @ head.module.weight.double().T + own, dim=1)
+    own = head.module.bias.detach().double() if head.module.bias is not None else 0.0
+    probabilities = torch.softmax(features @ head.module.weight.detach().double().T + own, dim=1)
     return probabilities.mean(0), features.mean(0), real
 
 
