@@ -12,6 +12,7 @@ from torch import nn
 
 from attacks.command import load_model, load_tokenizer
 from attacks.contract import Prior
+from attacks.fitting import fit
 from attacks.inversion.tokens import vocabulary_of
 from attacks.observation import Observation, ObservationError, load_observation
 from attacks.registry import ATTACKS
@@ -21,7 +22,7 @@ from attacks.verdict import judge, judge_unknown, tried, unless_guessed
 from ffm_secure.auditing.budget import AuditBudget, not_tried
 from ffm_secure.auditing.findings import finding_of
 from ffm_secure.auditing.wording import Decode, decoder, sentence
-from ffm_secure.errors import StoreError
+from ffm_secure.errors import DataError, StoreError
 from ffm_secure.records import (
     AuditFinding,
     AuditSummary,
@@ -34,6 +35,7 @@ def audit_observation(
     folder: Path,
     *,
     model: Path | None = None,
+    adapter: Path | None = None,
     truth: Path | None = None,
     budget: str = "quick",
     attacks: Collection[str] = ATTACKS,
@@ -44,16 +46,20 @@ def audit_observation(
     safetensors file of what the client trained on, findings are scored; without it an attack leaks when it is as sure
     as on the rehearsal, and nothing is claimed where its confidence cannot tell an update from noise.
 
+    `adapter` is a folder as PEFT writes it, put on top of the model. Names of other libraries are matched with the model's.
+
     Raises:
       StoreError: a folder or file cannot be read.
+      DataError: names, shapes or values of the update are not the model's, each named.
     """
     began = time.process_time()
     try:
         observation = load_observation(folder)
-        loaded = None if model is None else load_model(model)
+        loaded = None if model is None else load_model(model, adapter=adapter)
         known = None if truth is None else load_truth(truth)
     except (ObservationError, OSError, ValueError) as error:
         raise StoreError(f"{folder}: {error}") from None
+    observation = _fitted(folder, observation, loaded)
     decode = decoder(None if model is None else load_tokenizer(model))
     findings = tuple(_standalone(observation, loaded, known, AuditBudget(name=budget), decode, attacks))
     return AuditSummary(
@@ -63,6 +69,13 @@ def audit_observation(
         epsilon_lower=None,
         sentence=sentence(findings),
     )
+
+
+def _fitted(folder: Path, observation: Observation, model: nn.Module | None) -> Observation:
+    try:
+        return fit(observation, model).observation
+    except ObservationError as error:
+        raise DataError(f"{folder}: {error}") from None
 
 
 def _standalone(

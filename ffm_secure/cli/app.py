@@ -74,6 +74,9 @@ def audit(
         Path | None, typer.Option(help="Audit a stored observation of any system instead of a run.")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Model folder the observation belongs to.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter folder as PEFT writes it, on top of the model.")
+    ] = None,
     truth: Annotated[
         Path | None,
         typer.Option(help="What its client trained on (safetensors), to score what attacks find."),
@@ -85,7 +88,7 @@ def audit(
 ) -> None:
     """Attack what each observer of a finished run saw."""
     commands = _commands()
-    seen = commands.Seen(observation=observation, model=model, truth=truth)
+    seen = commands.Seen(observation=observation, model=model, adapter=adapter, truth=truth)
     commands.audit(folder, seen, budget=budget, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
 
 

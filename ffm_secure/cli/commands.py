@@ -76,6 +76,7 @@ class Seen:
 
     observation: Path | None
     model: Path | None = None
+    adapter: Path | None = None
     truth: Path | None = None
 
 
@@ -88,8 +89,12 @@ def audit(
 
     if (folder is None) == (seen.observation is None):
         raise ConfigError("audit", ["give a run directory or --observation FOLDER, exactly one of them"])
-    if folder is not None and (seen.model or seen.truth):
-        raise ConfigError("audit", ["--model and --truth belong to --observation; a run knows its own"])
+    if folder is not None and (seen.model or seen.adapter or seen.truth):
+        raise ConfigError(
+            "audit", ["--model, --adapter and --truth belong to --observation; a run knows its own"]
+        )
+    if seen.adapter is not None and seen.model is None:
+        raise ConfigError("audit", ["--adapter needs --model, the model it adapts"])
     if budget not in ("quick", "standard", "exhaustive"):
         raise ConfigError(
             "audit", [f"--budget = {budget!r}: must be one of 'quick', 'standard', 'exhaustive'"]
@@ -99,7 +104,9 @@ def audit(
             found = audit_run(folder, budget=budget).audit
         else:
             assert seen.observation is not None
-            found = audit_observation(seen.observation, model=seen.model, truth=seen.truth, budget=budget)
+            found = audit_observation(
+                seen.observation, model=seen.model, adapter=seen.adapter, truth=seen.truth, budget=budget
+            )
     assert found is not None
     say(found, _audit_lines(found), json=json, quiet=quiet)
     if fail_on_leak and any(item.verdict == "leaked" for item in found.findings):

@@ -28,7 +28,7 @@ from ffm_secure.auditing.standalone import audit_observation
 from ffm_secure.auditing.step import build_stage, with_draws
 from ffm_secure.auditing.wording import decoder, sentence
 from ffm_secure.cli.app import app
-from ffm_secure.errors import StoreError
+from ffm_secure.errors import DataError, StoreError
 from ffm_secure.records import AuditFinding, Observer, Verdict
 from tests.attacks.models import (
     bert,
@@ -284,10 +284,35 @@ def test_an_error_ends_one_attack_and_not_the_audit(tmp_path: Path) -> None:
     gpt2(vocabulary=120, width=32, length=16).save_pretrained(tmp_path / "model")
     for label, tensors in odd.items():
         seen.replace_tensors(tensors, batch_size=2, sequence_length=5).save(tmp_path / label)
-        found = audit_observation(tmp_path / label, model=tmp_path / "model", attacks=QUICK)
-        assert len(found.findings) == len(QUICK)
-        assert "not leaked" not in {item.verdict for item in found.findings} or label == "huge"
-        assert all(item.reason for item in found.findings if item.verdict != "leaked")
+    found = audit_observation(tmp_path / "huge", model=tmp_path / "model", attacks=QUICK)
+    assert len(found.findings) == len(QUICK)
+    assert all(item.reason for item in found.findings if item.verdict != "leaked")
+    for label, told in {"nan": f"{name}.*NaN", "shape": f"{name}.*another model", "whole": "whole"}.items():
+        with pytest.raises(DataError, match=told):
+            audit_observation(tmp_path / label, model=tmp_path / "model", attacks=QUICK)
+
+
+def test_an_update_behind_a_wrapper_leaks_as_the_plain_one_and_a_foreign_name_is_no_silence(tmp_path) -> None:
+    seen = small(sentences(2, 5, 120)).replace_tensors(
+        small(sentences(2, 5, 120)).tensors, batch_size=2, sequence_length=5
+    )
+    gpt2(vocabulary=120, width=32, length=16).save_pretrained(tmp_path / "model")
+    found = {}
+    for label in ("", "_module.", "module."):
+        wrapped = {f"{label}{name}": tensor for name, tensor in seen.tensors.items()}
+        seen.replace_tensors(wrapped).save(tmp_path / f"seen{label}")
+        found[label] = verdicts(
+            audit_observation(tmp_path / f"seen{label}", model=tmp_path / "model", attacks=QUICK)
+        )
+    assert "leaked" in found[""].values()
+    assert found[""] == found["_module."] == found["module."]
+    foreign = {f"net.{name}s": tensor for name, tensor in seen.tensors.items()}
+    seen.replace_tensors(foreign).save(tmp_path / "foreign")
+    arguments = ["audit", "--observation", str(tmp_path / "foreign"), "--model", str(tmp_path / "model")]
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, DataError)  # which ends the command with code 2
+    assert DataError.exit_code == 2
+    assert "'net." in str(done.exception)
 
 
 def test_a_difference_of_state_dicts_has_its_rehearsal_too(tmp_path: Path) -> None:
@@ -297,8 +322,11 @@ def test_a_difference_of_state_dicts_has_its_rehearsal_too(tmp_path: Path) -> No
     assert rehearse(seen.replace_tensors(twice), model, seed=0) is not None
     assert rehearse(seen.replace_tensors({**twice, "foreign": torch.zeros(3)}), model, seed=0) is None
     save_file({"token_ids": ids}, tmp_path / "truth.safetensors")
-    seen.replace_tensors({**twice, "foreign": torch.zeros(3)}).save(tmp_path / "seen")
+    seen.replace_tensors({**twice, "foreign": torch.zeros(3)}).save(tmp_path / "foreign")
+    seen.replace_tensors(twice).save(tmp_path / "seen")
     model.save_pretrained(tmp_path / "model")
+    with pytest.raises(DataError, match="foreign is unknown"):
+        audit_observation(tmp_path / "foreign", model=tmp_path / "model")
     found = audit_observation(
         tmp_path / "seen",
         model=tmp_path / "model",
