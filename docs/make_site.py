@@ -14,6 +14,8 @@ import json
 import shutil
 from pathlib import Path
 
+import make_rooms
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "build" / "pages"
 PACKAGES = ("ffm_secure", "defenses", "attacks")
@@ -27,7 +29,7 @@ SECTIONS: dict[str, list[str]] = {
     "Start": ["index.md", "tutorial.md", "run_file.md"],
     "Use": ["data.md", "models.md", "prompts.md", "lora.md", "pretraining.md", "experiments.md"],
     "Trust": ["threat_model.md", "mistakes.md", "attacks.md", "secagg.md", "he.md", "security.md"],
-    "Inside": ["contributing.md"],
+    "Inside": ["rooms.md", "contributing.md"],
 }
 Navigation = list[dict[str, object] | str]
 
@@ -48,6 +50,14 @@ def copy_pages() -> None:
     for source, target_name in FROM_ROOT.items():
         text = (ROOT / source).read_text()
         (PAGES / target_name).write_text(text.replace("](docs/", "]("))
+
+
+def draw_rooms() -> None:
+    """Draw the rooms and their imports as the code has them now."""
+    modules = make_rooms.files()
+    graph = make_rooms.rooms(modules)
+    (PAGES / "rooms.svg").write_text(make_rooms.svg(graph))
+    (PAGES / "rooms.md").write_text(make_rooms.page(graph, modules))
 
 
 def is_public(path: Path) -> bool:
@@ -131,6 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shutil.rmtree(PAGES, ignore_errors=True)
     copy_pages()
+    draw_rooms()
     modules: Navigation = [{package: reference(ROOT / package)} for package in PACKAGES]
     books = notebooks(execute=not arguments.without_notebooks)
     site = {
