@@ -46,7 +46,7 @@ def audit(result: Result | str | Path, *, budget: str = "quick") -> AuditSummary
     """Attack a finished run (a `Result` or its folder) and return what was found; the run's report is amended."""
     from ffm_secure.auditing.run_audit import audit_run
 
-    folder = Path(getattr(result, "folder", result))
+    folder = Path(result) if isinstance(result, str | Path) else result.folder
     summary = audit_run(folder, budget=budget).audit
     assert summary is not None
     return summary

@@ -59,6 +59,13 @@ def sources() -> dict[Path, ast.Module]:
 
 
 @cache
+def file_names() -> frozenset[str]:
+    """Return how files can be named without their folder."""
+    folders = (*PACKAGES, "tests", "docs", "examples", "benchmarks")
+    return frozenset(path.name for folder in folders for path in (ROOT / folder).rglob("*.*"))
+
+
+@cache
 def known() -> frozenset[str]:
     """Return what exists: identifiers of our code, our modules, and Python's own names."""
     names = {name for tree in sources().values() for name in names_in_code(tree)}
@@ -74,7 +81,7 @@ def missing(docstring: str, exists: frozenset[str]) -> list[str]:
         if text.endswith("_"):  # what several names begin with
             continue
         if PATH.fullmatch(text):
-            if text not in exists and not any(ROOT.rglob(text)):
+            if text not in exists and not (ROOT / text).exists() and text not in file_names():
                 wrong.append(text)
         elif NAME.fullmatch(text) and not set(text.split(".")) <= exists:
             wrong.append(text)

@@ -37,6 +37,7 @@ def open_picture(encoded: bytes | Path, place: str) -> Image.Image:
         ) from error
     width, height = picture.size
     if width * height > MAX_PIXELS:
+        picture.close()
         raise DataError(
             f"{place}: the picture claims {width} x {height} pixels, more than the bound of {MAX_PIXELS}; "
             "shrink it first"
@@ -46,16 +47,24 @@ def open_picture(encoded: bytes | Path, place: str) -> Image.Image:
 
 def decode(encoded: bytes | Path, place: str, *, side: int | None = None) -> Pixels:
     """Decode one picture to uint8 [height, width, 3]; with `side`, shrink or grow and centre-crop to a square."""
-    picture = open_picture(encoded, place)
     try:
-        picture = picture.convert("RGB")
+        with open_picture(encoded, place) as stored:
+            picture = stored.convert("RGB")
         if side is not None and picture.size != (side, side):
             picture = _square(picture, side)
         return np.asarray(picture, dtype=np.uint8)
+    except DataError:
+        raise
     except Exception as error:  # as above: truncated pixel data surfaces only here
         raise DataError(
             f"{place}: the picture is damaged ({_first_line(error)}); write it again or remove it"
         ) from error
+
+
+def _size(encoded: bytes | Path, place: str) -> tuple[int, int]:
+    """Return width and height, and leave no file open."""
+    with open_picture(encoded, place) as picture:
+        return picture.size
 
 
 def _square(picture: Image.Image, side: int) -> Image.Image:
@@ -123,7 +132,7 @@ def image_column(values: Any, *, place: Callable[[int], str], image_size: int | 
         return _pixel_array(values, place(0))
     encoded = [_encoded(value, place(row)) for row, value in enumerate(values)]
     places = [place(row) for row in range(len(encoded))]
-    sizes = {open_picture(item, at).size for item, at in zip(encoded, places, strict=True)}
+    sizes = {_size(item, at) for item, at in zip(encoded, places, strict=True)}
     side = image_size if image_size is not None else (MIXED_SIDE if len(sizes) > 1 else None)
     width, height = (side, side) if side is not None else next(iter(sizes))
     images = LazyImages(encoded, places, (height, width), side)

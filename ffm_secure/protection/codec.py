@@ -23,8 +23,8 @@ class VectorCodec:
     """Encode changes of `size` numbers for sums of at most `clients`.
 
     Every protection carries the same integers, so their sums agree bit for bit.
-    Guarantee: built only by `code_for`, which proves that no sum can wrap around; `open` refuses a sum whose count or weight
-    coordinate is impossible.
+    Guarantee: `real_code` and `grid_code`, the only builders, prove that no sum can wrap around; `open` refuses a sum whose
+    count or weight coordinate is impossible.
     """
 
     size: int

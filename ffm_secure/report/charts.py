@@ -110,6 +110,8 @@ def nice_ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     >>> nice_ticks(0.0, 8.0)
     [0.0, 2.0, 4.0, 6.0, 8.0]
     """
+    if max(abs(low), abs(high)) < 1e-300:  # a quarter of the span would be no number any more
+        low = high = 0.0
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-300):
         pad = abs(high) / 2 or 1.0
         low, high = (0.0, 2 * high) if high > 0 else (low - pad, high + pad)

@@ -7,7 +7,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ffm_secure.report.charts import (
@@ -40,6 +40,8 @@ def test_labels_with_room_do_not_move() -> None:
 
 
 @given(FINITE, FINITE)
+@example(0.0, 5e-324)
+@example(-1e-320, 1e-310)
 def test_ticks_span_the_values_in_few_even_steps(a: float, b: float) -> None:
     low, high = min(a, b), max(a, b)
     ticks = nice_ticks(low, high)
