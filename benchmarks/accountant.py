@@ -214,7 +214,7 @@ def _running(rounds: int) -> dict[str, Any]:
 
 def _ledger(owners: int) -> dict[str, Any]:
     """Reserve one release for many owners who share a history, then for twenty of them."""
-    from defenses.dp.ledger import Charge, Ledger
+    from defenses.dp import Charge, Ledger
 
     def charges(count: int, number: int) -> list[Charge]:
         event = _event(0.01 + 1e-6 * number, 1.0, 1)
@@ -248,7 +248,7 @@ def _ledger(owners: int) -> dict[str, Any]:
 
 def _reopened(rounds: int) -> dict[str, float]:
     """Open a ledger that holds many different rounds of one owner, and reserve one more, then another."""
-    from defenses.dp.ledger import Charge, Ledger
+    from defenses.dp import Charge, Ledger
 
     def charge(index: int) -> Charge:
         event = _event(0.01 + 1e-5 * index, 1.0 + 5e-4 * index, 2)

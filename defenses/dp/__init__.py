@@ -20,11 +20,13 @@ if TYPE_CHECKING:
         from_json,
     )
     from defenses.dp.expanded import ExpandedParameter
-    from defenses.dp.ledger import Budget, Charge, Entry, Ledger, Reservation
+    from defenses.dp.ledger import Ledger
+    from defenses.dp.ledger_entries import Budget, Charge, Entry, Reservation
     from defenses.dp.mechanism import ClientMechanism, RecordMechanism, RecordRun
     from defenses.dp.noise import add_gaussian, gaussian
     from defenses.dp.per_sample import ClippedSum, PerSampleEngine
     from defenses.dp.probe import ProbeReport, probe_sensitivity
+    from defenses.dp.records import RecordKey, Records, name_persons, name_records
     from defenses.dp.sampling import balanced_schedule, fixed_size_sample, participation_cap, poisson_sample
 
 __all__ = [
@@ -45,8 +47,10 @@ __all__ = [
     "NonPrivateEvent",
     "PerSampleEngine",
     "ProbeReport",
+    "RecordKey",
     "RecordMechanism",
     "RecordRun",
+    "Records",
     "Reservation",
     "SkellamEvent",
     "TuningEvent",
@@ -59,6 +63,8 @@ __all__ = [
     "from_dict",
     "from_json",
     "gaussian",
+    "name_persons",
+    "name_records",
     "participation_cap",
     "poisson_sample",
     "probe_sensitivity",
@@ -69,12 +75,12 @@ __all__ = [
 _HOMES = {
     "Accountant": "accountant",
     "AdaptiveCount": "clip",
-    "Budget": "ledger",
-    "Charge": "ledger",
+    "Budget": "ledger_entries",
+    "Charge": "ledger_entries",
     "ClientMechanism": "mechanism",
     "ClippedSum": "per_sample",
     "Clipping": "clip",
-    "Entry": "ledger",
+    "Entry": "ledger_entries",
     "EpsilonBound": "accountant",
     "Event": "events",
     "ExpandedParameter": "expanded",
@@ -84,9 +90,11 @@ _HOMES = {
     "NonPrivateEvent": "events",
     "PerSampleEngine": "per_sample",
     "ProbeReport": "probe",
+    "RecordKey": "records",
     "RecordMechanism": "mechanism",
     "RecordRun": "mechanism",
-    "Reservation": "ledger",
+    "Records": "records",
+    "Reservation": "ledger_entries",
     "SkellamEvent": "events",
     "TuningEvent": "events",
     "add_gaussian": "noise",
@@ -98,6 +106,8 @@ _HOMES = {
     "from_dict": "events",
     "from_json": "events",
     "gaussian": "noise",
+    "name_persons": "records",
+    "name_records": "records",
     "participation_cap": "sampling",
     "poisson_sample": "sampling",
     "probe_sensitivity": "probe",

@@ -13,109 +13,39 @@ someone who may write them; whoever needs that keeps `Ledger.head()` elsewhere (
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import json
 import math
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from defenses.dp.accountant import LARGEST_DELTA, SMALLEST_DELTA, Accountant
-from defenses.dp.events import UNITS, Event, Statement, from_dict, price_of, statement_of
+from defenses.dp.blocks import Arrangement, NewBlock, arrange
+from defenses.dp.events import UNITS, Event, NonPrivateEvent, from_dict, price_of, statement_of
+from defenses.dp.ledger_blocks import NAMED_ACCOUNTS, BlockBook, block_body, resolved, to_bytes
+from defenses.dp.ledger_books import Books, History
+from defenses.dp.ledger_entries import (
+    ANY_UNIT,
+    EVERYBODY,
+    Account,
+    Budget,
+    Charge,
+    Entry,
+    Reservation,
+    account_of_block,
+    charge_body,
+    check_charge,
+    checked_budget,
+    commitment_key,
+    label,
+    number,
+    to_csv,
+    unit_of,
+)
 from defenses.dp.ledger_file import Head, LedgerFile, Row
+from defenses.dp.records import RecordKey, Records
 from defenses.errors import BudgetExceeded, ParameterError, TamperedError
-
-ANY_UNIT = "*"
-_LONGEST_LABEL = 300
-_REMEMBERED_ACCOUNTANTS = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Charge:
-    """One release about to happen, and who pays for it.
-
-    `commitment` may hold a hash that binds seed, model and mechanism: a later charge with the same one is the identical
-    release replayed after a crash and costs nothing.
-    """
-
-    owner: str
-    dataset: str
-    event: Event
-    run: str
-    round: int
-    release: str
-    commitment: bytes = b""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reservation:
-    """A paid-for release; `sequence` is its row. A replayed one was paid for earlier."""
-
-    sequence: int
-    owner: str
-    dataset: str
-    unit: str
-    replayed: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What an owner allows for one data set and unit, over its whole life."""
-
-    epsilon: float
-    delta: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One row of the ledger, as a reader sees it; `spent` tells whether a reservation was confirmed."""
-
-    sequence: int
-    kind: str
-    time: str
-    owner: str
-    dataset: str
-    unit: str
-    run: str = ""
-    round: int = 0
-    release: str = ""
-    event: Event | None = None
-    commitment: str = ""
-    spent: bool = False
-    epsilon: float | None = None
-    delta: float | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Account:
-    owner: str
-    dataset: str
-    unit: str
-
-
-class _History:
-    """The events one account has paid for, as a multiset with a digest that is updated in constant time."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.digest = 0
-        self.statement: Statement | None = None
-
-    def add(self, price: str, statement: Statement | None) -> None:
-        self.counts[price] += 1
-        self.digest = _added(self.digest, price)
-        self.statement = self.statement or statement
-
-
-def _added(digest: int, price: str) -> int:
-    return (digest + int.from_bytes(hashlib.sha256(price.encode()).digest(), "big")) % 2**256
 
 
 class Ledger:
@@ -131,19 +61,19 @@ class Ledger:
     def __init__(self, file: LedgerFile, clock: Callable[[], str]) -> None:
         self._file = file
         self._clock = clock
-        self._prices: dict[str, Event] = {}
-        self._epsilons: OrderedDict[tuple[int, float], float] = OrderedDict()
+        self._books = Books()
+        self._blocks = BlockBook()
         self._forget()
 
     def _forget(self) -> None:
         """Start reading from the first row again."""
-        self._budgets: dict[_Account, Budget] = {}
-        self._histories: dict[_Account, _History] = {}
-        self._holders: Counter[int] = Counter()
+        self._books.forget()
+        self._blocks.forget()
+        self._budgets: dict[Account, Budget] = {}
         self._commitments: dict[tuple[str, str, str], Row] = {}
         self._spent: set[int] = set()
         self._reserved: dict[int, Row] = {}
-        self._accountants: OrderedDict[int, Accountant] = OrderedDict()
+        self._key_check = ""
         self._seen = 0
 
     @classmethod
@@ -192,21 +122,22 @@ class Ledger:
         raise_because: str = "",
     ) -> None:
         """Do `set_budget` for many owners in one transaction."""
-        problems = [] if unit in UNITS else [f"unit = {unit!r}: must be one of {', '.join(UNITS)}"]
-        if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or not epsilon > 0:
-            problems.append(f"epsilon = {epsilon!r}: must be above 0 (math.inf for a run without a bound)")
-        if not isinstance(delta, float) or not SMALLEST_DELTA <= delta <= LARGEST_DELTA:
-            problems.append(f"delta = {delta!r}: must lie between {SMALLEST_DELTA:g} and {LARGEST_DELTA:g}")
-        if problems:
-            raise ParameterError("; ".join(problems))
-        budget = Budget(epsilon=float(epsilon), delta=delta)
+        budget = checked_budget(unit, epsilon, delta)
         with self._change():
             for owner in owners:
-                self._set_budget(
-                    _Account(_label("owner", owner), _label("dataset", dataset), unit), budget, raise_because
-                )
+                account = Account(label("owner", owner), label("dataset", dataset), unit)
+                self._set_budget(account, budget, raise_because)
 
-    def _set_budget(self, account: _Account, budget: Budget, reason: str) -> None:
+    def grant(self, unit: str, epsilon: float, delta: float, *, raise_because: str = "") -> None:
+        """Set the lifetime budget of every record in this ledger, for one unit; raising it needs a reason, as in `set_budget`."""
+        self.set_budget(EVERYBODY, EVERYBODY, unit, epsilon, delta, raise_because=raise_because)
+
+    def lifetime(self, unit: str) -> Budget | None:
+        """Return the lifetime budget of every record in this ledger, if its owner has set one."""
+        self._refresh()
+        return self._budgets.get(Account(EVERYBODY, EVERYBODY, unit))
+
+    def _set_budget(self, account: Account, budget: Budget, reason: str) -> None:
         old = self._budgets.get(account)
         if old == budget:
             return
@@ -216,8 +147,109 @@ class Ledger:
                 f"budget of {account.owner!r} for {account.dataset!r}: {old} can only be raised with raise_because, "
                 "which is recorded"
             )
-        body = {"epsilon": _number(budget.epsilon), "delta": budget.delta, "raised": raised, "reason": reason}
+        body = {"epsilon": number(budget.epsilon), "delta": budget.delta, "raised": raised, "reason": reason}
         self._append("budget", account, body)
+
+    def record_key(self) -> RecordKey:
+        """Return the secret this ledger names records with; made when it is first asked for.
+
+        Raises: ParameterError when the key file is missing, damaged or another ledger's.
+        """
+        self._refresh()
+        if not self._key_check:
+            with self._change():
+                if not self._key_check:
+                    check = RecordKey(self._file.create_key()).check()
+                    self._append("key", Account(EVERYBODY, EVERYBODY, ANY_UNIT), {"check": check})
+        key = RecordKey(self._file.read_key())
+        if key.check() != self._key_check:
+            raise ParameterError(
+                f"{self._file.key_path}: is not the key of this ledger; restore the right one from a backup"
+            )
+        return key
+
+    def blocks_for(self, requests: Sequence[Records]) -> tuple[tuple[int, ...], ...]:
+        """Return for each request the blocks that hold exactly its records; open, part and join blocks where needed.
+
+        Records are found one by one, whatever file, order or split they come in. A record nobody knew gets a new
+        block; where the ledger holds charges that name no rows, it may be one of theirs, and starts with the largest
+        of these.
+        Guarantee: the account of a record is never below what was charged for it, nor is that of any copy of it. A
+        record whose text was read from another column is known by its other cells.
+        Assumes: names are made with `record_key`, copies numbered before rows are dealt; a row is dealt to one request.
+        """
+        self._refresh()
+        arrangement = self._arranged(requests)
+        if not arrangement.opened:
+            return resolved(arrangement.requests, ())
+        with self._change():
+            arrangement = self._arranged(requests)
+            self._file.prepare_blocks()
+            opened = [self._open_block(block) for block in arrangement.opened]
+        return resolved(arrangement.requests, opened)
+
+    def _arranged(self, requests: Sequence[Records]) -> Arrangement:
+        return arrange(self._blocks.directory(self._file.load_block), requests, self._token)
+
+    def _token(self, blocks: frozenset[int]) -> tuple[int, ...]:
+        """Return what is equal for sets of blocks with equal largest histories in every unit."""
+        return tuple(self._largest(blocks or {NAMED_ACCOUNTS}, unit).digest for unit in UNITS)
+
+    def _open_block(self, block: NewBlock) -> int:
+        keys, links = to_bytes(block.members)
+        row = self._append("block", Account(EVERYBODY, EVERYBODY, ANY_UNIT), block_body(block, keys, links))
+        self._file.store_block(row.sequence, keys, links)
+        return row.sequence
+
+    def known_blocks(self, requests: Sequence[Records]) -> tuple[int, ...]:
+        """Return every block whose history records of these may share; nothing is written.
+
+        `NAMED_ACCOUNTS` is among them when some record is in no block but the ledger holds charges that name no rows.
+        """
+        self._refresh()
+        arrangement = self._arranged(requests)
+        sources = {number for numbers in arrangement.requests for number in numbers if number > 0}
+        for block in arrangement.opened:
+            sources.update(block.parents or {NAMED_ACCOUNTS})
+        return tuple(sorted(sources))
+
+    def epsilon_of(
+        self, blocks: Sequence[int], unit: str, delta: float, *, after: Sequence[Event] = ()
+    ) -> float:
+        """Return the largest epsilon of any of these blocks, after further events if asked; 0 for no block and no event."""
+        self._refresh()
+        standing = self._standing(blocks) or (NAMED_ACCOUNTS,)
+        histories = {history.digest: history for history in (self._block_history(b, unit) for b in standing)}
+        return max(self._books.epsilon(history, after, delta) for history in histories.values())
+
+    def events_of(self, blocks: Sequence[int], unit: str, delta: float) -> tuple[Event, ...]:
+        """Return what the block with the largest epsilon has paid for, equal events together."""
+        self._refresh()
+        histories = [self._block_history(block, unit) for block in self._standing(blocks)]
+        if not histories:
+            return ()
+        worst = max(histories, key=lambda history: self._books.epsilon(history, (), delta))
+        return self._books.events(worst)
+
+    def _standing(self, blocks: Sequence[int]) -> tuple[int, ...]:
+        try:
+            return self._blocks.standing(blocks)
+        except KeyError as error:
+            raise ParameterError(f"block {error.args[0]}: this ledger holds no such block") from None
+
+    def _block_history(self, block: int, unit: str) -> History:
+        if block == NAMED_ACCOUNTS:
+            return self._largest({NAMED_ACCOUNTS}, unit)
+        return self._books.history(account_of_block(block, unit))
+
+    def _largest(self, blocks: frozenset[int] | set[int], unit: str) -> History:
+        return self._books.largest(self._accounts_of(blocks, unit))
+
+    def _accounts_of(self, blocks: frozenset[int] | set[int], unit: str) -> list[Account]:
+        accounts = [account_of_block(block, unit) for block in blocks if block != NAMED_ACCOUNTS]
+        if NAMED_ACCOUNTS in blocks:
+            accounts += [held for held in self._books.accounts() if held.owner and held.unit == unit]
+        return accounts
 
     def reserve(self, entries: Sequence[Charge]) -> tuple[Reservation, ...]:
         """Pay for all releases at once, before any of them happens.
@@ -225,19 +257,17 @@ class Ledger:
         Raises: BudgetExceeded naming every owner who cannot pay; then nothing was written.
         """
         for charge in entries:
-            _check_charge(charge)
+            check_charge(charge)
         self._refuse_unpayable(entries)  # Fills the caches before the file is locked.
         with self._change():
             fresh = self._refuse_unpayable(entries)
             result = []
             for charge, is_new in zip(entries, fresh):
-                account = _Account(charge.owner, charge.dataset, _unit_of(charge.event))
-                known = self._commitments.get(_commitment_key(charge))
-                row = (
-                    known
-                    if known is not None and not is_new
-                    else self._append("reserve", account, _charge_body(charge))
-                )
+                account = Account(charge.owner, charge.dataset, unit_of(charge.event))
+                row = self._commitments.get(commitment_key(charge))
+                if row is None or is_new:
+                    body = charge_body(charge, self._standing(charge.blocks))
+                    row = self._append("reserve", account, body)
                 result.append(_reservation(row, account, replayed=not is_new))
         return tuple(result)
 
@@ -251,23 +281,23 @@ class Ledger:
                         f"sequence = {reservation.sequence}: this ledger holds no such reservation"
                     )
                 if reservation.sequence not in self._spent:
-                    account = _Account(row.owner, row.dataset, row.unit)
+                    account = Account(row.owner, row.dataset, row.unit)
                     self._append("spend", account, {"reservation": reservation.sequence})
 
     def epsilon(self, owner: str, dataset: str, unit: str, delta: float) -> float:
         """Return the epsilon of everything this owner paid for, confirmed or not; infinity after a release without bound."""
         self._refresh()
-        account = _Account(owner, dataset, unit)
+        account = Account(owner, dataset, unit)
         if account not in self._budgets:
             raise ParameterError(
                 f"owner = {owner!r}, dataset = {dataset!r}, unit = {unit!r}: no such account"
             )
-        return self._projected(self._history(account), [], delta)
+        return self._books.epsilon(self._books.history(account), (), delta)
 
     def budget(self, owner: str, dataset: str, unit: str) -> Budget:
         """Return the budget in force."""
         self._refresh()
-        known = self._budgets.get(_Account(owner, dataset, unit))
+        known = self._budgets.get(Account(owner, dataset, unit))
         if known is None:
             raise ParameterError(
                 f"owner = {owner!r}, dataset = {dataset!r}, unit = {unit!r}: no such account"
@@ -277,7 +307,8 @@ class Ledger:
     def accounts(self) -> tuple[tuple[str, str, str], ...]:
         """Return every (owner, dataset, unit) that has a budget, in order."""
         self._refresh()
-        return tuple(sorted((account.owner, account.dataset, account.unit) for account in self._budgets))
+        named = [account for account in self._budgets if account.owner != EVERYBODY]
+        return tuple(sorted((account.owner, account.dataset, account.unit) for account in named))
 
     def events(self, owner: str, dataset: str, unit: str) -> tuple[Event, ...]:
         """Return what one account has paid for, oldest first; the history a calibration must start from."""
@@ -304,6 +335,8 @@ class Ledger:
             self._file.verify(anchor)
             if self._file.last().sequence < self._seen:
                 raise TamperedError
+            self._catch_up()
+            self._blocks.verify(self._file.load_block)
 
     def export(self, format: Literal["csv", "json"]) -> str:
         """Return all rows as text; JSON holds everything needed to recompute the chain."""
@@ -321,7 +354,7 @@ class Ledger:
             }
             return json.dumps(document, indent=1, sort_keys=True)
         if format == "csv":
-            return _csv([self._entry(row) for row in rows if row.kind != "genesis"])
+            return to_csv([self._entry(row) for row in rows if row.kind != "genesis"])
         raise ParameterError(f"format = {format!r}: must be 'csv' or 'json'")
 
     @contextmanager
@@ -344,7 +377,7 @@ class Ledger:
         for row in self._file.new_rows(self._seen):
             self._apply(row)
 
-    def _append(self, kind: str, account: _Account, body: dict[str, Any]) -> Row:
+    def _append(self, kind: str, account: Account, body: dict[str, Any]) -> Row:
         whole = {
             "kind": kind,
             "owner": account.owner,
@@ -358,75 +391,60 @@ class Ledger:
 
     def _apply(self, row: Row) -> None:
         self._seen = row.sequence
-        account = _Account(row.owner, row.dataset, row.unit)
+        account = Account(row.owner, row.dataset, row.unit)
         body = json.loads(row.body)
         if row.kind == "budget":
             self._budgets[account] = Budget(epsilon=float(body["epsilon"]), delta=body["delta"])
-            self._history(account)
         elif row.kind == "reserve":
             event = from_dict(body["event"])
             self._reserved[row.sequence] = row
             if body["commitment"]:
                 self._commitments[(row.owner, row.dataset, body["commitment"])] = row
-            for payer in self._payers(account):
-                self._charge(payer, event)
+            for payer in _payers(account, body.get("blocks", ())):
+                self._books.charge(payer, event)
         elif row.kind == "spend":
             self._spent.add(body["reservation"])
+        elif row.kind == "key":
+            self._key_check = body["check"]
+        elif row.kind == "block":
+            self._apply_block(row.sequence, body)
 
-    def _payers(self, account: _Account) -> list[_Account]:
-        """A release without a unit (nothing bounds it) is charged to every unit of the owner's data set."""
-        if account.unit != ANY_UNIT:
-            return [account]
-        return [_Account(account.owner, account.dataset, unit) for unit in UNITS]
-
-    def _history(self, account: _Account) -> _History:
-        history = self._histories.get(account)
-        if history is None:
-            history = self._histories[account] = _History()
-            self._holders[history.digest] += 1
-        return history
-
-    def _charge(self, account: _Account, event: Event) -> None:
-        history, price = self._history(account), price_of(event)
-        self._prices.setdefault(price, event)
-        before = history.digest
-        history.add(price, statement_of(event))
-        self._holders[before] -= 1
-        self._holders[history.digest] += 1
-        accountant = self._accountants.get(before)
-        if accountant is not None and history.digest not in self._accountants:
-            moved = accountant if self._holders[before] == 0 else accountant.copy()
-            moved.compose(event)
-            self._accountants[history.digest] = moved
-        if self._holders[before] == 0:
-            self._accountants.pop(before, None)
-        while len(self._accountants) > _REMEMBERED_ACCOUNTANTS:
-            self._accountants.popitem(last=False)
+    def _apply_block(self, sequence: int, body: dict[str, Any]) -> None:
+        sources = set(body["parents"]) or {NAMED_ACCOUNTS}
+        for unit in UNITS:
+            self._books.inherit(account_of_block(sequence, unit), self._accounts_of(sources, unit))
+        self._blocks.apply(sequence, body)
 
     def _refuse_unpayable(self, entries: Sequence[Charge]) -> list[bool]:
         """Return which charges are new; raise when an account cannot pay for its new ones."""
         seen: dict[tuple[str, str, str], Charge] = {}
         fresh: list[bool] = []
-        wanted: dict[_Account, list[Event]] = {}
+        wanted: dict[Account, list[Event]] = {}
         for charge in entries:
             is_new = self._is_new(charge, seen)
             fresh.append(is_new)
             if is_new:
-                account = _Account(charge.owner, charge.dataset, _unit_of(charge.event))
-                payers = [payer for payer in self._payers(account) if payer in self._budgets] or [account]
-                for payer in payers:
+                for payer in self._paying(charge):
                     wanted.setdefault(payer, []).append(charge.event)
-        problems = [
-            problem for account, events in wanted.items() if (problem := self._problem(account, events))
-        ]
+        problems = {
+            problem: None for payer, events in wanted.items() if (problem := self._problem(payer, events))
+        }
         if problems:
             raise BudgetExceeded("nothing was released; " + "; ".join(problems))
         return fresh
 
+    def _paying(self, charge: Charge) -> list[Account]:
+        """Return the accounts whose budgets a charge is held against."""
+        account = Account(charge.owner, charge.dataset, unit_of(charge.event))
+        payers = _payers(account, self._standing(charge.blocks))
+        if charge.blocks:
+            return payers
+        return [payer for payer in payers if payer in self._budgets] or [account]
+
     def _is_new(self, charge: Charge, seen: dict[tuple[str, str, str], Charge]) -> bool:
         if not charge.commitment:
             return True
-        key = _commitment_key(charge)
+        key = commitment_key(charge)
         known = self._commitments.get(key)
         earlier = (
             from_dict(json.loads(known.body)["event"])
@@ -442,55 +460,42 @@ class Ledger:
             )
         return False
 
-    def _problem(self, account: _Account, events: list[Event]) -> str:
+    def _problem(self, account: Account, events: list[Event]) -> str:
+        if not account.owner:
+            return self._problem_of_block(account, events)
         budget = self._budgets.get(account)
         name = f"{account.owner!r} ({account.dataset!r}, {account.unit})"
         if budget is None:
             return f"{name} has set no budget"
-        history = self._history(account)
-        statements = {history.statement, *map(statement_of, events)} - {None}
+        return self._overdraft(name, account, events, budget)
+
+    def _problem_of_block(self, account: Account, events: list[Event]) -> str:
+        budget = self._budgets.get(Account(EVERYBODY, EVERYBODY, account.unit))
+        if budget is None:
+            bounded = not all(isinstance(event, NonPrivateEvent) for event in events)
+            return f"the ledger holds no lifetime budget per {account.unit}; set one" if bounded else ""
+        overdraft = self._overdraft(f"some row (per {account.unit})", account, events, budget)
+        if overdraft or math.isinf(budget.epsilon):
+            return overdraft
+        for unit in UNITS:
+            if unit != account.unit and self._books.charged(Account("", account.dataset, unit)):
+                return (
+                    f"rows were charged per {unit}; a charge per {account.unit} beside it would forget that"
+                )
+        return ""
+
+    def _overdraft(self, name: str, account: Account, events: list[Event], budget: Budget) -> str:
+        history = self._books.history(account)
+        statements = {*history.statements, *map(statement_of, events)} - {None}
         if len(statements) > 1:
             return f"{name} would mix {', '.join(sorted(map(str, statements)))}"
         if math.isinf(budget.epsilon):
             return ""
-        after = self._projected(history, events, budget.delta)
+        after = self._books.epsilon(history, events, budget.delta)
         if after <= budget.epsilon:
             return ""
-        now = self._projected(history, [], budget.delta)
+        now = self._books.epsilon(history, (), budget.delta)
         return f"{name} has spent {now:.4g} and would reach {after:.4g} of epsilon {budget.epsilon:g} at delta {budget.delta:g}"
-
-    def _projected(self, history: _History, events: list[Event], delta: float) -> float:
-        """Return epsilon after more events; equal histories are computed once, whoever owns them."""
-        digest = history.digest
-        for event in events:
-            digest = _added(digest, price_of(event))
-        key = (digest, delta)
-        if key not in self._epsilons:
-            self._epsilons[key] = self._compute(history, events, delta)
-            while len(self._epsilons) > 4096:
-                self._epsilons.popitem(last=False)
-        return self._epsilons[key]
-
-    def _compute(self, history: _History, events: list[Event], delta: float) -> float:
-        accountant = self._accountant(history)
-        if not events:
-            return accountant.epsilon(delta).epsilon
-        if len(events) == 1:
-            return accountant.epsilon_with(events[0], delta).epsilon
-        trial = accountant.copy()
-        for event in events:
-            trial.compose(event)
-        return trial.epsilon(delta).epsilon
-
-    def _accountant(self, history: _History) -> Accountant:
-        accountant = self._accountants.get(history.digest)
-        if accountant is None:
-            accountant = Accountant()
-            for price, count in history.counts.items():
-                accountant.compose(self._prices[price], count)
-            self._accountants[history.digest] = accountant
-        self._accountants.move_to_end(history.digest)
-        return accountant
 
     def _entry(self, row: Row) -> Entry:
         body = json.loads(row.body)
@@ -498,6 +503,10 @@ class Ledger:
         common |= {"dataset": row.dataset, "unit": row.unit}
         if row.kind == "budget":
             return Entry(**common, epsilon=float(body["epsilon"]), delta=body["delta"], reason=body["reason"])
+        if row.kind == "key":
+            return Entry(**common)
+        if row.kind == "block":
+            return Entry(**common, blocks=tuple(body["parents"]), records=body["records"])
         reserved = row if row.kind == "reserve" else self._reserved[body["reservation"]]
         charge = json.loads(reserved.body)
         return Entry(
@@ -508,29 +517,19 @@ class Ledger:
             event=from_dict(charge["event"]) if row.kind == "reserve" else None,
             commitment=charge["commitment"],
             spent=reserved.sequence in self._spent,
+            blocks=tuple(charge.get("blocks", ())),
         )
 
 
-def _unit_of(event: Event) -> str:
-    statement = statement_of(event)
-    return ANY_UNIT if statement is None else statement.unit
+def _payers(account: Account, blocks: Sequence[int]) -> list[Account]:
+    """Return who is charged: blocks or a named account; for a release that nothing bounds, in every unit."""
+    units = UNITS if account.unit == ANY_UNIT else (account.unit,)
+    if blocks:
+        return [account_of_block(block, unit) for block in blocks for unit in units]
+    return [Account(account.owner, account.dataset, unit) for unit in units]
 
 
-def _commitment_key(charge: Charge) -> tuple[str, str, str]:
-    return charge.owner, charge.dataset, charge.commitment.hex()
-
-
-def _charge_body(charge: Charge) -> dict[str, Any]:
-    return {
-        "event": charge.event.to_dict(),
-        "run": charge.run,
-        "round": charge.round,
-        "release": charge.release,
-        "commitment": charge.commitment.hex(),
-    }
-
-
-def _reservation(row: Row, account: _Account, *, replayed: bool) -> Reservation:
+def _reservation(row: Row, account: Account, *, replayed: bool) -> Reservation:
     return Reservation(
         sequence=row.sequence,
         owner=account.owner,
@@ -540,47 +539,5 @@ def _reservation(row: Row, account: _Account, *, replayed: bool) -> Reservation:
     )
 
 
-def _check_charge(charge: Charge) -> None:
-    if not isinstance(charge, Charge) or not isinstance(charge.event, Event):
-        raise ParameterError("entries: must be charges, each with an event")
-    for name in ("owner", "dataset", "run", "release"):
-        _label(name, getattr(charge, name))
-    if not isinstance(charge.round, int) or isinstance(charge.round, bool) or charge.round < 0:
-        raise ParameterError(f"round = {charge.round!r}: must be an integer of at least 0")
-    if not isinstance(charge.commitment, bytes) or len(charge.commitment) not in (0, *range(16, 65)):
-        raise ParameterError("commitment: must be empty, or 16 to 64 bytes of a hash")
-
-
-def _label(name: str, value: object) -> str:
-    if (
-        not isinstance(value, str)
-        or not value.strip()
-        or len(value) > _LONGEST_LABEL
-        or not value.isprintable()
-    ):
-        raise ParameterError(f"{name} = {value!r}: must be 1 to {_LONGEST_LABEL} printable characters")
-    return value
-
-
-def _number(value: float) -> float | str:
-    return "inf" if math.isinf(value) else float(value)
-
-
 def _utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _csv(entries: list[Entry]) -> str:
-    """One line a row; a leading quote keeps spreadsheets from running labels as formulas."""
-    names = list(Entry.__dataclass_fields__)
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(names)
-    for entry in entries:
-        cells = []
-        for name in names:
-            value = getattr(entry, name)
-            text = "" if value is None else value.to_json() if isinstance(value, Event) else str(value)
-            cells.append("'" + text if text[:1] in ("=", "+", "-", "@") else text)
-        writer.writerow(cells)
-    return buffer.getvalue()

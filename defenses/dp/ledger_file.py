@@ -1,4 +1,8 @@
-"""The file under the ledger: one append-only SQLite table whose rows are chained by hashes, and its anchor."""
+"""The files under the ledger: an append-only SQLite table whose rows are chained by hashes, its anchor, and its key.
+
+Blocks of records lie in a second table, bound to their rows by a digest; digests of records are keyed, and the key has a file of
+its own (`<ledger>.key`), so that neither the table nor an export tells who is in it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from defenses.dp.records import KEY_BYTES
 from defenses.errors import ParameterError, TamperedError
 
 FORMAT_VERSION = 1
@@ -26,6 +31,16 @@ _SCHEMA = (
     " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
     "CREATE TRIGGER entries_no_replace BEFORE INSERT ON entries"
     " WHEN NEW.sequence <= (SELECT COALESCE(MAX(sequence), 0) FROM entries)"
+    " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+)
+_BLOCKS_SCHEMA = (
+    "CREATE TABLE blocks (sequence INTEGER PRIMARY KEY, keys BLOB NOT NULL, links BLOB NOT NULL)",
+    "CREATE TRIGGER blocks_no_update BEFORE UPDATE ON blocks"
+    " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TRIGGER blocks_no_delete BEFORE DELETE ON blocks"
+    " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TRIGGER blocks_no_replace BEFORE INSERT ON blocks"
+    " WHEN NEW.sequence <= (SELECT COALESCE(MAX(sequence), 0) FROM blocks)"
     " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
 )
 _COLUMNS = "sequence, kind, owner, dataset, unit, body, hash"
@@ -63,6 +78,7 @@ class LedgerFile:
     def __init__(self, path: Path, *, create: bool) -> None:
         self.path = path
         self.head_path = path.with_name(path.name + ".head")
+        self.key_path = path.with_name(path.name + ".key")
         if not create and not path.exists():
             raise ParameterError(f"path = {str(path)!r}: there is no ledger here")
         self._connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
@@ -190,9 +206,67 @@ class LedgerFile:
         except sqlite3.DatabaseError:
             raise TamperedError from None
 
+    def prepare_blocks(self) -> None:
+        """Make the table of blocks where there is none yet; only inside a transaction."""
+        if not self._has_blocks():
+            for statement in _BLOCKS_SCHEMA:
+                self._connection.execute(statement)
+
+    def store_block(self, sequence: int, keys: bytes, links: bytes) -> None:
+        """Store what the block of a row is made of; only inside a transaction."""
+        self._connection.execute("INSERT INTO blocks VALUES (?, ?, ?)", (sequence, keys, links))
+
+    def load_block(self, sequence: int) -> tuple[bytes, bytes]:
+        """Return what the block of a row is made of."""
+        try:
+            stored = self._connection.execute(
+                "SELECT keys, links FROM blocks WHERE sequence = ?", (sequence,)
+            ).fetchone()
+        except sqlite3.DatabaseError:
+            raise TamperedError from None
+        if stored is None or not all(isinstance(part, bytes) for part in stored):
+            raise TamperedError
+        return stored[0], stored[1]
+
+    def create_key(self) -> bytes:
+        """Make the ledger's key, readable by its owner only; an older one that no row was written with is kept.
+
+        Raises: ParameterError when a file of that name is not a key.
+        """
+        try:
+            handle = os.open(self.key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return self.read_key()
+        with os.fdopen(handle, "wb") as stream:
+            secret = os.urandom(KEY_BYTES)
+            stream.write(secret)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return secret
+
+    def read_key(self) -> bytes:
+        """Return the ledger's key.
+
+        Raises: ParameterError when it is missing or is not a key.
+        """
+        try:
+            secret = self.key_path.read_bytes()
+        except OSError:
+            secret = b""
+        if len(secret) != KEY_BYTES:
+            raise ParameterError(
+                f"{self.key_path}: is missing or damaged; without it no row can be recognised: restore it from a backup"
+            )
+        return secret
+
+    def _has_blocks(self) -> bool:
+        query = "SELECT 1 FROM sqlite_master WHERE name = 'blocks'"
+        return self._connection.execute(query).fetchone() is not None
+
     def _check_schema(self) -> None:
-        found = self._connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-        if sorted(sql for (sql,) in found) != sorted(_SCHEMA):
+        stored = self._connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        expected = (*_SCHEMA, *(_BLOCKS_SCHEMA if self._has_blocks() else ()))
+        if sorted(sql for (sql,) in stored) != sorted(expected):
             raise TamperedError
 
     def _check_anchor(self, anchor: Head) -> None:

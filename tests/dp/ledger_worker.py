@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from defenses.dp.events import GaussianEvent
-from defenses.dp.ledger import Charge, Ledger
+from defenses.dp.ledger import Ledger
+from defenses.dp.ledger_entries import Charge
 from defenses.errors import BudgetExceeded
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from defenses.dp.accountant import epsilon
 from defenses.dp.events import Event, GaussianEvent, NonPrivateEvent
-from defenses.dp.ledger import Charge, Ledger
+from defenses.dp.ledger import Ledger
+from defenses.dp.ledger_entries import Charge
 from defenses.dp.ledger_file import Head
 from defenses.errors import BudgetExceeded, ParameterError, TamperedError
 
@@ -391,5 +392,5 @@ def test_many_owners_with_one_history_cost_one_computation(tmp_path: Path) -> No
                 for owner in owners
             ]
         )
-    assert len(ledger._epsilons) <= 8
-    assert len(ledger._accountants) == 1
+    assert len(ledger._books._epsilons) <= 8
+    assert len(ledger._books._accountants) == 1

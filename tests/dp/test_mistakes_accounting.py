@@ -13,7 +13,8 @@ from scipy.special import log_ndtr
 from defenses.dp.accountant import Accountant, epsilon, gaussian_epsilon
 from defenses.dp.calibration import surviving_noise_multiplier
 from defenses.dp.events import GaussianEvent, NonPrivateEvent, TuningEvent, from_dict
-from defenses.dp.ledger import Charge, Ledger
+from defenses.dp.ledger import Ledger
+from defenses.dp.ledger_entries import Charge
 from defenses.errors import BudgetExceeded, ParameterError
 
 VECTORS = json.loads((Path(__file__).parent / "vectors" / "accounting.json").read_text())

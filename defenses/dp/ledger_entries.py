@@ -1,0 +1,183 @@
+"""What goes into a ledger and what comes out of it: charges, reservations, budgets, and its rows as a reader sees them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from defenses.dp.accountant import LARGEST_DELTA, SMALLEST_DELTA
+from defenses.dp.events import UNITS, Event, statement_of
+from defenses.errors import ParameterError
+
+ANY_UNIT = "*"
+EVERYBODY = "*"  # owner and data set of the lifetime budget of all records in a ledger
+_LONGEST_LABEL = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charge:
+    """One release about to happen, and who pays for it.
+
+    With `blocks` (from `Ledger.blocks_for`) these blocks of records pay, within the lifetime budget of the ledger, and
+    owner and data set are labels; without, the account named by owner and data set pays. `commitment` may hold a hash
+    that binds seed, model and mechanism: a later charge with the same one is the identical release replayed after a
+    crash and costs nothing.
+    """
+
+    owner: str
+    dataset: str
+    event: Event
+    run: str
+    round: int
+    release: str
+    commitment: bytes = b""
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """A paid-for release; `sequence` is its row. A replayed one was paid for earlier."""
+
+    sequence: int
+    owner: str
+    dataset: str
+    unit: str
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What an owner allows for one data set and unit, over its whole life."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One row of the ledger, as a reader sees it; `spent` tells whether a reservation was confirmed."""
+
+    sequence: int
+    kind: str
+    time: str
+    owner: str
+    dataset: str
+    unit: str
+    run: str = ""
+    round: int = 0
+    release: str = ""
+    event: Event | None = None
+    commitment: str = ""
+    spent: bool = False
+    epsilon: float | None = None
+    delta: float | None = None
+    reason: str = ""
+    blocks: tuple[int, ...] = ()
+    records: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Name who pays: an owner's data set, or a block of records, in one unit."""
+
+    owner: str
+    dataset: str
+    unit: str
+
+
+def account_of_block(number: int, unit: str) -> Account:
+    """Return the account of one block of records; no owner can bear its name."""
+    return Account("", f"block {number}", unit)
+
+
+def unit_of(event: Event) -> str:
+    """Return the unit an event is charged to; a release that nothing bounds is charged to all."""
+    statement = statement_of(event)
+    return ANY_UNIT if statement is None else statement.unit
+
+
+def commitment_key(charge: Charge) -> tuple[str, str, str]:
+    """Return what two charges for the identical release share."""
+    return charge.owner, charge.dataset, charge.commitment.hex()
+
+
+def charge_body(charge: Charge, blocks: Sequence[int]) -> dict[str, Any]:
+    """Return the stored form of a charge; charges to named accounts are stored as they always were."""
+    body = {
+        "event": charge.event.to_dict(),
+        "run": charge.run,
+        "round": charge.round,
+        "release": charge.release,
+        "commitment": charge.commitment.hex(),
+    }
+    return {**body, "blocks": list(blocks)} if charge.blocks else body
+
+
+def check_charge(charge: Charge) -> None:
+    """Refuse a malformed charge."""
+    if not isinstance(charge, Charge) or not isinstance(charge.event, Event):
+        raise ParameterError("entries: must be charges, each with an event")
+    for name in ("owner", "dataset", "run", "release"):
+        label(name, getattr(charge, name))
+    if not isinstance(charge.round, int) or isinstance(charge.round, bool) or charge.round < 0:
+        raise ParameterError(f"round = {charge.round!r}: must be an integer of at least 0")
+    if not isinstance(charge.commitment, bytes) or len(charge.commitment) not in (0, *range(16, 65)):
+        raise ParameterError("commitment: must be empty, or 16 to 64 bytes of a hash")
+
+
+def checked_budget(unit: str, epsilon: float, delta: float) -> Budget:
+    """Return a budget, or refuse it with everything that is wrong."""
+    problems = [] if unit in UNITS else [f"unit = {unit!r}: must be one of {', '.join(UNITS)}"]
+    if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or not epsilon > 0:
+        problems.append(f"epsilon = {epsilon!r}: must be above 0 (math.inf for a run without a bound)")
+    if not isinstance(delta, float) or not SMALLEST_DELTA <= delta <= LARGEST_DELTA:
+        problems.append(f"delta = {delta!r}: must lie between {SMALLEST_DELTA:g} and {LARGEST_DELTA:g}")
+    if problems:
+        raise ParameterError("; ".join(problems))
+    return Budget(epsilon=float(epsilon), delta=delta)
+
+
+def label(name: str, value: object) -> str:
+    """Return a label, or refuse what cannot be one."""
+    if (
+        not isinstance(value, str)
+        or not value.strip()
+        or len(value) > _LONGEST_LABEL
+        or not value.isprintable()
+    ):
+        raise ParameterError(f"{name} = {value!r}: must be 1 to {_LONGEST_LABEL} printable characters")
+    return value
+
+
+def number(value: float) -> float | str:
+    """Return a number as JSON can hold it."""
+    return "inf" if math.isinf(value) else float(value)
+
+
+def to_csv(entries: Sequence[Entry]) -> str:
+    """One line a row; a leading quote keeps spreadsheets from running labels as formulas."""
+    names = list(Entry.__dataclass_fields__)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(names)
+    for entry in entries:
+        cells = []
+        for name in names:
+            text = _cell(getattr(entry, name))
+            cells.append("'" + text if text[:1] in ("=", "+", "-", "@") else text)
+        writer.writerow(cells)
+    return buffer.getvalue()
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Event):
+        return value.to_json()
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value)
