@@ -56,6 +56,10 @@ class StoreError(FfmError):
     exit_code = 5
 
 
+class RecordError(StoreError):
+    """A record does not have the form its type declares; the message names the field."""
+
+
 class LeakFound(FfmError):
     """An audit asked to fail on leaks found one."""
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json as json_module
-import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from defenses.errors import BudgetExceeded, DefenseError, ParameterError, TamperedError
+from ffm_secure import record_codec
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, StoreError
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -36,7 +33,7 @@ def clear_errors() -> Iterator[None]:
         raise FfmError(str(error)) from None
 
 
-def say(value: Any, lines: list[str], *, json: bool, quiet: bool = False) -> None:
+def say(value: object, lines: list[str], *, json: bool, quiet: bool = False) -> None:
     """Print the value as JSON, or the lines unless asked to be quiet."""
     if json:
         print_json(value)
@@ -50,25 +47,11 @@ def print_lines(lines: list[str]) -> None:
         console.print(line)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print one JSON object; infinity becomes a word, because JSON has none."""
-    sys.stdout.write(json_module.dumps(_plain(value), allow_nan=False) + "\n")
+    sys.stdout.write(json_module.dumps(record_codec.to_plain(value), allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "infinity"
-    if isinstance(value, Path):
-        return str(value)
-    return value
-
-
-def number(value: Any) -> str:
+def number(value: object) -> str:
     """Return a value as people read it."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from ffm_secure import record_codec
 from ffm_secure.report.charts import Series, line_chart
 from ffm_secure.report.markup import Column, Html, figure, size, table, tag
 
@@ -158,17 +159,7 @@ def paired(group: Sequence[Row], other: Sequence[Row], *, against: str) -> dict[
 
 def to_json(found: Mapping[str, Any]) -> str:
     """Write results; infinity and not-a-number become words, as in report.json."""
-    return json.dumps(_plain(found), indent=1, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("infinity" if value > 0 else "-infinity")
-    return value
+    return json.dumps(record_codec.to_plain(found, "results"), indent=1, allow_nan=False) + "\n"
 
 
 def to_html(found: Mapping[str, Any]) -> str:

@@ -5,51 +5,30 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import math
-import os
 import shutil
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from ffm_secure import record_codec
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.errors import ConfigError, StoreError
+from ffm_secure.errors import ConfigError, RecordError, StoreError
 from ffm_secure.records import RoundRecord
+from ffm_secure.storage.durable import (
+    append_synced,
+    replace_folder,
+    write_atomic,
+    write_synced,
+)
 from ffm_secure.strategies import ServerState
 
 FORMAT = 1
-T = TypeVar("T")
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file by new content so that a reader, or a crash, sees the old or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Store:
@@ -157,33 +136,16 @@ class Store:
 
     def commit(self, state: ServerState, record: RoundRecord, *, run_id: bytes) -> None:
         """Make a finished round durable: first the state, then the record that points at it."""
-        name = f"round-{record.round:06d}"
-        final, temporary = self.folder / "checkpoints" / name, self.folder / "checkpoints" / f".{name}.new"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        tensors = {
-            "vector": state.vector,
-            **{f"slot.{key}": value for key, value in state.optimizer_state.items()},
-        }
-        metadata = {
-            "format": str(FORMAT),
-            "round": str(record.round),
-            "steps": str(state.round),
-            "run": run_id.hex(),
-        }
-        content = safetensors.torch.save(
-            {key: value.contiguous() for key, value in tensors.items()}, metadata=metadata
-        )
-        _write_synced(temporary / "state.safetensors", content)
-        _write_synced(temporary / "record.json", (_line(record) + "\n").encode())
-        sync_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        sync_folder(final.parent)
-        with open(self.folder / "rounds.jsonl", "ab") as file:
-            file.write((_line(record) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        line = (record_codec.to_line(record) + "\n").encode()
+        content = _checkpoint(state, record.round, run_id)
+
+        def fill(folder: Path) -> None:
+            write_synced(folder / "state.safetensors", content)
+            write_synced(folder / "record.json", line)
+
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        replace_folder(self.folder / "checkpoints" / f"round-{record.round:06d}", fill)
+        append_synced(self.folder / "rounds.jsonl", line)
         self._forget_old(keep=2)
 
     def resume(self) -> tuple[ServerState, tuple[RoundRecord, ...], bytes] | None:
@@ -192,7 +154,7 @@ class Store:
         if checkpoint is None:
             return None
         state, last, run_id = _read_checkpoint(checkpoint)
-        record = _parse(RoundRecord, _read_json(checkpoint / "record.json"), str(checkpoint / "record.json"))
+        record = _read_record(checkpoint / "record.json")
         records = [item for item in self.records() if item.round < record.round]
         if [item.round for item in records] != list(range(1, last)):
             raise StoreError(
@@ -201,7 +163,8 @@ class Store:
         complete = (*records, record)
         if self._lock is not None:
             write_atomic(
-                self.folder / "rounds.jsonl", "".join(_line(item) + "\n" for item in complete).encode()
+                self.folder / "rounds.jsonl",
+                "".join(record_codec.to_line(item) + "\n" for item in complete).encode(),
             )
         return state, complete, run_id
 
@@ -214,10 +177,7 @@ class Store:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
         complete, seen = lines[:-1], {}
         for number, line in enumerate(complete, start=1):
-            try:
-                record = _parse(RoundRecord, json.loads(line), f"{path}, line {number}")
-            except (ValueError, RecursionError):
-                raise StoreError(f"{path}, line {number}: is damaged") from None
+            record = _decode_record(line, f"{path}, line {number}")
             seen[record.round] = record
         return tuple(seen[key] for key in sorted(seen))
 
@@ -226,16 +186,10 @@ class Store:
         write_atomic(self.folder / name, content.encode())
         return self.folder / name
 
-    def replace_folder(self, name: str, fill: typing.Callable[[Path], None]) -> Path:
+    def replace_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
         """Fill a new folder and swap it in whole."""
-        final, temporary = self.folder / name, self.folder / f".{name}.new"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        fill(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        sync_folder(self.folder)
-        return final
+        replace_folder(self.folder / name, fill)
+        return self.folder / name
 
     def _newest(self) -> Path | None:
         folder = self.folder / "checkpoints"
@@ -278,11 +232,18 @@ def _differences(stored: Any, asked: Any, where: str = "") -> list[str]:
     return found
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _checkpoint(state: ServerState, round: int, run_id: bytes) -> bytes:
+    """Return the file of a checkpoint: the global vector and what the strategy keeps beside it."""
+    tensors = {"vector": state.vector.contiguous()}
+    for key, value in state.optimizer_state.items():
+        tensors[f"slot.{key}"] = value.contiguous()
+    metadata = {
+        "format": str(FORMAT),
+        "round": str(round),
+        "steps": str(state.round),
+        "run": run_id.hex(),
+    }
+    return safetensors.torch.save(tensors, metadata=metadata)
 
 
 def _read_checkpoint(folder: Path) -> tuple[ServerState, int, bytes]:
@@ -312,61 +273,16 @@ def _read_json(path: Path) -> Any:
         raise StoreError(f"{path}: is damaged") from None
 
 
-def _line(record: Any) -> str:
-    return json.dumps(_encode(record), separators=(",", ":"), sort_keys=True, allow_nan=False)
-
-
-def _encode(value: Any) -> Any:
-    """Turn records into JSON; what JSON cannot say (infinity, nan) becomes a word."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_encode(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("infinity" if value > 0 else "-infinity")
-    return value
-
-
-def _parse(kind: type[T], value: object, where: str) -> T:
-    """Build a record from JSON, refusing anything that does not fit its types."""
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if not isinstance(value, dict) or set(value) != set(fields):
-        raise StoreError(f"{where}: is damaged")
+def _read_record(path: Path) -> RoundRecord:
     try:
-        return kind(**{name: _convert(hints[name], item) for name, item in value.items()})
-    except (TypeError, ValueError, OverflowError):
-        raise StoreError(f"{where}: is damaged") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+    return _decode_record(content, str(path))
 
 
-def _convert(hint: Any, value: Any) -> Any:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        return tuple(_convert(inner[0], item) for item in _expect(value, list))
-    if origin is typing.Literal:
-        if value not in inner:
-            raise ValueError(value)
-        return value
-    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
-        return {
-            _convert(inner[0], key): _convert(inner[1], item) for key, item in _expect(value, dict).items()
-        }
-    if isinstance(hint, types.UnionType):
-        return (
-            None if value is None else _convert(next(kind for kind in inner if kind is not type(None)), value)
-        )
-    if hint is float:
-        return float(value) if isinstance(value, str) else float(_expect(value, int | float))
-    if hint is int:
-        return int(value) if isinstance(value, str) else _expect(value, int)
-    return _expect(value, hint)
-
-
-def _expect(value: Any, kind: Any) -> Any:
-    if isinstance(value, bool) and kind is not bool:
-        raise ValueError(value)
-    if not isinstance(value, kind):
-        raise ValueError(value)
-    return value
+def _decode_record(content: bytes, where: str) -> RoundRecord:
+    try:
+        return record_codec.from_json(RoundRecord, content, "record")
+    except RecordError as error:
+        raise StoreError(f"{where}: is damaged: {error}") from None

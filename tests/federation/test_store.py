@@ -253,10 +253,7 @@ def test_a_record_that_does_not_fit_its_types_is_refused(change: dict[str, objec
     path = tmp_path / "rounds.jsonl"
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, **change}) + "\n")
-    if change == {"round": "1"}:
-        assert Store.read(tmp_path).records()[0].round == 1
-        return
-    with pytest.raises(StoreError, match="damaged"):
+    with pytest.raises(StoreError, match=rf"line 1: is damaged: record\.{next(iter(change))}"):
         Store.read(tmp_path).records()
 
 
