@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 from pathlib import Path
@@ -62,6 +63,53 @@ def test_every_link_between_pages_leads_somewhere() -> None:
     ]
     assert len(links) > 10
     assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+
+
+FOLDERS = "ffm_secure|defenses|attacks|tests|benchmarks|docs|examples|experiments|notebooks|requirements"
+PATH = re.compile(rf"(?<![\w/.])(?:{FOLDERS})/[\w/.-]*\w")
+MODULE = re.compile(r"(?<![\w/.])(?:ffm_secure|defenses|attacks|benchmarks)(?:\.[A-Za-z_]\w*)+(?![\w(])")
+
+
+def gone(text: str) -> list[str]:
+    """Return the files and modules that a page names and the repository does not have."""
+    paths = [path for path in PATH.findall(text) if not any(map(Path.exists, candidates(path)))]
+    modules = [
+        name for name in MODULE.findall(text) if not name.endswith((".md", ".py")) and not importable(name)
+    ]
+    return [*paths, *modules]
+
+
+def candidates(path: str) -> list[Path]:
+    return [ROOT / path, ROOT / f"{path}.py"]
+
+
+def importable(name: str) -> bool:
+    """Say whether a dotted name is a module, or a name that the source of its module spells."""
+    if has_module(name):
+        return True
+    module, _, member = name.rpartition(".")
+    spec = importlib.util.find_spec(module) if has_module(module) else None
+    if spec is None or spec.origin is None:
+        return False
+    return re.search(rf"\b{member}\b", Path(spec.origin).read_text()) is not None
+
+
+def has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def test_every_file_and_module_a_page_names_exists() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    wrong = [f"{page.relative_to(ROOT)}: {name}" for page in pages for name in gone(page.read_text())]
+    assert wrong == []
+
+
+def test_a_file_that_moved_is_caught() -> None:
+    text = "`defenses/dp/clip.py`, `defenses/dp/clop.py`, `python -m benchmarks.he`, `defenses.dp.clip.clop`, `docs/he.md`"
+    assert gone(text) == ["defenses/dp/clop.py", "defenses.dp.clip.clop"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
