@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from defenses.he import (
     Accumulator,
@@ -42,7 +43,11 @@ PARTIES = 10
 ADDED = 3
 BOUND = 2**15 - 1
 REFERENCE = "CKKS, N=8192 [60,40,40] 2^40, symmetric (reference)"
-NAMES = [bytes([number]) * 32 for number in range(1, PARTIES + 1)]
+PEOPLE = sorted(
+    (Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32) for number in range(1, PARTIES + 1)),
+    key=lambda person: person.public_key().public_bytes_raw(),
+)
+NAMES = [person.public_key().public_bytes_raw() for person in PEOPLE]
 
 
 def sets() -> dict[str, Parameters]:
@@ -77,16 +82,17 @@ class Measurement:
         """Encrypt, load, add, save, open once, with a fresh key."""
         key = KeyHolder.generate(self.parameters, random=RandomSource.system())
         terms = Agreement(
-            run=key.run, round=0, length=self.vectors.shape[1], value_bound=BOUND, parties=PARTIES, fewest=2
-        )
-        clients = [EncryptedClient(key, terms, name) for name in NAMES[:ADDED]]
-        server = Accumulator(key.public_bundle(), terms)
-        for client, vector in zip(clients, self.vectors):
+            run=key.run, round=0, length=self.vectors.shape[1], value_bound=BOUND, cohort=tuple(NAMES[:PARTIES]),
+            fewest=2,
+        )  # fmt: skip
+        clients = [EncryptedClient(key, terms, person, roster=NAMES) for person in PEOPLE[:ADDED]]
+        server = Accumulator(key.public_bundle(), terms, roster=NAMES)
+        for name, client, vector in zip(NAMES, clients, self.vectors):
             wall, clock = time.perf_counter(), time.process_time()
             chunks = list(client.encrypt(vector))
             clock = self.step("encrypt_save", clock)
             self.wall_seconds = min(self.wall_seconds, time.perf_counter() - wall)
-            server.add(chunks)
+            server.add(chunks, sender=name)
             if client is clients[0]:  # the first upload has nothing to be added to
                 self.step("load", clock)
             self.up = sum(map(len, chunks))
@@ -225,8 +231,8 @@ def decoded(engine: Engine, parameters: Parameters, ciphertext: Any) -> Any:
 
 def one_sum(server: Any, clients: list[Any], vectors: Integers) -> Integers:
     """Carry one round through one backend."""
-    for client, vector in zip(clients, vectors):
-        server.add(client.encrypt(vector))
+    for name, client, vector in zip(NAMES, clients, vectors):
+        server.add(client.encrypt(vector), sender=name)
     result: Integers = clients[0].decrypt_sum(server.sum_chunks(), server.parties)
     return result
 
@@ -273,10 +279,15 @@ def agreement_of_backends(cases: int) -> dict[str, Any]:
         results = []
         for key in keys[most, bound]:
             terms = Agreement(
-                run=key.run, round=case, length=length, value_bound=bound, parties=most, fewest=1
+                run=key.run,
+                round=case,
+                length=length,
+                value_bound=bound,
+                cohort=tuple(NAMES[:most]),
+                fewest=1,
             )
-            clients = [EncryptedClient(key, terms, name) for name in NAMES[:count]]
-            results.append(one_sum(Accumulator(key.public_bundle(), terms), clients, vectors))
+            clients = [EncryptedClient(key, terms, person, roster=NAMES) for person in PEOPLE[:count]]
+            results.append(one_sum(Accumulator(key.public_bundle(), terms, roster=NAMES), clients, vectors))
         results.append(
             one_sum(
                 WordAccumulator(terms, "plain"), [PlainClient(terms, each) for each in NAMES[:count]], vectors

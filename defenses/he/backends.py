@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from defenses.errors import ParameterError, ProtocolError
 from defenses.he import tags
@@ -34,6 +35,8 @@ from defenses.he.wire import (
     encode_parameters,
     read_chunks,
     read_confirmation,
+    read_sealed,
+    seal_chunks,
     write_chunks,
     write_confirmation,
 )
@@ -59,8 +62,8 @@ class SumServer(Protocol):
     def parties(self) -> tuple[bytes, ...]:
         """List whose uploads were added."""
 
-    def add(self, chunks: Iterable[bytes], *, sender: bytes | None = None) -> None:
-        """Add one complete upload, or nothing of it; `sender` is who the transport authenticated."""
+    def add(self, chunks: Iterable[bytes], *, sender: bytes) -> None:
+        """Add one complete upload, or nothing of it; `sender` is the party it must come from."""
 
     def sum_chunks(self) -> Iterator[bytes]:
         """Yield the chunks of the sum."""
@@ -120,7 +123,10 @@ class _WordChunks:
 
 
 class WordAccumulator:
-    """Add plain or masked words modulo 2^64; one vector of memory and one upload."""
+    """Add plain or masked words modulo 2^64; one vector of memory and one upload.
+
+    Nothing is signed here: `sender` is taken from whoever calls.
+    """
 
     def __init__(self, agreement: Agreement, mechanism: str) -> None:
         self._chunks = _WordChunks(agreement, mechanism.encode())
@@ -132,14 +138,10 @@ class WordAccumulator:
         """List whose uploads were added."""
         return tuple(self._parties)
 
-    def add(self, chunks: Iterable[bytes], *, sender: bytes | None = None) -> None:
-        """Add one complete upload, or nothing of it; `sender` is who the transport authenticated."""
+    def add(self, chunks: Iterable[bytes], *, sender: bytes) -> None:
+        """Add one complete upload, or nothing of it; `sender` is the party it must come from."""
         party, words = self._chunks.read(chunks, role="upload")
-        if (
-            sender not in (None, party)
-            or party in self._parties
-            or len(self._parties) >= self._chunks.agreement.parties
-        ):
+        if party != sender or party in self._parties or party not in self._chunks.agreement.cohort:
             raise ProtocolError
         self._total += words
         self._parties.append(party)
@@ -222,15 +224,28 @@ def _require(agreement: Agreement, parameters: Parameters) -> None:
 class EncryptedClient:
     """Encrypt for, and open, one agreement under the key of its run (BFV or CKKS, whichever the parameters say).
 
+    `identity` signs what this client sends; its public key is the name of the party. `roster` are the public keys the
+    operator admitted: a cohort with anybody else in it is refused.
+
     Guarantee: `decrypt_sum` returns the exact sum of exactly the named parties' vectors, each once, from this
     agreement, or raises. The server cannot have it open anything else (`defenses.he.tags`).
     Assumes: no client works with the server.
     """
 
-    __slots__ = ("_agreement", "_count", "_digest", "_holder", "_party")
+    __slots__ = ("_agreement", "_count", "_digest", "_holder", "_identity", "_party")
 
-    def __init__(self, holder: KeyHolder, agreement: Agreement, party: bytes) -> None:
-        check_party(party)
+    def __init__(
+        self,
+        holder: KeyHolder,
+        agreement: Agreement,
+        identity: Ed25519PrivateKey,
+        *,
+        roster: Collection[bytes],
+    ) -> None:
+        party = identity.public_key().public_bytes_raw()
+        agreement.require_members(roster)
+        if party not in agreement.cohort:
+            raise ParameterError("this identity is not in the cohort of the agreement")
         _require(agreement, holder.parameters)
         if agreement.run != holder.run:
             raise ParameterError(
@@ -238,14 +253,23 @@ class EncryptedClient:
             )
         self._holder = holder
         self._agreement = agreement
+        self._identity = identity
         self._party = party
         self._digest = agreement.digest(encode_parameters(holder.parameters))
         self._count = _chunk_count(agreement, holder.parameters)
 
     def encrypt(self, values: Integers) -> Iterator[bytes]:
-        """Yield the chunks of this client's upload, encrypting one at a time."""
+        """Yield the chunks of this client's upload, encrypting one at a time, its signature last.
+
+        Keep the chunks if they may have to be sent again.
+
+        Raises:
+            ParameterError: values other than agreed.
+            ProtocolError: this party encrypted under this agreement before, whatever became of it.
+        """
         check_values(values, self._agreement)
         engine, parameters = self._holder.engine(), self._holder.parameters
+        self._holder.begin_upload(self._digest, self._party)
         tag = self._holder.tagger(self._digest).tag(values, self._party, self._agreement.value_bound)
         step, length = parameters.values_per_chunk, self._agreement.length
 
@@ -256,8 +280,9 @@ class EncryptedClient:
                     part = np.concatenate([part, tag[max(start - length, 0) : start + step - length]])
                 yield engine.encrypt(pack(part, parameters))
 
-        return write_chunks(
-            payloads(), role="upload", digest=self._digest, count=self._count, party=self._party
+        fields: dict[str, Any] = {"digest": self._digest, "count": self._count, "party": self._party}
+        return seal_chunks(
+            write_chunks(payloads(), role="upload", **fields), sign=self._identity.sign, **fields
         )
 
     def decrypt_sum(self, chunks: Iterable[bytes], parties: Sequence[bytes]) -> Integers:
@@ -289,7 +314,7 @@ class EncryptedClient:
     def confirm(self, total: Integers, parties: Sequence[bytes]) -> bytes:
         """Return this client's message on what it opened; send it to the others before using the sum."""
         code = confirmation_code(self._confirmed(total, parties), self._party)
-        return write_confirmation(digest=self._digest, party=self._party, code=code)
+        return write_confirmation(digest=self._digest, party=self._party, code=code, sign=self._identity.sign)
 
     def check_confirmations(
         self, total: Integers, parties: Sequence[bytes], messages: Iterable[bytes]
@@ -299,7 +324,8 @@ class EncryptedClient:
         Guarantee: when it returns, a majority of the agreement's parties, or else everybody in the sum, opened this very
         sum of these very parties. So of two different sums of one round that are both accepted, one leaves out everybody
         who confirmed the other: subtracting them singles out nobody.
-        Assumes: a client confirms only what it opened, which it can do once.
+        Assumes: a client confirms only what it opened, which it can do once. Each message is signed: whoever has the key
+        cannot confirm in another's name.
         Raises:
             ProtocolError: another sum, other parties, a forged, repeated or malformed message, or too few of them.
         """
@@ -335,12 +361,14 @@ class EncryptedClient:
 
 
 class Accumulator:
-    """Add ciphertexts without any key: all it is given is the public bundle and the agreement.
+    """Add ciphertexts without any key: all it is given is the public bundle, the agreement and the operator's roster.
 
+    Guarantee: only uploads signed by members of the cohort are added, each member's once.
     Memory: the sum and one upload, whatever the number of clients.
     """
 
-    def __init__(self, public_bundle: bytes, agreement: Agreement) -> None:
+    def __init__(self, public_bundle: bytes, agreement: Agreement, *, roster: Collection[bytes]) -> None:
+        agreement.require_members(roster)
         parameters = decode_parameters(public_bundle)
         _require(agreement, parameters)
         self._engine = server_engine(parameters)
@@ -356,23 +384,20 @@ class Accumulator:
         """List whose uploads were added."""
         return tuple(self._parties)
 
-    def add(self, chunks: Iterable[bytes], *, sender: bytes | None = None) -> None:
-        """Add one complete upload, or nothing of it; `sender` is who the transport authenticated.
+    def add(self, chunks: Iterable[bytes], *, sender: bytes) -> None:
+        """Add one complete upload, or nothing of it; `sender` is the party it must come from and be signed by.
 
         Raises:
-            ProtocolError: a malformed, reordered, incomplete, foreign or repeated upload, one in another's name, or
-                one party too many.
+            ProtocolError: a malformed, reordered, incomplete, foreign, unsigned or repeated upload, one in another's
+                name, or one from outside the cohort.
         """
-        if self._broken or len(self._parties) >= self._agreement.parties:
+        if self._broken or sender in self._parties or sender not in self._agreement.cohort:
             raise ProtocolError
-        limit, party, loaded = self._engine.payload_limit, b"", []
-        for party, payload in read_chunks(
-            chunks, role="upload", digest=self._digest, count=self._count, limit=limit
-        ):
-            if party in self._parties or sender not in (None, party):
-                raise ProtocolError
-            loaded.append(self._engine.load(payload))
-        self._parties.append(party)
+        payloads = read_sealed(
+            chunks, sender=sender, digest=self._digest, count=self._count, limit=self._engine.payload_limit
+        )
+        loaded = [self._engine.load(payload) for payload in payloads]
+        self._parties.append(sender)
         if not self._total:
             self._total = loaded
             return

@@ -7,24 +7,26 @@ import hmac
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NoReturn
 
 from defenses.errors import ParameterError, ProtocolError
 from defenses.he.parameters import Parameters
+from defenses.signatures import SIGNATURE_BYTES, is_sound_key, verify_signature
 
 PARTY_BYTES: Final = 32
 RUN_BYTES: Final = 16
 Role = Literal["upload", "sum"]
 
-_MAGIC: Final = b"ffm-he/1"
+_MAGIC: Final = b"ffm-he/2"
 _ROLES: Final[dict[Role, int]] = {"upload": 1, "sum": 2}
 _HEADER: Final = struct.Struct(">8sB16s32sII")
 HEADER_BYTES: Final = _HEADER.size
 _PARAMETERS: Final = struct.Struct(">8sBBIBBBBBBBB")
-_CONFIRMATION: Final = struct.Struct(">8sB16s32s32s")
+_CONFIRMATION: Final = struct.Struct(">8sB16s32s32s64s")
 _CONFIRM: Final = 3
+_SEAL: Final = 4
 _SCHEMES: Final = ("bfv", "ckks")
 _NOBODY: Final = bytes(PARTY_BYTES)
 
@@ -33,16 +35,23 @@ _NOBODY: Final = bytes(PARTY_BYTES)
 class Agreement:
     """State what one sum is about; every party and the server hold the same.
 
-    `run` are 16 bytes fresh for every run, `round` never repeats within it. Each party brings `length` integers with
-    |x| <= `value_bound`; at most `parties` vectors are added and a sum of fewer than `fewest` is never opened.
+    `run` are 16 bytes fresh for every run, `round` and `attempt` together never repeat within it. `cohort` lists who may
+    bring a vector, by their Ed25519 public keys in ascending order. Each brings `length` integers with |x| <= `value_bound`;
+    a sum of fewer than `fewest` is never opened.
     """
 
     run: bytes
     round: int
     length: int
     value_bound: int
-    parties: int
+    cohort: tuple[bytes, ...]
     fewest: int
+    attempt: int = 0
+
+    @property
+    def parties(self) -> int:
+        """Return the most vectors that may be added."""
+        return len(self.cohort)
 
     def __post_init__(self) -> None:
         if len(self.run) != RUN_BYTES:
@@ -52,8 +61,13 @@ class Agreement:
         for name in ("length", "value_bound", "fewest"):
             if getattr(self, name) < 1:
                 raise ParameterError(f"{name} = {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.round < 2**63:
-            raise ParameterError(f"round = {self.round}: must be between 0 and 2^63 - 1")
+        for name in ("round", "attempt"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ParameterError(f"{name} = {getattr(self, name)}: must be between 0 and 2^63 - 1")
+        for party in self.cohort:
+            check_party(party)
+        if not isinstance(self.cohort, tuple) or list(self.cohort) != sorted(set(self.cohort)):
+            raise ParameterError("cohort: list every party once, in a tuple, in ascending order")
         if self.fewest > self.parties:
             raise ParameterError(
                 f"fewest = {self.fewest} exceeds parties = {self.parties}: no sum could be opened"
@@ -61,19 +75,35 @@ class Agreement:
 
     def digest(self, mechanism: bytes) -> bytes:
         """Hash the agreement together with the encoded mechanism that carries it."""
-        numbers = struct.pack(">QQQQQ", self.round, self.length, self.value_bound, self.parties, self.fewest)
-        return hashlib.sha256(_MAGIC + b" agreement" + self.run + numbers + mechanism).digest()
+        numbers = struct.pack(
+            ">QQQQQQ", self.round, self.attempt, self.length, self.value_bound, self.parties, self.fewest
+        )
+        cohort = b"".join(self.cohort)
+        return hashlib.sha256(_MAGIC + b" agreement" + self.run + numbers + cohort + mechanism).digest()
+
+    def require_members(self, roster: Collection[bytes]) -> None:
+        """Refuse a cohort with anybody in it whom the operator did not admit.
+
+        Raises:
+            ParameterError: with the number of strangers.
+        """
+        strangers = [party for party in self.cohort if party not in roster]
+        if strangers:
+            raise ParameterError(
+                f"cohort: {len(strangers)} of {self.parties} are not on the roster of this federation; take the "
+                "cohort from the roster, never from the server"
+            )
 
 
 def check_party(party: bytes) -> None:
-    """Refuse an identity that is not 32 bytes.
+    """Refuse a name that cannot be an Ed25519 public key.
 
     Raises:
-        ParameterError: names the length found.
+        ParameterError: shows what was given.
     """
-    if not isinstance(party, bytes) or len(party) != PARTY_BYTES or party == _NOBODY:
+    if not is_sound_key(party):
         raise ParameterError(
-            f"a party is named by its {PARTY_BYTES}-byte roster identity, not by {party!r:.40}"
+            f"a party is named by its Ed25519 public key of {PARTY_BYTES} bytes, not by {party!r:.40}"
         )
 
 
@@ -81,9 +111,7 @@ def check_parties(parties: Sequence[bytes], agreement: Agreement) -> None:
     """Refuse a list of parties whose sum may not be opened; constant message."""
     if not agreement.fewest <= len(parties) <= agreement.parties or len(set(parties)) != len(parties):
         raise ProtocolError
-    if any(
-        not isinstance(party, bytes) or len(party) != PARTY_BYTES or party == _NOBODY for party in parties
-    ):
+    if not set(parties) <= set(agreement.cohort):
         raise ProtocolError
 
 
@@ -119,27 +147,79 @@ def read_chunks(chunks: Iterable[bytes], *, role: Role, digest: bytes, count: in
         raise ProtocolError
 
 
+def _seal_statement(digest: bytes, party: bytes, content: bytes) -> bytes:
+    return _MAGIC + b" upload" + digest + party + content
+
+
+def seal_chunks(
+    chunks: Iterator[bytes], *, digest: bytes, count: int, party: bytes, sign: Callable[[bytes], bytes]
+) -> Iterator[bytes]:
+    """Pass the chunks of an upload on and end with one more: their sender's signature on all of them."""
+    content = hashlib.sha256()
+    for chunk in chunks:
+        content.update(chunk)
+        yield chunk
+    signature = sign(_seal_statement(digest, party, content.digest()))
+    yield _HEADER.pack(_MAGIC, _SEAL, digest[:16], party, count, count) + signature
+
+
+def read_sealed(
+    chunks: Iterable[bytes], *, sender: bytes, digest: bytes, count: int, limit: int
+) -> Iterator[bytes]:
+    """Yield the payloads of one party's complete upload; only the end of the iteration says that it is genuine.
+
+    Raises:
+        ProtocolError: as `read_chunks`; an upload in another's name, or without its sender's signature.
+    """
+    content, last = hashlib.sha256(), b""
+
+    def body() -> Iterator[bytes]:
+        nonlocal last
+        for index, chunk in enumerate(chunks):
+            if index == count:
+                last = chunk
+                continue
+            if isinstance(chunk, bytes) and len(chunk) <= _HEADER.size + limit:
+                content.update(chunk)
+            yield chunk
+
+    for party, payload in read_chunks(body(), role="upload", digest=digest, count=count, limit=limit):
+        if party != sender:
+            raise ProtocolError
+        yield payload
+    head = _HEADER.pack(_MAGIC, _SEAL, digest[:16], sender, count, count)
+    if not isinstance(last, bytes) or len(last) != len(head) + SIGNATURE_BYTES or last[: len(head)] != head:
+        raise ProtocolError
+    verify_signature(sender, last[len(head) :], _seal_statement(digest, sender, content.digest()))
+
+
 def confirmation_code(secret: bytes, party: bytes) -> bytes:
     """Return one party's code over what `secret` stands for; in its own name, so that no code can be passed on as another's."""
     return hmac.digest(secret, party, "sha256")
 
 
-def write_confirmation(*, digest: bytes, party: bytes, code: bytes) -> bytes:
-    """Write a client's message on the sum it opened: version, role, agreement, party, code."""
-    return _CONFIRMATION.pack(_MAGIC, _CONFIRM, digest[:16], party, code)
+def _confirmation_statement(digest: bytes, party: bytes, code: bytes) -> bytes:
+    return _MAGIC + b" confirm" + digest + party + code
+
+
+def write_confirmation(*, digest: bytes, party: bytes, code: bytes, sign: Callable[[bytes], bytes]) -> bytes:
+    """Write a client's message on the sum it opened: version, role, agreement, party, code, signature."""
+    signature = sign(_confirmation_statement(digest, party, code))
+    return _CONFIRMATION.pack(_MAGIC, _CONFIRM, digest[:16], party, code, signature)
 
 
 def read_confirmation(message: bytes, *, digest: bytes) -> tuple[bytes, bytes]:
-    """Return party and code of a confirmation under one agreement.
+    """Return party and code of a confirmation under one agreement, signed by that party.
 
     Raises:
-        ProtocolError: malformed, or of another version or agreement.
+        ProtocolError: malformed, of another version or agreement, or not signed by the party it names.
     """
     if not isinstance(message, bytes) or len(message) != _CONFIRMATION.size:
         raise ProtocolError
-    magic, role, bound, party, code = _CONFIRMATION.unpack(message)
+    magic, role, bound, party, code, signature = _CONFIRMATION.unpack(message)
     if (magic, role, bound) != (_MAGIC, _CONFIRM, digest[:16]):
         raise ProtocolError
+    verify_signature(party, signature, _confirmation_statement(digest, party, code))
     return party, code
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from defenses import he, secagg
 from defenses.errors import ProtocolError
@@ -212,7 +213,9 @@ class Encrypted:
 
     def __init__(self, code: VectorCodec, config: RunConfig, owners: Sequence[str]) -> None:
         self.kind, self.code, self.config = config.protection.kind, code, config
-        self.names = tuple(hashlib.sha256(f"ffm-secure party {owner}".encode()).digest() for owner in owners)
+        source = RandomSource.system()
+        self.identities = tuple(Ed25519PrivateKey.from_private_bytes(source.random_bytes(32)) for _ in owners)
+        self.names = tuple(identity.public_key().public_bytes_raw() for identity in self.identities)
         self.minimum = compatibility.minimum_survivors(config)
         self.bound = max(1, code.max_weight, code.quantizer.largest * code.max_weight + code.noise_bound)
         self.parameters = he.choose(
@@ -233,24 +236,28 @@ class Encrypted:
             round=round_plan.round,
             length=self.code.length,
             value_bound=self.bound,
-            parties=len(round_plan.cohort),
+            cohort=tuple(sorted(self.names[client] for client in round_plan.cohort)),
             fewest=self.minimum,
         )
-        server, sent, arrived = he.Accumulator(self.holder.public_bundle(), agreement), 0, []
+        server, sent, arrived = (
+            he.Accumulator(self.holder.public_bundle(), agreement, roster=self.names),
+            0,
+            [],
+        )
         for client in order:
             if client in drop:
                 continue
             values = ring.signed(contribute(client), self.code.modulus_bits)
-            upload = list(he.EncryptedClient(self.holder, agreement, self.names[client]).encrypt(values))
+            upload = list(self._client(agreement, client).encrypt(values))
             sent += sum(len(chunk) for chunk in upload)
-            server.add(upload)
+            server.add(upload, sender=self.names[client])
             arrived.append(client)
         if len(arrived) < self.minimum:
             reason = f"{len(arrived)} of at least {self.minimum} clients answered"
             return AggregationResult(ring_sum=None, dropped=dict(drop), aborted=reason, bytes_up=sent)
         chunks = list(server.sum_chunks())
         down = sum(len(chunk) for chunk in chunks) * len(arrived)
-        openers = [he.EncryptedClient(self.holder, agreement, self.names[client]) for client in arrived]
+        openers = [self._client(agreement, client) for client in arrived]
         try:
             total = openers[0].decrypt_sum(chunks, server.parties)
             messages = [opener.confirm(total, server.parties) for opener in openers]
@@ -269,6 +276,11 @@ class Encrypted:
             bytes_up=sent,
             bytes_down=down,
         )
+
+    def _client(self, agreement: he.Agreement, client: int) -> he.EncryptedClient:
+        if self.holder is None:
+            raise ProtocolError
+        return he.EncryptedClient(self.holder, agreement, self.identities[client], roster=self.names)
 
 
 def build_protection(config: RunConfig, *, code: VectorCodec, owners: Sequence[str]) -> Protection:

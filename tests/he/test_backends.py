@@ -7,15 +7,23 @@ import pytest
 
 from defenses.errors import ParameterError, ProtocolError
 from defenses.he import (
-    Accumulator,
-    EncryptedClient,
     MaskingClient,
     PlainClient,
     WordAccumulator,
     choose,
     error_bound,
 )
-from tests.he.common import PARTIES, agreement, encrypted_sum, holder, masked_sum, pairwise_masks, plain_sum
+from tests.he.common import (
+    PARTIES,
+    agreement,
+    client_of,
+    encrypted_sum,
+    holder,
+    masked_sum,
+    pairwise_masks,
+    plain_sum,
+    server_of,
+)
 
 pytest.importorskip("tenseal")
 
@@ -109,7 +117,7 @@ def test_the_ckks_error_stays_within_the_printed_bound():
 def test_uploads_stream_chunk_by_chunk():
     key = holder(choose("bfv", parties=2, value_bound=100))
     terms = agreement(key.run, parties=2, bound=100, length=10**6)
-    chunks = EncryptedClient(key, terms, PARTIES[0]).encrypt(np.zeros(10**6, dtype=np.int64))
+    chunks = client_of(key, terms, 0).encrypt(np.zeros(10**6, dtype=np.int64))
     first = next(chunks)
     assert len(first) < 40_000
 
@@ -119,7 +127,7 @@ def test_upload_size_meets_the_target():
     key = holder(choose("bfv", parties=10, value_bound=bound))
     values = np.random.default_rng(0).integers(-bound, bound + 1, length)
     terms = agreement(key.run, parties=10, bound=bound, length=length)
-    sent = sum(map(len, EncryptedClient(key, terms, PARTIES[0]).encrypt(values)))
+    sent = sum(map(len, client_of(key, terms, 0).encrypt(values)))
     assert sent / length <= 3.5
 
 
@@ -130,7 +138,7 @@ def test_upload_size_meets_the_target():
 def test_values_outside_the_agreement_are_refused_before_anything_is_sent(values):
     key = holder(choose("bfv", parties=2, value_bound=100))
     terms = agreement(key.run, parties=2, bound=100, length=10)
-    for client in (EncryptedClient(key, terms, PARTIES[0]), PlainClient(terms, PARTIES[0])):
+    for client in (client_of(key, terms, 0), PlainClient(terms, PARTIES[0])):
         with pytest.raises(ParameterError) as caught:
             client.encrypt(values)
         assert "101" not in str(caught.value)
@@ -139,13 +147,13 @@ def test_values_outside_the_agreement_are_refused_before_anything_is_sent(values
 def test_plain_and_masked_sums_refuse_what_does_not_fit():
     terms = agreement(bytes(16), parties=3, bound=10, length=5, fewest=2)
     server = WordAccumulator(terms, "plain")
-    server.add(PlainClient(terms, PARTIES[0]).encrypt(np.full(5, 10)))
+    server.add(PlainClient(terms, PARTIES[0]).encrypt(np.full(5, 10)), sender=PARTIES[0])
     client = PlainClient(terms, PARTIES[0])
     for parties in ([], PARTIES[:1], [PARTIES[0]] * 2, PARTIES[:4], [b"short", PARTIES[0]]):
         with pytest.raises(ProtocolError):
             client.decrypt_sum(server.sum_chunks(), parties)
     with pytest.raises(ProtocolError):  # the same party twice
-        server.add(PlainClient(terms, PARTIES[0]).encrypt(np.full(5, 10)))
+        server.add(PlainClient(terms, PARTIES[0]).encrypt(np.full(5, 10)), sender=PARTIES[0])
 
 
 def test_masks_that_do_not_cancel_are_refused():
@@ -153,7 +161,7 @@ def test_masks_that_do_not_cancel_are_refused():
     mask = pairwise_masks(0, 2, 5, 0)
     client = MaskingClient(terms, PARTIES[0], mask=mask, open_sum=lambda words, parties: words)
     server = WordAccumulator(terms, "masking")
-    server.add(client.encrypt(np.zeros(5, dtype=np.int64)))
+    server.add(client.encrypt(np.zeros(5, dtype=np.int64)), sender=PARTIES[0])
     with pytest.raises(ProtocolError):
         client.decrypt_sum(server.sum_chunks(), server.parties)
 
@@ -161,13 +169,12 @@ def test_masks_that_do_not_cancel_are_refused():
 def test_the_server_refuses_one_party_too_many():
     key = holder(choose("bfv", parties=2, value_bound=100))
     terms = agreement(key.run, parties=2, bound=100, length=10)
-    server = Accumulator(key.public_bundle(), terms)
-    uploads = [
-        list(EncryptedClient(key, terms, party).encrypt(np.zeros(10, dtype=np.int64)))
-        for party in PARTIES[:3]
-    ]
-    server.add(uploads[0])
-    server.add(uploads[1])
+    server, zeros = server_of(key, terms), np.zeros(10, dtype=np.int64)
+    server.add(client_of(key, terms, 0).encrypt(zeros), sender=PARTIES[0])
+    server.add(client_of(key, terms, 1).encrypt(zeros), sender=PARTIES[1])
+    with pytest.raises(ParameterError, match="not in the cohort"):
+        client_of(key, terms, 2)
+    stranger = client_of(key, agreement(key.run, parties=2, bound=100, length=10, number=1), 0).encrypt(zeros)
     with pytest.raises(ProtocolError):
-        server.add(uploads[2])
+        server.add(stranger, sender=PARTIES[2])
     assert server.parties == (PARTIES[0], PARTIES[1])

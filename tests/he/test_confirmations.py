@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from defenses.errors import ProtocolError
-from defenses.he import Agreement, EncryptedClient, KeyHolder, choose
-from tests.he.common import PARTIES, agreement, holder
+from defenses.he import EncryptedClient, KeyHolder, choose
+from tests.he.common import PARTIES, agreement, client_of, holder
 
 pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
 
@@ -20,7 +21,7 @@ SUM = np.array([3, -1, 7], dtype=np.int64)
 def clients(parties: int = 5, fewest: int = 2, seed: int = 0) -> list[EncryptedClient]:
     key = run_key(parties, seed)
     terms = agreement(key.run, parties=parties, bound=100, length=3, fewest=fewest)
-    return [EncryptedClient(key, terms, party) for party in PARTIES[:parties]]
+    return [client_of(key, terms, place) for place in range(parties)]
 
 
 def run_key(parties: int, seed: int = 0) -> KeyHolder:
@@ -44,7 +45,7 @@ def test_everybody_who_opened_the_same_sum_accepts_it():
         client.check_confirmations(SUM, FIVE, messages)
         client.check_confirmations(SUM, FIVE[::-1], messages)  # parties are a set
     assert len(set(messages)) == 5
-    assert {len(message) for message in messages} == {89}
+    assert {len(message) for message in messages} == {89 + 64}
 
 
 def test_two_groups_shown_different_honest_sums_find_out():
@@ -81,8 +82,8 @@ def test_forged_foreign_and_repeated_messages_are_refused():
     in_anothers_name = good[1][:25] + FIVE[2] + good[1][57:]
     other_key = clients(seed=1)[2].confirm(SUM, FIVE)
     terms = group[0]._agreement
-    other_round = Agreement(run=terms.run, round=1, length=3, value_bound=100, parties=5, fewest=2)
-    late = EncryptedClient(group[0]._holder, other_round, FIVE[2]).confirm(SUM, FIVE)
+    other_round = replace(terms, round=1)
+    late = client_of(group[0]._holder, other_round, 2).confirm(SUM, FIVE)
     flipped = good[2][:-1] + bytes([good[2][-1] ^ 1])
     stranger = good[2][:25] + PARTIES[9] + good[2][57:]
     for bad in (

@@ -10,11 +10,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from defenses.errors import ParameterError, ProtocolError
-from defenses.he import Accumulator, EncryptedClient, KeyHolder, KeyRequest, choose
+from defenses.he import KeyHolder, KeyRequest, choose
 from defenses.he.engines import SealEngine, VectorEngine, server_engine
 from defenses.he.packing import pack
 from defenses.random_source import RandomSource
-from tests.he.common import PARTIES, added, agreement, holder, upload
+from tests.he.common import PARTIES, added, agreement, client_of, holder, server_of, upload
 
 pytest.importorskip("tenseal")
 
@@ -56,7 +56,7 @@ def test_a_wrapped_key_encrypts_and_opens_together_with_the_original(parameters)
     vectors = np.random.default_rng(0).integers(-1000, 1001, (2, 50))
     chunks = added(key, terms, [upload(key, terms, 0, vectors[0]), upload(other, terms, 1, vectors[1])])
     for each in (key, other):
-        opened = EncryptedClient(each, terms, PARTIES[0]).decrypt_sum(chunks, PARTIES[:2])
+        opened = client_of(each, terms, 0).decrypt_sum(chunks, PARTIES[:2])
         np.testing.assert_array_equal(opened, vectors.sum(0))
 
 
@@ -166,13 +166,13 @@ def test_two_encryptions_of_one_value_have_nothing_in_common():
 
 def test_a_key_fits_only_its_run():
     with pytest.raises(ParameterError, match="rotate the key"):
-        EncryptedClient(key_of(), agreement(bytes(16), parties=4, bound=1000, length=5), PARTIES[0])
+        client_of(key_of(), agreement(bytes(16), parties=4, bound=1000, length=5), 0)
 
 
 def test_secrets_are_neither_printed_nor_pickled_nor_copied():
     key, asked = key_of(), request(2)
     terms = agreement(RUN, parties=4, bound=1000, length=5)
-    secrets = [key, asked, EncryptedClient(key, terms, PARTIES[0]), key.engine()]
+    secrets = [key, asked, client_of(key, terms, 0), key.engine()]
     root = key._root
     for secret in secrets:
         assert "hidden" in repr(secret)
@@ -186,7 +186,7 @@ def test_secrets_are_neither_printed_nor_pickled_nor_copied():
 def test_a_closed_key_refuses_everything():
     key, offer = key_of(), request(2).offer
     terms = agreement(RUN, parties=4, bound=1000, length=5)
-    client = EncryptedClient(key, terms, PARTIES[0])
+    client = client_of(key, terms, 0)
     key.close()
     assert not key.usable
     assert key._root == b""
@@ -205,7 +205,7 @@ def test_nothing_is_left_in_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     key = key_of()
     terms = agreement(RUN, parties=4, bound=1000, length=5)
-    server = Accumulator(key.public_bundle(), terms)
-    server.add(upload(key, terms, 0, np.arange(5)))
-    EncryptedClient(key, terms, PARTIES[0]).decrypt_sum(server.sum_chunks(), PARTIES[:1])
+    server = server_of(key, terms)
+    server.add(upload(key, terms, 0, np.arange(5)), sender=PARTIES[0])
+    client_of(key, terms, 0).decrypt_sum(server.sum_chunks(), PARTIES[:1])
     assert list(tmp_path.iterdir()) == []

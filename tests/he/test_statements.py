@@ -26,15 +26,15 @@ usable, reason = he.available()
 assert not usable and "ffm-secure[he]" in reason, reason
 parameters = he.choose("bfv", parties=3, value_bound=100)
 assert he.lint(parameters, parties=3, value_bound=100, length=5) == []
-terms = he.Agreement(run=bytes(16), round=0, length=5, value_bound=100, parties=3, fewest=1)
-me = bytes([1]) * 32
+me = bytes([2]) * 32
+terms = he.Agreement(run=bytes(16), round=0, length=5, value_bound=100, cohort=(me,), fewest=1)
 server = he.WordAccumulator(terms, "plain")
 client = he.PlainClient(terms, me)
-server.add(client.encrypt(np.arange(5)))
+server.add(client.encrypt(np.arange(5)), sender=me)
 assert client.decrypt_sum(server.sum_chunks(), [me]).tolist() == [0, 1, 2, 3, 4]
 for action in (
     lambda: he.KeyHolder.generate(parameters, random=RandomSource.system()),
-    lambda: he.Accumulator(he.wire.encode_parameters(parameters), terms),
+    lambda: he.Accumulator(he.wire.encode_parameters(parameters), terms, roster=[me]),
 ):
     try:
         action()
