@@ -30,6 +30,8 @@ from defenses.errors import ParameterError
 SMALLEST_DELTA, LARGEST_DELTA = 1e-30, 0.5
 ACCURACY = 1e-4
 _REMEMBERED_TARGETS = 3
+# Share of delta that may have come round the window before a grid counts as outgrown; a fresh grid has half of it at most.
+_WRAPPED_SHARE = 2.5 * composition.TAIL_SHARE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +50,22 @@ class EpsilonBound:
 
 @dataclass(slots=True)
 class _Composition:
-    """A plan, the transforms multiplied so far, and how many log entries they contain."""
+    """A plan, the transforms multiplied so far with their log-moments, and how many log entries they contain."""
 
     plan: Plan
     running: tuple[Running, Running]
+    moments: tuple[Floats, Floats]
     included: int
 
     def copy(self) -> _Composition:
-        return _Composition(self.plan, (self.running[0].copy(), self.running[1].copy()), self.included)
+        running = (self.running[0].copy(), self.running[1].copy())
+        return _Composition(self.plan, running, self.moments, self.included)
+
+    def multiply(self, pair: MixturePair, count: int) -> None:
+        composition.multiply(self.running, self.plan, pair, count)
+        step = _cached_moments(pair, self.plan.cut)
+        forward, backward = self.moments
+        self.moments = (forward + count * step.forward, backward + count * step.backward)
 
 
 class Accountant:
@@ -205,9 +215,8 @@ class Accountant:
             value, excess = values[worst], curves[worst].excess
             fits = all(curve.constant <= 0.01 * delta for curve in curves) and math.isfinite(value)
             # A history that outgrew its grid wraps around: what left at one end comes back at the other, and the bound,
-            # though still valid, runs to the end of the grid. Then the grid is made anew.
-            window = known.plan.spacing * known.plan.directions[worst].size
-            fits = fits and value < 0.8 * window
+            # though still valid, drifts upwards. Then the grid is made anew.
+            fits = fits and self._wrapped_mass(known, curves, values) <= _WRAPPED_SHARE * delta
             quiet = fits and composition.noise_at(curves[worst], value) <= 3e-4
             stuck = quiet and value > best.epsilon * (1 - accuracy)
             if value < best.epsilon:
@@ -268,15 +277,27 @@ class Accountant:
         return forward, backward
 
     def _build(self, plan: Plan) -> _Composition:
-        running = composition.start(plan)
+        nothing = np.zeros(len(ORDERS))
+        result = _Composition(plan, composition.start(plan), (nothing, nothing), len(self._log))
         for pair, count in self._counts.items():
-            composition.multiply(running, plan, pair, count)
-        return _Composition(plan, running, len(self._log))
+            result.multiply(pair, count)
+        return result
 
     def _catch_up(self, known: _Composition) -> None:
         for pair, count in self._log[known.included :]:
-            composition.multiply(known.running, known.plan, pair, count)
+            known.multiply(pair, count)
         known.included = len(self._log)
+
+    def _wrapped_mass(self, known: _Composition, curves: list[Curve], values: list[float]) -> float:
+        gaussian = ORDERS * (1 + ORDERS) * self._mu_squared / 2
+        forward, backward = known.moments[0] + gaussian, known.moments[1] + gaussian
+        sides = ((forward, backward), (backward, forward))
+        return max(
+            composition.wrapped_mass(own, other, side, curve, value)
+            for (own, other), side, curve, value in zip(
+                sides, known.plan.directions, curves, values, strict=True
+            )
+        )
 
     def _curves(self, known: _Composition) -> list[Curve]:
         running = known.running

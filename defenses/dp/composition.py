@@ -201,6 +201,21 @@ def _window(
     return tilt, tail_tilt, saddle, width
 
 
+def wrapped_mass(own: Floats, other: Floats, side: Direction, curve: Curve, epsilon: float) -> float:
+    """Bound the probability that came round the window and may have raised delta near `epsilon`; from log-moments.
+
+    A history that grows beyond what its grid was made for loses its ends: what falls below the window comes back at
+    the top, what rises above it comes back in the middle. `_window` keeps both below a share of delta; this asks again.
+    """
+    width, top = curve.spacing * side.size, curve.spacing * len(curve.deltas)
+    finite = np.isfinite(own) & np.isfinite(other)
+    orders, own, other = ORDERS[finite], own[finite], other[finite]
+    below = float(np.min(other + (1 + orders) * (top - width), initial=0.0)) - side.tilt * width
+    above = own - orders * (width + 0.7 * epsilon) + side.tilt * width
+    above_mass = float(np.min(above[orders > side.tilt], initial=0.0))
+    return math.exp(min(below, 0.0)) + math.exp(min(above_mass, 0.0))
+
+
 def _smallest_order(values: Floats) -> tuple[float, float]:
     """Return the smallest order whose value is within a tenth of the least, and that value."""
     index = int(np.argmax(values <= 1.1 * values.min()))
