@@ -106,9 +106,11 @@ def notebooks(execute: bool) -> list[str]:
             work = ROOT / "build" / "notebooks" / path.stem
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-            ExecutePreprocessor(timeout=500, kernel_name="python3").preprocess(
-                book, {"metadata": {"path": str(work)}}
-            )
+            processor = ExecutePreprocessor(timeout=1500, kernel_name="python3")
+            processor.preprocess(book, {"metadata": {"path": str(work)}})
+        for cell in book.cells:  # what is written to stderr is about this machine, not about the notebook
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         body, extra = MarkdownExporter().from_notebook_node(book, {"unique_key": path.stem})
         (folder / f"{path.stem}.md").write_text(body)
         for name, content in extra.get("outputs", {}).items():
