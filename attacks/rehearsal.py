@@ -1,107 +1,200 @@
 """Rehearse an observation: the same step of the same model on invented data, undefended, with the truth known.
 
 A rehearsal is the positive control of an update whose data nobody knows: an attack that fails even here proves nothing
-by failing on the real one. Noise of the same size is the negative control.
+by failing on the real one. It repeats the setting that was observed: number, lengths and padding of records, local steps,
+optimiser, decay, dropout, the rounding of a cast and the entries a sparsifier dropped. Noise is the negative control.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attacks import nulls
 from attacks.inversion.channels import ended
 from attacks.observation import Observation
 from attacks.truth import Truth
 
 _LENGTH = 8
 _PATCH = 4  # invented pictures are drawn at a fourth of their side and smoothed
+_REPEATS = 0.2  # of the words of a text were in it before
+_MOMENTUM = 0.9
+_IGNORED = -100  # the label of a position that no loss counts
+OPTIMISERS = ("sgd", "adam", "adamw")  # and "sgd with momentum"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Name the optimiser a client is told to have; `momentum` is 0 without."""
+
+    name: str
+    momentum: float = 0.0
+
+
+def recipe(observation: Observation) -> Recipe | None:
+    """Return the optimiser behind a delta as told, None for one that is not told or not known here."""
+    stated = str(observation.known("optimiser") or "").lower()
+    words = re.findall(r"[a-z]+", stated)
+    if len(words) == 0 or words[0] not in OPTIMISERS or set(words[1:]) - {"with", "momentum"}:
+        return None
+    coefficient = observation.metadata.get("momentum")
+    momentum = _MOMENTUM if "momentum" in words else 0.0
+    return Recipe(name=words[0], momentum=momentum if coefficient is None else float(coefficient))
 
 
 def invented_batch(
-    model: nn.Module, *, count: int, length: int, seed: int
+    model: nn.Module, *, lengths: Sequence[int], seed: int, like: Truth | None = None
 ) -> tuple[dict[str, Tensor], Truth] | None:
-    """Return a batch for a Hugging Face model and the truth about it, or None where the model does not say what it takes."""
+    """Return a batch for a Hugging Face model and the truth about it, or None where the model does not say what it takes.
+
+    There are as many records as `lengths`, texts of those lengths in tokens. They are taken from `like`, texts or
+    pictures of the same kind that nobody trained on, where it holds any.
+    """
     generator = torch.Generator().manual_seed(seed)
     config: Any = getattr(model, "config", None)
-    labels = torch.randint(max(2, int(getattr(config, "num_labels", 2) or 2)), (count,), generator=generator)
     classes = int(getattr(config, "num_labels", 2) or 2)
+    labels = torch.randint(max(2, classes), (len(lengths),), generator=generator)
     side, vocabulary = getattr(config, "image_size", None), getattr(config, "vocab_size", None)
     if side:
-        channels = int(getattr(config, "num_channels", 3))
-        coarse = torch.rand(
-            count, channels, -(-int(side) // _PATCH), -(-int(side) // _PATCH), generator=generator
-        )
-        images = nn.functional.interpolate(coarse, size=(int(side), int(side)), mode="bilinear")
+        images = _pictures(config, len(lengths), int(side), generator, like)
         truth = Truth(images=images, labels=tuple(labels.tolist()), classes=classes)
         return {"pixel_values": images, "labels": labels}, truth
     if not vocabulary:
         return None
-    ids = torch.randint(min(10, vocabulary // 2), int(vocabulary), (count, length), generator=generator)
-    ids = ended(model, ids)
-    sequences = tuple(tuple(row) for row in ids.tolist())
+    texts = [_text(int(vocabulary), length, generator, like) for length in lengths]
+    texts = [ended(model, torch.tensor([text]))[0].tolist() for text in texts]
+    ids, mask = _padded(texts, int(getattr(config, "pad_token_id", None) or 0))
+    words = Truth(sequences=tuple(map(tuple, texts)), vocabulary=int(vocabulary))
     with torch.no_grad():
-        generative = model(input_ids=ids[:1], attention_mask=torch.ones_like(ids[:1])).logits.ndim == 3
+        generative = model(input_ids=ids[:1], attention_mask=mask[:1]).logits.ndim == 3
+    padded = {} if bool(mask.all()) else {"attention_mask": mask}
     if generative:
-        return {"input_ids": ids, "labels": ids}, Truth(sequences=sequences, vocabulary=int(vocabulary))
-    return {"input_ids": ids, "labels": labels}, Truth(
-        sequences=sequences, labels=tuple(labels.tolist()), classes=classes, vocabulary=int(vocabulary)
+        return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, _IGNORED), **padded}, words
+    truth = Truth(
+        sequences=words.sequences, labels=tuple(labels.tolist()), classes=classes, vocabulary=int(vocabulary)
     )
+    return {"input_ids": ids, "labels": labels, **padded}, truth
 
 
-def rehearse(observation: Observation, model: nn.Module, *, seed: int) -> tuple[Observation, Truth] | None:
+def _pictures(config: Any, count: int, side: int, generator: torch.Generator, like: Truth | None) -> Tensor:
+    channels = int(getattr(config, "num_channels", 3))
+    if like is not None and like.images is not None and like.images.shape[1:] == (channels, side, side):
+        return like.images[torch.randint(len(like.images), (count,), generator=generator)].float()
+    coarse = torch.rand(count, channels, -(-side // _PATCH), -(-side // _PATCH), generator=generator)
+    return nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+
+
+def _text(vocabulary: int, length: int, generator: torch.Generator, like: Truth | None) -> list[int]:
+    texts = [text for text in (like.sequences or () if like is not None else ()) if len(text) >= length]
+    if texts:
+        return list(texts[int(torch.randint(len(texts), (1,), generator=generator))])[:length]
+    ids = torch.randint(min(10, vocabulary // 2), vocabulary, (length,), generator=generator).tolist()
+    for place in range(1, length):
+        if float(torch.rand(1, generator=generator)) < _REPEATS:
+            ids[place] = ids[int(torch.randint(place, (1,), generator=generator))]
+    return list(ids)
+
+
+def _padded(texts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, texts))
+    ids = torch.tensor([[*text, *[padding] * (longest - len(text))] for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+    return ids, mask
+
+
+def unlike(observation: Observation, truth: Truth) -> str:
+    """Say in what a rehearsal had to guess the setting, so that it may be easier than the update; nothing where it did not."""
+    length = observation.known("lengths") or observation.known("sequence_length")
+    if observation.known("batch_size") is None or (truth.images is None and length is None):
+        return "the rehearsal's size is a guess: state batch_size, and lengths or sequence_length of texts, in knowledge"
+    if observation.content == "delta" and recipe(observation) is None:
+        return "the rehearsal's optimiser is a guess: state optimiser in knowledge"
+    return ""
+
+
+def cannot_rehearse(observation: Observation) -> str:
+    """Say why no control can stand for an observation: its optimiser is named, but not known here."""
+    stated = observation.known("optimiser")
+    if observation.content == "gradient" or stated is None or recipe(observation) is not None:
+        return ""
+    return f"no control: the optimiser {str(stated)!r} cannot be rehearsed, only {', '.join(OPTIMISERS)}"
+
+
+def rehearse(
+    observation: Observation, model: nn.Module, *, seed: int, like: Truth | None = None
+) -> tuple[Observation, Truth] | None:
     """Return what would have been observed, had the client trained on invented data without any defence.
 
-    Batch size, length, local steps and optimiser are those of the observation, as far as known. None when the model
-    takes no batch that can be invented, or does not train the observed tensors.
+    The setting is that of the observation, as far as known; records are taken from `like` where it is given. None when
+    the model takes no batch that can be invented, does not train the observed tensors, or the optimiser is not known here.
     """
-    client = copy.deepcopy(model).eval().requires_grad_(False)
+    if cannot_rehearse(observation):
+        return None
+    client = _broadcast(observation, model)
+    trained = {name: value for name, value in client.named_parameters() if name in observation.tensors}
+    # A difference of two state dicts also names tied weights a second time, and buffers, which no gradient moves.
+    everything, buffers = client.state_dict(keep_vars=True), {name for name, _ in client.named_buffers()}
+    again = {name for name, value in everything.items() if any(value is other for other in trained.values())}
+    if not trained or set(observation.tensors) - set(trained) - again - buffers:
+        return None
+    steps = int(observation.known("local_steps") or 1) if observation.content == "delta" else 1
+    total, truths = {name: torch.zeros_like(value) for name, value in trained.items()}, []
+    try:
+        for contributor in range(observation.contributors):
+            batches = [
+                invented_batch(client, lengths=_lengths(observation), seed=seed + 10_007 * step + 101 * contributor, like=like)
+                for step in range(steps)
+            ]  # fmt: skip
+            usable = [batch for batch in batches if batch is not None]
+            if not usable:
+                return None
+            for name, value in _trained(client, trained, [batch for batch, _ in usable], observation).items():
+                total[name] += value
+            truths += [truth for _, truth in usable]
+    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):  # a model of another make
+        return None
+    tensors = {name: _like_observed(value, observation.tensors[name]) for name, value in total.items()}
+    return _undefended(observation, tensors), _together(truths)
+
+
+def _broadcast(observation: Observation, model: nn.Module) -> nn.Module:
+    """Return a copy of the model as it was broadcast, in the mode the client is told to train in."""
+    dropout = float(observation.known("dropout") or 0.0)
+    client = copy.deepcopy(model).requires_grad_(False).train(dropout > 0)
+    for module in client.modules() if dropout else ():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
     own = dict(client.named_parameters()) | dict(client.named_buffers())
     with torch.no_grad():
         for name, value in (observation.broadcast or {}).items():
             if name in own and own[name].shape == value.shape:
                 own[name].copy_(value)
-    trained = {name: value for name, value in client.named_parameters() if name in observation.tensors}
-    # A difference of two state dicts also names tied weights a second time, and buffers, which no gradient moves.
-    kept, buffers = client.state_dict(keep_vars=True), {name for name, _ in client.named_buffers()}
-    own_again = {name for name, value in kept.items() if any(value is other for other in trained.values())}
-    if not trained or set(observation.tensors) - set(trained) - own_again - buffers:
-        return None
-    count = int(observation.known("batch_size") or 1) * observation.contributors
+    return client
+
+
+def _lengths(observation: Observation) -> tuple[int, ...]:
+    """Return the length of each record of one contributor's batch."""
+    count = int(observation.known("batch_size") or 1)
     lengths = observation.known("lengths") or (observation.known("sequence_length") or _LENGTH,)
-    steps = int(observation.known("local_steps") or 1) if observation.content == "delta" else 1
-    try:
-        drawn = [
-            invented_batch(client, count=count, length=max(lengths), seed=seed + step)
-            for step in range(steps)
-        ]
-        batches = [batch for batch in drawn if batch is not None]
-        if not batches:
-            return None
-        tensors = _trained(client, trained, [batch for batch, _ in batches], observation)
-    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):  # a model of another make
-        return None
-    truths = [truth for _, truth in batches]
+    return tuple(int(lengths[place % len(lengths)]) for place in range(count))
+
+
+def _together(truths: Sequence[Truth]) -> Truth:
     labels = tuple(label for truth in truths for label in truth.labels or ())
-    whole = Truth(
+    images = [truth.images for truth in truths if truth.images is not None]
+    return Truth(
         sequences=tuple(row for truth in truths for row in truth.sequences or ()) or None,
-        images=None
-        if truths[0].images is None
-        else torch.cat([t.images for t in truths if t.images is not None]),
+        images=torch.cat(images) if images else None,
         labels=labels or None,
         classes=truths[0].classes,
         vocabulary=truths[0].vocabulary,
     )
-    return _undefended(observation, tensors), whole
-
-
-def guessed(observation: Observation, truth: Truth) -> bool:
-    """Say whether a rehearsal had to guess how much data stands behind the update, so that it may be easier than the update."""
-    length = observation.known("lengths") or observation.known("sequence_length")
-    return observation.known("batch_size") is None or (truth.images is None and length is None)
 
 
 def _trained(
@@ -110,36 +203,52 @@ def _trained(
     batches: list[dict[str, Tensor]],
     observation: Observation,
 ) -> dict[str, Tensor]:
+    """Return the gradient of one contributor's batch or the change of its local steps; the client is as broadcast again."""
     parameters = [value.requires_grad_(True) for value in trained.values()]
     before = {name: value.detach().clone() for name, value in trained.items()}
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # dropout masks
         if observation.content == "gradient":
-            grads = torch.autograd.grad(client(**batches[0]).loss, parameters, allow_unused=True)
-            found = {
-                name: torch.zeros_like(value) if grad is None else grad
-                for (name, value), grad in zip(trained.items(), grads, strict=True)
+            slopes = torch.autograd.grad(client(**batches[0]).loss, parameters, allow_unused=True)
+            pairs = zip(trained.items(), slopes, strict=True)
+            return {
+                name: torch.zeros_like(value) if slope is None else slope.detach()
+                for (name, value), slope in pairs
             }
-        else:
-            optimiser = _optimiser(parameters, observation)
-            for batch in batches:
-                optimiser.zero_grad()
-                client(**batch).loss.backward()
-                optimiser.step()
-            found = {name: value.detach() - before[name] for name, value in trained.items()}
-    return {name: value.detach() * observation.contributors for name, value in found.items()}
+        optimiser = _optimiser(parameters, observation)
+        for batch in batches:
+            optimiser.zero_grad()
+            client(**batch).loss.backward()
+            optimiser.step()
+    change = {name: value.detach() - before[name] for name, value in trained.items()}
+    with torch.no_grad():
+        for name, value in trained.items():
+            value.copy_(before[name])
+            value.grad = None
+    return change
 
 
 def _optimiser(parameters: list[Tensor], observation: Observation) -> torch.optim.Optimizer:
-    kind = str(observation.known("optimiser") or "sgd").lower()
-    rate, decay = (
-        float(observation.known("learning_rate") or 0.01),
-        float(observation.known("weight_decay") or 0.0),
-    )
-    if kind == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
-    if kind == "adam":
-        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+    chosen = recipe(observation) or Recipe(name="sgd")
+    rate = float(observation.known("learning_rate") or 0.01)
+    decay = float(observation.known("weight_decay") or 0.0)
+    if chosen.name == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=chosen.momentum)
+    kind = torch.optim.Adam if chosen.name == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=rate, weight_decay=decay)
+
+
+def _like_observed(rehearsed: Tensor, observed: Tensor) -> Tensor:
+    """Return a rehearsed tensor as sparse within its rows and as coarse as the observed one."""
+    rows, moving = nulls.inside_rows(observed), nulls.inside_rows(rehearsed)
+    if rows.numel() and moving.numel():
+        share, own = float((rows != 0).double().mean()), float((moving != 0).double().mean())
+        if share < own - 0.01:
+            # Small entries go first: that is what a sparsifier does.
+            count = max(1, int(share * moving.numel()))
+            edge = moving.abs().flatten().kthvalue(moving.numel() - count + 1).values
+            rehearsed = torch.where(rehearsed.abs() >= edge, rehearsed, torch.zeros_like(rehearsed))
+    return rehearsed.to(nulls.coarseness(observed)).to(observed.dtype)
 
 
 def _undefended(observation: Observation, tensors: Mapping[str, Tensor]) -> Observation:
@@ -158,14 +267,3 @@ def _undefended(observation: Observation, tensors: Mapping[str, Tensor]) -> Obse
         broadcast=observation.broadcast,
         knowledge=type(observation.knowledge)(**granted),
     )
-
-
-def noise_only(observation: Observation, *, seed: int) -> Observation:
-    """Return the observation with every tensor replaced by noise of the same length: nobody's data."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, tensor in observation.tensors.items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        size = float(tensor.double().norm()) / max(float(noise.double().norm()), 1e-30)
-        tensors[name] = (noise * size).to(tensor.dtype)
-    return observation.replace_tensors(tensors)

@@ -9,17 +9,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from scipy.stats import binom, mannwhitneyu
+from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from attacks import metrics
+from attacks import luck, metrics
 from attacks.contract import Reconstruction
 from attacks.truth import Truth
 
 SHOWN = 4  # texts or images kept beside the truth
 ADVANTAGE = 0.3  # share of the way from guessing to perfect that counts as a success
-LUCK = 0.05  # how likely guessing may do as well, for a success to be a leak
+LUCK = 0.05  # how likely guessing may do as well, for a success to be more than luck when it is the only question
+EXACT_PICTURE = 60.0  # PSNR in dB from which a picture is read exactly
+_BATCHES = 99  # of texts that were not used, for guessing to be held against
 _Z99 = 2.576
+Floats = NDArray[np.float64]
 # What counts as clearly better than guessing, by measure.
 _ENOUGH: dict[str, Callable[[float, float], bool]] = {
     "membership AUC": lambda value, guessing: value >= 0.65,
@@ -44,7 +48,10 @@ class Score:
     """State how well an attack did by its own kind of measure; `succeeded` means clearly better than guessing.
 
     `luck` is the chance that guessing does as well: one label of two is guessed half the time, however good the score.
-    `draws` is how many draws of records and noise the mean is over.
+    `draws` is how many draws of records and noise the mean is over, `values` what they scored; below five there is no interval.
+    `noise` is the mean of the same attack on noise in the shape of the update, None where it was not run on any.
+    `calibrated` is how right an attack that is this sure usually is, where the value is its own confidence.
+    `exact` says that everything there is to read by this measure was read, in every draw.
     """
 
     measure: str
@@ -55,6 +62,10 @@ class Score:
     succeeded: bool
     luck: float = 0.0
     draws: int = 1
+    values: tuple[float, ...] = ()
+    noise: float | None = None
+    calibrated: float | None = None
+    exact: bool = False
     pairs: tuple[tuple[str, str], ...] = ()
     pictures: tuple[Pictured, ...] = ()
 
@@ -79,8 +90,8 @@ def score(found: Reconstruction, truth: Truth) -> Score | None:
 def pooled(scores: Sequence[Score]) -> Score:
     """Return the mean of an attack's scores on several draws of records and noise, with its 99 % interval.
 
-    Guarantee: it succeeds only where the mean would pass as a single score and the whole interval lies above guessing, so
-    that one lucky draw is no leak. One score stays as it is.
+    Guarantee: it succeeds where a majority of the draws does, so that one lucky draw is no leak and one bad draw outvotes
+    no exact ones; its luck is that of a majority of draws or of all of them. One score stays as it is.
     Raises: ValueError for no score, or scores of different measures.
     """
     measures = {one.measure for one in scores}
@@ -88,20 +99,20 @@ def pooled(scores: Sequence[Score]) -> Score:
         raise ValueError(f"{len(scores)} scores of {len(measures)} measures, must be some of one")
     if len(scores) == 1:
         return scores[0]
-    interval = metrics.bootstrap_interval([one.value for one in scores], confidence=0.99)
-    baseline = sum(one.baseline for one in scores) / len(scores)
-    enough = _ENOUGH[scores[0].measure](interval.value, baseline)
+    values, bounded = tuple(one.value for one in scores), scores[0].measure != "PSNR dB"
+    enough = [one.succeeded and _ENOUGH[one.measure](one.value, one.baseline) for one in scores]
+    spread = luck.interval(values, bounded=bounded)
     return replace(
-        scores[0],
-        value=interval.value,
-        baseline=baseline,
-        low=interval.low,
-        high=interval.high,
+        max(scores, key=lambda one: one.value),
+        value=spread.mean,
+        baseline=sum(one.baseline for one in scores) / len(scores),
+        low=spread.low,
+        high=spread.high,
         draws=len(scores),
-        succeeded=enough and interval.low > baseline,
-        luck=float(
-            binom.sf(sum(one.succeeded for one in scores) - 1, len(scores), max(one.luck for one in scores))
-        ),
+        values=values,
+        succeeded=2 * sum(enough) > len(scores),
+        luck=luck.majority([one.luck if clear else 1.0 for one, clear in zip(scores, enough, strict=True)]),
+        exact=all(one.exact for one in scores),
     )
 
 
@@ -133,32 +144,87 @@ def auc_deviation(area: float, members: int, others: int) -> float:
 def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
     if not truth.sequences:
         return None
-    everywhere = (
-        set.intersection(*(set(sequence) for sequence in truth.sequences))
-        if len(truth.sequences) > 1
-        else set()
-    )
+    everywhere = _everywhere(truth)
     true = set().union(*truth.sequences) - everywhere
-    guessed: set[int] = set()
-    seen = False
+    read = read_tokens(found)
+    if read is None or not true:
+        return None
+    guessed = read - everywhere
+    result = metrics.token_set_score(guessed, true)
+    baseline = _guessed_tokens(true, truth, everywhere)
+    return Score(
+        measure="token F1",
+        value=result.f1,
+        baseline=baseline,
+        succeeded=_ENOUGH["token F1"](result.f1, baseline),
+        luck=_luck_of_tokens(guessed, true, truth, everywhere),
+        exact=_sentences_read(found, truth.sequences),
+        pairs=_beside(truth.sequences[:SHOWN], found, guessed),
+    )
+
+
+def _everywhere(truth: Truth) -> set[int]:
+    """Return the tokens that stand in every text there is, such as marks of its start and end: naming them reads nothing."""
+    texts = [set(text) for text in (*(truth.sequences or ()), *truth.others)]
+    return set.intersection(*texts) if len(texts) > 1 else set()
+
+
+def read_tokens(found: Reconstruction) -> set[int] | None:
+    """Return every token that a reconstruction names in whatever form, None where it names none in any."""
     readers: dict[str, Callable[[Tensor], Sequence[int]]] = {
         "token_set": lambda value: value.tolist(),
         "sequence": lambda value: [token for token in value.tolist() if token >= 0],
         "token_counts": lambda value: (value > 0.5).nonzero().flatten().tolist(),
         "placed_tokens": lambda value: value.reshape(-1, value.shape[-1])[:, -1].tolist(),
     }
-    for item in found.items:
-        if item.kind in readers:
-            seen = True
-            guessed |= set(readers[item.kind](item.value))
-    if not seen or not true:
-        return None
-    guessed -= everywhere
-    result = metrics.token_set_score(guessed, true)
-    pairs = _beside(truth.sequences[:SHOWN], found, guessed)
-    baseline = _guessed_tokens(true, truth, everywhere)
-    enough = _ENOUGH["token F1"](result.f1, baseline)
-    return Score(measure="token F1", value=result.f1, baseline=baseline, succeeded=enough, pairs=pairs)
+    named = [set(readers[item.kind](item.value)) for item in found.items if item.kind in readers]
+    return set().union(*named) if named else None
+
+
+def _sentences_read(found: Reconstruction, sequences: Sequence[Sequence[int]]) -> bool:
+    texts = {tuple(value.tolist()) for value in found.of("sequence")}
+    return all(tuple(sequence) in texts for sequence in sequences)
+
+
+def _luck_of_tokens(guessed: set[int], true: set[int], truth: Truth, everywhere: set[int]) -> float:
+    """Return how often other texts of the same kind would hold as many of the named tokens as the true ones do.
+
+    Tokens fall into texts independently, as often as into `others`; where too many whole batches of `others` do as well,
+    the words of a text hang together too much for that, and the luck is the rank among the batches.
+    """
+    if not guessed:
+        return 1.0
+    chances = _chances(sorted(guessed), truth, everywhere)
+    alone = luck.at_least(len(guessed & true), chances)
+    count, others = len(truth.sequences or ()), [set(text) - everywhere for text in truth.others]
+    if len(others) <= count:
+        return alone
+    order = np.random.default_rng(0)
+    batches = [order.permutation(len(others))[:count] for _ in range(_BATCHES)]
+    texts = [set().union(*(others[int(place)] for place in batch)) for batch in batches]
+    nulls = [metrics.token_set_score(guessed, text).f1 for text in texts]
+    ordinal = luck.rank(metrics.token_set_score(guessed, true).f1, nulls)
+    return max(alone, ordinal) if ordinal > LUCK else alone
+
+
+def _chances(named: Sequence[int], truth: Truth, everywhere: set[int]) -> Floats:
+    """Return for each named token the chance that a batch as large as the true one holds it.
+
+    Tokens that no other text holds share what new texts bring that is new. Source: Good, 1953, the singletons' share.
+    """
+    texts = truth.sequences or ()
+    largest = max(max(map(max, filter(None, texts)), default=0), *named, 0) + 1
+    vocabulary = max(truth.vocabulary or 0, largest)
+    distinct = sum(len(set(text) - everywhere) for text in texts) / len(texts)
+    if not truth.others:
+        share = min(1.0, distinct / max(1, vocabulary - len(everywhere)))
+        return np.full(len(named), 1 - (1 - share) ** len(texts))
+    held = Counter(token for text in truth.others for token in set(text) - everywhere)
+    total = len(truth.others)
+    once = max(1, sum(count == 1 for count in held.values()))
+    fresh = min(0.5 / (total + 1), once / (total * max(1, vocabulary - len(held))))
+    shares = np.array([(held[token] + 0.5) / (total + 1) if token in held else fresh for token in named])
+    return 1 - (1 - shares) ** len(texts)
 
 
 def _guessed_tokens(true: set[int], truth: Truth, everywhere: set[int]) -> float:
@@ -193,17 +259,30 @@ def _labels(found: Reconstruction, truth: Truth) -> Score | None:
     if not counts or truth.labels is None:
         return None
     classes = truth.classes or max(len(counts[0]), max(truth.labels) + 1)
-    true = [float(Counter(truth.labels)[label]) for label in range(classes)]
-    guessed = [float(value) for value in counts[0].tolist()] + [0.0] * (classes - len(counts[0]))
-    uniform = [len(truth.labels) / classes] * classes
-    value, baseline = metrics.count_accuracy(guessed[:classes], true), metrics.count_accuracy(uniform, true)
+    true = [Counter(truth.labels)[label] for label in range(classes)]
+    guessed = ([float(value) for value in counts[0].tolist()] + [0.0] * classes)[:classes]
+    total = sum(guessed)
+    if total > 0:  # counts of another total say how the labels are shared out, not how many there are
+        guessed = [value * len(truth.labels) / total for value in guessed]
+    shares = _shares(truth, classes)
+    usual = [len(truth.labels) * share for share in shares]
+    value, baseline = metrics.count_accuracy(guessed, true), metrics.count_accuracy(usual, true)
     return Score(
         measure="label count accuracy",
-        luck=1.0 / classes if len(truth.labels) == 1 else 0.0,
+        luck=luck.labels_luck(guessed, true, shares),
         value=value,
         baseline=baseline,
         succeeded=_ENOUGH["label count accuracy"](value, baseline),
+        exact=value >= 1 - 1e-9,
     )
+
+
+def _shares(truth: Truth, classes: int) -> list[float]:
+    """Return how often each class is guessed: as often as among records that were not used, else evenly."""
+    if not truth.other_labels:
+        return [1 / classes] * classes
+    others = Counter(truth.other_labels)
+    return [(others[label] + 1 / classes) / (len(truth.other_labels) + 1) for label in range(classes)]
 
 
 def _counts(labels: Tensor) -> Tensor:
@@ -225,11 +304,14 @@ def _images(found: Reconstruction, truth: Truth) -> Score | None:
     mean = true.mean(dim=0) if len(true) > 1 else true[0].mean(dim=(1, 2), keepdim=True).expand_as(true[0])
     baseline = max(metrics.psnr(mean, target, peak=peak) for target in true)
     matched = sorted(metrics.match_one_to_one(table), key=lambda place: -table[place])[:SHOWN]
+    succeeded = _ENOUGH["PSNR dB"](best, baseline)
     return Score(
         measure="PSNR dB",
         value=best,
         baseline=baseline,
-        succeeded=_ENOUGH["PSNR dB"](best, baseline),
+        succeeded=succeeded,
+        luck=0.0 if succeeded else 1.0,
+        exact=bool((table.max(axis=0) >= EXACT_PICTURE).all()),
         pictures=tuple(
             Pictured(
                 truth=true[j],

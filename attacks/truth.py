@@ -19,7 +19,8 @@ class Truth:
 
     `sequences` are token ids without padding, `images` is (n, channels, height, width), `facts` are token spans that
     name personal facts as (sequence index, start, stop), `members` says for each audited candidate whether it was
-    used. What guessing goes by: `vocabulary`, the number of token ids, and `others`, texts of the same kind that were not used.
+    used. What guessing goes by: `vocabulary`, the number of token ids, and `others` and `other_labels`, texts of the same kind
+    that were not used and their labels.
     """
 
     sequences: tuple[tuple[int, ...], ...] | None = None
@@ -31,6 +32,7 @@ class Truth:
     members: tuple[bool, ...] | None = None
     vocabulary: int | None = None
     others: tuple[tuple[int, ...], ...] = ()
+    other_labels: tuple[int, ...] = ()
     properties: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

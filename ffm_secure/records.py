@@ -139,6 +139,9 @@ class AuditFinding:
     high: float | None = None
     baseline: float | None = None  # the same measure for guessing from the prior
     control: float | None = None  # the same attack with the defence off
+    luck: float | None = (
+        None  # how likely guessing or noise does as well, corrected for all questions of the audit
+    )
     seconds: float = 0.0
     knowledge: tuple[str, ...] = ()
     reason: str = ""
@@ -173,6 +176,7 @@ class AuditSummary:
     epsilon_lower: float | None  # statistical lower bound, None when no canary audit ran
     epsilon_lower_method: str = ""
     sentence: str = ""  # one line a manager understands
+    questions: int = 0  # which luck was corrected for
     curves: tuple[LeakCurve, ...] = ()
 
 

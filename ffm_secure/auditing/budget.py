@@ -28,9 +28,10 @@ SECONDS = {
     "standard": (45.0, 1_400.0),
     "exhaustive": (3_600.0, float("inf")),
 }  # an attack, all
+NULL_SECONDS = {"quick": 1.0, "standard": 20.0, "exhaustive": 600.0}  # of one attack on noise, at one place
 # Draws of records and noise, for attacks cheap enough that luck need not decide their verdict. Of a single record's label
 # there are few outcomes, so it takes more of them.
-DRAWS, DRAWS_OF_ONE = 4, 8
+DRAWS, DRAWS_OF_ONE = 6, 12
 CHEAP = 0.5  # CPU seconds
 DRAWING = 1 / 12  # of the seconds of all attacks may go into drawing, for several records and for one each
 
@@ -72,14 +73,14 @@ class AuditBudget:
         return f"not tried: the attacks before it used up the {SECONDS[self.name][1]:.0f} CPU seconds of this audit"
 
 
-def not_tried(observer: Observer, attack: Attack, point: Point, purse: AuditBudget) -> AuditFinding:
-    """Say that nothing is known of an attack that the budget had no room for."""
+def not_run(observer: Observer, attack: str, point: Point, reason: str) -> AuditFinding:
+    """Say that nothing is known of an attack that was not run, and why."""
     return AuditFinding(
         observer=observer,
-        attack=attack.name,
+        attack=attack,
         point=point,
         verdict="inconclusive",
         measure="not run",
         score=None,
-        reason=purse.refusal(attack),
+        reason=reason,
     )

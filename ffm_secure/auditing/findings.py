@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
+from attacks import nulls
 from attacks.contract import Attack
+from attacks.judge import (
+    LEVEL,
+    UNCRAFTED,
+    Judgement,
+    Question,
+    Result,
+    against_noise,
+    decide,
+    dominated,
+    noise_values,
+    null_runs,
+    tried,
+)
 from attacks.registry import ATTACKS
-from attacks.scoring import pooled
-from attacks.verdict import Judgement, Result, judge, tried
+from attacks.scoring import Score, pooled
+from attacks.truth import Truth
 from ffm_secure.auditing import replayed as client_replay
 from ffm_secure.auditing.budget import (
     CHEAP,
@@ -19,9 +33,10 @@ from ffm_secure.auditing.budget import (
     DRAWS_OF_ONE,
     HEAVY,
     LATE,
+    NULL_SECONDS,
     SHOWN_PICTURES,
     AuditBudget,
-    not_tried,
+    not_run,
 )
 from ffm_secure.auditing.png import side_by_side
 from ffm_secure.auditing.step import ObservationPoint, ReplayedStep
@@ -33,6 +48,8 @@ from ffm_secure.records import (
     Point,
     RecoveredPair,
 )
+
+SEARCHED = ("token F1", "PSNR dB")  # what searches look for
 
 Ran = dict[tuple[str, int, str], Result]  # by attack, records, and point or what crossed the wire
 
@@ -52,6 +69,7 @@ def finding_of(
         high=judged.high,
         baseline=judged.baseline,
         control=judged.control,
+        luck=judged.luck,
         seconds=seen[0].seconds,
         knowledge=seen[0].knowledge_used,
         reason=judged.reason,
@@ -61,6 +79,18 @@ def finding_of(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One question of an audit: an attack at one point of a step's way, for the observers who see that point."""
+
+    attack: Attack
+    point: Point
+    observers: tuple[Observer, ...]
+    stage: ReplayedStep
+    question: Question | None
+    refused: str = ""  # why the attack was not run
+
+
 def run_attacks(
     stages: list[ReplayedStep],
     observers: tuple[Observer, ...],
@@ -68,28 +98,95 @@ def run_attacks(
     purse: AuditBudget,
     decode: Decode,
     ran: Ran,
-) -> Iterator[AuditFinding]:
-    wanted = [name for name in ATTACKS if {"all", name} & set(config.audit.attacks)]
-    for name in sorted(wanted, key=lambda name: name in LATE):
-        attack = ATTACKS[name]()  # all its observers together, so that its control is run once
-        stage = _stage_for(attack, stages, purse, ran)
-        control = repeated(attack, stage, "raw", purse, ran)
-        for observer in observers:
-            point = client_replay.seen_by(observer, config, stage.points)
-            proven = control is not None and control[1] is not None and control[1].proven
-            # Where the control failed nothing would be proven, so the attack is not run a second time.
-            seen = repeated(attack, stage, point, purse, ran, like=control) if proven else control
-            if seen is None or control is None:
-                yield not_tried(observer, attack, point, purse)
-                continue
-            judged = judge(seen, control)
-            shown = (
-                seen[1].pictures if seen[1] is not None and judged.verdict in ("leaked", "not leaked") else ()
+) -> tuple[tuple[AuditFinding, ...], int]:
+    """Return the findings of all attacks, judged together, and the number of questions luck was corrected for."""
+    names = [name for name in ATTACKS if {"all", name} & set(config.audit.attacks)]
+    attacks = [ATTACKS[name]() for name in names]
+    asked: list[Asked] = []
+    # Closed forms come first, so that a search for what they have read exactly is skipped.
+    for attack in sorted(attacks, key=lambda one: (one.family in HEAVY, one.name in LATE)):
+        asked += _ask(attack, stages, observers, config, purse, ran, asked)
+    put = [one for one in asked if one.question is not None]
+    judgements = decide([one.question for one in put if one.question is not None])
+    verdicts = dict(zip(map(id, put), judgements, strict=True))
+    findings = [
+        finding for one in asked for finding in _findings_of(one, verdicts.get(id(one)), purse, decode, ran)
+    ]
+    return tuple(findings), max((one.questions for one in judgements), default=0)
+
+
+def _ask(
+    attack: Attack,
+    stages: list[ReplayedStep],
+    observers: tuple[Observer, ...],
+    config: RunConfig,
+    purse: AuditBudget,
+    ran: Ran,
+    before: Sequence[Asked],
+) -> Iterator[Asked]:
+    """Run an attack at every point an observer sees, all of them together, so that its control is run once."""
+    several = stages[1:] if attack.family in HEAVY else stages[:1]
+    places: dict[Point, list[Observer]] = {}
+    for observer in observers:
+        places.setdefault(client_replay.seen_by(observer, config, several[0].points), []).append(observer)
+    better = {point: _dominator(attack, point, before) for point in places}
+    if all(better.values()):
+        for point, who in places.items():
+            reason = purse.refusal(attack) if purse.budget(attack) is None else dominated(better[point])
+            yield Asked(
+                attack=attack,
+                point=point,
+                observers=tuple(who),
+                stage=several[0],
+                question=None,
+                refused=reason,
             )
-            pictures = side_by_side(shown[:SHOWN_PICTURES], stage.prior.image_mean, stage.prior.image_std)
-            found = finding_of(observer, point, seen, judged, decode)
-            found = replace(found, granted=_granted_words(stage), pictures=pictures)
-            yield _beside_the_wire(found, attack, stage, purse, ran)
+        return
+    stage = _stage_for(attack, stages, purse, ran)
+    control = repeated(attack, stage, "raw", purse, ran)
+    for point, who in places.items():
+        proven = control is not None and control[1] is not None and control[1].proven
+        # Where the control failed nothing would be proven, so the attack is not run a second time.
+        seen = repeated(attack, stage, point, purse, ran, like=control, noise=True) if proven else control
+        question = None
+        if seen is not None and control is not None:
+            never = UNCRAFTED if attack.family == "active" else ""
+            question = Question(seen=seen, control=control, never=never)
+        yield Asked(
+            attack=attack,
+            point=point,
+            observers=tuple(who),
+            stage=stage,
+            question=question,
+            refused="" if question is not None else purse.refusal(attack),
+        )
+
+
+def _dominator(attack: Attack, point: Point, before: Sequence[Asked]) -> str:
+    """Return an attack that has read exactly, at the same point, all that a search would look for."""
+    if attack.family not in HEAVY:
+        return ""
+    for one in before:
+        scored = None if one.question is None else one.question.seen[1]
+        if one.point == point and scored is not None and scored.exact and scored.measure in SEARCHED:
+            return one.attack.name
+    return ""
+
+
+def _findings_of(
+    asked: Asked, judged: Judgement | None, purse: AuditBudget, decode: Decode, ran: Ran
+) -> Iterator[AuditFinding]:
+    for observer in asked.observers:
+        if asked.question is None or judged is None:
+            yield not_run(observer, asked.attack.name, asked.point, asked.refused)
+            continue
+        scored = asked.question.seen[1]
+        shown = scored.pictures if scored is not None and judged.verdict in ("leaked", "not leaked") else ()
+        prior = asked.stage.prior
+        pictures = side_by_side(shown[:SHOWN_PICTURES], prior.image_mean, prior.image_std)
+        finding = finding_of(observer, asked.point, asked.question.seen, judged, decode)
+        finding = replace(finding, granted=_granted_words(asked.stage), pictures=pictures)
+        yield _beside_the_wire(finding, asked.attack, asked.stage, purse, ran)
 
 
 def _stage_for(attack: Attack, stages: Sequence[ReplayedStep], purse: AuditBudget, ran: Ran) -> ReplayedStep:
@@ -120,26 +217,55 @@ def repeated(
     ran: Ran,
     *,
     like: Result | None = None,
+    noise: bool = False,
 ) -> Result | None:
     """Run an attack on every draw of a stage where that is cheap; its score is then their mean.
 
-    A draw on which nothing is found counts as guessing, as far as the score `like` this one says what that is.
+    A draw on which nothing is found counts as guessing, as far as the score `like` this one says what that is. With `noise`
+    a score better than guessing also has to beat the same attack on noise in the shape of the update.
     """
     first = run_once(attack, stage, stage.at(point), purse, ran)
     known = first[1] if first is not None and first[1] is not None else None if like is None else like[1]
-    if first is None or known is None or first[0].seconds > CHEAP:
+    if first is None or known is None:
         return first
-    guess = replace(known, value=known.baseline, succeeded=False, pairs=(), pictures=())
-    scores = [first[1] or guess]
-    for number in range(1, DRAWS_OF_ONE if stage.records == 1 else DRAWS):
+    guess = replace(
+        known, value=known.baseline, succeeded=False, luck=1.0, exact=False, pairs=(), pictures=()
+    )
+    draws = [(first[1] or guess, stage.at(point).truth)]
+    cheap = first[0].seconds <= CHEAP
+    for number in range(1, (DRAWS_OF_ONE if stage.records == 1 else DRAWS) if cheap else 1):
         other = purse.draw(stage, number, point)
         place = f"{point}, draw {number}"
         done = None if other is None else run_once(attack, other, other.at(point), purse, ran, key=place)
-        if done is None:
+        if other is None or done is None:
             break
-        scores.append(done[1] or guess)
-    found = any(one is not guess for one in scores)
-    return (first[0], pooled(scores)) if found else first
+        draws.append((done[1] or guess, other.at(point).truth))
+    scores = [scored for scored, _ in draws]
+    if all(one is guess for one in scores):
+        return first
+    if noise and pooled(scores).luck <= LEVEL:
+        scores = _against_noise(attack, stage, point, purse, draws, first[0].seconds)
+    return first[0], pooled(scores)
+
+
+def _against_noise(
+    attack: Attack,
+    stage: ReplayedStep,
+    point: Point,
+    purse: AuditBudget,
+    draws: Sequence[tuple[Score, Truth]],
+    seconds: float,
+) -> list[Score]:
+    """Hold each draw's score against what the same attack makes of noise, whose readings all draws share."""
+    shape = nulls.study(stage.at(point).observation)
+    readings = []
+    for number in range(null_runs(seconds, NULL_SECONDS[purse.name])):
+        budget = purse.budget(attack)
+        if budget is None:
+            break
+        silent = shape.draw(number, "moved")
+        readings.append(tried(attack, silent, stage.model, stage.prior, budget, None)[0])
+    return [against_noise(scored, noise_values(readings, scored, truth)) for scored, truth in draws]
 
 
 def _granted_words(stage: ReplayedStep) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
     stages = [with_draws(prepared, vector, records) for records in (CANDIDATES, 1)]
     observers = cast("tuple[Observer, ...]", config.audit.observers or ("server", "public"))
     decode, ran = decoder(prepared.backbone.tokenizer), Ran()
-    findings = tuple(run_attacks(stages, observers, config, AuditBudget(name=budget), decode, ran))
+    findings, questions = run_attacks(stages, observers, config, AuditBudget(name=budget), decode, ran)
     bounds = bounds_over_rounds(prepared)
     bound = bounds[max(bounds)] if bounds else None
     audit = AuditSummary(
@@ -58,6 +58,7 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
         epsilon_lower=None if bound is None else bound.epsilon,
         epsilon_lower_method="" if bound is None else measured_how(bound, summary),
         sentence=sentence(findings),
+        questions=questions,
         curves=(
             *place_on_curves(leak_curves(stages[0], ran, budget), stages[0], prepared),
             *curve_over_rounds(bounds),

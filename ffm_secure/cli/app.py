@@ -81,6 +81,12 @@ def audit(
         Path | None,
         typer.Option(help="What its client trained on (safetensors), to score what attacks find."),
     ] = None,
+    unused: Annotated[
+        Path | None,
+        typer.Option(
+            help="Records of the same kind that nobody trained on (safetensors): what guessing goes by."
+        ),
+    ] = None,
     budget: Annotated[str, typer.Option(help="quick, standard or exhaustive.")] = "quick",
     fail_on_leak: Annotated[bool, typer.Option(help="Exit with 6 if anything leaked.")] = False,
     json: Json = False,
@@ -88,7 +94,7 @@ def audit(
 ) -> None:
     """Attack what each observer of a finished run saw."""
     commands = _commands()
-    seen = commands.Seen(observation=observation, model=model, adapter=adapter, truth=truth)
+    seen = commands.Seen(observation=observation, model=model, adapter=adapter, truth=truth, unused=unused)
     commands.audit(folder, seen, budget=budget, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
 
 

@@ -72,12 +72,13 @@ def experiment(file: Path, *, out: Path, quick: bool, jobs: int, json: bool, qui
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """A stored observation, the model folder it belongs to, and a file of what its client trained on."""
+    """A stored observation, the model folder it belongs to, and files of what its client trained on and of unused records."""
 
     observation: Path | None
     model: Path | None = None
     adapter: Path | None = None
     truth: Path | None = None
+    unused: Path | None = None
 
 
 def audit(
@@ -89,10 +90,9 @@ def audit(
 
     if (folder is None) == (seen.observation is None):
         raise ConfigError("audit", ["give a run directory or --observation FOLDER, exactly one of them"])
-    if folder is not None and (seen.model or seen.adapter or seen.truth):
-        raise ConfigError(
-            "audit", ["--model, --adapter and --truth belong to --observation; a run knows its own"]
-        )
+    if folder is not None and (seen.model or seen.adapter or seen.truth or seen.unused):
+        belong = "--model, --adapter, --truth and --unused belong to --observation; a run knows its own"
+        raise ConfigError("audit", [belong])
     if seen.adapter is not None and seen.model is None:
         raise ConfigError("audit", ["--adapter needs --model, the model it adapts"])
     if budget not in ("quick", "standard", "exhaustive"):
@@ -105,7 +105,12 @@ def audit(
         else:
             assert seen.observation is not None
             found = audit_observation(
-                seen.observation, model=seen.model, adapter=seen.adapter, truth=seen.truth, budget=budget
+                seen.observation,
+                model=seen.model,
+                adapter=seen.adapter,
+                truth=seen.truth,
+                unused=seen.unused,
+                budget=budget,
             )
     assert found is not None
     say(found, _audit_lines(found), json=json, quiet=quiet)

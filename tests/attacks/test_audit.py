@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 import ffm_secure as ffm
 from attacks import Budget, Knowledge, Observation, Prior
 from attacks.registry import ATTACKS, build
-from attacks.rehearsal import noise_only, rehearse
+from attacks.nulls import study
+from attacks.rehearsal import rehearse
 from ffm_secure.auditing import replayed as client_replay
 from ffm_secure.auditing.budget import DRAWS, DRAWS_OF_ONE, HEAVY, SECONDS, AuditBudget
 from ffm_secure.auditing.findings import Ran, repeated
@@ -124,7 +125,7 @@ def test_a_rehearsal_is_the_same_step_on_other_data_and_noise_is_of_the_same_len
         assert truth.sequences is not None
         found = build("token_presence").run(other, model, Prior(), Budget.quick(), 0)
         assert set(found.of("token_set")[0].tolist()) == {token for row in truth.sequences for token in row}
-        quiet = noise_only(seen, seed=0)
+        quiet = study(seen).draw(0)
         for name, tensor in seen.tensors.items():
             assert float(quiet.tensors[name].norm()) == pytest.approx(
                 float(tensor.norm()), rel=1e-3, abs=1e-9

@@ -53,7 +53,7 @@ def seen_of(model) -> Observation:
 def test_invented_texts_close_with_the_end_token_and_hold_it_nowhere_else(make) -> None:
     model = make()
     for seed in range(20):
-        invented, truth = invented_batch(model, count=4, length=8, seed=seed)
+        invented, truth = invented_batch(model, lengths=(8,) * 4, seed=seed)
         ids = invented["input_ids"]
         assert ids[:, -1].tolist() == [END] * 4
         assert not bool((ids[:, :-1] == END).any())
