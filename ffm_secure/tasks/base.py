@@ -68,7 +68,9 @@ class Task:
                 f"task.max_length = {max_length}: must be from 2 to the {limit} positions of {backbone.source}"
             )
         self.max_length = max_length
-        self.length = max_length if fixed_length else None
+        # Below float32 the width of a batch shows in every sample's rounding, so a long text would move the others.
+        narrow = any(parameter.dtype == torch.bfloat16 for parameter in backbone.model.parameters())
+        self.length = max_length if fixed_length or narrow else None
 
     def encode(self, examples: Columns) -> Encoded:
         """Turn examples into compact arrays, once."""

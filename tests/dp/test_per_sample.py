@@ -159,11 +159,33 @@ def test_clipped_sum_of_full_fine_tuning_equals_the_definition(name: str, kind: 
         found = engine.clipped_sum(lambda: subject.losses([0, 1, 2, 3]), clip=clip)
     whole = sum(float(value.norm()) ** 2 for value in expected.values()) ** 0.5
     for key, value in expected.items():
-        assert found.gradients[key].dtype == torch.float32
+        assert found.gradients[key].dtype == torch.float64
         assert not found.gradients[key].requires_grad, f"{key} drags the graph of the forward pass along"
         assert float((found.gradients[key] - value).norm()) <= 1e-5 * whole, key
     assert found.batch_size == BATCH
     assert found.within == (int((norms <= clip.clip_norm).sum()) if kind == "adaptive" else 0)
+
+
+@pytest.mark.parametrize("microbatch", [1, 64])
+def test_one_sample_of_thousands_moves_the_sum_by_its_bound(microbatch: int) -> None:
+    """In float32 one of 4,096 samples moved the sum by 1.25 bounds (one by one) or 1.004 (64 at once).
+
+    It lifts the sum over a power of two, from where on every later addition is rounded up by half a unit.
+    """
+    model = nn.Linear(256, 1, bias=False)
+    lifting = torch.full((2052, 256), 0.0624)
+    following = torch.full((2044, 256), 0.51 * 2.0**-16 / microbatch)
+
+    def total(samples: Tensor) -> Tensor:
+        with PerSampleEngine(model) as engine:
+            result = engine.empty(Clipping(clip_norm=1.0))
+            for part in samples.split(microbatch):
+                losses = lambda part=part: model(part).squeeze(1)
+                result = result + engine.clipped_sum(losses, clip=Clipping(clip_norm=1.0))
+        return result.gradients["weight"].double()
+
+    whole, without = (total(torch.cat([part, following])) for part in (lifting, lifting[1:]))
+    assert float((whole - without).norm()) <= 1.0
 
 
 def test_micro_batches_add_up_to_the_whole_batch() -> None:

@@ -62,7 +62,8 @@ def table(kind: str) -> Table:
 def prepare(
     name: str, kind: str, *, text: Sequence[str] = ("text",), **options: Any
 ) -> tuple[Task, Any, Encoded]:
-    backbone = load_backbone(f"builtin:{name}", kind=kind, labels=3, base=Path(), seed=5)
+    dtype = options.pop("dtype", "float32")
+    backbone = load_backbone(f"builtin:{name}", kind=kind, labels=3, base=Path(), seed=5, dtype=dtype)
     pictures = kind == "image_classification"
     columns = SimpleNamespace(
         text_columns=() if pictures else tuple(text),
@@ -274,6 +275,18 @@ def test_texts_are_cut_padded_and_kept_compact() -> None:
     padded = fixed.batch(same, [1], device="cpu")
     assert padded["input_ids"].shape == (1, 8)
     assert padded["attention_mask"].sum() == encoded.lengths()[1]
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-llama"])
+def test_below_float32_the_length_of_one_text_does_not_round_another(name: str) -> None:
+    """Padded to the longest of the batch, a sample's loss in bfloat16 moved with the length of its company."""
+    task, model, encoded = prepare(name, "text_classification", max_length=24, dtype="bfloat16")
+    batches = [task.batch(encoded, rows, device="cpu") for rows in ([1], [1, 0])]
+    assert {batch["input_ids"].shape[1] for batch in batches} == {24}
+    shortest = int(np.argmin(encoded.lengths()))
+    longest = int(np.argmax(encoded.lengths()))
+    company = [losses(task, model, encoded, [shortest, other])[0] for other in (shortest, longest)]
+    assert company[0] == company[1]
 
 
 def test_pairs_of_texts_carry_segments() -> None:
