@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from attacks.contract import Budget, Prior, Reconstruction
+from attacks.facts import printable
 from attacks.fitting import fit
 from attacks.observation import ObservationError, load_observation
 from attacks.registry import ATTACKS, TAXONOMY, build
@@ -74,7 +75,7 @@ def _run(name: str, chosen: argparse.Namespace, parser: argparse.ArgumentParser)
         candidates = None if chosen.candidates is None else load_file(str(chosen.candidates))
         truth = None if chosen.truth is None else load_truth(chosen.truth)
     except (ObservationError, SafetensorError, OSError, ValueError) as error:
-        parser.exit(2, f"attacks: {error}\n")
+        parser.exit(2, f"attacks: {printable(str(error))}\n")
     prior = Prior(candidates=candidates)
     budget = Budget.named(chosen.budget)
     found = build(name).run(fitted.observation, model, prior, budget, chosen.seed)
@@ -84,7 +85,7 @@ def _run(name: str, chosen: argparse.Namespace, parser: argparse.ArgumentParser)
         try:
             _write(result, chosen.out, numbers, chosen.model)
         except OSError as error:
-            parser.exit(2, f"attacks: {error}\n")
+            parser.exit(2, f"attacks: {printable(str(error))}\n")
     print(json.dumps(numbers, indent=None if chosen.json else 2))
     return 0
 

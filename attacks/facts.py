@@ -96,6 +96,16 @@ def show(value: object) -> str:
         return f"a huge {type(value).__name__}"
 
 
+def printable(text: str) -> str:
+    """Return a text with every character that a terminal would obey written out; line ends stay."""
+    return "".join(
+        character
+        if character.isprintable() or character == "\n"
+        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for character in text
+    )
+
+
 def plain(value: Any) -> Any:
     """Turn NumPy's numbers into plain ones and a list into a tuple; anything else stays what it is."""
     if isinstance(value, list | tuple):

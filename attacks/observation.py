@@ -206,13 +206,15 @@ def save_observation(observation: Observation, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh, mark = not folder.exists(), f"{secrets.token_hex(6)}.new"
     stage = folder.with_name(f".{folder.name}.{mark}") if fresh else folder / f".observation.{mark}"
-    stage.mkdir()
+    stage.mkdir(mode=0o700)
     try:
         for name, tensors in parts.items():
             description["sha256"][name] = _write_tensors(stage / name, tensors)
         (stage / _DESCRIPTION).write_text(_as_json(description), encoding="utf-8")
-        for path in (*stage.iterdir(), stage):
+        for path in stage.iterdir():
+            path.chmod(0o600)
             _sync(path)
+        _sync(stage)
         if fresh:
             os.rename(stage, folder)
         else:
@@ -270,7 +272,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 def _exchange(stage: Path, folder: Path) -> None:
     """Put the files of the stage in the place of those in the folder, all of them or none."""
     kept = stage.with_suffix(".old")
-    kept.mkdir()
+    kept.mkdir(mode=0o700)
     old = [name for name in _FILES if os.path.lexists(folder / name)]
     try:
         for (

@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,8 @@ class LedgerFile:
         self.key_path = path.with_name(path.name + ".key")
         if not create and not path.exists():
             raise ParameterError(f"path = {str(path)!r}: there is no ledger here")
+        if create:
+            _create_private(path)
         self._connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             self._prepare()
@@ -286,6 +288,12 @@ class LedgerFile:
             raise TamperedError from None
 
 
+def _create_private(path: Path) -> None:
+    """Create an empty file that only its owner may read; SQLite gives its journals the same rights, and names what fails."""
+    with suppress(OSError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
 def _is_damage(error: BaseException) -> bool:
     """A damaged file, as opposed to a busy or full one."""
     return type(error) is sqlite3.DatabaseError or (
@@ -317,7 +325,8 @@ def _check_row(row: Row, sequence: int, previous: bytes) -> None:
 def _write_durably(path: Path, text: str) -> None:
     """Replace a small file atomically, on disk before this returns."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as stream:
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ffm_secure.cli import calculator
+from ffm_secure.cli.printable import printable
 from ffm_secure.errors import FfmError
 
 app = typer.Typer(
@@ -154,13 +157,29 @@ def sigma_command(
 
 def main() -> None:
     """Run the command line; every expected failure is one clear message and a meaningful exit code."""
+    rights = os.umask(0o077)  # whatever a library writes for us, its owner alone may read it
     try:
         app()
     except FfmError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(printable(f"error: {error}"), err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        typer.echo(_unexpected(error), err=True)
+        sys.exit(1)
+    finally:
+        os.umask(rights)
+
+
+def _unexpected(error: Exception) -> str:
+    """Say where an unforeseen error arose; its message and the values around it may be private and are not shown."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"  {Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]
+    advice = "its message may hold private data and is not shown; `python -X dev -m ffm_secure ...` shows it"
+    return printable("\n".join([f"error: unexpected {type(error).__name__}; {advice}", *places]))

@@ -6,14 +6,26 @@ import json as json_module
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from defenses.errors import BudgetExceeded, DefenseError, ParameterError, TamperedError
 from ffm_secure import record_codec
+from ffm_secure.cli.printable import printable
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, StoreError
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
+
+class SafeConsole(Console):
+    """Print every text, in a line or in a table's cell, with what a terminal would obey written out."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn a text into what is printed."""
+        return super().render_str(printable(text), **options)
+
+
+console = SafeConsole(highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ffm_secure.cli.console import SafeConsole
 from ffm_secure.config.compatibility import describe_bytes
 from ffm_secure.records import RoundPlan, RoundRecord
 
@@ -40,7 +40,7 @@ class Bars:
 
     def __init__(self, *, rounds: int, budget: float, quiet: bool, done: int = 0) -> None:
         self.rounds, self.budget, self.quiet = rounds, budget, quiet
-        console = Console(
+        console = SafeConsole(
             file=sys.stderr if not sys.stdout.isatty() else sys.stdout, highlight=False, soft_wrap=True
         )
         self.console = console

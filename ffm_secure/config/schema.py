@@ -24,8 +24,16 @@ class Problems(list[str]):
 
     def add(self, name: str, value: object, advice: str) -> None:
         """Note one problem."""
-        shown = repr(value)
-        self.append(f"{name} = {shown if len(shown) <= 80 else shown[:77] + '...'}: {advice}")
+        self.append(f"{name} = {show(value)}: {advice}")
+
+
+def show(value: object) -> str:
+    """Return a value as a message shows it, at most 80 characters long."""
+    try:
+        words = repr(value)
+    except ValueError:  # Python writes no whole number of more digits than it reads
+        return "a number of thousands of digits"
+    return words if len(words) <= 80 else f"{words[:77]}..."
 
 
 def option(
@@ -70,7 +78,7 @@ def parse_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror or error}"]) from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise ConfigError(str(path), [f"is not TOML: {str(error)[:200]}"]) from None
 
 
@@ -83,8 +91,11 @@ def set_value(table: dict[str, Any], override: str, problems: Problems) -> None:
         return
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except tomllib.TOMLDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:
+        problems.add("--set", override, f"cannot be read: {str(error)[:200]}")
+        return
     here: Any = table
     for key in keys[:-1]:
         here = here.setdefault(key, {})

@@ -24,7 +24,8 @@ from ffm_secure.experiments.grid_report import Row
 from ffm_secure.privacy.accounts import holds_other_rows
 from ffm_secure.records import RunSummary
 from ffm_secure.report import document as report
-from ffm_secure.storage.run_directory import Store, changed_rows, write_atomic
+from ffm_secure.storage.durable import create_folder, write_atomic
+from ffm_secure.storage.run_directory import Store, changed_rows
 
 __all__ = ["finished", "load", "row_of", "run"]
 
@@ -46,7 +47,7 @@ def run(
         raise ConfigError("experiment", [f"--jobs = {jobs}: must be at least 1"])
     experiment, cells = load(path, quick=quick)
     folder = out / experiment.name
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    create_folder(folder / "runs")
     base = path.resolve().parent
 
     def made(number: int) -> Run:

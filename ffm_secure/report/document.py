@@ -9,7 +9,7 @@ from ffm_secure import record_codec
 from ffm_secure.errors import RecordError, StoreError
 from ffm_secure.records import RunSummary
 from ffm_secure.report.page import render_html
-from ffm_secure.storage.durable import write_atomic
+from ffm_secure.storage.durable import create_folder, write_atomic
 
 __all__ = ["from_json", "render_html", "render_json", "write"]
 
@@ -46,7 +46,7 @@ def write(summary: RunSummary, folder: Path) -> tuple[Path, Path]:
 
     Guarantee: a reader, or a crash at any moment, sees the old file or the new one, never a part of one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    create_folder(folder)
     page, data = folder / "report.html", folder / "report.json"
     contents = {data: render_json(summary), page: render_html(summary)}
     for path, text in contents.items():

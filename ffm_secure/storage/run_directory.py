@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -21,8 +21,12 @@ from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import ConfigError, RecordError, StoreError
 from ffm_secure.records import RoundRecord
 from ffm_secure.storage.durable import (
+    PRIVATE_FILE,
     append_synced,
+    create_folder,
+    remove,
     replace_folder,
+    require_own_folder,
     write_atomic,
     write_synced,
 )
@@ -40,7 +44,7 @@ class Store:
     Guarantee: killed at any moment, `resume` returns the last finished round and exactly the records up to it.
     """
 
-    def __init__(self, folder: Path, lock: IO[str] | None) -> None:
+    def __init__(self, folder: Path, lock: int | None) -> None:
         self.folder, self._lock = folder, lock
 
     @classmethod
@@ -51,17 +55,11 @@ class Store:
           StoreError: the directory holds another run, is in use, or cannot be written.
         """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / ".lock", "w")  # noqa: SIM115  held for the life of the store
+            create_folder(folder)
+            _require_safe(folder)
+            lock = _lock(folder)
         except OSError as error:
             raise StoreError(f"{folder}: cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise StoreError(
-                f"{folder}: another process is running this run; wait for it or stop it"
-            ) from None
         store = cls(folder, lock)
         try:
             store._claim(config)
@@ -80,7 +78,7 @@ class Store:
     def close(self) -> None:
         """Release the directory."""
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
     def __enter__(self) -> Store:
@@ -100,7 +98,7 @@ class Store:
                 f"{self.folder}: holds a run with other settings ({changed}); choose another name or folder"
             )
         for name in ("checkpoints", "observations"):
-            (self.folder / name).mkdir(exist_ok=True)
+            create_folder(self.folder / name)
         write_atomic(path, run_file.dump(config).encode())
 
     def config(self) -> RunConfig:
@@ -143,7 +141,7 @@ class Store:
             write_synced(folder / "state.safetensors", content)
             write_synced(folder / "record.json", line)
 
-        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        create_folder(self.folder / "checkpoints")
         replace_folder(self.folder / "checkpoints" / f"round-{record.round:06d}", fill)
         append_synced(self.folder / "rounds.jsonl", line)
         self._forget_old(keep=2)
@@ -199,7 +197,31 @@ class Store:
     def _forget_old(self, *, keep: int) -> None:
         names = sorted((self.folder / "checkpoints").glob("round-*"))
         for old in names[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
+
+
+def _require_safe(folder: Path) -> None:
+    """Refuse a run directory, or a folder in it, in which others could have planted something."""
+    require_own_folder(folder)
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            require_own_folder(entry)
+
+
+def _lock(folder: Path) -> int:
+    """Take the lock of a run directory; what stands under its name is neither followed nor changed.
+
+    Raises:
+      StoreError: another process holds it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(folder / ".lock", flags, PRIVATE_FILE)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StoreError(f"{folder}: another process is running this run; wait for it or stop it") from None
+    return descriptor
 
 
 def changed_rows(stored: str, found: str) -> str:

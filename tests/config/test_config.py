@@ -183,3 +183,29 @@ def test_the_page_is_made_from_the_schema() -> None:
     assert (ROOT / "docs" / "run_file.md").read_text() == space["page"](), (
         "run: python docs/make_run_file_page.py"
     )
+
+
+HUGE = {"decimal": "9" * 6000, "hexadecimal": "0x" + "f" * 6000}
+NUMBERS = ["seed", "federation.rounds", "privacy.epsilon", "task.clients"]
+
+
+@pytest.mark.parametrize("digits", HUGE.values(), ids=HUGE)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_of_thousands_of_digits_is_a_clear_error(name: str, digits: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    sound = dump_toml(table())
+    path.write_text(sound)
+    with pytest.raises(
+        ConfigError, match=r"number of thousands of digits|cannot be read: Exceeds the limit"
+    ) as caught:
+        config.load(path, (f"{name}={digits}",))
+    assert len(str(caught.value)) < 600
+    section, _, key = name.rpartition(".")
+    line = re.compile(rf"^{key} = .*$", re.MULTILINE)
+    start = sound.index(f"[{section}]") if section else 0
+    path.write_text(sound[:start] + line.sub(f"{key} = {digits}", sound[start:], count=1))
+    with pytest.raises(
+        ConfigError, match=r"number of thousands of digits|is not TOML: Exceeds the limit"
+    ) as caught:
+        config.load(path)
+    assert len(str(caught.value)) < 600

@@ -19,7 +19,10 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "abb556a"
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(FIXTURES, tmp_path / "runs"))
+    copied = Path(shutil.copytree(FIXTURES, tmp_path / "runs"))
+    for folder in (path for path in copied.rglob("*") if path.is_dir()):
+        folder.chmod(0o755)  # whatever rights a checkout gave them
+    return copied
 
 
 def test_an_older_run_that_was_stopped_goes_on(runs: Path) -> None:
