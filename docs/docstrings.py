@@ -43,7 +43,14 @@ def as_markdown(text: str) -> str:
 class Promises(griffe.Extension):
     """Give every docstring of the reference the form that `as_markdown` returns."""
 
-    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Rewrite one docstring once, where it was read."""
-        if obj.docstring is not None:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Rewrite every docstring of a package, once all of it was read."""
+        waiting: list[griffe.Object] = [pkg]
+        while waiting:
+            place = waiting.pop()
+            if place.docstring is not None:
+                place.docstring.value = as_markdown(place.docstring.value)
+            members = place.members.values()
+            waiting += [
+                member for member in members if isinstance(member, griffe.Object)
+            ]  # an alias is read elsewhere

@@ -173,12 +173,13 @@ def svg(graph: Graph) -> str:
             f'<text x="{left + width / 2:.1f}" y="{top + 22}" fill="#ffffff" text-anchor="middle">'
             f"{html.escape(room)}</text>"
         )
-    for position, (colour, words) in enumerate(SIDES.values()):
-        left = MARGIN + position * 186
+    left = float(MARGIN)
+    for colour, words in SIDES.values():
         parts.append(
-            f'<rect x="{left}" y="{height - 26}" width="14" height="14" fill="{colour}"/>'
-            f'<text x="{left + 20}" y="{height - 14}" fill="#241f31">{words}</text>'
+            f'<rect x="{left:.0f}" y="{height - 26}" width="14" height="14" fill="{colour}"/>'
+            f'<text x="{left + 20:.0f}" y="{height - 14}" fill="#241f31">{words}</text>'
         )
+        left += 34 + 6.0 * len(words)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -78,7 +78,7 @@ def test_every_page_has_one_place_in_the_navigation(monkeypatch: pytest.MonkeyPa
 
 def test_promises_and_examples_of_a_docstring_keep_their_form(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = ModuleType("griffe")
-    stand_in.__dict__.update(Extension=object, Object=SimpleNamespace)
+    stand_in.__dict__.update(Extension=object, Object=SimpleNamespace, Module=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "griffe", stand_in)
     as_markdown = script("docstrings", monkeypatch).as_markdown
     text = "Count.\n\nGuarantee: never\nless than 0.\nSource: counting.\n\n>>> count([1])\n1\n\nTwo kinds:\n- one\n- two"
