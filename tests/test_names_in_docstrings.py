@@ -16,7 +16,9 @@ PACKAGES = ("ffm_secure", "defenses", "attacks")
 QUOTED = re.compile(r"`+([^`\n]+)`+")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 PATH = re.compile(r"[\w.-]+(/[\w.-]+)*/?[\w-]+\.(py|md|toml|json|txt|ipynb)")
-ELSEWHERE = frozenset({"PeftModel", "from_pretrained"})  # names of other packages that no line of ours spells
+ELSEWHERE = frozenset({  # names of other packages and formats that no line of ours spells
+    "PeftModel", "from_pretrained", "NaN", "Infinity",
+})  # fmt: skip
 
 
 def documented(tree: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
