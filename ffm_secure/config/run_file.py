@@ -49,6 +49,25 @@ class Task:
     split: Split = option(Split())
     text_column: str = option("")
     label_column: str = option("")
+    image_column: str = option("", help="column of pictures, or of their file names")
+    encoding: str = option(
+        "",
+        choices=("", "utf-8", "cp1252", "iso-8859-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32"),
+        help="of text files; empty: UTF-8, or what a byte order mark says",
+    )
+    class_names: tuple[str, ...] = option(
+        (), help="the classes in order, declared public; empty: numbers, or names that public rows carry"
+    )
+    clean: tuple[str, ...] = option(
+        (),
+        choices=("blank_rows", "repeated_rows", "label_spelling"),
+        help="leave out blank rows or repeats; match labels to class_names whatever their case and outer blanks",
+    )
+    loss_on: str = option(
+        "answer",
+        choices=("answer", "all"),
+        help="what a causal model learns of a prompt with its answer, or of a chat",
+    )
     max_length: int = option(64, minimum=4, maximum=8192, help="tokens kept of a text")
     nominal_examples: int = option(0, minimum=0, help="public size of one client's data; 0: rows / clients")
     evaluation_examples: int = option(1000, minimum=1, help="public validation rows used after each round")
@@ -352,6 +371,12 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
             "protection.threshold",
             protection.threshold,
             f"must be at most federation.cohort = {federation.cohort}, or no round could ever be opened",
+        )
+    if "label_spelling" in task.clean and not task.class_names:
+        problems.add(
+            "task.clean",
+            task.clean,
+            "'label_spelling' matches labels to task.class_names; declare them",
         )
     if config.model.trainable.ranks and federation.strategy.kind != "flora":
         problems.add(

@@ -6,42 +6,33 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ffm_secure.data.files import Table, arrow_table, read_source
+from ffm_secure.data import chat
+from ffm_secure.data.cleaning import kept_rows
+from ffm_secure.data.columns import (
+    ANSWERED,
+    Choices,
+    Kind,
+    check_text,
+    image_column_name,
+    label_column as choose_label_column,
+    require_columns,
+    text_columns,
+)
+from ffm_secure.data.files import arrow_table, read_source
 from ffm_secure.data.images import LazyImages, image_column
+from ffm_secure.data.labels import NameSource, encode_labels, is_text
+from ffm_secure.data.memory import Memory
+from ffm_secure.data.table import Table, listed
 from ffm_secure.errors import DataError
 
-Kind = Literal["text_classification", "causal_lm", "masked_lm", "image_classification"]
 Indices = NDArray[np.int64]
-
-MAX_LABELS = 65_536  # above it the label column is more likely an identifier
-
-TEXT_PAIRS = (
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("text_a", "text_b"),
-    ("question", "sentence"),
-)
-TEXT_NAMES = ("text", "sentence", "note", "content", "document", "review", "question")
-CORPUS_GROUPS = (
-    ("text",),
-    ("instruction", "input", "output"),
-    ("question", "answer"),
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("sentence",),
-    ("note",),
-    ("content",),
-    ("document",),
-)
-LABEL_NAMES = ("label", "labels", "target", "class")
-IMAGE_NAMES = ("image", "images", "img", "pixels")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,9 +60,7 @@ class Examples:
     def column(self, name: str) -> Any:
         """Give one column, or list those there are."""
         if name not in self.columns:
-            raise DataError(
-                f"{self.origin}: no column {name!r}; there are {', '.join(map(repr, self.columns))}"
-            )
+            raise DataError(f"{self.origin}: no column {name!r}; there are {listed(self.columns)}")
         return self.columns[name]
 
     @property
@@ -119,21 +108,18 @@ class Dataset:
     natural_columns: tuple[str, ...]  # columns a natural split may use, for instance hospital or speaker
     license_note: str
     held_out: int = 0  # validation rows that were taken from the training part because the source has none
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Choices:
-    """What the caller fixed about the columns; empty means: guess by the rules of `docs/data.md`."""
-
-    kind: Kind
-    text: tuple[str, ...]
-    label: str
-    image: str
-    image_size: int | None
+    names_from: NameSource = "stored"  # who named the classes
+    answered: tuple[
+        str, ...
+    ] = ()  # columns joined to the text, of which the last is the answer a model learns to give
+    is_chat: bool = (
+        False  # the text column holds packed chats, which the model's own template turns into text
+    )
+    notes: tuple[str, ...] = ()  # what reading and cleaning decided, for the person who plans the run
 
 
 def load(
-    source: str,
+    source: str | Memory,
     *,
     kind: Kind,
     base: Path,
@@ -141,15 +127,20 @@ def load(
     text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
     image_column: str | None = None,
+    owner_column: str = "",
     image_size: int | None = None,
     validation_fraction: float = 0.1,
+    encoding: str = "",
+    class_names: Sequence[str] = (),
+    clean: Sequence[str] = (),
 ) -> Dataset:
     """Load a data set for one kind of task.
 
     `source` is `builtin:<name>` (with options as in `builtin:clinic_notes?hospitals=4`), a file or folder (relative
-    paths count from `base`), or the name of a Hugging Face dataset (`owner/name`, or `owner/name:configuration`). A
-    source without a validation part gives up `validation_fraction` of its rows, chosen by `seed`. Several text columns
-    are given as a list or "first, second".
+    paths count from `base`), the name of a Hugging Face dataset (`owner/name`, or `owner/name:configuration`), or rows
+    in memory. A source without a validation part gives up `validation_fraction` of its rows, chosen by `seed`. Several
+    text columns are given as a list or "first, second". `encoding` is that of text files, `class_names` declares the
+    classes in order, and `clean` says what is done about messy rows (`cleaning.CLEANERS`).
 
     Raises:
       DataError: the source cannot be found or read, a column is missing or malformed, or a value is out of bounds.
@@ -159,27 +150,70 @@ def load(
     if not 0.0 < validation_fraction < 1.0:
         raise DataError(f"validation_fraction = {validation_fraction}: must lie between 0 and 1")
     names = [text_column] if isinstance(text_column, str) else list(text_column or ())
-    choices = _Choices(
+    choices = Choices(
         kind=kind,
         text=tuple(n for n in names if n),
         label=label_column or "",
         image=image_column or "",
+        owner=owner_column,
         image_size=image_size,
+        class_names=tuple(class_names),
+        clean=tuple(clean),
     )
-    train: Table
-    validation: Table | None
-    if source.startswith("builtin:"):
-        train, validation, license_note = _load_builtin(source.removeprefix("builtin:"))
-    else:
-        train, validation, license_note = _load_outside(source, base)
+    train, validation, license_note = _load_source(source, base, encoding)
+    train = _cleaned(train, choices)
     missing = validation is None
     if validation is None:
         train, validation = _hold_out(train, validation_fraction, seed)
-    loaded = _dataset(source, train, validation, choices=choices, license_note=license_note)
+    else:
+        validation = _cleaned(validation, choices)
+    name = source if isinstance(source, str) else source.name
+    loaded = _dataset(name, train, validation, choices=choices, license_note=license_note)
     return replace(loaded, held_out=len(loaded.validation) if missing else 0)
 
 
-def _load_outside(source: str, base: Path) -> tuple[Table, Table | None, str]:
+def load_task(task: Any, *, base: Path, seed: int) -> Dataset:
+    """Load the data set that the table `[task]` of a run file describes.
+
+    Raises:
+      DataError: as `load`.
+    """
+    loaded = load(
+        task.data,
+        kind=task.kind,
+        base=base,
+        seed=seed,
+        text_column=task.text_column,
+        label_column=task.label_column,
+        image_column=task.image_column,
+        owner_column=task.split.column if task.split.kind == "natural" else "",
+        encoding=task.encoding,
+        class_names=task.class_names,
+        clean=task.clean,
+    )
+    return replace(loaded, answers_only=task.loss_on == "answer")
+
+
+def _load_source(source: str | Memory, base: Path, encoding: str) -> tuple[Table, Table | None, str]:
+    if isinstance(source, Memory):
+        return source.train, source.validation, "not stated"
+    if source.startswith("builtin:"):
+        return _load_builtin(source.removeprefix("builtin:"))
+    return _load_outside(source, base, encoding)
+
+
+def _cleaned(table: Table, choices: Choices) -> Table:
+    """Leave out the rows that the run file wants left out, before anything is dealt or held out."""
+    if not set(choices.clean) & {"blank_rows", "repeated_rows"}:
+        return table
+    label = choose_label_column(table, choices)
+    text = () if image_column_name(table, choices) else text_columns(table, choices)
+    require_columns(table, (*text, *filter(None, (label, choices.owner))))
+    rows, notes = kept_rows(table, choices, text=text, label=label)
+    return replace(_rows(table, rows), notes=(*table.notes, *(f"{table.origin}: {note}" for note in notes)))
+
+
+def _load_outside(source: str, base: Path, encoding: str) -> tuple[Table, Table | None, str]:
     path = base / Path(source).expanduser()
     try:
         exists = path.exists()
@@ -190,7 +224,7 @@ def _load_outside(source: str, base: Path) -> tuple[Table, Table | None, str]:
             raise DataError(f"data = {source!r}: there is no {path}; give a file, a folder or builtin:<name>")
         return *_load_hub(source, path), "as stated on the data set's page"
     try:
-        return *read_source(path), _license_note(path)
+        return *read_source(path, encoding), _license_note(path)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror or error}); check that it is yours to read"
@@ -292,185 +326,96 @@ def _rows(table: Table, chosen: Indices) -> Table:
     return replace(table, columns=columns, numbers=[numbers[row] for row in chosen])
 
 
-def _dataset(
-    source: str, train: Table, validation: Table, *, choices: _Choices, license_note: str
-) -> Dataset:
-    """Give the columns their meaning and check every value that will be used.
-
-    A language model reads one text: several columns are joined, line by line, into a new one such as `question+answer`.
-    """
-    label = _label_column(train, choices)
-    image = _image_column(train, choices)
-    text = () if image else _text_columns(train, choices)
-    for table in (train, validation):
-        _require_columns(table, (*text, *filter(None, (label, image))))
-        _check_text(table, text)
-    used = {*text, label, image}
-    parts: list[dict[str, Any]] = [dict(table.columns) for table in (train, validation)]
-    names: tuple[str, ...] | None = None
+def _dataset(source: str, train: Table, validation: Table, *, choices: Choices, license_note: str) -> Dataset:
+    """Give the columns their meaning and check every value that will be used."""
+    tables = (train, validation)
+    label, image = choose_label_column(train, choices), image_column_name(train, choices)
+    text = () if image else text_columns(train, choices)
+    for table in tables:
+        require_columns(table, (*text, *filter(None, (label, image))))
+    parts: list[dict[str, Any]] = [dict(table.columns) for table in tables]
+    labels = None
     if label:
-        labels, names = _encode_labels((train, validation), label)
-        for part, values in zip(parts, labels, strict=True):
+        loose = "label_spelling" in choices.clean
+        labels = encode_labels(tables, label, declared=choices.class_names, loose=loose)
+        for part, values in zip(parts, labels.parts, strict=True):
             part[label] = values
     if image:
-        for part, table in zip(parts, (train, validation), strict=True):
-            part[image] = image_column(table.columns[image], place=table.place, image_size=choices.image_size)
-    if choices.kind.endswith("_lm") and len(text) > 1:
-        joined = "+".join(text)
-        for part in parts:
-            part[joined] = [
-                "\n".join(filter(None, texts)) for texts in zip(*(part[name] for name in text), strict=True)
-            ]
-        text = (joined,)
-        used.add(joined)
+        for part, table in zip(parts, tables, strict=True):
+            part[image] = image_column(
+                table.columns[image], place=table.place, image_size=choices.image_size, folder=table.folder
+            )
+    used = {*text, label, image}
+    read = _joined_text(tables, parts, text, choices) if text else _Text()
     examples = [
-        Examples(columns=part, label_column=label, text_columns=text, origin=f"{source} ({which})")
+        Examples(columns=part, label_column=label, text_columns=read.columns, origin=f"{source} ({which})")
         for part, which in zip(parts, ("train", "validation"), strict=True)
     ]
     return Dataset(
         name=source,
         train=examples[0],
         validation=examples[1],
-        label_names=names,
-        text_columns=text,
+        label_names=labels.names if labels else None,
+        text_columns=read.columns,
         label_column=label,
         image_column=image,
-        natural_columns=train.owners or _natural_columns(examples[0], used),
+        natural_columns=train.owners or _natural_columns(examples[0], used | set(read.columns)),
         license_note=license_note,
+        names_from=labels.source if labels else "stored",
+        answered=read.answered,
+        is_chat=read.is_chat,
+        notes=tuple(dict.fromkeys((*train.notes, *validation.notes))),
     )
 
 
-def _require_columns(table: Table, names: Sequence[str]) -> None:
-    for name in names:
-        if name not in table.columns:
-            raise DataError(
-                f"{table.origin}: no column {name!r}; there are {', '.join(map(repr, table.columns))}"
-            )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Text:
+    """Which columns a task reads as text, and what they are."""
+
+    columns: tuple[str, ...] = ()
+    answered: tuple[str, ...] = ()
+    is_chat: bool = False
 
 
-def _label_column(table: Table, choices: _Choices) -> str | None:
-    if not choices.kind.endswith("classification"):
-        return None
-    if choices.label:
-        return choices.label
-    found = next((name for name in LABEL_NAMES if name in table.columns), None)
-    if found is None:
-        raise DataError(
-            f"{table.origin}: no label column among {', '.join(map(repr, table.columns))}; "
-            "set label_column to one of them"
-        )
-    return found
+def _joined_text(
+    tables: Sequence[Table], parts: Sequence[dict[str, Any]], text: tuple[str, ...], choices: Choices
+) -> _Text:
+    """Check the text, and make one of it for a language model: chats packed, several columns joined line by line.
+
+    The joined column is a new one such as `question+answer`.
+    """
+    language_model = choices.kind.endswith("_lm")
+    if language_model and all(_holds_chats(table, text) for table in tables):
+        return _packed_chats(tables, parts, text, choices)
+    for table in tables:
+        check_text(table, text)
+    if not language_model or len(text) == 1:
+        return _Text(columns=text)
+    joined = "+".join(text)
+    for part in parts:
+        rows = zip(*(part[name] for name in text), strict=True)
+        part[joined] = ["\n".join(filter(None, texts)) for texts in rows]
+    plain = tuple(name.casefold() for name in text)
+    answered = text if choices.kind == "causal_lm" and plain in ANSWERED else ()
+    return _Text(columns=(joined,), answered=answered)
 
 
-def _image_column(table: Table, choices: _Choices) -> str | None:
-    if choices.kind != "image_classification":
-        return None
-    if choices.image:
-        return choices.image
-    found = next((name for name in IMAGE_NAMES if name in table.columns), None)
-    if found is None:
-        raise DataError(
-            f"{table.origin}: no picture column among {', '.join(map(repr, table.columns))}; "
-            "set image_column to one of them"
-        )
-    return found
+def _holds_chats(table: Table, text: Sequence[str]) -> bool:
+    return all(len(table) > 0 and chat.is_chat(table.columns[name][0]) for name in text)
 
 
-def _text_columns(table: Table, choices: _Choices) -> tuple[str, ...]:
-    if choices.text:
-        single = choices.text[0]
-        if len(choices.text) == 1 and single not in table.columns and "," in single:
-            return tuple(part.strip() for part in single.split(","))
-        return choices.text
-    singles = tuple((name,) for name in TEXT_NAMES)
-    candidates = (
-        (*TEXT_PAIRS, *singles)
-        if choices.kind == "text_classification"
-        else (*CORPUS_GROUPS, *TEXT_PAIRS, *singles)
-    )
-    for names in candidates:
-        if all(name in table.columns for name in names):
-            return names
-    raise DataError(
-        f"{table.origin}: no text column among {', '.join(map(repr, table.columns))}; set text_column to one of them"
-    )
-
-
-def _check_text(table: Table, names: Sequence[str]) -> None:
-    for name in names:
-        values = table.columns[name]
-        for row, value in enumerate(values):
-            if not isinstance(value, str):
-                found = "nothing" if value is None else f"{type(value).__name__}"
-                raise DataError(
-                    f"{table.place(row)}: column {name!r} holds {found}, not text; fill or remove the row"
-                )
-
-
-def _encode_labels(tables: tuple[Table, Table], name: str) -> tuple[list[Indices], tuple[str, ...]]:
-    """Map labels to ids: whole numbers stay as they are, text is numbered in sorted order of the public union."""
-    if all(_is_text(table.columns[name]) for table in tables):
-        names = tuple(sorted({value for table in tables for value in table.columns[name]}))
-        ids = {value: index for index, value in enumerate(names)}
-        labels = [np.array([ids[value] for value in table.columns[name]], dtype=np.int64) for table in tables]
-    else:
-        labels = [_whole_labels(table, name) for table in tables]
-        names = _names_for(tables, labels, column=name)
-    if len(names) > MAX_LABELS:
-        raise DataError(
-            f"{tables[0].origin}: column {name!r} has {len(names)} classes, more than the bound of {MAX_LABELS}"
-        )
-    return labels, names
-
-
-def _is_text(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
-
-
-def _whole_labels(table: Table, name: str) -> Indices:
-    values = table.columns[name]
-    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "iub":
-        numbers = values.astype(np.int64)
-        bad = np.flatnonzero((numbers < 0) | (numbers >= MAX_LABELS))
-        if bad.size:
-            raise DataError(
-                f"{table.place(int(bad[0]))}: label {values[bad[0]]} in column {name!r} is outside 0 to "
-                f"{MAX_LABELS - 1}; number the classes from 0, or write them as text"
-            )
-        return numbers
-    for row, value in enumerate(values):
-        if not _is_class_number(value):
-            found = "nothing" if value is None else str(value)[:40]
-            raise DataError(
-                f"{table.place(row)}: label {found} in column {name!r} is neither a whole number from 0 nor text "
-                "throughout; fill or remove the row"
-            )
-    return np.array([int(value) for value in values], dtype=np.int64)
-
-
-def _is_class_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        return False
-    return float(value).is_integer() and 0 <= float(value) < MAX_LABELS
-
-
-def _names_for(tables: tuple[Table, Table], labels: list[Indices], *, column: str) -> tuple[str, ...]:
-    count = 1 + max(int(values.max()) for values in labels)
-    stored = tables[0].label_names
-    if stored is not None and len(stored) >= count:
-        return stored
-    beside = _names_beside(tables[0], labels[0], column=column, count=count)
-    return beside or tuple(str(index) for index in range(count))
-
-
-def _names_beside(table: Table, labels: Indices, *, column: str, count: int) -> tuple[str, ...] | None:
-    """Use a column `<label>_name` where it names every class in exactly one way."""
-    values = table.columns.get(f"{column}_name")
-    if values is None or not _is_text(values):
-        return None
-    pairs = set(zip(labels.tolist(), values, strict=True))
-    names = dict(pairs)
-    return tuple(names[index] for index in range(count)) if len(pairs) == len(names) == count else None
+def _packed_chats(
+    tables: Sequence[Table], parts: Sequence[dict[str, Any]], text: tuple[str, ...], choices: Choices
+) -> _Text:
+    name = "+".join(text)
+    for part, table in zip(parts, tables, strict=True):
+        columns = [chat.chat_column(table, column) for column in text]
+        chats = [list(chain.from_iterable(map(chat.unpack, pieces))) for pieces in zip(*columns, strict=True)]
+        if choices.kind == "causal_lm":
+            part[name] = [chat.pack(turns) for turns in chats]
+        else:
+            part[name] = ["\n".join(filter(None, (content for _, content in turns))) for turns in chats]
+    return _Text(columns=(name,), is_chat=choices.kind == "causal_lm")
 
 
 def _natural_columns(examples: Examples, used: set[str | None]) -> tuple[str, ...]:
@@ -478,7 +423,7 @@ def _natural_columns(examples: Examples, used: set[str | None]) -> tuple[str, ..
     found = []
     for name, values in examples.columns.items():
         whole = isinstance(values, np.ndarray) and values.dtype.kind in "iu" and values.ndim == 1
-        if name not in used and (whole or _is_text(values)):
+        if name not in used and (whole or is_text(values)):
             distinct = len(set(values.tolist() if isinstance(values, np.ndarray) else values))
             if 2 <= distinct <= len(examples) / 2:
                 found.append(name)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +15,75 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ffm_secure.data.delimited import read_csv, read_tsv
 from ffm_secure.data.images import SUFFIXES as PICTURES
+from ffm_secure.data.json_files import read_json, read_jsonl
+from ffm_secure.data.saved import is_saved, read_saved, saved_splits
+from ffm_secure.data.table import Column, Table
 from ffm_secure.errors import DataError
-
-Column = Any  # list of str, bytes, dict or None, or a numpy array with one row per example
 
 MAX_BYTES = 16 * 2**30  # unpacked size of one table; more is a damaged header or a decompression bomb
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_SHEETS = (".xlsx", ".xls", ".ods")
+_INDEXES = (
+    "metadata.csv",
+    "metadata.jsonl",
+    "metadata.parquet",
+)  # name the pictures beside them, and their labels
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """Hold one file's columns as they were stored, and how to point at a row of it."""
-
-    origin: str
-    columns: dict[str, Column]
-    numbers: Sequence[int] | None = None  # what the file calls each row, where that is not its position
-    counted: str = "row"  # what the numbers count
-    label_names: tuple[str, ...] | None = None
-    owners: tuple[str, ...] = ()  # columns that name data owners, where that is known
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), ()))
-
-    def place(self, row: int) -> str:
-        """Name the file and the row as an editor or a data frame counts it."""
-        return f"{self.origin}: {self.counted} {row if self.numbers is None else self.numbers[row]}"
-
-
-def read_source(path: Path) -> tuple[Table, Table | None]:
-    """Read the train table, and the validation table where the folder has one."""
+def read_source(path: Path, encoding: str = "") -> tuple[Table, Table | None]:
+    """Read the train table, and the validation table where the folder has one; text files may name their `encoding`."""
     if path.is_file():
-        return read_table(path), None
+        return read_table(path, encoding), None
+    if is_saved(path):
+        return _read_saved(path)
     train, validation = _split_files(path, ("train",)), _split_files(path, VALIDATION_NAMES)
     if train:
-        return _joined(train), _joined(validation) if validation else None
+        return _joined(train, encoding), _joined(validation, encoding) if validation else None
+    held_out = next((path / name for name in VALIDATION_NAMES if (path / name).is_dir()), None)
+    index = _index(path / "train")
+    if index is not None:
+        beside = None if held_out is None else _index(held_out)
+        return read_table(index, encoding), None if beside is None else read_table(beside, encoding)
     if (path / "train").is_dir():
         names = class_folders(path / "train")
-        held_out = next((path / name for name in VALIDATION_NAMES if (path / name).is_dir()), None)
-        return read_pictures(path / "train", names), None if held_out is None else read_pictures(
-            held_out, names
-        )
+        shown = None if held_out is None else read_pictures(held_out, names)
+        return read_pictures(path / "train", names), shown
     if class_folders(path):
         return read_pictures(path, class_folders(path)), None
-    raise DataError(
-        f"{path}: no data found; put train.parquet (or .jsonl, .csv, .tsv, .npz) there, or train/<class>/<picture>"
+    raise DataError(f"{path}: no data found; {_advice(path)}")
+
+
+def _advice(folder: Path) -> str:
+    files = sorted(
+        file.name for file in folder.iterdir() if file.suffix.lower() in (*READERS, *TEXT_READERS, *_SHEETS)
     )
+    beside = f" (it holds {', '.join(files[:5])}; a file can also be named itself)" if files else ""
+    return (
+        "put train.parquet (or .jsonl, .json, .csv, .tsv, .npz) there, or train/<class>/<picture>, or what save_to_disk "
+        f"writes{beside}"
+    )
+
+
+def _index(folder: Path) -> Path | None:
+    return next((folder / name for name in _INDEXES if (folder / name).is_file()), None)
+
+
+def _read_saved(folder: Path) -> tuple[Table, Table | None]:
+    splits = saved_splits(folder)
+    held_out = next((splits[name] for name in VALIDATION_NAMES if name in splits), None)
+    if "train" not in splits:
+        raise DataError(f"{folder}: has no part called train, only {', '.join(splits)}; save one")
+    train = _saved_table(splits["train"])
+    return train, None if held_out is None else _saved_table(held_out)
+
+
+def _saved_table(folder: Path) -> Table:
+    table = arrow_table(read_saved(folder, MAX_BYTES), origin=str(folder))
+    if len(table) == 0:
+        raise DataError(f"{folder}: holds no rows; a data set needs at least one")
+    return table
 
 
 def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -70,7 +92,9 @@ def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
     found = sorted(
         path
         for path in folder.iterdir()
-        if path.suffix in READERS and pattern.fullmatch(path.stem) and path.is_file()
+        if path.suffix.lower() in (*READERS, *TEXT_READERS)
+        and pattern.fullmatch(path.stem)
+        and path.is_file()
     )
     bases = {(path.suffix, path.stem.split("-")[0]) for path in found}
     if len(bases) > 1:
@@ -79,8 +103,8 @@ def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
     return found
 
 
-def _joined(paths: Sequence[Path]) -> Table:
-    tables = [read_table(path) for path in paths]
+def _joined(paths: Sequence[Path], encoding: str) -> Table:
+    tables = [read_table(path, encoding) for path in paths]
     if len(tables) == 1:
         return tables[0]
     first = tables[0]
@@ -90,7 +114,14 @@ def _joined(paths: Sequence[Path]) -> Table:
                 f"{table.origin}: its columns differ from those of {first.origin}; write all pieces alike"
             )
     columns = {name: _concatenate([table.columns[name] for table in tables]) for name in first.columns}
-    return Table(origin=str(paths[0].parent / "train"), columns=columns, label_names=first.label_names)
+    notes = tuple(note for table in tables for note in table.notes)
+    return Table(
+        origin=str(paths[0].parent / "train"),
+        columns=columns,
+        label_names=first.label_names,
+        notes=notes,
+        folder=paths[0].parent,
+    )
 
 
 def _concatenate(parts: Sequence[Column]) -> Column:
@@ -99,13 +130,15 @@ def _concatenate(parts: Sequence[Column]) -> Column:
     return [value for part in parts for value in part]
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, encoding: str = "") -> Table:
     """Read one file by its suffix, or say what is wrong with it."""
-    reader = READERS.get(path.suffix)
-    if reader is None:
-        raise DataError(f"{path}: unknown format {path.suffix!r}; use one of {', '.join(sorted(READERS))}")
+    suffix = path.suffix.lower()
+    if suffix not in READERS and suffix not in TEXT_READERS:
+        known = ", ".join(sorted((*READERS, *TEXT_READERS)))
+        sheet = " (save the sheet as CSV)" if suffix in _SHEETS else ""
+        raise DataError(f"{path}: unknown format {path.suffix!r}; use one of {known}{sheet}")
     try:
-        table = reader(path)
+        table = TEXT_READERS[suffix](path, encoding) if suffix in TEXT_READERS else READERS[suffix](path)
     except DataError:
         raise
     except (
@@ -132,7 +165,7 @@ def read_parquet(path: Path) -> Table:
             )
         table = file.read()
         table.validate(full=True)  # offsets of a damaged file must not be followed blindly
-    return arrow_table(table, origin=str(path))
+    return replace(arrow_table(table, origin=str(path)), folder=path.parent)
 
 
 def arrow_table(table: pa.Table, *, origin: str) -> Table:
@@ -158,109 +191,6 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     return found[0] if len(found) == 1 else None
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def read_jsonl(path: Path) -> Table:
-    """Read one JSON object per line; all lines hold the same keys."""
-    rows: list[dict[str, Any]] = []
-    lines: list[int] = []
-    for number, line in _text_lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}: line {number} is not JSON ({error}); repair or remove the line"
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}: line {number} is a {type(row).__name__}; every line must be a JSON object"
-            )
-        if rows and row.keys() != rows[0].keys():
-            odd = ", ".join(sorted(row.keys() ^ rows[0].keys()))
-            raise DataError(
-                f"{path}: line {number} differs from line {lines[0]} in the keys {odd}; give all lines the same"
-            )
-        rows.append(row)
-        lines.append(number)
-    columns = {name: _typed([row[name] for row in rows]) for name in (rows[0] if rows else ())}
-    return Table(origin=str(path), columns=columns, numbers=lines, counted="line")
-
-
-def _typed(values: list[Any]) -> Column:
-    """Make whole columns of int, float or bool arrays; leave mixed ones for the checks of the column that is used."""
-    kinds = {type(value) for value in values}
-    if len(kinds) == 1 and kinds <= {int, float, bool}:
-        try:
-            return np.array(values, dtype=np.int64 if kinds == {int} else None)
-        except OverflowError:
-            return values
-    return values
-
-
-def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}: line {number} is not UTF-8; save the file as UTF-8") from error
-
-
-def read_csv(path: Path) -> Table:
-    """Read comma-separated values with a header; a column of whole numbers becomes int64, all else stays text."""
-    return _read_delimited(path, ",")
-
-
-def read_tsv(path: Path) -> Table:
-    """Read tab-separated values with a header; quotes are ordinary characters."""
-    return _read_delimited(path, "\t")
-
-
-def _read_delimited(path: Path, delimiter: str) -> Table:
-    lines_of_text = (line for _, line in _text_lines(path))
-    if delimiter == "\t":
-        reader = csv.reader(lines_of_text, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
-    else:
-        reader = csv.reader(lines_of_text, delimiter=delimiter, strict=True)
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    header: list[str] | None = None
-    start = 1
-    try:
-        for row in reader:
-            if header is None:
-                header = row
-            elif row:
-                if len(row) != len(header):
-                    raise DataError(
-                        f"{path}: line {start} has {len(row)} fields, the header {len(header)}; quote fields that hold "
-                        f"{delimiter!r}"
-                    )
-                rows.append(row)
-                lines.append(start)
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}: line {start} is not valid ({error}); check its quotes") from error
-    header = header or []
-    if len(set(header)) != len(header):
-        raise DataError(f"{path}: two columns of the header have the same name; rename one")
-    columns = {name: _whole_numbers(list(values)) for name, values in zip(header, zip(*rows), strict=False)}
-    return Table(origin=str(path), columns=columns, numbers=lines, counted="line")
-
-
-_WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
-
-
-def _whole_numbers(values: list[str]) -> Column:
-    if all(_WHOLE.fullmatch(value) for value in values):
-        return np.array([int(value) for value in values], dtype=np.int64)
-    return values
 
 
 def read_npz(path: Path) -> Table:
@@ -340,10 +270,11 @@ def read_pictures(folder: Path, names: tuple[str, ...]) -> Table:
     )
 
 
-READERS: dict[str, Callable[[Path], Table]] = {
-    ".parquet": read_parquet,
+READERS: dict[str, Callable[[Path], Table]] = {".parquet": read_parquet, ".npz": read_npz}
+TEXT_READERS: dict[str, Callable[[Path, str], Table]] = {
     ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_tsv,
-    ".npz": read_npz,
 }

@@ -36,13 +36,13 @@ def load_hub(name: str, path: Path) -> tuple[Any, Any | None]:
         parts = datasets.load_dataset(repository, configuration or None)
         train = parts["train"]
         validation = next((parts[key] for key in ("validation", "valid", "val", "dev") if key in parts), None)
-        return _arrow(train), None if validation is None else _arrow(validation)
+        return as_arrow(train), None if validation is None else as_arrow(validation)
     except Exception as error:  # as above, plus data sets that need a loading script, which are refused
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise DataError(f"{missing}cannot be loaded ({reason}); download it and give the folder") from error
 
 
-def _arrow(part: Any) -> Any:
+def as_arrow(part: Any) -> Any:
     """Give the rows as one Arrow table that carries the class names the way parquet files do."""
     table = part.with_format("arrow")[:]
     return table.replace_schema_metadata(part.features.arrow_schema.metadata)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ Pixels = NDArray[np.uint8]
 MAX_PIXELS = 64 * 2**20  # one picture; more is a damaged header or a decompression bomb
 EAGER_BYTES = 512 * 2**20  # a decoded column above this stays encoded until rows are asked for
 MIXED_SIDE = 224  # common side when pictures differ in size and none was asked for
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-_FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "BMP",
-)  # Pillow's other readers start programs or run long; they stay closed
+MOST_NAMED = 5  # bad pictures an error names; the others are counted
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+# Pillow's other readers start programs or run long; they stay closed.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_FULL_RANGE = 65_535 // 255  # 257: takes 0 to 0 and the largest 16-bit value to 255
 
 
 def open_picture(encoded: bytes | Path, place: str) -> Image.Image:
@@ -33,11 +33,10 @@ def open_picture(encoded: bytes | Path, place: str) -> Image.Image:
         picture = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS)
     except Exception as error:  # whatever the decoder throws at damaged input becomes one error of ours
         raise DataError(
-            f"{place}: not a readable picture ({_first_line(error)}); use PNG, JPEG, WebP or BMP"
+            f"{place}: not a readable picture ({_first_line(error)}); use PNG, JPEG, WebP, BMP, TIFF or GIF"
         ) from error
     width, height = picture.size
     if width * height > MAX_PIXELS:
-        picture.close()
         raise DataError(
             f"{place}: the picture claims {width} x {height} pixels, more than the bound of {MAX_PIXELS}; "
             "shrink it first"
@@ -49,7 +48,7 @@ def decode(encoded: bytes | Path, place: str, *, side: int | None = None) -> Pix
     """Decode one picture to uint8 [height, width, 3]; with `side`, shrink or grow and centre-crop to a square."""
     try:
         with open_picture(encoded, place) as stored:
-            picture = stored.convert("RGB")
+            picture = _eight_bits(stored, place)
         if side is not None and picture.size != (side, side):
             picture = _square(picture, side)
         return np.asarray(picture, dtype=np.uint8)
@@ -61,10 +60,24 @@ def decode(encoded: bytes | Path, place: str, *, side: int | None = None) -> Pix
         ) from error
 
 
-def _size(encoded: bytes | Path, place: str) -> tuple[int, int]:
-    """Return width and height, and leave no file open."""
-    with open_picture(encoded, place) as picture:
-        return picture.size
+def _eight_bits(picture: Image.Image, place: str) -> Image.Image:
+    """Bring a picture to RGB; 16-bit grey is scaled by its full range, numbers without a known range are refused.
+
+    Guarantee: no value is cut off. Pillow's own conversion of 16-bit grey makes every value above 255 white.
+    """
+    frames = int(getattr(picture, "n_frames", 1))
+    if frames > 1:
+        raise DataError(
+            f"{place}: holds {frames} frames or pages; save the one that counts as a picture of its own"
+        )
+    if picture.mode in _SIXTEEN_BITS or (picture.mode == "I" and picture.format == "PNG"):
+        return Image.fromarray((np.asarray(picture) // _FULL_RANGE).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        kind = "whole numbers of 32 bits" if picture.mode == "I" else "floating-point numbers"
+        raise DataError(
+            f"{place}: its pixels are {kind}, whose range nobody states; save it with 8 bits (0 to 255) or 16 bits"
+        )
+    return picture.convert("RGB")
 
 
 def _square(picture: Image.Image, side: int) -> Image.Image:
@@ -122,45 +135,131 @@ class LazyImages(Sequence[Any]):
         )
 
 
-def image_column(values: Any, *, place: Callable[[int], str], image_size: int | None) -> Pixels | LazyImages:
+def image_column(
+    values: Any, *, place: Callable[[int], str], image_size: int | None, folder: Path | None = None
+) -> Pixels | LazyImages:
     """Turn a raw column into pictures of one size.
 
-    Takes pixel arrays uint8 [n, H, W] or [n, H, W, 1 or 3], encoded bytes, {"bytes": ...} records or paths.
-    Pictures of different sizes are brought to squares of `image_size`, or of 224 where none was given.
+    Takes pixel arrays uint8 or uint16 [n, H, W] or [n, H, W, 1 or 3], encoded bytes, {"bytes": ...} records, paths, or
+    names of files that count from `folder`. Pictures of different sizes are brought to squares of `image_size`, or of
+    224 where none was given.
+
+    Raises:
+      DataError: a picture is missing, damaged or of a kind that is not read; its file or row is named, the others counted.
     """
     if isinstance(values, np.ndarray):
         return _pixel_array(values, place(0))
-    encoded = [_encoded(value, place(row)) for row, value in enumerate(values)]
-    places = [place(row) for row in range(len(encoded))]
-    sizes = {_size(item, at) for item, at in zip(encoded, places, strict=True)}
+    encoded, places = _located(values, place, folder)
+    sizes = _sizes(encoded, places)
     side = image_size if image_size is not None else (MIXED_SIDE if len(sizes) > 1 else None)
     width, height = (side, side) if side is not None else next(iter(sizes))
     images = LazyImages(encoded, places, (height, width), side)
-    return images if int(np.prod(images.shape, dtype=np.int64)) > EAGER_BYTES else images[:]
+    pixels = np.empty(images.shape, dtype=np.uint8) if _fits(images) else None
+    with _Problems() as problems:
+        for row in range(len(images)):
+            with problems.noted(places[row]):
+                picture = images[row]  # a damaged file must show now, not in the round that draws it
+                if pixels is not None:
+                    pixels[row] = picture
+    return images if pixels is None else pixels
+
+
+def _fits(images: LazyImages) -> bool:
+    return int(np.prod(images.shape, dtype=np.int64)) <= EAGER_BYTES
+
+
+def _located(
+    values: Sequence[Any], place: Callable[[int], str], folder: Path | None
+) -> tuple[list[bytes | Path], list[str]]:
+    """Give the encoded pictures, and what each is called: its file where it has one, else its row."""
+    encoded: list[bytes | Path] = []
+    with _Problems() as problems:
+        for row, value in enumerate(values):
+            with problems.noted(place(row)):
+                encoded.append(_encoded(value, place(row), folder))
+    places = [str(item) if isinstance(item, Path) else place(row) for row, item in enumerate(encoded)]
+    return encoded, places
+
+
+def _sizes(encoded: Sequence[bytes | Path], places: Sequence[str]) -> set[tuple[int, int]]:
+    sizes = set()
+    with _Problems() as problems:
+        for item, at in zip(encoded, places, strict=True):
+            with problems.noted(at), open_picture(item, at) as picture:
+                sizes.add(picture.size)
+    return sizes
+
+
+class _Problems:
+    """Collect what is wrong with the pictures of a column, and raise one error that names the first and counts the rest."""
+
+    def __init__(self) -> None:
+        self._messages: dict[str, str] = {}  # by place
+
+    def __enter__(self) -> _Problems:
+        return self
+
+    @contextmanager
+    def noted(self, place: str) -> Iterator[None]:
+        """Note the problem of one picture and go on."""
+        try:
+            yield
+        except DataError as error:
+            self._messages[place] = str(error)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None or not self._messages:
+            return
+        first, *others = self._messages
+        message = self._messages[first]
+        if not others:
+            raise DataError(message)
+        named = ", ".join(others[: MOST_NAMED - 1])
+        rest = len(others) - (MOST_NAMED - 1)
+        more = f" and {rest} more" if rest > 0 else ""
+        raise DataError(f"{message} ({len(self._messages)} pictures in all; also {named}{more})")
 
 
 def _pixel_array(values: NDArray[Any], place: str) -> Pixels:
+    if values.dtype == np.uint16 and values.ndim in (3, 4):
+        values = (values // _FULL_RANGE).astype(np.uint8)
     if (
         values.dtype != np.uint8
         or values.ndim not in (3, 4)
         or (values.ndim == 4 and values.shape[3] not in (1, 3))
     ):
         raise DataError(
-            f"{place}: pictures are {values.dtype} {list(values.shape)}; they must be uint8 [rows, height, width] or "
+            f"{place}: pictures are {values.dtype} {list(values.shape)}; they must be uint8 or uint16 [rows, height, width] or "
             "[rows, height, width, 1 or 3]"
         )
     pixels = values[..., None] if values.ndim == 3 else values
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
 
 
-def _encoded(value: Any, place: str) -> bytes | Path:
+def _encoded(value: Any, place: str, folder: Path | None) -> bytes | Path:
     if isinstance(value, dict):
-        value = value.get("bytes")
+        value = value.get("bytes") or value.get("path")
     if isinstance(value, (bytes, Path)):
         return value
+    if isinstance(value, str) and value.strip():
+        return _named_file(value, place, folder)
     raise DataError(
-        f"{place}: holds no picture (found {type(value).__name__}); store the encoded bytes in the column"
+        f"{place}: holds no picture (found {type(value).__name__}); store the encoded bytes, or the name of a file"
     )
+
+
+def _named_file(name: str, place: str, folder: Path | None) -> Path:
+    """Find the file that a table names, counted from the table's own folder."""
+    file = (folder or Path()) / Path(name).expanduser()
+    try:
+        exists = folder is not None and file.is_file()
+    except (OSError, ValueError):
+        exists = False
+    if not exists:
+        raise DataError(
+            f"{place}: holds no picture: there is no file {str(file)[-120:]!r}; names count from the table"
+        )
+    return file
 
 
 def _first_line(error: Exception) -> str:

@@ -314,10 +314,7 @@ def _describe_phases(config: RunConfig, public: Any) -> str:
 
 def load_dataset(config: RunConfig, base: Path) -> Any:
     """Load the data set a run file names, its validation part cut to the public evaluation rows."""
-    options = {
-        name: value for name in ("text_column", "label_column") if (value := getattr(config.task, name))
-    }
-    return data.load(config.task.data, kind=config.task.kind, base=base, seed=config.seed, **options)
+    return data.load_task(config.task, base=base, seed=config.seed)
 
 
 def build(prepared: Prepared, folder: Path) -> Setup:

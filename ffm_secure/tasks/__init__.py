@@ -30,6 +30,9 @@ def build_task(
         label_column=getattr(dataset, "label_column", None),
         label_names=tuple(getattr(dataset, "label_names", ()) or ()),
         image_column=getattr(dataset, "image_column", None),
+        answered=tuple(getattr(dataset, "answered", ()) or ()),
+        is_chat=bool(getattr(dataset, "is_chat", False)),
+        answers_only=bool(getattr(dataset, "answers_only", True)),
     )
     return TASKS[kind](backbone, data, max_length=max_length, fixed_length=fixed_length)
 

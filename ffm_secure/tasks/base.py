@@ -44,6 +44,9 @@ class TaskData:
     label_column: str | None = None
     label_names: tuple[str, ...] = ()
     image_column: str | None = None
+    answered: tuple[str, ...] = ()  # columns the text was joined from, the last of which is the answer
+    is_chat: bool = False  # the text column holds packed chats
+    answers_only: bool = True  # whether a causal model learns the answers alone
 
 
 class Task:
@@ -54,6 +57,7 @@ class Task:
     influence rests on.
     """
 
+    notes: tuple[str, ...] = ()  # lines for the person who plans the run
     kind: ClassVar[str]
     metric_name: ClassVar[str]
     higher_is_better: ClassVar[bool]

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+IGNORED = -100  # target of a position that is not predicted
 _CHUNK = 4096  # texts tokenised at a time: Python lists of token numbers never exist for the whole set
 
 
@@ -24,6 +25,9 @@ class EncodedText:
         None  # 0 for the first text of a pair, 1 for the second; beside tokens
     )
     labels: NDArray[np.int64] | None = None
+    asked: NDArray[np.bool_] | None = (
+        None  # beside tokens: whether a model is to learn it; None where it learns all
+    )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -50,6 +54,7 @@ class EncodedText:
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             segments=None if self.segments is None else self.segments[flat],
             labels=None if self.labels is None else self.labels[chosen],
+            asked=None if self.asked is None else self.asked[flat],
         )
 
 
@@ -107,6 +112,48 @@ def encode_texts(
     )
 
 
+def encode_answered(
+    tokenizer: Any,
+    texts: Sequence[str],
+    answers: Sequence[Sequence[tuple[int, int]]],
+    *,
+    max_length: int,
+    special: bool,
+) -> EncodedText:
+    """Tokenise texts of which only some characters are to be learned; `special` adds the tokenizer's own tokens.
+
+    `answers` holds, per text, spans of characters (first, one after the last). A token is learned where it overlaps one.
+    """
+    tokens: list[int] = []
+    asked: list[bool] = []
+    lengths: list[int] = []
+    for start in range(0, len(texts), _CHUNK):
+        out = tokenizer(
+            list(texts[start : start + _CHUNK]),
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for row, places, spans in zip(out["input_ids"], out["offset_mapping"], answers[start:], strict=False):
+            tokens += row or [_spare(tokenizer)]
+            asked += [_overlaps(place, spans) for place in places] or [False]
+            lengths.append(len(row) or 1)
+    return EncodedText(
+        tokens=np.array(tokens, dtype=np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        asked=np.array(asked, dtype=bool),
+    )
+
+
+def _overlaps(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
+    first, end = place
+    return end > first and any(end > start and first < stop for start, stop in spans)
+
+
 def _spare(tokenizer: Any) -> int:
     for candidate in (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
         if candidate is not None:
@@ -117,12 +164,17 @@ def _spare(tokenizer: Any) -> int:
 def pad_texts(
     encoded: EncodedText, indices: NDArray[np.int64], *, pad: int, device: str, length: int | None = None
 ) -> dict[str, Tensor]:
-    """Build `input_ids`, `attention_mask`, for pairs `token_type_ids` [B, T]; T is the longest here or `length`."""
+    """Build `input_ids`, `attention_mask`, for pairs `token_type_ids` [B, T]; T is the longest here or `length`.
+
+    Texts of which a part is learned get `targets` [B, T], -100 elsewhere.
+    """
     places, real = encoded.positions(indices)
     if length is not None and places.shape[1] < length:
         extra = ((0, 0), (0, length - places.shape[1]))
         places, real = np.pad(places, extra), np.pad(real, extra)
     batch = {"input_ids": np.where(real, encoded.tokens[places], pad), "attention_mask": real}
+    if encoded.asked is not None:
+        batch["targets"] = np.where(real & encoded.asked[places], encoded.tokens[places], IGNORED)
     if encoded.segments is not None:
         batch["token_type_ids"] = np.where(real, encoded.segments[places], 0)
     out = {name: torch.from_numpy(values.astype(np.int64)).to(device) for name, values in batch.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.tasks.base import Classification, Columns, Task, TaskData, as_indices, logits, text_columns
-from ffm_secure.tasks.encoded import EncodedText, encode_texts, pad_texts
-
-IGNORED = -100  # target of a position that is not predicted
+from ffm_secure.tasks.chat import NO_TEMPLATE, has_template, render_all
+from ffm_secure.tasks.encoded import IGNORED, EncodedText, encode_answered, encode_texts, pad_texts
 
 
 class _Text(Task):
@@ -60,11 +59,44 @@ class TextClassification(Classification, _Text):
 
 
 class CausalLM(_Text):
-    """Predict each token from those before it. One example is one sequence; longer texts are cut, not split."""
+    """Predict each token from those before it. One example is one sequence; longer texts are cut, not split.
+
+    Of a prompt with its answer, and of a chat, only the answers are learned and counted, unless the data says otherwise.
+    """
 
     kind = "causal_lm"
     metric_name = "perplexity"
     higher_is_better = False
+
+    def __init__(self, backbone: Backbone, data: TaskData, **options: Any) -> None:
+        super().__init__(backbone, data, **options)
+        if data.answers_only and (data.is_chat or data.answered) and not self.tokenizer.is_fast:
+            raise ModelError(
+                f"causal_lm: the tokenizer of {backbone.source} does not say where its tokens stand in the text; set "
+                "task.loss_on = 'all'"
+            )
+        if data.is_chat and not has_template(self.tokenizer):
+            self.notes = (NO_TEMPLATE,)
+
+    def encode(self, examples: Columns) -> EncodedText:
+        """Tokenise the texts or chats, cut to `max_length` tokens."""
+        if not self.data.is_chat and not (self.data.answered and self.data.answers_only):
+            return super().encode(examples)
+        texts, answers = self.answered_texts(examples)
+        if not self.data.answers_only:
+            answers = [[(0, len(text))] for text in texts]
+        special = not (self.data.is_chat and has_template(self.tokenizer))  # a template writes its own
+        return encode_answered(self.tokenizer, texts, answers, max_length=self.max_length, special=special)
+
+    def answered_texts(self, examples: Columns) -> tuple[list[str], list[Sequence[tuple[int, int]]]]:
+        """Return each example as text, and the characters of its answers."""
+        column = examples.column(self.data.text_columns[0])
+        if self.data.is_chat:
+            chats = render_all(self.tokenizer, column)
+            return [chat.text for chat in chats], [chat.answers for chat in chats]
+        last = examples.column(self.data.answered[-1])
+        texts = list(map(str, column))
+        return texts, [_answer_span(text, answer) for text, answer in zip(texts, last, strict=True)]
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return each sample's mean token cross-entropy; a sample with nothing to predict has loss 0."""
@@ -73,6 +105,8 @@ class CausalLM(_Text):
 
     def _token_losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         counted = batch["attention_mask"][:, 1:].bool() & batch["attention_mask"][:, :-1].bool()
+        if "targets" in batch:
+            counted &= batch["targets"][:, 1:] != IGNORED
         targets = batch["input_ids"][:, 1:].masked_fill(~counted, IGNORED)
         scores = logits(model, batch)[:, :-1].float()
         return token_cross_entropy(scores, targets), counted
@@ -83,6 +117,12 @@ class CausalLM(_Text):
 
     def _metric(self, loss: float, share_right: float) -> float:
         return math.exp(min(loss, 700.0))
+
+
+def _answer_span(text: str, answer: str) -> list[tuple[int, int]]:
+    """Return where the answer stands at the end of its text; all of a text that was changed since it was joined."""
+    start = len(text) - len(answer) if text.endswith(answer) else 0
+    return [(start, len(text))]
 
 
 class MaskedLM(_Text):

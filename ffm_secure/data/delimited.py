@@ -1,0 +1,240 @@
+"""Delimited tables: which bytes are which letters, which character parts the fields, and whether names come first."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from ffm_secure.data.table import Column, Table, count_more
+from ffm_secure.errors import DataError
+
+ENCODINGS = ("utf-8", "cp1252", "iso-8859-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+
+_MARKS = (
+    (b"\xff\xfe\0\0", "utf-32"),
+    (b"\0\0\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+_SAMPLE = 200  # records a separator and a header are judged by
+_LONGEST_HEADER, _MOST_WORDS = 60, 6
+_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?", re.ASCII)
+_WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
+_KNOWN = frozenset(
+    (
+        *("text", "sentence", "note", "notes", "content", "document", "review", "body", "title", "abstract"),
+        *("label", "labels", "target", "class", "category", "question", "answer", "prompt", "completion"),
+        *("response", "instruction", "input", "output", "image", "images", "img", "file_name", "filename"),
+        *("path", "id", "index", "owner", "hospital", "site", "patient", "name", "date"),
+    )
+)
+
+
+def stated_encoding(path: Path) -> str:
+    """Return the encoding that a byte order mark states, or an empty string."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    return next((name for mark, name in _MARKS if head.startswith(mark)), "")
+
+
+def text_lines(path: Path, encoding: str = "") -> Iterator[tuple[int, str]]:
+    """Yield numbered lines of a text file; without an `encoding`, a byte order mark decides, and UTF-8 where there is none.
+
+    Raises:
+      DataError: the bytes are not of that encoding; the first line is named, the others are counted.
+    """
+    chosen = encoding or stated_encoding(path) or "utf-8"
+    if chosen == "utf-8":
+        yield from _utf8_lines(path)
+        return
+    try:
+        with path.open(encoding=chosen, newline="") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.removeprefix("\ufeff") if number == 1 else line
+    except UnicodeError as error:
+        raise DataError(f"{path}: is not {chosen} throughout; choose another task.encoding") from error
+
+
+def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                others = sum(not _is_utf8(line) for line in file)
+                raise DataError(
+                    f"{path}: {count_more(f'line {number} is not UTF-8', others + 1, 'lines')}; save the file as UTF-8, "
+                    "or name what it is with task.encoding (files from Windows are often 'cp1252')"
+                ) from error
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def guess_encoding(path: Path) -> str:
+    """Return what a text file is most likely written in: empty for UTF-8 or a byte order mark."""
+    if stated_encoding(path):
+        return ""
+    with path.open("rb") as file:
+        head = file.read(4096)
+        if b"\0" in head:
+            return "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
+        file.seek(0)
+        return "" if all(_is_utf8(line) for line in file) else "cp1252"
+
+
+def read_csv(path: Path, encoding: str = "") -> Table:
+    """Read a table with a header whose separator is seen from its first lines; whole numbers become int64."""
+    return _read_delimited(path, ",", encoding)
+
+
+def read_tsv(path: Path, encoding: str = "") -> Table:
+    """Read tab-separated values with a header; quotes are ordinary characters."""
+    return _read_delimited(path, "\t", encoding)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Dialect:
+    """How the lines of one table are taken apart."""
+
+    separator: str
+    quoting: int
+    skipped: int = 0  # lines before the header, as the one that Excel reads the separator from
+
+    def records(self, lines: Iterator[str] | Sequence[str], *, strict: bool) -> csv.Reader:
+        """Take lines apart."""
+        return csv.reader(lines, delimiter=self.separator, quoting=self.quoting, strict=strict)  # type: ignore[arg-type]
+
+
+def _read_delimited(path: Path, usual: str, encoding: str) -> Table:
+    dialect = _dialect(path, usual, encoding)
+    header, rows, lines = _records(path, dialect, encoding)
+    _check_header(path, header, rows)
+    columns = {name: _whole_numbers(list(values)) for name, values in zip(header, zip(*rows), strict=False)}
+    notes = [f"{path.name}: fields are parted by {SEPARATORS[dialect.separator]}"] * (
+        dialect.separator != usual
+    )
+    read_as = encoding or stated_encoding(path)
+    notes += [f"{path.name}: read as {read_as}"] * bool(read_as)
+    return Table(
+        origin=str(path),
+        columns=columns,
+        numbers=lines,
+        counted="line",
+        notes=tuple(notes),
+        folder=path.parent,
+    )
+
+
+def _dialect(path: Path, usual: str, encoding: str) -> _Dialect:
+    """Choose the separator that cuts the first records into equally many fields; the usual one wins where it does."""
+    lines = [line for _, line in islice(text_lines(path, encoding), _SAMPLE)]
+    stated = re.fullmatch(r"sep=(.)\s*", lines[0]) if lines else None
+    if stated and stated.group(1) in SEPARATORS:
+        return _Dialect(separator=stated.group(1), quoting=csv.QUOTE_MINIMAL, skipped=1)
+    widths = {separator: _widths(lines, separator, usual) for separator in (usual, *SEPARATORS)}
+    even = [separator for separator, counts in widths.items() if counts and min(counts) == max(counts) > 1]
+    several = [separator for separator, counts in widths.items() if counts and counts[0] > 1]
+    if usual in even:
+        separator = usual
+    elif even:
+        separator = max(even, key=lambda candidate: widths[candidate][0])
+    else:
+        separator = (several or [usual])[0]
+    return _Dialect(separator=separator, quoting=_quoting(separator, usual))
+
+
+def _quoting(separator: str, usual: str) -> int:
+    return csv.QUOTE_NONE if separator == usual == "\t" else csv.QUOTE_MINIMAL
+
+
+def _widths(lines: Sequence[str], separator: str, usual: str) -> list[int]:
+    """Count the fields of the first records; the last one may be cut in two and does not count."""
+    dialect = _Dialect(separator=separator, quoting=_quoting(separator, usual))
+    try:
+        widths = [len(record) for record in dialect.records(lines, strict=False) if record]
+    except csv.Error:
+        return []
+    return widths[:-1] if len(lines) == _SAMPLE else widths
+
+
+def _records(path: Path, dialect: _Dialect, encoding: str) -> tuple[list[str], list[list[str]], list[int]]:
+    """Return the header, the rows, and the line each row begins at.
+
+    Raises:
+      DataError: quotes are broken, or rows are longer or shorter than the header.
+    """
+    lines = islice((line for _, line in text_lines(path, encoding)), dialect.skipped, None)
+    reader = dialect.records(lines, strict=True)
+    header: list[str] | None = None
+    rows: list[list[str]] = []
+    starts: list[int] = []
+    ragged: list[str] = []
+    start = 1 + dialect.skipped
+    try:
+        for record in reader:
+            if header is None:
+                header = [name.strip() for name in record]
+            elif record and len(record) != len(header):
+                ragged.append(f"line {start} has {len(record)} fields, the header {len(header)}")
+            elif record:
+                rows.append(record)
+                starts.append(start)
+            start = reader.line_num + 1 + dialect.skipped
+    except csv.Error as error:
+        raise DataError(f"{path}: line {start} is not valid ({error}); check its quotes") from error
+    if ragged:
+        raise DataError(
+            f"{path}: {count_more(ragged[0], len(ragged), 'such lines')}; fields are parted by "
+            f"{SEPARATORS[dialect.separator]}: quote fields that hold {dialect.separator!r}"
+        )
+    return header or [], rows, starts
+
+
+def _check_header(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> None:
+    """Refuse a first line that is a row, without showing it; give the one unnamed column of an index a name."""
+    reason = _row_not_header(header, rows[:_SAMPLE])
+    if reason:
+        raise DataError(
+            f"{path}: has no header line ({reason}); put the names of its {len(header)} columns into a first line, "
+            "for instance text and label"
+        )
+    if header.count("") == 1 and len(header) > 1:
+        header[header.index("")] = "(unnamed)"
+    if len(set(header)) != len(header):
+        raise DataError(f"{path}: two columns of the header have the same name; rename one")
+
+
+def _row_not_header(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Say why a first line cannot be one of column names; an empty string if it can. Nothing of the line is quoted."""
+    if any(name.casefold() in _KNOWN for name in header) or list(header) == [
+        str(i) for i in range(len(header))
+    ]:
+        return ""
+    for position, name in enumerate(header):
+        field = f"field {position + 1} of the first line"
+        if _NUMBER.fullmatch(name):
+            return f"{field} is a number"
+        if len(name) > _LONGEST_HEADER or len(name.split()) > _MOST_WORDS:
+            return f"{field} is a sentence"
+        if name and any(row[position].strip() == name for row in rows):
+            return f"{field} comes again further down"
+    return ""
+
+
+def _whole_numbers(values: list[str]) -> Column:
+    if all(_WHOLE.fullmatch(value) for value in values):
+        return np.array([int(value) for value in values], dtype=np.int64)
+    return values

@@ -1,0 +1,114 @@
+"""Tables from JSON: one object a line, or one list of objects, or one object of columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ffm_secure.data.delimited import text_lines
+from ffm_secure.data.table import Column, Table
+from ffm_secure.errors import DataError
+
+Row = dict[str, Any]
+
+
+def read_jsonl(path: Path, encoding: str = "") -> Table:
+    """Read one JSON object per line; all lines hold the same keys."""
+    rows: list[Row] = []
+    lines: list[int] = []
+    for number, line in text_lines(path, encoding):
+        if not line.strip():
+            continue
+        try:
+            row = parse(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{path}: line {number} is not JSON ({error}); repair or remove the line"
+            ) from error
+        if not isinstance(row, dict):
+            hint = "; call a file that is one list train.json" if isinstance(row, list) else ""
+            raise DataError(
+                f"{path}: line {number} is a {type(row).__name__}; every line must be a JSON object{hint}"
+            )
+        rows.append(row)
+        lines.append(number)
+    columns = columns_of(rows, name=lambda row: f"line {lines[row]}", origin=str(path))
+    return Table(origin=str(path), columns=columns, numbers=lines, counted="line", folder=path.parent)
+
+
+def read_json(path: Path, encoding: str = "") -> Table:
+    """Read one list of objects, one object that holds such a list, one object of columns, or one object a line."""
+    text = "".join(line for _, line in text_lines(path, encoding))
+    try:
+        value = parse(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip()[:1] == "{" and "\n" in text.strip():
+            return read_jsonl(path, encoding)
+        raise DataError(f"{path}: is not JSON ({error}); repair or write it again") from error
+    columns = _columns(value, str(path))
+    return Table(origin=str(path), columns=columns, counted="item", folder=path.parent)
+
+
+def _columns(value: object, origin: str) -> dict[str, Column]:
+    if isinstance(value, list):
+        return columns_of(value, name=lambda row: f"item {row}", origin=origin)
+    if not isinstance(value, dict):
+        raise DataError(f"{origin}: is a {type(value).__name__}; it must be a list of objects")
+    lists = {key: item for key, item in value.items() if isinstance(item, list)}
+    tables = {key: item for key, item in lists.items() if item and all(isinstance(row, dict) for row in item)}
+    if len(tables) == 1:
+        return _columns(next(iter(tables.values())), origin)
+    lengths = {len(item) for item in lists.values()}
+    if len(lists) == len(value) > 0 and len(lengths) == 1:
+        return {key: typed(item) for key, item in lists.items()}
+    if all(isinstance(item, str | int | float | bool | None) for item in value.values()):
+        return columns_of([value], name=lambda row: f"item {row}", origin=origin)
+    raise DataError(f"{origin}: is an object without one list of rows; write a list of objects, one per row")
+
+
+def columns_of(rows: Sequence[object], *, name: Callable[[int], str], origin: str) -> dict[str, Column]:
+    """Turn rows into columns.
+
+    Raises:
+      DataError: a row is no object, or has other keys than the first.
+    """
+    columns: dict[str, list[Any]] = {}
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{origin}: {name(number)} is a {type(row).__name__}; every row must be an object"
+            )
+        if number == 0:
+            columns = {str(key): [] for key in row}
+        if row.keys() != columns.keys():
+            odd = ", ".join(sorted(map(str, row.keys() ^ columns.keys())))
+            raise DataError(
+                f"{origin}: {name(number)} differs from {name(0)} in the keys {odd}; give all of them the same"
+            )
+        for key, values in columns.items():
+            values.append(row[key])
+    return {key: typed(values) for key, values in columns.items()}
+
+
+def parse(text: str) -> object:
+    """Parse JSON as the standard has it: NaN and Infinity are refused."""
+    return json.loads(text, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def typed(values: list[Any]) -> Column:
+    """Make whole columns of int, float or bool arrays; leave mixed ones for the checks of the column that is used."""
+    kinds = {type(value) for value in values}
+    if len(kinds) == 1 and kinds <= {int, float, bool}:
+        try:
+            return np.array(values, dtype=np.int64 if kinds == {int} else None)
+        except OverflowError:
+            return values
+    return values

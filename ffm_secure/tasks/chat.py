@@ -1,0 +1,95 @@
+"""Chats as one text, by the template of the model's own tokenizer, with the places an assistant speaks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ffm_secure.errors import ModelError
+
+Span = tuple[int, int]  # first character, and the one after the last
+
+NO_TEMPLATE = "the tokenizer has no chat template: each turn is written as a line 'role: words'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """Hold one chat as text, and where the answers stand in it."""
+
+    text: str
+    answers: tuple[Span, ...]
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Tell whether a tokenizer knows how its model writes chats."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def render_all(tokenizer: Any, packed: Sequence[str]) -> list[Rendered]:
+    """Write packed chats (JSON lists of [role, content]) as texts.
+
+    Raises:
+      ModelError: the template refuses some of them; they are counted, not shown.
+    """
+    rendered: list[Rendered] = []
+    refused: list[str] = []
+    for row in packed:
+        messages = [{"role": role, "content": content} for role, content in json.loads(row)]
+        try:
+            rendered.append(_templated(tokenizer, messages) if has_template(tokenizer) else _plain(messages))
+        except Exception as error:  # a template is a program of the model's authors and raises what it likes
+            refused.append((str(error).splitlines() or [type(error).__name__])[0][:120])
+    if refused:
+        raise ModelError(
+            f"the chat template refuses {len(refused):,} of {len(packed):,} chats ({refused[0]}); bring them into the order "
+            "of roles it expects, or choose another model"
+        )
+    return rendered
+
+
+def _plain(messages: Sequence[Mapping[str, str]]) -> Rendered:
+    text = ""
+    answers = []
+    for message in messages:
+        text += f"{message['role']}: "
+        start = len(text)
+        text += f"{message['content']}\n"
+        if message["role"] == "assistant":
+            answers.append((start, len(text)))
+    return Rendered(text=text, answers=tuple(answers))
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> Rendered:
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    answers = []
+    cursor = 0
+    for number, message in enumerate(messages):
+        span = _by_prefix(tokenizer, messages, number, text) or _by_content(text, message["content"], cursor)
+        cursor = span[1]
+        if message["role"] == "assistant":
+            answers.append(span)
+    return Rendered(text=text, answers=tuple(answers))
+
+
+def _by_prefix(tokenizer: Any, messages: list[dict[str, str]], number: int, text: str) -> Span | None:
+    """Find a turn between the chat before it, with the words that open an answer, and the chat after it.
+
+    Templates that rewrite earlier turns, or refuse a chat that is cut there, give None.
+    """
+    if number == 0 or messages[number]["role"] != "assistant":
+        return None
+    try:
+        before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+    except Exception:  # as above
+        return None
+    return (len(before), len(after)) if text.startswith(after) and after.startswith(before) else None
+
+
+def _by_content(text: str, content: str, cursor: int) -> Span:
+    """Find the words of a turn after those of the turns before it; templates may cut the blanks around them."""
+    words = content if content in text[cursor:] else content.strip()
+    start = text.find(words, cursor)
+    return (start, start + len(words)) if start >= 0 and words else (cursor, cursor)
