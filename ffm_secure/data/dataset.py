@@ -111,10 +111,9 @@ class Dataset:
     names_from: NameSource = "stored"  # who named the classes
     answered: tuple[
         str, ...
-    ] = ()  # columns joined to the text, of which the last is the answer a model learns to give
-    is_chat: bool = (
-        False  # the text column holds packed chats, which the model's own template turns into text
-    )
+    ] = ()  # columns joined to the text; the last is the answer a model learns to give
+    answers_only: bool = True  # whether a causal model learns the answers alone
+    is_chat: bool = False  # the text column holds packed chats, which the model's template turns into text
     notes: tuple[str, ...] = ()  # what reading and cleaning decided, for the person who plans the run
 
 
@@ -401,7 +400,7 @@ def _joined_text(
 
 
 def _holds_chats(table: Table, text: Sequence[str]) -> bool:
-    return all(len(table) > 0 and chat.is_chat(table.columns[name][0]) for name in text)
+    return all(any(map(chat.is_chat, table.columns[name])) for name in text)
 
 
 def _packed_chats(

@@ -5,12 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-<<<<<<< HEAD
 from ffm_secure.data.partition import partition
-=======
->>>>>>> 0a1e31f (Read the files people have: sniffed separators, encodings, JSON lists, save_to_disk, chats, named pictures)
 from ffm_secure.data.dataset import load, public_stream
-from ffm_secure.data.partition import partition
 from ffm_secure.errors import DataError
 
 pytestmark = pytest.mark.assets
