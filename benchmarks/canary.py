@@ -37,12 +37,12 @@ from attacks.canary import Canaries, gaussian_epsilon
 from defenses.dp import Accountant, ClippedSum, Clipping, Event, Ledger
 from defenses.dp.accountant import gaussian_delta
 from defenses.random_source import RandomSource
-from ffm_secure import federation
 from ffm_secure.config import run_file as config
-from ffm_secure.engines import LocalEngine, RoundResult, setup
+from ffm_secure.engines import simulation
 from ffm_secure.lifecycle.finetune import GradientRule, PrivateGradient
-from ffm_secure.records import RoundPlan
-from ffm_secure.site.trainer import Client, SiteTrainer
+from ffm_secure.records import RoundPlan, RoundRecord, RoundSum
+from ffm_secure.server import rounds
+from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.storage.run_directory import Store
 
 VICTIM, SIGNIFICANCE, LENGTH = 0, 0.025, 10.0
@@ -173,20 +173,19 @@ def _flat(parts: Mapping[str, Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------------------------- a run with an observer
 
 
-class CanaryWorkplace(SiteTrainer):
+class CanaryTrainer(SiteTrainer):
     """Where the audited client trains with canaries, and what every client sends is seen by the colluders' server."""
 
-    def __init__(self, planted: Planted, sent: dict[int, np.ndarray], **shipped: Any) -> None:
-        super().__init__(**shipped)
-        self.planted, self.sent = planted, sent
+    planted: Planted
+    sent: dict[int, np.ndarray]
 
-    def contribute(self, client: Client, plan: RoundPlan, start: Tensor, source: RandomSource) -> np.ndarray:
-        self.sent[client.index] = super().contribute(client, plan, start, source)
-        return self.sent[client.index]
+    def run_round(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> np.ndarray:
+        self.sent[data.index] = super().run_round(data, plan, start, source)
+        return self.sent[data.index]
 
-    def rule(self, client: Client, plan: RoundPlan, source: RandomSource) -> GradientRule:
-        shipped = super().rule(client, plan, source)
-        if client.index != VICTIM:
+    def rule(self, data: SiteData, plan: RoundPlan, source: RandomSource) -> GradientRule:
+        shipped = super().rule(data, plan, source)
+        if data.index != VICTIM:
             return shipped
         assert isinstance(shipped, PrivateGradient)
         return CanaryGradient(
@@ -203,29 +202,42 @@ class CanaryWorkplace(SiteTrainer):
         )
 
 
-class ColludingServer(LocalEngine):
+class ColludingServer:
     """Run the rounds as shipped; keep what the opened sums say about the audited client."""
 
-    def __init__(self, made: setup.Setup, planted: Planted) -> None:
-        self.planted, self.sent = planted, {}
-        super().__init__(made)
+    def __init__(self, made: simulation.Simulation, planted: Planted) -> None:
+        self.made, self.planted = made, planted
+        self.sent: dict[int, np.ndarray] = {}
         self.seen = np.zeros(made.trainable.size)
+        trainer = CanaryTrainer(spec=made.spec, trainable=made.trainable, task=made.task, states=made.states)
+        trainer.planted, trainer.sent = planted, self.sent
+        made.courier.trainers.replace([trainer])
 
-    def _workplace(self, trainable: Any) -> SiteTrainer:
-        shipped = super()._workplace(trainable)
-        named = {
-            name: getattr(shipped, name)
-            for name in ("config", "trainable", "task", "mechanism", "code", "device")
-        }
-        return CanaryWorkplace(self.planted, self.sent, **named)
+    def run(self, store: Store) -> tuple[RoundRecord, ...]:
+        """Do what the loop does, and look at every sum it opens."""
+        server, courier = self.made.server, self.made.courier
+        state, records = self.made.begin(store)
+        while len(records) < server.spec.config.federation.rounds:
+            began = time.perf_counter()
+            plan = rounds.plan_round(server, len(records) + 1, state, records)
+            result = rounds.collect(server, plan, state, courier, lambda done, total: None)
+            assert result.sum is not None
+            self.add(result.sum)
+            state = rounds.advance(server, plan, state, result)
+            record = rounds.record(server, plan, result, state, records, courier, began=began)
+            store.commit(state, record, run_id=server.run_id)
+            records = (*records, record)
+        return records
 
-    def collect(self, plan: RoundPlan, vector: Tensor, finished: Any) -> RoundResult:
-        outcome = super().collect(plan, vector, finished)
-        assert outcome.sum is not None
-        others = [self.setup.code.open(ring, round=plan.round, survivors=(client,)).values
-                  for client, ring in self.sent.items() if client != VICTIM]  # fmt: skip
-        self.seen += outcome.sum.values - sum(others)
-        return outcome
+    def add(self, opened: RoundSum) -> None:
+        """Take the others off an opened sum: they collude."""
+        codec = self.made.spec.codec
+        others = [
+            codec.open(ring, round=opened.round, survivors=(client,)).values
+            for client, ring in self.sent.items()
+            if client != VICTIM
+        ]
+        self.seen += opened.values - sum(others)
 
 
 def audited_run(flaw: str, *, quick: bool, seeded: bool) -> dict[str, Any]:
@@ -233,15 +245,15 @@ def audited_run(flaw: str, *, quick: bool, seeded: bool) -> dict[str, Any]:
     checked = config.from_table(run_file(quick=quick, seeded=seeded))
     began = time.process_time()
     with tempfile.TemporaryDirectory() as place, Store.open(Path(place) / "run", checked) as store:
-        made = setup.build(setup.prepare(checked, Path(place)), Path(place) / "run")
+        made = simulation.build(simulation.prepare(checked, Path(place)), Path(place) / "run")
         size, mechanism = made.trainable.size, made.mechanism
         coins = Canaries(
             count=min(12_000, size // 2), dimension=size, norm=mechanism.clip_norm, seed=11, kind="dirac"
         )
         server = ColludingServer(made, Planted(coins=coins, flaw=flaw))
-        trained = federation.run(made, store, engine=server)
+        records = server.run(store)
         with Ledger.open(made.ledger_path, create=False) as ledger:
-            owner, dataset, unit = next(a for a in ledger.accounts() if a[0] == made.clients[VICTIM].name)
+            owner, dataset, unit = next(a for a in ledger.accounts() if a[0] == made.spec.owners[VICTIM])
             spent = ledger.epsilon(owner, dataset, unit, checked.privacy.delta)
             events = ledger.events(owner, dataset, unit)
     # SGD turned the sum of all noisy gradients into a change; undo its factor, and take off what is known.
@@ -259,8 +271,8 @@ def audited_run(flaw: str, *, quick: bool, seeded: bool) -> dict[str, Any]:
         "canaries": coins.count,
         "present": int(coins.included.sum()),
         "noise_multiplier": mechanism.noise_multiplier,
-        "rounds": len(trained.records),
-        "accuracy": trained.records[-1].metric,
+        "rounds": len(records),
+        "accuracy": records[-1].metric,
         "cpu_seconds": time.process_time() - began,
     }
 

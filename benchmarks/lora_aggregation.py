@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from ffm_secure.api import place
 from ffm_secure.config.run_file import Strategy
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation
 from ffm_secure.experiments import grid as experiments
 from ffm_secure.server.rounds import plan_round
 from ffm_secure.site.trainer import SiteTrainer
@@ -53,24 +53,22 @@ def weights(factors: LoraRule, vector: Tensor) -> Tensor:
 def misses(config: Any, *, base: Path, rounds: int) -> Iterator[tuple[float, float]]:
     """Yield for each round the distance to the dense mean, in units of how far that mean moved, and the largest entry of it."""
     with tempfile.TemporaryDirectory() as folder:
-        made = setup.build(place(config, base=base, runs=Path(folder)).prepared(), Path(folder))
-        workplace = SiteTrainer(
-            config=config, trainable=replicate(made.trainable), task=made.task, mechanism=made.mechanism,
-            code=made.code, device=made.device, home=made.home,
-        )  # fmt: skip
+        made = simulation.build(place(config, base=base, runs=Path(folder)).prepared(), Path(folder))
+        trainer = SiteTrainer(
+            spec=made.spec, trainable=replicate(made.trainable), task=made.task, states=made.states
+        )
         strategy, factors = made.prepared.strategy, Factors(Strategy(), made.trainable)
         state = strategy.start(made.trainable.flatten().cpu())
         for number in range(1, rounds + 1):
-            plan = plan_round(made, number, state)
+            plan = plan_round(made.server, number, state)
             messages, own = [], []
             for client in plan.cohort:
-                learned = workplace.learn(
-                    made.clients[client], plan, state.vector, made.client_source(plan, client)
-                )
+                site = made.sites[client]
+                learned = trainer.learn(site.data, plan, state.vector, site.source(plan))
                 messages.append(learned.vector.double())
-                own.append(weights(factors, workplace.trainable.flatten().cpu()))
+                own.append(weights(factors, trainer.trainable.flatten().cpu()))
             before, wanted = weights(factors, state.vector), torch.stack(own).mean(0)
-            state = strategy.step(state, torch.stack(messages).mean(0))
+            state = strategy.step_by_mean(state, torch.stack(messages).mean(0))
             missed = weights(factors, state.vector) - wanted
             yield float(missed.norm() / (wanted - before).norm()), float(missed.abs().max())
 

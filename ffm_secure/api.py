@@ -6,15 +6,13 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ffm_secure import federation
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.engines import setup
-from ffm_secure.records import ClientOutcome, PlanSummary, RunSummary
+from ffm_secure.engines import simulation, summary
+from ffm_secure.records import PlanSummary, RunSummary
 from ffm_secure.report import document as report
-from ffm_secure.report import summary
 from ffm_secure.storage.run_directory import Store
 
 
@@ -49,19 +47,19 @@ class Run:
 
     def __init__(self, config: RunConfig, *, base: Path, runs: Path) -> None:
         self.config, self.base, self.folder = config, base, runs / config.name
-        self._prepared: setup.Prepared | None = None
+        self._prepared: simulation.Prepared | None = None
 
-    def prepared(self) -> setup.Prepared:
+    def prepared(self) -> simulation.Prepared:
         """Load data and model once."""
         if self._prepared is None:
-            self._prepared = setup.prepare(self.config, self.base, self.folder)
+            self._prepared = simulation.prepare(self.config, self.base, self.folder)
         return self._prepared
 
     def plan(self) -> PlanSummary:
         """Say what the run would train, send, spend and reveal; trains nothing."""
         return summary.describe(self.prepared())
 
-    def start(self, *, watch: federation.Callback | None = None, fairness: bool = True) -> Result:
+    def start(self, *, callback: federation.Callback | None = None, fairness: bool = True) -> Result:
         """Train to the end of the rounds or of the budget; continue a run that was stopped.
 
         Without `fairness` the report says nothing about single clients, and their evaluation is saved.
@@ -71,30 +69,34 @@ class Run:
         initial = prepared.trainable.flatten().cpu()
         with Store.open(self.folder, self.config) as store:
             store.require_contents(prepared.contents)
-            made = setup.build(prepared, self.folder)
-            zero = made.evaluate(initial).metric
-            trained = federation.run(made, store, watch=watch)
-            outcomes = self._fairness(made, trained, initial) if fairness else ()
-            result = summary.summarise(
-                made, trained, zero_metric=zero, outcomes=outcomes, seconds=time.perf_counter() - began
-            )
-            self._finish(store, made, trained, result)
+            ready = simulation.build(prepared, self.folder)
+            zero = ready.server.evaluate(initial).metric
+            try:
+                start = ready.begin(store)
+                trained = federation.run(ready.server, ready.courier, store, start=start, callback=callback)
+            finally:
+                ready.courier.close()
+            outcomes = summary.outcomes(ready, trained, initial) if fairness else ()
+            seconds = time.perf_counter() - began
+            result = summary.summarise(ready, trained, zero_metric=zero, outcomes=outcomes, seconds=seconds)
+            self._finish(store, ready, trained, result)
         return Result(folder=self.folder, summary=result)
 
-    def _fairness(
-        self, made: setup.Setup, trained: federation.TrainingResult, initial: Any
-    ) -> tuple[ClientOutcome, ...]:
-        return summary.outcomes(made, trained, initial)
-
     def _finish(
-        self, store: Store, made: setup.Setup, trained: federation.TrainingResult, result: RunSummary
+        self,
+        store: Store,
+        ready: simulation.Simulation,
+        trained: federation.TrainingResult,
+        result: RunSummary,
     ) -> None:
-        made.trainable.load_vector(trained.state.vector)
-        store.replace_folder("adapter", lambda folder: made.trainable.export(folder, self.config.model.name))
-        for client in made.clients if made.home.places else ():
-            own = made.own(client.index, trained.state.vector, before=len(trained.records) + 1)
-            made.trainable.load_vector(own)
-            made.trainable.export(made.home.folder / client.name / "adapter", self.config.model.name)
+        """Export the model, and the own model of every site that keeps numbers at home; write the report."""
+        ready.trainable.load_vector(trained.state.vector)
+        store.replace_folder("adapter", lambda folder: ready.trainable.export(folder, self.config.model.name))
+        for site in ready.sites if ready.states.places else ():
+            own = ready.own_vector(site.data.index, trained.state.vector, before=len(trained.records) + 1)
+            ready.trainable.load_vector(own)
+            folder = ready.states.folder / site.data.name / "adapter"
+            ready.trainable.export(folder, self.config.model.name)
         report.write(result, self.folder)
 
 

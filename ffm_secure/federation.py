@@ -1,4 +1,8 @@
-"""THE LOOP: plan a round, charge it, collect sealed updates, open the sum, step, record. Read this first."""
+"""THE LOOP: plan a round, let the sites decide and pay, open the sum, step, record. Read this first.
+
+Who is who: `ServerContext` is the server, `Courier` carries bytes, and behind it each `Site` owns its rows, its ledger and its
+keys. Neither side can reach the other but through the courier.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,20 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
-from defenses.errors import BudgetExceeded
-from ffm_secure.engines import Engine, LocalEngine, RoundResult
-from ffm_secure.engines.setup import Setup
 from ffm_secure.errors import Interrupted
 from ffm_secure.records import RoundPlan, RoundRecord, RunStatus
-from ffm_secure.server import rounds as server
+from ffm_secure.server import rounds
+from ffm_secure.server.context import ServerContext
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.strategies import ServerState
+from ffm_secure.transport.courier import Courier
 
 
 class Callback(Protocol):
     """See a run progress; nothing private passes through here."""
 
     def round_started(self, plan: RoundPlan, total: int) -> None:
-        """A round was charged and begins."""
+        """A round begins."""
 
     def client_finished(self, done: int, total: int) -> None:
         """One more client of the round has contributed or was lost."""
@@ -30,7 +33,7 @@ class Callback(Protocol):
 
 
 class NullCallback:
-    """Callback nothing."""
+    """Look at nothing."""
 
     def round_started(self, plan: RoundPlan, total: int) -> None:
         """Ignore."""
@@ -53,47 +56,41 @@ class TrainingResult:
 
 
 def run(
-    setup: Setup, store: Store, *, watch: Callback | None = None, engine: Engine | None = None
+    server: ServerContext,
+    courier: Courier,
+    store: Store,
+    *,
+    start: tuple[ServerState, tuple[RoundRecord, ...]],
+    callback: Callback | None = None,
 ) -> TrainingResult:
-    """Train until the rounds or the budget end; continue where a killed run stopped.
+    """Train until the rounds or the budgets end; `start` is where the run begins, or where a killed one stopped.
 
-    Guarantee: no client's data is touched before its ledger holds a reservation for the round; what was reserved stays spent
-    whatever happens next; a finished round is on disk before the next one begins.
+    Guarantee: no site's rows are touched before its own ledger holds a reservation for the round; what was reserved stays
+    spent whatever happens next; a finished round is on disk before the next one begins.
     """
-    watch, engine = watch or NullCallback(), engine or LocalEngine(setup)
-    state, records = _begin(setup, store)
+    callback = callback or NullCallback()
+    state, records = start
+    total = server.spec.config.federation.rounds
     try:
-        for number in range(len(records) + 1, setup.config.federation.rounds + 1):
+        while len(records) < total:
             began = time.perf_counter()
-            plan = server.plan_round(setup, number, state, records)
-            watch.round_started(plan, setup.config.federation.rounds)
-            reservations = setup.charges.reserve(plan)
-            outcome = (
-                engine.collect(plan, state.vector, watch.client_finished)
-                if plan.cohort
-                else RoundResult(sum=None)
-            )
-            state = server.advance(setup, plan, state, outcome)
-            setup.charges.spend(reservations)
-            record = server.record(setup, plan, outcome, state, records, began=began)
-            store.commit(state, record, run_id=setup.run_id)
+            plan = rounds.plan_round(server, len(records) + 1, state, records)
+            callback.round_started(plan, total)
+            result = rounds.collect(server, plan, state, courier, callback.client_finished)
+            if result.over_budget:
+                return TrainingResult(
+                    state=state, records=records, status="budget exhausted", reason=OVER_BUDGET
+                )
+            state = rounds.advance(server, plan, state, result)
+            record = rounds.record(server, plan, result, state, records, courier, began=began)
+            store.commit(state, record, run_id=server.run_id)
             records = (*records, record)
-            watch.round_finished(record)
-    except BudgetExceeded as refusal:
-        return TrainingResult(state=state, records=records, status="budget exhausted", reason=str(refusal))
+            callback.round_finished(record)
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped after round {len(records)}; run the same command again to continue"
         ) from None
-    finally:
-        engine.close()
     return TrainingResult(state=state, records=records, status="complete")
 
 
-def _begin(setup: Setup, store: Store) -> tuple[ServerState, tuple[RoundRecord, ...]]:
-    resumed = store.resume()
-    if resumed is None:
-        return setup.prepared.strategy.start(setup.trainable.flatten().cpu()), ()
-    state, records, run_id = resumed
-    setup.adopt(state, records, run_id)
-    return state, records
+OVER_BUDGET = "the budgets of too many sites do not pay for another round"

@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 Observer = Literal["public", "client", "server", "colluding_server"]
 Verdict = Literal["leaked", "not leaked", "inconclusive", "not applicable"]
 Point = Literal["raw", "clipped", "noised", "aggregated"]  # where on its way an update is seen
 RunStatus = Literal["complete", "interrupted", "budget exhausted"]
+DECLINED = "declined"  # in `RoundRecord.dropped`: the site refused the plan, or its ledger does not pay; it was not charged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +43,10 @@ class PrivacyStatement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundPlan:
-    """Tell a client everything about the round it is asked to take part in."""
+    """Tell a site everything about the round it is asked to take part in.
+
+    Its canonical bytes travel; a site parses them, recomputes what it can and refuses what differs (`site.plan_check`).
+    """
 
     run_id: bytes
     round: int
@@ -48,15 +55,26 @@ class RoundPlan:
     mechanism: str  # digest of what decides epsilon
     phase: Literal["private", "public"] = "private"
     step: int = 0  # steps the global model has taken; says which half of the factors a rule trains
+    turn: int = 0  # place of the cohort in the public schedule: private rounds before this one
+    layout: str = ""  # digest of names, shapes and codec of what is sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientUpdate:
-    """Hold the one thing that leaves a client in a round: opaque bytes; no count and no loss travel beside them."""
+class Receipt:
+    """Tell the server what a site's ledger says after a round; the ledger itself never leaves the site."""
 
-    round: int
-    client: int
-    payload: bytes
+    epsilon: float  # spent so far; infinity without a guarantee
+    entries: int
+    head: str  # hash of the ledger's last row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acceptance:
+    """Answer a plan: the site takes part, or does not; why not stays in the site's own log."""
+
+    accepted: bool
+    affordable: bool = True  # False: the budget of the site's own ledger does not pay for the round
+    receipt: Receipt | None = None  # once the site has paid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +83,7 @@ class RoundSum:
 
     round: int
     survivors: tuple[int, ...]
-    values: Any  # float64 array [d], the decoded sum
+    values: NDArray[np.float64]  # [d], the decoded sum
     loss_sum: float | None  # present only where the run releases it (no privacy unit)
     weight_sum: float
 

@@ -72,6 +72,7 @@ def forbidden(path: Path, module: str) -> str:
         return "only the command line and the package's door import the audit"
     if (module + ".").startswith("ffm_secure.cli.app.") and place not in (
         "ffm_secure/cli/app.py",
+        "ffm_secure/cli/__init__.py",
         "ffm_secure/__main__.py",
     ):
         return "nobody imports the command line but its own entry point"

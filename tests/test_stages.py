@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ffm_secure.auditing import replayed as client_replay
-from ffm_secure.config.run_file import LORA_RULES
+from ffm_secure.config.compatibility import LORA_RULES
 from tests.federation.helpers import CLIENT, ROOT, SECAGG, call, make, prepared
 
 SMALL = (
@@ -110,7 +110,7 @@ def test_an_audit_attacks_what_the_rule_sends_and_nothing_else(kind: str) -> Non
     for tensors in points.values():
         assert set(tensors) == {*factors, *rule.head}
     start = ready.trainable.flatten()
-    if rule.folds:
+    if rule.merges_into_base:
         with pytest.raises(ValueError, match="products are sent"):
             client_replay.wire_change(ready, start, encoded.take(range(4)), 0, 1)
     else:

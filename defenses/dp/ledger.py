@@ -271,6 +271,16 @@ class Ledger:
                 result.append(_reservation(row, account, replayed=not is_new))
         return tuple(result)
 
+    def check(self, entries: Sequence[Charge]) -> None:
+        """Raise what `reserve` would raise for these charges now; nothing is written and nothing is promised.
+
+        Raises: BudgetExceeded naming every owner who cannot pay.
+        """
+        for charge in entries:
+            check_charge(charge)
+        self._refresh()
+        self._refuse_unpayable(entries)
+
     def spend(self, reservations: Sequence[Reservation]) -> None:
         """Confirm that reserved releases happened; confirming twice changes nothing."""
         with self._change():

@@ -12,7 +12,7 @@ from ffm_secure.auditing import replayed as client_replay
 from ffm_secure.auditing.budget import CLOSED
 from ffm_secure.auditing.findings import Ran
 from ffm_secure.auditing.step import ReplayedStep
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation
 from ffm_secure.records import (
     LeakCurve,
 )
@@ -40,13 +40,13 @@ def mean_length(stage: ReplayedStep) -> int:
 
 
 def place_on_curves(
-    drawn: Iterator[curves.Curve], stage: ReplayedStep, prepared: setup.Prepared
+    drawn: Iterator[curves.Curve], stage: ReplayedStep, prepared: simulation.Prepared
 ) -> Iterator[LeakCurve]:
     """Mark on each curve where the run lies: what the server sees of one step."""
     config, width = prepared.config, curves.width_of(stage.control.observation, stage.model)
     clients = stage.at(client_replay.seen_by("server", config, stage.points)).observation.contributors
     records = float(config.federation.lifecycle.batch_size * clients)
-    noise = 0.0 if prepared.mechanism is None else float(prepared.mechanism.noise_multiplier)
+    noise = float(prepared.mechanism.noise_multiplier)
     tokens = records * mean_length(stage) / width.size if width else None
     here = {
         "records": records,

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from torch import Tensor
+
 from attacks import canary
-from defenses.dp import RecordMechanism
 from defenses.random_source import RandomSource
 from ffm_secure.auditing.budget import CANARIES, SIGNIFICANCE
 from ffm_secure.auditing.canary_rounds import client_canaries, record_canaries
 from ffm_secure.config import compatibility
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation
+from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.records import (
     LeakCurve,
     RunSummary,
 )
 
 
-def mechanism_lower_bound(prepared: setup.Prepared, *, seed: int = 1) -> canary.LowerBound | None:
+def mechanism_lower_bound(prepared: simulation.Prepared, *, seed: int = 1) -> canary.LowerBound | None:
     """Audit the run's own mechanism over all rounds a client may take part in, with canaries of the largest allowed norm.
 
     The canaries go through the very sampler, bound, noise and divisor that the run used; the result is a lower bound on
@@ -26,18 +28,26 @@ def mechanism_lower_bound(prepared: setup.Prepared, *, seed: int = 1) -> canary.
     return bounds[max(bounds)] if (bounds := bounds_over_rounds(prepared, seed=seed)) else None
 
 
-def bounds_over_rounds(prepared: setup.Prepared, *, seed: int = 1) -> dict[int, canary.LowerBound]:
+def _totals(mechanism: Mechanism, coins: canary.Canaries) -> Iterator[Tensor]:
+    """Run the mechanism on canaries; yield the sum of all updates after each round."""
+    source = RandomSource.system()
+    if mechanism.record_level is not None:
+        return record_canaries(mechanism.record_level, coins, source)
+    assert mechanism.client_level is not None
+    return client_canaries(mechanism.client_level, coins, source)
+
+
+def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[int, canary.LowerBound]:
     """Return the lower bound that 1, 2, 4, ... rounds of one canary run prove, and all rounds; nothing without a mechanism."""
     mechanism, config = prepared.mechanism, prepared.config
-    if mechanism is None:
+    if mechanism.noise_multiplier == 0.0:
         return {}
     rounds = max(1, compatibility.participation_cap(config))
     dimension = max(2 * CANARIES, min(prepared.trainable.size, 20_000))
     coins = canary.Canaries(
         count=CANARIES, dimension=dimension, norm=mechanism.clip_norm, seed=seed, kind="dirac"
     )
-    begin = record_canaries if isinstance(mechanism, RecordMechanism) else client_canaries
-    totals, seen = begin(mechanism, coins, RandomSource.system()), {}
+    totals, seen = _totals(mechanism, coins), {}
     for number in range(1, rounds + 1):
         total = next(totals)
         if number == rounds or number & (number - 1) == 0:

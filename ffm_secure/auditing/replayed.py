@@ -11,37 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defenses.dp import Clipping, PerSampleEngine, RecordMechanism
+from defenses.dp import Clipping, PerSampleEngine
 from defenses.random_source import RandomSource
 from defenses.secagg import ring
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.engines import setup
-from ffm_secure.privacy.mechanism import ClientNoise
+from ffm_secure.engines import simulation
 from ffm_secure.records import Observer, Point, RoundPlan, RoundRecord
 from ffm_secure.site.client_state import ClientStateStore
-from ffm_secure.site.trainer import Client, SiteTrainer
+from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.strategies import ServerState
 
 
-def largest(prepared: setup.Prepared) -> int:
+def largest(prepared: simulation.Prepared) -> int:
     """Return the client with most records."""
     return max(range(len(prepared.parts)), key=lambda index: len(prepared.parts[index]))
 
 
 def next_start(
-    prepared: setup.Prepared, folder: Path, state: ServerState, records: Sequence[RoundRecord], run_id: bytes
+    prepared: simulation.Prepared,
+    folder: Path,
+    state: ServerState,
+    records: Sequence[RoundRecord],
+    run_id: bytes,
 ) -> Tensor:
     """Return the vector from which the largest client would learn next: the global one, and what it keeps at home.
 
     Whoever attacks that client is granted what it keeps, though nobody else ever sees it.
     """
     home = ClientStateStore(folder=folder / "home", owners=prepared.owners, places=prepared.strategy.home)
-    return home.enter(largest(prepared), state.vector, run_id=run_id, before=len(records) + 1)
+    return home.load(largest(prepared), state.vector, run_id=run_id, before=len(records) + 1)
 
 
 def gradients(
-    prepared: setup.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool = False
+    prepared: simulation.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool = False
 ) -> dict[str, dict[str, Tensor]]:
     """Return one step's update at each point: raw, and under record-level privacy clipped and noised by the run's mechanism.
 
@@ -60,42 +63,39 @@ def gradients(
 
 
 def _points(
-    prepared: setup.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool
+    prepared: simulation.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool
 ) -> dict[str, dict[str, Tensor]]:
-    trained, task, mechanism = prepared.trainable, prepared.task, prepared.mechanism
+    trained, task = prepared.trainable, prepared.task
+    record_level, client_level = prepared.mechanism.record_level, prepared.mechanism.client_level
     active, found = trained.active, {}
-    if not (sent_only and isinstance(mechanism, RecordMechanism)):
+    if not (sent_only and record_level is not None):
         losses = task.losses(trained.model, batch)
         raw = torch.autograd.grad(losses.mean(), list(active.values()), allow_unused=True)
         pairs = zip(active.items(), raw, strict=True)
         found["raw"] = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
-    if isinstance(mechanism, RecordMechanism):
+    if record_level is not None:
         with PerSampleEngine(trained.model, parameters=active) as engine:
-            clipping = Clipping(kind=prepared.config.privacy.clipping, clip_norm=mechanism.clip_norm)
+            clipping = Clipping(kind=prepared.config.privacy.clipping, clip_norm=record_level.clip_norm)
             clipped = engine.clipped_sum(lambda: task.losses(trained.model, batch), clip=clipping).gradients
-        found["clipped"] = {name: value / mechanism.expected_batch_size for name, value in clipped.items()}
-        found["noised"] = mechanism.privatise(clipped, RandomSource.system())
-    if isinstance(mechanism, ClientNoise):
+        found["clipped"] = {name: value / record_level.expected_batch_size for name, value in clipped.items()}
+        found["noised"] = record_level.privatise(clipped, RandomSource.system())
+    if client_level is not None:
         vector = torch.cat([value.reshape(-1) for value in found["raw"].values()])
-        found["clipped"] = unflatten(mechanism.inner.clip(vector.cpu()), found["raw"])
-        share = mechanism.noisy_integers(vector, RandomSource.system()) / mechanism.scale
+        found["clipped"] = unflatten(client_level.inner.clip(vector.cpu()), found["raw"])
+        share = client_level.noisy_integers(vector, RandomSource.system()) / client_level.scale
         found["noised"] = unflatten(torch.from_numpy(share).float(), found["raw"])
     return found
 
 
 def aggregate(
-    prepared: setup.Prepared, points: Mapping[str, Mapping[str, Tensor]], client: int, records: int
+    prepared: simulation.Prepared, points: Mapping[str, Mapping[str, Tensor]], client: int, records: int
 ) -> dict[str, Tensor]:
     """Add what the other clients of a cohort send in the same step, each with its own records and its own noise."""
     own = points.get("noised", points["raw"])
     total = {name: value.clone() for name, value in own.items()}
     for index in _others(prepared, client)[: smallest_sum(prepared.config) - 1]:
-        part = prepared.parts[index][:records]
-        batch = prepared.task.batch(
-            prepared.task.encode(prepared.dataset.train.take(part)),
-            np.arange(len(part)),
-            device=prepared.device,
-        )
+        part = prepared.data.rows(index).take(range(min(records, len(prepared.parts[index]))))
+        batch = prepared.task.batch(prepared.task.encode(part), np.arange(len(part)), device=prepared.device)
         sent = gradients(prepared, batch, sent_only=True)
         for name, value in (sent.get("noised") or sent["raw"]).items():
             total[name] += value
@@ -119,7 +119,7 @@ def seen_by(observer: Observer, config: RunConfig, points: Collection[Point]) ->
 
 
 def wire_change(
-    prepared: setup.Prepared, vector: Tensor, members: Any, client: int, clients: int
+    prepared: simulation.Prepared, vector: Tensor, members: Any, client: int, clients: int
 ) -> dict[str, Tensor]:
     """Return the opened sum of what `clients` clients really send in one round; the first has nothing but `members`.
 
@@ -128,39 +128,30 @@ def wire_change(
     Raises:
       ValueError: what is sent is no change of the trained tensors themselves.
     """
-    if prepared.strategy.folds:
+    if prepared.strategy.merges_into_base:
         raise ValueError("products are sent, not the change of the trained tensors themselves")
     chosen = [client, *_others(prepared, client)][:clients]
-    place = SiteTrainer(
-        config=prepared.config,
-        trainable=prepared.trainable,
-        task=prepared.task,
-        mechanism=prepared.mechanism,
-        code=prepared.code,
-        device=prepared.device,
-    )
+    trainer = SiteTrainer(spec=prepared.spec, trainable=prepared.trainable, task=prepared.task)
     told = RoundPlan(run_id=bytes(16), round=1, cohort=tuple(chosen), fingerprint="", mechanism="")
     total = None
     for index in chosen:
-        part = prepared.parts[index][: len(members)]
-        rows = members if index == client else prepared.task.encode(prepared.dataset.train.take(part))
-        source = RandomSource.system()
-        sent = place.contribute(
-            Client(index=index, name="", examples=rows), told, vector.to(prepared.device), source
-        )
+        few = prepared.data.rows(index).take(range(min(len(members), len(prepared.parts[index]))))
+        rows = members if index == client else prepared.task.encode(few)
+        data = SiteData(index=index, name="", examples=rows)
+        sent = trainer.run_round(data, told, vector.to(prepared.device), RandomSource.system())
         if total is None:
             total = sent
         else:
             ring.add_into(total, sent)
-    total = ring.reduce(total, prepared.code.modulus_bits)
+    total = ring.reduce(total, prepared.codec.modulus_bits)
     prepared.trainable.load_vector(vector)
-    values = torch.from_numpy(prepared.code.open(total, round=1, survivors=chosen).values).float()
+    values = torch.from_numpy(prepared.codec.open(total, round=1, survivors=chosen).values).float()
     parameters = prepared.trainable.parameters
     like = {name: parameters[name] for name in prepared.strategy.sends(told.step) or parameters}
     return unflatten(values[: sum(p.numel() for p in like.values())], like)  # half a vector is padded
 
 
-def wire_facts(prepared: setup.Prepared, records: int) -> dict[str, Any]:
+def wire_facts(prepared: simulation.Prepared, records: int) -> dict[str, Any]:
     """Return what every party of a run knows of an update: the run file says it. Momentum makes SGD another optimiser."""
     spec = prepared.config.federation.lifecycle
     size = min(spec.batch_size, records)
@@ -174,25 +165,34 @@ def wire_facts(prepared: setup.Prepared, records: int) -> dict[str, Any]:
     }
 
 
-def noise_facts(prepared: setup.Prepared, point: Point, clients: int, *, steps: int = 0) -> dict[str, Any]:
+def noise_facts(
+    prepared: simulation.Prepared, point: Point, clients: int, *, steps: int = 0
+) -> dict[str, Any]:
     """Return what the run file tells everyone of the bound and the noise in an update, or in a sum of `clients` of them.
 
     `steps` is how many local steps stand behind a delta, 0 for the gradient of one step. The deviation is left out where an
     optimiser mixes the noise of several steps.
     """
     mechanism = prepared.mechanism
-    if mechanism is None or point == "raw" or prepared.config.privacy.noise == "seeded":
+    if mechanism.noise_multiplier == 0.0 or point == "raw" or prepared.config.privacy.noise == "seeded":
         return {}
     facts: dict[str, Any] = {"clip_norm": mechanism.clip_norm}
     if point == "clipped":
         return facts
-    if isinstance(mechanism, ClientNoise):
-        levels = mechanism.inner.integer_sensitivity(scale=mechanism.scale, dimension=mechanism.dimension)
+    client_level, record_level = mechanism.client_level, mechanism.record_level
+    if client_level is not None:
+        levels = client_level.inner.integer_sensitivity(
+            scale=client_level.scale, dimension=client_level.dimension
+        )
         deviation = (
-            mechanism.noise_multiplier * levels / mechanism.scale / mechanism.inner.honest_survivors**0.5
+            client_level.noise_multiplier
+            * levels
+            / client_level.scale
+            / client_level.inner.honest_survivors**0.5
         )
     else:
-        deviation = mechanism.noise_multiplier * mechanism.clip_norm / mechanism.expected_batch_size
+        assert record_level is not None
+        deviation = record_level.noise_multiplier * record_level.clip_norm / record_level.expected_batch_size
         spec = prepared.config.federation.lifecycle
         if steps and (spec.optimizer != "sgd" or spec.momentum):
             return facts
@@ -200,7 +200,7 @@ def noise_facts(prepared: setup.Prepared, point: Point, clients: int, *, steps: 
     return {**facts, "noise_deviation": deviation * clients**0.5}
 
 
-def _others(prepared: setup.Prepared, client: int) -> list[int]:
+def _others(prepared: simulation.Prepared, client: int) -> list[int]:
     return [index for index in range(len(prepared.parts)) if index != client and len(prepared.parts[index])]
 
 
@@ -209,13 +209,13 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
 
 
-def own_names(prepared: setup.Prepared) -> dict[str, str]:
+def own_names(prepared: simulation.Prepared) -> dict[str, str]:
     """Map the canonical names of what is trained to the names the model itself uses."""
     own = {id(parameter): name for name, parameter in prepared.trainable.model.named_parameters()}
     return {name: own[id(parameter)] for name, parameter in prepared.trainable.parameters.items()}
 
 
-def attackable(prepared: setup.Prepared) -> nn.Module:
+def attackable(prepared: simulation.Prepared) -> nn.Module:
     """Copy the model for the attacker: eager attention, and padding read from the ids, as a client's own batches have it."""
     model = copy.deepcopy(prepared.trainable.model).cpu()
     pad = getattr(prepared.backbone.tokenizer, "pad_token_id", None)

@@ -15,7 +15,7 @@ from ffm_secure.auditing.leak_curves import leak_curves, place_on_curves
 from ffm_secure.auditing.lower_bound import bounds_over_rounds, curve_over_rounds, measured_how
 from ffm_secure.auditing.step import CANDIDATES, with_draws
 from ffm_secure.auditing.wording import decoder, sentence
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation
 from ffm_secure.errors import ConfigError, StoreError
 from ffm_secure.records import (
     AuditSummary,
@@ -40,7 +40,7 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
             "audit.attacks", [f"there is no attack {', '.join(unknown)}; `python -m attacks list` names them"]
         )
     began = time.process_time()
-    prepared = setup.prepare(config, Path.cwd(), folder)
+    prepared = simulation.prepare(config, Path.cwd(), folder)
     resumed = Store.read(folder).resume()
     if resumed is None:
         raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")

@@ -16,7 +16,7 @@ from attacks.inversion.tokens import vocabulary_of
 from attacks.observation import Knowledge, Observation
 from attacks.truth import Truth
 from ffm_secure.auditing import replayed as client_replay
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation
 from ffm_secure.records import (
     Point,
 )
@@ -54,7 +54,7 @@ class ReplayedStep:
 
 
 def build_stage(
-    prepared: setup.Prepared,
+    prepared: simulation.Prepared,
     vector: Tensor,
     *,
     seed: int = 0,
@@ -71,11 +71,11 @@ def build_stage(
     trained.load_vector(vector)
     rows = np.random.default_rng(seed)
     client = client_replay.largest(prepared)
-    own = prepared.parts[client]
-    few = own[
-        np.sort(rows.permutation(len(own))[: 4 * CANDIDATES])
-    ]  # not all of a large client's records need encoding
-    encoded = prepared.task.encode(prepared.dataset.train.take(few))
+    own = prepared.data.rows(client)
+    few = np.sort(
+        rows.permutation(len(own))[: 4 * CANDIDATES]
+    )  # not all of a large client's records need encoding
+    encoded = prepared.task.encode(own.take(few))
     size = min(records, len(encoded) // 2)
     order = rows.permutation(len(encoded))
     members, others = order[:size], order[size : 2 * size]
@@ -117,7 +117,9 @@ def build_stage(
     @cache
     def wire(clients: int) -> ObservationPoint:
         sent = client_replay.wire_change(prepared, vector, encoded.take(members), client, clients)
-        point: Point = "aggregated" if clients > 1 else "raw" if prepared.mechanism is None else "noised"
+        point: Point = (
+            "aggregated" if clients > 1 else "noised" if prepared.mechanism.noise_multiplier else "raw"
+        )
         return scene(point, sent, clients, content="delta", **client_replay.wire_facts(prepared, size))
 
     @cache
@@ -132,7 +134,7 @@ def build_stage(
     return ReplayedStep(records=size, model=model, prior=prior, points=frozenset(points), at=at, wire=wire)
 
 
-def with_draws(prepared: setup.Prepared, vector: Tensor, records: int) -> ReplayedStep:
+def with_draws(prepared: simulation.Prepared, vector: Tensor, records: int) -> ReplayedStep:
     """Build a stage that can be drawn anew."""
     first = build_stage(prepared, vector, records=records)
     again = cache(
@@ -141,7 +143,7 @@ def with_draws(prepared: setup.Prepared, vector: Tensor, records: int) -> Replay
     return replace(first, again=again)
 
 
-def _candidates(prepared: setup.Prepared, encoded: Any, rows: list[int]) -> dict[str, Tensor]:
+def _candidates(prepared: simulation.Prepared, encoded: Any, rows: list[int]) -> dict[str, Tensor]:
     batch = prepared.task.batch(encoded, np.asarray(rows), device="cpu")
     renamed = {"input_ids": "token_ids", "pixel_values": "images", "labels": "labels"}
     found = {renamed[name]: value for name, value in batch.items() if name in renamed}
@@ -158,7 +160,7 @@ def _granted(truth: Truth) -> dict[str, Any]:
     return granted
 
 
-def _pixels(prepared: setup.Prepared) -> dict[str, Any]:
+def _pixels(prepared: simulation.Prepared) -> dict[str, Any]:
     """Return the public normalisation of pictures."""
     mean, std = getattr(prepared.task, "mean", None), getattr(prepared.task, "std", None)
     return {} if mean is None or std is None else {"image_mean": mean.flatten(), "image_std": std.flatten()}

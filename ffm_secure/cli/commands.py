@@ -16,8 +16,8 @@ from ffm_secure.cli import doctor as checkup
 from ffm_secure.cli.console import clear_errors, console, print_json, print_lines, say
 from ffm_secure.cli.progress import Bars
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound, StoreError
+from ffm_secure.privacy.statements import SEEDED
 from ffm_secure.records import AuditFinding, AuditSummary, PlanSummary, PrivacyStatement
-from ffm_secure.report.summary import SEEDED
 from ffm_secure.storage.run_directory import Store
 
 
@@ -38,8 +38,8 @@ def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet
             print_lines(_plan_lines(described))
             console.print()
         budget = started.config.privacy.epsilon
-        with Bars(rounds=started.config.federation.rounds, budget=budget, quiet=silent) as watch:
-            result = started.start(watch=watch)
+        with Bars(rounds=started.config.federation.rounds, budget=budget, quiet=silent) as bars:
+            result = started.start(callback=bars)
         if started.config.audit.observers and result.summary.rounds:
             from ffm_secure.auditing.run_audit import audit_run
 

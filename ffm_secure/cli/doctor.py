@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ffm_secure.report.summary import software
+from ffm_secure.engines.summary import software
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

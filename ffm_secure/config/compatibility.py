@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
-from ffm_secure.config.run_file import LORA_RULES, PROMPTS, RunConfig
+from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import PlanRefused
+from ffm_secure.registry import AXES, LIFECYCLES, STRATEGIES, TRAINABLES
+
+LORA_RULES = STRATEGIES.with_trait("lora")
+PROMPTS = TRAINABLES.with_trait("prompt")
 
 _PRIVATE = ("record", "person", "client")
 _WEIGHTS = "weights from example counts are private data, and the divisor must be a public constant: use weighting = 'uniform'"
@@ -56,25 +60,15 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
 
 # Every axis of choice with the values its pairs were reviewed with. A test compares this with the run file's schema, so that a
 # new option must take a position; `position` refuses to answer for anything newer.
-REVIEWED: Mapping[str, tuple[str, ...]] = {
+REVIEWED: Mapping[str, Collection[str]] = {
     "task": ("text_classification", "causal_lm", "masked_lm", "image_classification"),
-    "trainable": (
-        "full",
-        "head",
-        "lora",
-        "lora_xs",
-        "prompt",
-        "prefix",
-        "p_tuning",
-        "deep_prompt",
-        "prompt_generator",
-    ),
-    "lifecycle": ("finetune", "pretrain"),
+    "trainable": TRAINABLES,
+    "lifecycle": LIFECYCLES,
     "controller": ("fixed", "plateau", "gain_per_cost"),
     "cost": ("epsilon", "bytes", "seconds"),
     "optimizer": ("sgd", "adam", "adamw"),
     "proximal": ("off", "on"),
-    "strategy": ("average", "avgm", "adam", "yogi", "adagrad", *LORA_RULES),
+    "strategy": STRATEGIES,
     "weighting": ("uniform", "examples"),
     "dropout": ("none", "some"),
     "unit": ("record", "person", "client", "none"),
@@ -93,11 +87,21 @@ def position(first: tuple[str, str], second: tuple[str, str]) -> str:
     for axis, value in (first, second):
         if value not in REVIEWED[axis]:
             raise KeyError(f"{axis} = {value!r} has taken no position")
+        reason = _own_position(first, second) or _own_position(second, first)
+        if reason:
+            return reason
     order = list(REVIEWED)
     (axis_a, value_a), (axis_b, value_b) = sorted((first, second), key=lambda choice: order.index(choice[0]))
-    return REFUSED.get((axis_a, axis_b), {}).get((value_a, value_b), "") or REFUSED.get(
-        (axis_b, axis_a), {}
-    ).get((value_b, value_a), "")
+    forward = REFUSED.get((axis_a, axis_b), {}).get((value_a, value_b), "")
+    return forward or REFUSED.get((axis_b, axis_a), {}).get((value_b, value_a), "")
+
+
+def _own_position(choice: tuple[str, str], other: tuple[str, str]) -> str:
+    """Return what a registered kind itself says against a choice on another axis."""
+    axis, value = choice
+    if axis not in AXES or value not in AXES[axis]:
+        return ""
+    return AXES[axis].kinds[value].refuses.get(other, "")
 
 
 def choices(config: RunConfig) -> dict[str, str]:
@@ -172,7 +176,10 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
             f"privacy.delta = {privacy.delta}: must be at most 1 / clients = {1 / config.task.clients:g}, or the guarantee may "
             "give away one whole client"
         )
-    adaptive = federation.lifecycle.kind == "pretrain" and federation.lifecycle.controller.kind != "fixed"
+    adaptive = (
+        LIFECYCLES.has(federation.lifecycle.kind, "public_phases")
+        and federation.lifecycle.controller.kind != "fixed"
+    )
     if adaptive and federation.evaluate_every != 1:
         yield (
             f"federation.evaluate_every = {federation.evaluate_every}: the controller decides by the loss of every round; "
@@ -210,7 +217,7 @@ def participation_cap(config: RunConfig) -> int:
 def private_rounds(config: RunConfig) -> int:
     """Return the most rounds in which clients take part; public phases of pre-training are none of them."""
     rounds, lifecycle = config.federation.rounds, config.federation.lifecycle
-    if lifecycle.kind != "pretrain":
+    if not LIFECYCLES.has(lifecycle.kind, "public_phases"):
         return rounds
     most, controller = lifecycle.private_rounds or rounds, lifecycle.controller
     if controller.kind == "fixed":

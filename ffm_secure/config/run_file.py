@@ -8,17 +8,9 @@ from typing import Any, ClassVar
 
 from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
 from ffm_secure.errors import ConfigError
+from ffm_secure.registry import LIFECYCLES, STRATEGIES, TRAINABLES
 
 TASKS = ("text_classification", "causal_lm", "masked_lm", "image_classification")
-LORA_RULES = (
-    "ffa",
-    "rolora",
-    "fedsvd",
-    "fedex",
-    "flora",
-    "fedsa",
-)  # how LoRA factors are averaged; see docs/lora.md
-PROMPTS = ("prompt", "prefix", "p_tuning", "deep_prompt", "prompt_generator")
 OBSERVERS = ("public", "client", "server", "colluding_server")
 
 
@@ -77,19 +69,7 @@ class Task:
 class TrainableSpec:
     """Which numbers are trained and sent."""
 
-    kind: str = option(
-        choices=(
-            "full",
-            "head",
-            "lora",
-            "lora_xs",
-            "prompt",
-            "prefix",
-            "p_tuning",
-            "deep_prompt",
-            "prompt_generator",
-        )
-    )
+    kind: str = option(choices=TRAINABLES)
     rank: int = option(8, minimum=1, maximum=1024, only_for=("lora", "lora_xs"))
     ranks: tuple[int, ...] = option(
         (),
@@ -103,7 +83,11 @@ class TrainableSpec:
         (), help="empty: chosen by architecture; ['all-linear'] for all", only_for=("lora", "lora_xs")
     )
     length: int = option(
-        16, minimum=1, maximum=1024, help="virtual tokens of a prompt or prefix", only_for=PROMPTS
+        16,
+        minimum=1,
+        maximum=1024,
+        help="virtual tokens of a prompt or prefix",
+        only_for=TRAINABLES.with_trait("prompt"),
     )
     hidden: int = option(
         64,
@@ -175,7 +159,7 @@ class Controller:
 class Lifecycle:
     """How a client learns at home, and in pre-training the server from public data."""
 
-    kind: str = option(choices=("finetune", "pretrain"))
+    kind: str = option(choices=LIFECYCLES)
     local_steps: int = option(0, minimum=0, maximum=1_000_000, help="steps a round; or give local_epochs")
     local_epochs: int = option(0, minimum=0, maximum=10_000)
     batch_size: int = option(minimum=1, maximum=1_000_000, help="expected size under Poisson sampling")
@@ -217,7 +201,7 @@ class Lifecycle:
 class Strategy:
     """How a sum becomes the next global model."""
 
-    kind: str = option("average", choices=("average", "avgm", "adam", "yogi", "adagrad", *LORA_RULES))
+    kind: str = option("average", choices=STRATEGIES)
     learning_rate: float = option(1.0, above=0.0, maximum=1e3)
     momentum: float = option(0.9, minimum=0.0, maximum=0.9999, only_for=("avgm", "adam", "yogi"))
     beta2: float = option(0.99, minimum=0.0, maximum=0.99999, only_for=("adam", "yogi"))
@@ -245,6 +229,11 @@ class Federation:
     lifecycle: Lifecycle
     strategy: Strategy = option(Strategy())
     weighting: str = option("uniform", choices=("uniform", "examples"))
+    largest_weight: int = option(
+        0,
+        minimum=0,
+        help="most examples a client may count for; 0: 16 times the public size of one client's data",
+    )
     dropout: Dropout = option(Dropout())
     evaluate_every: int = option(1, minimum=1)
 
@@ -364,7 +353,7 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
             lifecycle.local_steps,
             "give local_steps or local_epochs, exactly one above 0",
         )
-    if lifecycle.kind == "pretrain":
+    if LIFECYCLES.has(lifecycle.kind, "public_phases"):
         _check_pretraining(lifecycle, problems)
     if protection.threshold > federation.cohort:
         problems.add(

@@ -9,7 +9,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +44,7 @@ def option(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    choices: tuple[Any, ...] = (),
+    choices: Collection[Any] = (),
     pattern: str = "",
     only_for: tuple[str, ...] = (),
 ) -> Any:

@@ -65,14 +65,17 @@ def partition(examples: Examples, *, clients: int, split: Any, seed: int) -> tup
 
 def client_examples(examples: Examples, *, clients: int, split: Any, seed: int) -> tuple[Examples, ...]:
     """Deal the examples and apply each client's feature shift where the split has one."""
-    parts = [examples.take(rows) for rows in partition(examples, clients=clients, split=split, seed=seed)]
-    shifts = feature_shifts(clients=clients, split=split)
-    if not shifts:
-        return tuple(parts)
-    return tuple(
-        apply_shift(part, shift, seed=[seed, i])
-        for i, (part, shift) in enumerate(zip(parts, shifts, strict=True))
-    )
+    parts = partition(examples, clients=clients, split=split, seed=seed)
+    return tuple(client_rows(examples, parts, index, split=split, seed=seed) for index in range(clients))
+
+
+def client_rows(
+    examples: Examples, parts: Sequence[Indices], index: int, *, split: Any, seed: int
+) -> Examples:
+    """Return one client's rows as it has them: dealt out by `parts`, and shifted where the split shifts features."""
+    rows = examples.take(parts[index])
+    shifts = feature_shifts(clients=len(parts), split=split)
+    return apply_shift(rows, shifts[index], seed=[seed, index]) if shifts else rows
 
 
 def _even(count: int, clients: int) -> Indices:

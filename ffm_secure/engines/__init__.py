@@ -1,7 +1,1 @@
-"""Where clients live."""
-
-from ffm_secure.engines.local import Engine, LocalEngine, RoundResult
-
-ENGINES = {"local": LocalEngine}
-
-__all__ = ["ENGINES", "Engine", "LocalEngine", "RoundResult"]
+"""Where the sites live: engines carry bytes between the server and them."""

@@ -1,156 +1,142 @@
-"""Clients in this process, one after another or on a few threads; one frozen backbone serves them all."""
+"""The sites of a simulation, in this process: asked one after another, or on a few threads, in the order of the messages."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from itertools import islice
 from queue import SimpleQueue
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
-from torch import Tensor
 
+from defenses.errors import ProtocolError
 from defenses.random_source import RandomSource
-from ffm_secure.engines.setup import Setup
-from ffm_secure.protection.protections import AFTER_UPLOAD
-from ffm_secure.records import RoundPlan, RoundSum
-from ffm_secure.site.broadcast_guard import Inspection
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.protection.base import UPLOAD
+from ffm_secure.site.site import Site
 from ffm_secure.site.trainer import SiteTrainer
-from ffm_secure.trainable import replicate
+from ffm_secure.transport.courier import Lost, Reply
+from ffm_secure.transport.stages import BEGIN, EVALUATE, FINISH, PLAN
+
+_OUTSIDE = frozenset({PLAN, BEGIN, EVALUATE})  # stages of no protocol: simulated losses happen inside one
+_ORDER = ("advertise", "share", "train", UPLOAD, "confirm", "unmask")
+_AT_UPLOAD = frozenset({"train", UPLOAD})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RoundResult:
-    """What came of a round: the open sum, or why there is none."""
+class TrainerPool:
+    """The replicas of the model that a simulation's sites take turns with."""
 
-    sum: RoundSum | None
-    dropped: Mapping[int, str] = field(default_factory=dict)
-    aborted: str = ""
-    bytes_up: int = 0
-    bytes_down: int = 0
-    client_seconds: float = 0.0
+    def __init__(self, trainers: Sequence[SiteTrainer]) -> None:
+        self._busy = 0.0
+        self.replace(trainers)
 
+    def replace(self, trainers: Sequence[SiteTrainer]) -> None:
+        """Lend these replicas from now on; for an audit that watches a site from within."""
+        self._free: SimpleQueue[SiteTrainer] = SimpleQueue()
+        self._count = len(trainers)
+        for trainer in trainers:
+            self._free.put(trainer)
 
-class Engine(Protocol):
-    """Carry a round's plan to the clients and their sealed updates back."""
+    @contextmanager
+    def borrow(self) -> Iterator[SiteTrainer]:
+        """Lend one replica; wait until one is free."""
+        trainer = self._free.get()
+        began = time.perf_counter()
+        try:
+            yield trainer
+        finally:
+            self._busy += (time.perf_counter() - began) / self._count
+            self._free.put(trainer)
 
-    def collect(self, plan: RoundPlan, vector: Tensor, finished: Callable[[int, int], None]) -> RoundResult:
-        """Run one round."""
-
-    def close(self) -> None:
-        """Let go of threads and processes."""
+    def seconds(self) -> float:
+        """Return the wall seconds spent since this was last asked, shared among the replicas."""
+        spent, self._busy = self._busy, 0.0
+        return spent
 
 
 class LocalEngine:
-    """Simulate every client in this process.
+    """Carry messages by calling the sites.
 
-    Guarantee: at most `workers + 1` ring vectors exist at a time, so memory does not grow with clients or cohort; what a
-    client computes does not depend on the number of workers.
+    Guarantee: at most `workers + 1` uploads exist at a time, so memory does not grow with the cohort; what a site computes does
+    not depend on the number of workers.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
-        self.inspection = Inspection(setup.trainable)
-        self.workers = setup.config.speed.workers
-        self.free: SimpleQueue[SiteTrainer] = SimpleQueue()
-        for number in range(self.workers):
-            self.free.put(self._workplace(setup.trainable if number == 0 else replicate(setup.trainable)))
-        self.pool = ThreadPoolExecutor(self.workers) if self.workers > 1 else None
-        self.busy = 0.0
+    def __init__(self, config: RunConfig, sites: Sequence[Site], trainers: TrainerPool) -> None:
+        self._config, self._sites, self.trainers = config, sites, trainers
+        self._workers = config.speed.workers
+        self._pool = ThreadPoolExecutor(self._workers) if self._workers > 1 else None
+        self._lost: dict[int, str] = {}
 
-    def _workplace(self, trainable: Any) -> SiteTrainer:
-        setup = self.setup
-        return SiteTrainer(
-            config=setup.config,
-            trainable=trainable,
-            task=setup.task,
-            mechanism=setup.mechanism,
-            code=setup.code,
-            device=setup.device,
-            home=setup.home,
-        )
+    def send(self, stage: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:
+        """Call each site in turn; with workers, the next uploads are computed ahead."""
+        if stage == PLAN:
+            self._begin_round(messages)
+        if stage == UPLOAD and self._pool is not None:
+            yield from self._ahead(stage, messages)
+            return
+        for site, message in messages.items():
+            yield self._ask(stage, site, message)
 
-    def collect(self, plan: RoundPlan, vector: Tensor, finished: Callable[[int, int], None]) -> RoundResult:
-        """Run one round: train whoever is not lost, seal, open."""
-        drop = lost_clients(self.setup, plan)
-        never = {client for client, stage in drop.items() if stage not in AFTER_UPLOAD}
-        order = [client for client in plan.cohort if client not in never]
-        self.busy = 0.0
-        inputs = self._inputs(order, plan, vector)
-        done = 0
-
-        def contribute(client: int) -> npt.NDArray[Any]:
-            nonlocal done
-            ring = inputs(client)
-            done += 1
-            finished(done, len(order))
-            return ring
-
-        collected = self.setup.protection.collect(plan, contribute=contribute, drop=drop, order=order)
-        total = None
-        if collected.ring_sum is not None:
-            total = self.setup.code.open(collected.ring_sum, round=plan.round, survivors=collected.survivors)
-        broadcast = 4 * self.setup.trainable.size * len(plan.cohort)
-        return RoundResult(
-            sum=total,
-            dropped=collected.dropped,
-            aborted=collected.aborted,
-            bytes_up=collected.bytes_up,
-            bytes_down=collected.bytes_down + broadcast,
-            client_seconds=self.busy,
-        )
-
-    def _inputs(self, order: list[int], plan: RoundPlan, vector: Tensor) -> Callable[[int], npt.NDArray[Any]]:
-        """Return a function that gives a client's ring vector; with workers, the next ones are computed ahead."""
-        if self.pool is None:
-            return lambda client: self._train(client, plan, vector)
-        waiting: Iterator[int] = iter(order)
-        ahead: deque[tuple[int, Future[npt.NDArray[Any]]]] = deque()
-
-        def refill() -> None:
-            while len(ahead) < self.workers and (client := next(waiting, None)) is not None:
-                ahead.append((client, self.pool.submit(self._train, client, plan, vector)))  # type: ignore[union-attr]
-
-        def take(client: int) -> npt.NDArray[Any]:
-            refill()
-            expected, future = ahead.popleft()
-            if expected != client:
-                raise RuntimeError("clients were asked for in another order than announced")
-            refill()
-            return future.result()
-
-        return take
-
-    def _train(self, client: int, plan: RoundPlan, vector: Tensor) -> npt.NDArray[Any]:
-        workplace = self.free.get()
-        began = time.perf_counter()
-        try:
-            self.inspection.accept(vector)  # all simulated clients get one vector, so it is judged once
-            source = self.setup.client_source(plan, client)
-            return workplace.contribute(self.setup.clients[client], plan, vector, source)
-        finally:
-            self.busy += (time.perf_counter() - began) / self.workers
-            self.free.put(workplace)
+    def seconds_at_sites(self) -> float:
+        """Return the wall seconds sites have spent learning since this was last asked."""
+        return self.trainers.seconds()
 
     def close(self) -> None:
         """Stop the worker threads."""
-        if self.pool is not None:
-            self.pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _begin_round(self, messages: Mapping[int, bytes]) -> None:
+        """Draw whom this round loses; the number of the round is what the sites are sent, not what is counted here."""
+        message = next(iter(messages.values()), b"")
+        plan = self._sites[0].read_plan(message) if message else None
+        self._lost = {} if plan is None else lost_clients(self._config, plan.round, plan.cohort)
+
+    def _ask(self, stage: str, site: int, message: bytes) -> Reply:
+        lost = self._lost.get(site, "")
+        if lost and stage not in _OUTSIDE and _is_over(lost, stage):
+            return Reply(site=site, content=Lost(stage=lost))
+        try:
+            return Reply(site=site, content=self._sites[site].handle(stage, message))
+        except ProtocolError:
+            return Reply(site=site, content=Lost(stage=stage))
+
+    def _ahead(self, stage: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:
+        assert self._pool is not None
+        waiting = iter(messages.items())
+        running: deque[Future[Reply]] = deque()
+        for site, message in islice(waiting, self._workers):
+            running.append(self._pool.submit(self._ask, stage, site, message))
+        while running:
+            reply = running.popleft().result()
+            for site, message in islice(waiting, 1):
+                running.append(self._pool.submit(self._ask, stage, site, message))
+            yield reply
 
 
-def lost_clients(setup: Setup, plan: RoundPlan) -> dict[int, str]:
+def _is_over(lost: str, stage: str) -> bool:
+    """Tell whether a site that is lost at one stage answers another no more."""
+    if stage == FINISH:
+        return True
+    if lost in _AT_UPLOAD and stage == UPLOAD:
+        return True
+    if stage not in _ORDER:
+        return lost in _AT_UPLOAD
+    return _ORDER.index(stage) >= _ORDER.index(lost)
+
+
+def lost_clients(config: RunConfig, round: int, cohort: Sequence[int]) -> dict[int, str]:
     """Draw which clients a simulated round loses, and where; the same for every resume of the round."""
-    dropout = setup.config.federation.dropout
+    dropout = config.federation.dropout
     if dropout.rate == 0.0 or not dropout.stages:
         return {}
-    draw = RandomSource.seeded(setup.config.seed).derive("dropout", plan.round)
-    chances = draw.uniform(len(plan.cohort))
+    draw = RandomSource.seeded(config.seed).derive("dropout", round)
+    chances = draw.uniform(len(cohort))
     return {
         client: dropout.stages[draw.below(len(dropout.stages))]
-        for client, chance in zip(plan.cohort, np.asarray(chances), strict=True)
+        for client, chance in zip(cohort, np.asarray(chances), strict=True)
         if chance < dropout.rate
     }

@@ -15,7 +15,7 @@ from typing import Any
 from defenses.dp import Ledger
 from ffm_secure.api import Run, place
 from ffm_secure.config import run_file
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation
 from ffm_secure.errors import ConfigError, FfmError, StoreError
 from ffm_secure.experiments import grid_report as page
 from ffm_secure.experiments import grid_summary as experiments_summary
@@ -175,7 +175,7 @@ class Rows:
     """Hold the rows of finished runs against those that their run files mean now; every data set is read once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], setup.Contents] = {}
+        self._known: dict[tuple[Any, ...], simulation.Contents] = {}
 
     def require(self, made: Run) -> None:
         """Refuse a finished run whose rows have changed since; its figure would stand for other data.
@@ -194,14 +194,14 @@ class Rows:
             finally:
                 ledger.close()
 
-    def _of(self, made: Run) -> setup.Contents:
+    def _of(self, made: Run) -> simulation.Contents:
         task = made.config.task
         public = made.config.federation.lifecycle.public_data
         key = (task.data, task.kind, task.text_column, task.label_column, public)
         seed = made.config.seed
         found = self._known.get(key) or self._known.get((*key, seed))
         if found is None:
-            found = setup.contents(made.config, made.base)
+            found = simulation.contents(made.config, made.base)
             self._known[(*key, seed) if found.seeded else key] = found
         return found
 

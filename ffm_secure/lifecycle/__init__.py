@@ -1,6 +1,6 @@
-"""How a client learns at home."""
+"""What a site does in a round, and what the server does by itself."""
 
+from ffm_secure.lifecycle.base import Algorithm, ServerPhase, SiteRound
 from ffm_secure.lifecycle.finetune import ModelUpdate, finetune
-from ffm_secure.lifecycle.pretrain import CONTROLLERS, next_phase
 
-__all__ = ["CONTROLLERS", "ModelUpdate", "finetune", "next_phase"]
+__all__ = ["Algorithm", "ModelUpdate", "ServerPhase", "SiteRound", "finetune"]

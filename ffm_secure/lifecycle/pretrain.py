@@ -7,19 +7,18 @@ where no privacy unit is promised, because the wall time of a private phase depe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
 
 from torch import Tensor
 
-from ffm_secure.config.run_file import Controller, Lifecycle
+from ffm_secure.config import compatibility
+from ffm_secure.config.run_file import Controller, Lifecycle, RunConfig
+from ffm_secure.lifecycle.base import Algorithm, History, Phase, ServerPhase
 from ffm_secure.lifecycle.finetune import PlainGradient, finetune
 from ffm_secure.records import RoundRecord
-
-Phase = Literal["public", "private"]
-History = Sequence[RoundRecord]
+from ffm_secure.strategies.base import ServerState, Strategy
 
 
 def fixed(history: History, spec: Controller) -> Phase:
@@ -98,66 +97,75 @@ def other(phase: str) -> Phase:
 
 
 def next_phase(history: History, spec: Lifecycle, *, private_rounds: int) -> Phase:
-    """Return which source the next round learns from; fine-tuning knows only private ones.
-
-    Guarantee: at most `private_rounds` private rounds, the number the noise was calibrated for, ever come out.
-    """
-    if spec.kind != "pretrain":
-        return "private"
+    """Return what the controller says, but never more than `private_rounds` private rounds."""
     chosen = CONTROLLERS[spec.controller.kind](history, spec.controller)
     spent = sum(record.phase == "private" for record in history)
     return "public" if chosen == "private" and spent >= private_rounds else chosen
 
 
-def learn_in_public(
-    *,
-    trainable: Any,
-    task: Any,
-    public: Any,
-    start: Tensor,
-    spec: Lifecycle,
-    seed: tuple[int, ...],
-    device: str,
-    microbatch: int,
-) -> Tensor:
-    """Return the global vector after one public phase: plain gradient steps on public rows, on the server."""
-    plain = replace(
-        spec,
-        local_steps=spec.public_steps or spec.local_steps,
-        local_epochs=0,
-        batch_size=spec.public_batch_size or spec.batch_size,
-        learning_rate=spec.public_learning_rate or spec.learning_rate,
-        proximal=0.0,
-    )
-    rule = PlainGradient(
-        trainable=trainable,
-        task=task,
-        encoded=public,
-        spec=plain,
-        seed=seed,
-        device=device,
-        microbatch=microbatch,
-    )
-    change = finetune(trainable=trainable, start=start, spec=plain, rule=rule)
-    return start + change.vector.to(start.device)
+class PreTrain(Algorithm):
+    """Learn from public rows on the server and from private rows at the sites, as a controller says."""
 
+    kind = "pretrain"
+    reads_public_rows = True
 
-def remember(strategy: Any, before: Any, after: Any, phase: str) -> Any:
-    """Keep the newest change of each source beside the server's state, so that a resumed run still has it."""
-    kept = {name: value for name, value in before.optimizer_state.items() if name.startswith("moved.")}
-    newest = strategy.moved(before.vector, after.vector)
-    return replace(after, optimizer_state={**after.optimizer_state, **kept, f"moved.{phase}": newest})
+    def next_phase(self, history: History, config: RunConfig) -> Phase:
+        """Return which source the next round learns from.
 
+        Guarantee: at most as many private rounds as the noise was calibrated for ever come out.
+        """
+        spec = config.federation.lifecycle
+        return next_phase(history, spec, private_rounds=compatibility.private_rounds(config))
 
-def alignment(strategy: Any, optimizer_state: Mapping[str, Tensor]) -> float | None:
-    """Return the cosine between the newest public and the newest private change; None where there are no two to compare.
+    def learn_in_public(self, phase: ServerPhase, state: ServerState) -> Tensor:
+        """Return the global vector after one public phase: plain gradient steps on public rows, on the server."""
+        config, spec = phase.config, phase.config.federation.lifecycle
+        plain = replace(
+            spec,
+            local_steps=spec.public_steps or spec.local_steps,
+            local_epochs=0,
+            batch_size=spec.public_batch_size or spec.batch_size,
+            learning_rate=spec.public_learning_rate or spec.learning_rate,
+            proximal=0.0,
+        )
+        rule = PlainGradient(
+            trainable=phase.trainable,
+            task=phase.task,
+            encoded=phase.public,
+            spec=plain,
+            seed=(config.seed, phase.round, config.task.clients),
+            device=phase.device,
+            microbatch=config.speed.microbatch,
+        )
+        update = finetune(trainable=phase.trainable, start=state.vector, spec=plain, rule=rule)
+        return state.vector + update.vector.to(state.vector.device)
 
-    The strategy says what a change is: of the trained numbers, or under a rule for LoRA of the products and the head. Both are
-    released numbers: the public change, and the opened mean of the private ones with its noise, which pulls the cosine towards 0.
-    Values that stay at or below 0 without noise say that the two distributions pull apart.
-    """
-    public, private = optimizer_state.get("moved.public"), optimizer_state.get("moved.private")
-    if public is None or private is None:
-        return None
-    cosine: float | None = strategy.cosine(public, private)
-    return cosine
+    def remember(
+        self, strategy: Strategy, before: ServerState, after: ServerState, phase: Phase
+    ) -> ServerState:
+        """Keep the newest change of each source beside the server's state, so that a resumed run still has it."""
+        changes = {name: value for name, value in before.optimizer_state.items() if name.startswith("moved.")}
+        newest = strategy.moved(before.vector, after.vector)
+        return replace(after, optimizer_state={**after.optimizer_state, **changes, f"moved.{phase}": newest})
+
+    def alignment(self, strategy: Strategy, state: ServerState) -> float | None:
+        """Return the cosine between the newest public and the newest private change; None where there are no two.
+
+        The strategy says what a change is: of the trained numbers, or under a rule for LoRA of the products and the head.
+        Both are released numbers: the public change, and the opened mean of the private ones with its noise, which pulls
+        the cosine towards 0. Values that stay at or below 0 without noise say that the two distributions pull apart.
+        """
+        public = state.optimizer_state.get("moved.public")
+        private = state.optimizer_state.get("moved.private")
+        if public is None or private is None:
+            return None
+        return strategy.cosine(public, private)
+
+    def describe(self, config: RunConfig, public_rows: int) -> str:
+        """Say who learns from what, and how often."""
+        spec = config.federation.lifecycle
+        return (
+            f"pre-training by {spec.controller.kind} controller: public phases of "
+            f"{spec.public_steps or spec.local_steps} steps on {public_rows:,} public rows, "
+            f"at most {compatibility.private_rounds(config)} private rounds"
+        )

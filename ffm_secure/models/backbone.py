@@ -136,6 +136,11 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def vector_fingerprint(vector: Tensor) -> str:
+    """Return the hash by which a plan names a global vector float32 [d]."""
+    return fingerprint({"trainable": vector})
+
+
 def _locate(name: str, base: Path) -> str:
     """Find the folder behind a name; a hub name comes back as it is."""
     if name == "builtin:minilm":

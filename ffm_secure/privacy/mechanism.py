@@ -1,4 +1,4 @@
-"""From the `[privacy]` table to one mechanism object, its event, and the vector code its noise fits into."""
+"""What bounds and noises an update, as one object: the bound, the noise, the event and its words cannot disagree."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,71 +18,138 @@ from defenses.errors import BudgetExceeded
 from defenses.random_source import RandomSource
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.protection.codec import VectorCodec, grid_code, real_code
 
 # The ledger adds round by round on the grid it has, which may read a little higher than all rounds at once: without this
 # headroom it could refuse the very last round of a run that was calibrated to the edge.
 _HEADROOM = 1e-3
 
 
-def build(
-    config: RunConfig,
-    *,
-    size: int,
-    nominal: int,
-    largest_client: int,
-    history: Sequence[Event] = (),
-    multiplier: float = 0.0,
-) -> tuple[Mechanism, VectorCodec]:
-    """Calibrate the noise to the whole run and prove that its sums fit the ring.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noisy:
+    """An update that may be sealed: its bound and noise were applied, or the run says that it has none.
 
-    `multiplier` is the noise a run has begun with, and stays. `history` is what the owners' ledgers already hold; the new noise is chosen for what is left.
-    Guarantee: `participation_cap` rounds of the returned mechanism's event, on top of the history, cost at most the budget; more
-    are refused by the ledger. Divisors and rates come from the run file and public sizes only.
+    `values` is float64 [d] for an update that was privatised while learning (or not at all), int64 [d] on the grid where the
+    noise is discrete. Made by a mechanism's `protect` alone; `VectorCodec.quantise` accepts nothing else.
     """
-    privacy, protection, federation = config.privacy, config.protection, config.federation
-    if privacy.unit == "client":
-        return _client_mechanism(config, size, history, multiplier)
-    weights = largest_client if federation.weighting == "examples" else 1
-    code = real_code(
-        size=size,
-        clients=federation.cohort,
-        value_bits=protection.value_bits,
-        bound=protection.coordinate_bound,
-        max_weight=max(1, weights),
-        carries_loss=privacy.unit == "none",
-    )
-    if privacy.unit == "none":
-        return None, code
-    return _record_mechanism(config, nominal, history, multiplier), code
+
+    values: npt.NDArray[np.float64] | npt.NDArray[np.int64]
+    loss: float  # nats; 0 where the loss is private
+    weight: int
 
 
-def _record_mechanism(
-    config: RunConfig, nominal: int, history: Sequence[Event], multiplier: float
-) -> RecordMechanism:
-    privacy = config.privacy
-    steps, rate = compatibility.local_steps(config, nominal), compatibility.sampling_rate(config, nominal)
-    cap = max(1, compatibility.participation_cap(config))
-    sigma = multiplier or noise_multiplier(
-        epsilon=privacy.epsilon * (1 - _HEADROOM),
-        delta=privacy.delta,
-        sampling_rate=rate,
-        steps=steps * cap,
-        sampling="poisson" if rate < 1 else "full",
-        adjacency="add_remove",
-        records_per_person=privacy.records_per_person,
-        history=history,
-    )
-    return RecordMechanism(
-        sampling_rate=rate,
-        noise_multiplier=sigma,
-        clip_norm=privacy.clip_norm,
-        expected_batch_size=float(config.federation.lifecycle.batch_size),
-        steps=steps,
-        records_per_person=privacy.records_per_person,
-        adjacency="add_remove",
-        clipping=privacy.clipping,
-    )
+class Mechanism(Protocol):
+    """Own what decides epsilon in one round of one site."""
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Return the noise over the bound; 0 without noise."""
+
+    @property
+    def clip_norm(self) -> float:
+        """Return the L2 bound on what is protected; infinity without one."""
+
+    @property
+    def record_level(self) -> RecordMechanism | None:
+        """Return what clips and noises every local step, where the record or the person is the unit."""
+
+    @property
+    def client_level(self) -> ClientNoise | None:
+        """Return what clips and noises the whole update, where the client is the unit."""
+
+    @property
+    def adjacency(self) -> str:
+        """Say between which neighbours the guarantee holds."""
+
+    def event(self, release: str) -> Event:
+        """Return what one round is charged as."""
+
+    def digest(self) -> str:
+        """Return the hash of everything that decides epsilon."""
+
+    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> Noisy:
+        """Return an update [d] that may be sealed, with the bound and noise that belong to a whole update."""
+
+    def words(self, rounds: int) -> str:
+        """Describe `rounds` rounds in one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoMechanism:
+    """Guarantee nothing: a round is charged as infinite."""
+
+    reason: str = "no privacy unit"
+
+    noise_multiplier = 0.0
+    clip_norm = math.inf
+    record_level = None
+    client_level = None
+    adjacency = "none"
+
+    def event(self, release: str) -> Event:
+        """Return an event without a bound."""
+        return NonPrivateEvent(reason=self.reason)
+
+    def digest(self) -> str:
+        """Return the hash of nothing."""
+        return hashlib.sha256(b"no mechanism").hexdigest()
+
+    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> Noisy:
+        """Pass the update on as it is."""
+        return Noisy(values=_float64(update), loss=0.0 if math.isnan(loss) else loss, weight=weight)
+
+    def words(self, rounds: int) -> str:
+        """Say that there is none."""
+        return "no mechanism"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordNoise:
+    """The record- or person-level mechanism: DP-SGD inside every local step; the update is its post-processing."""
+
+    inner: RecordMechanism
+    unit: str = "record"
+
+    client_level = None
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Return the noise of a step over the bound on one record."""
+        return self.inner.noise_multiplier
+
+    @property
+    def clip_norm(self) -> float:
+        """Return the bound on one record's gradient."""
+        return self.inner.clip_norm
+
+    @property
+    def record_level(self) -> RecordMechanism:
+        """Return what clips and noises every step."""
+        return self.inner
+
+    @property
+    def adjacency(self) -> str:
+        """Say between which neighbours the guarantee holds."""
+        return f"add or remove one {self.unit}"
+
+    def event(self, release: str) -> Event:
+        """Return the event of one round."""
+        return self.inner.event(release)
+
+    def digest(self) -> str:
+        """Return the hash of everything that decides epsilon."""
+        return self.inner.digest()
+
+    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> Noisy:
+        """Pass on what is private already; loss and count would be releases of their own and stay."""
+        return Noisy(values=_float64(update), loss=0.0, weight=1)
+
+    def words(self, rounds: int) -> str:
+        """Describe the steps, their sampling and their noise."""
+        inner = self.inner
+        return (
+            f"up to {rounds} rounds x {inner.steps} steps of Poisson({inner.sampling_rate:.6g}) sampled Gaussian, "
+            f"noise multiplier {inner.noise_multiplier:.4f}, clip {inner.clip_norm:g}, {inner.clipping} clipping"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +159,14 @@ class ClientNoise:
     inner: ClientMechanism  # of one participation
     scale: float  # integer levels in 1.0
     dimension: int
+
+    record_level = None
+    adjacency = "zero out one client"
+
+    @property
+    def client_level(self) -> ClientNoise:
+        """Return what clips and noises the whole update."""
+        return self
 
     @property
     def noise_multiplier(self) -> float:
@@ -105,9 +181,8 @@ class ClientNoise:
     @property
     def noise_bound(self) -> int:
         """Return what one client's noise on one coordinate exceeds with probability below 1e-30 (12 standard deviations)."""
-        deviation = self.noise_multiplier * self.inner.integer_sensitivity(
-            scale=self.scale, dimension=self.dimension
-        )
+        sensitivity = self.inner.integer_sensitivity(scale=self.scale, dimension=self.dimension)
+        deviation = self.noise_multiplier * sensitivity
         return 2 + math.ceil(12 * deviation / math.sqrt(self.inner.honest_survivors))
 
     def event(self, release: str) -> Event:
@@ -122,10 +197,77 @@ class ClientNoise:
         """Return the hash of everything that decides epsilon."""
         return hashlib.sha256(f"{self.inner.digest()}|{self.scale!r}|{self.dimension}".encode()).hexdigest()
 
+    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> Noisy:
+        """Bound and noise the whole update on the integer grid."""
+        return Noisy(values=self.noisy_integers(update, source), loss=0.0, weight=1)
 
-def _client_mechanism(
-    config: RunConfig, size: int, history: Sequence[Event], multiplier: float
-) -> tuple[ClientNoise, VectorCodec]:
+    def words(self, rounds: int) -> str:
+        """Describe the noise of the opened sum."""
+        return (
+            f"up to {rounds} rounds of Skellam noise over the honest survivors, noise multiplier "
+            f"{self.noise_multiplier:.4f}, clip {self.clip_norm:g}, every client of a cohort counted as taking part"
+        )
+
+
+def _float64(update: Tensor) -> npt.NDArray[np.float64]:
+    return update.detach().cpu().numpy().astype(np.float64)
+
+
+def calibrate(
+    config: RunConfig,
+    *,
+    size: int,
+    public_client_size: int,
+    history: Sequence[Event] = (),
+    multiplier: float = 0.0,
+) -> Mechanism:
+    """Choose the smallest noise that keeps the budget over the whole run; updates have `size` numbers.
+
+    `multiplier` is the noise a run has begun with, and stays. `history` is what the owners' ledgers already hold; the new
+    noise is chosen for what is left.
+    Guarantee: `participation_cap` rounds of the returned mechanism's event, on top of the history, cost at most the budget;
+    more are refused by the ledger. Divisors and rates come from the run file and public sizes only.
+    Raises:
+      BudgetExceeded: the history leaves nothing.
+    """
+    if config.privacy.unit == "none":
+        return NoMechanism(reason=config.privacy.reason)
+    if config.privacy.unit == "client":
+        return _client_noise(config, size, history, multiplier)
+    return _record_noise(config, public_client_size, history, multiplier)
+
+
+def _record_noise(
+    config: RunConfig, public_client_size: int, history: Sequence[Event], multiplier: float
+) -> RecordNoise:
+    privacy = config.privacy
+    steps = compatibility.local_steps(config, public_client_size)
+    rate = compatibility.sampling_rate(config, public_client_size)
+    cap = max(1, compatibility.participation_cap(config))
+    sigma = multiplier or noise_multiplier(
+        epsilon=privacy.epsilon * (1 - _HEADROOM),
+        delta=privacy.delta,
+        sampling_rate=rate,
+        steps=steps * cap,
+        sampling="poisson" if rate < 1 else "full",
+        adjacency="add_remove",
+        records_per_person=privacy.records_per_person,
+        history=history,
+    )
+    inner = RecordMechanism(
+        sampling_rate=rate,
+        noise_multiplier=sigma,
+        clip_norm=privacy.clip_norm,
+        expected_batch_size=float(config.federation.lifecycle.batch_size),
+        steps=steps,
+        records_per_person=privacy.records_per_person,
+        adjacency="add_remove",
+        clipping=privacy.clipping,
+    )
+    return RecordNoise(inner=inner, unit="person" if privacy.unit == "person" else "record")
+
+
+def _client_noise(config: RunConfig, size: int, history: Sequence[Event], multiplier: float) -> ClientNoise:
     """Find the smallest noise on the grid that keeps the budget over every participation a client may have."""
     privacy, protection = config.privacy, config.protection
     scale = ((1 << (protection.value_bits - 1)) - 1) / privacy.clip_norm
@@ -133,7 +275,7 @@ def _client_mechanism(
     honest = compatibility.minimum_survivors(config) - max(1, protection.colluding)
     cap = max(1, compatibility.participation_cap(config))
 
-    def made(multiplier: float) -> ClientNoise:
+    def mechanism(multiplier: float) -> ClientNoise:
         inner = ClientMechanism(
             noise_multiplier=multiplier,
             clip_norm=privacy.clip_norm,
@@ -146,7 +288,7 @@ def _client_mechanism(
         accountant = Accountant()
         for event in history:
             accountant.compose(event)
-        accountant.compose(made(multiplier).event("calibration"), count=cap)
+        accountant.compose(mechanism(multiplier).event("calibration"), count=cap)
         return accountant.epsilon(privacy.delta).epsilon
 
     low, high = (multiplier, multiplier) if multiplier else (1e-3, 1.0)
@@ -159,33 +301,4 @@ def _client_mechanism(
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
         low, high = (middle, high) if spent(middle) > privacy.epsilon else (low, middle)
-    noise = made(high)
-    code = grid_code(
-        size=size,
-        clients=config.federation.cohort,
-        value_bits=protection.value_bits,
-        bound=privacy.clip_norm,
-        grid_scale=scale,
-        noise_bound=noise.noise_bound,
-    )
-    return noise, code
-
-
-Mechanism = RecordMechanism | ClientNoise | None
-
-
-def event(mechanism: Mechanism, *, reason: str) -> Event:
-    """Return what one round of the mechanism is charged as."""
-    if mechanism is None:
-        return NonPrivateEvent(reason=reason)
-    return mechanism.event(release="update of one round")
-
-
-def digest(mechanism: Mechanism) -> str:
-    """Return the hash of everything that decides epsilon."""
-    return mechanism.digest() if mechanism is not None else hashlib.sha256(b"no mechanism").hexdigest()
-
-
-def multiplier(mechanism: Mechanism) -> float:
-    """Return the noise multiplier, 0 without a mechanism."""
-    return mechanism.noise_multiplier if mechanism is not None else 0.0
+    return mechanism(high)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from defenses.errors import ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import ring
+from defenses.secagg.masks import RingVector
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.privacy.mechanism import Mechanism, Noisy
 from ffm_secure.records import RoundSum
 
 _LARGEST_LOSS = 64.0  # nats; a larger mean loss is reported as this
@@ -23,7 +24,7 @@ class VectorCodec:
     """Encode changes of `size` numbers for sums of at most `clients`.
 
     Every protection carries the same integers, so their sums agree bit for bit.
-    Guarantee: `real_code` and `grid_code`, the only builders, prove that no sum can wrap around; `open` refuses a sum whose
+    Guarantee: `real_codec` and `grid_codec`, the only builders, prove that no sum can wrap around; `open` refuses a sum whose
     count or weight coordinate is impossible.
     """
 
@@ -51,21 +52,28 @@ class VectorCodec:
         """Bind everything that shapes the integers; both ends of a secure session must agree on it."""
         return hashlib.sha256(f"ffm-secure vector 1 {self!r}".encode()).digest()
 
-    def quantise(
-        self, values: npt.NDArray[Any], *, loss: float, weight: int, source: RandomSource
-    ) -> npt.NDArray[Any]:
-        """Return the ring vector of one client; real values are rounded at random, without bias."""
-        if values.dtype == np.int64:
-            payload = ring.from_signed(values, self.modulus_bits)
+    def quantise(self, update: Noisy, *, source: RandomSource) -> RingVector:
+        """Return the ring vector of one client; real values are rounded at random, without bias.
+
+        Raises:
+          TypeError: anything but a `Noisy`: only a mechanism makes one, so nothing unprotected can be sealed.
+        """
+        if not isinstance(update, Noisy):
+            raise TypeError("only an update that a mechanism protected can be sealed")
+        values = update.values
+        if self.grid_scale:
+            payload = ring.from_signed(values.astype(np.int64, copy=False), self.modulus_bits)
             return ring.frame(payload, weight=1, modulus_bits=self.modulus_bits)
-        weight = min(weight, self.max_weight)
+        weight = min(update.weight, self.max_weight)
         if self.carries_loss:
-            share = min(max(loss, 0.0), _LARGEST_LOSS) / _LARGEST_LOSS * self.quantizer.coordinate_bound
+            share = (
+                min(max(update.loss, 0.0), _LARGEST_LOSS) / _LARGEST_LOSS * self.quantizer.coordinate_bound
+            )
             values = np.append(values, share)
         payload = self.quantizer.encode(values, source=source, weight=weight)
         return ring.frame(payload, weight=weight, modulus_bits=self.modulus_bits)
 
-    def open(self, ring_sum: npt.NDArray[Any], *, round: int, survivors: Sequence[int]) -> RoundSum:
+    def open(self, ring_sum: RingVector, *, round: int, survivors: Sequence[int]) -> RoundSum:
         """Check and decode an opened sum.
 
         Raises:
@@ -105,10 +113,33 @@ class VectorCodec:
         )
 
 
-def real_code(
+def codec_for(config: RunConfig, mechanism: Mechanism, *, size: int, largest_weight: int = 1) -> VectorCodec:
+    """Return the codec of a run for updates of `size` numbers, in the smallest ring that cannot overflow."""
+    clients, protection = config.federation.cohort, config.protection
+    noise = mechanism.client_level
+    if noise is not None:
+        return grid_codec(
+            size=size,
+            clients=clients,
+            value_bits=protection.value_bits,
+            bound=config.privacy.clip_norm,
+            grid_scale=noise.scale,
+            noise_bound=noise.noise_bound,
+        )
+    return real_codec(
+        size=size,
+        clients=clients,
+        value_bits=protection.value_bits,
+        bound=protection.coordinate_bound,
+        max_weight=largest_weight,
+        carries_loss=config.privacy.unit == "none",
+    )
+
+
+def real_codec(
     *, size: int, clients: int, value_bits: int, bound: float, max_weight: int, carries_loss: bool
 ) -> VectorCodec:
-    """Return the code for real changes, in the smallest ring that cannot overflow."""
+    """Return the codec for real changes, in the smallest ring that cannot overflow."""
     bits = ring.modulus_for(value_bits, clients, max_weight=max_weight)
     quantizer = ring.Quantizer(value_bits=value_bits, coordinate_bound=bound, modulus_bits=bits)
     return VectorCodec(
@@ -116,10 +147,10 @@ def real_code(
     )
 
 
-def grid_code(
+def grid_codec(
     *, size: int, clients: int, value_bits: int, bound: float, grid_scale: float, noise_bound: int
 ) -> VectorCodec:
-    """Return the code for changes already on an integer grid with discrete noise of at most `noise_bound` (a tail bound)."""
+    """Return the codec for changes already on an integer grid with discrete noise of at most `noise_bound` (a tail bound)."""
     bits = ring.modulus_for(value_bits, clients, noise_bound=noise_bound)
     quantizer = ring.Quantizer(value_bits=value_bits, coordinate_bound=bound, modulus_bits=bits)
     return VectorCodec(

@@ -1,114 +1,259 @@
-"""One server round after the sum is open: turn it into a mean change, evaluate in public, write the record."""
+"""One round as the server sees it: plan, collect sealed updates, open the sum, step, evaluate in public, record."""
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
-from ffm_secure.config import compatibility
-from ffm_secure.engines import RoundResult
-from ffm_secure.engines.setup import Setup
-from ffm_secure.lifecycle import pretrain
-from ffm_secure.models.backbone import fingerprint
-from ffm_secure.records import RoundPlan, RoundRecord, RoundSum
+from defenses.errors import ProtocolError
+from ffm_secure import record_codec
+from ffm_secure.aggregation import aggregate_of
+from ffm_secure.errors import FfmError
+from ffm_secure.lifecycle.base import ServerPhase
+from ffm_secure.models.backbone import vector_fingerprint
+from ffm_secure.protection.base import UPLOAD, AggregationResult, too_few
+from ffm_secure.records import DECLINED, Acceptance, Receipt, RoundPlan, RoundRecord, RoundSum
+from ffm_secure.server.context import ServerContext
 from ffm_secure.strategies import ServerState
+from ffm_secure.tasks.base import Evaluation
+from ffm_secure.transport.courier import Courier, Lost
+from ffm_secure.transport.stages import (
+    BEGIN,
+    CLOSED,
+    EVALUATE,
+    FINISH,
+    OPENED,
+    PLAN,
+    encode_vector,
+    join_plan,
+)
+
+ClientFinished = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundResult:
+    """What came of a round: the open sum, or why there is none."""
+
+    sum: RoundSum | None
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    aborted: str = ""
+    over_budget: bool = False  # too few sites could pay, so the round was never begun
+    bytes_up: int = 0
+    bytes_down: int = 0
+    client_seconds: float = 0.0
 
 
 def plan_round(
-    setup: Setup, number: int, state: ServerState, records: tuple[RoundRecord, ...] = ()
+    server: ServerContext, number: int, state: ServerState, records: tuple[RoundRecord, ...] = ()
 ) -> RoundPlan:
     """Say who takes part in a round, in which exact model, under which mechanism; nobody in a public phase."""
-    config = setup.config
-    phase = pretrain.next_phase(
-        records, config.federation.lifecycle, private_rounds=compatibility.private_rounds(config)
-    )
-    public = sum(record.phase == "public" for record in records)
+    spec = server.spec
+    phase = spec.algorithm.next_phase(records, spec.config)
+    turn = sum(record.phase == "private" for record in records)
     return RoundPlan(
-        run_id=setup.run_id,
+        run_id=server.run_id,
         round=number,
-        cohort=setup.schedule[number - 1 - public] if phase == "private" else (),
+        cohort=spec.schedule[turn] if phase == "private" else (),
         phase=phase,
-        fingerprint=fingerprint({"trainable": state.vector}),
-        mechanism=setup.mechanism_digest,
+        fingerprint=vector_fingerprint(state.vector),
+        mechanism=spec.mechanism_digest,
         step=state.round,
+        turn=turn,
+        layout=spec.layout_digest,
     )
 
 
-def mean_change(setup: Setup, total: RoundSum) -> Tensor:
-    """Divide the sum by what may be divided by.
+def collect(
+    server: ServerContext, plan: RoundPlan, state: ServerState, courier: Courier, finished: ClientFinished
+) -> RoundResult:
+    """Ask the cohort, and open the sum of what it sends; a site that does not answer properly is left out.
 
-    Guarantee: with a client unit the divisor is the public cohort size, never the number that answered; otherwise it is the
-    public number of survivors, or the summed public weights of a run without privacy unit.
+    Guarantee: no site pays before enough of them have accepted; what is opened covers at least the fewest survivors of the
+    run file, or stays closed.
     """
-    divisor = (
-        float(setup.config.federation.cohort) if setup.config.privacy.unit == "client" else total.weight_sum
-    )
-    return torch.from_numpy(total.values) / divisor
-
-
-def advance(setup: Setup, plan: RoundPlan, state: ServerState, outcome: RoundResult) -> ServerState:
-    """Return the state after a round: a step by the opened sum, public gradient steps, or nothing if the sum stayed closed."""
-    config, strategy = setup.config, setup.prepared.strategy
     if plan.phase == "public":
-        with setup.trainable.training_only(strategy.trains(state.round)):
-            vector = pretrain.learn_in_public(
-                trainable=setup.trainable,
-                task=setup.task,
-                public=setup.public,
-                start=state.vector,
-                spec=config.federation.lifecycle,
-                seed=(config.seed, plan.round, config.task.clients),
-                device=setup.device,
-                microbatch=config.speed.microbatch,
-            )
-        vector = strategy.after_public(vector, plan.round)
-        return pretrain.remember(strategy, state, replace(state, vector=vector), plan.phase)
-    if outcome.sum is None:
+        return RoundResult(sum=None)
+    message = join_plan(record_codec.canonical_bytes(plan), encode_vector(state.vector))
+    broadcast_bytes = len(message) * len(plan.cohort)
+    lost: dict[int, str] = {}
+    over_budget = _ask(server, courier, PLAN, dict.fromkeys(plan.cohort, message), lost)
+    members = tuple(site for site in plan.cohort if site not in lost)
+    if len(members) < server.spec.minimum_survivors:  # nobody has paid yet, so nothing is lost
+        reason = too_few(len(members), server.spec.minimum_survivors)
+        return RoundResult(
+            sum=None, dropped=lost, aborted=reason, over_budget=over_budget, bytes_down=broadcast_bytes
+        )
+    _ask(server, courier, BEGIN, dict.fromkeys(members, b""), lost)
+    result = _aggregate(server, plan, courier, lost, finished)
+    opened, reason = _open(server, plan, result)
+    _finish(server, courier, plan, lost, opened=opened is not None)
+    return RoundResult(
+        sum=opened,
+        dropped=result.dropped,
+        aborted=reason,
+        bytes_up=result.bytes_up,
+        bytes_down=result.bytes_down + broadcast_bytes,
+        client_seconds=courier.seconds_at_sites(),
+    )
+
+
+def _ask(
+    server: ServerContext, courier: Courier, stage: str, messages: Mapping[int, bytes], lost: dict[int, str]
+) -> bool:
+    """Put a question that is answered by an `Acceptance`; tell whether some site's budget does not pay."""
+    over_budget = False
+    for reply in courier.send(stage, messages):
+        if isinstance(reply.content, Lost):
+            lost[reply.site] = DECLINED
+            continue
+        answer = record_codec.from_bytes(Acceptance, bytes(reply.content), "an acceptance")
+        if answer.receipt is not None:
+            server.note({reply.site: answer.receipt})
+        if not answer.accepted:
+            lost[reply.site] = DECLINED
+            over_budget = over_budget or not answer.affordable
+    return over_budget
+
+
+def _aggregate(
+    server: ServerContext, plan: RoundPlan, courier: Courier, lost: dict[int, str], finished: ClientFinished
+) -> AggregationResult:
+    """Carry the protocol of one round, stage by stage."""
+    session = server.protection.open_round(plan)
+    for stage in session.stages:
+        try:
+            messages = session.messages(stage)
+        except ProtocolError:
+            break  # too few are left, or the sum cannot be opened: `close` says which
+        asked = {site: message for site, message in messages.items() if site not in lost}
+        for number, reply in enumerate(courier.send(stage, asked), start=1):
+            if isinstance(reply.content, Lost):
+                lost[reply.site] = reply.content.stage
+                continue
+            try:
+                session.receive(stage, reply.site, reply.content)
+            except ProtocolError:
+                lost[reply.site] = stage
+            if stage == UPLOAD:
+                finished(number, len(asked))
+    return session.close(lost)
+
+
+def _open(server: ServerContext, plan: RoundPlan, result: AggregationResult) -> tuple[RoundSum | None, str]:
+    """Decode the opened sum; one that no honest cohort can have sent counts as closed."""
+    if result.ring_sum is None:
+        return None, result.aborted
+    try:
+        opened = server.spec.codec.open(result.ring_sum, round=plan.round, survivors=result.survivors)
+    except ProtocolError:
+        return None, "the opened sum is impossible for its survivors"
+    return opened, ""
+
+
+def _finish(
+    server: ServerContext, courier: Courier, plan: RoundPlan, lost: Mapping[int, str], *, opened: bool
+) -> None:
+    """Tell every site that paid how the round ended, and keep its receipt."""
+    paid = [site for site in plan.cohort if lost.get(site) != DECLINED]
+    messages = dict.fromkeys(paid, OPENED if opened else CLOSED)
+    receipts: dict[int, Receipt] = {}
+    for reply in courier.send(FINISH, messages):
+        if not isinstance(reply.content, Lost):
+            receipts[reply.site] = record_codec.from_bytes(Receipt, bytes(reply.content), "a receipt")
+    server.note(receipts)
+
+
+def advance(server: ServerContext, plan: RoundPlan, state: ServerState, result: RoundResult) -> ServerState:
+    """Return the state after a round: a step by the opened sum, a phase of the server's own, or the state as it was."""
+    spec = server.spec
+    if plan.phase == "public":
+        after = _learn_in_public(server, plan, state)
+    elif result.sum is None:
         return state
-    after = strategy.step(state, mean_change(setup, outcome.sum))
-    if config.federation.lifecycle.kind != "pretrain":
-        return after
-    return pretrain.remember(strategy, state, after, plan.phase)
+    else:
+        after = spec.strategy.step(state, aggregate_of(spec.config, [result.sum]))
+    return spec.algorithm.remember(spec.strategy, state, after, plan.phase)
+
+
+def _learn_in_public(server: ServerContext, plan: RoundPlan, state: ServerState) -> ServerState:
+    spec = server.spec
+    phase = ServerPhase(
+        config=spec.config,
+        trainable=server.trainable,
+        task=server.task,
+        public=server.public,
+        round=plan.round,
+        device=spec.device,
+    )
+    with server.trainable.training_only(spec.strategy.trains(state.round)):
+        vector = spec.algorithm.learn_in_public(phase, state)
+    return replace(state, vector=spec.strategy.after_public(vector, plan.round))
 
 
 def record(
-    setup: Setup,
+    server: ServerContext,
     plan: RoundPlan,
-    outcome: RoundResult,
+    result: RoundResult,
     state: ServerState,
     earlier: tuple[RoundRecord, ...],
+    courier: Courier,
     *,
     began: float,
 ) -> RoundRecord:
     """Evaluate the new model on the public validation rows and note what the round did, cost and revealed."""
-    every, last = setup.config.federation.evaluate_every, plan.round == setup.config.federation.rounds
+    spec = server.spec
+    federation = spec.config.federation
     evaluation_began = time.perf_counter()
-    closed = outcome.sum is None and plan.phase == "private"
-    if earlier and not last and (plan.round % every or closed):
+    closed = result.sum is None and plan.phase == "private"
+    skipped = plan.round % federation.evaluate_every or closed
+    if earlier and plan.round != federation.rounds and skipped:
         loss, metric = earlier[-1].loss, earlier[-1].metric
     else:
-        evaluation = setup.evaluate_all(state.vector, before=plan.round + 1)
+        evaluation = evaluate(server, plan, state, courier)
         loss, metric = evaluation.loss, evaluation.metric
     evaluated = time.perf_counter() - evaluation_began
     return RoundRecord(
         round=plan.round,
         phase=plan.phase,
         cohort=plan.cohort,
-        survivors=outcome.sum.survivors if outcome.sum else (),
-        dropped=outcome.dropped,
-        aborted=outcome.aborted,
+        survivors=result.sum.survivors if result.sum else (),
+        dropped=result.dropped,
+        aborted=result.aborted,
         loss=loss,
         metric=metric,
-        metric_name=setup.task.metric_name,
-        epsilon_spent=setup.charges.epsilon() if setup.has_dp_guarantee else math.inf,
-        bytes_up=outcome.bytes_up,
-        bytes_down=outcome.bytes_down,
-        client_seconds=outcome.client_seconds,
+        metric_name=server.task.metric_name,
+        epsilon_spent=server.epsilon(),
+        bytes_up=result.bytes_up,
+        bytes_down=result.bytes_down,
+        client_seconds=result.client_seconds,
         evaluation_seconds=evaluated,
-        alignment=pretrain.alignment(setup.prepared.strategy, state.optimizer_state),
+        alignment=spec.algorithm.alignment(spec.strategy, state),
         seconds=time.perf_counter() - began,
     )
+
+
+def evaluate(server: ServerContext, plan: RoundPlan, state: ServerState, courier: Courier) -> Evaluation:
+    """Evaluate the global model in public; where sites keep numbers at home, the mean over all sites' own models.
+
+    Assumes: what a site keeps is private already, by the unit of the run; the plan refuses the units where it is not.
+    """
+    if not server.spec.strategy.home:
+        return server.evaluate(state.vector)
+    after = replace(plan, round=plan.round + 1, fingerprint=vector_fingerprint(state.vector))
+    message = join_plan(record_codec.canonical_bytes(after), encode_vector(state.vector))
+    everybody = dict.fromkeys(range(len(server.spec.owners)), message)
+    evaluations = list(_evaluations(courier, everybody))
+    if not evaluations:
+        raise FfmError("no site answered the evaluation")
+    return Evaluation(
+        loss=sum(item.loss for item in evaluations) / len(evaluations),
+        metric=sum(item.metric for item in evaluations) / len(evaluations),
+    )
+
+
+def _evaluations(courier: Courier, messages: Mapping[int, bytes]) -> Iterator[Evaluation]:
+    for reply in courier.send(EVALUATE, messages):
+        if not isinstance(reply.content, Lost):
+            yield record_codec.from_bytes(Evaluation, bytes(reply.content), "an evaluation")

@@ -14,7 +14,7 @@ from ffm_secure.trainable import TrainableModel
 _OF_LITTLE_TRAINING = ("zeroed block", "parallel rows")
 
 
-class Inspection:
+class BroadcastGuard:
     """Judge every broadcast of a run against the start that all clients agreed on.
 
     Guarantee: `accept` returns only for a vector whose tensors are finite and show no mark that the start did not show

@@ -32,7 +32,7 @@ class ClientStateStore:
     owners: Sequence[str] = ()
     places: Sequence[slice] = ()  # of the kept numbers in the vector [d]
 
-    def enter(self, client: int, vector: Tensor, *, run_id: bytes, before: int) -> Tensor:
+    def load(self, client: int, vector: Tensor, *, run_id: bytes, before: int) -> Tensor:
         """Return a global vector [d] with this client's own numbers of the rounds before one in their places.
 
         Raises:
@@ -46,7 +46,7 @@ class ClientStateStore:
                 return self._put(vector, kept, path)
         return vector
 
-    def leave(self, client: int, vector: Tensor, *, run_id: bytes, round: int) -> None:
+    def save(self, client: int, vector: Tensor, *, run_id: bytes, round: int) -> None:
         """Keep this client's own numbers of a vector [d], durably, before anything of the round is sent."""
         if not self.places:
             return

@@ -1,128 +1,109 @@
-"""One client's round: learn, bound, noise, quantise. What comes back is a ring vector ready to be sealed."""
+"""Where a site learns: private rows in, an update out that a mechanism protected. The only file that hands rows to a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from defenses.dp import PerSampleEngine, RecordMechanism
+from defenses.dp import PerSampleEngine
 from defenses.random_source import RandomSource
-from ffm_secure.config.run_file import RunConfig
-from ffm_secure.lifecycle import ModelUpdate, finetune
+from defenses.secagg.masks import RingVector
+from ffm_secure.lifecycle import ModelUpdate, SiteRound
 from ffm_secure.lifecycle.finetune import GradientRule, PlainGradient, PrivateGradient
-from ffm_secure.privacy.mechanism import ClientNoise, Mechanism
-from ffm_secure.protection.codec import VectorCodec
+from ffm_secure.privacy.mechanism import Noisy
 from ffm_secure.records import RoundPlan
+from ffm_secure.run_spec import RunSpec
 from ffm_secure.site.client_state import ClientStateStore
-from ffm_secure.strategies import Strategy, build
+from ffm_secure.tasks.base import Task
+from ffm_secure.tasks.encoded import Encoded
+from ffm_secure.trainable import TrainableModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Client:
-    """One data owner: a name in the ledger, encoded examples that never leave, and nothing else."""
+class SiteData:
+    """The private rows of one data owner, encoded; they never leave it."""
 
     index: int
     name: str
-    examples: Any  # ffm_secure.tasks Encoded
+    examples: Encoded
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Noisy:
-    """A change that may be sealed: its bound and noise were applied, or the run says it has none.
-
-    `values` is float64 [d] for a change that was privatised while learning (or not at all), int64 [d] on the grid where the
-    noise is discrete. Constructed in this module only; `quantise` accepts nothing else.
-    """
-
-    values: npt.NDArray[np.float64] | npt.NDArray[np.int64]
-    loss: float
-    weight: int
+    def __repr__(self) -> str:
+        return f"SiteData(index={self.index}, name={self.name!r})"
 
 
 @dataclass(slots=True, kw_only=True)
 class SiteTrainer:
-    """Where clients learn one after another: one replica of the model, one per-sample engine."""
+    """One replica of the model and one per-sample engine; the sites of a simulation take turns with it."""
 
-    config: RunConfig
-    trainable: Any
-    task: Any
-    mechanism: Mechanism
-    code: VectorCodec
-    device: str
-    home: ClientStateStore = field(default_factory=ClientStateStore)
+    spec: RunSpec
+    trainable: TrainableModel
+    task: Task
+    states: ClientStateStore = field(default_factory=ClientStateStore)
     engines: dict[tuple[str, ...], PerSampleEngine] = field(default_factory=dict)  # by what is trained
-    strategy: Strategy = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.strategy = build(self.config.federation.strategy, self.trainable, seed=self.config.seed)
+    def run_round(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> RingVector:
+        """Return what this site adds to the round's sum, as integers modulo 2^m.
 
-    def contribute(
-        self, client: Client, plan: RoundPlan, start: Tensor, source: RandomSource
-    ) -> npt.NDArray[Any]:
-        """Return what this client adds to the round's sum, as integers modulo 2^m.
-
-        Assumes: the ledger has reserved the round's event for this client, before this call touches its data.
+        Assumes: the site's ledger has reserved the round's event, before this call touches its rows.
         """
-        change = self.learn(client, plan, start, source.derive("learn"))
-        noisy = self.protect(change, client, source.derive("protect"))
-        return self.code.quantise(
-            noisy.values, loss=noisy.loss, weight=noisy.weight, source=source.derive("round")
-        )
+        update = self.learn(data, plan, start, source.derive("learn"))
+        protected = self.protect(update, data, source.derive("protect"))
+        return self.spec.codec.quantise(protected, source=source.derive("round"))
 
-    def learn(self, client: Client, plan: RoundPlan, start: Tensor, source: RandomSource) -> ModelUpdate:
+    def learn(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> ModelUpdate:
         """Run the local steps and say what is sent of them; record-level noise is drawn here, inside every step."""
-        spec, strategy, mask = (
-            self.config.federation.lifecycle,
-            self.strategy,
-            self.strategy.mask(client.index),
-        )
+        spec, strategy = self.spec, self.spec.strategy
+        mask = strategy.mask(data.index)
         start = start if mask is None else start * mask
-        start = self.home.enter(client.index, start, run_id=plan.run_id, before=plan.round)
+        start = self.states.load(data.index, start, run_id=plan.run_id, before=plan.round)
         with self.trainable.training_only(strategy.trains(plan.step)):
-            rule = self.rule(client, plan, source)
-            change = finetune(trainable=self.trainable, start=start, spec=spec, rule=rule, mask=mask)
-        learned = change.vector.cpu()
-        self.home.leave(client.index, start + learned, run_id=plan.run_id, round=plan.round)
-        return replace(change, vector=strategy.message(start, learned, plan.step))
+            site_round = SiteRound(
+                trainable=self.trainable,
+                start=start,
+                spec=spec.config.federation.lifecycle,
+                rule=self.rule(data, plan, source),
+                mask=mask,
+            )
+            update = spec.algorithm.learn(site_round)
+        learned = update.vector.cpu()
+        self.states.save(data.index, start + learned, run_id=plan.run_id, round=plan.round)
+        return replace(update, vector=strategy.message(start, learned, plan.step))
 
-    def rule(self, client: Client, plan: RoundPlan, source: RandomSource) -> GradientRule:
+    def rule(self, data: SiteData, plan: RoundPlan, source: RandomSource) -> GradientRule:
         """Choose how gradients are taken: per sample with noise, or plain."""
-        speed = self.config.speed
-        if isinstance(self.mechanism, RecordMechanism):
-            active = self.trainable.active
-            if tuple(active) not in self.engines:
-                self.engines[tuple(active)] = PerSampleEngine(self.trainable.model, parameters=active)
+        config, mechanism = self.spec.config, self.spec.mechanism.record_level
+        if mechanism is not None:
             return PrivateGradient(
                 trainable=self.trainable,
                 task=self.task,
-                encoded=client.examples,
-                mechanism=self.mechanism,
-                engine=self.engines[tuple(active)],
+                encoded=data.examples,
+                mechanism=mechanism,
+                engine=self._engine(),
                 source=source,
-                device=self.device,
-                microbatch=speed.microbatch,
+                device=self.spec.device,
+                microbatch=config.speed.microbatch,
             )
         return PlainGradient(
             trainable=self.trainable,
             task=self.task,
-            encoded=client.examples,
-            spec=self.config.federation.lifecycle,
-            seed=(self.config.seed, plan.round, client.index),
-            device=self.device,
-            microbatch=speed.microbatch,
+            encoded=data.examples,
+            spec=config.federation.lifecycle,
+            seed=(config.seed, plan.round, data.index),
+            device=self.spec.device,
+            microbatch=config.speed.microbatch,
         )
 
-    def protect(self, change: ModelUpdate, client: Client, source: RandomSource) -> Noisy:
-        """Bound and noise the whole change where the client is the unit; pass on what is already private."""
-        if isinstance(self.mechanism, ClientNoise):
-            return Noisy(values=self.mechanism.noisy_integers(change.vector, source), loss=0.0, weight=1)
-        vector = change.vector.detach().cpu().numpy().astype(np.float64)
-        if self.mechanism is None:
-            weight = len(client.examples) if self.config.federation.weighting == "examples" else 1
-            loss = 0.0 if np.isnan(change.loss) else float(change.loss)
-            return Noisy(values=vector, loss=loss, weight=weight)
-        return Noisy(values=vector, loss=0.0, weight=1)
+    def _engine(self) -> PerSampleEngine:
+        active = self.trainable.active
+        names = tuple(active)
+        if names not in self.engines:
+            self.engines[names] = PerSampleEngine(self.trainable.model, parameters=active)
+        return self.engines[names]
+
+    def protect(self, update: ModelUpdate, data: SiteData, source: RandomSource) -> Noisy:
+        """Bound and noise the update as the mechanism says."""
+        weight = len(data.examples) if self.spec.config.federation.weighting == "examples" else 1
+        loss = 0.0 if np.isnan(update.loss) else float(update.loss)
+        return self.spec.mechanism.protect(update.vector.detach(), loss=loss, weight=weight, source=source)

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ffm_secure.config.run_file import Strategy as StrategyConfig
-from ffm_secure.strategies.adaptive import ServerOptimizer
-from ffm_secure.strategies.average import Average, ServerState, Strategy
-from ffm_secure.strategies.lora_rules import LORA_RULES
-
-STRATEGIES = {
-    "average": Average,
-    "avgm": ServerOptimizer,
-    "adam": ServerOptimizer,
-    "yogi": ServerOptimizer,
-    "adagrad": ServerOptimizer,
-}
+from ffm_secure.registry import STRATEGIES
+from ffm_secure.strategies.base import ServerState, Strategy
+from ffm_secure.trainable.base import TrainableModel
 
 
-def build(config: StrategyConfig, trainable: Any = None, *, seed: int = 0) -> Strategy:
+def build(config: StrategyConfig, trainable: TrainableModel | None = None, *, seed: int = 0) -> Strategy:
     """Return the strategy a run file names; the rules for LoRA need to know what is trained."""
-    if config.kind in LORA_RULES:
-        return LORA_RULES[config.kind](config, trainable, seed=seed)
-    return STRATEGIES[config.kind](config)
+    strategy: Strategy = STRATEGIES.load(config.kind).build(config, trainable, seed=seed)
+    return strategy
 
 
-def folds(config: StrategyConfig) -> bool:
-    """Tell whether a strategy changes the weights beside the adapters, so that they must be part of the global vector."""
-    return config.kind in LORA_RULES and LORA_RULES[config.kind].folds
+def merges_into_base(config: StrategyConfig) -> bool:
+    """Tell whether a strategy changes the weights beside the adapters, so that they must be in the global vector."""
+    merges: bool = STRATEGIES.load(config.kind).merges_into_base
+    return merges
 
 
-__all__ = [
-    "LORA_RULES",
-    "STRATEGIES",
-    "Average",
-    "ServerOptimizer",
-    "ServerState",
-    "Strategy",
-    "build",
-    "folds",
-]
+__all__ = ["STRATEGIES", "ServerState", "Strategy", "build", "merges_into_base"]

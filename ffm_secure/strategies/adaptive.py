@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ffm_secure.config.run_file import Strategy as StrategyConfig
-from ffm_secure.strategies.average import ServerState, Strategy
+from ffm_secure.strategies.base import ServerState, Strategy
 
 
 class ServerOptimizer(Strategy):
@@ -36,7 +36,7 @@ class ServerOptimizer(Strategy):
         }
         return ServerState(round=0, vector=vector.detach().clone(), optimizer_state=optimizer_state)
 
-    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
+    def step_by_mean(self, state: ServerState, mean_message: Tensor) -> ServerState:
         """Return the state after a round."""
         if self.config.kind in ("avgm", "adagrad"):
             vector, optimizer_state = self._torch_step(state, mean_message)

@@ -6,26 +6,15 @@ Every rule is linear: the server needs only the sum of what clients send, so all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ffm_secure.config.run_file import Strategy as StrategyConfig
 from ffm_secure.errors import ModelError
-from ffm_secure.strategies.average import ServerState, Strategy
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
-    """Name the tensors of one adapted module: its product is `scaling * B A`, and the weight it is added to."""
-
-    a: str
-    b: str
-    weight: str = ""  # the owned weight a rule folds into; empty where the backbone stays shared
-    scaling: float
-    transposed: bool = False  # the weight is stored [in, out]
+from ffm_secure.strategies.base import ServerState, Strategy
+from ffm_secure.trainable.base import Adapter, TrainableModel
 
 
 class LoraRule(Strategy):
@@ -36,10 +25,17 @@ class LoraRule(Strategy):
     Guarantee: `message` and `step` are functions of vectors alone; nothing of a client but its message reaches `step`.
     """
 
-    folds: ClassVar[bool] = False  # the weights of the adapted modules are part of the global vector
+    merges_into_base: ClassVar[bool] = (
+        False  # the weights of the adapted modules are part of the global vector
+    )
     exact: ClassVar[bool] = True  # the new product is the mean of the clients' products
 
-    def __init__(self, config: StrategyConfig, trainable: Any, *, seed: int = 0) -> None:
+    @classmethod
+    def build(cls, config: StrategyConfig, trainable: TrainableModel | None, *, seed: int) -> Strategy:
+        """Make the rule for what is trained."""
+        return cls(config, trainable, seed=seed)
+
+    def __init__(self, config: StrategyConfig, trainable: TrainableModel | None, *, seed: int = 0) -> None:
         self.adapters: tuple[Adapter, ...] = getattr(trainable, "adapters", ())
         if not self.adapters:
             raise ModelError(
@@ -90,7 +86,7 @@ class LoraRule(Strategy):
 
     def moved(self, before: Tensor, after: Tensor) -> Tensor:
         """Return both vectors where only factors are kept, so that nothing dense is; otherwise the dense change."""
-        if not self.folds:
+        if not self.merges_into_base:
             return torch.cat((before, after))
         weights, old, new = [item.weight for item in self.adapters], before.double(), after.double()
         grown = self.pick(new - old, weights) + self.products(new) - self.products(old)
@@ -98,7 +94,7 @@ class LoraRule(Strategy):
 
     def cosine(self, first: Tensor, second: Tensor) -> float | None:
         """Return the cosine between two changes; where only factors are kept, from products of factors."""
-        if self.folds:
+        if self.merges_into_base:
             return super().cosine(first, second)
         one, two = first.double(), second.double()
         size = (self._inner(one, one) * self._inner(two, two)) ** 0.5
@@ -136,7 +132,7 @@ class RoLoRA(LoraRule):
         sent = self.pick(change, self.trains(step))
         return torch.cat((sent, sent.new_zeros(self.size(0) - len(sent))))
 
-    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
+    def step_by_mean(self, state: ServerState, mean_message: Tensor) -> ServerState:
         """Add the mean change of what was trained."""
         vector = state.vector.double()
         self.put(vector, self.trains(state.round), self.learning_rate * mean_message)
@@ -186,7 +182,7 @@ class FedSVD(RoLoRA):
 
     note = "FedSVD: B is trained and sent; the server turns the factors by a singular value decomposition"
 
-    def __init__(self, config: StrategyConfig, trainable: Any, *, seed: int = 0) -> None:
+    def __init__(self, config: StrategyConfig, trainable: TrainableModel | None, *, seed: int = 0) -> None:
         super().__init__(config, trainable, seed=seed)
         for item in self.adapters:
             (rank, columns), rows = self.shapes[item.a], self.shapes[item.b][0]
@@ -216,7 +212,7 @@ class FedEx(LoraRule):
     Source: Singhal et al. 2024, arXiv:2410.09432, section 3.
     """
 
-    folds = True
+    merges_into_base = True
     note = "FedEx-LoRA: A, B and the product are sent; what averaging misses is folded into the weight"
 
     def trains(self, step: int) -> tuple[str, ...]:
@@ -232,7 +228,7 @@ class FedEx(LoraRule):
         grown = self.products(old + change) - self.products(old)
         return torch.cat((self.pick(change, self.trains(step)), grown))
 
-    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
+    def step_by_mean(self, state: ServerState, mean_message: Tensor) -> ServerState:
         """Average the factors; give the weight the rest of the mean product."""
         before, names = state.vector.double(), self.trains(state.round)
         split = self.count(names)
@@ -255,10 +251,10 @@ class FLoRA(LoraRule):
     Source: Wang et al. 2024, arXiv:2409.05976, section 3.
     """
 
-    folds = True
+    merges_into_base = True
     note = "FLoRA: the product is sent and folded into the weight; adapters start anew each round"
 
-    def __init__(self, config: StrategyConfig, trainable: Any, *, seed: int = 0) -> None:
+    def __init__(self, config: StrategyConfig, trainable: TrainableModel | None, *, seed: int = 0) -> None:
         super().__init__(config, trainable, seed=seed)
         self.ranks: tuple[int, ...] = tuple(getattr(trainable, "ranks", ()))
 
@@ -285,7 +281,7 @@ class FLoRA(LoraRule):
         """Send the change of the head, and the product."""
         return torch.cat((self.pick(change, self.head), self.products(old + change)))
 
-    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
+    def step_by_mean(self, state: ServerState, mean_message: Tensor) -> ServerState:
         """Fold the mean product into the weight and start the adapters anew."""
         vector, mean = state.vector.double(), self.learning_rate * mean_message
         split = self.count(self.head)
@@ -321,7 +317,7 @@ class FedSA(LoraRule):
     exact = False
     note = "FedSA-LoRA: A and the head are sent; each client keeps its own B at home"
 
-    def __init__(self, config: StrategyConfig, trainable: Any, *, seed: int = 0) -> None:
+    def __init__(self, config: StrategyConfig, trainable: TrainableModel | None, *, seed: int = 0) -> None:
         super().__init__(config, trainable, seed=seed)
         self.home = tuple(self.places[name] for name in self.b)
 
@@ -341,18 +337,8 @@ class FedSA(LoraRule):
         """Send the change of A and of the head."""
         return self.pick(change, self.sends(step))
 
-    def step(self, state: ServerState, mean_message: Tensor) -> ServerState:
+    def step_by_mean(self, state: ServerState, mean_message: Tensor) -> ServerState:
         """Add the mean change of A and of the head."""
         vector = state.vector.double()
         self.put(vector, self.sends(state.round), self.learning_rate * mean_message)
         return ServerState(round=state.round + 1, vector=vector.to(torch.float32))
-
-
-LORA_RULES: dict[str, type[LoraRule]] = {
-    "ffa": FrozenA,
-    "rolora": Alternating,
-    "fedsvd": FedSVD,
-    "fedex": FedEx,
-    "flora": FLoRA,
-    "fedsa": FedSA,
-}

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
+from ffm_secure.registry import TRAINABLES
 from ffm_secure.trainable.base import TrainableModel, replicate
-from ffm_secure.trainable.full import attach_full
-from ffm_secure.trainable.lora import attach_head, attach_lora, attach_lora_xs
-from ffm_secure.trainable.prefix import attach_prefix
-from ffm_secure.trainable.prompt import attach_prompt
-from ffm_secure.trainable.prompt_kinds import attach_deep_prompt, attach_p_tuning, attach_prompt_generator
 from ffm_secure.trainable.rehearsal import rehearse, rehearse_per_sample
 
-TRAINABLES: dict[str, Callable[..., TrainableModel]] = {
-    "full": attach_full,
-    "head": attach_head,
-    "lora": attach_lora,
-    "lora_xs": attach_lora_xs,
-    "prompt": attach_prompt,
-    "prefix": attach_prefix,
-    "p_tuning": attach_p_tuning,
-    "deep_prompt": attach_deep_prompt,
-    "prompt_generator": attach_prompt_generator,
-}
 _KEYS = {
     "kind",
     "rank",
@@ -59,7 +44,7 @@ def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed:
         )
     if task_kind != backbone.kind:
         raise ModelError(f"the model was loaded for {backbone.kind}, not for {task_kind}")
-    made = TRAINABLES[kind](backbone, spec, task_kind=task_kind, seed=seed)
+    made = TRAINABLES.load(kind)(backbone, spec, task_kind=task_kind, seed=seed)
     rehearse(made)
     return made
 

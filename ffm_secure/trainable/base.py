@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,17 @@ from ffm_secure.models.backbone import Backbone
 FORMAT_VERSION = 1
 OWN_TENSORS, OWN_CONFIG = "trainable.safetensors", "trainable.json"
 PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """Name the tensors of one adapted module: its product is `scaling * B A`, and the weight it is added to."""
+
+    a: str
+    b: str
+    weight: str = ""  # the owned weight a rule folds into; empty where the backbone stays shared
+    scaling: float
+    transposed: bool = False  # the weight is stored [in, out]
 
 
 class TrainableModel(ABC):
@@ -44,7 +56,7 @@ class TrainableModel(ABC):
     ) -> None:
         self.backbone, self.model, self.parameters = backbone, model, parameters
         self.description = tuple(description)
-        self.adapters: tuple[Any, ...] = ()  # strategies.lora_rules.Adapter, where factors are trained
+        self.adapters: tuple[Adapter, ...] = ()  # where factors are trained
         self.ranks: tuple[int, ...] = ()  # ranks dealt to the clients in turn, where they differ
         model.eval().requires_grad_(False)
         for parameter in parameters.values():

@@ -13,10 +13,10 @@ from torch import nn
 
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
-from ffm_secure.strategies.lora_rules import Adapter
 from ffm_secure.trainable.base import (
     OWN_TENSORS,
     PEFT_TENSORS,
+    Adapter,
     TrainableModel,
     read_tensors,
     sharing_copy,

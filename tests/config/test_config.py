@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ffm_secure.config import run_file as config
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.errors import ConfigError
 from ffm_secure.config.schema import dump_toml, to_table
+from ffm_secure.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ffm_secure.data.partition import partition
 from ffm_secure.data.dataset import load, public_stream
+from ffm_secure.data.partition import partition
 from ffm_secure.errors import DataError
 
 pytestmark = pytest.mark.assets

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from ffm_secure.cli import commands
-from ffm_secure.engines import LocalEngine, setup
+from ffm_secure.engines import simulated_data
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, Interrupted, StoreError
 from ffm_secure.experiments import grid as experiments
 from ffm_secure.experiments.grid_report import Row, interval, paired, results, to_html, to_json
 from ffm_secure.experiments.grid_summary import to_markdown, to_svg
+from ffm_secure.site.trainer import SiteTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 GRIDS = sorted((ROOT / "experiments").glob("*.toml"))
@@ -242,15 +243,15 @@ def test_a_cell_without_budget_for_its_last_round_is_not_finished(
             'unit = "record", epsilon = 2.0, delta = 1e-5, clip_norm = 1.0',
         )
     )
-    train, calls = LocalEngine._train, []
+    run_round, calls = SiteTrainer.run_round, []
 
     def stopped_in_round_two(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return train(*arguments)
+        return run_round(*arguments)
 
-    monkeypatch.setattr(LocalEngine, "_train", stopped_in_round_two)
+    monkeypatch.setattr(SiteTrainer, "run_round", stopped_in_round_two)
     with pytest.raises(Interrupted):
         experiments.run(file, out=tmp_path)
     lines: list[str] = []
@@ -329,8 +330,10 @@ def test_a_finished_grid_reads_a_data_set_once(
     file = _text_grid(tmp_path, seeds="[1, 2]")
     _write_rows(tmp_path / "rows", validation=validation)
     found = experiments.run(file, out=tmp_path / "out")[1]
-    load, calls = setup.load_dataset, []
-    monkeypatch.setattr(setup, "load_dataset", lambda *arguments: (calls.append(1), load(*arguments))[1])
+    load, calls = simulated_data.load_dataset, []
+    monkeypatch.setattr(
+        simulated_data, "load_dataset", lambda *arguments: (calls.append(1), load(*arguments))[1]
+    )
     assert experiments.run(file, out=tmp_path / "out")[1] == found
     assert len(calls) == loads
 

@@ -13,9 +13,12 @@ from typing import Any
 from ffm_secure.cli import app as cli
 from ffm_secure.config import run_file as config
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.engines import setup
-from ffm_secure.federation import TrainingResult, run
+from ffm_secure.engines import simulation
+from ffm_secure.federation import Callback, TrainingResult, run
+from ffm_secure.records import RoundPlan
+from ffm_secure.server.rounds import plan_round
 from ffm_secure.storage.run_directory import Store
+from ffm_secure.transport.courier import Courier
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,16 +62,40 @@ def make(**sections: Any) -> RunConfig:
     return config.from_table(table(**sections))
 
 
-def prepared(made: RunConfig) -> setup.Prepared:
+def prepared(made: RunConfig) -> simulation.Prepared:
     """Load data and model."""
-    return setup.prepare(made, Path.cwd())
+    return simulation.prepare(made, Path.cwd())
 
 
-def train(made: RunConfig, folder: Path) -> tuple[setup.Setup, TrainingResult]:
+def train(made: RunConfig, folder: Path) -> tuple[simulation.Simulation, TrainingResult]:
     """Run the loop in a fresh folder."""
-    built = setup.build(prepared(made), folder)
-    with Store.open(folder, made) as store:
-        return built, run(built, store)
+    ready = simulation.build(prepared(made), folder)
+    return ready, finish(ready, folder)
+
+
+def finish(
+    ready: simulation.Simulation,
+    folder: Path,
+    *,
+    courier: Courier | None = None,
+    callback: Callback | None = None,
+) -> TrainingResult:
+    """Run the loop of a simulation to its end, or to its interruption."""
+    with Store.open(folder, ready.config) as store:
+        start = ready.begin(store)
+        return run(ready.server, courier or ready.courier, store, start=start, callback=callback)
+
+
+def first_plan(ready: simulation.Simulation) -> RoundPlan:
+    """Return the plan of the first round."""
+    state = ready.spec.strategy.start(ready.trainable.flatten().cpu())
+    return plan_round(ready.server, 1, state)
+
+
+def charge_everybody(ready: simulation.Simulation) -> None:
+    """Let every site pay for the first round, as if the process had died right after."""
+    for site in ready.sites:
+        site.ledger.reserve(first_plan(ready))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ffm_secure.config import run_file as config
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation
 from ffm_secure.federation import run
 from ffm_secure.storage.run_directory import Store
 
@@ -26,10 +26,10 @@ EARLY = 0.2  # the share of kills that do not wait for the first round
 def learn(file: Path, folder: Path, ready: int) -> None:
     """Do what `ffm-secure run` does, and say when the loop begins."""
     made = config.load(file)
-    built = setup.build(setup.prepare(made, Path.cwd(), folder), folder)
+    built = simulation.build(simulation.prepare(made, Path.cwd(), folder), folder)
     with Store.open(folder, made) as store:
         os.write(ready, b".")
-        run(built, store)
+        run(built.server, built.courier, store, start=built.begin(store))
 
 
 def attempt(file: Path, folder: Path, *, wait: bool, seconds: float) -> bool:

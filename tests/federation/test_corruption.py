@@ -17,7 +17,7 @@ from ffm_secure.cli import ledger_table as ledgers
 from ffm_secure.config import run_file as config
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.schema import dump_toml
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation
 from ffm_secure.errors import FfmError
 from ffm_secure.report import document as report
 from ffm_secure.storage.run_directory import Store
@@ -95,7 +95,7 @@ def test_data_files(tmp_path: Path) -> None:
     for seed in range(CASES):
         made = damaged_source(tmp_path, tmp_path / f"case{seed}", seed)
         try:
-            setup.load_dataset(made, tmp_path)
+            simulation.load_dataset(made, tmp_path)
         except FfmError as error:
             assert len(str(error)) > 10
 

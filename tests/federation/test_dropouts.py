@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,30 +16,49 @@ import pytest
 import torch
 
 from defenses import he
+from defenses.errors import ProtocolError
 from defenses.secagg import ring
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.engines import LocalEngine, RoundResult, setup
-from ffm_secure.engines.local import lost_clients
+from ffm_secure.engines import simulation, summary
+from ffm_secure.engines.local import LocalEngine, _is_over, lost_clients
 from ffm_secure.errors import PlanRefused
-from ffm_secure.federation import run
-from ffm_secure.protection.codec import VectorCodec, real_code
-from ffm_secure.protection.protections import (
-    AFTER_UPLOAD,
-    AggregationResult,
-    SecureAggregation,
-    build_protection,
-    sharing_graph,
-)
+from ffm_secure.protection.base import AFTER_UPLOAD, UPLOAD, AggregationResult, ServerRound
+from ffm_secure.protection.codec import VectorCodec, real_codec
+from ffm_secure.protection.enrolment import Enrolment, enrol
+from ffm_secure.protection.masked import MaskedClient, sharing_graph
 from ffm_secure.records import RoundPlan, RoundRecord, RunSummary
-from ffm_secure.report import summary
 from ffm_secure.report.document import render_html
 from ffm_secure.report.markup import size
-from ffm_secure.storage.run_directory import Store
-from tests.federation.helpers import RECORD, make, prepared, train
+from ffm_secure.transport.courier import Reply
+from ffm_secure.transport.stages import PLAN, split_plan
+from tests.federation.helpers import RECORD, finish, make, prepared, train
 
 ROUND = RoundPlan(run_id=bytes(range(16)), round=1, cohort=(0, 1, 2, 3), fingerprint="aa" * 32, mechanism="")
 STAGES = ["advertise", "share", "train", "upload", "confirm", "unmask"]
+
+
+class SumRound:
+    """Ask those who survived another run, and add up what they send."""
+
+    stages = (UPLOAD,)
+
+    def __init__(self, codec: VectorCodec, record: RoundRecord) -> None:
+        self.bits, self.record = codec.modulus_bits, record
+        self.vectors: list[npt.NDArray[np.int64]] = []
+
+    def messages(self, stage: str) -> Mapping[int, bytes]:
+        return {} if self.record.aborted else dict.fromkeys(self.record.survivors, b"")
+
+    def receive(self, stage: str, site: int, reply: bytes) -> None:
+        self.vectors.append(ring.signed(ring.unpack(reply, self.bits), self.bits))
+
+    def close(self, lost: Mapping[int, str]) -> AggregationResult:
+        assert not lost
+        if self.record.aborted:
+            return AggregationResult(ring_sum=None, aborted="as in the other run")
+        total: npt.NDArray[np.int64] = np.sum(self.vectors, axis=0, dtype=np.int64)
+        return AggregationResult(ring_sum=ring.from_signed(total, self.bits), survivors=self.record.survivors)
 
 
 class SumOf:
@@ -48,26 +66,11 @@ class SumOf:
 
     kind = "none"
 
-    def __init__(self, code: VectorCodec, records: Sequence[RoundRecord]) -> None:
-        self.code, self.records = code, records
+    def __init__(self, codec: VectorCodec, records: Sequence[RoundRecord]) -> None:
+        self.codec, self.records = codec, records
 
-    def collect(
-        self,
-        round_plan: RoundPlan,
-        *,
-        contribute: Callable[[int], npt.NDArray[Any]],
-        drop: Mapping[int, str],
-        order: Sequence[int],
-    ) -> AggregationResult:
-        assert not drop
-        record = self.records[round_plan.round - 1]
-        if record.aborted:
-            return AggregationResult(ring_sum=None, aborted="as in the other run")
-        vectors = [ring.signed(contribute(client), self.code.modulus_bits) for client in record.survivors]
-        total: npt.NDArray[np.int64] = np.sum(vectors, axis=0, dtype=np.int64)
-        return AggregationResult(
-            ring_sum=ring.from_signed(total, self.code.modulus_bits), survivors=record.survivors
-        )
+    def open_round(self, plan: RoundPlan) -> ServerRound:
+        return SumRound(self.codec, self.records[plan.round - 1])
 
 
 def lora(parties: int, *, rounds: int, kind: str = "secagg", rate: float = 0.2, **sections: Any) -> RunConfig:
@@ -103,11 +106,10 @@ def check(parties: int, folder: Path, *, rounds: int, seed: int) -> tuple[RoundR
         assert record.aborted or set(record.survivors) == set(record.cohort) - early
         assert not 0 < len(record.survivors) < 3
     made = lora(parties, rounds=rounds, seed=seed, kind="none", rate=0.0)
-    built = setup.build(prepared(made), folder / "open")
-    built.protection = SumOf(built.code, masked.records)
+    built = simulation.build(prepared(made), folder / "open")
+    built.server.protection = SumOf(built.spec.codec, masked.records)
     start = built.trainable.flatten().clone()
-    with Store.open(folder / "open", made) as store:
-        expected = run(built, store).state.vector
+    expected = finish(built, folder / "open").state.vector
     assert torch.equal(masked.state.vector, expected)
     assert not torch.equal(start, expected), "nothing was learned, so nothing was compared"
     return masked.records
@@ -116,12 +118,8 @@ def check(parties: int, folder: Path, *, rounds: int, seed: int) -> tuple[RoundR
 def seed_where(parties: int, rounds: int, wanted: Callable[[list[dict[int, str]]], bool]) -> int:
     """Return the first seed whose drawn losses, round by round, are of the kind a test is about."""
     for seed in range(1000):
-        asked = SimpleNamespace(config=lora(parties, rounds=rounds, seed=seed))
-        cohort = tuple(range(parties))
-        drawn = [
-            lost_clients(asked, dataclasses.replace(ROUND, round=number, cohort=cohort))  # type: ignore[arg-type]
-            for number in range(1, rounds + 1)
-        ]
+        asked = lora(parties, rounds=rounds, seed=seed)
+        drawn = [lost_clients(asked, number, range(parties)) for number in range(1, rounds + 1)]
         if wanted(drawn):
             return seed
     raise AssertionError("no seed loses clients in the way this test needs")
@@ -169,24 +167,23 @@ def test_two_hundred_parties_with_a_fifth_lost_at_random_stages(tmp_path: Path) 
 class Remembering(LocalEngine):
     """Note the model that every round starts from."""
 
-    def __init__(self, built: setup.Setup) -> None:
-        super().__init__(built)
+    def __init__(self, built: simulation.Simulation) -> None:
+        super().__init__(built.config, built.sites, built.courier.trainers)
         self.starts: list[torch.Tensor] = []
 
-    def collect(
-        self, plan: RoundPlan, vector: torch.Tensor, finished: Callable[[int, int], None]
-    ) -> RoundResult:
-        self.starts.append(vector.clone())
-        return super().collect(plan, vector, finished)
+    def send(self, stage: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:
+        if stage == PLAN:
+            _, broadcast = split_plan(next(iter(messages.values())))
+            self.starts.append(torch.from_numpy(np.frombuffer(broadcast, dtype="<f4").copy()))
+        return super().send(stage, messages)
 
 
 def test_an_aborted_round_stays_spent_and_the_run_goes_on(tmp_path: Path) -> None:
     seed = seed_where(3, 3, first_and_last_round_lose_somebody)
     made = lora(3, rounds=3, seed=seed, privacy={**RECORD, "noise": "system", "epsilon": 50.0})
-    built = setup.build(prepared(made), tmp_path)
+    built = simulation.build(prepared(made), tmp_path)
     engine = Remembering(built)
-    with Store.open(tmp_path, made) as store:
-        trained = run(built, store, engine=engine)
+    trained = finish(built, tmp_path, courier=engine)
     aborted = [bool(record.aborted) for record in trained.records]
     assert aborted == [True, False, True]
     assert trained.status == "complete"
@@ -195,7 +192,7 @@ def test_an_aborted_round_stays_spent_and_the_run_goes_on(tmp_path: Path) -> Non
     models = [*engine.starts, trained.state.vector]
     assert [torch.equal(before, after) for before, after in pairwise(models)] == aborted
     for owner in built.prepared.owners:
-        assert len(built.charges.ledger.events(owner, built.prepared.account, "record")) == 3
+        assert len(built.ledger.events(owner, built.prepared.account, "record")) == 3
     spent = [record.epsilon_spent for record in trained.records]
     assert 0 < spent[0] < spent[1] < spent[2] <= 50.0
     _check_report(summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=1.0))
@@ -251,12 +248,13 @@ def test_large_cohorts_share_on_a_ring_that_clients_accept(
     assert graph.kind == kind
     assert graph.threshold <= graph.neighbours
     assert kind == "complete" or graph.neighbours < cohort / 2
-    code = real_code(size=5, clients=cohort, value_bits=8, bound=1.0, max_weight=1, carries_loss=False)
-    masking = SecureAggregation(code, made, [str(number) for number in range(cohort)])
+    codec = real_codec(size=5, clients=cohort, value_bits=8, bound=1.0, max_weight=1, carries_loss=False)
+    site = enrol(made, codec, [str(number) for number in range(cohort)]).sites[0]
+    assert isinstance(site, MaskedClient)
     round_plan = RoundPlan(
         run_id=bytes(16), round=1, cohort=tuple(range(cohort)), fingerprint="aa" * 32, mechanism=""
     )
-    masking.policy.admit(masking._parameters(round_plan))  # raises if a client would refuse
+    site._policy.admit(site._terms.session(round_plan))  # raises if a client would refuse
 
 
 def test_nobody_colluding_and_nobody_lying_needs_two_shares() -> None:
@@ -264,11 +262,36 @@ def test_nobody_colluding_and_nobody_lying_needs_two_shares() -> None:
     assert sharing_graph(made).threshold == 2
 
 
-CODE = real_code(size=5, clients=4, value_bits=8, bound=1.0, max_weight=1, carries_loss=False)
+CODEC = real_codec(size=5, clients=4, value_bits=8, bound=1.0, max_weight=1, carries_loss=False)
 
 
 def contribution(client: int) -> npt.NDArray[Any]:
-    return ring.frame(np.full(5, client + 1, dtype=np.uint16), weight=1, modulus_bits=CODE.modulus_bits)
+    return ring.frame(np.full(5, client + 1, dtype=np.uint16), weight=1, modulus_bits=CODEC.modulus_bits)
+
+
+def carry(enrolment: Enrolment, plan: RoundPlan, drop: Mapping[int, str]) -> AggregationResult:
+    """Carry one round between the halves; a client in `drop` answers no more from its stage on."""
+    rounds = {site: enrolment.sites[site].join(plan) for site in plan.cohort}
+    session, lost = enrolment.server.open_round(plan), {}
+    for stage in session.stages:
+        try:
+            messages = session.messages(stage)
+        except ProtocolError:
+            break
+        for site, message in messages.items():
+            if site in lost or (site in drop and _is_over(drop[site], stage)):
+                lost[site] = drop[site]
+                continue
+            half = rounds[site]
+            try:
+                if stage == UPLOAD:
+                    reply = half.seal(message, contribution(site))
+                else:
+                    reply = half.respond(stage, message)
+                session.receive(stage, site, reply)
+            except ProtocolError:
+                lost[site] = stage
+    return session.close(lost)
 
 
 @pytest.mark.parametrize("kind", ["none", "secagg"])
@@ -280,16 +303,16 @@ def test_who_is_lost_after_the_upload_counts_in_every_protection(kind: str, mode
         "colluding": 0,
         **({"mode": mode} if kind == "secagg" else {}),
     }
-    built = build_protection(make(protection=protection), code=CODE, owners=["a", "b", "c", "d"])
+    built = enrol(make(protection=protection), CODEC, ["a", "b", "c", "d"])
     for stage in sorted(AFTER_UPLOAD):
         round_plan = dataclasses.replace(ROUND, round=1 + sorted(AFTER_UPLOAD).index(stage))
-        found = built.collect(round_plan, contribute=contribution, drop={0: stage}, order=[0, 1, 2, 3])
+        found = carry(built, round_plan, {0: stage})
         assert found.survivors == (0, 1, 2, 3)
         assert found.ring_sum is not None
         assert found.ring_sum.tolist() == [4, 4, 10, 10, 10, 10, 10]
     for number, stage in enumerate(STAGES[:4], start=5):
         round_plan = dataclasses.replace(ROUND, round=number)
-        found = built.collect(round_plan, contribute=contribution, drop={0: stage}, order=[1, 2, 3])
+        found = carry(built, round_plan, {0: stage})
         assert found.survivors == (1, 2, 3)
         assert found.ring_sum is not None
         assert found.ring_sum.tolist() == [3, 3, 9, 9, 9, 9, 9]
@@ -300,17 +323,13 @@ def test_clients_that_opened_different_sums_abort_the_round(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
-    built = build_protection(
-        make(protection={"kind": kind, "threshold": 3}), code=CODE, owners=["a", "b", "c", "d"]
-    )
-    found = built.collect(ROUND, contribute=contribution, drop={}, order=[0, 1, 2, 3])
+    built = enrol(make(protection={"kind": kind, "threshold": 3}), CODEC, ["a", "b", "c", "d"])
+    found = carry(built, ROUND, {})
     assert found.ring_sum is not None
     assert found.ring_sum.tolist() == [4, 4, 10, 10, 10, 10, 10]
     honest = he.EncryptedClient.confirm
     monkeypatch.setattr(he.EncryptedClient, "confirm", lambda *args: honest(*args)[:-1] + b"\0")
-    found = built.collect(
-        dataclasses.replace(ROUND, round=2), contribute=contribution, drop={}, order=[0, 1, 2, 3]
-    )
+    found = carry(built, dataclasses.replace(ROUND, round=2), {})
     assert (found.ring_sum, found.aborted) == (None, "protocol aborted")
     assert min(found.bytes_up, found.bytes_down) > 0
 

@@ -11,14 +11,13 @@ import torch
 
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.engines import setup
-from ffm_secure.engines.setup import Setup
+from ffm_secure.engines import simulation
+from ffm_secure.engines.simulation import Simulation
 from ffm_secure.errors import Interrupted, PlanRefused, StoreError
-from ffm_secure.federation import NullCallback, TrainingResult, run
+from ffm_secure.federation import NullCallback, TrainingResult
 from ffm_secure.records import RoundPlan
 from ffm_secure.site.client_state import ClientStateStore
-from ffm_secure.storage.run_directory import Store
-from tests.federation.helpers import CLIENT, RECORD, SECAGG, make, prepared, train
+from tests.federation.helpers import CLIENT, RECORD, SECAGG, finish, make, prepared, train
 
 
 def shared_a(**sections: Any) -> RunConfig:
@@ -37,10 +36,10 @@ def shared_a(**sections: Any) -> RunConfig:
     return make(**{**base, "federation": federation, **sections})
 
 
-def models(built: Setup, trained: TrainingResult) -> list[torch.Tensor]:
+def models(built: Simulation, trained: TrainingResult) -> list[torch.Tensor]:
     """Return every client's own model at the end."""
     last = len(trained.records) + 1
-    return [built.own(client.index, trained.state.vector, before=last) for client in built.clients]
+    return [built.own_vector(site.data.index, trained.state.vector, before=last) for site in built.sites]
 
 
 class Stop(NullCallback):
@@ -59,9 +58,9 @@ class Stop(NullCallback):
 def test_an_interrupted_round_begins_from_what_clients_had_before_it(tmp_path: Path) -> None:
     made = shared_a()
     built, whole = train(made, tmp_path / "whole")
-    part = setup.build(prepared(made), tmp_path / "part")
-    with Store.open(tmp_path / "part", made) as store, pytest.raises(Interrupted):
-        run(part, store, watch=Stop())
+    part = simulation.build(prepared(made), tmp_path / "part")
+    with pytest.raises(Interrupted):
+        finish(part, tmp_path / "part", callback=Stop())
     ahead = [path.name for path in (tmp_path / "part" / "home").rglob("*.safetensors")]
     assert ahead.count("round-000003.safetensors") == 2, "two clients are a round ahead of the server"
     again, resumed = train(made, tmp_path / "part")
@@ -75,7 +74,7 @@ def test_an_interrupted_round_begins_from_what_clients_had_before_it(tmp_path: P
         "the server has no B"
     )
     assert not torch.equal(rule.pick(whole.state.vector, rule.a), rule.pick(initial, rule.a))
-    assert built.code.size == rule.count((*rule.a, *rule.head)), "and nobody sends one"
+    assert built.spec.codec.size == rule.count((*rule.a, *rule.head)), "and nobody sends one"
     own = [rule.pick(model, rule.b) for model in models(built, whole)]
     assert not torch.equal(own[0], own[1])
 
@@ -83,16 +82,18 @@ def test_an_interrupted_round_begins_from_what_clients_had_before_it(tmp_path: P
     assert lost, "the seed loses nobody, so this test shows nothing"
     for number, client in lost:
         assert not (
-            built.home.folder / built.home.owners[client] / f"round-{number:06d}.safetensors"
+            built.states.folder / built.states.owners[client] / f"round-{number:06d}.safetensors"
         ).exists()
-        before, after = (built.own(client, whole.state.vector, before=number + late) for late in (0, 1))
+        before, after = (
+            built.own_vector(client, whole.state.vector, before=number + late) for late in (0, 1)
+        )
         assert torch.equal(before, after), "who was lost keeps what it had"
 
 
 def test_a_client_that_lost_its_numbers_is_not_silently_begun_anew(tmp_path: Path) -> None:
     made = shared_a(federation={"rounds": 1, "cohort": 4, "strategy": {"kind": "fedsa"}}, privacy=NONE)
     built, trained = train(made, tmp_path)
-    victim = built.home.folder / built.home.owners[trained.records[0].survivors[0]]
+    victim = built.states.folder / built.states.owners[trained.records[0].survivors[0]]
     path = victim / "round-000001.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-5])
@@ -109,21 +110,21 @@ NONE = {"unit": "none", "reason": "test data"}
 def test_files_of_another_run_and_of_later_rounds_are_not_read(tmp_path: Path) -> None:
     home = ClientStateStore(folder=tmp_path, owners=("a", "b"), places=(slice(1, 3), slice(4, 5)))
     vector, one, other = torch.arange(6.0), b"\1" * 16, b"\2" * 16
-    home.leave(0, vector + 10, run_id=one, round=2)
+    home.save(0, vector + 10, run_id=one, round=2)
     assert torch.equal(
-        home.enter(0, vector, run_id=one, before=3), torch.tensor([0.0, 11.0, 12.0, 3.0, 14.0, 5.0])
+        home.load(0, vector, run_id=one, before=3), torch.tensor([0.0, 11.0, 12.0, 3.0, 14.0, 5.0])
     )
     for client, run_id, before in ((0, one, 2), (0, other, 3), (1, one, 3)):
-        assert torch.equal(home.enter(client, vector, run_id=run_id, before=before), vector)
+        assert torch.equal(home.load(client, vector, run_id=run_id, before=before), vector)
     for number in range(3, 9):
-        home.leave(0, vector + number, run_id=one, round=number)
+        home.save(0, vector + number, run_id=one, round=number)
     assert [path.name[6:12] for path in sorted((tmp_path / "a").iterdir())] == ["000006", "000007", "000008"]
-    home.leave(0, vector - 1, run_id=one, round=7)  # the round is played again
+    home.save(0, vector - 1, run_id=one, round=7)  # the round is played again
     assert torch.equal(
-        home.enter(0, vector, run_id=one, before=8), torch.tensor([0.0, 0.0, 1.0, 3.0, 3.0, 5.0])
+        home.load(0, vector, run_id=one, before=8), torch.tensor([0.0, 0.0, 1.0, 3.0, 3.0, 5.0])
     )
     with pytest.raises(StoreError, match="this run keeps 2"):
-        ClientStateStore(folder=tmp_path, owners=("a",), places=(slice(0, 2),)).enter(
+        ClientStateStore(folder=tmp_path, owners=("a",), places=(slice(0, 2),)).load(
             0, vector, run_id=one, before=8
         )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ffm_secure.engines import LocalEngine, setup
+from ffm_secure.engines import simulation
 from ffm_secure.errors import BroadcastRefused
-from ffm_secure.server.rounds import plan_round
-from ffm_secure.site.broadcast_guard import Inspection
+from ffm_secure.server.rounds import collect, plan_round
+from ffm_secure.site.broadcast_guard import BroadcastGuard
 from ffm_secure.strategies import build
 from tests.federation.helpers import make, prepared
 
@@ -22,7 +22,7 @@ def model(**sections):
 @pytest.mark.parametrize("sections", [{}, FULL], ids=["lora", "full"])
 def test_the_start_and_small_changes_of_it_pass(sections) -> None:
     trained = model(**sections)
-    inspection, start = Inspection(trained), trained.flatten()
+    inspection, start = BroadcastGuard(trained), trained.flatten()
     inspection.accept(start)
     generator = torch.Generator().manual_seed(0)
     for size in (1e-4, 1e-2):
@@ -34,7 +34,7 @@ def test_the_start_and_small_changes_of_it_pass(sections) -> None:
 
 def test_crafted_weights_are_refused_with_every_reason() -> None:
     trained = model(**FULL)
-    inspection, tensors = Inspection(trained), trained.tensors()
+    inspection, tensors = BroadcastGuard(trained), trained.tensors()
     rows = next(name for name, value in tensors.items() if value.ndim == 2 and min(value.shape) >= 8)
     for craft, rule in (
         (lambda value: value[:1].expand_as(value), "parallel rows"),
@@ -51,8 +51,9 @@ def test_crafted_weights_are_refused_with_every_reason() -> None:
 
 def test_a_simulated_client_looks_before_it_trains(tmp_path) -> None:
     made = make()
-    ready = setup.build(prepared(made), tmp_path)
-    engine, vector = LocalEngine(ready), ready.trainable.flatten()
-    plan = plan_round(ready, 1, build(made.federation.strategy).start(vector))
+    ready = simulation.build(prepared(made), tmp_path)
+    vector = torch.full_like(ready.trainable.flatten(), float("inf"))
+    state = build(made.federation.strategy).start(vector)
+    plan = plan_round(ready.server, 1, state)
     with pytest.raises(BroadcastRefused, match="not finite"):
-        engine.collect(plan, torch.full_like(vector, float("inf")), lambda done, total: None)
+        collect(ready.server, plan, state, ready.courier, lambda done, total: None)

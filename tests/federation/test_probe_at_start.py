@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from defenses.errors import NotPrivateError
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation
 from ffm_secure.tasks import ImageClassification
 from tests.federation.helpers import RECORD, make, prepared
 
@@ -27,7 +27,7 @@ def test_a_coupled_loss_is_refused_before_private_data_are_read(tmp_path: Path) 
     made = prepared(make(privacy=RECORD))
     coupled = MeanLoss(made.backbone, made.task.data, max_length=made.task.max_length)
     with pytest.raises(NotPrivateError, match="loss"):
-        setup.build(replace(made, task=coupled), tmp_path)
+        simulation.build(replace(made, task=coupled), tmp_path)
     assert not (tmp_path / "ledger.sqlite").exists()
 
 
@@ -43,4 +43,4 @@ def test_a_coupled_loss_is_refused_before_private_data_are_read(tmp_path: Path) 
 def test_every_task_passes_the_probe(model: str, kind: str, data: str, trainable: str) -> None:
     task = {"kind": kind, "data": data, "clients": 4, "max_length": 24, "evaluation_examples": 10}
     made = prepared(make(task=task, model={"name": model, "trainable": {"kind": trainable}}, privacy=RECORD))
-    setup.probe(made, made.task.encode(made.dataset.validation.take(range(10))))
+    simulation.probe(made, made.task.encode(made.dataset.validation.take(range(10))))

@@ -14,12 +14,11 @@ import torch
 from defenses.dp import Ledger
 from ffm_secure.config import run_file as config
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.engines import setup
-from ffm_secure.engines.setup import Setup
-from ffm_secure.federation import run
+from ffm_secure.engines import simulation
+from ffm_secure.engines.simulation import Simulation
 from ffm_secure.records import RoundRecord
 from ffm_secure.storage.run_directory import Store
-from tests.federation.helpers import RECORD, SECAGG, make, prepared, train
+from tests.federation.helpers import RECORD, SECAGG, charge_everybody, finish, make, prepared, train
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTES = {
@@ -79,7 +78,7 @@ def killed(made: RunConfig, folder: Path, *, kills: int, seed: int, span: float)
     return int(done.stdout.split()[-1])
 
 
-def check_ledger(built: Setup, folder: Path, records: tuple[RoundRecord, ...]) -> None:
+def check_ledger(built: Simulation, folder: Path, records: tuple[RoundRecord, ...]) -> None:
     """Every opened round is charged to everyone in its cohort, and nobody is above the budget."""
     ledger = Ledger.open(folder / "ledger.sqlite", create=False)
     ledger.verify()
@@ -87,7 +86,7 @@ def check_ledger(built: Setup, folder: Path, records: tuple[RoundRecord, ...]) -
     for index, owner in enumerate(built.prepared.owners):
         charged = ledger.events(owner, account, "record")
         assert len(charged) >= sum(index in record.cohort for record in records), "the ledger undercounts"
-        assert set(charged) <= {built.charges.event}
+        assert set(charged) <= {built.event}
         assert ledger.epsilon(owner, account, "record", privacy.delta) <= privacy.epsilon
 
 
@@ -99,7 +98,7 @@ def check(name: str, tmp_path: Path, *, kills: int, seed: int) -> int:
     with Store.open(tmp_path / "killed", made) as store:
         resumed = store.resume()
     assert resumed is not None
-    state, records, run_id = resumed
+    state, records, _ = resumed
     assert torch.equal(state.vector, whole.state.vector)
     assert {key: value.tolist() for key, value in state.optimizer_state.items()} == {
         key: value.tolist() for key, value in whole.state.optimizer_state.items()
@@ -109,10 +108,11 @@ def check(name: str, tmp_path: Path, *, kills: int, seed: int) -> int:
     ]
     if name == "pretrain":
         assert {record.phase for record in records} == {"public", "private"}
-    again = setup.build(prepared(made), tmp_path / "killed")
-    again.adopt(state, records, run_id)
-    for client in again.clients:
-        mine, theirs = (one.own(client.index, state.vector, before=7) for one in (again, built))
+    again = simulation.build(prepared(made), tmp_path / "killed")
+    with Store.open(tmp_path / "killed", made) as store:
+        again.begin(store)
+    for index in range(len(again.sites)):
+        mine, theirs = (one.own_vector(index, state.vector, before=7) for one in (again, built))
         assert torch.equal(mine, theirs), "a client has another model"
     check_ledger(again, tmp_path / "killed", records)
     return hits
@@ -140,16 +140,16 @@ def test_with_real_noise_kills_are_charged_and_the_budget_holds(name: str, tmp_p
     with Store.open(tmp_path / "killed", made) as store:
         resumed = store.resume()
     records = resumed[1] if resumed is not None else ()
-    check_ledger(setup.build(prepared(made), tmp_path / "killed"), tmp_path / "killed", records)
+    check_ledger(simulation.build(prepared(made), tmp_path / "killed"), tmp_path / "killed", records)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     made = make(privacy=RECORD)
     first, done = train(made, tmp_path)
-    entries = first.charges.ledger.head().sequence
+    entries = first.ledger.head().sequence
     second, again = train(made, tmp_path)
     assert torch.equal(done.state.vector, again.state.vector)
-    assert second.charges.ledger.head().sequence == entries
+    assert second.ledger.head().sequence == entries
 
 
 def test_without_a_seed_a_crash_is_charged_and_the_budget_holds(tmp_path: Path) -> None:
@@ -157,18 +157,9 @@ def test_without_a_seed_a_crash_is_charged_and_the_budget_holds(tmp_path: Path) 
     made = make(privacy={**RECORD, "noise": "system"})
     built, trained = train(made, tmp_path / "a")
     assert trained.status == "complete"
-    crashed = setup.build(prepared(made), tmp_path / "b")
-    crashed.charges.reserve(_plan(crashed))  # the process dies right after
-    with Store.open(tmp_path / "b", made) as store:
-        ended = run(setup.build(prepared(made), tmp_path / "b"), store)
+    crashed = simulation.build(prepared(made), tmp_path / "b")
+    charge_everybody(crashed)  # the process dies right after
+    ended = finish(simulation.build(prepared(made), tmp_path / "b"), tmp_path / "b")
     assert ended.status == "budget exhausted"
     assert len(ended.records) == 2
-    assert built.charges.epsilon() <= made.privacy.epsilon
-
-
-def _plan(built: object) -> object:
-    from ffm_secure.server import rounds as server
-    from ffm_secure.strategies import ServerState
-
-    state = ServerState(round=0, vector=built.trainable.flatten())  # type: ignore[attr-defined]
-    return server.plan_round(built, 1, state)  # type: ignore[arg-type]
+    assert built.epsilon() <= made.privacy.epsilon

@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 
 from defenses.dp import epsilon
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation, summary
 from ffm_secure.errors import StoreError
-from ffm_secure.federation import run
-from ffm_secure.report import summary
-from ffm_secure.server import rounds as server
-from ffm_secure.storage.run_directory import Store
-from tests.federation.helpers import CLIENT, RECORD, SECAGG, make, prepared, train
+from tests.federation.helpers import CLIENT, RECORD, SECAGG, charge_everybody, finish, make, prepared, train
 
 ONE = {"rounds": 1}
 
@@ -40,7 +36,7 @@ def test_a_lost_ledger_is_refused_on_resume(tmp_path: Path) -> None:
 def test_another_dealing_of_known_rows_is_refused(change: dict[str, object], tmp_path: Path) -> None:
     train(make(privacy=shared(tmp_path), federation=ONE), tmp_path / "a")
     with pytest.raises(StoreError, match="another split or seed"):
-        setup.build(
+        simulation.build(
             prepared(make(**{"privacy": shared(tmp_path), "federation": ONE, **change})), tmp_path / "b"
         )
 
@@ -83,29 +79,27 @@ def test_another_unit_beside_a_used_account_is_refused(tmp_path: Path) -> None:
     train(make(privacy=shared(tmp_path), federation=ONE), tmp_path / "a")
     person = shared(tmp_path, unit="person", records_per_person=2)
     with pytest.raises(StoreError, match="would forget them"):
-        setup.build(prepared(make(privacy=person, federation=ONE)), tmp_path / "b")
+        simulation.build(prepared(make(privacy=person, federation=ONE)), tmp_path / "b")
 
 
 def test_a_second_run_is_calibrated_to_what_is_left(tmp_path: Path) -> None:
     first, _ = train(make(privacy=shared(tmp_path, epsilon=4.0), federation=ONE), tmp_path / "a")
-    before = first.charges.epsilon()
+    before = first.epsilon()
     second, done = train(
         make(name="b", privacy=shared(tmp_path, epsilon=4.0), federation=ONE), tmp_path / "b"
     )
     assert done.status == "complete"
-    assert first.mechanism is not None
-    assert second.mechanism is not None
     assert (
         second.mechanism.noise_multiplier > 1.5 * first.mechanism.noise_multiplier
     )  # almost nothing was left
-    assert before < second.charges.epsilon() <= 4.0  # the very ledger, read after each run
+    assert before < second.epsilon() <= 4.0  # the very ledger, read after each run
 
 
 def test_statements_come_from_the_events_that_were_charged(tmp_path: Path) -> None:
     made = make(privacy={**RECORD, "noise": "system"})
     built, trained = train(made, tmp_path)
     result = summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=0.0)
-    events = built.charges.largest_history()
+    events = built.largest_history()
     again = epsilon(events, 1e-5)
     assert result.statements[0].epsilon == pytest.approx(again.epsilon)
     assert result.statements[0].slack > 0
@@ -131,8 +125,8 @@ def test_seeded_noise_is_never_a_number(tmp_path: Path) -> None:
 
 def test_client_noise_never_counts_the_curious_client(tmp_path: Path) -> None:
     built = prepared(make(privacy=CLIENT, protection={**SECAGG, "colluding": 0}))
-    assert built.mechanism is not None
-    assert built.mechanism.inner.honest_survivors == 2  # of a threshold of three
+    assert built.mechanism.client_level is not None
+    assert built.mechanism.client_level.inner.honest_survivors == 2  # of a threshold of three
 
 
 def test_the_majority_is_the_public_one(tmp_path: Path) -> None:
@@ -146,20 +140,13 @@ def test_the_majority_is_the_public_one(tmp_path: Path) -> None:
 def test_a_begun_run_keeps_its_noise(tmp_path: Path) -> None:
     """With a ledger that outlives runs, a resume must not calibrate against the run's own charges."""
     made = make(privacy=shared(tmp_path), federation={"rounds": 2})
-    first = setup.build(setup.prepare(made, Path.cwd()), _new(tmp_path / "run"))
-    with Store.open(tmp_path / "run", made) as store:
-        first.charges.reserve(server.plan_round(first, 1, _state(first)))
-        again = setup.prepare(made, Path.cwd(), tmp_path / "run")
-        assert again.mechanism == first.mechanism
-        assert run(setup.build(again, tmp_path / "run"), store).status == "budget exhausted"
+    first = simulation.build(simulation.prepare(made, Path.cwd()), _new(tmp_path / "run"))
+    charge_everybody(first)
+    again = simulation.prepare(made, Path.cwd(), tmp_path / "run")
+    assert again.mechanism == first.mechanism
+    assert finish(simulation.build(again, tmp_path / "run"), tmp_path / "run").status == "budget exhausted"
 
 
 def _new(folder: Path) -> Path:
     folder.mkdir()
     return folder
-
-
-def _state(built: setup.Setup) -> object:
-    from ffm_secure.strategies import ServerState
-
-    return ServerState(round=0, vector=built.trainable.flatten())

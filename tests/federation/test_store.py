@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ffm_secure.api import Run
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation
 from ffm_secure.errors import Interrupted, StoreError
 from ffm_secure.federation import NullCallback
 from ffm_secure.records import RoundRecord
@@ -128,9 +128,9 @@ def test_every_set_a_run_reads_is_among_its_rows(tmp_path: Path) -> None:
             model={"name": "builtin:tiny-bert", "trainable": {"kind": "lora", "rank": 2}},
             federation={"rounds": 1, "cohort": 4, "lifecycle": lifecycle},
         )
-        now = setup.contents(made, tmp_path / folder)
+        now = simulation.contents(made, tmp_path / folder)
         assert not now.seeded
-        assert now.digests == setup.prepare(made, tmp_path / folder).contents, (
+        assert now.digests == simulation.prepare(made, tmp_path / folder).contents, (
             "a grid reads them without a model"
         )
         return now.digests.split()
@@ -168,7 +168,7 @@ def test_an_interrupted_run_does_not_go_on_with_other_rows(tmp_path: Path) -> No
     )
     write("note")
     with pytest.raises(Interrupted):
-        Run(made, base=tmp_path, runs=tmp_path / "runs").start(watch=Stop())
+        Run(made, base=tmp_path, runs=tmp_path / "runs").start(callback=Stop())
     write("other")
     with pytest.raises(StoreError, match="its training and validation rows have changed since the run began"):
         Run(made, base=tmp_path, runs=tmp_path / "runs").start()

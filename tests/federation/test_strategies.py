@@ -19,7 +19,7 @@ def run(config: Strategy) -> torch.Tensor:
     strategy = build(config)
     state = strategy.start(START)
     for change in CHANGES:
-        state = strategy.step(state, change)
+        state = strategy.step_by_mean(state, change)
     assert state.round == 2
     return state.vector.double()
 
@@ -58,11 +58,11 @@ def test_adaptive_strategies_follow_algorithm_2(kind: str) -> None:
     assert torch.allclose(found, torch.tensor(weight, dtype=torch.float64), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", STRATEGIES)
+@pytest.mark.parametrize("kind", [kind for kind in STRATEGIES if not STRATEGIES.has(kind, "lora")])
 def test_every_strategy_is_pure_and_moves_with_the_change(kind: str) -> None:
     strategy = build(Strategy(kind=kind))
     state = strategy.start(START)
-    first, second = strategy.step(state, CHANGES[0]), strategy.step(state, CHANGES[0])
+    first, second = strategy.step_by_mean(state, CHANGES[0]), strategy.step_by_mean(state, CHANGES[0])
     assert torch.equal(first.vector, second.vector)
     assert torch.equal(state.vector, START)
     assert (first.vector - START)[0] > 0 > (first.vector - START)[1]

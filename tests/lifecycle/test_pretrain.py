@@ -13,16 +13,16 @@ from ffm_secure.cli.progress import round_line
 from ffm_secure.config import compatibility
 from ffm_secure.config import run_file as config
 from ffm_secure.config.run_file import Controller, Lifecycle, RunConfig
-from ffm_secure.engines import setup
+from ffm_secure.engines import simulation
 from ffm_secure.errors import DataError, Interrupted, PlanRefused
-from ffm_secure.federation import NullCallback, run
+from ffm_secure.federation import NullCallback
+from ffm_secure.lifecycle.base import ServerPhase
 from ffm_secure.lifecycle.finetune import PlainGradient
-from ffm_secure.lifecycle.pretrain import fixed, gain_per_cost, learn_in_public, next_phase, plateau, rate
+from ffm_secure.lifecycle.pretrain import PreTrain, fixed, gain_per_cost, next_phase, plateau, rate
 from ffm_secure.models.backbone import load_backbone
 from ffm_secure.records import RoundRecord
 from ffm_secure.report.markup import phase_column
-from ffm_secure.storage.run_directory import Store
-from tests.federation.helpers import RECORD, make, prepared, train
+from tests.federation.helpers import RECORD, finish, make, prepared, train
 
 
 def record(number: int, phase: str, loss: float, **values: Any) -> RoundRecord:
@@ -210,10 +210,10 @@ def test_only_private_phases_spend_and_a_stopped_run_ends_the_same(tmp_path: Pat
     assert [item.phase for item in whole.records] == ["public", "private", "public", "private"]
     assert [len(item.cohort) for item in whole.records] == [0, 4, 0, 4]
     assert [item.bytes_up > 0 for item in whole.records] == [False, True, False, True]
-    entries = [entry for entry in built.charges.ledger.entries() if entry.kind == "reserve"]
+    entries = [entry for entry in built.ledger.entries() if entry.kind == "reserve"]
     assert sorted({entry.round for entry in entries}) == [2, 4]
     assert len(entries) == 8
-    assert built.charges.epsilon() <= made.privacy.epsilon
+    assert built.epsilon() <= made.privacy.epsilon
     assert built.mechanism.event("x") is not None
     assert [item.alignment is None for item in whole.records] == [True, False, False, False]
     assert all(-1.0 <= item.alignment <= 1.0 for item in whole.records if item.alignment is not None)
@@ -223,9 +223,9 @@ def test_only_private_phases_spend_and_a_stopped_run_ends_the_same(tmp_path: Pat
             if record.round == 2:
                 raise KeyboardInterrupt
 
-    part = setup.build(prepared(made), tmp_path / "part")
-    with Store.open(tmp_path / "part", made) as store, pytest.raises(Interrupted):
-        run(part, store, watch=Stop())
+    part = simulation.build(prepared(made), tmp_path / "part")
+    with pytest.raises(Interrupted):
+        finish(part, tmp_path / "part", callback=Stop())
     _, resumed = train(made, tmp_path / "part")
     assert torch.equal(resumed.state.vector, whole.state.vector)
     assert [item.phase for item in resumed.records] == [item.phase for item in whole.records]
@@ -286,7 +286,7 @@ def test_from_scratch_takes_the_architecture_alone_and_learns(kind: str, tmp_pat
     )
 
     built, trained = train(made("random"), tmp_path / "run")
-    before = built.evaluate(drawn).loss
+    before = built.server.evaluate(drawn).loss
     assert [record.phase for record in trained.records] == ["public", "private"]
     assert trained.records[0].loss < before - 0.3, "a public phase learns"
     assert trained.records[1].loss < trained.records[0].loss, "and a private one goes on"
@@ -297,16 +297,15 @@ def test_without_a_number_of_its_own_a_public_phase_takes_as_many_steps_as_a_cli
     for asked in (0, 1, 2):
         ready = prepared(pretraining(public_steps=asked))
         start = ready.trainable.flatten()
-        reached[asked] = learn_in_public(
+        phase = ServerPhase(
+            config=ready.config,
             trainable=ready.trainable,
             task=ready.task,
-            public=ready.task.encode(ready.public),
-            start=start,
-            spec=ready.config.federation.lifecycle,
-            seed=(3, 1, 4),
+            public=ready.task.encode(ready.data.public),
+            round=1,
             device="cpu",
-            microbatch=64,
         )
+        reached[asked] = PreTrain().learn_in_public(phase, ready.strategy.start(start))
         assert not torch.equal(reached[asked], start), "the server learned nothing"
     assert torch.equal(reached[0], reached[1])
     assert not torch.equal(reached[1], reached[2])
@@ -315,8 +314,8 @@ def test_without_a_number_of_its_own_a_public_phase_takes_as_many_steps_as_a_cli
 def test_public_rows_are_no_longer_private(tmp_path: Path) -> None:
     made = pretraining()
     ready = prepared(made)
-    whole = setup.load_dataset(made, Path.cwd())
-    assert len(ready.public) == 100
+    whole = simulation.load_dataset(made, Path.cwd())
+    assert len(ready.data.public) == 100
     assert len(ready.dataset.train) == len(whole.train) - 100
     assert sum(len(part) for part in ready.parts) == len(ready.dataset.train)
     assert "public phases of 1 steps on 100 public rows, at most 2 private rounds" in "; ".join(
@@ -389,9 +388,9 @@ def test_flora_resumes_in_a_private_phase_as_if_it_had_not_stopped(tmp_path: Pat
             if record.round == 3:
                 raise KeyboardInterrupt
 
-    part = setup.build(prepared(made), tmp_path / "part")
-    with Store.open(tmp_path / "part", made) as store, pytest.raises(Interrupted):
-        run(part, store, watch=Stop())
+    part = simulation.build(prepared(made), tmp_path / "part")
+    with pytest.raises(Interrupted):
+        finish(part, tmp_path / "part", callback=Stop())
     _, resumed = train(made, tmp_path / "part")
     assert [item.phase for item in resumed.records] == ["public", "private", "public", "private"]
     assert torch.equal(resumed.state.vector, whole.state.vector)

@@ -13,22 +13,23 @@ from peft import PeftModel
 
 from defenses.dp.per_sample import PerSampleEngine
 from ffm_secure.config import run_file as config
-from ffm_secure.config.run_file import LORA_RULES, Strategy
+from ffm_secure.config.compatibility import LORA_RULES
+from ffm_secure.config.run_file import Strategy
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import load_backbone
-from ffm_secure.strategies import LORA_RULES as RULES
-from ffm_secure.strategies import build, folds
+from ffm_secure.registry import STRATEGIES
+from ffm_secure.strategies import build, merges_into_base
 from ffm_secure.strategies.lora_rules import LoraRule
 from ffm_secure.trainable import TrainableModel, attach, replicate
 from tests.federation.helpers import RECORD, SECAGG, make, train
 from tests.trainable.test_trainable import backbone_of, losses, prepare, same_length, shake
 
 CLIENTS = 3
-EXACT = [kind for kind, rule in RULES.items() if rule.exact]
+EXACT = [kind for kind in LORA_RULES if STRATEGIES.load(kind).exact]
 
 
 def lora_for(kind: str, name: str = "tiny-bert", **options: Any) -> tuple[TrainableModel, LoraRule]:
-    spec = {"kind": "lora", "rank": 3, **options, "folded": folds(Strategy(kind=kind))}
+    spec = {"kind": "lora", "rank": 3, **options, "folded": merges_into_base(Strategy(kind=kind))}
     task = "text_classification"
     backbone = load_backbone(f"builtin:{name}", kind=task, labels=3, base=Path(), seed=5)
     trainable = attach(backbone, spec, task_kind=task, seed=3)
@@ -61,7 +62,7 @@ def client_changes(rule: Any, vector: torch.Tensor, step: int, seed: int) -> lis
 def one_round(strategy: Any, state: Any, changes: list[torch.Tensor]) -> Any:
     messages = [strategy.message(state.vector, change, state.round) for change in changes]
     assert {len(message) for message in messages} == {strategy.size(len(state.vector))}
-    return strategy.step(state, torch.stack(messages).double().mean(0))
+    return strategy.step_by_mean(state, torch.stack(messages).double().mean(0))
 
 
 @pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2"])
@@ -109,7 +110,7 @@ def test_plain_averaging_misses_the_mean() -> None:
     stream = torch.Generator().manual_seed(1)
     changes = [0.1 * torch.randn(vector.shape, generator=stream) for _ in range(CLIENTS)]
     wanted = torch.stack([dense(rule, vector + change) for change in changes]).mean(0)
-    state = plain.step(plain.start(vector), torch.stack(changes).double().mean(0))
+    state = plain.step_by_mean(plain.start(vector), torch.stack(changes).double().mean(0))
     assert (dense(rule, state.vector) - wanted).abs().max() > 1e-2
 
 
@@ -125,7 +126,7 @@ def test_every_rule_is_linear_in_what_is_sent(kind: str) -> None:
     mean = torch.stack([first, second, third]).double().mean(0)
     other = torch.stack([first + second, third, torch.zeros_like(first)]).double().mean(0)
     torch.testing.assert_close(
-        rule.step(state, mean).vector, rule.step(state, other).vector, atol=1e-6, rtol=1e-6
+        rule.step_by_mean(state, mean).vector, rule.step_by_mean(state, other).vector, atol=1e-6, rtol=1e-6
     )
 
 
@@ -149,7 +150,7 @@ def test_fedsvd_leaves_orthonormal_rows_even_where_b_is_zero() -> None:
     vector = trainable.flatten()
     for item in rule.adapters[:1]:
         rule.view(vector, item.b).zero_()
-    state = rule.step(rule.start(vector), torch.zeros(rule.size(0), dtype=torch.float64))
+    state = rule.step_by_mean(rule.start(vector), torch.zeros(rule.size(0), dtype=torch.float64))
     for item in rule.adapters:
         a = rule.view(state.vector, item.a)
         torch.testing.assert_close(a @ a.t(), torch.eye(len(a)), atol=1e-5, rtol=0.0)
@@ -265,7 +266,7 @@ def test_rules_need_factors() -> None:
     trainable, _, _ = prepare("tiny-bert", "text_classification", {"kind": "head"})
     with pytest.raises(ModelError, match=r"needs model\.trainable\.kind = 'lora'"):
         build(Strategy(kind="ffa"), trainable)
-    assert set(RULES) == set(LORA_RULES) == {"ffa", "rolora", "fedsvd", "fedex", "flora", "fedsa"}
+    assert set(LORA_RULES) == {"ffa", "rolora", "fedsvd", "fedex", "flora", "fedsa"}
     with pytest.raises(config.ConfigError, match="different ranks need"):
         make(model={"name": "builtin:tiny-vit", "trainable": {"kind": "lora", "ranks": [2, 4]}})
 
@@ -293,10 +294,10 @@ def test_a_run_under_noise_and_masks(
     )
     built, trained = train(made, tmp_path)
     assert [len(record.survivors) for record in trained.records] == [4] * rounds
-    assert built.charges.epsilon() <= made.privacy.epsilon
+    assert built.epsilon() <= made.privacy.epsilon
     start = attach(
         built.prepared.backbone,
-        {**trainable, "folded": folds(Strategy(kind=kind))},
+        {**trainable, "folded": merges_into_base(Strategy(kind=kind))},
         task_kind="image_classification",
         seed=made.seed,
     )
@@ -307,7 +308,7 @@ def test_a_run_under_noise_and_masks(
     still = {"ffa": ".lora_A.", "flora": ".lora_B."}.get(kind, "nothing")
     assert all(changed != (still in name) for name, changed in moved.items())
     if kind == "rolora":
-        assert built.prepared.code.size < built.trainable.size
+        assert built.spec.codec.size < built.trainable.size
 
 
 def _named(trainable: TrainableModel, vector: torch.Tensor) -> dict[str, torch.Tensor]:

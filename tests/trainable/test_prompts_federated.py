@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffm_secure.config.run_file import PROMPTS
+from ffm_secure.config.compatibility import PROMPTS
 from tests.federation.helpers import RECORD, SECAGG, make, train
 
 SLOW = ("prompt", "prefix", "deep_prompt", "p_tuning")
@@ -37,6 +37,6 @@ def test_a_round_under_noise_and_masks(kind: str, tmp_path: Path) -> None:
     assert trained.status == "complete"
     record = trained.records[0]
     assert record.survivors == (0, 1, 2)
-    assert 0 < built.charges.epsilon() <= made.privacy.epsilon
+    assert 0 < built.epsilon() <= made.privacy.epsilon
     assert torch.isfinite(trained.state.vector).all()
     assert not torch.equal(trained.state.vector, built.trainable.flatten() * 0)

@@ -11,7 +11,7 @@ import transformers as tf
 from torch import nn
 
 from defenses.errors import NotPrivateError
-from ffm_secure.engines.setup import Prepared
+from ffm_secure.engines.simulation import Prepared
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone, load_backbone
 from ffm_secure.models.builtin import tiny_tokenizer

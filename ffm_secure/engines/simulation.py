@@ -1,0 +1,478 @@
+"""Put a simulation together: one server and its sites, which meet in this file and nowhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from defenses.dp import Event, Ledger, PerSampleEngine, balanced_schedule, probe_sensitivity
+from defenses.random_source import RandomSource
+from ffm_secure import tasks, trainable
+from ffm_secure.config import compatibility
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.config.schema import to_table
+from ffm_secure.engines import simulated_data
+from ffm_secure.engines.local import LocalEngine, TrainerPool
+from ffm_secure.engines.simulated_data import SimulatedData, contents, load_dataset, part_in_public
+from ffm_secure.errors import DataError, StoreError
+from ffm_secure.models import backbone as models
+from ffm_secure.models.backbone import Backbone
+from ffm_secure.privacy.accounts import refuse_repartition
+from ffm_secure.privacy.mechanism import Mechanism, calibrate
+from ffm_secure.protection.codec import VectorCodec, codec_for
+from ffm_secure.protection.enrolment import enrol
+from ffm_secure.records import RoundRecord
+from ffm_secure.registry import LIFECYCLES
+from ffm_secure.run_spec import RunSpec
+from ffm_secure.server.context import ServerContext
+from ffm_secure.site.broadcast import BroadcastReader
+from ffm_secure.site.broadcast_guard import BroadcastGuard
+from ffm_secure.site.client_state import ClientStateStore
+from ffm_secure.site.site import Site
+from ffm_secure.site.site_ledger import SiteLedger
+from ffm_secure.site.trainer import SiteData, SiteTrainer
+from ffm_secure.storage.run_directory import Store, write_atomic
+from ffm_secure.strategies import ServerState, Strategy, merges_into_base
+from ffm_secure.strategies import build as build_strategy
+from ffm_secure.tasks.base import Evaluation, Task
+from ffm_secure.tasks.encoded import Encoded
+from ffm_secure.trainable import TrainableModel, replicate
+
+__all__ = [
+    "Prepared",
+    "Simulation",
+    "build",
+    "contents",
+    "load_dataset",
+    "part_in_public",
+    "prepare",
+    "probe",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Hold what can be known before a ledger is opened: rows dealt out, model loaded, noise calibrated."""
+
+    config: RunConfig
+    data: SimulatedData
+    backbone: Backbone
+    trainable: TrainableModel
+    task: Task
+    spec: RunSpec
+
+    @property
+    def dataset(self) -> simulated_data.Dataset:
+        """Return the private rows and the public validation rows."""
+        return self.data.dataset
+
+    @property
+    def parts(self) -> tuple[np.ndarray, ...]:
+        """Return the row numbers of every owner."""
+        return self.data.parts
+
+    @property
+    def account(self) -> str:
+        """Return the ledger's name for these rows."""
+        return self.data.account
+
+    @property
+    def contents(self) -> str:
+        """Return the digests of all rows the run reads."""
+        return self.data.contents
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Return the name of every data owner."""
+        return self.spec.owners
+
+    @property
+    def strategy(self) -> Strategy:
+        """Return the strategy."""
+        return self.spec.strategy
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Return what owns sampler, bound, noise and event."""
+        return self.spec.mechanism
+
+    @property
+    def codec(self) -> VectorCodec:
+        """Return how updates travel."""
+        return self.spec.codec
+
+    @property
+    def device(self) -> str:
+        """Return where tensors live."""
+        return self.spec.device
+
+
+def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepared:
+    """Load data and model, deal out the data, calibrate the mechanism; a run that has begun in `folder` keeps its noise.
+
+    Raises:
+      PlanRefused, DataError, ModelError: each with what to do.
+    """
+    compatibility.check(config)
+    if config.speed.threads:
+        torch.set_num_threads(config.speed.threads)
+    data = simulated_data.load(config, base)
+    backbone = _load_backbone(config, data, base)
+    task = tasks.build_task(
+        config.task.kind, backbone=backbone, dataset=data.dataset, max_length=config.task.max_length
+    )
+    trained = _attach(config, backbone)
+    spec = _agree(config, data, trained, folder)
+    notes = (spec.strategy.note, _described(spec, data))
+    trained.description += tuple(note for note in notes if note)
+    trained.model.to(spec.device)
+    if spec.mechanism.record_level is not None:
+        trainable.rehearse_per_sample(trained, spec.strategy.trains(0), clipping=config.privacy.clipping)
+    return Prepared(config=config, data=data, backbone=backbone, trainable=trained, task=task, spec=spec)
+
+
+def _load_backbone(config: RunConfig, data: SimulatedData, base: Path) -> Backbone:
+    label_names = data.dataset.label_names
+    return models.load_backbone(
+        config.model.name,
+        kind=config.task.kind,
+        labels=len(label_names) if label_names else None,
+        base=base,
+        seed=config.seed,
+        dtype=config.model.dtype,
+        random_weights=config.model.weights == "random",
+    )
+
+
+def _attach(config: RunConfig, backbone: Backbone) -> TrainableModel:
+    options = {
+        **to_table(config.model.trainable),
+        "folded": merges_into_base(config.federation.strategy),
+    }
+    return trainable.attach(backbone, options, task_kind=config.task.kind, seed=config.seed)
+
+
+def _agree(config: RunConfig, data: SimulatedData, trained: TrainableModel, folder: Path | None) -> RunSpec:
+    """Work out what the server and every site agree on."""
+    strategy = build_strategy(config.federation.strategy, trained, seed=config.seed)
+    size = strategy.size(trained.size)
+    rows = len(data.dataset.train)
+    public_client_size = config.task.nominal_examples or max(1, rows // config.task.clients)
+    begun = _stored_noise(folder)
+    mechanism = calibrate(
+        config,
+        size=size,
+        public_client_size=public_client_size,
+        history=() if begun else spent_before(config, data.account),
+        multiplier=begun,
+    )
+    largest_weight = _largest_weight(config, public_client_size)
+    schedule = balanced_schedule(
+        config.task.clients,
+        rounds=compatibility.private_rounds(config),
+        cohort=config.federation.cohort,
+        source=RandomSource.seeded(config.seed).derive("schedule"),
+    )
+    return RunSpec(
+        config=config,
+        owners=owner_names(config.task.clients),
+        public_client_size=public_client_size,
+        layout=trained.layout,
+        algorithm=LIFECYCLES.load(config.federation.lifecycle.kind)(),
+        strategy=strategy,
+        mechanism=mechanism,
+        codec=codec_for(config, mechanism, size=size, largest_weight=largest_weight),
+        schedule=tuple(tuple(int(client) for client in cohort) for cohort in schedule),
+        device=choose_device(config.speed.device),
+    )
+
+
+def _largest_weight(config: RunConfig, public_client_size: int) -> int:
+    """Return the most one client may count for: a public bound, never the largest client there is."""
+    if config.federation.weighting != "examples":
+        return 1
+    return config.federation.largest_weight or 16 * public_client_size
+
+
+def owner_names(count: int) -> tuple[str, ...]:
+    """Return the ledger name of every data owner."""
+    width = len(str(count))
+    return tuple(f"client-{index + 1:0{width}d}" for index in range(count))
+
+
+def _described(spec: RunSpec, data: SimulatedData) -> str:
+    return spec.algorithm.describe(spec.config, len(data.public)) if data.public is not None else ""
+
+
+def _stored_noise(folder: Path | None) -> float:
+    """Return the noise multiplier a run began with, 0 if it has not begun."""
+    path = folder / "noise.json" if folder is not None else None
+    if path is None or not path.is_file():
+        return 0.0
+    try:
+        value = float(json.loads(path.read_bytes())["noise_multiplier"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise StoreError(f"{path}: is damaged; start the run under another name") from None
+    if not 0.0 < value < 1e9:
+        raise StoreError(f"{path}: is damaged; start the run under another name")
+    return value
+
+
+def spent_before(config: RunConfig, account: str) -> tuple[Event, ...]:
+    """Return the longest history any owner has in a ledger that outlives runs; nothing for a ledger of this run alone."""
+    path = Path(config.privacy.ledger).expanduser()
+    if not config.privacy.ledger or config.privacy.unit == "none" or not path.is_file():
+        return ()
+    ledger = Ledger.open(path, create=False)
+    histories = [
+        ledger.events(owner, account, unit)
+        for owner, held, unit in ledger.accounts()
+        if (held, unit) == (account, config.privacy.unit)
+    ]
+    ledger.close()
+    return max(histories, key=len, default=())
+
+
+@dataclass(slots=True, kw_only=True)
+class Simulation:
+    """Hold a run that is ready to start: both sides, and the courier between them. Only this engine may hold all three."""
+
+    prepared: Prepared
+    server: ServerContext
+    sites: tuple[Site, ...]
+    courier: LocalEngine
+    states: ClientStateStore
+    ledger: Ledger
+    ledger_path: Path
+
+    @property
+    def config(self) -> RunConfig:
+        """Return the run file."""
+        return self.prepared.config
+
+    @property
+    def spec(self) -> RunSpec:
+        """Return what all parties agree on."""
+        return self.prepared.spec
+
+    @property
+    def task(self) -> Task:
+        """Return the task."""
+        return self.prepared.task
+
+    @property
+    def trainable(self) -> TrainableModel:
+        """Return the server's replica of what is trained."""
+        return self.server.trainable
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Return what owns sampler, bound, noise and event."""
+        return self.spec.mechanism
+
+    @property
+    def event(self) -> Event:
+        """Return what one round of one owner is charged as."""
+        return self.sites[0].ledger.event
+
+    def begin(self, store: Store) -> tuple[ServerState, tuple[RoundRecord, ...]]:
+        """Return where the run begins, or where a killed one stopped.
+
+        Raises:
+          StoreError: what is stored does not fit this model, or a ledger or a site's own numbers lack its past.
+        """
+        resumed = store.resume()
+        if resumed is None:
+            return self.spec.strategy.start(self.trainable.flatten().cpu()), ()
+        state, records, run_id = resumed
+        if state.vector.numel() != self.trainable.size:
+            raise StoreError(
+                f"the checkpoint holds {state.vector.numel()} numbers, this run trains {self.trainable.size}"
+            )
+        self.server.run_id = run_id
+        self._require_charges(records, run_id)
+        self.states.require(records, run_id)
+        return state, records
+
+    def _require_charges(self, records: Sequence[RoundRecord], run_id: bytes) -> None:
+        missing = [
+            (number, site.data.name) for site in self.sites for number in site.ledger.missing(records, run_id)
+        ]
+        if missing:
+            first, owner = min(missing)
+            raise StoreError(
+                f"the ledger lacks {len(missing)} charges of finished rounds (first: round {first} of {owner}); "
+                "restore it, or start a new run: what was spent cannot be forgotten"
+            )
+
+    def epsilon(self) -> float:
+        """Return the largest epsilon any owner has spent on these rows."""
+        return max(site.ledger.epsilon() for site in self.sites)
+
+    def largest_history(self) -> tuple[Event, ...]:
+        """Return the events of the owner who has spent most."""
+        worst = max(self.sites, key=lambda site: (site.ledger.epsilon(), -site.data.index))
+        return worst.ledger.events()
+
+    def own_vector(self, client: int, vector: Tensor, *, before: int) -> Tensor:
+        """Return a site's own model: the global vector, with what it keeps at home from the rounds before one."""
+        return self.states.load(client, vector, run_id=self.server.run_id, before=before)
+
+    def evaluate(self, vector: Tensor, examples: Encoded) -> Evaluation:
+        """Evaluate a global vector on given rows: a simulation's own view, never released."""
+        self.trainable.load_vector(vector)
+        return self.task.evaluate(self.trainable.model, examples, device=self.spec.device)
+
+
+def build(prepared: Prepared, folder: Path) -> Simulation:
+    """Encode the owners' rows, open the ledger, enrol everybody; after this the run can start."""
+    config, spec = prepared.config, prepared.spec
+    evaluation = _evaluation_rows(prepared)
+    probe(prepared, evaluation)
+    ledger_path = (
+        Path(config.privacy.ledger).expanduser() if config.privacy.ledger else folder / "ledger.sqlite"
+    )
+    ledger = open_ledger(prepared, ledger_path)
+    if spec.mechanism.noise_multiplier and folder.is_dir():
+        content = json.dumps({"noise_multiplier": spec.mechanism.noise_multiplier}).encode()
+        write_atomic(folder / "noise.json", content)
+    enrolment = enrol(config, spec.codec, spec.owners)
+    server = ServerContext(
+        spec=spec,
+        trainable=prepared.trainable,
+        task=prepared.task,
+        evaluation=evaluation,
+        public=prepared.task.encode(prepared.data.public) if prepared.data.public is not None else None,
+        protection=enrolment.server,
+        run_id=os.urandom(16),
+    )
+    states = ClientStateStore(folder=folder / "home", owners=spec.owners, places=spec.strategy.home)
+    pool = TrainerPool([_trainer(prepared, states, number) for number in range(config.speed.workers)])
+    broadcasts = BroadcastReader(BroadcastGuard(prepared.trainable), prepared.trainable.size)
+    sites = tuple(
+        Site(
+            spec=spec,
+            data=SiteData(index=index, name=name, examples=prepared.task.encode(prepared.data.rows(index))),
+            ledger=_site_ledger(prepared, ledger, index),
+            protection=enrolment.sites[index],
+            broadcasts=broadcasts,
+            borrow_trainer=pool.borrow,
+            evaluation=evaluation,
+        )
+        for index, name in enumerate(spec.owners)
+    )
+    server.note({site.data.index: site.ledger.receipt() for site in sites})
+    return Simulation(
+        prepared=prepared,
+        server=server,
+        sites=sites,
+        courier=LocalEngine(config, sites, pool),
+        states=states,
+        ledger=ledger,
+        ledger_path=ledger_path,
+    )
+
+
+def _trainer(prepared: Prepared, states: ClientStateStore, number: int) -> SiteTrainer:
+    """Return one replica for the sites; the first shares the server's tensors, for they take turns in one process."""
+    own = prepared.trainable if number == 0 else replicate(prepared.trainable)
+    return SiteTrainer(spec=prepared.spec, trainable=own, task=prepared.task, states=states)
+
+
+def _evaluation_rows(prepared: Prepared) -> Encoded:
+    config, validation = prepared.config, prepared.dataset.validation
+    rows = min(config.task.evaluation_examples, len(validation))
+    if rows == 0:
+        raise DataError(
+            f"{config.task.data}: has no validation rows; a run is evaluated on public rows after each round"
+        )
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(validation))[:rows])
+    return prepared.task.encode(validation.take(chosen))
+
+
+def open_ledger(prepared: Prepared, path: Path) -> Ledger:
+    """Open the ledger and make sure every owner has the budget the run file grants."""
+    config = prepared.config
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger.open(path, create=True)
+    unit, delta = _charged_as(config)
+    limit = math.inf if config.privacy.unit == "none" else config.privacy.epsilon
+    refuse_repartition(ledger, prepared.account, unit)
+    ledger.set_budgets(prepared.owners, prepared.account, unit, limit, delta)
+    return ledger
+
+
+def _charged_as(config: RunConfig) -> tuple[str, float]:
+    """Return unit and delta of the account; a run without a unit is charged as infinite per record."""
+    if config.privacy.unit == "none":
+        return "record", 1e-5
+    return config.privacy.unit, config.privacy.delta
+
+
+def _site_ledger(prepared: Prepared, ledger: Ledger, index: int) -> SiteLedger:
+    config = prepared.config
+    unit, delta = _charged_as(config)
+    replay = hashlib.sha256(repr((config, prepared.account)).encode()).digest()
+    return SiteLedger(
+        ledger=ledger,
+        owner=prepared.owners[index],
+        index=index,
+        dataset=prepared.account,
+        unit=unit,
+        delta=delta,
+        event=prepared.mechanism.event(release="update of one round"),
+        guaranteed=prepared.spec.has_dp_guarantee,
+        replay_key=replay if config.privacy.noise == "seeded" else b"",
+    )
+
+
+def probe(prepared: Prepared, public: Encoded, *, samples: int = 3) -> None:
+    """Measure, on public rows, that no sample moves the clipped sum by more than the bound; before any private row is read.
+
+    Raises:
+      NotPrivateError: it does, or samples are coupled; the message names the module or the loss at fault.
+    """
+    mechanism = prepared.mechanism.record_level
+    if mechanism is None or len(public) < 2:
+        return
+    trained, task = prepared.trainable, prepared.task
+
+    def losses_of(rows: Sequence[int]) -> Callable[[], Tensor]:
+        batch = task.evaluation_batch(
+            public, np.asarray(rows), prepared.device
+        )  # a row's masks do not depend on the others
+        return partial(task.losses, trained.model, batch)
+
+    exact = prepared.config.model.dtype == "float32"
+    with (
+        trained.training_only(prepared.strategy.trains(0)),
+        PerSampleEngine(trained.model, parameters=trained.active) as engine,
+    ):
+        probe_sensitivity(
+            engine,
+            losses_of,
+            samples=min(samples, len(public)),
+            clip_norm=mechanism.clip_norm,
+            clip=mechanism.bound,
+            tolerance=1e-5 if exact else 1e-2,
+            coupling_tolerance=1e-3 if exact else 0.1,
+        )
+
+
+def choose_device(wanted: str) -> str:
+    """Return a torch device name; auto takes an accelerator if there is one."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

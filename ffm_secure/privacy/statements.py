@@ -1,0 +1,89 @@
+"""Epsilon in words: once for every observer, with the five fields without which it means nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from defenses.dp import Accountant, EpsilonBound, Event
+from ffm_secure.config import compatibility
+from ffm_secure.config.run_file import OBSERVERS, RunConfig
+from ffm_secure.privacy.mechanism import Mechanism
+from ffm_secure.records import Observer, PrivacyStatement
+
+SEEDED = "NOT PRIVATE: the privacy noise of this run came from a seed, which is for tests only"
+_ACCOUNTANTS = {
+    "pld": "PLD, tilted FFT, rounded up",
+    "gaussian": "Gaussian, closed form",
+    "rdp": "Renyi, rounded up",
+    "none": "none",
+}
+
+
+def statements(
+    config: RunConfig, mechanism: Mechanism, events: Sequence[Event] | None = None
+) -> tuple[PrivacyStatement, ...]:
+    """State epsilon once for every observer, with its five fields.
+
+    `events` is what one owner has spent; without it the statement is the plan's: every round a client may take part in.
+    """
+    privacy = config.privacy
+    unit = (
+        f"person with up to {privacy.records_per_person} records"
+        if privacy.unit == "person"
+        else privacy.unit
+    )
+    bound = _bound(config, mechanism, events)
+    common = PrivacyStatement(
+        observer="public",
+        epsilon=privacy.epsilon if events is None else bound.epsilon,
+        delta=privacy.delta,
+        unit=unit,
+        adjacency=mechanism.adjacency,
+        mechanism=_mechanism_words(config, mechanism, events),
+        slack=bound.slack,
+        accountant=_ACCOUNTANTS[bound.accountant],
+    )
+    if privacy.unit == "none":
+        common = replace(
+            common, epsilon=math.inf, delta=0.0, accountant="none", note=f"no privacy unit: {privacy.reason}"
+        )
+    elif privacy.noise == "seeded":
+        common = replace(common, epsilon=math.inf, note=SEEDED)
+    return tuple(_for_observer(common, config, observer) for observer in OBSERVERS)
+
+
+def _bound(config: RunConfig, mechanism: Mechanism, events: Sequence[Event] | None) -> EpsilonBound:
+    accountant = Accountant()
+    if mechanism.noise_multiplier and events is None:
+        rounds = max(1, compatibility.participation_cap(config))
+        accountant.compose(mechanism.event("plan"), count=rounds)
+    for event, count in Counter(events or ()).items():
+        accountant.compose(event, count=count)
+    return accountant.epsilon(config.privacy.delta or 1e-5)
+
+
+def _mechanism_words(
+    config: RunConfig, mechanism: Mechanism, events: Sequence[Event] | None
+) -> tuple[str, ...]:
+    if events is not None and len(set(events)) > 1:
+        return tuple(f"{count} x {event.to_json()}" for event, count in Counter(events).items())
+    return (mechanism.words(compatibility.participation_cap(config)),)
+
+
+def _for_observer(common: PrivacyStatement, config: RunConfig, observer: Observer) -> PrivacyStatement:
+    common = replace(common, observer=observer)
+    colluding = observer == "colluding_server"
+    if config.privacy.unit != "client" or not colluding or not common.finite:
+        return common
+    if config.protection.kind == "bfv":
+        return replace(
+            common,
+            epsilon=math.inf,
+            note="a server that holds one client's key reads every upload, and one client's share of the noise protects nobody",
+        )
+    return replace(
+        common, note=f"noise of up to {config.protection.colluding} colluding clients is not counted"
+    )

@@ -1,0 +1,94 @@
+"""What every protection offers: a half for a site and a half for the server, which speak bytes and know no courier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from defenses.secagg.masks import RingVector
+from ffm_secure.records import RoundPlan
+
+UPLOAD = "upload"
+"""The stage at which a site's sealed update travels; every protection has it."""
+AFTER_UPLOAD = frozenset({"confirm", "unmask"})
+"""Stages at which a client has already uploaded: whoever is lost there is in the sum."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AggregationResult:
+    """The ring sum over the survivors, or the reason why it stayed closed, and the bytes it took."""
+
+    ring_sum: RingVector | None
+    survivors: tuple[int, ...] = ()
+    dropped: Mapping[int, str] = field(default_factory=dict)  # site -> stage at which it was lost
+    aborted: str = ""
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class ClientRound(Protocol):
+    """One site's half of one round.
+
+    Guarantee: each stage is answered once, in order; `seal` is given the ring vector and nothing else of the site.
+    """
+
+    def respond(self, stage: str, message: bytes) -> bytes:
+        """Answer a stage that needs no update.
+
+        Raises:
+          ProtocolError: the message is refused; the site is lost to this round.
+        """
+
+    def seal(self, message: bytes, vector: RingVector) -> bytes:
+        """Answer the upload stage with the sealed update."""
+
+
+class ServerRound(Protocol):
+    """The server's half of one round: which stages there are, what goes out, what comes back."""
+
+    stages: Sequence[str]
+
+    def messages(self, stage: str) -> Mapping[int, bytes]:
+        """Return what each site still taking part is sent at a stage; asking closes the stage before.
+
+        Raises:
+          ProtocolError: too few are left, so the sum stays closed.
+        """
+
+    def receive(self, stage: str, site: int, reply: bytes) -> None:
+        """Take in one site's answer.
+
+        Raises:
+          ProtocolError: it is refused, and as if it had not come.
+        """
+
+    def close(self, lost: Mapping[int, str]) -> AggregationResult:
+        """Open the sum, or say why it stays closed; `lost` says at which stage each missing site was missed."""
+
+
+class ClientSide(Protocol):
+    """What a site holds of a protection: its own identity or key, and what it insists on."""
+
+    kind: str
+
+    def join(self, plan: RoundPlan) -> ClientRound:
+        """Begin a round.
+
+        Raises:
+          ProtocolError: the site may not take part in it, for instance twice.
+        """
+
+
+class ServerSide(Protocol):
+    """What the server holds of a protection: public facts alone."""
+
+    kind: str
+
+    def open_round(self, plan: RoundPlan) -> ServerRound:
+        """Begin a round among the cohort of a plan."""
+
+
+def too_few(answered: int, minimum: int) -> str:
+    """Say why a sum stays closed."""
+    return f"{answered} of at least {minimum} clients answered"

@@ -1,0 +1,265 @@
+"""Homomorphic encryption: the server adds ciphertexts and opens nothing; the sites share one key and open the sum."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+
+from defenses import he
+from defenses.errors import ProtocolError
+from defenses.he.wire import encode_parameters
+from defenses.random_source import RandomSource
+from defenses.secagg import ring
+from defenses.secagg.masks import RingVector
+from ffm_secure.config import compatibility
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.protection.base import UPLOAD, AggregationResult, ClientRound, ServerRound, too_few
+from ffm_secure.protection.codec import VectorCodec
+from ffm_secure.records import RoundPlan
+
+_LENGTH = struct.Struct("<I")
+_PARTIES, _TOTAL = "open", "total"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncryptedTerms:
+    """What both halves know and compute alike."""
+
+    config: RunConfig
+    codec: VectorCodec
+    parameters: he.Parameters
+    roster: tuple[bytes, ...]  # public key of every site, by index
+
+    @property
+    def minimum(self) -> int:
+        """Return the fewest clients a sum may cover."""
+        return compatibility.minimum_survivors(self.config)
+
+    @property
+    def bound(self) -> int:
+        """Return the largest size of one coordinate of one site."""
+        return value_bound(self.codec)
+
+    def agreement(self, plan: RoundPlan) -> he.Agreement:
+        """Return what one round's sum is about."""
+        return he.Agreement(
+            run=plan.run_id,
+            round=plan.round,
+            length=self.codec.length,
+            value_bound=self.bound,
+            cohort=tuple(sorted(self.roster[site] for site in plan.cohort)),
+            fewest=self.minimum,
+        )
+
+
+def value_bound(codec: VectorCodec) -> int:
+    """Return the largest size of one coordinate that a codec makes of one site's update."""
+    return max(1, codec.max_weight, codec.quantizer.largest * codec.max_weight + codec.noise_bound)
+
+
+def encrypted_terms(config: RunConfig, codec: VectorCodec, roster: Sequence[bytes]) -> EncryptedTerms:
+    """Choose the parameters of a run among the parties of a roster.
+
+    Raises:
+      ParameterError: no parameters hold such sums.
+    """
+    parameters = he.choose(
+        "bfv" if config.protection.kind == "bfv" else "ckks",
+        parties=config.federation.cohort,
+        value_bound=value_bound(codec),
+    )
+    return EncryptedTerms(config=config, codec=codec, parameters=parameters, roster=tuple(roster))
+
+
+class SharedKey:
+    """The key of a run, as its sites hold it; in a simulation one object stands for all of theirs.
+
+    Each agreement is opened once for all who share this object; they still compare what was opened.
+    """
+
+    def __init__(self, parameters: he.Parameters) -> None:
+        self._parameters = parameters
+        self._holder: he.KeyHolder | None = None
+        self._opened: tuple[tuple[bytes, int, tuple[bytes, ...]], NDArray[np.int64]] | None = None
+
+    def __repr__(self) -> str:
+        return "SharedKey(...)"
+
+    def holder(self, run_id: bytes) -> he.KeyHolder:
+        """Return the key, made afresh for a run and after a failed opening."""
+        if self._holder is None or not self._holder.usable or self._holder.run != run_id:
+            self._holder = he.KeyHolder.generate(self._parameters, random=RandomSource.system(), run=run_id)
+        return self._holder
+
+    def open(
+        self, client: he.EncryptedClient, plan: RoundPlan, chunks: Iterable[bytes], parties: Sequence[bytes]
+    ) -> NDArray[np.int64]:
+        """Return the opened sum of a round."""
+        what = (plan.run_id, plan.round, tuple(parties))
+        if self._opened is None or self._opened[0] != what:
+            self._opened = (what, client.decrypt_sum(chunks, parties))
+        return self._opened[1]
+
+
+class EncryptedClientRound:
+    """Encrypt, open with the others, compare."""
+
+    def __init__(
+        self, plan: RoundPlan, terms: EncryptedTerms, key: SharedKey, identity: Ed25519PrivateKey
+    ) -> None:
+        self._plan, self._terms, self._key = plan, terms, key
+        holder, agreement = key.holder(plan.run_id), terms.agreement(plan)
+        self._client = he.EncryptedClient(holder, agreement, identity, roster=terms.roster)
+        self._parties: tuple[bytes, ...] = ()
+        self._total: NDArray[np.int64] | None = None
+
+    def respond(self, stage: str, message: bytes) -> bytes:
+        """Open the sum of the named parties; compare what others opened; hand the sum on."""
+        if stage == _PARTIES:
+            return self._open(message)
+        if stage == "confirm" and self._total is not None:
+            self._client.check_confirmations(self._total, self._parties, _split(message))
+            return b""
+        if stage == _TOTAL and self._total is not None:
+            bits = self._terms.codec.modulus_bits
+            return ring.pack(ring.from_signed(self._total, bits), bits)
+        raise ProtocolError
+
+    def _open(self, message: bytes) -> bytes:
+        names, *chunks = _split(message)
+        self._parties = tuple(names[start : start + 32] for start in range(0, len(names), 32))
+        self._total = self._key.open(self._client, self._plan, chunks, self._parties)
+        return self._client.confirm(self._total, self._parties)
+
+    def seal(self, message: bytes, vector: RingVector) -> bytes:
+        """Return the ciphertexts."""
+        values = ring.signed(vector, self._terms.codec.modulus_bits)
+        return _join(self._client.encrypt(values))
+
+
+class EncryptedServerRound:
+    """Add ciphertexts, send the sum to those in it, take back what they opened and agreed on."""
+
+    stages = (UPLOAD, _PARTIES, "confirm", _TOTAL)
+
+    def __init__(self, plan: RoundPlan, terms: EncryptedTerms) -> None:
+        self._plan, self._terms = plan, terms
+        bundle = encode_parameters(terms.parameters)  # of the parameters alone: there is no key in it
+        self._adder = he.Accumulator(bundle, terms.agreement(plan), roster=terms.roster)
+        self._arrived: list[int] = []
+        self._confirmations: dict[int, bytes] = {}
+        self._agreed: list[int] = []
+        self._total: RingVector | None = None
+        self._failed = ""
+        self._up = self._down = 0
+
+    def messages(self, stage: str) -> Mapping[int, bytes]:
+        """Return what goes out at a stage."""
+        if stage == UPLOAD:
+            return dict.fromkeys(self._plan.cohort, b"")
+        if stage == _PARTIES:
+            return self._sums()
+        self._require(len(self._confirmations) == len(self._arrived), "protocol aborted")
+        if stage == "confirm":
+            compared = sum(len(message) for message in self._confirmations.values())
+            self._up, self._down = self._up + compared, self._down + compared * len(self._arrived)
+            return dict.fromkeys(self._arrived, _join(self._confirmations.values()))
+        self._require(len(self._agreed) == len(self._arrived), "protocol aborted")
+        return {self._arrived[0]: b""}
+
+    def _sums(self) -> Mapping[int, bytes]:
+        arrived, minimum = self._arrived, self._terms.minimum
+        self._require(len(arrived) >= minimum, too_few(len(arrived), minimum))
+        chunks = list(self._adder.sum_chunks())
+        self._down = sum(len(chunk) for chunk in chunks) * len(arrived)
+        return dict.fromkeys(arrived, _join([b"".join(self._adder.parties), *chunks]))
+
+    def receive(self, stage: str, site: int, reply: bytes) -> None:
+        """Take in one answer."""
+        if stage == UPLOAD:
+            chunks = _split(reply)
+            self._up += sum(len(chunk) for chunk in chunks)
+            self._adder.add(chunks, sender=self._terms.roster[site])
+            self._arrived.append(site)
+        elif stage == _PARTIES:
+            self._confirmations[site] = reply
+        elif stage == "confirm":
+            self._agreed.append(site)
+        else:
+            codec = self._terms.codec
+            total = ring.unpack(reply, codec.modulus_bits)
+            if len(total) != codec.length:
+                raise ProtocolError
+            self._total = total
+
+    def close(self, lost: Mapping[int, str]) -> AggregationResult:
+        """Return the sum the sites opened."""
+        opened = self._total is not None
+        return AggregationResult(
+            ring_sum=self._total,
+            survivors=tuple(sorted(self._arrived)) if opened else (),
+            dropped=lost,
+            aborted="" if opened else self._failed or "protocol aborted",
+            bytes_up=self._up,
+            bytes_down=self._down,
+        )
+
+    def _require(self, condition: bool, reason: str) -> None:
+        if not condition:
+            self._failed = reason
+            raise ProtocolError
+
+
+class EncryptedClient:
+    """A site's half: the key of the run."""
+
+    def __init__(self, terms: EncryptedTerms, key: SharedKey, identity: Ed25519PrivateKey) -> None:
+        self.kind = terms.config.protection.kind
+        self._terms, self._key, self._identity = terms, key, identity
+
+    def join(self, plan: RoundPlan) -> ClientRound:
+        """Begin a round."""
+        return EncryptedClientRound(plan, self._terms, self._key, self._identity)
+
+
+class EncryptedServer:
+    """The server's half: parameters, no key of any kind."""
+
+    def __init__(self, terms: EncryptedTerms) -> None:
+        self.kind = terms.config.protection.kind
+        self.terms = terms
+
+    def open_round(self, plan: RoundPlan) -> ServerRound:
+        """Begin a round."""
+        return EncryptedServerRound(plan, self.terms)
+
+
+def _join(parts: Iterable[bytes]) -> bytes:
+    joined = bytearray()
+    for part in parts:
+        joined += _LENGTH.pack(len(part)) + part
+    return bytes(joined)
+
+
+def _split(message: bytes) -> list[bytes]:
+    """Cut a message into its parts.
+
+    Raises:
+      ProtocolError: the lengths do not add up.
+    """
+    parts, start = [], 0
+    while start < len(message):
+        if start + _LENGTH.size > len(message):
+            raise ProtocolError
+        (length,) = _LENGTH.unpack_from(message, start)
+        start += _LENGTH.size
+        if start + length > len(message):
+            raise ProtocolError
+        parts.append(message[start : start + length])
+        start += length
+    return parts

@@ -1,0 +1,242 @@
+"""Secure aggregation, ffm-secagg: the server learns the sum and who is in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from defenses import secagg
+from defenses.errors import ProtocolError
+from defenses.random_source import RandomSource
+from defenses.secagg.graph import COMPLETE_UP_TO
+from defenses.secagg.masks import RingVector
+from ffm_secure.config import compatibility
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.protection.base import UPLOAD, AggregationResult, ClientRound, ServerRound
+from ffm_secure.protection.codec import VectorCodec
+from ffm_secure.records import RoundPlan
+
+_STAGES: Mapping[str, secagg.Stage] = {
+    "advertise": secagg.Stage.ADVERTISE,
+    "share": secagg.Stage.SHARE,
+    UPLOAD: secagg.Stage.MASK,
+    "confirm": secagg.Stage.CONFIRM,
+    "unmask": secagg.Stage.UNMASK,
+}
+
+
+def sharing_graph(config: RunConfig) -> secagg.GraphParameters:
+    """Return who shares secrets with whom: everybody with everybody, or neighbours on a random ring in a large cohort.
+
+    Guarantee: on a ring too, `colluding` clients with the server open nobody, except with probability 2^-80 (2^-40
+    against a server that does not lie); with `threshold` clients left everybody can be opened, except with
+    probability 2^-30.
+    Raises:
+      ParameterError: no ring fits, and on the complete graph too few clients would remain.
+    """
+    cohort, protection = config.federation.cohort, config.protection
+    if cohort <= COMPLETE_UP_TO[protection.mode]:
+        threshold = max(2, compatibility.shamir_threshold(config))
+        return secagg.GraphParameters(kind="complete", neighbours=cohort - 1, threshold=threshold)
+    return secagg.find_graph_parameters(
+        cohort,
+        corrupted=protection.colluding / cohort,
+        dropouts=1 - compatibility.minimum_survivors(config) / cohort,
+        mode=protection.mode,
+        security_bits=80 if protection.mode == "active" else 40,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskedTerms:
+    """What both halves know and compute alike: the run file's choices, the codec, the operator's roster."""
+
+    config: RunConfig
+    codec: VectorCodec
+    roster: secagg.Roster
+    graph: secagg.GraphParameters
+    members: tuple[bytes, ...]  # identity of every site, by index
+
+    @property
+    def minimum(self) -> int:
+        """Return the fewest clients a sum may cover."""
+        return compatibility.minimum_survivors(self.config)
+
+    def session(self, plan: RoundPlan) -> secagg.SessionParameters:
+        """Return the parameters of one round's session."""
+        return secagg.SessionParameters(
+            run_id=plan.run_id,
+            round=plan.round,
+            mode=self.config.protection.mode,
+            graph=self.graph.kind,
+            clients=len(plan.cohort),
+            neighbours=self.graph.neighbours,
+            threshold=self.graph.threshold,
+            minimum_survivors=self.minimum,
+            modulus_bits=self.codec.modulus_bits,
+            length=self.codec.length,
+            layout_hash=layout_hash(plan),
+            quantization_hash=self.codec.digest(),
+            model_hash=bytes.fromhex(plan.fingerprint),
+            roster=self.roster,
+        )
+
+    def policy(self, operator: bytes) -> secagg.ClientPolicy:
+        """Return the least a site of this run insists on."""
+        colluding = self.config.protection.colluding
+        return secagg.ClientPolicy(
+            operator=operator,
+            minimum_survivors=self.minimum,
+            colluders=colluding,
+            minimum_honest=max(2, min(3, self.minimum - colluding)),
+            modes=frozenset({self.config.protection.mode}),
+            quantization_hash=self.codec.digest(),
+        )
+
+
+def layout_hash(plan: RoundPlan) -> bytes:
+    """Bind names and shapes of what is sent, and the mechanism that noised it."""
+    return hashlib.sha256(f"flat vector 2|{plan.layout}|{plan.mechanism}".encode()).digest()
+
+
+class MaskedClientRound:
+    """One site's session."""
+
+    def __init__(self, session: secagg.ClientSession) -> None:
+        self._session = session
+
+    def respond(self, stage: str, message: bytes) -> bytes:
+        """Answer one stage of the protocol."""
+        session = self._session
+        if stage == "advertise":
+            return session.advertise()
+        if stage == "share":
+            return session.share(message)
+        if stage == "confirm":
+            return session.confirm(message)
+        if stage == "unmask":
+            return session.unmask(message)
+        raise ProtocolError
+
+    def seal(self, message: bytes, vector: RingVector) -> bytes:
+        """Return the masked vector; or a signed complaint about shares that could not be opened."""
+        try:
+            return self._session.mask(message, vector)
+        except ProtocolError:
+            if not self._session.complaint:
+                raise
+            return self._session.complaint
+
+
+class MaskedServerRound:
+    """The aggregator's session, by site index."""
+
+    def __init__(self, plan: RoundPlan, terms: MaskedTerms) -> None:
+        self._terms = terms
+        self._sites = {terms.members[site]: site for site in plan.cohort}
+        self._owners = {site: owner for owner, site in self._sites.items()}
+        self._session = secagg.ServerSession(terms.session(plan))
+        self._failed = ""
+        active = terms.config.protection.mode == "active"
+        self.stages: Sequence[str] = tuple(stage for stage in _STAGES if active or stage != "confirm")
+
+    def messages(self, stage: str) -> Mapping[int, bytes]:
+        """Close the stage before, and return what those left are sent."""
+        session = self._session
+        if stage == "advertise":
+            return dict.fromkeys(self._owners, b"")
+        try:
+            if session.stage is not _STAGES[stage]:
+                session.close_stage()
+        except ProtocolError as error:
+            few = isinstance(error, secagg.NotEnoughClients)
+            self._failed = self._few() if few else "protocol aborted"
+            raise
+        ask = {
+            "share": session.roster_message,
+            UPLOAD: session.delivery_for,
+            "confirm": session.survivors_message,
+            "unmask": session.request_for,
+        }[stage]
+        left = set(session.participants)
+        going_out: dict[int, bytes] = {}
+        for site, owner in self._owners.items():
+            if owner not in left:
+                continue
+            with suppress(ProtocolError):  # the session has nothing to ask of a site it no longer counts on
+                going_out[site] = ask(owner)
+        return going_out
+
+    def receive(self, stage: str, site: int, reply: bytes) -> None:
+        """Take in one message; it must come from the site it claims to be from."""
+        session = self._session
+        receive = {
+            "advertise": session.receive_advertisement,
+            "share": session.receive_shares,
+            UPLOAD: session.receive_masked_input,
+            "confirm": session.receive_confirmation,
+            "unmask": session.receive_response,
+        }[stage]
+        try:
+            receive(reply)
+        except ProtocolError:
+            if stage == UPLOAD:
+                session.receive_complaint(
+                    reply
+                )  # in place of an upload: noted, and the site is out of this round
+            raise
+
+    def close(self, lost: Mapping[int, str]) -> AggregationResult:
+        """Open the sum."""
+        session = self._session
+        opened = None
+        if not self._failed:
+            try:
+                opened = session.finish()
+            except ProtocolError as error:
+                few = isinstance(error, secagg.NotEnoughClients)
+                self._failed = self._few() if few else "protocol aborted"
+        totals = [item.total for item in session.traffic.values()]
+        up, down = sum(item[0] for item in totals), sum(item[1] for item in totals)
+        if opened is None:
+            return AggregationResult(
+                ring_sum=None, dropped=lost, aborted=self._failed, bytes_up=up, bytes_down=down
+            )
+        survivors = tuple(sorted(self._sites[owner] for owner in opened.survivors))
+        return AggregationResult(
+            ring_sum=opened.vector, survivors=survivors, dropped=lost, bytes_up=up, bytes_down=down
+        )
+
+    def _few(self) -> str:
+        return f"fewer than {self._terms.minimum} clients could open the sum"
+
+
+class MaskedClient:
+    """A site's half: its identity, which never leaves it, and what it insists on."""
+
+    kind = "secagg"
+
+    def __init__(self, identity: secagg.Identity, terms: MaskedTerms, operator: bytes) -> None:
+        self._identity, self._terms = identity, terms
+        self._policy = terms.policy(operator)
+
+    def join(self, plan: RoundPlan) -> ClientRound:
+        """Begin a session; an identity takes part in a round once."""
+        source = RandomSource.system()
+        session = secagg.ClientSession(self._identity, self._terms.session(plan), self._policy, source)
+        return MaskedClientRound(session)
+
+
+class MaskedServer:
+    """The server's half: the roster and the terms, no key."""
+
+    kind = "secagg"
+
+    def __init__(self, terms: MaskedTerms) -> None:
+        self.terms = terms
+
+    def open_round(self, plan: RoundPlan) -> ServerRound:
+        """Begin a session."""
+        return MaskedServerRound(plan, self.terms)

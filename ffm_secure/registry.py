@@ -1,0 +1,113 @@
+"""Every kind of strategy, trainable, algorithm and engine by name, in one line each; nothing heavy is imported for it.
+
+A line names the kind and where its class or function is; that module is imported when a run names the kind, so that a
+mistake in a run file costs no import of a model library. `refuses` is the kind's position towards choices on other axes:
+none given means that every other choice was considered and is sound.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+Refusals = Mapping[tuple[str, str], str]
+_NOTHING: Refusals = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """One value of an axis: its name in a run file, and where its code is."""
+
+    name: str
+    target: str  # "module:attribute"
+    refuses: Refusals = field(
+        default_factory=lambda: _NOTHING
+    )  # (axis, value) -> why the two do not go together
+    traits: frozenset[str] = frozenset()
+
+    def load(self) -> Any:
+        """Import the code of this kind."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass(slots=True)
+class Axis:
+    """One axis of choice with its kinds, in the order they were declared."""
+
+    name: str
+    kinds: dict[str, Kind] = field(default_factory=dict)
+
+    def register(
+        self, name: str, target: str, *, refuses: Refusals = _NOTHING, traits: tuple[str, ...] = ()
+    ) -> None:
+        """Add a kind.
+
+        Raises:
+          ValueError: the name is taken: a later line must not change what an earlier run file means.
+        """
+        if name in self.kinds:
+            raise ValueError(f"{self.name} = {name!r} is registered already, as {self.kinds[name].target}")
+        self.kinds[name] = Kind(name=name, target=target, refuses=refuses, traits=frozenset(traits))
+
+    def load(self, name: str) -> Any:
+        """Import the code of a kind."""
+        return self.kinds[name].load()
+
+    def has(self, name: str, trait: str) -> bool:
+        """Tell whether a kind has a trait."""
+        return name in self.kinds and trait in self.kinds[name].traits
+
+    def with_trait(self, trait: str) -> tuple[str, ...]:
+        """Return the kinds that have a trait."""
+        return tuple(name for name, kind in self.kinds.items() if trait in kind.traits)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kinds)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.kinds
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+
+STRATEGIES = Axis("strategy")
+TRAINABLES = Axis("trainable")
+LIFECYCLES = Axis("lifecycle")
+ENGINES = Axis("engine")
+AXES: Mapping[str, Axis] = MappingProxyType(
+    {axis.name: axis for axis in (STRATEGIES, TRAINABLES, LIFECYCLES, ENGINES)}
+)
+
+STRATEGIES.register("average", "ffm_secure.strategies.average:Average")
+STRATEGIES.register("avgm", "ffm_secure.strategies.adaptive:ServerOptimizer")
+STRATEGIES.register("adam", "ffm_secure.strategies.adaptive:ServerOptimizer")
+STRATEGIES.register("yogi", "ffm_secure.strategies.adaptive:ServerOptimizer")
+STRATEGIES.register("adagrad", "ffm_secure.strategies.adaptive:ServerOptimizer")
+STRATEGIES.register("ffa", "ffm_secure.strategies.lora_rules:FrozenA", traits=("lora",))
+STRATEGIES.register("rolora", "ffm_secure.strategies.lora_rules:Alternating", traits=("lora",))
+STRATEGIES.register("fedsvd", "ffm_secure.strategies.lora_rules:FedSVD", traits=("lora",))
+STRATEGIES.register("fedex", "ffm_secure.strategies.lora_rules:FedEx", traits=("lora",))
+STRATEGIES.register("flora", "ffm_secure.strategies.lora_rules:FLoRA", traits=("lora",))
+STRATEGIES.register("fedsa", "ffm_secure.strategies.lora_rules:FedSA", traits=("lora",))
+
+TRAINABLES.register("full", "ffm_secure.trainable.full:attach_full")
+TRAINABLES.register("head", "ffm_secure.trainable.lora:attach_head")
+TRAINABLES.register("lora", "ffm_secure.trainable.lora:attach_lora")
+TRAINABLES.register("lora_xs", "ffm_secure.trainable.lora:attach_lora_xs")
+TRAINABLES.register("prompt", "ffm_secure.trainable.prompt:attach_prompt", traits=("prompt",))
+TRAINABLES.register("prefix", "ffm_secure.trainable.prefix:attach_prefix", traits=("prompt",))
+TRAINABLES.register("p_tuning", "ffm_secure.trainable.prompt_kinds:attach_p_tuning", traits=("prompt",))
+TRAINABLES.register("deep_prompt", "ffm_secure.trainable.prompt_kinds:attach_deep_prompt", traits=("prompt",))
+TRAINABLES.register(
+    "prompt_generator", "ffm_secure.trainable.prompt_kinds:attach_prompt_generator", traits=("prompt",)
+)
+
+LIFECYCLES.register("finetune", "ffm_secure.lifecycle.base:Algorithm")
+LIFECYCLES.register("pretrain", "ffm_secure.lifecycle.pretrain:PreTrain", traits=("public_phases",))
+
+ENGINES.register("local", "ffm_secure.engines.local:LocalEngine")

@@ -1,0 +1,49 @@
+"""What the server has: the agreed spec, its own replica of the model, public rows, its half of the protection, receipts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ffm_secure.protection.base import ServerSide
+from ffm_secure.records import Receipt
+from ffm_secure.run_spec import RunSpec
+from ffm_secure.tasks.base import Evaluation, Task
+from ffm_secure.tasks.encoded import Encoded
+from ffm_secure.trainable import TrainableModel
+
+
+@dataclass(slots=True, kw_only=True)
+class ServerContext:
+    """Hold the server of one run.
+
+    Guarantee: no private row, no ledger and no secret of a site can be reached from here; a test walks the imports of this room
+    and the objects that hang on this one.
+    """
+
+    spec: RunSpec
+    trainable: TrainableModel
+    task: Task
+    evaluation: Encoded  # public validation rows
+    public: Encoded | None  # public rows of phases of the server's own
+    protection: ServerSide
+    run_id: bytes
+    receipts: dict[int, Receipt] = field(default_factory=dict)  # the newest of every site that sent one
+
+    def epsilon(self) -> float:
+        """Return the largest epsilon any receipt states; infinity before the first and without a guarantee."""
+        if not self.spec.has_dp_guarantee:
+            return math.inf
+        return max((receipt.epsilon for receipt in self.receipts.values()), default=0.0)
+
+    def note(self, receipts: Mapping[int, Receipt]) -> None:
+        """Keep the newest receipts."""
+        self.receipts.update(receipts)
+
+    def evaluate(self, vector: Tensor) -> Evaluation:
+        """Evaluate a global vector [d] on the public validation rows."""
+        self.trainable.load_vector(vector)
+        return self.task.evaluate(self.trainable.model, self.evaluation, device=self.spec.device)

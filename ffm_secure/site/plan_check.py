@@ -1,0 +1,37 @@
+"""What a site recomputes of a plan before it takes part; anything that differs from what it agreed to is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ffm_secure.records import RoundPlan
+from ffm_secure.run_spec import RunSpec
+
+
+def differences(plan: RoundPlan, spec: RunSpec, *, site: int, fingerprint: str) -> tuple[str, ...]:
+    """Return in words what a plan says otherwise than the run file that a site agreed to; empty when it may take part.
+
+    `fingerprint` is the hash of the broadcast tensors as they came.
+    """
+    return tuple(_differences(plan, spec, site, fingerprint))
+
+
+def _differences(plan: RoundPlan, spec: RunSpec, site: int, fingerprint: str) -> Iterator[str]:
+    if plan.phase != "private":
+        yield f"phase = {plan.phase!r}: a site takes part in private rounds alone"
+    if not 0 <= plan.turn < len(spec.schedule):
+        yield f"turn = {plan.turn}: the schedule has {len(spec.schedule)} rounds"
+    elif plan.cohort != spec.schedule[plan.turn]:
+        yield f"cohort of turn {plan.turn} is not the schedule's"
+    if site not in plan.cohort:
+        yield "this site is not in the cohort"
+    if plan.round < plan.turn + 1 or plan.round > spec.config.federation.rounds:
+        yield f"round = {plan.round}: must be from {plan.turn + 1} to {spec.config.federation.rounds}"
+    if not 0 <= plan.step <= plan.round:
+        yield f"step = {plan.step}: must be from 0 to the round"
+    if plan.fingerprint != fingerprint:
+        yield "the broadcast model is not the one the plan names"
+    if plan.mechanism != spec.mechanism_digest:
+        yield "the mechanism is not the one that was agreed on"
+    if plan.layout != spec.layout_digest:
+        yield "names, shapes or codec of what is sent are not those that were agreed on"

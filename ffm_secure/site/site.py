@@ -1,0 +1,149 @@
+"""One data owner as a party: it is sent bytes and answers bytes, and decides for itself whether it takes part."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from defenses.dp import Reservation
+from defenses.errors import BudgetExceeded, ProtocolError
+from defenses.random_source import RandomSource
+from ffm_secure import record_codec
+from ffm_secure.protection.base import UPLOAD, ClientRound, ClientSide
+from ffm_secure.records import Acceptance, RoundPlan
+from ffm_secure.run_spec import RunSpec
+from ffm_secure.site.broadcast import BroadcastReader
+from ffm_secure.site.plan_check import differences
+from ffm_secure.site.site_ledger import SiteLedger
+from ffm_secure.site.trainer import SiteData, SiteTrainer
+from ffm_secure.tasks.encoded import Encoded
+from ffm_secure.transport.stages import BEGIN, EVALUATE, FINISH, OPENED, PLAN
+
+_LOG = logging.getLogger(__name__)  # a site's own log: nothing of it is sent
+
+
+@dataclass(slots=True, kw_only=True)
+class _Round:
+    """What a site remembers between the messages of one round."""
+
+    plan: RoundPlan
+    start: Tensor
+    reservations: tuple[Reservation, ...] = ()
+    client_round: ClientRound | None = None
+
+
+class Site:
+    """Hold what one data owner has: its rows, its ledger, its half of the protection, its own state.
+
+    Guarantee: a row is read only in the upload stage, after the ledger has reserved the round's event and after the plan, the
+    model and the mechanism were found to be those agreed on. Why a site refuses is written to its own log and not sent.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: RunSpec,
+        data: SiteData,
+        ledger: SiteLedger,
+        protection: ClientSide,
+        broadcasts: BroadcastReader,
+        borrow_trainer: Callable[[], AbstractContextManager[SiteTrainer]],
+        evaluation: Encoded | None = None,
+    ) -> None:
+        self.spec, self.data, self.ledger = spec, data, ledger
+        self._protection, self._broadcasts, self._borrow_trainer = protection, broadcasts, borrow_trainer
+        self._evaluation = evaluation  # public rows
+        self._round: _Round | None = None
+
+    def __repr__(self) -> str:
+        return f"Site({self.data.name!r})"
+
+    def read_plan(self, message: bytes) -> RoundPlan:
+        """Return the plan in a message, without acting on it."""
+        return self._broadcasts.read(message).plan
+
+    def handle(self, stage: str, message: bytes) -> bytes:
+        """Answer one message.
+
+        Raises:
+          ProtocolError: the message is out of turn or improper; the site is lost to this round.
+        """
+        if stage == PLAN:
+            return self._consider(message)
+        if stage == EVALUATE:
+            return self._evaluate(message)
+        if self._round is None:
+            raise ProtocolError
+        if stage == BEGIN:
+            return self._begin(self._round)
+        if stage == FINISH:
+            return self._finish(self._round, message)
+        if self._round.client_round is None:
+            raise ProtocolError
+        if stage == UPLOAD:
+            return self._upload(self._round, self._round.client_round, message)
+        return self._round.client_round.respond(stage, message)
+
+    def _consider(self, message: bytes) -> bytes:
+        """Take part or not: plan, model, mechanism and budget are looked at; nothing is charged yet."""
+        self._round = None
+        broadcast = self._broadcasts.read(message)
+        plan = broadcast.plan
+        refused = differences(plan, self.spec, site=self.data.index, fingerprint=broadcast.fingerprint)
+        if refused:
+            _LOG.warning("%s takes no part in round %d: %s", self.data.name, plan.round, "; ".join(refused))
+            return record_codec.canonical_bytes(Acceptance(accepted=False))
+        if not self.ledger.affords(plan):
+            _LOG.warning("%s takes no part in round %d: its budget does not pay", self.data.name, plan.round)
+            return record_codec.canonical_bytes(Acceptance(accepted=False, affordable=False))
+        self._round = _Round(plan=plan, start=broadcast.vector)
+        return record_codec.canonical_bytes(Acceptance(accepted=True))
+
+    def _begin(self, current: _Round) -> bytes:
+        """Pay, then join the protocol; from here on the round counts as spent."""
+        try:
+            current.reservations = self.ledger.reserve(current.plan)
+        except BudgetExceeded:
+            self._round = None
+            return record_codec.canonical_bytes(Acceptance(accepted=False, affordable=False))
+        current.client_round = self._protection.join(current.plan)
+        return record_codec.canonical_bytes(Acceptance(accepted=True, receipt=self.ledger.receipt()))
+
+    def _upload(self, current: _Round, client_round: ClientRound, message: bytes) -> bytes:
+        """Learn from the own rows and seal what comes of it."""
+        with self._borrow_trainer() as trainer:
+            source = self.source(current.plan)
+            vector = trainer.run_round(self.data, current.plan, current.start, source)
+        return client_round.seal(message, vector)
+
+    def _finish(self, current: _Round, message: bytes) -> bytes:
+        """Note in the ledger what was released, and say where it stands."""
+        self._round = None
+        if message == OPENED:
+            self.ledger.spend(current.reservations)
+        return record_codec.canonical_bytes(self.ledger.receipt())
+
+    def _evaluate(self, message: bytes) -> bytes:
+        """Evaluate this site's own model, with what it keeps at home, on public rows."""
+        broadcast = self._broadcasts.read(message)
+        plan = broadcast.plan
+        with self._borrow_trainer() as trainer:
+            own = trainer.states.load(
+                self.data.index, broadcast.vector, run_id=plan.run_id, before=plan.round
+            )
+            trainer.trainable.load_vector(own)
+            evaluation = trainer.task.evaluate(
+                trainer.trainable.model, self._evaluation, device=self.spec.device
+            )
+        return record_codec.canonical_bytes(evaluation)
+
+    def source(self, plan: RoundPlan) -> RandomSource:
+        """Return the randomness of one round: the system's, or a replayable stream where nothing is claimed."""
+        config = self.spec.config
+        if config.privacy.unit == "none" or config.privacy.noise == "seeded":
+            return RandomSource.seeded(config.seed).derive("client", plan.round, self.data.index)
+        return RandomSource.system()
