@@ -58,8 +58,8 @@ def text_lines(path: Path, encoding: str = "") -> Iterator[tuple[int, str]]:
         with path.open(encoding=chosen, newline="") as file:
             for number, line in enumerate(file, start=1):
                 yield number, line.removeprefix("\ufeff") if number == 1 else line
-    except UnicodeError as error:
-        raise DataError(f"{path}: is not {chosen} throughout; choose another task.encoding") from error
+    except UnicodeError:
+        raise DataError(f"{path}: is not {chosen} throughout; choose another task.encoding") from None
 
 
 def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -67,12 +67,12 @@ def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
         for number, raw in enumerate(file, start=1):
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
+            except UnicodeDecodeError:
                 others = sum(not _is_utf8(line) for line in file)
                 raise DataError(
                     f"{path}: {count_more(f'line {number} is not UTF-8', others + 1, 'lines')}; save the file as UTF-8, "
                     "or name what it is with task.encoding (files from Windows are often 'cp1252')"
-                ) from error
+                ) from None
 
 
 def _is_utf8(raw: bytes) -> bool:
@@ -194,7 +194,7 @@ def _records(path: Path, dialect: _Dialect, encoding: str) -> tuple[list[str], l
                 starts.append(start)
             start = reader.line_num + 1 + dialect.skipped
     except csv.Error as error:
-        raise DataError(f"{path}: line {start} is not valid ({error}); check its quotes") from error
+        raise DataError(f"{path}: line {start} is not valid ({error}); check its quotes") from None
     if ragged:
         raise DataError(
             f"{path}: {count_more(ragged[0], len(ragged), 'such lines')}; fields are parted by "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,10 +145,9 @@ def read_table(path: Path, encoding: str = "") -> Table:
     except (
         Exception
     ) as error:  # a damaged file makes the parsers raise nearly anything; users get one clear line
-        reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
         raise DataError(
-            f"{path}: not a readable {path.suffix[1:]} file ({reason}); write it again"
-        ) from error
+            f"{path}: not a readable {path.suffix[1:]} file ({_reason(error)}); write it again"
+        ) from None
     if len(table) == 0:
         raise DataError(f"{path}: holds no rows; a data set needs at least one")
     return table
@@ -278,3 +278,10 @@ TEXT_READERS: dict[str, Callable[[Path, str], Table]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
 }
+
+
+def _reason(error: Exception) -> str:
+    """Say why a parser failed; the words of those that quote what they read are left out, for that is private."""
+    words = (str(error).splitlines() or [""])[0][:160]
+    quotes_nothing = isinstance(error, OSError | pa.ArrowException | zipfile.BadZipFile | zlib.error)
+    return words if words and quotes_nothing else type(error).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Set, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ def read_jsonl(path: Path, encoding: str = "") -> Table:
             row = parse(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{path}: line {number} is not JSON ({error}); repair or remove the line"
-            ) from error
+                f"{path}: line {number} is not JSON ({json_reason(error)}); repair or remove the line"
+            ) from None
         if not isinstance(row, dict):
             hint = "; call a file that is one list train.json" if isinstance(row, list) else ""
             raise DataError(
@@ -48,7 +48,7 @@ def read_json(path: Path, encoding: str = "") -> Table:
     except (ValueError, RecursionError) as error:
         if text.lstrip()[:1] == "{" and "\n" in text.strip():
             return read_jsonl(path, encoding)
-        raise DataError(f"{path}: is not JSON ({error}); repair or write it again") from error
+        raise DataError(f"{path}: is not JSON ({json_reason(error)}); repair or write it again") from None
     columns = _columns(value, str(path))
     return Table(origin=str(path), columns=columns, counted="item", folder=path.parent)
 
@@ -85,7 +85,7 @@ def columns_of(rows: Sequence[object], *, name: Callable[[int], str], origin: st
         if number == 0:
             columns = {str(key): [] for key in row}
         if row.keys() != columns.keys():
-            odd = ", ".join(sorted(map(str, row.keys() ^ columns.keys())))
+            odd = _other_keys(columns.keys(), row.keys())
             raise DataError(
                 f"{origin}: {name(number)} differs from {name(0)} in the keys {odd}; give all of them the same"
             )
@@ -112,3 +112,17 @@ def typed(values: list[Any]) -> Column:
         except OverflowError:
             return values
     return values
+
+
+def json_reason(error: Exception) -> str:
+    """Say where a text stops being JSON, in words that quote nothing of it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, character {error.pos + 1}"
+    return "too deeply nested" if isinstance(error, RecursionError) else str(error)[:160]
+
+
+def _other_keys(known: Set[str], keys: Set[str]) -> str:
+    """Name the keys a row lacks and count those it has beyond: a key that only one row has may be private."""
+    parts = sorted(known - keys)
+    beyond = len(keys - known)
+    return ", ".join([*parts, *([f"{beyond} of its own"] if beyond else [])])

@@ -93,7 +93,7 @@ def _positions(table: Table, name: str, count: int) -> Indices:
     labels = _whole_labels(table, name)
     beyond = np.flatnonzero(labels >= count)
     if beyond.size:
-        first = f"label {labels[beyond[0]]} in column {name!r} is beyond the {count} classes of class_names"
+        first = f"a label in column {name!r} is beyond the {count} classes of class_names"
         raise DataError(
             f"{table.place(int(beyond[0]))}: {count_more(first, int(beyond.size), 'rows')}; declare it"
         )
@@ -151,7 +151,7 @@ def _whole_labels(table: Table, name: str) -> Indices:
         numbers = values.astype(np.int64)
         bad = np.flatnonzero((numbers < 0) | (numbers >= MAX_LABELS))
         if bad.size:
-            first = f"label {values[bad[0]]} in column {name!r} is outside 0 to {MAX_LABELS - 1}"
+            first = f"a label in column {name!r} is outside 0 to {MAX_LABELS - 1}"
             raise DataError(
                 f"{table.place(int(bad[0]))}: {count_more(first, int(bad.size), 'rows')}; number the classes from 0, or "
                 "write them as text"
@@ -160,8 +160,8 @@ def _whole_labels(table: Table, name: str) -> Indices:
     odd = [row for row, value in enumerate(values) if not _is_class_number(value)]
     if odd:
         value = values[odd[0]]
-        shown = "nothing" if value is None else str(value)[:40]
-        first = f"label {shown} in column {name!r} is neither a whole number from 0 nor text throughout"
+        kind = "nothing" if value is None else f"a {type(value).__name__}"
+        first = f"label ({kind}) in column {name!r} is neither a whole number from 0 nor text throughout"
         raise DataError(
             f"{table.place(odd[0])}: {count_more(first, len(odd), 'rows')}; fill or remove the row, or let task.clean leave "
             "out blank_rows"

@@ -322,20 +322,28 @@ BAD = {
     "null label": (
         TEXT,
         parquet_with(text=TEXTS[:5], label=[0, 1, None, 1, 0]),
-        "row 2: label nothing in column",
+        "row 2: label \\(nothing\\) in column",
     ),
     "nan label": (
         TEXT,
         parquet_with(text=TEXTS[:5], label=[0, 1, float("nan"), 1, 0]),
-        "row 2: label nan in column",
+        "row 2: label \\(a float64\\) in column",
     ),
-    "half label": (TEXT, parquet_with(text=TEXTS[:5], label=[0, 1, 0.5, 1, 0]), "row 2: label 0.5 in column"),
+    "half label": (
+        TEXT,
+        parquet_with(text=TEXTS[:5], label=[0, 1, 0.5, 1, 0]),
+        "row 2: label \\(a float64\\) in column",
+    ),
     "negative": (
         TEXT,
         parquet_with(text=TEXTS[:5], label=[0, 1, -1, 1, 0]),
-        "row 2: label -1 in column 'label' is out",
+        "row 2: a label in column 'label' is out",
     ),
-    "identifiers": (TEXT, parquet_with(text=TEXTS[:5], label=[0, 1, 10**9, 1, 0]), "row 2: label 1000000000"),
+    "identifiers": (
+        TEXT,
+        parquet_with(text=TEXTS[:5], label=[0, 1, 10**9, 1, 0]),
+        "row 2: a label in column 'label' is outside",
+    ),
     "broken line": (
         TEXT,
         file_with("train.jsonl", '{"text": "a", "label": 0}\n{"text": \n'),
