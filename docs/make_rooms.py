@@ -46,14 +46,16 @@ def module_name(path: Path) -> str:
 
 def imports_of(path: Path, modules: Iterable[str]) -> frozenset[str]:
     """Return the modules of the package that a file imports, wherever in the file."""
+    known = set(modules)
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inner if inner <= known else {node.module} | inner  # a folder is no more than its files
     own = module_name(path)
-    return frozenset(name for name in names & set(modules) if name not in (own, PACKAGE))
+    return frozenset(name for name in names & known if name not in (own, PACKAGE))
 
 
 def files() -> Graph:

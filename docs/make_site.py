@@ -29,7 +29,7 @@ SECTIONS: dict[str, list[str]] = {
     "Start": ["index.md", "tutorial.md", "run_file.md"],
     "Use": ["data.md", "models.md", "prompts.md", "lora.md", "pretraining.md", "experiments.md"],
     "Trust": ["threat_model.md", "mistakes.md", "attacks.md", "secagg.md", "he.md", "security.md"],
-    "Inside": ["rooms.md", "contributing.md"],
+    "Inside": ["architecture.md", "rooms.md", "extending.md", "contributing.md"],
 }
 Navigation = list[dict[str, object] | str]
 

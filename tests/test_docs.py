@@ -107,6 +107,14 @@ def test_every_file_and_module_a_page_names_exists() -> None:
     assert wrong == []
 
 
+def test_the_picture_of_the_rooms_names_every_room() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    package = ROOT / "ffm_secure"
+    rooms = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    rooms += [path.name for path in package.glob("*.py") if not path.name.startswith("__")]
+    assert [room for room in rooms if room not in text] == []
+
+
 def test_a_file_that_moved_is_caught() -> None:
     text = "`defenses/dp/clip.py`, `defenses/dp/clop.py`, `python -m benchmarks.he`, `defenses.dp.clip.clop`, `docs/he.md`"
     assert gone(text) == ["defenses/dp/clop.py", "defenses.dp.clip.clop"]

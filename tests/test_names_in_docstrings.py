@@ -17,7 +17,7 @@ QUOTED = re.compile(r"`+([^`\n]+)`+")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 PATH = re.compile(r"[\w.-]+(/[\w.-]+)*/?[\w-]+\.(py|md|toml|json|txt|ipynb)")
 ELSEWHERE = frozenset({  # names of other packages and formats that no line of ours spells
-    "PeftModel", "from_pretrained", "NaN", "Infinity",
+    "PeftModel", "from_pretrained", "DatasetDict", "save_to_disk", "NaN", "Infinity",
 })  # fmt: skip
 
 

@@ -151,7 +151,8 @@ def _imprint(
             or not parallel_rows(weight)
         ):
             continue
-        spread = float(weight.norm(dim=1).std() / weight.norm(dim=1).mean())
+        lengths = weight.detach().norm(dim=1)
+        spread = float(lengths.std() / lengths.mean())
         found = read_imprint(channel.gradient, channel.bias, cumulative=spread < 1e-4)
         found = _in_range(found, prior)
         if not len(found):
