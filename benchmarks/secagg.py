@@ -32,6 +32,7 @@ from defenses.secagg import (
     Identity,
     Mask,
     Quantizer,
+    ReplayGuard,
     Roster,
     ServerSession,
     SessionParameters,
@@ -98,6 +99,10 @@ def measure_masking(length: int, neighbours: int, repeats: int) -> dict[str, flo
 # Whole sessions
 
 
+NAME = b"m" * 32
+HASHES = {name: bytes(32) for name in ("backbone_hash", "layout_hash", "quantization_hash", "mechanism_hash")}
+
+
 def gather(
     count: int,
     length: int,
@@ -118,14 +123,15 @@ def gather(
         run_id=source.random_bytes(16), round=1, mode=mode, graph="complete" if neighbours is None else "harary",
         clients=count, neighbours=degree,
         threshold=threshold or threshold_above(neighbours=degree, corrupted=colluders, mode=mode),
-        minimum_survivors=survivors, modulus_bits=modulus_bits, length=length, layout_hash=bytes(32),
-        quantization_hash=bytes(32), model_hash=b"m" * 32,
-        roster=Roster.issue(operator, [person.public_key for person in people]),
+        minimum_survivors=survivors, modulus_bits=modulus_bits, length=length, model_hash=NAME,
+        roster=Roster.issue(operator, [person.public_key for person in people], federation="bench", serial=0, expires=1),
+        **HASHES,
     )  # fmt: skip
     honest = min(3, survivors - colluders)
     policy = ClientPolicy(
-        operator=operator.public_key, colluders=colluders, minimum_honest=honest, modes=frozenset({mode})
-    )
+        operator=operator.public_key, federation="bench", run_id=parameters.run_id, colluders=colluders,
+        minimum_honest=honest, modes=frozenset({mode}), **HASHES,
+    )  # fmt: skip
     return parameters, policy, people, source
 
 
@@ -137,7 +143,8 @@ def measure_session(count: int, length: int, lost: int, *, mode: Mode = "active"
         threshold=threshold,
     )  # fmt: skip
     clients = [
-        ClientSession(person, parameters, policy, source.derive(place)) for place, person in enumerate(people)
+        ClientSession(person, parameters, policy, source.derive(place), now=0)
+        for place, person in enumerate(people)
     ]
     server = ServerSession(parameters)
     spent: dict[bytes, float] = {session.id: 0.0 for session in clients}
@@ -170,7 +177,9 @@ def measure_session(count: int, length: int, lost: int, *, mode: Mode = "active"
     staying = clients[lost:]
     for one in staying:
         delivery = serve(lambda o=one: server.delivery_for(o.id))
-        message = act(one, Stage.MASK, lambda o=one, d=delivery: o.mask(d, vector))
+        message = act(
+            one, Stage.MASK, lambda o=one, d=delivery: o.mask(d, vector, update=NAME, model_hash=NAME)
+        )
         serve(lambda m=message: server.receive_masked_input(m))
     for one in staying if mode == "active" else []:
         survivors = serve(lambda o=one: server.survivors_message(o.id))
@@ -232,7 +241,7 @@ def our_work(
     def upload(bits: int) -> None:
         """Quantise and mask, with key agreement, opening of shares, packing, hash and signature."""
         session, delivery = waiting[bits].pop()
-        session.mask(delivery, quantise(bits))
+        session.mask(delivery, quantise(bits), update=NAME, model_hash=NAME)
 
     def recovery() -> None:
         shamir._weights.cache_clear()
@@ -276,9 +285,9 @@ def prepared_uploads(
     )
     found = []
     for number in range(rounds):
-        fresh = [Identity(person.seed()) for person in people]
+        fresh = [Identity(person.seed(), guard=ReplayGuard.in_memory()) for person in people]
         clients = [
-            ClientSession(person, parameters, policy, source.derive(number, person.id.hex()))
+            ClientSession(person, parameters, policy, source.derive(number, person.id.hex()), now=0)
             for person in fresh
         ]
         server = ServerSession(parameters)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import threading
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Concatenate, NoReturn, ParamSpec, TypeVar
@@ -15,10 +17,11 @@ from defenses.errors import ParameterError, ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import messages, shamir
 from defenses.secagg.graph import Graph, build_graph
-from defenses.secagg.keys import Identity, agree, public_of, require_sound_keys, verify_signature
+from defenses.secagg.keys import Identity, agree, public_of, require_sound_keys
 from defenses.secagg.masks import Mask, MaskStreams, RingVector, chunks, word_type
-from defenses.secagg.parameters import DEFERRED_MODEL, ClientPolicy, SessionParameters
+from defenses.secagg.parameters import DEFERRED_MODEL, HASH_BYTES, ClientPolicy, SessionParameters
 from defenses.secagg.ring import pack_into, packed_bytes
+from defenses.signatures import verify_signature
 
 _ALIGNMENT = 64
 Arguments = ParamSpec("Arguments")
@@ -85,15 +88,19 @@ class _Secrets:
 
 
 class ClientSession:
-    """Take part in one session of ffm-secagg/1.
+    """Take part in one session of ffm-secagg/2.
 
     Call in order, each once: `advertise`, `share`, `mask`, `confirm` (active mode only), `unmask`. Each takes the
     server's message for the stage and returns the client's. A session that was left at any point stays left: there is
-    no going back and no resuming, a client that restarts counts as lost.
+    no going back and no resuming, a client that restarts counts as lost, and so does one whose process was forked. The round
+    may be tried again under the next attempt.
+
+    `now` is in seconds since 1970, to tell whether the roster still holds.
 
     Guarantee: nothing but uniformly random bytes, ciphertexts, signatures and ids leaves before the client has seen
     `threshold` confirmations (active mode) of one set of at least `minimum_survivors` survivors; for every neighbour
-    at most one of its two secrets is revealed; all secrets are erased on completion, on failure and by `discard`.
+    at most one of its two secrets is revealed; all secrets are erased on completion, on failure and by `discard`. Before
+    an advert, a masked vector or an answer leaves, the identity's guard has recorded round and attempt, update, or model.
     Assumes: at most the policy's number of colluders work with the server; the operator's roster is honest.
     Raises: ParameterError from the constructor when the parameters are weaker than the policy, and from `mask` for a
     vector of the wrong kind (the session goes on); ProtocolError, always the same, for everything else.
@@ -101,12 +108,23 @@ class ClientSession:
     """
 
     def __init__(
-        self, identity: Identity, parameters: SessionParameters, policy: ClientPolicy, source: RandomSource
+        self,
+        identity: Identity,
+        parameters: SessionParameters,
+        policy: ClientPolicy,
+        source: RandomSource,
+        *,
+        now: int,
     ) -> None:
-        policy.admit(parameters)
+        policy.admit(parameters, now=now)
         if identity.id not in parameters.roster.members:
             raise ParameterError("this identity is not on the operator's roster")
-        identity.guard.enter(parameters.run_id, parameters.round)
+        if identity.id not in parameters.cohort:
+            raise ParameterError("this identity is not in the cohort of this round")
+        register = f"{parameters.roster.operator.hex()} {parameters.roster.federation}"
+        identity.guard.accept_roster(register, parameters.roster.serial)
+        identity.guard.enter(parameters.run_id, parameters.round, parameters.attempt)
+        self._process, self._lock = os.getpid(), threading.Lock()
         self._identity, self._parameters, self._policy, self._source = identity, parameters, policy, source
         self._stage = Stage.ADVERTISE
         self._secrets: _Secrets | None = None
@@ -119,7 +137,7 @@ class ClientSession:
         self._place = -1
         self._neighbours: list[int] = []
         self._survivors: list[int] = []
-        self._complaint = b""
+        self._complaint = self._model_hash = b""
 
     @property
     def id(self) -> bytes:
@@ -166,10 +184,11 @@ class ClientSession:
 
     def _following(self, expected: Stage) -> Stage:
         """Check that the stage is the expected one and return the next; until it is done the session counts as left."""
-        if self._stage is not expected:
-            self.discard()
-            raise ProtocolError
-        self._stage = Stage.ABORTED
+        with self._lock:
+            if self._stage is not expected or self._process != os.getpid():
+                self.discard()
+                raise ProtocolError
+            self._stage = Stage.ABORTED
         if expected is Stage.MASK and self._parameters.mode == "semi_honest":
             return Stage.UNMASK
         return Stage(expected + 1)
@@ -220,13 +239,11 @@ class ClientSession:
             raise ProtocolError
         adverts = messages.read_roster(roster)
         self._policy.admit_cohort(self._parameters, len(adverts))
-        members = self._parameters.roster.members
+        members, cohort = self._parameters.roster.members, frozenset(self._parameters.cohort)
         require_sound_keys([key for advert in adverts for key in (advert.channel_key, advert.mask_key)])
-        if self._advert not in adverts:
+        if self._advert not in adverts or not cohort.issuperset(advert.id for advert in adverts):
             raise ProtocolError
         for advert in adverts:
-            if advert.id not in members:
-                raise ProtocolError
             if advert != self._advert:
                 statement = advert.statement(self._parameters.session_id)
                 verify_signature(members[advert.id], advert.signature, statement)
@@ -274,14 +291,14 @@ class ClientSession:
         delivery: bytes,
         vector: RingVector,
         *,
-        update: bytes | None = None,
-        model_hash: bytes | None = None,
+        update: bytes,
+        model_hash: bytes,
     ) -> memoryview:
         """Open the neighbours' shares and return the masked vector, packed and signed (R2), as a view of its bytes.
 
-        `vector` is not changed. `update` names the update inside, so that it enters no second session: give it
-        whenever one update might be offered again. `model_hash` is the model the vector comes from, required when the
-        session was set up with a deferred one.
+        `vector` is not changed. `update` is the digest that names the update inside, so that it enters no second session: of
+        what training gave, before rounding and noise. `model_hash` is the model the vector comes from, as this client
+        computed it.
 
         Shapes: vector uint32 (modulus up to 32 bits) or uint64, [length]; message length * m / 8 + 98 bytes.
         """
@@ -292,26 +309,25 @@ class ClientSession:
                 f"vector: {vector.dtype} of shape {vector.shape}; this session sums "
                 f"{word_type(self._parameters.modulus_bits).__name__} of shape ({self._parameters.length},)"
             )
-        if model_hash is None and self._parameters.model_hash == DEFERRED_MODEL:
-            raise ParameterError(
-                "model_hash: this session was set up before its model; name the model when masking"
-            )
+        for name, value in (("update", update), ("model_hash", model_hash)):
+            if not isinstance(value, bytes) or len(value) != HASH_BYTES:
+                raise ParameterError(f"{name}: name it by a digest of {HASH_BYTES} bytes")
         return self._mask(delivery, vector, update, model_hash)
 
     @_step(Stage.MASK)
-    def _mask(
-        self, delivery: bytes, vector: RingVector, update: bytes | None, model_hash: bytes | None
-    ) -> memoryview:
-        held = self._held()
+    def _mask(self, delivery: bytes, vector: RingVector, update: bytes, model_hash: bytes) -> memoryview:
+        held, deferred = self._held(), self._parameters.model_hash == DEFERRED_MODEL
+        if not deferred and model_hash != self._parameters.model_hash:
+            raise ProtocolError
+        largest = len(self._neighbours) * messages.CIPHERTEXT_BYTES + len(self._neighbours) // 8 + 1
+        messages.require_size(delivery, messages.HEADER_BYTES + largest)
         self._open_delivery(messages.read_delivery(delivery, len(self._neighbours)))
         if len(held.shares) < self._parameters.threshold:
             raise ProtocolError
-        if self._parameters.model_hash == DEFERRED_MODEL:
-            self._transcript = messages.bind_model(self._transcript, model_hash or b"")
-        elif model_hash not in (None, self._parameters.model_hash):
-            raise ProtocolError
-        if update is not None:
-            self._identity.guard.spend(update)
+        if deferred:
+            self._transcript = messages.bind_model(self._transcript, model_hash)
+        self._model_hash = model_hash
+        self._identity.guard.spend(update, model=model_hash, repeat=self._policy.repeat_models)
         message = self._upload(vector, self._masks(held))
         # The keys behind the masks have done their work; the shares of others are all that unmasking needs.
         for buffer in (held.mask_key, held.self_secret, *held.channels.values()):
@@ -381,6 +397,7 @@ class ClientSession:
     @_step(Stage.CONFIRM)
     def confirm(self, survivors: bytes) -> bytes:
         """Check who is said to have uploaded and sign that set (R3, active mode)."""
+        messages.require_size(survivors, messages.HEADER_BYTES + len(self._ids) // 8 + 1)
         self._accept_survivors(messages.read_survivors(survivors, len(self._ids)))
         return messages.write_confirmation(self.id, self._identity.sign(self._alive_statement()))
 
@@ -402,6 +419,8 @@ class ClientSession:
 
         Who uploaded was fixed by `confirm` in active mode; the server names it here in semi-honest mode.
         """
+        bitmap = messages.HEADER_BYTES + len(self._ids) // 8 + 1
+        messages.require_size(request, bitmap + 64 * len(self._neighbours))
         if self._parameters.mode == "active":
             self._check_confirmations(request)
         else:
@@ -415,6 +434,7 @@ class ClientSession:
             "response", self._transcript, self.id, hashlib.sha256(body).digest()
         )
         signature = self._identity.sign(statement)
+        self._identity.guard.answer(self._model_hash, repeat=self._policy.repeat_models)
         self._forget()
         return messages.header(messages.Kind.RESPONSE) + self.id + signature + body
 

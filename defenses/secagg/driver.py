@@ -13,6 +13,15 @@ from defenses.secagg.server import RingSum, ServerSession, Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contribution:
+    """Hold what one client brings: its ring vector, and the digests that name the update in it and the model it is of."""
+
+    vector: RingVector
+    update: bytes
+    model_hash: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """Hold what a session gave: the sum, the bytes of each client, where each missing client was lost, and complaints."""
 
@@ -25,12 +34,12 @@ class Outcome:
 def drive(
     clients: Mapping[bytes, ClientSession],
     server: ServerSession,
-    inputs: Callable[[bytes], RingVector | None],
+    inputs: Callable[[bytes], Contribution | None],
     drop: Mapping[bytes, Stage] | None = None,
 ) -> Outcome:
     """Carry one session from adverts to sum.
 
-    `inputs` is asked for a client's ring vector when that client masks, not before, and one vector is held at a time:
+    `inputs` is asked for a client's contribution when that client masks, not before, and one is held at a time:
     local training can happen inside, and None says that it failed and the client is lost. A client named in `drop`
     sends nothing from that stage on. A client whose own session refuses a message counts as lost at that stage; its
     complaint, if it has one, goes to the server.
@@ -57,10 +66,11 @@ def drive(
                     server.receive_complaint(session.complaint)
 
     def upload(owner: bytes, session: ClientSession) -> bytes:
-        delivery, vector = server.delivery_for(owner), inputs(owner)
-        if vector is None:
+        delivery, brought = server.delivery_for(owner), inputs(owner)
+        if brought is None:
             raise ProtocolError
-        return server.receive_masked_input(session.mask(delivery, vector))
+        masked = session.mask(delivery, brought.vector, update=brought.update, model_hash=brought.model_hash)
+        return server.receive_masked_input(masked)
 
     def confirm(owner: bytes, session: ClientSession) -> bytes:
         return server.receive_confirmation(session.confirm(server.survivors_message(owner)))

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NoReturn
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from defenses.errors import ParameterError, ProtocolError
 from defenses.random_source import RandomSource
+from defenses.replay_guard import ReplayGuard
+from defenses.signatures import SIGNATURE_BYTES, is_sound_key, verify_signature
 
-LABEL = b"ffm-secagg/1 "
+LABEL = b"ffm-secagg/2 "
 KEY_BYTES = 32
-SIGNATURE_BYTES = 64
-_ROSTER_VERSION = 1
+LARGEST_ROSTER = 1 << 20
+_ROSTER_VERSION = 2
+_ROSTER_HEAD = struct.Struct(">BQQ")
 _CURVE_PRIME = 2**255 - 19
 _LOW_ORDER = frozenset(
     point.to_bytes(KEY_BYTES, "little")
@@ -53,19 +56,6 @@ def identity_of(public_key: bytes) -> bytes:
     return hashlib.sha256(public_key).digest()
 
 
-def verify_signature(public_key: bytes, signature: bytes, message: bytes) -> None:
-    """Check an Ed25519 signature.
-
-    Raises: ProtocolError when it does not verify.
-    """
-    try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
-        return
-    except (InvalidSignature, ValueError):
-        pass
-    raise ProtocolError
-
-
 def public_of(secret: bytes) -> bytes:
     """Compute the X25519 public key of a 32-byte secret."""
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
@@ -92,67 +82,28 @@ def require_sound_keys(keys: Sequence[bytes]) -> None:
         raise ProtocolError
 
 
-class ReplayGuard:
-    """Remember which rounds a client entered and which updates it uploaded, so that neither happens twice.
-
-    Rounds of one run only grow. An update whose masked form left the client may not enter a second session, whether or
-    not the first one finished: the others may have opened it without this client, and two sums over cohorts that
-    differ by one member give that member's update away.
-
-    Guarantee: `enter` and `spend` raise ProtocolError on the second use and never forget within a process.
-    Assumes: a deployment that restarts clients stores `rounds` and passes it back.
-    """
-
-    __slots__ = ("_rounds", "_updates")
-
-    def __init__(self, rounds: Mapping[bytes, int] | None = None) -> None:
-        self._rounds = dict(rounds or {})
-        self._updates: set[bytes] = set()
-
-    @property
-    def rounds(self) -> Mapping[bytes, int]:
-        """Return the last round entered for each run."""
-        return MappingProxyType(dict(self._rounds))
-
-    def enter(self, run_id: bytes, round_number: int) -> None:
-        """Record that a session of this round starts.
-
-        Raises: ProtocolError when the run already reached this round.
-        """
-        if round_number <= self._rounds.get(run_id, -1):
-            raise ProtocolError
-        self._rounds[run_id] = round_number
-
-    def spend(self, update: bytes) -> None:
-        """Record that an update is about to leave the client.
-
-        Raises: ProtocolError when it left before.
-        """
-        if update in self._updates:
-            raise ProtocolError
-        self._updates.add(update)
-
-
 class Identity:
     """Hold a client's (or the operator's) long-term Ed25519 key together with its memory of past rounds.
+
+    Whoever restores an identity from its seed restores its guard too: `ReplayGuard.open`.
 
     Guarantee: the private key is never printed and never pickled; copying is refused.
     """
 
     __slots__ = ("_key", "guard", "id", "public_key")
 
-    def __init__(self, seed: bytes, *, guard: ReplayGuard | None = None) -> None:
+    def __init__(self, seed: bytes, *, guard: ReplayGuard) -> None:
         if len(seed) != KEY_BYTES:
             raise ParameterError(f"the seed of an identity has {KEY_BYTES} bytes, not {len(seed)}")
         self._key = Ed25519PrivateKey.from_private_bytes(seed)
         self.public_key = self._key.public_key().public_bytes_raw()
         self.id = identity_of(self.public_key)
-        self.guard = guard if guard is not None else ReplayGuard()
+        self.guard = guard
 
     @classmethod
     def generate(cls, source: RandomSource) -> Identity:
-        """Create a fresh identity."""
-        return cls(source.random_bytes(KEY_BYTES))
+        """Create a fresh identity that lives as long as this process; keep its guard in a file if it shall live longer."""
+        return cls(source.random_bytes(KEY_BYTES), guard=ReplayGuard.in_memory())
 
     def seed(self) -> bytes:
         """Export the private key, for storage by its owner."""
@@ -174,14 +125,17 @@ class Roster:
     """List the identities the operator admits to a federation, under the operator's signature.
 
     The roster reaches clients from the operator, never from the aggregating server: who chooses the keys can be
-    everybody.
+    everybody. `serial` grows with every roster of a federation; `expires` is in seconds since 1970.
 
-    Guarantee: an instance exists only with a valid signature and distinct keys; `members` maps id to public key in
-    the order of the ids.
+    Guarantee: an instance exists only with a valid signature and distinct keys that can be somebody's; `members` maps id to
+    public key in the order of the ids; `digest` binds all of it.
     Raises: ProtocolError when the signature is wrong; ParameterError for keys that are no keys.
     """
 
     operator: bytes
+    federation: str
+    serial: int
+    expires: int
     public_keys: tuple[bytes, ...]
     signature: bytes
     members: Mapping[bytes, bytes] = field(init=False, repr=False, compare=False)
@@ -189,22 +143,35 @@ class Roster:
 
     def __post_init__(self) -> None:
         members = {identity_of(key): key for key in self.public_keys}
-        if len(members) != len(self.public_keys) or any(len(key) != KEY_BYTES for key in self.public_keys):
-            raise ParameterError(f"a roster lists distinct public keys of {KEY_BYTES} bytes")
+        if len(members) != len(self.public_keys) or not all(map(is_sound_key, self.public_keys)):
+            raise ParameterError("a roster lists distinct Ed25519 public keys, none of small order")
         if list(members) != sorted(members):
             raise ParameterError("a roster lists its keys in the order of their identities")
-        verify_signature(self.operator, self.signature, _roster_statement(self.public_keys))
+        statement = _roster_statement(self.federation, self.serial, self.expires, self.public_keys)
+        verify_signature(self.operator, self.signature, LABEL + b"operator" + statement)
         object.__setattr__(self, "members", MappingProxyType(members))
-        object.__setattr__(self, "digest", hashlib.sha256(b"".join(members)).digest())
+        object.__setattr__(self, "digest", labelled_hash("register", self.operator, statement))
 
     @classmethod
-    def issue(cls, operator: Identity, public_keys: Iterable[bytes]) -> Roster:
+    def issue(
+        cls,
+        operator: Identity,
+        public_keys: Iterable[bytes],
+        *,
+        federation: str,
+        serial: int,
+        expires: int,
+    ) -> Roster:
         """Sign a list of public keys as the operator."""
         ordered = tuple(sorted(public_keys, key=identity_of))
+        statement = _roster_statement(federation, serial, expires, ordered)
         return cls(
             operator=operator.public_key,
+            federation=federation,
+            serial=serial,
+            expires=expires,
             public_keys=ordered,
-            signature=operator.sign(_roster_statement(ordered)),
+            signature=operator.sign(LABEL + b"operator" + statement),
         )
 
     @classmethod
@@ -213,20 +180,35 @@ class Roster:
 
         Raises: ProtocolError when anything about it is wrong.
         """
-        body, signature = data[1:-SIGNATURE_BYTES], data[-SIGNATURE_BYTES:]
-        if data[:1] != bytes([_ROSTER_VERSION]) or len(data) < 1 + SIGNATURE_BYTES or len(body) % KEY_BYTES:
-            raise ProtocolError
-        keys = tuple(body[start : start + KEY_BYTES] for start in range(0, len(body), KEY_BYTES))
         try:
-            return cls(operator=operator, public_keys=keys, signature=signature)
-        except ParameterError:
+            if len(data) > 1 + _ROSTER_HEAD.size + 255 + KEY_BYTES * LARGEST_ROSTER + SIGNATURE_BYTES:
+                raise ValueError
+            if data[:1] != bytes([_ROSTER_VERSION]):
+                raise ValueError
+            size, serial, expires = _ROSTER_HEAD.unpack_from(data, 1)
+            start = 1 + _ROSTER_HEAD.size
+            name, body = data[start : start + size], data[start + size : -SIGNATURE_BYTES]
+            if len(data) < start + size + SIGNATURE_BYTES or len(body) % KEY_BYTES:
+                raise ValueError
+            keys = tuple(body[place : place + KEY_BYTES] for place in range(0, len(body), KEY_BYTES))
+            return cls(
+                operator=operator, federation=name.decode(), serial=serial, expires=expires, public_keys=keys,
+                signature=data[-SIGNATURE_BYTES:],
+            )  # fmt: skip
+        except (ValueError, struct.error, ProtocolError):
             pass
         raise ProtocolError
 
     def to_bytes(self) -> bytes:
-        """Write version, public keys and signature."""
-        return bytes([_ROSTER_VERSION]) + b"".join(self.public_keys) + self.signature
+        """Write version, name, serial, expiry, public keys and signature."""
+        statement = _roster_statement(self.federation, self.serial, self.expires, self.public_keys)
+        return bytes([_ROSTER_VERSION]) + statement + self.signature
 
 
-def _roster_statement(public_keys: Iterable[bytes]) -> bytes:
-    return LABEL + b"operator" + b"".join(public_keys)
+def _roster_statement(federation: str, serial: int, expires: int, public_keys: Iterable[bytes]) -> bytes:
+    name = federation.encode()
+    if not 1 <= len(name) <= 255 or not federation.isprintable():
+        raise ParameterError("federation: name it with 1 to 255 bytes of printable text")
+    if not (0 <= serial < 1 << 64 and 0 <= expires < 1 << 64):
+        raise ParameterError(f"serial = {serial}, expires = {expires}: must be from 0 to 2^64 - 1")
+    return _ROSTER_HEAD.pack(len(name), serial, expires) + name + b"".join(public_keys)

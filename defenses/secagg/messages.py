@@ -12,10 +12,11 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from defenses.errors import ProtocolError
-from defenses.secagg.keys import LABEL, SIGNATURE_BYTES, derive_key, labelled_hash
+from defenses.secagg.keys import LABEL, derive_key, labelled_hash
 from defenses.secagg.shamir import SHARE_BYTES
+from defenses.signatures import SIGNATURE_BYTES
 
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 2
 ID_BYTES = 32
 ADVERT_BYTES = 192
@@ -53,6 +54,15 @@ def body_of(message: bytes | bytearray | memoryview, kind: Kind) -> memoryview:
     if bytes(view[:HEADER_BYTES]) != header(kind):
         raise ProtocolError
     return view[HEADER_BYTES:]
+
+
+def require_size(message: bytes | bytearray | memoryview, largest: int) -> None:
+    """Refuse an oversized message before taking it apart.
+
+    Raises: ProtocolError.
+    """
+    if len(message) > largest:
+        raise ProtocolError
 
 
 def _fixed(view: memoryview, size: int) -> list[bytes]:

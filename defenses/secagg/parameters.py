@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from defenses.errors import ParameterError, ProtocolError
+from defenses.secagg.cohort import CohortRule, whole_roster
 from defenses.secagg.graph import GraphKind, Mode, safe_threshold
 from defenses.secagg.keys import Roster, labelled_hash
 from defenses.secagg.ring import MODULUS_BITS
@@ -16,8 +17,10 @@ FEWEST_SURVIVORS = 3
 """With two survivors each learns the other's vector from the published sum."""
 DEFERRED_MODEL = bytes(32)
 """Stands for the model of a session whose keys are set up before that model exists; it is bound when masking."""
-_LAYOUT = struct.Struct(">16sQBBIIIIBQ32s32s32s")
-_PROPOSAL_VERSION = 1
+HASH_BYTES = 32
+_LAYOUT = struct.Struct(">16sQIBBIIIIBQ32s32s32s32s32s")
+_PROPOSAL_VERSION = 2
+_HASHES = ("backbone_hash", "layout_hash", "quantization_hash", "mechanism_hash", "model_hash")
 _MODES = get_args(Mode)
 _GRAPHS = get_args(GraphKind)
 
@@ -26,13 +29,15 @@ _GRAPHS = get_args(GraphKind)
 class SessionParameters:
     """Fix everything the parties of one session must agree on; `session_id` binds all of it into every key.
 
-    A client builds this itself from what it received and knows: the hash of the model it will train, of the layout of
-    its vector and of its quantisation rule. A client that was given another model has another session id, so nothing
-    it sends or signs fits the others.
+    A client builds this itself from what it received and knows, or checks a proposal against its policy: the hashes of the
+    frozen backbone, of the layout of its vector, of its quantisation rule, of its mechanism (clip, noise, sampling) and of the
+    model it will train. A client that was given another model has another session id, so nothing it sends or signs fits the
+    others.
 
-    run_id: 16 bytes, random, one per run. round: grows within a run. clients: the most that may take part.
+    run_id: 16 bytes, random, one per run. round: grows within a run. attempt: grows within a round, when a session of it
+    failed. cohort: ids of those who may take part, sorted; empty for everybody on the roster. clients: how many those are.
     neighbours, threshold: edges of the graph and shares that open a secret. minimum_survivors: the fewest clients a
-    sum may cover. modulus_bits, length: the ring vector. The three hashes have 32 bytes; `DEFERRED_MODEL` as the model's
+    sum may cover. modulus_bits, length: the ring vector. The hashes have 32 bytes; `DEFERRED_MODEL` as the model's
     lets keys be agreed on during the round before, and the true hash is bound when masking.
 
     Raises: ParameterError listing every field that cannot be.
@@ -48,20 +53,29 @@ class SessionParameters:
     minimum_survivors: int
     modulus_bits: int
     length: int
+    backbone_hash: bytes
     layout_hash: bytes
     quantization_hash: bytes
+    mechanism_hash: bytes
     model_hash: bytes
     roster: Roster
+    attempt: int = 0
+    cohort: tuple[bytes, ...] = ()
     session_id: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not self.cohort:
+            object.__setattr__(self, "cohort", tuple(self.roster.members))
         problems = self._problems()
         if problems:
             raise ParameterError("; ".join(problems))
-        object.__setattr__(self, "session_id", labelled_hash("session", self._fields(), self.roster.digest))
+        cohort = labelled_hash("members", *self.cohort)
+        object.__setattr__(
+            self, "session_id", labelled_hash("session", self._fields(), self.roster.digest, cohort)
+        )
 
     def _problems(self) -> list[str]:
-        sizes = {"run_id": 16, "layout_hash": 32, "quantization_hash": 32, "model_hash": 32}
+        sizes = {"run_id": 16, **dict.fromkeys(_HASHES, HASH_BYTES)}
         problems = [
             f"{name} has {len(getattr(self, name))} bytes: must have {size}"
             for name, size in sizes.items()
@@ -69,6 +83,7 @@ class SessionParameters:
         ]
         bounds = {
             "round": (0, (1 << 64) - 1),
+            "attempt": (0, (1 << 32) - 1),
             "clients": (FEWEST_SURVIVORS, min(len(self.roster.members), 1 << 20)),
             "minimum_survivors": (FEWEST_SURVIVORS, self.clients),
             "threshold": (2, self.neighbours),
@@ -79,6 +94,7 @@ class SessionParameters:
             for name, (low, high) in bounds.items()
             if not low <= getattr(self, name) <= high
         ]
+        problems += self._cohort_problems()
         if self.mode not in _MODES or self.graph not in _GRAPHS:
             return [
                 *problems,
@@ -98,31 +114,46 @@ class SessionParameters:
             )
         return problems
 
+    def _cohort_problems(self) -> list[str]:
+        problems = []
+        if len(self.cohort) != self.clients:
+            problems.append(f"clients = {self.clients}: the cohort has {len(self.cohort)} members")
+        if list(self.cohort) != sorted(set(self.cohort)):
+            problems.append("cohort: list every member once, in ascending order")
+        strangers = sum(member not in self.roster.members for member in self.cohort)
+        if strangers:
+            problems.append(f"cohort: {strangers} of its members are not on the roster")
+        return problems
+
     def _fields(self) -> bytes:
         return _LAYOUT.pack(
-            self.run_id, self.round, _MODES.index(self.mode), _GRAPHS.index(self.graph), self.clients, self.neighbours,
-            self.threshold, self.minimum_survivors, self.modulus_bits, self.length, self.layout_hash,
-            self.quantization_hash, self.model_hash,
+            self.run_id, self.round, self.attempt, _MODES.index(self.mode), _GRAPHS.index(self.graph), self.clients,
+            self.neighbours, self.threshold, self.minimum_survivors, self.modulus_bits, self.length, self.backbone_hash,
+            self.layout_hash, self.quantization_hash, self.mechanism_hash, self.model_hash,
         )  # fmt: skip
 
     def to_bytes(self) -> bytes:
-        """Write the parameters as a proposal; the roster travels apart, from the operator."""
-        return bytes([_PROPOSAL_VERSION]) + self._fields()
+        """Write the parameters as a proposal, the cohort last; the roster travels apart, from the operator."""
+        return bytes([_PROPOSAL_VERSION]) + self._fields() + b"".join(self.cohort)
 
     @classmethod
     def from_bytes(cls, data: bytes, *, roster: Roster) -> SessionParameters:
-        """Read a proposal; check its hashes against your own model, layout and quantisation before using it.
+        """Read a proposal. Its hashes are the proposer's: a client's policy holds those it computed itself.
 
         Raises: ProtocolError when it is no valid proposal.
         """
         try:
-            if data[:1] != bytes([_PROPOSAL_VERSION]):
+            head = 1 + _LAYOUT.size
+            if data[:1] != bytes([_PROPOSAL_VERSION]) or len(data) > head + HASH_BYTES * len(roster.members):
                 raise ValueError
-            run_id, number, mode, graph, n, k, t, n_min, m, d, layout, grid, model = _LAYOUT.unpack(data[1:])
+            run_id, number, attempt, mode, graph, n, k, t, n_min, m, d, *hashes = _LAYOUT.unpack(data[1:head])
+            if len(data) != head + HASH_BYTES * n:
+                raise ValueError
+            cohort = tuple(data[place : place + HASH_BYTES] for place in range(head, len(data), HASH_BYTES))
             return cls(
-                run_id=run_id, round=number, mode=_MODES[mode], graph=_GRAPHS[graph], clients=n, neighbours=k,
-                threshold=t, minimum_survivors=n_min, modulus_bits=m, length=d, layout_hash=layout,
-                quantization_hash=grid, model_hash=model, roster=roster,
+                run_id=run_id, round=number, attempt=attempt, mode=_MODES[mode], graph=_GRAPHS[graph], clients=n,
+                neighbours=k, threshold=t, minimum_survivors=n_min, modulus_bits=m, length=d,
+                **dict(zip(_HASHES, hashes, strict=True)), roster=roster, cohort=cohort,
             )  # fmt: skip
         except (ValueError, IndexError, struct.error):
             pass
@@ -133,17 +164,29 @@ class SessionParameters:
 class ClientPolicy:
     """State the least a client insists on; it comes from the client, and the server can only meet it.
 
-    operator: public key of the operator whose roster is trusted. minimum_survivors: the fewest clients a sum may
-    cover. colluders: how many clients may work with the server. minimum_honest: the fewest survivors besides the
-    colluders. modes: the protocols accepted. minimum_threshold, modulus_bits, maximum_length: further bounds.
-    quantization_hash, run_id: this client's own rule and run, when it knows them before the session. deferred_model:
-    whether keys may be agreed on before the model is known. security_bits: for a ring; None means 80 in active mode,
-    where a server could try many rosters until one suits it, and 40 otherwise.
+    operator, federation: public key of the operator whose roster is trusted, and the federation it must be for. run_id: the
+    run this client joined. backbone_hash, layout_hash, quantization_hash, mechanism_hash: what this client computed from its
+    own backbone, vector, rule and mechanism; never taken from a proposal (`hashes`). cohort_rule: who takes part in a round,
+    computed by this client from what is public (`cohort`); the whole roster if nothing is said.
+    minimum_survivors: the fewest clients a sum may cover. colluders: how many clients may work with the server.
+    minimum_honest: the fewest survivors besides the colluders. modes: the protocols accepted. minimum_threshold,
+    modulus_bits, maximum_length: further bounds. deferred_model: whether keys may be agreed on before the model is known.
+    repeat_models: whether this client may answer again for a model it answered for: where each of its vectors carries noise
+    drawn afresh that is paid for, or where going on after a failed round matters more than what a server gains that lies about
+    the failure. security_bits: for a ring; None means 80 in active mode, where a server could try many rosters until
+    one suits it, and 40 otherwise.
 
     Raises: ParameterError for a policy that protects nobody.
     """
 
     operator: bytes
+    federation: str
+    run_id: bytes
+    backbone_hash: bytes
+    layout_hash: bytes
+    quantization_hash: bytes
+    mechanism_hash: bytes
+    cohort_rule: CohortRule = whole_roster
     minimum_survivors: int = FEWEST_SURVIVORS
     colluders: int = 0
     minimum_honest: int = FEWEST_SURVIVORS
@@ -151,9 +194,8 @@ class ClientPolicy:
     modes: frozenset[Mode] = frozenset({"active"})
     modulus_bits: frozenset[int] = frozenset(MODULUS_BITS)
     maximum_length: int = 1 << 40
-    quantization_hash: bytes | None = None
-    run_id: bytes | None = None
     deferred_model: bool = False
+    repeat_models: bool = False
     security_bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -163,16 +205,14 @@ class ClientPolicy:
                 f"{self.colluders}: must be at least {FEWEST_SURVIVORS}, 2 and 0"
             )
 
-    def admit(self, parameters: SessionParameters) -> None:
-        """Refuse a session weaker than this policy.
+    def admit(self, parameters: SessionParameters, *, now: int) -> None:
+        """Refuse a session weaker than this policy; `now` is in seconds since 1970.
 
         Raises: ParameterError naming every parameter that is too weak, with the bound.
         """
         survivors, threshold = parameters.minimum_survivors, parameters.threshold
         needed = max(self.minimum_survivors, self.colluders + self.minimum_honest)
-        problems = []
-        if parameters.roster.operator != self.operator:
-            problems.append("roster: not signed by the operator this client trusts")
+        problems = self._foreign(parameters, now)
         if parameters.mode not in self.modes:
             problems.append(f"mode = {parameters.mode}: this client accepts {', '.join(sorted(self.modes))}")
         if survivors < needed:
@@ -185,14 +225,10 @@ class ClientPolicy:
             )
         if parameters.length > self.maximum_length:
             problems.append(f"length = {parameters.length}: must be at most {self.maximum_length}")
-        if self.quantization_hash not in (None, parameters.quantization_hash):
-            problems.append("quantization_hash: not the rule this client uses")
         if parameters.model_hash == DEFERRED_MODEL and not self.deferred_model:
             problems.append(
                 "model_hash: deferred, and this client wants to know the model before it agrees on keys"
             )
-        if self.run_id not in (None, parameters.run_id):
-            problems.append("run_id: not the run this client joined")
         safe = self._safe_threshold(parameters, parameters.clients)
         if safe is None:
             problems.append(f"neighbours = {parameters.neighbours}: too few for {self.colluders} colluders")
@@ -202,6 +238,26 @@ class ClientPolicy:
             )
         if problems:
             raise ParameterError("; ".join(problems))
+
+    def _foreign(self, parameters: SessionParameters, now: int) -> list[str]:
+        """Return what is not this client's: operator, federation, run, hashes or cohort; and a roster past its time."""
+        roster, problems = parameters.roster, []
+        if roster.operator != self.operator:
+            problems.append("roster: not signed by the operator this client trusts")
+        if roster.federation != self.federation:
+            problems.append("roster: of another federation than this client joined")
+        if now >= roster.expires:
+            problems.append(f"roster: expired at {roster.expires}; ask the operator for a new one")
+        names = ("run_id", "backbone_hash", "layout_hash", "quantization_hash", "mechanism_hash")
+        problems += [
+            f"{name}: not what this client computed or joined"
+            for name in names
+            if getattr(self, name) != getattr(parameters, name)
+        ]
+        expected = self.cohort_rule(roster.members, parameters.run_id, parameters.round, parameters.clients)
+        if tuple(expected) != parameters.cohort:
+            problems.append("cohort: not who takes part in this round by the rule this client computed")
+        return problems
 
     def admit_cohort(self, parameters: SessionParameters, present: int) -> None:
         """Refuse to share secrets when those who showed up are too few for the graph to be safe.

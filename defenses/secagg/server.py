@@ -15,10 +15,11 @@ from defenses.secagg import messages, shamir
 from defenses.secagg.client import Stage
 from defenses.secagg.complaints import Complaint
 from defenses.secagg.graph import Graph, build_graph
-from defenses.secagg.keys import agree, public_of, require_sound_keys, verify_signature
+from defenses.secagg.keys import agree, public_of, require_sound_keys
 from defenses.secagg.masks import Mask, RingVector, add_masks, word_type
 from defenses.secagg.parameters import DEFERRED_MODEL, SessionParameters
 from defenses.secagg.ring import add_packed, packed_bytes, reduce
+from defenses.signatures import verify_signature
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -67,7 +68,7 @@ def _receives(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
 
 
 class ServerSession:
-    """Aggregate one session of ffm-secagg/1 without learning more than the sum.
+    """Aggregate one session of ffm-secagg/2 without learning more than the sum.
 
     For each stage first feed the clients' messages to the `receive_` method (in any order, each client once), then
     ask for what goes back; the first question, or `close_stage`, closes the stage for good. In order:
@@ -75,7 +76,7 @@ class ServerSession:
     `receive_complaint`, then `survivors_message` and `receive_confirmation` in active mode, then `request_for`,
     `receive_response`, `finish`.
 
-    `left_out` are members whose adverts are refused: those the complaints of earlier attempts point at.
+    `left_out` are members of the cohort whose adverts are refused: those the complaints of earlier attempts point at.
 
     Guarantee: a `receive_` method returns the sender's id, or raises ProtocolError and is as if it had not been called,
     so one client's nonsense never ends the session for the others; the same message again is acknowledged and counts
@@ -93,7 +94,7 @@ class ServerSession:
         left_out: Collection[bytes] = (),
     ) -> None:
         self._parameters = parameters
-        self._left_out = frozenset(left_out)
+        self._welcome = frozenset(parameters.cohort).difference(left_out)
         self._accepted: dict[tuple[messages.Kind, bytes], bytes] = {}
         self._complaints: list[Complaint] = []
         self._complainers: set[int] = set()
@@ -197,7 +198,7 @@ class ServerSession:
     @_receives
     def receive_advertisement(self, message: bytes) -> bytes:
         """Accept a client's advert and return its id."""
-        self._bound(message, messages.HEADER_BYTES + messages.ADVERT_BYTES)
+        messages.require_size(message, messages.HEADER_BYTES + messages.ADVERT_BYTES)
         advert = messages.read_advert(message)
         statement = advert.statement(self._parameters.session_id)
         signed = statement + advert.signature
@@ -208,7 +209,7 @@ class ServerSession:
             raise ProtocolError
         keys = (advert.channel_key, advert.mask_key)
         require_sound_keys(keys)
-        if self._keys.intersection(keys) or advert.id in self._left_out:
+        if self._keys.intersection(keys) or advert.id not in self._welcome:
             raise ProtocolError
         self._verify(advert.id, advert.signature, statement)
         self._adverts[advert.id] = advert
@@ -244,7 +245,9 @@ class ServerSession:
     @_receives
     def receive_shares(self, message: bytes) -> bytes:
         """Accept a client's encrypted shares and return its id."""
-        self._bound(message, messages.HEADER_BYTES + 128 + messages.CIPHERTEXT_BYTES * len(self._order))
+        messages.require_size(
+            message, messages.HEADER_BYTES + 128 + messages.CIPHERTEXT_BYTES * len(self._order)
+        )
         sealed = messages.SealedShares.from_bytes(message)
         statement = sealed.statement(self._setup_transcript)
         signed = statement + sealed.signature
@@ -258,12 +261,6 @@ class ServerSession:
         self._shares[place] = sealed
         self._commitments[place] = sealed.commitment
         return self._accept(messages.Kind.SHARES, sealed.id, signed, len(message))
-
-    @staticmethod
-    def _bound(message: bytes | bytearray | memoryview, largest: int) -> None:
-        """Refuse an oversized message before taking it apart."""
-        if len(message) > largest:
-            raise ProtocolError
 
     def _verify(self, owner: bytes, signature: bytes, statement: bytes) -> None:
         verify_signature(self._parameters.roster.members[owner], signature, statement)
@@ -301,7 +298,7 @@ class ServerSession:
         and the dealers are in `complaints`.
         """
         largest = messages.HEADER_BYTES + 96 + len(self._order) // 8 + 1 + 32 * len(self._order)
-        self._bound(message, largest)
+        messages.require_size(message, largest)
         complaint = messages.SignedBody.from_bytes(message, messages.Kind.COMPLAINT)
         statement = complaint.statement("complaint", self._setup_transcript)
         signed = statement + complaint.signature
@@ -349,7 +346,7 @@ class ServerSession:
         """Add a client's masked vector to the accumulator and return its id."""
         bits = self._parameters.modulus_bits
         size = packed_bytes(self._parameters.length, bits)
-        self._bound(message, messages.HEADER_BYTES + messages.ID_BYTES + 64 + size)
+        messages.require_size(message, messages.HEADER_BYTES + messages.ID_BYTES + 64 + size)
         upload = messages.SignedBody.from_bytes(message, messages.Kind.MASKED)
         statement = upload.statement("masked", self._transcript)
         signed = statement + upload.signature
@@ -391,7 +388,7 @@ class ServerSession:
     @_receives
     def receive_confirmation(self, message: bytes) -> bytes:
         """Accept a client's signature on the set of survivors and return its id."""
-        self._bound(message, messages.HEADER_BYTES + messages.ID_BYTES + 64)
+        messages.require_size(message, messages.HEADER_BYTES + messages.ID_BYTES + 64)
         owner, signature = messages.read_confirmation(message)
         statement = self._alive_statement()
         if self._again(messages.Kind.CONFIRMATION, owner, statement + signature):
@@ -448,7 +445,7 @@ class ServerSession:
     @_receives
     def receive_response(self, message: bytes) -> bytes:
         """Accept a client's shares of its neighbours' secrets and return its id."""
-        self._bound(message, messages.HEADER_BYTES + 96 + shamir.SHARE_BYTES * len(self._order))
+        messages.require_size(message, messages.HEADER_BYTES + 96 + shamir.SHARE_BYTES * len(self._order))
         response = messages.SignedBody.from_bytes(message, messages.Kind.RESPONSE)
         statement = response.statement("response", self._transcript)
         signed = statement + response.signature

@@ -31,6 +31,7 @@ from ffm_secure.privacy.accounts import refuse_repartition
 from ffm_secure.privacy.mechanism import Mechanism, calibrate
 from ffm_secure.protection.codec import VectorCodec, codec_for
 from ffm_secure.protection.enrolment import enrol
+from ffm_secure.protection.masked import SessionBinding
 from ffm_secure.records import RoundRecord
 from ffm_secure.registry import LIFECYCLES
 from ffm_secure.run_spec import RunSpec
@@ -334,6 +335,20 @@ class Simulation:
         return self.task.evaluate(self.trainable.model, examples, device=self.spec.device)
 
 
+def _binding(prepared: Prepared) -> SessionBinding | None:
+    """Bind what sites of secure aggregation hold a session to; None without it, as hashing a backbone takes a while."""
+    if prepared.config.protection.kind != "secagg":
+        return None
+    trained = {id(parameter) for parameter in prepared.trainable.parameters.values()}
+    named = prepared.trainable.model.named_parameters()
+    frozen = {name: value for name, value in named if id(value) not in trained}
+    return SessionBinding(
+        backbone=models.fingerprint(frozen),
+        layout=prepared.spec.layout_digest,
+        mechanism=prepared.spec.mechanism_digest,
+    )
+
+
 def build(prepared: Prepared, folder: Path) -> Simulation:
     """Encode the owners' rows, open the ledger, enrol everybody; after this the run can start."""
     config, spec = prepared.config, prepared.spec
@@ -346,7 +361,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
     if spec.mechanism.noise_multiplier and folder.is_dir():
         content = json.dumps({"noise_multiplier": spec.mechanism.noise_multiplier}).encode()
         write_atomic(folder / "noise.json", content)
-    enrolment = enrol(config, spec.codec, spec.owners)
+    enrolment = enrol(config, spec.codec, spec.owners, _binding(prepared))
     server = ServerContext(
         spec=spec,
         trainable=prepared.trainable,

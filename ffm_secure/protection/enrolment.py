@@ -14,7 +14,13 @@ from ffm_secure.config.run_file import RunConfig
 from ffm_secure.protection.base import ClientSide, ServerSide
 from ffm_secure.protection.codec import VectorCodec
 from ffm_secure.protection.encrypted import EncryptedClient, EncryptedServer, SharedKey, encrypted_terms
-from ffm_secure.protection.masked import MaskedClient, MaskedServer, MaskedTerms, sharing_graph
+from ffm_secure.protection.masked import (
+    MaskedClient,
+    MaskedServer,
+    MaskedTerms,
+    SessionBinding,
+    sharing_graph,
+)
 from ffm_secure.protection.plain import PlainClient, PlainServer
 
 
@@ -26,28 +32,46 @@ class Enrolment:
     sites: tuple[ClientSide, ...]
 
 
-def enrol(config: RunConfig, codec: VectorCodec, owners: Sequence[str]) -> Enrolment:
+_FOREVER = (1 << 64) - 1
+"""The roster of a simulation lives as long as its process."""
+
+
+def enrol(
+    config: RunConfig,
+    codec: VectorCodec,
+    owners: Sequence[str],
+    binding: SessionBinding | None = None,
+) -> Enrolment:
     """Make every party's half of the protection that a run file names, with keys from the system's randomness."""
     if config.protection.kind in ("bfv", "ckks"):
         return _encrypted(config, codec, owners)
     if config.protection.kind == "secagg":
-        return _masked(config, codec, owners)
+        return _masked(config, codec, owners, binding or SessionBinding())
     server = PlainServer(codec, compatibility.minimum_survivors(config))
     return Enrolment(server=server, sites=tuple(PlainClient(codec) for _ in owners))
 
 
-def _masked(config: RunConfig, codec: VectorCodec, owners: Sequence[str]) -> Enrolment:
+def _masked(
+    config: RunConfig, codec: VectorCodec, owners: Sequence[str], binding: SessionBinding
+) -> Enrolment:
     source = RandomSource.system()
     operator = secagg.Identity.generate(source)
     identities = tuple(secagg.Identity.generate(source) for _ in owners)
     terms = MaskedTerms(
         config=config,
         codec=codec,
-        roster=secagg.Roster.issue(operator, [identity.public_key for identity in identities]),
+        roster=secagg.Roster.issue(
+            operator,
+            [identity.public_key for identity in identities],
+            federation=config.name,
+            serial=0,
+            expires=_FOREVER,
+        ),
         graph=sharing_graph(config),
         members=tuple(identity.id for identity in identities),
+        binding=binding,
     )
-    sites = tuple(MaskedClient(identity, terms, operator.public_key) for identity in identities)
+    sites = tuple(MaskedClient(identity, terms, operator.public_key, lambda: 0) for identity in identities)
     return Enrolment(server=MaskedServer(terms), sites=sites)
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from defenses import he
+from defenses import he, secagg
 from defenses.errors import ProtocolError
 from defenses.secagg import ring
 from ffm_secure.config import compatibility
@@ -254,7 +254,8 @@ def test_large_cohorts_share_on_a_ring_that_clients_accept(
     round_plan = RoundPlan(
         run_id=bytes(16), round=1, cohort=tuple(range(cohort)), fingerprint="aa" * 32, mechanism=""
     )
-    site._policy.admit(site._terms.session(round_plan))  # raises if a client would refuse
+    policy = site._terms.policy(site._operator, round_plan)
+    policy.admit(site._terms.session(round_plan), now=0)  # raises if a client would refuse
 
 
 def test_nobody_colluding_and_nobody_lying_needs_two_shares() -> None:
@@ -341,3 +342,29 @@ def test_a_stage_that_encryption_lacks_is_refused(stage: str) -> None:
     )
     with pytest.raises(PlanRefused, match=f"'{stage}' does not exist"):
         compatibility.check(made)
+
+
+def test_a_site_that_deals_rubbish_is_left_out_of_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its victim misses one round, not the run; the dealer misses the rest."""
+    made = make(
+        task={"clients": 5},
+        federation={"cohort": 5},
+        protection={"kind": "secagg", "threshold": 3, "colluding": 1},
+    )
+    codec = real_codec(size=5, clients=5, value_bits=8, bound=1.0, max_weight=1, carries_loss=False)
+    enrolment = enrol(made, codec, [str(number) for number in range(5)])
+    plan = dataclasses.replace(ROUND, cohort=(0, 1, 2, 3, 4))
+    honest, dealer = secagg.ServerSession._ciphertext, enrolment.server.terms.members[0]  # type: ignore[attr-defined]
+    victim = enrolment.server.terms.members[3]  # type: ignore[attr-defined]
+
+    def spoiled(session: secagg.ServerSession, sender: int, receiver: int) -> bytes:
+        """Stand for a ciphertext that its dealer signed although nobody can open it."""
+        pair = (session._order[sender], session._order[receiver])
+        return bytes(86) if pair == (dealer, victim) else honest(session, sender, receiver)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(secagg.ServerSession, "_ciphertext", spoiled)
+        assert carry(enrolment, plan, {}).survivors == (0, 1, 2, 4)
+    for number in (2, 3):
+        following = dataclasses.replace(plan, round=number, fingerprint=f"{number:02x}" * 32)
+        assert carry(enrolment, following, {}).survivors == (1, 2, 3, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,9 @@ from defenses.random_source import RandomSource
 from defenses.secagg import (
     ClientPolicy,
     ClientSession,
+    Contribution,
     Identity,
+    ReplayGuard,
     Roster,
     ServerSession,
     SessionParameters,
@@ -25,6 +28,55 @@ from defenses.secagg.driver import Outcome
 from defenses.secagg.graph import Mode, threshold_above
 from defenses.secagg.masks import RingVector, word_type
 from defenses.secagg.ring import reduce
+
+
+NOW = 1_000_000_000
+FEDERATION = "hospitals"
+HASHES = {
+    "backbone_hash": b"b" * 32, "layout_hash": b"l" * 32, "quantization_hash": b"q" * 32, "mechanism_hash": b"d" * 32,
+}  # fmt: skip
+
+
+def issue(operator: Identity, people: list[Identity], **changes: object) -> Roster:
+    """Sign a roster of these people, valid for a day."""
+    settings: dict[str, object] = {"federation": FEDERATION, "serial": 1, "expires": NOW + 86_400, **changes}
+    return Roster.issue(operator, [person.public_key for person in people], **settings)  # type: ignore[arg-type]
+
+
+def mask(
+    session: ClientSession,
+    delivery: bytes,
+    vector: RingVector,
+    *,
+    update: bytes | None = None,
+    model_hash: bytes | None = None,
+) -> memoryview:
+    """Mask a vector, named by its session unless it has another name, of the session's own model."""
+    own = session._parameters
+    return session.mask(
+        delivery,
+        vector,
+        update=update if update is not None else hashlib.sha256(session.id + own.session_id).digest(),
+        model_hash=model_hash if model_hash is not None else own.model_hash,
+    )
+
+
+def bring(
+    parties: Parties, vector_of: Callable[[bytes], RingVector | None]
+) -> Callable[[bytes], Contribution | None]:
+    """Name each client's vector by its session, as `drive` wants it."""
+    parameters = parties.parameters
+
+    def contribution(owner: bytes) -> Contribution | None:
+        vector = vector_of(owner)
+        name = hashlib.sha256(owner + parameters.session_id).digest()
+        return (
+            None
+            if vector is None
+            else Contribution(vector=vector, update=name, model_hash=parameters.model_hash)
+        )
+
+    return contribution
 
 
 @dataclass(frozen=True)
@@ -39,14 +91,17 @@ class Parties:
 
     def clients(self) -> dict[bytes, ClientSession]:
         return {
-            owner: ClientSession(person, self.parameters, self.policy, self.source.derive("client", place))
+            owner: ClientSession(
+                person, self.parameters, self.policy, self.source.derive("client", place), now=NOW
+            )
             for place, (owner, person) in enumerate(self.people.items())
         }
 
     def clients_without_guard(self, owner: bytes) -> ClientSession:
         """Return one client in a process that remembers nothing."""
-        fresh = Identity(self.people[owner].seed())
-        return ClientSession(fresh, self.parameters, self.policy, self.source.derive("fresh", owner.hex()))
+        fresh = Identity(self.people[owner].seed(), guard=ReplayGuard.in_memory())
+        stream = self.source.derive("fresh", owner.hex())
+        return ClientSession(fresh, self.parameters, self.policy, stream, now=NOW)
 
     def server(self) -> ServerSession:
         return ServerSession(self.parameters, source=self.source.derive("server"))
@@ -59,7 +114,9 @@ class Parties:
         }
 
     def next_round(self, **changes: object) -> Parties:
+        """Go on to another round, and with it to another model; or to whatever else is named."""
         changes.setdefault("round", self.parameters.round + 1)
+        changes.setdefault("model_hash", hashlib.sha256(f"model {changes['round']}".encode()).digest())
         return replace(self, parameters=replace(self.parameters, **changes))  # type: ignore[arg-type]
 
 
@@ -85,14 +142,15 @@ def gather(
         run_id=source.random_bytes(16), round=1, mode=mode, graph="complete" if neighbours is None else "harary",
         clients=count, neighbours=degree,
         threshold=threshold or threshold_above(neighbours=degree, corrupted=colluders, mode=mode),
-        minimum_survivors=minimum_survivors, modulus_bits=modulus_bits, length=length, layout_hash=b"l" * 32,
-        quantization_hash=b"q" * 32, model_hash=b"m" * 32,
-        roster=Roster.issue(operator, [person.public_key for person in people]),
+        minimum_survivors=minimum_survivors, modulus_bits=modulus_bits, length=length, model_hash=b"m" * 32,
+        roster=issue(operator, people), **HASHES,
     )  # fmt: skip
     settings: dict[str, object] = {"modes": frozenset({mode}), "colluders": colluders, **policy}
     return Parties(
         source, operator, {person.id: person for person in people}, parameters,
-        ClientPolicy(operator=operator.public_key, **settings),  # type: ignore[arg-type]
+        ClientPolicy(
+            operator=operator.public_key, federation=FEDERATION, run_id=parameters.run_id, **{**HASHES, **settings},
+        ),  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -109,7 +167,7 @@ def run(
 ) -> tuple[Outcome, dict[bytes, RingVector]]:
     """Drive one session over random vectors."""
     vectors = parties.vectors()
-    return drive(parties.clients(), parties.server(), vectors.__getitem__, drop), vectors  # type: ignore[arg-type]
+    return drive(parties.clients(), parties.server(), bring(parties, vectors.__getitem__), drop), vectors  # type: ignore[arg-type]
 
 
 def assert_exact(outcome: Outcome, vectors: Mapping[bytes, RingVector]) -> None:
@@ -157,7 +215,7 @@ def play(parties: Parties, until: Stage) -> Table:
         server.delivery_for(table.ids[0])
     if until > Stage.MASK:
         each(
-            lambda owner, session: session.mask(server.delivery_for(owner), table.vectors[owner]),
+            lambda owner, session: mask(session, server.delivery_for(owner), table.vectors[owner]),
             server.receive_masked_input,
         )
     if until > Stage.CONFIRM and parties.parameters.mode == "active":
@@ -173,7 +231,7 @@ def assert_left(session: ClientSession) -> None:
     for call in (
         session.advertise,
         lambda: session.share(b""),
-        lambda: session.mask(b"", np.zeros(11, dtype=np.uint32)),
+        lambda: mask(session, b"", np.zeros(11, dtype=np.uint32)),
         lambda: session.confirm(b""),
         lambda: session.unmask(b""),
     ):

@@ -6,6 +6,7 @@ keys, the adverts, all messages. Where it matters, the attack is shown to work o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ import pytest
 from defenses.errors import ParameterError, ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import (
-    ClientPolicy,
+    ReplayGuard,
     ClientSession,
     Identity,
     Roster,
@@ -25,7 +26,20 @@ from defenses.secagg import (
 )
 from defenses.secagg.keys import public_of
 from defenses.secagg.masks import Mask, add_masks
-from tests.secagg.parties import Parties, Table, assert_exact_sum, assert_left, gather, play, refused, run
+from tests.secagg.parties import (
+    NOW,
+    Parties,
+    Table,
+    assert_exact_sum,
+    assert_left,
+    bring,
+    gather,
+    issue,
+    mask,
+    play,
+    refused,
+    run,
+)
 
 # R0 and R1: who is there
 
@@ -79,7 +93,7 @@ def tampered_rosters(table: Table) -> dict[str, bytes]:
     }
     written["not sorted"] = messages.write_roster(reversed(adverts))
     written["nobody"] = messages.header(messages.Kind.ROSTER)
-    written["another version"] = b"\x02" + written["own advert missing"][1:]
+    written["another version"] = b"\x01" + table.server.roster_message()[1:]
     written["cut short"] = table.server.roster_message()[:-1]
     return written
 
@@ -141,7 +155,11 @@ def test_a_client_with_another_model_cannot_be_in_the_same_session():
     table = play(parties, Stage.ADVERTISE)
     ids = table.ids
     split = ClientSession(
-        Identity(parties.people[ids[0]].seed()), other.parameters, parties.policy, parties.source
+        Identity(parties.people[ids[0]].seed(), guard=ReplayGuard.in_memory()),
+        other.parameters,
+        parties.policy,
+        parties.source,
+        now=NOW,
     )
     adverts = {ids[0]: split.advertise(), **{owner: table.clients[owner].advertise() for owner in ids[1:]}}
     refused(lambda: table.server.receive_advertisement(adverts[ids[0]]))
@@ -151,14 +169,22 @@ def test_a_client_with_another_model_cannot_be_in_the_same_session():
 
 
 @pytest.mark.parametrize("changes", [{"round": 2}, {"mode": "semi_honest"}, {"run_id": b"r" * 16}, {"threshold": 4},
-                                     {"layout_hash": b"L" * 32}, {"quantization_hash": b"Q" * 32}])  # fmt: skip
+                                     {"layout_hash": b"L" * 32}, {"quantization_hash": b"Q" * 32}, {"attempt": 1},
+                                     {"backbone_hash": b"B" * 32}, {"mechanism_hash": b"D" * 32}])  # fmt: skip
 def test_an_advert_of_another_session_is_refused(changes: dict[str, object]):
     """Replay and downgrade: the same identities under any other parameters sign something else."""
     parties = gather(5)
-    policy = replace(parties.policy, modes=frozenset({"active", "semi_honest"}))
+    own = {name: value for name, value in changes.items() if name.endswith("_hash") or name == "run_id"}
+    policy = replace(parties.policy, modes=frozenset({"active", "semi_honest"}), **own)
     other = replace(parties, parameters=replace(parties.parameters, **changes), policy=policy)
     person = next(iter(parties.people.values()))
-    elsewhere = ClientSession(Identity(person.seed()), other.parameters, policy, parties.source)
+    elsewhere = ClientSession(
+        Identity(person.seed(), guard=ReplayGuard.in_memory()),
+        other.parameters,
+        policy,
+        parties.source,
+        now=NOW,
+    )
     refused(lambda: parties.server().receive_advertisement(elsewhere.advertise()))
 
 
@@ -171,7 +197,7 @@ def test_two_clients_with_different_rosters_cannot_read_each_other():
     sealed_one = messages.SealedShares.from_bytes(one.share(everybody))
     two.share(fewer)
     delivery = messages.write_delivery([(0, sealed_one.ciphertexts[0])], 4)
-    refused(lambda: two.mask(delivery, table.vectors[ids[1]]))
+    refused(lambda: mask(two, delivery, table.vectors[ids[1]]))
 
 
 # Policy
@@ -187,6 +213,10 @@ WEAKER: list[tuple[dict[str, object], dict[str, object], str]] = [
     ({}, {"maximum_length": 10}, "length = 11"),
     ({}, {"quantization_hash": b"other" * 6}, "quantization_hash"),
     ({}, {"run_id": b"other" * 3}, "run_id"),
+    ({}, {"backbone_hash": b"other" * 6}, "backbone_hash"),
+    ({}, {"layout_hash": b"other" * 6}, "layout_hash"),
+    ({}, {"mechanism_hash": b"other" * 6}, "mechanism_hash"),
+    ({}, {"federation": "another"}, "roster: of another federation"),
     ({}, {"operator": b"x" * 32}, "roster: not signed by the operator"),
     ({"graph": "harary", "neighbours": 4, "threshold": 3}, {"colluders": 1}, "neighbours = 4: too few"),
 ]
@@ -201,14 +231,14 @@ def test_parameters_weaker_than_the_clients_policy_are_refused(
     parameters = replace(parties.parameters, **proposed)
     person = next(iter(parties.people.values()))
     with pytest.raises(ParameterError, match=message):
-        ClientSession(person, parameters, policy, parties.source)
+        ClientSession(person, parameters, policy, parties.source, now=NOW)
     assert not person.guard.rounds  # a refused proposal does not use up the round
 
 
 @pytest.mark.parametrize("settings", [{"minimum_survivors": 2}, {"minimum_honest": 1}, {"colluders": -1}])
 def test_a_policy_that_protects_nobody_is_refused(settings: dict[str, int]):
     with pytest.raises(ParameterError):
-        ClientPolicy(operator=b"o" * 32, **settings)
+        replace(gather(3).policy, **settings)
 
 
 def test_a_cohort_shrunk_until_the_ring_is_unsafe_is_refused():
@@ -226,18 +256,23 @@ def test_a_cohort_shrunk_until_the_ring_is_unsafe_is_refused():
 
 def test_a_roster_comes_from_the_operator_alone():
     operator, server, *people = (Identity.generate(RandomSource.seeded(seed)) for seed in range(6))
-    roster = Roster.issue(operator, [person.public_key for person in people])
+    roster = issue(operator, people)
     assert Roster.from_bytes(roster.to_bytes(), operator=operator.public_key) == roster
-    forged = Roster.issue(server, [person.public_key for person in people])
+    forged = issue(server, people)
     refused(lambda: Roster.from_bytes(forged.to_bytes(), operator=operator.public_key))
     refused(
         lambda: Roster(
-            operator=operator.public_key, public_keys=forged.public_keys, signature=forged.signature
+            operator=operator.public_key,
+            federation=forged.federation,
+            serial=forged.serial,
+            expires=forged.expires,
+            public_keys=forged.public_keys,
+            signature=forged.signature,
         )
     )
     extended = (*roster.public_keys, server.public_key)
     with pytest.raises((ProtocolError, ParameterError)):
-        Roster(operator=operator.public_key, public_keys=extended, signature=roster.signature)
+        replace(roster, public_keys=extended)
     data = roster.to_bytes()
     for damaged in (
         b"",
@@ -246,16 +281,22 @@ def test_a_roster_comes_from_the_operator_alone():
         data + b"\0",
         data[:1] + data[33:],
         data[:40] + data[8:],
+        data[:5] + bytes([data[5] ^ 1]) + data[6:],  # serial
+        data[:15] + bytes([data[15] ^ 1]) + data[16:],  # expiry
+        data[:20] + bytes([data[20] ^ 1]) + data[21:],  # name
+        b"\x01" + data[1:],
     ):
         refused(lambda damaged=damaged: Roster.from_bytes(damaged, operator=operator.public_key))
     with pytest.raises(ParameterError):
-        Roster.issue(operator, [people[0].public_key, people[0].public_key])
+        issue(operator, [people[0], people[0]])
 
 
 def test_an_identity_off_the_roster_takes_no_part():
     parties = gather(4)
     with pytest.raises(ParameterError, match="not on the operator's roster"):
-        ClientSession(Identity.generate(parties.source), parties.parameters, parties.policy, parties.source)
+        ClientSession(
+            Identity.generate(parties.source), parties.parameters, parties.policy, parties.source, now=NOW
+        )
 
 
 # R2: shares delivered
@@ -269,8 +310,8 @@ def test_an_altered_share_is_refused():
         delivery = bytearray(fresh.server.delivery_for(owner))
         delivery[position] ^= 1
         refused(
-            lambda fresh=fresh, delivery=delivery: fresh.clients[owner].mask(
-                bytes(delivery), fresh.vectors[owner]
+            lambda fresh=fresh, delivery=delivery: mask(
+                fresh.clients[owner], bytes(delivery), fresh.vectors[owner]
             )
         )
         assert_left(fresh.clients[owner])
@@ -290,7 +331,7 @@ def test_shares_cannot_be_swapped_replayed_or_turned_back():
     ]
     for attack in attacks:
         fresh = play(gather(5), Stage.MASK)
-        refused(lambda f=fresh, a=attack: f.clients[owner].mask(messages.write_delivery(a, 4), vector))
+        refused(lambda f=fresh, a=attack: mask(f.clients[owner], messages.write_delivery(a, 4), vector))
         assert_left(fresh.clients[owner])
 
 
@@ -331,7 +372,7 @@ def test_a_survivor_i_never_heard_from_is_refused():
     victim, absent = table.ids[0], 3
     rows = [row for row in messages.read_delivery(table.server.delivery_for(victim), 5) if row[0] != absent]
     session = table.clients[victim]
-    session.mask(messages.write_delivery(rows, 5), table.vectors[victim])
+    mask(session, messages.write_delivery(rows, 5), table.vectors[victim])
     refused(lambda: session.confirm(messages.write_survivors(range(6), 6)))
     assert_left(session)
 
@@ -391,7 +432,7 @@ def test_a_response_has_one_secret_of_each_neighbour(mode: str):
     table = play(parties, Stage.MASK)
     ids = table.ids
     for owner in ids[1:]:
-        upload = table.clients[owner].mask(table.server.delivery_for(owner), table.vectors[owner])
+        upload = mask(table.clients[owner], table.server.delivery_for(owner), table.vectors[owner])
         table.server.receive_masked_input(upload)
     if mode == "active":
         for owner in ids[1:]:
@@ -413,10 +454,10 @@ def test_a_late_upload_of_a_client_declared_dead_stays_hidden():
     parties = gather(6)
     table = play(parties, Stage.MASK)
     ids, server = table.ids, table.server
-    late = table.clients[ids[0]].mask(server.delivery_for(ids[0]), table.vectors[ids[0]])
+    late = mask(table.clients[ids[0]], server.delivery_for(ids[0]), table.vectors[ids[0]])
     for owner in ids[1:]:
         server.receive_masked_input(
-            table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner])
+            mask(table.clients[owner], server.delivery_for(owner), table.vectors[owner])
         )
     for owner in ids[1:]:
         server.receive_confirmation(table.clients[owner].confirm(server.survivors_message()))
@@ -448,7 +489,7 @@ def test_stages_only_move_forward():
     calls: dict[Stage, Callable[[ClientSession], object]] = {
         Stage.ADVERTISE: lambda session: session.advertise(),
         Stage.SHARE: lambda session: session.share(b""),
-        Stage.MASK: lambda session: session.mask(b"", np.zeros(11, dtype=np.uint32)),
+        Stage.MASK: lambda session: mask(session, b"", np.zeros(11, dtype=np.uint32)),
         Stage.CONFIRM: lambda session: session.confirm(b""),
         Stage.UNMASK: lambda session: session.unmask(b""),
     }
@@ -492,11 +533,13 @@ def test_a_round_is_entered_once_and_rounds_only_grow():
     person = next(iter(parties.people.values()))
     for round_number in (0, 1):
         earlier = replace(parties.parameters, round=round_number)
-        refused(lambda earlier=earlier: ClientSession(person, earlier, parties.policy, parties.source))
-    ClientSession(person, replace(parties.parameters, round=2), parties.policy, parties.source)
-    restarted = Identity(person.seed(), guard=type(person.guard)(person.guard.rounds))
+        refused(
+            lambda earlier=earlier: ClientSession(person, earlier, parties.policy, parties.source, now=NOW)
+        )
+    ClientSession(person, replace(parties.parameters, round=2), parties.policy, parties.source, now=NOW)
+    restarted = Identity(person.seed(), guard=person.guard)
     again = replace(parties.parameters, round=2)
-    refused(lambda: ClientSession(restarted, again, parties.policy, parties.source))
+    refused(lambda: ClientSession(restarted, again, parties.policy, parties.source, now=NOW))
 
 
 # Differencing
@@ -506,29 +549,32 @@ def test_resubmitting_an_update_gives_it_away_and_is_refused():
     """Two sums over cohorts that differ by one client are that client's vector; naming the update prevents it."""
     parties = gather(5)
     ids, vectors = list(parties.people), parties.vectors()
-    first = open_with(parties, vectors, skip=None, named=False)
-    second = open_with(parties.next_round(), vectors, skip=ids[2], named=False)
-    np.testing.assert_array_equal(first - second, vectors[ids[2]])  # the attack, where updates have no names
+    first = open_with(parties, vectors, skip=None, remember=False)
+    second = open_with(parties.next_round(), vectors, skip=ids[2], remember=False)
+    np.testing.assert_array_equal(
+        first - second, vectors[ids[2]]
+    )  # the attack, where clients remember nothing
 
     fresh = gather(5, seed=1)
     vectors = fresh.vectors()
-    open_with(fresh, vectors, skip=None, named=True)
+    open_with(fresh, vectors, skip=None, remember=True)
     with pytest.raises(ProtocolError):
-        open_with(fresh.next_round(), vectors, skip=ids[2], named=True)
+        open_with(fresh.next_round(), vectors, skip=ids[2], remember=True)
 
 
 def open_with(
-    parties: Parties, vectors: dict[bytes, np.ndarray], *, skip: bytes | None, named: bool
+    parties: Parties, vectors: dict[bytes, np.ndarray], *, skip: bytes | None, remember: bool
 ) -> np.ndarray:
-    clients, server = parties.clients(), parties.server()
+    forgetful = {owner: parties.clients_without_guard(owner) for owner in parties.people}
+    clients, server = parties.clients() if remember else forgetful, parties.server()
     present = {owner: session for owner, session in clients.items() if owner != skip}
     for session in present.values():
         server.receive_advertisement(session.advertise())
     for session in present.values():
         server.receive_shares(session.share(server.roster_message()))
     for owner, session in present.items():
-        update = b"update 1 of " + owner if named else None
-        server.receive_masked_input(session.mask(server.delivery_for(owner), vectors[owner], update=update))
+        update = hashlib.sha256(b"update 1 of " + owner).digest()
+        server.receive_masked_input(mask(session, server.delivery_for(owner), vectors[owner], update=update))
     for session in present.values():
         server.receive_confirmation(session.confirm(server.survivors_message()))
     for owner, session in present.items():
@@ -541,11 +587,13 @@ def test_an_update_that_left_may_not_be_retried_even_after_an_abort():
     parties = gather(4)
     table = play(parties, Stage.MASK)
     owner = table.ids[0]
-    table.clients[owner].mask(table.server.delivery_for(owner), table.vectors[owner], update=b"u")
+    mask(table.clients[owner], table.server.delivery_for(owner), table.vectors[owner], update=b"u" * 32)
     table.clients[owner].discard()
     again = play(parties.next_round(), Stage.MASK)
     refused(
-        lambda: again.clients[owner].mask(again.server.delivery_for(owner), again.vectors[owner], update=b"u")
+        lambda: mask(
+            again.clients[owner], again.server.delivery_for(owner), again.vectors[owner], update=b"u" * 32
+        )
     )
 
 
@@ -556,5 +604,5 @@ def test_rows_touched_by_one_client_show_in_the_sum():
     loner = list(parties.people)[2]
     vectors[loner][7] = 4242
     parties_clients = parties.clients()
-    opened = drive(parties_clients, parties.server(), vectors.__getitem__)
+    opened = drive(parties_clients, parties.server(), bring(parties, vectors.__getitem__))
     assert opened.sum.vector.tolist() == [0] * 7 + [4242] + [0] * 3

@@ -12,7 +12,14 @@ from defenses.random_source import RandomSource
 from defenses.secagg import ClientSession, Stage, messages, shamir
 from defenses.secagg.keys import agree, public_of
 from defenses.secagg.masks import Mask, add_masks
-from tests.secagg.parties import Table, gather, play, refused
+from tests.secagg.parties import (
+    NOW,
+    Table,
+    gather,
+    mask,
+    play,
+    refused,
+)
 
 CORRUPTED = 3
 
@@ -52,7 +59,7 @@ def test_a_threshold_one_too_low_opens_a_client_and_the_policy_refuses_it():
     parties = gather(7, threshold=4)
     table = play(parties, Stage.MASK)
     ids, server = table.ids, table.server
-    uploads = [table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner]) for owner in ids]
+    uploads = [mask(table.clients[owner], server.delivery_for(owner), table.vectors[owner]) for owner in ids]
     self_shares, key_shares = answers_of_a_split_cohort(table)
     transcript = table.clients[ids[0]].transcript
     secret, key = (shamir.combine(dict(list(shares.items())[:4])) for shares in (self_shares, key_shares))
@@ -74,7 +81,7 @@ def test_a_threshold_one_too_low_opens_a_client_and_the_policy_refuses_it():
 def test_the_same_split_fails_at_the_required_threshold():
     table = play(gather(7, threshold=5, colluders=CORRUPTED, minimum_survivors=6), Stage.MASK)
     for owner in table.ids:
-        table.clients[owner].mask(table.server.delivery_for(owner), table.vectors[owner])
+        mask(table.clients[owner], table.server.delivery_for(owner), table.vectors[owner])
     with pytest.raises(ProtocolError):
         answers_of_a_split_cohort(table)
 
@@ -84,7 +91,7 @@ def test_a_client_that_hears_only_from_corrupted_neighbours_masks_nothing():
     table = play(gather(7, colluders=CORRUPTED, minimum_survivors=6), Stage.MASK)
     victim = table.ids[0]
     rows = messages.read_delivery(table.server.delivery_for(victim), 6)[:CORRUPTED]
-    refused(lambda: table.clients[victim].mask(messages.write_delivery(rows, 6), table.vectors[victim]))
+    refused(lambda: mask(table.clients[victim], messages.write_delivery(rows, 6), table.vectors[victim]))
 
 
 def test_two_clients_with_one_stream_of_randomness_do_not_take_part_together():
@@ -92,7 +99,9 @@ def test_two_clients_with_one_stream_of_randomness_do_not_take_part_together():
     parties = gather(4)
     ids = list(parties.people)
     twins = [
-        ClientSession(parties.people[owner], parties.parameters, parties.policy, RandomSource.seeded(99))
+        ClientSession(
+            parties.people[owner], parties.parameters, parties.policy, RandomSource.seeded(99), now=NOW
+        )
         for owner in ids[:2]
     ]
     server = parties.server()
@@ -116,9 +125,9 @@ def test_a_phantom_survivor_opens_nothing():
     ids, server = table.ids, table.server
     for owner in ids[1:]:
         server.receive_masked_input(
-            table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner])
+            mask(table.clients[owner], server.delivery_for(owner), table.vectors[owner])
         )
-    table.clients[ids[0]].mask(server.delivery_for(ids[0]), table.vectors[ids[0]])  # lost on the way
+    mask(table.clients[ids[0]], server.delivery_for(ids[0]), table.vectors[ids[0]])  # lost on the way
     server._uploaded.add(0)
     for owner in ids:
         server.receive_confirmation(table.clients[owner].confirm(server.survivors_message()))
@@ -157,7 +166,7 @@ def test_whatever_a_lying_server_says_no_honest_client_is_opened(data: st.DataOb
         if data.draw(st.booleans()):
             rows = [row for row in rows if data.draw(st.booleans()) or row[0] % 2]
         try:
-            session.mask(messages.write_delivery(rows, count - 1), table.vectors[ids[place]])
+            mask(session, messages.write_delivery(rows, count - 1), table.vectors[ids[place]])
             confirmation = session.confirm(messages.write_survivors(claims[told[place]], count))
         except ProtocolError:
             continue

@@ -23,14 +23,16 @@ from defenses.secagg import (
     messages,
     shamir,
 )
-from defenses.secagg.keys import verify_signature
+from defenses.signatures import verify_signature
 from tests.secagg.parties import (
     Parties,
     Table,
     assert_exact,
     assert_exact_sum,
     assert_left,
+    bring,
     gather,
+    mask,
     play,
     refused,
 )
@@ -63,7 +65,7 @@ def play_spoiled(parties: Parties, victims: set[int]) -> Table:
 def complain(table: Table, owner: bytes) -> bytes:
     """Let a client meet the shares that do not open and return its complaint."""
     session = table.clients[owner]
-    refused(lambda: session.mask(table.server.delivery_for(owner), table.vectors[owner]))
+    refused(lambda: mask(session, table.server.delivery_for(owner), table.vectors[owner]))
     assert_left(session)
     return session.complaint
 
@@ -88,7 +90,7 @@ def test_a_dealer_of_undecipherable_shares_is_named_and_left_out_of_the_next_att
     clients = following.clients()
     refused(lambda: again.receive_advertisement(following.clients_without_guard(ids[0]).advertise()))
     vectors = parties.vectors()
-    outcome = drive(clients, again, vectors.__getitem__)
+    outcome = drive(clients, again, bring(following, vectors.__getitem__))
     assert_exact(outcome, vectors)
     assert set(outcome.sum.survivors) == set(ids[1:])
 
@@ -104,7 +106,7 @@ def test_the_driver_carries_complaints_and_the_others_go_on():
 
     parties = gather(6)
     ids, vectors = list(parties.people), parties.vectors()
-    outcome = drive(parties.clients(), Spoiling(parties.parameters), vectors.__getitem__)
+    outcome = drive(parties.clients(), Spoiling(parties.parameters), bring(parties, vectors.__getitem__))
     assert_exact(outcome, vectors)
     assert set(outcome.sum.survivors) == set(ids) - {ids[2]}
     assert [(each.accuser, each.accused) for each in outcome.complaints] == [(ids[2], ids[0])]
@@ -135,7 +137,7 @@ def test_a_complaint_is_signed_about_what_the_dealer_signed_and_instead_of_a_vec
     ):
         refused(lambda bad=bad: server.receive_complaint(bad))
     assert server.complaints == ()
-    upload = table.clients[ids[2]].mask(server.delivery_for(ids[2]), table.vectors[ids[2]])
+    upload = mask(table.clients[ids[2]], server.delivery_for(ids[2]), table.vectors[ids[2]])
     server.receive_masked_input(upload)
     rows = messages.read_delivery(server.delivery_for(ids[2]), 5)
     refused(lambda: server.receive_complaint(forged_complaint(table, ids[2], rows[:1], ids[2])))
@@ -148,7 +150,7 @@ def test_who_complained_cannot_upload_in_the_same_session():
     table = play(gather(5), Stage.MASK)
     ids, server = table.ids, table.server
     rows = messages.read_delivery(server.delivery_for(ids[0]), 4)
-    upload = table.clients[ids[0]].mask(server.delivery_for(ids[0]), table.vectors[ids[0]])
+    upload = mask(table.clients[ids[0]], server.delivery_for(ids[0]), table.vectors[ids[0]])
     server.receive_complaint(forged_complaint(table, ids[0], rows[:1], ids[0]))
     refused(lambda: server.receive_masked_input(upload))
 
@@ -160,7 +162,7 @@ def test_shares_altered_by_the_server_make_no_complaint_an_honest_server_takes()
     delivery = bytearray(table.server.delivery_for(owner))
     delivery[10] ^= 1
     session = table.clients[owner]
-    refused(lambda: session.mask(bytes(delivery), table.vectors[owner]))
+    refused(lambda: mask(session, bytes(delivery), table.vectors[owner]))
     assert session.complaint
     refused(lambda: table.server.receive_complaint(session.complaint))
 
@@ -168,7 +170,7 @@ def test_shares_altered_by_the_server_make_no_complaint_an_honest_server_takes()
 def test_other_failures_leave_no_complaint():
     table = play(gather(5), Stage.MASK)
     session = table.clients[table.ids[0]]
-    refused(lambda: session.mask(b"\x01\x03rubbish", table.vectors[table.ids[0]]))
+    refused(lambda: mask(session, b"\x02\x03rubbish", table.vectors[table.ids[0]]))
     assert session.complaint == b""
 
 
@@ -365,7 +367,7 @@ def test_an_early_question_does_not_end_the_session():
     server.close_stage()
     too_early(server.finish, server.survivors_message, lambda: server.request_for(ids[0]), server.close_stage)
     for owner, session in clients.items():
-        server.receive_masked_input(session.mask(server.delivery_for(owner), table.vectors[owner]))
+        server.receive_masked_input(mask(session, server.delivery_for(owner), table.vectors[owner]))
     server.close_stage()
     too_early(server.finish, lambda: server.request_for(ids[0]), server.close_stage)
     for session in clients.values():
@@ -415,7 +417,7 @@ def respond(table: Table, stage: Stage, owner: bytes) -> bytes:
     if stage is Stage.SHARE:
         return session.share(server.roster_message(owner))
     if stage is Stage.MASK:
-        return bytes(session.mask(server.delivery_for(owner), table.vectors[owner]))
+        return bytes(mask(session, server.delivery_for(owner), table.vectors[owner]))
     if stage is Stage.CONFIRM:
         return session.confirm(server.survivors_message(owner))
     return session.unmask(server.request_for(owner))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from defenses.errors import ProtocolError
-from defenses.secagg import ClientSession, ServerSession, Stage, messages
+from defenses.secagg import ClientSession, ReplayGuard, ServerSession, Stage, messages
 from defenses.secagg.client import _Secrets
-from tests.secagg.parties import Table, gather, play
+from tests.secagg.parties import Table, gather, mask, play
 
 QUICK, MANY = 5_000, 100_000
 LENGTH = 3
@@ -67,7 +67,7 @@ def valid_for_server(table: Table, stage: Stage) -> list[bytes]:
         Stage.ADVERTISE: lambda owner, session: session.advertise(),
         Stage.SHARE: lambda owner, session: session.share(server.roster_message()),
         Stage.MASK: lambda owner, session: bytes(
-            session.mask(server.delivery_for(owner), table.vectors[owner])
+            mask(session, server.delivery_for(owner), table.vectors[owner])
         ),
         Stage.CONFIRM: lambda owner, session: session.confirm(server.survivors_message()),
         Stage.UNMASK: lambda owner, session: session.unmask(server.request_for(owner)),
@@ -120,7 +120,7 @@ def respond(session: ClientSession, stage: Stage, message: bytes) -> object:
     if stage is Stage.SHARE:
         return session.share(message)
     if stage is Stage.MASK:
-        return session.mask(message, np.zeros(LENGTH, dtype=np.uint32))
+        return mask(session, message, np.zeros(LENGTH, dtype=np.uint32))
     return session.confirm(message) if stage is Stage.CONFIRM else session.unmask(message)
 
 
@@ -140,6 +140,7 @@ class Snapshot:
         held.channels = {place: bytearray(key) for place, key in self._channels.items()}
         vars(self._session).update(self._state)
         self._session._secrets = held
+        self._session._identity.guard = ReplayGuard.in_memory()
         self._session._channel_key = self._channel_key and bytearray(self._channel_key)
 
 

@@ -1,7 +1,9 @@
-"""Known answers: the byte-exact specification of ffm-secagg/1, and the primitives it stands on.
+"""Known answers: the byte-exact specification of ffm-secagg/2, and the primitives it stands on.
 
-The session vector is a three-client session with byte-filled keys, computed by a separate prototype of the
-specification. The RFC values are from the documents named beside them; where an independent implementation is at hand
+The session vector is a three-client session with byte-filled keys. Its figures were printed by `tests/secagg/prototype.py`,
+which shares no code with the package (`python -m tests.secagg.prototype`), and the test holds package and prototype to them.
+Version 2 changed the label, the session id (attempt, cohort, backbone, mechanism) and the roster; the Shamir figures are
+those of version 1. The RFC values are from the documents named beside them; where an independent implementation is at hand
 (`cryptography` for HKDF, a direct curve computation for X25519) the test computes them a second way too.
 """
 
@@ -18,13 +20,25 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from defenses.errors import ProtocolError
-from defenses.secagg import ClientPolicy, Identity, Roster, SessionParameters, messages, shamir
+from defenses.secagg import (
+    ClientPolicy,
+    Identity,
+    ReplayGuard,
+    Roster,
+    SessionParameters,
+    choose_cohort,
+    messages,
+    shamir,
+)
 from defenses.secagg.client import ClientSession
 from defenses.secagg.graph import build_graph
-from defenses.secagg.keys import LABEL, agree, derive_key, public_of, verify_signature
+from defenses.secagg.keys import LABEL, agree, derive_key, public_of
 from defenses.secagg.masks import Mask, add_masks, keystream
 from defenses.secagg.ring import reduce
 from defenses.secagg.server import ServerSession
+from defenses.signatures import verify_signature
+from tests.secagg import prototype
+from tests.secagg.parties import NOW, mask
 
 HEX = bytes.fromhex
 
@@ -46,9 +60,10 @@ def test_keystream_words():
 def test_graph_of_eight():
     graph = build_graph("harary", count=8, neighbours=4, transcript=bytes(32))
     expected = [
-        [1, 3, 4, 6], [0, 2, 3, 6], [1, 5, 6, 7], [0, 1, 4, 5], [0, 3, 5, 7], [2, 3, 4, 7], [0, 1, 2, 7], [2, 4, 5, 6],
+        [1, 2, 4, 5], [0, 3, 4, 7], [0, 4, 5, 6], [1, 4, 6, 7], [0, 1, 2, 3], [0, 2, 6, 7], [2, 3, 5, 7], [1, 3, 5, 6],
     ]  # fmt: skip
     assert [graph.neighbours(member) for member in range(8)] == expected
+    assert prototype.ring(8, 4, bytes(32)) == expected
 
 
 def test_shamir_shares():
@@ -101,41 +116,59 @@ def filled(first: int, client: int) -> bytes:
     return bytes([first + client]) * 32
 
 
-def test_session_of_three():
-    people = [Identity(filled(0x01, j)) for j in range(3)]
-    operator = Identity(b"o" * 32)
-    parameters = SessionParameters(
-        run_id=bytes(range(16)), round=7, mode="active", graph="complete", clients=3, neighbours=2, threshold=2,
-        minimum_survivors=3, modulus_bits=32, length=8, layout_hash=filled(0xA0, 0), quantization_hash=filled(0xA1, 0),
-        model_hash=filled(0xA2, 0), roster=Roster.issue(operator, [person.public_key for person in people]),
+def known_parameters(people: list[Identity], operator: Identity) -> SessionParameters:
+    keys = [person.public_key for person in people]
+    return SessionParameters(
+        run_id=bytes(range(16)), round=7, attempt=2, mode="active", graph="complete", clients=3, neighbours=2,
+        threshold=2, minimum_survivors=3, modulus_bits=32, length=8, backbone_hash=filled(0xA0, 0),
+        layout_hash=filled(0xA1, 0), quantization_hash=filled(0xA2, 0), mechanism_hash=filled(0xA3, 0),
+        model_hash=filled(0xA4, 0),
+        roster=Roster.issue(operator, keys, federation="known answers", serial=5, expires=2_000_000_000),
     )  # fmt: skip
-    assert (
-        parameters.roster.digest.hex() == "9038b4e873c1d604938a7cf507f91e8f152b242f7da702d7545741026ffeb8a8"
-    )
-    assert parameters.session_id.hex() == "373f95a6062511fa9401d1db6dea449677ff83983e721bdb4b62b4d3ba103032"
+
+
+def test_session_of_three():
+    people = [Identity(filled(0x01, j), guard=ReplayGuard.in_memory()) for j in range(3)]
+    operator = Identity(b"o" * 32, guard=ReplayGuard.in_memory())
+    parameters = known_parameters(people, operator)
+    registered, session, known_transcript = prototype.known_session()
+    assert parameters.roster.digest == registered
+    assert registered.hex() == "e838560d04b2bbb55a676ae870f29bde1ddc242ac3c660b355632ee9f30eb40f"
+    assert parameters.session_id == session
+    assert session.hex() == "c5d4704432eadb95f7ff848357066659e761ea3332627fbea58ab8e75dcc7833"
     assert people[0].id.hex() == "34750f98bd59fcfc946da45aaabe933be154a4b5094e1c4abf42866505f3c97e"
     server = ServerSession(parameters)
-    policy = ClientPolicy(operator=operator.public_key)
+    policy = ClientPolicy(
+        operator=operator.public_key, federation="known answers", run_id=parameters.run_id,
+        backbone_hash=filled(0xA0, 0), layout_hash=filled(0xA1, 0), quantization_hash=filled(0xA2, 0),
+        mechanism_hash=filled(0xA3, 0),
+    )  # fmt: skip
     clients = []
     for j, person in enumerate(people):
         script = Scripted([filled(0x11, j), filled(0x21, j), filled(0x31, j), filled(0x41, j)])
-        clients.append(ClientSession(person, parameters, policy, script))
+        clients.append(ClientSession(person, parameters, policy, script, now=NOW))
     for client in clients:
         server.receive_advertisement(client.advertise())
     for client in clients:
         server.receive_shares(client.share(server.roster_message()))
     transcript = clients[0].transcript
-    assert transcript.hex() == "942766d4f17476b17944eba9f9feabab355be93b364f72432ddaf0d11eb1564b"
+    assert transcript == known_transcript
+    assert transcript.hex() == "e8c5041b7a5bb6e9072ffa7aa6d02f276a3192a724ecb86a73dc30a5f73ed8bc"
     check_session_keys(transcript, people)
     vectors = [
         (np.arange(8, dtype=np.int64) * (j + 1) - 5).astype(np.uint64).astype(np.uint32) for j in range(3)
     ]
     uploads = [
-        client.mask(server.delivery_for(client.id), vector) for client, vector in zip(clients, vectors)
+        mask(client, server.delivery_for(client.id), vector) for client, vector in zip(clients, vectors)
     ]
+    members = prototype.three()
+    for member, upload, vector in zip(members, uploads, vectors):
+        body = messages.SignedBody.from_bytes(upload, messages.Kind.MASKED).body
+        expected = prototype.masked(member, members, transcript, vector.tolist())
+        assert np.frombuffer(body, dtype="<u4").tolist() == expected
     body = messages.SignedBody.from_bytes(uploads[0], messages.Kind.MASKED).body
     assert np.frombuffer(body, dtype="<u4").tolist() == [
-        0x2DB5402E, 0xCD5507B1, 0xD079F526, 0x0331F9E1, 0x01758C5D, 0xC4C701C1, 0xCCD9B541, 0xD3480EB8,
+        0x3721DBB1, 0x07A897EE, 0x7FAE7DC7, 0x2CA229F6, 0x0C0A71C2, 0xA06FC7A5, 0xE6827987, 0x80430CE9,
     ]  # fmt: skip
     for upload in uploads:
         server.receive_masked_input(upload)
@@ -148,6 +181,13 @@ def test_session_of_three():
     ]  # fmt: skip
 
 
+def test_cohort_of_two_in_three():
+    ids = [member.id for member in prototype.three()]
+    chosen = choose_cohort(ids, seed=filled(0x51, 0), run_id=bytes(16), round_number=9, size=2)
+    assert list(chosen) == prototype.cohort(ids, seed=filled(0x51, 0), run=bytes(16), number=9, size=2)
+    assert [member.hex()[:8] for member in chosen] == ["6a3803d5", "b62e867f"]
+
+
 def check_session_keys(transcript: bytes, people: list[Identity]) -> None:
     """Compare the seeds and commitments of the session vector."""
 
@@ -156,18 +196,16 @@ def check_session_keys(transcript: bytes, people: list[Identity]) -> None:
         seed = messages.pair_seed(shared, transcript=transcript, one=people[one].id, other=people[other].id)
         return seed.hex()
 
-    assert pair(0, 1) == "10efa1e6374cccd5614de85136aff652fa9d1385f2e54041a8a7c14364be5485" == pair(1, 0)
-    assert pair(0, 2) == "4b49149665bffe617c284d8c790df47604d2f641bbfe568469ecb209a4626242"
-    assert pair(1, 2) == "8c6becdb717be88c7814a4e26a90b9767e4c9b024b8e56282ff08befef9131f9"
-    assert [f"{w:08x}" for w in keystream(HEX(pair(0, 1)), 4, np.uint32)] == [
-        "2a742a42", "b7675241", "f5e3dcd0", "ad0c4280",
-    ]  # fmt: skip
+    assert pair(0, 1) == "ccf997627d475d0cc96b128d527d7a944449bd6ac16fcc54c2be8b9bf5fc9509" == pair(1, 0)
+    assert pair(0, 2) == "60ca3e5a4983fc76faf6410dafc7d7184b7b4dfeb1b2d1f3caf42340b5350e21"
+    assert pair(1, 2) == "8765a413127acaac60c3c0c2cb14e83b2639f84dfeef5fc2c94e8c76d4237733"
+    assert keystream(HEX(pair(0, 1)), 4, np.uint32).tolist() == prototype.words(HEX(pair(0, 1)), 4)
     owner = people[0].id
     assert messages.self_seed(filled(0x31, 0), transcript=transcript, owner=owner).hex() == (
-        "a33792a1226b37a5f280b063ac0ae0c92921672f1ddc65c1315dbce810208709"
+        "2b2c06d1484e687be9b9417b84d624b40e1dd89754a8ffb9585ec0325995ed44"
     )
     assert messages.self_commitment(transcript, owner, filled(0x31, 0)).hex() == (
-        "c6825d2ed4a9b9d6732d5ae088da9694efd1abb809bc7877dff3c5ebfada70e4"
+        "59ecec546160952ee8368b8396d9c3c73f651f6e5c8f3db5634ef702e09d5358"
     )
 
 
@@ -250,7 +288,7 @@ def test_ed25519_section_7_1_of_rfc_8032():
         ),
     ]  # fmt: skip
     for seed, message, public_key, signature in rows:
-        identity = Identity(HEX(seed))
+        identity = Identity(HEX(seed), guard=ReplayGuard.in_memory())
         assert identity.public_key.hex() == public_key
         assert identity.sign(HEX(message)).hex() == signature
         verify_signature(identity.public_key, HEX(signature), HEX(message))
@@ -301,9 +339,9 @@ def test_fast_masks_equal_their_definition(word: type, length: int):
     masks = [Mask(bytes([seed]) * 32, negative=bool(seed % 2)) for seed in range(5)]
     vector = np.arange(length, dtype=word)
     expected = vector.copy()
-    for mask in masks:
-        stream = keystream(mask.seed, length, word)
-        expected = expected - stream if mask.negative else expected + stream
+    for each in masks:
+        stream = keystream(each.seed, length, word)
+        expected = expected - stream if each.negative else expected + stream
     add_masks(vector, masks)
     np.testing.assert_array_equal(vector, expected)
 

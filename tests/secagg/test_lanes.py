@@ -13,7 +13,7 @@ from defenses.errors import ParameterError, ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import Lanes, Quantizer, Stage, drive, frame, from_signed, signed, unframe
 from defenses.secagg.ring import largest_sum
-from tests.secagg.parties import gather
+from tests.secagg.parties import bring, gather
 
 
 def written_out(values: list[int], lanes: Lanes) -> list[int]:
@@ -123,7 +123,7 @@ def test_a_session_over_lanes_gives_the_sum_of_the_survivors():
     def words(owner: bytes) -> np.ndarray:
         return frame(lanes.pack(integers[owner]), weight=1, modulus_bits=64)
 
-    outcome = drive(parties.clients(), parties.server(), words, {lost: Stage.MASK})
+    outcome = drive(parties.clients(), parties.server(), bring(parties, words), {lost: Stage.MASK})
     opened = unframe(outcome.sum.vector, survivors=4, modulus_bits=64)
     expected = np.sum([integers[owner] for owner in reals if owner != lost], axis=0)
     np.testing.assert_array_equal(lanes.unpack(opened.payload, length), expected)

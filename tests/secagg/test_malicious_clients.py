@@ -9,7 +9,17 @@ import pytest
 
 from defenses.errors import ProtocolError
 from defenses.secagg import ServerSession, Stage, drive, frame, messages, unframe
-from tests.secagg.parties import Table, assert_exact, assert_exact_sum, gather, play, refused, run
+from tests.secagg.parties import (
+    Table,
+    assert_exact,
+    assert_exact_sum,
+    bring,
+    gather,
+    mask,
+    play,
+    refused,
+    run,
+)
 
 
 def corrupted_answer(table: Table, owner: bytes) -> bytes:
@@ -64,7 +74,7 @@ def test_nobody_can_speak_for_another_client():
     """Uploads, confirmations and answers are signed: a corrupted client cannot pre-empt an honest one."""
     table = play(gather(5), Stage.MASK)
     ids, server = table.ids, table.server
-    mine = table.clients[ids[0]].mask(server.delivery_for(ids[0]), table.vectors[ids[0]])
+    mine = mask(table.clients[ids[0]], server.delivery_for(ids[0]), table.vectors[ids[0]])
     stolen = bytearray(mine)
     stolen[2:34] = ids[1]
     refused(lambda: server.receive_masked_input(bytes(stolen)))
@@ -72,7 +82,7 @@ def test_nobody_can_speak_for_another_client():
     assert server.receive_masked_input(mine) == ids[0]  # a retransmission is acknowledged, and counts once
     for owner in ids[1:]:
         server.receive_masked_input(
-            table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner])
+            mask(table.clients[owner], server.delivery_for(owner), table.vectors[owner])
         )
     confirmation = table.clients[ids[0]].confirm(server.survivors_message())
     refused(lambda: server.receive_confirmation(confirmation[:2] + ids[1] + confirmation[34:]))
@@ -93,7 +103,7 @@ def test_nobody_can_speak_for_another_client():
 def test_a_refused_upload_leaves_the_accumulator_alone():
     table = play(gather(4), Stage.MASK)
     server, owner = table.server, table.ids[0]
-    good = bytes(table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner]))
+    good = bytes(mask(table.clients[owner], server.delivery_for(owner), table.vectors[owner]))
     for bad in (good[:-1], good + b"\0", good[:-1] + bytes([good[-1] ^ 1]), good[:98], b""):
         refused(lambda bad=bad: server.receive_masked_input(bad))
         assert not server._accumulator.any()
@@ -107,7 +117,7 @@ def test_a_garbled_sum_is_noticed_by_the_count_coordinate():
     vectors = {owner: frame(payload, weight=1, modulus_bits=32) for owner in parties.people}
     loner = next(iter(parties.people))
     vectors[loner] = vectors[loner] * np.uint32(2)
-    opened = drive(parties.clients(), parties.server(), vectors.__getitem__)
+    opened = drive(parties.clients(), parties.server(), bring(parties, vectors.__getitem__))
     refused(lambda: unframe(opened.sum.vector, survivors=4, modulus_bits=32))
 
 
@@ -116,7 +126,7 @@ def test_the_masked_vector_of_one_client_looks_uniform():
     parties = gather(3, length=40_000, modulus_bits=16)
     table = play(parties, Stage.MASK)
     owner = table.ids[0]
-    upload = table.clients[owner].mask(table.server.delivery_for(owner), np.zeros(40_000, dtype=np.uint32))
+    upload = mask(table.clients[owner], table.server.delivery_for(owner), np.zeros(40_000, dtype=np.uint32))
     counts = np.bincount(np.frombuffer(upload[98:], dtype=np.uint8), minlength=256)
     expected = 80_000 / 256
     assert 170 < float(((counts - expected) ** 2 / expected).sum()) < 350
@@ -144,11 +154,11 @@ def test_a_client_can_push_one_other_out_but_not_touch_the_sum_of_the_rest():
             signature = parties.people[owner].sign(unsigned.statement(table.clients[owner].transcript))
             message = messages.SealedShares(owner, sealed.commitment, signature, spoiled).to_bytes()
         server.receive_shares(message)
-    refused(lambda: table.clients[ids[1]].mask(server.delivery_for(ids[1]), table.vectors[ids[1]]))
+    refused(lambda: mask(table.clients[ids[1]], server.delivery_for(ids[1]), table.vectors[ids[1]]))
     staying = [ids[0], *ids[2:]]
     for owner in staying:
         server.receive_masked_input(
-            table.clients[owner].mask(server.delivery_for(owner), table.vectors[owner])
+            mask(table.clients[owner], server.delivery_for(owner), table.vectors[owner])
         )
     for owner in staying:
         server.receive_confirmation(table.clients[owner].confirm(server.survivors_message()))

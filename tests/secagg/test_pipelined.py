@@ -10,7 +10,13 @@ import pytest
 from defenses.errors import ParameterError, ProtocolError
 from defenses.secagg import DEFERRED_MODEL, ClientSession, ServerSession, Stage, messages
 from defenses.secagg.graph import Mode
-from tests.secagg.parties import Parties, gather, play, refused
+from tests.secagg.parties import (
+    Parties,
+    gather,
+    mask,
+    play,
+    refused,
+)
 
 
 def deferred(mode: Mode, count: int = 5) -> Parties:
@@ -23,7 +29,7 @@ def model_of(round_number: int) -> bytes:
 
 
 def sessions(parties: Parties, round_number: int) -> tuple[dict[bytes, ClientSession], ServerSession]:
-    parties = parties.next_round(round=round_number)
+    parties = parties.next_round(round=round_number, model_hash=DEFERRED_MODEL)
     parties = replace(parties, source=parties.source.derive("round", round_number))
     return parties.clients(), parties.server()
 
@@ -47,7 +53,7 @@ def test_a_steady_round_takes_two_client_messages_and_one_more_to_confirm(mode: 
         deliveries = {owner: server.delivery_for(owner) for owner in owners}
         server.bind_model(model_of(round_number))
         for owner in owners:
-            upload = now[owner].mask(deliveries[owner], vectors[owner], model_hash=model_of(round_number))
+            upload = mask(now[owner], deliveries[owner], vectors[owner], model_hash=model_of(round_number))
             parts = messages.unbundle(messages.bundle([upload, following[owner].advertise()]))
             server.receive_masked_input(parts[0])
             next_server.receive_advertisement(bytes(parts[1]))
@@ -77,7 +83,7 @@ def test_a_client_lost_between_rounds_is_recovered_like_any_other():
     vector = np.arange(11, dtype=np.uint32)
     for owner in owners[1:]:
         server.receive_masked_input(
-            clients[owner].mask(server.delivery_for(owner), vector, model_hash=model_of(1))
+            mask(clients[owner], server.delivery_for(owner), vector, model_hash=model_of(1))
         )
     for owner in owners[1:]:
         server.receive_confirmation(clients[owner].confirm(server.survivors_message()))
@@ -101,10 +107,10 @@ def test_a_split_model_is_found_out_before_any_share_is_given_up():
     deliveries = {owner: server.delivery_for(owner) for owner in owners}
     server.bind_model(model_of(1))
     vector = np.zeros(11, dtype=np.uint32)
-    odd = clients[owners[0]].mask(deliveries[owners[0]], vector, model_hash=model_of(2))
+    odd = mask(clients[owners[0]], deliveries[owners[0]], vector, model_hash=model_of(2))
     refused(lambda: server.receive_masked_input(odd))
     for owner in owners[1:]:
-        clients[owner].mask(deliveries[owner], vector, model_hash=model_of(1))
+        mask(clients[owner], deliveries[owner], vector, model_hash=model_of(1))
     everybody = messages.write_survivors(range(5), 5)
     confirmations = [messages.read_confirmation(clients[owner].confirm(everybody))[1] for owner in owners]
     for owner in owners[1:]:
@@ -117,7 +123,7 @@ def test_masks_of_clients_with_different_models_do_not_cancel():
     clients, server, owners = play_deferred(deferred("semi_honest"))
     zero = np.zeros(11, dtype=np.uint32)
     uploads = [
-        clients[owner].mask(server.delivery_for(owner), zero, model_hash=model_of(1 + (owner == owners[0])))
+        mask(clients[owner], server.delivery_for(owner), zero, model_hash=model_of(1 + (owner == owners[0])))
         for owner in owners
     ]
     seeds = {bytes(upload[98:]) for upload in uploads}
@@ -131,9 +137,12 @@ def test_a_deferred_model_must_be_named_once_and_be_allowed():
         strict.clients()
     clients, server, owners = play_deferred(parties)
     delivery = server.delivery_for(owners[0])
-    with pytest.raises(ParameterError, match="name the model"):
-        clients[owners[0]].mask(delivery, np.zeros(11, dtype=np.uint32))
-    upload = clients[owners[0]].mask(delivery, np.zeros(11, dtype=np.uint32), model_hash=model_of(1))
+    for unnamed in (None, b"", b"model"):
+        with pytest.raises(ParameterError, match="model_hash: name it"):
+            clients[owners[0]].mask(
+                delivery, np.zeros(11, dtype=np.uint32), update=b"u" * 32, model_hash=unnamed
+            )
+    upload = mask(clients[owners[0]], delivery, np.zeros(11, dtype=np.uint32), model_hash=model_of(1))
     refused(lambda: server.receive_masked_input(upload))
     server.bind_model(model_of(1))
     with pytest.raises(ProtocolError):
@@ -148,10 +157,10 @@ def test_a_model_named_up_front_cannot_be_exchanged_when_masking():
         table.server.bind_model(model_of(1))
     session = table.clients[owner]
     refused(
-        lambda: session.mask(table.server.delivery_for(owner), table.vectors[owner], model_hash=model_of(1))
+        lambda: mask(session, table.server.delivery_for(owner), table.vectors[owner], model_hash=model_of(1))
     )
     other = table.clients[table.ids[1]]
-    other.mask(table.server.delivery_for(other.id), table.vectors[other.id], model_hash=b"m" * 32)
+    mask(other, table.server.delivery_for(other.id), table.vectors[other.id], model_hash=b"m" * 32)
 
 
 def test_bundles_are_taken_apart_whole_or_not_at_all():
@@ -161,7 +170,7 @@ def test_bundles_are_taken_apart_whole_or_not_at_all():
     for damaged in (
         whole[:-1],
         whole + b"\0",
-        b"\x01\x08" + whole[2:],
+        b"\x02\x08" + whole[2:],
         whole[:2] + b"\xff" * 8 + whole[10:],
         b"",
     ):

@@ -23,7 +23,13 @@ from defenses.secagg import (
     unframe,
 )
 from defenses.secagg.graph import Mode
-from tests.secagg.parties import assert_exact, gather, run
+from tests.secagg.parties import (
+    assert_exact,
+    bring,
+    gather,
+    mask,
+    run,
+)
 
 STAGES: dict[Mode, list[Stage]] = {
     "active": [Stage.ADVERTISE, Stage.SHARE, Stage.MASK, Stage.CONFIRM, Stage.UNMASK],
@@ -144,7 +150,7 @@ def test_a_quantised_weighted_sum_from_end_to_end():
         payload = grid.encode(reals[owner], source=source, weight=weights[owner])
         return frame(payload, weight=weights[owner], modulus_bits=32)
 
-    outcome = drive(parties.clients(), parties.server(), ring_vector)
+    outcome = drive(parties.clients(), parties.server(), bring(parties, ring_vector))
     opened = unframe(outcome.sum.vector, survivors=5, modulus_bits=32, max_weight=7, value_bits=16)
     assert opened.total_weight == sum(weights.values())
     mean = grid.decode_sum(opened.payload) / opened.total_weight
@@ -164,7 +170,12 @@ def test_the_driver_asks_for_vectors_lazily_and_never_for_a_lost_client():
         asked.append(owner)
         return vectors[owner]
 
-    outcome = drive(parties.clients(), parties.server(), train, {ids[1]: Stage.SHARE, ids[2]: Stage.CONFIRM})
+    outcome = drive(
+        parties.clients(),
+        parties.server(),
+        bring(parties, train),
+        {ids[1]: Stage.SHARE, ids[2]: Stage.CONFIRM},
+    )
     assert asked == [ids[0], *ids[2:]]
     assert_exact(outcome, vectors)
 
@@ -174,7 +185,9 @@ def test_a_client_whose_training_fails_counts_as_lost():
     vectors = parties.vectors()
     failing = list(parties.people)[3]
     outcome = drive(
-        parties.clients(), parties.server(), lambda owner: None if owner == failing else vectors[owner]
+        parties.clients(),
+        parties.server(),
+        bring(parties, lambda owner: None if owner == failing else vectors[owner]),
     )
     assert_exact(outcome, vectors)
     assert dict(outcome.lost) == {failing: Stage.MASK}
@@ -186,14 +199,14 @@ def test_a_client_whose_training_fails_counts_as_lost():
 def test_a_vector_of_the_wrong_kind_is_the_callers_mistake(bad: np.ndarray):
     parties = gather(3)
     with pytest.raises(ParameterError, match="this session sums uint32 of shape"):
-        drive(parties.clients(), parties.server(), lambda owner: bad)
+        drive(parties.clients(), parties.server(), bring(parties, lambda owner: bad))
 
 
 def test_the_callers_vector_is_not_changed_and_may_be_a_view():
     parties = gather(3)
     backing = {owner: np.repeat(vector, 2) for owner, vector in parties.vectors().items()}
     copies = {owner: vector.copy() for owner, vector in backing.items()}
-    outcome = drive(parties.clients(), parties.server(), lambda owner: backing[owner][::2])
+    outcome = drive(parties.clients(), parties.server(), bring(parties, lambda owner: backing[owner][::2]))
     assert_exact(outcome, {owner: vector[::2] for owner, vector in copies.items()})
     assert all((backing[owner] == copies[owner]).all() for owner in copies)
 
@@ -235,7 +248,7 @@ def peak_of_server(count: int, length: int) -> int:
         server.receive_shares(session.share(server.roster_message()))
     vector, peak = np.ones(length, dtype=np.uint32), 0
     for owner, session in list(clients.items())[1:]:
-        message = session.mask(server.delivery_for(owner), vector)
+        message = mask(session, server.delivery_for(owner), vector)
         tracemalloc.start()
         server.receive_masked_input(message)
         peak = max(peak, tracemalloc.get_traced_memory()[1])
@@ -270,7 +283,12 @@ def test_proposals_travel_as_bytes():
     read = SessionParameters.from_bytes(parameters.to_bytes(), roster=parameters.roster)
     assert read == parameters
     assert read.session_id == parameters.session_id
-    for damaged in (b"", b"\x02" + parameters.to_bytes()[1:], parameters.to_bytes() + b"\0"):
+    proposal = parameters.to_bytes()
+    for damaged in (
+        b"", b"\x01" + proposal[1:], proposal + b"\0", proposal[:-1], proposal[:-32], proposal + proposal[-32:],
+        proposal[:-64] + proposal[-32:] + proposal[-64:-32], proposal[:-1] + bytes([proposal[-1] ^ 1]),
+        proposal + bytes(1 << 20),
+    ):  # fmt: skip
         with pytest.raises(ProtocolError):
             SessionParameters.from_bytes(damaged, roster=parameters.roster)
 
@@ -284,7 +302,8 @@ CHANGES: list[dict[str, object]] = [
     {"threshold": 2, "neighbours": 4}, {"threshold": 5}, {"minimum_survivors": 2}, {"minimum_survivors": 6},
     {"modulus_bits": 20}, {"length": 0}, {"model_hash": b""}, {"layout_hash": b"x" * 31}, {"quantization_hash": b"x"},
     {"graph": "star"}, {"mode": "trusting"}, {"neighbours": 3}, {"graph": "harary", "neighbours": 3},
-    {"graph": "harary", "neighbours": 4}, {"clients": 6, "neighbours": 5},
+    {"graph": "harary", "neighbours": 4}, {"clients": 6, "neighbours": 5}, {"attempt": -1}, {"attempt": 1 << 32},
+    {"backbone_hash": b"x"}, {"mechanism_hash": b""}, {"cohort": (b"x" * 32,) * 5}, {"clients": 4, "neighbours": 3},
 ]  # fmt: skip
 
 
@@ -297,6 +316,7 @@ def test_parameters_that_cannot_be_are_refused(changes: dict[str, object]):
 
 @pytest.mark.parametrize("changes", [{"run_id": b"x" * 16}, {"round": 9}, {"length": 12}, {"model_hash": b"M" * 32},
                                      {"layout_hash": b"L" * 32}, {"quantization_hash": b"Q" * 32},
+                                     {"backbone_hash": b"B" * 32}, {"mechanism_hash": b"D" * 32}, {"attempt": 1},
                                      {"modulus_bits": 64}, {"threshold": 4}, {"minimum_survivors": 4}], ids=describe)  # fmt: skip
 def test_every_parameter_is_in_the_session_id(changes: dict[str, object]):
     parties = gather(5)

@@ -12,8 +12,8 @@ import pytest
 
 from defenses.errors import ParameterError, ProtocolError
 from defenses.random_source import RandomSource
-from defenses.secagg import ClientSession, Identity, Mask, ServerSession, Stage
-from tests.secagg.parties import gather, play
+from defenses.secagg import ReplayGuard, ClientSession, Identity, Mask, ServerSession, Stage
+from tests.secagg.parties import NOW, gather, mask, play
 
 
 def spoken_forms(secret: bytes) -> list[str]:
@@ -70,10 +70,10 @@ def everything_in_the_error(call: Callable[[], object]) -> str:
 
 def test_errors_carry_no_secret_and_no_cause():
     for stage, call in (
-        (Stage.SHARE, lambda session: session.share(b"\x01\x01rubbish")),
-        (Stage.MASK, lambda session: session.mask(b"\x01\x03rubbish", np.zeros(11, dtype=np.uint32))),
-        (Stage.CONFIRM, lambda session: session.confirm(b"\x01\x05rubbish")),
-        (Stage.UNMASK, lambda session: session.unmask(b"\x01\x07rubbish")),
+        (Stage.SHARE, lambda session: session.share(b"\x02\x01rubbish")),
+        (Stage.MASK, lambda session: mask(session, b"\x02\x03rubbish", np.zeros(11, dtype=np.uint32))),
+        (Stage.CONFIRM, lambda session: session.confirm(b"\x02\x05rubbish")),
+        (Stage.UNMASK, lambda session: session.unmask(b"\x02\x07rubbish")),
     ):
         table = play(gather(4), stage)
         session = table.clients[table.ids[0]]
@@ -93,7 +93,7 @@ def test_secrets_are_overwritten_when_a_session_ends():
             session.discard()
         elif how == "refuse":
             with pytest.raises(ProtocolError):
-                session.mask(b"", table.vectors[owner])
+                mask(session, b"", table.vectors[owner])
         else:
             session.unmask(table.server.request_for(owner))
         assert session._secrets is None
@@ -117,7 +117,9 @@ def test_an_interrupt_ends_the_session_too():
 
     parties = gather(4)
     person = next(iter(parties.people.values()))
-    session = ClientSession(person, parties.parameters, parties.policy, Interrupted(b"i" * 32, private=False))
+    session = ClientSession(
+        person, parties.parameters, parties.policy, Interrupted(b"i" * 32, private=False), now=NOW
+    )
     with pytest.raises(KeyboardInterrupt):
         session.advertise()
     assert session.stage is Stage.ABORTED
@@ -125,7 +127,7 @@ def test_an_interrupt_ends_the_session_too():
 
 def test_an_identity_needs_a_whole_seed():
     with pytest.raises(ParameterError) as caught:
-        Identity(b"secret seed")
+        Identity(b"secret seed", guard=ReplayGuard.in_memory())
     assert "secret" not in str(caught.value)
 
 
@@ -136,7 +138,9 @@ def test_keys_are_fresh_in_every_session():
     adverts = []
     for round_number in (1, 2):
         changed = parties.next_round(round=round_number).parameters
-        adverts.append(ClientSession(person, changed, parties.policy, RandomSource.system()).advertise())
+        adverts.append(
+            ClientSession(person, changed, parties.policy, RandomSource.system(), now=NOW).advertise()
+        )
     fields = [message[start : start + 32] for message in adverts for start in (34, 66, 98)]
     assert len(set(fields)) == 6
 
