@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -42,7 +42,7 @@ class Examples:
     Large picture columns may be `LazyImages`, which answer `column[indices]` with the same arrays.
     """
 
-    columns: Mapping[str, Sequence[Any] | NDArray[Any]]
+    columns: Mapping[str, Sequence[Any] | NDArray[Any]] = field(repr=False)  # rows never print
     label_column: str | None = None
     text_columns: tuple[str, ...] = ()
     origin: str = "examples"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ class Labels:
     `source`: the run file ("declared"), metadata or folders ("stored"), nobody ("numbers"), or the rows ("column").
     """
 
-    parts: tuple[Indices, Indices]
+    parts: tuple[Indices, Indices] = field(repr=False)  # of private rows too
     names: tuple[str, ...]
     source: NameSource
 

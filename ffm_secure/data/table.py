@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ class Table:
     """Hold one file's columns as they were stored, and how to point at a row of it."""
 
     origin: str
-    columns: dict[str, Column]
+    columns: dict[str, Column] = field(repr=False)  # rows never print
     numbers: Sequence[int] | None = None  # what the file calls each row, where that is not its position
     counted: str = "row"  # what the numbers count
     label_names: tuple[str, ...] | None = None

@@ -18,6 +18,7 @@ from ffm_secure.records import Acceptance, RoundPlan
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.site.broadcast import BroadcastReader
 from ffm_secure.site.plan_check import differences
+from ffm_secure.site.private_frames import without_locals
 from ffm_secure.site.site_ledger import SiteLedger
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.tasks.encoded import Encoded
@@ -66,6 +67,7 @@ class Site:
         """Return the plan in a message, without acting on it."""
         return self._broadcasts.read(message).plan
 
+    @without_locals
     def handle(self, stage: str, message: bytes) -> bytes:
         """Answer one message.
 

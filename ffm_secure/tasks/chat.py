@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ffm_secure.errors import ModelError
@@ -18,7 +18,7 @@ NO_TEMPLATE = "the tokenizer has no chat template: each turn is written as a lin
 class Rendered:
     """Hold one chat as text, and where the answers stand in it."""
 
-    text: str
+    text: str = field(repr=False)  # private
     answers: tuple[Span, ...]
 
 

@@ -15,7 +15,7 @@ IGNORED = -100  # target of a position that is not predicted
 _CHUNK = 4096  # texts tokenised at a time: Python lists of token numbers never exist for the whole set
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class EncodedText:
     """Hold n token sequences end to end: sequence i is `tokens[offsets[i]:offsets[i + 1]]`."""
 
@@ -58,7 +58,7 @@ class EncodedText:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class EncodedImages:
     """Hold n pictures as bytes, at the size the model wants: uint8 [n, channels, side, side]."""
 
