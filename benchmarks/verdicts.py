@@ -18,6 +18,7 @@ import torch
 from scipy.stats import beta
 from torch import Tensor, nn
 
+from attacks import canary
 from attacks import Budget, Finding, Item, Knowledge, Observation, PlainAttack, Prior
 from attacks.contract import Attack
 from attacks.examine import Examined, examine, leaks, study
@@ -31,6 +32,7 @@ VOCABULARY, LENGTH, SIDE = 400, 8, 16
 KINDS = ("dense", "sparse", "row-sparse", "low-rank")
 CLASSES, BATCHES = (2, 3, 5, 10, 77), (1, 2, 4, 8, 16)
 UPDATES = ("gradient", "SGD steps", "AdamW step", "sum")
+CANARIES, DELTA = 2_000, 1e-5
 WARM = 1_000_003  # seeds of unused records lie beyond those of used ones
 
 
@@ -236,6 +238,27 @@ def _sent(
     ), truth
 
 
+# ---------------------------------------------------------------------------------------------------------- lower bounds
+
+
+def bound_rows(runs: int) -> Iterator[str]:
+    """Yield lines on what the two printed lower bounds reach of the true epsilon on ideal Gaussian canaries, over runs."""
+    for multiplier in (0.5, 1.0, 2.0):
+        truth, shares = canary.gaussian_epsilon(1 / multiplier, DELTA), dict[str, list[float]]()
+        for seed in range(runs):
+            rng = np.random.default_rng(seed)
+            coins = rng.random(CANARIES) < 0.5
+            scores = coins + rng.normal(0.0, multiplier, size=CANARIES)
+            for bound in canary.bounds(scores[coins], scores[~coins], DELTA, gaussian=True):
+                shares.setdefault(bound.method, []).append(bound.epsilon / truth)
+        for method, values in shares.items():
+            above = sum(value > 1 for value in values)
+            yield (
+                f"| {method} | {multiplier:g} | {truth:.2f} | {np.mean(values):.2f} | {min(values):.2f} | "
+                f"{max(values):.2f} | {above} of {runs} |"
+            )
+
+
 # --------------------------------------------------------------------------------------------------------------- running
 
 
@@ -291,6 +314,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, count in (("noise", 200), ("guessing", 200), ("undefended", 100)):
         parser.add_argument(f"--{name}", type=int, default=count, help="number of audits")
+    parser.add_argument(
+        "--bounds", type=int, default=1_000, help="number of audits of an honest Gaussian mechanism"
+    )
     parser.add_argument("--show", action="store_true", help="print every wrong audit")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -308,6 +334,11 @@ def main() -> None:
         "| audits of | audits | with a leak | share, 95 % interval | by attack | CPU s |\n|---|--:|--:|---|---|--:|"
     )
     print("\n".join(row.row() for row in rows if row.audits))
+    if chosen.bounds:
+        print(
+            "\n| lower bound | z | true epsilon | mean share | least | most | above the truth |\n|---|--:|--:|--:|--:|--:|--:|"
+        )
+        print("\n".join(bound_rows(chosen.bounds)))
 
 
 if __name__ == "__main__":

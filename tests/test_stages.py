@@ -112,9 +112,10 @@ def test_an_audit_attacks_what_the_rule_sends_and_nothing_else(kind: str) -> Non
     start = ready.trainable.flatten()
     if rule.merges_into_base:
         with pytest.raises(ValueError, match="products are sent"):
-            client_replay.wire_change(ready, start, encoded.take(range(4)), 0, 1)
+            client_replay.wire_change(ready, start, encoded.take(range(4)), 0)
     else:
-        wire = client_replay.wire_change(ready, start, encoded.take(range(4)), 0, 3)
+        others = client_replay.companions(ready, 0, clients=3, records=4, seed=0)
+        wire = client_replay.wire_change(ready, start, encoded.take(range(4)), 0, others)
         assert {name: tuple(value.shape) for name, value in wire.items()} == {
             name: rule.shapes[name] for name in (*factors, *rule.head)
         }

@@ -13,8 +13,7 @@ from ffm_secure.records import (
     Point,
 )
 
-CANARIES = 1000
-SIGNIFICANCE = 0.05
+CANARIES = 2000
 
 # Attacks that search for minutes: they are given one record, the client's worst case, and no place in a quick audit.
 HEAVY = frozenset({"matching", "text search", "fedavg", "learned", "aggregate"})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attacks import canary
 from defenses.random_source import RandomSource
-from ffm_secure.auditing.budget import CANARIES, SIGNIFICANCE
+from ffm_secure.auditing.budget import CANARIES
 from ffm_secure.auditing.canary_rounds import client_canaries, record_canaries
 from ffm_secure.config import compatibility
 from ffm_secure.engines import simulation
@@ -19,13 +19,17 @@ from ffm_secure.records import (
 )
 
 
+Bounds = tuple[canary.LowerBound, ...]  # of one audit, the one of least assumptions first
+
+
 def mechanism_lower_bound(prepared: simulation.Prepared, *, seed: int = 1) -> canary.LowerBound | None:
     """Audit the run's own mechanism over all rounds a client may take part in, with canaries of the largest allowed norm.
 
     The canaries go through the very sampler, bound, noise and divisor that the run used; the result is a lower bound on
-    epsilon, wrong with probability at most 5 %, to be held against the ledger's upper bound.
+    epsilon, wrong with probability at most its significance, to be held against the ledger's upper bound.
     """
-    return bounds[max(bounds)] if (bounds := bounds_over_rounds(prepared, seed=seed)) else None
+    rounds = bounds_over_rounds(prepared, seed=seed)
+    return strongest(rounds[max(rounds)]) if rounds else None
 
 
 def _totals(mechanism: Mechanism, coins: canary.Canaries) -> Iterator[Tensor]:
@@ -37,8 +41,13 @@ def _totals(mechanism: Mechanism, coins: canary.Canaries) -> Iterator[Tensor]:
     return client_canaries(mechanism.client_level, coins, source)
 
 
-def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[int, canary.LowerBound]:
-    """Return the lower bound that 1, 2, 4, ... rounds of one canary run prove, and all rounds; nothing without a mechanism."""
+def strongest(bounds: Bounds) -> canary.LowerBound:
+    """Return the largest of the bounds that are valid here."""
+    return max(bounds, key=lambda bound: bound.epsilon)
+
+
+def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[int, Bounds]:
+    """Return the lower bounds that 1, 2, 4, ... rounds of one canary run prove, and all rounds; nothing without a mechanism."""
     mechanism, config = prepared.mechanism, prepared.config
     if mechanism.noise_multiplier == 0.0:
         return {}
@@ -51,13 +60,18 @@ def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[
     for number in range(1, rounds + 1):
         total = next(totals)
         if number == rounds or number & (number - 1) == 0:
-            seen[number] = coins.audit(total, config.privacy.delta, SIGNIFICANCE)
+            scores, included = coins.scores(total).double().numpy(), coins.included.numpy()
+            # A record that is sampled gives scores of two variances; a client's is there in every round it is counted for.
+            gaussian = not isinstance(mechanism, RecordMechanism)
+            seen[number] = canary.bounds(
+                scores[included], scores[~included], config.privacy.delta, gaussian=gaussian
+            )
     return seen
 
 
-def curve_over_rounds(bounds: Mapping[int, canary.LowerBound]) -> Iterator[LeakCurve]:
+def curve_over_rounds(bounds: Mapping[int, Bounds]) -> Iterator[LeakCurve]:
     """Show how the proven lower bound on epsilon grows over the rounds one client takes part in."""
-    epsilons = tuple(bound.epsilon for bound in bounds.values())
+    epsilons = tuple(strongest(one).epsilon for one in bounds.values())
     reason = "" if bounds else "no noise hides what one round tells, so more rounds add nothing to it"
     here = float(max(bounds)) if bounds else None
     x = tuple(map(float, bounds))
@@ -72,10 +86,14 @@ def curve_over_rounds(bounds: Mapping[int, canary.LowerBound]) -> Iterator[LeakC
     )
 
 
-def measured_how(bound: canary.LowerBound, summary: RunSummary) -> str:
-    """Say in the five fields of every epsilon what a measured lower bound is a bound on."""
+def measured_how(bounds: Bounds, summary: RunSummary) -> str:
+    """Say in the five fields of every epsilon what a measured lower bound is a bound on, and what each bound assumes."""
     promise = next(statement for statement in summary.statements if statement.observer == "server")
+    each = "; ".join(
+        f"{bound.method} {bound.epsilon:.3g}, confidence {100 * (1 - bound.significance):.4g} %, {bound.assumes}"
+        for bound in bounds
+    )
     return (
-        f"{bound.canaries} canaries in one run of the mechanism, {bound.method}, confidence {1 - bound.significance:.0%}; "
+        f"{bounds[0].canaries} canaries in one run of the mechanism: {each}; "
         f"unit {promise.unit}, adjacency {promise.adjacency}, observer server, delta {promise.delta:g}"
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from defenses.dp import Clipping, PerSampleEngine
@@ -21,6 +23,9 @@ from ffm_secure.records import Observer, Point, RoundPlan, RoundRecord
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.strategies import ServerState
+
+Ints = NDArray[np.int64]
+_STRANGERS = 8  # records of each other client that guessing may go by
 
 
 def largest(prepared: simulation.Prepared) -> int:
@@ -87,15 +92,44 @@ def _points(
     return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Companion:
+    """Name records of another client of a cohort by their places among its own: those of a step, and some it leaves out."""
+
+    client: int
+    rows: Ints
+    unused: Ints
+
+
+def companions(
+    prepared: simulation.Prepared, client: int, *, clients: int, records: int, seed: int
+) -> tuple[Companion, ...]:
+    """Draw what the others of a cohort of `clients` learn from beside `client`, as many records each as it does."""
+    order = np.random.default_rng(seed + 1)
+    chosen = []
+    for index in _others(prepared, client)[: clients - 1]:
+        rows = order.permutation(len(prepared.parts[index]))
+        chosen.append(
+            Companion(client=index, rows=rows[:records], unused=rows[records : records + _STRANGERS])
+        )
+    return tuple(chosen)
+
+
+def records_of(prepared: simulation.Prepared, client: int, rows: Ints) -> dict[str, Tensor]:
+    """Return records of a client, by their places among its own, as a batch on the CPU."""
+    encoded = prepared.task.encode(prepared.data.rows(client).take(rows))
+    return dict(prepared.task.batch(encoded, np.arange(len(rows)), device="cpu"))
+
+
 def aggregate(
-    prepared: simulation.Prepared, points: Mapping[str, Mapping[str, Tensor]], client: int, records: int
+    prepared: simulation.Prepared, points: Mapping[str, Mapping[str, Tensor]], others: Sequence[Companion]
 ) -> dict[str, Tensor]:
     """Add what the other clients of a cohort send in the same step, each with its own records and its own noise."""
     own = points.get("noised", points["raw"])
     total = {name: value.clone() for name, value in own.items()}
-    for index in _others(prepared, client)[: smallest_sum(prepared.config) - 1]:
-        part = prepared.data.rows(index).take(range(min(records, len(prepared.parts[index]))))
-        batch = prepared.task.batch(prepared.task.encode(part), np.arange(len(part)), device=prepared.device)
+    for other in others:
+        own_batch = records_of(prepared, other.client, other.rows)
+        batch = {name: value.to(prepared.device) for name, value in own_batch.items()}
         sent = gradients(prepared, batch, sent_only=True)
         for name, value in (sent.get("noised") or sent["raw"]).items():
             total[name] += value
@@ -119,25 +153,26 @@ def seen_by(observer: Observer, config: RunConfig, points: Collection[Point]) ->
 
 
 def wire_change(
-    prepared: simulation.Prepared, vector: Tensor, members: Any, client: int, clients: int
+    prepared: simulation.Prepared, vector: Tensor, members: Any, client: int, others: Sequence[Companion] = ()
 ) -> dict[str, Tensor]:
-    """Return the opened sum of what `clients` clients really send in one round; the first has nothing but `members`.
+    """Return the opened sum of what a cohort really sends in one round; its first client has nothing but `members`.
 
-    Local steps, optimiser, bound, noise and rounding are the run's own. The others learn from as many records of theirs.
+    Local steps, optimiser, bound, noise and rounding are the run's own.
 
     Raises:
       ValueError: what is sent is no change of the trained tensors themselves.
     """
     if prepared.strategy.merges_into_base:
         raise ValueError("products are sent, not the change of the trained tensors themselves")
-    chosen = [client, *_others(prepared, client)][:clients]
+    rows = {other.client: other.rows for other in others}
+    chosen = [client, *rows]
     trainer = SiteTrainer(spec=prepared.spec, trainable=prepared.trainable, task=prepared.task)
     told = RoundPlan(run_id=bytes(16), round=1, cohort=tuple(chosen), fingerprint="", mechanism="")
     total = None
     for index in chosen:
-        few = prepared.data.rows(index).take(range(min(len(members), len(prepared.parts[index]))))
-        rows = members if index == client else prepared.task.encode(few)
-        data = SiteData(index=index, name="", examples=rows)
+        own = index == client
+        examples = members if own else prepared.task.encode(prepared.data.rows(index).take(rows[index]))
+        data = SiteData(index=index, name="", examples=examples)
         sent = trainer.run_round(data, told, vector.to(prepared.device), RandomSource.system())
         if total is None:
             total = sent

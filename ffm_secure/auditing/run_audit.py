@@ -12,7 +12,7 @@ from ffm_secure.auditing import replayed as client_replay
 from ffm_secure.auditing.budget import AuditBudget
 from ffm_secure.auditing.findings import Ran, run_attacks
 from ffm_secure.auditing.leak_curves import leak_curves, place_on_curves
-from ffm_secure.auditing.lower_bound import bounds_over_rounds, curve_over_rounds, measured_how
+from ffm_secure.auditing.lower_bound import bounds_over_rounds, curve_over_rounds, measured_how, strongest
 from ffm_secure.auditing.step import CANDIDATES, with_draws
 from ffm_secure.auditing.wording import decoder, sentence
 from ffm_secure.engines import simulation
@@ -50,13 +50,13 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
     decode, ran = decoder(prepared.backbone.tokenizer), Ran()
     findings, questions = run_attacks(stages, observers, config, AuditBudget(name=budget), decode, ran)
     bounds = bounds_over_rounds(prepared)
-    bound = bounds[max(bounds)] if bounds else None
+    last = bounds[max(bounds)] if bounds else ()
     audit = AuditSummary(
         budget=budget,
         cpu_seconds=time.process_time() - began,
         findings=findings,
-        epsilon_lower=None if bound is None else bound.epsilon,
-        epsilon_lower_method="" if bound is None else measured_how(bound, summary),
+        epsilon_lower=strongest(last).epsilon if last else None,
+        epsilon_lower_method=measured_how(last, summary) if last else "",
         sentence=sentence(findings),
         questions=questions,
         curves=(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, cast
@@ -101,6 +101,7 @@ def build_stage(
         clients: int = 1,
         *,
         content: str = "gradient",
+        whole: Truth | None = None,
         **told: Any,
     ) -> ObservationPoint:
         summed = {"summand": content} if clients > 1 else {}
@@ -112,24 +113,31 @@ def build_stage(
             metadata={"point": point, **(told or facts), **summed, **hidden},
             knowledge=public if told else knowledge,
         )
-        return ObservationPoint(point=point, observation=observation, truth=truth)
+        return ObservationPoint(point=point, observation=observation, truth=whole or truth)
+
+    @cache
+    def cohort(clients: int) -> tuple[tuple[client_replay.Companion, ...], Truth]:
+        others = client_replay.companions(prepared, client, clients=clients, records=size, seed=seed)
+        return others, _cohort_truth(prepared, truth, others)
 
     @cache
     def wire(clients: int) -> ObservationPoint:
-        sent = client_replay.wire_change(prepared, vector, encoded.take(members), client, clients)
+        others, whole = cohort(clients)
+        sent = client_replay.wire_change(prepared, vector, encoded.take(members), client, others)
         point: Point = (
             "aggregated" if clients > 1 else "noised" if prepared.mechanism.noise_multiplier else "raw"
         )
-        return scene(point, sent, clients, content="delta", **client_replay.wire_facts(prepared, size))
+        facts = client_replay.wire_facts(prepared, size)
+        return scene(point, sent, clients, content="delta", whole=whole, **facts)
 
     @cache
     def at(point: Point) -> ObservationPoint:
         if point != "aggregated":
             return scene(point, points[point])
-        total = client_replay.aggregate(
-            prepared, points, client, size
-        )  # of a whole cohort: made when it is asked for
-        return scene("aggregated", total, client_replay.smallest_sum(config))
+        clients = client_replay.smallest_sum(config)
+        others, whole = cohort(clients)
+        total = client_replay.aggregate(prepared, points, others)
+        return scene("aggregated", total, clients, whole=whole)
 
     return ReplayedStep(records=size, model=model, prior=prior, points=frozenset(points), at=at, wire=wire)
 
@@ -170,16 +178,38 @@ def _truth(
     batch: Mapping[str, Tensor], *, members: int, strangers: Mapping[str, Tensor], vocabulary: int | None
 ) -> Truth:
     """Return what the client trained on, and the texts of the same kind that guessing may go by."""
-    labels = batch.get("labels")
-    flat = tuple(labels.tolist()) if labels is not None and labels.dim() == 1 else None
     return Truth(
         sequences=_texts(batch) or None,
         images=batch.get("pixel_values"),
-        labels=flat,
+        labels=_flat(batch) or None,
         members=(True,) * members + (False,) * members,
         vocabulary=vocabulary,
         others=_texts(strangers),
+        other_labels=_flat(strangers),
     )
+
+
+def _cohort_truth(prepared: simulation.Prepared, own: Truth, others: Sequence[client_replay.Companion]) -> Truth:
+    """Return what a whole cohort trained on: an observer of its sum learns that, not what one client of it holds."""
+    batches = [client_replay.records_of(prepared, other.client, other.rows) for other in others]
+    strangers = [client_replay.records_of(prepared, other.client, other.unused) for other in others if len(other.unused)]
+    images = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
+    return replace(
+        own,
+        sequences=(*(own.sequences or ()), *(text for batch in batches for text in _texts(batch))) or None,
+        labels=None
+        if own.labels is None
+        else (*own.labels, *(one for batch in batches for one in _flat(batch))),
+        images=None if own.images is None else torch.cat([own.images.cpu(), *images]),
+        others=(*own.others, *(text for batch in strangers for text in _texts(batch))),
+        other_labels=(*own.other_labels, *(one for batch in strangers for one in _flat(batch))),
+    )
+
+
+def _flat(batch: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Return the labels of whole records."""
+    labels = batch.get("labels")
+    return tuple(labels.tolist()) if labels is not None and labels.dim() == 1 else ()
 
 
 def _texts(batch: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:

@@ -219,10 +219,12 @@ def test_what_crosses_the_wire_is_what_the_clients_learned() -> None:
         for index in (first, second)
     ]
     alone = [
-        client_replay.wire_change(prepared, vector, part, index, 1)
+        client_replay.wire_change(prepared, vector, part, index)
         for part, index in zip(rows, (first, second), strict=True)
     ]
-    both = client_replay.wire_change(prepared, vector, rows[0], first, 2)
+    learned = prepared.parts[second][:4]
+    beside = client_replay.Companion(client=second, rows=learned, unused=learned[:0])
+    both = client_replay.wire_change(prepared, vector, rows[0], first, (beside,))
     assert torch.equal(prepared.trainable.flatten(), vector)
     assert max(float(value.abs().max()) for value in alone[0].values()) > 1e-3
     for name, value in both.items():
