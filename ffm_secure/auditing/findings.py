@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -98,8 +98,12 @@ def run_attacks(
     purse: AuditBudget,
     decode: Decode,
     ran: Ran,
+    whose: Mapping[Observer, Question],
 ) -> tuple[tuple[AuditFinding, ...], int]:
-    """Return the findings of all attacks, judged together, and the number of questions luck was corrected for."""
+    """Return the findings of all attacks, judged together, and the number of questions luck was corrected for.
+
+    `whose` asks, for each observer of sums, whether what they hold can be given to its client.
+    """
     names = [name for name in ATTACKS if {"all", name} & set(config.audit.attacks)]
     attacks = [ATTACKS[name]() for name in names]
     asked: list[Asked] = []
@@ -107,11 +111,13 @@ def run_attacks(
     for attack in sorted(attacks, key=lambda one: (one.family in HEAVY, one.name in LATE)):
         asked += _ask(attack, stages, observers, config, purse, ran, asked)
     put = [one for one in asked if one.question is not None]
-    judgements = decide([one.question for one in put if one.question is not None])
-    verdicts = dict(zip(map(id, put), judgements, strict=True))
+    judgements = decide([*(one.question for one in put if one.question is not None), *whose.values()])
+    verdicts = dict(zip(map(id, put), judgements[: len(put)], strict=True))
     findings = [
         finding for one in asked for finding in _findings_of(one, verdicts.get(id(one)), purse, decode, ran)
     ]
+    for (observer, question), judged in zip(whose.items(), judgements[len(put) :], strict=True):
+        findings.append(finding_of(observer, "aggregated", question.seen, judged, decode))
     return tuple(findings), max((one.questions for one in judgements), default=0)
 
 

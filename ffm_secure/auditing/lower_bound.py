@@ -62,7 +62,7 @@ def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[
         if number == rounds or number & (number - 1) == 0:
             scores, included = coins.scores(total).double().numpy(), coins.included.numpy()
             # A record that is sampled gives scores of two variances; a client's is there in every round it is counted for.
-            gaussian = not isinstance(mechanism, RecordMechanism)
+            gaussian = mechanism.record_level is None
             seen[number] = canary.bounds(
                 scores[included], scores[~included], config.privacy.delta, gaussian=gaussian
             )

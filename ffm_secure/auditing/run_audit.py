@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from attacks.registry import ATTACKS
+from ffm_secure.auditing import cohorts
 from ffm_secure.auditing import replayed as client_replay
 from ffm_secure.auditing.budget import AuditBudget
 from ffm_secure.auditing.findings import Ran, run_attacks
@@ -48,7 +49,18 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
     stages = [with_draws(prepared, vector, records) for records in (CANDIDATES, 1)]
     observers = cast("tuple[Observer, ...]", config.audit.observers or ("server", "public"))
     decode, ran = decoder(prepared.backbone.tokenizer), Ran()
-    findings, questions = run_attacks(stages, observers, config, AuditBudget(name=budget), decode, ran)
+    witnesses = [
+        observer
+        for observer in observers
+        if observer in cohorts.WITNESSES
+        and client_replay.seen_by(observer, config, stages[0].points) == "aggregated"
+    ]
+    # Who sees each update alone needs no rounds to tell whose it is.
+    text = config.task.kind != "image_classification" and "all" in config.audit.attacks
+    read = cohorts.read_rounds(prepared, stages[0].model, resumed[1], budget) if witnesses and text else None
+    whose = {} if read is None else dict.fromkeys(witnesses[:1], cohorts.attribution_question(read))
+    purse = AuditBudget(name=budget)
+    findings, questions = run_attacks(stages, observers, config, purse, decode, ran, whose)
     bounds = bounds_over_rounds(prepared)
     last = bounds[max(bounds)] if bounds else ()
     audit = AuditSummary(
@@ -62,6 +74,7 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
         curves=(
             *place_on_curves(leak_curves(stages[0], ran, budget), stages[0], prepared),
             *curve_over_rounds(bounds),
+            *cohorts.with_curve(read),
         ),
     )
     audited = replace(summary, audit=audit)

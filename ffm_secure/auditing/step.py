@@ -84,9 +84,8 @@ def build_stage(
     points = client_replay.gradients(prepared, batch)
     names = client_replay.own_names(prepared)
     facts = {"learning_rate": config.federation.lifecycle.learning_rate}
-    strangers = prepared.task.batch(
-        encoded, order[size : size + CANDIDATES], device="cpu"
-    )  # what guessing goes by
+    # What guessing goes by.
+    strangers = prepared.task.batch(encoded, order[size : size + CANDIDATES], device="cpu")
     truth = _truth(batch, members=size, strangers=strangers, vocabulary=vocabulary_of(model))
     prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
     shape = (
@@ -179,29 +178,35 @@ def _truth(
 ) -> Truth:
     """Return what the client trained on, and the texts of the same kind that guessing may go by."""
     return Truth(
-        sequences=_texts(batch) or None,
+        sequences=tokens_of(batch) or None,
         images=batch.get("pixel_values"),
         labels=_flat(batch) or None,
         members=(True,) * members + (False,) * members,
         vocabulary=vocabulary,
-        others=_texts(strangers),
+        others=tokens_of(strangers),
         other_labels=_flat(strangers),
     )
 
 
-def _cohort_truth(prepared: simulation.Prepared, own: Truth, others: Sequence[client_replay.Companion]) -> Truth:
+def _cohort_truth(
+    prepared: simulation.Prepared, own: Truth, others: Sequence[client_replay.Companion]
+) -> Truth:
     """Return what a whole cohort trained on: an observer of its sum learns that, not what one client of it holds."""
     batches = [client_replay.records_of(prepared, other.client, other.rows) for other in others]
-    strangers = [client_replay.records_of(prepared, other.client, other.unused) for other in others if len(other.unused)]
+    strangers = [
+        client_replay.records_of(prepared, other.client, other.unused)
+        for other in others
+        if len(other.unused)
+    ]
     images = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
     return replace(
         own,
-        sequences=(*(own.sequences or ()), *(text for batch in batches for text in _texts(batch))) or None,
+        sequences=(*(own.sequences or ()), *(text for batch in batches for text in tokens_of(batch))) or None,
         labels=None
         if own.labels is None
         else (*own.labels, *(one for batch in batches for one in _flat(batch))),
         images=None if own.images is None else torch.cat([own.images.cpu(), *images]),
-        others=(*own.others, *(text for batch in strangers for text in _texts(batch))),
+        others=(*own.others, *(text for batch in strangers for text in tokens_of(batch))),
         other_labels=(*own.other_labels, *(one for batch in strangers for one in _flat(batch))),
     )
 
@@ -212,7 +217,8 @@ def _flat(batch: Mapping[str, Tensor]) -> tuple[int, ...]:
     return tuple(labels.tolist()) if labels is not None and labels.dim() == 1 else ()
 
 
-def _texts(batch: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+def tokens_of(batch: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Return the texts of a batch without padding."""
     if "input_ids" not in batch:
         return ()
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))

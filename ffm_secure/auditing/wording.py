@@ -9,6 +9,8 @@ from ffm_secure.records import AuditFinding, Observer
 
 Decode = Callable[[str], str]
 
+ATTRIBUTION = "attribution"  # the measure of findings on whose it is
+
 _WHO: dict[Observer, str] = {
     "public": "anyone with the model",
     "client": "the other clients",
@@ -21,6 +23,12 @@ _WHAT = {
     "PSNR dB": "training pictures",
     "label count accuracy": "how many records carry each label",
     "membership AUC": "whether a given record was used",
+    ATTRIBUTION: "which client wrote which word",
+}
+_OF_A_SUM = {
+    "token F1": "words of the cohort's texts",
+    "PSNR dB": "the cohort's pictures",
+    "label count accuracy": "how many records of the cohort carry each label",
 }
 
 
@@ -34,7 +42,7 @@ def sentence(findings: Sequence[AuditFinding]) -> str:
         list(worst.values()).count(rank) for rank in range(len(_WORST_FIRST))
     )
     if leaked:
-        shown = _exposed([item for item in findings if item.verdict == "leaked"])
+        shown = _exposed(findings)
         return (
             f"Private data leaked: {shown} ({leaked} of {_attacks(leaked + passed)} with a passed control)."
         )
@@ -51,14 +59,31 @@ def _attacks(count: int) -> str:
     return f"{count} attack" if count == 1 else f"{count} attacks"
 
 
-def _exposed(leaks: Sequence[AuditFinding]) -> str:
-    """Name who can learn what, observers who learn the same together."""
+def _exposed(findings: Sequence[AuditFinding]) -> str:
+    """Name who can learn what, observers who learn the same together; of a sum also whether it is known whose it is."""
     learned: dict[tuple[str, ...], list[str]] = {}
     for observer, who in _WHO.items():
-        seen = {_WHAT.get(item.measure, item.attack) for item in leaks if item.observer == observer}
-        if seen:
-            learned.setdefault(tuple(sorted(seen)), []).append(who)
-    return "; ".join(f"{_listed(who)} can learn {_listed(what)}" for what, who in learned.items())
+        own = [item for item in findings if item.observer == observer]
+        parts = tuple(sorted({_learned(item) for item in own if item.verdict == "leaked"}))
+        if parts:
+            learned.setdefault((_listed(parts) + _whose(own),), []).append(who)
+    return "; ".join(f"{_listed(who)} can learn {what}" for (what,), who in learned.items())
+
+
+def _learned(item: AuditFinding) -> str:
+    words = _OF_A_SUM if item.point == "aggregated" else _WHAT
+    return words.get(item.measure, _WHAT.get(item.measure, item.attack))
+
+
+def _whose(findings: Sequence[AuditFinding]) -> str:
+    """Say what an observer of sums knows of whose it is; nothing where it sees single updates or rounds gave it away."""
+    held = [item for item in findings if item.verdict == "leaked" and item.measure in _OF_A_SUM]
+    if not held or any(item.point != "aggregated" for item in held):
+        return ""
+    verdicts = {item.verdict for item in findings if item.measure == ATTRIBUTION}
+    if "leaked" in verdicts:
+        return ""
+    return ", whose they are is open" if "inconclusive" in verdicts else ", not whose they are"
 
 
 def _listed(words: Sequence[str]) -> str:
