@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import sys
 import traceback
@@ -13,6 +14,7 @@ import typer
 
 from ffm_secure.cli import calculator
 from ffm_secure.cli.printable import printable
+from ffm_secure.config import compatibility, locate, run_file
 from ffm_secure.errors import FfmError
 
 app = typer.Typer(
@@ -22,6 +24,22 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Adapt foundation models together, and prove what the result reveals.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ffm-secure {importlib.metadata.version('ffm-secure')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Adapt foundation models together, and prove what the result reveals."""
+
 
 RunFile = Annotated[Path, typer.Argument(help="Run file (TOML).", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="Run directory, for instance runs/demo.", show_default=False)]
@@ -39,10 +57,19 @@ def _commands() -> Any:
     return importlib.import_module("ffm_secure.cli.commands")
 
 
+def _checked(file: Path, overrides: tuple[str, ...]) -> Any:
+    """Check a run file, then load the commands: a typo is said before anything heavy is imported."""
+    config = run_file.load(file, overrides)
+    compatibility.check(config)
+    locate.require_data(config.task, beside=file.resolve().parent)
+    return _commands()
+
+
 @app.command()
 def plan(file: RunFile, set_: Overrides = None, json: Json = False) -> None:
     """Show what a run would send, spend and reveal. Trains nothing."""
-    _commands().plan(file, tuple(set_ or ()), json=json)
+    overrides = tuple(set_ or ())
+    _checked(file, overrides).plan(file, overrides, json=json)
 
 
 @app.command()
@@ -50,7 +77,8 @@ def run(
     file: RunFile, set_: Overrides = None, runs: Runs = Path("runs"), json: Json = False, quiet: Quiet = False
 ) -> None:
     """Train, or continue a stopped run. Writes everything to runs/<name>/."""
-    _commands().run(file, tuple(set_ or ()), runs=runs, json=json, quiet=quiet)
+    overrides = tuple(set_ or ())
+    _checked(file, overrides).run(file, overrides, runs=runs, json=json, quiet=quiet)
 
 
 @app.command()

@@ -11,10 +11,13 @@ from typing import Any
 
 from rich.table import Table
 
+from ffm_secure import record_codec
 from ffm_secure.api import Result, load
 from ffm_secure.cli import doctor as checkup
 from ffm_secure.cli.console import clear_errors, console, print_json, print_lines, say
+from ffm_secure.cli.data_check import data_check
 from ffm_secure.cli.progress import Bars
+from ffm_secure.data import checks
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound, StoreError
 from ffm_secure.privacy.statements import SEEDED
 from ffm_secure.records import AuditFinding, AuditSummary, PlanSummary, PrivacyStatement
@@ -24,8 +27,10 @@ from ffm_secure.storage.run_directory import Store
 def plan(file: Path, overrides: tuple[str, ...], *, json: bool) -> None:
     """Print the plan of a run file."""
     with clear_errors():
-        described = load(file, overrides).plan()
-    say(described, _plan_lines(described), json=json)
+        planned = load(file, overrides)
+        described, check = planned.plan(), data_check(planned)
+    lines = [*_plan_lines(described), "", *checks.lines(check)]
+    say({**record_codec.to_plain(described), "data_check": check}, lines, json=json)
 
 
 def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet: bool) -> None:
@@ -35,8 +40,7 @@ def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet
         silent = quiet or json
         described = started.plan()
         if not silent:
-            print_lines(_plan_lines(described))
-            console.print()
+            print_lines([*_plan_lines(described), "", *checks.lines(data_check(started)), ""])
         budget = started.config.privacy.epsilon
         with Bars(rounds=started.config.federation.rounds, budget=budget, quiet=silent) as bars:
             result = started.start(callback=bars)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from ffm_secure.config.schema import did_you_mean
 from ffm_secure.data.dataset import Examples
+from ffm_secure.data.labels import as_list, is_blank
+from ffm_secure.data.table import count_more
 from ffm_secure.errors import DataError
 
 Indices = NDArray[np.int64]
@@ -204,16 +206,25 @@ def _natural(
 def _groups(examples: Examples, column: str) -> dict[Any, Indices]:
     if not column:
         raise DataError("split.column: missing; a natural split needs the column that names the data owners")
-    values = examples.column(column)
-    values = values.tolist() if isinstance(values, np.ndarray) else values
-    rows: dict[Any, list[int]] = {}
-    for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (str, int)):
-            found = "nothing" if value is None else type(value).__name__
+    rows: dict[str | int, list[int]] = {}
+    blank: list[int] = []
+    for row, value in enumerate(as_list(examples.column(column))):
+        if is_blank(value):
+            blank.append(row)
+            continue
+        name = (
+            int(value) if isinstance(value, float) and value.is_integer() else value
+        )  # a data frame's gap made it so
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
             raise DataError(
-                f"{examples.origin}: row {row} of column {column!r} holds {found}, not text or a whole number"
+                f"{examples.origin}: row {row} of column {column!r} holds {type(value).__name__}, not text or a whole number"
             )
-        rows.setdefault(value, []).append(row)
+        rows.setdefault(name, []).append(row)
+    if blank:
+        named = count_more(f"row {blank[0]} of column {column!r} holds nothing", len(blank), "rows")
+        raise DataError(
+            f"{examples.origin}: {named}, so it has no owner; fill it, or leave such rows out with task.clean = ['blank_rows']"
+        )
     if len({type(name) for name in rows}) > 1:
         raise DataError(
             f"{examples.origin}: column {column!r} mixes text and numbers; make it one or the other"

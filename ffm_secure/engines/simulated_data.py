@@ -9,6 +9,7 @@ import numpy as np
 
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data import partition
+from ffm_secure.data.checks import require_sound
 from ffm_secure.data.dataset import Dataset, Examples, load_task
 from ffm_secure.errors import DataError
 from ffm_secure.privacy.accounts import contents_fingerprint, dataset_fingerprint
@@ -39,6 +40,7 @@ def load(config: RunConfig, base: Path) -> SimulatedData:
       DataError: what is wrong with it, and what to do.
     """
     whole = load_dataset(config, base)
+    require_sound(whole, config)
     dataset, public = part_in_public(config, whole, base)
     task = config.task
     parts = partition.partition(dataset.train, clients=task.clients, split=task.split, seed=config.seed)

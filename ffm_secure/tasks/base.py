@@ -80,6 +80,10 @@ class Task:
         """Turn examples into compact arrays, once."""
         raise NotImplementedError
 
+    def full_lengths(self, examples: Columns) -> NDArray[np.int64] | None:
+        """Count the tokens of each text before it is cut, int64 [n]; None where there is no text."""
+        return None
+
     def batch(
         self, encoded: Any, indices: Any, *, device: str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

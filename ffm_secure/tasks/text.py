@@ -38,6 +38,18 @@ class _Text(Task):
             self.tokenizer, columns, max_length=self.max_length, labels=self._labels(examples)
         )
 
+    def full_lengths(self, examples: Columns) -> NDArray[np.int64] | None:
+        """Count the tokens of each text before it is cut, int64 [n]."""
+        columns = self.written(examples)
+        out = self.tokenizer(
+            *columns, truncation=False, padding=False, return_attention_mask=False, verbose=False
+        )
+        return np.array([len(row) for row in out["input_ids"]], dtype=np.int64)
+
+    def written(self, examples: Columns) -> list[list[str]]:
+        """Return the texts as the tokenizer reads them, one list per column."""
+        return [list(map(str, column)) for column in text_columns(examples, self.data.text_columns)]
+
     def batch(
         self, encoded: EncodedText, indices: Any, *, device: str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
@@ -87,6 +99,10 @@ class CausalLM(_Text):
             answers = [[(0, len(text))] for text in texts]
         special = not (self.data.is_chat and has_template(self.tokenizer))  # a template writes its own
         return encode_answered(self.tokenizer, texts, answers, max_length=self.max_length, special=special)
+
+    def written(self, examples: Columns) -> list[list[str]]:
+        """Return the texts as the tokenizer reads them; chats in the words of their template."""
+        return [self.answered_texts(examples)[0]] if self.data.is_chat else super().written(examples)
 
     def answered_texts(self, examples: Columns) -> tuple[list[str], list[Sequence[tuple[int, int]]]]:
         """Return each example as text, and the characters of its answers."""
