@@ -47,7 +47,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value; checked like the file."),
 ]
-Runs = Annotated[Path, typer.Option(help="Folder that holds run directories.")]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds run directories.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 
@@ -63,6 +63,34 @@ def _checked(file: Path, overrides: tuple[str, ...]) -> Any:
     compatibility.check(config)
     locate.require_data(config.task, beside=file.resolve().parent)
     return _commands()
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Argument(help="Data: a file or a folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Run file to write.")] = Path("run.toml"),
+    kind: Annotated[str, typer.Option(help="Task, where the rows do not say it.")] = "",
+    text: Annotated[str, typer.Option(help="Column of the text.")] = "",
+    label: Annotated[str, typer.Option(help="Column of the label.")] = "",
+    owner: Annotated[str, typer.Option(help="Column that names the data owners.")] = "",
+) -> None:
+    """Look at some data and write a commented run file for it."""
+    module = importlib.import_module("ffm_secure.cli.init")
+    asked = module.Asked(kind=kind, text=text, label=label, owner=owner)
+    for line in module.init(data, out, asked):
+        typer.echo(printable(line))
+
+
+@app.command()
+def runs(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Run directories to compare.", show_default=False)
+    ] = None,
+    under: Runs = Path("runs"),
+    json: Json = False,
+) -> None:
+    """List the runs of a folder, or compare some of them and the settings they differ in."""
+    importlib.import_module("ffm_secure.cli.runs").runs(tuple(folders or ()), under=under, json=json)
 
 
 @app.command()

@@ -44,8 +44,8 @@ class Task:
     image_column: str = option("", help="column of pictures, or of their file names")
     encoding: str = option(
         "",
-        choices=("", "utf-8", "cp1252", "iso-8859-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32"),
-        help="of text files; empty: UTF-8, or what a byte order mark says",
+        choices=("", "utf-8", "mixed", "cp1252", "iso-8859-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32"),
+        help="of text files; empty: UTF-8, or what a byte order mark says; mixed: UTF-8 or cp1252, line by line",
     )
     class_names: tuple[str, ...] = option(
         (), help="the classes in order, declared public; empty: numbers, or names that public rows carry"

@@ -14,7 +14,7 @@ import numpy as np
 from ffm_secure.data.table import Column, Table, count_more
 from ffm_secure.errors import DataError
 
-ENCODINGS = ("utf-8", "cp1252", "iso-8859-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
+ENCODINGS = ("utf-8", "mixed", "cp1252", "iso-8859-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 _MARKS = (
@@ -54,12 +54,28 @@ def text_lines(path: Path, encoding: str = "") -> Iterator[tuple[int, str]]:
     if chosen == "utf-8":
         yield from _utf8_lines(path)
         return
+    if chosen == "mixed":
+        yield from _mixed_lines(path)
+        return
     try:
         with path.open(encoding=chosen, newline="") as file:
             for number, line in enumerate(file, start=1):
-                yield number, line.removeprefix("\ufeff") if number == 1 else line
+                yield number, _unmarked(line) if number == 1 else line
     except UnicodeError:
         raise DataError(f"{path}: is not {chosen} throughout; choose another task.encoding") from None
+
+
+def _unmarked(line: str) -> str:
+    """Take off a byte order mark, also one that was read as three letters of Windows-1252."""
+    return line.removeprefix("\ufeff").removeprefix("ï»¿")
+
+
+def _mixed_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Read each line as UTF-8 where it is, and as Windows-1252 where it is not: tables put together from two sources."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = raw.decode("utf-8" if _is_utf8(raw) else "cp1252", errors="replace")
+            yield number, _unmarked(line) if number == 1 else line
 
 
 def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -71,7 +87,7 @@ def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
                 others = sum(not _is_utf8(line) for line in file)
                 raise DataError(
                     f"{path}: {count_more(f'line {number} is not UTF-8', others + 1, 'lines')}; save the file as UTF-8, "
-                    "or name what it is with task.encoding (files from Windows are often 'cp1252')"
+                    "or name what it is with task.encoding (files from Windows are often 'cp1252', tables put together 'mixed')"
                 ) from None
 
 
@@ -92,7 +108,11 @@ def guess_encoding(path: Path) -> str:
         if b"\0" in head:
             return "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
         file.seek(0)
-        return "" if all(_is_utf8(line) for line in file) else "cp1252"
+        letters = [_is_utf8(line) for line in file if not line.isascii()]
+    if all(letters):
+        return ""
+    beyond_the_mark = letters[head.startswith(b"\xef\xbb\xbf") :]
+    return "mixed" if any(beyond_the_mark) else "cp1252"
 
 
 def read_csv(path: Path, encoding: str = "") -> Table:
