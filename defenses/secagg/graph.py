@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from defenses.errors import ParameterError
@@ -122,15 +123,25 @@ def safe_threshold(
 
     On a ring the corrupted neighbours of a client are random: their number is bounded by a quantile that fails for
     any client with probability at most 2^-(security_bits + 1), and the honest survivors must stay connected except
-    with as much probability again.
+    with as much probability again. A server that follows the protocol loses clients at random; an active one chooses
+    them after the ring is known, as far as every client still sees `threshold` neighbours.
     """
     if kind == "complete" or neighbours >= clients - 1:
         return threshold_above(neighbours=clients - 1, corrupted=corrupted, mode=mode)
-    if _log_disconnected(clients, neighbours, bad=corrupted + dropouts) >= -(security_bits + 1) * math.log(2):
+    limit = -(security_bits + 1) * math.log(2)
+    if _log_disconnected(clients, neighbours, bad=corrupted + dropouts) >= limit:
         return None
     tail = 2.0 ** -(security_bits + 1) / clients
     worst = _upper_quantile(clients, min(corrupted, clients), neighbours, tail)
-    return threshold_above(neighbours=neighbours, corrupted=worst, mode=mode)
+    lowest = threshold_above(neighbours=neighbours, corrupted=worst, mode=mode)
+    if mode == "semi_honest":
+        return lowest
+
+    def connected(threshold: int) -> bool:
+        return _log_cut(clients, neighbours, threshold, corrupted=corrupted, dropouts=dropouts) < limit
+
+    first = bisect.bisect_left(range(lowest, neighbours + 1), True, key=connected)
+    return lowest + first if lowest + first <= neighbours else None
 
 
 @functools.lru_cache(maxsize=256)
@@ -154,7 +165,8 @@ def find_graph_parameters(
     Assumes: the graph is drawn after the corrupted clients are chosen. A server that can try many rosters offline
     grinds against it: use security_bits = 80 for a ring in active mode.
     Raises: ParameterError when nothing fits.
-    Source: Bell et al. 2020, section 4: hypergeometric tails and a union bound over pairs of gaps on the ring.
+    Source: Bell et al. 2020, section 4: hypergeometric tails and a union bound over pairs of gaps on the ring; against an
+    active server the gaps are bounded as in decision 0036.
     """
     if clients < 3:
         raise ParameterError(f"clients = {clients}: a sum over fewer than 3 hides nobody; invite at least 3")
@@ -193,6 +205,33 @@ def _log_disconnected(clients: int, neighbours: int, *, bad: int) -> float:
         return -math.inf
     places = math.log(clients) + math.log(clients - neighbours - 1) - math.log(2)
     return places + _log_choose(clients - neighbours, bad - neighbours) - _log_choose(clients, bad)
+
+
+@functools.lru_cache(maxsize=4096)
+def _log_cut(clients: int, neighbours: int, threshold: int, *, corrupted: int, dropouts: int) -> float:
+    """Bound the log-probability that some choice of lost clients cuts the honest survivors of a ring in two.
+
+    A cut has two gaps, in which neighbours/2 members in a row beside an honest survivor are corrupted or lost. That survivor
+    goes on only if at most `neighbours - threshold` of its neighbours are lost, so each of the two windows holds at least
+    threshold - neighbours/2 corrupted members; and both together, all but `dropouts`. Where the corrupted sit is random,
+    whatever the server chooses afterwards. There are n (n - k - 1) / 2 pairs of windows.
+    """
+    half = neighbours // 2
+    fewest = max(0, threshold - (neighbours - half))
+    ways = np.array([_log_choose(half, inside) for inside in range(fewest, half + 1)])
+    scale = float(ways.max())
+    pairs = np.convolve(np.exp(ways - scale), np.exp(ways - scale))  # by how many corrupted beyond 2 * fewest
+    terms = [
+        2 * scale + math.log(weight) + _log_choose(clients - neighbours, corrupted - together)
+        for together, weight in enumerate(pairs.tolist(), start=2 * fewest)
+        if weight and neighbours - dropouts <= together <= corrupted
+    ]
+    largest = max(terms, default=-math.inf)
+    if largest == -math.inf:
+        return -math.inf
+    total = largest + math.log(math.fsum(math.exp(term - largest) for term in terms))
+    places = math.log(clients) + math.log(clients - neighbours - 1) - math.log(2)
+    return places + total - _log_choose(clients, corrupted)
 
 
 def _log_choose(total: int, chosen: int) -> float:

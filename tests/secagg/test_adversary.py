@@ -243,7 +243,7 @@ def test_a_policy_that_protects_nobody_is_refused(settings: dict[str, int]):
 
 def test_a_cohort_shrunk_until_the_ring_is_unsafe_is_refused():
     """The server withholds adverts: what was safe among all is not among those left."""
-    parties = gather(80, neighbours=16, threshold=11, colluders=6, minimum_survivors=60, security_bits=6)
+    parties = gather(80, neighbours=22, threshold=16, colluders=10, minimum_survivors=60, security_bits=10)
     table = play(parties, Stage.ADVERTISE)
     adverts = sorted(
         (messages.read_advert(session.advertise()) for session in table.clients.values()),

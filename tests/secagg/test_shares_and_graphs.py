@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from defenses.errors import ParameterError, ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import find_graph_parameters, shamir
-from defenses.secagg.graph import build_graph, safe_threshold, threshold_above
+from defenses.secagg.graph import _log_cut, build_graph, safe_threshold, threshold_above
 
 SEEDED = RandomSource.seeded(3)
 
@@ -161,21 +162,21 @@ active 40 30
 100  16/11  22/17  32/22  42/32  62/42   54/44   92/62
 200  32/22  40/30  60/41  78/58  122/82  98/78   182/122
 500  52/36  66/48  94/64  130/95 240/162 184/143 452/302
-1000 62/43  76/55  114/78 162/118 340/229 244/189 886/592
+1000 62/43  78/57  118/81 168/123 340/229 244/189 886/592
 active 40 20
 200  30/21  40/30  56/39  76/57  118/80  98/78   182/122
-500  44/31  56/42  82/57  116/86 220/150 168/132 452/302
-1000 52/37  66/49  96/67  140/104 302/206 218/171 872/584
-5000 58/41  76/56  116/81 172/127
+500  46/33  56/42  84/59  116/86 220/150 168/132 452/302
+1000 54/39  68/51  102/72 146/109 310/212 226/178 872/584
+5000 64/46  80/60  124/87 188/140
 """
 COLUMNS = {
     "semi_honest": [(0.05, 0.05), (0.1, 0.05), (0.1, 0.1), (0.2, 0.1), (0.2, 0.2), (0.33, 0.1), (0.33, 0.33)],
     "active": [(0.05, 0.05), (0.1, 0.05), (0.1, 0.1), (0.2, 0.1), (0.2, 0.2), (0.33, 0.1), (0.3, 0.3)],
 }
 GRINDING_SAFE = [
-    (200, 0.05, 0.05, "32/22"), (500, 0.05, 0.05, "60/43"), (1000, 0.05, 0.05, "76/55"), (5000, 0.05, 0.05, "90/65"),
-    (200, 0.1, 0.1, "60/41"), (500, 0.1, 0.1, "110/78"), (1000, 0.1, 0.1, "138/98"), (5000, 0.1, 0.1, "172/122"),
-    (500, 0.2, 0.1, "154/116"), (1000, 0.2, 0.1, "198/149"), (5000, 0.2, 0.1, "260/195"),
+    (200, 0.05, 0.05, "32/22"), (500, 0.05, 0.05, "60/43"), (1000, 0.05, 0.05, "78/57"), (5000, 0.05, 0.05, "96/70"),
+    (200, 0.1, 0.1, "60/41"), (500, 0.1, 0.1, "110/78"), (1000, 0.1, 0.1, "142/101"), (5000, 0.1, 0.1, "182/130"),
+    (500, 0.2, 0.1, "154/116"), (1000, 0.2, 0.1, "204/153"), (5000, 0.2, 0.1, "272/205"),
 ]  # fmt: skip
 
 
@@ -191,7 +192,11 @@ def rows() -> list[tuple[str, int, int, int, float, float, str]]:
 
 
 def test_the_parameter_tables():
-    """Degrees and thresholds computed by an independent implementation of the same bounds."""
+    """Degrees and thresholds computed by an independent implementation of the same bounds.
+
+    That implementation lets an active server lose clients at random. It does not: 14 of the active cells are larger here
+    than there, by the bound that the tests of cut rings below compute exactly.
+    """
     assert len(rows()) == 141
     for mode, security, correctness, clients, corrupted, dropouts, expected in rows():
         found = find_graph_parameters(
@@ -217,7 +222,8 @@ def test_the_grinding_safe_rows():
 
 # Rows for 10, 100, ... clients that the parameter-finder test of google-parfait/federated-compute expects (security 40,
 # correctness 20; degrees equal, thresholds at most these). "-" where that test has no row, where the row takes minutes,
-# and for two rows of 10 clients: we apply the correctness bound to the threshold after raising it to 2.
+# and for two rows of 10 clients: we apply the correctness bound to the threshold after raising it to 2. That finder takes the
+# losses of an active server for random; where there are both corrupted and lost clients ours may need more, never less.
 PUBLISHED = """
 semi_honest 0.45 0.45  -    92/46  822/417  -        -       -
 semi_honest 0.33 0.33  8/4  68/34  286/150  422/221  480/251 518/270
@@ -248,8 +254,12 @@ def test_published_rows_of_another_finder(row: str):
             security_bits=40, correctness_bits=20, prefer_complete=False,
         )  # fmt: skip
         degree, threshold = map(int, cell.split("/"))
-        assert (found.kind, found.neighbours) == ("harary", degree), (power, found)
-        assert found.threshold <= threshold, (power, found)
+        assert found.kind == "harary"
+        if mode == "semi_honest" or 0.0 in (float(corrupted), float(dropouts)) or power <= 2:
+            assert found.neighbours == degree, (power, found)
+            assert found.threshold <= threshold, (power, found)
+        else:
+            assert degree <= found.neighbours <= 1.15 * degree, (power, found)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +299,121 @@ def test_hypergeometric_tails_match_exact_fractions():
     limit = Fraction(1, 2**11 * clients)
     assert threshold is not None
     assert tails[threshold] <= limit < tails[threshold - 1]
+
+
+# Rings an active server tries to cut
+
+
+def exact_cut(clients: int, neighbours: int, threshold: int, corrupted: int, dropouts: int) -> Fraction:
+    """Compute the bound with fractions: pairs of windows, each with enough corrupted members, both short of `dropouts`."""
+    half, ways = neighbours // 2, 0
+    for one in range(half + 1):
+        for other in range(half + 1):
+            enough = min(one, other) >= threshold - half and one + other >= neighbours - dropouts
+            if enough and one + other <= corrupted:
+                rest = math.comb(clients - neighbours, corrupted - one - other)
+                ways += math.comb(half, one) * math.comb(half, other) * rest
+    pairs = Fraction(clients * (clients - neighbours - 1), 2)
+    return pairs * Fraction(ways, math.comb(clients, corrupted))
+
+
+@given(st.data())
+@settings(max_examples=120, deadline=None)
+def test_the_bound_on_cuts_equals_its_definition(data: st.DataObject):
+    clients = data.draw(st.integers(8, 60))
+    neighbours = 2 * data.draw(st.integers(1, (clients - 2) // 2))
+    threshold = data.draw(st.integers(neighbours // 2 + 1, neighbours))
+    corrupted, dropouts = data.draw(st.integers(0, clients)), data.draw(st.integers(0, clients))
+    expected = exact_cut(clients, neighbours, threshold, corrupted, dropouts)
+    bound = _log_cut(clients, neighbours, threshold, corrupted=corrupted, dropouts=dropouts)
+    if expected == 0:
+        assert bound == -math.inf
+    else:
+        assert bound == pytest.approx(math.log(expected), abs=1e-8)
+
+
+def connected(alive: set[int], clients: int, half: int) -> bool:
+    """Walk the ring's edges among the living."""
+    start = next(iter(alive))
+    reached, waiting = {start}, [start]
+    while waiting:
+        member = waiting.pop()
+        for step in (step for step in range(-half, half + 1) if step):
+            other = (member + step) % clients
+            if other in alive and other not in reached:
+                reached.add(other)
+                waiting.append(other)
+    return reached == alive
+
+
+def can_be_cut(
+    clients: int, neighbours: int, threshold: int, corrupted: frozenset[int], dropouts: int
+) -> bool:
+    """Try every choice of lost clients that all honest survivors accept."""
+    half, honest = neighbours // 2, [member for member in range(clients) if member not in corrupted]
+    steps = [step for step in range(-half, half + 1) if step]
+    for count in range(dropouts + 1):
+        for lost in itertools.combinations(honest, count):
+            gone = set(lost)
+            alive = {member for member in honest if member not in gone}
+            accepted = all(
+                sum((member + step) % clients not in gone for step in steps) >= threshold for member in alive
+            )
+            if alive and accepted and not connected(alive, clients, half):
+                return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "clients, neighbours, threshold, corrupted, dropouts",
+    [(10, 4, 4, 4, 3), (12, 4, 4, 4, 2), (14, 6, 5, 4, 3), (12, 6, 5, 4, 3), (12, 4, 3, 0, 4)],
+)
+def test_no_choice_of_losses_cuts_a_ring_more_often_than_the_bound_says(
+    clients: int, neighbours: int, threshold: int, corrupted: int, dropouts: int
+):
+    """Every place of the corrupted, every choice of the lost: the server's best is within the bound, and chance is not."""
+    places = list(itertools.combinations(range(clients), corrupted))
+    cut = sum(can_be_cut(clients, neighbours, threshold, frozenset(place), dropouts) for place in places)
+    bound = exact_cut(clients, neighbours, threshold, corrupted, dropouts)
+    assert Fraction(cut, len(places)) <= bound < 1
+    assert (
+        threshold < neighbours or Fraction(cut, len(places)) == bound
+    )  # where no loss is accepted it is exact
+
+
+def test_a_server_that_chooses_the_losses_cuts_rings_that_chance_does_not():
+    """Thirteen clients, two corrupted and two lost: taking the lost for random ones misses nine of ten cuts."""
+    places = list(itertools.combinations(range(13), 2))
+    chosen = Fraction(sum(can_be_cut(13, 4, 3, frozenset(place), 2) for place in places), len(places))
+    at_random = Fraction(0)
+    for place in places:
+        honest = [member for member in range(13) if member not in place]
+        losses = list(itertools.combinations(honest, 2))
+        bad = sum(not connected(set(honest) - set(lost), 13, 2) for lost in losses)
+        at_random += Fraction(bad, len(losses) * len(places))
+    assert chosen > 9 * at_random
+
+
+@pytest.mark.parametrize(
+    "clients, fraction, before, now",
+    [
+        (1000, 0.1, (138, 98), (142, 101)),
+        (5000, 0.1, (172, 122), (182, 130)),
+        (1000, 0.05, (76, 55), (78, 57)),
+    ],
+)
+def test_the_parameters_before_fell_short_of_eighty_bits(
+    clients: int, fraction: float, before: tuple[int, int], now: tuple[int, int]
+):
+    some = round(fraction * clients)
+    assert exact_cut(clients, *before, some, some) > Fraction(1, 2**81)
+    assert exact_cut(clients, *now, some, some) < Fraction(1, 2**81)
+    settings_of_ring = {
+        "kind": "harary", "clients": clients, "corrupted": some, "dropouts": some, "mode": "active", "security_bits": 80,
+    }  # fmt: skip
+    accepted = safe_threshold(neighbours=before[0], **settings_of_ring)  # type: ignore[arg-type]
+    assert accepted is None or accepted > before[1]  # a client refuses the threshold of before
+    assert safe_threshold(neighbours=now[0], **settings_of_ring) == now[1]  # type: ignore[arg-type]
 
 
 def test_infeasible_requests_are_refused():
