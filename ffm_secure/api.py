@@ -7,16 +7,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from ffm_secure import federation
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines import simulation, summary
 from ffm_secure.records import PlanSummary, RunSummary
 from ffm_secure.report import document as report
-from ffm_secure.server import rounds
+from ffm_secure.report import model_card
 from ffm_secure.storage.run_directory import Store
+from ffm_secure.trainable import exports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +61,13 @@ class Run:
         """Say what the run would train, send, spend and reveal; trains nothing."""
         return summary.describe(self.prepared())
 
-    def start(self, *, callback: federation.Callback | None = None, fairness: bool = True) -> Result:
+    def start(
+        self, *, callback: federation.Callback | None = None, fairness: bool = True, complete: bool = True
+    ) -> Result:
         """Train to the end of the rounds or of the budget; continue a run that was stopped.
 
         Without `fairness` the report says nothing about single clients, and their evaluation is saved.
+        Without `complete` the folder `adapter/` holds what was trained alone: no model of any size lies beside it.
         """
         began = time.perf_counter()
         prepared = self.prepared()
@@ -79,22 +81,11 @@ class Run:
                 trained = federation.run(ready.server, ready.courier, store, start=start, callback=callback)
             finally:
                 ready.courier.close()
-            self._release(ready, trained, initial)
             outcomes = summary.outcomes(ready, trained, initial) if fairness else ()
             seconds = time.perf_counter() - began
             result = summary.summarise(ready, trained, zero_metric=zero, outcomes=outcomes, seconds=seconds)
-            self._finish(store, ready, trained, result)
+            self._finish(store, ready, trained, result, complete=complete)
         return Result(folder=self.folder, summary=result)
-
-    def _release(
-        self, ready: simulation.Simulation, trained: federation.TrainingResult, initial: Tensor
-    ) -> None:
-        """Note what the public sees, where the run file asks for it."""
-        opened = [record for record in trained.records if record.survivors]
-        if ready.server.transcript is not None and opened:
-            survivors = tuple(sorted({site for record in opened for site in record.survivors}))
-            plan = rounds.plan_round(ready.server, opened[-1].round, trained.state)
-            ready.server.transcript.released(initial, trained.state.vector, survivors, plan)
 
     def _finish(
         self,
@@ -102,16 +93,29 @@ class Run:
         ready: simulation.Simulation,
         trained: federation.TrainingResult,
         result: RunSummary,
+        *,
+        complete: bool,
     ) -> None:
         """Export the model, and the own model of every site that keeps numbers at home; write the report."""
         ready.trainable.load_vector(trained.state.vector)
-        store.replace_folder("adapter", lambda folder: ready.trainable.export(folder, self.config.model.name))
+        store.replace_folder("adapter", lambda folder: self._export(folder, ready, result, complete))
         for site in ready.sites if ready.states.places else ():
             own = ready.own_vector(site.data.index, trained.state.vector, before=len(trained.records) + 1)
             ready.trainable.load_vector(own)
             folder = ready.states.folder / site.data.name / "adapter"
             ready.trainable.export(folder, self.config.model.name)
         report.write(result, self.folder)
+
+    def _export(self, folder: Path, ready: simulation.Simulation, result: RunSummary, complete: bool) -> None:
+        """Write what was trained, and unless told not to, what others need to use it, with a card."""
+        task, name = ready.task, self.config.model.name
+        if not complete:
+            ready.trainable.export(folder, name)
+            return
+        written = exports.export(
+            ready.trainable, folder, name, max_length=task.max_length, text_columns=task.data.text_columns
+        )
+        model_card.write_card(folder, written, result)
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = (), *, runs: str | Path = "runs") -> Run:

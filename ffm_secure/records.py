@@ -113,21 +113,6 @@ class RoundRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedObservation:
-    """Describe what one observer saw of one round as it crossed the wire; the tensors lie beside it."""
-
-    format: int = 1
-    round: int
-    observer: Observer
-    point: Point
-    sites: tuple[int, ...]  # whose updates are in it
-    scale: float = 1.0  # the stored vector times this is the plain sum over `sites`
-    step: int = 0  # steps the broadcast model had taken; says which tensors were sent
-    named: bool = True  # False: what was sent is no change of named tensors (products, for instance)
-    own: int = -1  # the site whose own update this is; -1 for a sum
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientOutcome:
     """Show how one data owner fared; `source` says whether the number was released or is a simulation's own view."""
 
@@ -182,10 +167,6 @@ class AuditFinding:
     granted: tuple[str, ...] = ()  # what the attacker was allowed to know beyond the wire: the worst case
     observed: float | None = None  # the same attack on what the protocol really sends, with nothing granted
     observed_reason: str = ""  # what that was, or why there is no such number
-    source: Literal["replayed", "recorded"] = (
-        "replayed"  # one step played again at its worst, or what really crossed the wire
-    )
-    round: int = 0  # of a recorded observation
     pictures: tuple[RecoveredPicture, ...] = ()
 
 
@@ -261,3 +242,26 @@ class RunSummary:
     ledger_head: str
     software: Mapping[str, str]
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelExport:
+    """Say what lies in an adapter folder and how it is loaded.
+
+    `form` is `adapter` (PEFT, on the base), `model` (complete, in the folder `model/`), `whole` (complete, the folder itself)
+    or `own` (`ffm-secure predict` alone). `virtual` counts the outputs of virtual tokens in front of a language model's own.
+    """
+
+    format: int = 1
+    form: Literal["adapter", "model", "whole", "own"]
+    auto_class: str
+    task: str
+    trainable: str
+    base_model: str
+    base_fingerprint: str  # SHA-256 over the base's tensors
+    base_inside: bool  # the base has no name anyone can load, so its weights lie in `base/`
+    dtype: str
+    max_length: int
+    virtual: int = 0
+    labels: tuple[str, ...] = ()
+    text_columns: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The command line: plan, run, experiment, audit, ledger, report, doctor, epsilon, sigma. Each body hands over to a function."""
+"""The command line: plan, run, experiment, audit, ledger, report, predict, doctor, epsilon, sigma. Each body hands over to a function."""
 
 from __future__ import annotations
 
@@ -172,6 +172,27 @@ def ledger(
 def report(folder: RunFolder, json: Json = False) -> None:
     """Write report.html and report.json of a run anew: one file each, no network."""
     _commands().report(folder, json=json)
+
+
+@app.command()
+def predict(
+    folder: RunFolder,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="A text to answer; may repeat. The two texts of a pair: a tab between."),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts (.txt: one a line; .csv, .jsonl, .parquet: the run's columns), a picture, a folder of them."
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Answer texts or pictures with the model of a finished run, one a line."""
+    importlib.import_module("ffm_secure.cli.predict").predict(
+        folder, texts=tuple(text or ()), file=file, json=json
+    )
 
 
 @app.command()

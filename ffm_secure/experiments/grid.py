@@ -110,7 +110,7 @@ def _summaries(
         for number in missing:
             yield (
                 number,
-                made(number).start(fairness=False).summary,
+                made(number).start(fairness=False, complete=False).summary,
                 False,
             )  # a grid compares runs, not clients
         return
@@ -150,7 +150,9 @@ def _start(text: str, base: str, runs: str, threads: int) -> str:
     torch.set_num_threads(threads)
     try:
         table = tomllib.loads(text)
-        Run(run_file.from_table(table), base=Path(base), runs=Path(runs)).start(fairness=False)
+        Run(run_file.from_table(table), base=Path(base), runs=Path(runs)).start(
+            fairness=False, complete=False
+        )
     except FfmError as error:
         return str(error) or type(error).__name__
     return ""

@@ -149,6 +149,15 @@ class Classification(Task):
     metric_name = "accuracy"
     higher_is_better = True
 
+    def __init__(self, backbone: Backbone, data: TaskData, **options: Any) -> None:
+        super().__init__(backbone, data, **options)
+        config = backbone.config
+        if (
+            len(data.label_names) == config.num_labels
+        ):  # an exported model then answers with the names people know
+            config.id2label = dict(enumerate(data.label_names))
+            config.label2id = {name: number for number, name in config.id2label.items()}
+
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy of each sample."""
         return nn.functional.cross_entropy(logits(model, batch).float(), batch["labels"], reduction="none")

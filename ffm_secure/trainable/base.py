@@ -186,6 +186,12 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         raise ModelError(f"{folder / name}: cannot be read ({error}); export it again") from error
 
 
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read the trained tensors of an export: our own files where there are any, else those of PEFT."""
+    own = (folder / OWN_TENSORS).is_file()
+    return read_tensors(folder, OWN_TENSORS if own else PEFT_TENSORS)
+
+
 def _check_version(folder: Path) -> None:
     path = folder / OWN_CONFIG
     try:

@@ -15,17 +15,24 @@ from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import (
     OWN_TENSORS,
-    PEFT_TENSORS,
     Adapter,
     TrainableModel,
     read_tensors,
     sharing_copy,
+    stored_tensors,
     write_own,
     write_peft,
 )
-from ffm_secure.trainable.targets import head_modules, is_conv1d, lora_targets, matches
+from ffm_secure.trainable.targets import has_own_head, head_modules, is_conv1d, lora_targets, matches
 
 TASK_TYPES = {"text_classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}
+
+
+def peft_task(backbone: Backbone) -> TaskType | None:
+    """Return PEFT's word for a task; None where it has none, or where the head is no class that PEFT's users have."""
+    return None if has_own_head(backbone) else TASK_TYPES.get(backbone.kind)
+
+
 CORE = "lora_core.weight"
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter that only carries saved modules
 
@@ -38,12 +45,20 @@ class PeftAdapter(TrainableModel):
         self.config = config
 
     def export(self, folder: Path, base_model_name: str) -> None:
-        """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`."""
+        """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
+
+        Before a mean-pooling head they would load without an error on a head that answers something else: our own files.
+        """
+        if has_own_head(self.backbone):
+            write_own(
+                folder, {"kind": self.kind, "task": self.backbone.kind}, self.parameters, base_model_name
+            )
+            return
         write_peft(folder, self.config, self.parameters, base_model_name)
 
     def import_(self, folder: Path) -> None:
         """Read what `export` or PEFT wrote."""
-        self.load_tensors(read_tensors(folder, PEFT_TENSORS))
+        self.load_tensors(stored_tensors(folder))
 
 
 class Lora(PeftAdapter):
@@ -79,6 +94,8 @@ class LoraXs(TrainableModel):
     def export(self, folder: Path, base_model_name: str) -> None:
         """Write the cores in our own files, and B R beside A as a plain LoRA adapter for PEFT."""
         write_own(folder, {"kind": self.kind, "task": self.backbone.kind}, self.parameters, base_model_name)
+        if has_own_head(self.backbone):
+            return
         tensors = {name: p for name, p in self.parameters.items() if not name.endswith(CORE)}
         for path, layer in lora_layers(self.model):
             core, outer = layer.lora_B["default"]

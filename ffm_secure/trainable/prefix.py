@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
-from ffm_secure.trainable.base import OWN_TENSORS, PEFT_TENSORS, read_tensors, write_own
-from ffm_secure.trainable.lora import TASK_TYPES
+from ffm_secure.trainable.base import stored_tensors, write_own
+from ffm_secure.trainable.lora import peft_task
 from ffm_secure.trainable.prompt import (
     PROMPT,
     PromptTrainable,
@@ -73,7 +73,7 @@ class Prefix(PromptTrainable):
 
     def export(self, folder: Path, base_model_name: str) -> None:
         """Write a PEFT PREFIX_TUNING adapter; for tasks PEFT has no prefixes for, our own versioned files."""
-        task, heads, width = TASK_TYPES.get(self.backbone.kind), *cache_shape(self.backbone)
+        task, heads, width = peft_task(self.backbone), *cache_shape(self.backbone)
         length = self.parameters[PROMPT].shape[0]
         if task is None:
             table = {"kind": self.kind, "task": self.backbone.kind, "length": length, "width": heads * width}
@@ -87,8 +87,7 @@ class Prefix(PromptTrainable):
 
     def import_(self, folder: Path) -> None:
         """Read what `export` wrote."""
-        own = TASK_TYPES.get(self.backbone.kind) is None
-        self.load_tensors(read_tensors(folder, OWN_TENSORS if own else PEFT_TENSORS))
+        self.load_tensors(stored_tensors(folder))
 
 
 def attending(model: Any) -> nn.Module:

@@ -14,15 +14,13 @@ from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import (
-    OWN_TENSORS,
-    PEFT_TENSORS,
     TrainableModel,
-    read_tensors,
     sharing_copy,
+    stored_tensors,
     write_own,
     write_peft,
 )
-from ffm_secure.trainable.lora import TASK_TYPES, named_inside
+from ffm_secure.trainable.lora import peft_task, named_inside
 from ffm_secure.trainable.targets import head_modules
 
 PROMPT = "prompt_embeddings"
@@ -124,7 +122,7 @@ class Prompt(PromptTrainable):
 
     def export(self, folder: Path, base_model_name: str) -> None:
         """Write a PEFT PROMPT_TUNING adapter; for tasks PEFT has no prompts for, our own versioned files."""
-        task = TASK_TYPES.get(self.backbone.kind)
+        task = peft_task(self.backbone)
         length, width = self.parameters[PROMPT].shape
         if task is None:
             table = {"kind": self.kind, "task": self.backbone.kind, "length": length, "width": width}
@@ -137,8 +135,7 @@ class Prompt(PromptTrainable):
 
     def import_(self, folder: Path) -> None:
         """Read what `export` wrote."""
-        own = TASK_TYPES.get(self.backbone.kind) is None
-        self.load_tensors(read_tensors(folder, OWN_TENSORS if own else PEFT_TENSORS))
+        self.load_tensors(stored_tensors(folder))
 
 
 def peft_sizes(backbone: Backbone, width: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import OWN_TENSORS, TrainableModel, read_tensors, write_own
-from ffm_secure.trainable.lora import TASK_TYPES
+from ffm_secure.trainable.lora import peft_task
 from ffm_secure.trainable.prompt import (
     PromptedModel,
     PromptTrainable,
@@ -81,7 +81,7 @@ class PTuning(OwnFormat):
     def export(self, folder: Path, base_model_name: str) -> None:
         """Write the encoder in our own files and, where PEFT knows the task, the encoded prompt as a P_TUNING adapter."""
         super().export(folder, base_model_name)
-        task = TASK_TYPES.get(self.backbone.kind)
+        task = peft_task(self.backbone)
         if task is None:
             return
         model: Any = self.model

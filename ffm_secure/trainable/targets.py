@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
+from ffm_secure.models.builtin import MeanPoolClassifier
 
 ALL_LINEAR = "all-linear"
 
@@ -50,6 +51,11 @@ def head_modules(backbone: Backbone) -> tuple[str, ...]:
         if whole and not any(parent == name or parent.startswith(f"{name}.") for name in names):
             names.append(parent)
     return tuple(names)
+
+
+def has_own_head(backbone: Backbone) -> bool:
+    """Tell whether the head is a class of this package, which stock libraries do not know."""
+    return isinstance(backbone.model, MeanPoolClassifier)
 
 
 def lora_targets(backbone: Backbone, wanted: Sequence[str], *, outside: Iterable[str]) -> tuple[str, ...]:

@@ -1,0 +1,99 @@
+"""The command `predict`: answer texts or pictures with the model of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ffm_secure.cli.console import clear_errors, say
+from ffm_secure.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from ffm_secure.trainable.predictor import Prediction, Predictor
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def predict(folder: Path, *, texts: Sequence[str], file: Path | None, json: bool) -> None:
+    """Print one answer a line, in the order of the input."""
+    if bool(texts) == (file is not None):
+        raise ConfigError("predict", ["give --text (once or more) or --file, exactly one of them"])
+    with clear_errors():
+        predictor = load_predictor(folder)
+        answers = _answer_file(predictor, file) if file is not None else _answer_texts(predictor, texts)
+    say(answers, [_line(item) for item in answers], json=json)
+
+
+def load_predictor(folder: Path) -> Predictor:
+    """Build the model of a run directory with what it trained."""
+    from ffm_secure.strategies import merges_into_base
+    from ffm_secure.config.schema import to_table
+    from ffm_secure.storage.run_directory import Store
+    from ffm_secure.trainable.predictor import ModelSource, Predictor
+
+    config = Store.read(folder).config()
+    if not (folder / "adapter").is_dir():
+        raise StoreError(f"{folder}: has no adapter yet; finish the run first (ffm-secure run)")
+    source = ModelSource(
+        name=config.model.name,
+        spec={**to_table(config.model.trainable), "folded": merges_into_base(config.federation.strategy)},
+        seed=config.seed,
+        dtype=config.model.dtype,
+        random_weights=config.model.weights == "random",
+    )
+    return Predictor.load(folder / "adapter", source, base=folder)
+
+
+def _answer_texts(predictor: Predictor, texts: Sequence[str]) -> list[Prediction]:
+    if predictor.export.task == "image_classification":
+        raise ConfigError(
+            "predict", ["the model reads pictures; give --file with a picture or a folder of them"]
+        )
+    pairs = len(predictor.export.text_columns) == 2
+    if not pairs:
+        return predictor.texts([list(texts)])
+    parts = [text.split("\t") for text in texts]
+    if any(len(part) != 2 for part in parts):
+        raise ConfigError(
+            "predict", ["the model reads pairs; give the two texts of --text with a tab between them"]
+        )
+    return predictor.texts([[part[0] for part in parts], [part[1] for part in parts]])
+
+
+def _answer_file(predictor: Predictor, file: Path) -> list[Prediction]:
+    if not file.exists():
+        raise ConfigError("predict", [f"--file = {str(file)!r}: does not exist"])
+    if predictor.export.task == "image_classification":
+        return _answer_pictures(predictor, file)
+    if file.suffix == ".txt":
+        return _answer_texts(predictor, file.read_text(encoding="utf-8-sig").splitlines())
+    from ffm_secure.data.files import read_table
+
+    table = read_table(file)
+    absent = [name for name in predictor.export.text_columns if name not in table.columns]
+    if absent:
+        known = ", ".join(table.columns)
+        raise ConfigError(
+            "predict", [f"{file}: has no column {absent[0]!r}, which the model reads; it has {known}"]
+        )
+    columns = [[str(text) for text in table.columns[name]] for name in predictor.export.text_columns]
+    return predictor.texts(columns)
+
+
+def _answer_pictures(predictor: Predictor, file: Path) -> list[Prediction]:
+    from ffm_secure.data.images import decode
+
+    paths = (
+        sorted(path for path in file.iterdir() if path.suffix.lower() in _PICTURES)
+        if file.is_dir()
+        else [file]
+    )
+    if not paths:
+        raise ConfigError("predict", [f"--file = {str(file)!r}: holds no picture ({', '.join(_PICTURES)})"])
+    side = predictor.trainable.backbone.image_size
+    return predictor.pictures([decode(path, str(path), side=side) for path in paths])
+
+
+def _line(item: Prediction) -> str:
+    return item.answer if item.score is None else f"{item.answer}\t{item.score:.4f}"

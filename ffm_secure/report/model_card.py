@@ -1,0 +1,223 @@
+"""The README of an exported model: what it is, what it was trained with, what is promised, and code that loads it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path, PurePath
+from typing import Any
+
+from ffm_secure.records import ModelExport, PrivacyStatement, RunSummary
+
+_PIPELINES = {
+    "text_classification": "text-classification",
+    "causal_lm": "text-generation",
+    "masked_lm": "fill-mask",
+    "image_classification": "image-classification",
+}
+
+
+def model_card(export: ModelExport, summary: RunSummary) -> str:
+    """Write the card: front matter, then sections in the order a reader asks.
+
+    Guarantee: nothing of it says more about single owners than the report's public part; paths of the machine are left out.
+    """
+    parts = [
+        _front_matter(export),
+        f"# {summary.name}",
+        _opening(export, summary),
+        "## Load it",
+        _loading(export),
+        "## What it learned",
+        _metrics(summary),
+        "## What is promised",
+        _promise(summary),
+        "## What it was trained with",
+        _training(export, summary),
+        "## Data check",
+        _data(export, summary),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def loading_code(export: ModelExport, folder: str = ".") -> str:
+    """Return Python that loads an export with stock libraries alone and leaves `model` and, for texts, `tokenizer`."""
+    auto, pictures = export.auto_class, export.task == "image_classification"
+    prepare = "AutoImageProcessor" if pictures else "AutoTokenizer"
+    dtype = f"dtype=torch.{export.dtype}"
+    lines = ["from pathlib import Path", "", "import torch"]
+    if export.form == "adapter":
+        source = 'folder / "base"' if export.base_inside else json.dumps(export.base_model)
+        lines += ["from peft import PeftModel", f"from transformers import AutoConfig, {auto}, {prepare}", ""]
+        lines += [
+            f"folder = Path({json.dumps(folder)})",
+            'config = AutoConfig.from_pretrained(folder / "base")',
+        ]
+        lines += [
+            f"base = {auto}.from_pretrained({source}, config=config, {dtype}, ignore_mismatched_sizes=True)",
+            "model = PeftModel.from_pretrained(base, folder).eval()",
+        ]
+    else:
+        inside = ' / "model"' if export.form == "model" else ""
+        lines += [f"from transformers import {auto}, {prepare}", ""]
+        lines += [f"folder = Path({json.dumps(folder)}){inside}"]
+        lines += [f"model = {auto}.from_pretrained(folder, {dtype}).eval()"]
+    name = "processor" if pictures else "tokenizer"
+    return "\n".join([*lines, f"{name} = {prepare}.from_pretrained(folder)"])
+
+
+def answering_code(export: ModelExport) -> str:
+    """Return Python that asks the loaded model something."""
+    if export.task == "image_classification":
+        batch = 'processor(Image.open("picture.png"), return_tensors="pt")'
+    else:
+        text = '"Two plus " + tokenizer.mask_token' if export.task == "masked_lm" else '"A text to judge."'
+        batch = f'tokenizer([{text}], padding=True, truncation=True, return_tensors="pt")'
+    picture = ["from PIL import Image", ""] if export.task == "image_classification" else []
+    cut = f"[:, {export.virtual}:]" if export.virtual else ""
+    lines = [
+        *picture,
+        f"batch = {batch}",
+        "with torch.inference_mode():",
+        f"    logits = model(**batch).logits{cut}",
+    ]
+    if export.labels:
+        lines.append("print([model.config.id2label[number] for number in logits.argmax(dim=-1).tolist()])")
+    return "\n".join(lines)
+
+
+def _front_matter(export: ModelExport) -> str:
+    tags = ["federated-learning", "ffm-secure"]
+    lines = ["---", f"library_name: {'peft' if export.form == 'adapter' else 'transformers'}"]
+    if _is_hub_name(export.base_model):
+        lines.append(f"base_model: {export.base_model}")
+    lines.append(f"pipeline_tag: {_PIPELINES[export.task]}")
+    return "\n".join([*lines, f"tags: [{', '.join(tags)}]", "---"])
+
+
+def _is_hub_name(name: str) -> bool:
+    return not name.startswith(("builtin:", "/", ".", "~")) and ":" not in name and "\\" not in name
+
+
+def _base_words(export: ModelExport) -> str:
+    """Return the base as people call it, without the path of this machine."""
+    return (
+        export.base_model
+        if _is_hub_name(export.base_model) or ":" in export.base_model
+        else PurePath(export.base_model).name
+    )
+
+
+def _opening(export: ModelExport, summary: RunSummary) -> str:
+    stamps = "".join(f"**{stamp}**\n\n" for stamp in summary.stamps)
+    return (
+        f"{stamps}`{_base_words(export)}` adapted by {_setting(summary, 'task', 'clients')} data owners together, "
+        f"for {export.task.replace('_', ' ')}; "
+        f"trained: {summary.plan.trains}."
+    )
+
+
+def _setting(summary: RunSummary, section: str, key: str) -> Any:
+    table = summary.config.get(section, {})
+    return table.get(key, "unknown") if isinstance(table, dict) else "unknown"
+
+
+def _loading(export: ModelExport) -> str:
+    if export.form == "own":
+        return (
+            f"No class of transformers or PEFT computes a {export.trainable.replace('_', ' ')} before this model, so nothing loads it by "
+            "mistake: `ffm-secure predict RUN --text '...'` answers with it."
+        )
+    folder = (
+        "folder"
+        if export.task == "image_classification"
+        else "folder, or `ffm-secure predict RUN --text '...'`"
+    )
+    notes = [
+        f"Run in this {folder}:",
+        "",
+        "```python",
+        loading_code(export),
+        "",
+        answering_code(export),
+        "```",
+    ]
+    if export.form == "model" and export.trainable not in ("prompt", "p_tuning"):
+        notes += ["", "`model/` holds everything, weights merged; keep it in float32."]
+    return "\n".join(notes)
+
+
+def _metrics(summary: RunSummary) -> str:
+    rows = [
+        ("after the last round", summary.metric_final),
+        ("before training", summary.metric_zero_round),
+        ("always the commonest label", summary.metric_majority),
+    ]
+    lines = [f"| {summary.metric_name} on public validation rows | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value:.4f} |" for name, value in rows if value is not None)])
+
+
+def _promise(summary: RunSummary) -> str:
+    lines = [
+        "| against | epsilon | delta | unit | adjacency | mechanism | accountant |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [_statement(item) for item in summary.statements]
+    note = (
+        f"Ledger: {summary.ledger_entries} entries, head `{summary.ledger_head}`."
+        if summary.ledger_head
+        else ""
+    )
+    return "\n".join(lines) + (f"\n\n{note}" if note else "")
+
+
+def _statement(item: PrivacyStatement) -> str:
+    amount = f"{item.epsilon:.4g}" if math.isfinite(item.epsilon) else "none (infinite)"
+    mechanism = "; ".join(item.mechanism)
+    cells = (
+        item.observer.replace("_", " "),
+        amount,
+        f"{item.delta:g}",
+        item.unit,
+        item.adjacency,
+        mechanism,
+        item.accountant,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _training(export: ModelExport, summary: RunSummary) -> str:
+    lifecycle = _setting(summary, "federation", "lifecycle")
+    kind = lifecycle.get("kind", "") if isinstance(lifecycle, dict) else ""
+    rows = {
+        "base": f"`{_base_words(export)}`",
+        "base digest": f"`{export.base_fingerprint}` (SHA-256 over names, shapes and values)",
+        "trained numbers": f"{summary.plan.trainable_parameters:,} of {summary.plan.total_parameters:,}",
+        "rounds": f"{len(summary.rounds)}, {kind}".rstrip(", "),
+        "noise multiplier": f"{summary.plan.noise_multiplier:.4g}",
+        "protection": str(_kind(summary, "protection")),
+        "software": ", ".join(f"{name} {version}" for name, version in sorted(summary.software.items())),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _kind(summary: RunSummary, section: str) -> Any:
+    return _setting(summary, section, "kind")
+
+
+def _data(export: ModelExport, summary: RunSummary) -> str:
+    labels = ", ".join(export.labels) if export.labels else "none"
+    lines = [
+        f"- data set: `{PurePath(str(_setting(summary, 'task', 'data'))).name}`, {_setting(summary, 'task', 'clients')} owners",
+        f"- labels: {labels}",
+    ]
+    if export.task != "image_classification":
+        lines.append(f"- texts longer than {export.max_length} tokens were cut")
+    return "\n".join([*lines, "- rows and sizes of single owners are not published here"])
+
+
+def write_card(folder: Path, export: ModelExport, summary: RunSummary) -> Path:
+    """Write the card as README.md."""
+    path = folder / "README.md"
+    path.write_text(model_card(export, summary))
+    return path

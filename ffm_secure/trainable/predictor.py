@@ -1,0 +1,184 @@
+"""Answer with a trained model as a run left it: labels, continuations, hidden words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ffm_secure.errors import ModelError
+from ffm_secure.models.backbone import load_backbone
+from ffm_secure.records import ModelExport
+from ffm_secure.tasks import Task, build_task
+from ffm_secure.trainable import TrainableModel, attach
+from ffm_secure.trainable.exports import read_record
+
+NEW_TOKENS = 32  # how far a text is continued
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Hold one answer: a label with its probability, a continued text (score None), or a text with its hidden words restored."""
+
+    answer: str
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """Say how a run built its model: everything `load_backbone` and `attach` need beside the task."""
+
+    name: str
+    spec: Mapping[str, Any]
+    seed: int
+    dtype: str = "float32"
+    random_weights: bool = False
+
+
+class _Columns:
+    """Hold texts or pictures as the task wants examples."""
+
+    def __init__(self, columns: Mapping[str, Any], count: int) -> None:
+        self.columns, self.count = columns, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def column(self, name: str) -> Any:
+        return self.columns[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    text_columns: tuple[str, ...]
+    label_column: str | None
+    label_names: tuple[str, ...]
+    image_column: str | None
+
+
+class Predictor:
+    """A trained model with the task it was trained for; texts and pictures are prepared as in training."""
+
+    def __init__(self, *, trainable: TrainableModel, task: Task, export: ModelExport) -> None:
+        self.trainable, self.task, self.export = trainable, task, export
+
+    @classmethod
+    def load(cls, folder: Path, source: ModelSource, *, base: Path) -> Predictor:
+        """Build the model a run built and put in what it trained.
+
+        Raises:
+          ModelError: the folder holds no finished export, or the base is not the one the run started from.
+        """
+        record = read_record(folder)
+        backbone = load_backbone(
+            source.name,
+            kind=record.task,
+            labels=len(record.labels) or None,
+            base=base,
+            seed=source.seed,
+            dtype=source.dtype,
+            random_weights=source.random_weights,
+        )
+        pictures = record.task == "image_classification"
+        data = _Data(
+            text_columns=() if pictures else record.text_columns,
+            label_column="label",
+            label_names=record.labels,
+            image_column="picture" if pictures else None,
+        )
+        task = build_task(record.task, backbone=backbone, dataset=data, max_length=record.max_length)
+        trainable = attach(backbone, source.spec, task_kind=record.task, seed=source.seed)
+        trainable.import_(folder)
+        return cls(trainable=trainable, task=task, export=record)
+
+    def texts(self, columns: Sequence[Sequence[str]]) -> list[Prediction]:
+        """Answer texts, given as one column, or as two for pairs."""
+        wanted = len(self.export.text_columns)
+        if len(columns) != wanted:
+            raise ModelError(f"the model reads {wanted} texts a row, these are {len(columns)}")
+        if self.export.task == "causal_lm":
+            return [self._continue(text) for text in columns[0]]
+        named = dict(zip(self.export.text_columns, columns, strict=True))
+        if self.export.task == "masked_lm":
+            return [self._restore(text) for text in columns[0]]
+        return self._classify(named, len(columns[0]))
+
+    def pictures(self, pictures: Sequence[Any]) -> list[Prediction]:
+        """Answer pictures uint8 [H, W, 3], each of its own size or all of one."""
+        found: list[Prediction] = []
+        for picture in pictures:
+            found += self._classify({"picture": np.asarray(picture)[None]}, 1)
+        return found
+
+    def logits(self, columns: Mapping[str, Any], count: int) -> Tensor:
+        """Return the scores of a classifier, float32 [count, labels]."""
+        encoded = self.task.encode(_Columns({**columns, "label": np.zeros(count, dtype=np.int64)}, count))
+        parts = []
+        for start in range(0, count, _AT_ONCE):
+            rows = range(start, min(start + _AT_ONCE, count))
+            batch = self.task.batch(encoded, rows, device="cpu")
+            batch.pop("labels", None)
+            with torch.inference_mode():
+                parts.append(self.trainable.model(**batch).logits.float())
+        return torch.cat(parts)
+
+    def _classify(self, columns: Mapping[str, Any], count: int) -> list[Prediction]:
+        chances = self.logits(columns, count).softmax(dim=1)
+        scores, places = chances.max(dim=1)
+        return [
+            Prediction(answer=self.export.labels[place], score=score)
+            for place, score in zip(places.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def _token_scores(self, tokens: list[int]) -> Tensor:
+        ids = torch.tensor([tokens])
+        with torch.inference_mode():
+            scores: Tensor = self.trainable.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[
+                0
+            ]
+        return scores.float()
+
+    def _continue(self, text: str) -> Prediction:
+        """Continue a text with the likeliest token, one at a time."""
+        tokenizer = self.trainable.backbone.tokenizer
+        limit = self.trainable.backbone.max_positions or 10**9
+        tokens = self._tokens(text)
+        given = len(tokens)
+        while len(tokens) - given < NEW_TOKENS and len(tokens) + _room(self.trainable) < limit:
+            token = int(self._token_scores(tokens)[-1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            tokens.append(token)
+        return Prediction(answer=tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _restore(self, text: str) -> Prediction:
+        """Replace every mask token by the likeliest one."""
+        tokenizer = self.trainable.backbone.tokenizer
+        tokens = tokenizer(text, truncation=True, max_length=self.export.max_length)["input_ids"]
+        places = [place for place, token in enumerate(tokens) if token == tokenizer.mask_token_id]
+        if not places:
+            raise ModelError(f"a masked language model restores {tokenizer.mask_token}; the text holds none")
+        best = self._token_scores(tokens).argmax(dim=-1)
+        for place in places:
+            tokens[place] = int(best[place])
+        return Prediction(answer=tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _tokens(self, text: str) -> list[int]:
+        """Return the tokens a text is continued from; the token that ends a text is left out."""
+        tokenizer = self.trainable.backbone.tokenizer
+        tokens = list(tokenizer(text, truncation=True, max_length=self.export.max_length)["input_ids"])
+        if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
+            tokens.pop()
+        return tokens or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
+
+
+def _room(trainable: TrainableModel) -> int:
+    """Return how many positions virtual tokens take."""
+    length = getattr(trainable.model, "length", 0)
+    return int(length) if isinstance(length, int) else 0
