@@ -71,6 +71,9 @@ class Knowledge:
     optimiser: str | None = None
     learning_rate: float | None = None
     weight_decay: float | None = None
+    momentum: float | None = None
+    nesterov: bool | None = None
+    schedule: str | None = None
     dropout: float | None = None
     clip_norm: float | None = None
     noise_multiplier: float | None = None

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ffm_secure import federation
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
@@ -14,6 +16,7 @@ from ffm_secure.engines import simulation, summary
 from ffm_secure.records import PlanSummary, RunSummary
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
+from ffm_secure.server import rounds
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.trainable import exports
 
@@ -81,11 +84,22 @@ class Run:
                 trained = federation.run(ready.server, ready.courier, store, start=start, callback=callback)
             finally:
                 ready.courier.close()
+            self._release(ready, trained, initial)
             outcomes = summary.outcomes(ready, trained, initial) if fairness else ()
             seconds = time.perf_counter() - began
             result = summary.summarise(ready, trained, zero_metric=zero, outcomes=outcomes, seconds=seconds)
             self._finish(store, ready, trained, result, complete=complete)
         return Result(folder=self.folder, summary=result)
+
+    def _release(
+        self, ready: simulation.Simulation, trained: federation.TrainingResult, initial: Tensor
+    ) -> None:
+        """Note what the public sees, where the run file asks for it."""
+        opened = [record for record in trained.records if record.survivors]
+        if ready.server.transcript is not None and opened:
+            survivors = tuple(sorted({site for record in opened for site in record.survivors}))
+            plan = rounds.plan_round(ready.server, opened[-1].round, trained.state)
+            ready.server.transcript.released(initial, trained.state.vector, survivors, plan)
 
     def _finish(
         self,

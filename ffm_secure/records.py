@@ -113,6 +113,21 @@ class RoundRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedObservation:
+    """Describe what one observer saw of one round as it crossed the wire; the tensors lie beside it."""
+
+    format: int = 1
+    round: int
+    observer: Observer
+    point: Point
+    sites: tuple[int, ...]  # whose updates are in it
+    scale: float = 1.0  # the stored vector times this is the plain sum over `sites`
+    step: int = 0  # steps the broadcast model had taken; says which tensors were sent
+    named: bool = True  # False: what was sent is no change of named tensors (products, for instance)
+    own: int = -1  # the site whose own update this is; -1 for a sum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientOutcome:
     """Show how one data owner fared; `source` says whether the number was released or is a simulation's own view."""
 
@@ -167,6 +182,10 @@ class AuditFinding:
     granted: tuple[str, ...] = ()  # what the attacker was allowed to know beyond the wire: the worst case
     observed: float | None = None  # the same attack on what the protocol really sends, with nothing granted
     observed_reason: str = ""  # what that was, or why there is no such number
+    source: Literal["replayed", "recorded"] = (
+        "replayed"  # one step played again at its worst, or what really crossed the wire
+    )
+    round: int = 0  # of a recorded observation
     pictures: tuple[RecoveredPicture, ...] = ()
 
 

@@ -16,12 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.inversion.optimisers import without_untouched
 from attacks.inversion.priors import within_pixels
-from attacks.inversion.tokens import embedding_names, present_tokens, token_embedding
+from attacks.inversion.tokens import (
+    embedding_names,
+    embedding_rows,
+    noise_per_entry,
+    present_tokens,
+    token_embedding,
+)
 from attacks.observation import Observation
 
 _SOLVED = 1e-3
 _RESIDUAL_SCALE = 0.01
+_RIDGE = 0.1  # of a row of length one
+_MOVED = 1e-3  # of the longest position row: shorter ones hold rounding
+
+
+def _rescaled(observation: Observation) -> bool:
+    optimiser = str(observation.known("optimiser") or "sgd").lower()
+    return observation.content == "delta" and "sgd" not in optimiser
 
 
 def refuse_rescaled(observation: Observation) -> None:
@@ -29,8 +43,8 @@ def refuse_rescaled(observation: Observation) -> None:
 
     Raises: NotApplicable naming the optimiser.
     """
-    optimiser = str(observation.known("optimiser") or "sgd").lower()
-    if observation.content == "delta" and "sgd" not in optimiser:
+    if _rescaled(observation):
+        optimiser = str(observation.known("optimiser")).lower()
         raise NotApplicable(
             f"{optimiser} rescales every entry, which breaks the linear relation between gradients"
         )
@@ -50,22 +64,64 @@ def placement(position_gradient: Tensor, token_gradient: Tensor) -> tuple[Tensor
     return solution, residual
 
 
+def likeness(positions: Tensor, rows: Tensor) -> Tensor:
+    """Return how much of each position's direction (p, d) each token's (n, d) explains beside all others: (p, n).
+
+    An optimiser that scales entries apart keeps their signs: a position's row still agrees with the rows of its tokens,
+    with those alone, and a ridge takes out what all rows have in common.
+    """
+    units = nn.functional.normalize(rows.double(), dim=1)
+    seen = nn.functional.normalize(positions.double(), dim=1)
+    gram = units @ units.T + _RIDGE * torch.eye(len(units), dtype=units.dtype)
+    solved: Tensor = torch.linalg.solve(gram, units @ seen.T).T
+    return solved
+
+
+def _by_signs(observation: Observation, model: nn.Module, tokens: Tensor, position_name: str) -> Finding:
+    """Place tokens by the signs of their rows, where the optimiser left nothing else of the gradients.
+
+    Rows are compared as they moved: what decay does to a row without a gradient it does not add to one with.
+    """
+    view = observation.gradient().tensors
+    positions, rows = view[position_name], view[f"{token_embedding(model)}.weight"][tokens]
+    lengths: Tensor = torch.linalg.vector_norm(_places(observation, model, position_name), dim=1)
+    used = (lengths > _MOVED * lengths.max()).nonzero().flatten()
+    shares = likeness(positions[used], rows)
+    pairs = torch.stack([used[shares.argmax(0)] - int(used.min()), tokens], dim=1)
+    confidence = float(shares.amax(0).clamp(0.0, 1.0).mean())
+    items = [
+        Item(kind="token_set", value=tokens, confidence=1.0),
+        Item(kind="placed_tokens", value=pairs, confidence=confidence),
+    ]
+    if len(tokens) <= len(used):  # no place needs to hold two
+        items.append(Item(kind="sequence", value=tokens[shares.argmax(1)], confidence=confidence))
+    return Finding(
+        items=tuple(items),
+        confidence=confidence,
+        reason="placed by signs alone, for the optimiser scales every entry",
+        details={"tokens": len(tokens), "places": len(used)},
+    )
+
+
 def _text(
     observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
 ) -> Finding:
-    refuse_rescaled(observation)
     private = working_copy(model, observation)
     token_name = f"{token_embedding(private)}.weight"
     position_name = _position_embedding(observation, private)
     tokens = present_tokens(observation, private)
     if tokens is None or len(tokens) == len(observation.tensors[token_name]):
         raise NotApplicable("the rows of the token embedding do not tell which tokens were present")
-    view = observation.gradient().tensors
-    width = view[token_name].shape[1]
-    positions = view[position_name]
+    if _rescaled(observation):
+        return _by_signs(observation, private, tokens, position_name)
+    rows, positions = (
+        embedding_rows(observation, private)[tokens],
+        _places(observation, private, position_name),
+    )
+    width = rows.shape[1]
     used = (positions.norm(dim=1) > 1e-9 * positions.norm(dim=1).max()).nonzero().flatten()
     offset = int(used.min())
-    table, residual = placement(positions[used], view[token_name][tokens])
+    table, residual = placement(positions[used], rows)
     places = (table > 0.5).nonzero()
     pairs = torch.stack([used[places[:, 0]] - offset, tokens[places[:, 1]]], dim=1)
     roundness = 1.0 - min(1.0, 2.0 * float((table - (table > 0.5).double()).abs().amax()))
@@ -80,6 +136,15 @@ def _text(
         items.append(Item(kind="sequence", value=best, confidence=confidence))
     details = {"tokens": len(tokens), "width": width, "residual": residual, "roundness": roundness}
     return Finding(items=tuple(items), confidence=confidence, details=details)
+
+
+def _places(observation: Observation, model: nn.Module, name: str) -> Tensor:
+    """Return the rows of the position embedding in gradient orientation, less what its optimiser does to every row."""
+    view = observation.gradient()
+    if observation.content == "gradient" or noise_per_entry(observation) > 0.0:
+        return view.tensors[name].double()
+    table = model.get_parameter(name).detach()
+    return view.factor * without_untouched(observation, name, table, dense=False)
 
 
 def _position_embedding(observation: Observation, model: nn.Module) -> str:

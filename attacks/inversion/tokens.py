@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.inversion.optimisers import without_untouched
 from attacks.observation import Observation
 
 
@@ -63,27 +64,8 @@ def is_tied(model: nn.Module, name: str) -> bool:
     return any(isinstance(module, nn.Linear) and module.weight is weight for module in model.modules())
 
 
-def without_decay(observation: Observation, name: str) -> Tensor | None:
-    """Return an observed delta with the weight decay of AdamW or plain SGD taken out, or None when the facts are not known.
-
-    A row that got no gradient moved by exactly ((1 - rate x decay)^steps - 1) times its broadcast value. Under Adam's own
-    decay or with momentum it moved otherwise, which is left in.
-    """
-    if str(observation.known("optimiser") or "").lower() not in ("adamw", "sgd"):
-        return None
-    delta = observation.tensors[name]
-    rate, decay, steps = (
-        observation.known(fact) for fact in ("learning_rate", "weight_decay", "local_steps")
-    )
-    weight = None if observation.broadcast is None else observation.broadcast.get(name)
-    if weight is None or not rate or not decay or not steps:
-        return None
-    shrink = (1.0 - float(rate) * float(decay)) ** int(steps) - 1.0
-    return delta.double() - observation.contributors * shrink * weight.double()
-
-
 def embedding_rows(observation: Observation, model: nn.Module) -> Tensor:
-    """Return each token's row of the embedding's gradient, AdamW's decay taken out: shape (vocabulary, width).
+    """Return each token's row of the embedding's gradient, less what its optimiser does to every row: (vocabulary, width).
 
     Raises: NotApplicable when the token embedding was not trained.
     """
@@ -91,11 +73,12 @@ def embedding_rows(observation: Observation, model: nn.Module) -> Tensor:
     if name not in observation.tensors:
         raise NotApplicable("the token embedding was not trained, so its rows say nothing")
     view = observation.gradient()
-    rows = view.tensors[name].double()
-    if observation.content == "delta" and observation.known("weight_decay"):
-        cleaned = without_decay(observation, name)
-        rows = rows if cleaned is None else view.factor * cleaned
-    return rows
+    if observation.content == "gradient":
+        return view.tensors[name].double()
+    weight = model.get_submodule(token_embedding(model)).weight
+    assert isinstance(weight, Tensor)
+    dense = is_tied(model, token_embedding(model)) or noise_per_entry(observation) > 0.0
+    return view.factor * without_untouched(observation, name, weight.detach(), dense=dense)
 
 
 def beside_a_head(rows: Tensor, *, noise: float = 0.0, linear: bool = True) -> Tensor | None:

@@ -19,6 +19,7 @@ from defenses.secagg import ring
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines import simulation
+from ffm_secure.engines.loaded_model import LoadedModel
 from ffm_secure.records import Observer, Point, RoundPlan, RoundRecord
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.site.trainer import SiteData, SiteTrainer
@@ -186,7 +187,7 @@ def wire_change(
     return unflatten(values[: sum(p.numel() for p in like.values())], like)  # half a vector is padded
 
 
-def wire_facts(prepared: simulation.Prepared, records: int) -> dict[str, Any]:
+def wire_facts(prepared: LoadedModel, records: int) -> dict[str, Any]:
     """Return what every party of a run knows of an update: the run file says it. Momentum makes SGD another optimiser."""
     spec = prepared.config.federation.lifecycle
     size = min(spec.batch_size, records)
@@ -200,9 +201,7 @@ def wire_facts(prepared: simulation.Prepared, records: int) -> dict[str, Any]:
     }
 
 
-def noise_facts(
-    prepared: simulation.Prepared, point: Point, clients: int, *, steps: int = 0
-) -> dict[str, Any]:
+def noise_facts(prepared: LoadedModel, point: Point, clients: int, *, steps: int = 0) -> dict[str, Any]:
     """Return what the run file tells everyone of the bound and the noise in an update, or in a sum of `clients` of them.
 
     `steps` is how many local steps stand behind a delta, 0 for the gradient of one step. The deviation is left out where an
@@ -244,13 +243,13 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
 
 
-def own_names(prepared: simulation.Prepared) -> dict[str, str]:
+def own_names(prepared: LoadedModel) -> dict[str, str]:
     """Map the canonical names of what is trained to the names the model itself uses."""
     own = {id(parameter): name for name, parameter in prepared.trainable.model.named_parameters()}
     return {name: own[id(parameter)] for name, parameter in prepared.trainable.parameters.items()}
 
 
-def attackable(prepared: simulation.Prepared) -> nn.Module:
+def attackable(prepared: LoadedModel) -> nn.Module:
     """Copy the model for the attacker: eager attention, and padding read from the ids, as a client's own batches have it."""
     model = copy.deepcopy(prepared.trainable.model).cpu()
     pad = getattr(prepared.backbone.tokenizer, "pad_token_id", None)

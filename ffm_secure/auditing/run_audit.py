@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
+from attacks import canary
 from attacks.registry import ATTACKS
 from ffm_secure.auditing import cohorts
 from ffm_secure.auditing import replayed as client_replay
@@ -16,13 +18,20 @@ from ffm_secure.auditing.leak_curves import leak_curves, place_on_curves
 from ffm_secure.auditing.lower_bound import bounds_over_rounds, curve_over_rounds, measured_how, strongest
 from ffm_secure.auditing.step import CANDIDATES, with_draws
 from ffm_secure.auditing.wording import decoder, sentence
+from ffm_secure.auditing.recorded import audit_recorded
+from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines import simulation
-from ffm_secure.errors import ConfigError, StoreError
+from ffm_secure.engines.loaded_model import load_model, read_facts, stored_noise
+from ffm_secure.errors import ConfigError, DataError, StoreError
 from ffm_secure.records import (
+    AuditFinding,
     AuditSummary,
+    LeakCurve,
     Observer,
+    RoundRecord,
     RunSummary,
 )
+from ffm_secure.strategies import ServerState
 from ffm_secure.report import document as report
 from ffm_secure.storage.run_directory import Store
 
@@ -41,10 +50,62 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
             "audit.attacks", [f"there is no attack {', '.join(unknown)}; `python -m attacks list` names them"]
         )
     began = time.process_time()
-    prepared = simulation.prepare(config, Path.cwd(), folder)
     resumed = Store.read(folder).resume()
     if resumed is None:
         raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")
+    purse = AuditBudget(name=budget)
+    observed = _recorded(folder, config, purse)
+    replay = _replayed(folder, config, resumed, purse)
+    findings = (*observed, *replay.findings)
+    last = replay.bounds[max(replay.bounds)] if replay.bounds else ()
+    audit = AuditSummary(
+        budget=budget,
+        cpu_seconds=time.process_time() - began,
+        findings=findings,
+        epsilon_lower=strongest(last).epsilon if last else None,
+        epsilon_lower_method=measured_how(last, summary) if last else "",
+        sentence=" ".join(filter(None, (sentence(findings), replay.note))),
+        questions=replay.questions,
+        curves=replay.curves,
+    )
+    audited = replace(summary, audit=audit)
+    report.write(audited, folder)
+    return audited
+
+
+def _recorded(folder: Path, config: RunConfig, purse: AuditBudget) -> tuple[AuditFinding, ...]:
+    """Attack what crossed the wire, where the run recorded it; needs the model and no data."""
+    if not (folder / "observations").is_dir() or not any((folder / "observations").iterdir()):
+        return ()
+    model = load_model(config, Path.cwd(), read_facts(folder), multiplier=stored_noise(folder))
+    wanted = [ATTACKS[name]() for name in ATTACKS if {"all", name} & set(config.audit.attacks)]
+    return tuple(audit_recorded(model, folder, purse, wanted, decoder(model.backbone.tokenizer)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What came of playing one step of one client again, or why it could not be played."""
+
+    findings: tuple[AuditFinding, ...] = ()
+    bounds: Mapping[int, tuple[canary.LowerBound, ...]] = field(default_factory=dict)
+    questions: int = 0
+    curves: tuple[LeakCurve, ...] = ()
+    note: str = ""
+
+
+def _replayed(
+    folder: Path,
+    config: RunConfig,
+    resumed: tuple[ServerState, tuple[RoundRecord, ...], bytes],
+    purse: AuditBudget,
+) -> Replay:
+    """Play one step of one client again, at its worst; without the data folder nothing can be played."""
+    try:
+        prepared = simulation.prepare(config, Path.cwd(), folder)
+    except DataError as error:
+        if not any((folder / "observations").glob("round-*")):
+            raise
+        return Replay(note=f"The worst case of one step was not played again: {error}")
     vector = client_replay.next_start(prepared, folder, *resumed)
     stages = [with_draws(prepared, vector, records) for records in (CANDIDATES, 1)]
     observers = cast("tuple[Observer, ...]", config.audit.observers or ("server", "public"))
@@ -57,29 +118,17 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
     ]
     # Who sees each update alone needs no rounds to tell whose it is.
     text = config.task.kind != "image_classification" and "all" in config.audit.attacks
-    read = cohorts.read_rounds(prepared, stages[0].model, resumed[1], budget) if witnesses and text else None
+    asked = bool(witnesses) and text
+    read = cohorts.read_rounds(prepared, stages[0].model, resumed[1], purse.name) if asked else None
     whose = {} if read is None else dict.fromkeys(witnesses[:1], cohorts.attribution_question(read))
-    purse = AuditBudget(name=budget)
     findings, questions = run_attacks(stages, observers, config, purse, decode, ran, whose)
     bounds = bounds_over_rounds(prepared)
-    last = bounds[max(bounds)] if bounds else ()
-    audit = AuditSummary(
-        budget=budget,
-        cpu_seconds=time.process_time() - began,
-        findings=findings,
-        epsilon_lower=strongest(last).epsilon if last else None,
-        epsilon_lower_method=measured_how(last, summary) if last else "",
-        sentence=sentence(findings),
-        questions=questions,
-        curves=(
-            *place_on_curves(leak_curves(stages[0], ran, budget), stages[0], prepared),
-            *curve_over_rounds(bounds),
-            *cohorts.with_curve(read),
-        ),
+    curves = (
+        *place_on_curves(leak_curves(stages[0], ran, purse.name), stages[0], prepared),
+        *curve_over_rounds(bounds),
+        *cohorts.with_curve(read),
     )
-    audited = replace(summary, audit=audit)
-    report.write(audited, folder)
-    return audited
+    return Replay(findings=findings, bounds=bounds, questions=questions, curves=curves)
 
 
 def _read_summary(folder: Path) -> RunSummary:

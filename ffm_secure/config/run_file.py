@@ -280,6 +280,15 @@ class Audit:
     observers: tuple[str, ...] = option((), choices=OBSERVERS)
     attacks: tuple[str, ...] = option(("all",))
     budget: str = option("quick", choices=("quick", "standard", "exhaustive"))
+    record_rounds: int = option(
+        2,
+        minimum=0,
+        maximum=1000,
+        help="rounds whose traffic is kept for the audit, the first and last among them",
+    )
+    record_mebibytes: int = option(
+        256, minimum=1, help="most that is kept of them; what would exceed it is left out"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

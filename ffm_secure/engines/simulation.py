@@ -15,36 +15,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defenses.dp import Event, Ledger, PerSampleEngine, balanced_schedule, probe_sensitivity
-from defenses.random_source import RandomSource
+from defenses.dp import Event, Ledger, PerSampleEngine, probe_sensitivity
 from ffm_secure import tasks, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.config.schema import to_table
 from ffm_secure.engines import simulated_data
+from ffm_secure.engines.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
 from ffm_secure.engines.local import LocalEngine, TrainerPool
 from ffm_secure.engines.simulated_data import SimulatedData, contents, load_dataset, part_in_public
 from ffm_secure.errors import DataError, StoreError
-from ffm_secure.models import backbone as models
-from ffm_secure.models.backbone import Backbone
+from ffm_secure.models.backbone import fingerprint
 from ffm_secure.privacy.accounts import refuse_repartition
-from ffm_secure.privacy.mechanism import Mechanism, calibrate
-from ffm_secure.protection.codec import VectorCodec, codec_for
+from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.protection.enrolment import enrol
 from ffm_secure.protection.masked import SessionBinding
 from ffm_secure.records import RoundRecord
-from ffm_secure.registry import LIFECYCLES
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.server.context import ServerContext
+from ffm_secure.server.transcript import Transcript, recorded_rounds
 from ffm_secure.site.broadcast import BroadcastReader
 from ffm_secure.site.broadcast_guard import BroadcastGuard
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.site.site import Site
 from ffm_secure.site.site_ledger import SiteLedger
 from ffm_secure.site.trainer import SiteData, SiteTrainer
+from ffm_secure.site.truth import TruthKeeper
+from ffm_secure.storage.observations import ObservationStore
 from ffm_secure.storage.run_directory import Store, write_atomic
-from ffm_secure.strategies import ServerState, Strategy, merges_into_base
-from ffm_secure.strategies import build as build_strategy
+from ffm_secure.strategies import ServerState
 from ffm_secure.tasks.base import Evaluation, Task
 from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.trainable import TrainableModel, replicate
@@ -62,15 +60,11 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class Prepared(LoadedModel):
     """Hold what can be known before a ledger is opened: rows dealt out, model loaded, noise calibrated."""
 
-    config: RunConfig
     data: SimulatedData
-    backbone: Backbone
-    trainable: TrainableModel
     task: Task
-    spec: RunSpec
 
     @property
     def dataset(self) -> simulated_data.Dataset:
@@ -92,31 +86,6 @@ class Prepared:
         """Return the digests of all rows the run reads."""
         return self.data.contents
 
-    @property
-    def owners(self) -> tuple[str, ...]:
-        """Return the name of every data owner."""
-        return self.spec.owners
-
-    @property
-    def strategy(self) -> Strategy:
-        """Return the strategy."""
-        return self.spec.strategy
-
-    @property
-    def mechanism(self) -> Mechanism:
-        """Return what owns sampler, bound, noise and event."""
-        return self.spec.mechanism
-
-    @property
-    def codec(self) -> VectorCodec:
-        """Return how updates travel."""
-        return self.spec.codec
-
-    @property
-    def device(self) -> str:
-        """Return where tensors live."""
-        return self.spec.device
-
 
 def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepared:
     """Load data and model, deal out the data, calibrate the mechanism; a run that has begun in `folder` keeps its noise.
@@ -128,105 +97,38 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
     data = simulated_data.load(config, base)
-    backbone = _load_backbone(config, data, base)
+    begun = stored_noise(folder)
+    history = () if begun else spent_before(config, data.account)
+    loaded = load_model(config, base, _public_facts(config, data), history=history, multiplier=begun)
     task = tasks.build_task(
-        config.task.kind, backbone=backbone, dataset=data.dataset, max_length=config.task.max_length
+        config.task.kind, backbone=loaded.backbone, dataset=data.dataset, max_length=config.task.max_length
     )
-    trained = _attach(config, backbone)
-    spec = _agree(config, data, trained, folder)
+    trained, spec = loaded.trainable, loaded.spec
     notes = (spec.strategy.note, _described(spec, data))
     trained.description += tuple(note for note in notes if note)
-    trained.model.to(spec.device)
     if spec.mechanism.record_level is not None:
         trainable.rehearse_per_sample(trained, spec.strategy.trains(0), clipping=config.privacy.clipping)
-    return Prepared(config=config, data=data, backbone=backbone, trainable=trained, task=task, spec=spec)
-
-
-def _load_backbone(config: RunConfig, data: SimulatedData, base: Path) -> Backbone:
-    label_names = data.dataset.label_names
-    return models.load_backbone(
-        config.model.name,
-        kind=config.task.kind,
-        labels=len(label_names) if label_names else None,
-        base=base,
-        seed=config.seed,
-        dtype=config.model.dtype,
-        random_weights=config.model.weights == "random",
-    )
-
-
-def _attach(config: RunConfig, backbone: Backbone) -> TrainableModel:
-    options = {
-        **to_table(config.model.trainable),
-        "folded": merges_into_base(config.federation.strategy),
-    }
-    return trainable.attach(backbone, options, task_kind=config.task.kind, seed=config.seed)
-
-
-def _agree(config: RunConfig, data: SimulatedData, trained: TrainableModel, folder: Path | None) -> RunSpec:
-    """Work out what the server and every site agree on."""
-    strategy = build_strategy(config.federation.strategy, trained, seed=config.seed)
-    size = strategy.size(trained.size)
-    rows = len(data.dataset.train)
-    public_client_size = config.task.nominal_examples or max(1, rows // config.task.clients)
-    begun = _stored_noise(folder)
-    mechanism = calibrate(
-        config,
-        size=size,
-        public_client_size=public_client_size,
-        history=() if begun else spent_before(config, data.account),
-        multiplier=begun,
-    )
-    largest_weight = _largest_weight(config, public_client_size)
-    schedule = balanced_schedule(
-        config.task.clients,
-        rounds=compatibility.private_rounds(config),
-        cohort=config.federation.cohort,
-        source=RandomSource.seeded(config.seed).derive("schedule"),
-    )
-    return RunSpec(
+    return Prepared(
         config=config,
-        owners=owner_names(config.task.clients),
-        public_client_size=public_client_size,
-        layout=trained.layout,
-        algorithm=LIFECYCLES.load(config.federation.lifecycle.kind)(),
-        strategy=strategy,
-        mechanism=mechanism,
-        codec=codec_for(config, mechanism, size=size, largest_weight=largest_weight),
-        schedule=tuple(tuple(int(client) for client in cohort) for cohort in schedule),
-        device=choose_device(config.speed.device),
+        data=data,
+        backbone=loaded.backbone,
+        trainable=trained,
+        task=task,
+        spec=spec,
+        facts=loaded.facts,
     )
 
 
-def _largest_weight(config: RunConfig, public_client_size: int) -> int:
-    """Return the most one client may count for: a public bound, never the largest client there is."""
-    if config.federation.weighting != "examples":
-        return 1
-    return config.federation.largest_weight or 16 * public_client_size
-
-
-def owner_names(count: int) -> tuple[str, ...]:
-    """Return the ledger name of every data owner."""
-    width = len(str(count))
-    return tuple(f"client-{index + 1:0{width}d}" for index in range(count))
+def _public_facts(config: RunConfig, data: SimulatedData) -> PublicFacts:
+    rows, label_names = len(data.dataset.train), data.dataset.label_names
+    return PublicFacts(
+        public_client_size=config.task.nominal_examples or max(1, rows // config.task.clients),
+        classes=len(label_names) if label_names else None,
+    )
 
 
 def _described(spec: RunSpec, data: SimulatedData) -> str:
     return spec.algorithm.describe(spec.config, len(data.public)) if data.public is not None else ""
-
-
-def _stored_noise(folder: Path | None) -> float:
-    """Return the noise multiplier a run began with, 0 if it has not begun."""
-    path = folder / "noise.json" if folder is not None else None
-    if path is None or not path.is_file():
-        return 0.0
-    try:
-        value = float(json.loads(path.read_bytes())["noise_multiplier"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise StoreError(f"{path}: is damaged; start the run under another name") from None
-    if not 0.0 < value < 1e9:
-        raise StoreError(f"{path}: is damaged; start the run under another name")
-    return value
 
 
 def spent_before(config: RunConfig, account: str) -> tuple[Event, ...]:
@@ -343,7 +245,7 @@ def _binding(prepared: Prepared) -> SessionBinding | None:
     named = prepared.trainable.model.named_parameters()
     frozen = {name: value for name, value in named if id(value) not in trained}
     return SessionBinding(
-        backbone=models.fingerprint(frozen),
+        backbone=fingerprint(frozen),
         layout=prepared.spec.layout_digest,
         mechanism=prepared.spec.mechanism_digest,
     )
@@ -361,7 +263,11 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
     if spec.mechanism.noise_multiplier and folder.is_dir():
         content = json.dumps({"noise_multiplier": spec.mechanism.noise_multiplier}).encode()
         write_atomic(folder / "noise.json", content)
+    if folder.is_dir():
+        write_facts(folder, prepared.facts)
     enrolment = enrol(config, spec.codec, spec.owners, _binding(prepared))
+    kept = recorded_rounds(config)
+    truth = TruthKeeper(folder=folder / "home", rounds=kept, task=prepared.task) if kept else None
     server = ServerContext(
         spec=spec,
         trainable=prepared.trainable,
@@ -370,6 +276,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         public=prepared.task.encode(prepared.data.public) if prepared.data.public is not None else None,
         protection=enrolment.server,
         run_id=os.urandom(16),
+        transcript=_transcript(spec, folder, kept) if kept else None,
     )
     states = ClientStateStore(folder=folder / "home", owners=spec.owners, places=spec.strategy.home)
     pool = TrainerPool([_trainer(prepared, states, number) for number in range(config.speed.workers)])
@@ -383,6 +290,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
             broadcasts=broadcasts,
             borrow_trainer=pool.borrow,
             evaluation=evaluation,
+            truth=truth,
         )
         for index, name in enumerate(spec.owners)
     )
@@ -396,6 +304,12 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         ledger=ledger,
         ledger_path=ledger_path,
     )
+
+
+def _transcript(spec: RunSpec, folder: Path, rounds: frozenset[int]) -> Transcript:
+    audit = spec.config.audit
+    store = ObservationStore(folder=folder / "observations", limit=audit.record_mebibytes << 20)
+    return Transcript(spec=spec, store=store, rounds=rounds, observers=audit.observers)
 
 
 def _trainer(prepared: Prepared, states: ClientStateStore, number: int) -> SiteTrainer:
@@ -482,12 +396,3 @@ def probe(prepared: Prepared, public: Encoded, *, samples: int = 3) -> None:
             tolerance=1e-5 if exact else 1e-2,
             coupling_tolerance=1e-3 if exact else 0.1,
         )
-
-
-def choose_device(wanted: str) -> str:
-    """Return a torch device name; auto takes an accelerator if there is one."""
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

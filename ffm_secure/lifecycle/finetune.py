@@ -28,6 +28,8 @@ class ModelUpdate:
 class GradientRule(Protocol):
     """Yield one gradient a step, each a mapping of parameter name to tensor."""
 
+    rows_used: set[int]  # private: which rows the round was learned from; for a site's own audit
+
     def steps(self) -> Iterator[Mapping[str, Tensor]]:
         """Iterate over the steps of this round; the model may change between them."""
 
@@ -54,6 +56,7 @@ class PlainGradient:
         self.masks = torch.Generator().manual_seed(int(self.order.integers(2**62)))
         self.device, self.microbatch = device, microbatch
         self.total, self.seen = 0.0, 0
+        self.rows_used: set[int] = set()
 
     def steps(self) -> Iterator[Mapping[str, Tensor]]:
         """Iterate over the minibatches of the round."""
@@ -72,6 +75,7 @@ class PlainGradient:
 
     def _gradient(self, indices: np.ndarray) -> dict[str, Tensor]:
         parameters = self.trainable.active
+        self.rows_used.update(indices.tolist())
         for parameter in parameters.values():
             parameter.grad = None
         for part in similar_lengths(self.encoded, indices, self.microbatch):
@@ -110,12 +114,14 @@ class PrivateGradient:
         self.sampling, self.noise = source.derive("sampling"), source.derive("noise")
         self.masks = torch.Generator().manual_seed(source.derive("masks").below(2**62))
         self.device, self.microbatch = device, microbatch
+        self.rows_used: set[int] = set()
 
     def steps(self) -> Iterator[Mapping[str, Tensor]]:
         """Iterate over the steps the mechanism was charged for, no more and no fewer."""
         run = self.mechanism.start()
         for _ in range(self.mechanism.steps):
             indices = run.sample(len(self.encoded), self.sampling)
+            self.rows_used.update(indices.tolist())
             yield run.privatise(self._clipped_sum(indices, run.bound), self.noise)
 
     def _clipped_sum(self, indices: np.ndarray, bound: Clipping) -> ClippedSum:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ffm_secure.protection.base import ServerSide
 from ffm_secure.records import Receipt
 from ffm_secure.run_spec import RunSpec
+from ffm_secure.server.transcript import Transcript
 from ffm_secure.tasks.base import Evaluation, Task
 from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.trainable import TrainableModel
@@ -31,6 +32,7 @@ class ServerContext:
     public: Encoded | None  # public rows of phases of the server's own
     protection: ServerSide
     run_id: bytes
+    transcript: Transcript | None = None  # what observers see, where the run file asks for it
     receipts: dict[int, Receipt] = field(default_factory=dict)  # the newest of every site that sent one
 
     def epsilon(self) -> float:

@@ -77,6 +77,8 @@ def collect(
         return RoundResult(sum=None)
     message = join_plan(record_codec.canonical_bytes(plan), encode_vector(state.vector))
     broadcast_bytes = len(message) * len(plan.cohort)
+    if server.transcript is not None:
+        server.transcript.begin(plan, state.vector)
     lost: dict[int, str] = {}
     over_budget = _ask(server, courier, PLAN, dict.fromkeys(plan.cohort, message), lost)
     members = tuple(site for site in plan.cohort if site not in lost)
@@ -138,6 +140,8 @@ def _aggregate(
                 lost[reply.site] = stage
             if stage == UPLOAD:
                 finished(number, len(asked))
+                if server.transcript is not None and reply.site not in lost:
+                    server.transcript.upload(plan, reply.site, reply.content)
     return session.close(lost)
 
 
@@ -149,6 +153,8 @@ def _open(server: ServerContext, plan: RoundPlan, result: AggregationResult) -> 
         opened = server.spec.codec.open(result.ring_sum, round=plan.round, survivors=result.survivors)
     except ProtocolError:
         return None, "the opened sum is impossible for its survivors"
+    if server.transcript is not None:
+        server.transcript.opened(plan, opened)
     return opened, ""
 
 
@@ -174,6 +180,8 @@ def advance(server: ServerContext, plan: RoundPlan, state: ServerState, result: 
         return state
     else:
         after = spec.strategy.step(state, aggregate_of(spec.config, [result.sum]))
+        if server.transcript is not None:
+            server.transcript.stepped(plan, result.sum, after.vector)
     return spec.algorithm.remember(spec.strategy, state, after, plan.phase)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from defenses.dp import Reservation
 from defenses.errors import BudgetExceeded, ProtocolError
 from defenses.random_source import RandomSource
+from defenses.secagg.masks import RingVector
 from ffm_secure import record_codec
 from ffm_secure.protection.base import UPLOAD, ClientRound, ClientSide
 from ffm_secure.records import Acceptance, RoundPlan
@@ -21,6 +22,7 @@ from ffm_secure.site.plan_check import differences
 from ffm_secure.site.private_frames import without_locals
 from ffm_secure.site.site_ledger import SiteLedger
 from ffm_secure.site.trainer import SiteData, SiteTrainer
+from ffm_secure.site.truth import TruthKeeper
 from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.transport.stages import BEGIN, EVALUATE, FINISH, OPENED, PLAN
 
@@ -54,10 +56,12 @@ class Site:
         broadcasts: BroadcastReader,
         borrow_trainer: Callable[[], AbstractContextManager[SiteTrainer]],
         evaluation: Encoded | None = None,
+        truth: TruthKeeper | None = None,
     ) -> None:
         self.spec, self.data, self.ledger = spec, data, ledger
         self._protection, self._broadcasts, self._borrow_trainer = protection, broadcasts, borrow_trainer
         self._evaluation = evaluation  # public rows
+        self._truth = truth
         self._round: _Round | None = None
 
     def __repr__(self) -> str:
@@ -120,7 +124,18 @@ class Site:
         with self._borrow_trainer() as trainer:
             source = self.source(current.plan)
             vector = trainer.run_round(self.data, current.plan, current.start, source)
+            rows = trainer.rows_used
+        if self._truth is not None:
+            self._keep(self._truth, current.plan, vector, rows)
         return client_round.seal(message, vector)
+
+    def _keep(self, truth: TruthKeeper, plan: RoundPlan, vector: RingVector, rows: Collection[int]) -> None:
+        """Keep at home what a recorded round was learned from; a site that plays a colluder keeps what it sent, too."""
+        truth.keep(self.data.name, plan.round, self.data.examples, rows)
+        colluding = self.spec.config.protection.colluding
+        if colluding and self.data.index in plan.cohort[-colluding:]:
+            opened = self.spec.codec.open(vector, round=plan.round, survivors=(self.data.index,))
+            truth.keep_update(self.data.name, plan.round, opened.values)
 
     def _finish(self, current: _Round, message: bytes) -> bytes:
         """Note in the ledger what was released, and say where it stands."""

@@ -42,6 +42,7 @@ class SiteTrainer:
     task: Task
     states: ClientStateStore = field(default_factory=ClientStateStore)
     engines: dict[tuple[str, ...], PerSampleEngine] = field(default_factory=dict)  # by what is trained
+    rows_used: frozenset[int] = frozenset()  # private: rows the newest round was learned from
 
     def run_round(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> RingVector:
         """Return what this site adds to the round's sum, as integers modulo 2^m.
@@ -58,15 +59,18 @@ class SiteTrainer:
         mask = strategy.mask(data.index)
         start = start if mask is None else start * mask
         start = self.states.load(data.index, start, run_id=plan.run_id, before=plan.round)
+        rule: GradientRule
         with self.trainable.training_only(strategy.trains(plan.step)):
+            rule = self.rule(data, plan, source)
             site_round = SiteRound(
                 trainable=self.trainable,
                 start=start,
                 spec=spec.config.federation.lifecycle,
-                rule=self.rule(data, plan, source),
+                rule=rule,
                 mask=mask,
             )
             update = spec.algorithm.learn(site_round)
+        self.rows_used = frozenset(rule.rows_used)
         learned = update.vector.cpu()
         self.states.save(data.index, start + learned, run_id=plan.run_id, round=plan.round)
         return replace(update, vector=strategy.message(start, learned, plan.step))

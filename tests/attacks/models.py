@@ -234,7 +234,8 @@ def observe_delta(
     if optimiser == "sgd":
         step = torch.optim.SGD(trained, lr=learning_rate, weight_decay=weight_decay)
     else:
-        step = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimiser]
+        step = kind(trained, lr=learning_rate, weight_decay=weight_decay)
     steps = 0
     for batch in batches:
         step.zero_grad()

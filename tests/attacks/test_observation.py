@@ -131,8 +131,16 @@ def test_a_part_of_another_type_is_refused_by_name(stored, name, value, bound):
 
 
 WHOLE = ("batch_size", "local_steps", "local_epochs", "sequence_length", "vocabulary_size")
-REAL = ("learning_rate", "weight_decay", "dropout", "clip_norm", "noise_multiplier", "noise_deviation")
-TEXT = ("optimiser", "task", "auxiliary_data")
+REAL = (
+    "learning_rate",
+    "weight_decay",
+    "momentum",
+    "dropout",
+    "clip_norm",
+    "noise_multiplier",
+    "noise_deviation",
+)
+TEXT = ("optimiser", "schedule", "task", "auxiliary_data")
 LISTS = ("labels", "label_counts", "lengths", "special_tokens", "token_set", "image_shape")
 WRONG = [
     *((name, value) for name in WHOLE for value in ("many", -5, 0, 1.5, True, [1], float("nan"), 2**63)),
@@ -148,6 +156,8 @@ WRONG = [
         for value in ("abc", 3, {}, [[1], {}], ["1"], [-1], [1.5], [True], [2**63])
     ),
     ("dropout", 1.0),
+    ("momentum", 1.0),
+    ("nesterov", "yes"),
     ("image_shape", []),
     ("image_shape", [3, 0, 8]),
     ("batch_statistics", 1),
@@ -295,6 +305,9 @@ def test_missing_and_broken_files_are_named(tmp_path):
         load_observation(tmp_path)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:torch.quantize_per_tensor:UserWarning"
+)  # the kind of tensor that is refused
 def test_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
     quantised = torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)
     for bad in (torch.ones(2).to_sparse(), torch.ones(2, device="meta"), quantised):

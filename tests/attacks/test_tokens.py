@@ -9,6 +9,7 @@ import torch
 
 from attacks import Budget, Observation, Prior
 from attacks.command import load_model
+from attacks.inversion.optimisers import LocalSteps, common_ratio, scheduled, untouched
 from attacks.inversion.tokens import beside_a_head, noise_per_entry, split_scores
 from attacks.metrics import token_set_score
 from attacks.registry import build
@@ -146,27 +147,74 @@ def test_pure_noise_shows_nothing():
     assert flagged == 0
 
 
-@pytest.mark.parametrize("optimiser", ["adam", "sgd with momentum"])
-def test_rows_that_an_unknown_form_of_decay_moved_are_not_taken_for_tokens(optimiser: str) -> None:
-    model, ids = models.bert(vocabulary=300, width=32, length=16), models.sentences(2, 6, 300)
-    client = copy.deepcopy(model)
-    kind = {
-        "adam": lambda trained: torch.optim.Adam(trained, lr=0.01, weight_decay=0.01),
-        "sgd with momentum": lambda trained: torch.optim.SGD(
-            trained, lr=0.01, weight_decay=0.01, momentum=0.9
-        ),
-    }
-    step = kind[optimiser](list(client.parameters()))
+OPTIMISERS = {
+    "sgd": (torch.optim.SGD, {}),
+    "sgd with momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "sgd with nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "adam": (torch.optim.Adam, {}),
+    "adamw": (torch.optim.AdamW, {}),
+}
+
+
+def trained(model, batches, optimiser: str, *, schedule: str = "constant", decay: float = 0.01, **untold):
+    """Return the delta of a client that really takes these steps, and what the server is told of them."""
+    client, (kind, options) = copy.deepcopy(model), OPTIMISERS[optimiser]
+    step = kind(list(client.parameters()), lr=0.01, weight_decay=decay, **options)
     before = {name: value.detach().clone() for name, value in client.named_parameters()}
-    for _ in range(3):
+    for batch, rate in zip(batches, scheduled(0.01, len(batches), schedule), strict=True):
+        step.param_groups[0]["lr"] = rate
         step.zero_grad()
-        models.text_loss(client, {"input_ids": ids, "labels": torch.arange(2)}).backward()
+        models.text_loss(client, batch).backward()
         step.step()
-    facts = {"learning_rate": 0.01, "weight_decay": 0.01, "local_steps": 3, "optimiser": optimiser}
+    facts = {
+        "learning_rate": 0.01,
+        "weight_decay": decay,
+        "local_steps": len(batches),
+        "optimiser": optimiser,
+    }
+    facts |= {"schedule": schedule, "momentum": options.get("momentum", 0.0)}
     delta = {name: (value - before[name]).detach() for name, value in client.named_parameters()}
-    seen = Observation(kind="delta", tensors=delta, metadata=facts, broadcast=before)
-    found = build("token_presence").run(seen, model, Prior(), Budget.quick(), 0)
-    assert not found.items, "all rows moved, so none of them tells a token"
+    told = {name: value for name, value in facts.items() if name not in untold}
+    return Observation(kind="delta", tensors=delta, metadata=told, broadcast=before)
+
+
+@pytest.mark.parametrize("optimiser", sorted(OPTIMISERS))
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_rows_without_a_gradient_are_computed_under_every_optimiser(optimiser, schedule, steps) -> None:
+    model = models.bert(vocabulary=300, width=32, length=16)
+    batches = [classify(models.sentences(2, 6, 300, seed=seed)) for seed in range(steps)]
+    seen = trained(model, batches, optimiser, schedule=schedule)
+    moved = (seen.tensors["bert.embeddings.word_embeddings.weight"].norm(dim=1) > 0).sum()
+    assert moved >= 299, "decay should have moved every row, else this test proves nothing"
+    read = build("token_presence").run(seen, model, Prior(), Budget.quick(), 0).of("token_set")[0]
+    assert set(read.tolist()) == {
+        token for batch in batches for token in batch["input_ids"].flatten().tolist()
+    }
+
+
+@pytest.mark.parametrize("optimiser", sorted(OPTIMISERS))
+@pytest.mark.parametrize("untold", ["weight_decay", "momentum", "schedule"])
+def test_decay_momentum_and_schedule_need_not_be_known(optimiser: str, untold: str) -> None:
+    model = models.bert(vocabulary=300, width=32, length=16)
+    batches = [classify(models.sentences(2, 6, 300, seed=seed)) for seed in range(3)]
+    seen = trained(model, batches, optimiser, **{untold: None})
+    read = build("token_presence").run(seen, model, Prior(), Budget.quick(), 0).of("token_set")[0]
+    assert set(read.tolist()) == {
+        token for batch in batches for token in batch["input_ids"].flatten().tolist()
+    }
+
+
+def test_the_common_ratio_is_that_of_rows_without_a_gradient() -> None:
+    weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    steps = LocalSteps(kind="sgd", rates=(0.1, 0.05, 0.02), weight_decay=0.3, momentum=0.9)
+    moved = untouched(weight, steps)
+    assert torch.allclose(moved, common_ratio(moved, weight) * weight, atol=1e-6)
+    touched = moved.clone()
+    touched[:20] += 1.0
+    assert common_ratio(touched, weight) == pytest.approx(common_ratio(moved, weight), rel=1e-5)
+    bent = untouched(weight, LocalSteps(kind="adam", rates=(0.01,) * 3, weight_decay=0.3))
+    assert not torch.allclose(bent, common_ratio(bent, weight) * weight, atol=1e-3)
 
 
 def test_noise_of_a_delta_counts_in_the_units_of_the_gradient() -> None:

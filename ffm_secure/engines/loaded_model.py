@@ -1,0 +1,203 @@
+"""The model of a run and what everybody agrees on about it: no data is needed, so an audit can do it alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from defenses.dp import Event, balanced_schedule
+from defenses.random_source import RandomSource
+from ffm_secure import record_codec, trainable
+from ffm_secure.config import compatibility
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.config.schema import to_table
+from ffm_secure.errors import StoreError
+from ffm_secure.models import backbone as models
+from ffm_secure.models.backbone import Backbone
+from ffm_secure.privacy.mechanism import Mechanism, calibrate
+from ffm_secure.protection.codec import VectorCodec, codec_for
+from ffm_secure.registry import LIFECYCLES
+from ffm_secure.run_spec import RunSpec
+from ffm_secure.storage.durable import write_atomic
+from ffm_secure.strategies import Strategy, merges_into_base
+from ffm_secure.strategies import build as build_strategy
+from ffm_secure.trainable import TrainableModel
+
+_PUBLIC_FACTS = "public_facts.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublicFacts:
+    """What a run takes to be public about its data: the size of one client, and the classes."""
+
+    format: int = 1
+    public_client_size: int
+    classes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """Hold the model of a run, what of it is trained, and the spec."""
+
+    config: RunConfig
+    backbone: Backbone
+    trainable: TrainableModel
+    spec: RunSpec
+    facts: PublicFacts
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Return the name of every data owner."""
+        return self.spec.owners
+
+    @property
+    def strategy(self) -> Strategy:
+        """Return the strategy."""
+        return self.spec.strategy
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Return what owns sampler, bound, noise and event."""
+        return self.spec.mechanism
+
+    @property
+    def codec(self) -> VectorCodec:
+        """Return how updates travel."""
+        return self.spec.codec
+
+    @property
+    def device(self) -> str:
+        """Return where tensors live."""
+        return self.spec.device
+
+
+def load_model(
+    config: RunConfig,
+    base: Path,
+    facts: PublicFacts,
+    *,
+    history: Sequence[Event] = (),
+    multiplier: float = 0.0,
+) -> LoadedModel:
+    """Load the backbone, attach what is trained, work out the spec.
+
+    `multiplier` is the noise a run has begun with; `history` what the ledgers hold where it has not begun.
+
+    Raises:
+      ModelError, BudgetExceeded: with what to do.
+    """
+    backbone = models.load_backbone(
+        config.model.name,
+        kind=config.task.kind,
+        labels=facts.classes,
+        base=base,
+        seed=config.seed,
+        dtype=config.model.dtype,
+        random_weights=config.model.weights == "random",
+    )
+    trained = _attach(config, backbone)
+    strategy = build_strategy(config.federation.strategy, trained, seed=config.seed)
+    size = strategy.size(trained.size)
+    mechanism = calibrate(
+        config,
+        size=size,
+        public_client_size=facts.public_client_size,
+        history=() if multiplier else history,
+        multiplier=multiplier,
+    )
+    spec = _agree(config, trained, strategy, mechanism, facts)
+    trained.model.to(spec.device)
+    return LoadedModel(config=config, backbone=backbone, trainable=trained, spec=spec, facts=facts)
+
+
+def _attach(config: RunConfig, backbone: Backbone) -> TrainableModel:
+    options = {
+        **to_table(config.model.trainable),
+        "folded": merges_into_base(config.federation.strategy),
+    }
+    return trainable.attach(backbone, options, task_kind=config.task.kind, seed=config.seed)
+
+
+def _agree(
+    config: RunConfig, trained: TrainableModel, strategy: Strategy, mechanism: Mechanism, facts: PublicFacts
+) -> RunSpec:
+    """Work out what the server and every site agree on."""
+    size, public_client_size = strategy.size(trained.size), facts.public_client_size
+    largest_weight = _largest_weight(config, public_client_size)
+    schedule = balanced_schedule(
+        config.task.clients,
+        rounds=compatibility.private_rounds(config),
+        cohort=config.federation.cohort,
+        source=RandomSource.seeded(config.seed).derive("schedule"),
+    )
+    return RunSpec(
+        config=config,
+        owners=owner_names(config.task.clients),
+        public_client_size=public_client_size,
+        layout=trained.layout,
+        algorithm=LIFECYCLES.load(config.federation.lifecycle.kind)(),
+        strategy=strategy,
+        mechanism=mechanism,
+        codec=codec_for(config, mechanism, size=size, largest_weight=largest_weight),
+        schedule=tuple(tuple(int(client) for client in cohort) for cohort in schedule),
+        device=choose_device(config.speed.device),
+    )
+
+
+def _largest_weight(config: RunConfig, public_client_size: int) -> int:
+    """Return the most one client may count for: a public bound, never the largest client there is."""
+    if config.federation.weighting != "examples":
+        return 1
+    return config.federation.largest_weight or 16 * public_client_size
+
+
+def owner_names(count: int) -> tuple[str, ...]:
+    """Return the ledger name of every data owner."""
+    width = len(str(count))
+    return tuple(f"client-{index + 1:0{width}d}" for index in range(count))
+
+
+def write_facts(folder: Path, facts: PublicFacts) -> None:
+    """Note in a run directory what the run takes to be public."""
+    write_atomic(folder / _PUBLIC_FACTS, record_codec.canonical_bytes(facts))
+
+
+def read_facts(folder: Path) -> PublicFacts:
+    """Read what a run noted.
+
+    Raises:
+      StoreError: it noted nothing, as runs of earlier versions did.
+    """
+    path = folder / _PUBLIC_FACTS
+    try:
+        content = path.read_bytes()
+    except OSError:
+        raise StoreError(f"{path}: is missing; only a run that recorded observations has it") from None
+    return record_codec.from_bytes(PublicFacts, content, str(path))
+
+
+def stored_noise(folder: Path | None) -> float:
+    """Return the noise multiplier a run began with, 0 if it has not begun."""
+    path = folder / "noise.json" if folder is not None else None
+    if path is None or not path.is_file():
+        return 0.0
+    try:
+        value = float(json.loads(path.read_bytes())["noise_multiplier"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise StoreError(f"{path}: is damaged; start the run under another name") from None
+    if not 0.0 < value < 1e9:
+        raise StoreError(f"{path}: is damaged; start the run under another name")
+    return value
+
+
+def choose_device(wanted: str) -> str:
+    """Return a torch device name; auto takes an accelerator if there is one."""
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

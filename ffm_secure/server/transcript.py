@@ -1,0 +1,106 @@
+"""What the observers outside a site see of a round, handed to the store as it is seen; off unless the run file asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from defenses.errors import ProtocolError
+from defenses.secagg import ring
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.records import Observer, Point, RecordedObservation, RoundPlan, RoundSum
+from ffm_secure.run_spec import RunSpec
+from ffm_secure.storage.observations import ObservationStore
+
+
+OF_THE_SERVER: tuple[Observer, ...] = ("server", "colluding_server")
+"""Who sees what reaches the server; colluders' own updates are taken off when the observation is read."""
+
+
+def recorded_rounds(config: RunConfig) -> frozenset[int]:
+    """Return the rounds that are kept: the first, the last, and others evenly between."""
+    rounds, wanted = config.federation.rounds, config.audit.record_rounds
+    if not config.audit.observers or wanted == 0:
+        return frozenset()
+    if wanted == 1 or rounds == 1:
+        return frozenset({1})
+    count = min(wanted, rounds)
+    return frozenset(1 + round(step * (rounds - 1) / (count - 1)) for step in range(count))
+
+
+@dataclass(slots=True, kw_only=True)
+class Transcript:
+    """Keep what the server, the other clients and the public see.
+
+    Guarantee: nothing is kept that did not cross the wire: uploads where they are in the clear, sums where they are opened,
+    models as they are broadcast.
+    """
+
+    spec: RunSpec
+    store: ObservationStore
+    rounds: frozenset[int]
+    observers: Collection[str]
+    _start: Tensor | None = field(default=None)
+
+    def begin(self, plan: RoundPlan, vector: Tensor) -> None:
+        """Note the broadcast of a round."""
+        self._start = vector if plan.round in self.rounds and plan.phase == "private" else None
+
+    def upload(self, plan: RoundPlan, site: int, reply: bytes | memoryview) -> None:
+        """Keep an upload that anybody can read: only without protection is it a client's own update."""
+        if self._start is None or self.spec.config.protection.kind != "none":
+            return
+        codec = self.spec.codec
+        try:
+            vector = ring.unpack(reply, codec.modulus_bits)
+            opened = codec.open(vector, round=plan.round, survivors=(site,))
+        except ProtocolError:
+            return  # what is refused is no update
+        for observer in OF_THE_SERVER:
+            self._keep(plan, observer, opened, point=self._own_point(), own=site)
+
+    def opened(self, plan: RoundPlan, opened: RoundSum) -> None:
+        """Keep an opened sum; in the clear it adds nothing to the uploads."""
+        if self._start is not None and self.spec.config.protection.kind != "none":
+            for observer in OF_THE_SERVER:
+                self._keep(plan, observer, opened, point="aggregated")
+
+    def stepped(self, plan: RoundPlan, opened: RoundSum, after: Tensor) -> None:
+        """Keep the change from one broadcast model to the next: what another client sees."""
+        if self._start is None or "client" not in self.observers:
+            return
+        description = self._description(plan, "client", "aggregated", opened.survivors)
+        self.store.write(description, after - self._start, broadcast=self._start)
+
+    def released(self, start: Tensor, final: Tensor, survivors: tuple[int, ...], last: RoundPlan) -> None:
+        """Keep the change from the public start to the released model: what the public sees."""
+        if "public" in self.observers and self.rounds:
+            description = self._description(last, "public", "aggregated", survivors)
+            self.store.write(description, final - start, broadcast=start)
+
+    def _own_point(self) -> Point:
+        return "noised" if self.spec.mechanism.noise_multiplier else "raw"
+
+    def _keep(
+        self, plan: RoundPlan, observer: Observer, opened: RoundSum, *, point: Point, own: int = -1
+    ) -> None:
+        if observer not in self.observers:
+            return
+        description = self._description(plan, observer, point, opened.survivors, own=own)
+        self.store.write(description, torch.from_numpy(opened.values), broadcast=self._start)
+
+    def _description(
+        self, plan: RoundPlan, observer: Observer, point: Point, sites: tuple[int, ...], *, own: int = -1
+    ) -> RecordedObservation:
+        return RecordedObservation(
+            round=plan.round,
+            observer=observer,
+            point=point,
+            sites=sites,
+            step=plan.step,
+            named=not self.spec.strategy.merges_into_base,
+            own=own,
+        )
