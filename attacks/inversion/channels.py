@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from attacks.contract import NotApplicable
 from attacks.observation import Observation
 
+_CLEAN = 30.0  # drop of the singular values behind the last input, rounding alone varies less
+
 Forward = Callable[[], object]
 
 
@@ -106,6 +108,23 @@ class Spectrum:
     def span(self, *, tolerance: float | None = None, noise: float = 0.0) -> Span:
         """Return the row space above a relative tolerance (default: rounding) and above the edge of the noise."""
         rank = numerical_rank(self.singular, self.shape, noise=noise, tolerance=tolerance, dtype=self.dtype)
+        return Span(channel=self.channel, basis=self.right[:rank], shape=self.shape)
+
+    def clean_span(self) -> Span | None:
+        """Return the row space up to the last clean gap of the singular values, None where there is none or it is full.
+
+        A gap is clean where the next value is thirty times smaller than one well above rounding.
+        """
+        count = len(self.singular)
+        if count < 2 or float(self.singular[0]) == 0.0:
+            return None
+        relative = self.singular / self.singular[0]
+        floor = 2.0 * float(torch.finfo(self.dtype).eps)
+        drops = relative[:-1] / relative[1:].clamp_min(1e-3 * floor)
+        clean = ((drops >= _CLEAN) & (relative[:-1] > floor)).nonzero().flatten()
+        if len(clean) == 0:
+            return None
+        rank = int(clean[-1]) + 1
         return Span(channel=self.channel, basis=self.right[:rank], shape=self.shape)
 
 

@@ -12,6 +12,7 @@ The factor B of LoRA, the significance rule and the use of every layer that sees
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import partial
 
 import torch
@@ -19,6 +20,16 @@ from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Deadline, Finding, Item, PlainAttack, Prior, working_copy
 from attacks.inversion.channels import capture_inputs
+from attacks.inversion.last_tokens import with_last_tokens
+from attacks.inversion.prefixes import (
+    LENIENT,
+    STRICT,
+    WHOLE_VOCABULARY,
+    Contexts,
+    clean_contexts,
+    likely_options,
+    read_sentences,
+)
 from attacks.inversion.subspace import (
     CHUNK_ROWS,
     Candidates,
@@ -64,25 +75,28 @@ def search_decoder(
     return finished + [prefix for prefix in alive if prefix]
 
 
-def with_own_trace(scene: Scene, sentences: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def with_own_trace(
+    model: nn.Module, channel: str, sentences: list[tuple[int, ...]]
+) -> tuple[list[tuple[int, ...]], int]:
     """Drop the sentences whose every layer input is explained by the others, those with the fewest inputs of their own first.
 
-    Without absolute positions a doubled first token looks like the token itself, and a prefix leaves no trace of
-    its own.
+    Return those that stay, and how many distinct inputs they have. Without absolute positions a doubled first token looks
+    like the token itself, and a prefix leaves no trace of its own.
     """
-    module = {scene.mixed[0].channel: scene.structure.model.get_submodule(scene.mixed[0].channel)}
-    kept: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
-    for sentence in dict.fromkeys(sentences):
-        ids = torch.tensor([sentence])
-        captured = capture_inputs(module, partial(call, scene.structure.model, ids))
-        inputs = captured[scene.mixed[0].channel][0]
-        unit = inputs / inputs.norm(dim=-1, keepdim=True)
-        kept[sentence] = {tuple(row) for row in (unit * 1e5).round().long().tolist()}
+    kept = {one: _trace(model, channel, one) for one in dict.fromkeys(sentences)}
+    uses = Counter(row for trace in kept.values() for row in trace)
     for sentence in sorted(kept, key=lambda entry: (len(kept[entry]), -len(entry))):
-        others = set().union(*(trace for other, trace in kept.items() if other != sentence))
-        if kept[sentence] <= others:
-            del kept[sentence]
-    return list(kept)
+        if all(uses[row] > 1 for row in kept[sentence]):
+            uses.subtract(kept.pop(sentence))
+    return list(kept), sum(count > 0 for count in uses.values())
+
+
+def _trace(model: nn.Module, channel: str, sentence: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """Return the distinct inputs of a layer under one sentence, rounded."""
+    module = {channel: model.get_submodule(channel)}
+    inputs = capture_inputs(module, lambda: call(model, torch.tensor([sentence])))[channel][0]
+    unit = inputs / inputs.norm(dim=-1, keepdim=True)
+    return {tuple(row) for row in (unit * 1e5).round().long().tolist()}
 
 
 def _distinct(scene: Scene, sentences: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -234,6 +248,11 @@ def _attempt(
 ) -> Finding:
     deadline = budget.start()
     structure = study(observation, working_copy(model, observation).double())
+    contexts = clean_contexts(structure)
+    if contexts is not None and structure.vocabulary <= WHOLE_VOCABULARY:
+        whole = _read_whole(observation, contexts, deadline=deadline)
+        if whole is not None:
+            return whole
     tokens = likely_tokens(observation, structure.model)
     found = find_candidates(
         structure,
@@ -252,6 +271,8 @@ def _attempt(
     known = sorted({token for options in candidates.ids for token in options})
     items = [Item(kind="token_set", value=torch.tensor(known), confidence=certainty)]
     sentences = _sentences(observation, scene, candidates, budget, deadline, seed)
+    if structure.causal and candidates.clean:
+        sentences = list(with_last_tokens(observation, structure.model, sentences) or sentences)
     items += [
         Item(kind="sequence", value=torch.tensor(sentence), confidence=certainty) for sentence in sentences
     ]
@@ -261,6 +282,35 @@ def _attempt(
         reason="stopped by the clock" if deadline.expired else "",
         details=_facts(scene) | {"threshold": candidates.threshold, "gap": candidates.gap},
     )
+
+
+def _read_whole(observation: Observation, contexts: Contexts, *, deadline: Deadline) -> Finding | None:
+    """Return the sentences whose beginnings are exactly those the row spaces hold, or None when some are missing."""
+    structure = contexts.structure
+    sentences = _complete(contexts, likely_options(structure), deadline=deadline)
+    sentences = sentences or _complete(contexts, torch.arange(structure.vocabulary), deadline=deadline)
+    if not sentences:
+        return None
+    sentences = list(with_last_tokens(observation, structure.model, sentences) or sentences)
+    known = sorted({token for sentence in sentences for token in sentence})
+    items = [Item(kind="token_set", value=torch.tensor(known), confidence=1.0)]
+    items += [Item(kind="sequence", value=torch.tensor(one), confidence=1.0) for one in sentences]
+    details = _facts(cut(structure, None)) | {
+        "contexts": contexts.count,
+        "channels_mixed": ", ".join(span.channel for span in contexts.spans),
+    }
+    return Finding(items=tuple(items), confidence=1.0, details=details)
+
+
+def _complete(contexts: Contexts, options: Tensor, *, deadline: Deadline) -> list[tuple[int, ...]]:
+    """Return the sentences behind all beginnings, or none when they are more or fewer than the row spaces hold."""
+    structure, channel = contexts.structure, contexts.spans[0].channel
+    for rule in (STRICT, LENIENT):
+        read = read_sentences(contexts, options, longest=structure.limit, rule=rule, deadline=deadline)
+        sentences, traces = with_own_trace(structure.model, channel, read)
+        if traces == contexts.count:
+            return sentences
+    return []
 
 
 def _sentences(
@@ -290,7 +340,8 @@ def _decode(scene: Scene, candidates: Candidates, *, width: int, deadline: Deadl
     Keep the fullest cover.
     """
     if candidates.clean:
-        return with_own_trace(scene, search_decoder(scene, candidates, width=width, deadline=deadline))
+        found = search_decoder(scene, candidates, width=width, deadline=deadline)
+        return with_own_trace(scene.structure.model, scene.mixed[0].channel, found)[0]
     pairs = {(place, token) for place, options in enumerate(candidates.ids) for token in options}
     best: list[tuple[int, ...]] = []
     score = (-1.0, 0.0)
