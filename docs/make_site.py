@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -40,13 +41,21 @@ def title(page: Path) -> str:
     return line.removeprefix("# ").strip()
 
 
+def with_titles(text: str) -> str:
+    """Write the file name of a block (after three backticks: language, name) as the title that MkDocs expects."""
+    return re.sub(r"^```(\w+) ([\w./-]+)$", r'```\1 title="\2"', text, flags=re.MULTILINE)
+
+
 def copy_pages() -> None:
     """Copy what is written by hand, and what readers of a repository expect at its root."""
     for pattern in COPIED:
         for path in (ROOT / "docs").rglob(pattern):
             target = PAGES / path.relative_to(ROOT / "docs")
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            if path.suffix == ".md":
+                target.write_text(with_titles(path.read_text()))
+            else:
+                shutil.copyfile(path, target)
     for source, target_name in FROM_ROOT.items():
         text = (ROOT / source).read_text()
         (PAGES / target_name).write_text(text.replace("](docs/", "]("))

@@ -22,3 +22,4 @@ def shared() -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    torch.set_warn_always(True)  # else a warning counts only in the first test that raises it

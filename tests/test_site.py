@@ -76,6 +76,13 @@ def test_every_page_has_one_place_in_the_navigation(monkeypatch: pytest.MonkeyPa
     assert folders == {"decisions", "results"}  # `navigation` lists what is in these two
 
 
+def test_a_block_keeps_its_file_name_as_a_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_titles = script("make_site", monkeypatch).with_titles
+    assert with_titles("```toml run.toml\na = 1\n```\n") == '```toml title="run.toml"\na = 1\n```\n'
+    plain = "```python\na = 1\n```\n```\nwords and more\n```\n"
+    assert with_titles(plain) == plain
+
+
 def test_promises_and_examples_of_a_docstring_keep_their_form(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = ModuleType("griffe")
     stand_in.__dict__.update(Extension=object, Object=SimpleNamespace, Module=SimpleNamespace)
