@@ -115,6 +115,13 @@ def test_the_picture_of_the_rooms_names_every_room() -> None:
     assert [room for room in rooms if room not in text] == []
 
 
+def test_every_decision_has_a_number_of_its_own() -> None:
+    pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    numbers = [page.name[:4] for page in pages]
+    assert [number for number in numbers if not number.isdigit() or numbers.count(number) > 1] == []
+    assert [page.name for page in pages if not page.read_text().startswith(f"# {page.name[:4]}")] == []
+
+
 def test_a_file_that_moved_is_caught() -> None:
     text = "`defenses/dp/clip.py`, `defenses/dp/clop.py`, `python -m benchmarks.he`, `defenses.dp.clip.clop`, `docs/he.md`"
     assert gone(text) == ["defenses/dp/clop.py", "defenses.dp.clip.clop"]
