@@ -23,6 +23,26 @@ HEAVY = {  # optional or heavy packages and the only places that may import them
         "attacks/",
     ),
 }
+NETWORK = {
+    "socket",
+    "ssl",
+    "http",
+    "urllib",
+    "ftplib",
+    "smtplib",
+    "requests",
+    "httpx",
+    "aiohttp",
+    "grpc",
+    "datasets",
+}
+NETWORK |= {"huggingface_hub", "websockets", "zmq"}
+NETWORK_DOORS = (  # what a run file names is fetched in two places; engines carry bytes between machines
+    "ffm_secure/models/backbone.py",
+    "ffm_secure/data/hub.py",
+    "ffm_secure/engines/",
+    "ffm_secure/transport/",
+)
 LONGEST_FILE, LONGEST_FUNCTION = 600, 80
 
 
@@ -122,6 +142,29 @@ def test_heavy_packages_have_one_door(package: str) -> None:
         and not path.relative_to(ROOT).as_posix().startswith(doors)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def reaches_the_network(place: str, module: str) -> bool:
+    """Say whether a file imports what opens connections without being one of the doors."""
+    return rooms(module) in NETWORK and not place.startswith(NETWORK_DOORS)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_network_has_few_doors(package: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in files(package)
+        for module in imported(path)
+        if reaches_the_network(path.relative_to(ROOT).as_posix(), module)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", ["urllib.request", "requests", "http.client", "socket"])
+def test_a_planted_connection_is_caught(module: str) -> None:
+    assert reaches_the_network("ffm_secure/report/page.py", module)
+    assert reaches_the_network("defenses/dp/x.py", module)
+    assert not reaches_the_network("ffm_secure/data/hub.py", module)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
