@@ -116,7 +116,7 @@ class Run:
         for site in ready.sites if ready.states.places else ():
             own = ready.own_vector(site.data.index, trained.state.vector, before=len(trained.records) + 1)
             ready.trainable.load_vector(own)
-            folder = ready.states.folder / site.data.name / "adapter"
+            folder = ready.states.place(site.data.index) / "adapter"
             ready.trainable.export(folder, self.config.model.name)
         report.write(result, self.folder)
 

@@ -181,26 +181,73 @@ def _natural(
     Clients are ordered by the name of the group that founded them.
     """
     groups = _groups(examples, options["column"])
+    hands = _natural_hands(groups, examples.origin, clients, options, rng)
+    return [np.concatenate([groups[name] for name in hands[founder]]) for founder in sorted(hands)]
+
+
+def _natural_hands(
+    groups: Mapping[Any, Indices],
+    origin: str,
+    clients: int,
+    options: Mapping[str, Any],
+    rng: np.random.Generator,
+) -> dict[Any, list[Any]]:
+    """Return which groups each client holds, by the group that founded it and that comes first."""
     if clients > len(groups):
         raise DataError(
-            f"clients = {clients}: column {options['column']!r} of {examples.origin} has only {len(groups)} groups, "
+            f"clients = {clients}: column {options['column']!r} of {origin} has only {len(groups)} groups, "
             "and a group is never cut in two"
         )
     ranked = sorted(groups, key=lambda name: (-len(groups[name]), name))
     founders = sorted(ranked[:clients])
-    hands = {name: [groups[name]] for name in founders}
-    sizes = {name: len(groups[name]) for name in founders}
+    hands = {name: [name] for name in founders}
     for name in ranked[clients:] if options["groups"] == "merge" else ():
-        home = founders[rng.integers(clients)]
-        hands[home].append(groups[name])
-        sizes[home] += len(groups[name])
+        hands[founders[rng.integers(clients)]].append(name)
+    sizes = {founder: sum(len(groups[name]) for name in held) for founder, held in hands.items()}
     small = [name for name in founders if sizes[name] < options["min_size"]]
     if small:
         raise DataError(
             f"min_size = {options['min_size']}: group {small[0]!r} has {sizes[small[0]]} rows; choose fewer clients "
             "or a smaller min_size"
         )
-    return [np.concatenate(hands[name]) for name in founders]
+    return hands
+
+
+def owner_names(examples: Examples, *, clients: int, split: Any, seed: int) -> tuple[str, ...]:
+    """Name the owner of every part that `partition` deals: by the column of a natural split, else by number.
+
+    Guarantee: names are different, printable and at most 80 letters long, whatever stands in the column.
+
+    >>> rows = Examples(columns={"text": ["a", "b", "c"], "site": ["Mercy", "North", "Mercy"]})
+    >>> owner_names(rows, clients=2, split={"kind": "natural", "column": "site"}, seed=0)
+    ('Mercy', 'North')
+    """
+    kind, options = _options(split)
+    if kind != "natural":
+        return numbered_names(clients)
+    rng = np.random.Generator(np.random.PCG64([seed, 0xDEA1]))
+    hands = _natural_hands(_groups(examples, options["column"]), examples.origin, clients, options, rng)
+    names: list[str] = []
+    for founder in sorted(hands):
+        more = len(hands[founder]) - 1
+        written = _printable(str(founder)) + (f" and {more} more" if more else "")
+        alike = sum(name == written or name.startswith(f"{written} (") for name in names)
+        names.append(f"{written} ({alike + 1})" if alike else written)
+    return tuple(names)
+
+
+def numbered_names(count: int) -> tuple[str, ...]:
+    """Name owners whom no column names."""
+    width = len(str(count))
+    return tuple(f"client-{index + 1:0{width}d}" for index in range(count))
+
+
+def _printable(name: str) -> str:
+    words = " ".join(name.split())
+    written = "".join(letter if letter.isprintable() else "?" for letter in words)[:60]
+    return (
+        written if any(map(str.isalnum, written)) else f"owner {written!r}"
+    )  # a ledger keeps "*" for everybody
 
 
 def _groups(examples: Examples, column: str) -> dict[Any, Indices]:

@@ -15,6 +15,7 @@ from ffm_secure import record_codec, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.schema import to_table
+from ffm_secure.data.partition import numbered_names
 from ffm_secure.errors import StoreError
 from ffm_secure.models import backbone as models
 from ffm_secure.models.backbone import Backbone
@@ -32,11 +33,12 @@ _PUBLIC_FACTS = "public_facts.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublicFacts:
-    """What a run takes to be public about its data: the size of one client, and the classes."""
+    """What a run takes to be public about its data: the size of one client, the classes, and who takes part."""
 
     format: int = 1
     public_client_size: int
     classes: int | None
+    owners: tuple[str, ...] = ()  # empty: by number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +138,7 @@ def _agree(
     )
     return RunSpec(
         config=config,
-        owners=owner_names(config.task.clients),
+        owners=facts.owners or numbered_names(config.task.clients),
         public_client_size=public_client_size,
         layout=trained.layout,
         algorithm=LIFECYCLES.load(config.federation.lifecycle.kind)(),
@@ -153,12 +155,6 @@ def _largest_weight(config: RunConfig, public_client_size: int) -> int:
     if config.federation.weighting != "examples":
         return 1
     return config.federation.largest_weight or 16 * public_client_size
-
-
-def owner_names(count: int) -> tuple[str, ...]:
-    """Return the ledger name of every data owner."""
-    width = len(str(count))
-    return tuple(f"client-{index + 1:0{width}d}" for index in range(count))
 
 
 def write_facts(folder: Path, facts: PublicFacts) -> None:

@@ -26,6 +26,7 @@ class SimulatedData:
     public: Examples | None  # rows that phases of the server's own learn from
     account: str  # the ledger's name for these rows, dealt in this way
     contents: str  # digests of all rows the run reads
+    owners: tuple[str, ...]  # as people call them
 
     def rows(self, owner: int) -> Examples:
         """Return one owner's rows as it has them."""
@@ -55,6 +56,7 @@ def load(config: RunConfig, base: Path) -> SimulatedData:
         public=public,
         account=account,
         contents=contents_fingerprint(account, whole, other),
+        owners=partition.owner_names(dataset.train, clients=task.clients, split=task.split, seed=config.seed),
     )
 
 

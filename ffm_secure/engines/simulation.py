@@ -19,6 +19,8 @@ from defenses.dp import Event, Ledger, PerSampleEngine, probe_sensitivity
 from ffm_secure import tasks, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
+from ffm_secure.data.dataset import Examples
+from ffm_secure.data.partition import numbered_names
 from ffm_secure.engines import simulated_data
 from ffm_secure.engines.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
 from ffm_secure.engines.local import LocalEngine, TrainerPool
@@ -99,7 +101,7 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
     data = simulated_data.load(config, base)
     begun = stored_noise(folder)
     history = () if begun else spent_before(config, data.account)
-    loaded = load_model(config, base, _public_facts(config, data), history=history, multiplier=begun)
+    loaded = load_model(config, base, _public_facts(config, data, folder), history=history, multiplier=begun)
     task = tasks.build_task(
         config.task.kind, backbone=loaded.backbone, dataset=data.dataset, max_length=config.task.max_length
     )
@@ -119,12 +121,35 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
     )
 
 
-def _public_facts(config: RunConfig, data: SimulatedData) -> PublicFacts:
+def _public_facts(config: RunConfig, data: SimulatedData, folder: Path | None) -> PublicFacts:
     rows, label_names = len(data.dataset.train), data.dataset.label_names
     return PublicFacts(
         public_client_size=config.task.nominal_examples or max(1, rows // config.task.clients),
         classes=len(label_names) if label_names else None,
+        owners=ledger_names(config, data, folder),
     )
+
+
+def ledger_names(config: RunConfig, data: SimulatedData, folder: Path | None) -> tuple[str, ...]:
+    """Return the name of every data owner: the one people know, or the one a ledger of these rows was opened under.
+
+    Guarantee: an owner whom an older version wrote down by number keeps that account, and with it what was spent.
+    """
+    path = ledger_path(config, folder) if folder is not None or config.privacy.ledger else None
+    if path is None or not path.is_file():
+        return data.owners
+    ledger = Ledger.open(path, create=False)
+    held = {owner for owner, dataset, _ in ledger.accounts() if dataset == data.account}
+    ledger.close()
+    numbers = numbered_names(len(data.owners))
+    return numbers if held and held <= set(numbers) else data.owners
+
+
+def ledger_path(config: RunConfig, folder: Path | None) -> Path:
+    """Return the ledger that outlives runs, or that of this run alone."""
+    if config.privacy.ledger:
+        return Path(config.privacy.ledger).expanduser()
+    return (folder or Path()) / "ledger.sqlite"
 
 
 def _described(spec: RunSpec, data: SimulatedData) -> str:
@@ -254,12 +279,10 @@ def _binding(prepared: Prepared) -> SessionBinding | None:
 def build(prepared: Prepared, folder: Path) -> Simulation:
     """Encode the owners' rows, open the ledger, enrol everybody; after this the run can start."""
     config, spec = prepared.config, prepared.spec
-    evaluation = _evaluation_rows(prepared)
+    evaluation = prepared.task.encode(evaluation_examples(prepared))
     probe(prepared, evaluation)
-    ledger_path = (
-        Path(config.privacy.ledger).expanduser() if config.privacy.ledger else folder / "ledger.sqlite"
-    )
-    ledger = open_ledger(prepared, ledger_path)
+    path = ledger_path(config, folder)
+    ledger = open_ledger(prepared, path)
     if spec.mechanism.noise_multiplier and folder.is_dir():
         content = json.dumps({"noise_multiplier": spec.mechanism.noise_multiplier}).encode()
         write_atomic(folder / "noise.json", content)
@@ -302,7 +325,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         courier=LocalEngine(config, sites, pool),
         states=states,
         ledger=ledger,
-        ledger_path=ledger_path,
+        ledger_path=path,
     )
 
 
@@ -318,7 +341,12 @@ def _trainer(prepared: Prepared, states: ClientStateStore, number: int) -> SiteT
     return SiteTrainer(spec=prepared.spec, trainable=own, task=prepared.task, states=states)
 
 
-def _evaluation_rows(prepared: Prepared) -> Encoded:
+def evaluation_examples(prepared: Prepared) -> Examples:
+    """Return the public rows that every round is evaluated on, and every baseline beside it.
+
+    Raises:
+      DataError: there are none.
+    """
     config, validation = prepared.config, prepared.dataset.validation
     rows = min(config.task.evaluation_examples, len(validation))
     if rows == 0:
@@ -326,7 +354,7 @@ def _evaluation_rows(prepared: Prepared) -> Encoded:
             f"{config.task.data}: has no validation rows; a run is evaluated on public rows after each round"
         )
     chosen = np.sort(np.random.default_rng(config.seed).permutation(len(validation))[:rows])
-    return prepared.task.encode(validation.take(chosen))
+    return validation.take(chosen)
 
 
 def open_ledger(prepared: Prepared, path: Path) -> Ledger:

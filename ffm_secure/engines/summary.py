@@ -14,8 +14,9 @@ from defenses.he.collusion import Kind, collusion
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import OBSERVERS, RunConfig
 from ffm_secure.config.schema import to_table
-from ffm_secure.engines.simulation import Prepared, Simulation
+from ffm_secure.engines.simulation import Prepared, Simulation, evaluation_examples
 from ffm_secure.federation import TrainingResult
+from ffm_secure.privacy.expectations import bound_warnings
 from ffm_secure.privacy.statements import SEEDED, statements
 from ffm_secure.protection.masked import sharing_graph
 from ffm_secure.records import (
@@ -83,7 +84,7 @@ def summarise(
     """Collect a run into what its report shows."""
     prepared, config = ready.prepared, ready.config
     spent = ready.largest_history() if config.privacy.unit != "none" else ()
-    public = prepared.dataset.validation  # the commonest private label would be a release
+    public = evaluation_examples(prepared)  # the commonest private label would be a release
     majority = prepared.task.majority(public, public)
     last = trained.records[-1].metric if trained.records else zero_metric
     head = ready.ledger.head()
@@ -211,6 +212,7 @@ def _warnings(prepared: Prepared) -> list[str]:
     record_level = prepared.mechanism.record_level
     if record_level is not None and record_level.sampling_rate == 1.0:
         found.append("batch_size reaches a client's whole data: sampling does not amplify privacy")
+    found += bound_warnings(config, record_level)
     if config.protection.kind != "none" and config.privacy.unit == "none":
         found.append("hiding single updates is not differential privacy: no epsilon is claimed")
     found += (

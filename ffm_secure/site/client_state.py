@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +75,14 @@ class ClientStateStore:
                 raise StoreError(f"{path}: is missing; restore it, or start the run under another name")
 
     def _path(self, client: int, round: int) -> Path:
-        return self.folder / self.owners[client] / f"round-{round:06d}.safetensors"
+        return self.place(client) / f"round-{round:06d}.safetensors"
 
     def _files(self, client: int) -> list[Path]:
-        return sorted((self.folder / self.owners[client]).glob("round-*.safetensors"))
+        return sorted(self.place(client).glob("round-*.safetensors"))
+
+    def place(self, client: int) -> Path:
+        """Return the folder of one client."""
+        return self.folder / folder_name(self.owners[client])
 
     def _put(self, vector: Tensor, kept: Tensor, path: Path) -> Tensor:
         sizes = [place.stop - place.start for place in self.places]
@@ -86,6 +92,20 @@ class ClientStateStore:
         for place, part in zip(self.places, kept.split(sizes), strict=True):
             own[place] = part.to(own.device)
         return own
+
+
+def folder_name(owner: str) -> str:
+    """Return a name for an owner's folder that stays inside its parent and differs from every other owner's.
+
+    >>> folder_name("client-3")
+    'client-3'
+    >>> folder_name("St. Mary's / West")
+    'St.-Mary-s-West-0aa63493'
+    """
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", owner, re.ASCII):
+        return owner
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", owner, flags=re.ASCII).strip(".-_")[:40]
+    return f"{plain or 'owner'}-{hashlib.sha256(owner.encode()).hexdigest()[:8]}"
 
 
 def _round(path: Path) -> int:

@@ -1,0 +1,63 @@
+"""What noise alone does to an update, from public numbers: whether anything can be learned is said before a run."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from defenses.dp import RecordMechanism
+from ffm_secure.config.run_file import Lifecycle, Protection, RunConfig
+
+ROOM = 4.0  # standard deviations of noise that a bound should leave room for
+
+
+def update_noise(mechanism: RecordMechanism, lifecycle: Lifecycle) -> float:
+    """Return about how large noise alone makes one coordinate of a site's update: a standard deviation.
+
+    Exact for plain steps and momentum without weight decay; for Adam, whose steps have the size of the learning rate
+    whatever the gradient, a random walk of such steps.
+    """
+    if lifecycle.optimizer != "sgd":
+        return lifecycle.learning_rate * math.sqrt(mechanism.steps)
+    step = mechanism.gradient_noise_multiplier() * mechanism.clip_norm / mechanism.expected_batch_size
+    momentum = lifecycle.momentum
+    left = np.arange(1, mechanism.steps + 1)  # steps a step's noise goes on acting in
+    reach = (1.0 - momentum**left) / (1.0 - momentum)
+    return lifecycle.learning_rate * step * float(np.sqrt(np.sum(reach**2)))
+
+
+def share_cut(noise: float, bound: float) -> float:
+    """Return the share of coordinates of pure noise that lie beyond a bound."""
+    return math.erfc(bound / (noise * math.sqrt(2))) if noise > 0 else 0.0
+
+
+def bound_warnings(config: RunConfig, mechanism: RecordMechanism | None) -> list[str]:
+    """Warn of a coordinate bound that noise alone fills, and of one so wide that rounding drowns the update."""
+    if mechanism is None or mechanism.noise_multiplier == 0:
+        return []
+    protection = config.protection
+    noise = update_noise(mechanism, config.federation.lifecycle)
+    cut = share_cut(noise, protection.coordinate_bound)
+    if cut > 0.05:
+        return [
+            f"protection.coordinate_bound = {protection.coordinate_bound:g}: noise alone makes a coordinate of an update "
+            f"about {noise:.2g} ({noise / protection.coordinate_bound:.2g} x the bound), so {_share(cut)} of the coordinates "
+            f"are cut at the bound and little or nothing can be learned; raise it to {ROOM * noise:.2g} or more"
+        ]
+    level = _level(protection)
+    if level > noise:
+        return [
+            f"protection.coordinate_bound = {protection.coordinate_bound:g} with value_bits = {protection.value_bits}: one "
+            f"level is {level:.2g}, more than the noise of {noise:.2g}, so updates are lost in rounding; lower the bound to "
+            f"{max(ROOM * noise, 1e-9):.2g}, or raise value_bits"
+        ]
+    return []
+
+
+def _level(protection: Protection) -> float:
+    return float(2.0 * protection.coordinate_bound / 2**protection.value_bits)
+
+
+def _share(cut: float) -> str:
+    return "all" if cut > 0.995 else f"{cut:.0%}"
