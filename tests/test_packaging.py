@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,19 @@ def test_the_version_is_the_newest_heading_of_the_release_notes() -> None:
     headings = re.findall(r"^## (\d+\.\d+\.\d+)\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings, "CHANGELOG.md has no heading of a version"
     assert headings[0] == PROJECT["version"]
+
+
+@pytest.mark.parametrize(
+    "module", ["ffm_secure", "ffm_secure.site.site", "defenses.dp.clip", "attacks", "tests.data"]
+)
+@pytest.mark.parametrize(
+    "kind", [UserWarning, DeprecationWarning, FutureWarning, ResourceWarning, RuntimeWarning]
+)
+def test_a_warning_of_ours_is_an_error(module: str, kind: type[Warning]) -> None:
+    with pytest.raises(kind, match="mend me"):
+        warnings.warn_explicit("mend me", kind, "file.py", 1, module=module)
+
+
+def test_a_warning_of_a_dependency_is_no_error() -> None:
+    with pytest.warns(UserWarning, match="theirs"):
+        warnings.warn_explicit("theirs", UserWarning, "file.py", 1, module="attacks_of_others.engine")
