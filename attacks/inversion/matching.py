@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.inversion.batch_norm import with_client_statistics
 from attacks.inversion.kinks import see_kinks
 from attacks.inversion.labels import find_head, identity_counts, probe_head, round_to_total, single_label
 from attacks.inversion.optimise import (
@@ -118,7 +119,7 @@ def image_problem(
 
     Raises: NotApplicable when the model, the image shape or the batch size is missing, or nothing observed matches.
     """
-    private = working_copy(model, observation)
+    private = with_client_statistics(observation, working_copy(model, observation))
     shape = observation.known("image_shape")
     if not shape:
         raise NotApplicable("the image shape is not known")
