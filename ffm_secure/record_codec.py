@@ -1,7 +1,9 @@
-"""The one codec of records: a frozen dataclass to plain JSON values, lines and canonical bytes, and strictly back.
+"""The one codec of records: a frozen dataclass to JSON values, lines and canonical bytes, and strictly back.
 
-A field added later with a default is filled in when an older record is read; an unknown field is refused by name, as
-is a value of another type than its field declares. What JSON cannot say becomes text: infinities and not-a-number
+A field added later with a default is filled in when an older record is read; an unknown field is refused by
+name, as
+is a value of another type than its field declares. What JSON cannot say becomes text: infinities and not-a-
+number
 are words, bytes are hexadecimal digits.
 """
 
@@ -88,7 +90,8 @@ def canonical_bytes(record: object) -> bytes:
 def from_bytes(kind: type[T], data: bytes, where: str) -> T:
     """Read a record from its canonical bytes.
 
-    Guarantee: bytes that hold a record in any other spelling are refused, so a digest of the bytes is one of the record.
+    Guarantee: bytes that hold a record in any other spelling are refused, so a digest of the bytes is
+    one of the record.
 
     Raises:
       RecordError: they are not canonical, of another format, or do not fit `kind`.
@@ -100,7 +103,7 @@ def from_bytes(kind: type[T], data: bytes, where: str) -> T:
 
 
 def to_plain(value: object, where: str = "value") -> Plain:
-    """Turn a table without a declared type, and the records inside it, into plain values in the order they have.
+    """Turn a table of no declared type, and the records inside it, into plain values in their order.
 
     Dates and paths become text.
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from ffm_secure import record_codec
 from ffm_secure.errors import RecordError
-from ffm_secure.records import RoundPlan
 
 ANY_FLOAT = st.floats(allow_nan=False)
 TEXT = st.text(max_size=5)
@@ -44,6 +43,15 @@ class Everything:
     others: tuple[Inner, ...]
     score: float | None = None
     free: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    run_id: bytes
+    round: int
+    cohort: tuple[int, ...]
+    phase: Literal["private", "public"]
+    share: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +111,9 @@ def test_every_record_comes_back_equal_and_in_the_same_bytes(record: Everything)
 
 
 def test_the_canonical_form_is_written_down_here() -> None:
-    plan = RoundPlan(run_id=b"\x01\xab", round=2, cohort=(0, 3), fingerprint="f", mechanism="m")
+    plan = Message(run_id=b"\x01\xab", round=2, cohort=(0, 3), phase="public", share=0.5)
     assert record_codec.canonical_bytes(plan) == (
-        b'{"cohort":[0,3],"fingerprint":"f","format":1,"mechanism":"m","phase":"private",'
-        b'"round":2,"run_id":"01ab","step":0}'
+        b'{"cohort":[0,3],"format":1,"phase":"public","round":2,"run_id":"01ab","share":0.5}'
     )
     assert record_codec.encode(ONE)["lost"] == {"9": "share", "10": "upload"}
     assert record_codec.encode(ONE)["inner"] == {"weight": "infinity", "label": None}

@@ -1,4 +1,4 @@
-"""The command line: plan, run, experiment, audit, ledger, report, predict, doctor, epsilon, sigma. Each body hands over to a function."""
+"""The command line: every command and its options; each body hands over to a function."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def main() -> None:
 
 
 def _unexpected(error: Exception) -> str:
-    """Say where an unforeseen error arose; its message and the values around it may be private and are not shown."""
+    """Say where an unforeseen error arose; its message may be private and is not shown."""
     frames = traceback.extract_tb(error.__traceback__)
     places = [f"  {Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]
     advice = "its message may hold private data and is not shown; `python -X dev -m ffm_secure ...` shows it"

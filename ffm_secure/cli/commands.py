@@ -30,7 +30,8 @@ def plan(file: Path, overrides: tuple[str, ...], *, json: bool) -> None:
         planned = load(file, overrides)
         described, check = planned.plan(), data_check(planned)
     lines = [*_plan_lines(described), "", *checks.lines(check)]
-    say({**record_codec.to_plain(described), "data_check": check}, lines, json=json)
+    answer: dict[str, object] = {**record_codec.encode(described), "data_check": check}
+    say(answer, lines, json=json)
 
 
 def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet: bool) -> None:
@@ -70,13 +71,13 @@ def experiment(file: Path, *, out: Path, quick: bool, jobs: int, json: bool, qui
     if found["stopped"]:
         names = ", ".join(item["run"] for item in found["stopped"])
         raise BudgetExhausted(
-            f"not complete: {names}; remove such a run's folder in {html.parent / 'runs'} to run it anew"
+            f"not complete: {names}; run the grid anew with another --out, or with more budget"
         )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """A stored observation, the model folder it belongs to, and files of what its client trained on and of unused records."""
+    """A stored observation, its model folder, what its client trained on, and unused records."""
 
     observation: Path | None
     model: Path | None = None
@@ -132,7 +133,7 @@ def ledger(folder: Path, *, owner: str, export: str, json: bool) -> None:
         opened = open_for_reading(folder)
         opened.verify()
         if export:
-            sys.stdout.write(opened.export(export))
+            sys.stdout.write(opened.export("csv" if export == "csv" else "json"))
             return
         table = ledger_table(opened, owner=owner)
         if folder.is_dir() and Store.read(folder).config().privacy.noise == "seeded":
@@ -198,7 +199,8 @@ def _statement_line(statement: PrivacyStatement) -> str:
     )
     note = f" ({statement.note})" if statement.note else ""
     return (
-        f"epsilon  {statement.observer:<17} {amount}; unit {statement.unit}; adjacency {statement.adjacency}; "
+        f"epsilon  {statement.observer:<17} {amount}; unit {statement.unit}; adjacency "
+        f"{statement.adjacency}; "
         f"{statement.accountant}{note}"
     )
 
@@ -238,7 +240,8 @@ def _result_lines(result: Result) -> list[str]:
     lines = [
         "",
         *(f"  {stamp}" for stamp in summary.stamps),
-        f"  {summary.metric_name} {summary.metric_final:.4f} (before training {summary.metric_zero_round:.4f}{majority})",
+        f"  {summary.metric_name} {summary.metric_final:.4f} (before training "
+        f"{summary.metric_zero_round:.4f}{majority})",
         f"  {_statement_line(summary.statements[0])}",
     ]
     lines += _audit_lines(summary.audit) if summary.audit else []
@@ -260,11 +263,12 @@ def _finding_line(item: AuditFinding) -> str:
             if value is not None
         ),
     ]
-    return f"{item.observer:<17} {item.attack:<22} {item.point:<11} {item.verdict:<11} {', '.join(filter(None, numbers))}"
+    words = ", ".join(filter(None, numbers))
+    return f"{item.observer:<17} {item.attack:<22} {item.point:<11} {item.verdict:<11} {words}"
 
 
 def _audit_lines(found: AuditSummary) -> list[str]:
-    """Show what leaked, then what did not with its control; the rest as counts, since the report gives each reason."""
+    """Show what leaked, then what did not with its control; the rest as counts."""
     lines = [f"  audit    {found.sentence}"]
     told = [
         item for verdict in ("leaked", "not leaked") for item in found.findings if item.verdict == verdict

@@ -35,7 +35,8 @@ def clear_errors() -> Iterator[None]:
         yield
     except TamperedError:
         raise StoreError(
-            "the ledger is not authentic: a row was changed, removed or cut off; do not train on this data until this is explained"
+            "the ledger is not authentic: a row was changed, removed or cut off; do not train on "
+            "this data until this is explained"
         ) from None
     except BudgetExceeded as error:
         raise BudgetExhausted(str(error)) from None

@@ -98,7 +98,7 @@ def _rounded(count: int) -> int:
     >>> _rounded(1234)
     1200
     """
-    unit = 10 ** max(0, len(str(count)) - 2)
+    unit = int(10 ** max(0, len(str(count)) - 2))
     return count // unit * unit
 
 

@@ -92,7 +92,8 @@ def ledger_lines(table: dict[str, Any]) -> list[str]:
     for charge in charges[-_SHOWN:]:
         state = "spent" if charge["spent"] else "reserved, counts as spent"
         lines.append(
-            f"{charge['sequence']:>6}  {charge['owner']:<14} round {charge['round']:>4}  {_event_words(charge['event'])}  {state}"
+            f"{charge['sequence']:>6}  {charge['owner']:<14} round {charge['round']:>4}  "
+            f"{_event_words(charge['event'])}  {state}"
         )
     lines.append("")
     for account in table["accounts"]:
@@ -103,7 +104,8 @@ def ledger_lines(table: dict[str, Any]) -> list[str]:
             else f"of {account['budget']:g} at delta {account['delta']:g}"
         )
         lines.append(
-            f"{account['owner']:<14} {account['dataset']}  per {account['unit']}: epsilon {spent} {budget}, {account['charges']} charges"
+            f"{account['owner']:<14} {account['dataset']}  per {account['unit']}: epsilon {spent} "
+            f"{budget}, {account['charges']} charges"
             + (f", {account['unconfirmed']} of them never confirmed" if account["unconfirmed"] else "")
         )
     return [*lines, f"verified: {table['entries']} entries, head {table['head'][:16]}"]
@@ -111,7 +113,8 @@ def ledger_lines(table: dict[str, Any]) -> list[str]:
 
 def _event_words(event: dict[str, Any]) -> str:
     if event.get("kind") == "gaussian":
-        return f"{event['steps']} x {event['sampling']}({event['sampling_rate']:.4g}) Gaussian({event['noise_multiplier']:.4g})"
+        sampling = f"{event['sampling']}({event['sampling_rate']:.4g})"
+        return f"{event['steps']} x {sampling} Gaussian({event['noise_multiplier']:.4g})"
     if event.get("kind") == "skellam":
         return f"{event['steps']} x Skellam({math.sqrt(event['variance']) / event['l2_sensitivity']:.4g})"
     return str(event.get("kind", ""))

@@ -29,8 +29,10 @@ def round_line(record: RoundRecord, *, rounds: int, budget: float) -> str:
     )
     note = f"  ABORTED: {record.aborted}" if record.aborted else ""
     return (
-        f"round {record.round:>{len(str(rounds))}}/{rounds}  loss {record.loss:7.4f}  {record.metric_name} {record.metric:8.4f}  "
-        f"epsilon {spent}  clients {answered}  up {describe_bytes(record.bytes_up)}  down {describe_bytes(record.bytes_down)}  "
+        f"round {record.round:>{len(str(rounds))}}/{rounds}  loss {record.loss:7.4f}  "
+        f"{record.metric_name} {record.metric:8.4f}  "
+        f"epsilon {spent}  clients {answered}  up {describe_bytes(record.bytes_up)}  down "
+        f"{describe_bytes(record.bytes_down)}  "
         f"{record.seconds:.1f} s{note}"
     )
 

@@ -13,23 +13,40 @@ LORA_RULES = STRATEGIES.with_trait("lora")
 PROMPTS = TRAINABLES.with_trait("prompt")
 
 _PRIVATE = ("record", "person", "client")
-_WEIGHTS = "weights from example counts are private data, and the divisor must be a public constant: use weighting = 'uniform'"
-_CLIENT_NEEDS_RING = "noise of the client unit is whole only in the secure sum; in the clear the server sees each client with a share of it"
+_WEIGHTS = (
+    "weights from example counts are private data, and the divisor must be a public constant: use "
+    "weighting = 'uniform'"
+)
+_CLIENT_NEEDS_RING = (
+    "noise of the client unit is whole only in the secure sum; in the clear the server sees each "
+    "client with a share of it"
+)
 _CKKS_DISCRETE = "approximate sums cannot carry exact discrete noise: use secagg or bfv with the client unit"
 _NO_HEAD = "a language model has no classification head to train alone: choose lora, prompt or full"
-_TELLS = "its prompt is made of the whole text, so a causal model would be told the words it has to predict: use prompt or prefix"
-_NOT_FACTORS = "the rule is about the factors B and A of LoRA, which this kind does not train: use average, or trainable lora"
+_TELLS = (
+    "its prompt is made of the whole text, so a causal model would be told the words it has to "
+    "predict: use prompt or prefix"
+)
+_NOT_FACTORS = (
+    "the rule is about the factors B and A of LoRA, which this kind does not train: use average, or "
+    "trainable lora"
+)
 _NO_EPSILON = "without a guarantee nothing is spent, so gain per epsilon has no meaning: choose bytes"
 _CLOCK = (
-    "the wall time of a private phase depends on how many rows clients have and how long their texts are, so decisions by it would "
+    "the wall time of a private phase depends on how many rows clients have and how long their "
+    "texts are, so decisions by it would "
     "release that without noise or charge: choose epsilon or bytes"
 )
 _NO_CACHE = "picture models keep no keys and values to put a prefix in front of: use deep_prompt"
 _HOME_CLIENT = (
-    "what a client keeps at home bears no noise under the client unit, and the public evaluation of the clients' models would "
+    "what a client keeps at home bears no noise under the client unit, and the public evaluation "
+    "of the clients' models would "
     "release it: use the record or person unit, or ffa"
 )
-_HOME_PUBLIC = "the server learns in public phases, but every client keeps a B of its own and the server has none: use ffa"
+_HOME_PUBLIC = (
+    "the server learns in public phases, but every client keeps a B of its own and the server has "
+    "none: use ffa"
+)
 _CLIP_UNIT = "clips single records; the client unit clips whole updates: use clipping = 'flat'"
 _CLIP_NONE = "there is nothing to clip without a privacy unit: leave clipping at 'flat'"
 _SEEDED_NONE = "a run without privacy unit draws no privacy noise: leave noise at 'system'"
@@ -58,7 +75,8 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("unit", "noise"): {("none", "seeded"): _SEEDED_NONE},
 }
 
-# Every axis of choice with the values its pairs were reviewed with. A test compares this with the run file's schema, so that a
+# Every axis of choice with the values its pairs were reviewed with. A test compares this with the run
+# file's schema, so that a
 # new option must take a position; `position` refuses to answer for anything newer.
 REVIEWED: Mapping[str, Collection[str]] = {
     "task": ("text_classification", "causal_lm", "masked_lm", "image_classification"),
@@ -150,30 +168,38 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
     threshold = minimum_survivors(config)
     if protection.kind in ("secagg", "bfv", "ckks") and federation.cohort < 3:
         yield (
-            f"federation.cohort = {federation.cohort} with protection '{protection.kind}': must be at least 3, or one client "
+            f"federation.cohort = {federation.cohort} with protection '{protection.kind}': must be "
+            "at least 3, or one client "
             "could subtract itself and read the other"
         )
     elif protection.kind != "none":
         if threshold < 3 or threshold - protection.colluding < 2:
             yield (
-                f"protection.threshold = {threshold} with colluding = {protection.colluding}: at least 3 clients, 2 of them honest, must be in "
+                f"protection.threshold = {threshold} with colluding = {protection.colluding}: at "
+                "least 3 clients, 2 of them honest, must be in "
                 "every sum, or colluders read the last one; raise threshold"
             )
         needed = shamir_threshold(config)
         if protection.kind == "secagg" and needed > threshold:
             yield (
-                f"protection.threshold = {threshold}: unmasking needs {needed} of {federation.cohort} clients in mode "
-                f"'{protection.mode}' with {protection.colluding} colluding; raise threshold to {needed} or lower colluding"
+                f"protection.threshold = {threshold}: unmasking needs {needed} of "
+                f"{federation.cohort} clients in mode "
+                f"'{protection.mode}' with {protection.colluding} colluding; raise threshold to "
+                f"{needed} or lower colluding"
             )
     if (
         privacy.unit == "client"
         and protection.kind != "none"
         and threshold - max(1, protection.colluding) < 1
     ):
-        yield f"protection.colluding = {protection.colluding}: leaves no honest noise among {threshold} survivors"
+        yield (
+            f"protection.colluding = {protection.colluding}: leaves no honest noise among {threshold} "
+            "survivors"
+        )
     if privacy.unit == "client" and privacy.delta > 0 and privacy.delta > 1.0 / config.task.clients:
         yield (
-            f"privacy.delta = {privacy.delta}: must be at most 1 / clients = {1 / config.task.clients:g}, or the guarantee may "
+            f"privacy.delta = {privacy.delta}: must be at most 1 / clients = "
+            f"{1 / config.task.clients:g}, or the guarantee may "
             "give away one whole client"
         )
     adaptive = (
@@ -182,17 +208,21 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
     )
     if adaptive and federation.evaluate_every != 1:
         yield (
-            f"federation.evaluate_every = {federation.evaluate_every}: the controller decides by the loss of every round; "
+            f"federation.evaluate_every = {federation.evaluate_every}: the controller decides by "
+            "the loss of every round; "
             "set it to 1"
         )
     absent = [stage for stage in federation.dropout.stages if stage in ("confirm", "unmask")]
     if protection.kind in ("bfv", "ckks") and federation.dropout.rate > 0:
         for stage in absent:
-            yield f"federation.dropout.stages: '{stage}' does not exist with protection '{protection.kind}'; remove it"
+            yield (
+                f"federation.dropout.stages: '{stage}' does not exist with protection "
+                f"'{protection.kind}'; remove it"
+            )
 
 
 def minimum_survivors(config: RunConfig) -> int:
-    """Return the fewest clients whose sum may be opened: the configured threshold, or two thirds of the cohort."""
+    """Return the fewest clients whose sum may be opened: the threshold, or two thirds of the cohort."""
     if config.protection.threshold:
         return config.protection.threshold
     if config.protection.kind == "none":

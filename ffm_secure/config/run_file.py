@@ -53,7 +53,10 @@ class Task:
     clean: tuple[str, ...] = option(
         (),
         choices=("blank_rows", "repeated_rows", "label_spelling"),
-        help="leave out blank rows or repeats; match labels to class_names whatever their case and outer blanks",
+        help=(
+            "leave out blank rows or repeats; "
+            "match labels to class_names whatever their case and outer blanks"
+        ),
     )
     loss_on: str = option(
         "answer",
@@ -99,7 +102,7 @@ class TrainableSpec:
     representation: str = option(
         "model",
         choices=("model", "embedding"),
-        help="what a prompt is generated from: the frozen model's mean output, or the mean of its input embeddings",
+        help="what a prompt is made from: the frozen model's mean output, or that of its input embeddings",
         only_for=("prompt_generator",),
     )
 
@@ -122,7 +125,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Controller:
-    """Which source a round of pre-training learns from: public data on the server, or private data on clients."""
+    """Which source a round of pre-training learns from: public data, or clients' private data."""
 
     kind: str = option("fixed", choices=("fixed", "plateau", "gain_per_cost"))
     public: int = option(1, minimum=0, maximum=10_000, help="public phases in a row", only_for=("fixed",))
@@ -380,7 +383,8 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
         problems.add(
             "model.trainable.ranks",
             config.model.trainable.ranks,
-            "different ranks need federation.strategy.kind = 'flora'; other rules average factors of one shape",
+            "different ranks need federation.strategy.kind = 'flora'; other rules average factors "
+            "of one shape",
         )
     if task.split.kind == "natural" and not task.split.column:
         problems.add(

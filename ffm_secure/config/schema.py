@@ -11,11 +11,16 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ffm_secure.errors import ConfigError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
+Hint: TypeAlias = Any  # an annotation as `typing.get_type_hints` returns it; typing has no name for it
+Rules: TypeAlias = Mapping[str, Any]  # what `option` declares of a field
 _LARGEST_FILE = 1 << 20
 
 
@@ -131,8 +136,8 @@ def read_table(kind: type[T], table: object, where: str, problems: Problems) -> 
 
 def _check_relevance(
     fields: Mapping[str, dataclasses.Field[Any]],
-    values: Mapping[str, Any],
-    table: Mapping[str, Any],
+    values: Mapping[str, object],
+    table: Mapping[str, object],
     where: str,
     problems: Problems,
 ) -> None:
@@ -154,10 +159,11 @@ def _check_relevance(
             )
 
 
-def _read_value(hint: Any, value: object, name: str, rules: Mapping[str, Any], problems: Problems) -> Any:
+def _read_value(hint: Hint, value: object, name: str, rules: Rules, problems: Problems) -> Any:
     if dataclasses.is_dataclass(hint):
         return read_table(typing.cast(type, hint), value, name, problems)
-    if typing.get_origin(hint) is tuple:
+    origin: Hint = typing.get_origin(hint)
+    if origin is tuple:
         if not isinstance(value, list | tuple):
             problems.add(name, value, "must be a list")
             return ()
@@ -178,7 +184,7 @@ def _read_value(hint: Any, value: object, name: str, rules: Mapping[str, Any], p
     return value
 
 
-def _check(value: Any, name: str, rules: Mapping[str, Any], problems: Problems) -> None:
+def _check(value: Any, name: str, rules: Rules, problems: Problems) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         problems.add(name, value, "must be a finite number")
         return
@@ -198,7 +204,7 @@ def _check(value: Any, name: str, rules: Mapping[str, Any], problems: Problems) 
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a hint at the known word most like this one, whatever the case; nothing where none is like it."""
+    """Return a hint at the known word most like this one, whatever the case; nothing if none is alike."""
     plain = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(word.casefold(), plain, n=1)
     return f"; did you mean {plain[close[0]]!r}?" if close else ""
@@ -214,20 +220,25 @@ def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
-def to_table(value: Any) -> Any:
+def to_table(config: DataclassInstance) -> dict[str, Any]:
     """Turn a config into plain dicts and lists, every key written out."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: to_table(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    fields = dataclasses.fields(config)
+    return {field.name: _to_plain(getattr(config, field.name)) for field in fields}
+
+
+def _to_plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_table(value)
     if isinstance(value, tuple):
-        return [to_table(item) for item in value]
+        return [_to_plain(item) for item in value]
     if isinstance(value, types.MappingProxyType):
         return dict(value)
     return value
 
 
-def dump_toml(config: Any) -> str:
+def dump_toml(config: DataclassInstance | Mapping[str, Any]) -> str:
     """Write a config as TOML: scalars first, then one table per section."""
-    table = to_table(config)
+    table = config if isinstance(config, Mapping) else to_table(config)
     lines = [f"{key} = {_literal(value)}" for key, value in table.items() if not isinstance(value, dict)]
     for section, values in table.items():
         if isinstance(values, dict):
@@ -235,7 +246,7 @@ def dump_toml(config: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict):

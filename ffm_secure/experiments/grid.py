@@ -65,7 +65,7 @@ def run(
             f"{len(rows)}/{len(cells)} {name}: {shown}{' (known)' if known else f', {summary.seconds:.0f} s'}"
         )
         if not rows[number].whole:
-            say(_stopped(rows[number], folder / "runs" / name, rounds=cells[number].config.federation.rounds))
+            say(_stopped(rows[number], rounds=cells[number].config.federation.rounds))
         results = page.results(
             name=experiment.name,
             about=experiment.about,
@@ -79,10 +79,10 @@ def run(
     return folder / "report.html", results
 
 
-def _stopped(row: Row, folder: Path, *, rounds: int) -> str:
-    """Say that a run is no result, and the remedy: to continue it would meet the same empty budget."""
+def _stopped(row: Row, *, rounds: int) -> str:
+    """Say that a run is no result: to continue it would meet the same empty budget."""
     ended = f"{row.run}: {row.status} after {len(row.curve)} of {rounds} rounds"
-    return f"{ended}, left out of means and differences; remove {folder} to run it anew"
+    return f"{ended}, left out of means and differences"
 
 
 def _write(folder: Path, results: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def finished(made: Run, rows: Rows) -> RunSummary | None:
     if not (made.folder / "report.json").is_file():
         return None
     if replace(Store.read(made.folder).config(), speed=made.config.speed) != made.config:
-        raise StoreError(f"{made.folder}: holds a run with other settings; remove it, or give another --out")
+        raise StoreError(f"{made.folder}: holds a run with other settings; give another --out")
     rows.require(made)
     summary = report.from_json((made.folder / "report.json").read_text())
     return summary if summary.status != "interrupted" else None

@@ -206,7 +206,7 @@ def stopped_lines(found: Mapping[str, Any]) -> list[str]:
     return [f"{item['run']}: {item['status']} after {item['rounds']} rounds" for item in found["stopped"]]
 
 
-LEFT_OUT = "Left out of means and differences, because they ended before their last round; remove the folder of such a run to run it anew"
+LEFT_OUT = "Left out of means and differences, because they ended before their last round"
 
 
 def _stopped(found: Mapping[str, Any]) -> list[Html]:

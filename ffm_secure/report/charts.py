@@ -36,7 +36,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """Name the places 0, 1, 2, ... of an axis that is not rounds; `mark` is where this run lies among them."""
+    """Name the places 0, 1, 2, ... of an axis that is not rounds; `mark` is where this run lies."""
 
     noun: str
     names: Sequence[str]
@@ -84,7 +84,7 @@ def line_chart(
     whole: bool = False,
     axis: Axis | None = None,
 ) -> Html:
-    """Draw values over rounds, or over the places of another axis; lines are labelled at their ends, aborted rounds crossed."""
+    """Draw values over rounds, or another axis; lines are labelled at their ends, aborted rounds crossed."""
     rounds = sorted({value for line in series for value in line.x})
     values = [v for line in series for v in line.y if math.isfinite(v)] + [level.value for level in levels]
     if not rounds or not values:
@@ -198,7 +198,8 @@ def _line(frame: _Frame, line: Series, shown: Callable[[float], str], axis: Axis
             "circle",
             tag(
                 "title",
-                f"{f'round {x:,}' if axis is None else f'{axis.noun} {axis.names[x]}'}: {line.label} {shown(y)}",
+                f"{f'round {x:,}' if axis is None else f'{axis.noun} {axis.names[x]}'}: "
+                f"{line.label} {shown(y)}",
             ),
             cx=f"{frame.x(x):.1f}",
             cy=f"{frame.y(y):.1f}",
@@ -237,7 +238,7 @@ def _labels(
 
 
 def spread(places: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
-    """Push sorted places apart until neighbours are `gap` away from each other, moving each as little as needed.
+    """Push sorted places apart until neighbours are `gap` from each other, moving each as little as needed.
 
     >>> spread([10.0, 12.0], gap=10.0, low=0.0, high=100.0)
     [6.0, 16.0]

@@ -1,4 +1,4 @@
-"""Turn a run's summary into report.json and report.html: pure, byte-stable, and readable back without loss."""
+"""Turn a run's summary into report.json and report.html: pure, byte-stable, read back without loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ __all__ = ["from_json", "render_html", "render_json", "write"]
 def render_json(summary: RunSummary) -> str:
     """Write a summary as JSON text that `report.schema.json` describes.
 
-    Guarantee: the same summary gives the same bytes; `from_json` gives the summary back. Infinity and not-a-number
+    Guarantee: the same summary gives the same bytes; `from_json` gives the summary back. Infinity and
+    not-a-number
     are the strings "infinity", "-infinity" and "nan". Keys of mappings are sorted; fields keep their order.
     Raises: StoreError where a value does not have its declared type.
     """
@@ -31,7 +32,8 @@ def render_json(summary: RunSummary) -> str:
 def from_json(text: str) -> RunSummary:
     """Read what `render_json` wrote.
 
-    Guarantee: strict; a missing, unknown, doubled or mistyped field is refused with its path. A field with a default
+    Guarantee: strict; a missing, unknown, doubled or mistyped field is refused with its path. A field
+    with a default
     may be missing: it came after the report was written.
     Raises: StoreError
     """

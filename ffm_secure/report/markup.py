@@ -49,7 +49,7 @@ def join(children: Iterable[Child]) -> Html:
 
 
 def tag(name: str, /, *children: Child, **attributes: str | float | bool | None) -> Html:
-    """Build one element; `class_` means class, `aria_label` means aria-label, None and False leave an attribute out.
+    """Build one element; `class_` means class, `aria_label` aria-label; None and False leave one out.
 
     >>> tag("p", "a < b", class_="note")
     '<p class="note">a &lt; b</p>'
@@ -169,7 +169,7 @@ def amount(value: int, noun: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """Hold one statement with every observer it is made for in the same words, and its places in report.json."""
+    """Hold one statement, every observer it is made for in the same words, and its places in report.json."""
 
     statement: PrivacyStatement
     places: tuple[int, ...]
@@ -218,7 +218,8 @@ def _events(statement: PrivacyStatement) -> str:
 def five_fields(statement: PrivacyStatement, against: str = "") -> str:
     """Say in one line what an epsilon is about; printed beside every epsilon."""
     return (
-        f"unit {statement.unit} · adjacency {statement.adjacency} · against {against or OBSERVERS[statement.observer]} · "
+        f"unit {statement.unit} · adjacency {statement.adjacency} · against "
+        f"{against or OBSERVERS[statement.observer]} · "
         f"mechanism {_events(statement)} · delta {small(statement.delta)}, {statement.accountant}, "
         f"slack {small(statement.slack)}"
     )
@@ -251,7 +252,7 @@ class Column:
 def table(
     columns: Sequence[Column], rows: Sequence[Any], *, caption: str, of: str = "", kind: str = ""
 ) -> Html:
-    """Build a data table whose first column names the row; a tight one labels its cells, to be stacked on a phone."""
+    """Build a table whose first column names the row; a tight one is stacked on a phone."""
     head = tag("tr", *[_head(column) for column in columns])
     return tag(
         "table",
@@ -285,7 +286,8 @@ def _row(columns: Sequence[Column], row: Any, *, labelled: bool) -> Html:
 def phase_column(rounds: Sequence[RoundRecord], *, trained: int) -> list[Column]:
     """Return columns of phases and of how far their changes agree, where there is more than one phase.
 
-    The heading says how large a cosine of `trained` numbers chance alone gives in 95 of 100 cases: 2 / sqrt(trained).
+    The heading says how large a cosine of `trained` numbers chance alone gives in 95 of 100 cases: 2 /
+    sqrt(trained).
     """
     if all(record.phase == "private" for record in rounds):
         return []

@@ -1,4 +1,4 @@
-"""Lay out report.html: one self-contained page, warnings first, without script or anything fetched from elsewhere."""
+"""Lay out report.html: one self-contained page, warnings first, without script, nothing fetched."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ _CONFIG_ORDER = ("task", "model", "federation", "privacy", "protection", "audit"
 def render_html(summary: RunSummary) -> str:
     """Draw a summary as one HTML page.
 
-    Guarantee: the same summary gives the same bytes; every text of the run is escaped; nothing is fetched and no
-    script runs (a content policy in the page forbids both); every rounded number outside tables carries its exact
+    Guarantee: the same summary gives the same bytes; every text of the run is escaped; nothing is
+    fetched and no
+    script runs (a content policy in the page forbids both); every rounded number outside tables carries
+    its exact
     value. Upper bounds are rounded up and lower bounds down.
     """
     sections = [
@@ -113,7 +115,8 @@ def _section(name: str, heading: str, body: Html) -> Html:
 
 def _masthead(summary: RunSummary) -> Html:
     line = (
-        f"{summary.status} · {amount(len(summary.rounds), 'round')} · {amount(len(summary.clients), 'client')} · "
+        f"{summary.status} · {amount(len(summary.rounds), 'round')} · "
+        f"{amount(len(summary.clients), 'client')} · "
         f"{duration(summary.seconds)}"
     )
     return tag(
@@ -147,13 +150,16 @@ def _alarms(summary: RunSummary) -> list[str]:
         epsilon, budget = promise.statement.epsilon, summary.budget_epsilon
         if math.isfinite(epsilon) and epsilon > budget:
             found.append(
-                f"OVER BUDGET: epsilon {bound(epsilon)} of {bound(budget)} ({five_fields(promise.statement, promise.against)})."
+                f"OVER BUDGET: epsilon {bound(epsilon)} of {bound(budget)} "
+                f"({five_fields(promise.statement, promise.against)})."
             )
     lower = lower_bound(summary)
     if lower is not None and lower.contradicts:
         found.append(
-            f"CONTRADICTION: the audit measured epsilon of at least {bound(lower.value, upper=False)}, the accounting "
-            f"promises at most {bound(lower.upper.epsilon)} ({five_fields(lower.upper)}). Trust neither until this is explained."
+            "CONTRADICTION: the audit measured epsilon of at least "
+            f"{bound(lower.value, upper=False)}, the accounting "
+            f"promises at most {bound(lower.upper.epsilon)} ({five_fields(lower.upper)}). Trust "
+            "neither until this is explained."
         )
     return found
 
@@ -174,7 +180,8 @@ def _warnings(summary: RunSummary) -> list[str]:
         found.append(f"No gain: the final {summary.metric_name} is no better than before training.")
     elif summary.metric_majority is not None and not _beats(summary, summary.metric_majority):
         found.append(
-            f"No gain: the final {summary.metric_name} is no better than always guessing the most common class."
+            f"No gain: the final {summary.metric_name} is no better than always guessing the most "
+            "common class."
         )
     return found
 
@@ -213,7 +220,10 @@ def _learned(summary: RunSummary) -> str:
         return f"After {rounds} the {summary.metric_name} is {figure(after)}: training diverged"
     if math.isnan(before) or before == after:
         return f"{name} was {figure(after, 3)} after {rounds}"
-    words = f"{name} {'rose' if after > before else 'fell'} from {figure(before, 3)} to {figure(after, 3)} in {rounds}"
+    words = (
+        f"{name} {'rose' if after > before else 'fell'} from {figure(before, 3)} to {figure(after, 3)} "
+        f"in {rounds}"
+    )
     if not _beats(summary, before):
         return f"{words}, which is worse than not training"
     majority = summary.metric_majority

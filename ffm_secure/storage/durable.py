@@ -1,4 +1,4 @@
-"""The one durable write: old content or new, never a part; private to its owner from the first moment; through no link."""
+"""The one durable write: old content or new, never a part; private from the first moment; through no link."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def create_folder(folder: Path) -> None:
-    """Create a folder and what is missing above it, each readable by its owner only; one that exists stays as it is."""
+    """Create a folder and what is missing above it, each its owner's alone; one that exists stays so."""
     missing = []
     place = folder
     while not place.exists():

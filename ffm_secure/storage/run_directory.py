@@ -1,4 +1,4 @@
-"""The run directory: effective config, checkpoints, records, observations; atomic, locked, resumable after a kill."""
+"""The run directory: config, checkpoints, records, observations; atomic, locked, resumable after a kill."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import safetensors
 import safetensors.torch
@@ -32,16 +32,23 @@ from ffm_secure.storage.durable import (
 )
 from ffm_secure.strategies import ServerState
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 FORMAT = 1
 
 
 class Store:
     """Own one run directory while the process lives; a second process is refused.
 
-    Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `checkpoints/round-NNNNNN/` global tensors and server
-    state (the two newest are kept), `home/<client>/` what a simulated client keeps to itself, `adapter/` the final model,
-    `data.json` digests of the rows the run reads, `ledger.sqlite`, `observations/`, `report.html`, `report.json`.
-    Guarantee: killed at any moment, `resume` returns the last finished round and exactly the records up to it.
+    Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `checkpoints/round-NNNNNN/`
+    global tensors and server
+    state (the two newest are kept), `home/<client>/` what a simulated client keeps to itself,
+    `adapter/` the final model,
+    `data.json` digests of the rows the run reads, `ledger.sqlite`, `observations/`, `report.html`,
+    `report.json`.
+    Guarantee: killed at any moment, `resume` returns the last finished round and exactly the records up
+    to it.
     """
 
     def __init__(self, folder: Path, lock: int | None) -> None:
@@ -109,14 +116,14 @@ class Store:
             raise StoreError(f"{self.folder}: run.toml is damaged\n{error}") from None
 
     def contents(self) -> str:
-        """Return the digests of the rows the run reads; nothing in a directory that began without noting them."""
+        """Return the digests of the rows the run reads; nothing where the run began without noting them."""
         path = self.folder / "data.json"
         if not path.is_file():
             return ""
-        found = _read_json(path)
-        if not isinstance(found, dict) or not isinstance(found.get("rows"), str):
+        stored = _read_json(path)
+        if not isinstance(stored, dict) or not isinstance(stored.get("rows"), str):
             raise StoreError(f"{path}: is damaged")
-        return str(found["rows"])
+        return str(stored["rows"])
 
     def require_contents(self, digests: str) -> None:
         """Note the rows a run reads when it begins, and refuse to go on with others.
@@ -147,7 +154,7 @@ class Store:
         self._forget_old(keep=2)
 
     def resume(self) -> tuple[ServerState, tuple[RoundRecord, ...], bytes] | None:
-        """Return the last finished state, the records up to it and the run's id; None before the first round."""
+        """Return the last finished state, the records up to it and the run's id; None before round one."""
         checkpoint = self._newest()
         if checkpoint is None:
             return None
@@ -173,11 +180,12 @@ class Store:
             lines = path.read_bytes().split(b"\n") if path.exists() else []
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
-        complete, seen = lines[:-1], {}
+        complete: list[bytes] = lines[:-1]
+        records: dict[int, RoundRecord] = {}
         for number, line in enumerate(complete, start=1):
             record = _decode_record(line, f"{path}, line {number}")
-            seen[record.round] = record
-        return tuple(seen[key] for key in sorted(seen))
+            records[record.round] = record
+        return tuple(records[number] for number in sorted(records))
 
     def write_text(self, name: str, content: str) -> Path:
         """Write a small file of the run atomically."""
@@ -231,27 +239,30 @@ def changed_rows(stored: str, found: str) -> str:
         words.get(word.partition(":")[0], word) for word in stored.split() if word not in found.split()
     ]
     return (
-        f"its {' and '.join(changed) or 'public'} rows have changed since the run began; restore them, "
-        "or remove the folder to run it anew, or choose another name or folder"
+        f"its {' and '.join(changed) or 'public'} rows have changed since the run began; "
+        "restore them, or choose another name or folder"
     )
 
 
 def _same_run(stored: RunConfig, asked: RunConfig) -> bool:
     """Compare everything that shapes the result; speed and audit may change between two starts of one run."""
-    neutral = {"speed": stored.speed, "audit": stored.audit}
-    return dataclasses.replace(asked, **neutral) == stored
+    return dataclasses.replace(asked, speed=stored.speed, audit=stored.audit) == stored
 
 
-def _differences(stored: Any, asked: Any, where: str = "") -> list[str]:
-    found: list[str] = []
+def _differences(stored: DataclassInstance, asked: DataclassInstance, where: str = "") -> list[str]:
+    differences: list[str] = []
     for field in dataclasses.fields(stored):
         old, new = getattr(stored, field.name), getattr(asked, field.name)
         name = f"{where}{field.name}"
-        if dataclasses.is_dataclass(old) and type(old) is type(new):
-            found += _differences(old, new, f"{name}.")
+        if _is_record(old) and _is_record(new) and type(old) is type(new):
+            differences += _differences(old, new, f"{name}.")
         elif old != new and field.name not in ("speed", "audit"):
-            found.append(f"{name}: {old!r} there, {new!r} asked")
-    return found
+            differences.append(f"{name}: {old!r} there, {new!r} asked")
+    return differences
+
+
+def _is_record(value: object) -> TypeGuard[DataclassInstance]:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _checkpoint(state: ServerState, round: int, run_id: bytes) -> bytes:
@@ -288,7 +299,7 @@ def _read_checkpoint(folder: Path) -> tuple[ServerState, int, bytes]:
         ) from None
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

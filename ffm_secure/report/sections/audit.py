@@ -1,4 +1,4 @@
-"""The audit section: each attack's verdict, its score beside guessing and beside no defence, and what it recovered."""
+"""The audit: each attack's verdict, its score beside guessing and beside no defence, what it recovered."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _finding(place: int, finding: AuditFinding) -> Html:
 
 
 def _ledger(finding: AuditFinding) -> list[tuple[str, Html | str]]:
-    """List what the number assumes: everything granted at worst, what the attack made use of, what was really sent."""
+    """List what the number assumes: what was granted, what the attack used, what was really sent."""
     if not finding.granted:
         return [("Knows", ", ".join(finding.knowledge))] if finding.knowledge else []
     rows: list[tuple[str, Html | str]] = [
@@ -268,7 +268,8 @@ def _curves(curves: Sequence[LeakCurve]) -> Html:
         if not one.x
     ]
     about = (
-        "The same attacks on invented data, undefended but for the noise shown, on this run's own model. The upright line "
+        "The same attacks on invented data, undefended but for the noise shown, on this run's own "
+        "model. The upright line "
         "is where this run lies."
     )
     return tag(
@@ -307,7 +308,7 @@ def _place(value: float) -> str:
 
 
 def _between(places: Sequence[float], here: float | None) -> float | None:
-    """Return where a value lies among growing places, counted in places, on a logarithmic scale where both are positive."""
+    """Return where a value lies among growing places, in places; logarithmic where both are positive."""
     if here is None or not places or not places[0] <= here <= places[-1]:
         return None
     for place, (low, high) in enumerate(pairwise(places)):

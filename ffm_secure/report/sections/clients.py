@@ -94,7 +94,10 @@ def _few(summary: RunSummary) -> Html:
         )
         for c in _ordered(summary)
     ]
-    caption = f"{summary.metric_name} of the final model for each client, worst first. Ring: before training. Dot: after."
+    caption = (
+        f"{summary.metric_name} of the final model for each client, worst first. "
+        "Ring: before training. Dot: after."
+    )
     return tag(
         "figure", changes(rows, better_up=summary.higher_is_better), tag("figcaption", caption), class_="wide"
     )

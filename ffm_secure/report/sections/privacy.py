@@ -1,4 +1,4 @@
-"""The privacy sections: epsilon over rounds, every epsilon with its five fields, and the promise beside the measurement."""
+"""The privacy sections: epsilon over rounds, its five fields, the promise beside the measurement."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def budget_words(budget: float) -> str:
 
 
 def lower_bound(summary: RunSummary) -> LowerBound | None:
-    """Find the accounted bound that the audited one must stay under: the largest, which holds for every observer."""
+    """Find the accounted bound the audited one must stay under: the largest, for every observer."""
     audit, finite = summary.audit, [statement for statement in summary.statements if statement.finite]
     if audit is None or audit.epsilon_lower is None or not finite:
         return None
@@ -78,7 +78,9 @@ def spent_body(summary: RunSummary) -> Html:
             *phase_column(summary.rounds, trained=summary.plan.trainable_parameters),
         ],
         summary.rounds,
-        caption=f"Largest epsilon over data owners after each round. {five_fields(worst(summary.statements)[1])}",
+        caption=(
+            f"Largest epsilon over data owners after each round. {five_fields(worst(summary.statements)[1])}"
+        ),
         of="rounds",
     )
     return tag("div", *panels, folded("The numbers behind these charts", numbers) if summary.rounds else None)
@@ -108,8 +110,11 @@ def _epsilon_chart(summary: RunSummary, promise: Promise, traced: Sequence[Round
     first, last = traced[0], traced[-1]
     return line_chart(
         [Series(label="spent", x=[r.round for r in traced], y=[r.epsilon_spent for r in traced], step=True)],
-        description=f"Epsilon against {promise.against} over rounds: {bound(first.epsilon_spent)} after round {first.round}, "
-        f"{bound(last.epsilon_spent)} after round {last.round}, budget {budget_words(budget)}.",
+        description=(
+            f"Epsilon against {promise.against} over rounds: {bound(first.epsilon_spent)} after round "
+            f"{first.round}, {bound(last.epsilon_spent)} after round {last.round}, "
+            f"budget {budget_words(budget)}."
+        ),
         levels=[Level(label="budget", value=budget, role="second")] if math.isfinite(budget) else [],
         shown=bound,
         from_zero=True,
@@ -173,7 +178,8 @@ def _events(statement: PrivacyStatement) -> Child:
 
 
 def _accountant(statement: PrivacyStatement) -> Child:
-    return f"delta {small(statement.delta)}, {statement.accountant}, numeric slack {small(statement.slack)} (inside the epsilon)"
+    slack = f"numeric slack {small(statement.slack)} (inside the epsilon)"
+    return f"delta {small(statement.delta)}, {statement.accountant}, {slack}"
 
 
 def bounds_body(summary: RunSummary) -> Html:

@@ -43,7 +43,8 @@ def _described(name: str, rounds: Sequence[RoundRecord], values: Sequence[float]
     if not finite:
         return f"{name}: no finite value in {amount(len(rounds), 'round')}."
     return (
-        f"{name} over {amount(len(rounds), 'round')}: starts at {figure(values[0])}, ends at {figure(values[-1])}, "
+        f"{name} over {amount(len(rounds), 'round')}: starts at {figure(values[0])}, ends at "
+        f"{figure(values[-1])}, "
         f"lowest {figure(min(finite))}, highest {figure(max(finite))}."
     )
 
@@ -113,14 +114,19 @@ def cost_body(summary: RunSummary) -> Html:
     whole, inside = [record.seconds for record in rounds], [record.client_seconds for record in rounds]
     traffic = line_chart(
         [Series(label="up", x=x, y=up), Series(label="down", x=x, y=down, role="second")],
-        description=f"Bytes per round, all clients together: {size(sum(up))} up and {size(sum(down))} down in total.",
+        description=(
+            f"Bytes per round, all clients together: {size(sum(up))} up and {size(sum(down))} down in total."
+        ),
         shown=size,
         from_zero=True,
         aborted=lost,
     )
     time = line_chart(
         [Series(label="whole", x=x, y=whole), Series(label="clients", x=x, y=inside, role="second")],
-        description=f"Seconds per round: {duration(sum(whole))} in total, {duration(sum(inside))} inside clients' training.",
+        description=(
+            f"Seconds per round: {duration(sum(whole))} in total, {duration(sum(inside))} inside "
+            "clients' training."
+        ),
         shown=seconds,
         from_zero=True,
         aborted=lost,
@@ -174,7 +180,10 @@ def participation_body(summary: RunSummary) -> Html:
         return tag("p", _NO_ROUNDS, class_="empty")
     x, lost = [record.round for record in rounds], _aborted(rounds)
     asked, arrived = [float(len(r.cohort)) for r in rounds], [float(len(r.survivors)) for r in rounds]
-    words = f"{amount(int(sum(arrived)), 'update')} arrived of {int(sum(asked)):,} asked for; {amount(len(lost), 'round')} aborted."
+    words = (
+        f"{amount(int(sum(arrived)), 'update')} arrived of {int(sum(asked)):,} asked for; "
+        f"{amount(len(lost), 'round')} aborted."
+    )
     chart = line_chart(
         [Series(label="asked", x=x, y=asked, role="quiet"), Series(label="arrived", x=x, y=arrived)],
         description=words,
