@@ -81,7 +81,7 @@ def run(
                 return TrainingResult(
                     state=state, records=records, status="budget exhausted", reason=OVER_BUDGET
                 )
-            state = rounds.advance(server, plan, state, result)
+            state, result = rounds.advance(server, plan, state, result)
             record = rounds.record(server, plan, result, state, records, courier, began=began)
             store.commit(state, record, run_id=server.run_id)
             records = (*records, record)

@@ -107,6 +107,7 @@ class RoundRecord:
     seconds: float  # wall time of the whole round
     client_seconds: float  # wall time inside clients' training
     evaluation_seconds: float = 0.0
+    norm: float | None = None  # L2 of the opened mean, as it was divided
     alignment: float | None = (
         None  # cosine between the newest public and the newest private change, where two can be compared
     )

@@ -303,11 +303,14 @@ def unframe(
     With `value_bits` the magnitude of every coordinate is checked too. A sum whose masks did not cancel fails the count
     check except with probability 2^-modulus_bits.
 
-    Raises: ProtocolError when the count is not the number of survivors, the weight exceeds survivors * max_weight, or
+    Raises: ProtocolError when the count is not the number of survivors, the weight is below it or above survivors * max_weight, or
     a coordinate is larger than so many clients can make it.
     """
     head = signed(ring_sum[:HEADER], modulus_bits)
-    if len(head) < HEADER or int(head[0]) != survivors or not 0 <= int(head[1]) <= survivors * max_weight:
+    if len(head) < HEADER or int(head[0]) != survivors:
+        raise ProtocolError
+    # Each survivor counts for 1 at least: a smaller weight would blow the mean up, or divide by nothing.
+    if not survivors <= int(head[1]) <= survivors * max_weight:
         raise ProtocolError
     payload = ring_sum[HEADER:]
     if value_bits is not None:

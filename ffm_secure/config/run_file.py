@@ -274,6 +274,12 @@ class Protection:
     coordinate_bound: float = option(
         1.0, above=0.0, maximum=1e9, help="largest size of one coordinate of an update"
     )
+    norm_bound: float = option(
+        0.0,
+        minimum=0.0,
+        maximum=1e12,
+        help="largest L2 norm of one client's update; 0: what follows from clip, noise and learning rate, if anything does",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

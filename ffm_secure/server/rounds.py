@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import torch
+
 from defenses.errors import ProtocolError
 from ffm_secure import record_codec
 from ffm_secure.aggregation import aggregate_of
@@ -15,6 +18,7 @@ from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.protection.base import UPLOAD, AggregationResult, too_few
 from ffm_secure.records import DECLINED, Acceptance, Receipt, RoundPlan, RoundRecord, RoundSum
 from ffm_secure.server.context import ServerContext
+from ffm_secure.server.sum_check import why_too_large
 from ffm_secure.strategies import ServerState
 from ffm_secure.tasks.base import Evaluation
 from ffm_secure.transport.courier import Courier, Lost
@@ -89,7 +93,7 @@ def collect(
         )
     _ask(server, courier, BEGIN, dict.fromkeys(members, b""), lost)
     result = _aggregate(server, plan, courier, lost, finished)
-    opened, reason = _open(server, plan, result)
+    opened, reason = _open(server, plan, state, result)
     _finish(server, courier, plan, lost, opened=opened is not None)
     return RoundResult(
         sum=opened,
@@ -145,7 +149,9 @@ def _aggregate(
     return session.close(lost)
 
 
-def _open(server: ServerContext, plan: RoundPlan, result: AggregationResult) -> tuple[RoundSum | None, str]:
+def _open(
+    server: ServerContext, plan: RoundPlan, state: ServerState, result: AggregationResult
+) -> tuple[RoundSum | None, str]:
     """Decode the opened sum; one that no honest cohort can have sent counts as closed."""
     if result.ring_sum is None:
         return None, result.aborted
@@ -153,6 +159,9 @@ def _open(server: ServerContext, plan: RoundPlan, result: AggregationResult) -> 
         opened = server.spec.codec.open(result.ring_sum, round=plan.round, survivors=result.survivors)
     except ProtocolError:
         return None, "the opened sum is impossible for its survivors"
+    too_large = why_too_large(opened, server.spec, state.vector)
+    if too_large:
+        return None, too_large
     if server.transcript is not None:
         server.transcript.opened(plan, opened)
     return opened, ""
@@ -171,8 +180,21 @@ def _finish(
     server.note(receipts)
 
 
-def advance(server: ServerContext, plan: RoundPlan, state: ServerState, result: RoundResult) -> ServerState:
-    """Return the state after a round: a step by the opened sum, a phase of the server's own, or the state as it was."""
+def advance(
+    server: ServerContext, plan: RoundPlan, state: ServerState, result: RoundResult
+) -> tuple[ServerState, RoundResult]:
+    """Return the state after a round, and the result: an aborted one where the new model would not be finite."""
+    after = _step(server, plan, state, result)
+    if bool(torch.isfinite(after.vector).all()):
+        return after, result
+    return state, replace(result, sum=None, aborted=NOT_FINITE)
+
+
+NOT_FINITE = "the new model would hold numbers that are not finite"
+
+
+def _step(server: ServerContext, plan: RoundPlan, state: ServerState, result: RoundResult) -> ServerState:
+    """Take a step by the opened sum, do a phase of the server's own, or leave the state as it was."""
     spec = server.spec
     if plan.phase == "public":
         after = _learn_in_public(server, plan, state)
@@ -237,9 +259,16 @@ def record(
         bytes_down=result.bytes_down,
         client_seconds=result.client_seconds,
         evaluation_seconds=evaluated,
+        norm=_norm(result),
         alignment=spec.algorithm.alignment(spec.strategy, state),
         seconds=time.perf_counter() - began,
     )
+
+
+def _norm(result: RoundResult) -> float | None:
+    if result.sum is None:
+        return None
+    return float(np.linalg.norm(result.sum.values) / max(1.0, result.sum.weight_sum))
 
 
 def evaluate(server: ServerContext, plan: RoundPlan, state: ServerState, courier: Courier) -> Evaluation:

@@ -108,6 +108,6 @@ class SiteTrainer:
 
     def protect(self, update: ModelUpdate, data: SiteData, source: RandomSource) -> Noisy:
         """Bound and noise the update as the mechanism says."""
-        weight = len(data.examples) if self.spec.config.federation.weighting == "examples" else 1
+        weight = max(1, len(data.examples)) if self.spec.config.federation.weighting == "examples" else 1
         loss = 0.0 if np.isnan(update.loss) else float(update.loss)
         return self.spec.mechanism.protect(update.vector.detach(), loss=loss, weight=weight, source=source)

@@ -1,0 +1,112 @@
+"""Is an opened sum one that honest clients can have sent? Under a mask this is all the server can ask of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ffm_secure.records import RoundSum
+from ffm_secure.run_spec import RunSpec
+
+_TAIL = 8.0  # standard deviations; an honest sum exceeds it with probability below 1e-14
+_LARGEST_SITE = 16.0  # how many times the public size of a client an honest site's data may be
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HonestBound:
+    """The most that honest survivors' sum can be, in L2; infinity where nothing follows from the run file."""
+
+    norm: float
+    because: str = ""
+
+
+def why_too_large(opened: RoundSum, spec: RunSpec, start: Tensor) -> str:
+    """Return why a sum is refused, or an empty string. `start` is the broadcast vector [d].
+
+    Guarantee: a sum of honest clients passes, except with probability below 1e-14. One dishonest client can still send as
+    much as all honest ones together may: the bound is on the sum.
+    """
+    survivors = len(opened.survivors)
+    bound = honest_bound(spec, survivors, float(start.double().norm()))
+    norm = float(np.linalg.norm(opened.values))
+    if not math.isfinite(norm):
+        return "the opened sum is not finite"
+    if norm <= bound.norm:
+        return ""
+    return f"the opened sum has norm {norm:.4g}; {survivors} honest clients send at most {bound.norm:.4g} ({bound.because})"
+
+
+def honest_bound(spec: RunSpec, survivors: int, start_norm: float) -> HonestBound:
+    """Return the bound for the sum over so many survivors of the run's mechanism, rule and learning rate."""
+    config = spec.config
+    declared = config.protection.norm_bound
+    weight = spec.codec.max_weight
+    if declared:
+        rounding = _rounding(spec, survivors)
+        signal = survivors * weight * declared
+        norm = _with_noise(signal, _client_noise(spec, survivors), spec.codec.size)
+        return HonestBound(norm=norm + rounding, because="protection.norm_bound")
+    if spec.mechanism.client_level is not None:
+        signal = survivors * config.privacy.clip_norm
+        norm = _with_noise(signal, _client_noise(spec, survivors), spec.codec.size)
+        return HonestBound(
+            norm=norm + _rounding(spec, survivors), because="clip and noise of the client unit"
+        )
+    if spec.mechanism.record_level is not None and not spec.strategy.merges_into_base:
+        norm = survivors * _record_update_norm(spec, start_norm) + _rounding(spec, survivors)
+        return HonestBound(norm=norm, because="clip, noise and learning rate of the record unit")
+    return HonestBound(norm=math.inf)
+
+
+def _rounding(spec: RunSpec, survivors: int) -> float:
+    """Return the most that rounding to the grid adds: one level a coordinate and client."""
+    codec = spec.codec
+    quantizer = codec.quantizer
+    level = 1.0 / codec.grid_scale if codec.grid_scale else quantizer.coordinate_bound / quantizer.largest
+    return survivors * level * math.sqrt(codec.size) * codec.max_weight
+
+
+def _client_noise(spec: RunSpec, survivors: int) -> float:
+    """Return the deviation of one coordinate's noise in a sum of the client unit; 0 for the other units."""
+    noise = spec.mechanism.client_level
+    if noise is None:
+        return 0.0
+    levels = noise.inner.integer_sensitivity(scale=noise.scale, dimension=noise.dimension)
+    share = noise.noise_multiplier * levels / noise.scale / math.sqrt(noise.inner.honest_survivors)
+    return share * math.sqrt(survivors)
+
+
+def _with_noise(signal: float, deviation: float, size: int) -> float:
+    """Return a tail bound on the norm of a signal plus independent noise: their squares add, not their norms.
+
+    Source: Laurent and Massart 2000, Lemma 1 (chi-square tail), with a normal tail for the inner product.
+    """
+    tail = _TAIL**2 / 2
+    squared = deviation**2 * (size + 2 * math.sqrt(size * tail) + 2 * tail)
+    return math.sqrt(squared + signal**2 + 2 * signal * deviation * _TAIL)
+
+
+def _record_update_norm(spec: RunSpec, start_norm: float) -> float:
+    """Return a bound on one honest client's update under the record unit.
+
+    SGD moves by the learning rate times the sum of its gradients, momentum m by 1 / (1 - m) times that; Adam moves each
+    coordinate by at most the learning rate times (1 - beta1) / sqrt(1 - beta2), below 3.2 a step.
+    """
+    lifecycle, mechanism = spec.config.federation.lifecycle, spec.mechanism.record_level
+    assert mechanism is not None
+    size = spec.codec.size
+    rate, steps = lifecycle.learning_rate, mechanism.steps
+    decay = rate * lifecycle.weight_decay * steps * start_norm
+    if lifecycle.optimizer != "sgd":
+        return 3.2 * rate * steps * math.sqrt(size) + 2 * decay
+    expected = mechanism.expected_batch_size
+    batches = _LARGEST_SITE + _TAIL * math.sqrt(
+        _LARGEST_SITE / expected
+    )  # realised batch over the expected one
+    signal = mechanism.clip_norm * batches
+    deviation = mechanism.noise_multiplier * mechanism.clip_norm / expected
+    momentum = 1.0 / (1.0 - lifecycle.momentum)
+    return momentum * rate * steps * _with_noise(signal, deviation, size) + 2 * decay

@@ -1,0 +1,141 @@
+"""One dishonest site: what it sends is refused with the reason, the round is given up, and the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from defenses.random_source import RandomSource
+from defenses.secagg import ring
+from defenses.secagg.masks import RingVector
+from ffm_secure.engines import simulation
+from ffm_secure.federation import TrainingResult
+from ffm_secure.records import RoundPlan, RoundSum
+from ffm_secure.server import rounds
+from ffm_secure.server.rounds import NOT_FINITE, RoundResult
+from ffm_secure.server.sum_check import why_too_large
+from ffm_secure.site.trainer import SiteData, SiteTrainer
+from tests.federation.helpers import CLIENT, RECORD, SECAGG, finish, first_plan, make, prepared
+
+LIAR = 1
+NONE = {"unit": "none", "reason": "test data"}
+Lie = Callable[[RingVector, int], RingVector]
+
+
+class LyingTrainer(SiteTrainer):
+    """Change what one site sends in the second round."""
+
+    lie: Lie
+
+    def run_round(
+        self, data: SiteData, plan: RoundPlan, start: torch.Tensor, source: RandomSource
+    ) -> RingVector:
+        honest = super().run_round(data, plan, start, source)
+        if data.index != LIAR or plan.round != 2:
+            return honest
+        return self.lie(honest.copy(), self.spec.codec.modulus_bits)
+
+
+def everything(vector: RingVector, bits: int) -> RingVector:
+    """Set every coordinate to much more than the bound on the whole update, as far as the ring allows."""
+    values = ring.signed(vector, bits)
+    values[2:] = min(2**19 - 1 if bits <= 24 else 2**30, (1 << (bits - 1)) // 8)
+    return ring.from_signed(values, bits)
+
+
+def counted(weight: int) -> Lie:
+    """Claim another weight, so that the mean is divided by something else."""
+
+    def lie(vector: RingVector, bits: int) -> RingVector:
+        values = ring.signed(vector, bits)
+        values[1] = weight
+        return ring.from_signed(values, bits)
+
+    return lie
+
+
+def two_of_itself(vector: RingVector, bits: int) -> RingVector:
+    values = ring.signed(vector, bits)
+    values[0] = 2
+    return ring.from_signed(values, bits)
+
+
+def run_with(lie: Lie, folder: Path, **sections: Any) -> tuple[simulation.Simulation, TrainingResult]:
+    ready = simulation.build(prepared(make(**sections)), folder)
+    trainer = LyingTrainer(spec=ready.spec, trainable=ready.trainable, task=ready.task, states=ready.states)
+    trainer.lie = lie
+    ready.courier.trainers.replace([trainer])
+    return ready, finish(ready, folder)
+
+
+@pytest.mark.parametrize("protection", ["none", "secagg", "bfv"])
+@pytest.mark.parametrize("lie", [counted(-3), counted(-2), counted(2), two_of_itself])
+def test_a_false_count_or_weight_ends_the_round_alone(lie: Lie, protection: str, tmp_path: Path) -> None:
+    """At four clients -3 made the divisor 0 and -2 multiplied the mean by four, unnoticed."""
+    if protection == "bfv":
+        pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+    kind = SECAGG if protection == "secagg" else {"kind": protection, "threshold": 3}
+    _, trained = run_with(lie, tmp_path, privacy=RECORD, protection=kind)
+    assert trained.status == "complete"
+    reasons = [record.aborted for record in trained.records]
+    assert reasons == ["", "the opened sum is impossible for its survivors", ""]
+    assert bool(torch.isfinite(trained.state.vector).all())
+
+
+@pytest.mark.parametrize(
+    ("privacy", "because"),
+    [(RECORD, "the record unit"), (CLIENT, "the client unit")],
+    ids=["record", "client"],
+)
+def test_a_site_cannot_set_the_whole_model(privacy: dict[str, Any], because: str, tmp_path: Path) -> None:
+    _, trained = run_with(everything, tmp_path, privacy=privacy, protection=SECAGG)
+    assert trained.status == "complete"
+    assert [bool(record.aborted) for record in trained.records] == [False, True, False]
+    assert "honest clients send at most" in trained.records[1].aborted
+    assert because in trained.records[1].aborted
+    assert trained.records[1].norm is None
+    assert trained.records[1].loss == trained.records[0].loss, "the model stayed as it was"
+
+
+def test_without_a_unit_a_declared_bound_is_held(tmp_path: Path) -> None:
+    _, free = run_with(everything, tmp_path / "free", privacy=NONE, protection=SECAGG)
+    assert not any(record.aborted for record in free.records), "nothing follows from the run file"
+    bounded = {**SECAGG, "norm_bound": 1.0}
+    _, held = run_with(everything, tmp_path / "held", privacy=NONE, protection=bounded)
+    assert [bool(record.aborted) for record in held.records] == [False, True, False]
+    assert "protection.norm_bound" in held.records[1].aborted
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("privacy", [RECORD, CLIENT], ids=["record", "client"])
+def test_honest_sums_pass_with_room(privacy: dict[str, Any], optimizer: str, tmp_path: Path) -> None:
+    lifecycle = {
+        "kind": "finetune", "local_steps": 3, "batch_size": 8, "learning_rate": 0.05, "optimizer": optimizer,
+    }  # fmt: skip
+    made = make(privacy=privacy, protection=SECAGG, federation={"lifecycle": lifecycle})
+    ready = simulation.build(prepared(made), tmp_path)
+    trained = finish(ready, tmp_path)
+    assert not any(record.aborted for record in trained.records)
+    assert all(record.norm is not None and record.norm > 0 for record in trained.records)
+
+
+def test_a_model_that_is_not_finite_is_never_committed(tmp_path: Path) -> None:
+    ready = simulation.build(prepared(make()), tmp_path)
+    state = ready.spec.strategy.start(ready.trainable.flatten().cpu())
+    values = np.full(ready.trainable.size, 1e39)  # finite, but no float32
+    opened = RoundSum(round=1, survivors=(0, 1, 2, 3), values=values, loss_sum=None, weight_sum=1.0)
+    after, result = rounds.advance(ready.server, first_plan(ready), state, RoundResult(sum=opened))
+    assert after is state
+    assert (result.sum, result.aborted) == (None, NOT_FINITE)
+
+
+def test_a_sum_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    ready = simulation.build(prepared(make()), tmp_path)
+    for value in (np.inf, np.nan):
+        opened = RoundSum(round=1, survivors=(0, 1), values=np.full(3, value), loss_sum=None, weight_sum=2.0)
+        assert "not finite" in why_too_large(opened, ready.spec, torch.zeros(3))
