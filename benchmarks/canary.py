@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from attacks.canary import Canaries, gaussian_epsilon
-from defenses.dp import Accountant, ClippedSum, Clipping, Event, Ledger
+from defenses.dp import Accountant, ClippedSum, Clipping, Event
 from defenses.dp.accountant import gaussian_delta
 from defenses.random_source import RandomSource
 from ffm_secure.config import run_file as config
@@ -86,6 +86,7 @@ def run_file(*, quick: bool, seeded: bool) -> dict[str, Any]:
             },
         },
         "privacy": {
+            "ledger": "run",
             "unit": "record",
             "epsilon": 8.0,
             "delta": 1e-5,
@@ -252,10 +253,8 @@ def audited_run(flaw: str, *, quick: bool, seeded: bool) -> dict[str, Any]:
         )
         server = ColludingServer(made, Planted(coins=coins, flaw=flaw))
         records = server.run(store)
-        with Ledger.open(made.ledger_path, create=False) as ledger:
-            owner, dataset, unit = next(a for a in ledger.accounts() if a[0] == made.spec.owners[VICTIM])
-            spent = ledger.epsilon(owner, dataset, unit, checked.privacy.delta)
-            events = ledger.events(owner, dataset, unit)
+        account = made.sites[VICTIM].ledger
+        spent, events = account.epsilon(), account.events()
     # SGD turned the sum of all noisy gradients into a change; undo its factor, and take off what is known.
     released = torch.from_numpy(server.seen / -checked.federation.lifecycle.learning_rate).float()
     update = released - server.planted.known_noise

@@ -40,7 +40,7 @@ def measure(clients: int, rounds: int, model: str, seed: int) -> dict[str, float
             "evaluate_every": rounds,
             "lifecycle": {"kind": "finetune", "local_steps": 4, "batch_size": 32, "learning_rate": 0.01},
         },
-        "privacy": {"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 0.5},
+        "privacy": {"ledger": "run", "unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 0.5},
         "protection": {"kind": "secagg", "threshold": 7},
         "speed": {"microbatch": 16},
     }

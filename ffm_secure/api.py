@@ -17,6 +17,7 @@ from ffm_secure.records import PlanSummary, RunSummary
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
 from ffm_secure.server import rounds
+from ffm_secure.site.ledger_place import IN_RUN
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.trainable import exports
 
@@ -146,10 +147,14 @@ def place(config: RunConfig, *, base: Path, runs: Path) -> Run:
         lifecycle = dataclasses.replace(lifecycle, public_data=_locate(lifecycle.public_data, base))
     federation_ = dataclasses.replace(config.federation, lifecycle=lifecycle)
     model = dataclasses.replace(config.model, name=_locate(config.model.name, base))
-    ledger = str(Path(config.privacy.ledger).expanduser().resolve()) if config.privacy.ledger else ""
-    privacy = dataclasses.replace(config.privacy, ledger=ledger)
+    privacy = dataclasses.replace(config.privacy, ledger=_place_ledger(config.privacy.ledger, base))
     placed = dataclasses.replace(config, task=task, model=model, federation=federation_, privacy=privacy)
     return Run(placed, base=base, runs=runs)
+
+
+def _place_ledger(name: str, base: Path) -> str:
+    """Return a ledger's absolute path; a relative one counts from the run file's folder, wherever the command is given."""
+    return name if name in ("", IN_RUN) else str((base / Path(name).expanduser()).resolve())
 
 
 def _locate(name: str, base: Path) -> str:

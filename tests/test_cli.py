@@ -21,7 +21,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a run file and the finished run it gives."""
     folder = tmp_path_factory.mktemp("cli")
     made = make(
-        privacy={"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0},
+        privacy={"ledger": "run", "unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0},
         protection={"kind": "secagg", "threshold": 3},
         federation={"rounds": 2, "cohort": 4},
     )

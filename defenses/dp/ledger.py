@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -72,6 +73,7 @@ class Ledger:
         self._budgets: dict[Account, Budget] = {}
         self._commitments: dict[tuple[str, str, str], Row] = {}
         self._spent: set[int] = set()
+        self._paid: Counter[tuple[str, str]] = Counter()
         self._reserved: dict[int, Row] = {}
         self._key_check = ""
         self._seen = 0
@@ -201,6 +203,17 @@ class Ledger:
         self._file.store_block(row.sequence, keys, links)
         return row.sequence
 
+    def blocks(self) -> tuple[int, ...]:
+        """Return the numbers of all blocks that stand."""
+        self._refresh()
+        return self._blocks.all()
+
+    def charged_units(self, blocks: Sequence[int]) -> tuple[str, ...]:
+        """Return the units in which any of these blocks has paid for anything."""
+        self._refresh()
+        standing = set(self._standing(blocks))
+        return tuple(unit for unit in UNITS if self._largest(standing, unit).counts)
+
     def known_blocks(self, requests: Sequence[Records]) -> tuple[int, ...]:
         """Return every block whose history records of these may share; nothing is written.
 
@@ -325,6 +338,11 @@ class Ledger:
         rows = self.entries(owner=owner, dataset=dataset)
         return tuple(row.event for row in rows if row.event is not None and row.unit in (unit, ANY_UNIT))
 
+    def paid(self, owner: str, run: str) -> int:
+        """Return how many releases of a run one owner was charged for, confirmed or not."""
+        self._refresh()
+        return self._paid[owner, run]
+
     def entries(self, *, owner: str | None = None, dataset: str | None = None) -> tuple[Entry, ...]:
         """Return the rows in order, of one owner or data set if asked."""
         self._refresh()
@@ -408,6 +426,7 @@ class Ledger:
         elif row.kind == "reserve":
             event = from_dict(body["event"])
             self._reserved[row.sequence] = row
+            self._paid[row.owner, body["run"]] += 1
             if body["commitment"]:
                 self._commitments[(row.owner, row.dataset, body["commitment"])] = row
             for payer in _payers(account, body.get("blocks", ())):

@@ -55,6 +55,10 @@ class BlockBook:
                 raise KeyError(number)
         return tuple(sorted(result))
 
+    def all(self) -> tuple[int, ...]:
+        """Return every standing block."""
+        return tuple(sorted(self._standing))
+
     def directory(self, load: Load) -> Directory:
         """Return where to look records up; read once, and again after blocks changed."""
         if self._directory is None:

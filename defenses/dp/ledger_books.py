@@ -129,8 +129,8 @@ class Books:
         if len(events) == 1:
             return accountant.epsilon_with(events[0], delta).epsilon
         trial = accountant.copy()
-        for event in events:
-            trial.compose(event)
+        for event, count in Counter(events).items():
+            trial.compose(event, count)
         return trial.epsilon(delta).epsilon
 
     def _accountant(self, history: History) -> Accountant:

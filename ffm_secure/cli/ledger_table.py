@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from defenses.dp import Ledger
+from defenses.dp import Budget, Entry, Ledger
+from defenses.dp.events import UNITS
+from defenses.dp.ledger_entries import ANY_UNIT, EVERYBODY
 from ffm_secure.errors import StoreError
+from ffm_secure.site.ledger_place import ledger_path
 from ffm_secure.storage.run_directory import Store
 
 _SHOWN = 40
@@ -20,8 +24,9 @@ def open_for_reading(place: Path) -> Ledger:
       StoreError: there is none.
     """
     if place.is_dir():
-        named = Store.read(place).config().privacy.ledger
-        place = Path(named).expanduser() if named else place / "ledger.sqlite"
+        located = ledger_path(Store.read(place).config().privacy, place)
+        assert located is not None
+        place = located
     if not place.is_file():
         raise StoreError(f"{place}: is not a ledger; give a run directory or a ledger file")
     return Ledger.open(place, create=False)
@@ -34,38 +39,18 @@ def ledger_table(ledger: Ledger, *, owner: str) -> dict[str, Any]:
       StoreError: the named owner has no entry.
     """
     entries = ledger.entries()
-    owners = sorted({entry.owner for entry in entries})
+    owners = sorted({entry.owner for entry in entries} - {EVERYBODY})
     if owner and owner not in owners:
         raise StoreError(f"owner = {owner!r}: the ledger knows {', '.join(owners) or 'nobody'}")
     chosen = [entry for entry in entries if not owner or entry.owner == owner]
     charges = [entry for entry in chosen if entry.kind == "reserve"]
-    granted = {
-        (entry.owner, entry.dataset, entry.unit): (entry.epsilon, entry.delta)
-        for entry in chosen
-        if entry.kind == "budget"
-    }
-    accounts = []
-    for account in sorted({(entry.owner, entry.dataset, entry.unit) for entry in charges} | set(granted)):
-        budget, delta = granted.get(account, (math.inf, 1e-5))
-        own = [entry for entry in charges if (entry.owner, entry.dataset, entry.unit) == account]
-        accounts.append(
-            {
-                "owner": account[0],
-                "dataset": account[1],
-                "unit": account[2],
-                "charges": len(own),
-                "unconfirmed": sum(not entry.spent for entry in own),
-                "epsilon": ledger.epsilon(*account, delta or 1e-5),
-                "budget": budget,
-                "delta": delta,
-            }
-        )
     head = ledger.head()
     return {
         "verified": True,
         "entries": head.sequence,
         "head": head.hash,
-        "accounts": accounts,
+        "accounts": _accounts(ledger, chosen),
+        "lifetime": _lifetimes(ledger),
         "charges": [
             {
                 "sequence": entry.sequence,
@@ -81,6 +66,59 @@ def ledger_table(ledger: Ledger, *, owner: str) -> dict[str, Any]:
             for entry in charges
         ],
     }
+
+
+def _lifetimes(ledger: Ledger) -> dict[str, dict[str, float]]:
+    budgets = {unit: ledger.lifetime(unit) for unit in UNITS}
+    return {
+        unit: {"epsilon": budget.epsilon, "delta": budget.delta}
+        for unit, budget in budgets.items()
+        if budget is not None
+    }
+
+
+def _accounts(ledger: Ledger, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Add up what every owner was charged for its rows: the row that has spent most counts."""
+    charges = [entry for entry in entries if entry.kind == "reserve"]
+    named = {
+        (entry.owner, entry.dataset, entry.unit)
+        for entry in entries
+        if entry.kind == "budget" and entry.owner != EVERYBODY
+    }
+    keys = sorted({(entry.owner, entry.dataset, entry.unit) for entry in charges} | named)
+    accounts = []
+    for owner, dataset, unit in keys:
+        own = [
+            entry for entry in charges if (entry.owner, entry.dataset, entry.unit) == (owner, dataset, unit)
+        ]
+        blocks = sorted({block for entry in own for block in entry.blocks})
+        budget = _budget(ledger, (owner, dataset, unit), blocks)
+        delta = budget.delta
+        spent = (
+            ledger.epsilon_of(blocks, "record" if unit == ANY_UNIT else unit, delta)
+            if blocks
+            else ledger.epsilon(owner, dataset, unit, delta)
+        )
+        accounts.append(
+            {
+                "owner": owner,
+                "dataset": dataset,
+                "unit": unit,
+                "charges": len(own),
+                "unconfirmed": sum(not entry.spent for entry in own),
+                "epsilon": spent,
+                "budget": budget.epsilon,
+                "delta": delta,
+            }
+        )
+    return accounts
+
+
+def _budget(ledger: Ledger, account: tuple[str, str, str], blocks: Sequence[int]) -> Budget:
+    if blocks:
+        lifetime = ledger.lifetime(account[2]) if account[2] != ANY_UNIT else None
+        return lifetime or Budget(epsilon=math.inf, delta=1e-5)
+    return ledger.budget(*account)
 
 
 def ledger_lines(table: dict[str, Any]) -> list[str]:
@@ -108,6 +146,10 @@ def ledger_lines(table: dict[str, Any]) -> list[str]:
             f"{budget}, {account['charges']} charges"
             + (f", {account['unconfirmed']} of them never confirmed" if account["unconfirmed"] else "")
         )
+    lines += [
+        f"lifetime budget of every row, per {unit}: {budget['epsilon']:g} at delta {budget['delta']:g}"
+        for unit, budget in table["lifetime"].items()
+    ]
     return [*lines, f"verified: {table['entries']} entries, head {table['head'][:16]}"]
 
 

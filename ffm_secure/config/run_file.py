@@ -251,7 +251,11 @@ class Privacy:
     clip_norm: float = option(0.0, minimum=0.0, maximum=1e9)
     records_per_person: int = option(1, minimum=1, maximum=1024)
     clipping: str = option("flat", choices=("flat", "per_layer", "automatic"))
-    ledger: str = option("", help="SQLite file that outlives this run; empty: inside the run directory")
+    ledger: str = option(
+        "",
+        help="SQLite file of the rows' owner; empty: this user's own, outside every run; 'run': inside the run directory, "
+        "for rows that are fictitious or public",
+    )
     noise: str = option(
         "system", choices=("system", "seeded"), help="seeded is for tests and stamps the run not private"
     )
@@ -404,11 +408,11 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
                 "missing; say why this run needs no privacy unit (the report prints it)",
             )
         return
-    if privacy.noise == "seeded" and privacy.ledger:
+    if privacy.noise == "seeded" and privacy.ledger != "run":
         problems.add(
             "privacy.ledger",
             privacy.ledger,
-            "seeded noise is for tests and must not be charged to a ledger that outlives the run",
+            "seeded noise is for tests and must not be charged to a ledger that outlives the run: say 'run'",
         )
     for name in ("epsilon", "delta", "clip_norm"):
         if getattr(privacy, name) <= 0.0:

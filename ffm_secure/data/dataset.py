@@ -26,6 +26,7 @@ from ffm_secure.data.columns import (
     text_columns,
 )
 from ffm_secure.data.files import arrow_table, read_source
+from defenses.dp.records import Records
 from ffm_secure.data.images import LazyImages, image_column
 from ffm_secure.data.labels import NameSource, encode_labels, is_text
 from ffm_secure.data.memory import Memory
@@ -46,6 +47,7 @@ class Examples:
     label_column: str | None = None
     text_columns: tuple[str, ...] = ()
     origin: str = "examples"
+    records: Records | None = None  # what a ledger knows the rows by, where they were named
 
     def __post_init__(self) -> None:
         lengths = {name: len(values) for name, values in self.columns.items()}
@@ -79,7 +81,9 @@ class Examples:
         ['c', 'a']
         """
         chosen = np.asarray(indices, dtype=np.int64)
-        return replace(self, columns={name: _take(values, chosen) for name, values in self.columns.items()})
+        columns = {name: _take(values, chosen) for name, values in self.columns.items()}
+        records = self.records.take(chosen) if self.records is not None else None
+        return replace(self, columns=columns, records=records)
 
 
 def _take(values: Any, chosen: Indices) -> Any:

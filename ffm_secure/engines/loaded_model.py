@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from defenses.dp import Event, balanced_schedule
+from defenses.dp import balanced_schedule
 from defenses.random_source import RandomSource
 from ffm_secure import record_codec, trainable
 from ffm_secure.config import compatibility
@@ -82,12 +81,11 @@ def load_model(
     base: Path,
     facts: PublicFacts,
     *,
-    history: Sequence[Event] = (),
     multiplier: float = 0.0,
 ) -> LoadedModel:
     """Load the backbone, attach what is trained, work out the spec.
 
-    `multiplier` is the noise a run has begun with; `history` what the ledgers hold where it has not begun.
+    `multiplier` is the noise a run has begun with.
 
     Raises:
       ModelError, BudgetExceeded: with what to do.
@@ -108,7 +106,6 @@ def load_model(
         config,
         size=size,
         public_client_size=facts.public_client_size,
-        history=() if multiplier else history,
         multiplier=multiplier,
     )
     spec = _agree(config, trained, strategy, mechanism, facts)

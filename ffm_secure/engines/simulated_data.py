@@ -11,9 +11,12 @@ from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data import partition
 from ffm_secure.data.checks import require_sound
 from ffm_secure.data.dataset import Dataset, Examples, load_task
+from defenses.dp.records import Records
+from ffm_secure.data.row_names import named
 from ffm_secure.errors import DataError
 from ffm_secure.privacy.accounts import contents_fingerprint, dataset_fingerprint
 from ffm_secure.registry import LIFECYCLES
+from ffm_secure.site.ledger_place import record_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,19 +31,26 @@ class SimulatedData:
     contents: str  # digests of all rows the run reads
     owners: tuple[str, ...]  # as people call them
 
+    def names(self) -> tuple[Records, ...]:
+        """Return what a ledger knows every owner's rows by."""
+        records = self.dataset.train.records
+        assert records is not None
+        return tuple(records.take(part) for part in self.parts)
+
     def rows(self, owner: int) -> Examples:
         """Return one owner's rows as it has them."""
         split, seed = self.config.task.split, self.config.seed
         return partition.client_rows(self.dataset.train, self.parts, owner, split=split, seed=seed)
 
 
-def load(config: RunConfig, base: Path) -> SimulatedData:
-    """Load a run's data and deal it out to its owners.
+def load(config: RunConfig, base: Path, folder: Path | None = None) -> SimulatedData:
+    """Load a run's data, name its rows for the ledger of the run in `folder`, and deal it out to its owners.
 
     Raises:
       DataError: what is wrong with it, and what to do.
     """
-    whole = load_dataset(config, base)
+    key = record_key(config.privacy, folder)
+    whole = named(load_dataset(config, base), key)
     require_sound(whole, config)
     dataset, public = part_in_public(config, whole, base)
     task = config.task

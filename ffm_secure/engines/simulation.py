@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,8 @@ from ffm_secure.engines import simulated_data
 from ffm_secure.engines.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
 from ffm_secure.engines.local import LocalEngine, TrainerPool
 from ffm_secure.engines.simulated_data import SimulatedData, contents, load_dataset, part_in_public
-from ffm_secure.errors import DataError, StoreError
+from ffm_secure.errors import DataError, PlanRefused, StoreError
 from ffm_secure.models.backbone import fingerprint
-from ffm_secure.privacy.accounts import refuse_repartition
 from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.protection.enrolment import enrol
 from ffm_secure.protection.masked import SessionBinding
@@ -35,9 +33,11 @@ from ffm_secure.records import RoundRecord
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.transcript import Transcript, recorded_rounds
+from ffm_secure.site.allowance import Outlook, first_budget, look_ahead
 from ffm_secure.site.broadcast import BroadcastReader
 from ffm_secure.site.broadcast_guard import BroadcastGuard
 from ffm_secure.site.client_state import ClientStateStore
+from ffm_secure.site.ledger_place import IN_RUN, ledger_path, open_ledger
 from ffm_secure.site.site import Site
 from ffm_secure.site.site_ledger import SiteLedger
 from ffm_secure.site.trainer import SiteData, SiteTrainer
@@ -61,12 +61,16 @@ __all__ = [
 ]
 
 
+PROBED = 3  # public rows the bound on one record is tried on
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared(LoadedModel):
     """Hold what can be known before a ledger is opened: rows dealt out, model loaded, noise calibrated."""
 
     data: SimulatedData
     task: Task
+    outlook: Outlook | None = None  # none where no ledger that outlives the run is charged
 
     @property
     def dataset(self) -> simulated_data.Dataset:
@@ -98,16 +102,16 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
     compatibility.check(config)
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
-    data = simulated_data.load(config, base)
+    data = simulated_data.load(config, base, folder)
     begun = stored_noise(folder)
-    history = () if begun else spent_before(config, data.account)
-    loaded = load_model(config, base, _public_facts(config, data, folder), history=history, multiplier=begun)
+    loaded = load_model(config, base, _public_facts(config, data, folder), multiplier=begun)
     task = tasks.build_task(
         config.task.kind, backbone=loaded.backbone, dataset=data.dataset, max_length=config.task.max_length
     )
     trained, spec = loaded.trainable, loaded.spec
     notes = (spec.strategy.note, _described(spec, data))
     trained.description += tuple(note for note in notes if note)
+    outlook = _outlook(config, data, spec, folder, begun=begun > 0)
     if spec.mechanism.record_level is not None:
         trainable.rehearse_per_sample(trained, spec.strategy.trains(0), clipping=config.privacy.clipping)
     return Prepared(
@@ -118,6 +122,7 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
         task=task,
         spec=spec,
         facts=loaded.facts,
+        outlook=outlook,
     )
 
 
@@ -135,7 +140,7 @@ def ledger_names(config: RunConfig, data: SimulatedData, folder: Path | None) ->
 
     Guarantee: an owner whom an older version wrote down by number keeps that account, and with it what was spent.
     """
-    path = ledger_path(config, folder) if folder is not None or config.privacy.ledger else None
+    path = ledger_path(config.privacy, folder)
     if path is None or not path.is_file():
         return data.owners
     ledger = Ledger.open(path, create=False)
@@ -145,30 +150,28 @@ def ledger_names(config: RunConfig, data: SimulatedData, folder: Path | None) ->
     return numbers if held and held <= set(numbers) else data.owners
 
 
-def ledger_path(config: RunConfig, folder: Path | None) -> Path:
-    """Return the ledger that outlives runs, or that of this run alone."""
-    if config.privacy.ledger:
-        return Path(config.privacy.ledger).expanduser()
-    return (folder or Path()) / "ledger.sqlite"
-
-
 def _described(spec: RunSpec, data: SimulatedData) -> str:
     return spec.algorithm.describe(spec.config, len(data.public)) if data.public is not None else ""
 
 
-def spent_before(config: RunConfig, account: str) -> tuple[Event, ...]:
-    """Return the longest history any owner has in a ledger that outlives runs; nothing for a ledger of this run alone."""
-    path = Path(config.privacy.ledger).expanduser()
-    if not config.privacy.ledger or config.privacy.unit == "none" or not path.is_file():
-        return ()
-    ledger = Ledger.open(path, create=False)
-    histories = [
-        ledger.events(owner, account, unit)
-        for owner, held, unit in ledger.accounts()
-        if (held, unit) == (account, config.privacy.unit)
-    ]
-    ledger.close()
-    return max(histories, key=len, default=())
+def _outlook(
+    config: RunConfig, data: SimulatedData, spec: RunSpec, folder: Path | None, *, begun: bool
+) -> Outlook | None:
+    """Return what the run's rows have spent and may spend; none where the ledger lies in the run and knows nothing else.
+
+    Raises:
+      PlanRefused: their lifetime budget does not pay for the whole run. A run that has begun ends where it must.
+    """
+    path = ledger_path(config.privacy, folder)
+    if path is None or not spec.has_dp_guarantee or config.privacy.ledger == IN_RUN:
+        return None
+    with open_ledger(path) as ledger:
+        event = spec.mechanism.event(release="update of one round")
+        rounds = compatibility.participation_cap(config)
+        outlook = look_ahead(ledger, path, data.names(), config.privacy, event, rounds)
+    if not outlook.pays and not begun:
+        raise PlanRefused([outlook.refusal(config.privacy.unit)])
+    return outlook
 
 
 @dataclass(slots=True, kw_only=True)
@@ -280,9 +283,11 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
     """Encode the owners' rows, open the ledger, enrol everybody; after this the run can start."""
     config, spec = prepared.config, prepared.spec
     evaluation = prepared.task.encode(evaluation_examples(prepared))
-    probe(prepared, evaluation)
-    path = ledger_path(config, folder)
-    ledger = open_ledger(prepared, path)
+    probe(prepared, _probe_rows(prepared))
+    path = ledger_path(config.privacy, folder)
+    assert path is not None
+    ledger = open_granted(prepared, path)
+    blocks = ledger.blocks_for(prepared.data.names())
     if spec.mechanism.noise_multiplier and folder.is_dir():
         content = json.dumps({"noise_multiplier": spec.mechanism.noise_multiplier}).encode()
         write_atomic(folder / "noise.json", content)
@@ -308,7 +313,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         Site(
             spec=spec,
             data=SiteData(index=index, name=name, examples=prepared.task.encode(prepared.data.rows(index))),
-            ledger=_site_ledger(prepared, ledger, index),
+            ledger=_site_ledger(prepared, ledger, index, blocks[index]),
             protection=enrolment.sites[index],
             broadcasts=broadcasts,
             borrow_trainer=pool.borrow,
@@ -357,15 +362,14 @@ def evaluation_examples(prepared: Prepared) -> Examples:
     return validation.take(chosen)
 
 
-def open_ledger(prepared: Prepared, path: Path) -> Ledger:
-    """Open the ledger and make sure every owner has the budget the run file grants."""
-    config = prepared.config
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger.open(path, create=True)
-    unit, delta = _charged_as(config)
-    limit = math.inf if config.privacy.unit == "none" else config.privacy.epsilon
-    refuse_repartition(ledger, prepared.account, unit)
-    ledger.set_budgets(prepared.owners, prepared.account, unit, limit, delta)
+def open_granted(prepared: Prepared, path: Path) -> Ledger:
+    """Open the ledger; one that holds no lifetime budget for this unit yet gets the run's own."""
+    privacy = prepared.config.privacy
+    ledger = open_ledger(path)
+    if privacy.unit != "none" and ledger.lifetime(privacy.unit) is None:
+        budget = first_budget(ledger, privacy)
+        ledger.grant(privacy.unit, budget.epsilon, budget.delta)
+    ledger.record_key()
     return ledger
 
 
@@ -376,7 +380,7 @@ def _charged_as(config: RunConfig) -> tuple[str, float]:
     return config.privacy.unit, config.privacy.delta
 
 
-def _site_ledger(prepared: Prepared, ledger: Ledger, index: int) -> SiteLedger:
+def _site_ledger(prepared: Prepared, ledger: Ledger, index: int, blocks: tuple[int, ...]) -> SiteLedger:
     config = prepared.config
     unit, delta = _charged_as(config)
     replay = hashlib.sha256(repr((config, prepared.account)).encode()).digest()
@@ -384,7 +388,9 @@ def _site_ledger(prepared: Prepared, ledger: Ledger, index: int) -> SiteLedger:
         ledger=ledger,
         owner=prepared.owners[index],
         index=index,
-        dataset=prepared.account,
+        dataset=prepared.dataset.name[-120:],
+        blocks=blocks,
+        privacy=config.privacy,
         unit=unit,
         delta=delta,
         event=prepared.mechanism.event(release="update of one round"),
@@ -393,14 +399,29 @@ def _site_ledger(prepared: Prepared, ledger: Ledger, index: int) -> SiteLedger:
     )
 
 
-def probe(prepared: Prepared, public: Encoded, *, samples: int = 3) -> None:
+def _probe_rows(prepared: Prepared) -> Encoded:
+    """Return the public rows the bound is tried on, however few of them a run is evaluated on.
+
+    Raises:
+      DataError: there are too few to tell whether one of them moves the others.
+    """
+    validation = prepared.dataset.validation
+    if prepared.mechanism.record_level is not None and len(validation) < PROBED:
+        raise DataError(
+            f"{prepared.config.task.data}: has {len(validation)} validation rows, and the bound on one record is tried on "
+            f"{PROBED} before any private row is read; add public rows"
+        )
+    return prepared.task.encode(validation.take(range(min(PROBED, len(validation)))))
+
+
+def probe(prepared: Prepared, public: Encoded, *, samples: int = PROBED) -> None:
     """Measure, on public rows, that no sample moves the clipped sum by more than the bound; before any private row is read.
 
     Raises:
       NotPrivateError: it does, or samples are coupled; the message names the module or the loss at fault.
     """
     mechanism = prepared.mechanism.record_level
-    if mechanism is None or len(public) < 2:
+    if mechanism is None:
         return
     trained, task = prepared.trainable, prepared.task
 
@@ -418,7 +439,7 @@ def probe(prepared: Prepared, public: Encoded, *, samples: int = 3) -> None:
         probe_sensitivity(
             engine,
             losses_of,
-            samples=min(samples, len(public)),
+            samples=samples,
             clip_norm=mechanism.clip_norm,
             clip=mechanism.bound,
             tolerance=1e-5 if exact else 1e-2,

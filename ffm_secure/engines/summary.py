@@ -130,10 +130,13 @@ def _spends(prepared: Prepared) -> str:
     if privacy.noise == "seeded":
         return f"nothing is guaranteed, epsilon infinite: {SEEDED}"
     unit = f"person ({privacy.records_per_person} records)" if privacy.unit == "person" else privacy.unit
-    return (
+    spends = (
         f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} per {unit} and data owner; clip {privacy.clip_norm:g}, "
         f"noise {prepared.mechanism.noise_multiplier:.3f} x clip"
     )
+    if prepared.outlook is not None:
+        return f"{spends}; {prepared.outlook.words()}"
+    return f"{spends}; the ledger lies in the run, as the run file asks: what rows spend elsewhere is not counted"
 
 
 def _reveals(config: RunConfig, observer: Observer) -> str:

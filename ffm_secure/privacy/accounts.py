@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 
 from defenses.dp import Ledger
-from ffm_secure.errors import StoreError
 
 
 def dataset_fingerprint(name: str, examples: Any, parts: Sequence[np.ndarray]) -> str:
     """Return the ledger's name for these training rows dealt in this way.
 
     Guarantee: a copy, another path or a link to the same rows gives the same data digest; another split of them gives the same
-    data digest and another split digest, which `refuse_repartition` recognises.
+    data digest and another split digest.
     """
     split = hashlib.sha256()
     for part in parts:
@@ -38,26 +37,6 @@ def holds_other_rows(ledger: Ledger, account: str) -> bool:
 
 def _data_word(account: str) -> str:
     return account.split()[-2]  # the name before it may hold spaces
-
-
-def refuse_repartition(ledger: Ledger, account: str, unit: str) -> None:
-    """Refuse to open a second account for rows that a ledger already knows under another split or another unit.
-
-    Raises:
-      StoreError: it knows them; a fresh account would forget what was spent.
-    """
-    data = _data_word(account)
-    for owner, known, other in ledger.accounts():
-        if data not in known.split():
-            continue
-        if known.split()[-1] != account.split()[-1]:
-            raise StoreError(
-                "the ledger knows these rows as dealt by another split or seed; deal them the same way, or use another ledger"
-            )
-        if other != unit and ledger.events(owner, known, other):
-            raise StoreError(
-                f"the ledger holds charges per {other} for these rows; a budget per {unit} beside it would forget them"
-            )
 
 
 def _data_digest(examples: Any) -> str:

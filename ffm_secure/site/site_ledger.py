@@ -9,21 +9,26 @@ from dataclasses import dataclass
 
 from defenses.dp import Charge, Event, Ledger, Reservation
 from defenses.errors import BudgetExceeded
+from ffm_secure.config.run_file import Privacy
 from ffm_secure.records import DECLINED, Receipt, RoundPlan, RoundRecord
+from ffm_secure.site.allowance import within_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteLedger:
     """Hold what one owner's ledger is asked in one run.
 
-    Guarantee: `reserve` charges this owner alone, and what is reserved counts as spent from then on. Only a round whose noise
-    is replayed from a seed (a test) may repeat a charge without paying twice, because it repeats the very release.
+    Guarantee: `reserve` charges the blocks of this owner's rows alone, and what is reserved counts as spent from then on. A
+    round is refused that would pass the rows' lifetime budget or this run's own epsilon. Only a round whose noise is
+    replayed from a seed (a test) may repeat a charge without paying twice, because it repeats the very release.
     """
 
     ledger: Ledger
     owner: str
     index: int
-    dataset: str
+    dataset: str  # a label; rows are known by their blocks
+    blocks: tuple[int, ...]  # none for an owner without rows, who pays nothing
+    privacy: Privacy
     unit: str
     delta: float
     event: Event
@@ -35,7 +40,10 @@ class SiteLedger:
 
     def affords(self, plan: RoundPlan) -> bool:
         """Tell whether the budget pays for a round; nothing is written."""
+        if not self.blocks:
+            return True
         try:
+            self._check_run(plan)
             self.ledger.check([self._charge(plan)])
         except BudgetExceeded:
             return False
@@ -47,7 +55,20 @@ class SiteLedger:
         Raises:
           BudgetExceeded: the owner cannot pay; nothing was charged.
         """
+        if not self.blocks:
+            return ()
+        self._check_run(plan)
         return self.ledger.reserve([self._charge(plan)])
+
+    def _check_run(self, plan: RoundPlan) -> None:
+        """Refuse a round beyond this run's own epsilon; aborted attempts count."""
+        if self.replay_key:
+            return
+        paid = self.ledger.paid(self.owner, plan.run_id.hex())
+        if not within_run(self.event, paid + 1, self.privacy):
+            raise BudgetExceeded(
+                f"{self.owner}: {paid + 1} rounds of this run cost more than its epsilon {self.privacy.epsilon:g}"
+            )
 
     def spend(self, reservations: Sequence[Reservation]) -> None:
         """Note that the reserved round was released."""
@@ -55,7 +76,7 @@ class SiteLedger:
 
     def missing(self, records: Sequence[RoundRecord], run_id: bytes) -> tuple[int, ...]:
         """Return the rounds this site was charged for and its ledger does not hold: a lost or foreign ledger undercounts."""
-        if self.replay_key:
+        if self.replay_key or not self.blocks:
             return ()
         entries = self.ledger.entries(owner=self.owner)
         charged = {entry.round for entry in entries if entry.kind == "reserve" and entry.run == run_id.hex()}
@@ -67,12 +88,12 @@ class SiteLedger:
         return tuple(number for number in taken_part if number not in charged)
 
     def epsilon(self) -> float:
-        """Return what this owner has spent."""
-        return self.ledger.epsilon(self.owner, self.dataset, self.unit, self.delta)
+        """Return what the row of this owner that has spent most has spent, in all runs."""
+        return self.ledger.epsilon_of(self.blocks, self.unit, self.delta) if self.blocks else 0.0
 
     def events(self) -> tuple[Event, ...]:
-        """Return what this owner has paid for."""
-        return self.ledger.events(self.owner, self.dataset, self.unit)
+        """Return what that row went through, equal events together."""
+        return self.ledger.events_of(self.blocks, self.unit, self.delta)
 
     def receipt(self) -> Receipt:
         """Return what the server may know of the ledger."""
@@ -89,6 +110,7 @@ class SiteLedger:
             round=plan.round,
             release="update",
             commitment=self._commitment(plan),
+            blocks=self.blocks,
         )
 
     def _commitment(self, plan: RoundPlan) -> bytes:

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from defenses.dp import Ledger
 from ffm_secure.cli import commands
 from ffm_secure.engines import simulated_data
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, Interrupted, StoreError
@@ -24,6 +25,7 @@ from ffm_secure.experiments import grid as experiments
 from ffm_secure.experiments.grid_report import Row, interval, paired, results, to_html, to_json
 from ffm_secure.experiments.grid_summary import to_markdown, to_svg
 from ffm_secure.site.trainer import SiteTrainer
+from ffm_secure.storage.run_directory import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 GRIDS = sorted((ROOT / "experiments").glob("*.toml"))
@@ -39,7 +41,7 @@ references = ["one"]
 task = { kind = "image_classification", data = "builtin:digits", clients = 3, evaluation_examples = 20 }
 model = { name = "builtin:tiny-vit", trainable = { kind = "lora" } }
 federation = { rounds = 1, cohort = 3, lifecycle = { kind = "finetune", local_steps = 1, batch_size = 4, learning_rate = 0.1 } }
-privacy = { unit = "none", reason = "test data" }
+privacy = { ledger = "run", unit = "none", reason = "test data" }
 protection = { kind = "none" }
 
 [[axes]]
@@ -311,7 +313,12 @@ def test_a_finished_cell_without_noted_rows_is_known_by_its_ledger(tmp_path: Pat
     _write_rows(tmp_path / "rows")
     found = experiments.run(file, out=tmp_path / "out")[1]
     for noted in (tmp_path / "out").rglob("data.json"):
+        rows = simulated_data.contents(Store.read(noted.parent).config(), tmp_path)
         noted.unlink()
+        with Ledger.open(
+            noted.parent / "ledger.sqlite", create=False
+        ) as ledger:  # as earlier software named rows
+            ledger.set_budget("client-1", rows.account, "record", math.inf, 1e-5)
     assert experiments.run(file, out=tmp_path / "out")[1] == found
     _write_rows(tmp_path / "rows", flipped="train")
     with pytest.raises(StoreError, match="its training rows have changed"):

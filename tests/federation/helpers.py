@@ -49,6 +49,7 @@ def table(**sections: dict[str, Any]) -> dict[str, Any]:
             base[section] = {**base[section], **values}
         else:
             base[section] = values
+    base["privacy"] = {"ledger": "run", **base["privacy"]}
     return base
 
 

@@ -192,7 +192,7 @@ def test_an_aborted_round_stays_spent_and_the_run_goes_on(tmp_path: Path) -> Non
     models = [*engine.starts, trained.state.vector]
     assert [torch.equal(before, after) for before, after in pairwise(models)] == aborted
     for owner in built.prepared.owners:
-        assert len(built.ledger.events(owner, built.prepared.account, "record")) == 3
+        assert sum(entry.kind == "reserve" for entry in built.ledger.entries(owner=owner)) == 3
     spent = [record.epsilon_spent for record in trained.records]
     assert 0 < spent[0] < spent[1] < spent[2] <= 50.0
     _check_report(summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=1.0))

@@ -82,12 +82,14 @@ def check_ledger(built: Simulation, folder: Path, records: tuple[RoundRecord, ..
     """Every opened round is charged to everyone in its cohort, and nobody is above the budget."""
     ledger = Ledger.open(folder / "ledger.sqlite", create=False)
     ledger.verify()
-    account, privacy = built.prepared.account, built.config.privacy
+    privacy, held = built.config.privacy, ledger.blocks_for(built.prepared.data.names())
     for index, owner in enumerate(built.prepared.owners):
-        charged = ledger.events(owner, account, "record")
+        entries = ledger.entries(owner=owner)
+        charged = [entry.event for entry in entries if entry.kind == "reserve"]
+        assert len(charged) == len(ledger.events_of(held[index], "record", privacy.delta))
         assert len(charged) >= sum(index in record.cohort for record in records), "the ledger undercounts"
         assert set(charged) <= {built.event}
-        assert ledger.epsilon(owner, account, "record", privacy.delta) <= privacy.epsilon
+        assert ledger.epsilon_of(held[index], "record", privacy.delta) <= privacy.epsilon
 
 
 def check(name: str, tmp_path: Path, *, kills: int, seed: int) -> int:

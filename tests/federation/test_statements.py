@@ -10,7 +10,7 @@ import pytest
 
 from defenses.dp import epsilon
 from ffm_secure.engines import simulation, summary
-from ffm_secure.errors import StoreError
+from ffm_secure.errors import PlanRefused, StoreError
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, charge_everybody, finish, make, prepared, train
 
 ONE = {"rounds": 1}
@@ -33,9 +33,9 @@ def test_a_lost_ledger_is_refused_on_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", [{"seed": 4}, {"task": {"clients": 5}, "federation": {"rounds": 1, "cohort": 4}}]
 )
-def test_another_dealing_of_known_rows_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+def test_another_dealing_of_known_rows_is_charged_to_them(change: dict[str, object], tmp_path: Path) -> None:
     train(make(privacy=shared(tmp_path), federation=ONE), tmp_path / "a")
-    with pytest.raises(StoreError, match="another split or seed"):
+    with pytest.raises(PlanRefused, match=r"have spent 7\.991 before, together 8\.[89]"):
         simulation.build(
             prepared(make(**{"privacy": shared(tmp_path), "federation": ONE, **change})), tmp_path / "b"
         )
@@ -78,21 +78,25 @@ def test_rows_that_become_public_are_counted_in_a_warning(public: bool, tmp_path
 def test_another_unit_beside_a_used_account_is_refused(tmp_path: Path) -> None:
     train(make(privacy=shared(tmp_path), federation=ONE), tmp_path / "a")
     person = shared(tmp_path, unit="person", records_per_person=2)
-    with pytest.raises(StoreError, match="would forget them"):
+    with pytest.raises(PlanRefused, match="would forget them"):
         simulation.build(prepared(make(privacy=person, federation=ONE)), tmp_path / "b")
 
 
-def test_a_second_run_is_calibrated_to_what_is_left(tmp_path: Path) -> None:
-    first, _ = train(make(privacy=shared(tmp_path, epsilon=4.0), federation=ONE), tmp_path / "a")
-    before = first.epsilon()
-    second, done = train(
-        make(name="b", privacy=shared(tmp_path, epsilon=4.0), federation=ONE), tmp_path / "b"
-    )
-    assert done.status == "complete"
-    assert (
-        second.mechanism.noise_multiplier > 1.5 * first.mechanism.noise_multiplier
-    )  # almost nothing was left
-    assert before < second.epsilon() <= 4.0  # the very ledger, read after each run
+def test_a_second_run_of_one_file_is_refused_and_never_given_more_noise(tmp_path: Path) -> None:
+    """It trained on with noise 13 instead of 0.8, as nearly nothing was left."""
+    made = make(privacy=shared(tmp_path, epsilon=4.0), federation=ONE)
+    first, _ = train(made, tmp_path / "a")
+    with pytest.raises(
+        PlanRefused, match=r"have spent 3\.99. before, together 4\.39., above the lifetime budget of 4"
+    ):
+        prepared(made)
+    first.ledger.grant("record", 6.0, 1e-5, raise_because="the owners agreed to a second run")
+    second, result = train(made, tmp_path / "b")
+    assert result.status == "complete"
+    assert second.mechanism == first.mechanism
+    assert 4.0 < second.epsilon() < 4.5
+    assert second.prepared.outlook is not None
+    assert second.prepared.outlook.left == pytest.approx(6.0 - second.epsilon(), rel=1e-2)
 
 
 def test_statements_come_from_the_events_that_were_charged(tmp_path: Path) -> None:

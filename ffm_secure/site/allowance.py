@@ -1,0 +1,121 @@
+"""What a run may still spend on the rows it reads: its own epsilon, and what their owner's lifetime budget leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from defenses.dp import Accountant, Budget, Event, Ledger, NonPrivateEvent
+from defenses.dp.records import Records
+from ffm_secure.config.run_file import Privacy
+
+# The running composition is within 1e-3 of all rounds at once, and the noise was chosen 1e-3 below the budget.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """Say what the rows of a run have spent, what the run means to spend, and what is left of their lifetime budget."""
+
+    ledger: str
+    before: float
+    run: float
+    together: float
+    budget: float
+    delta: float
+    other_units: tuple[str, ...]  # units other than the run's in which these rows were charged
+    set_now: bool  # whether the ledger holds no budget yet, so that this run's epsilon becomes it
+
+    @property
+    def left(self) -> float:
+        """Return what remains of the lifetime budget after the run; negative where it does not pay."""
+        return self.budget - self.together
+
+    @property
+    def pays(self) -> bool:
+        """Tell whether the lifetime budget pays for the whole run."""
+        return self.together <= self.budget and not self.other_units
+
+    def words(self) -> str:
+        """Say it in one line."""
+        origin = "set by this run, the first to use it" if self.set_now else "lifetime"
+        return (
+            f"spent before {_number(self.before)}, this run {_number(self.run)}, together {_number(self.together)}; "
+            f"left {_number(max(0.0, self.left))} of {_number(self.budget)} ({origin}) in {self.ledger}"
+        )
+
+    def refusal(self, unit: str) -> str:
+        """Say why the run cannot be paid, and what to do."""
+        if self.other_units and math.isfinite(self.before):
+            return (
+                f"privacy.unit = '{unit}': {self.ledger} holds charges per {', '.join(self.other_units)} for these rows; a "
+                f"budget per {unit} beside them would forget them"
+            )
+        if math.isinf(self.before):
+            return (
+                f"the rows of this run were used without any bound before (see {self.ledger}): nothing can protect them "
+                "any more; take other rows, or say privacy.ledger = 'run' if they are fictitious or public"
+            )
+        return (
+            f"privacy.epsilon = {self.run:.4g}: these rows have spent {self.before:.4g} before, together {self.together:.4g}, "
+            f"above the lifetime budget of {self.budget:g} per {unit} in {self.ledger}; spend less, take other rows, raise it "
+            f"(ffm-secure ledger budget raise {self.ledger} --epsilon {_rounded_up(self.together):g} --because '...'), or "
+            "say privacy.ledger = 'run' if the rows are fictitious or public"
+        )
+
+
+def look_ahead(
+    ledger: Ledger, path: Path, rows: Sequence[Records], privacy: Privacy, event: Event, rounds: int
+) -> Outlook:
+    """Return the outlook of a run whose owners take part `rounds` times at most; nothing is written."""
+    known = ledger.known_blocks(rows)
+    lifetime = ledger.lifetime(privacy.unit)
+    budget = lifetime or first_budget(ledger, privacy)
+    events = [event] * rounds
+    return Outlook(
+        ledger=str(path),
+        before=ledger.epsilon_of(known, privacy.unit, budget.delta),
+        run=run_epsilon(event, rounds, budget.delta),
+        together=ledger.epsilon_of(known, privacy.unit, budget.delta, after=events),
+        budget=budget.epsilon,
+        delta=budget.delta,
+        other_units=tuple(unit for unit in ledger.charged_units(known) if unit != privacy.unit),
+        set_now=lifetime is None,
+    )
+
+
+def first_budget(ledger: Ledger, privacy: Privacy) -> Budget:
+    """Return the lifetime budget a ledger without one gets: the smallest it held by name before, or this run's epsilon."""
+    named = [ledger.budget(*account) for account in ledger.accounts() if account[2] == privacy.unit]
+    own = Budget(epsilon=privacy.epsilon, delta=privacy.delta)
+    return min(named, key=lambda budget: budget.epsilon, default=own)
+
+
+@lru_cache(maxsize=4096)
+def run_epsilon(event: Event, rounds: int, delta: float) -> float:
+    """Return what `rounds` rounds of one event cost alone."""
+    if isinstance(event, NonPrivateEvent):
+        return math.inf
+    if rounds < 1:
+        return 0.0
+    accountant = Accountant()
+    accountant.compose(event, rounds)
+    return accountant.epsilon(delta).epsilon
+
+
+def within_run(event: Event, rounds: int, privacy: Privacy) -> bool:
+    """Tell whether a run may charge one owner this many rounds: its own epsilon bounds it, whatever the lifetime allows."""
+    if privacy.unit == "none":
+        return True
+    return run_epsilon(event, rounds, privacy.delta) <= privacy.epsilon * (1 + _ROUNDING)
+
+
+def _rounded_up(value: float) -> float:
+    return math.ceil(value * 1000) / 1000
+
+
+def _number(value: float) -> str:
+    return "infinite" if math.isinf(value) else f"{value:.4g}"
