@@ -30,7 +30,8 @@ FEDERATION = {"rounds": 1, "cohort": 3}
 def write(folder: Path, rows: list[dict[str, Any]], *, suffix: str = "jsonl") -> Path:
     """Write a training and a validation part."""
     folder.mkdir(parents=True)
-    for part, chosen in (("train", rows), ("validation", rows[:3])):
+    both = sorted(rows, key=lambda row: row["label"])
+    for part, chosen in (("train", rows), ("validation", [*both[:2], both[-1]])):
         if suffix == "jsonl":
             text = "".join(json.dumps(row) + "\n" for row in chosen)
         else:
