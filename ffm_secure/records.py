@@ -215,6 +215,7 @@ class AuditSummary:
     epsilon_lower_method: str = ""
     sentence: str = ""  # one line a manager understands
     questions: int = 0  # which luck was corrected for
+    notes: tuple[str, ...] = ()  # how the names of another system's update were read
     curves: tuple[LeakCurve, ...] = ()
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
+import torch
 from torch import nn
 
-from attacks.command import load_model, load_tokenizer
+from attacks.command import load_model, load_tokenizer, normalisation
 from attacks.examine import Examined, examine, study
-from attacks.fitting import fit
+from attacks.fitting import Fitted, fit
 from attacks.observation import Observation, ObservationError, load_observation
 from attacks.registry import ATTACKS
+from attacks.scoring import Pictured
 from attacks.truth import load_truth
-from ffm_secure.auditing.budget import NULL_SECONDS, AuditBudget, not_run
+from ffm_secure.auditing.budget import NULL_SECONDS, SHOWN_PICTURES, AuditBudget, not_run
 from ffm_secure.auditing.findings import finding_of
+from ffm_secure.auditing.png import side_by_side
 from ffm_secure.auditing.wording import Decode, decoder, sentence
 from ffm_secure.errors import DataError, StoreError
 from ffm_secure.records import (
@@ -24,6 +28,7 @@ from ffm_secure.records import (
     AuditSummary,
     Observer,
     Point,
+    RecoveredPicture,
 )
 
 
@@ -58,38 +63,73 @@ def audit_observation(
         others = None if unused is None else load_truth(unused)
     except (ObservationError, OSError, ValueError) as error:
         raise StoreError(f"{folder}: {error}") from None
-    observation = _fitted(folder, observation, loaded)
+    fitted = _fitted(folder, observation, loaded)
+    observation = fitted.observation
     decode = decoder(None if model is None else load_tokenizer(model))
     purse = AuditBudget(name=budget)
     scene = study(observation, loaded, known, unused=others, null_seconds=NULL_SECONDS[budget])
     results = examine(scene, purse.budget, purse.refusal, [ATTACKS[name]() for name in attacks])
-    findings = _findings(results, observation, decode)
+    shift, scale = ((), ()) if model is None else normalisation(model)
+    findings = _findings(results, observation, decode, _Colours(shift=shift, scale=scale))
     return AuditSummary(
         budget=budget,
         cpu_seconds=time.process_time() - began,
         findings=findings,
         epsilon_lower=None,
         sentence=sentence(findings),
+        notes=(*fitted.notes, *_renamed(observation)),
         questions=max((one.judgement.questions for one in results if one.judgement is not None), default=0),
     )
 
 
-def _fitted(folder: Path, observation: Observation, model: nn.Module | None) -> Observation:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Colours:
+    """The mean and deviation per channel by which a model's pictures were normalised, or nothing."""
+
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def beside(self, shown: Sequence[Pictured]) -> tuple[RecoveredPicture, ...]:
+        """Return true and recovered pictures as a person sees them."""
+        channels = shown[0].truth.shape[0] if shown else 0
+        if channels not in (1, 3):
+            return ()
+        stated = len(self.shift) == len(self.scale) == channels
+        mean, deviation = (torch.tensor(self.shift), torch.tensor(self.scale)) if stated else (None, None)
+        return side_by_side(shown[:SHOWN_PICTURES], mean, deviation)
+
+
+def _fitted(folder: Path, observation: Observation, model: nn.Module | None) -> Fitted:
     try:
-        return fit(observation, model).observation
+        return fit(observation, model)
     except ObservationError as error:
         raise DataError(f"{folder}: {error}") from None
 
 
+def _observer(observation: Observation) -> Observer:
+    """Return the observer of the threat model; one that another system named otherwise saw what a server sees."""
+    named = observation.observer
+    return cast(Observer, named) if named in get_args(Observer) else "server"
+
+
+def _renamed(observation: Observation) -> tuple[str, ...]:
+    if observation.observer in get_args(Observer):
+        return ()
+    return (f"the observer {observation.observer!r} is shown as the server",)
+
+
 def _findings(
-    results: Sequence[Examined], observation: Observation, decode: Decode
+    results: Sequence[Examined], observation: Observation, decode: Decode, colours: _Colours
 ) -> tuple[AuditFinding, ...]:
-    observer = cast(Observer, observation.observer)  # a name the other system gave
+    observer = _observer(observation)
     stated = observation.metadata.get("point") or ("aggregated" if observation.kind == "sum" else "raw")
     point = cast(Point, stated)
     return tuple(
         not_run(observer, one.attack, point, one.refused)
         if one.seen is None or one.judgement is None
-        else finding_of(observer, point, one.seen, one.judgement, decode)
+        else replace(
+            finding_of(observer, point, one.seen, one.judgement, decode),
+            pictures=colours.beside(one.seen[1].pictures) if one.seen[1] is not None else (),
+        )
         for one in results
     )

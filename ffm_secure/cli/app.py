@@ -146,6 +146,10 @@ def audit(
             help="Records of the same kind that nobody trained on (safetensors): what guessing goes by."
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for report.html, report.json and pictures of --observation."),
+    ] = None,
     budget: Annotated[str, typer.Option(help="quick, standard or exhaustive.")] = "quick",
     fail_on_leak: Annotated[bool, typer.Option(help="Exit with 6 if anything leaked.")] = False,
     json: Json = False,
@@ -153,7 +157,9 @@ def audit(
 ) -> None:
     """Attack what each observer of a finished run saw."""
     commands = _commands()
-    seen = commands.Seen(observation=observation, model=model, adapter=adapter, truth=truth, unused=unused)
+    seen = commands.Seen(
+        observation=observation, model=model, adapter=adapter, truth=truth, unused=unused, out=out
+    )
     commands.audit(folder, seen, budget=budget, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
 
 

@@ -84,6 +84,7 @@ class Seen:
     adapter: Path | None = None
     truth: Path | None = None
     unused: Path | None = None
+    out: Path | None = None
 
 
 def audit(
@@ -92,12 +93,17 @@ def audit(
     """Attack a run, or a stored observation of any system."""
     from ffm_secure.auditing.run_audit import audit_run
     from ffm_secure.auditing.standalone import audit_observation
+    from ffm_secure.report.document import write_audit
 
     if (folder is None) == (seen.observation is None):
         raise ConfigError("audit", ["give a run directory or --observation FOLDER, exactly one of them"])
     if folder is not None and (seen.model or seen.adapter or seen.truth or seen.unused):
         belong = "--model, --adapter, --truth and --unused belong to --observation; a run knows its own"
         raise ConfigError("audit", [belong])
+    if folder is not None and seen.out is not None:
+        raise ConfigError("audit", ["--out belongs to --observation; a run's report lies in its directory"])
+    if seen.out is not None and seen.out.exists():
+        raise ConfigError("audit", [f"--out = {seen.out}: exists, must be a new folder"])
     if seen.adapter is not None and seen.model is None:
         raise ConfigError("audit", ["--adapter needs --model, the model it adapts"])
     if budget not in ("quick", "standard", "exhaustive"):
@@ -118,6 +124,9 @@ def audit(
                 budget=budget,
             )
     assert found is not None
+    if seen.out is not None and seen.observation is not None:
+        with clear_errors():
+            write_audit(found, seen.out, name=seen.observation.name, notes=found.notes)
     say(found, _audit_lines(found), json=json, quiet=quiet)
     if fail_on_leak and any(item.verdict == "leaked" for item in found.findings):
         raise LeakFound("at least one attack recovered private data; see the findings above")

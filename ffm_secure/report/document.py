@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ffm_secure import record_codec
 from ffm_secure.errors import RecordError, StoreError
-from ffm_secure.records import RunSummary
-from ffm_secure.report.page import render_html
+from ffm_secure.records import AuditSummary, RunSummary
+from ffm_secure.report.page import render_audit_html, render_html
 from ffm_secure.storage.durable import create_folder, write_atomic
 
-__all__ = ["from_json", "render_html", "render_json", "write"]
+__all__ = ["from_json", "render_html", "render_json", "write", "write_audit"]
 
 
 def render_json(summary: RunSummary) -> str:
@@ -41,6 +43,36 @@ def from_json(text: str) -> RunSummary:
         return record_codec.from_json(RunSummary, text, "report")
     except RecordError as error:
         raise StoreError(f"{error}; write it again with `ffm-secure report`") from None
+
+
+def write_audit(audit: AuditSummary, folder: Path, *, name: str, notes: Sequence[str] = ()) -> Path:
+    """Write the audit of one update to a new folder: report.html, report.json, and its pictures as PNG; return the page.
+
+    Raises:
+      StoreError: the folder exists, so that no earlier audit is written over.
+    """
+    if folder.exists():
+        raise StoreError(f"{folder} exists: --out names a new folder")
+    create_folder(folder)
+    plain = json.dumps(record_codec.to_plain(audit), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+    contents = _pictures(audit) | {
+        Path("report.json"): plain.encode("utf-8"),
+        Path("report.html"): render_audit_html(audit, name, notes).encode("utf-8"),
+    }
+    for path, content in contents.items():
+        write_atomic(folder / path, content)
+    return folder / "report.html"
+
+
+def _pictures(audit: AuditSummary) -> dict[Path, bytes]:
+    """Return the true and the recovered pictures of every finding as files."""
+    files = {}
+    for finding in audit.findings:
+        for number, pair in enumerate(finding.pictures, start=1):
+            for kind, address in (("truth", pair.truth), ("recovered", pair.recovered)):
+                content = base64.b64decode(address.partition(",")[2])
+                files[Path(f"{finding.attack}_{number}_{kind}.png")] = content
+    return files
 
 
 def write(summary: RunSummary, folder: Path) -> tuple[Path, Path]:

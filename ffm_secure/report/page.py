@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 
@@ -69,15 +69,7 @@ def render_html(summary: RunSummary) -> str:
         ("software", "Software", _software_body(summary)),
         ("ledger", "Ledger", _ledger_body(summary)),
     ]
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_policy(summary.audit)),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{summary.name} – ffm-secure report"),
-        tag("style", _style()),
-    )
+    head = _head(f"{summary.name} – ffm-secure report", summary.audit)
     body = tag(
         "body",
         tag("a", "Skip to the summary", href="#summary", class_="skip"),
@@ -94,6 +86,36 @@ def render_html(summary: RunSummary) -> str:
         ),
     )
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+
+
+def render_audit_html(audit: AuditSummary, name: str, notes: Sequence[str]) -> str:
+    """Draw the audit of one update, of any system, as one HTML page; `notes` say how its names were read.
+
+    Guarantee: as for `render_html`.
+    """
+    items = [_notice(text, "warning") for text in notes]
+    notices = tag("section", tag("ul", *items), aria_label="Notes", class_="notices") if items else None
+    body = tag(
+        "body",
+        tag("header", tag("p", "ffm-secure audit", class_="brand"), tag("h1", name)),
+        tag("main", notices, _section("audit", "What was exposed", audit_body(audit))),
+        tag("footer", tag("p", "Written by ffm-secure. The same figures, exact, are in report.json.")),
+    )
+    return (
+        "<!doctype html>\n" + tag("html", _head(f"{name} – ffm-secure audit", audit), body, lang="en") + "\n"
+    )
+
+
+def _head(title: str, audit: AuditSummary | None) -> Html:
+    return tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_policy(audit)),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", _style()),
+    )
 
 
 def _policy(audit: AuditSummary | None) -> str:

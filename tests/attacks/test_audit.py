@@ -29,11 +29,14 @@ from ffm_secure.auditing.standalone import audit_observation
 from ffm_secure.auditing.step import build_stage, with_draws
 from ffm_secure.auditing.wording import decoder, sentence
 from ffm_secure.cli.app import app
-from ffm_secure.errors import DataError, StoreError
+from ffm_secure.errors import ConfigError, DataError, StoreError
+from ffm_secure.report.document import write_audit
 from ffm_secure.records import AuditFinding, Observer, Verdict
 from tests.attacks.models import (
     bert,
+    digits,
     gpt2,
+    image_loss,
     mlp,
     noised,
     observe,
@@ -393,3 +396,33 @@ def test_drawing_ends_when_it_has_had_its_share() -> None:
     found = repeated(build("idlg_label"), stage, "raw", purse, several)
     assert found is not None
     assert found[1].draws == 1
+
+
+def test_an_update_of_another_system_has_its_page_its_numbers_and_its_pictures(tmp_path: Path) -> None:
+    model = vit(width=192)
+    image = torch.nn.functional.interpolate(digits()[0][:1], size=32).expand(-1, 3, -1, -1).contiguous()
+    seen = observe(model, {"images": image, "labels": torch.tensor([3])}, image_loss, batch_size=1)
+    wrapped = {f"module.{name}": tensor for name, tensor in seen.tensors.items()}
+    replace(seen.replace_tensors(wrapped), observer="their server").save(tmp_path / "seen")
+    model.save_pretrained(tmp_path / "model")
+    save_file({"images": image, "labels": torch.tensor([3])}, tmp_path / "truth.safetensors")
+    truth = tmp_path / "truth.safetensors"
+    found = audit_observation(
+        tmp_path / "seen", model=tmp_path / "model", truth=truth, attacks=("position_vision", "imprint")
+    )
+    assert verdicts(found)["position_vision"] == "leaked"
+    assert any("'module.'" in note for note in found.notes)
+    page = write_audit(found, tmp_path / "out", name="seen", notes=found.notes)
+    text = page.read_text(encoding="utf-8")
+    assert "their server" in text
+    assert "module." in text
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.html", "report.json", "position_vision_1_truth.png", "position_vision_1_recovered.png",
+    }  # fmt: skip
+    assert (tmp_path / "out" / "position_vision_1_recovered.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["findings"][0]["verdict"] == "leaked"
+    with pytest.raises(StoreError, match="exists"):
+        write_audit(found, tmp_path / "out", name="seen")
+    arguments = ["audit", "--observation", str(tmp_path / "seen"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, ConfigError)
