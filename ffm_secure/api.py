@@ -13,6 +13,7 @@ from ffm_secure import federation
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines import simulation, summary
+from ffm_secure.errors import StoreError
 from ffm_secure.records import PlanSummary, RunSummary
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
@@ -28,6 +29,7 @@ class Result:
 
     folder: Path
     summary: RunSummary
+    known: bool = False  # the run was complete before, so nothing was trained or charged
 
     @property
     def epsilon(self) -> float:
@@ -70,6 +72,7 @@ class Run:
     ) -> Result:
         """Train to the end of the rounds or of the budget; continue a run that was stopped.
 
+        A run that is complete already is read, not trained, evaluated or charged again.
         Without `fairness` the report says nothing about single clients, and their evaluation is saved.
         Without `complete` the folder `adapter/` holds what was trained alone: no model of any size lies beside it.
         """
@@ -78,6 +81,9 @@ class Run:
         initial = prepared.trainable.flatten().cpu()
         with Store.open(self.folder, self.config) as store:
             store.require_contents(prepared.contents)
+            known = self._known(store)
+            if known is not None:
+                return Result(folder=self.folder, summary=known, known=True)
             ready = simulation.build(prepared, self.folder)
             zero = ready.server.evaluate(initial).metric
             try:
@@ -91,6 +97,18 @@ class Run:
             result = summary.summarise(ready, trained, zero_metric=zero, outcomes=outcomes, seconds=seconds)
             self._finish(store, ready, trained, result, complete=complete)
         return Result(folder=self.folder, summary=result)
+
+    def _known(self, store: Store) -> RunSummary | None:
+        """Return the summary of a run that has done all its rounds and left what it should; None if work is left."""
+        path = self.folder / "report.json"
+        if not path.is_file() or not (self.folder / "adapter").is_dir():
+            return None
+        try:
+            stored = report.from_json(path.read_text(encoding="utf-8"))
+        except (StoreError, OSError, UnicodeError):
+            return None  # it is written anew from the checkpoints
+        whole = stored.status == "complete" and len(stored.rounds) >= self.config.federation.rounds
+        return stored if whole and store.records() == stored.rounds else None
 
     def _release(
         self, ready: simulation.Simulation, trained: federation.TrainingResult, initial: Tensor

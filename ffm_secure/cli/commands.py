@@ -21,7 +21,14 @@ from ffm_secure.data import checks
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound, StoreError
 from ffm_secure.privacy.statements import SEEDED
 from ffm_secure.records import AuditFinding, AuditSummary, PlanSummary, PrivacyStatement
+from ffm_secure.report import outcome
 from ffm_secure.storage.run_directory import Store
+
+
+_KNOWN = (
+    "this run is complete: {rounds} rounds; nothing was trained or charged. To go on: --set federation.rounds=N with "
+    "a larger N; to attack it again: ffm-secure audit {folder}"
+)
 
 
 def plan(file: Path, overrides: tuple[str, ...], *, json: bool) -> None:
@@ -45,7 +52,9 @@ def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet
         budget = started.config.privacy.epsilon
         with Bars(rounds=started.config.federation.rounds, budget=budget, quiet=silent) as bars:
             result = started.start(callback=bars)
-        if started.config.audit.observers and result.summary.rounds:
+        if result.known and not silent:
+            print_lines([_KNOWN.format(rounds=len(result.summary.rounds), folder=result.folder)])
+        if started.config.audit.observers and result.summary.rounds and result.summary.audit is None:
             from ffm_secure.auditing.run_audit import audit_run
 
             if not silent:
@@ -57,6 +66,11 @@ def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet
     if result.summary.status == "budget exhausted":
         raise BudgetExhausted(
             "the privacy budget ended the run before its last round; what was trained is kept"
+        )
+    if outcome.all_aborted(result.summary):
+        raise FfmError(
+            f"every round was aborted, so nothing was learned: {result.summary.rounds[0].aborted}; "
+            "what was charged stays spent"
         )
 
 
@@ -219,6 +233,8 @@ def _result_table(result: Result) -> dict[str, Any]:
     return {
         "name": summary.name,
         "status": summary.status,
+        "already_complete": result.known,
+        "warnings": outcome.warnings(summary),
         "stamps": summary.stamps,
         "folder": str(result.folder),
         "report": str(result.folder / "report.html"),
@@ -249,6 +265,7 @@ def _result_lines(result: Result) -> list[str]:
     lines = [
         "",
         *(f"  {stamp}" for stamp in summary.stamps),
+        *(f"  {warning}" for warning in outcome.warnings(summary)),
         f"  {summary.metric_name} {summary.metric_final:.4f} (before training "
         f"{summary.metric_zero_round:.4f}{majority})",
         f"  {_statement_line(summary.statements[0])}",

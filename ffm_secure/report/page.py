@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 
 from ffm_secure.records import AuditSummary, RunSummary
+from ffm_secure.report import outcome
 from ffm_secure.report.charts import sparkline
 from ffm_secure.report.markup import (
     INFINITE,
@@ -148,7 +149,7 @@ def _masthead(summary: RunSummary) -> Html:
 
 def _notices(summary: RunSummary) -> Html | None:
     alarms = [*summary.stamps, *_alarms(summary)]
-    warnings = [*summary.plan.warnings, *_warnings(summary)]
+    warnings = [*summary.plan.warnings, *outcome.warnings(summary)]
     if not alarms and not warnings:
         return None
     items = [_notice(text, "alarm") for text in alarms] + [_notice(text, "warning") for text in warnings]
@@ -186,37 +187,9 @@ def _alarms(summary: RunSummary) -> list[str]:
     return found
 
 
-def _warnings(summary: RunSummary) -> list[str]:
-    found = []
-    if summary.status == "interrupted":
-        found.append(
-            "Interrupted: the figures cover the rounds so far; running it again continues from there."
-        )
-    if summary.status == "budget exhausted":
-        found.append("Budget exhausted: the next round could not be paid for, so it was not started.")
-    if not summary.rounds:
-        return found
-    if not math.isfinite(summary.metric_final):
-        found.append(f"Diverged: the final {summary.metric_name} is {figure(summary.metric_final)}.")
-    elif not _beats(summary, summary.metric_zero_round):
-        found.append(f"No gain: the final {summary.metric_name} is no better than before training.")
-    elif summary.metric_majority is not None and not _beats(summary, summary.metric_majority):
-        found.append(
-            f"No gain: the final {summary.metric_name} is no better than always guessing the most "
-            "common class."
-        )
-    return found
-
-
 def _stamped(summary: RunSummary) -> bool:
     """Tell whether the run itself says that its epsilon is worth nothing."""
     return any(stamp.upper().startswith("NOT PRIVATE") for stamp in summary.stamps)
-
-
-def _beats(summary: RunSummary, other: float) -> bool:
-    if math.isnan(other):
-        return True
-    return summary.metric_final > other if summary.higher_is_better else summary.metric_final < other
 
 
 def _summary_body(summary: RunSummary) -> Html:
@@ -246,7 +219,7 @@ def _learned(summary: RunSummary) -> str:
         f"{name} {'rose' if after > before else 'fell'} from {figure(before, 3)} to {figure(after, 3)} "
         f"in {rounds}"
     )
-    if not _beats(summary, before):
+    if not outcome.beats(summary, before):
         return f"{words}, which is worse than not training"
     majority = summary.metric_majority
     return (

@@ -41,14 +41,11 @@ FORMAT = 1
 class Store:
     """Own one run directory while the process lives; a second process is refused.
 
-    Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `checkpoints/round-NNNNNN/`
-    global tensors and server
-    state (the two newest are kept), `home/<client>/` what a simulated client keeps to itself,
-    `adapter/` the final model,
-    `data.json` digests of the rows the run reads, `ledger.sqlite`, `observations/`, `report.html`,
-    `report.json`.
-    Guarantee: killed at any moment, `resume` returns the last finished round and exactly the records up
-    to it.
+    Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `checkpoints/round-NNNNNN/` global
+    tensors and server state (the two newest are kept), `home/<client>/` what a simulated client keeps to
+    itself, `adapter/` the final model, `data.json` digests of the rows the run reads, `ledger.sqlite`,
+    `observations/`, `report.html`, `report.json`.
+    Guarantee: killed at any moment, `resume` returns the last finished round and the records up to it.
     """
 
     def __init__(self, folder: Path, lock: int | None) -> None:

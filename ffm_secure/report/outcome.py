@@ -1,0 +1,47 @@
+"""How a run ended, in sentences: the page and the terminal say the same."""
+
+from __future__ import annotations
+
+import math
+
+from ffm_secure.records import RunSummary
+from ffm_secure.report.markup import figure
+
+
+def warnings(summary: RunSummary) -> list[str]:
+    """Say what a reader must know before any figure: how a run ended, and where it learned nothing."""
+    notes: list[str] = []
+    if summary.status == "interrupted":
+        notes.append(
+            "Interrupted: the figures cover the rounds so far; running it again continues from there."
+        )
+    if summary.status == "budget exhausted":
+        notes.append("Budget exhausted: the next round could not be paid for, so it was not started.")
+    if not summary.rounds:
+        return notes
+    if all_aborted(summary):
+        count = f"all {len(summary.rounds)} rounds were" if len(summary.rounds) > 1 else "the one round was"
+        notes.append(f"Nothing was learned: {count} aborted ({summary.rounds[0].aborted}).")
+        return notes
+    if not math.isfinite(summary.metric_final):
+        notes.append(f"Diverged: the final {summary.metric_name} is {figure(summary.metric_final)}.")
+    elif not beats(summary, summary.metric_zero_round):
+        notes.append(f"No gain: the final {summary.metric_name} is no better than before training.")
+    elif summary.metric_majority is not None and not beats(summary, summary.metric_majority):
+        notes.append(
+            f"No gain: the final {summary.metric_name} is no better than always guessing the most "
+            "common class."
+        )
+    return notes
+
+
+def all_aborted(summary: RunSummary) -> bool:
+    """Tell whether a run had rounds and none of them was opened."""
+    return bool(summary.rounds) and all(record.aborted for record in summary.rounds)
+
+
+def beats(summary: RunSummary, other: float) -> bool:
+    """Tell whether the final metric is better than another; anything is better than not a number."""
+    if math.isnan(other):
+        return True
+    return summary.metric_final > other if summary.higher_is_better else summary.metric_final < other
