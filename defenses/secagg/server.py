@@ -291,7 +291,7 @@ class ServerSession:
         return self._shares[dealer].ciphertexts[self._graph.share_point(receiver, dealer) - 1]
 
     @_receives
-    def receive_complaint(self, message: bytes) -> bytes:
+    def receive_complaint(self, message: bytes | bytearray | memoryview) -> bytes:
         """Accept, instead of a masked vector, a client's complaint about shares it could not open; return its id.
 
         The complaint must be about the very ciphertexts their dealers signed. The complainer is out of this session; it

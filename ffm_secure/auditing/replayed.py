@@ -179,6 +179,7 @@ def wire_change(
             total = sent
         else:
             ring.add_into(total, sent)
+    assert total is not None, "no client takes part"
     total = ring.reduce(total, prepared.codec.modulus_bits)
     prepared.trainable.load_vector(vector)
     values = torch.from_numpy(prepared.codec.open(total, round=1, survivors=chosen).values).float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, cast
@@ -40,7 +40,7 @@ class ReplayedStep:
     records: int
     model: nn.Module
     prior: Prior
-    points: frozenset[str]  # of one client's update
+    points: frozenset[Point]  # of one client's update
     at: Callable[[Point], ObservationPoint]
     wire: Callable[[int], ObservationPoint]  # what that many clients really send in a round, nothing granted
     again: Callable[[int], ReplayedStep] | None = (
@@ -138,7 +138,14 @@ def build_stage(
         total = client_replay.aggregate(prepared, points, others)
         return scene("aggregated", total, clients, whole=whole)
 
-    return ReplayedStep(records=size, model=model, prior=prior, points=frozenset(points), at=at, wire=wire)
+    return ReplayedStep(
+        records=size,
+        model=model,
+        prior=prior,
+        points=frozenset(cast("Collection[Point]", points)),
+        at=at,
+        wire=wire,
+    )
 
 
 def with_draws(prepared: simulation.Prepared, vector: Tensor, records: int) -> ReplayedStep:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
 from ffm_secure.errors import ConfigError
+from ffm_secure.records import Observer
 from ffm_secure.registry import LIFECYCLES, STRATEGIES, TRAINABLES
 
 TASKS = ("text_classification", "causal_lm", "masked_lm", "image_classification")
-OBSERVERS = ("public", "client", "server", "colluding_server")
+ClippingKind = Literal["flat", "per_layer", "automatic"]
+MaskingMode = Literal["semi_honest", "active"]
+OBSERVERS: tuple[Observer, ...] = ("public", "client", "server", "colluding_server")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +253,7 @@ class Privacy:
     delta: float = option(0.0, minimum=0.0, below=1.0)
     clip_norm: float = option(0.0, minimum=0.0, maximum=1e9)
     records_per_person: int = option(1, minimum=1, maximum=1024)
-    clipping: str = option("flat", choices=("flat", "per_layer", "automatic"))
+    clipping: ClippingKind = option("flat", choices=("flat", "per_layer", "automatic"))
     ledger: str = option(
         "",
         help="SQLite file of the rows' owner; empty: this user's own, outside every run; 'run': inside the run directory, "
@@ -270,7 +273,7 @@ class Protection:
     threshold: int = option(
         0, minimum=0, help="fewest clients whose sum may be opened; 0: a two-thirds majority"
     )
-    mode: str = option("active", choices=("semi_honest", "active"), only_for=("secagg",))
+    mode: MaskingMode = option("active", choices=("semi_honest", "active"), only_for=("secagg",))
     colluding: int = option(
         1, minimum=0, help="clients that may side with the server; their noise is not counted"
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -125,6 +126,18 @@ def read_tsv(path: Path, encoding: str = "") -> Table:
     return _read_delimited(path, "\t", encoding)
 
 
+class Reader(Protocol):
+    """What `csv.reader` returns; its own type has no public name."""
+
+    @property
+    def line_num(self) -> int:
+        """Return the number of lines read."""
+
+    def __iter__(self) -> Iterator[list[str]]: ...
+
+    def __next__(self) -> list[str]: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Dialect:
     """How the lines of one table are taken apart."""
@@ -133,7 +146,7 @@ class _Dialect:
     quoting: int
     skipped: int = 0  # lines before the header, as the one that Excel reads the separator from
 
-    def records(self, lines: Iterator[str] | Sequence[str], *, strict: bool) -> csv.Reader:
+    def records(self, lines: Iterator[str] | Sequence[str], *, strict: bool) -> Reader:
         """Take lines apart."""
         return csv.reader(lines, delimiter=self.separator, quoting=self.quoting, strict=strict)  # type: ignore[arg-type]
 

@@ -48,7 +48,7 @@ def read_saved(folder: Path, most_bytes: int) -> pa.Table:
     )
     if not names or not all(_is_plain(name) for name in names):
         raise DataError(f"{folder / _STATE}: lists no data files; {_REWRITE}")
-    files = [folder / name for name in names]
+    files = [folder / str(name) for name in names]
     size = sum(file.stat().st_size for file in files if file.is_file())
     if size > most_bytes:
         raise DataError(f"{folder}: holds {size} bytes, more than the bound of {most_bytes}; split it")

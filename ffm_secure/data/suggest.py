@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from numpy.typing import NDArray
 from ffm_secure.data import columns as known
 from ffm_secure.data.chat import is_chat
 from ffm_secure.data.cleaning import kept_rows
@@ -298,7 +299,7 @@ def _cleaning(table: Table, choices: Choices) -> tuple[tuple[str, ...], dict[str
     return tuple(needed), reasons
 
 
-def _class_names(table: Table, label: str, rows: Sequence[int]) -> tuple[tuple[str, ...], int]:
+def _class_names(table: Table, label: str, rows: NDArray[np.int64]) -> tuple[tuple[str, ...], int]:
     """Return the commonest spelling of every class, and how many labels are spelt otherwise; nothing for 0, 1, 2, ..."""
     column = as_list(table.columns[label])
     values = [column[row] for row in rows]
@@ -331,7 +332,7 @@ def _is_guessed(table: Table, kind: Kind, text: tuple[str, ...]) -> bool:
         return False
 
 
-def _max_length(table: Table, text: Sequence[str], rows: Sequence[int]) -> int:
+def _max_length(table: Table, text: Sequence[str], rows: NDArray[np.int64]) -> int:
     """Return tokens that hold nineteen of twenty texts, as a multiple of 16, from their words alone."""
     step = max(1, len(rows) // _SAMPLE)
     lengths = [sum(len(str(table.columns[name][row]).split()) for name in text) for row in rows[::step]]

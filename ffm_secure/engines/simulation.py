@@ -20,10 +20,11 @@ from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.dataset import Examples
 from ffm_secure.data.partition import numbered_names
+from ffm_secure.data.dataset import Dataset
 from ffm_secure.engines import simulated_data
 from ffm_secure.engines.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
 from ffm_secure.engines.local import LocalEngine, TrainerPool
-from ffm_secure.engines.simulated_data import SimulatedData, contents, load_dataset, part_in_public
+from ffm_secure.engines.simulated_data import Contents, SimulatedData, contents, load_dataset, part_in_public
 from ffm_secure.errors import DataError, PlanRefused, StoreError
 from ffm_secure.models.backbone import fingerprint
 from ffm_secure.privacy.mechanism import Mechanism
@@ -43,13 +44,15 @@ from ffm_secure.site.site_ledger import SiteLedger
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.site.truth import TruthKeeper
 from ffm_secure.storage.observations import ObservationStore
-from ffm_secure.storage.run_directory import Store, write_atomic
+from ffm_secure.storage.durable import write_atomic
+from ffm_secure.storage.run_directory import Store
 from ffm_secure.strategies import ServerState
 from ffm_secure.tasks.base import Evaluation, Task
 from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.trainable import TrainableModel, replicate
 
 __all__ = [
+    "Contents",
     "Prepared",
     "Simulation",
     "build",
@@ -73,7 +76,7 @@ class Prepared(LoadedModel):
     outlook: Outlook | None = None  # none where no ledger that outlives the run is charged
 
     @property
-    def dataset(self) -> simulated_data.Dataset:
+    def dataset(self) -> Dataset:
         """Return the private rows and the public validation rows."""
         return self.data.dataset
 

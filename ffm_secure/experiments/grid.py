@@ -135,7 +135,12 @@ def _end_with_parent() -> None:
     """Let a worker end when the command that started it was killed: it would hold the folder of its cell for nothing."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+        def wait_and_end() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def _words(run: Run) -> tuple[str, str, str]:

@@ -180,7 +180,10 @@ def _sound_axes(written: object) -> list[dict[str, Any]]:
             if isinstance(values, list)
             else []
         )
-        if sound and read_table(Axis, {"name": axis.get("name"), "values": sound}, "", Problems()):
+        checked: Axis | None = None
+        if sound:
+            checked = read_table(Axis, {"name": axis.get("name"), "values": sound}, "", Problems())
+        if checked is not None:
             kept.append({"name": axis["name"], "values": sound})
     return kept
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
@@ -99,7 +100,8 @@ def results(
     cells = []
     for labels, rows_of_cell in groups.items():
         first, group = rows_of_cell[0], [row for row in rows_of_cell if row.whole]
-        entry = {
+        differences: list[dict[str, Any]] = []
+        entry: dict[str, Any] = {
             "labels": dict(labels),
             "metric_name": first.metric_name,
             "higher_is_better": first.higher_is_better,
@@ -112,14 +114,15 @@ def results(
             "seconds": _mean([row.seconds for row in group]),
             "public_phases": _mean([row.phases.count("public") for row in group]),
             "stopped": len(rows_of_cell) - len(group),
-            "differences": [],
+            "differences": differences,
         }
         for label in references:
             if label != dict(labels).get(compare):
                 other = groups.get(
                     tuple((axis, label if axis == compare else value) for axis, value in labels), []
                 )
-                entry["differences"] += [paired(group, other, against=label)] if other else []
+                if other:
+                    differences.append(paired(group, other, against=label))
         cells.append(entry)
     whole = [row for row in rows if row.whole]
     return {
@@ -219,10 +222,7 @@ def _table(found: Mapping[str, Any]) -> Html:
     names = list(cells[0]["labels"]) if cells else []
     against = list(dict.fromkeys(item["against"] for cell in cells for item in cell["differences"]))
     columns = [
-        *(
-            Column(heading=name, cell=lambda cell, name=name: cell["labels"][name], field="", text=True)
-            for name in names
-        ),
+        *(Column(heading=name, cell=partial(_label, name), field="", text=True) for name in names),
         Column(
             heading=cells[0]["metric_name"] if cells else "metric",
             cell=_spread,
@@ -231,7 +231,7 @@ def _table(found: Mapping[str, Any]) -> Html:
         *(
             Column(
                 heading=f"minus {label}",
-                cell=lambda cell, label=label: _difference(cell, label),
+                cell=partial(_difference_against, label),
                 field="differences",
             )
             for label in against
@@ -263,6 +263,14 @@ def _spread(cell: Mapping[str, Any]) -> str:
 
 def _seconds(value: float) -> str:
     return "–" if math.isnan(value) else figure(value, 3)
+
+
+def _label(name: str, cell: Mapping[str, Any]) -> str:
+    return str(cell["labels"][name])
+
+
+def _difference_against(label: str, cell: Mapping[str, Any]) -> str:
+    return _difference(cell, label)
 
 
 def _difference(cell: Mapping[str, Any], label: str) -> str:

@@ -184,7 +184,7 @@ def finetune(
 def named_parts(trainable: Any, vector: Tensor) -> dict[str, Tensor]:
     """Cut a vector [d] into the tensors it is made of."""
     sizes = [p.numel() for p in trainable.parameters.values()]
-    parts = zip(trainable.parameters.items(), vector.split(sizes), strict=True)
+    parts = zip(trainable.parameters.items(), torch.split(vector, sizes), strict=True)
     return {name: part.view(p.shape).to(p.device, p.dtype) for (name, p), part in parts}
 
 
@@ -193,5 +193,6 @@ def _optimizer(spec: Lifecycle, parameters: list[torch.nn.Parameter]) -> torch.o
         return torch.optim.SGD(
             parameters, lr=spec.learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay
         )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.optimizer]
-    return kind(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    if spec.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    return torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)

@@ -21,6 +21,9 @@ from ffm_secure.records import RoundRecord
 from ffm_secure.strategies.base import ServerState, Strategy
 
 
+SOURCES: tuple[Phase, ...] = ("public", "private")
+
+
 def fixed(history: History, spec: Controller) -> Phase:
     """Repeat `public` public and then `private` private phases."""
     return "public" if len(history) % (spec.public + spec.private) < spec.public else "private"
@@ -51,10 +54,10 @@ def gain_per_cost(history: History, spec: Controller) -> Phase:
     Each source is tried once first, and the one not chosen is tried again after `retry` phases, because its gain may have
     changed since. A source that costs nothing comes first, but only while it gains more than `least_gain` of the loss a phase.
     """
-    for source in ("public", "private"):
+    for source in SOURCES:
         if not any(record.phase == source for record in history):
             return source
-    best = max(("public", "private"), key=lambda source: rate(history, source, spec))
+    best: Phase = max(SOURCES, key=lambda source: rate(history, source, spec))
     since = next((age for age, record in enumerate(reversed(history)) if record.phase != best), len(history))
     return other(best) if since >= spec.retry else best
 

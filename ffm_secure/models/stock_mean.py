@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import BertForSequenceClassification
+from transformers.models.bert.modeling_bert import BertLayer
 
 from ffm_secure.models.builtin import MeanPoolClassifier
 
@@ -47,7 +49,8 @@ def _wider(model: MeanPoolClassifier) -> BertForSequenceClassification:
     config.num_attention_heads *= 2
     config.num_hidden_layers += 1
     config.architectures = None
-    wide = BertForSequenceClassification(config).eval().requires_grad_(False)
+    wide = BertForSequenceClassification(config)
+    wide.train(False).requires_grad_(False)
     for parameter in wide.parameters():
         parameter.zero_()
     return wide
@@ -73,7 +76,7 @@ def _fill(place: Tensor, values: Tensor) -> None:
 
 
 def _add_averaging_layer(wide: BertForSequenceClassification, number: int, width: int) -> None:
-    layer = wide.bert.encoder.layer[number]
+    layer = cast(BertLayer, wide.bert.encoder.layer[number])
     same = torch.eye(width)
     _fill(layer.attention.self.value.weight, same)
     _fill(layer.attention.output.dense.weight, _LOUD * same)
@@ -95,6 +98,7 @@ def _signs(width: int) -> Tensor:
 def _add_head(model: MeanPoolClassifier, wide: BertForSequenceClassification) -> None:
     width = int(model.config.hidden_size)
     pooler, classifier = wide.bert.pooler, wide.classifier
+    assert pooler is not None, "a classifier has one"
     _fill(pooler.dense.weight, _SMALL * torch.eye(width))
     pooler.dense.weight[:width, width] = -_SMALL
     deviation = _FIXED * float(_signs(width).square().sum() / (2 * width)) ** 0.5

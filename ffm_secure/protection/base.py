@@ -40,14 +40,16 @@ class ClientRound(Protocol):
           ProtocolError: the message is refused; the site is lost to this round.
         """
 
-    def seal(self, message: bytes, vector: RingVector) -> bytes:
+    def seal(self, message: bytes, vector: RingVector) -> bytes | memoryview:
         """Answer the upload stage with the sealed update."""
 
 
 class ServerRound(Protocol):
     """The server's half of one round: which stages there are, what goes out, what comes back."""
 
-    stages: Sequence[str]
+    @property
+    def stages(self) -> Sequence[str]:
+        """Return the stages in order."""
 
     def messages(self, stage: str) -> Mapping[int, bytes]:
         """Return what each site still taking part is sent at a stage; asking closes the stage before.
@@ -56,7 +58,7 @@ class ServerRound(Protocol):
           ProtocolError: too few are left, so the sum stays closed.
         """
 
-    def receive(self, stage: str, site: int, reply: bytes) -> None:
+    def receive(self, stage: str, site: int, reply: bytes | memoryview) -> None:
         """Take in one site's answer.
 
         Raises:

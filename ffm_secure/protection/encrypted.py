@@ -145,7 +145,7 @@ class EncryptedClientRound:
 class EncryptedServerRound:
     """Add ciphertexts, send the sum to those in it, take back what they opened and agreed on."""
 
-    stages = (UPLOAD, _PARTIES, "confirm", _TOTAL)
+    stages: Sequence[str] = (UPLOAD, _PARTIES, "confirm", _TOTAL)
 
     def __init__(self, plan: RoundPlan, terms: EncryptedTerms) -> None:
         self._plan, self._terms = plan, terms
@@ -179,15 +179,15 @@ class EncryptedServerRound:
         self._down = sum(len(chunk) for chunk in chunks) * len(arrived)
         return dict.fromkeys(arrived, _join([b"".join(self._adder.parties), *chunks]))
 
-    def receive(self, stage: str, site: int, reply: bytes) -> None:
+    def receive(self, stage: str, site: int, reply: bytes | memoryview) -> None:
         """Take in one answer."""
         if stage == UPLOAD:
-            chunks = _split(reply)
+            chunks = _split(bytes(reply))
             self._up += sum(len(chunk) for chunk in chunks)
             self._adder.add(chunks, sender=self._terms.roster[site])
             self._arrived.append(site)
         elif stage == _PARTIES:
-            self._confirmations[site] = reply
+            self._confirmations[site] = bytes(reply)
         elif stage == "confirm":
             self._agreed.append(site)
         else:

@@ -155,7 +155,7 @@ class MaskedClientRound:
             return session.unmask(message)
         raise ProtocolError
 
-    def seal(self, message: bytes, vector: RingVector) -> bytes:
+    def seal(self, message: bytes, vector: RingVector) -> bytes | memoryview:
         """Return the masked vector; or a signed complaint about shares that could not be opened."""
         try:
             return self._session.mask(
@@ -219,23 +219,26 @@ class MaskedServerRound:
                 going_out[site] = ask(owner)
         return going_out
 
-    def receive(self, stage: str, site: int, reply: bytes) -> None:
+    def receive(self, stage: str, site: int, reply: bytes | memoryview) -> None:
         """Take in one message; it must come from the site it claims to be from."""
         session = self._session
-        receive = {
+        if stage == UPLOAD:
+            self._receive_upload(reply)
+            return
+        receive: Mapping[str, Callable[[bytes], bytes]] = {
             "advertise": session.receive_advertisement,
             "share": session.receive_shares,
-            UPLOAD: session.receive_masked_input,
             "confirm": session.receive_confirmation,
             "unmask": session.receive_response,
-        }[stage]
+        }
+        receive[stage](bytes(reply))
+
+    def _receive_upload(self, reply: bytes | memoryview) -> None:
+        """Take in a masked vector, or note a complaint that comes in its place: its sender is out of this round."""
         try:
-            receive(reply)
+            self._session.receive_masked_input(reply)
         except ProtocolError:
-            if stage == UPLOAD:
-                session.receive_complaint(
-                    reply
-                )  # in place of an upload: noted, and the site is out of this round
+            self._session.receive_complaint(reply)
             raise
 
     def close(self, lost: Mapping[int, str]) -> AggregationResult:

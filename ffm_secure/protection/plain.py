@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class PlainClientRound:
 class PlainServerRound:
     """Add up what arrives, in one accumulator."""
 
-    stages = (UPLOAD,)
+    stages: Sequence[str] = (UPLOAD,)
 
     def __init__(self, plan: RoundPlan, codec: VectorCodec, minimum: int) -> None:
         self._plan, self._codec, self._minimum = plan, codec, minimum
@@ -44,7 +44,7 @@ class PlainServerRound:
         """Ask the whole cohort."""
         return dict.fromkeys(self._plan.cohort, b"")
 
-    def receive(self, stage: str, site: int, reply: bytes) -> None:
+    def receive(self, stage: str, site: int, reply: bytes | memoryview) -> None:
         """Add one packed vector."""
         ring.add_packed(self._total, reply, self._codec.modulus_bits)
         self._arrived.append(site)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from defenses.broadcast_check import Reason, TensorLayout, check_broadcast, layout_of
@@ -49,5 +50,5 @@ class BroadcastGuard:
 
     def _tensors(self, vector: Tensor) -> dict[str, Tensor]:
         sizes = [math.prod(shape) for _, shape in self.layout]
-        parts = vector.float().split(sizes)
+        parts = torch.split(vector.float(), sizes)
         return {name: part.view(shape) for (name, shape), part in zip(self.layout, parts, strict=True)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ffm_secure.errors import StoreError
 from ffm_secure.records import RoundRecord
-from ffm_secure.storage.run_directory import write_atomic
+from ffm_secure.storage.durable import write_atomic
 
 FORMAT = 1
 KEPT = 3  # newest rounds: a run that continues from the checkpoint before its last still finds what it needs
@@ -89,7 +89,7 @@ class ClientStateStore:
         if kept.numel() != sum(sizes):
             raise StoreError(f"{path}: holds {kept.numel()} numbers, this run keeps {sum(sizes)}")
         own = vector.clone()
-        for place, part in zip(self.places, kept.split(sizes), strict=True):
+        for place, part in zip(self.places, torch.split(kept, sizes), strict=True):
             own[place] = part.to(own.device)
         return own
 

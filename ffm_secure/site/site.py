@@ -72,7 +72,7 @@ class Site:
         return self._broadcasts.read(message).plan
 
     @without_locals
-    def handle(self, stage: str, message: bytes) -> bytes:
+    def handle(self, stage: str, message: bytes) -> bytes | memoryview:
         """Answer one message.
 
         Raises:
@@ -119,7 +119,7 @@ class Site:
         current.client_round = self._protection.join(current.plan)
         return record_codec.canonical_bytes(Acceptance(accepted=True, receipt=self.ledger.receipt()))
 
-    def _upload(self, current: _Round, client_round: ClientRound, message: bytes) -> bytes:
+    def _upload(self, current: _Round, client_round: ClientRound, message: bytes) -> bytes | memoryview:
         """Learn from the own rows and seal what comes of it."""
         with self._borrow_trainer() as trainer:
             source = self.source(current.plan)

@@ -45,6 +45,7 @@ class LoraRule(Strategy):
         self.places: dict[str, slice] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         start = 0
+        assert trainable is not None, "a model without factors was refused above"
         for name, shape in trainable.layout:
             stop = start + int(torch.Size(shape).numel())
             self.places[name], self.shapes[name] = slice(start, stop), tuple(shape)

@@ -44,7 +44,7 @@ def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed:
         )
     if task_kind != backbone.kind:
         raise ModelError(f"the model was loaded for {backbone.kind}, not for {task_kind}")
-    made = TRAINABLES.load(kind)(backbone, spec, task_kind=task_kind, seed=seed)
+    made: TrainableModel = TRAINABLES.load(str(kind))(backbone, spec, task_kind=task_kind, seed=seed)
     rehearse(made)
     return made
 

@@ -207,7 +207,8 @@ def _vit_with_registers(vit: Any, prompt: Tensor) -> Dinov2WithRegistersForImage
             num_register_tokens=len(prompt),
             **{name: getattr(config, name) for name in shared},
         )
-    ).eval()
+    )
+    wide.train(False)
     target = dict(wide.named_parameters())
     for parameter in wide.parameters():
         parameter.requires_grad_(False).zero_()

@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, TaskType
@@ -98,7 +98,7 @@ def read_record(folder: Path) -> ModelExport:
     return record
 
 
-def _form(trainable: TrainableModel) -> str:
+def _form(trainable: TrainableModel) -> Literal["adapter", "model", "whole", "own"]:
     """Choose how stock libraries compute a trained model."""
     backbone, kind = trainable.backbone, trainable.kind
     averages = has_own_head(backbone)
@@ -191,7 +191,7 @@ def _write_complete(trainable: TrainableModel, folder: Path, *, max_length: int)
     model.save_pretrained(folder)
     backbone, prompted = trainable.backbone, 0
     if trainable.kind in SOFT and backbone.tokenizer is not None:
-        prompted = trainable.model.length  # type: ignore[union-attr]
+        prompted = int(trainable.model.length)  # type: ignore[arg-type]
     write_preparation(backbone, folder, max_length=max_length, prompted=prompted)
 
 

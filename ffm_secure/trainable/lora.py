@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -197,10 +197,10 @@ def _put_core(path: str, layer: Any) -> nn.Parameter:
     with torch.no_grad():
         a.weight.copy_(vt[:rank] * sign[:, None])
         b.weight.copy_(u[:, :rank] * (s[:rank] * sign))
-    core = nn.Linear(rank, rank, bias=False).to(b.weight.dtype)
+    core = nn.Linear(rank, rank, bias=False, dtype=b.weight.dtype)
     nn.init.zeros_(core.weight)
     layer.lora_B["default"] = nn.Sequential(core, b)
-    return core.weight
+    return cast(nn.Parameter, core.weight)
 
 
 def _wrap(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import load_backbone
@@ -146,7 +147,7 @@ class Predictor:
 
     def _continue(self, text: str) -> Prediction:
         """Continue a text with the likeliest token, one at a time."""
-        tokenizer = self.trainable.backbone.tokenizer
+        tokenizer = self._tokenizer()
         limit = self.trainable.backbone.max_positions or 10**9
         tokens = self._tokens(text)
         given = len(tokens)
@@ -155,11 +156,11 @@ class Predictor:
             if token == tokenizer.eos_token_id:
                 break
             tokens.append(token)
-        return Prediction(answer=tokenizer.decode(tokens, skip_special_tokens=True))
+        return Prediction(answer=str(tokenizer.decode(tokens, skip_special_tokens=True)))
 
     def _restore(self, text: str) -> Prediction:
         """Replace every mask token by the likeliest one."""
-        tokenizer = self.trainable.backbone.tokenizer
+        tokenizer = self._tokenizer()
         tokens = tokenizer(text, truncation=True, max_length=self.export.max_length)["input_ids"]
         places = [place for place, token in enumerate(tokens) if token == tokenizer.mask_token_id]
         if not places:
@@ -167,15 +168,21 @@ class Predictor:
         best = self._token_scores(tokens).argmax(dim=-1)
         for place in places:
             tokens[place] = int(best[place])
-        return Prediction(answer=tokenizer.decode(tokens, skip_special_tokens=True))
+        return Prediction(answer=str(tokenizer.decode(tokens, skip_special_tokens=True)))
 
     def _tokens(self, text: str) -> list[int]:
         """Return the tokens a text is continued from; the token that ends a text is left out."""
-        tokenizer = self.trainable.backbone.tokenizer
+        tokenizer = self._tokenizer()
         tokens = list(tokenizer(text, truncation=True, max_length=self.export.max_length)["input_ids"])
         if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
             tokens.pop()
         return tokens or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer; a model of texts has one."""
+        tokenizer = self.trainable.backbone.tokenizer
+        assert tokenizer is not None, "a model of texts has a tokenizer"
+        return cast(PreTrainedTokenizerBase, tokenizer)
 
 
 def _room(trainable: TrainableModel) -> int:

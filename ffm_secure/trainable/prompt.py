@@ -46,7 +46,8 @@ class PromptedModel(nn.Module):
 
     def virtual_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the virtual tokens of every sample, [B, length, d]; other kinds of prompt compute them here."""
-        return self.prompt(len(next(iter(batch.values()))))
+        tokens: Tensor = self.prompt(len(next(iter(batch.values()))))
+        return tokens
 
     def forward(self, **batch: Any) -> Any:
         """Return the model's output for one batch."""

@@ -107,7 +107,8 @@ def attach_p_tuning(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: s
     wrapped = _seeded(build, with_own_head(backbone), start_prompt(backbone, length, seed), seed=seed)
     own = {"prompt_encoder.embedding": wrapped.prompt.value, **_named(wrapped.encoder, "prompt_encoder")}
     line = f"prompt encoder for {length} tokens, {hidden} wide: {_count(own):,} numbers"
-    return _finish(PTuning, backbone, wrapped, own, line)
+    trainable: PTuning = _finish(PTuning, backbone, wrapped, own, line)
+    return trainable
 
 
 # --- deep prompts ----------------------------------------------------------------------------------------------------
@@ -180,7 +181,8 @@ def attach_deep_prompt(
     )
     own = {"prompts.first": wrapped.prompt.value, "prompts.later": wrapped.deeper.value}
     line = f"deep prompt of {length} tokens for each of {count} layers: {_count(own):,} numbers"
-    return _finish(DeepPrompt, backbone, wrapped, own, line)
+    trainable: DeepPrompt = _finish(DeepPrompt, backbone, wrapped, own, line)
+    return trainable
 
 
 # --- the prompt generator --------------------------------------------------------------------------------------------
@@ -278,7 +280,8 @@ def attach_prompt_generator(
     }
     source = "the frozen model's view of the input" if representation == "model" else "the input's embeddings"
     line = f"prompt generator for {length} tokens from {source}, {hidden} wide: {_count(own):,} numbers"
-    return _finish(PromptGenerator, backbone, wrapped, own, line)
+    trainable: PromptGenerator = _finish(PromptGenerator, backbone, wrapped, own, line)
+    return trainable
 
 
 def _finish(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from defenses.dp import Clipping, PerSampleEngine
 from defenses.errors import NotPrivateError
+from ffm_secure.config.run_file import ClippingKind
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import TrainableModel
@@ -52,7 +53,9 @@ def rehearse(trainable: TrainableModel) -> None:
         raise ModelError(_refusal(trainable, f"does not use it: no gradient reaches {lost[0]}{more}"))
 
 
-def rehearse_per_sample(trainable: TrainableModel, names: Iterable[str] | None, *, clipping: str) -> None:
+def rehearse_per_sample(
+    trainable: TrainableModel, names: Iterable[str] | None, *, clipping: ClippingKind
+) -> None:
     """Take clipped per-sample gradients of one tiny batch; `names` is what a step trains, None for all.
 
     Raises:
