@@ -50,7 +50,7 @@ def imported_packages(folders: Iterable[str]) -> dict[str, str]:
                 continue
             for name in names:
                 packages.setdefault(name.split(".")[0], str(path.relative_to(ROOT)))
-    own = {*OURS, "benchmarks", "tests"}
+    own = {*OURS, "benchmarks", "tests", "_typeshed"}  # the last is known to type checkers alone
     return {name: path for name, path in packages.items() if name not in sys.stdlib_module_names | own}
 
 
