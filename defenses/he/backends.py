@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
@@ -378,6 +379,7 @@ class Accumulator:
         self._total: list[Any] = []
         self._parties: list[bytes] = []
         self._broken = False
+        self._lock = threading.Lock()
 
     @property
     def parties(self) -> tuple[bytes, ...]:
@@ -391,13 +393,21 @@ class Accumulator:
             ProtocolError: a malformed, reordered, incomplete, foreign, unsigned or repeated upload, one in another's
                 name, or one from outside the cohort.
         """
-        if self._broken or sender in self._parties or sender not in self._agreement.cohort:
-            raise ProtocolError
+        self._require_new(sender)
         payloads = read_sealed(
             chunks, sender=sender, digest=self._digest, count=self._count, limit=self._engine.payload_limit
         )
         loaded = [self._engine.load(payload) for payload in payloads]
-        self._parties.append(sender)
+        with self._lock:
+            self._require_new(sender)
+            self._parties.append(sender)
+            self._add(loaded)
+
+    def _require_new(self, sender: bytes) -> None:
+        if self._broken or sender in self._parties or sender not in self._agreement.cohort:
+            raise ProtocolError
+
+    def _add(self, loaded: list[Any]) -> None:
         if not self._total:
             self._total = loaded
             return

@@ -179,12 +179,13 @@ class KeyRequest:
     Guarantee: the private half never leaves this object and serves one answer.
     """
 
-    __slots__ = ("_private", "identity", "offer", "run")
+    __slots__ = ("_lock", "_private", "_process", "identity", "offer", "run")
 
     def __init__(self, identity: Ed25519PrivateKey, *, run: bytes, random: RandomSource) -> None:
         if len(run) != RUN_BYTES:
             raise ParameterError(f"run has {len(run)} bytes: use the {RUN_BYTES} bytes of the run to join")
         self._private: X25519PrivateKey | None = X25519PrivateKey.from_private_bytes(random.random_bytes(32))
+        self._lock, self._process = threading.Lock(), os.getpid()
         self.identity = _raw(identity.public_key())
         self.run = run
         body = _OFFER + run + self.identity + _raw(self._private.public_key())
@@ -196,7 +197,11 @@ class KeyRequest:
         Raises:
             ProtocolError: not for this request, not from `holder`, altered, or under other parameters.
         """
-        if self._private is None:
+        with self._lock:
+            return self._unwrap(wrapped, holder, parameters)
+
+    def _unwrap(self, wrapped: bytes, holder: bytes, parameters: Parameters) -> KeyHolder:
+        if self._private is None or self._process != os.getpid():
             raise ProtocolError
         exchange = _raw(self._private.public_key())
         body, signature = wrapped[:-_SIGNATURE_BYTES], wrapped[-_SIGNATURE_BYTES:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Concatenate, ParamSpec, TypeVar
@@ -59,10 +60,22 @@ def _receives(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
     @functools.wraps(method)
     def run(session: ServerSession, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
-            return method(session, *args, **kwargs)
+            with session._lock:
+                return method(session, *args, **kwargs)
         except Exception:
             pass
         raise ProtocolError
+
+    return run
+
+
+def _alone(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
+    """Keep other threads out of the session meanwhile: what is checked must still hold when it is set."""
+
+    @functools.wraps(method)
+    def run(session: ServerSession, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with session._lock:
+            return method(session, *args, **kwargs)
 
     return run
 
@@ -80,7 +93,7 @@ class ServerSession:
 
     Guarantee: a `receive_` method returns the sender's id, or raises ProtocolError and is as if it had not been called,
     so one client's nonsense never ends the session for the others; the same message again is acknowledged and counts
-    once. A question that comes too early is refused and may be asked again. Vectors are added to one accumulator as they
+    once. A question that comes too early is refused and may be asked again. Threads may share a session. Vectors are added to one accumulator as they
     come: at any number of clients the session holds one vector, plus the message being added.
     Raises: NotEnoughClients (a ProtocolError) when a stage would close with too few, and it stays open; ProtocolError from
     `finish` when the shares do not fit together.
@@ -94,6 +107,7 @@ class ServerSession:
         left_out: Collection[bytes] = (),
     ) -> None:
         self._parameters = parameters
+        self._lock = threading.RLock()
         self._welcome = frozenset(parameters.cohort).difference(left_out)
         self._accepted: dict[tuple[messages.Kind, bytes], bytes] = {}
         self._complaints: list[Complaint] = []
@@ -144,6 +158,7 @@ class ServerSession:
         """Return what members hold against each other so far; see `complaints.left_out`."""
         return tuple(self._complaints)
 
+    @_alone
     def close_stage(self) -> Stage:
         """Stop receiving for this stage and return the next one.
 
@@ -230,6 +245,7 @@ class ServerSession:
         self._roster_message = messages.write_roster(adverts)
         self._stage = Stage.SHARE
 
+    @_alone
     def roster_message(self, owner: bytes | None = None) -> bytes:
         """Return everybody's adverts, the same bytes for all; the first call closes R0.
 
@@ -271,6 +287,7 @@ class ServerSession:
         self._accumulator = np.zeros(self._parameters.length, dtype=word_type(self._parameters.modulus_bits))
         self._stage = Stage.MASK
 
+    @_alone
     def delivery_for(self, owner: bytes) -> bytes:
         """Return the shares the neighbours dealt to a client; the first call closes R1."""
         if self._stage is Stage.SHARE:
@@ -334,6 +351,7 @@ class ServerSession:
 
     # R2
 
+    @_alone
     def bind_model(self, model_hash: bytes) -> None:
         """Say which model a session set up with a deferred one is about; before the first upload, once."""
         self._require(Stage.MASK)
@@ -377,6 +395,7 @@ class ServerSession:
 
     # R3
 
+    @_alone
     def survivors_message(self, owner: bytes | None = None) -> bytes:
         """Return who uploaded, the same bytes for all (active mode); the first call closes R2."""
         if self._stage is Stage.MASK and self._parameters.mode == "active":
@@ -410,6 +429,7 @@ class ServerSession:
 
     # R4
 
+    @_alone
     def request_for(self, owner: bytes) -> bytes:
         """Return the unmask request for a client; the first call closes R2 (semi-honest) or R3 (active).
 
@@ -464,6 +484,7 @@ class ServerSession:
         self._signed_responses[place] = (statement, response.signature)
         return self._accept(messages.Kind.RESPONSE, response.id, signed, len(message))
 
+    @_alone
     def finish(self) -> RingSum:
         """Rebuild the secrets that open the sum, remove the masks and return it; can be called once.
 

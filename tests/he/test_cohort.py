@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from dataclasses import replace
 
@@ -281,6 +282,33 @@ def test_without_the_check_a_key_of_small_order_signs_everything():
 
     neutral = Ed25519PublicKey.from_public_bytes((1).to_bytes(32, "little"))
     neutral.verify((1).to_bytes(32, "little") + bytes(32), b"whatever it is")
+
+
+def test_one_upload_handed_in_by_many_threads_is_added_once():
+    key = holder(PARAMETERS)
+    terms = agreement(key.run, parties=3, bound=100, length=20)
+    server, chunks = server_of(key, terms), upload(key, terms, 0, VECTORS[0])
+    start, refused = threading.Barrier(6), []
+
+    def hand_in() -> None:
+        start.wait()
+        try:
+            server.add(chunks, sender=PARTIES[0])
+        except ProtocolError:
+            refused.append(True)
+
+    threads = [threading.Thread(target=hand_in) for _ in range(6)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change as often as they can
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert server.parties == (PARTIES[0],)
+    assert len(refused) == 5
 
 
 def test_an_oversized_wrapped_key_is_refused_before_it_is_read():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -286,6 +288,35 @@ def number_at_zero(shares: dict[int, bytes]) -> int:
     return extrapolate(shares, tuple(shares), 0)
 
 
+def test_more_liars_than_can_be_corrected_cannot_have_others_named():
+    """Three liars among m = t + 3 choose errors whose shortest recurrence has its roots at two honest points.
+
+    The syndromes (1, a + b, (a + b)^2 - ab) have the locator (x - a)(x - b), whoever made them.
+    """
+    prime, source, secret = shamir.PRIME, RandomSource.seeded(6), b"s" * 32
+    dealt = shamir.split(secret, threshold=4, shares=7, source=source)
+    shares, liars, framed = {x: dealt[x - 1] for x in range(1, 8)}, (1, 2, 5), (3, 4)
+    wanted = [1, sum(framed), sum(framed) ** 2 - framed[0] * framed[1]]
+    weights, _ = shamir._weights(tuple(range(1, 8)))
+    for liar in liars:
+        others = [other for other in liars if other != liar]
+        # The factor of this liar in sum(u x^j) = wanted_j, by Lagrange's polynomials on the three points.
+        under = (liar - others[0]) * (liar - others[1])
+        factor = (wanted[2] - sum(others) * wanted[1] + others[0] * others[1] * wanted[0]) * pow(
+            under, -1, prime
+        )
+        error = factor * pow(weights[liar - 1] * liar, -1, prime)
+        shares[liar] = ((number(shares[liar]) + error) % prime).to_bytes(33, "big")
+    syndromes = [
+        sum(weight * x * number(shares[x]) * x**j for x, weight in enumerate(weights, start=1)) % prime
+        for j in range(3)
+    ]
+    assert syndromes == wanted
+    with pytest.raises(ProtocolError):
+        shamir.wrong_points(shares, threshold=4)
+    assert shamir.recover(shares, threshold=4, accept=secret.__eq__, source=source) == (secret, ())
+
+
 def test_beyond_half_of_the_spare_shares_the_secret_may_come_back_and_nobody_is_named():
     source, secret = RandomSource.seeded(5), b"s" * 32
     dealt = shamir.split(secret, threshold=2, shares=7, source=source)
@@ -421,3 +452,43 @@ def respond(table: Table, stage: Stage, owner: bytes) -> bytes:
     if stage is Stage.CONFIRM:
         return session.confirm(server.survivors_message(owner))
     return session.unmask(server.request_for(owner))
+
+
+class Dawdling(ServerSession):
+    """Take so long over a signature that another thread would come between check and sum."""
+
+    def _verify(self, owner: bytes, signature: bytes, statement: bytes) -> None:
+        super()._verify(owner, signature, statement)
+        time.sleep(0.02)
+
+
+def test_an_upload_handed_in_by_two_threads_at_once_counts_once():
+    table = play(gather(5), Stage.ADVERTISE)
+    server, ids = Dawdling(table.parties.parameters, source=table.parties.source), table.ids
+    table.server = server
+    for owner in ids:
+        server.receive_advertisement(table.clients[owner].advertise())
+    for owner in ids:
+        server.receive_shares(table.clients[owner].share(server.roster_message()))
+    upload = {
+        owner: bytes(mask(table.clients[owner], server.delivery_for(owner), table.vectors[owner]))
+        for owner in ids
+    }
+    start = threading.Barrier(2 * len(ids))
+
+    def hand_in(message: bytes) -> None:
+        start.wait()
+        assert server.receive_masked_input(message) in ids
+
+    threads = [threading.Thread(target=hand_in, args=(message,)) for message in 2 * list(upload.values())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    server.close_stage()
+    for owner in ids:
+        server.receive_confirmation(table.clients[owner].confirm(server.survivors_message()))
+    server.close_stage()
+    for owner in ids:
+        server.receive_response(table.clients[owner].unmask(server.request_for(owner)))
+    assert_exact_sum(server, table, ids)

@@ -323,18 +323,21 @@ def test_a_forked_process_goes_on_with_neither_session_nor_memory():
     table = play(parties, Stage.MASK)
     owner = table.ids[0]
     session, delivery = table.clients[owner], table.server.delivery_for(owner)
+    elsewhere = play(gather(4, seed=1), Stage.CONFIRM)
+    confirming, survivors = elsewhere.clients[elsewhere.ids[0]], elsewhere.server.survivors_message()
     child = os.fork()
     if child == 0:
         answers = 0
         for call in (
             lambda: mask(session, delivery, table.vectors[owner]),
             lambda: parties.people[owner].guard.enter(OTHER_RUN, 1),
+            lambda: confirming.confirm(survivors),
         ):
             try:
                 call()
             except ProtocolError:
                 answers += 1
-        os._exit(0 if answers == 2 else 1)
+        os._exit(0 if answers == 3 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     mask(session, delivery, table.vectors[owner])
 
