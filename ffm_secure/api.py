@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,12 +69,18 @@ class Run:
         return summary.describe(self.prepared())
 
     def start(
-        self, *, callback: federation.Callback | None = None, fairness: bool = True, complete: bool = True
+        self,
+        *,
+        callback: federation.Callback | None = None,
+        fairness: bool = True,
+        complete: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> Result:
         """Train to the end of the rounds or of the budget; continue a run that was stopped.
 
         A run that is complete already is read, not trained, evaluated or charged again.
         Without `fairness` the report says nothing about single clients, and their evaluation is saved.
+        `should_stop` is asked after every round; when it says yes, the run ends there as if it had been interrupted.
         Without `complete` the folder `adapter/` holds what was trained alone: no model of any size lies beside it.
         """
         began = time.perf_counter()
@@ -88,7 +95,14 @@ class Run:
             zero = ready.server.evaluate(initial).metric
             try:
                 start = ready.begin(store)
-                trained = federation.run(ready.server, ready.courier, store, start=start, callback=callback)
+                trained = federation.run(
+                    ready.server,
+                    ready.courier,
+                    store,
+                    start=start,
+                    callback=callback,
+                    should_stop=should_stop,
+                )
             finally:
                 ready.courier.close()
             self._release(ready, trained, initial)

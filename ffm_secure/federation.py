@@ -7,6 +7,7 @@ keys. Neither side can reach the other but through the courier.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,6 +63,7 @@ def run(
     *,
     start: tuple[ServerState, tuple[RoundRecord, ...]],
     callback: Callback | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Train until the rounds or the budgets end; `start` is where the run begins, or where a killed one stopped.
 
@@ -86,9 +88,15 @@ def run(
             store.commit(state, record, run_id=server.run_id)
             records = (*records, record)
             callback.round_finished(record)
+            if should_stop() and len(records) < total:
+                raise Interrupted(
+                    f"stopped after round {len(records)}, which cost nothing beyond it; run the same command again to continue"
+                )
     except KeyboardInterrupt:
         raise Interrupted(
-            f"stopped after round {len(records)}; run the same command again to continue"
+            f"stopped after round {len(records)}, inside the next: whoever had paid for it has paid "
+            f"({server.spec.config.privacy.spare_rounds} spare attempts in all, privacy.spare_rounds); run the same command "
+            "again to continue"
         ) from None
     return TrainingResult(state=state, records=records, status="complete")
 

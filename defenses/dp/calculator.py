@@ -16,6 +16,7 @@ from defenses.dp.events import (
     Adjacency,
     GaussianEvent,
     Sampling,
+    TuningEvent,
     Unit,
 )
 from defenses.errors import ParameterError
@@ -62,6 +63,29 @@ def epsilon_report(
         "slack": bound.slack,
         "segments": [{"q": e.sampling_rate, "sigma": e.noise_multiplier, "steps": e.steps} for e in events],
     }
+
+
+def tuned_report(segments: Sequence[Segment], delta: float, law: str, stopping: float) -> dict[str, Any]:
+    """Return epsilon of releasing only the best of a random number of runs of these segments.
+
+    `law` is 'poisson' (`stopping` runs on average) or 'geometric' (after each run the search ends with probability `stopping`);
+    the number is drawn before any run is looked at.
+    Raises: ParameterError listing every problem.
+    Source: Papernot, Steinke, arXiv 2110.03620, theorems 2 and 6.
+    """
+    alone = epsilon_report(segments, delta)
+    parts = [_event(q, sigma, steps, "poisson", "add_remove", "record", 1) for q, sigma, steps in segments]
+    event = TuningEvent(
+        base=tuple(parts),
+        distribution="poisson" if law == "poisson" else "truncated_negative_binomial",
+        stopping=stopping,
+        release="the best run",
+    )
+    accountant = Accountant()
+    accountant.compose(event)
+    bound = accountant.epsilon(delta)
+    chosen = {"epsilon": bound.epsilon, "one_run": alone["epsilon"], "runs": f"{law}, {stopping:g}"}
+    return {**alone, **chosen, "accountant": bound.accountant, "slack": bound.slack}
 
 
 def sigma_report(

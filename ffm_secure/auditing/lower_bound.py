@@ -51,7 +51,7 @@ def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[
     mechanism, config = prepared.mechanism, prepared.config
     if mechanism.noise_multiplier == 0.0:
         return {}
-    rounds = max(1, compatibility.participation_cap(config))
+    rounds = max(1, compatibility.paid_rounds(config))
     dimension = max(2 * CANARIES, min(prepared.trainable.size, 20_000))
     coins = canary.Canaries(
         count=CANARIES, dimension=dimension, norm=mechanism.clip_norm, seed=seed, kind="dirac"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ffm_secure.cli import calculator
 from ffm_secure.cli.printable import printable
@@ -163,7 +164,29 @@ def audit(
     commands.audit(folder, seen, budget=budget, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
 
 
-@app.command()
+class _ShowsByDefault(TyperGroup):
+    """A group whose first word may be a ledger to show instead of a command."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Put `show` before anything that is not a command of the group."""
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+ledger_app = typer.Typer(cls=_ShowsByDefault, no_args_is_help=True, help="Show, verify and open ledgers.")
+budget_app = typer.Typer(no_args_is_help=True, help="Change the lifetime budget of the rows in a ledger.")
+app.add_typer(ledger_app, name="ledger")
+ledger_app.add_typer(budget_app, name="budget")
+LedgerFile = Annotated[Path | None, typer.Argument(help="Ledger file; without one, this user's own.")]
+Unit = Annotated[str, typer.Option(help="record, person or client.")]
+
+
+def _ledger_commands() -> Any:
+    return importlib.import_module("ffm_secure.cli.ledger_commands")
+
+
+@ledger_app.command(name="show")
 def ledger(
     folder: Annotated[Path, typer.Argument(help="Run directory or ledger file.", show_default=False)],
     owner: Annotated[str, typer.Option(help="Show one data owner only.")] = "",
@@ -172,6 +195,40 @@ def ledger(
 ) -> None:
     """Verify a ledger, then print every charge and the epsilon they add up to."""
     _commands().ledger(folder, owner=owner, export=export, json=json)
+
+
+@ledger_app.command(name="init")
+def ledger_init(
+    epsilon: Annotated[float, typer.Option(help="What every row may spend in its whole life.")],
+    path: LedgerFile = None,
+    delta: Annotated[float, typer.Option(help="Delta.")] = 1e-5,
+    unit: Unit = "record",
+    json: Json = False,
+) -> None:
+    """Make a ledger and set the lifetime budget of its rows, once."""
+    _ledger_commands().init(path, epsilon=epsilon, delta=delta, unit=unit, json=json)
+
+
+@ledger_app.command(name="verify")
+def ledger_verify(
+    path: LedgerFile = None,
+    anchor: Annotated[str, typer.Option(help="number:hash kept elsewhere, or a report.json.")] = "",
+    json: Json = False,
+) -> None:
+    """Check every row of a ledger; with an anchor, also that nothing was taken back."""
+    _ledger_commands().verify(path, anchor=anchor, json=json)
+
+
+@budget_app.command(name="raise")
+def ledger_budget_raise(
+    epsilon: Annotated[float, typer.Option(help="The new lifetime budget.")],
+    because: Annotated[str, typer.Option(help="Why; recorded for good.")] = "",
+    path: LedgerFile = None,
+    unit: Unit = "record",
+    json: Json = False,
+) -> None:
+    """Set the lifetime budget of a ledger's rows anew."""
+    _ledger_commands().raise_budget(path, epsilon=epsilon, because=because, unit=unit, json=json)
 
 
 @app.command()
@@ -217,10 +274,18 @@ def epsilon(
         list[str] | None,
         typer.Option(metavar="Q,SIGMA,STEPS", help="One more part of the history; may repeat."),
     ] = None,
+    best_of: Annotated[
+        str,
+        typer.Option(
+            metavar="LAW:NUMBER",
+            help="Only the best of a random number of such runs is released: poisson:MEAN or geometric:STOPPING.",
+        ),
+    ] = "",
     json: Json = False,
 ) -> None:
     """Compute the epsilon of a history of Poisson-sampled Gaussian steps."""
-    calculator.epsilon(q, sigma, steps, delta=delta, segments=tuple(segment or ()), json=json)
+    segments = tuple(segment or ())
+    calculator.epsilon(q, sigma, steps, delta=delta, segments=segments, best_of=best_of, json=json)
 
 
 @app.command(name="sigma")

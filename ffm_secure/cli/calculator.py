@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from defenses.dp.calculator import epsilon_report, sigma_report
+from defenses.dp.calculator import epsilon_report, sigma_report, tuned_report
 from ffm_secure.cli.console import clear_errors, number, say
 from ffm_secure.errors import ConfigError
 
@@ -14,16 +14,17 @@ def epsilon(
     *,
     delta: float,
     segments: tuple[str, ...],
+    best_of: str = "",
     json: bool,
 ) -> None:
-    """Print the epsilon of a history."""
+    """Print the epsilon of a history, or of choosing the best of a random number of runs of it."""
     with clear_errors():
         parts = [*_first_segment(q, sigma, steps), *(_segment(text) for text in segments)]
         if not parts:
             raise ConfigError(
                 "epsilon", ["give --q, --sigma and --steps, or at least one --segment q,sigma,steps"]
             )
-        found = epsilon_report(parts, delta)
+        found = tuned_report(parts, delta, *_law(best_of)) if best_of else epsilon_report(parts, delta)
     say(found, [f"{name}: {number(value)}" for name, value in found.items()], json=json)
 
 
@@ -40,6 +41,20 @@ def sigma(
             history=[_segment(text) for text in segments],
         )
     say(found, [f"{name}: {number(value)}" for name, value in found.items()], json=json)
+
+
+def _law(text: str) -> tuple[str, float]:
+    law, _, number_text = text.partition(":")
+    try:
+        stopping = float(number_text)
+    except ValueError:
+        stopping = 0.0
+    if law not in ("poisson", "geometric") or not stopping > 0:
+        raise ConfigError(
+            "epsilon",
+            [f"--best-of = {text!r}: must be poisson:MEAN or geometric:STOPPING, for instance poisson:10"],
+        )
+    return law, stopping
 
 
 def _first_segment(q: float | None, sigma: float | None, steps: int | None) -> list[tuple[float, float, int]]:

@@ -16,6 +16,7 @@ from ffm_secure.api import Result, load
 from ffm_secure.cli import doctor as checkup
 from ffm_secure.cli.console import clear_errors, console, print_json, print_lines, say
 from ffm_secure.cli.data_check import data_check
+from ffm_secure.cli.patience import patience
 from ffm_secure.cli.progress import Bars
 from ffm_secure.data import checks
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound, StoreError
@@ -50,8 +51,11 @@ def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet
         if not silent:
             print_lines([*_plan_lines(described), "", *checks.lines(data_check(started)), ""])
         budget = started.config.privacy.epsilon
-        with Bars(rounds=started.config.federation.rounds, budget=budget, quiet=silent) as bars:
-            result = started.start(callback=bars)
+        with (
+            patience() as should_stop,
+            Bars(rounds=started.config.federation.rounds, budget=budget, quiet=silent) as bars,
+        ):
+            result = started.start(callback=bars, should_stop=should_stop)
         if result.known and not silent:
             print_lines([_KNOWN.format(rounds=len(result.summary.rounds), folder=result.folder)])
         if started.config.audit.observers and result.summary.rounds and result.summary.audit is None:

@@ -51,6 +51,9 @@ _CLIP_UNIT = "clips single records; the client unit clips whole updates: use cli
 _CLIP_NONE = "there is nothing to clip without a privacy unit: leave clipping at 'flat'"
 _SEEDED_NONE = "a run without privacy unit draws no privacy noise: leave noise at 'system'"
 
+LARGEST_RECORD_DELTA = 1e-2
+LARGEST_EPSILON = 1000.0
+
 # (axis, axis): refused pairs with the reason. Pairs that are absent were considered and are sound.
 REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("task", "trainable"): {
@@ -202,6 +205,16 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
             f"{1 / config.task.clients:g}, or the guarantee may "
             "give away one whole client"
         )
+    if privacy.unit in ("record", "person") and privacy.delta > LARGEST_RECORD_DELTA:
+        yield (
+            f"privacy.delta = {privacy.delta}: must be at most {LARGEST_RECORD_DELTA:g}, or the guarantee may give away one "
+            "record in a hundred; take less than 1 / the number of rows"
+        )
+    if privacy.unit != "none" and privacy.epsilon > LARGEST_EPSILON:
+        yield (
+            f"privacy.epsilon = {privacy.epsilon:g}: above {LARGEST_EPSILON:g} nothing is promised that anybody could notice; "
+            "choose less, or say unit = 'none' with a reason"
+        )
     adaptive = (
         LIFECYCLES.has(federation.lifecycle.kind, "public_phases")
         and federation.lifecycle.controller.kind != "fixed"
@@ -242,6 +255,11 @@ def shamir_threshold(config: RunConfig) -> int:
 def participation_cap(config: RunConfig) -> int:
     """Return the largest number of rounds any one client takes part in under the balanced schedule."""
     return math.ceil(private_rounds(config) * config.federation.cohort / config.task.clients)
+
+
+def paid_rounds(config: RunConfig) -> int:
+    """Return the most rounds one owner pays for: those it takes part in, and the spare attempts the run file asks for."""
+    return participation_cap(config) + config.privacy.spare_rounds
 
 
 def private_rounds(config: RunConfig) -> int:

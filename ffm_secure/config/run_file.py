@@ -254,6 +254,12 @@ class Privacy:
     clip_norm: float = option(0.0, minimum=0.0, maximum=1e9)
     records_per_person: int = option(1, minimum=1, maximum=1024)
     clipping: ClippingKind = option("flat", choices=("flat", "per_layer", "automatic"))
+    spare_rounds: int = option(
+        0,
+        minimum=0,
+        maximum=1_000_000,
+        help="attempts an owner may lose to aborted or interrupted rounds; the noise is calibrated for them too",
+    )
     ledger: str = option(
         "",
         help="SQLite file of the rows' owner; empty: this user's own, outside every run; 'run': inside the run directory, "

@@ -170,7 +170,7 @@ def _outlook(
         return None
     with open_ledger(path) as ledger:
         event = spec.mechanism.event(release="update of one round")
-        rounds = compatibility.participation_cap(config)
+        rounds = compatibility.paid_rounds(config)
         outlook = look_ahead(ledger, path, data.names(), config.privacy, event, rounds)
     if not outlook.pays and not begun:
         raise PlanRefused([outlook.refusal(config.privacy.unit)])

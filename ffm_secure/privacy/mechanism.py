@@ -225,7 +225,7 @@ def calibrate(
 
     `multiplier` is the noise a run has begun with, and stays. `history` is what the owners' ledgers already hold; the new
     noise is chosen for what is left.
-    Guarantee: `participation_cap` rounds of the returned mechanism's event, on top of the history, cost at most the budget;
+    Guarantee: `paid_rounds` rounds of the returned mechanism's event, on top of the history, cost at most the budget;
     more are refused by the ledger. Divisors and rates come from the run file and public sizes only.
     Raises:
       BudgetExceeded: the history leaves nothing.
@@ -243,7 +243,7 @@ def _record_noise(
     privacy = config.privacy
     steps = compatibility.local_steps(config, public_client_size)
     rate = compatibility.sampling_rate(config, public_client_size)
-    cap = max(1, compatibility.participation_cap(config))
+    cap = max(1, compatibility.paid_rounds(config))
     sigma = multiplier or noise_multiplier(
         epsilon=privacy.epsilon * (1 - _HEADROOM),
         delta=privacy.delta,
@@ -273,7 +273,7 @@ def _client_noise(config: RunConfig, size: int, history: Sequence[Event], multip
     scale = ((1 << (protection.value_bits - 1)) - 1) / privacy.clip_norm
     # A curious client knows its own share of the noise, so at least one share is never counted.
     honest = compatibility.minimum_survivors(config) - max(1, protection.colluding)
-    cap = max(1, compatibility.participation_cap(config))
+    cap = max(1, compatibility.paid_rounds(config))
 
     def mechanism(multiplier: float) -> ClientNoise:
         inner = ClientMechanism(

@@ -58,7 +58,7 @@ def statements(
 def _bound(config: RunConfig, mechanism: Mechanism, events: Sequence[Event] | None) -> EpsilonBound:
     accountant = Accountant()
     if mechanism.noise_multiplier and events is None:
-        rounds = max(1, compatibility.participation_cap(config))
+        rounds = max(1, compatibility.paid_rounds(config))
         accountant.compose(mechanism.event("plan"), count=rounds)
     for event, count in Counter(events or ()).items():
         accountant.compose(event, count=count)
@@ -70,7 +70,7 @@ def _mechanism_words(
 ) -> tuple[str, ...]:
     if events is not None and len(set(events)) > 1:
         return tuple(f"{count} x {event.to_json()}" for event, count in Counter(events).items())
-    return (mechanism.words(compatibility.participation_cap(config)),)
+    return (mechanism.words(compatibility.paid_rounds(config)),)
 
 
 def _for_observer(common: PrivacyStatement, config: RunConfig, observer: Observer) -> PrivacyStatement:

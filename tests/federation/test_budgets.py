@@ -17,7 +17,7 @@ from ffm_secure.config import run_file
 from ffm_secure.data.dataset import Examples, load
 from ffm_secure.data.row_names import named
 from ffm_secure.engines import simulation, summary
-from ffm_secure.errors import ConfigError, PlanRefused
+from ffm_secure.errors import ConfigError, Interrupted, PlanRefused
 from defenses.dp.records import RecordKey
 from tests.federation.helpers import RECORD, call, first_plan, make, prepared, table, train
 
@@ -243,3 +243,40 @@ def test_plan_says_before_this_run_and_left(tmp_path: Path) -> None:
     words = " ".join(shown.stdout.split())
     assert "spent before 0, this run 3.99" in words
     assert "left 0.00" in words
+
+
+def test_spare_rounds_are_calibrated_and_pay_for_lost_attempts(tmp_path: Path) -> None:
+    """Without them one lost attempt ended the run a round early."""
+    privacy = {"spare_rounds": 2}
+    rows = write(tmp_path / "x", plain())
+    ready = simulation.build(prepared(config(rows, tmp_path / "a.sqlite", privacy=privacy)), tmp_path / "run")
+    without = prepared(config(rows, tmp_path / "b.sqlite"))
+    assert ready.mechanism.noise_multiplier > without.mechanism.noise_multiplier
+    plan, ledger = first_plan(ready), ready.sites[0].ledger
+    for _ in range(3):  # one round, lost twice
+        assert ledger.affords(plan)
+        ledger.reserve(plan)
+    assert not ledger.affords(plan)
+    assert ledger.epsilon() <= 4.0
+
+
+def test_a_run_that_is_asked_to_stop_ends_after_a_whole_round(tmp_path: Path) -> None:
+    made = config(write(tmp_path / "x", plain()), tmp_path / "owner.sqlite", federation={"rounds": 3})
+    run = api.place(made, base=tmp_path, runs=tmp_path / "runs")
+    with pytest.raises(Interrupted, match="stopped after round 1"):
+        run.start(should_stop=lambda: True)
+    result = api.place(made, base=tmp_path, runs=tmp_path / "runs").start()
+    assert result.summary.status == "complete"
+    assert result.epsilon <= 4.0
+    assert len(result.summary.rounds) == 3
+
+
+@pytest.mark.parametrize(
+    ("privacy", "words"),
+    [({"delta": 0.4}, "privacy.delta = 0.4"), ({"epsilon": 1e5}, "nothing is promised")],
+)
+def test_promises_that_promise_nothing_are_refused(
+    privacy: dict[str, float], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanRefused, match=words):
+        prepared(config(write(tmp_path / "x", plain()), tmp_path / "owner.sqlite", privacy=privacy))

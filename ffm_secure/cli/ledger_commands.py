@@ -1,0 +1,94 @@
+"""What an owner does with a ledger: open it with a budget, raise the budget, hold it against an anchor kept elsewhere."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+
+from defenses.dp import Ledger
+from defenses.dp.ledger_file import Head
+from defenses.errors import ParameterError
+from ffm_secure.cli.console import clear_errors, say
+from ffm_secure.errors import ConfigError, StoreError
+from ffm_secure.site.ledger_place import FILE, data_home, open_ledger
+
+
+def place_of(path: Path | None) -> Path:
+    """Return the ledger a command means: the named one, or this user's own."""
+    return path.expanduser() if path is not None else data_home() / FILE
+
+
+def init(path: Path | None, *, epsilon: float, delta: float, unit: str, json: bool) -> None:
+    """Make a ledger and set the lifetime budget of every row in it."""
+    place = place_of(path)
+    with clear_errors():
+        existing = place.is_file()
+        with open_ledger(place) as ledger:
+            known = ledger.lifetime(unit) if existing else None
+            if known is not None:
+                raise StoreError(
+                    f"{place}: holds a lifetime budget of {known.epsilon:g} at delta {known.delta:g} per {unit} already; "
+                    "raise it with: ffm-secure ledger budget raise"
+                )
+            _granting(ledger, unit, epsilon, delta, because="")
+            ledger.record_key()
+    said = {"ledger": str(place), "unit": unit, "epsilon": epsilon, "delta": delta}
+    say(said, [f"{place}: lifetime budget of every row {epsilon:g} at delta {delta:g} per {unit}"], json=json)
+
+
+def raise_budget(path: Path | None, *, epsilon: float, because: str, unit: str, json: bool) -> None:
+    """Set a lifetime budget anew; a higher one with its reason, which stays in the ledger."""
+    place = place_of(path)
+    with clear_errors():
+        if not place.is_file():
+            raise StoreError(f"{place}: is not a ledger; make one with: ffm-secure ledger init")
+        with Ledger.open(place, create=False) as ledger:
+            known = ledger.lifetime(unit)
+            if known is None:
+                raise StoreError(f"{place}: holds no budget per {unit}; set one with: ffm-secure ledger init")
+            _granting(ledger, unit, epsilon, known.delta, because=because)
+    said = {"ledger": str(place), "unit": unit, "before": known.epsilon, "epsilon": epsilon}
+    say(said, [f"{place}: lifetime budget per {unit} was {known.epsilon:g}, is {epsilon:g}"], json=json)
+
+
+def verify(path: Path | None, *, anchor: str, json: bool) -> None:
+    """Check every row; against an anchor kept elsewhere, also that nothing was taken back."""
+    place = place_of(path)
+    with clear_errors():
+        if not place.is_file():
+            raise StoreError(f"{place}: is not a ledger")
+        held_against = read_anchor(anchor) if anchor else None
+        with Ledger.open(place, create=False) as ledger:
+            ledger.verify(held_against)
+            head = ledger.head()
+    words = f"{head.sequence}:{head.hash}"
+    lines = [f"{place}: {head.sequence} entries, authentic; keep this anchor elsewhere: {words}"]
+    lines += [f"holds everything up to the anchor {held_against.sequence}"] if held_against else []
+    say({"ledger": str(place), "verified": True, "anchor": words}, lines, json=json)
+
+
+def read_anchor(text: str) -> Head:
+    """Read an anchor: `number:hash` as verify prints it, or the report.json of a run."""
+    file = Path(text)
+    if file.is_file():
+        try:
+            report = json_format.loads(file.read_text(encoding="utf-8"))
+            return Head(sequence=int(report["ledger_entries"]), hash=str(report["ledger_head"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise StoreError(
+                f"{file}: holds no anchor; give number:hash, or the report.json of a run"
+            ) from None
+    number, _, digest = text.partition(":")
+    if not number.isdecimal() or len(digest) != 64:
+        raise ConfigError("ledger verify", [f"--anchor = {text!r}: must be number:hash, or a report.json"])
+    return Head(sequence=int(number[:18]), hash=digest.lower())
+
+
+def _granting(ledger: Ledger, unit: str, epsilon: float, delta: float, *, because: str) -> None:
+    try:
+        ledger.grant(unit, epsilon, delta, raise_because=because)
+    except ParameterError as error:
+        text = str(error)
+        if "raise_because" in text:
+            text = f"--epsilon = {epsilon:g}: raises the budget, which needs a reason: --because '...'"
+        raise ConfigError("ledger", [text]) from None
