@@ -196,7 +196,7 @@ class _Conv2d(torch.autograd.Function):
     ) -> Tensor:
         ctx.recorder, ctx.parameters, ctx.shape, ctx.dtype = recorder, (weight, bias), x.shape, x.dtype
         ctx.kernel = layer.kernel_size
-        ctx.geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        ctx.geometry = {"stride": layer.stride, "padding": _padding(layer), "dilation": layer.dilation}
         ctx.save_for_backward(x if weight.requires_grad else None)
         return F.conv2d(x, weight, bias, **ctx.geometry)
 
@@ -317,8 +317,17 @@ def _plain(module: nn.Module) -> bool:
         isinstance(module, nn.Conv2d)
         and module.groups == 1
         and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
+        and (module.padding != "same" or all(size % 2 for size in module.kernel_size))
     )
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
+    """Return how many zeros stand on each side, for a padding given in words too ("same" with odd kernels only)."""
+    if layer.padding == "valid":
+        return (0, 0)
+    if layer.padding == "same":
+        return tuple(d * (size - 1) // 2 for d, size in zip(layer.dilation, layer.kernel_size, strict=True))
+    return layer.padding  # type: ignore[return-value]
 
 
 def _cover_norm(module: nn.Module, recorder: Recorder) -> Cover | None:
@@ -528,12 +537,16 @@ def _dora(layer: Any, recorder: Recorder) -> Callable[..., Tensor]:
     return forward
 
 
+BIAS_METHODS = ("compute_bias", "compute_position_bias")  # T5's name for it, and MPNet's
+
+
 def _cover_relative_bias(module: Any, recorder: Recorder) -> Cover | None:
     """Cover the relative position table of T5-style attention, which is looked up once for the whole batch."""
     table = getattr(module, "relative_attention_bias", None)
-    if not isinstance(table, nn.Embedding) or not hasattr(module, "compute_bias"):
+    attribute = next((name for name in BIAS_METHODS if hasattr(module, name)), "")
+    if not isinstance(table, nn.Embedding) or not attribute:
         return None
-    original: Callable[..., Tensor] = module.compute_bias
+    original: Callable[..., Tensor] = getattr(module, attribute)
     weight: nn.Parameter = table.weight  # type: ignore[assignment]
 
     def compute_bias(*args: object, **kwargs: object) -> Tensor:
@@ -552,6 +565,6 @@ def _cover_relative_bias(module: Any, recorder: Recorder) -> Cover | None:
                 del table.__dict__["forward"]
             else:
                 table.__dict__["forward"] = kept
-        return _relative_bias(bias, seen[0], weight, recorder, recorder.batch or 1)
+        return _relative_bias(bias[:1], seen[0], weight, recorder, recorder.batch or 1)
 
-    return Cover(module, "compute_bias", compute_bias, (weight,) if weight.requires_grad else ())
+    return Cover(module, attribute, compute_bias, (weight,) if weight.requires_grad else ())

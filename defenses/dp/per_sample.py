@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from defenses.dp.clip import Clipping
-from defenses.dp.layers import Cover, Dense, Outer, Recorder, Rows, Use, cover, seen_once
+from defenses.dp.layers import BIAS_METHODS, Cover, Dense, Outer, Recorder, Rows, Use, cover, seen_once
+from defenses.dp.subclasses import cover_subclass
 from defenses.errors import NotPrivateError, ParameterError
 
 Losses = Callable[[], Tensor]
@@ -269,10 +270,10 @@ def _covers(model: nn.Module, recorder: Recorder) -> list[Cover]:
     for module in model.modules():
         if module in owned or not any(value.requires_grad for value in module.parameters()):
             continue
-        item = cover(module, recorder)
+        item = cover(module, recorder) or cover_subclass(module, recorder)
         if item is not None and item.parameters:
             found.append(item)
-            owned.update({module.relative_attention_bias} if item.attribute == "compute_bias" else ())  # type: ignore[arg-type]
+            owned.update({module.relative_attention_bias} if item.attribute in BIAS_METHODS else ())  # type: ignore[arg-type]
     return found
 
 

@@ -197,7 +197,7 @@ def _tiny(name: str, *, kind: str, labels: int | None, seed: int, dtype: str, dr
         raise ModelError(f"model.name = {name!r} cannot do {kind}; it can do {', '.join(tiny_kinds(short))}")
     prepare = _keep if dropout else _without_dropout
     model, tokenizer = build_tiny(short, kind=kind, labels=labels, seed=seed, prepare=prepare)
-    inside = f"{model.base_model_prefix}."
+    inside = f"{body_name(model)}."
     fresh = (
         ()
         if kind == "causal_lm"
@@ -236,11 +236,9 @@ def _pretrained(
                 output_loading_info=True,
                 **options,
             )
-        tokenizer = (
-            None
-            if kind.startswith("image")
-            else transformers.AutoTokenizer.from_pretrained(folder, **options)
-        )
+        tokenizer = None if kind.startswith("image") else _tokenizer(name, folder, options)
+    except ModelError:
+        raise
     except Exception as error:  # whatever a damaged checkpoint makes the library throw is one error of ours
         raise ModelError(_explain(name, kind, local, error)) from error
     fresh = _fresh(name, kind, model, report)
@@ -253,7 +251,26 @@ def _pretrained(
     backbone = _finish(model, tokenizer, name=name, kind=kind, folder=folder, fresh=fresh, notes=notes)
     if kind == "causal_lm":
         _refuse_if_it_sees_the_future(name, backbone)
+    if tokenizer is not None:
+        _refuse_if_padding_matters(name, backbone)
     return backbone
+
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "*spm*", "added_tokens.json")
+
+
+def _tokenizer(name: str, folder: str, options: dict[str, Any]) -> Any:
+    """Load the tokenizer beside a model.
+
+    Raises:
+      ModelError: the folder holds none.
+    """
+    if Path(folder).is_dir() and not any(any(Path(folder).glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise ModelError(
+            f"model.name = {name!r}: the folder holds no tokenizer; write the model's own beside it: "
+            "AutoTokenizer.from_pretrained(ITS NAME).save_pretrained(FOLDER)"
+        )
+    return transformers.AutoTokenizer.from_pretrained(folder, **options)
 
 
 def _from_scratch(backbone: Backbone, seed: int) -> Backbone:
@@ -295,7 +312,7 @@ def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) ->
     """Name the parameters that were not in the checkpoint; refuse where that is more than a head or a pooler."""
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
     absent = mismatched | set(report["missing_keys"])
-    inside = f"{model.base_model_prefix}."
+    inside = f"{body_name(model)}."
     lost = sorted(key for key in absent if key.startswith(inside) and ".pooler." not in key)
     if lost:
         raise ModelError(
@@ -308,6 +325,15 @@ def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) ->
             f"model.name = {name!r}: the checkpoint has no language-model head ({fresh[0]} is missing)"
         )
     return fresh
+
+
+def body_name(model: nn.Module) -> str:
+    """Name the child of a model that holds its body; picture towers of two-sided models have another name than they announce."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    if prefix and hasattr(model, prefix):
+        return prefix
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    return max(sizes, key=lambda name: sizes[name])
 
 
 def _start_as_identity(model: nn.Module, fresh: tuple[str, ...]) -> None:
@@ -335,12 +361,15 @@ def _finish(
         notes = (*notes, f"new classification head for {config.num_labels} labels, drawn from the seed")
     if tokenizer is not None:
         _settle_padding(name, tokenizer, config, model)
+    if kind == "text_classification" and config.is_encoder_decoder:
+        model.register_forward_pre_hook(end_once, with_kwargs=True)
     images: dict[str, Any] = {}
     if kind == "image_classification":
+        channels = int(_of_pictures(config, "num_channels", 3))
         images = {
-            "image_size": _side(config.image_size),
-            "normalisation": _normalisation(folder, config.num_channels),
-            "channels": config.num_channels,
+            "image_size": _picture_side(config, folder),
+            "normalisation": _normalisation(folder, channels),
+            "channels": channels,
         }
     return Backbone(
         model=model,
@@ -349,7 +378,7 @@ def _finish(
         architecture=type(model).__name__,
         total_parameters=sum(p.numel() for p in model.parameters()),
         source=name,
-        hidden_size=int(config.hidden_size),
+        hidden_size=_width(config),
         max_positions=_positions(config),
         kind=kind,
         fresh=fresh,
@@ -367,11 +396,21 @@ def _positions(config: Any) -> int | None:
 
 
 def _settle_padding(name: str, tokenizer: Any, config: Any, model: nn.Module) -> None:
-    """Give tokenizer and model one padding token; padding is masked, so any token of the vocabulary will do."""
+    """Give tokenizer and model one padding token; padding is masked, so any token of the vocabulary will do.
+
+    The tokenizer's own wins, then a valid one of the configuration: a classifier that looks for the last word before the padding
+    would otherwise take padded places for words, and a text's answer would depend on its company.
+    """
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
+        stated = config.pad_token_id
+        valid = isinstance(stated, int) and 0 <= stated < len(tokenizer)
+        known = tokenizer.convert_ids_to_tokens(stated) if valid else None
+        choices = [known, tokenizer.eos_token, tokenizer.unk_token, *tokenizer.convert_ids_to_tokens([0, 1])]
+        taken = (
+            tokenizer.eos_token if config.is_encoder_decoder else None
+        )  # such classifiers look for the end of a text
+        tokenizer.pad_token = next(choice for choice in choices if choice and choice != taken)
+    config.pad_token_id = tokenizer.pad_token_id
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if len(tokenizer) > rows:
         raise ModelError(
@@ -380,14 +419,62 @@ def _settle_padding(name: str, tokenizer: Any, config: Any, model: nn.Module) ->
         )
 
 
+def end_once(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let every text of a batch end in exactly one end token, where a classifier of an encoder-decoder looks for it.
+
+    Such classifiers stop with an error when texts hold different counts of it; one private text would end a round that way, after
+    the charge, and tell that it was drawn. Well-formed texts pass as they are; what happens to another depends on it alone.
+    """
+    tokens, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    config: Any = model.config
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    if tokens is None or end is None:
+        return args, kwargs
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    last = (places if mask is None else places * mask).argmax(dim=1, keepdim=True)
+    ordinary = next(token for token in range(3) if token not in (end, config.pad_token_id))
+    single = torch.where(tokens == end, ordinary, tokens).scatter(1, last, end)
+    return args, {**kwargs, "input_ids": single}
+
+
+def _width(config: Any) -> int:
+    """Return how wide the vectors of the body are; convolutional networks widen from stage to stage, the last one counts."""
+    width = getattr(config, "hidden_size", None) or getattr(config, "hidden_dim", None)
+    stages = getattr(config, "hidden_sizes", None)
+    return int(width or (stages[-1] if stages else _of_pictures(config, "hidden_size", 0)))
+
+
+def _of_pictures(config: Any, name: str, otherwise: int) -> Any:
+    """Read a number of a picture model, which two-sided models keep in a configuration of their picture tower."""
+    tower = getattr(config, "vision_config", None)
+    value = getattr(config, name, None)
+    return value or (getattr(tower, name, None) if tower is not None else None) or otherwise
+
+
+def _picture_side(config: Any, folder: str | None) -> int:
+    """Return the side of the squares a model is given: its own, or that of its preparation, or the usual 224."""
+    stored = _preparation(folder)
+    sides = stored.get("crop_size") or stored.get("size") or 224
+    return _side(_of_pictures(config, "image_size", 0) or sides)
+
+
 def _side(size: Any) -> int:
+    if isinstance(size, dict):
+        return int(min(size.values()))
     return int(size if isinstance(size, int) else min(size))
+
+
+def _preparation(folder: str | None) -> dict[str, Any]:
+    path = Path(folder, "preprocessor_config.json") if folder is not None else None
+    table: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    return table
 
 
 def _normalisation(folder: str | None, channels: int) -> Normalisation:
     """Read mean and deviation from preprocessor_config.json; 0.5 where there is none."""
-    path = Path(folder, "preprocessor_config.json") if folder is not None else None
-    table = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    table = _preparation(folder)
     mean, std = (
         tuple(float(v) for v in table.get(key) or (0.5,) * channels) for key in ("image_mean", "image_std")
     )
@@ -418,6 +505,37 @@ def _refuse_if_it_sees_the_future(name: str, backbone: Backbone) -> None:
             f"model.name = {name!r}: its predictions look at later tokens, so it is no causal language model; "
             "use task.kind = 'masked_lm'"
         )
+
+
+def _refuse_if_padding_matters(name: str, backbone: Backbone) -> None:
+    """Refuse a model whose answer to a text changes with the padding beside it: a sample's loss would depend on its company."""
+    pad, config = backbone.config.pad_token_id, backbone.config
+    words = [token for token in range(min(40, config.vocab_size)) if token not in _marks(config)][-4:]
+    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    alone = torch.tensor([words + ([end] if config.is_encoder_decoder and end is not None else [])])
+    padded = torch.cat((alone, torch.full((1, 5), pad)), dim=1)
+    mask = (torch.arange(padded.shape[1]) < alone.shape[1]).long()[None]
+    try:
+        with torch.inference_mode():
+            before = backbone.model(input_ids=alone, attention_mask=torch.ones_like(alone)).logits
+            after = backbone.model(input_ids=padded, attention_mask=mask).logits
+    except Exception:  # what cannot run at all is refused with its reason when something to train is attached
+        return
+    after = after[:, : alone.shape[1]] if after.ndim == 3 else after
+    if not torch.allclose(before.float(), after.float(), atol=1e-2, rtol=1e-2):
+        raise ModelError(
+            f"model.name = {name!r}: {backbone.architecture} answers a text differently when others in its batch are longer, so no "
+            "bound on one record's influence holds; choose an architecture that masks padding (BERT, RoBERTa, Llama, GPT-2, ...)"
+        )
+
+
+def _marks(config: Any) -> set[Any]:
+    """Collect the tokens that begin, end or pad a text."""
+    marks: set[Any] = set()
+    for part in ("pad", "bos", "eos", "sep", "cls"):
+        token = getattr(config, f"{part}_token_id", None)
+        marks |= set(token) if isinstance(token, list) else {token}
+    return marks
 
 
 @contextmanager

@@ -96,6 +96,7 @@ def encode_texts(
             padding=False,
             return_attention_mask=False,
             return_token_type_ids=segmented,
+            split_special_tokens=True,  # "</s>" in somebody's text is text, not the end of it
             verbose=False,
         )
         rows = [row or [_spare(tokenizer)] for row in out["input_ids"]]

@@ -202,7 +202,7 @@ def write_preparation(backbone: Backbone, folder: Path, *, max_length: int, prom
         tokenizer = copy.deepcopy(backbone.tokenizer)
         if prompted:
             tokenizer = with_prompt_words(tokenizer, prompted)
-        tokenizer.model_max_length = max_length + prompted
+        tokenizer.model_max_length, tokenizer.padding_side = max_length + prompted, "right"
         tokenizer.save_pretrained(folder)
     if backbone.image_size is not None and backbone.normalisation is not None:
         table = picture_table(backbone)

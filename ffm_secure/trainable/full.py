@@ -14,6 +14,7 @@ from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone, quiet
 from ffm_secure.trainable.base import TrainableModel, sharing_copy
+from ffm_secure.trainable.batch_axis import restore_batch_axis
 
 # Families that look positions up with a batch of one, which would hide whose gradient is whose.
 _LEARNED_POSITIONS = {"bert", "gpt2", "electra", "distilbert", "albert"}
@@ -67,6 +68,7 @@ def attach_full(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, 
     if config.model_type in _LEARNED_POSITIONS:
         model.register_forward_pre_hook(give_positions, with_kwargs=True)
     _leave_to_linear(model)
+    restore_batch_axis(model)
     total = sum(p.numel() for p in parameters.values())
     return Full(
         backbone=backbone,

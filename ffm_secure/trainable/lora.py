@@ -23,6 +23,7 @@ from ffm_secure.trainable.base import (
     write_own,
     write_peft,
 )
+from ffm_secure.trainable.batch_axis import restore_batch_axis
 from ffm_secure.trainable.targets import has_own_head, head_modules, is_conv1d, lora_targets, matches
 
 TASK_TYPES = {"text_classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}
@@ -130,7 +131,11 @@ def attach_lora(
     wrapped, config, lines = _wrap(backbone, spec, task_kind=task_kind, seed=seed, folded=folded)
     model = wrapped.get_base_model()
     parameters = {_peft_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
-    adapters = tuple(_adapter(path, layer, folded) for path, layer in lora_layers(model))
+    layers = lora_layers(model)
+    flat = all(
+        layer.get_base_layer().weight.ndim == 2 for _, layer in layers
+    )  # rules multiply factors as matrices
+    adapters = tuple(_adapter(path, layer, folded) for path, layer in layers) if flat else ()
     common: dict[str, Any] = {
         "backbone": backbone,
         "model": model,
@@ -180,7 +185,7 @@ def _adapter(path: str, layer: Any, folded: bool) -> Adapter:
         b=f"{name}.lora_B.weight",
         weight=f"{name}.base_layer.weight" if folded else "",
         scaling=float(layer.scaling["default"]),
-        transposed=bool(layer.fan_in_fan_out),
+        transposed=bool(getattr(layer, "fan_in_fan_out", False)),
     )
 
 
@@ -188,6 +193,8 @@ def _put_core(path: str, layer: Any) -> nn.Parameter:
     """Set A and B from the weight and put a core of zeros between them."""
     a, b = layer.lora_A["default"], layer.lora_B["default"]
     rank, weight = a.weight.shape[0], layer.get_base_layer().weight.detach().float()
+    if weight.ndim != 2:
+        raise ModelError(f"model.trainable.kind = 'lora_xs': {path} is a convolution; use lora or head")
     if rank > min(weight.shape):
         raise ModelError(f"model.trainable.rank = {rank}: {path} has rank {min(weight.shape)} at most")
     u, s, vt = torch.linalg.svd(weight.t() if layer.fan_in_fan_out else weight, full_matrices=False)
@@ -226,7 +233,15 @@ def _wrap(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT advises on tied embeddings, which LoRA leaves alone here
         torch.manual_seed(seed)
-        wrapped = get_peft_model(_copy_for(backbone, targets, heads, folded), config)
+        try:
+            wrapped = get_peft_model(_copy_for(backbone, targets, heads, folded), config)
+        except (
+            ValueError,
+            NotImplementedError,
+        ) as error:  # what PEFT refuses for an architecture is one error of ours
+            reason = (str(error).strip().splitlines() or ["no reason"])[0][:300]
+            raise ModelError(f"model.trainable.target_modules: {backbone.architecture}: {reason}") from error
+    restore_batch_axis(wrapped.get_base_model())
     parameters = {_peft_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
     lines = _describe(rank, alpha, targets, heads, parameters)
     for _, layer in lora_layers(wrapped.get_base_model()) if folded else ():

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from defenses.dp import Clipping, PerSampleEngine
-from defenses.errors import NotPrivateError
 from ffm_secure.config.run_file import ClippingKind
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
@@ -59,8 +58,8 @@ def rehearse_per_sample(
     """Take clipped per-sample gradients of one tiny batch; `names` is what a step trains, None for all.
 
     Raises:
-      NotPrivateError: some parameter has no per-sample gradient; the message names it.
-      ModelError: the model cannot run while its modules are watched.
+      ModelError: some parameter has no gradient per sample, or the model cannot run while its modules are watched; the
+        message names the first and says what to use instead.
     """
     if (batch := tiny_batch(trainable.backbone, trainable.model)) is None:
         return
@@ -69,19 +68,17 @@ def rehearse_per_sample(
         answer: Tensor = trainable.model(**batch).logits.float().square().flatten(1).mean(dim=1)
         return answer
 
-    with (
-        trainable.training_only(names),
-        PerSampleEngine(trainable.model, parameters=trainable.active) as engine,
-    ):
-        try:
+    try:
+        with (
+            trainable.training_only(names),
+            PerSampleEngine(trainable.model, parameters=trainable.active) as engine,
+        ):
             engine.clipped_sum(losses, clip=Clipping(kind=clipping, clip_norm=1.0))
-        except (ModelError, NotPrivateError):
-            raise
-        except Exception as error:  # as above
-            reason = (
-                f"gives no gradient per sample, which a record or person unit needs ({_first_line(error)})"
-            )
-            raise ModelError(f"{_refusal(trainable, reason)}, or the client unit") from error
+    except ModelError:
+        raise
+    except Exception as error:  # as above
+        reason = f"gives no gradient per sample, which a record or person unit needs ({_first_line(error)})"
+        raise ModelError(f"{_refusal(trainable, reason)}, or the client unit") from error
 
 
 def tiny_batch(backbone: Backbone, model: Any) -> dict[str, Tensor] | None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffm_secure.errors import ModelError
-from ffm_secure.models.backbone import Backbone
+from ffm_secure.models.backbone import Backbone, body_name
 from ffm_secure.models.builtin import MeanPoolClassifier
 
 ALL_LINEAR = "all-linear"
@@ -21,7 +21,12 @@ QUERY_VALUE: dict[str, tuple[str, ...]] = {
         ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "opt"), ("q_proj", "v_proj")
     ),
     **dict.fromkeys(("gemma3_text", "stablelm", "gptj", "gpt_neo", "olmo2", "smollm3"), ("q_proj", "v_proj")),
-    **dict.fromkeys(("vit", "bart"), ("q_proj", "v_proj")),
+    **dict.fromkeys(("vit", "bart", "dinov2", "dinov2_with_registers", "beit", "swin"), ("q_proj", "v_proj")),
+    **dict.fromkeys(("clip", "siglip", "segformer"), ("q_proj", "v_proj")),
+    **dict.fromkeys(("swinv2", "mobilevit", "pvt"), ("query", "value")),
+    **dict.fromkeys(("convnext", "convnextv2"), ("pwconv1", "pwconv2")),
+    "resnet": ("convolution",),
+    "efficientnet": ("expand_conv", "project_conv"),
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
     **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value",)),
     "distilbert": ("q_lin", "v_lin"),
@@ -40,7 +45,7 @@ def head_modules(backbone: Backbone) -> tuple[str, ...]:
     model, fresh = backbone.model, set(backbone.fresh)
     names: list[str] = []
     if backbone.kind.endswith("classification"):
-        body = model.base_model_prefix
+        body = body_name(model)
         names = [
             n for n, child in model.named_children() if n != body and any(True for _ in child.parameters())
         ]
@@ -61,6 +66,8 @@ def has_own_head(backbone: Backbone) -> bool:
 def lora_targets(backbone: Backbone, wanted: Sequence[str], *, outside: Iterable[str]) -> tuple[str, ...]:
     """Choose the modules LoRA adapts: those asked for, every linear one, or query and value by architecture.
 
+    Convolutions over all channels may be named too; networks without attention are adapted there by default.
+
     Raises:
       ModelError: for a name that fits nothing and for an unknown architecture; it lists the candidates.
     """
@@ -69,6 +76,7 @@ def lora_targets(backbone: Backbone, wanted: Sequence[str], *, outside: Iterable
         return tuple(linear)
     model_type = str(backbone.config.model_type)
     chosen = tuple(wanted) or QUERY_VALUE.get(model_type, ())
+    linear += _convolutions(backbone.model, outside=tuple(outside))
     missing = [name for name in chosen if not any(matches(path, name) for path in linear)]
     if missing or not chosen:
         what = (
@@ -104,5 +112,16 @@ def _linear_modules(model: nn.Module, *, outside: tuple[str, ...]) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
         and module is not output
+        and not any(path == name or path.startswith(f"{name}.") for name in outside)
+    ]
+
+
+def _convolutions(model: nn.Module, *, outside: tuple[str, ...]) -> list[str]:
+    """List the paths of convolutions over all channels in the body of a model."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and module.groups == 1
         and not any(path == name or path.startswith(f"{name}.") for name in outside)
     ]

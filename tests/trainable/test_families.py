@@ -1,0 +1,225 @@
+"""Families with layers of their own: gradients of single samples are those of the sample alone, or the plan says what to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from benchmarks.exports import CAUSAL, CLASSIFY, TEXT, Case, _checkpoint
+from defenses.dp import PerSampleEngine
+from ffm_secure.errors import ModelError
+from ffm_secure.models.backbone import Backbone, load_backbone
+from ffm_secure.trainable import TrainableModel, attach, rehearse_per_sample
+
+ALL = {"kind": "lora", "rank": 2, "target_modules": ["all-linear"]}
+FULL = {"kind": "full"}
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
+PICTURE = {"image_size": 32, "patch_size": 8, "num_channels": 3}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+STAGES = {"hidden_sizes": [16, 32], "depths": [1, 1]}
+WINDOWS = {
+    "image_size": 32,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": [1, 1],
+    "num_heads": [2, 2],
+    "window_size": 4,
+}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet": STAGES | {"embedding_size": 16, "layer_type": "basic"},
+    "convnext": STAGES | {"num_stages": 2, "image_size": 32},
+    "efficientnet": {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
+    "swin": WINDOWS,
+    "dinov2": SMALL | PICTURE,
+    "beit": SMALL | PICTURE,
+    "clip": {"vision_config": SMALL | PICTURE, "text_config": SMALL, "projection_dim": 16},
+    "siglip": {"vision_config": SMALL | PICTURE, "text_config": SMALL},
+}
+
+
+def text_model(model: str, task: str, folder: Path) -> Backbone:
+    place = _checkpoint(Case(model=model, task=task, spec={}), folder)
+    return load_backbone(str(place), kind=task, labels=3, base=folder, seed=5)
+
+
+def picture_model(model: str, folder: Path) -> Backbone:
+    config = transformers.AutoConfig.for_model(model, num_labels=3, **NETWORKS[model])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = transformers.AutoModelForImageClassification.from_config(config)
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0.0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    network.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 32}}')
+    return load_backbone(str(folder), kind="image_classification", labels=3, base=folder, seed=5)
+
+
+def shake(trainable: TrainableModel) -> None:
+    noise = torch.randn(trainable.size, generator=torch.Generator().manual_seed(9))
+    trainable.load_vector(trainable.flatten() + 0.05 * noise)
+
+
+def compare(trainable: TrainableModel, batch: dict[str, torch.Tensor]) -> None:
+    """Hold the engine's gradients to those of every sample alone, computed by autograd."""
+
+    def losses(chosen: slice = slice(None)) -> torch.Tensor:
+        part = {name: value[chosen] for name, value in batch.items()}
+        scores: torch.Tensor = trainable.model(**part).logits.float()
+        if scores.ndim == 3:
+            scores = scores * part["attention_mask"].unsqueeze(-1)
+        return scores.square().flatten(1).mean(dim=1)
+
+    parameters = list(trainable.parameters.values())
+    wanted = []
+    for row in range(3):
+        alone = torch.autograd.grad(losses(slice(row, row + 1)).sum(), parameters, allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, alone, strict=True)]
+        wanted.append(torch.cat([gradient.flatten() for gradient in filled]))
+    with PerSampleEngine(trainable.model, parameters=trainable.parameters) as engine:
+        answer = engine.per_sample(losses)
+    flat = torch.cat([answer[name].flatten(1) for name in trainable.parameters], dim=1)
+    error = (flat - torch.stack(wanted)).norm() / torch.stack(wanted).norm()
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "spec"),
+    [
+        ("gemma", CAUSAL, FULL),
+        ("gemma2", CLASSIFY, FULL),
+        ("opt", CAUSAL, FULL),
+        ("opt", CLASSIFY, ALL),
+        ("falcon", CAUSAL, FULL),
+        ("bart", CLASSIFY, FULL),
+        ("mpnet", CLASSIFY, FULL),
+        ("t5", CLASSIFY, FULL),
+    ],
+    ids=str,
+)
+def test_gradients_of_single_samples_are_those_of_the_sample_alone(
+    model: str, task: str, spec: dict[str, Any], tmp_path: Path
+) -> None:
+    trainable = attach(text_model(model, task, tmp_path), spec, task_kind=task, seed=3)
+    shake(trainable)
+    tokens = torch.randint(20, 100, (3, 6), generator=torch.Generator().manual_seed(2))
+    pad = trainable.backbone.config.pad_token_id
+    compare(trainable, {"input_ids": tokens.masked_fill(MASK == 0, pad), "attention_mask": MASK})
+
+
+@pytest.mark.parametrize("model, spec", [("resnet", FULL), ("resnet", {"kind": "lora", "rank": 2}), ("clip", {"kind": "lora", "rank": 2}),
+                                         ("efficientnet", {"kind": "lora", "rank": 2})], ids=str)  # fmt: skip
+def test_gradients_of_single_pictures_are_those_of_the_picture_alone(
+    model: str, spec: dict[str, Any], tmp_path: Path
+) -> None:
+    trainable = attach(picture_model(model, tmp_path), spec, task_kind="image_classification", seed=3)
+    shake(trainable)
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    compare(trainable, {"pixel_values": pixels})
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_a_picture_network_trains_its_head_and_adapters_by_default(model: str, tmp_path: Path) -> None:
+    backbone = picture_model(model, tmp_path)
+    assert backbone.image_size == 32
+    head = attach(backbone, {"kind": "head"}, task_kind="image_classification", seed=1)
+    assert all(".classifier." in name for name in head.parameters)
+    rehearse_per_sample(head, None, clipping="flat")
+    assert (
+        attach(backbone, {"kind": "lora", "rank": 2}, task_kind="image_classification", seed=1).size
+        > head.size
+    )
+
+
+def test_windows_over_the_batch_are_refused_with_what_to_use(tmp_path: Path) -> None:
+    """Swin cuts pictures into windows along the first axis; a client unit needs no single samples."""
+    trainable = attach(
+        picture_model("swin", tmp_path), {"kind": "lora", "rank": 2}, task_kind="image_classification", seed=1
+    )
+    with pytest.raises(
+        ModelError,
+        match=r"gives no gradient per sample.*; use other target_modules, or prompt, or the client unit",
+    ):
+        rehearse_per_sample(trainable, None, clipping="flat")
+
+
+def test_a_mixture_of_experts_is_refused_with_what_to_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = TEXT["mistral"][0] | {"num_local_experts": 2}
+    monkeypatch.setitem(TEXT, "mixtral", (options, (CAUSAL,)))
+    trainable = attach(text_model("mixtral", CAUSAL, tmp_path), FULL, task_kind=CAUSAL, seed=1)
+    with pytest.raises(
+        ModelError,
+        match=r"'full': MixtralForCausalLM gives no gradient per sample.*; use lora or prompt, or the client",
+    ):
+        rehearse_per_sample(trainable, None, clipping="flat")
+
+
+# --- padding and the end of a text -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stated", [-1, 0, 7, None])
+@pytest.mark.parametrize("own", [True, False])
+def test_tokenizer_and_configuration_share_one_padding_token(
+    stated: int | None, own: bool, tmp_path: Path
+) -> None:
+    place = _checkpoint(Case(model="llama", task=CLASSIFY, spec={}), tmp_path)
+    edit(place / "config.json", pad_token_id=stated)
+    if not own:
+        edit(place / "tokenizer_config.json", pad_token=None)
+    backbone = load_backbone(str(place), kind=CLASSIFY, labels=3, base=tmp_path, seed=5)
+    assert backbone.tokenizer is not None
+    assert backbone.config.pad_token_id == backbone.tokenizer.pad_token_id
+    tokens = torch.tensor([[40, 50, 60, 0, 0, 0]]).masked_fill(MASK[2:] == 0, backbone.tokenizer.pad_token_id)
+    with torch.no_grad():
+        alone = backbone.model(input_ids=tokens[:, :3], attention_mask=MASK[2:, :3]).logits
+        padded = backbone.model(input_ids=tokens, attention_mask=MASK[2:]).logits
+    torch.testing.assert_close(padded, alone)
+
+
+def edit(path: Path, **values: Any) -> None:
+    import json
+
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    "model, options", [("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}), ("fnet", SMALL)]
+)
+def test_a_model_that_reads_padding_is_refused(
+    model: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TEXT, model, (options, (CLASSIFY,)))
+    with pytest.raises(ModelError, match="answers a text differently when others in its batch are longer"):
+        text_model(model, CLASSIFY, tmp_path)
+
+
+@pytest.mark.parametrize("model", ["t5", "bart"])
+def test_a_text_without_an_end_or_with_several_changes_no_other_answer(model: str, tmp_path: Path) -> None:
+    """The control: without the hook the model stops with an error on such a batch."""
+    backbone = text_model(model, CLASSIFY, tmp_path)
+    end = backbone.config.eos_token_id
+    tokens = torch.tensor([[40, 50, end], [end, 60, end], [40, 50, 60]])
+    mask = torch.ones_like(tokens)
+    with torch.no_grad():
+        answers = backbone.model(input_ids=tokens, attention_mask=mask).logits
+        alone = backbone.model(input_ids=tokens[:1], attention_mask=mask[:1]).logits
+    torch.testing.assert_close(answers[:1], alone)
+    assert torch.isfinite(answers).all()
+    backbone.model._forward_pre_hooks.clear()
+    with pytest.raises(Exception, match="same number of <eos>"), torch.no_grad():
+        backbone.model(input_ids=tokens, attention_mask=mask)
+
+
+def test_a_folder_without_a_tokenizer_says_how_to_write_one(tmp_path: Path) -> None:
+    place = _checkpoint(Case(model="llama", task=CAUSAL, spec={}), tmp_path)
+    for path in place.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"holds no tokenizer.*save_pretrained"):
+        load_backbone(str(place), kind=CAUSAL, labels=None, base=tmp_path, seed=5)
