@@ -66,7 +66,7 @@ def _cover_lookup(module: nn.Embedding, recorder: Recorder) -> Cover | None:
     own = dict(module.named_parameters(recurse=False))
     if own.keys() != {"weight"} or module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return None
-    original, weight, padding = module.forward, module.weight, module.padding_idx
+    original, weight, padding = module.forward, own["weight"], module.padding_idx
 
     def forward(*args: object, **kwargs: object) -> Tensor:
         watched: _Watched = weight.detach().as_subclass(_Watched)

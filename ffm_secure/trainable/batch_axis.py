@@ -39,7 +39,8 @@ def _apart(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     module.__dict__["was_merged"] = hidden.ndim == 2
     if hidden.ndim != 2:
         return args
-    return (hidden.unflatten(0, (-1, module.__dict__["places_of_a_sample"])), *rest)
+    places, width = module.__dict__["places_of_a_sample"], hidden.shape[-1]
+    return (hidden.reshape(-1, places, width), *rest)
 
 
 def _together(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
