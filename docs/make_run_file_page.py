@@ -45,7 +45,8 @@ def rows(kind: type, where: str = "") -> Iterator[str]:
             if field.default is dataclasses.MISSING
             else f"`{list(field.default) if isinstance(field.default, tuple) else field.default}`"
         )
-        kind_name = getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else "list"
+        origin = typing.get_origin(hint)
+        kind_name = "list" if origin is tuple else "str" if origin is typing.Literal else hint.__name__
         yield f"| `{name}` | {kind_name} | {default} | {', '.join(bounds)} | {rules.get('help', '')} |"
 
 

@@ -17,6 +17,7 @@ from attacks.observation import Knowledge, Observation
 from attacks.truth import Truth
 from ffm_secure.auditing import replayed as client_replay
 from ffm_secure.engines import simulation
+from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.records import (
     Point,
 )
@@ -53,6 +54,13 @@ class ReplayedStep:
         return self.at("raw")
 
 
+def _some_rows(prepared: simulation.Prepared, client: int, rows: np.random.Generator) -> Encoded:
+    """Encode as many of a client's records as a step draws from; a large client has more."""
+    own = prepared.data.rows(client)
+    chosen = np.sort(rows.permutation(len(own))[: 4 * CANDIDATES])
+    return prepared.task.encode(own.take(chosen))
+
+
 def build_stage(
     prepared: simulation.Prepared,
     vector: Tensor,
@@ -71,11 +79,7 @@ def build_stage(
     trained.load_vector(vector)
     rows = np.random.default_rng(seed)
     client = client_replay.largest(prepared)
-    own = prepared.data.rows(client)
-    few = np.sort(
-        rows.permutation(len(own))[: 4 * CANDIDATES]
-    )  # not all of a large client's records need encoding
-    encoded = prepared.task.encode(own.take(few))
+    encoded = _some_rows(prepared, client, rows)
     size = min(records, len(encoded) // 2)
     order = rows.permutation(len(encoded))
     members, others = order[:size], order[size : 2 * size]
@@ -88,10 +92,8 @@ def build_stage(
     strangers = prepared.task.batch(encoded, order[size : size + CANDIDATES], device="cpu")
     truth = _truth(batch, members=size, strangers=strangers, vocabulary=vocabulary_of(model))
     prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
-    shape = (
-        None if truth.images is None else tuple(truth.images.shape[1:])
-    )  # the model itself says what it takes
-    public = Knowledge(task=config.task.kind, image_shape=shape)
+    shape = None if truth.images is None else tuple(truth.images.shape[1:])
+    public = Knowledge(task=config.task.kind, image_shape=shape)  # the model itself says what it takes
     knowledge = replace(public, batch_size=size, local_steps=1, **(_granted(truth) if size == 1 else {}))
 
     def scene(
@@ -123,9 +125,8 @@ def build_stage(
     def wire(clients: int) -> ObservationPoint:
         others, whole = cohort(clients)
         sent = client_replay.wire_change(prepared, vector, encoded.take(members), client, others)
-        point: Point = (
-            "aggregated" if clients > 1 else "noised" if prepared.mechanism.noise_multiplier else "raw"
-        )
+        alone: Point = "noised" if prepared.mechanism.noise_multiplier else "raw"
+        point: Point = "aggregated" if clients > 1 else alone
         facts = client_replay.wire_facts(prepared, size)
         return scene(point, sent, clients, content="delta", whole=whole, **facts)
 

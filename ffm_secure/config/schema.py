@@ -171,6 +171,8 @@ def _read_value(hint: Hint, value: object, name: str, rules: Rules, problems: Pr
         return tuple(
             _read_value(inner, item, f"{name}[{index}]", rules, problems) for index, item in enumerate(value)
         )
+    if origin is typing.Literal:
+        hint = str  # the choices are checked below, with a hint at the nearest
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             value = float(value)
@@ -211,7 +213,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _say_choices(advice: object) -> str:
-    if isinstance(advice, tuple):
+    if isinstance(advice, Collection) and not isinstance(advice, str):
         return "one of " + ", ".join(repr(choice) for choice in advice)
     return str(advice)
 

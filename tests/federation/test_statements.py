@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from defenses.dp import epsilon
@@ -137,7 +138,9 @@ def test_the_majority_is_the_public_one(tmp_path: Path) -> None:
     made = make(privacy={**RECORD, "noise": "system"}, federation=ONE)
     built, trained = train(made, tmp_path)
     result = summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=0.0)
-    labels = built.task.labels(built.prepared.dataset.validation)
+    validation = built.prepared.dataset.validation
+    chosen = np.sort(np.random.default_rng(made.seed).permutation(len(validation))[:60])
+    labels = built.task.labels(validation.take(chosen))  # the rows the accuracy is counted on
     assert result.metric_majority == pytest.approx(max((labels == label).mean() for label in set(labels)))
 
 
