@@ -6,6 +6,7 @@ ones, and both LoRA factors: the gradient of A holds the layer's inputs, the gra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ from attacks.contract import NotApplicable
 from attacks.observation import Observation
 
 _CLEAN = 30.0  # drop of the singular values behind the last input, rounding alone varies less
+
+_TELLING = 64  # values that few bits hold by chance in one of 2^64 cases at most
+_BINADE = math.sqrt(2.0)  # a value stands on average that many times above the start of its binade
 
 Forward = Callable[[], object]
 
@@ -104,10 +108,16 @@ class Spectrum:
     right: Tensor
     shape: tuple[int, int]
     dtype: torch.dtype
+    rounding: float = 0.0
 
     def span(self, *, tolerance: float | None = None, noise: float = 0.0) -> Span:
-        """Return the row space above a relative tolerance (default: rounding) and above the edge of the noise."""
-        rank = numerical_rank(self.singular, self.shape, noise=noise, tolerance=tolerance, dtype=self.dtype)
+        """Return the row space above a relative tolerance (default: rounding) and above the edge of the noise.
+
+        A cast to half precision is such a noise, of known size.
+        """
+        dtype = torch.float32 if self.rounding else self.dtype
+        seen = self.singular[self.singular > self.rounding]
+        rank = numerical_rank(seen, self.shape, noise=noise, tolerance=tolerance, dtype=dtype)
         return Span(channel=self.channel, basis=self.right[:rank], shape=self.shape)
 
     def clean_span(self) -> Span | None:
@@ -128,6 +138,38 @@ class Spectrum:
         return Span(channel=self.channel, basis=self.right[:rank], shape=self.shape)
 
 
+def cast_type(values: Tensor) -> torch.dtype | None:
+    """Return the half precision every value was cast to, whatever it is stored as now, or None where it was not."""
+    for kind in (torch.bfloat16, torch.float16):
+        if values.dtype is kind:
+            return kind
+        same = values == values.to(kind).to(values.dtype)
+        if values.dtype.itemsize > 2 and int((values != 0).sum()) > _TELLING and bool(same.all()):
+            return kind
+    return None
+
+
+def rounding_edge(values: Tensor) -> float:
+    """Return how large a singular value the rounding of a cast leaves in a matrix (m, n); 0 where none was cast.
+
+    Rounding to nearest errs by a uniform share of the last place: by its root mean square of a value, evenly spread over
+    the binades. Independent entries of deviations s_ij have a norm of at most max_i |s_i.| + max_j |s_.j|, to lower orders.
+
+    Source: Bandeira and van Handel, "Sharp nonasymptotic bounds on the norm of random matrices with independent
+    entries", 2016, theorem 3.1.
+    """
+    kind = cast_type(values)
+    if kind is None:
+        return 0.0
+    limits = torch.finfo(kind)
+    share = limits.eps / math.sqrt(12.0) / _BINADE
+    deviation = (values.double().abs() * share).clamp_min(
+        limits.smallest_normal * limits.eps / math.sqrt(12.0)
+    )
+    deviation = deviation * (values != 0)
+    return float(deviation.norm(dim=1).max() + deviation.norm(dim=0).max())
+
+
 def spectrum_of(channel: Channel) -> Spectrum:
     """Return the spectrum of a channel, in double precision."""
     rows, columns = channel.gradient.shape
@@ -138,6 +180,7 @@ def spectrum_of(channel: Channel) -> Spectrum:
         right=right,
         shape=(rows, columns),
         dtype=channel.gradient.dtype,
+        rounding=rounding_edge(channel.gradient),
     )
 
 

@@ -11,7 +11,7 @@ from scipy.stats import beta
 
 from attacks import Budget, Knowledge, Observation, Prior
 from attacks.contract import Deadline
-from attacks.inversion.channels import Channel, spectrum_of
+from attacks.inversion.channels import Channel, cast_type, rounding_edge, spectrum_of
 from attacks.inversion.span import search_encoder
 from attacks.inversion.subspace import Candidates, separate, tail
 from attacks.metrics import exact_sequence_rate, token_set_score
@@ -220,3 +220,37 @@ def test_a_search_without_any_candidate_finds_nothing() -> None:
         )
         == []
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_is_told_and_is_noise_of_the_stated_size(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((64, 96), (200, 40)):
+        exact = torch.randn(rows, columns, generator=generator)
+        rounded = exact.to(dtype)
+        assert cast_type(rounded) is cast_type(rounded.float()) is dtype
+        assert cast_type(exact) is None
+        assert rounding_edge(exact) == 0.0
+        left = float(torch.linalg.matrix_norm((rounded.double() - exact.double()), 2))
+        assert 0.6 * rounding_edge(rounded.float()) < left < 1.05 * rounding_edge(rounded.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_rank_of_a_cast_gradient_is_that_of_its_inputs(dtype: torch.dtype, stored: bool) -> None:
+    """By the precision of the cast alone nearly every direction is rounding; as noise of known size it hides a few."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = torch.randn(96, 6, generator=generator), torch.randn(64, 6, generator=generator)
+    gradient = (left @ right.T).to(dtype)
+    gradient = gradient.float() if stored else gradient
+    assert spectrum_of(Channel(name="x", gradient=gradient, bias=None)).span().rank == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tokens_are_read_through_a_cast(dtype: torch.dtype) -> None:
+    model, ids, observation = decoder(1)
+    cast = observation.replace_tensors({n: t.to(dtype) for n, t in observation.tensors.items()})
+    _, score, _, _ = attack("span", cast, model, ids)
+    assert score is not None
+    assert score.recall > 0.8
+    assert score.precision > 0.8
