@@ -4,7 +4,7 @@
 
 All times are CPU seconds of one process. Masking is measured interleaved with the bare AES-256-CTR keystream of the
 same length, written in place over the same memory. Sessions are played in process with every party's time booked to
-it. `--large` adds 1,000 clients on a ring of 138 neighbours (minutes). `--peer` names a Python interpreter of an
+it. `--large` adds 1,000 clients on a ring of 142 neighbours (minutes). `--peer` names a Python interpreter of an
 environment with Flower installed; its published SecAgg+ functions then do the same work, interleaved with ours. The
 last line is one JSON object.
 """
@@ -418,7 +418,7 @@ def main() -> None:
     else:
         results["sessions"] = [measure_session(10, 10_000_000, 1), measure_session(100, 1_000_000, 10)]
     if options.large:
-        results["sessions"].append(measure_session(1000, 10_000, 100, neighbours=138, threshold=98))
+        results["sessions"].append(measure_session(1000, 10_000, 100, neighbours=142, threshold=101))
     if options.peer:
         results["side_by_side"] = measure_peer(options.peer, length, 10, 2 if options.quick else 5)
     show(results)
