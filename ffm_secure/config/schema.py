@@ -163,6 +163,8 @@ def _read_value(hint: Hint, value: object, name: str, rules: Rules, problems: Pr
     if dataclasses.is_dataclass(hint):
         return read_table(typing.cast(type, hint), value, name, problems)
     origin: Hint = typing.get_origin(hint)
+    if origin is typing.Literal:
+        hint = type(typing.get_args(hint)[0])  # which of the words it is, the choices say
     if origin is tuple:
         if not isinstance(value, list | tuple):
             problems.add(name, value, "must be a list")

@@ -103,6 +103,19 @@ def test_one_wrong_value(section: str, key: str, value: Any, words: str) -> None
     assert words in refusal(changed)
 
 
+def test_a_key_of_fixed_words_is_read_by_its_words() -> None:
+    changed = table()
+    changed["privacy"]["clipping"] = "per_layer"
+    changed["protection"] = {"kind": "secagg", "threshold": 3, "mode": "semi_honest"}
+    read = config.from_table(changed)
+    assert (read.privacy.clipping, read.protection.mode) == ("per_layer", "semi_honest")
+    changed["privacy"]["clipping"] = "per_layr"
+    changed["protection"]["mode"] = 3
+    text = refusal(changed)
+    assert "did you mean 'per_layer'" in text
+    assert "protection.mode = 3: must be a str, not a int" in text
+
+
 def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(dump_toml(config.from_table(table())))
