@@ -286,3 +286,6 @@ class ModelExport:
     virtual: int = 0
     labels: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ()
+    key_mapping: Mapping[str, str] = field(
+        default_factory=dict
+    )  # renames the base's tensors, where a part is used

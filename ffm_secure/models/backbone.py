@@ -12,7 +12,7 @@ import struct
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,7 +55,8 @@ class Backbone:
     """Hold a loaded model, frozen: no parameter asks for a gradient, and dropout is off unless it was asked for.
 
     `fresh` names parameters that the checkpoint did not hold; they were drawn from the seed and mean nothing until they
-    are trained, so every trainable kind trains them along. `notes` are lines for the plan.
+    are trained, so every trainable kind trains them along. `notes` are lines for the plan. `key_mapping` renames the tensors of a
+    checkpoint of which only a part is loaded, as `from_pretrained` wants it; empty where the whole is.
     """
 
     model: nn.Module
@@ -71,6 +72,7 @@ class Backbone:
     kind: str
     fresh: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    key_mapping: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:
@@ -220,7 +222,7 @@ def _pretrained(
     local = Path(folder).is_dir()
     options: dict[str, Any] = {"local_files_only": local or not _hub_answers(), "trust_remote_code": False}
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        config, renamed = _text_part(transformers.AutoConfig.from_pretrained(folder, **options), kind)
         if labels is not None and config.num_labels != labels:
             config.num_labels = labels
         if not dropout:
@@ -235,6 +237,7 @@ def _pretrained(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **options,
+                **({"key_mapping": renamed} if renamed else {}),
             )
         tokenizer = None if kind.startswith("image") else _tokenizer(name, folder, options)
     except ModelError:
@@ -242,18 +245,36 @@ def _pretrained(
     except Exception as error:  # whatever a damaged checkpoint makes the library throw is one error of ours
         raise ModelError(_explain(name, kind, local, error)) from error
     fresh = _fresh(name, kind, model, report)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ("of a model for texts and pictures, the part for texts",) if renamed else ()
     if kind == "masked_lm" and fresh:
         notes = (
+            *notes,
             "no masked-LM head in the checkpoint: a new one, tied to the input embeddings, is trained along",
         )
         _start_as_identity(model, fresh)
     backbone = _finish(model, tokenizer, name=name, kind=kind, folder=folder, fresh=fresh, notes=notes)
+    backbone = replace(backbone, key_mapping=renamed)
     if kind == "causal_lm":
         _refuse_if_it_sees_the_future(name, backbone)
     if tokenizer is not None:
         _refuse_if_padding_matters(name, backbone)
     return backbone
+
+
+# Where the text part of a composite checkpoint keeps its tensors, and what the text model alone calls them.
+_TEXT_PART = {
+    "^model.language_model": "model",
+    "^language_model.model": "model",
+    "^language_model.lm_head": "lm_head",
+}
+
+
+def _text_part(config: Any, kind: str) -> tuple[Any, dict[str, str]]:
+    """Choose the text part of a model for texts and pictures where a text task asks for it, with the names of its tensors."""
+    part = getattr(config, "text_config", None)
+    if kind.startswith("image") or part is None or getattr(config, "vision_config", None) is None:
+        return config, {}
+    return part, dict(_TEXT_PART)
 
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "*spm*", "added_tokens.json")

@@ -53,8 +53,10 @@ def loading_code(export: ModelExport, folder: str = ".") -> str:
             f"folder = Path({json.dumps(folder)})",
             'config = AutoConfig.from_pretrained(folder / "base")',
         ]
+        renamed = f", key_mapping={json.dumps(dict(export.key_mapping))}" if export.key_mapping else ""
+        options = f"config=config, {dtype}, ignore_mismatched_sizes=True{renamed}"
         lines += [
-            f"base = {auto}.from_pretrained({source}, config=config, {dtype}, ignore_mismatched_sizes=True)",
+            f"base = {auto}.from_pretrained({source}, {options})",
             "model = PeftModel.from_pretrained(base, folder).eval()",
         ]
     else:

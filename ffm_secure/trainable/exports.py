@@ -74,6 +74,7 @@ def export(
         virtual=virtual,
         labels=_labels(backbone),
         text_columns=text_columns,
+        key_mapping=dict(backbone.key_mapping),
     )
     (folder / RECORD).write_text(json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n")
     return record

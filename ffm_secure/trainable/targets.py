@@ -27,6 +27,9 @@ QUERY_VALUE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("convnext", "convnextv2"), ("pwconv1", "pwconv2")),
     "resnet": ("convolution",),
     "efficientnet": ("expand_conv", "project_conv"),
+    **dict.fromkeys(
+        ("llama4_text", "qwen3_5_text", "gemma3n_text", "gemma4_text", "phi", "mbart"), ("q_proj", "v_proj")
+    ),
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
     **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value",)),
     "distilbert": ("q_lin", "v_lin"),

@@ -13,7 +13,10 @@ from benchmarks.exports import CAUSAL, CLASSIFY, TEXT, Case, _checkpoint
 from defenses.dp import PerSampleEngine
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone, load_backbone
+from ffm_secure.models.builtin import tiny_tokenizer
+from ffm_secure.report.model_card import loading_code
 from ffm_secure.trainable import TrainableModel, attach, rehearse_per_sample
+from ffm_secure.trainable.exports import export
 
 ALL = {"kind": "lora", "rank": 2, "target_modules": ["all-linear"]}
 FULL = {"kind": "full"}
@@ -223,3 +226,36 @@ def test_a_folder_without_a_tokenizer_says_how_to_write_one(tmp_path: Path) -> N
         path.unlink()
     with pytest.raises(ModelError, match=r"holds no tokenizer.*save_pretrained"):
         load_backbone(str(place), kind=CAUSAL, labels=None, base=tmp_path, seed=5)
+
+
+# --- the text part of a model for texts and pictures -----------------------------------------------------------------
+
+
+def test_the_text_part_of_a_composite_model_is_trained_and_exported(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    text = TEXT["gemma"][0] | {"vocab_size": len(tokenizer)}
+    tower = SMALL | {"image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=tower, mm_tokens_per_image=4, image_token_index=50
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        whole = transformers.Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    backbone = load_backbone(str(tmp_path / "whole"), kind=CAUSAL, labels=None, base=tmp_path, seed=1)
+    tokens = torch.tensor([[40, 51, 60, 70]])
+    with torch.no_grad():
+        answer = backbone.model(input_ids=tokens).logits
+        torch.testing.assert_close(answer, whole(input_ids=tokens).logits)
+    assert "the part for texts" in " ".join(backbone.notes)
+    trainable = attach(backbone, {"kind": "lora", "rank": 2}, task_kind=CAUSAL, seed=1)
+    shake(trainable)
+    rehearse_per_sample(trainable, None, clipping="flat")
+    record = export(trainable, tmp_path / "out", str(tmp_path / "whole"), max_length=8)
+    space: dict[str, Any] = {}
+    exec(loading_code(record, str(tmp_path / "out")), space)  # noqa: S102
+    with torch.no_grad():
+        loaded = space["model"](input_ids=tokens).logits
+        torch.testing.assert_close(loaded, trainable.model(input_ids=tokens).logits, atol=1e-5, rtol=1e-5)
+    assert (loaded - answer).abs().max() > 1e-3, "what was trained matters"
