@@ -213,7 +213,9 @@ def _cleaned(table: Table, choices: Choices) -> Table:
     text = () if image_column_name(table, choices) else text_columns(table, choices)
     require_columns(table, (*text, *filter(None, (label, choices.owner))))
     rows, notes = kept_rows(table, choices, text=text, label=label)
-    return replace(_rows(table, rows), notes=(*table.notes, *(f"{table.origin}: {note}" for note in notes)))
+    return replace(
+        _rows(table, rows), notes=(*table.notes, *(f"{Path(table.origin).name}: {note}" for note in notes))
+    )
 
 
 def _load_outside(source: str, base: Path, encoding: str) -> tuple[Table, Table | None, str]:

@@ -160,7 +160,8 @@ def _read_delimited(path: Path, usual: str, encoding: str) -> Table:
         dialect.separator != usual
     )
     read_as = encoding or stated_encoding(path)
-    notes += [f"{path.name}: read as {read_as}"] * bool(read_as)
+    shown = "UTF-8 where a line is, cp1252 where it is not" if read_as == "mixed" else read_as
+    notes += [f"{path.name}: read as {shown}"] * bool(read_as)
     return Table(
         origin=str(path),
         columns=columns,
