@@ -42,12 +42,16 @@ __all__ = [
 ]  # fmt: skip
 
 
-def audit(result: Result | str | Path, *, budget: str = "quick") -> AuditSummary:
-    """Attack a finished run (a `Result` or its folder) and return what was found; the run's report is amended."""
+def audit(result: Result | str | Path, *, budget: str = "quick", data: object = None) -> AuditSummary:
+    """Attack a finished run (a `Result` or its folder) and return what was found; the run's report is amended.
+
+    `data` are the rows of a run that was given them from Python.
+    """
     from ffm_secure.auditing.run_audit import audit_run
+    from ffm_secure.data.memory import from_memory
 
     folder = Path(result) if isinstance(result, str | Path) else result.folder
-    summary = audit_run(folder, budget=budget).audit
+    summary = audit_run(folder, budget=budget, rows=None if data is None else from_memory(data)).audit
     assert summary is not None
     return summary
 

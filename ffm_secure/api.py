@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from ffm_secure import federation
+from ffm_secure import federation, notebook
+from ffm_secure.cli.progress import Bars
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
+from ffm_secure.data.memory import IN_MEMORY, from_memory
 from ffm_secure.engines import simulation, summary
 from ffm_secure.errors import StoreError
+from ffm_secure.models.in_memory import held_model
 from ffm_secure.records import PlanSummary, RunSummary
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
@@ -44,9 +48,22 @@ class Result:
 
     accuracy = metric
 
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{name}: {value}" for name, value in notebook.summary_rows(self.summary))
+        return f"<Result {rows}>"
+
+    def _repr_html_(self) -> str:
+        return notebook.table(
+            [*notebook.summary_rows(self.summary), ("report", str(self.folder / "report.html"))]
+        )
+
 
 class Run:
-    """One run file with its place on disk.
+    """One run file with its place on disk; rows and a model that are in memory may take the place of those it names.
+
+    `data` is a list of dicts, a dict of columns, a `datasets.Dataset`, a data frame, or a dict of these with the keys
+    `train` and `validation`; `task.data` is then read by nobody. `model` is a transformers model, which is written under
+    `runs` once so that the run can be continued and audited; `tokenizer` is what it reads texts with.
 
     >>> import ffm_secure as ffm
     >>> run = ffm.load("examples/tiny.toml")
@@ -54,15 +71,38 @@ class Run:
     3
     """
 
-    def __init__(self, config: RunConfig, *, base: Path, runs: Path) -> None:
-        self.config, self.base, self.folder = config, base, runs / config.name
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        base: Path | str = ".",
+        runs: Path | str = "runs",
+        data: object = None,
+        model: object = None,
+        tokenizer: object = None,
+    ) -> None:
+        self.base, self.folder = Path(base), Path(runs) / config.name
+        self._rows = None if data is None else from_memory(data)
+        self._model = None if model is None else held_model(model, tokenizer)
+        if self._rows is not None:
+            config = dataclasses.replace(config, task=dataclasses.replace(config.task, data=IN_MEMORY))
+        if self._model is not None:
+            folder = self._model.folder((Path(runs) / ".models").resolve())
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(folder)))
+        self.config = config
         self._prepared: simulation.Prepared | None = None
 
     def prepared(self) -> simulation.Prepared:
         """Load data and model once."""
+        if self._model is not None:
+            self._model.store(Path(self.config.model.name))
         if self._prepared is None:
-            self._prepared = simulation.prepare(self.config, self.base, self.folder)
+            self._prepared = simulation.prepare(self.config, self.base, self.folder, self._rows)
         return self._prepared
+
+    def __repr__(self) -> str:
+        task, federation_ = self.config.task, self.config.federation
+        return f"<Run {self.config.name}: {task.kind}, {task.clients} owners, {federation_.rounds} rounds in {self.folder}>"
 
     def plan(self) -> PlanSummary:
         """Say what the run would train, send, spend and reveal; trains nothing."""
@@ -71,7 +111,7 @@ class Run:
     def start(
         self,
         *,
-        callback: federation.Callback | None = None,
+        callback: federation.Callback | Sequence[federation.Callback] | None = None,
         fairness: bool = True,
         complete: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
@@ -79,6 +119,8 @@ class Run:
         """Train to the end of the rounds or of the budget; continue a run that was stopped.
 
         A run that is complete already is read, not trained, evaluated or charged again.
+        `callback` hears of every round, or several are, in order; a notebook shows a bar where there is none.
+
         Without `fairness` the report says nothing about single clients, and their evaluation is saved.
         `should_stop` is asked after every round; when it says yes, the run ends there as if it had been interrupted.
         Without `complete` the folder `adapter/` holds what was trained alone: no model of any size lies beside it.
@@ -95,14 +137,15 @@ class Run:
             zero = ready.server.evaluate(initial).metric
             try:
                 start = ready.begin(store)
-                trained = federation.run(
-                    ready.server,
-                    ready.courier,
-                    store,
-                    start=start,
-                    callback=callback,
-                    should_stop=should_stop,
-                )
+                with self._listening(callback) as listener:
+                    trained = federation.run(
+                        ready.server,
+                        ready.courier,
+                        store,
+                        start=start,
+                        callback=listener,
+                        should_stop=should_stop,
+                    )
             finally:
                 ready.courier.close()
             self._release(ready, trained, initial)
@@ -123,6 +166,21 @@ class Run:
             return None  # it is written anew from the checkpoints
         whole = stored.status == "complete" and len(stored.rounds) >= self.config.federation.rounds
         return stored if whole and store.records() == stored.rounds else None
+
+    @contextmanager
+    def _listening(
+        self, callback: federation.Callback | Sequence[federation.Callback] | None
+    ) -> Iterator[federation.Callback | None]:
+        """Return the one callback of the loop, which may be several; a bar in a notebook without any."""
+        if isinstance(callback, Sequence):
+            yield notebook.Callbacks(callback)
+        elif callback is None and notebook.in_notebook():
+            with Bars(
+                rounds=self.config.federation.rounds, budget=self.config.privacy.epsilon, quiet=False
+            ) as bars:
+                yield bars
+        else:
+            yield callback
 
     def _release(
         self, ready: simulation.Simulation, trained: federation.TrainingResult, initial: Tensor
@@ -154,7 +212,7 @@ class Run:
         report.write(result, self.folder)
 
     def _export(self, folder: Path, ready: simulation.Simulation, result: RunSummary, complete: bool) -> None:
-        """Write what was trained, and unless told not to, what others need to use it, with a card."""
+        """Write what was trained, and unless listener not to, what others need to use it, with a card."""
         task, name = ready.task, self.config.model.name
         if not complete:
             ready.trainable.export(folder, name)

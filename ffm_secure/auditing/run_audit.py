@@ -20,6 +20,7 @@ from ffm_secure.auditing.step import CANDIDATES, with_draws
 from ffm_secure.auditing.wording import decoder, sentence
 from ffm_secure.auditing.recorded import audit_recorded
 from ffm_secure.config.run_file import RunConfig
+from ffm_secure.data.memory import Memory
 from ffm_secure.engines import simulation
 from ffm_secure.engines.loaded_model import load_model, read_facts, stored_noise
 from ffm_secure.errors import ConfigError, DataError, StoreError
@@ -36,8 +37,8 @@ from ffm_secure.report import document as report
 from ffm_secure.storage.run_directory import Store
 
 
-def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
-    """Attack a finished run and write the findings into its report.
+def audit_run(folder: Path, *, budget: str = "quick", rows: Memory | None = None) -> RunSummary:
+    """Attack a finished run and write the findings into its report; `rows` are those a run was given from Python.
 
     Raises:
       StoreError: the folder holds no finished run.
@@ -55,7 +56,7 @@ def audit_run(folder: Path, *, budget: str = "quick") -> RunSummary:
         raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")
     purse = AuditBudget(name=budget)
     observed = _recorded(folder, config, purse)
-    replay = _replayed(folder, config, resumed, purse)
+    replay = _replayed(folder, config, resumed, purse, rows)
     findings = (*observed, *replay.findings)
     last = replay.bounds[max(replay.bounds)] if replay.bounds else ()
     audit = AuditSummary(
@@ -98,10 +99,11 @@ def _replayed(
     config: RunConfig,
     resumed: tuple[ServerState, tuple[RoundRecord, ...], bytes],
     purse: AuditBudget,
+    rows: Memory | None,
 ) -> Replay:
     """Play one step of one client again, at its worst; without the data folder nothing can be played."""
     try:
-        prepared = simulation.prepare(config, Path.cwd(), folder)
+        prepared = simulation.prepare(config, Path.cwd(), folder, rows)
     except DataError as error:
         if not any((folder / "observations").glob("round-*")):
             raise

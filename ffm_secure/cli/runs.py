@@ -128,7 +128,7 @@ def differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the settings that are not the same in all runs, with the value of each; names are no setting."""
     names = dict.fromkeys(name for run in settings for name in run)
     values = {name: [run.get(name) for run in settings] for name in names if name != "name"}
-    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+    return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
 
 
 def _table(read: Sequence[RunLine]) -> Table:

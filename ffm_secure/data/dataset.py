@@ -29,7 +29,7 @@ from ffm_secure.data.files import arrow_table, read_source
 from defenses.dp.records import Records
 from ffm_secure.data.images import LazyImages, image_column
 from ffm_secure.data.labels import NameSource, encode_labels, is_text
-from ffm_secure.data.memory import Memory
+from ffm_secure.data.memory import IN_MEMORY, Memory
 from ffm_secure.data.table import Table, listed
 from ffm_secure.errors import DataError
 
@@ -175,14 +175,14 @@ def load(
     return replace(loaded, held_out=len(loaded.validation) if missing else 0)
 
 
-def load_task(task: Any, *, base: Path, seed: int) -> Dataset:
-    """Load the data set that the table `[task]` of a run file describes.
+def load_task(task: Any, *, base: Path, seed: int, rows: Memory | None = None) -> Dataset:
+    """Load the data set that the table `[task]` of a run file describes; `rows` given from Python take its place.
 
     Raises:
       DataError: as `load`.
     """
     loaded = load(
-        task.data,
+        task.data if rows is None else rows,
         kind=task.kind,
         base=base,
         seed=seed,
@@ -200,6 +200,10 @@ def load_task(task: Any, *, base: Path, seed: int) -> Dataset:
 def _load_source(source: str | Memory, base: Path, encoding: str) -> tuple[Table, Table | None, str]:
     if isinstance(source, Memory):
         return source.train, source.validation, "not stated"
+    if source == IN_MEMORY:
+        raise DataError(
+            "data = 'memory': these rows were given from Python and lie in no file; give them again, with data="
+        )
     if source.startswith("builtin:"):
         return _load_builtin(source.removeprefix("builtin:"))
     return _load_outside(source, base, encoding)

@@ -13,6 +13,7 @@ from ffm_secure.data.json_files import columns_of, typed
 from ffm_secure.data.table import Table
 from ffm_secure.errors import DataError
 
+IN_MEMORY = "memory"  # what task.data says of rows that were given from Python
 _ACCEPTED = "give a list of dicts, a dict of columns, a datasets.Dataset, a data frame, or a dict with 'train' and 'validation'"
 
 
@@ -22,10 +23,13 @@ class Memory:
 
     train: Table
     validation: Table | None = None
-    name: str = "memory"
+    name: str = IN_MEMORY
+
+    def __repr__(self) -> str:
+        return f"Memory(name={self.name!r}, rows={len(self.train)})"
 
 
-def from_memory(data: Any, *, name: str = "memory") -> Memory:
+def from_memory(data: Any, *, name: str = IN_MEMORY) -> Memory:
     """Turn what a Python user holds into a data set.
 
     A mapping (or `DatasetDict`) whose keys are parts gives its train and validation part.

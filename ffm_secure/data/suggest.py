@@ -232,11 +232,11 @@ def _words(table: Table, name: str) -> float:
     return float(np.mean([len(text.split()) for text in texts])) if texts else 0.0
 
 
-def _label(table: Table, asked: Asked, taken: Sequence[str]) -> str:
+def _label(table: Table, asked: Asked, used: Sequence[str]) -> str:
     if asked.label:
         known.require_columns(table, (asked.label,))
         return asked.label
-    name = _first_known(table, [word for word in LABEL_WORDS if word not in taken]) or _by_shape(table, taken)
+    name = _first_known(table, [word for word in LABEL_WORDS if word not in used]) or _by_shape(table, used)
     if not name:
         raise DataError(
             f"{table.origin}: which column holds the label? there are {listed(table.columns)}; say it with --label NAME, or "
@@ -245,14 +245,12 @@ def _label(table: Table, asked: Asked, taken: Sequence[str]) -> str:
     return name
 
 
-def _by_shape(table: Table, taken: Sequence[str]) -> str:
+def _by_shape(table: Table, used: Sequence[str]) -> str:
     """Return the one column that looks like classes and not like owners or text; nothing where several do."""
     candidates = [
         name
         for name in table.columns
-        if name not in taken
-        and name.casefold() not in OWNER_WORDS
-        and _groups(table, name, MOST_CLASSES) >= 2
+        if name not in used and name.casefold() not in OWNER_WORDS and _groups(table, name, MOST_CLASSES) >= 2
     ]
     return candidates[0] if len(candidates) == 1 else ""
 
@@ -269,13 +267,13 @@ def _groups(table: Table, name: str, most: int) -> int:
     return distinct if distinct <= most and 2 * distinct <= len(names) else 0
 
 
-def _owner(table: Table, asked: Asked, taken: Sequence[str]) -> str:
+def _owner(table: Table, asked: Asked, used: Sequence[str]) -> str:
     if asked.owner:
         known.require_columns(table, (asked.owner,))
         return asked.owner
     for name in (*table.owners, *OWNER_WORDS):
         column = _first_known(table, (name,)) or (name if name in table.columns else "")
-        if column and column not in taken and _groups(table, column, MOST_OWNERS) >= 2:
+        if column and column not in used and _groups(table, column, MOST_OWNERS) >= 2:
             return column
     return ""
 
@@ -287,8 +285,8 @@ def _cleaning(table: Table, choices: Choices) -> tuple[tuple[str, ...], dict[str
     rows = len(table)
     pictures = choices.kind == "image_classification"  # whose repeats show in their pixels alone
     for cleaner in ("blank_rows",) if pictures else ("blank_rows", "repeated_rows"):
-        tried = Choices(kind=choices.kind, owner=choices.owner, clean=(*needed, cleaner))
-        stays, _ = kept_rows(table, tried, text=choices.text, label=choices.label or None)
+        choice = Choices(kind=choices.kind, owner=choices.owner, clean=(*needed, cleaner))
+        stays, _ = kept_rows(table, choice, text=choices.text, label=choices.label or None)
         if len(stays) < rows:
             what = (
                 "have a blank text, label or owner" if cleaner == "blank_rows" else "repeat another row whole"

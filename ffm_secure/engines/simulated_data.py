@@ -13,6 +13,7 @@ from ffm_secure.data.checks import require_sound
 from ffm_secure.data.dataset import Dataset, Examples, load_task
 from defenses.dp.records import Records
 from ffm_secure.data.row_names import named
+from ffm_secure.data.memory import Memory
 from ffm_secure.errors import DataError
 from ffm_secure.privacy.accounts import contents_fingerprint, dataset_fingerprint
 from ffm_secure.registry import LIFECYCLES
@@ -43,14 +44,16 @@ class SimulatedData:
         return partition.client_rows(self.dataset.train, self.parts, owner, split=split, seed=seed)
 
 
-def load(config: RunConfig, base: Path, folder: Path | None = None) -> SimulatedData:
-    """Load a run's data, name its rows for the ledger of the run in `folder`, and deal it out to its owners.
+def load(
+    config: RunConfig, base: Path, folder: Path | None = None, rows: Memory | None = None
+) -> SimulatedData:
+    """Load a run's data, or take rows given from Python; name the rows for the ledger in `folder`, and deal them out.
 
     Raises:
       DataError: what is wrong with it, and what to do.
     """
     key = record_key(config.privacy, folder)
-    whole = named(load_dataset(config, base), key)
+    whole = named(load_dataset(config, base, rows), key)
     require_sound(whole, config)
     dataset, public = part_in_public(config, whole, base)
     task = config.task
@@ -120,6 +123,6 @@ def contents(config: RunConfig, base: Path) -> Contents:
     return Contents(account=account, digests=digests, seeded=seeded)
 
 
-def load_dataset(config: RunConfig, base: Path) -> Dataset:
-    """Load the data set a run file names."""
-    return load_task(config.task, base=base, seed=config.seed)
+def load_dataset(config: RunConfig, base: Path, rows: Memory | None = None) -> Dataset:
+    """Load the data set a run file names, or take rows given from Python."""
+    return load_task(config.task, base=base, seed=config.seed, rows=rows)

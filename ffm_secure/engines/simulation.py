@@ -19,6 +19,7 @@ from ffm_secure import tasks, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.dataset import Examples
+from ffm_secure.data.memory import Memory
 from ffm_secure.data.partition import numbered_names
 from ffm_secure.data.dataset import Dataset
 from ffm_secure.engines import simulated_data
@@ -96,7 +97,9 @@ class Prepared(LoadedModel):
         return self.data.contents
 
 
-def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepared:
+def prepare(
+    config: RunConfig, base: Path, folder: Path | None = None, rows: Memory | None = None
+) -> Prepared:
     """Load data and model, deal out the data, calibrate the mechanism; a run that has begun in `folder` keeps its noise.
 
     Raises:
@@ -105,7 +108,7 @@ def prepare(config: RunConfig, base: Path, folder: Path | None = None) -> Prepar
     compatibility.check(config)
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
-    data = simulated_data.load(config, base, folder)
+    data = simulated_data.load(config, base, folder, rows)
     begun = stored_noise(folder)
     loaded = load_model(config, base, _public_facts(config, data, folder), multiplier=begun)
     task = tasks.build_task(
