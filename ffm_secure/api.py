@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ffm_secure import federation, notebook
+from ffm_secure import federation
+from ffm_secure.cli import notebook
 from ffm_secure.cli.progress import Bars
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
@@ -212,7 +213,7 @@ class Run:
         report.write(result, self.folder)
 
     def _export(self, folder: Path, ready: simulation.Simulation, result: RunSummary, complete: bool) -> None:
-        """Write what was trained, and unless listener not to, what others need to use it, with a card."""
+        """Write what was trained, and unless told not to, what others need to use it, with a card."""
         task, name = ready.task, self.config.model.name
         if not complete:
             ready.trainable.export(folder, name)

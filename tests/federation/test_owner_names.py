@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from defenses.dp import Ledger
+
 from ffm_secure.api import Run
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.dataset import Examples
@@ -104,8 +106,9 @@ def test_a_ledger_that_knows_owners_by_number_keeps_their_accounts(tmp_path: Pat
             lambda *_, clients, **__: simulation.numbered_names(clients),
         )
         first = simulation.prepare(made, tmp_path)
-        simulation.open_ledger(first, tmp_path / "ledger.sqlite").close()
+        with Ledger.open(tmp_path / "ledger.sqlite", create=True) as ledger:
+            ledger.set_budgets(first.owners, first.account, "record", 8.0, 1e-5)
     assert first.owners == ("client-1", "client-2", "client-3")
     assert simulation.prepare(made, tmp_path).owners == first.owners
-    (tmp_path / "ledger.sqlite").unlink()
-    assert simulation.prepare(made, tmp_path).owners == tuple(sorted(NAMES))
+    fresh = config(tmp_path, noise="system", ledger=str(tmp_path / "another.sqlite"))
+    assert simulation.prepare(fresh, tmp_path).owners == tuple(sorted(NAMES))
