@@ -135,6 +135,7 @@ class Run:
             if known is not None:
                 return Result(folder=self.folder, summary=known, known=True)
             ready = simulation.build(prepared, self.folder)
+            store.adopt(self.config)
             zero = ready.server.evaluate(initial).metric
             try:
                 start = ready.begin(store)

@@ -73,7 +73,7 @@ class Ledger:
         self._budgets: dict[Account, Budget] = {}
         self._commitments: dict[tuple[str, str, str], Row] = {}
         self._spent: set[int] = set()
-        self._paid: Counter[tuple[str, str]] = Counter()
+        self._paid: dict[tuple[str, str], Counter[Event]] = {}
         self._reserved: dict[int, Row] = {}
         self._key_check = ""
         self._seen = 0
@@ -341,7 +341,12 @@ class Ledger:
     def paid(self, owner: str, run: str) -> int:
         """Return how many releases of a run one owner was charged for, confirmed or not."""
         self._refresh()
-        return self._paid[owner, run]
+        return self._paid.get((owner, run), Counter()).total()
+
+    def charged(self, owner: str, run: str) -> tuple[tuple[Event, int], ...]:
+        """Return what one owner was charged for in a run, and how often: a run that was extended has several events."""
+        self._refresh()
+        return tuple(self._paid.get((owner, run), Counter()).items())
 
     def entries(self, *, owner: str | None = None, dataset: str | None = None) -> tuple[Entry, ...]:
         """Return the rows in order, of one owner or data set if asked."""
@@ -426,7 +431,7 @@ class Ledger:
         elif row.kind == "reserve":
             event = from_dict(body["event"])
             self._reserved[row.sequence] = row
-            self._paid[row.owner, body["run"]] += 1
+            self._paid.setdefault((row.owner, body["run"]), Counter())[event] += 1
             if body["commitment"]:
                 self._commitments[(row.owner, row.dataset, body["commitment"])] = row
             for payer in _payers(account, body.get("blocks", ())):

@@ -257,9 +257,12 @@ def participation_cap(config: RunConfig) -> int:
     return math.ceil(private_rounds(config) * config.federation.cohort / config.task.clients)
 
 
-def paid_rounds(config: RunConfig) -> int:
-    """Return the most rounds one owner pays for: those it takes part in, and the spare attempts the run file asks for."""
-    return participation_cap(config) + config.privacy.spare_rounds
+def paid_rounds(config: RunConfig, turns: int = 0) -> int:
+    """Return the most rounds one owner pays for: those it takes part in, and the spare attempts the run file asks for.
+
+    `turns` is how often it may still take part, where that is not the whole run.
+    """
+    return (turns or participation_cap(config)) + config.privacy.spare_rounds
 
 
 def private_rounds(config: RunConfig) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from defenses.dp import balanced_schedule
+from defenses.dp import Event, balanced_schedule
 from defenses.random_source import RandomSource
 from ffm_secure import record_codec, trainable
 from ffm_secure.config import compatibility
@@ -82,10 +83,13 @@ def load_model(
     facts: PublicFacts,
     *,
     multiplier: float = 0.0,
+    history: Sequence[Event] = (),
+    turns: int = 0,
 ) -> LoadedModel:
     """Load the backbone, attach what is trained, work out the spec.
 
-    `multiplier` is the noise a run has begun with.
+    `multiplier` is the noise a run has begun with. For a run that goes on beyond its last round, `history` is what an owner
+    has paid for in it, and `turns` how often one may still take part.
 
     Raises:
       ModelError, BudgetExceeded: with what to do.
@@ -107,6 +111,8 @@ def load_model(
         size=size,
         public_client_size=facts.public_client_size,
         multiplier=multiplier,
+        history=history,
+        turns=turns,
     )
     spec = _agree(config, trained, strategy, mechanism, facts)
     trained.model.to(spec.device)
@@ -127,12 +133,6 @@ def _agree(
     """Work out what the server and every site agree on."""
     size, public_client_size = strategy.size(trained.size), facts.public_client_size
     largest_weight = _largest_weight(config, public_client_size)
-    schedule = balanced_schedule(
-        config.task.clients,
-        rounds=compatibility.private_rounds(config),
-        cohort=config.federation.cohort,
-        source=RandomSource.seeded(config.seed).derive("schedule"),
-    )
     return RunSpec(
         config=config,
         owners=facts.owners or numbered_names(config.task.clients),
@@ -142,9 +142,23 @@ def _agree(
         strategy=strategy,
         mechanism=mechanism,
         codec=codec_for(config, mechanism, size=size, largest_weight=largest_weight),
-        schedule=tuple(tuple(int(client) for client in cohort) for cohort in schedule),
+        schedule=schedule_of(config),
         device=choose_device(config.speed.device),
     )
+
+
+def schedule_of(config: RunConfig) -> tuple[tuple[int, ...], ...]:
+    """Return the cohort of every private round.
+
+    Guarantee: a run of more rounds begins with the cohorts of one of fewer.
+    """
+    schedule = balanced_schedule(
+        config.task.clients,
+        rounds=compatibility.private_rounds(config),
+        cohort=config.federation.cohort,
+        source=RandomSource.seeded(config.seed).derive("schedule"),
+    )
+    return tuple(tuple(int(client) for client in cohort) for cohort in schedule)
 
 
 def _largest_weight(config: RunConfig, public_client_size: int) -> int:

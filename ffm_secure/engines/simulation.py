@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from defenses.dp import Event, Ledger, PerSampleEngine, probe_sensitivity
+from defenses.errors import BudgetExceeded
 from ffm_secure import tasks, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
@@ -23,10 +24,11 @@ from ffm_secure.data.memory import Memory
 from ffm_secure.data.partition import numbered_names
 from ffm_secure.data.dataset import Dataset
 from ffm_secure.engines import simulated_data
+from ffm_secure.engines.extension import Extension, extension_of
 from ffm_secure.engines.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
 from ffm_secure.engines.local import LocalEngine, TrainerPool
 from ffm_secure.engines.simulated_data import Contents, SimulatedData, contents, load_dataset, part_in_public
-from ffm_secure.errors import DataError, PlanRefused, StoreError
+from ffm_secure.errors import BudgetExhausted, DataError, PlanRefused, StoreError
 from ffm_secure.models.backbone import fingerprint
 from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.protection.enrolment import enrol
@@ -74,6 +76,7 @@ class Prepared(LoadedModel):
 
     data: SimulatedData
     task: Task
+    extension: Extension | None = None  # what a run has behind it that is asked for more rounds
     outlook: Outlook | None = None  # none where no ledger that outlives the run is charged
 
     @property
@@ -109,15 +112,16 @@ def prepare(
     if config.speed.threads:
         torch.set_num_threads(config.speed.threads)
     data = simulated_data.load(config, base, folder, rows)
-    begun = stored_noise(folder)
-    loaded = load_model(config, base, _public_facts(config, data, folder), multiplier=begun)
+    extension = extension_of(config, folder)
+    begun = stored_noise(folder) if extension is None else 0.0
+    loaded = _load_model(config, base, _public_facts(config, data, folder), begun, extension)
     task = tasks.build_task(
         config.task.kind, backbone=loaded.backbone, dataset=data.dataset, max_length=config.task.max_length
     )
     trained, spec = loaded.trainable, loaded.spec
     notes = (spec.strategy.note, _described(spec, data))
     trained.description += tuple(note for note in notes if note)
-    outlook = _outlook(config, data, spec, folder, begun=begun > 0)
+    outlook = _outlook(config, data, spec, folder, begun=begun > 0, turns=extension.turns if extension else 0)
     if spec.mechanism.record_level is not None:
         trainable.rehearse_per_sample(trained, spec.strategy.trains(0), clipping=config.privacy.clipping)
     return Prepared(
@@ -129,7 +133,27 @@ def prepare(
         spec=spec,
         facts=loaded.facts,
         outlook=outlook,
+        extension=extension,
     )
+
+
+def _load_model(
+    config: RunConfig, base: Path, facts: PublicFacts, begun: float, extension: Extension | None
+) -> LoadedModel:
+    """Load the model with the noise a run has begun with, or with that for what is left of an extended run's budget.
+
+    Raises:
+      BudgetExhausted: nothing is left for more rounds.
+    """
+    if extension is None:
+        return load_model(config, base, facts, multiplier=begun)
+    try:
+        return load_model(config, base, facts, history=extension.history, turns=extension.turns)
+    except BudgetExceeded:
+        raise BudgetExhausted(
+            f"{extension.rounds} rounds have spent {extension.spent:.4g} of epsilon {config.privacy.epsilon:g}, which "
+            "leaves nothing for more; give the run more with --set privacy.epsilon=..."
+        ) from None
 
 
 def _public_facts(config: RunConfig, data: SimulatedData, folder: Path | None) -> PublicFacts:
@@ -161,7 +185,7 @@ def _described(spec: RunSpec, data: SimulatedData) -> str:
 
 
 def _outlook(
-    config: RunConfig, data: SimulatedData, spec: RunSpec, folder: Path | None, *, begun: bool
+    config: RunConfig, data: SimulatedData, spec: RunSpec, folder: Path | None, *, begun: bool, turns: int
 ) -> Outlook | None:
     """Return what the run's rows have spent and may spend; none where the ledger lies in the run and knows nothing else.
 
@@ -173,7 +197,7 @@ def _outlook(
         return None
     with open_ledger(path) as ledger:
         event = spec.mechanism.event(release="update of one round")
-        rounds = compatibility.paid_rounds(config)
+        rounds = compatibility.paid_rounds(config, turns)
         outlook = look_ahead(ledger, path, data.names(), config.privacy, event, rounds)
     if not outlook.pays and not begun:
         raise PlanRefused([outlook.refusal(config.privacy.unit)])
@@ -372,7 +396,13 @@ def open_granted(prepared: Prepared, path: Path) -> Ledger:
     """Open the ledger; one that holds no lifetime budget for this unit yet gets the run's own."""
     privacy = prepared.config.privacy
     ledger = open_ledger(path)
-    if privacy.unit != "none" and ledger.lifetime(privacy.unit) is None:
+    lifetime = ledger.lifetime(privacy.unit) if privacy.unit != "none" else None
+    if prepared.extension is not None and privacy.ledger == IN_RUN and lifetime is not None:
+        reason = f"the run was given more rounds: {prepared.config.federation.rounds}"
+        ledger.grant(
+            privacy.unit, max(lifetime.epsilon, privacy.epsilon), lifetime.delta, raise_because=reason
+        )
+    if privacy.unit != "none" and lifetime is None:
         budget = first_budget(ledger, privacy)
         ledger.grant(privacy.unit, budget.epsilon, budget.delta)
     ledger.record_key()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from defenses.dp import Event
 from defenses.he.collusion import Kind, collusion
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import OBSERVERS, RunConfig
@@ -65,7 +66,7 @@ def describe(prepared: Prepared) -> PlanSummary:
         bytes_down_per_client_round=4 * trained.size,
         spends=_spends(prepared),
         noise_multiplier=prepared.mechanism.noise_multiplier,
-        statements=statements(config, prepared.mechanism),
+        statements=statements(config, prepared.mechanism, _planned(prepared)),
         reveals={observer: _reveals(config, observer) for observer in OBSERVERS},
         breaks=_breaks(config),
         warnings=tuple(_warnings(prepared)),
@@ -134,9 +135,24 @@ def _spends(prepared: Prepared) -> str:
         f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} per {unit} and data owner; clip {privacy.clip_norm:g}, "
         f"noise {prepared.mechanism.noise_multiplier:.3f} x clip"
     )
+    if prepared.extension is not None:
+        noise = prepared.mechanism.noise_multiplier
+        spends = f"{spends}; {prepared.extension.words(privacy.epsilon, noise)}"
     if prepared.outlook is not None:
         return f"{spends}; {prepared.outlook.words()}"
     return f"{spends}; the ledger lies in the run, as the run file asks: what rows spend elsewhere is not counted"
+
+
+def _planned(prepared: Prepared) -> tuple[Event, ...] | None:
+    """Return what one owner will have gone through at the end of an extended run; None where a run has one noise."""
+    extension = prepared.extension
+    if extension is None or not prepared.spec.has_dp_guarantee:
+        return None
+    event = prepared.mechanism.event(release="update of one round")
+    return (
+        *extension.history,
+        *(event for _ in range(compatibility.paid_rounds(prepared.config, extension.turns))),
+    )
 
 
 def _reveals(config: RunConfig, observer: Observer) -> str:

@@ -220,30 +220,34 @@ def calibrate(
     public_client_size: int,
     history: Sequence[Event] = (),
     multiplier: float = 0.0,
+    turns: int = 0,
 ) -> Mechanism:
     """Choose the smallest noise that keeps the budget over the whole run; updates have `size` numbers.
 
-    `multiplier` is the noise a run has begun with, and stays. `history` is what the owners' ledgers already hold; the new
-    noise is chosen for what is left.
-    Guarantee: `paid_rounds` rounds of the returned mechanism's event, on top of the history, cost at most the budget;
-    more are refused by the ledger. Divisors and rates come from the run file and public sizes only.
+    `multiplier` is the noise a run has begun with, and stays. A run that goes on beyond its last round gets new noise for
+    what is left: `history` is what an owner has paid for in it, `turns` how often one may still take part.
+    Guarantee: `paid_rounds` rounds of the returned mechanism's event, on top of the history, cost at most
+    the budget; more are refused by the site. Divisors and rates come from the run file and public sizes only.
     Raises:
       BudgetExceeded: the history leaves nothing.
     """
     if config.privacy.unit == "none":
         return NoMechanism(reason=config.privacy.reason)
     if config.privacy.unit == "client":
-        return _client_noise(config, size, history, multiplier)
-    return _record_noise(config, public_client_size, history, multiplier)
+        return _client_noise(config, size, history, multiplier, _cap(config, turns))
+    return _record_noise(config, public_client_size, history, multiplier, _cap(config, turns))
+
+
+def _cap(config: RunConfig, turns: int) -> int:
+    return max(1, compatibility.paid_rounds(config, turns))
 
 
 def _record_noise(
-    config: RunConfig, public_client_size: int, history: Sequence[Event], multiplier: float
+    config: RunConfig, public_client_size: int, history: Sequence[Event], multiplier: float, cap: int
 ) -> RecordNoise:
     privacy = config.privacy
     steps = compatibility.local_steps(config, public_client_size)
     rate = compatibility.sampling_rate(config, public_client_size)
-    cap = max(1, compatibility.paid_rounds(config))
     sigma = multiplier or noise_multiplier(
         epsilon=privacy.epsilon * (1 - _HEADROOM),
         delta=privacy.delta,
@@ -267,13 +271,14 @@ def _record_noise(
     return RecordNoise(inner=inner, unit="person" if privacy.unit == "person" else "record")
 
 
-def _client_noise(config: RunConfig, size: int, history: Sequence[Event], multiplier: float) -> ClientNoise:
+def _client_noise(
+    config: RunConfig, size: int, history: Sequence[Event], multiplier: float, cap: int
+) -> ClientNoise:
     """Find the smallest noise on the grid that keeps the budget over every participation a client may have."""
     privacy, protection = config.privacy, config.protection
     scale = ((1 << (protection.value_bits - 1)) - 1) / privacy.clip_norm
     # A curious client knows its own share of the noise, so at least one share is never counted.
     honest = compatibility.minimum_survivors(config) - max(1, protection.colluding)
-    cap = max(1, compatibility.paid_rounds(config))
 
     def mechanism(multiplier: float) -> ClientNoise:
         inner = ClientMechanism(

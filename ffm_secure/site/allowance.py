@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -101,16 +102,30 @@ def run_epsilon(event: Event, rounds: int, delta: float) -> float:
         return math.inf
     if rounds < 1:
         return 0.0
+    return composed(((event, rounds),), delta)
+
+
+@lru_cache(maxsize=4096)
+def composed(events: tuple[tuple[Event, int], ...], delta: float) -> float:
+    """Return what events cost together, each as often as it says."""
     accountant = Accountant()
-    accountant.compose(event, rounds)
-    return accountant.epsilon(delta).epsilon
+    for event, count in events:
+        if isinstance(event, NonPrivateEvent):
+            return math.inf
+        accountant.compose(event, count)
+    return accountant.epsilon(delta).epsilon if events else 0.0
 
 
-def within_run(event: Event, rounds: int, privacy: Privacy) -> bool:
-    """Tell whether a run may charge one owner this many rounds: its own epsilon bounds it, whatever the lifetime allows."""
+def within_run(charged: Sequence[tuple[Event, int]], event: Event, privacy: Privacy) -> bool:
+    """Tell whether a run may charge one owner one more round: its own epsilon bounds it, whatever the lifetime allows.
+
+    `charged` is what the owner has paid for in this run, which has other events where the run was extended.
+    """
     if privacy.unit == "none":
         return True
-    return run_epsilon(event, rounds, privacy.delta) <= privacy.epsilon * (1 + _ROUNDING)
+    counts = Counter(dict(charged))
+    counts[event] += 1
+    return composed(tuple(counts.items()), privacy.delta) <= privacy.epsilon * (1 + _ROUNDING)
 
 
 def _rounded_up(value: float) -> float:

@@ -64,10 +64,11 @@ class SiteLedger:
         """Refuse a round beyond this run's own epsilon; aborted attempts count."""
         if self.replay_key:
             return
-        paid = self.ledger.paid(self.owner, plan.run_id.hex())
-        if not within_run(self.event, paid + 1, self.privacy):
+        charged = self.ledger.charged(self.owner, plan.run_id.hex())
+        if not within_run(charged, self.event, self.privacy):
+            rounds = sum(count for _, count in charged) + 1
             raise BudgetExceeded(
-                f"{self.owner}: {paid + 1} rounds of this run cost more than its epsilon {self.privacy.epsilon:g}"
+                f"{self.owner}: {rounds} rounds of this run cost more than its epsilon {self.privacy.epsilon:g}"
             )
 
     def spend(self, reservations: Sequence[Reservation]) -> None:

@@ -95,7 +95,7 @@ class Store:
         path = self.folder / "run.toml"
         if path.exists():
             stored = self.config()
-            if _same_run(stored, config):
+            if _same_run(stored, config) or extends(stored, config):
                 return
             changed = ", ".join(_differences(stored, config)) or "its contents"
             raise StoreError(
@@ -104,6 +104,11 @@ class Store:
         for name in ("checkpoints", "observations"):
             create_folder(self.folder / name)
         write_atomic(path, run_file.dump(config).encode())
+
+    def adopt(self, config: RunConfig) -> None:
+        """Note that the run goes on beyond its last round, once the noise for the rest is on disk."""
+        if extends(self.config(), config):
+            write_atomic(self.folder / "run.toml", run_file.dump(config).encode())
 
     def config(self) -> RunConfig:
         """Return the effective config of the run."""
@@ -244,6 +249,15 @@ def changed_rows(stored: str, found: str) -> str:
 def _same_run(stored: RunConfig, asked: RunConfig) -> bool:
     """Compare everything that shapes the result; speed and audit may change between two starts of one run."""
     return dataclasses.replace(asked, speed=stored.speed, audit=stored.audit) == stored
+
+
+def extends(stored: RunConfig, asked: RunConfig) -> bool:
+    """Tell whether a run is asked for more rounds and else the same, or with more epsilon beside."""
+    if asked.federation.rounds <= stored.federation.rounds or asked.privacy.epsilon < stored.privacy.epsilon:
+        return False
+    federation = dataclasses.replace(asked.federation, rounds=stored.federation.rounds)
+    privacy = dataclasses.replace(asked.privacy, epsilon=stored.privacy.epsilon)
+    return _same_run(stored, dataclasses.replace(asked, federation=federation, privacy=privacy))
 
 
 def _differences(stored: DataclassInstance, asked: DataclassInstance, where: str = "") -> list[str]:

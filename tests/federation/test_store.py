@@ -205,8 +205,10 @@ def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
 
 def test_another_run_is_refused_and_named(tmp_path: Path) -> None:
     fill(tmp_path)
-    with pytest.raises(StoreError, match=r"federation\.rounds: 3 there, 9 asked"):
-        Store.open(tmp_path, make(federation={"rounds": 9}))
+    with pytest.raises(StoreError, match=r"federation\.rounds: 3 there, 2 asked"):
+        Store.open(tmp_path, make(federation={"rounds": 2}))
+    with pytest.raises(StoreError, match=r"federation\.cohort: 4 there, 3 asked"):
+        Store.open(tmp_path, make(federation={"rounds": 9, "cohort": 3}))
     Store.open(tmp_path, make(speed={"workers": 2})).close()
 
 

@@ -514,7 +514,7 @@ def contradicted() -> RunSummary:
 
 def every_text(summary: RunSummary, change: Callable[[str], str]) -> RunSummary:
     """Replace every free text of a summary, keys of free mappings included."""
-    fixed = {"observer", "verdict", "point", "phase", "status", "axis"}
+    fixed = {"observer", "verdict", "point", "phase", "status", "axis", "source"}
 
     def walk(value: Any, name: str = "") -> Any:
         if isinstance(value, str):
