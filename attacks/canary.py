@@ -38,8 +38,8 @@ ASSUMPTIONS: dict[Method, str] = {
     "clopper_pearson": "assumes independent canaries",
     "gaussian": "assumes Gaussian scores of one variance",
 }
-# Wrong so rarely that a thousand audits of an honest mechanism hold hardly one alarm; the others are so by their slack.
-GAUSSIAN_SIGNIFICANCE = 1e-4
+# Of the bounds that are printed: a thousand audits of an honest mechanism should hold no alarm. The first has slack.
+FREE_SIGNIFICANCE, GAUSSIAN_SIGNIFICANCE = 0.01, 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ def bounds(
 
     `gaussian` says that the mechanism adds Gaussian noise to a contribution that is there or not, without sampling.
     """
-    free = lower_bound(scores_in, scores_out, delta)
+    free = lower_bound(scores_in, scores_out, delta, FREE_SIGNIFICANCE)
     if not gaussian:
         return (free,)
     return free, lower_bound(scores_in, scores_out, delta, GAUSSIAN_SIGNIFICANCE, "gaussian")

@@ -156,7 +156,7 @@ def null_runs(seconds: float, allowed: float) -> int:
 
 def noise_values(readings: Sequence[Reconstruction], scored: Score, truth: Truth) -> tuple[float, ...]:
     """Return what readings of noise score against a truth, by the measure of a score; one that finds nothing scores guessing."""
-    others = [score(reading, truth) for reading in readings]
+    others = [score(reading, truth, with_luck=False) for reading in readings]
     floor = min(scored.baseline, scored.value)
     return tuple(
         other.value if other is not None and other.measure == scored.measure else floor for other in others

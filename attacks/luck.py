@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,8 +152,17 @@ def labels_luck(counts: Sequence[float], true: Sequence[int], shares: Sequence[f
     chances = np.full(classes, 1 / classes) if shares is None else np.asarray(shares) / np.sum(shares)
     if examples == 1 and wrong < 0.5:  # one label, and it is right
         return max(1 / classes, float(chances[int(np.argmax(true))]))
-    generator = np.random.default_rng(0)
-    redrawn = generator.multinomial(examples, chances, size=_PSEUDO_TRUTHS)
-    renamed = generator.permuted(np.tile(np.asarray(true), (_PSEUDO_TRUTHS, 1)), axis=1)
-    as_right = [int((np.abs(others - guess).sum(axis=1) <= wrong).sum()) for others in (redrawn, renamed)]
+    as_right = [
+        int((np.abs(others - guess).sum(axis=1) <= wrong).sum())
+        for others in _pseudo_truths(tuple(true), tuple(chances.tolist()))
+    ]
     return max(1 + count for count in as_right) / (1 + _PSEUDO_TRUTHS)
+
+
+@lru_cache(maxsize=4)
+def _pseudo_truths(true: tuple[int, ...], chances: tuple[float, ...]) -> tuple[Floats, Floats]:
+    """Return label counts drawn from class shares, and the true ones under other names: (many, classes) each."""
+    generator = np.random.default_rng(0)
+    redrawn = generator.multinomial(sum(true), chances, size=_PSEUDO_TRUTHS)
+    renamed = generator.permuted(np.tile(np.asarray(true), (_PSEUDO_TRUTHS, 1)), axis=1)
+    return redrawn.astype(float), renamed.astype(float)

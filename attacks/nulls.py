@@ -17,6 +17,7 @@ from attacks.observation import Observation
 
 Places = Literal["as they are", "moved"]  # of what is zero
 
+_SEEDS = 7_450_580_596_923
 _RANK = 1e-5  # of the largest singular value, below which one is rounding
 _SCATTERED = 0.01  # share of zeros within rows that are not zero, from which single entries were dropped
 
@@ -48,7 +49,8 @@ class Noise:
         Zeros stay where they are, for an attack whose certainty may come from where zeros lie, or move to other rows, the
         same ones in tensors of as many rows, for an attack that is scored and may be right for what the zeros give away.
         """
-        generator, orders = torch.Generator().manual_seed(seed), dict[int, Tensor]()
+        # Far from the small seeds that simulated updates are made with: noise must not be the very noise it is held against.
+        generator, orders = torch.Generator().manual_seed(_SEEDS + seed), dict[int, Tensor]()
         tensors = {}
         for name, tensor in self.observation.tensors.items():
             shape, count = self.shapes[name], len(self.shapes[name].rows)

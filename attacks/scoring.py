@@ -75,13 +75,15 @@ class Score:
         return self.succeeded and self.luck <= LUCK
 
 
-def score(found: Reconstruction, truth: Truth) -> Score | None:
+def score(found: Reconstruction, truth: Truth, *, with_luck: bool = True) -> Score | None:
     """Score what was found by the first kind of item the truth can judge; None when it can judge none.
+
+    Without `with_luck` the luck is left at 0, where only the value is asked for.
 
     Guarantee: the attack never sees the truth; this function never changes the reconstruction.
     """
     for judge in (_members, _tokens, _labels, _images):
-        result = judge(found, truth)
+        result = judge(found, truth, with_luck)
         if result is not None:
             return result
     return None
@@ -116,7 +118,7 @@ def pooled(scores: Sequence[Score]) -> Score:
     )
 
 
-def _members(found: Reconstruction, truth: Truth) -> Score | None:
+def _members(found: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
     values = found.of("scores")
     if not values or truth.members is None or len(values[0]) != len(truth.members):
         return None
@@ -141,7 +143,7 @@ def auc_deviation(area: float, members: int, others: int) -> float:
     return math.sqrt(max(variance, 0.0) / (members * others))
 
 
-def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
+def _tokens(found: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
     if not truth.sequences:
         return None
     everywhere = _everywhere(truth)
@@ -157,7 +159,7 @@ def _tokens(found: Reconstruction, truth: Truth) -> Score | None:
         value=result.f1,
         baseline=baseline,
         succeeded=_ENOUGH["token F1"](result.f1, baseline),
-        luck=_luck_of_tokens(guessed, true, truth, everywhere),
+        luck=_luck_of_tokens(guessed, true, truth, everywhere) if with_luck else 0.0,
         exact=_sentences_read(found, truth.sequences),
         pairs=_beside(truth.sequences[:SHOWN], found, guessed),
     )
@@ -254,7 +256,7 @@ def _beside(
     return tuple(pairs)
 
 
-def _labels(found: Reconstruction, truth: Truth) -> Score | None:
+def _labels(found: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
     counts = found.of("label_counts") or tuple(_counts(value) for value in found.of("labels"))
     if not counts or truth.labels is None:
         return None
@@ -269,7 +271,7 @@ def _labels(found: Reconstruction, truth: Truth) -> Score | None:
     value, baseline = metrics.count_accuracy(guessed, true), metrics.count_accuracy(usual, true)
     return Score(
         measure="label count accuracy",
-        luck=luck.labels_luck(guessed, true, shares),
+        luck=luck.labels_luck(guessed, true, shares) if with_luck else 0.0,
         value=value,
         baseline=baseline,
         succeeded=_ENOUGH["label count accuracy"](value, baseline),
@@ -289,7 +291,7 @@ def _counts(labels: Tensor) -> Tensor:
     return labels.long().bincount()
 
 
-def _images(found: Reconstruction, truth: Truth) -> Score | None:
+def _images(found: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
     images = found.of("image")
     if not images or truth.images is None:
         return None

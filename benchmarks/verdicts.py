@@ -20,9 +20,13 @@ from torch import Tensor, nn
 
 from attacks import canary
 from attacks import Budget, Finding, Item, Knowledge, Observation, PlainAttack, Prior
+from attacks.cohort import OpenedSum, attribution_score
 from attacks.contract import Attack
 from attacks.examine import Examined, examine, leaks, study
+from attacks.judge import LEVEL
+from attacks.metrics import token_set_score
 from attacks.registry import ATTACKS, build
+from attacks.scoring import read_tokens
 from attacks.truth import Truth
 from tests.attacks import models
 
@@ -32,7 +36,11 @@ VOCABULARY, LENGTH, SIDE = 400, 8, 16
 KINDS = ("dense", "sparse", "row-sparse", "low-rank")
 CLASSES, BATCHES = (2, 3, 5, 10, 77), (1, 2, 4, 8, 16)
 UPDATES = ("gradient", "SGD steps", "AdamW step", "sum")
-CANARIES, DELTA = 2_000, 1e-5
+CANARIES, DELTA = 3_000, 1e-5
+CLIENTS = 8
+AUDITS = ("audits of", "audits", "with a leak", "share, 95 % interval", "by attack", "CPU s")
+COHORTS = ("noise multiplier", "F1 of the cohort's words", "5 rounds", "10", "20", "40", "attributed")
+BOUNDS = ("lower bound", "z", "true epsilon", "mean share", "least", "most", "above the truth")
 WARM = 1_000_003  # seeds of unused records lie beyond those of used ones
 
 
@@ -238,6 +246,59 @@ def _sent(
     ), truth
 
 
+# ------------------------------------------------------------------------------------------------------ sums over rounds
+
+
+def cohort_rows(seeds: int) -> Iterator[str]:
+    """Yield what a server reads off secure sums of five of eight clients: the cohort's words, and over rounds whose they are.
+
+    Each client holds 16 texts and learns from 8 of them in a round; sums are real gradients of a small encoder.
+    """
+    for noise in (0.0, 1.0):
+        shares, read, verdicts = dict[int, list[float]](), list[float](), Counter[str]()
+        for seed in range(seeds):
+            sums, owners, scores = _rounds(seed, noise)
+            read += scores
+            for count in (5, 10, 20, 40):
+                scored = (
+                    attribution_score(sums[:count], owners, CLIENTS)
+                    if any(one.tokens for one in sums)
+                    else None
+                )
+                shares.setdefault(count, []).append(0.0 if scored is None else scored.value)
+            verdicts[
+                "attributed" if scored is not None and scored.luck <= LEVEL and scored.succeeded else "not"
+            ] += 1
+        cells = " | ".join(f"{np.mean(values):.2f}" for values in shares.values())
+        yield f"| {noise:g} | {np.mean(read):.3f} | {cells} | {verdicts['attributed']} of {seeds} |"
+
+
+def _rounds(seed: int, noise: float) -> tuple[list[OpenedSum], dict[int, int], list[float]]:
+    vocabulary, rng = 2_000, np.random.default_rng(seed)
+    model = models.bert(vocabulary=vocabulary, width=32, length=16, seed=seed)
+    held = [texts(16, 1_000 * seed + client, vocabulary=vocabulary) for client in range(CLIENTS)]
+    words = [set(part.flatten().tolist()) for part in held]
+    owners = {
+        word: client
+        for client in range(CLIENTS)
+        for word in words[client]
+        if sum(word in other for other in words) == 1
+    }
+    sums, scores = [], []
+    for number in range(40):
+        cohort = sorted(rng.choice(CLIENTS, 5, replace=False).tolist())
+        rows = [held[client][rng.permutation(16)[:8]] for client in cohort]
+        batches = [{"input_ids": part, "labels": torch.zeros(len(part), dtype=torch.long)} for part in rows]
+        seen = models.observe_sum(model, batches, models.text_loss, batch_size=8)
+        seen = models.noised(seen, noise, seed=number) if noise else seen
+        reading = build("token_presence").run(seen, model, Prior(), Budget.quick(), 0)
+        tokens = read_tokens(reading) or set()
+        true = {token for part in rows for token in part.flatten().tolist()}
+        scores.append(token_set_score(tokens, true).f1)
+        sums.append(OpenedSum(tokens=frozenset(tokens), cohort=tuple(cohort)))
+    return sums, owners, scores
+
+
 # ---------------------------------------------------------------------------------------------------------- lower bounds
 
 
@@ -317,6 +378,7 @@ def main() -> None:
     parser.add_argument(
         "--bounds", type=int, default=1_000, help="number of audits of an honest Gaussian mechanism"
     )
+    parser.add_argument("--cohorts", type=int, default=5, help="number of runs of 40 rounds of secure sums")
     parser.add_argument("--show", action="store_true", help="print every wrong audit")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -330,15 +392,17 @@ def main() -> None:
             show=chosen.show,
         ),
     ]
-    print(
-        "| audits of | audits | with a leak | share, 95 % interval | by attack | CPU s |\n|---|--:|--:|---|---|--:|"
-    )
-    print("\n".join(row.row() for row in rows if row.audits))
+    print(_table(AUDITS, (row.row() for row in rows if row.audits)))
+    if chosen.cohorts:
+        print(_table(COHORTS, cohort_rows(chosen.cohorts)))
     if chosen.bounds:
-        print(
-            "\n| lower bound | z | true epsilon | mean share | least | most | above the truth |\n|---|--:|--:|--:|--:|--:|--:|"
-        )
-        print("\n".join(bound_rows(chosen.bounds)))
+        print(_table(BOUNDS, bound_rows(chosen.bounds)))
+
+
+def _table(columns: Sequence[str], rows: Iterable[str]) -> str:
+    """Return a Markdown table; all columns but the first are set to the right."""
+    rule = "|".join(["---", *["--:"] * (len(columns) - 1)])
+    return "\n".join([f"| {' | '.join(columns)} |", f"|{rule}|", *rows, ""])
 
 
 if __name__ == "__main__":

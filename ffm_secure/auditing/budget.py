@@ -13,7 +13,7 @@ from ffm_secure.records import (
     Point,
 )
 
-CANARIES = 2000
+CANARIES = 3000
 
 # Attacks that search for minutes: they are given one record, the client's worst case, and no place in a quick audit.
 HEAVY = frozenset({"matching", "text search", "fedavg", "learned", "aggregate"})

@@ -136,6 +136,9 @@ def attribution_question(rounds: ReadRounds) -> Question:
     if rounds.refused:
         return Question(seen=(not_applicable(rounds.refused, attack=NAME), None))
     count = max(1, rounds.recorded)
+    if not any(one.tokens for one in rounds.sent):
+        control = _read_undefended(rounds.raw)
+        return Question(seen=_result(None, "no word was read off any sum"), control=_result(control))
     control = attribution_score(rounds.raw, rounds.owners, rounds.clients)
     seen = _attributed(rounds, rounds.sent[:count])
     cohorts = {one.cohort for one in rounds.sent[:count]}
@@ -152,7 +155,16 @@ def _attributed(rounds: ReadRounds, sums: Sequence[OpenedSum]) -> Result:
     return _result(scored)
 
 
-def _result(scored: Score | None) -> Result:
+def _read_undefended(sums: Sequence[OpenedSum]) -> Score:
+    """Score the reading of undefended sums: the share of them that words were read off."""
+    share = sum(bool(one.tokens) for one in sums) / max(1, len(sums))
+    passed = share > 0.5
+    return Score(
+        measure="share of sums read", value=share, baseline=0.0, succeeded=passed, luck=0.0 if passed else 1.0
+    )
+
+
+def _result(scored: Score | None, reason: str = "no word is one client's alone") -> Result:
     return Reconstruction(
         attack=NAME,
         items=(),
@@ -160,7 +172,7 @@ def _result(scored: Score | None) -> Result:
         seconds=0.0,
         knowledge_used=("who took part",),
         applicable=True,
-        reason="" if scored is not None else "no sum was read, or no word is one client's alone",
+        reason="" if scored is not None else reason,
     ), scored
 
 
