@@ -137,8 +137,8 @@ def attribution_question(rounds: ReadRounds) -> Question:
         return Question(seen=(not_applicable(rounds.refused, attack=NAME), None))
     count = max(1, rounds.recorded)
     if not any(one.tokens for one in rounds.sent):
-        control = _read_undefended(rounds.raw)
-        return Question(seen=_result(None, "no word was read off any sum"), control=_result(control))
+        silent = _result(None, "no word was read off any sum")
+        return Question(seen=silent, control=_result(_read_undefended(rounds.raw)))
     control = attribution_score(rounds.raw, rounds.owners, rounds.clients)
     seen = _attributed(rounds, rounds.sent[:count])
     cohorts = {one.cohort for one in rounds.sent[:count]}

@@ -92,9 +92,7 @@ def build_stage(
     strangers = prepared.task.batch(encoded, order[size : size + CANDIDATES], device="cpu")
     truth = _truth(batch, members=size, strangers=strangers, vocabulary=vocabulary_of(model))
     prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
-    shape = None if truth.images is None else tuple(truth.images.shape[1:])
-    public = Knowledge(task=config.task.kind, image_shape=shape)  # the model itself says what it takes
-    knowledge = replace(public, batch_size=size, local_steps=1, **(_granted(truth) if size == 1 else {}))
+    public, knowledge = _assumed(config.task.kind, truth, size)
 
     def scene(
         point: Point,
@@ -165,6 +163,16 @@ def _candidates(prepared: simulation.Prepared, encoded: Any, rows: list[int]) ->
     if prepared.config.task.kind in ("causal_lm", "masked_lm"):
         found.pop("labels", None)
     return found
+
+
+def _assumed(task: str, truth: Truth, records: int) -> tuple[Knowledge, Knowledge]:
+    """Return what everyone knows of a round's update, and what the observer of one step is granted at worst."""
+    shape = (
+        None if truth.images is None else tuple(truth.images.shape[1:])
+    )  # the model itself says what it takes
+    public = Knowledge(task=task, image_shape=shape)
+    granted = _granted(truth) if records == 1 else {}
+    return public, replace(public, batch_size=records, local_steps=1, **granted)
 
 
 def _granted(truth: Truth) -> dict[str, Any]:
