@@ -238,7 +238,8 @@ def place(config: RunConfig, *, base: Path, runs: Path) -> Run:
     if lifecycle.public_data:
         lifecycle = dataclasses.replace(lifecycle, public_data=_locate(lifecycle.public_data, base))
     federation_ = dataclasses.replace(config.federation, lifecycle=lifecycle)
-    model = dataclasses.replace(config.model, name=_locate(config.model.name, base))
+    adapter = _locate(config.model.adapter, base) if config.model.adapter else ""
+    model = dataclasses.replace(config.model, name=_locate(config.model.name, base), adapter=adapter)
     privacy = dataclasses.replace(config.privacy, ledger=_place_ledger(config.privacy.ledger, base))
     placed = dataclasses.replace(config, task=task, model=model, federation=federation_, privacy=privacy)
     return Run(placed, base=base, runs=runs)

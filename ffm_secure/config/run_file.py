@@ -124,6 +124,7 @@ class Model:
         choices=("checkpoint", "random"),
         help="random: only the architecture, to pre-train from scratch",
     )
+    adapter: str = option("", help="start from this adapter: the adapter/ of a run, or a folder PEFT wrote")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

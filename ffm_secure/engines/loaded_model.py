@@ -124,7 +124,11 @@ def _attach(config: RunConfig, backbone: Backbone) -> TrainableModel:
         **to_table(config.model.trainable),
         "folded": merges_into_base(config.federation.strategy),
     }
-    return trainable.attach(backbone, options, task_kind=config.task.kind, seed=config.seed)
+    attached = trainable.attach(backbone, options, task_kind=config.task.kind, seed=config.seed)
+    if config.model.adapter:
+        trainable.start_from(attached, Path(config.model.adapter).expanduser())
+        attached.description += ("it starts from an adapter; what that was trained on is not counted here",)
+    return attached
 
 
 def _agree(

@@ -10,6 +10,7 @@ from ffm_secure.models.backbone import Backbone
 from ffm_secure.registry import TRAINABLES
 from ffm_secure.trainable.base import TrainableModel, replicate
 from ffm_secure.trainable.rehearsal import rehearse, rehearse_per_sample
+from ffm_secure.trainable.start import start_from
 
 _KEYS = {
     "kind",
@@ -49,4 +50,4 @@ def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed:
     return made
 
 
-__all__ = ["TRAINABLES", "TrainableModel", "attach", "rehearse_per_sample", "replicate"]
+__all__ = ["TRAINABLES", "TrainableModel", "attach", "rehearse_per_sample", "replicate", "start_from"]
