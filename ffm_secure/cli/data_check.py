@@ -15,12 +15,13 @@ def data_check(run: Run) -> DataCheck:
     """Look at the rows of a run that was loaded."""
     prepared = run.prepared()
     train, task = prepared.dataset.train, prepared.task
-    step = -(-len(train) // MOST_MEASURED)
+    sample = train.take(np.arange(0, len(train), -(-len(train) // MOST_MEASURED)))
     return checks.examine(
         prepared.dataset,
         owner_column=checks.owner_column(run.config),
         claims=run.config.privacy.unit != "none",
-        lengths=task.full_lengths(train.take(np.arange(0, len(train), step))),
+        lengths=task.full_lengths(sample),
         max_length=run.config.task.max_length,
+        unanswered=task.unanswered(sample),
         notes=task.notes,
     )

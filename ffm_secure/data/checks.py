@@ -63,6 +63,7 @@ class DataCheck:
     garbled: int = 0  # rows with traces of a wrong encoding
     max_length: int = 0
     cut: float | None = None  # share of texts cut at max_length; None where there is no text
+    unanswered: float | None = None  # share of prompts or chats whose answer is cut off whole
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -92,12 +93,13 @@ def examine(
     claims: bool = True,
     lengths: Indices | None = None,
     max_length: int = 0,
+    unanswered: float | None = None,
     notes: Sequence[str] = (),
 ) -> DataCheck:
     """Look at a data set as its owner would want to before a run.
 
     `claims` tells whether the run promises anything about its private rows, `lengths` holds the tokens of uncut texts,
-    int64 [any number of private rows], and `notes` what the task adds.
+    int64 [any number of private rows], `unanswered` the share of answers that are cut off, and `notes` what the task adds.
     """
     classes = class_counts(dataset)
     owners = owner_counts(dataset.train, owner_column)
@@ -121,6 +123,7 @@ def examine(
         garbled=sum(bool(_TROUBLE.search(text)) for text in texts),
         max_length=max_length,
         cut=None if lengths is None or not len(lengths) else float(np.mean(lengths > max_length)),
+        unanswered=unanswered,
         notes=(*dataset.notes, *notes),
         problems=find_problems(dataset, owner_column=owner_column, claims=claims),
     )
@@ -226,6 +229,11 @@ def _warnings(check: DataCheck, dataset: Dataset, *, claims: bool) -> Iterator[s
         yield f"{check.garbled:,} texts show traces of a wrong encoding; save the file as UTF-8, or set task.encoding"
     if check.cut is not None and check.cut > 0.5:
         yield f"{check.cut:.0%} of the texts are cut at task.max_length = {check.max_length}; raise it"
+    if check.unanswered:
+        yield (
+            f"{check.unanswered:.0%} of the answers lie beyond task.max_length = {check.max_length}, and nothing is learned "
+            "from them; raise it"
+        )
 
 
 def lines(check: DataCheck) -> list[str]:

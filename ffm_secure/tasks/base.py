@@ -84,6 +84,10 @@ class Task:
         """Count the tokens of each text before it is cut, int64 [n]; None where there is no text."""
         return None
 
+    def unanswered(self, examples: Columns) -> float | None:
+        """Return the share of examples whose answer is cut off whole; None where all of a text is learned."""
+        return None
+
     def batch(
         self, encoded: Any, indices: Any, *, device: str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

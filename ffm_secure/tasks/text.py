@@ -104,6 +104,14 @@ class CausalLM(_Text):
         """Return the texts as the tokenizer reads them; chats in the words of their template."""
         return [self.answered_texts(examples)[0]] if self.data.is_chat else super().written(examples)
 
+    def unanswered(self, examples: Columns) -> float | None:
+        """Return the share of examples whose answer is cut off whole, so that nothing of them is learned."""
+        encoded = self.encode(examples)
+        if encoded.asked is None or len(encoded) == 0:
+            return None
+        asked = np.concatenate([[0], np.cumsum(encoded.asked)])
+        return float(np.mean(asked[encoded.offsets[1:]] == asked[encoded.offsets[:-1]]))
+
     def answered_texts(self, examples: Columns) -> tuple[list[str], list[Sequence[tuple[int, int]]]]:
         """Return each example as text, and the characters of its answers."""
         column = examples.column(self.data.text_columns[0])

@@ -183,6 +183,13 @@ def test_the_share_of_cut_texts_is_said_and_warned_of():
     assert examine(data).cut is None
 
 
+def test_answers_that_are_cut_off_are_warned_of():
+    data = data_of(["a", "b"] * 10)
+    check = examine(data, max_length=8, unanswered=0.25)
+    assert any("25% of the answers lie beyond task.max_length = 8" in line for line in check.warnings)
+    assert not any("answers" in line for line in examine(data, unanswered=0.0).warnings)
+
+
 def test_repeated_pictures_are_seen():
     pixels = np.zeros((6, 4, 4), np.uint8)
     pixels[0] = 9

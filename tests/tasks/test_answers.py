@@ -92,6 +92,15 @@ def test_an_answer_that_is_cut_off_has_no_loss_and_no_gradient(backbone):
     assert made.losses(backbone.model, made.batch(made.encode(rows), [0], device="cpu")).tolist() == [0.0]
 
 
+def test_the_share_of_answers_that_are_cut_off_is_counted(backbone):
+    texts = ["soup " * 60 + "\nyes", "tea\nno", "tea\nyes", "bread " * 60 + "\nno"]
+    answers = [text.split("\n")[1] for text in texts]
+    rows = Examples(columns={"q": [text.split("\n")[0] for text in texts], "a": answers, "q+a": texts})
+    assert task(backbone, text_columns=("q+a",), answered=("q", "a")).unanswered(rows) == 0.5
+    whole = task(backbone, text_columns=("q+a",), answered=("q", "a"), answers_only=False)
+    assert whole.unanswered(rows) is None
+
+
 def test_a_chat_is_written_by_the_template_and_its_answers_end_with_their_mark(templated):
     made = task(templated, text_columns=("messages",), is_chat=True)
     rendered = render_all(templated.tokenizer, [pack(TURNS)])[0]
