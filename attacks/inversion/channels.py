@@ -113,10 +113,12 @@ class Spectrum:
     def span(self, *, tolerance: float | None = None, noise: float = 0.0) -> Span:
         """Return the row space above a relative tolerance (default: rounding) and above the edge of the noise.
 
-        A cast to half precision is such a noise, of known size.
+        Without a stated tolerance a cast to half precision counts as such a noise, of known size; a lower one looks beneath
+        its edge, where inputs of small weight may still show.
         """
-        dtype = torch.float32 if self.rounding else self.dtype
-        seen = self.singular[self.singular > self.rounding]
+        cast = tolerance is None and self.rounding > 0.0
+        seen = self.singular[self.singular > self.rounding] if cast else self.singular
+        dtype = torch.float32 if cast else self.dtype
         rank = numerical_rank(seen, self.shape, noise=noise, tolerance=tolerance, dtype=dtype)
         return Span(channel=self.channel, basis=self.right[:rank], shape=self.shape)
 

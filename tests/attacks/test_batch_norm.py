@@ -90,6 +90,19 @@ def test_the_mean_colour_is_read_up_to_what_borders_hide(count: int) -> None:
     assert len(result.of("embedding")) == 2
 
 
+def test_noise_takes_the_colour_step_by_step() -> None:
+    model, images = network(), pictures(4)
+    seen, true = client(model, [images]), images.mean(dim=(0, 2, 3))
+    errors = []
+    for noise in (0.0, 1e-3, 1e-1, 1.0):
+        hidden = seen if noise == 0.0 else models.noised(seen, noise, seed=1)
+        result = build("batch_statistics").run(hidden, model, Prior(), Budget.quick(), 0)
+        errors.append(float((result.of("image")[0].mean(dim=(1, 2)) - true).abs().max()))
+    assert errors == sorted(errors)
+    assert errors[0] < 0.03
+    assert errors[-1] > 1.0, "at noise multiplier 1 the colour is off by more than the range of colours"
+
+
 def test_evaluation_mode_and_gradients_show_no_statistics() -> None:
     model, images = network(), pictures(4)
     for seen in (

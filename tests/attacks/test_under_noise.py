@@ -19,6 +19,7 @@ EXCEPTIONS = {
     "prompt_membership": "scores candidates; test_monotone holds it",
     "lira": "scores candidates on a released model, sees no update",
     "rmia": "scores candidates on a released model, sees no update",
+    "batch_statistics": "reads means over a batch, no record of it; under noise in test_batch_norm",
 }
 SLOW = {
     "somp",
@@ -38,7 +39,7 @@ def test_no_attack_is_forgotten() -> None:
     assert set(EXCEPTIONS) <= set(ATTACKS)
     assert not set(EXCEPTIONS) & set(cases.CASES)
     assert all(
-        build(name).summary.startswith("membership") for name in EXCEPTIONS
+        build(name).summary.startswith(("membership", "means")) for name in EXCEPTIONS
     )  # nothing is reconstructed
 
 
