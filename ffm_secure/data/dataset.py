@@ -437,35 +437,3 @@ def _natural_columns(examples: Examples, used: set[str | None]) -> tuple[str, ..
             if 2 <= distinct <= len(examples) / 2:
                 found.append(name)
     return tuple(found)
-
-
-def public_stream(dataset: Dataset, fraction: float, seed: int) -> tuple[Examples, Dataset]:
-    """Split off a public part of the train examples for pre-training; the rest stays private.
-
-    Guarantee: no private example has the same text (or picture) as a public one: copies of a drawn example become
-    public with it, so the public part may be slightly larger than `fraction`.
-
-    Raises:
-      DataError: the fraction leaves one side without examples.
-    """
-    rows = len(dataset.train)
-    count = round(rows * fraction) if 0.0 < fraction < 1.0 else 0
-    if not 0 < count < rows:
-        raise DataError(
-            f"public fraction = {fraction}: of {rows} rows it leaves one side empty; choose between 0 and 1"
-        )
-    drawn = np.random.Generator(np.random.PCG64([seed, 0x9B1C])).permutation(rows)[:count]
-    keys = _content_keys(dataset)
-    public_keys = {keys[row] for row in drawn}
-    public = np.array([key in public_keys for key in keys])
-    if public.all():
-        raise DataError(f"public fraction = {fraction}: every example is a copy of a public one; choose less")
-    private = replace(dataset, train=dataset.train.take(np.flatnonzero(~public)))
-    return dataset.train.take(np.flatnonzero(public)), private
-
-
-def _content_keys(dataset: Dataset) -> list[Any]:
-    if dataset.image_column:
-        images = dataset.train.column(dataset.image_column)
-        return [images[row].tobytes() for row in range(len(images))]
-    return list(zip(*(dataset.train.column(name) for name in dataset.text_columns), strict=True))

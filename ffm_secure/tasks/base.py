@@ -94,25 +94,6 @@ class Task:
         """Pad the chosen examples into tensors; `generator` draws what a task draws anew each time (masks)."""
         raise NotImplementedError
 
-    def chunks(self, encoded: Any, indices: Any, *, most: int) -> Iterator[NDArray[np.int64]]:
-        """Split a batch into parts of at most `most` samples of similar length, so that little is padded.
-
-        Guarantee: every index comes out exactly once. Sums over samples do not depend on the split, beyond rounding.
-        """
-        chosen = as_indices(indices)
-        lengths = (
-            encoded.lengths()[chosen] if hasattr(encoded, "lengths") else np.ones(len(chosen), dtype=np.int64)
-        )
-        order = np.argsort(-lengths, kind="stable")
-        start = 0
-        while start < len(order):
-            part = order[start : start + most]
-            part = part[
-                lengths[part] * 2 > lengths[part[0]]
-            ]  # sorted, so this cuts a tail that would be mostly padding
-            yield chosen[part]
-            start += len(part)
-
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return per-sample losses float32 [B], in nats."""
         raise NotImplementedError

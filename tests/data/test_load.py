@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from ffm_secure.data import images as data_images
-from ffm_secure.data.dataset import Dataset, Examples, load, public_stream
+from ffm_secure.data.dataset import Dataset, Examples, load
 from ffm_secure.data.images import LazyImages
 from ffm_secure.errors import DataError
 
@@ -223,31 +223,6 @@ def test_licence_is_quoted_from_the_readme(tmp_path):
     write_parquet(tmp_path, text=TEXTS, label=LABELS)
     (tmp_path / "README.md").write_text("# data\n\n**Licence:** CC BY 4.0 (read)\n", encoding="utf-8")
     assert read(".", tmp_path).license_note == "CC BY 4.0 (read)"
-
-
-# Public stream
-
-
-def test_public_and_private_share_no_text(tmp_path):
-    write_parquet(tmp_path, text=[f"t{i // 2}" for i in range(200)], label=[0] * 200)
-    data = read(".", tmp_path, validation_fraction=0.01)
-    public, private = public_stream(data, 0.25, seed=3)
-    assert not set(public.column("text")) & set(private.train.column("text"))
-    assert len(public) + len(private.train) == len(data.train)
-    assert 0.25 * len(data.train) <= len(public) <= 0.5 * len(data.train)
-    again, _ = public_stream(data, 0.25, seed=3)
-    assert again.column("text") == public.column("text")
-    assert public_stream(data, 0.25, seed=4)[0].column("text") != public.column("text")
-    digits = read("builtin:digits", tmp_path, "image_classification")
-    shown, hidden = public_stream(digits, 0.1, seed=0)
-    assert len(shown) + len(hidden.train) == 1437
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, 1e-9, float("nan")])
-def test_a_public_stream_that_leaves_a_side_empty_is_refused(tmp_path, fraction):
-    data = read(write_parquet(tmp_path, text=TEXTS, label=LABELS), tmp_path)
-    with pytest.raises(DataError, match="leaves one side empty"):
-        public_stream(data, fraction, seed=0)
 
 
 # Errors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ffm_secure.data.dataset import load, public_stream
+from ffm_secure.data.dataset import load
 from ffm_secure.data.partition import partition
 from ffm_secure.errors import DataError
 
@@ -66,8 +66,6 @@ def test_set_loads_with_its_columns_and_deals(shared, name):
         )
     parts = partition(data.train, clients=20, split=split, seed=0)
     assert sum(map(len, parts)) == rows
-    public, private = public_stream(data, 0.1, seed=0)
-    assert len(public) + len(private.train) == rows
 
 
 def test_class_names_survive_the_metadata(shared):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy, log_softmax
 
 from ffm_secure.errors import ModelError
+from ffm_secure.lifecycle.finetune import similar_lengths
 from ffm_secure.models.backbone import load_backbone
 from ffm_secure.tasks import TASKS, Encoded, EncodedText, MaskedLM, Task, build_task
 
@@ -223,23 +225,22 @@ def test_training_masks_change_and_evaluation_masks_stay() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 64), max_size=40), st.integers(1, 9))
-def test_chunks_hold_every_sample_once_and_pad_less_than_half(lengths: list[int], most: int) -> None:
+def test_parts_hold_every_sample_once_and_alike_in_length(lengths: list[int], most: int) -> None:
     encoded = EncodedText(tokens=np.zeros(sum(lengths), dtype=np.int32), offsets=np.cumsum([0, *lengths]))
-    parts = list(Task.chunks(cast(Task, None), encoded, range(len(lengths)), most=most))
+    parts = list(similar_lengths(encoded, np.arange(len(lengths)), most))
     assert sorted(np.concatenate([[], *parts])) == list(range(len(lengths)))
-    for part in parts:
-        held = [lengths[i] for i in part]
-        assert len(part) <= most
-        assert 2 * min(held) > max(held)
+    held = [[lengths[int(row)] for row in part] for part in parts]
+    assert all(len(part) <= most for part in held)
+    assert all(max(shorter) <= min(longer) for shorter, longer in pairwise(held))
 
 
-def test_chunks_do_not_change_the_gradient() -> None:
+def test_parts_do_not_change_the_gradient() -> None:
     task, model, encoded = prepare("tiny-bert", "text_classification")
     model.classifier.weight.requires_grad_(True)
     whole = torch.autograd.grad(
         task.losses(model, task.batch(encoded, range(5), device="cpu")).sum(), model.classifier.weight
     )[0]
-    parts = list(task.chunks(encoded, range(5), most=4))
+    parts = list(similar_lengths(encoded, np.arange(5), 4))
     assert len(parts) > 1
     split = [
         torch.autograd.grad(
