@@ -198,7 +198,9 @@ def _holds_notes(dataset: Dataset, present: Sequence[NamedCount], rows: int) -> 
 
 def _only_private(dataset: Dataset) -> int:
     """Count the classes that no public row carries: their names would be released by being listed."""
-    return len(set(dataset.train.labels.tolist()) - set(dataset.validation.labels.tolist()))
+    private = set(dataset.train.labels.tolist()) - set(dataset.validation.labels.tolist())
+    names = dataset.label_names or ()
+    return sum(not is_blank(names[label]) for label in private)
 
 
 def _warnings(check: DataCheck, dataset: Dataset, *, claims: bool) -> Iterator[str]:

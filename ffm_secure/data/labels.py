@@ -153,8 +153,8 @@ def _whole_labels(table: Table, name: str) -> Indices:
         if bad.size:
             first = f"a label in column {name!r} is outside 0 to {MAX_LABELS - 1}"
             raise DataError(
-                f"{table.place(int(bad[0]))}: {count_more(first, int(bad.size), 'rows')}; number the classes from 0, or "
-                "write them as text"
+                f"{table.place(int(bad[0]))}: {count_more(first, int(bad.size), 'rows')}; number the classes from 0, "
+                "write them as text, or declare them with task.class_names"
             )
         return numbers
     odd = [row for row, value in enumerate(values) if not _is_class_number(value)]

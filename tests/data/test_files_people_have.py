@@ -404,6 +404,11 @@ def test_declared_names_number_the_classes(tmp_path):
     assert set(positions.train.labels.tolist()) == {1, 2}
     with pytest.raises(DataError, match="beyond the 2 classes"):
         read(".", tmp_path, class_names=["bad", "good"])
+    write_rows(tmp_path / "signs.csv", [(text, 2 * label - 1) for text, label in ROWS])
+    with pytest.raises(DataError, match=r"outside 0 to .*declare them with task.class_names"):
+        read("signs.csv", tmp_path)
+    signs = read("signs.csv", tmp_path, class_names=["-1", "1"])
+    assert set(zip(signs.train.column("text"), signs.train.labels.tolist(), strict=True)) <= set(ROWS)
     with pytest.raises(DataError, match="name every class once"):
         read(".", tmp_path, class_names=["a", "a"])
 
