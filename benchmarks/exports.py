@@ -74,8 +74,26 @@ TEXT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "t5": ({"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}, (CLASSIFY,)),
     "bart": (_BART, (CLASSIFY,)),
 }
+_PATCHES = (
+    {name: _SIZE[name] for name in _SIZE if name != "max_position_embeddings"} | _PICTURE | {"patch_size": 8}
+)
+_STAGES = {"image_size": 32, "hidden_sizes": [16, 32], "depths": [1, 1]}
 PICTURE: dict[str, dict[str, Any]] = {
-    "vit": _SIZE | _PICTURE | {"patch_size": 8},
+    "vit": _PATCHES,
+    "dinov2": _PATCHES,
+    "beit": _PATCHES,
+    "swin": {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": [1, 1],
+        "num_heads": [2, 2],
+        "window_size": 4,
+    },
+    "clip": {"vision_config": _PATCHES, "text_config": _SIZE, "projection_dim": 16},
+    "siglip": {"vision_config": _PATCHES, "text_config": _SIZE},
+    "resnet": _STAGES | {"embedding_size": 16, "layer_type": "basic"},
+    "convnext": _STAGES | {"num_stages": 2},
 }
 SPECS: tuple[dict[str, Any], ...] = (
     {"kind": "full"},

@@ -135,6 +135,11 @@ def attach_lora(
     flat = all(
         layer.get_base_layer().weight.ndim == 2 for _, layer in layers
     )  # rules multiply factors as matrices
+    if folded and not flat:
+        raise ModelError(
+            f"federation.strategy changes the weights beside the factors, and those of {backbone.architecture} are convolutions; use "
+            "federation.strategy.kind = 'average'"
+        )
     adapters = tuple(_adapter(path, layer, folded) for path, layer in layers) if flat else ()
     common: dict[str, Any] = {
         "backbone": backbone,

@@ -146,11 +146,13 @@ def layers_of(model: Any) -> list[nn.Module]:
     Raises:
       ModelError: the model keeps them in no single list.
     """
-    count = int(model.config.num_hidden_layers)
-    lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    count = int(getattr(model.config, "num_hidden_layers", 0))
+    lists = [
+        m for m in model.base_model.modules() if count and isinstance(m, nn.ModuleList) and len(m) == count
+    ]
     if not lists:
         raise ModelError(
-            f"model.trainable.kind: {type(model).__name__} has no list of {count} layers; use 'prompt'"
+            f"model.trainable.kind = 'deep_prompt': {type(model).__name__} keeps its layers in no single list; use lora or head"
         )
     return list(lists[0])
 

@@ -151,6 +151,22 @@ def test_windows_over_the_batch_are_refused_with_what_to_use(tmp_path: Path) -> 
         rehearse_per_sample(trainable, None, clipping="flat")
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "lora", "rank": 2, "folded": True}, "are convolutions; use federation.strategy.kind"),
+        ({"kind": "lora_xs", "rank": 2}, "is a convolution; use lora or head"),
+        ({"kind": "prompt", "length": 2}, "need a ViT"),
+        ({"kind": "deep_prompt", "length": 2}, "no single list; use lora or head"),
+    ],
+)
+def test_what_needs_matrices_or_words_is_refused_before_convolutions(
+    spec: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        attach(picture_model("resnet", tmp_path), spec, task_kind="image_classification", seed=1)
+
+
 def test_a_mixture_of_experts_is_refused_with_what_to_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
