@@ -211,7 +211,20 @@ class Run:
             ready.trainable.load_vector(own)
             folder = ready.states.place(site.data.index) / "adapter"
             ready.trainable.export(folder, self.config.model.name)
+        self._keep_best(store, ready, trained)
         report.write(result, self.folder)
+
+    def _keep_best(
+        self, store: Store, ready: simulation.Simulation, trained: federation.TrainingResult
+    ) -> None:
+        """Export the model of the best round beside the last one, where they are two."""
+        best = store.best()
+        if best is None or best[1].round == len(trained.records):
+            return
+        ready.trainable.load_vector(best[0].vector)
+        name = self.config.model.name
+        store.replace_folder("best/adapter", lambda folder: ready.trainable.export(folder, name))
+        ready.trainable.load_vector(trained.state.vector)
 
     def _export(self, folder: Path, ready: simulation.Simulation, result: RunSummary, complete: bool) -> None:
         """Write what was trained, and unless told not to, what others need to use it, with a card."""

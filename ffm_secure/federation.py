@@ -85,7 +85,8 @@ def run(
                 )
             state, result = rounds.advance(server, plan, state, result)
             record = rounds.record(server, plan, result, state, records, courier, began=began)
-            store.commit(state, record, run_id=server.run_id)
+            best = rounds.is_best(records, record, higher=server.task.higher_is_better)
+            store.commit(state, record, run_id=server.run_id, best=best)
             records = (*records, record)
             callback.round_finished(record)
             if should_stop() and len(records) < total:

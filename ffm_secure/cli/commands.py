@@ -239,6 +239,7 @@ def _result_table(result: Result) -> dict[str, Any]:
         "status": summary.status,
         "already_complete": result.known,
         "warnings": outcome.warnings(summary),
+        "best_round": best.round if (best := outcome.best_round(summary)) else len(summary.rounds),
         "stamps": summary.stamps,
         "folder": str(result.folder),
         "report": str(result.folder / "report.html"),
@@ -274,6 +275,10 @@ def _result_lines(result: Result) -> list[str]:
         f"{summary.metric_zero_round:.4f}{majority})",
         f"  {_statement_line(summary.statements[0])}",
     ]
+    best = outcome.best_round(summary)
+    if best is not None:
+        kept = f"kept in {result.folder / 'best' / 'adapter'}; adapter/ holds the last"
+        lines.append(f"  best     {summary.metric_name} {best.metric:.4f} after round {best.round}, {kept}")
     lines += _audit_lines(summary.audit) if summary.audit else []
     return [*lines, f"  report   {result.folder / 'report.html'}"]
 

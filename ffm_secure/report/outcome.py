@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ffm_secure.records import RunSummary
+from ffm_secure.records import RoundRecord, RunSummary
 from ffm_secure.report.markup import figure
 
 
@@ -33,6 +33,16 @@ def warnings(summary: RunSummary) -> list[str]:
             "common class."
         )
     return notes
+
+
+def best_round(summary: RunSummary) -> RoundRecord | None:
+    """Return the first round with the best public metric; None where that is the last one, or none was opened."""
+    opened = [record for record in summary.rounds if not record.aborted and math.isfinite(record.metric)]
+    if not opened:
+        return None
+    choose = max if summary.higher_is_better else min
+    best = choose(opened, key=lambda record: record.metric)
+    return None if best.metric == summary.metric_final else best
 
 
 def all_aborted(summary: RunSummary) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -294,3 +295,11 @@ def _evaluations(courier: Courier, messages: Mapping[int, bytes]) -> Iterator[Ev
     for reply in courier.send(EVALUATE, messages):
         if not isinstance(reply.content, Lost):
             yield record_codec.from_bytes(Evaluation, bytes(reply.content), "an evaluation")
+
+
+def is_best(earlier: Sequence[RoundRecord], record: RoundRecord, *, higher: bool) -> bool:
+    """Tell whether a round's public metric is better than that of every round before it."""
+    measured = [item.metric for item in earlier if not item.aborted and math.isfinite(item.metric)]
+    if record.aborted or not math.isfinite(record.metric):
+        return False
+    return all(record.metric > metric if higher else record.metric < metric for metric in measured)

@@ -43,7 +43,7 @@ class Store:
 
     Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `checkpoints/round-NNNNNN/` global
     tensors and server state (the two newest are kept), `home/<client>/` what a simulated client keeps to
-    itself, `adapter/` the final model, `data.json` digests of the rows the run reads, `ledger.sqlite`,
+    itself, `adapter/` the final model, `best/` the best round, `data.json` digests of the rows the run reads, `ledger.sqlite`,
     `observations/`, `report.html`, `report.json`.
     Guarantee: killed at any moment, `resume` returns the last finished round and the records up to it.
     """
@@ -141,8 +141,11 @@ class Store:
                 self.folder / "data.json", (json.dumps({"format": FORMAT, "rows": digests}) + "\n").encode()
             )
 
-    def commit(self, state: ServerState, record: RoundRecord, *, run_id: bytes) -> None:
-        """Make a finished round durable: first the state, then the record that points at it."""
+    def commit(self, state: ServerState, record: RoundRecord, *, run_id: bytes, best: bool = False) -> None:
+        """Make a finished round durable: first the state, then the record that points at it.
+
+        The best round so far is kept beside the newest two, for as long as it is the best.
+        """
         line = (record_codec.to_line(record) + "\n").encode()
         content = _checkpoint(state, record.round, run_id)
 
@@ -153,6 +156,8 @@ class Store:
         create_folder(self.folder / "checkpoints")
         replace_folder(self.folder / "checkpoints" / f"round-{record.round:06d}", fill)
         append_synced(self.folder / "rounds.jsonl", line)
+        if best:
+            replace_folder(self.folder / "best", fill)
         self._forget_old(keep=2)
 
     def resume(self) -> tuple[ServerState, tuple[RoundRecord, ...], bytes] | None:
@@ -174,6 +179,14 @@ class Store:
                 "".join(record_codec.to_line(item) + "\n" for item in complete).encode(),
             )
         return state, complete, run_id
+
+    def best(self) -> tuple[ServerState, RoundRecord] | None:
+        """Return the best round that was kept, with its state; None where there is none of this run."""
+        folder = self.folder / "best"
+        if not (folder / "record.json").is_file():
+            return None
+        record = _read_record(folder / "record.json")
+        return (_read_checkpoint(folder)[0], record) if record in self.records() else None
 
     def records(self) -> tuple[RoundRecord, ...]:
         """Return the records on disk; a torn last line is the mark of a kill and is dropped."""

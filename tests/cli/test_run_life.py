@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from defenses.dp import Accountant, Ledger, RecordMechanism
 from ffm_secure.config import run_file
+from ffm_secure.engines import simulation
+from ffm_secure.records import RoundRecord
+from ffm_secure.server.rounds import is_best
+from ffm_secure.storage.run_directory import Store
 from ffm_secure.site.allowance import composed, within_run
+from tests.federation.test_store import record
 from tests.federation.helpers import SECAGG, Done, call, make
 
 RECORD = {"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0}
@@ -180,3 +186,37 @@ def test_more_epsilon_without_more_rounds_is_another_run(tmp_path: Path) -> None
 
 def start_plan(folder: Path, *words: str) -> Done:
     return call("plan", "run.toml", *words, cwd=folder)
+
+
+def test_the_best_round_is_kept_beside_the_last(tmp_path: Path) -> None:
+    """A learning rate that overshoots: the best round comes before the last, and its model is there."""
+    lifecycle = {"kind": "finetune", "local_steps": 2, "batch_size": 8, "learning_rate": 3.0}
+    federation = {"rounds": 6, "cohort": 4, "lifecycle": lifecycle}
+    outcome = start(tmp_path, federation=federation)
+    assert outcome.returncode == 0, outcome.stderr
+    folder = tmp_path / "runs" / "test"
+    measured = [item["metric"] for item in rounds(tmp_path)]
+    best = measured.index(max(measured)) + 1
+    assert best < 6, "or this test shows nothing"
+    assert f"best     accuracy {max(measured):.4f} after round {best}, kept in" in outcome.stdout
+    kept, best_record = Store.read(folder).best() or pytest.fail("none is kept")
+    assert best_record.round == best
+    assert best_record.metric == max(measured)
+    prepared = simulation.prepare(run_file.load(folder / "run.toml"), tmp_path)
+    prepared.trainable.import_(folder / "best" / "adapter")
+    assert torch.equal(prepared.trainable.flatten().cpu(), kept.vector)
+    prepared.trainable.import_(folder / "adapter")
+    assert not torch.equal(prepared.trainable.flatten().cpu(), kept.vector)
+
+
+def test_what_is_best_is_told_by_the_public_metric_of_opened_rounds() -> None:
+    def of(metric: float, aborted: str = "") -> RoundRecord:
+        return record(1, metric=metric, aborted=aborted)
+
+    assert is_best((), of(0.5), higher=True)
+    assert is_best((of(0.4), of(0.9, "too few")), of(0.5), higher=True)
+    assert not is_best((of(0.5),), of(0.5), higher=True), "the first of equals"
+    assert not is_best((of(0.5),), of(0.9), higher=False)
+    assert is_best((of(0.5), of(float("nan"))), of(0.4), higher=False)
+    assert not is_best((), of(float("nan")), higher=True)
+    assert not is_best((), of(0.5, "too few"), higher=True)
