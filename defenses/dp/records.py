@@ -139,6 +139,11 @@ def canonical_text(text: str) -> bytes:
     return " ".join(visible.split()).encode("utf-8", "surrogatepass")
 
 
+def person_content(value: object) -> bytes:
+    """Return what a person is known by; the prefix keeps it apart from a text that says the same."""
+    return b"person\x00" + canonical_text(str(value))
+
+
 def canonical_pixels(pixels: npt.NDArray[np.uint8]) -> bytes:
     """Return a picture `[height, width]` or `[height, width, 1 or 3]` as it is compared: grey equals grey in three channels."""
     height, width = pixels.shape[:2]

@@ -143,8 +143,9 @@ def _task(suggestion: Suggestion, data: str, clients: int, nominal: int) -> list
     lines.append(f"nominal_examples = {nominal}   # public size of one owner's data, rounded")
     if not suggestion.has_validation:
         lines.append(
-            "# A tenth of the rows is held out, taken to be public: give validation rows of your own where that is not so."
+            "# A tenth of the rows becomes public for good: give validation rows of your own where that must not be."
         )
+        lines.append('validation = "hold_out"')
     return lines
 
 

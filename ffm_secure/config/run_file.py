@@ -67,6 +67,11 @@ class Task:
         help="what a causal model learns of a prompt with its answer, or of a chat",
     )
     max_length: int = option(64, minimum=4, maximum=8192, help="tokens kept of a text")
+    validation: str = option(
+        "",
+        choices=("", "hold_out"),
+        help="hold_out: a tenth of the rows becomes public where the data have no public part; which ones, the rows decide",
+    )
     nominal_examples: int = option(0, minimum=0, help="public size of one client's data; 0: rows / clients")
     evaluation_examples: int = option(1000, minimum=1, help="public validation rows used after each round")
 
@@ -254,6 +259,12 @@ class Privacy:
     delta: float = option(0.0, minimum=0.0, below=1.0)
     clip_norm: float = option(0.0, minimum=0.0, maximum=1e9)
     records_per_person: int = option(1, minimum=1, maximum=1024)
+    person_column: str = option("", help="column that names the person a row is about; for unit = 'person'")
+    over_bound: str = option(
+        "refuse",
+        choices=("refuse", "sample"),
+        help="what is done with rows of a person beyond records_per_person: sample keeps that many, always the same ones",
+    )
     clipping: ClippingKind = option("flat", choices=("flat", "per_layer", "automatic"))
     spare_rounds: int = option(
         0,
@@ -436,6 +447,12 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
             "privacy.records_per_person",
             privacy.records_per_person,
             "must be at least 2 with privacy.unit = 'person'",
+        )
+    if (privacy.unit == "person") != bool(privacy.person_column):
+        problems.add(
+            "privacy.person_column",
+            privacy.person_column,
+            "belongs to privacy.unit = 'person', which needs it: without it nobody can bound what one person contributes",
         )
     if privacy.unit != "person" and privacy.records_per_person != 1:
         problems.add(

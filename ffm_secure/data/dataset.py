@@ -26,7 +26,7 @@ from ffm_secure.data.columns import (
     text_columns,
 )
 from ffm_secure.data.files import arrow_table, read_source
-from defenses.dp.records import Records
+from defenses.dp.records import RecordKey, Records, canonical_text, person_content
 from ffm_secure.data.images import LazyImages, image_column
 from ffm_secure.data.labels import NameSource, encode_labels, is_text
 from ffm_secure.data.memory import IN_MEMORY, Memory
@@ -48,6 +48,7 @@ class Examples:
     text_columns: tuple[str, ...] = ()
     origin: str = "examples"
     records: Records | None = None  # what a ledger knows the rows by, where they were named
+    contents: NDArray[np.uint64] | None = None  # a keyed digest of what each row says, where they were named
 
     def __post_init__(self) -> None:
         lengths = {name: len(values) for name, values in self.columns.items()}
@@ -83,7 +84,8 @@ class Examples:
         chosen = np.asarray(indices, dtype=np.int64)
         columns = {name: _take(values, chosen) for name, values in self.columns.items()}
         records = self.records.take(chosen) if self.records is not None else None
-        return replace(self, columns=columns, records=records)
+        contents = self.contents[chosen] if self.contents is not None else None
+        return replace(self, columns=columns, records=records, contents=contents)
 
 
 def _take(values: Any, chosen: Indices) -> Any:
@@ -136,12 +138,15 @@ def load(
     encoding: str = "",
     class_names: Sequence[str] = (),
     clean: Sequence[str] = (),
+    key: RecordKey | None = None,
+    person_column: str = "",
 ) -> Dataset:
     """Load a data set for one kind of task.
 
     `source` is `builtin:<name>` (with options as in `builtin:clinic_notes?hospitals=4`), a file or folder (relative
     paths count from `base`), the name of a Hugging Face dataset (`owner/name`, or `owner/name:configuration`), or rows
-    in memory. A source without a validation part gives up `validation_fraction` of its rows, chosen by `seed`. Several
+    in memory. A source without a validation part gives up `validation_fraction` of its rows: whole persons where
+    a person column is given, always the same ones for a `key`, whatever the seed, order or further rows. Several
     text columns are given as a list or "first, second". `encoding` is that of text files, `class_names` declares the
     classes in order, and `clean` says what is done about messy rows (`cleaning.CLEANERS`).
 
@@ -167,7 +172,9 @@ def load(
     train = _cleaned(train, choices)
     missing = validation is None
     if validation is None:
-        train, validation = _hold_out(train, validation_fraction, seed)
+        train, validation = _hold_out(
+            train, validation_fraction, choices, key or RecordKey.public(), person_column
+        )
     else:
         validation = _cleaned(validation, choices)
     name = source if isinstance(source, str) else source.name
@@ -175,7 +182,15 @@ def load(
     return replace(loaded, held_out=len(loaded.validation) if missing else 0)
 
 
-def load_task(task: Any, *, base: Path, seed: int, rows: Memory | None = None) -> Dataset:
+def load_task(
+    task: Any,
+    *,
+    base: Path,
+    seed: int,
+    rows: Memory | None = None,
+    key: RecordKey | None = None,
+    person_column: str = "",
+) -> Dataset:
     """Load the data set that the table `[task]` of a run file describes; `rows` given from Python take its place.
 
     Raises:
@@ -193,6 +208,8 @@ def load_task(task: Any, *, base: Path, seed: int, rows: Memory | None = None) -
         encoding=task.encoding,
         class_names=task.class_names,
         clean=task.clean,
+        key=key,
+        person_column=person_column,
     )
     return replace(loaded, answers_only=task.loss_on == "answer")
 
@@ -320,13 +337,52 @@ BUILTIN: dict[str, Callable[[Mapping[str, int]], tuple[Table, Table, str]]] = {
 }
 
 
-def _hold_out(table: Table, fraction: float, seed: int) -> tuple[Table, Table]:
-    rows = len(table)
-    count = math.ceil(rows * fraction)
-    if count >= rows:
-        raise DataError(f"{table.origin}: {rows} row(s) cannot be parted into train and validation; add rows")
-    order = np.random.Generator(np.random.PCG64([seed, 0x7A11])).permutation(rows)
-    return _rows(table, np.sort(order[count:])), _rows(table, np.sort(order[:count]))
+def _hold_out(
+    table: Table, fraction: float, choices: Choices, key: RecordKey, person_column: str
+) -> tuple[Table, Table]:
+    """Part off the rows whose lot falls below the fraction; a lot is drawn by what a row says, or by its person.
+
+    Rows that are private in one run are never public in another: no seed, order or further row has a say.
+    """
+    count = math.ceil(len(table) * fraction)
+    if count >= len(table):
+        raise DataError(
+            f"{table.origin}: {len(table)} row(s) cannot be parted into train and validation; add rows"
+        )
+    lots = key.lots(_lot_contents(table, choices, person_column))
+    public = lots < np.uint64(fraction * 2.0**64)
+    if public.all() or not public.any():  # few rows, or many that say the same
+        public = np.zeros(len(table), dtype=bool)
+        public[np.lexsort((-np.arange(len(table)), lots))[:count]] = True
+    return _rows(table, np.flatnonzero(~public)), _rows(table, np.flatnonzero(public))
+
+
+def _lot_contents(table: Table, choices: Choices, person_column: str) -> list[bytes]:
+    if person_column:
+        require_columns(table, (person_column,))
+        return [person_content(value) for value in table.columns[person_column]]
+    try:
+        image = image_column_name(table, choices)
+        columns = [] if image else [table.columns[name] for name in text_columns(table, choices)]
+    except (DataError, KeyError):  # what is wrong with the columns is said where they get their meaning
+        image, columns = "", list(table.columns.values())
+    if image:
+        return [_picture_bytes(value, table.folder) for value in table.columns.get(image, [b""] * len(table))]
+    return [canonical_text(" ".join(map(str, cells))) for cells in zip(*columns, strict=True)]
+
+
+def _picture_bytes(value: object, folder: Path | None) -> bytes:
+    """Return what a picture file holds, wherever it lies; what cannot be read is reported when it is decoded."""
+    if isinstance(value, np.ndarray):
+        return np.ascontiguousarray(value).tobytes()
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    if isinstance(value, bytes):
+        return value
+    try:
+        return ((folder or Path()) / str(value)).read_bytes()
+    except (OSError, ValueError):
+        return str(value).encode("utf-8", "surrogatepass")
 
 
 def _rows(table: Table, chosen: Indices) -> Table:

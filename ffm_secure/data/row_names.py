@@ -14,6 +14,7 @@ from defenses.dp.records import (
     canonical_text,
     name_persons,
     name_records,
+    person_content,
 )
 from ffm_secure.data.dataset import Dataset, Examples
 
@@ -36,13 +37,8 @@ def _named(examples: Examples, dataset: Dataset, key: RecordKey, person_column: 
     cells = _cells(examples, dataset, key)
     if person_column:
         persons = key.contents(person_content(value) for value in examples.column(person_column))
-        return replace(examples, records=name_persons(persons, [contents, *cells]))
-    return replace(examples, records=name_records(contents, cells))
-
-
-def person_content(value: object) -> bytes:
-    """Return what a person is known by; the prefix keeps it apart from a text that says the same."""
-    return b"person\x00" + canonical_text(str(value))
+        return replace(examples, records=name_persons(persons, [contents, *cells]), contents=contents)
+    return replace(examples, records=name_records(contents, cells), contents=contents)
 
 
 def row_contents(columns: Sequence[Sequence[str]]) -> list[bytes]:

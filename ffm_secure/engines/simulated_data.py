@@ -11,7 +11,8 @@ from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data import partition
 from ffm_secure.data.checks import require_sound
 from ffm_secure.data.dataset import Dataset, Examples, load_task
-from defenses.dp.records import Records
+from defenses.dp.records import RecordKey, Records
+from ffm_secure.data.persons import bounded, reunited
 from ffm_secure.data.row_names import named
 from ffm_secure.data.memory import Memory
 from ffm_secure.errors import DataError
@@ -53,11 +54,14 @@ def load(
       DataError: what is wrong with it, and what to do.
     """
     key = record_key(config.privacy, folder)
-    whole = named(load_dataset(config, base, rows), key)
+    privacy = config.privacy
+    whole = _named_rows(config, base, key, rows)
     require_sound(whole, config)
     dataset, public = part_in_public(config, whole, base)
     task = config.task
     parts = partition.partition(dataset.train, clients=task.clients, split=task.split, seed=config.seed)
+    if privacy.person_column:
+        parts = reunited(dataset.train, parts, column=privacy.person_column)
     account = dataset_fingerprint(
         dataset.name, whole.train, parts
     )  # of all rows: taking some out is no new account
@@ -94,14 +98,43 @@ def part_in_public(config: RunConfig, dataset: Dataset, base: Path) -> tuple[Dat
         raise DataError(
             f"federation.lifecycle.public_examples = {spec.public_examples}: leaves {left} private rows of {config.task.data}"
         )
-    order = np.random.default_rng([config.seed, 1]).permutation(len(dataset.train))
-    taken, kept = np.sort(order[: spec.public_examples]), np.sort(order[spec.public_examples :])
+    taken, kept = _public_rows(dataset.train, spec.public_examples, config)
     return replace(dataset, train=dataset.train.take(kept)), dataset.train.take(taken)
+
+
+def _public_rows(examples: Examples, count: int, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Part off the rows with the smallest lots, so that a row private in one run is not public in the next."""
+    named_rows = examples.contents
+    assert named_rows is not None
+    key = record_key(config.privacy, None)
+    lots = key.lots(b"public" + int(value).to_bytes(8, "little") for value in named_rows)
+    order = np.argsort(lots, kind="stable")
+    return np.sort(order[:count]), np.sort(order[count:])
+
+
+def _named_rows(config: RunConfig, base: Path, key: RecordKey, rows: Memory | None = None) -> Dataset:
+    """Read the rows, name them, and leave out what is beyond the bound on a person."""
+    loaded = load_dataset(config, base, rows, key=key)
+    return _bounded(named(loaded, key, person_column=config.privacy.person_column), config, key)
+
+
+def _bounded(dataset: Dataset, config: RunConfig, key: RecordKey) -> Dataset:
+    privacy = config.privacy
+    if not privacy.person_column:
+        return dataset
+    train, note = bounded(
+        dataset.train,
+        column=privacy.person_column,
+        most=privacy.records_per_person,
+        key=key,
+        sample=privacy.over_bound == "sample",
+    )
+    return replace(dataset, train=train, notes=(*dataset.notes, *([note] if note else [])))
 
 
 def _other_set(config: RunConfig, base: Path) -> Dataset:
     named = replace(config, task=replace(config.task, data=config.federation.lifecycle.public_data))
-    return load_dataset(named, base)
+    return load_task(named.task, base=base, seed=config.seed)  # all of it is public
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,19 +143,37 @@ class Contents:
 
     account: str  # of the training rows, not dealt to anybody
     digests: str  # of all rows, as the run itself notes them
-    seeded: bool  # whether the seed has a say: it parts validation rows from a set that has none
 
 
 def contents(config: RunConfig, base: Path) -> Contents:
     """Read the data of a run file and name its rows, without a model."""
-    whole = load_dataset(config, base)
+    whole = _named_rows(config, base, record_key(config.privacy, None))
     other = _other_set(config, base) if config.federation.lifecycle.public_data else None
     account = dataset_fingerprint(whole.name, whole.train, ())
-    seeded = bool(whole.held_out or (other is not None and other.held_out))
     digests = contents_fingerprint(account, whole, other.train if other is not None else None)
-    return Contents(account=account, digests=digests, seeded=seeded)
+    return Contents(account=account, digests=digests)
 
 
-def load_dataset(config: RunConfig, base: Path, rows: Memory | None = None) -> Dataset:
-    """Load the data set a run file names, or take rows given from Python."""
-    return load_task(config.task, base=base, seed=config.seed, rows=rows)
+def load_dataset(
+    config: RunConfig, base: Path, rows: Memory | None = None, *, key: RecordKey | None = None
+) -> Dataset:
+    """Load the data set a run file names, or take rows given from Python.
+
+    Raises:
+      DataError: as `load_task`; or private rows would become public without the run file saying so.
+    """
+    privacy = config.privacy
+    loaded = load_task(
+        config.task,
+        base=base,
+        seed=config.seed,
+        rows=rows,
+        key=key or record_key(privacy, None),
+        person_column=privacy.person_column,
+    )
+    if loaded.held_out and privacy.unit != "none" and config.task.validation != "hold_out":
+        raise DataError(
+            f"{config.task.data}: has no public validation part; give one, or say task.validation = 'hold_out': then "
+            f"{loaded.held_out:,} of its rows leave the private part and are public for good"
+        )
+    return loaded

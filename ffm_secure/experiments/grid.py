@@ -205,11 +205,10 @@ class Rows:
         task = made.config.task
         public = made.config.federation.lifecycle.public_data
         key = (task.data, task.kind, task.text_column, task.label_column, public)
-        seed = made.config.seed
-        found = self._known.get(key) or self._known.get((*key, seed))
+        found = self._known.get(key)
         if found is None:
             found = simulation.contents(made.config, made.base)
-            self._known[(*key, seed) if found.seeded else key] = found
+            self._known[key] = found
         return found
 
 

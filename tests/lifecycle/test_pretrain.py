@@ -408,7 +408,11 @@ def test_mistakes_are_explained() -> None:
     with pytest.raises(PlanRefused, match="gain per epsilon has no meaning"):
         compatibility.check(pretraining(controller={"kind": "gain_per_cost", "cost": "epsilon"}))
     clock = {"kind": "gain_per_cost", "cost": "seconds"}
-    for privacy in (RECORD, {**RECORD, "unit": "person", "records_per_person": 2}, CLIENT_CLIPS):
+    for privacy in (
+        RECORD,
+        {**RECORD, "unit": "person", "records_per_person": 2, "person_column": "patient"},
+        CLIENT_CLIPS,
+    ):
         with pytest.raises(
             PlanRefused, match=f"cost = 'seconds' with unit = '{privacy['unit']}'.* choose epsilon or bytes"
         ):
