@@ -17,7 +17,7 @@ from ffm_secure.config.run_file import OBSERVERS, RunConfig
 from ffm_secure.config.schema import to_table
 from ffm_secure.engines.simulation import Prepared, Simulation, evaluation_examples
 from ffm_secure.federation import TrainingResult
-from ffm_secure.privacy.expectations import bound_warnings
+from ffm_secure.privacy.expectations import bound_warnings, noise_warnings
 from ffm_secure.privacy.statements import SEEDED, statements
 from ffm_secure.protection.masked import sharing_graph
 from ffm_secure.records import (
@@ -232,6 +232,7 @@ def _warnings(prepared: Prepared) -> list[str]:
     if record_level is not None and record_level.sampling_rate == 1.0:
         found.append("batch_size reaches a client's whole data: sampling does not amplify privacy")
     found += bound_warnings(config, record_level)
+    found += noise_warnings(config, record_level, size=prepared.trainable.size)
     if config.protection.kind != "none" and config.privacy.unit == "none":
         found.append("hiding single updates is not differential privacy: no epsilon is claimed")
     found += (

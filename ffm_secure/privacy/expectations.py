@@ -55,6 +55,32 @@ def bound_warnings(config: RunConfig, mechanism: RecordMechanism | None) -> list
     return []
 
 
+def walk_ratio(mechanism: RecordMechanism, *, rounds: int, cohort: int, size: int) -> float:
+    """Return how far the noise of a whole run carries a model [size], over the furthest its records could.
+
+    The records move it furthest when every clipped gradient of every step points the same way: steps x clip. The noise of
+    as many steps, averaged over the cohort, adds up to a random walk.
+    """
+    steps = mechanism.steps * rounds
+    noise = mechanism.gradient_noise_multiplier() * math.sqrt(size * steps / cohort)
+    return noise / (mechanism.expected_batch_size * steps)
+
+
+def noise_warnings(config: RunConfig, mechanism: RecordMechanism | None, *, size: int) -> list[str]:
+    """Warn where noise carries the model further than the records ever could."""
+    if mechanism is None or mechanism.noise_multiplier == 0:
+        return []
+    federation = config.federation
+    ratio = walk_ratio(mechanism, rounds=federation.rounds, cohort=federation.cohort, size=size)
+    if ratio <= 1.0:
+        return []
+    return [
+        f"noise of {mechanism.noise_multiplier:.3g} x clip carries the {size:,} trained numbers {ratio:.2g} x as far as all "
+        "records could if every one agreed: expect to learn nothing; train fewer numbers, in larger batches or cohorts, "
+        "or give privacy.epsilon more"
+    ]
+
+
 def _level(protection: Protection) -> float:
     return float(2.0 * protection.coordinate_bound / 2**protection.value_bits)
 
