@@ -20,6 +20,9 @@ from ffm_secure.strategies import ServerState
 from ffm_secure.transport.courier import Courier
 
 
+OVER_BUDGET = "the budgets of too many sites do not pay for another round"
+
+
 class Callback(Protocol):
     """See a run progress; nothing private passes through here."""
 
@@ -67,8 +70,9 @@ def run(
 ) -> TrainingResult:
     """Train until the rounds or the budgets end; `start` is where the run begins, or where a killed one stopped.
 
-    Guarantee: no site's rows are touched before its own ledger holds a reservation for the round; what was reserved stays
-    spent whatever happens next; a finished round is on disk before the next one begins.
+    Guarantee: no site learns from its rows before its own ledger holds a reservation for the round: `collect` asks the
+    sites, lets them pay, then collects. What was reserved stays spent whatever happens next; an aborted round counts as
+    one; a finished round is on disk before the next one begins.
     """
     callback = callback or NullCallback()
     state, records = start
@@ -100,6 +104,3 @@ def run(
             "again to continue"
         ) from None
     return TrainingResult(state=state, records=records, status="complete")
-
-
-OVER_BUDGET = "the budgets of too many sites do not pay for another round"

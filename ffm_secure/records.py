@@ -130,7 +130,7 @@ class RecordedObservation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientOutcome:
-    """Show how one data owner fared; `source` says whether the number was released or is a simulation's own view."""
+    """Show how one data owner fared: a simulation's own view, which a report marks as such."""
 
     client: str
     examples: int

@@ -65,7 +65,7 @@ class ServerRound(Protocol):
           ProtocolError: it is refused, and as if it had not come.
         """
 
-    def close(self, lost: Mapping[int, str]) -> AggregationResult:
+    def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
         """Open the sum, or say why it stays closed; `lost` says at which stage each missing site was missed."""
 
 

@@ -197,7 +197,7 @@ class EncryptedServerRound:
                 raise ProtocolError
             self._total = total
 
-    def close(self, lost: Mapping[int, str]) -> AggregationResult:
+    def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
         """Return the sum the sites opened."""
         opened = self._total is not None
         return AggregationResult(

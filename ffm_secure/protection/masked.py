@@ -241,7 +241,7 @@ class MaskedServerRound:
             self._session.receive_complaint(reply)
             raise
 
-    def close(self, lost: Mapping[int, str]) -> AggregationResult:
+    def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
         """Open the sum."""
         session = self._session
         opened = None

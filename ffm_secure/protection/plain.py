@@ -50,7 +50,7 @@ class PlainServerRound:
         self._arrived.append(site)
         self._received += len(reply)
 
-    def close(self, lost: Mapping[int, str]) -> AggregationResult:
+    def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
         """Return the sum of those who answered."""
         if len(self._arrived) < self._minimum:
             reason = too_few(len(self._arrived), self._minimum)

@@ -36,7 +36,7 @@ class ServerContext:
     receipts: dict[int, Receipt] = field(default_factory=dict)  # the newest of every site that sent one
 
     def epsilon(self) -> float:
-        """Return the largest epsilon any receipt states; infinity before the first and without a guarantee."""
+        """Return the largest epsilon any receipt states, 0 before the first; infinity without a guarantee."""
         if not self.spec.has_dp_guarantee:
             return math.inf
         return max((receipt.epsilon for receipt in self.receipts.values()), default=0.0)

@@ -94,7 +94,7 @@ def collect(
         )
     _ask(server, courier, BEGIN, dict.fromkeys(members, b""), lost)
     result = _aggregate(server, plan, courier, lost, finished)
-    opened, reason = _open(server, plan, state, result)
+    opened, reason = _decode_sum(server, plan, state, result)
     _finish(server, courier, plan, lost, opened=opened is not None)
     return RoundResult(
         sum=opened,
@@ -147,10 +147,10 @@ def _aggregate(
                 finished(number, len(asked))
                 if server.transcript is not None and reply.site not in lost:
                     server.transcript.upload(plan, reply.site, reply.content)
-    return session.close(lost)
+    return session.open_sum(lost)
 
 
-def _open(
+def _decode_sum(
     server: ServerContext, plan: RoundPlan, state: ServerState, result: AggregationResult
 ) -> tuple[RoundSum | None, str]:
     """Decode the opened sum; one that no honest cohort can have sent counts as closed."""

@@ -43,7 +43,8 @@ class Site:
     """Hold what one data owner has: its rows, its ledger, its half of the protection, its own state.
 
     Guarantee: a row is read only in the upload stage, after the ledger has reserved the round's event and after the plan, the
-    model and the mechanism were found to be those agreed on. Why a site refuses is written to its own log and not sent.
+    model and the mechanism were found to be those agreed on. Why a site refuses is
+    written to its own log; all that is sent is whether its budget was the reason.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Where a site learns: private rows in, an update out that a mechanism protected. The only file that hands rows to a model."""
+"""Where a site learns: private rows in, an update out that a mechanism protected. The only file that gives rows to a rule."""
 
 from __future__ import annotations
 

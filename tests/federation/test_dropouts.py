@@ -53,7 +53,7 @@ class SumRound:
     def receive(self, stage: str, site: int, reply: bytes) -> None:
         self.vectors.append(ring.signed(ring.unpack(reply, self.bits), self.bits))
 
-    def close(self, lost: Mapping[int, str]) -> AggregationResult:
+    def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
         assert not lost
         if self.record.aborted:
             return AggregationResult(ring_sum=None, aborted="as in the other run")
@@ -292,7 +292,7 @@ def carry(enrolment: Enrolment, plan: RoundPlan, drop: Mapping[int, str]) -> Agg
                 session.receive(stage, site, reply)
             except ProtocolError:
                 lost[site] = stage
-    return session.close(lost)
+    return session.open_sum(lost)
 
 
 @pytest.mark.parametrize("kind", ["none", "secagg"])
