@@ -47,7 +47,9 @@ def nearest_public(recovered: Tensor, public: Tensor) -> Tensor:
 
 
 def language_model_text(step: Tensor, length: int) -> Tensor:
-    """Return the greedy chain of a bigram table of log-probabilities (vocabulary, vocabulary), from its most likely start."""
+    """Return the greedy chain of a bigram table of log-probabilities (vocabulary, vocabulary), from its most
+    likely start.
+    """
     token = int(step.logsumexp(0).argmax())
     text = [token]
     while len(text) < length:

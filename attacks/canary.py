@@ -1,13 +1,14 @@
-"""Canaries: known contributions put into a run by coin flips, and the lower bound on epsilon that their traces prove.
+"""Canaries: known contributions put into a run by coin flips, and the lower bound on epsilon that their
+traces prove.
+ A mechanism that claims (epsilon, delta) makes it hard to tell included canaries from left-out ones. When
+they are told apart too well the claim is false, with a stated confidence: `lower_bound` turns scores into the
+largest epsilon the data still reject. Compare with the ledger's upper bound; a lower bound above it is an
+alarm.
 
-A mechanism that claims (epsilon, delta) makes it hard to tell included canaries from left-out ones. When they are
-told apart too well the claim is false, with a stated confidence: `lower_bound` turns scores into the largest
-epsilon the data still reject. Compare with the ledger's upper bound; a lower bound above it is an alarm.
-
-Methods: "one_run" (Steinke et al., "Privacy Auditing with One (1) Training Run", 2023, theorem 5.2 and appendix D),
-"one_run_fdp" (Mahloujifar et al., "Auditing f-Differential Privacy in One Run", 2024, algorithm 3, Gaussian
-family), "clopper_pearson" (one threshold, chosen on half of the canaries), "gaussian" (effect size with its non-
-central t interval; assumes Gaussian scores).
+Methods: "one_run" (Steinke et al., "Privacy Auditing with One (1) Training Run", 2023, theorem 5.2 and
+appendix D), "one_run_fdp" (Mahloujifar et al., "Auditing f-Differential Privacy in One Run", 2024, algorithm
+3, Gaussian family), "clopper_pearson" (one threshold, chosen on half of the canaries), "gaussian" (effect
+size with its non- central t interval; assumes Gaussian scores).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ ASSUMPTIONS: dict[Method, str] = {
     "clopper_pearson": "assumes independent canaries",
     "gaussian": "assumes Gaussian scores of one variance",
 }
-# Of the bounds that are printed: a thousand audits of an honest mechanism should hold no alarm. The first has slack.
+# Of the bounds that are printed: a thousand audits of an honest mechanism should hold no alarm. The first has
+# slack.
 FREE_SIGNIFICANCE, GAUSSIAN_SIGNIFICANCE = 0.01, 1e-4
 
 
@@ -65,12 +67,13 @@ def lower_bound(
     significance: float = 0.05,
     method: Method = "one_run_fdp",
 ) -> LowerBound:
-    """Return a lower bound on epsilon from the scores of included and left-out canaries; higher scores mean "included".
+    """Return a lower bound on epsilon from the scores of included and left-out canaries; higher scores mean
+    "included".
 
     Guarantee: for one_run and one_run_fdp the bound exceeds the true epsilon with probability at most
-    `significance`, if every canary was included by its own fair coin; thresholds are ranks fixed beforehand and pay
-    for being several. Raises: ValueError for an unknown method, delta outside [0, 1), significance outside (0, 1),
-    or fewer than 2 scores on a side.
+    `significance`, if every canary was included by its own fair coin; thresholds are ranks fixed beforehand
+    and pay for being several. Raises: ValueError for an unknown method, delta outside [0, 1), significance
+    outside (0, 1), or fewer than 2 scores on a side.
     """
     members, others = np.asarray(scores_in, dtype=float), np.asarray(scores_out, dtype=float)
     _check(members, others, delta, significance, method)
@@ -92,9 +95,11 @@ def lower_bound(
 def bounds(
     scores_in: Sequence[float] | Floats, scores_out: Sequence[float] | Floats, delta: float, *, gaussian: bool
 ) -> tuple[LowerBound, ...]:
-    """Return the lower bounds to print, the one of least assumptions first: f-DP in one run, and the Gaussian fit where valid.
+    """Return the lower bounds to print, the one of least assumptions first: f-DP in one run, and the Gaussian
+    fit where valid.
 
-    `gaussian` says that the mechanism adds Gaussian noise to a contribution that is there or not, without sampling.
+    `gaussian` says that the mechanism adds Gaussian noise to a contribution that is there or not, without
+    sampling.
     """
     free = lower_bound(scores_in, scores_out, delta, FREE_SIGNIFICANCE)
     if not gaussian:
@@ -124,8 +129,8 @@ def _check(members: Floats, others: Floats, delta: float, significance: float, m
 def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
     """Return the chance that an (epsilon, delta) mechanism lets an observer guess this well.
 
-    Source: Steinke et al., theorem 5.2: beta + alpha 2 m delta, with beta the binomial tail and alpha the steepest
-    mean of its terms.
+    Source: Steinke et al., theorem 5.2: beta + alpha 2 m delta, with beta the binomial tail and alpha the
+    steepest mean of its terms.
     """
     rate = 1.0 / (1.0 + math.exp(-epsilon))
     tail = float(binom.sf(correct - 1, guesses, rate))
@@ -144,7 +149,8 @@ def one_run_epsilon(canaries: int, guesses: int, correct: int, delta: float, sig
 
 
 def fdp_epsilon(canaries: int, guesses: int, correct: int, delta: float, significance: float) -> float:
-    """Return the epsilon at delta of the largest Gaussian trade-off curve that the guesses reject (0 at delta 0).
+    """Return the epsilon at delta of the largest Gaussian trade-off curve that the guesses reject (0 at delta
+    0).
 
     Source: Mahloujifar et al., algorithm 3, with abstentions.
     """
@@ -185,7 +191,9 @@ def _by_ranks(
     significance: float,
     bound: Callable[[int, int, int, float, float], float],
 ) -> float:
-    """Guess the highest ranks "in" and the lowest "out", for shares fixed beforehand, and pay for trying several."""
+    """Guess the highest ranks "in" and the lowest "out", for shares fixed beforehand, and pay for trying
+    several.
+    """
     total = len(members) + len(others)
     truth = np.concatenate([np.ones(len(members), dtype=bool), np.zeros(len(others), dtype=bool)])
     order = np.argsort(-np.concatenate([members, others]), kind="stable")
@@ -202,7 +210,9 @@ def _by_ranks(
 
 
 def clopper_pearson(successes: int, trials: int, significance: float) -> tuple[float, float]:
-    """Return the one-sided lower and the one-sided upper bound of a rate, each wrong with probability at most the significance."""
+    """Return the one-sided lower and the one-sided upper bound of a rate, each wrong with probability at most
+    the significance.
+    """
     low = 0.0 if successes == 0 else float(beta.ppf(significance, successes, trials - successes + 1))
     high = (
         1.0 if successes == trials else float(beta.ppf(1 - significance, successes + 1, trials - successes))
@@ -265,8 +275,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 def gaussian_separation(members: Floats, others: Floats, significance: float) -> float:
     """Return a lower confidence bound on (mean in - mean out) / standard deviation.
 
-    Assumes: both groups are Gaussian with one variance; then the t statistic is non-central t. Source: Cumming,
-    2001, equation 7.
+    Assumes: both groups are Gaussian with one variance; then the t statistic is non-central t. Source:
+    Cumming, 2001, equation 7.
     """
     freedom = len(members) + len(others) - 2
     pooled = ((len(members) - 1) * members.var(ddof=1) + (len(others) - 1) * others.var(ddof=1)) / freedom
@@ -278,7 +288,8 @@ def gaussian_separation(members: Floats, others: Floats, significance: float) ->
     if not nct.sf(statistic, freedom, 0.0) < significance:
         return 0.0
     if statistic > 30.0:
-        # The non-central t is numerically out of reach there; its normal limit is close (Johnson and Welch, 1940).
+        # The non-central t is numerically out of reach there; its normal limit is close (Johnson and Welch,
+        # 1940).
         return float(
             (statistic - norm.isf(significance) * math.sqrt(1 + statistic**2 / (2 * freedom))) / size
         )
@@ -298,10 +309,10 @@ def _gaussian(members: Floats, others: Floats, delta: float, significance: float
 class SequentialAudit:
     """Test a claimed (epsilon, delta) while canaries come in, with the right to stop at any time.
 
-    Each canary is included by a fair coin; the auditor guesses "in", "out" or abstains. A right guess pays 1, a
-    wrong one costs e^epsilon, each guess costs delta: an honest mechanism makes this a losing bet on average, so
-    the wealth of a bettor starting at 1 exceeds 1 / significance with probability at most `significance`, ever
-    (Ville, 1939). Several stakes are averaged.
+    Each canary is included by a fair coin; the auditor guesses "in", "out" or abstains. A right guess pays 1,
+    a wrong one costs e^epsilon, each guess costs delta: an honest mechanism makes this a losing bet on
+    average, so the wealth of a bettor starting at 1 exceeds 1 / significance with probability at most
+    `significance`, ever (Ville, 1939). Several stakes are averaged.
 
     Guarantee: `violated` is wrong with probability at most `significance`, however often one looks.
     """
@@ -343,9 +354,9 @@ class SequentialAudit:
 class Canaries:
     """Known update directions of one norm, each included by its own fair coin.
 
-    "gaussian" canaries are random directions (nearly orthogonal when there are far fewer than dimensions); "dirac"
-    ones are single coordinates. Directions are regenerated from the seed, so that nothing of size canaries x
-    dimension is kept.
+    "gaussian" canaries are random directions (nearly orthogonal when there are far fewer than dimensions);
+    "dirac" ones are single coordinates. Directions are regenerated from the seed, so that nothing of size
+    canaries x dimension is kept.
     """
 
     count: int
@@ -376,7 +387,9 @@ class Canaries:
         return vector * (self.norm / float(torch.linalg.vector_norm(vector)))
 
     def contribution(self, bound: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Return the sum of the included canaries, each passed through the mechanism's own `bound` (clip) when given."""
+        """Return the sum of the included canaries, each passed through the mechanism's own `bound` (clip)
+        when given.
+        """
         total = torch.zeros(self.dimension)
         for index in self.included.nonzero().flatten().tolist():
             vector = self.direction(index)

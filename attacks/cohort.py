@@ -1,7 +1,6 @@
 """Whose it is: give what several opened sums hold to the clients that took part in them.
-
-One sum says what a cohort holds and not who brought it. The server knows who took part in each round, and a word that is
-there whenever one client is, and gone when it is not, is that client's.
+ One sum says what a cohort holds and not who brought it. The server knows who took part in each round, and a
+word that is there whenever one client is, and gone when it is not, is that client's.
 """
 
 from __future__ import annotations
@@ -33,7 +32,9 @@ class OpenedSum:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attribution:
-    """Give each token to a client: `best`; `evidence` (tokens, clients) is the log-likelihood that it is that client's alone."""
+    """Give each token to a client: `best`; `evidence` (tokens, clients) is the log-likelihood that it is that
+    client's alone.
+    """
 
     tokens: tuple[int, ...]
     evidence: Floats
@@ -43,8 +44,8 @@ class Attribution:
 def attribute(sums: Sequence[OpenedSum], clients: int) -> Attribution:
     """Give every token read in some round to the client that best explains where it was there and where not.
 
-    A noisy group test: a client that alone has a token brings it at some rate in its rounds and never in others, but for
-    strays. The rate that fits each client best is found from its own rounds.
+    A noisy group test: a client that alone has a token brings it at some rate in its rounds and never in
+    others, but for strays. The rate that fits each client best is found from its own rounds.
 
     Raises: ValueError for no sum.
     """
@@ -66,7 +67,9 @@ def participation(sums: Sequence[OpenedSum], clients: int) -> Floats:
 
 
 def _alone(present: Floats, took_part: Floats) -> Floats:
-    """Return the log-likelihood of every client having a token alone, at the rate that fits it best: (tokens, clients)."""
+    """Return the log-likelihood of every client having a token alone, at the rate that fits it best: (tokens,
+    clients).
+    """
     rounds = took_part.sum(axis=0)
     with_it = present @ took_part
     without = present.sum(axis=1, keepdims=True) - with_it
@@ -83,16 +86,18 @@ def _alone(present: Floats, took_part: Floats) -> Floats:
 
 
 def counts_by_client(counts: Floats, took_part: Floats) -> Floats:
-    """Return how many of each label every client holds, from the counts of sums: (rounds, classes) to (clients, classes).
+    """Return how many of each label every client holds, from the counts of sums: (rounds, classes) to
+    (clients, classes).
 
-    Least squares over the rounds, no count below zero; exact where each client's batch is the same in every round and the
-    cohorts tell the clients apart.
+    Least squares over the rounds, no count below zero; exact where each client's batch is the same in every
+    round and the cohorts tell the clients apart.
     """
     return np.stack([nnls(took_part, column)[0] for column in np.asarray(counts, dtype=float).T], axis=1)
 
 
 def attribution_score(sums: Sequence[OpenedSum], owners: Mapping[int, int], clients: int) -> Score | None:
-    """Score attribution by the tokens that one client alone has: the share that goes to that client; None where there is none.
+    """Score attribution by the tokens that one client alone has: the share that goes to that client; None
+    where there is none.
 
     Luck is the rank among the same reading under rounds dealt out anew: who took part then says nothing.
     """

@@ -126,7 +126,8 @@ def as_json(result: Reconstruction) -> dict[str, object]:
 
 
 def load_model(folder: Path, *, adapter: Path | None = None) -> nn.Module:
-    """Load a model folder in the Hugging Face layout, from disk alone, with eager attention and safetensors weights.
+    """Load a model folder in the Hugging Face layout, from disk alone, with eager attention and safetensors
+    weights.
 
     `adapter` is a folder as PEFT writes it, put on top of the model.
 

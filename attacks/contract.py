@@ -1,8 +1,7 @@
 """The one shape every attack has: `run(observation, model, prior, budget, seed) -> Reconstruction`.
-
-An attack is a pure function that either returns a `Finding` or raises `NotApplicable` with the reason; `PlainAttack`
-wraps it into the contract: requirements are checked, time is measured, the knowledge that was really read is
-recorded, and global random state is left alone.
+ An attack is a pure function that either returns a `Finding` or raises `NotApplicable` with the reason;
+`PlainAttack` wraps it into the contract: requirements are checked, time is measured, the knowledge that was
+really read is recorded, and global random state is left alone.
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class NotApplicable(Exception):
 class Budget:
     """Bound the effort of one attack: CPU seconds, iterations of its main loop, and restarts.
 
-    Guarantee: an attack stopped by `iterations` and `restarts` is deterministic by seed; one stopped by `seconds`
-    says so in its reason.
+    Guarantee: an attack stopped by `iterations` and `restarts` is deterministic by seed; one stopped by
+    `seconds` says so in its reason.
     """
 
     seconds: float
@@ -118,11 +117,11 @@ class Deadline:
 class Prior:
     """Hold what an attacker may bring along that is not about this client; every part is optional.
 
-    `token_frequencies` has one non-negative entry per vocabulary entry. `examples` are public data, for example
-    {"images": (n, c, h, w), "labels": (n,), "token_ids": (n, t)}. `language_model` maps token ids (n, t) to next-
-    token log-probabilities (n, t, vocabulary). `reference_models` are models trained without the target (membership).
-    `client` simulates the client's exact pipeline: a batch of examples and a seed in, the tensors it would send out
-    (learned inversion).
+    `token_frequencies` has one non-negative entry per vocabulary entry. `examples` are public data, for
+    example {"images": (n, c, h, w), "labels": (n,), "token_ids": (n, t)}. `language_model` maps token ids (n,
+    t) to next- token log-probabilities (n, t, vocabulary). `reference_models` are models trained without the
+    target (membership). `client` simulates the client's exact pipeline: a batch of examples and a seed in,
+    the tensors it would send out (learned inversion).
     """
 
     token_frequencies: Tensor | None = None
@@ -140,8 +139,8 @@ class Item:
     """Hold one recovered thing and how sure the attack is of it (0 to 1).
 
     `value` by kind: token_set (k,) ids; token_counts (vocabulary,); sequence (t,) ids with -1 for an unknown
-    position; image (c, h, w); inputs (features,); embedding (t, d); label_counts (classes,); labels (n,); scores
-    (candidates,).
+    position; image (c, h, w); inputs (features,); embedding (t, d); label_counts (classes,); labels (n,);
+    scores (candidates,).
     """
 
     kind: ItemKind
@@ -166,8 +165,9 @@ class Finding:
 class Reconstruction:
     """Report one run of one attack.
 
-    Guarantee: `confidence` is the attack's own estimate in [0, 1], made without the truth; `knowledge_used` names the
-    assumptions and priors that were read; `applicable=False` always comes with a reason and without items.
+    Guarantee: `confidence` is the attack's own estimate in [0, 1], made without the truth; `knowledge_used`
+    names the assumptions and priors that were read; `applicable=False` always comes with a reason and without
+    items.
     """
 
     attack: str
@@ -214,8 +214,8 @@ Attempt = Callable[[Observation, "nn.Module | None", Prior, Budget, int], Findin
 class PlainAttack:
     """Wrap an attack function into the contract.
 
-    `requires` names facts that must be known (from the protocol or granted), "model", or "prior.<field>"; when one is
-    missing the result is not applicable and names it.
+    `requires` names facts that must be known (from the protocol or granted), "model", or "prior.<field>";
+    when one is missing the result is not applicable and names it.
     """
 
     name: str
@@ -262,7 +262,9 @@ def _share(confidence: float) -> float:
 
 
 def _readable(observation: Observation, model: nn.Module | None) -> None:
-    """Refuse tensors that hold no finite real numbers, or do not have the shape of the model's parameter of their name."""
+    """Refuse tensors that hold no finite real numbers, or do not have the shape of the model's parameter of
+    their name.
+    """
     broken = [
         name
         for name, tensor in observation.tensors.items()
@@ -294,10 +296,11 @@ def not_applicable(reason: str, *, attack: str = "") -> Reconstruction:
 
 
 def working_copy(model: nn.Module | None, observation: Observation) -> nn.Module:
-    """Return a private copy of the model in evaluation mode, holding the broadcast weights when they were observed.
+    """Return a private copy of the model in evaluation mode, holding the broadcast weights when they were
+    observed.
 
-    Guarantee: the caller's model is not touched. Raises: NotApplicable when there is no model or the broadcast does
-    not fit it.
+    Guarantee: the caller's model is not touched. Raises: NotApplicable when there is no model or the
+    broadcast does not fit it.
     """
     if model is None:
         raise NotApplicable("the attack needs the broadcast model")

@@ -1,6 +1,8 @@
-"""Scaling curves: the same attack on rehearsals that grow in one direction, so that a single point is not all one knows.
+"""Scaling curves: the same attack on rehearsals that grow in one direction, so that a single point is not all
+one knows.
 
-Everything is invented data on the audited model: nothing private is read, and the truth is known by construction.
+Everything is invented data on the audited model: nothing private is read, and the truth is known by
+  construction.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class Curve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Width:
-    """Hold what the span laws count tokens against: the rank of LoRA factors where they are sent, else the width."""
+    """Hold what the span laws count tokens against: the rank of LoRA factors where they are sent, else the
+    width.
+    """
 
     axis: Axis
     size: int
@@ -72,7 +76,8 @@ def by_batch(
 ) -> Iterator[Rehearsal]:
     """Yield rehearsals of one client's update on growing batches of invented records, undefended.
 
-    `length` is the number of tokens of a text. Ends early where the model takes no batch that can be invented.
+    `length` is the number of tokens of a text. Ends early where the model takes no batch that can be
+    invented.
     """
     for size in sizes:
         drawn = _drawn(observation, model, size, length, seed)
@@ -129,10 +134,11 @@ def curve(
     *,
     scale: float = 1.0,
 ) -> Curve:
-    """Run one attack along an axis until the budget's seconds are spent; `scale` turns places into the axis' unit.
+    """Run one attack along an axis until the budget's seconds are spent; `scale` turns places into the axis'
+    unit.
 
-    Guarantee: a point whose attack may have run out of time is left out, never drawn as a failure. An attack that finds
-    nothing to say at a place scores what guessing scores.
+    Guarantee: a point whose attack may have run out of time is left out, never drawn as a failure. An attack
+    that finds nothing to say at a place scores what guessing scores.
     """
     stop = time.process_time() + budget.seconds
     points: list[tuple[float, Score | None]] = []
@@ -182,7 +188,9 @@ POINTS = {
 
 
 def _against(attack: Attack, width: Width | None, length: int) -> tuple[Axis, float]:
-    """Return what records are counted in: for the span family tokens over the dimension they have to stay below."""
+    """Return what records are counted in: for the span family tokens over the dimension they have to stay
+    below.
+    """
     if attack.family != "span" or width is None:
         return "records", 1.0
     return width.axis, length / width.size
@@ -196,10 +204,11 @@ def draw(
     length: int,
     name: str,
 ) -> Iterator[Curve]:
-    """Yield a curve against the batch and one against noise for each attack, within the CPU seconds of budget `name`.
+    """Yield a curve against the batch and one against noise for each attack, within the CPU seconds of budget
+    `name`.
 
-    `chosen` holds attacks with the CPU seconds one run of each has taken; one too dear for its share is skipped with
-    that reason. `length` is the number of tokens of a text.
+    `chosen` holds attacks with the CPU seconds one run of each has taken; one too dear for its share is
+    skipped with that reason. `length` is the number of tokens of a text.
     """
     points, budget = POINTS[name], Budget.named("quick")
     stop, width = time.process_time() + points.seconds, width_of(observation, model)

@@ -1,4 +1,6 @@
-"""Examine one observation with every attack: each beside its rehearsal and beside itself on noise, judged together."""
+"""Examine one observation with every attack: each beside its rehearsal and beside itself on noise, judged
+together.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ Allowance = Callable[[Attack], Budget | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examined:
-    """Hold what one attack did to an observation and what may be said of it; `refused` where it was not run, with the reason."""
+    """Hold what one attack did to an observation and what may be said of it; `refused` where it was not run,
+    with the reason.
+    """
 
     attack: str
     seen: Result | None = None
@@ -110,8 +114,8 @@ def examine(
 ) -> tuple[Examined, ...]:
     """Run attacks on an observation and judge them together, in their order.
 
-    `allowance` says what an attack may spend, None for one that is not run; `refusal` says why. Closed forms come first, so
-    that a search for what they have read exactly is skipped.
+    `allowance` says what an attack may spend, None for one that is not run; `refusal` says why. Closed forms
+    come first, so that a search for what they have read exactly is skipped.
     """
     results: dict[str, Examined] = {}
     questions: dict[str, Question] = {}
@@ -130,7 +134,9 @@ def examine(
 
 
 def _dominator(attack: Attack, questions: Mapping[str, Question]) -> str:
-    """Return a closed form that has read all an attack searches for; nothing for a closed form, which costs little."""
+    """Return a closed form that has read all an attack searches for; nothing for a closed form, which costs
+    little.
+    """
     if attack.family in CLOSED or attack.family == "active":
         return ""
     exact = (
@@ -188,7 +194,9 @@ def _by_confidence(
 
 
 def _judged(questions: Mapping[str, Question], scene: Study) -> tuple[Judgement, ...]:
-    """Judge all questions; without a truth, an attack that noise of the same zeros makes as sure may be borne out by another."""
+    """Judge all questions; without a truth, an attack that noise of the same zeros makes as sure may be borne
+    out by another.
+    """
     first = decide(list(questions.values()))
     if scene.truth is not None or scene.model is None:
         return first
@@ -202,7 +210,9 @@ def _judged(questions: Mapping[str, Question], scene: Study) -> tuple[Judgement,
 
 
 def _borne_out(question: Question, witnesses: Sequence[Question], vocabulary: int) -> Question:
-    """Take the luck of an attack that names the words another one, proven by itself, read elsewhere in the update."""
+    """Take the luck of an attack that names the words another one, proven by itself, read elsewhere in the
+    update.
+    """
     reading, own = question.seen
     words = read_tokens(reading)
     if own is None or own.measure != CONFIDENCE or not words or own.proven or not vocabulary:

@@ -23,7 +23,9 @@ class Fitted:
 
 
 def names_of(model: nn.Module) -> ModelNames:
-    """Return the names and shapes of a model's parameters and buffers, and which parameters share their storage."""
+    """Return the names and shapes of a model's parameters and buffers, and which parameters share their
+    storage.
+    """
     parameters = dict(model.named_parameters())
     first = {id(value): name for name, value in parameters.items()}
     stored = model.state_dict(keep_vars=True)
@@ -44,10 +46,11 @@ def names_of(model: nn.Module) -> ModelNames:
 
 
 def fit(observation: Observation, model: nn.Module | None) -> Fitted:
-    """Return the observation under the model's names: prefixes read past, lists named, transposed matrices turned.
+    """Return the observation under the model's names: prefixes read past, lists named, transposed matrices
+    turned.
 
-    Guarantee: afterwards every tensor is finite and has the shape of the model's tensor of its name. Buffers of whole
-    numbers, such as counters of a normalisation, are left out.
+    Guarantee: afterwards every tensor is finite and has the shape of the model's tensor of its name. Buffers
+    of whole numbers, such as counters of a normalisation, are left out.
 
     Raises: ObservationError naming every reason: names, prefix, shapes, values that are no finite numbers.
     """

@@ -1,9 +1,9 @@
 """The one place that judges: what an audit may say of every attack it ran, all its questions taken together.
-
-A verdict rests on three comparisons. Luck: the attack against itself on noise in the shape of the update, and against
-guessing. Number: an audit asks many questions, so luck is corrected for all of them. Control: the same attack on an
-undefended rehearsal of the same setting. *Leaked* is clearly above luck after the correction; *not leaked* is near luck
-and clearly below a control that passed; everything between proves nothing and is *inconclusive*.
+ A verdict rests on three comparisons. Luck: the attack against itself on noise in the shape of the update,
+and against guessing. Number: an audit asks many questions, so luck is corrected for all of them. Control: the
+same attack on an undefended rehearsal of the same setting. *Leaked* is clearly above luck after the
+correction; *not leaked* is near luck and clearly below a control that passed; everything between proves
+nothing and is *inconclusive*.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Judgement:
 class Question:
     """Hold all that the verdict on one attack at one place rests on.
 
-    `doubt` says why silence would prove nothing although the control passed, `missing` why there is no control, `never` why an
-    attack whose control fails does not fit what was observed at all.
+    `doubt` says why silence would prove nothing although the control passed, `missing` why there is no
+    control, `never` why an attack whose control fails does not fit what was observed at all.
     """
 
     seen: Result
@@ -118,7 +118,9 @@ def failed(reading: Reconstruction) -> bool:
 
 
 def against_noise(scored: Score, noise: Sequence[float]) -> Score:
-    """Return a score that also has to beat the same attack on noise: its luck is the worse of guessing's and noise's."""
+    """Return a score that also has to beat the same attack on noise: its luck is the worse of guessing's and
+    noise's.
+    """
     if not noise:
         return scored
     mean = sum(noise) / len(noise)
@@ -132,7 +134,8 @@ def against_noise(scored: Score, noise: Sequence[float]) -> Score:
 def noise_scores(
     run: Callable[[int], Result], count: int, scored: Score, truth: Truth | None, *, enough: int = 3
 ) -> tuple[float, ...]:
-    """Return what an attack scores on noise, `count` times or until `enough` runs have done as well as on the update.
+    """Return what an attack scores on noise, `count` times or until `enough` runs have done as well as on the
+    update.
 
     `run` takes the number of a noise. Without a truth the score is the attack's confidence.
     """
@@ -150,12 +153,16 @@ def noise_scores(
 
 
 def null_runs(seconds: float, allowed: float) -> int:
-    """Return how often an attack of that cost is run on noise: in few steps, so that a slower core changes little."""
+    """Return how often an attack of that cost is run on noise: in few steps, so that a slower core changes
+    little.
+    """
     return next((count for count in NULL_RUNS if count * max(seconds, 1e-4) <= allowed), 0)
 
 
 def noise_values(readings: Sequence[Reconstruction], scored: Score, truth: Truth) -> tuple[float, ...]:
-    """Return what readings of noise score against a truth, by the measure of a score; one that finds nothing scores guessing."""
+    """Return what readings of noise score against a truth, by the measure of a score; one that finds nothing
+    scores guessing.
+    """
     others = [score(reading, truth, with_luck=False) for reading in readings]
     floor = min(scored.baseline, scored.value)
     return tuple(
@@ -166,9 +173,11 @@ def noise_values(readings: Sequence[Reconstruction], scored: Score, truth: Truth
 def confidences(
     seen: Reconstruction, rehearsals: Sequence[Result], noise: Sequence[float]
 ) -> tuple[Score, Score | None]:
-    """Return the confidence of an attack as a score, and that of its control: what there is to judge without a truth.
+    """Return the confidence of an attack as a score, and that of its control: what there is to judge without
+    a truth.
 
-    The control passes where rehearsals prove the attack right and their confidence lies clearly above that on noise.
+    The control passes where rehearsals prove the attack right and their confidence lies clearly above that on
+    noise.
     What is reported is calibrated: how right the attack was when it was as sure on rehearsals and on noise.
     """
     confidence = seen.confidence if seen.items else 0.0
@@ -203,7 +212,8 @@ def _rightness(result: Score | None) -> float:
 
 
 def calibrated(confidence: float, pairs: Sequence[tuple[float, float]]) -> float:
-    """Return how right an attack was, on average, when it was as sure: the best non-decreasing fit to (confidence, rightness).
+    """Return how right an attack was, on average, when it was as sure: the best non-decreasing fit to
+    (confidence, rightness).
 
     Source: Ayer et al., 1955, pooled adjacent violators.
     """
@@ -227,8 +237,8 @@ def calibrated(confidence: float, pairs: Sequence[tuple[float, float]]) -> float
 def decide(questions: Sequence[Question]) -> tuple[Judgement, ...]:
     """Judge all questions of an audit together.
 
-    Guarantee: of an audit in which every success is luck, at most a share of `LEVEL` holds a *leaked*, as far as the lucks
-    are right. *Not leaked* is said only beside a control of the same setting that passed.
+    Guarantee: of an audit in which every success is luck, at most a share of `LEVEL` holds a *leaked*, as far
+    as the lucks are right. *Not leaked* is said only beside a control of the same setting that passed.
     """
     asked = [place for place, question in enumerate(questions) if question.luck is not None]
     corrected = luck.holm([questions[place].luck or 0.0 for place in asked])
@@ -240,7 +250,9 @@ def decide(questions: Sequence[Question]) -> tuple[Judgement, ...]:
 
 
 def judge(question: Question, *, corrected: float | None = None, questions: int = 1) -> Judgement:
-    """Judge one question, given its luck corrected for all the questions of the audit; alone it is corrected for none."""
+    """Judge one question, given its luck corrected for all the questions of the audit; alone it is corrected
+    for none.
+    """
     scored, control = question.seen[1], question.control
     chance = question.luck if corrected is None else corrected
     judgement = _judged(question, chance)
@@ -327,7 +339,9 @@ def _lucky(result: Score) -> str:
 
 
 def _over(scored: Score | None) -> tuple[str, ...]:
-    """Say over what a score is the mean; fewer than five draws are shown, for no interval of theirs would be true."""
+    """Say over what a score is the mean; fewer than five draws are shown, for no interval of theirs would be
+    true.
+    """
     if scored is None or scored.draws <= 1:
         return ()
     told = f"mean of {scored.draws} draws of records and noise"

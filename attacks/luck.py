@@ -1,6 +1,7 @@
-"""How likely chance does as well: one definition for every measure, over several draws, and over all questions of an audit.
-
-A luck is a p-value: of an attack that knows nothing it lies below x with probability at most x, as far as its null holds.
+"""How likely chance does as well: one definition for every measure, over several draws, and over all
+questions of an audit.
+ A luck is a p-value: of an attack that knows nothing it lies below x with probability at most x, as far as
+its null holds.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ def rank(value: float, nulls: Sequence[float]) -> float:
 
 
 def beyond(value: float, nulls: Sequence[float], *, step: float) -> float:
-    """Return the luck of a value by its rank among null scores; beyond all of them, by how far it lies beyond.
+    """Return the luck of a value by its rank among null scores; beyond all of them, by how far it lies
+    beyond.
 
-    With K nulls a rank never falls below 1 / (K + 1), which no correction for many questions lets pass. A value above
-    every null is therefore held against Student's t of its distance, never taken for more likely than its rank says.
-    `step` is the least standard deviation the nulls are credited with.
+    With K nulls a rank never falls below 1 / (K + 1), which no correction for many questions lets pass. A
+    value above every null is therefore held against Student's t of its distance, never taken for more likely
+    than its rank says. `step` is the least standard deviation the nulls are credited with.
 
-    Assumes: beyond the highest null the scores of chance fall off no slower than Student's t with K - 1 degrees.
+    Assumes: beyond the highest null the scores of chance fall off no slower than Student's t with K - 1
+    degrees.
     """
     ordinal = rank(value, nulls)
     if len(nulls) < 2 or ordinal > 1 / (1 + len(nulls)):
@@ -51,8 +54,9 @@ def beyond(value: float, nulls: Sequence[float], *, step: float) -> float:
 def majority(lucks: Sequence[float]) -> float:
     """Return the luck of several independent draws: most of them beat their own null, or all of them do.
 
-    One bad draw cannot outvote many good ones, and one lucky draw carries nothing. The k-th smallest of n uniform lucks
-    lies below x as often as k or more of n trials of chance x succeed; k is a majority, or n, and both are paid for.
+    One bad draw cannot outvote many good ones, and one lucky draw carries nothing. The k-th smallest of n
+    uniform lucks lies below x as often as k or more of n trials of chance x succeed; k is a majority, or n,
+    and both are paid for.
 
     Raises: ValueError for no draw.
     """
@@ -66,7 +70,8 @@ def majority(lucks: Sequence[float]) -> float:
 
 
 def holm(lucks: Sequence[float]) -> tuple[float, ...]:
-    """Return lucks corrected for their number, in their order: below x with probability at most x for any of those that are luck.
+    """Return lucks corrected for their number, in their order: below x with probability at most x for any of
+    those that are luck.
 
     Source: Holm, 1979, A simple sequentially rejective multiple test procedure.
     """
@@ -89,10 +94,11 @@ class Spread:
 def interval(values: Sequence[float], *, confidence: float = 0.99, bounded: bool = True) -> Spread:
     """Return the mean of independent draws with an interval that covers the true mean as often as it states.
 
-    Values in [0, 1] get the exact binomial interval at their sum, which allows for what draws on the ends of the range
-    hide; others (`bounded` false) get Student's t. Below five draws there is no interval.
+    Values in [0, 1] get the exact binomial interval at their sum, which allows for what draws on the ends of
+    the range hide; others (`bounded` false) get Student's t. Below five draws there is no interval.
 
-    Source: Clopper and Pearson, 1934: exact for draws that are right or wrong, wider than needed for values between.
+    Source: Clopper and Pearson, 1934: exact for draws that are right or wrong, wider than needed for values
+    between.
     """
     mean, count = float(np.mean(values)), len(values)
     if count < FEW_DRAWS:
@@ -111,7 +117,9 @@ def interval(values: Sequence[float], *, confidence: float = 0.99, bounded: bool
 
 
 def at_least(hits: int, chances: Floats) -> float:
-    """Return the chance that at least `hits` of independent events happen: exact, or Chernoff's bound of very many."""
+    """Return the chance that at least `hits` of independent events happen: exact, or Chernoff's bound of very
+    many.
+    """
     if hits <= 0:
         return 1.0
     if hits > len(chances):
@@ -144,8 +152,8 @@ def _chernoff(hits: int, chances: Floats) -> float:
 def labels_luck(counts: Sequence[float], true: Sequence[int], shares: Sequence[float] | None = None) -> float:
     """Return how often label counts that know nothing of the records are as right: the worse of two guesses.
 
-    One guess redraws the true labels from the class `shares` (uniform where None), the other renames the classes, which
-    keeps how unevenly a client's labels fall.
+    One guess redraws the true labels from the class `shares` (uniform where None), the other renames the
+    classes, which keeps how unevenly a client's labels fall.
     """
     classes, examples, guess = len(true), int(sum(true)), np.asarray(counts, dtype=float)
     wrong = float(np.abs(guess - np.asarray(true)).sum()) + 1e-9

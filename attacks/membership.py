@@ -1,10 +1,9 @@
 """Membership: was this candidate part of what was observed? Scores for updates and for released models.
-
-Candidates come in `prior.candidates`: {"images", "labels"} or {"token_ids"[, "labels"]}. Every attack returns one
-score per candidate, higher for members; `attacks.metrics` turns scores and truth into AUC and rates at low false-
-positive rates. Sources: matched filter, Pyrgelis-style and Nasr et al., "Adversary Instantiation", 2021; projection
-residual, ProjRes, 2026; LiRA, Carlini et al., 2022, section 5 (offline variant); RMIA, Zarifzadeh et al., 2024,
-equation 4 (offline).
+ Candidates come in `prior.candidates`: {"images", "labels"} or {"token_ids"[, "labels"]}. Every attack
+returns one score per candidate, higher for members; `attacks.metrics` turns scores and truth into AUC and
+rates at low false- positive rates. Sources: matched filter, Pyrgelis-style and Nasr et al., "Adversary
+Instantiation", 2021; projection residual, ProjRes, 2026; LiRA, Carlini et al., 2022, section 5 (offline
+variant); RMIA, Zarifzadeh et al., 2024, equation 4 (offline).
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ def one(batch: Batch, index: int) -> dict[str, Tensor]:
 
 
 def logits_and_targets(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return logits (n, classes) and targets (n,) for images or text classification, (n x t, vocabulary) for language models.
+    """Return logits (n, classes) and targets (n,) for images or text classification, (n x t, vocabulary) for
+    language models.
 
     Raises: NotApplicable when the batch holds neither images nor token ids, or labels are missing.
     """
@@ -196,7 +196,8 @@ def _rmia(
     ratio = target - _log_mean(reference)
     others = population - _log_mean(own)
     scores = (ratio[:, None] >= others[None, :]).double().mean(1)
-    # Ties at the top of the population are broken by the ratio itself, on a scale too small to reorder the shares.
+    # Ties at the top of the population are broken by the ratio itself, on a scale too small to reorder the
+    # shares.
     scores = scores + torch.tanh(ratio) * 1e-6
     return _scored(scores, _spread(scores), references=len(reference), population=len(population))
 

@@ -92,7 +92,9 @@ def exact_sequence_rate(recovered: Sequence[Sequence[int]], true: Sequence[Seque
 
 
 def fact_recall(recovered: Sequence[Sequence[int]], facts: Sequence[Sequence[int]]) -> float:
-    """Return the share of personal facts (token spans) that stand, whole and in order, in some recovered sequence."""
+    """Return the share of personal facts (token spans) that stand, whole and in order, in some recovered
+    sequence.
+    """
     return (
         sum(any(_contains(text, fact) for text in recovered) for fact in facts) / len(facts) if facts else 0.0
     )
@@ -143,9 +145,11 @@ def psnr(recovered: Tensor, true: Tensor, *, peak: float = 1.0, cap: float = 200
 
 
 def ssim(recovered: Tensor, true: Tensor, *, peak: float = 1.0) -> float:
-    """Return the structural similarity of two images (channels, height, width), averaged over channels and windows.
+    """Return the structural similarity of two images (channels, height, width), averaged over channels and
+    windows.
 
-    Gaussian window of 11 pixels and sigma 1.5, without padding; smaller images use the largest odd window that fits.
+    Gaussian window of 11 pixels and sigma 1.5, without padding; smaller images use the largest odd window
+    that fits.
     Source: Wang et al., "Image quality assessment", 2004, equation 13.
     """
     similarity, _ = _ssim_terms(recovered, true, peak)
@@ -155,8 +159,8 @@ def ssim(recovered: Tensor, true: Tensor, *, peak: float = 1.0) -> float:
 def ms_ssim(recovered: Tensor, true: Tensor, *, peak: float = 1.0) -> float:
     """Return the multi-scale structural similarity of two images (channels, height, width).
 
-    Five scales; images too small for the window at a scale use fewer, with the weights renormalised. Negative terms
-    count as 0. Source: Wang, Simoncelli, Bovik, "Multi-scale structural similarity", 2003, equation 7.
+    Five scales; images too small for the window at a scale use fewer, with the weights renormalised. Negative
+    terms count as 0. Source: Wang, Simoncelli, Bovik, "Multi-scale structural similarity", 2003, equation 7.
     """
     weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
     side = min(true.shape[-2:])
@@ -172,9 +176,11 @@ def ms_ssim(recovered: Tensor, true: Tensor, *, peak: float = 1.0) -> float:
 
 
 def identification_rate(recovered: Tensor, true: Tensor, distractors: Tensor) -> float:
-    """Return the share of recovered images whose nearest image, among true ones and distractors, is their own source.
+    """Return the share of recovered images whose nearest image, among true ones and distractors, is their own
+    source.
 
-    `recovered` and `true` are matched row by row: match them one to one first. Distance is Euclidean over pixels.
+    `recovered` and `true` are matched row by row: match them one to one first. Distance is Euclidean over
+    pixels.
     """
     pool = torch.cat([true.flatten(1), distractors.flatten(1)]).double()
     nearest = torch.cdist(recovered.flatten(1).double(), pool).argmin(dim=1)

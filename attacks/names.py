@@ -1,8 +1,9 @@
-"""Match the tensor names of an update with the parameter names of a model: a pure function of names and shapes.
-
-Training libraries wrap a model before they train it, and every wrapper leaves its mark in the names: `_module.`
-(Opacus), `module.` (data parallel), `_orig_mod.` (compiled), `base_model.model.` and an adapter's name (PEFT). Some
-frameworks send no names at all, but a list in the order of the model's tensors, and some store matrices transposed.
+"""Match the tensor names of an update with the parameter names of a model: a pure function of names and
+shapes.
+ Training libraries wrap a model before they train it, and every wrapper leaves its mark in the names:
+`_module.` (Opacus), `module.` (data parallel), `_orig_mod.` (compiled), `base_model.model.` and an adapter's
+name (PEFT). Some frameworks send no names at all, but a list in the order of the model's tensors, and some
+store matrices transposed.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Mismatch:
 def match_names(observed: Shapes, model: ModelNames) -> Matching | Mismatch:
     """Match every observed tensor with one of the model's by name and shape.
 
-    Guarantee: a matching is complete, no two observed tensors share a place unless the model ties them, and every shape
-    is the model's or its reverse. What two ways of reading would match differently is refused.
+    Guarantee: a matching is complete, no two observed tensors share a place unless the model ties them, and
+    every shape is the model's or its reverse. What two ways of reading would match differently is refused.
     """
     if numbers := _numbered(observed):
         return _match_list(observed, numbers, model)
@@ -90,7 +91,9 @@ def match_names(observed: Shapes, model: ModelNames) -> Matching | Mismatch:
 
 
 def _numbered(observed: Shapes) -> tuple[str, ...]:
-    """Return the names in their order when they are but numbers from 0, such as "0", "parameter_0" or "arr_0"."""
+    """Return the names in their order when they are but numbers from 0, such as "0", "parameter_0" or
+    "arr_0".
+    """
     numbers = {}
     for name in observed:
         digits = name[len(name.rstrip("0123456789")) :]
@@ -200,7 +203,9 @@ def _looked_up(stripped: Mapping[str, str], table: Mapping[str, str], own: Shape
 def _with_prefixes(
     observed: Shapes, table: Mapping[str, str]
 ) -> Iterable[tuple[dict[str, str] | Mismatch, str]]:
-    """Yield the matching under which a prefix of all observed names is taken off, or one of the model's is put before them."""
+    """Yield the matching under which a prefix of all observed names is taken off, or one of the model's is
+    put before them.
+    """
     names = {name: bare(name) for name in observed}
     for prefix in _leading(names.values(), everywhere=True):
         lookup = {name: table.get(short.removeprefix(prefix)) for name, short in names.items()}
@@ -224,7 +229,9 @@ def _complete(lookup: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _leading(names: Iterable[str], *, everywhere: bool) -> list[str]:
-    """Return the dotted prefixes of the names, shortest first; `everywhere` asks for those that all names share."""
+    """Return the dotted prefixes of the names, shortest first; `everywhere` asks for those that all names
+    share.
+    """
     listed = list(names)
     counts: Counter[str] = Counter()
     for name in listed:
@@ -339,7 +346,9 @@ def _with_shapes(
 
 
 def _relatives(name: str, evidence: Mapping[str, bool]) -> set[bool]:
-    """Return how the matrices most like a square one are stored: those of the same leaf, else of the nearest modules."""
+    """Return how the matrices most like a square one are stored: those of the same leaf, else of the nearest
+    modules.
+    """
     leaf = name.split(".")[-2:]
     same = {turned for other, turned in evidence.items() if other.split(".")[-2:] == leaf}
     if len(same) == 1:

@@ -1,7 +1,6 @@
 """Noise in the shape of an observation: what an attack makes of an update that holds nobody's data.
-
-Noise that is denser, of higher rank or less rounded than the update would be told from it for that reason alone, so it
-keeps the zeros, the rank, the length and the rounding of every tensor.
+ Noise that is denser, of higher rank or less rounded than the update would be told from it for that reason
+alone, so it keeps the zeros, the rank, the length and the rounding of every tensor.
 """
 
 from __future__ import annotations
@@ -24,9 +23,11 @@ _SCATTERED = 0.01  # share of zeros within rows that are not zero, from which si
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Hold what noise keeps of a tensor: which rows move (rows,), which entries where single ones were dropped, and its rank.
+    """Hold what noise keeps of a tensor: which rows move (rows,), which entries where single ones were
+    dropped, and its rank.
 
-    `rank` is None where it is as high as the moving rows allow; `coarse` is the type whose rounding its values bear.
+    `rank` is None where it is as high as the moving rows allow; `coarse` is the type whose rounding its
+    values bear.
     """
 
     rows: Tensor
@@ -46,10 +47,12 @@ class Noise:
     def draw(self, seed: int, places: Places = "as they are") -> Observation:
         """Return the observation with every tensor replaced by noise.
 
-        Zeros stay where they are, for an attack whose certainty may come from where zeros lie, or move to other rows, the
-        same ones in tensors of as many rows, for an attack that is scored and may be right for what the zeros give away.
+        Zeros stay where they are, for an attack whose certainty may come from where zeros lie, or move to
+        other rows, the same ones in tensors of as many rows, for an attack that is scored and may be right
+        for what the zeros give away.
         """
-        # Far from the small seeds that simulated updates are made with: noise must not be the very noise it is held against.
+        # Far from the small seeds that simulated updates are made with: noise must not be the very noise it
+        # is held against.
         generator, orders = torch.Generator().manual_seed(_SEEDS + seed), dict[int, Tensor]()
         tensors = {}
         for name, tensor in self.observation.tensors.items():

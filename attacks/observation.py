@@ -1,8 +1,7 @@
 """What one observer really saw of one round, and what it is assumed to know beyond that.
-
-An `Observation` holds the tensors that crossed the wire, the facts the protocol reveals (`metadata`) and the model
-that was broadcast. `Knowledge` is the list of assumptions granted on top; every field left at None is unknown to the
-attack. Ground truth lives in `attacks.truth`, which no attack imports.
+ An `Observation` holds the tensors that crossed the wire, the facts the protocol reveals (`metadata`) and the
+model that was broadcast. `Knowledge` is the list of assumptions granted on top; every field left at None is
+unknown to the attack. Ground truth lives in `attacks.truth`, which no attack imports.
 """
 
 from __future__ import annotations
@@ -56,7 +55,8 @@ def _knowledge_problems(knowledge: Mapping[str, object]) -> list[str]:
 class Knowledge:
     """Declare what the attacker is assumed to know beyond the wire; None means unknown.
 
-    Guarantee: attacks read assumptions only from here, and the run lists in `knowledge_used` which of them were read.
+    Guarantee: attacks read assumptions only from here, and the run lists in `knowledge_used` which of them
+    were read.
 
     Raises: ObservationError naming every fact of a wrong type or range.
     """
@@ -103,11 +103,11 @@ class Knowledge:
 class Observation:
     """Hold exactly what crossed the wire for one observer in one round.
 
-    `tensors` are named as in `model.named_parameters()`. A "gradient" is the mean gradient of a batch; a "delta" is
-    new weights minus broadcast weights; a "sum" is the plain sum over `contributors` of either, and
-    `metadata["summand"]` says which. `metadata` holds only what the protocol reveals: learning_rate, local_steps,
-    optimiser, weight_decay, clip_norm, noise_multiplier, noise_deviation (of each entry as it crossed the wire; without it
-    multiplier times bound), batch_size, point ("raw", "clipped", "noised",
+    `tensors` are named as in `model.named_parameters()`. A "gradient" is the mean gradient of a batch; a
+    "delta" is new weights minus broadcast weights; a "sum" is the plain sum over `contributors` of either,
+    and `metadata["summand"]` says which. `metadata` holds only what the protocol reveals: learning_rate,
+    local_steps, optimiser, weight_decay, clip_norm, noise_multiplier, noise_deviation (of each entry as it
+    crossed the wire; without it multiplier times bound), batch_size, point ("raw", "clipped", "noised",
     "aggregated").
 
     Raises: ObservationError when the parts contradict each other.
@@ -156,9 +156,9 @@ class Observation:
     def gradient(self) -> GradientView:
         """Return the tensors oriented as a gradient (summed over contributors, as seen).
 
-        Guarantee: for a gradient the scale is exact. A delta is negated, and divided by learning rate times steps
-        when the client is known to run SGD with both known; otherwise only the direction is meaningful and `scaled`
-        is False.
+        Guarantee: for a gradient the scale is exact. A delta is negated, and divided by learning rate times
+        steps when the client is known to run SGD with both known; otherwise only the direction is meaningful
+        and `scaled` is False.
         """
         if self.content == "gradient":
             return GradientView(tensors=self.tensors, scaled=True, factor=1.0)
@@ -173,17 +173,23 @@ class Observation:
         return GradientView(tensors=MappingProxyType(tensors), scaled=scaled, factor=factor)
 
     def replace_tensors(self, tensors: Mapping[str, Tensor], **facts: Fact) -> Observation:
-        """Return the same observation with other tensors and amended metadata (for example after noise was added)."""
+        """Return the same observation with other tensors and amended metadata (for example after noise was
+        added).
+        """
         return replace(self, tensors=tensors, metadata={**self.metadata, **facts})
 
     def save(self, folder: str | Path) -> None:
-        """Write the observation as `observation.json` and safetensors files; the folder is created when missing."""
+        """Write the observation as `observation.json` and safetensors files; the folder is created when
+        missing.
+        """
         save_observation(self, Path(folder))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientView:
-    """Tensors in gradient orientation: those observed times `factor`; `scaled` says whether their length is meaningful."""
+    """Tensors in gradient orientation: those observed times `factor`; `scaled` says whether their length is
+    meaningful.
+    """
 
     tensors: Mapping[str, Tensor]
     scaled: bool
@@ -193,9 +199,10 @@ class GradientView:
 def save_observation(observation: Observation, folder: Path) -> None:
     """Write an observation to a folder, versioned, without pickle.
 
-    Guarantee: everything is written and read back beside its place first. A new folder then appears whole; in an older
-    one the files of an observation are exchanged, the description last, and after a failure the old ones are back. Other
-    files in it stay. Killed within the exchange, the folder has no description and a hidden folder in it the old files.
+    Guarantee: everything is written and read back beside its place first. A new folder then appears whole; in
+    an older one the files of an observation are exchanged, the description last, and after a failure the old
+    ones are back. Other files in it stay. Killed within the exchange, the folder has no description and a
+    hidden folder in it the old files.
 
     Raises: ObservationError when the observation cannot be stored, OSError when the disk refuses.
     """
@@ -312,9 +319,9 @@ def _sha256(path: Path) -> str:
 def load_observation(folder: str | Path) -> Observation:
     """Read an observation folder strictly.
 
-    Raises: ObservationError naming the file and all that is wrong with it: a missing file or a link, an unknown version
-    or key, a fact of a wrong type or range, tensors that differ from the inventory or its SHA-256. Folders of earlier
-    versions name no digest and are taken without.
+    Raises: ObservationError naming the file and all that is wrong with it: a missing file or a link, an
+    unknown version or key, a fact of a wrong type or range, tensors that differ from the inventory or its
+    SHA-256. Folders of earlier versions name no digest and are taken without.
     """
     folder = Path(folder)
     description = _read_description(folder / _DESCRIPTION)

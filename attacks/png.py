@@ -11,7 +11,8 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def png_bytes(image: Tensor) -> bytes:
-    """Return a picture (1 or 3 channels, height, width) with values in [0, 1] as a PNG file; values outside are cut off.
+    """Return a picture (1 or 3 channels, height, width) with values in [0, 1] as a PNG file; values outside
+    are cut off.
 
     Raises: ValueError for another shape.
     """

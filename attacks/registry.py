@@ -1,4 +1,6 @@
-"""Every attack by name, and the taxonomy of published attacks with what is implemented here and why the rest is not."""
+"""Every attack by name, and the taxonomy of published attacks with what is implemented here and why the rest
+is not.
+"""
 
 from __future__ import annotations
 

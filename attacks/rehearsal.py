@@ -1,8 +1,10 @@
-"""Rehearse an observation: the same step of the same model on invented data, undefended, with the truth known.
+"""Rehearse an observation: the same step of the same model on invented data, undefended, with the truth
+known.
 
-A rehearsal is the positive control of an update whose data nobody knows: an attack that fails even here proves nothing
-by failing on the real one. It repeats the setting that was observed: number, lengths and padding of records, local steps,
-optimiser, decay, dropout, the rounding of a cast and the entries a sparsifier dropped. Noise is the negative control.
+A rehearsal is the positive control of an update whose data nobody knows: an attack that fails even here
+proves nothing by failing on the real one. It repeats the setting that was observed: number, lengths and
+padding of records, local steps, optimiser, decay, dropout, the rounding of a cast and the entries a
+sparsifier dropped. Noise is the negative control.
 """
 
 from __future__ import annotations
@@ -51,10 +53,11 @@ def recipe(observation: Observation) -> Recipe | None:
 def invented_batch(
     model: nn.Module, *, lengths: Sequence[int], seed: int, like: Truth | None = None
 ) -> tuple[dict[str, Tensor], Truth] | None:
-    """Return a batch for a Hugging Face model and the truth about it, or None where the model does not say what it takes.
+    """Return a batch for a Hugging Face model and the truth about it, or None where the model does not say
+    what it takes.
 
-    There are as many records as `lengths`, texts of those lengths in tokens. They are taken from `like`, texts or
-    pictures of the same kind that nobody trained on, where it holds any.
+    There are as many records as `lengths`, texts of those lengths in tokens. They are taken from `like`,
+    texts or pictures of the same kind that nobody trained on, where it holds any.
     """
     generator = torch.Generator().manual_seed(seed)
     config: Any = getattr(model, "config", None)
@@ -109,7 +112,9 @@ def _padded(texts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tenso
 
 
 def unlike(observation: Observation, truth: Truth) -> str:
-    """Say in what a rehearsal had to guess the setting, so that it may be easier than the update; nothing where it did not."""
+    """Say in what a rehearsal had to guess the setting, so that it may be easier than the update; nothing
+    where it did not.
+    """
     length = observation.known("lengths") or observation.known("sequence_length")
     if observation.known("batch_size") is None or (truth.images is None and length is None):
         return "the rehearsal's size is a guess: state batch_size, and lengths or sequence_length of texts, in knowledge"
@@ -131,14 +136,16 @@ def rehearse(
 ) -> tuple[Observation, Truth] | None:
     """Return what would have been observed, had the client trained on invented data without any defence.
 
-    The setting is that of the observation, as far as known; records are taken from `like` where it is given. None when
-    the model takes no batch that can be invented, does not train the observed tensors, or the optimiser is not known here.
+    The setting is that of the observation, as far as known; records are taken from `like` where it is given.
+    None when the model takes no batch that can be invented, does not train the observed tensors, or the
+    optimiser is not known here.
     """
     if cannot_rehearse(observation):
         return None
     client = _broadcast(observation, model)
     trained = {name: value for name, value in client.named_parameters() if name in observation.tensors}
-    # A difference of two state dicts also names tied weights a second time, and buffers, which no gradient moves.
+    # A difference of two state dicts also names tied weights a second time, and buffers, which no gradient
+    # moves.
     everything, buffers = client.state_dict(keep_vars=True), {name for name, _ in client.named_buffers()}
     again = {name for name, value in everything.items() if any(value is other for other in trained.values())}
     if not trained or set(observation.tensors) - set(trained) - again - buffers:
@@ -203,7 +210,9 @@ def _trained(
     batches: list[dict[str, Tensor]],
     observation: Observation,
 ) -> dict[str, Tensor]:
-    """Return the gradient of one contributor's batch or the change of its local steps; the client is as broadcast again."""
+    """Return the gradient of one contributor's batch or the change of its local steps; the client is as
+    broadcast again.
+    """
     parameters = [value.requires_grad_(True) for value in trained.values()]
     before = {name: value.detach().clone() for name, value in trained.items()}
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):

@@ -1,4 +1,6 @@
-"""Write what one attack recovered to a folder: a page to read, the numbers, recovered text beside truth, pictures."""
+"""Write what one attack recovered to a folder: a page to read, the numbers, recovered text beside truth,
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ _PICTURES = 16  # recovered pictures that are written
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Result:
-    """Hold a reconstruction, what had to be done to the observation to read it, and its score where the truth is known."""
+    """Hold a reconstruction, what had to be done to the observation to read it, and its score where the truth
+    is known.
+    """
 
     reconstruction: Reconstruction
     notes: tuple[str, ...]
@@ -62,8 +66,8 @@ def write_result(
 ) -> None:
     """Write `report.md`, `result.json` and the pictures of a result to a new folder.
 
-    `shift` and `scale` are the mean and deviation per channel by which the model's pictures were normalised. The folder
-    appears whole or not at all.
+    `shift` and `scale` are the mean and deviation per channel by which the model's pictures were normalised.
+    The folder appears whole or not at all.
 
     Raises: OSError when the folder exists or the disk refuses.
     """

@@ -1,4 +1,6 @@
-"""Hold a reconstruction against the truth: one measure, its prior baseline, an interval, and whether it beat guessing."""
+"""Hold a reconstruction against the truth: one measure, its prior baseline, an interval, and whether it beat
+guessing.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from attacks.truth import Truth
 
 SHOWN = 4  # texts or images kept beside the truth
 ADVANTAGE = 0.3  # share of the way from guessing to perfect that counts as a success
-LUCK = 0.05  # how likely guessing may do as well, for a success to be more than luck when it is the only question
+# how likely guessing may do as well, for a success to be more than luck when it is the only question
+LUCK = 0.05
 EXACT_PICTURE = 60.0  # PSNR in dB from which a picture is read exactly
 _BATCHES = 99  # of texts that were not used, for guessing to be held against
 _Z99 = 2.576
@@ -35,7 +38,9 @@ _ENOUGH: dict[str, Callable[[float, float], bool]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pictured:
-    """Hold a true image beside the recovered one matched to it, both (channels, height, width) as the model takes them."""
+    """Hold a true image beside the recovered one matched to it, both (channels, height, width) as the model
+    takes them.
+    """
 
     truth: Tensor
     recovered: Tensor
@@ -45,13 +50,15 @@ class Pictured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """State how well an attack did by its own kind of measure; `succeeded` means clearly better than guessing.
+    """State how well an attack did by its own kind of measure; `succeeded` means clearly better than
+    guessing.
 
-    `luck` is the chance that guessing does as well: one label of two is guessed half the time, however good the score.
-    `draws` is how many draws of records and noise the mean is over, `values` what they scored; below five there is no interval.
-    `noise` is the mean of the same attack on noise in the shape of the update, None where it was not run on any.
-    `calibrated` is how right an attack that is this sure usually is, where the value is its own confidence.
-    `exact` says that everything there is to read by this measure was read, in every draw.
+    `luck` is the chance that guessing does as well: one label of two is guessed half the time, however good
+    the score. `draws` is how many draws of records and noise the mean is over, `values` what they scored;
+    below five there is no interval. `noise` is the mean of the same attack on noise in the shape of the
+    update, None where it was not run on any. `calibrated` is how right an attack that is this sure usually
+    is, where the value is its own confidence. `exact` says that everything there is to read by this measure
+    was read, in every draw.
     """
 
     measure: str
@@ -92,8 +99,9 @@ def score(found: Reconstruction, truth: Truth, *, with_luck: bool = True) -> Sco
 def pooled(scores: Sequence[Score]) -> Score:
     """Return the mean of an attack's scores on several draws of records and noise, with its 99 % interval.
 
-    Guarantee: it succeeds where a majority of the draws does, so that one lucky draw is no leak and one bad draw outvotes
-    no exact ones; its luck is that of a majority of draws or of all of them. One score stays as it is.
+    Guarantee: it succeeds where a majority of the draws does, so that one lucky draw is no leak and one bad
+    draw outvotes no exact ones; its luck is that of a majority of draws or of all of them. One score stays as
+    it is.
     Raises: ValueError for no score, or scores of different measures.
     """
     measures = {one.measure for one in scores}
@@ -166,7 +174,9 @@ def _tokens(found: Reconstruction, truth: Truth, with_luck: bool) -> Score | Non
 
 
 def _everywhere(truth: Truth) -> set[int]:
-    """Return the tokens that stand in every text there is, such as marks of its start and end: naming them reads nothing."""
+    """Return the tokens that stand in every text there is, such as marks of its start and end: naming them
+    reads nothing.
+    """
     texts = [set(text) for text in (*(truth.sequences or ()), *truth.others)]
     return set.intersection(*texts) if len(texts) > 1 else set()
 
@@ -189,10 +199,12 @@ def _sentences_read(found: Reconstruction, sequences: Sequence[Sequence[int]]) -
 
 
 def _luck_of_tokens(guessed: set[int], true: set[int], truth: Truth, everywhere: set[int]) -> float:
-    """Return how often other texts of the same kind would hold as many of the named tokens as the true ones do.
+    """Return how often other texts of the same kind would hold as many of the named tokens as the true ones
+    do.
 
-    Tokens fall into texts independently, as often as into `others`; where too many whole batches of `others` do as well,
-    the words of a text hang together too much for that, and the luck is the rank among the batches.
+    Tokens fall into texts independently, as often as into `others`; where too many whole batches of `others`
+    do as well, the words of a text hang together too much for that, and the luck is the rank among the
+    batches.
     """
     if not guessed:
         return 1.0
@@ -212,7 +224,8 @@ def _luck_of_tokens(guessed: set[int], true: set[int], truth: Truth, everywhere:
 def _chances(named: Sequence[int], truth: Truth, everywhere: set[int]) -> Floats:
     """Return for each named token the chance that a batch as large as the true one holds it.
 
-    Tokens that no other text holds share what new texts bring that is new. Source: Good, 1953, the singletons' share.
+    Tokens that no other text holds share what new texts bring that is new. Source: Good, 1953, the
+    singletons' share.
     """
     texts = truth.sequences or ()
     largest = max(max(map(max, filter(None, texts)), default=0), *named, 0) + 1
@@ -230,7 +243,9 @@ def _chances(named: Sequence[int], truth: Truth, everywhere: set[int]) -> Floats
 
 
 def _guessed_tokens(true: set[int], truth: Truth, everywhere: set[int]) -> float:
-    """Return the best F1 of guessing: all ids, or the most frequent ones of texts that were not used, as many as pay best."""
+    """Return the best F1 of guessing: all ids, or the most frequent ones of texts that were not used, as many
+    as pay best.
+    """
     found = (
         0.0 if truth.vocabulary is None else 2 * len(true) / (max(truth.vocabulary, len(true)) + len(true))
     )
@@ -245,7 +260,9 @@ def _guessed_tokens(true: set[int], truth: Truth, everywhere: set[int]) -> float
 def _beside(
     sequences: Sequence[Sequence[int]], found: Reconstruction, guessed: set[int]
 ) -> tuple[tuple[str, str], ...]:
-    """Put each true text beside the recovered text most like it, or beside those of its tokens that were found."""
+    """Put each true text beside the recovered text most like it, or beside those of its tokens that were
+    found.
+    """
     texts = [[token for token in value.tolist() if token >= 0] for value in found.of("sequence")]
     pairs = []
     for true in sequences:
@@ -302,7 +319,8 @@ def _images(found: Reconstruction, truth: Truth, with_luck: bool) -> Score | Non
     peak = max(float(true.max() - true.min()), 1e-9)
     table = metrics.similarity_matrix(usable, list(true), partial(metrics.psnr, peak=peak))
     best = float(table.max())
-    # The mean image is the guess; of a single image it would be the truth itself, so there the guess is one colour.
+    # The mean image is the guess; of a single image it would be the truth itself, so there the guess is one
+    # colour.
     mean = true.mean(dim=0) if len(true) > 1 else true[0].mean(dim=(1, 2), keepdim=True).expand_as(true[0])
     baseline = max(metrics.psnr(mean, target, peak=peak) for target in true)
     matched = sorted(metrics.match_one_to_one(table), key=lambda place: -table[place])[:SHOWN]

@@ -17,10 +17,10 @@ from torch import Tensor
 class Truth:
     """Hold what the client really trained on; None where a kind of data does not exist.
 
-    `sequences` are token ids without padding, `images` is (n, channels, height, width), `facts` are token spans that
-    name personal facts as (sequence index, start, stop), `members` says for each audited candidate whether it was
-    used. What guessing goes by: `vocabulary`, the number of token ids, and `others` and `other_labels`, texts of the same kind
-    that were not used and their labels.
+    `sequences` are token ids without padding, `images` is (n, channels, height, width), `facts` are token
+    spans that name personal facts as (sequence index, start, stop), `members` says for each audited candidate
+    whether it was used. What guessing goes by: `vocabulary`, the number of token ids, and `others` and
+    `other_labels`, texts of the same kind that were not used and their labels.
     """
 
     sequences: tuple[tuple[int, ...], ...] | None = None
@@ -46,8 +46,8 @@ _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def load_truth(path: Path) -> Truth:
     """Read what a client trained on from a safetensors file.
 
-    It may hold token_ids (n, t), whole numbers, with an attention_mask of the same shape, images (n, c, h, w), finite
-    numbers, and labels (n,), whole numbers.
+    It may hold token_ids (n, t), whole numbers, with an attention_mask of the same shape, images (n, c, h,
+    w), finite numbers, and labels (n,), whole numbers.
 
     Raises: ValueError naming the file and all that is wrong with it.
     """

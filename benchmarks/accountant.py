@@ -1,10 +1,10 @@
-"""Accountants side by side: epsilon and time on the reference vectors, and what only a running ledger asks for.
+"""Accountants side by side: epsilon and time on the reference vectors, and what only a running ledger asks
+for.
 
     python -m benchmarks.accountant --json [--quick]
-
-Every accountant gets the same vectors, one after the other, each in its own process with a limit on CPU time; processes
-are forked from one that has imported the accountant, so times are CPU seconds without imports. `declined` means it
-raised or returned no finite number, `over limit` that it was stopped.
+ Every accountant gets the same vectors, one after the other, each in its own process with a limit on CPU
+time; processes are forked from one that has imported the accountant, so times are CPU seconds without
+imports. `declined` means it raised or returned no finite number, `over limit` that it was stopped.
 """
 
 from __future__ import annotations

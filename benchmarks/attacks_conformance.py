@@ -1,8 +1,9 @@
-"""Repeat the figures known for each attack, published or measured by an earlier independent rendering, and compare.
-
-A line states the reference, the range a repetition must fall into, what was measured here and over how many runs. Ranges
-are exact where theory is exact; where the reference is a count, 99 % of the sampling of both; where it is an AUC,
-99 % of its sampling law around the Gaussian prediction; where it is a PSNR under noise, 4 dB either way.
+"""Repeat the figures known for each attack, published or measured by an earlier independent rendering, and
+compare.
+ A line states the reference, the range a repetition must fall into, what was measured here and over how many
+runs. Ranges are exact where theory is exact; where the reference is a count, 99 % of the sampling of both;
+where it is an AUC, 99 % of its sampling law around the Gaussian prediction; where it is a PSNR under noise, 4
+dB either way.
 """
 
 from __future__ import annotations
@@ -246,11 +247,13 @@ def _adapted(seed: int, *, zero_b: bool) -> nn.Module:
 
 
 def vision(seeds: int) -> Iterator[Line]:
-    """Patches of a standard vision transformer by least squares, exact and under noise relative to the gradient.
+    """Patches of a standard vision transformer by least squares, exact and under noise relative to the
+    gradient.
 
-    The known figures are those of four heads with torch's own initial weights and of pictures with something in every patch.
-    With two heads, transformers' smaller initial weights and small squares of a photograph, whose patches look alike, the
-    gradients of the places are nearly the same and noise weighs more: these lines have no reference and show by how much.
+    The known figures are those of four heads with torch's own initial weights and of pictures with something
+    in every patch. With two heads, transformers' smaller initial weights and small squares of a photograph,
+    whose patches look alike, the gradients of the places are nearly the same and noise weighs more: these
+    lines have no reference and show by how much.
     """
     for noise, batch, reference in ((0.0, 1, 200.0), (0.0, 2, 8.0)):
         yield _vision(
@@ -402,7 +405,9 @@ def label_counts(seeds: int) -> Iterator[Line]:
 
 
 def canaries(seeds: int, *, trials: int = 300) -> Iterator[Line]:
-    """A random direction of the clipping norm in a sum of eight clipped gradients, told from its absence by the noise law."""
+    """A random direction of the clipping norm in a sum of eight clipped gradients, told from its absence by
+    the noise law.
+    """
     model = models.gpt2(width=64, vocabulary=500)
     rows = models.sentences(40, 8, 500)
     names = [name for name, _ in model.named_parameters()]

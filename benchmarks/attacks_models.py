@@ -1,4 +1,6 @@
-"""Models and data the attacks are measured on: built in code, and, from the folder of assets, trained ones and real data."""
+"""Models and data the attacks are measured on: built in code, and, from the folder of assets, trained ones
+and real data.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 class Data:
     """A model and the examples (token ids or images, labels) that clients hold.
 
-    `candidates` others stand beside the members where membership is tested; `dropout` is the rate of clients that train
-    with it; `own_loss` takes the place of the usual one.
+    `candidates` others stand beside the members where membership is tested; `dropout` is the rate of clients
+    that train with it; `own_loss` takes the place of the usual one.
     """
 
     model: Callable[[], nn.Module]
@@ -65,7 +67,9 @@ class Data:
         return tuple(map(tuple, self.inputs[kept].tolist()))
 
     def tested(self, members: Tensor) -> tuple[Prior, tuple[bool, ...] | None]:
-        """Return what the attacker is given, and which of its candidates were used; None where none is tested."""
+        """Return what the attacker is given, and which of its candidates were used; None where none is
+        tested.
+        """
         if not self.candidates:
             return self.prior, None
         used = members.unique()
@@ -95,7 +99,9 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Attacks on one model, and how much of the table they are worth: closed forms all of it, descents a part."""
+    """Attacks on one model, and how much of the table they are worth: closed forms all of it, descents a
+    part.
+    """
 
     name: str
     data: Data
@@ -203,7 +209,9 @@ def built(*, quick: bool) -> list[Group]:
 
 
 def _with_knowledge(text: Callable[..., Data], digits: Callable[..., Data]) -> list[Group]:
-    """Return the groups whose attacker knows a language, suspects examples, or meets clients that train with dropout."""
+    """Return the groups whose attacker knows a language, suspects examples, or meets clients that train with
+    dropout.
+    """
     language_model, successor = chain(200)
     spoken = text(
         model=lambda: models.bert(vocabulary=200), inputs=torch.stack([walk(successor, i, 6) for i in range(3, 63)]),
@@ -415,7 +423,9 @@ def _small_images(folder: Path) -> list[Group]:
 
 
 def _trained(data: Data, *, steps: int = 150, generative: bool = False) -> Callable[[], nn.Module]:
-    """Return a model trained for some steps on other examples than those attacked, the same one at every call."""
+    """Return a model trained for some steps on other examples than those attacked, the same one at every
+    call.
+    """
 
     @functools.cache
     def once() -> nn.Module:

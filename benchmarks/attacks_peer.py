@@ -1,10 +1,10 @@
-"""Run inverting gradients of this package and of breaching 0.1.2 on the same gradients, each in its own environment.
-
-The parent draws pictures, takes gradients of one small network and runs our attack; the same file, run by the other
-environment's Python, rebuilds the network and runs breaching's with the settings its configuration recommends. Both
-know labels and shape and are timed by their own process's CPU clock after a short warm-up. The number of iterations is
-set for both: ours takes four fifths of the other's, because a step that sees kinks costs more. The settings of ours were
-chosen on seeds from 100 on, the comparison runs on seeds 0 to 4.
+"""Run inverting gradients of this package and of breaching 0.1.2 on the same gradients, each in its own
+environment.
+ The parent draws pictures, takes gradients of one small network and runs our attack; the same file, run by
+the other environment's Python, rebuilds the network and runs breaching's with the settings its configuration
+recommends. Both know labels and shape and are timed by their own process's CPU clock after a short warm-up.
+The number of iterations is set for both: ours takes four fifths of the other's, because a step that sees
+kinks costs more. The settings of ours were chosen on seeds from 100 on, the comparison runs on seeds 0 to 4.
 """
 
 from __future__ import annotations
@@ -129,10 +129,12 @@ def theirs(case: dict[str, Tensor], iterations: int, seed: int) -> tuple[Tensor,
 
 
 def _without_data_sets() -> None:
-    """Let breaching be imported without torchvision and without its data sets, neither of which the attack uses.
+    """Let breaching be imported without torchvision and without its data sets, neither of which the attack
+    uses.
 
-    breaching imports torchvision, which has no build that loads beside a CPU torch here, for its data loaders and for
-    saving pictures; empty modules stand in for both. The attack itself, its configuration and its losses are its own.
+    breaching imports torchvision, which has no build that loads beside a CPU torch here, for its data loaders
+    and for saving pictures; empty modules stand in for both. The attack itself, its configuration and its
+    losses are its own.
     """
     place = Path(str(find_spec("breaching").submodule_search_locations[0]))  # type: ignore[union-attr,index]
     sys.modules["torchvision"] = ModuleType("torchvision")
@@ -196,7 +198,9 @@ def _case(python: Path, batch: int, side: int, seed: int, iterations: int) -> di
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return per batch and size the means over seeds, in how many cases ours was at least as good and at most as slow."""
+    """Return per batch and size the means over seeds, in how many cases ours was at least as good and at most
+    as slow.
+    """
     lines = []
     print(
         f"\n{'batch':>5} {'side':>4} {'breaching dB':>13} {'s':>7} {'ours dB':>8} {'s':>7} {'as good':>8} {'no slower':>9}"

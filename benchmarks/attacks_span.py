@@ -1,9 +1,10 @@
-"""Find tokens by the published span check and by ours, on the same gradients: the same tokens, and the time of each.
-
-The published check (DAGER, 2405.15586, section 4 and appendix B) decomposes the gradient of a query projection by a
-randomised SVD at its numerical rank, forms the layer input of every vocabulary entry at every position, and accepts
-those near the span. `restated` says it in our own words, in single precision; with a folder that holds the published
-repository, its own two functions are called instead, unchanged. Both get the threshold that suits these small models.
+"""Find tokens by the published span check and by ours, on the same gradients: the same tokens, and the time
+of each.
+ The published check (DAGER, 2405.15586, section 4 and appendix B) decomposes the gradient of a query
+projection by a randomised SVD at its numerical rank, forms the layer input of every vocabulary entry at every
+position, and accepts those near the span. `restated` says it in our own words, in single precision; with a
+folder that holds the published repository, its own two functions are called instead, unchanged. Both get the
+threshold that suits these small models.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ def our_tokens(model: nn.Module, observation: Observation) -> tuple[Pairs, float
 
 
 def side_by_side(folder: Path | None, *, quick: bool) -> dict[str, Any]:
-    """Run both on batches of random sentences, interleaved, with and without the embedding rows in the update."""
+    """Run both on batches of random sentences, interleaved, with and without the embedding rows in the
+    update.
+    """
     how = restated() if folder is None else from_folder(folder)
     rows: list[dict[str, Any]] = []
     print(

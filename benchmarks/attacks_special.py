@@ -1,4 +1,5 @@
-"""Settings of the table that are no plain update of one kind: targets singled out, released models, attackers that train.
+"""Settings of the table that are no plain update of one kind: targets singled out, released models, attackers
+that train.
 
 Each line of `LINES` makes a case for a seed: those the tests hold, on digits drawn anew.
 """

@@ -1,17 +1,17 @@
 """Audit a whole federated run with canaries, and the same run with one mistake in it.
 
     python -m benchmarks.canary --json [--quick] [--seeded]
-
-Four clients train a small text model under record-level privacy and secure aggregation; the ledger allows epsilon 8.
-One client also holds canaries: records whose gradient is one coordinate, ten times as long as the clipping bound, each
-put among its records by its own fair coin. They take the run's own way: its sampler, clipping, noise, divisor,
-rounding, mask and sum. The observer is a server that colludes with the other clients: it takes their updates off every
-opened sum and adds up, over the rounds, what is left at each canary's coordinate.
-
-A bound above the ledger's epsilon refutes the claim; each is wrong with probability at most 2.5 %. "one-run" holds for
-any mechanism, "f-DP" refutes Gaussian trade-off curves and is compared with the Gaussian curve that covers the ledger's
-claim, "Gaussian" is the sharpest and takes the scores for Gaussian. The broken runs charge the ledger what the honest
-one does, and differ from it in one place.
+ Four clients train a small text model under record-level privacy and secure aggregation; the ledger allows
+epsilon 8.
+One client also holds canaries: records whose gradient is one coordinate, ten times as long as the clipping
+bound, each put among its records by its own fair coin. They take the run's own way: its sampler, clipping,
+noise, divisor, rounding, mask and sum. The observer is a server that colludes with the other clients: it
+takes their updates off every opened sum and adds up, over the rounds, what is left at each canary's
+coordinate.
+ A bound above the ledger's epsilon refutes the claim; each is wrong with probability at most 2.5 %. "one-run"
+holds for any mechanism, "f-DP" refutes Gaussian trade-off curves and is compared with the Gaussian curve that
+covers the ledger's claim, "Gaussian" is the sharpest and takes the scores for Gaussian. The broken runs
+charge the ledger what the honest one does, and differ from it in one place.
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ def _flat(parts: Mapping[str, Tensor]) -> Tensor:
 
 
 class CanaryTrainer(SiteTrainer):
-    """Where the audited client trains with canaries, and what every client sends is seen by the colluders' server."""
+    """Where the audited client trains with canaries, and what every client sends is seen by the colluders'
+    server.
+    """
 
     planted: Planted
     sent: dict[int, np.ndarray]
@@ -277,7 +279,8 @@ def audited_run(flaw: str, *, quick: bool, seeded: bool) -> dict[str, Any]:
 
 
 def gaussian_cover(events: tuple[Event, ...], delta: float) -> float:
-    """Return epsilon at delta of the least Gaussian trade-off curve above everything the ledger's events allow.
+    """Return epsilon at delta of the least Gaussian trade-off curve above everything the ledger's events
+    allow.
 
     Compared at losses where delta lies between 1e-10 and 0.5.
     """

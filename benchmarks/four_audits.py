@@ -2,10 +2,10 @@
 
     python -m benchmarks.four_audits --json [--quick] [--budget quick|standard] [--task text|picture] [--page FILE]
     python -m benchmarks.four_audits --join OUTPUT [OUTPUT ...] --page FILE
-
-Each run of `examples/audit/` is trained and audited with the command's own functions. The table names, for every observer,
-the attacks that leaked, those that did not although their control passed, and counts the rest; beside it the processor
-and wall seconds of the audit alone. `--page` writes the same as a page of the documentation.
+ Each run of `examples/audit/` is trained and audited with the command's own functions. The table names, for
+every observer, the attacks that leaked, those that did not although their control passed, and counts the
+rest; beside it the processor and wall seconds of the audit alone. `--page` writes the same as a page of the
+documentation.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def joined(files: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def rows(found: AuditSummary, *, task: str, defence: str, wall: float) -> Iterator[dict[str, Any]]:
-    """Sum up an audit: for each observer what leaked, what did not with a passed control, and what stayed open."""
+    """Sum up an audit: for each observer what leaked, what did not with a passed control, and what stayed
+    open.
+    """
     for observer in dict.fromkeys(item.observer for item in found.findings):
         mine = [item for item in found.findings if item.observer == observer]
         yield {

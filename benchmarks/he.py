@@ -1,11 +1,11 @@
-"""Measure encrypted sums: bytes, time and error of our BFV and CKKS beside high-level and reference parameter sets.
+"""Measure encrypted sums: bytes, time and error of our BFV and CKKS beside high-level and reference parameter
+sets.
 
     python -m benchmarks.he [--quick] [--json]
-
-The first table runs on the same integers, interleaved, CPU seconds of this process per million parameters (best of
-the repeats), three parties' ciphertexts added. In our rows `enc+save` and `decrypt` include packing, tags, checks and
-chunk headers; the reference row is TenSEAL alone, which checks nothing. A second part
-runs all four backends on random cases and counts the sums that differ. The last line is one JSON object.
+ The first table runs on the same integers, interleaved, CPU seconds of this process per million parameters
+(best of the repeats), three parties' ciphertexts added. In our rows `enc+save` and `decrypt` include packing,
+tags, checks and chunk headers; the reference row is TenSEAL alone, which checks nothing. A second part runs
+all four backends on random cases and counts the sums that differ. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ class Measurement:
 
 
 class Reference:
-    """Run the reference CKKS set as TenSEAL's own vectors: one value a slot, TenSEAL's serialisation, no checks."""
+    """Run the reference CKKS set as TenSEAL's own vectors: one value a slot, TenSEAL's serialisation, no
+    checks.
+    """
 
     def __init__(self, vectors: Integers) -> None:
         import tenseal

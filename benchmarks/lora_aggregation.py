@@ -1,12 +1,12 @@
 """Hold what each rule for averaging LoRA makes of a round against the dense mean of the clients' products.
 
     python -m benchmarks.lora_aggregation [--quick] [--json]
-
-The runs of `experiments/lora-aggregation.toml` with one seed, their clients trained for real. After every round the adapted
-weights of the new model are compared with the mean of what the clients' own weights were: the distance, divided by how far
-that mean moved. Exact rules miss it by rounding; plain averaging of A and of B misses it by its bias. Left
-out are FedSA, whose clients each have a model of their own, none of which is meant to be the mean, and LoRA-XS, whose core is
-one matrix that enters the weight linearly. The last line is one JSON object.
+ The runs of `experiments/lora-aggregation.toml` with one seed, their clients trained for real. After every
+round the adapted weights of the new model are compared with the mean of what the clients' own weights were:
+the distance, divided by how far that mean moved. Exact rules miss it by rounding; plain averaging of A and of
+B misses it by its bias. Left out are FedSA, whose clients each have a model of their own, none of which is
+meant to be the mean, and LoRA-XS, whose core is one matrix that enters the weight linearly. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def weights(factors: LoraRule, vector: Tensor) -> Tensor:
 
 
 def misses(config: Any, *, base: Path, rounds: int) -> Iterator[tuple[float, float]]:
-    """Yield for each round the distance to the dense mean, in units of how far that mean moved, and the largest entry of it."""
+    """Yield for each round the distance to the dense mean, in units of how far that mean moved, and the
+    largest entry of it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         made = simulation.build(place(config, base=base, runs=Path(folder)).prepared(), Path(folder))
         trainer = SiteTrainer(

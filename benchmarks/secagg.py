@@ -1,12 +1,12 @@
-"""Measure secure aggregation: masking against the cipher's own rate, whole sessions, bytes, and a peer side by side.
+"""Measure secure aggregation: masking against the cipher's own rate, whole sessions, bytes, and a peer side
+by side.
 
     python -m benchmarks.secagg [--quick] [--large] [--peer PYTHON] [--json]
-
-All times are CPU seconds of one process. Masking is measured interleaved with the bare AES-256-CTR keystream of the
-same length, written in place over the same memory. Sessions are played in process with every party's time booked to
-it. `--large` adds 1,000 clients on a ring of 142 neighbours (minutes). `--peer` names a Python interpreter of an
-environment with Flower installed; its published SecAgg+ functions then do the same work, interleaved with ours. The
-last line is one JSON object.
+ All times are CPU seconds of one process. Masking is measured interleaved with the bare AES-256-CTR keystream
+of the same length, written in place over the same memory. Sessions are played in process with every party's
+time booked to it. `--large` adds 1,000 clients on a ring of 142 neighbours (minutes). `--peer` names a Python
+interpreter of an environment with Flower installed; its published SecAgg+ functions then do the same work,
+interleaved with ours. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -214,9 +214,11 @@ def measure_session(count: int, length: int, lost: int, *, mode: Mode = "active"
 def our_work(
     length: int, neighbours: int, dealers: int, threshold: int, rounds: int
 ) -> dict[str, Callable[[], Any]]:
-    """Return the pieces of work that the peer's functions are timed on, in ours; every client brings 16-bit values.
+    """Return the pieces of work that the peer's functions are timed on, in ours; every client brings 16-bit
+    values.
 
-    With lanes as many values share a 64-bit word as the sum of all clients allows; without, each has a word of 32 bits.
+    With lanes as many values share a 64-bit word as the sum of all clients allows; without, each has a word
+    of 32 bits.
     """
     source = RandomSource.seeded(6)
     values = (source.uniform(length) * 2 - 1).astype(np.float32)
@@ -302,8 +304,9 @@ def prepared_uploads(
 def measure_peer(python: str, length: int, neighbours: int, repeats: int) -> dict[str, Any]:
     """Let the peer's functions and ours do the same work in turn.
 
-    A client's round is its upload and everything around it: keys, adverts and their checks, dealing, encrypting and
-    decrypting shares, and our confirmation and answer. What does not depend on the length is taken from a short session.
+    A client's round is its upload and everything around it: keys, adverts and their checks, dealing,
+    encrypting and decrypting shares, and our confirmation and answer. What does not depend on the length is
+    taken from a short session.
     """
     dealers, threshold = 50, 34
     around = measure_session(neighbours + 1, 1000, 0)

@@ -1,9 +1,10 @@
-"""Time Flower's published SecAgg+ functions; run by `benchmarks.secagg --peer` inside an environment that has them.
+"""Time Flower's published SecAgg+ functions; run by `benchmarks.secagg --peer` inside an environment that has
+them.
 
-Calls the functions a client of that framework calls for the same work: quantise, expand one private and one pairwise
-mask for each neighbour with key agreement, add, reduce and serialise; deal two secrets; combine one; and the key stages of
-one round: keys, dealing to the neighbours, encrypting and decrypting shares. Arguments: length, neighbours, shares,
-threshold, threshold of the round. Prints one JSON object.
+Calls the functions a client of that framework calls for the same work: quantise, expand one private and one
+pairwise mask for each neighbour with key agreement, add, reduce and serialise; deal two secrets; combine one;
+and the key stages of one round: keys, dealing to the neighbours, encrypting and decrypting shares. Arguments:
+length, neighbours, shares, threshold, threshold of the round. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What simulating clients costs beyond their own computing: the loop's share of a round, and memory against clients.
+"""What simulating clients costs beyond their own computing: the loop's share of a round, and memory against
+clients.
 
 Run: python -m benchmarks.simulation --json [--quick]
 """

@@ -1,8 +1,9 @@
-"""How often verdicts are wrong: audits of noise, of guessing and of undefended updates, and what lower bounds reach.
+"""How often verdicts are wrong: audits of noise, of guessing and of undefended updates, and what lower bounds
+reach.
 
 python -m benchmarks.verdicts [--noise 200] [--guessing 200] [--undefended 100] [--bounds 1000]
-
-Prints docs/results/verdicts.md. Everything is built in code from seeds; all verdicts come from `attacks.examine`.
+ Prints docs/results/verdicts.md. Everything is built in code from seeds; all verdicts come from
+`attacks.examine`.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ def _noise(tensor: Tensor, kind: str, generator: torch.Generator) -> Tensor:
 
 
 def noise_audits(count: int) -> Iterator[Audit]:
-    """Yield audits of noise shaped like the gradient of a real model, half of them with the truth about other records."""
+    """Yield audits of noise shaped like the gradient of a real model, half of them with the truth about other
+    records.
+    """
     for seed in range(count):
         kind, make = KINDS[seed % 4], ("encoder", "decoder", "vision")[seed // 4 % 3]
         classes, size = CLASSES[seed // 12 % 5], BATCHES[seed // 2 % 5]
@@ -130,7 +133,9 @@ def noise_audits(count: int) -> Iterator[Audit]:
 
 
 def _guesser(name: str, say: Callable[[int], tuple[Item, ...]]) -> Attack:
-    """Return an attack that looks at nothing but a number it makes of the update, so that it guesses anew each time."""
+    """Return an attack that looks at nothing but a number it makes of the update, so that it guesses anew
+    each time.
+    """
 
     def attempt(
         observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
@@ -193,7 +198,9 @@ def guessing_audits(count: int) -> Iterator[tuple[Audit, tuple[Attack, ...]]]:
 
 
 def undefended_audits(count: int) -> Iterator[Audit]:
-    """Yield audits of what clients send without any defence: texts, pictures and LoRA, gradients, deltas and sums."""
+    """Yield audits of what clients send without any defence: texts, pictures and LoRA, gradients, deltas and
+    sums.
+    """
     for seed in range(count):
         make = ("encoder", "decoder", "vision", "LoRA")[seed % 4]
         sent = UPDATES[seed // 4 % 4]
@@ -250,9 +257,11 @@ def _sent(
 
 
 def cohort_rows(seeds: int) -> Iterator[str]:
-    """Yield what a server reads off secure sums of five of eight clients: the cohort's words, and over rounds whose they are.
+    """Yield what a server reads off secure sums of five of eight clients: the cohort's words, and over rounds
+    whose they are.
 
-    Each client holds 16 texts and learns from 8 of them in a round; sums are real gradients of a small encoder.
+    Each client holds 16 texts and learns from 8 of them in a round; sums are real gradients of a small
+    encoder.
     """
     for noise in (0.0, 1.0):
         shares, read, verdicts = dict[int, list[float]](), list[float](), Counter[str]()
@@ -303,7 +312,9 @@ def _rounds(seed: int, noise: float) -> tuple[list[OpenedSum], dict[int, int], l
 
 
 def bound_rows(runs: int) -> Iterator[str]:
-    """Yield lines on what the two printed lower bounds reach of the true epsilon on ideal Gaussian canaries, over runs."""
+    """Yield lines on what the two printed lower bounds reach of the true epsilon on ideal Gaussian canaries,
+    over runs.
+    """
     for multiplier in (0.5, 1.0, 2.0):
         truth, shares = canary.gaussian_epsilon(1 / multiplier, DELTA), dict[str, list[float]]()
         for seed in range(runs):

@@ -1,13 +1,13 @@
 """What a client checks before it trains on a broadcast model: signs that the model was crafted to read data.
-
-A malicious server can change what it sends so that honest answers hold the inputs (imprint blocks, trap weights,
-fishing, silenced clients, crafted adapters). Most of those leave marks in the weights: parallel rows, evenly sorted
-biases, blocks of zeros or identities, huge scales, an unexpected layout. The strongest checks need memory: frozen
-tensors must not change, trained ones change little in a round, and all clients must see one digest.
-
-Not detected by the marks alone, without `previous` or an agreed digest: trap weights and planted prompt keys, which
-look like ordinary matrices, and models trained together with a secret decoder (Garov et al., "Hiding in Plain Sight",
-2024), whose whole point is to look ordinary. Per-record clipping and noise hold against those; this check does not.
+ A malicious server can change what it sends so that honest answers hold the inputs (imprint blocks, trap
+weights, fishing, silenced clients, crafted adapters). Most of those leave marks in the weights: parallel
+rows, evenly sorted biases, blocks of zeros or identities, huge scales, an unexpected layout. The strongest
+checks need memory: frozen tensors must not change, trained ones change little in a round, and all clients
+must see one digest.
+ Not detected by the marks alone, without `previous` or an agreed digest: trap weights and planted prompt
+keys, which look like ordinary matrices, and models trained together with a secret decoder (Garov et al.,
+"Hiding in Plain Sight", 2024), whose whole point is to look ordinary. Per-record clipping and noise hold
+against those; this check does not.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Reason:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorLayout:
-    """What one tensor of the agreed architecture looks like; `zero_at_start` if its honest initial value is all zero."""
+    """What one tensor of the agreed architecture looks like; `zero_at_start` if its honest initial value is
+    all zero.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -53,11 +55,11 @@ class TensorLayout:
 class Limits:
     """The bounds of the check.
 
-    `parallel_share`: largest share of a matrix's rows that may be parallel to another row; `vocabulary_share` is the
-    same for tables of tokens, where tokens that were never trained stay alike. `sorted_run`: longest run of
-    rising or falling biases. `zero_share`: largest share of exact zeros in a matrix. `attention_scale`: largest entry
-    of query and key projections. `scale`: largest entry of anything. `jump`: largest change of a matrix relative to its
-    previous norm.
+    `parallel_share`: largest share of a matrix's rows that may be parallel to another row; `vocabulary_share`
+    is the same for tables of tokens, where tokens that were never trained stay alike. `sorted_run`: longest
+    run of rising or falling biases. `zero_share`: largest share of exact zeros in a matrix.
+    `attention_scale`: largest entry of query and key projections. `scale`: largest entry of anything. `jump`:
+    largest change of a matrix relative to its previous norm.
     """
 
     parallel_share: float = 0.1
@@ -76,7 +78,9 @@ _NARROW = 8  # in fewer dimensions rows are parallel by chance
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorLayout]:
-    """Return the layout of an honest, freshly built model: names, shapes, dtypes, and which tensors start at zero."""
+    """Return the layout of an honest, freshly built model: names, shapes, dtypes, and which tensors start at
+    zero.
+    """
     return {
         name: TensorLayout(
             shape=tuple(tensor.shape),
@@ -110,13 +114,15 @@ def check_broadcast(
     expected_digest: str | None = None,
     limits: Limits | None = None,
 ) -> list[Reason]:
-    """Return every reason to refuse a broadcast; an empty list means that no mark of a crafted model was found.
+    """Return every reason to refuse a broadcast; an empty list means that no mark of a crafted model was
+    found.
 
-    `previous` is the broadcast this client accepted before (or its own copy of the public backbone); `frozen` names
-    tensors that never change, which must equal `previous` bit for bit.
+    `previous` is the broadcast this client accepted before (or its own copy of the public backbone); `frozen`
+    names tensors that never change, which must equal `previous` bit for bit.
 
-    Guarantee: a tensor missing, added, reshaped, retyped or not finite is always named; contents are judged only where
-    the layout fits. Assumes: the client's own model code is used, so that a layout is an architecture.
+    Guarantee: a tensor missing, added, reshaped, retyped or not finite is always named; contents are judged
+    only where the layout fits. Assumes: the client's own model code is used, so that a layout is an
+    architecture.
     """
     bounds = limits or Limits()
     reasons = _layout(tensors, reference_layout)
@@ -245,9 +251,11 @@ def longest_monotone_run(values: Tensor) -> int:
 
 
 def parallel_share(matrix: Tensor, *, tolerance: float = 1e-5) -> float:
-    """Return the share of non-zero rows that are parallel to another row; 0 where rows have fewer than 8 entries.
+    """Return the share of non-zero rows that are parallel to another row; 0 where rows have fewer than 8
+    entries.
 
-    Rows are sorted along a fixed direction, where parallel ones become neighbours: n log n instead of n squared.
+    Rows are sorted along a fixed direction, where parallel ones become neighbours: n log n instead of n
+    squared.
     """
     rows = matrix[matrix.any(dim=1)]
     if len(rows) < 4 or matrix.shape[1] < _NARROW:

@@ -17,11 +17,12 @@ _ZEROS = bytes(_CHUNK)
 class RandomSource:
     """Stream cryptographic random bytes from AES-256-CTR under a secret key.
 
-    Use `system()` for everything real: the key comes from the operating system. `seeded()` replays the same stream
-    and exists for tests; a release that used it is not private, and `private` says so.
+    Use `system()` for everything real: the key comes from the operating system. `seeded()` replays the same
+    stream and exists for tests; a release that used it is not private, and `private` says so.
 
-    Guarantee: under a system key the stream is indistinguishable from uniform (AES as a pseudorandom permutation,
-    at most 2^64 bytes a key); `derive` gives independent streams; the key is never printed, logged or pickled.
+    Guarantee: under a system key the stream is indistinguishable from uniform (AES as a pseudorandom
+    permutation, at most 2^64 bytes a key); `derive` gives independent streams; the key is never printed,
+    logged or pickled.
     """
 
     __slots__ = ("_key", "_process", "_stream", "private")
@@ -50,7 +51,9 @@ class RandomSource:
         return cls(hashlib.sha256(b"ffm-secure seeded stream" + str(seed).encode()).digest(), private=False)
 
     def derive(self, *labels: str | int) -> RandomSource:
-        """Open an independent stream bound to the labels; the same labels give the same stream, others another."""
+        """Open an independent stream bound to the labels; the same labels give the same stream, others
+        another.
+        """
         self._refuse_fork()
         message = b"".join(_encoded(label) for label in labels)
         return RandomSource(

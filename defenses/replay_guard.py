@@ -1,4 +1,6 @@
-"""What a client must never do twice, remembered on disk: enter a round, upload an update, give away a model's sum again."""
+"""What a client must never do twice, remembered on disk: enter a round, upload an update, give away a model's
+sum again.
+"""
 
 from __future__ import annotations
 
@@ -71,15 +73,18 @@ class _Memory:
 class ReplayGuard:
     """Remember which sessions a client entered, which updates it uploaded and which models it answered for.
 
-    `in_memory` is for identities that live as long as the process; a client that restarts keeps its guard in a file:
-    `create` once, beside the identity, and `open` ever after. An identity whose guard is lost must not be used again, so
-    a missing file is refused, never replaced.
+    `in_memory` is for identities that live as long as the process; a client that restarts keeps its guard in
+    a file: `create` once, beside the identity, and `open` ever after. An identity whose guard is lost must
+    not be used again, so a missing file is refused, never replaced.
 
-    Guarantee: what is refused once is refused for ever, in this process and the next; a file is replaced whole, readable
-    and writable by its owner alone, and on the disk before a method returns. Threads and processes with one file see each
-    other. A file older than what this object knows is refused; a guard in memory refuses a forked process.
-    Assumes: nobody puts an older copy of the file back while no client runs. Keep it out of backups that are restored.
-    Raises: ProtocolError from every method for what was done before; TamperedError for a file that is not what was written.
+    Guarantee: what is refused once is refused for ever, in this process and the next; a file is replaced
+    whole, readable and writable by its owner alone, and on the disk before a method returns. Threads and
+    processes with one file see each other. A file older than what this object knows is refused; a guard in
+    memory refuses a forked process.
+    Assumes: nobody puts an older copy of the file back while no client runs. Keep it out of backups that are
+    restored.
+    Raises: ProtocolError from every method for what was done before; TamperedError for a file that is not
+    what was written.
     """
 
     __slots__ = ("_lock", "_memory", "_owner", "_path", "_process")
@@ -111,8 +116,8 @@ class ReplayGuard:
     def open(cls, path: Path, *, owner: bytes) -> ReplayGuard:
         """Read the guard of an identity.
 
-        Raises: ParameterError when there is no such file, or others can read or write it; TamperedError when it is damaged
-        or another identity's.
+        Raises: ParameterError when there is no such file, or others can read or write it; TamperedError when
+        it is damaged or another identity's.
         """
         guard = cls(owner=owner, path=path, memory=_Memory())
         with guard._alone():
@@ -147,8 +152,8 @@ class ReplayGuard:
     def spend(self, update: bytes, *, model: bytes, repeat: bool = False) -> None:
         """Record that an update of a model is about to leave the client.
 
-        Refused for an update that left before, and for a model this client already answered for, unless the caller lets
-        models `repeat`.
+        Refused for an update that left before, and for a model this client already answered for, unless the
+        caller lets models `repeat`.
         """
 
         def note(memory: _Memory) -> None:
@@ -161,9 +166,10 @@ class ReplayGuard:
     def answer(self, model: bytes, *, repeat: bool = False) -> None:
         """Record that this client is about to help open a sum of updates of a model; refused the second time.
 
-        So whoever helped open one sum about a model is in no later one. A sum needs at least two honest helpers, and every
-        combination of sums of one model holds those of its first together: it singles out nobody. A client that masked, and
-        was never asked, may mask again for the model with another update: a round that failed can be tried again.
+        So whoever helped open one sum about a model is in no later one. A sum needs at least two honest
+        helpers, and every combination of sums of one model holds those of its first together: it singles out
+        nobody. A client that masked, and was never asked, may mask again for the model with another update: a
+        round that failed can be tried again.
         """
 
         def note(memory: _Memory) -> None:

@@ -18,9 +18,11 @@ _SMALL_ORDER: Final = frozenset({0, 1, _PRIME - 1, _ORDER_EIGHT, _PRIME - _ORDER
 
 
 def is_sound_key(public_key: bytes) -> bool:
-    """Say whether bytes can be somebody's Ed25519 public key: canonical, and of a point that is not of small order.
+    """Say whether bytes can be somebody's Ed25519 public key: canonical, and of a point that is not of small
+    order.
 
-    Under a key of small order one signature fits many messages, so whoever has it on a roster can deny or be anybody.
+    Under a key of small order one signature fits many messages, so whoever has it on a roster can deny or be
+    anybody.
     """
     if not isinstance(public_key, bytes) or len(public_key) != PUBLIC_KEY_BYTES:
         return False

@@ -43,7 +43,8 @@ __all__ = [
 
 
 def audit(result: Result | str | Path, *, budget: str = "quick", data: object = None) -> AuditSummary:
-    """Attack a finished run (a `Result` or its folder) and return what was found; the run's report is amended.
+    """Attack a finished run (a `Result` or its folder) and return what was found; the run's report is
+    amended.
 
     `data` are the rows of a run that was given them from Python.
     """

@@ -60,11 +60,13 @@ class Result:
 
 
 class Run:
-    """One run file with its place on disk; rows and a model that are in memory may take the place of those it names.
+    """One run file with its place on disk; rows and a model that are in memory may take the place of those it
+    names.
 
-    `data` is a list of dicts, a dict of columns, a `datasets.Dataset`, a data frame, or a dict of these with the keys
-    `train` and `validation`; `task.data` is then read by nobody. `model` is a transformers model, which is written under
-    `runs` once so that the run can be continued and audited; `tokenizer` is what it reads texts with.
+    `data` is a list of dicts, a dict of columns, a `datasets.Dataset`, a data frame, or a dict of these with
+    the keys `train` and `validation`; `task.data` is then read by nobody. `model` is a transformers model,
+    which is written under `runs` once so that the run can be continued and audited; `tokenizer` is what it
+    reads texts with.
 
     >>> import ffm_secure as ffm
     >>> run = ffm.load("examples/tiny.toml")
@@ -123,8 +125,9 @@ class Run:
         `callback` hears of every round, or several are, in order; a notebook shows a bar where there is none.
 
         Without `fairness` the report says nothing about single clients, and their evaluation is saved.
-        `should_stop` is asked after every round; when it says yes, the run ends there as if it had been interrupted.
-        Without `complete` the folder `adapter/` holds what was trained alone: no model of any size lies beside it.
+        `should_stop` is asked after every round; when it says yes, the run ends there as if it had been
+        interrupted. Without `complete` the folder `adapter/` holds what was trained alone: no model of any
+        size lies beside it.
         """
         began = time.perf_counter()
         prepared = self.prepared()
@@ -158,7 +161,9 @@ class Run:
         return Result(folder=self.folder, summary=result)
 
     def _known(self, store: Store) -> RunSummary | None:
-        """Return the summary of a run that has done all its rounds and left what it should; None if work is left."""
+        """Return the summary of a run that has done all its rounds and left what it should; None if work is
+        left.
+        """
         path = self.folder / "report.json"
         if not path.is_file() or not (self.folder / "adapter").is_dir():
             return None
@@ -259,12 +264,16 @@ def place(config: RunConfig, *, base: Path, runs: Path) -> Run:
 
 
 def _place_ledger(name: str, base: Path) -> str:
-    """Return a ledger's absolute path; a relative one counts from the run file's folder, wherever the command is given."""
+    """Return a ledger's absolute path; a relative one counts from the run file's folder, wherever the command
+    is given.
+    """
     return name if name in ("", IN_RUN) else str((base / Path(name).expanduser()).resolve())
 
 
 def _locate(name: str, base: Path) -> str:
-    """Return the absolute path of something local, so that the stored run file works from any folder; other names stay."""
+    """Return the absolute path of something local, so that the stored run file works from any folder; other
+    names stay.
+    """
     if name.startswith("builtin:"):
         return name
     for place in (Path.cwd(), base):

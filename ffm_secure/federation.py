@@ -1,7 +1,7 @@
 """THE LOOP: plan a round, let the sites decide and pay, open the sum, step, record. Read this first.
 
-Who is who: `ServerContext` is the server, `Courier` carries bytes, and behind it each `Site` owns its rows, its ledger and its
-keys. Neither side can reach the other but through the courier.
+Who is who: `ServerContext` is the server, `Courier` carries bytes, and behind it each `Site` owns its rows,
+its ledger and its keys. Neither side can reach the other but through the courier.
 """
 
 from __future__ import annotations
@@ -68,11 +68,12 @@ def run(
     callback: Callback | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
-    """Train until the rounds or the budgets end; `start` is where the run begins, or where a killed one stopped.
+    """Train until the rounds or the budgets end; `start` is where the run begins, or where a killed one
+    stopped.
 
-    Guarantee: no site learns from its rows before its own ledger holds a reservation for the round: `collect` asks the
-    sites, lets them pay, then collects. What was reserved stays spent whatever happens next; an aborted round counts as
-    one; a finished round is on disk before the next one begins.
+    Guarantee: no site learns from its rows before its own ledger holds a reservation for the round: `collect`
+    asks the sites, lets them pay, then collects. What was reserved stays spent whatever happens next; an
+    aborted round counts as one; a finished round is on disk before the next one begins.
     """
     callback = callback or NullCallback()
     state, records = start

@@ -14,7 +14,8 @@ Observer = Literal["public", "client", "server", "colluding_server"]
 Verdict = Literal["leaked", "not leaked", "inconclusive", "not applicable"]
 Point = Literal["raw", "clipped", "noised", "aggregated"]  # where on its way an update is seen
 RunStatus = Literal["complete", "interrupted", "budget exhausted"]
-DECLINED = "declined"  # in `RoundRecord.dropped`: the site refused the plan, or its ledger does not pay; it was not charged
+# in `RoundRecord.dropped`: the site refused the plan, or its ledger does not pay; it was not charged
+DECLINED = "declined"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,8 @@ class PrivacyStatement:
     """State one epsilon with the five fields without which it means nothing.
 
     `epsilon` is infinity where nothing is guaranteed; it is never 0 for "unknown" and never left out.
-    `mechanism` is the ordered list of events in words, `slack` the accountant's numeric excess, already inside `epsilon`.
+    `mechanism` is the ordered list of events in words, `slack` the accountant's numeric excess, already
+    inside `epsilon`.
     """
 
     observer: Observer
@@ -45,7 +47,8 @@ class PrivacyStatement:
 class RoundPlan:
     """Tell a site everything about the round it is asked to take part in.
 
-    Its canonical bytes travel; a site parses them, recomputes what it can and refuses what differs (`site.plan_check`).
+    Its canonical bytes travel; a site parses them, recomputes what it can and refuses what differs
+    (`site.plan_check`).
     """
 
     run_id: bytes
@@ -192,7 +195,9 @@ class AuditFinding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeakCurve:
-    """Show how an attack fares on invented data as one thing about the update changes; rehearsed on the run's own model."""
+    """Show how an attack fares on invented data as one thing about the update changes; rehearsed on the run's
+    own model.
+    """
 
     attack: str
     axis: Literal["records", "tokens per width", "tokens per rank", "rounds", "noise multiplier"]
@@ -206,7 +211,9 @@ class LeakCurve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditSummary:
-    """Collect what an audit found, with its budget and the lower bound it puts under the ledger's upper bound."""
+    """Collect what an audit found, with its budget and the lower bound it puts under the ledger's upper
+    bound.
+    """
 
     budget: str
     cpu_seconds: float
@@ -269,8 +276,9 @@ class RunSummary:
 class ModelExport:
     """Say what lies in an adapter folder and how it is loaded.
 
-    `form` is `adapter` (PEFT, on the base), `model` (complete, in the folder `model/`), `whole` (complete, the folder itself)
-    or `own` (`ffm-secure predict` alone). `virtual` counts the outputs of virtual tokens in front of a language model's own.
+    `form` is `adapter` (PEFT, on the base), `model` (complete, in the folder `model/`), `whole` (complete,
+    the folder itself) or `own` (`ffm-secure predict` alone). `virtual` counts the outputs of virtual tokens
+    in front of a language model's own.
     """
 
     format: int = 1

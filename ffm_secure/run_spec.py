@@ -19,8 +19,8 @@ Layout = tuple[tuple[str, tuple[int, ...]], ...]
 class RunSpec:
     """Bind the run file to what follows from it.
 
-    Guarantee: a function of the run file, the backbone and public sizes: each party computes it for itself and compares
-    digests; nothing in it is a row, a ledger or a key.
+    Guarantee: a function of the run file, the backbone and public sizes: each party computes it for itself
+    and compares digests; nothing in it is a row, a ledger or a key.
     """
 
     config: RunConfig

@@ -1,10 +1,11 @@
-"""Malicious server on image and plain networks: broadcasts crafted so that the honest answer holds the inputs.
-
-Each `craft_*` function returns a modified copy of a model, to be broadcast instead of the honest one; each attack
-reads the answer, alone or as a sum over clients. Crafting needs public examples at most, never the client's data.
-Sources: Fowl et al., "Robbing the Fed", 2022 (imprint); Boenisch et al., "When the Curious Abandon Honesty", 2023
-(trap weights); Wen et al., "Fishing for User Data", 2022; Zhao et al., "LOKI", 2024; Pasquini et al., "Eluding
-Secure Aggregation", 2022 (gradient suppression).
+"""Malicious server on image and plain networks: broadcasts crafted so that the honest answer holds the
+inputs.
+ Each `craft_*` function returns a modified copy of a model, to be broadcast instead of the honest one; each
+attack reads the answer, alone or as a sum over clients. Crafting needs public examples at most, never the
+client's data.
+Sources: Fowl et al., "Robbing the Fed", 2022 (imprint); Boenisch et al., "When the Curious Abandon Honesty",
+2023 (trap weights); Wen et al., "Fishing for User Data", 2022; Zhao et al., "LOKI", 2024; Pasquini et al.,
+"Eluding Secure Aggregation", 2022 (gradient suppression).
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ _DEAD = -1e6
 
 
 class ImprintBlock(nn.Module):
-    """Two linear layers in front of a model: every bin that an input's measurement passes leaves the input in its row.
+    """Two linear layers in front of a model: every bin that an input's measurement passes leaves the input in
+    its row.
 
-    "cumulative" bins fire for all inputs above their edge (ReLU), "sparse" bins only for inputs inside (Hardtanh).
-    The block passes its input on, shifted by one constant per example, so that the model behind still learns.
+    "cumulative" bins fire for all inputs above their edge (ReLU), "sparse" bins only for inputs inside
+    (Hardtanh). The block passes its input on, shifted by one constant per example, so that the model behind
+    still learns.
     """
 
     def __init__(
@@ -74,7 +77,9 @@ def measurement(
 
 
 def bin_edges(values: Tensor, bins: int) -> Tensor:
-    """Return the quantiles 0 to 1 - 1/bins of public measurements, widened at the low end so that nothing falls below."""
+    """Return the quantiles 0 to 1 - 1/bins of public measurements, widened at the low end so that nothing
+    falls below.
+    """
     edges = torch.quantile(values.double(), torch.arange(bins, dtype=torch.float64) / bins)
     edges[0] = edges[0] - (values.max() - values.min()).double()
     return edges
@@ -92,8 +97,9 @@ def craft_imprint(
 ) -> Imprinted:
     """Return the model behind an imprint block whose bins hold equal shares of public inputs (n, ...).
 
-    `share` = (client, clients) wakes only that client's own run of bins, the rest is dead: sent to each client with
-    its own number, the sum of all answers keeps clients apart (LOKI). With (0, 1) all bins are awake.
+    `share` = (client, clients) wakes only that client's own run of bins, the rest is dead: sent to each
+    client with its own number, the sum of all answers keeps clients apart (LOKI). With (0, 1) all bins are
+    awake.
     """
     flat = public.flatten(1)
     along = measurement(flat.shape[1], "mean") if direction is None else direction
@@ -126,7 +132,8 @@ def craft_loki(
 
 
 def read_imprint(weight: Tensor, bias: Tensor, *, cumulative: bool, tolerance: float = 1e-5) -> Tensor:
-    """Return the inputs (n, features) that bins hold: quotients of neighbouring differences, or of the rows themselves.
+    """Return the inputs (n, features) that bins hold: quotients of neighbouring differences, or of the rows
+    themselves.
 
     A bin with several inputs yields their mixture; an empty one is left out.
     """
@@ -193,7 +200,8 @@ def _in_range(found: Tensor, prior: Prior) -> Tensor:
 def craft_trap(
     model: nn.Module, public: Tensor, *, share: float = 0.01, layer: str | None = None, seed: int = 0
 ) -> nn.Module:
-    """Return a copy whose first linear layer fires for few inputs, so that single inputs stand alone on a neuron.
+    """Return a copy whose first linear layer fires for few inputs, so that single inputs stand alone on a
+    neuron.
 
     Half of each row (random places) is -|g|, the other half the same draws, permuted and scaled; each neuron's scale is
     set so that it fires for `share` of the public inputs (n, ...) that reach the layer.
@@ -253,8 +261,8 @@ def head_name(model: nn.Module) -> str:
 def craft_fishing(model: nn.Module, label: int, *, offset: float = 1e3) -> nn.Module:
     """Return a copy whose loss sends gradients to the body only for examples of one class.
 
-    All other rows of the head are zero with a large bias: their examples are already right up to a constant, and
-    only the target's row is connected to the features.
+    All other rows of the head are zero with a large bias: their examples are already right up to a constant,
+    and only the target's row is connected to the features.
     """
     crafted = copy.deepcopy(model)
     head = crafted.get_submodule(head_name(crafted))
@@ -277,7 +285,8 @@ def craft_feature_fishing(
     sharpness: float = 1e3,
     offset: float = 1e3,
 ) -> nn.Module:
-    """Return a copy that keeps only those examples of one class whose penultimate feature lies above a threshold.
+    """Return a copy that keeps only those examples of one class whose penultimate feature lies above a
+    threshold.
 
     Bisecting the threshold over rounds isolates one example among several of the same class.
 
@@ -337,7 +346,9 @@ def _first_layer(model: nn.Module) -> str:
 def _fish_by_matching(
     observation: Observation, private: nn.Module, prior: Prior, budget: Budget, seed: int, label: int
 ) -> Finding:
-    """Match the body's gradient with a single image of the fished class; the head's own rows see every example."""
+    """Match the body's gradient with a single image of the fished class; the head's own rows see every
+    example.
+    """
     head = head_name(private)
     body = {name: tensor for name, tensor in observation.tensors.items() if not name.startswith(head)}
     if not body:
@@ -354,7 +365,8 @@ def _fish_by_matching(
 
 
 def craft_suppression(model: nn.Module, *, layer: str | None = None) -> nn.Module:
-    """Return a copy whose named linear layer (default the first) never fires under ReLU: all gradients up to it are zero.
+    """Return a copy whose named linear layer (default the first) never fires under ReLU: all gradients up to
+    it are zero.
 
     Sent to every client but the target, it strips everyone else from those tensors of the sum.
     """

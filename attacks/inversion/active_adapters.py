@@ -1,8 +1,10 @@
-"""Malicious server on adapters, LoRA and prompt pools: frozen weights are crafted so that the small update holds the input.
+"""Malicious server on adapters, LoRA and prompt pools: frozen weights are crafted so that the small update
+holds the input.
 
-Sources: Zhang et al., "PEFTLeak", 2025 (adapters); Sami et al. and others, "MineGrad", 2026 (LoRA); "PromptMIA", 2026
-(prompt pools). Own derivations: an image code written by uniform attention groups the patches of one image, and heads
-that look at one place each keep the places apart in the rows of LoRA's first factor.
+Sources: Zhang et al., "PEFTLeak", 2025 (adapters); Sami et al. and others, "MineGrad", 2026 (LoRA);
+"PromptMIA", 2026 (prompt pools). Own derivations: an image code written by uniform attention groups the
+patches of one image, and heads that look at one place each keep the places apart in the rows of LoRA's first
+factor.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ def _plain_norms(model: nn.Module, prefix: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """How the crafted embedding uses its width: pixels first, then one place code each, the image code, and a blank."""
+    """How the crafted embedding uses its width: pixels first, then one place code each, the image code, and a
+    blank.
+    """
 
     pixels: int
     places: int
@@ -119,13 +123,15 @@ def vision_frame(model: nn.Module) -> tuple[Frame, nn.Conv2d, nn.Parameter]:
 
 
 def craft_adapter_leak(model: nn.Module, public: Tensor, *, down: str, up: str) -> nn.Module:
-    """Return a copy of a vision transformer whose first ReLU adapter stores patches in the bins of its down-projection.
+    """Return a copy of a vision transformer whose first ReLU adapter stores patches in the bins of its
+    down-projection.
 
-    `down` and `up` name the adapter's layers, which sit behind the feed-forward layer of block 0; `public` are images
-    (n, c, h, w) on which the bins are set. The down-projection's rows are shared out evenly over the patches.
+    `down` and `up` name the adapter's layers, which sit behind the feed-forward layer of block 0; `public`
+    are images (n, c, h, w) on which the bins are set. The down-projection's rows are shared out evenly over
+    the patches.
 
-    Assumes: a GELU between two linear feed-forward layers, and at least one more block, so that every place has a
-    gradient.
+    Assumes: a GELU between two linear feed-forward layers, and at least one more block, so that every place
+    has a gradient.
     """
     crafted = copy.deepcopy(model)
     frame, projection, positions = vision_frame(crafted)
@@ -264,12 +270,15 @@ def _grouped(
 
 
 def craft_lora_leak(model: nn.Module, *, skew: float = 50.0) -> nn.Module:
-    """Return a copy of a post-norm encoder whose LoRA on value projections keeps tokens apart, one place per head.
+    """Return a copy of a post-norm encoder whose LoRA on value projections keeps tokens apart, one place per
+    head.
 
-    Head h of layer l looks at place l x heads + h alone, and LoRA's second factor connects rank h to head h alone: row
-    h of the first factor's gradient is then that place's hidden state. Layers pass the embedding on unchanged.
+    Head h of layer l looks at place l x heads + h alone, and LoRA's second factor connects rank h to head h
+    alone: row h of the first factor's gradient is then that place's hidden state. Layers pass the embedding
+    on unchanged.
 
-    Assumes: modules named as in BERT, LoRA (lora_A, lora_B) on "value" with rank up to the number of heads, one example.
+    Assumes: modules named as in BERT, LoRA (lora_A, lora_B) on "value" with rank up to the number of heads,
+    one example.
     """
     crafted = copy.deepcopy(model)
     names = [name for name, _ in crafted.named_modules() if re.search(r"self\.value$", name)]
@@ -360,7 +369,9 @@ def _read_lora(
 
 
 def _decode(row: Tensor, words: Tensor, place: int, model: nn.Module) -> tuple[int, float] | None:
-    """Return the token whose embedding at this place points along the row, with the cosine away from the place's code."""
+    """Return the token whose embedding at this place points along the row, with the cosine away from the
+    place's code.
+    """
     segments = [p.detach() for name, p in model.named_parameters() if "token_type_embeddings" in name]
     states = words.double() + (segments[0][0].double() if segments else 0.0)
     states[:, place] += _CODE
@@ -378,7 +389,8 @@ def _decode(row: Tensor, words: Tensor, place: int, model: nn.Module) -> tuple[i
 def craft_prompt_keys(keys: Tensor, targets: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys (n, d) of a prompt pool with one slot planted per target query, and the planted slots.
 
-    The other keys become centres of public queries (m, d), so that everyone but the targets is drawn to those.
+    The other keys become centres of public queries (m, d), so that everyone but the targets is drawn to
+    those.
     """
     if len(targets) >= len(keys):
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Malicious server on decoders: parameters alone are changed, and the first feed-forward layer stores token states.
-
-The first attention block writes a code of the sentence's first token into reserved coordinates of every place; the
-rows of the first feed-forward layer are bins over one measurement of the state. Adjacent differences of its gradient
-give single states; each is decoded to a token and a place, and equal codes group them into sentences. Source: Fowl et
-al., "Decepticons", 2023, sections 3 and 4, in a short form: one block holds all bins, and the code is exact rather
-than clustered.
+"""Malicious server on decoders: parameters alone are changed, and the first feed-forward layer stores token
+states.
+ The first attention block writes a code of the sentence's first token into reserved coordinates of every
+place; the rows of the first feed-forward layer are bins over one measurement of the state. Adjacent
+differences of its gradient give single states; each is decoded to a token and a place, and equal codes group
+them into sentences. Source: Fowl et al., "Decepticons", 2023, sections 3 and 4, in a short form: one block
+holds all bins, and the code is exact rather than clustered.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def craft_decepticon(model: nn.Module, public: Tensor, *, skew: float = 100.0, s
 
     `public` are token ids (n, t) on which the bins are set.
 
-    Assumes: at least two blocks, an activation that is linear far from zero (GELU), untied or ignored output rows.
+    Assumes: at least two blocks, an activation that is linear far from zero (GELU), untied or ignored output
+    rows.
     """
     crafted = copy.deepcopy(model)
     words, places, block = _parts(crafted)
@@ -57,7 +58,9 @@ def craft_decepticon(model: nn.Module, public: Tensor, *, skew: float = 100.0, s
 
 
 def _write_code(block: Any, width: int, skew: float, generator: torch.Generator) -> None:
-    """Let every place attend to the marked first place and write projections of its state into reserved coordinates."""
+    """Let every place attend to the marked first place and write projections of its state into reserved
+    coordinates.
+    """
     fused, output = block.attn.c_attn, block.attn.c_proj
     fused.weight.zero_()
     fused.bias.zero_()

@@ -1,8 +1,7 @@
 """Adapters: inputs of every biased down-projection, and tokens where the adapter sees them unmixed.
-
-A bottleneck adapter h + U relu(D h + b) has the same gradient identity as any linear layer: dD_i / db_i is the
-hidden state of a position that fires unit i alone. Where the adapter sits in front of any attention, hidden states
-are matched with the vocabulary.
+ A bottleneck adapter h + U relu(D h + b) has the same gradient identity as any linear layer: dD_i / db_i is
+the hidden state of a position that fires unit i alone. Where the adapter sits in front of any attention,
+hidden states are matched with the vocabulary.
 """
 
 from __future__ import annotations
@@ -37,7 +36,9 @@ def narrow_channels(observation: Observation, model: nn.Module) -> list[Channel]
 
 
 def decode(states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each state (n, d) the nearest row of the table (vocabulary, d) by angle, and the sine-like distance."""
+    """Return for each state (n, d) the nearest row of the table (vocabulary, d) by angle, and the sine-like
+    distance.
+    """
     unit = states.double() / states.double().norm(dim=1, keepdim=True).clamp_min(1e-30)
     rows = table.double() / table.double().norm(dim=1, keepdim=True).clamp_min(1e-30)
     nearest = (unit @ rows.T).argmax(1)
@@ -53,7 +54,8 @@ def _attempt(
     tokens: set[int] = set()
     for channel in channels:
         quotients, _ = bias_quotients(channel)
-        # Alone at a unit shows as agreement of several units; single units are still worth decoding against the vocabulary.
+        # Alone at a unit shows as agreement of several units; single units are still worth decoding against
+        # the vocabulary.
         states = [value for value, size in agreeing(quotients) if size >= 2]
         if states:
             items.append(Item(kind="embedding", value=torch.stack(states).float(), confidence=0.8))

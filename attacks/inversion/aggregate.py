@@ -1,8 +1,9 @@
-"""Blind source separation: a first linear layer's gradient is a mixture of its inputs, for one batch or a sum of many.
-
-dW = sum_i delta_i x_i^T holds the b inputs as linear mixtures. They are pulled apart by what natural inputs have and
-mixtures lack: far-from-Gaussian values, smoothness, and being unlike each other. Source: Kariyappa et al., "Cocktail
-Party Attack", 2023, section 4 (own objective and code); scale and sign follow from the bias gradient, as in SPEAR.
+"""Blind source separation: a first linear layer's gradient is a mixture of its inputs, for one batch or a sum
+of many.
+ dW = sum_i delta_i x_i^T holds the b inputs as linear mixtures. They are pulled apart by what natural inputs
+have and mixtures lack: far-from-Gaussian values, smoothness, and being unlike each other. Source: Kariyappa
+et al., "Cocktail Party Attack", 2023, section 4 (own objective and code); scale and sign follow from the bias
+gradient, as in SPEAR.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _DECORRELATION = 8.0
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Mixture:
-    """Mixtures (b, features) of b inputs, turned and scaled so that their centred versions have unit covariance."""
+    """Mixtures (b, features) of b inputs, turned and scaled so that their centred versions have unit
+    covariance.
+    """
 
     whitened: Tensor
 
@@ -51,10 +54,11 @@ def mixture_of(gradient: Tensor, *, most: int = 0) -> Mixture:
 
 
 def contrast(sources: Tensor) -> Tensor:
-    """Return how far from Gaussian sources (b, features) are: (E log cosh s - E log cosh g)^2, summed over sources.
+    """Return how far from Gaussian sources (b, features) are: (E log cosh s - E log cosh g)^2, summed over
+    sources.
 
-    Source: Hyvarinen, "Fast and robust fixed-point algorithms", 1999, with unit variance; 0.3746 is E log cosh of a
-    standard normal.
+    Source: Hyvarinen, "Fast and robust fixed-point algorithms", 1999, with unit variance; 0.3746 is E log
+    cosh of a standard normal.
     """
     centred = sources - sources.mean(1, keepdim=True)
     unit = centred / centred.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
@@ -94,7 +98,8 @@ def separate(
             total = total + smoothness * total_variation(sources.reshape(count, *image_shape))
         return total
 
-    # First as a rotation, which keeps sources uncorrelated; then freely, since real inputs are somewhat correlated.
+    # First as a rotation, which keeps sources uncorrelated; then freely, since real inputs are somewhat
+    # correlated.
     def turned(angles: Tensor) -> Tensor:
         rotation: Tensor = torch.matrix_exp(angles - angles.T)
         return torch.matmul(rotation, start)
@@ -136,9 +141,11 @@ def _minimise(
 def rescaled(sources: Tensor, gradient: Tensor, bias: Tensor | None) -> Tensor:
     """Return sources with sign and scale from the bias gradient, or with a positive mean and unit range.
 
-    The latter where there is no bias gradient, or the sources are so mixed still that their scales make no pixels.
+    The latter where there is no bias gradient, or the sources are so mixed still that their scales make no
+    pixels.
 
-    dW = delta (D s) with D diagonal, db = delta 1: the deltas up to D are dW s^+, and D solves one linear system.
+    dW = delta (D s) with D diagonal, db = delta 1: the deltas up to D are dW s^+, and D solves one linear
+    system.
     """
     if bias is not None:
         deltas = gradient.double() @ torch.linalg.pinv(sources)

@@ -1,10 +1,12 @@
-"""What a client in training mode gives away in its running statistics: the means and variances of its own batches.
+"""What a client in training mode gives away in its running statistics: the means and variances of its own
+batches.
+ A batch normalisation in training mode moves its buffers to (1 - m) old + m batch, with m the public
+momentum. The change of the buffers over one step is therefore the batch's statistics, to rounding; over
+several, their average, later steps counting more. Behind a first convolution the mean over all places is
+linear in the mean colour of the pictures.
 
-A batch normalisation in training mode moves its buffers to (1 - m) old + m batch, with m the public momentum. The change of
-the buffers over one step is therefore the batch's statistics, to rounding; over several, their average, later steps
-counting more. Behind a first convolution the mean over all places is linear in the mean colour of the pictures.
-
-Source: own derivation; the statistics as a prior are those of Yin et al., "See through Gradients", 2021, equation 9.
+Source: own derivation; the statistics as a prior are those of Yin et al., "See through Gradients", 2021,
+equation 9.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _Norm = nn.modules.batchnorm._BatchNorm
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Statistics:
-    """The mean and the unbiased variance per channel of what a normalisation saw, averaged over steps and clients."""
+    """The mean and the unbiased variance per channel of what a normalisation saw, averaged over steps and
+    clients.
+    """
 
     mean: Tensor
     variance: Tensor
@@ -34,8 +38,8 @@ class Statistics:
 def client_statistics(observation: Observation, model: nn.Module) -> dict[str, Statistics]:
     """Return the statistics of the client's batches by the name of the normalisation, in the model's order.
 
-    `model` holds the broadcast weights and buffers. Empty where no buffer moved: the client did not train in training mode,
-    or its buffers were not sent.
+    `model` holds the broadcast weights and buffers. Empty where no buffer moved: the client did not train in
+    training mode, or its buffers were not sent.
     """
     if observation.content != "delta":
         return {}
@@ -64,7 +68,9 @@ def _average(
 
 
 def with_client_statistics(observation: Observation, model: nn.Module) -> nn.Module:
-    """Put the client's own statistics into the buffers of a private copy, where they were observed; return the copy."""
+    """Put the client's own statistics into the buffers of a private copy, where they were observed; return
+    the copy.
+    """
     for name, statistics in client_statistics(observation, model).items():
         module = model.get_submodule(name)
         assert isinstance(module, _Norm)
@@ -78,7 +84,9 @@ def with_client_statistics(observation: Observation, model: nn.Module) -> nn.Mod
 def mean_colour(
     model: nn.Module, statistics: Mapping[str, Statistics], shape: tuple[int, ...]
 ) -> Tensor | None:
-    """Return the mean colour (channels,) of the client's pictures, or None where no first convolution is normalised."""
+    """Return the mean colour (channels,) of the client's pictures, or None where no first convolution is
+    normalised.
+    """
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     name = next(iter(statistics), None)
     if first is None or name is None or len(shape) != 3 or first.in_channels != shape[0]:
@@ -90,7 +98,8 @@ def mean_colour(
         offset = first(nothing).double().mean(dim=(0, 2, 3))
         ones = torch.eye(shape[0], dtype=first.weight.dtype)[:, :, None, None].expand(-1, -1, *shape[1:])
         answers = first(ones).double().mean(dim=(2, 3)) - offset  # (channels, out)
-    # A picture's borders make each tap of the kernel see a little more or less of it: the least such deviations that explain
+    # A picture's borders make each tap of the kernel see a little more or less of it: the least such
+    # deviations that explain
     # the means are solved along with the colour, which costs next to nothing in the norm that is kept small.
     deviations = first.weight.detach().double().flatten(1)
     system = torch.cat([_FREE * answers.T, deviations], dim=1)

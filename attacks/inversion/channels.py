@@ -1,7 +1,7 @@
 """Linear channels: every gradient of a linear layer holds its inputs in its row space.
-
-For z = W x + b over rows t, dW = sum_t delta_t x_t^T. One module covers ordinary linear layers, GPT-2's transposed
-ones, and both LoRA factors: the gradient of A holds the layer's inputs, the gradient of B holds A x.
+ For z = W x + b over rows t, dW = sum_t delta_t x_t^T. One module covers ordinary linear layers, GPT-2's
+transposed ones, and both LoRA factors: the gradient of A holds the layer's inputs, the gradient of B holds A
+x.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def observed_channels(observation: Observation, model: nn.Module) -> dict[str, Channel]:
-    """Return the channels whose weight gradient was observed and is not zero, by module name, in the model's order.
+    """Return the channels whose weight gradient was observed and is not zero, by module name, in the model's
+    order.
 
     Raises: NotApplicable when there is none.
     """
@@ -101,7 +102,9 @@ def observed_channels(observation: Observation, model: nn.Module) -> dict[str, C
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Spectrum:
-    """The singular values and right singular vectors of a channel's gradient, from which spans of any rank are cut."""
+    """The singular values and right singular vectors of a channel's gradient, from which spans of any rank
+    are cut.
+    """
 
     channel: str
     singular: Tensor
@@ -111,10 +114,11 @@ class Spectrum:
     rounding: float = 0.0
 
     def span(self, *, tolerance: float | None = None, noise: float = 0.0) -> Span:
-        """Return the row space above a relative tolerance (default: rounding) and above the edge of the noise.
+        """Return the row space above a relative tolerance (default: rounding) and above the edge of the
+        noise.
 
-        Without a stated tolerance a cast to half precision counts as such a noise, of known size; a lower one looks beneath
-        its edge, where inputs of small weight may still show.
+        Without a stated tolerance a cast to half precision counts as such a noise, of known size; a lower one
+        looks beneath its edge, where inputs of small weight may still show.
         """
         cast = tolerance is None and self.rounding > 0.0
         seen = self.singular[self.singular > self.rounding] if cast else self.singular
@@ -123,7 +127,8 @@ class Spectrum:
         return Span(channel=self.channel, basis=self.right[:rank], shape=self.shape)
 
     def clean_span(self) -> Span | None:
-        """Return the row space up to the last clean gap of the singular values, None where there is none or it is full.
+        """Return the row space up to the last clean gap of the singular values, None where there is none or
+        it is full.
 
         A gap is clean where the next value is thirty times smaller than one well above rounding.
         """
@@ -141,7 +146,9 @@ class Spectrum:
 
 
 def cast_type(values: Tensor) -> torch.dtype | None:
-    """Return the half precision every value was cast to, whatever it is stored as now, or None where it was not."""
+    """Return the half precision every value was cast to, whatever it is stored as now, or None where it was
+    not.
+    """
     for kind in (torch.bfloat16, torch.float16):
         if values.dtype is kind:
             return kind
@@ -152,13 +159,15 @@ def cast_type(values: Tensor) -> torch.dtype | None:
 
 
 def rounding_edge(values: Tensor) -> float:
-    """Return how large a singular value the rounding of a cast leaves in a matrix (m, n); 0 where none was cast.
+    """Return how large a singular value the rounding of a cast leaves in a matrix (m, n); 0 where none was
+    cast.
 
-    Rounding to nearest errs by a uniform share of the last place: by its root mean square of a value, evenly spread over
-    the binades. Independent entries of deviations s_ij have a norm of at most max_i |s_i.| + max_j |s_.j|, to lower orders.
+    Rounding to nearest errs by a uniform share of the last place: by its root mean square of a value, evenly
+    spread over the binades. Independent entries of deviations s_ij have a norm of at most max_i |s_i.| +
+    max_j |s_.j|, to lower orders.
 
-    Source: Bandeira and van Handel, "Sharp nonasymptotic bounds on the norm of random matrices with independent
-    entries", 2016, theorem 3.1.
+    Source: Bandeira and van Handel, "Sharp nonasymptotic bounds on the norm of random matrices with
+    independent entries", 2016, theorem 3.1.
     """
     kind = cast_type(values)
     if kind is None:
@@ -194,10 +203,11 @@ def numerical_rank(
     tolerance: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> int:
-    """Count the singular values above the floor of rounding and, with noise of that deviation per entry, above its edge.
+    """Count the singular values above the floor of rounding and, with noise of that deviation per entry,
+    above its edge.
 
-    Source: the edge sigma (sqrt(m) + sqrt(n)) of a Gaussian matrix, Vershynin, "High-Dimensional Probability",
-    theorem 4.4.5.
+    Source: the edge sigma (sqrt(m) + sqrt(n)) of a Gaussian matrix, Vershynin, "High-Dimensional
+    Probability", theorem 4.4.5.
     """
     if len(singular) == 0 or float(singular[0]) == 0.0:
         return 0
@@ -208,9 +218,11 @@ def numerical_rank(
 
 
 def end_token(model: nn.Module) -> int | None:
-    """Return the token by which an encoder-decoder classifier finds the end of a text, None for every other model.
+    """Return the token by which an encoder-decoder classifier finds the end of a text, None for every other
+    model.
 
-    Its head reads the state at the last end token, and refuses texts without one or with different numbers of them.
+    Its head reads the state at the last end token, and refuses texts without one or with different numbers of
+    them.
     """
     config = getattr(model, "config", None)
     end = getattr(config, "eos_token_id", None)
@@ -236,7 +248,8 @@ def _vocabulary(model: nn.Module) -> int:
 def run_tokens(model: nn.Module, ids: Tensor) -> object:
     """Run a model on any tokens (n, t), for the sake of what its layers see.
 
-    The head of an encoder-decoder classifier refuses tokens without an end only when every layer before it has run.
+    The head of an encoder-decoder classifier refuses tokens without an end only when every layer before it
+    has run.
     """
     try:
         return model(input_ids=ids)

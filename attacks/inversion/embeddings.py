@@ -1,8 +1,10 @@
-"""Gradient matching on text: dummy embeddings stand in for the tokens, and are read back as the nearest vocabulary rows.
-
-The token embedding's output is replaced by the dummies, so one engine attacks any model that looks its tokens up in a
-table: encoders, decoders, and both with LoRA, adapters, prefixes or soft prompts in front. For language models the
-targets are the dummies' own soft tokens. Sources: Deng et al., "TAG", 2021; Balunovic et al., "LAMP", 2022.
+"""Gradient matching on text: dummy embeddings stand in for the tokens, and are read back as the nearest
+vocabulary rows.
+ The token embedding's output is replaced by the dummies, so one engine attacks any model that looks its
+tokens up in a
+table: encoders, decoders, and both with LoRA, adapters, prefixes or soft prompts in front. For language
+models the targets are the dummies' own soft tokens. Sources: Deng et al., "TAG", 2021; Balunovic et al.,
+"LAMP", 2022.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ WHITENED = replace(COSINE, distance="whitened")
 _SHARPNESS = 30.0
 _CANDIDATES = 12
 TRIALS = 8  # exchanges of single tokens that one iteration of the budget buys
-# A start much smaller than real embeddings commits to no token: from a full-size one most restarts end in a wrong one.
+# A start much smaller than real embeddings commits to no token: from a full-size one most restarts end in a
+# wrong one.
 _START = 0.1
 
 
@@ -101,8 +104,8 @@ class TextFrame:
 def replaced_output(model: nn.Module, name: str, value: Tensor) -> Iterator[None]:
     """Let an embedding return `value` where its own output has that shape. Guarantee: the hooks are removed.
 
-    Modules that share its weight count as the same embedding. In an encoder-decoder classifier the second of them embeds
-    the same text for the decoder, one place later behind a start token.
+    Modules that share its weight count as the same embedding. In an encoder-decoder classifier the second of
+    them embeds the same text for the decoder, one place later behind a start token.
     """
     weight = model.get_submodule(name).weight
     shared = [
@@ -135,7 +138,9 @@ def logits_of(model: nn.Module, frame: TextFrame, embeddings: Tensor) -> Tensor:
 
 
 def text_loss(frame: TextFrame) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    """Return the client's loss on dummy embeddings: classification, or next-token prediction of their soft tokens."""
+    """Return the client's loss on dummy embeddings: classification, or next-token prediction of their soft
+    tokens.
+    """
     unit_rows = nn.functional.normalize(frame.rows, dim=-1)
     kept = frame.mask[:, 1:].bool()
 
@@ -151,7 +156,8 @@ def text_loss(frame: TextFrame) -> Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def text_frame(observation: Observation, model: nn.Module) -> TextFrame:
-    """Return the frame of an observation: lengths as known, or as the position embedding's gradient shows them.
+    """Return the frame of an observation: lengths as known, or as the position embedding's gradient shows
+    them.
 
     Raises: NotApplicable when neither the lengths nor a trained position embedding tell how long the text is.
     """
@@ -223,7 +229,8 @@ def text_problem(
                 logits_of(private, frame, torch.zeros(count, frame.length, frame.rows.shape[1])).shape[-1]
             )
     names, target, scaled = share_only(private, observation)
-    # The dummies enter behind the table, so its rows carry nothing for matching beyond the tokens already read off them.
+    # The dummies enter behind the table, so its rows carry nothing for matching beyond the tokens already
+    # read off them.
     kept = [index for index, name in enumerate(names) if name != f"{frame.embedding}.weight"]
     if not kept:
         raise NotApplicable(
@@ -254,8 +261,8 @@ def nearest_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Return the `keep` allowed tokens nearest to each dummy by cosine (b, t, keep), and those cosines.
 
-    Both are compared as the first linear layer sees them: after positions were added and norms applied, which the
-    dummies' own length and offset do not survive.
+    Both are compared as the first linear layer sees them: after positions were added and norms applied, which
+    the dummies' own length and offset do not survive.
     """
     ids = frame.allowed.nonzero().flatten()
     name, module = next(iter(linear_modules(model).items()))
@@ -312,8 +319,8 @@ def exchange_tokens(
 ) -> tuple[Tensor, float]:
     """Improve tokens one place at a time among candidates (b, t, k), judged by the update of real tokens.
 
-    Return the tokens (b, t) and their misfit, after at most `trials` exchanges. Guarantee: never worse than the first
-    candidates.
+    Return the tokens (b, t) and their misfit, after at most `trials` exchanges. Guarantee: never worse than
+    the first candidates.
     """
     tokens = candidates[..., 0].clone()
     best = token_misfit(problem, frame, settings, tokens, targets)

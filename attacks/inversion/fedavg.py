@@ -1,9 +1,10 @@
-"""Inversion of several local steps: an unrolled simulation of the client, and the surrogate of one point on its path.
-
-The simulation runs the client's own steps on dummies and differentiates through them; it needs the optimiser's facts
-and costs one backward pass per step. The surrogate matches the direction of the whole update with one gradient at a
-point between the old and the new weights, found together with the dummies. Sources: Dimitrov et al., "Data Leakage in
-Federated Averaging", 2022, section 4; Zhu et al., "Surrogate Model Extension", 2023, section 4.
+"""Inversion of several local steps: an unrolled simulation of the client, and the surrogate of one point on
+its path.
+ The simulation runs the client's own steps on dummies and differentiates through them; it needs the
+optimiser's facts and costs one backward pass per step. The surrogate matches the direction of the whole
+update with one gradient at a point between the old and the new weights, found together with the dummies.
+Sources: Dimitrov et al., "Data Leakage in Federated Averaging", 2022, section 4; Zhu et al., "Surrogate Model
+Extension", 2023, section 4.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def logits_at(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -
 def simulated_delta(
     problem: Problem, run: LocalRun, epochs: tuple[Tensor, ...], labels: Tensor
 ) -> list[Tensor]:
-    """Return old minus new weights after the client's steps on dummies, one set (n, ...) per epoch, differentiably."""
+    """Return old minus new weights after the client's steps on dummies, one set (n, ...) per epoch,
+    differentiably.
+    """
     start = dict(zip(problem.names, problem.parameters, strict=True))
     weights: dict[str, Tensor] = {name: value.detach().requires_grad_(True) for name, value in start.items()}
     first = dict(weights)
@@ -99,9 +102,11 @@ def simulated_delta(
 
 
 def set_distance(epochs: tuple[Tensor, ...]) -> Tensor:
-    """Return how much the sets of different epochs differ, whatever the order inside: between means and ordered pixels.
+    """Return how much the sets of different epochs differ, whatever the order inside: between means and
+    ordered pixels.
 
-    Source: Dimitrov et al., 2022, section 4.3 (order-invariant priors), here with the mean and the sorted values.
+    Source: Dimitrov et al., 2022, section 4.3 (order-invariant priors), here with the mean and the sorted
+    values.
     """
     if len(epochs) < 2:
         return torch.zeros(())
@@ -231,7 +236,9 @@ def _slide(
     generator: torch.Generator,
     deadline: Deadline,
 ) -> tuple[float, Tensor, float]:
-    """Match the update's direction at a point between old and new weights; return distance, images and the point."""
+    """Match the update's direction at a point between old and new weights; return distance, images and the
+    point.
+    """
     assert problem.labels is not None
     low, high = problem.box if problem.box is not None else (torch.tensor(-3.0), torch.tensor(3.0))
     middle = (0.5 * (low + high)).expand(problem.shape)

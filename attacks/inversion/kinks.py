@@ -1,9 +1,10 @@
 """Let the derivative of a gradient see the kinks of rectifiers.
-
-A gradient jumps where a rectified unit switches. Automatic differentiation of that gradient leaves the jumps out, so
-that matching on a ReLU network descends on a part of its objective only. Here values and gradients stay exact and only
-the derivative of the switch is replaced: by a bump of stated width around zero, as spiking networks are trained.
-Source of the replacement: Neftci, Mostafa, Zenke, "Surrogate Gradient Learning in Spiking Neural Networks", 2019.
+ A gradient jumps where a rectified unit switches. Automatic differentiation of that gradient leaves the jumps
+out, so that matching on a ReLU network descends on a part of its objective only. Here values and gradients
+stay exact and only the derivative of the switch is replaced: by a bump of stated width around zero, as
+spiking networks are trained.
+Source of the replacement: Neftci, Mostafa, Zenke, "Surrogate Gradient Learning in Spiking Neural Networks",
+2019.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class _Rectify(torch.autograd.Function):
 
 
 class SeenRectifier(nn.Module):
-    """A rectifier whose switching the second derivative sees, `width` times the root mean square of its inputs wide."""
+    """A rectifier whose switching the second derivative sees, `width` times the root mean square of its
+    inputs wide.
+    """
 
     def __init__(self, width: float) -> None:
         super().__init__()

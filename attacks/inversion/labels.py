@@ -1,11 +1,12 @@
 """Label counts from the last layer's gradient: the exact identity, iDLG, LLG and iLRG.
-
-For cross-entropy averaged over K examples the bias gradient of class c is mean p_c - n_c / K, so n_c = K (mean p_c
-- db_c): only the mean predicted probability is unknown, and public or random probes estimate it. Without any probe
-the identity bounds the counts, for no probability is negative, and the column space of a small batch excludes labels.
-Sources: Zhao et al., "iDLG", 2020; Wainakh et al., "User-Level Label Leakage from Gradients", 2021 (LLG); Dang et al.,
-"Revealing and Protecting Labels in Distributed Training", 2021 (RLG); Ma et al., "Instance-wise Batch Label Restoration
-via Gradients", 2023 (iLRG).
+ For cross-entropy averaged over K examples the bias gradient of class c is mean p_c - n_c / K, so n_c = K
+(mean p_c
+- db_c): only the mean predicted probability is unknown, and public or random probes estimate it. Without any
+probe the identity bounds the counts, for no probability is negative, and the column space of a small batch
+excludes labels.
+Sources: Zhao et al., "iDLG", 2020; Wainakh et al., "User-Level Label Leakage from Gradients", 2021 (LLG);
+Dang et al., "Revealing and Protecting Labels in Distributed Training", 2021 (RLG); Ma et al., "Instance-wise
+Batch Label Restoration via Gradients", 2023 (iLRG).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ _CLOSED = 1e-3  # how far the rows of a cross-entropy's gradient may be from add
 class Head:
     """The last layer.
 
-    Gradient per example of weight (classes, features) and bias (or None), its module, and the examples behind it.
+    Gradient per example of weight (classes, features) and bias (or None), its module, and the examples behind
+    it.
     """
 
     name: str
@@ -59,10 +61,11 @@ class Head:
 
 
 def find_head(observation: Observation, model: nn.Module) -> Head:
-    """Return the last linear layer with an observed gradient, scaled to a mean over all the examples behind the observation.
+    """Return the last linear layer with an observed gradient, scaled to a mean over all the examples behind
+    the observation.
 
-    Raises: NotApplicable when there is no head, its scale is unknown (an adaptive optimiser), or the number of
-    examples is.
+    Raises: NotApplicable when there is no head, its scale is unknown (an adaptive optimiser), or the number
+    of examples is.
     """
     view = observation.gradient()
     names = [name for name, module in linear_modules(model).items() if isinstance(module, nn.Linear)]
@@ -126,11 +129,12 @@ def least_counts(bias: Tensor, examples: int) -> Tensor:
 def possible_labels(weight: Tensor, examples: int, deadline: Deadline) -> Tensor | None:
     """Return which labels can be in the batch (boolean), or None when nothing is excluded, or not in time.
 
-    Every example puts its p - e_y into the column space of the weight's gradient, a vector that sums to zero and is negative
-    at y alone. A class at which no vector of that space is the only negative one is absent.
+    Every example puts its p - e_y into the column space of the weight's gradient, a vector that sums to zero
+    and is negative at y alone. A class at which no vector of that space is the only negative one is absent.
 
-    Assumes: as many examples as the rank, which must be below the features' number. Of fewer dimensions some example is not
-    seen (the model is sure of it) or shares its features with another, and its label must not be excluded.
+    Assumes: as many examples as the rank, which must be below the features' number. Of fewer dimensions some
+    example is not seen (the model is sure of it) or shares its features with another, and its label must not
+    be excluded.
     Source: RLG, section 3.
     """
     columns, singular, _ = torch.linalg.svd(weight, full_matrices=False)
@@ -148,9 +152,11 @@ def possible_labels(weight: Tensor, examples: int, deadline: Deadline) -> Tensor
 
 
 def bounded_counts(estimate: Tensor, least: Tensor, possible: Tensor, total: int) -> Tensor:
-    """Return the whole counts of a given sum nearest to an estimate, within bounds as far as these agree with the sum.
+    """Return the whole counts of a given sum nearest to an estimate, within bounds as far as these agree with
+    the sum.
 
-    All counts above their bound give up the same amount, so that they add up; what rounding leaves goes to the largest rests.
+    All counts above their bound give up the same amount, so that they add up; what rounding leaves goes to
+    the largest rests.
     """
     if int(least.sum()) >= total:
         return round_to_total(least, total)
@@ -222,7 +228,9 @@ def ilrg_counts(weight: Tensor, bias: Tensor, module: nn.Linear, examples: int) 
 def probe_head(
     observation: Observation, model: nn.Module, prior: Prior, head: Head, seed: int
 ) -> tuple[Tensor, Tensor, bool]:
-    """Return the mean predicted probability, the mean feature, and whether real public examples were the probes."""
+    """Return the mean predicted probability, the mean feature, and whether real public examples were the
+    probes.
+    """
     generator = torch.Generator().manual_seed(seed)
     examples = prior.examples or {}
     shape = observation.known("image_shape")
@@ -287,8 +295,10 @@ def _identity(
         return _finding(round_to_total(raw, total), head, roundness)
     possible, least = _bounds(head, deadline)
     if float((least - raw).clamp_min(0.0).sum()) > 0.25 * total:
-        # The probes are foreign to the model. A calibrated one predicts the batch's own shares, all but a part e spread
-        # evenly: then n_c / K = 1 / C - db_c / e, and e is taken as twice what keeps every count from being negative.
+        # The probes are foreign to the model. A calibrated one predicts the batch's own shares, all but a
+        # part e spread
+        # evenly: then n_c / K = 1 / C - db_c / e, and e is taken as twice what keeps every count from being
+        # negative.
         raw = total / head.classes * (1.0 - bias / (2.0 * bias.max().clamp_min(1e-12)))
         roundness = 0.0
     pinned = min(1.0, int(least.sum()) / total)
@@ -298,7 +308,8 @@ def _identity(
 def _bounds(head: Head, deadline: Deadline) -> tuple[Tensor, Tensor]:
     """Return which labels are possible, and how often each occurs at least.
 
-    Raises: NotApplicable when the bounds together exceed the examples by far: another scale, or more examples.
+    Raises: NotApplicable when the bounds together exceed the examples by far: another scale, or more
+    examples.
     """
     least = torch.zeros(head.classes, dtype=torch.long)
     if head.bias is not None:
@@ -319,7 +330,9 @@ def _bounds(head: Head, deadline: Deadline) -> tuple[Tensor, Tensor]:
 
 
 def _single(head: Head) -> int:
-    """Return the label of a single example; with two classes the rows mirror each other, and the bias decides."""
+    """Return the label of a single example; with two classes the rows mirror each other, and the bias
+    decides.
+    """
     if head.classes == 2 and head.bias is not None:
         return int(head.bias.argmin())
     return single_label(head.weight.clone())

@@ -1,8 +1,8 @@
 """The last token of every sentence: no layer reads it, but it is a target, and the head's rows hold it.
-
-With every other token known, what the client's loss does to the head is known but for the last targets v_s. The head's
-gradient is w sum_t (p_t - e_target) h_t^T, so the part that is left over is -w sum_s e_{v_s} h_s^T with known h_s. Tied to
-the embedding, the same holds up to what flows back to the input rows, which candidates are then tried for.
+ With every other token known, what the client's loss does to the head is known but for the last targets v_s.
+The head's gradient is w sum_t (p_t - e_target) h_t^T, so the part that is left over is -w sum_s e_{v_s} h_s^T
+with known h_s. Tied to the embedding, the same holds up to what flows back to the input rows, which
+candidates are then tried for.
 
 Source: own derivation.
 """
@@ -39,7 +39,8 @@ def with_last_tokens(
 ) -> tuple[Sentence, ...] | None:
     """Return the sentences with their last tokens, or None where the head does not tell them.
 
-    `model` is a private copy in double precision and `sentences` all that stands behind the update, up to their last tokens.
+    `model` is a private copy in double precision and `sentences` all that stands behind the update, up to
+    their last tokens.
 
     Guarantee: what is returned explains the head's gradient to a twentieth of what the last tokens do to it.
     """
@@ -84,7 +85,9 @@ def _logits(head: _Head, sentence: Sentence) -> tuple[Tensor, Tensor]:
 
 
 def _without_last_targets(head: _Head, sentences: Sequence[Sentence]) -> tuple[Tensor, Tensor]:
-    """Return the gradient of the sum of all losses but for the last targets' logits, and the last states (s, d)."""
+    """Return the gradient of the sum of all losses but for the last targets' logits, and the last states (s,
+    d).
+    """
     total = torch.zeros_like(head.weight)
     states = []
     for sentence in sentences:
@@ -97,7 +100,9 @@ def _without_last_targets(head: _Head, sentences: Sequence[Sentence]) -> tuple[T
 
 
 def _weight(seen: Tensor, known: Tensor, sentences: Sequence[Sentence]) -> float | None:
-    """Return what every target's loss counts for, from the rows of tokens that are neither read nor a known target."""
+    """Return what every target's loss counts for, from the rows of tokens that are neither read nor a known
+    target.
+    """
     absent = torch.ones(len(seen), dtype=torch.bool)
     absent[sorted({token for sentence in sentences for token in sentence})] = False
     rows = known[absent]

@@ -1,8 +1,10 @@
-"""Learned inversion: simulate the client on public data, train a network from updates back to inputs, apply it.
+"""Learned inversion: simulate the client on public data, train a network from updates back to inputs, apply
+it.
 
-The only attack that needs no model of the defence: `prior.client` is the exact pipeline, clipping, noise and masking
-included, and the network learns whatever still shows through. Source: Wu et al., "Learning to Invert", 2023, with a
-permutation-invariant loss for batches; features are principal components of the simulated updates.
+The only attack that needs no model of the defence: `prior.client` is the exact pipeline, clipping, noise and
+masking included, and the network learns whatever still shows through. Source: Wu et al., "Learning to
+Invert", 2023, with a permutation-invariant loss for batches; features are principal components of the
+simulated updates.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ def principal_components(updates: Tensor, most: int) -> Components:
 
 
 def permuted_loss(guess: Tensor, truth: Tensor) -> Tensor:
-    """Return the mean squared error of (n, batch, features) under the best one-to-one matching inside each batch."""
+    """Return the mean squared error of (n, batch, features) under the best one-to-one matching inside each
+    batch.
+    """
     if truth.shape[1] == 1:
         return (guess - truth).square().mean()
     far = torch.cdist(guess.detach(), truth).square()
@@ -107,7 +111,8 @@ def fit_inverter(
     deadline: Deadline,
     held_out: float = 0.15,
 ) -> tuple[nn.Module, float, float]:
-    """Train the inverter; return it with its error and that of the mean input, both on held-out simulated pairs.
+    """Train the inverter; return it with its error and that of the mean input, both on held-out simulated
+    pairs.
 
     Guarantee: the weights returned are those with the lowest held-out error.
     """

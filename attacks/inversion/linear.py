@@ -1,10 +1,9 @@
 """Inputs of one linear layer, read from its gradient: the bias trick and SPEAR.
-
-For z = W x + b followed by ReLU, dW = sum_t delta_t x_t^T and db = sum_t delta_t; a neuron that only one example
-activates shows that example as dW_i / db_i. SPEAR recovers a whole batch because each example leaves about half of
-the neurons silent. Sources: Phong et al., 2017, and Geiping et al., "Inverting Gradients", 2020, proposition 3.1;
-Dimitrov et al., "SPEAR: Exact Gradient Inversion of Batches in Federated Learning", 2024, sections 3 and 4 (own
-derivation and code).
+ For z = W x + b followed by ReLU, dW = sum_t delta_t x_t^T and db = sum_t delta_t; a neuron that only one
+example activates shows that example as dW_i / db_i. SPEAR recovers a whole batch because each example leaves
+about half of the neurons silent. Sources: Phong et al., 2017, and Geiping et al., "Inverting Gradients",
+2020, proposition 3.1; Dimitrov et al., "SPEAR: Exact Gradient Inversion of Batches in Federated Learning",
+2024, sections 3 and 4 (own derivation and code).
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ from attacks.observation import Observation
 
 _SAMPLES_AT_ONCE = 4_096
 _SAMPLES_PER_ITERATION = 1_000
-# The chance of a useful sample halves with each example; beyond this the search is hopeless and only costs time.
+# The chance of a useful sample halves with each example; beyond this the search is hopeless and only costs
+# time.
 _LARGEST_BATCH = 24
 
 
@@ -81,7 +81,8 @@ def _readout(
     limit = int(observation.known("batch_size") or 0) * observation.contributors
     groups = agreeing(candidates)
     inside = [(value, size) for value, size in groups if _plausible(value)]
-    # Neurons that agree saw the same single example; a lone one may be a mixture, and is kept only while examples are missing.
+    # Neurons that agree saw the same single example; a lone one may be a mixture, and is kept only while
+    # examples are missing.
     sure = [(value, 1.0 - 0.5**size) for value, size in inside if size >= 2]
     lone = [(value, 0.3) for value, size in inside if size == 1]
     chosen = (sure + lone)[:limit] if limit else sure
@@ -119,10 +120,11 @@ def spear_inputs(
     generator: torch.Generator,
     deadline: Deadline,
 ) -> tuple[Tensor, Tensor, float] | None:
-    """Return inputs (b, in), deltas (out, b) and their agreement with the layer, or None when b directions were not found.
+    """Return inputs (b, in), deltas (out, b) and their agreement with the layer, or None when b directions
+    were not found.
 
-    Sampling goes on until the recovered inputs are silent exactly where their deltas are zero, or the samples are
-    used up.
+    Sampling goes on until the recovered inputs are silent exactly where their deltas are zero, or the samples
+    are used up.
 
     Assumes: a ReLU follows the layer, b is below both dimensions, and inputs are linearly independent.
     """
@@ -155,7 +157,8 @@ def sparse_directions(
 ) -> Iterator[Tensor]:
     """Yield ever better bases (b, b) of directions q for which left @ q has unexpectedly many zeros.
 
-    A random choice of b - 1 rows that one example leaves silent has that example's direction as its null vector.
+    A random choice of b - 1 rows that one example leaves silent has that example's direction as its null
+    vector.
     """
     rank = left.shape[1]
     if rank == 1:
@@ -206,7 +209,9 @@ def _sparsest_basis(ordered: Tensor) -> Tensor | None:
 
 
 def activation_agreement(inputs: Tensor, deltas: Tensor, module: nn.Module, silent: float) -> float:
-    """Return the share of (neuron, example) pairs where the recovered input is silent exactly where its delta is zero."""
+    """Return the share of (neuron, example) pairs where the recovered input is silent exactly where its delta
+    is zero.
+    """
     with torch.no_grad():
         fires = copy.deepcopy(module).double()(inputs) > 0
     moved = (deltas.abs() > silent * deltas.abs().amax(0, keepdim=True)).T

@@ -1,7 +1,6 @@
 """Gradient matching on images: DLG, iDLG, inverting gradients and its successors, as presets of one engine.
-
-Images are recovered in the units the model takes. With `prior.image_mean` and `image_std` the valid range is that of
-normalised pixels, otherwise [0, 1].
+ Images are recovered in the units the model takes. With `prior.image_mean` and `image_std` the valid range is
+that of normalised pixels, otherwise [0, 1].
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ from attacks.observation import Observation
 
 DLG = Settings(distance="squared", optimiser="lbfgs", rate=1.0, joint=True)
 IDLG = replace(DLG, joint=False)
-# With kinks seen the size of the gradient means something, so that its sign alone, as published, would throw it away.
+# With kinks seen the size of the gradient means something, so that its sign alone, as published, would throw
+# it away.
 GEIPING = Settings(
     distance="cosine", rate=0.1, schedule="cosine", smoothness=(0.1, 3e-3), kink=1.0, start="normal"
 )
@@ -117,7 +117,8 @@ def image_problem(
 ) -> Problem:
     """Return the inversion problem of an image classifier.
 
-    Raises: NotApplicable when the model, the image shape or the batch size is missing, or nothing observed matches.
+    Raises: NotApplicable when the model, the image shape or the batch size is missing, or nothing observed
+    matches.
     """
     private = with_client_statistics(observation, working_copy(model, observation))
     shape = observation.known("image_shape")

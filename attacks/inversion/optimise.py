@@ -1,10 +1,10 @@
 """Gradient matching: move dummy inputs until the update they would cause equals the observed one.
-
-One engine for every published variant. A `Problem` holds the model, the observed tensors (whatever subset of the
-parameters was shared: full, LoRA, adapter, prefix, prompt, head) and the loss of dummy inputs; `Settings` holds what
-the variants differ in; `solve` runs restarts and keeps the one whose update fits best. Sources: Zhu et al., "Deep
-Leakage from Gradients", 2019; Zhao et al., "iDLG", 2020; Geiping et al., "Inverting Gradients", 2020; Yin et al.,
-"See through Gradients", 2021; Deng et al., "TAG", 2021; Balunovic et al., "LAMP", 2022.
+ One engine for every published variant. A `Problem` holds the model, the observed tensors (whatever subset of
+the parameters was shared: full, LoRA, adapter, prefix, prompt, head) and the loss of dummy inputs; `Settings`
+holds what the variants differ in; `solve` runs restarts and keeps the one whose update fits best. Sources:
+Zhu et al., "Deep Leakage from Gradients", 2019; Zhao et al., "iDLG", 2020; Geiping et al., "Inverting
+Gradients", 2020; Yin et al., "See through Gradients", 2021; Deng et al., "TAG", 2021; Balunovic et al.,
+"LAMP", 2022.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ Distance = Literal["cosine", "cosine per tensor", "squared", "squared and absolu
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Penalty = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
-# Key biases of attention and LoRA-A at B = 0 have gradients of rounding size; matching them only adds a constant.
+# Key biases of attention and LoRA-A at B = 0 have gradients of rounding size; matching them only adds a
+# constant.
 _NUMERICALLY_ZERO = 1e-6
 
 
@@ -35,12 +36,12 @@ _NUMERICALLY_ZERO = 1e-6
 class Settings:
     """What the variants differ in.
 
-    `smoothness` (start, end) is the weight of total variation, lowered geometrically during a run: one run passes
-    every weight, and noise of known size stops it at the weight where the fit would only follow the noise.
-    `absolute` weighs the L1 part of "squared and absolute". `joint` optimises label logits as well. `precise` works in
-    double precision, where L-BFGS keeps converging; `evaluations` says how many of its evaluations one iteration of the
-    budget buys. `kink` is the width, relative to a unit's inputs, at which the descent sees rectifiers switch; 0 leaves
-    their switching out, as plain automatic differentiation does.
+    `smoothness` (start, end) is the weight of total variation, lowered geometrically during a run: one run
+    passes every weight, and noise of known size stops it at the weight where the fit would only follow the
+    noise. `absolute` weighs the L1 part of "squared and absolute". `joint` optimises label logits as well.
+    `precise` works in double precision, where L-BFGS keeps converging; `evaluations` says how many of its
+    evaluations one iteration of the budget buys. `kink` is the width, relative to a unit's inputs, at which
+    the descent sees rectifiers switch; 0 leaves their switching out, as plain automatic differentiation does.
     """
 
     distance: Distance = "cosine"
@@ -72,8 +73,9 @@ class Settings:
 class Problem:
     """One inversion: `loss(model, inputs, targets)` is the client's mean loss on dummy inputs.
 
-    `target` holds the observed tensors as a mean gradient, in the order of `names`; `scaled` is False when only their
-    direction is known. `box` is the valid range of inputs (lowest, highest), broadcast against them.
+    `target` holds the observed tensors as a mean gradient, in the order of `names`; `scaled` is False when
+    only their direction is known. `box` is the valid range of inputs (lowest, highest), broadcast against
+    them.
     """
 
     model: nn.Module
@@ -98,7 +100,9 @@ class Problem:
 
     @property
     def floor(self) -> float:
-        """Return the cosine distance between the true and the noised gradient that known noise causes by itself."""
+        """Return the cosine distance between the true and the noised gradient that known noise causes by
+        itself.
+        """
         entries = sum(tensor.numel() for tensor in self.target)
         seen = sum(float(tensor.double().square().sum()) for tensor in self.target)
         share = entries * self.noise**2 / max(seen, 1e-300)
@@ -107,7 +111,9 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Match:
-    """One finished run: the best inputs, targets as probabilities, how well they fit, and how a random start fits."""
+    """One finished run: the best inputs, targets as probabilities, how well they fit, and how a random start
+    fits.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -133,10 +139,11 @@ def differentiable_attention() -> Iterator[None]:
 def share_only(
     model: nn.Module, observation: Observation
 ) -> tuple[tuple[str, ...], tuple[Tensor, ...], bool]:
-    """Let only the observed parameters require gradients; return their names, mean gradient, and whether it is scaled.
+    """Let only the observed parameters require gradients; return their names, mean gradient, and whether it
+    is scaled.
 
-    This is the parameter mask: whatever was shared is matched, nothing else. Tensors that are zero in the observation
-    are left out.
+    This is the parameter mask: whatever was shared is matched, nothing else. Tensors that are zero in the
+    observation are left out.
 
     Raises: NotApplicable when no observed tensor is a parameter of the model.
     """
@@ -181,9 +188,9 @@ def misfit(
 ) -> Tensor:
     """Return the distance between two updates, 0 when equal; tensors the dummies do not reach are left out.
 
-    Guarantee: "cosine" and "cosine per tensor" do not change when either update is rescaled; the others first scale
-    ours to fit best when `scaled` is False. The squared kinds are relative to the observed squared norm; "whitened"
-    weighs each tensor by the inverse of its own mean square plus the noise variance.
+    Guarantee: "cosine" and "cosine per tensor" do not change when either update is rescaled; the others first
+    scale ours to fit best when `scaled` is False. The squared kinds are relative to the observed squared
+    norm; "whitened" weighs each tensor by the inverse of its own mean square plus the noise variance.
     """
     pairs = [(own, seen) for own, seen in zip(ours, target, strict=True) if own is not None]
     if not pairs:
@@ -215,7 +222,9 @@ def _inner(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _angle(ours: list[Tensor], seen: list[Tensor]) -> Tensor:
-    """Return 1 - cosine, as half the squared distance of unit vectors: 1 - cosine itself would cancel to rounding."""
+    """Return 1 - cosine, as half the squared distance of unit vectors: 1 - cosine itself would cancel to
+    rounding.
+    """
     own, other = (torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in (ours, seen))
     own_length, seen_length = (vector.square().sum().clamp_min(1e-30).sqrt() for vector in (own, other))
     return 0.5 * torch.addcdiv(-other / seen_length, own, own_length).square().sum()
@@ -288,9 +297,10 @@ def match(
 ) -> Match:
     """Run one descent from one start and return its best iterate by objective, not its last.
 
-    `smoother` is total variation or its like, weighted by the falling `settings.smoothness`. The misfit is divided by
-    `unit`, by default that of the start, so that priors weigh the same whether much or little depends on the inputs. With noise of known size
-    the run ends once the fit is better than noise allows. Starts from `start` when given.
+    `smoother` is total variation or its like, weighted by the falling `settings.smoothness`. The misfit is
+    divided by `unit`, by default that of the start, so that priors weigh the same whether much or little
+    depends on the inputs. With noise of known size the run ends once the fit is better than noise allows.
+    Starts from `start` when given.
     """
     inputs = (
         (start if start is not None else draw_start(problem, settings, generator))
@@ -364,7 +374,9 @@ class _Descent:
         return float(start * (end / start) ** (step / max(1, self.iterations - 1)))
 
     def objective(self, inputs: Tensor, logits: Tensor | None, step: int) -> tuple[Tensor, float, float]:
-        """Return the objective, the misfit alone, and the objective at the final smoothness (to compare iterates)."""
+        """Return the objective, the misfit alone, and the objective at the final smoothness (to compare
+        iterates).
+        """
         grads, taps = update_of(self.problem, inputs, _targets(self.problem, logits))
         distance = misfit(
             grads,

@@ -1,8 +1,8 @@
 """What an optimiser does to rows that got no gradient, so that the rows that did stand out.
-
-Decay moves every row. Under plain SGD, under momentum and under AdamW it multiplies a row without gradient by one number,
-whatever the rates and the schedule: that number shows itself as the most frequent ratio of a row's change to the row.
-Adam's own decay passes through its moments and is simulated, with the optimiser itself on gradients of zero.
+ Decay moves every row. Under plain SGD, under momentum and under AdamW it multiplies a row without gradient
+by one number, whatever the rates and the schedule: that number shows itself as the most frequent ratio of a
+row's change to the row. Adam's own decay passes through its moments and is simulated, with the optimiser
+itself on gradients of zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _SAMPLE = 256  # rows on which they are told apart
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSteps:
-    """The steps of one client: a kind of optimiser, the rate of every step, and what else moves untouched rows."""
+    """The steps of one client: a kind of optimiser, the rate of every step, and what else moves untouched
+    rows.
+    """
 
     kind: str
     rates: tuple[float, ...]
@@ -107,7 +109,9 @@ def untouched(weight: Tensor, steps: LocalSteps) -> Tensor:
 
 
 def common_ratio(change: Tensor, weight: Tensor) -> float:
-    """Return the median over the rows of change to weight: what a linear optimiser did to rows without gradient."""
+    """Return the median over the rows of change to weight: what a linear optimiser did to rows without
+    gradient.
+    """
     lengths = weight.double().square().sum(1)
     held = lengths > 0
     ratios = (change.double() * weight.double()).sum(1)[held] / lengths[held]
@@ -117,9 +121,9 @@ def common_ratio(change: Tensor, weight: Tensor) -> float:
 def without_untouched(observation: Observation, name: str, weight: Tensor, *, dense: bool) -> Tensor:
     """Return an observed change of a table (rows, width) less what its rows do without any gradient.
 
-    Of what could have moved them (nothing, the steps as far as they are known, one common ratio) the one is taken that
-    leaves most rows at rest. `dense` says that every row gets a gradient, as beside a tied head: then only known steps are
-    taken out, for no row shows the ratio.
+    Of what could have moved them (nothing, the steps as far as they are known, one common ratio) the one is
+    taken that leaves most rows at rest. `dense` says that every row gets a gradient, as beside a tied head:
+    then only known steps are taken out, for no row shows the ratio.
     """
     change = observation.tensors[name].double()
     steps = local_steps(observation)

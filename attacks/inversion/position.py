@@ -1,10 +1,11 @@
-"""Position embeddings give the input away: least squares for text and for standard vision transformers, and APRIL.
-
-The gradient of position i is the sum of the gradients that reach that place, and the gradient of a token's row is
-the sum over its occurrences: so the position gradient is a 0/1 mixture of the rows of the token gradient. In a
-vision transformer and a batch of one the patch projection's gradient is sum_i g_i x_i^T with g_i standing in the
-position gradient: one linear solve returns the image, whatever follows. Source: own derivation; APRIL is Lu et al.,
-"APRIL: Finding the Achilles' Heel on Privacy for Vision Transformers", 2022, proposition 1.
+"""Position embeddings give the input away: least squares for text and for standard vision transformers, and
+APRIL.
+ The gradient of position i is the sum of the gradients that reach that place, and the gradient of a token's
+row is the sum over its occurrences: so the position gradient is a 0/1 mixture of the rows of the token
+gradient. In a vision transformer and a batch of one the patch projection's gradient is sum_i g_i x_i^T with
+g_i standing in the position gradient: one linear solve returns the image, whatever follows. Source: own
+derivation; APRIL is Lu et al., "APRIL: Finding the Achilles' Heel on Privacy for Vision Transformers", 2022,
+proposition 1.
 """
 
 from __future__ import annotations
@@ -54,9 +55,11 @@ def refuse_rescaled(observation: Observation) -> None:
 
 
 def placement(position_gradient: Tensor, token_gradient: Tensor) -> tuple[Tensor, float]:
-    """Solve position_gradient = M token_gradient for M (positions, tokens); return M and the relative residual.
+    """Solve position_gradient = M token_gradient for M (positions, tokens); return M and the relative
+    residual.
 
-    Guarantee: M is 0/1 and exact when every token occurs once and there are at most as many tokens as dimensions.
+    Guarantee: M is 0/1 and exact when every token occurs once and there are at most as many tokens as
+    dimensions.
     """
     target, rows = position_gradient.double(), token_gradient.double()
     solution = torch.linalg.lstsq(rows.T, target.T, driver="gelsd").solution.T
@@ -65,10 +68,11 @@ def placement(position_gradient: Tensor, token_gradient: Tensor) -> tuple[Tensor
 
 
 def likeness(positions: Tensor, rows: Tensor) -> Tensor:
-    """Return how much of each position's direction (p, d) each token's (n, d) explains beside all others: (p, n).
+    """Return how much of each position's direction (p, d) each token's (n, d) explains beside all others: (p,
+    n).
 
-    An optimiser that scales entries apart keeps their signs: a position's row still agrees with the rows of its tokens,
-    with those alone, and a ridge takes out what all rows have in common.
+    An optimiser that scales entries apart keeps their signs: a position's row still agrees with the rows of
+    its tokens, with those alone, and a ridge takes out what all rows have in common.
     """
     units = nn.functional.normalize(rows.double(), dim=1)
     seen = nn.functional.normalize(positions.double(), dim=1)
@@ -139,7 +143,9 @@ def _text(
 
 
 def _places(observation: Observation, model: nn.Module, name: str) -> Tensor:
-    """Return the rows of the position embedding in gradient orientation, less what its optimiser does to every row."""
+    """Return the rows of the position embedding in gradient orientation, less what its optimiser does to
+    every row.
+    """
     view = observation.gradient()
     if observation.content == "gradient" or noise_per_entry(observation) > 0.0:
         return view.tensors[name].double()

@@ -1,13 +1,12 @@
 """Sentences of a decoder without absolute positions, token by token, where the row spaces end in a clean gap.
+ Rotary models see the same first layer input wherever a token stands, so a repeated word adds nothing to the
+rank there, and every place may hold every token. What tells them apart are the layers behind the first
+attention: their row spaces hold one direction for each distinct beginning of a sentence. While these are
+fewer than the width, a true beginning fits to rounding and no other does. Keys and values of grouped heads
+have fewer rows than that and are left out, as is a query, which has no gradient at a first place.
 
-Rotary models see the same first layer input wherever a token stands, so a repeated word adds nothing to the rank there,
-and every place may hold every token. What tells them apart are the layers behind the first attention: their row spaces
-hold one direction for each distinct beginning of a sentence. While these are fewer than the width, a true beginning fits
-to rounding and no other does. Keys and values of grouped heads have fewer rows than that and are left out, as is a query,
-which has no gradient at a first place.
-
-Source: Petrov et al., "DAGER: Exact Gradient Inversion for Large Language Models", NeurIPS 2024, section 5; the choice of
-layers, the cut at the gap and the search over any length are our own.
+Source: Petrov et al., "DAGER: Exact Gradient Inversion for Large Language Models", NeurIPS 2024, section 5;
+the choice of layers, the cut at the gap and the search over any length are our own.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ WHOLE_VOCABULARY = 4_000  # tokens up to which every one of them is tried at eve
 _CHANNELS = 4
 _CHANNELS_NARROW = 12
 _NARROW = 32  # width below which a single row space admits too many strangers
-# How far a true beginning may lie outside, and how many times farther the nearest stranger: strict, then lenient, for a
+# How far a true beginning may lie outside, and how many times farther the nearest stranger: strict, then
+# lenient, for a
 # beginning that hardly moved the model is the farther outside the more rounding there is.
 STRICT, LENIENT = (5e-4, 8.0), (5e-3, 3.0)
 _STRANGE = 2e-4  # nearest that a stranger may lie
@@ -37,7 +37,9 @@ _LONGEST_RUN = 8  # repeats of the first token, which leave no trace of their ow
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Contexts:
-    """The row spaces of the layers that see beginnings of sentences; `count` is how many distinct ones there were."""
+    """The row spaces of the layers that see beginnings of sentences; `count` is how many distinct ones there
+    were.
+    """
 
     structure: Structure
     spans: tuple[Span, ...]
@@ -59,7 +61,8 @@ class Contexts:
 def clean_contexts(structure: Structure) -> Contexts | None:
     """Return the row spaces that end in a clean gap and hold every beginning, None where there are none.
 
-    A layer of lower rank than the others missed some beginnings, one whose rank is all its rows allow may have.
+    A layer of lower rank than the others missed some beginnings, one whose rank is all its rows allow may
+    have.
     """
     if structure.positional or not structure.causal or structure.noise > 0.0:
         return None
@@ -78,7 +81,8 @@ def read_sentences(
 ) -> list[tuple[int, ...]]:
     """Extend beginnings token by token while they fit; return those that nothing extends.
 
-    Every token is tried at the first place, which no query holds, `options` behind it. `rule` is STRICT or LENIENT.
+    Every token is tried at the first place, which no query holds, `options` behind it. `rule` is STRICT or
+    LENIENT.
     """
     finished: list[tuple[int, ...]] = []
     alive = _fitting(contexts, torch.arange(contexts.structure.vocabulary)[:, None], rule)
@@ -106,7 +110,9 @@ def _fitting(contexts: Contexts, ids: Tensor, rule: tuple[float, float]) -> list
 
 
 def _edge(distances: Tensor, ceiling: float, clear: float) -> float:
-    """Return the distance up to which beginnings are true: the middle of the last wide gap that starts near rounding."""
+    """Return the distance up to which beginnings are true: the middle of the last wide gap that starts near
+    rounding.
+    """
     ordered = distances.double().sort().values.clamp_min(1e-9)
     low, high = ordered[:-1], ordered[1:]
     wide = ((low <= ceiling) & (high >= clear * low) & (high >= _STRANGE)).nonzero().flatten()
@@ -117,7 +123,9 @@ def _edge(distances: Tensor, ceiling: float, clear: float) -> float:
 
 
 def likely_options(structure: Structure) -> Tensor:
-    """Return the tokens whose own inputs lie near the row space of the first layers, cut so low that none is lost."""
+    """Return the tokens whose own inputs lie near the row space of the first layers, cut so low that none is
+    lost.
+    """
     everything = torch.arange(structure.vocabulary)
     spans = [spectrum.span(tolerance=_LOW) for spectrum in structure.alone]
     spans = [span for span in spans if span.rank < min(span.shape)]

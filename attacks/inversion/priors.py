@@ -1,4 +1,5 @@
-"""What natural inputs look like: penalties that steer gradient matching towards images and embeddings worth believing.
+"""What natural inputs look like: penalties that steer gradient matching towards images and embeddings worth
+believing.
 
 Every function returns one scalar that is small for a plausible input. None reads anything about the client.
 """
@@ -31,7 +32,8 @@ def within_pixels(image: Tensor, prior: Prior) -> Tensor:
 def total_variation(images: Tensor, *, opponents: bool = False) -> Tensor:
     """Return the mean absolute difference of neighbouring pixels of images (n, c, h, w).
 
-    With `opponents`, differences between colour channels are smoothed as well, which removes coloured speckle.
+    With `opponents`, differences between colour channels are smoothed as well, which removes coloured
+    speckle.
     """
     views = [images]
     if opponents and images.shape[1] == 3:
@@ -47,7 +49,9 @@ def _neighbours(images: Tensor) -> Tensor:
 
 
 def patch_seams(images: Tensor, patch: tuple[int, int]) -> Tensor:
-    """Return the mean absolute jump across patch borders. Source: Hatamizadeh et al., "GradViT", 2022, section 3.4."""
+    """Return the mean absolute jump across patch borders. Source: Hatamizadeh et al., "GradViT", 2022,
+    section 3.4.
+    """
     height, width = patch
     jumps = []
     if images.shape[-2] > height:
@@ -66,7 +70,9 @@ def group_distance(images: Tensor, consensus: Tensor) -> Tensor:
 
 
 def norm_distance(embeddings: Tensor, wanted: float) -> Tensor:
-    """Return how far the mean norm of embeddings (b, t, d) is from the norm of real ones. Source: LAMP, section 4.1."""
+    """Return how far the mean norm of embeddings (b, t, d) is from the norm of real ones. Source: LAMP,
+    section 4.1.
+    """
     length: Tensor = embeddings.norm(dim=-1).mean()
     return (length - wanted).square()
 
@@ -97,8 +103,9 @@ def batch_statistics_distance(taps: Mapping[str, Tensor], model: nn.Module, *, f
 def class_features(weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return dW_c / db_c of each label's row (n, features), and which labels have a usable row.
 
-    The last layer's gradient gives the penultimate features of an example whose label no other example shares, up to
-    the small probabilities of the others. Source: the bias trick of Geiping et al., 2020, proposition 3.1, at the head.
+    The last layer's gradient gives the penultimate features of an example whose label no other example
+    shares, up to the small probabilities of the others. Source: the bias trick of Geiping et al., 2020,
+    proposition 3.1, at the head.
     """
     divisor = bias[labels]
     usable = divisor < 0  # only a present class is pulled below zero

@@ -1,12 +1,14 @@
-"""Matching pursuit on text: an observed gradient as a sum of few sentences' gradients, for batches as wide as the layer.
+"""Matching pursuit on text: an observed gradient as a sum of few sentences' gradients, for batches as wide as
+the layer.
+ Once a batch holds as many tokens as the layer is wide, its row space is everything and no token stands out
+for certain. The row spaces of single attention heads still rank the tokens of each place, and the gradients
+of whole sentences are far from one another: a beam over ranked tokens proposes sentences, exchanges of single
+tokens improve them, and orthogonal matching pursuit picks one after the other and fits all weights anew each
+time.
 
-Once a batch holds as many tokens as the layer is wide, its row space is everything and no token stands out for
-certain. The row spaces of single attention heads still rank the tokens of each place, and the gradients of whole
-sentences are far from one another: a beam over ranked tokens proposes sentences, exchanges of single tokens improve
-them, and orthogonal matching pursuit picks one after the other and fits all weights anew each time.
-
-Source: Li, Li, "SOMP: Scalable Gradient Inversion for Large Language Models via Subspace-Guided Orthogonal Matching
-Pursuit", 2026. Whitened gradients, exchanges of tokens and closing passes over all picks are our own.
+Source: Li, Li, "SOMP: Scalable Gradient Inversion for Large Language Models via Subspace-Guided Orthogonal
+Matching Pursuit", 2026. Whitened gradients, exchanges of tokens and closing passes over all picks are our
+own.
 """
 
 from __future__ import annotations
@@ -60,13 +62,17 @@ _CLASSES = 8  # more classes than this are not tried one by one
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Heads:
-    """The row spaces of slices of gradients, one slice per attention head, and the model whose layers they belong to."""
+    """The row spaces of slices of gradients, one slice per attention head, and the model whose layers they
+    belong to.
+    """
 
     model: nn.Module
     spans: tuple[Span, ...]
 
     def distance(self, ids: Tensor) -> Tensor:
-        """Return the mean logarithm of the distances of tokens (n, t) in their places: close to any one head is low."""
+        """Return the mean logarithm of the distances of tokens (n, t) in their places: close to any one head
+        is low.
+        """
         modules = {span.channel: self.model.get_submodule(span.channel) for span in self.spans}
         seen = capture_inputs(modules, lambda: call(self.model, ids))
         parts = [span.distance(seen[span.channel]).clamp_min(1e-7).log() for span in self.spans]
@@ -88,7 +94,9 @@ def heads_of(model: nn.Module, channels: Sequence[Channel], *, noise: float) -> 
 
 
 def place_tokens(heads: Heads, frame: TextFrame, deadline: Deadline) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tokens that fit each place best, best first, and how far each of them is from the heads' spans."""
+    """Return the tokens that fit each place best, best first, and how far each of them is from the heads'
+    spans.
+    """
     ids = frame.allowed.nonzero().flatten()
     tables: list[Tensor] = []
     for part in torch.split(ids, _POOL):
@@ -107,7 +115,8 @@ def output_layer(model: nn.Module) -> str | None:
 
 
 def last_tokens(observation: Observation, model: nn.Module) -> Tensor | None:
-    """Return the tokens whose rows of a language model's head moved most: a sentence's last token is only predicted.
+    """Return the tokens whose rows of a language model's head moved most: a sentence's last token is only
+    predicted.
 
     None where the head was not trained.
     """
@@ -157,7 +166,9 @@ def propose(
 
 
 def _within_quota(ends: list[int], parents: list[int], quota: int) -> list[int]:
-    """Return the places, in order, at which neither the last token nor the prefix came up `quota` times before."""
+    """Return the places, in order, at which neither the last token nor the prefix came up `quota` times
+    before.
+    """
     counts: dict[tuple[str, int], int] = {}
     kept = []
     for index, keys in enumerate(zip(ends, parents, strict=True)):
@@ -195,7 +206,9 @@ class Pursuit:
 
     @property
     def explained(self) -> bool:
-        """Say whether no more is left than noise and rounding leave; noise that outweighs the rest never says so."""
+        """Say whether no more is left than noise and rounding leave; noise that outweighs the rest never says
+        so.
+        """
         return self.share <= max(_EXPLAINED, min(0.5, 1.05 * self.space.floor))
 
     def likeness(self, ids: Tensor, labels: Tensor | None, target: dict[str, Tensor]) -> Tensor:
@@ -206,7 +219,9 @@ class Pursuit:
     def exchange(
         self, ids: Tensor, labels: Tensor | None, target: dict[str, Tensor], *, sweeps: int
     ) -> tuple[Tensor, Tensor]:
-        """Change one token of each sentence (n, t) at a time to the one that explains most; return them and how much."""
+        """Change one token of each sentence (n, t) at a time to the one that explains most; return them and
+        how much.
+        """
         best = self.likeness(ids, labels, target)
         rows = torch.arange(len(ids))
         for _ in range(sweeps):
@@ -276,7 +291,9 @@ def _energy(tensors: Mapping[str, Tensor]) -> float:
 def pick_next(
     pursuit: Pursuit, proposals: Tensor, lengths: Sequence[int], labels: Sequence[int] | None, *, starts: int
 ) -> None:
-    """Pick the sentence that explains most of what is left, after exchanges from one proposal of each of a few clusters."""
+    """Pick the sentence that explains most of what is left, after exchanges from one proposal of each of a
+    few clusters.
+    """
     target = pursuit.left
     best: tuple[float, Tensor, Tensor | None] | None = None
     for length in lengths:
@@ -377,7 +394,9 @@ def _labels(
 
 
 def _rounding(observation: Observation, model: nn.Module, name: str) -> float:
-    """Return what the subtraction of rounded weights leaves on each entry of a delta, in units of the gradient."""
+    """Return what the subtraction of rounded weights leaves on each entry of a delta, in units of the
+    gradient.
+    """
     if observation.content == "gradient":
         return 0.0
     rate, steps = (float(observation.known(fact) or 1.0) for fact in ("learning_rate", "local_steps"))
@@ -398,7 +417,9 @@ def _pursuit(
     deadline: Deadline,
     seed: int,
 ) -> Pursuit:
-    """Return a pursuit that has picked nothing yet, in the space in which random sentences of the options are white."""
+    """Return a pursuit that has picked nothing yet, in the space in which random sentences of the options are
+    white.
+    """
     generator = torch.Generator().manual_seed(seed)
     names = [spectrum.channel for spectrum in (*structure.alone, *structure.mixed)]
     # A head as tall as the vocabulary tells of predicted tokens alone, and would drown the rest.

@@ -1,12 +1,13 @@
-"""Span attacks on text: tokens, positions and whole sentences whose layer inputs lie in the row space of an observed gradient.
+"""Span attacks on text: tokens, positions and whole sentences whose layer inputs lie in the row space of an
+observed gradient.
+ A layer that saw b tokens has a gradient of rank b; while b is below the width, the right token at the right
+place lies in that space and no other does. The same holds for a sum over clients (b counts all their tokens),
+for both LoRA factors (the width of B is the rank r) and, with a wider tolerance, for an update of several SGD
+steps. Decoders are extended token by token; encoders are searched as wholes.
 
-A layer that saw b tokens has a gradient of rank b; while b is below the width, the right token at the right place
-lies in that space and no other does. The same holds for a sum over clients (b counts all their tokens), for both
-LoRA factors (the width of B is the rank r) and, with a wider tolerance, for an update of several SGD steps.
-Decoders are extended token by token; encoders are searched as wholes.
-
-Source: Petrov et al., "DAGER: Exact Gradient Inversion for Large Language Models", NeurIPS 2024, sections 4 and 5.
-The factor B of LoRA, the significance rule and the use of every layer that sees mixed positions are our own.
+Source: Petrov et al., "DAGER: Exact Gradient Inversion for Large Language Models", NeurIPS 2024, sections 4
+and 5. The factor B of LoRA, the significance rule and the use of every layer that sees mixed positions are
+our own.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ from attacks.observation import Observation
 def search_decoder(
     scene: Scene, candidates: Candidates, *, width: int, deadline: Deadline
 ) -> list[tuple[int, ...]]:
-    """Extend prefixes token by token, keeping those whose last position fits the span of a layer that sees the prefix.
+    """Extend prefixes token by token, keeping those whose last position fits the span of a layer that sees
+    the prefix.
 
-    When the threshold is loose, only the best prefix of each token and the best token of each prefix are kept.
+    When the threshold is loose, only the best prefix of each token and the best token of each prefix are
+    kept.
     """
     alive: list[tuple[int, ...]] = [()]
     finished: list[tuple[int, ...]] = []
@@ -78,10 +81,11 @@ def search_decoder(
 def with_own_trace(
     model: nn.Module, channel: str, sentences: list[tuple[int, ...]]
 ) -> tuple[list[tuple[int, ...]], int]:
-    """Drop the sentences whose every layer input is explained by the others, those with the fewest inputs of their own first.
+    """Drop the sentences whose every layer input is explained by the others, those with the fewest inputs of
+    their own first.
 
-    Return those that stay, and how many distinct inputs they have. Without absolute positions a doubled first token looks
-    like the token itself, and a prefix leaves no trace of its own.
+    Return those that stay, and how many distinct inputs they have. Without absolute positions a doubled first
+    token looks like the token itself, and a prefix leaves no trace of its own.
     """
     kept = {one: _trace(model, channel, one) for one in dict.fromkeys(sentences)}
     uses = Counter(row for trace in kept.values() for row in trace)
@@ -193,7 +197,8 @@ def _descend(
 ) -> list[tuple[int, ...]]:
     """Change one token at a time to the one with the smallest mean distance, from several random starts.
 
-    Every start holds on to a token that no sentence found so far has at its place, so that none is overlooked by chance.
+    Every start holds on to a token that no sentence found so far has at its place, so that none is overlooked
+    by chance.
     """
     found: dict[tuple[int, ...], float] = {}
     missing = [(place, token) for place, entry in enumerate(options) for token in entry]
@@ -285,7 +290,9 @@ def _attempt(
 
 
 def _read_whole(observation: Observation, contexts: Contexts, *, deadline: Deadline) -> Finding | None:
-    """Return the sentences whose beginnings are exactly those the row spaces hold, or None when some are missing."""
+    """Return the sentences whose beginnings are exactly those the row spaces hold, or None when some are
+    missing.
+    """
     structure = contexts.structure
     sentences = _complete(contexts, likely_options(structure), deadline=deadline)
     sentences = sentences or _complete(contexts, torch.arange(structure.vocabulary), deadline=deadline)
@@ -303,7 +310,9 @@ def _read_whole(observation: Observation, contexts: Contexts, *, deadline: Deadl
 
 
 def _complete(contexts: Contexts, options: Tensor, *, deadline: Deadline) -> list[tuple[int, ...]]:
-    """Return the sentences behind all beginnings, or none when they are more or fewer than the row spaces hold."""
+    """Return the sentences behind all beginnings, or none when they are more or fewer than the row spaces
+    hold.
+    """
     structure, channel = contexts.structure, contexts.spans[0].channel
     for rule in (STRICT, LENIENT):
         read = read_sentences(contexts, options, longest=structure.limit, rule=rule, deadline=deadline)

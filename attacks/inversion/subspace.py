@@ -1,8 +1,8 @@
-"""Row spaces as a test for tokens: which layers see a token alone, which see it in context, and who stands out.
-
-The model is probed, not parsed: a layer sees a token alone when changing any other token leaves its input as it
-was. Works on any model that takes `input_ids`, and on every linear layer whose gradient was observed, LoRA factors
-included.
+"""Row spaces as a test for tokens: which layers see a token alone, which see it in context, and who stands
+out.
+ The model is probed, not parsed: a layer sees a token alone when changing any other token leaves its input as
+it was. Works on any model that takes `input_ids`, and on every linear layer whose gradient was observed, LoRA
+factors included.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _CONTEXT_CHANNELS = 3
 _MIXED_STUDIED = 8
 _ALARMS = 0.005
 _UNMOVED = 1e-9
-# Relative singular-value cuts, from rounding to several local steps; the first that separates clearly is used.
+# Relative singular-value cuts, from rounding to several local steps; the first that separates clearly is
+# used.
 _TOLERANCES = (None, 3e-6, 1e-6, 3e-7, 1e-7, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
@@ -45,8 +46,8 @@ _TOLERANCES = (None, 3e-6, 1e-6, 3e-7, 1e-7, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 class Structure:
     """What the model does with tokens.
 
-    Which channels see one token alone, which see it mixed with others, and whether order counts. `light` is the model
-    in single precision, to screen whole vocabularies with.
+    Which channels see one token alone, which see it mixed with others, and whether order counts. `light` is
+    the model in single precision, to screen whole vocabularies with.
     """
 
     model: nn.Module
@@ -152,7 +153,8 @@ def cut(structure: Structure, tolerance: float | None) -> Scene:
     informative = [span for span in alone if 0 < span.rank < structure.ambient[span.channel]]
     tokens = max((span.rank for span in informative), default=0)
     mixed = [spectrum.span(tolerance=tolerance, noise=structure.noise) for spectrum in structure.mixed]
-    # A channel of lower rank than its neighbours missed some tokens: a last layer's query sees one position only.
+    # A channel of lower rank than its neighbours missed some tokens: a last layer's query sees one position
+    # only.
     context = [
         span
         for span in mixed
@@ -216,7 +218,9 @@ def _per_token(captured: Tensor, probe: Tensor) -> bool:
 def _probe(
     model: nn.Module, names: list[str], probe: Tensor
 ) -> tuple[list[str], dict[str, bool], dict[str, bool]]:
-    """Return the channels that work per token, and whether each lets the last position see the first, and the reverse."""
+    """Return the channels that work per token, and whether each lets the last position see the first, and the
+    reverse.
+    """
     modules = {name: model.get_submodule(name) for name in names}
     base = capture_inputs(modules, lambda: call(model, probe))
     kept = [name for name in names if name in base and _per_token(base[name], probe)]
@@ -241,10 +245,11 @@ def _differs(before: Tensor, after: Tensor, scale: Tensor) -> bool:
 
 
 def token_distances(scene: Scene, tokens: Tensor) -> Tensor:
-    """Return the distance of every token at every position to the first layer's span: shape (tokens, positions).
+    """Return the distance of every token at every position to the first layer's span: shape (tokens,
+    positions).
 
-    A sequence that repeats one token gives that token's input at every position in one pass. Everything is screened in
-    single precision; tokens that come near are measured again in double precision.
+    A sequence that repeats one token gives that token's input at every position in one pass. Everything is
+    screened in single precision; tokens that come near are measured again in double precision.
     """
     positions = scene.positions if scene.structure.positional else 1
     ids = tokens[:, None].expand(-1, positions)
@@ -259,7 +264,9 @@ def token_distances(scene: Scene, tokens: Tensor) -> Tensor:
 
 
 def _screened(scene: Scene, ids: Tensor) -> Tensor:
-    """Return joint distances from the length of each projection alone: right to about 1e-3 where they are not small."""
+    """Return joint distances from the length of each projection alone: right to about 1e-3 where they are not
+    small.
+    """
     modules = {span.channel: scene.structure.light.get_submodule(span.channel) for span in scene.alone}
     captured = capture_inputs(modules, lambda: call(scene.structure.light, ids))
     outside = []
@@ -272,11 +279,12 @@ def _screened(scene: Scene, ids: Tensor) -> Tensor:
 
 
 def separate(distances: Tensor, *, most: int, codimension: int, rank: int) -> tuple[float, float] | None:
-    """Find the threshold between members and strangers: the last wide relative gap among the `most` smallest distances.
+    """Find the threshold between members and strangers: the last wide relative gap among the `most` smallest
+    distances.
 
-    Returns the threshold and the gap's ratio, or None when the gap is narrow or random directions would come as
-    close. The squared distance of a random direction follows a Beta(codimension / 2, rank / 2) law; the threshold
-    admits fewer than 0.005 of them.
+    Returns the threshold and the gap's ratio, or None when the gap is narrow or random directions would come
+    as close. The squared distance of a random direction follows a Beta(codimension / 2, rank / 2) law; the
+    threshold admits fewer than 0.005 of them.
     """
     ordered = distances.flatten().double().sort().values[: most + 1].clamp_min(1e-12)
     if len(ordered) < 2 or codimension < 1:
@@ -291,10 +299,12 @@ def separate(distances: Tensor, *, most: int, codimension: int, rank: int) -> tu
 
 
 def tail(distances: Tensor, *, codimension: int, rank: int) -> float | None:
-    """Return the distance below which fewer than 0.005 strangers are expected, judged by the bulk; None when the bulk cannot tell.
+    """Return the distance below which fewer than 0.005 strangers are expected, judged by the bulk; None when
+    the bulk cannot tell.
 
     The smaller of two bounds: the logit of the squared distance is normal with the bulk's median and median
-    absolute deviation; the squared distance follows the law of random directions, scaled to the bulk's median.
+    absolute deviation; the squared distance follows the law of random directions, scaled to the bulk's
+    median.
     """
     squared = distances.flatten().double().square().clamp(1e-15, 1 - 1e-15)
     logits = torch.log(squared / (1 - squared))
@@ -317,9 +327,11 @@ def find_candidates(
     allowed: Tensor | None = None,
     outliers: bool = True,
 ) -> tuple[Scene, Candidates] | None:
-    """Return the tokens that fit each position with the cut that shows them best, or None when none stands out.
+    """Return the tokens that fit each position with the cut that shows them best, or None when none stands
+    out.
 
-    All of `tokens` are measured, since strangers are what members stand out from; only `allowed` ones are returned.
+    All of `tokens` are measured, since strangers are what members stand out from; only `allowed` ones are
+    returned.
 
     Raises: NotApplicable when every row space is full or empty at every cut.
     """
@@ -332,7 +344,8 @@ def find_candidates(
         seen.add(scene.ranks)
         distances = token_distances(scene, tokens)
         codimension = structure.ambient[scene.alone[0].channel] - scene.tokens
-        # A token at two places and another at one of them put the fourth corner of the parallelogram into the span too.
+        # A token at two places and another at one of them put the fourth corner of the parallelogram into the
+        # span too.
         most = 2 * scene.tokens + 8
         found = separate(distances, most=most, codimension=codimension, rank=scene.tokens)
         if found is not None:

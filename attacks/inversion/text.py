@@ -1,8 +1,7 @@
 """Discrete text search on top of gradient matching: LAMP's moves, FILM's beam, GRAB's dropout masks.
-
-All three score real tokens by the update they would cause, plus what a language model thinks of them when the user
-supplies one. Sources: Balunovic et al., "LAMP", 2022, algorithm 1; Gupta et al., "FILM", 2022, sections 4.2 and 4.3;
-Feng et al., "GRAB", 2024 (dropout masks as variables, beam over orderings).
+ All three score real tokens by the update they would cause, plus what a language model thinks of them when
+the user supplies one. Sources: Balunovic et al., "LAMP", 2022, algorithm 1; Gupta et al., "FILM", 2022,
+sections 4.2 and 4.3; Feng et al., "GRAB", 2024 (dropout masks as variables, beam over orderings).
 """
 
 from __future__ import annotations
@@ -47,7 +46,9 @@ _BEAMS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Judge:
-    """Scores tokens: the misfit of their update relative to a random start's, plus the language model's surprise."""
+    """Scores tokens: the misfit of their update relative to a random start's, plus the language model's
+    surprise.
+    """
 
     problem: Problem
     frame: TextFrame
@@ -106,7 +107,8 @@ def reorder(
     deadline: Deadline,
     pinned: int = 0,
 ) -> tuple[Tensor, Tensor, float]:
-    """Try random moves inside and across sentences; return the best tokens, the orders that led there, and the score.
+    """Try random moves inside and across sentences; return the best tokens, the orders that led there, and
+    the score.
 
     Orders are (b, t) places of the start. Guarantee: never worse than the start.
     """
@@ -207,8 +209,8 @@ def beam_search(
 ) -> list[tuple[Tensor, float]]:
     """Return likely sequences (length,) made of tokens of the bag, best first, with their log-probabilities.
 
-    No pair of neighbours occurs twice in a sequence, and a token already used costs one nat each time. Without a known
-    first token every token of the bag may start.
+    No pair of neighbours occurs twice in a sequence, and a token already used costs one nat each time.
+    Without a known first token every token of the bag may start.
     """
     starts = [first] if first is not None else bag.tolist()
     prefixes = torch.tensor(starts)[:, None]
@@ -288,7 +290,9 @@ def _given_targets(problem: Problem) -> Tensor:
 
 @contextmanager
 def masked_dropout(model: nn.Module, masks: dict[str, Tensor]) -> Iterator[None]:
-    """Multiply the output of named dropout modules by given masks. Guarantee: hooks are removed whatever happens."""
+    """Multiply the output of named dropout modules by given masks. Guarantee: hooks are removed whatever
+    happens.
+    """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def apply(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -421,7 +425,9 @@ def _flat_targets(problem: Problem, targets: Tensor) -> Problem:
 
 
 def lamp() -> Attack:
-    """Return LAMP: matching of embeddings alternated with discrete moves, scored with a language model if given."""
+    """Return LAMP: matching of embeddings alternated with discrete moves, scored with a language model if
+    given.
+    """
     return PlainAttack(
         name="lamp",
         family="text search",

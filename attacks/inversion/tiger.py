@@ -1,13 +1,14 @@
-"""Descent towards row spaces: soft tokens whose inputs to every observed layer come to lie in that layer's gradient.
+"""Descent towards row spaces: soft tokens whose inputs to every observed layer come to lie in that layer's
+gradient.
+ The span attack asks of each token whether it fits, and loses tokens whose trace noise has covered. Here a
+whole sentence moves at once: the summed distance of its inputs to the row spaces of all observed layers is
+differentiable, so strong places pull weak ones through attention, in both directions, and every direction of
+a row space counts as much as it stands out of the noise.
 
-The span attack asks of each token whether it fits, and loses tokens whose trace noise has covered. Here a whole
-sentence moves at once: the summed distance of its inputs to the row spaces of all observed layers is differentiable,
-so strong places pull weak ones through attention, in both directions, and every direction of a row space counts as
-much as it stands out of the noise.
-
-Source: Kalikman et al., "TIGER: Inverting Transformer Gradients via Embedding-Subspace Distance Optimization", 2026.
-Embeddings stay inside the convex hull of the vocabulary here, since free ones can stand in for a token of another
-place; the weights under noise and the exchange of single tokens at the end are our own.
+Source: Kalikman et al., "TIGER: Inverting Transformer Gradients via Embedding-Subspace Distance
+Optimization", 2026. Embeddings stay inside the convex hull of the vocabulary here, since free ones can stand
+in for a token of another place; the weights under noise and the exchange of single tokens at the end are our
+own.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _MOST = 64  # sentences looked for where the batch size is not known
 _STRANGERS = 64
 _REHEARSALS = 4
 _TELLING = 0.05  # how much nearer true tokens must come for a layer and place to count
-# The median squared singular value of noise alone over its largest, for shapes from square to very wide: Marchenko, Pastur.
+# The median squared singular value of noise alone over its largest, for shapes from square to very wide:
+# Marchenko, Pastur.
 _MEDIAN_SHARE = 0.35
 
 
@@ -53,8 +55,8 @@ _MEDIAN_SHARE = 0.35
 class Target:
     """The row space of one layer's gradient: right singular vectors (k, in), each with a weight in (0, 1].
 
-    `gains` says for each place (t,) how much nearer a true token comes than a random one, as far as noise and the model
-    let it: a classifier's last query sees one place, its last keys and values only mixtures of all.
+    `gains` says for each place (t,) how much nearer a true token comes than a random one, as far as noise and
+    the model let it: a classifier's last query sees one place, its last keys and values only mixtures of all.
     """
 
     channel: str
@@ -63,15 +65,19 @@ class Target:
     gains: Tensor
 
     def distance(self, inputs: Tensor) -> Tensor:
-        """Return the squared sine of the angle between inputs (..., in) and the space, seen through the weights."""
+        """Return the squared sine of the angle between inputs (..., in) and the space, seen through the
+        weights.
+        """
         along = (inputs @ self.basis.T).square() @ self.weights
         return 1.0 - along / inputs.square().sum(-1).clamp_min(1e-30)
 
 
 def target_of(spectrum: Spectrum, noise: float) -> Target | None:
-    """Return the row space that stands out of noise of that deviation per entry; None when it is everything or nothing.
+    """Return the row space that stands out of noise of that deviation per entry; None when it is everything
+    or nothing.
 
-    A direction with singular value s counts 1 - (edge / s)^2, where noise alone has no singular value above the edge.
+    A direction with singular value s counts 1 - (edge / s)^2, where noise alone has no singular value above
+    the edge.
     """
     rank = numerical_rank(spectrum.singular, spectrum.shape, dtype=spectrum.dtype)
     edge = noise * (spectrum.shape[0] ** 0.5 + spectrum.shape[1] ** 0.5)
@@ -88,7 +94,9 @@ def target_of(spectrum: Spectrum, noise: float) -> Target | None:
 
 
 def noise_in(spectrum: Spectrum, declared: float) -> float:
-    """Return the deviation of the noise per entry: as declared, else by the median of singular values when none vanishes."""
+    """Return the deviation of the noise per entry: as declared, else by the median of singular values when
+    none vanishes.
+    """
     rank = numerical_rank(spectrum.singular, spectrum.shape, dtype=spectrum.dtype)
     if declared or rank < len(spectrum.singular):
         return declared
@@ -105,7 +113,8 @@ def targets_of(
     count: int | None,
     generator: torch.Generator,
 ) -> tuple[Target, ...]:
-    """Return the row spaces in which true tokens can be told from others, as a rehearsal with random sentences shows.
+    """Return the row spaces in which true tokens can be told from others, as a rehearsal with random
+    sentences shows.
 
     Without a known `count` of sentences the rank of the first layers says how many there are.
     """
@@ -145,7 +154,8 @@ def _rehearse(
     length: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Return per layer and place (length,) how much nearer random sentences come to their own gradient than others do.
+    """Return per layer and place (length,) how much nearer random sentences come to their own gradient than
+    others do.
 
     The gradient is made as long as the observed one and gets noise of the same size.
     """
@@ -178,7 +188,9 @@ def weighed(targets: Sequence[Target], inputs: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Descent:
-    """What a sentence is judged by: the mean distance of its inputs to the targets, and the tokens each place can hold."""
+    """What a sentence is judged by: the mean distance of its inputs to the targets, and the tokens each place
+    can hold.
+    """
 
     model: nn.Module
     frame: TextFrame
@@ -262,7 +274,9 @@ def descend(
 def exchange(
     descent: Descent, candidates: Tensor, *, deadline: Deadline, sweeps: int = 4
 ) -> tuple[Tensor, Tensor]:
-    """Change one token at a time among candidates (n, t, k), the first being the start, while that brings it nearer."""
+    """Change one token at a time among candidates (n, t, k), the first being the start, while that brings it
+    nearer.
+    """
     ids = candidates[..., 0].clone()
     best, rows = descent.of_tokens(ids), torch.arange(len(ids))
     for _ in range(sweeps):
@@ -337,7 +351,9 @@ def _attempt(
 
 
 def _frame(observation: Observation, structure: Structure, known: int | None) -> TextFrame:
-    """Return the frame; noise hides rows of the embedding, so under noise any token of the vocabulary may be there."""
+    """Return the frame; noise hides rows of the embedding, so under noise any token of the vocabulary may be
+    there.
+    """
     sized = observation if known else observation.replace_tensors(observation.tensors, batch_size=_MOST)
     frame = text_frame(sized, structure.model)
     if structure.noise and observation.known("token_set") is None:
@@ -376,7 +392,9 @@ def _finding(
     deadline: Deadline,
     details: dict[str, float | int | str],
 ) -> Finding:
-    """Return the sentences; how sure each is, is the share of the way from random sentences to the row spaces."""
+    """Return the sentences; how sure each is, is the share of the way from random sentences to the row
+    spaces.
+    """
     sure = [max(0.0, min(1.0, 1.0 - far / max(strangers, 1e-30))) for far, _ in kept]
     items = tuple(
         Item(kind="sequence", value=ids, confidence=part) for part, (_, ids) in zip(sure, kept, strict=True)

@@ -65,7 +65,8 @@ def is_tied(model: nn.Module, name: str) -> bool:
 
 
 def embedding_rows(observation: Observation, model: nn.Module) -> Tensor:
-    """Return each token's row of the embedding's gradient, less what its optimiser does to every row: (vocabulary, width).
+    """Return each token's row of the embedding's gradient, less what its optimiser does to every row:
+    (vocabulary, width).
 
     Raises: NotApplicable when the token embedding was not trained.
     """
@@ -82,12 +83,14 @@ def embedding_rows(observation: Observation, model: nn.Module) -> Tensor:
 
 
 def beside_a_head(rows: Tensor, *, noise: float = 0.0, linear: bool = True) -> Tensor | None:
-    """Return which rows of an embedding tied to the output layer stand out (boolean), or None when none can be told.
+    """Return which rows of an embedding tied to the output layer stand out (boolean), or None when none can
+    be told.
 
-    The output layer adds sum_t (p_tv - [v is the target at t]) h_t to row v. An absent token's row is a positive mix of
-    the hidden states h_t, and these point one way, away from which the rows of targets lie: that needs no low rank, so
-    it holds for any batch, sum and optimiser. What was read but never a target, such as a first token, adds a direction
-    of its own, which shows where the update is linear in the gradient and there are fewer tokens than dimensions.
+    The output layer adds sum_t (p_tv - [v is the target at t]) h_t to row v. An absent token's row is a
+    positive mix of the hidden states h_t, and these point one way, away from which the rows of targets lie:
+    that needs no low rank, so it holds for any batch, sum and optimiser. What was read but never a target,
+    such as a first token, adds a direction of its own, which shows where the update is linear in the gradient
+    and there are fewer tokens than dimensions.
     """
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
     units = rows / lengths.clamp_min(1e-300)[:, None]
@@ -103,7 +106,8 @@ def beside_a_head(rows: Tensor, *, noise: float = 0.0, linear: bool = True) -> T
     if linear and bool(moved.any()):
         found += [_above_gap(_alone(units[moved])), _above_gap(_beyond_the_head(rows[moved]))]
     chosen = torch.zeros_like(moved)
-    # Rows of noise point anywhere, half of them against the rest, and quiet rows may be too few to span the others.
+    # Rows of noise point anywhere, half of them against the rest, and quiet rows may be too few to span the
+    # others.
     chosen[moved] = torch.stack([one & bool(one.double().mean() < 0.25) for one in found]).any(dim=0)
     return _some(chosen)
 
@@ -118,7 +122,9 @@ def _alone(units: Tensor) -> Tensor:
 
 
 def _beyond_the_head(rows: Tensor) -> Tensor:
-    """Return what is left of each row without the directions that hold 99.99 % of the energy of the quieter half."""
+    """Return what is left of each row without the directions that hold 99.99 % of the energy of the quieter
+    half.
+    """
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     quiet = rows[norms <= norms.median()]
     _, singular, right = torch.linalg.svd(quiet, full_matrices=False)
@@ -136,12 +142,13 @@ def _some(chosen: Tensor) -> Tensor | None:
 def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tensor | None:
     """Return which scores stand out (boolean), or None when none do.
 
-    Exact zeros beside others: whatever is not zero. With noise of known deviation: above the largest norm that
-    noise alone would show once in a thousand runs. Otherwise the widest gap of the logarithm in the upper half, of
-    at least a factor of ten.
+    Exact zeros beside others: whatever is not zero. With noise of known deviation: above the largest norm
+    that noise alone would show once in a thousand runs. Otherwise the widest gap of the logarithm in the
+    upper half, of at least a factor of ten.
     """
     if noise > 0.0:
-        # Laurent and Massart, 2000: a chi-square of `width` degrees exceeds width + 2 sqrt(width x) + 2 x with chance exp(-x).
+        # Laurent and Massart, 2000: a chi-square of `width` degrees exceeds width + 2 sqrt(width x) + 2 x
+        # with chance exp(-x).
         depth = math.log(1_000 * len(scores))
         edge = noise * math.sqrt(width + 2 * math.sqrt(width * depth) + 2 * depth)
         chosen = scores > edge
@@ -171,9 +178,11 @@ def _above_gap(scores: Tensor) -> Tensor:
 
 
 def noise_per_entry(observation: Observation) -> float:
-    """Return the standard deviation of the noise on each entry of the gradient view as far as it is known, else 0.
+    """Return the standard deviation of the noise on each entry of the gradient view as far as it is known,
+    else 0.
 
-    Noise is stated as it crossed the wire: a delta that is divided by rate and steps has its noise divided, too.
+    Noise is stated as it crossed the wire: a delta that is divided by rate and steps has its noise divided,
+      too.
     """
     seen = observation.known("noise_deviation")
     if not seen:
@@ -222,7 +231,8 @@ def present_tokens(observation: Observation, model: nn.Module) -> Tensor | None:
 def likely_tokens(observation: Observation, model: nn.Module) -> Tensor | None:
     """Return the ids to search among, or None when the embedding does not narrow them down.
 
-    With a tied output layer some present tokens do not stand out, so every row as long as one that does is kept.
+    With a tied output layer some present tokens do not stand out, so every row as long as one that does is
+    kept.
     """
     present = present_tokens(observation, model)
     if present is None or not is_tied(model, token_embedding(model)):

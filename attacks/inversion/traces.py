@@ -1,9 +1,10 @@
-"""Gradients of many sentences at once, never formed: the inputs of linear layers and what flows back to their outputs.
-
-The gradient of a linear layer is sum_t delta_t x_t^T, so inner products with the observed gradient, norms and inner
-products of two sentences' gradients need x and delta alone. All are taken in a whitened space: inputs and output
-gradients of random sentences have unit covariance there, so that what every sentence does to the model (the mean
-input, the one direction in which a classifier's loss pulls) does not drown what tells sentences apart.
+"""Gradients of many sentences at once, never formed: the inputs of linear layers and what flows back to their
+outputs.
+ The gradient of a linear layer is sum_t delta_t x_t^T, so inner products with the observed gradient, norms
+and inner products of two sentences' gradients need x and delta alone. All are taken in a whitened space:
+inputs and output gradients of random sentences have unit covariance there, so that what every sentence does
+to the model (the mean input, the one direction in which a classifier's loss pulls) does not drown what tells
+sentences apart.
 
 Source: own derivation; the covariance is that of Martens and Grosse, "Optimizing Neural Networks with
 Kronecker-factored Approximate Curvature", 2015, section 3.
@@ -110,8 +111,8 @@ def stacked(traces: Sequence[Trace]) -> Trace:
 class Whitened:
     """The space in which gradients of sentences are compared, and the observed gradient in it.
 
-    `sides` holds per channel the matrices that whiten inputs (in, in) and output gradients (out, out), `floor` the share
-    of the target's squared length that noise is expected to have.
+    `sides` holds per channel the matrices that whiten inputs (in, in) and output gradients (out, out),
+    `floor` the share of the target's squared length that noise is expected to have.
     """
 
     model: nn.Module
@@ -138,7 +139,8 @@ def whiten(
     *,
     noise: Mapping[str, float],
 ) -> Whitened:
-    """Return the space in which random sentences `ids` (n, t) have inputs and output gradients of unit covariance.
+    """Return the space in which random sentences `ids` (n, t) have inputs and output gradients of unit
+    covariance.
 
     The more of a channel's gradient is noise, of deviation `noise` per entry, the less is whitened.
     """

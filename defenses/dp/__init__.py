@@ -1,4 +1,6 @@
-"""Differential privacy: events, accountants and the ledger; clipping, noise, sampling and per-sample gradients."""
+"""Differential privacy: events, accountants and the ledger; clipping, noise, sampling and per-sample
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load a name's module when it is first asked for: events, accountants and ledgers work without loading torch."""
+    """Load a name's module when it is first asked for: events, accountants and ledgers work without loading
+    torch.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"defenses.dp.{_HOMES[name]}"), name)

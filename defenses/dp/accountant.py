@@ -30,7 +30,8 @@ from defenses.errors import ParameterError
 SMALLEST_DELTA, LARGEST_DELTA = 1e-30, 0.5
 ACCURACY = 1e-4
 _REMEMBERED_TARGETS = 3
-# Share of delta that may have come round the window before a grid counts as outgrown; a fresh grid has half of it at most.
+# Share of delta that may have come round the window before a grid counts as outgrown; a fresh grid has half
+# of it at most.
 _WRAPPED_SHARE = 2.5 * composition.TAIL_SHARE
 
 
@@ -38,8 +39,8 @@ _WRAPPED_SHARE = 2.5 * composition.TAIL_SHARE
 class EpsilonBound:
     """An upper bound of epsilon at delta.
 
-    `accountant` names the method ('pld', 'rdp', 'gaussian', or 'none' when there is nothing to bound). `slack` estimates
-    how much of epsilon is numerical; the bound holds without it.
+    `accountant` names the method ('pld', 'rdp', 'gaussian', or 'none' when there is nothing to bound).
+    `slack` estimates how much of epsilon is numerical; the bound holds without it.
     """
 
     epsilon: float
@@ -71,16 +72,17 @@ class _Composition:
 class Accountant:
     """Compose events as they happen and bound the epsilon of all of them.
 
-    Both directions (a record added, a record removed) are composed on their own and the larger epsilon is reported.
-    All roundings go up: the discrete losses dominate the true ones, truncated mass and every rounding error of the
-    transform are added to delta. Full participations of Gaussian mechanisms are merged exactly. The transforms of the
-    past are kept, so that one further event costs one product.
+    Both directions (a record added, a record removed) are composed on their own and the larger epsilon is
+    reported.
+    All roundings go up: the discrete losses dominate the true ones, truncated mass and every rounding error
+    of the transform are added to delta. Full participations of Gaussian mechanisms are merged exactly. The
+    transforms of the past are kept, so that one further event costs one product.
 
-    Guarantee: `epsilon(delta)` is never below the true epsilon of the composition of dominating pairs, and within 1e-3
-    relative above it for epsilon above 1e-4 (losses too large for doubles fall back to Renyi accounting, which is
-    valid but looser). A `NonPrivateEvent` makes it infinite.
-    Assumes: all events concern the same data owner. Events of another unit, adjacency or number of records a person
-    are refused. They may be chosen adaptively.
+    Guarantee: `epsilon(delta)` is never below the true epsilon of the composition of dominating pairs, and
+    within 1e-3 relative above it for epsilon above 1e-4 (losses too large for doubles fall back to Renyi
+    accounting, which is valid but looser). A `NonPrivateEvent` makes it infinite.
+    Assumes: all events concern the same data owner. Events of another unit, adjacency or number of records a
+    person are refused. They may be chosen adaptively.
     Source: see `defenses.dp.pld` and `defenses.dp.composition`.
     """
 
@@ -214,7 +216,8 @@ class Accountant:
             worst = int(values[1] > values[0])
             value, excess = values[worst], curves[worst].excess
             fits = all(curve.constant <= 0.01 * delta for curve in curves) and math.isfinite(value)
-            # A history that outgrew its grid wraps around: what left at one end comes back at the other, and the bound,
+            # A history that outgrew its grid wraps around: what left at one end comes back at the other, and
+            # the bound,
             # though still valid, drifts upwards. Then the grid is made anew.
             fits = fits and self._wrapped_mass(known, curves, values) <= _WRAPPED_SHARE * delta
             quiet = fits and composition.noise_at(curves[worst], value) <= 3e-4

@@ -1,8 +1,9 @@
-"""Blocks: records with one and the same history, parted and joined so that every run pays for exactly the rows it reads.
-
-A ledger partitions all records it knows into blocks. A run that reads some of them parts the blocks it cuts through, joins
-pieces whose histories are equal, and opens a block for records nobody knew. A new block starts with the largest
-history of any block it comes from, event by event, so no record's account is ever below what that record went through.
+"""Blocks: records with one and the same history, parted and joined so that every run pays for exactly the
+rows it reads.
+ A ledger partitions all records it knows into blocks. A run that reads some of them parts the blocks it cuts
+through, joins pieces whose histories are equal, and opens a block for records nobody knew. A new block starts
+with the largest history of any block it comes from, event by event, so no record's account is ever below what
+that record went through.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ HistoryOf = Callable[[frozenset[int]], Hashable]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Members:
-    """Hold what a block is made of: its records, sorted, and further contents they are known by (`[m, 2]`: content, record)."""
+    """Hold what a block is made of: its records, sorted, and further contents they are known by (`[m, 2]`:
+    content, record).
+    """
 
     keys: Keys
     links: Keys
@@ -31,7 +34,9 @@ class Members:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NewBlock:
-    """Describe a block to open: it inherits from `parents`; from those it `closes` it takes records, and they end with it."""
+    """Describe a block to open: it inherits from `parents`; from those it `closes` it takes records, and they
+    end with it.
+    """
 
     members: Members
     parents: tuple[int, ...]
@@ -74,7 +79,9 @@ class Directory:
         return places, _equal_at(self.keys, keys, places)
 
     def kin(self, keys: Keys, links: Keys) -> tuple[Indices, Indices]:
-        """Return pairs (index into `keys`, block): every block with a record of the same content, or known by it."""
+        """Return pairs (index into `keys`, block): every block with a record of the same content, or known by
+        it.
+        """
         rows, places = _matches(self.contents, contents_of(keys))
         pairs = [(rows, self.blocks[places])]
         if len(self.links):
@@ -107,10 +114,10 @@ class _Request:
 def arrange(directory: Directory, requests: Sequence[Records], history_of: HistoryOf) -> Arrangement:
     """Part, join and open blocks so that every request is a union of blocks.
 
-    `history_of` gives equal values for sets of blocks whose largest histories are equal; of no block, for records
-    nobody knew.
-    Guarantee: the records of a request are exactly those of its blocks; a block that is new comes from every block that
-    held one of its records, a copy of one or one known by the same content. Nothing is written.
+    `history_of` gives equal values for sets of blocks whose largest histories are equal; of no block, for
+    records nobody knew.
+    Guarantee: the records of a request are exactly those of its blocks; a block that is new comes from every
+    block that held one of its records, a copy of one or one known by the same content. Nothing is written.
     """
     wanted = _collect(requests)
     sources, source_sets = _sources(directory, wanted)
@@ -194,7 +201,9 @@ def _links(records: Records) -> Keys:
 
 
 def _sources(directory: Directory, wanted: _Request) -> tuple[Indices, tuple[frozenset[int], ...]]:
-    """Return for every record the number of the set of blocks it may come from, and these sets; the first is empty."""
+    """Return for every record the number of the set of blocks it may come from, and these sets; the first is
+    empty.
+    """
     rows, blocks = directory.kin(wanted.keys, wanted.links)
     sets: list[frozenset[int]] = [frozenset()]
     result = np.zeros(len(wanted.keys), dtype=np.int64)

@@ -1,4 +1,6 @@
-"""The accountant as a calculator: plain numbers in, one readable dictionary out, all mistakes reported at once."""
+"""The accountant as a calculator: plain numbers in, one readable dictionary out, all mistakes reported at
+once.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +70,8 @@ def epsilon_report(
 def tuned_report(segments: Sequence[Segment], delta: float, law: str, stopping: float) -> dict[str, Any]:
     """Return epsilon of releasing only the best of a random number of runs of these segments.
 
-    `law` is 'poisson' (`stopping` runs on average) or 'geometric' (after each run the search ends with probability `stopping`);
-    the number is drawn before any run is looked at.
+    `law` is 'poisson' (`stopping` runs on average) or 'geometric' (after each run the search ends with
+    probability `stopping`); the number is drawn before any run is looked at.
     Raises: ParameterError listing every problem.
     Source: Papernot, Steinke, arXiv 2110.03620, theorems 2 and 6.
     """

@@ -26,10 +26,11 @@ def noise_multiplier(
     unit: Unit | None = None,
     history: Sequence[Event] = (),
 ) -> float:
-    """Return the smallest noise multiplier, rounded up, with which `steps` more steps stay within epsilon at delta.
+    """Return the smallest noise multiplier, rounded up, with which `steps` more steps stay within epsilon at
+    delta.
 
-    Guarantee: history and the new steps together have at most `epsilon` by the accountant of this package; a noise
-    smaller by 1e-3 relative would not do.
+    Guarantee: history and the new steps together have at most `epsilon` by the accountant of this package; a
+    noise smaller by 1e-3 relative would not do.
     Raises: BudgetExceeded when the history alone leaves nothing; ParameterError for impossible arguments.
     """
     if not isinstance(epsilon, (int, float)) or not 0 < epsilon < math.inf:
@@ -129,10 +130,11 @@ def _bracket(excess: Callable[[float], float], start: float) -> tuple[float, flo
 
 
 def surviving_noise_multiplier(*, local_multiplier: float, survivors: int, colluding: int = 0) -> float:
-    """Return the noise multiplier of a sum when each party added `local_multiplier` and only some noise counts.
+    """Return the noise multiplier of a sum when each party added `local_multiplier` and only some noise
+    counts.
 
-    Noise of parties that dropped out is missing; noise of parties that collude with the observer is known to it. Use the
-    fewest survivors whose sum may be opened.
+    Noise of parties that dropped out is missing; noise of parties that collude with the observer is known to
+    it. Use the fewest survivors whose sum may be opened.
     """
     honest = _honest(survivors, colluding)
     if not local_multiplier > 0:
@@ -141,7 +143,9 @@ def surviving_noise_multiplier(*, local_multiplier: float, survivors: int, collu
 
 
 def local_noise_multiplier(*, central_multiplier: float, survivors: int, colluding: int = 0) -> float:
-    """Return what each party must add so that the fewest admitted survivors carry `central_multiplier`, rounded up."""
+    """Return what each party must add so that the fewest admitted survivors carry `central_multiplier`,
+    rounded up.
+    """
     if not central_multiplier > 0:
         raise ParameterError(f"central_multiplier = {central_multiplier!r}: must be above 0")
     return central_multiplier / math.sqrt(_honest(survivors, colluding)) * (1 + 1e-12)

@@ -22,12 +22,13 @@ class Clipping:
     - `flat`: scaled by min(1, C / norm).
     - `per_layer`: every module's part is clipped to C / sqrt(number of modules).
     - `automatic`: scaled by C / (norm + stabiliser), so every sample counts about equally.
-    - `adaptive`: flat at the present C; C follows a quantile of the norms, whose noisy count is part of the release.
+    - `adaptive`: flat at the present C; C follows a quantile of the norms, whose noisy count is part of the
+      release.
 
-    Guarantee: one finite sample contributes at most `clip_norm` in L2 over all parameters together; a sample with a
-    NaN, an infinity or a norm beyond float32 contributes exactly zero.
-    Source: flat Abadi et al. 2016, Algorithm 1; automatic Bu et al. 2022 (arXiv 2206.07136), AUTO-S; adaptive Andrew
-    et al. 2019 (arXiv 1905.03871), Algorithm 1.
+    Guarantee: one finite sample contributes at most `clip_norm` in L2 over all parameters together; a sample
+    with a NaN, an infinity or a norm beyond float32 contributes exactly zero.
+    Source: flat Abadi et al. 2016, Algorithm 1; automatic Bu et al. 2022 (arXiv 2206.07136), AUTO-S; adaptive
+    Andrew et al. 2019 (arXiv 1905.03871), Algorithm 1.
     """
 
     kind: ClippingKind = "flat"
@@ -47,7 +48,9 @@ class Clipping:
             raise ParameterError(f"quantile = {self.quantile}: must lie strictly between 0 and 1")
 
     def factors(self, squared_norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turn squared norms (parameter name -> `[batch]`) into scaling factors of the same shape, in float32."""
+        """Turn squared norms (parameter name -> `[batch]`) into scaling factors of the same shape, in
+        float32.
+        """
         total = _total(squared_norms.values())
         finite = torch.isfinite(total)
         if self.kind == "per_layer":

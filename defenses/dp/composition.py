@@ -1,17 +1,18 @@
 """Composition of privacy-loss distributions by one exponentially tilted, bounded Fourier transform.
+ Every mass is multiplied by e^(tilt * loss) and renormalised before the transform, so that rounding errors
+are relative to the losses that decide delta, not to the bulk. What could make the result too small is bounded
+and added to it:
 
-Every mass is multiplied by e^(tilt * loss) and renormalised before the transform, so that rounding errors are relative
-to the losses that decide delta, not to the bulk. What could make the result too small is bounded and added to it:
-
-* rounding of the forward and inverse transforms and of the powers (`drift`, the accumulated log of the factor by which
-  a coefficient may be off; every coefficient of a transform of masses summing to one errs by at most a few ulp times
-  log2 n);
+* rounding of the forward and inverse transforms and of the powers (`drift`, the accumulated log of the factor
+  by which a coefficient may be off; every coefficient of a transform of masses summing to one errs by at most
+  a few ulp times log2 n);
 * losses above the top of the window (`tail`, a Chernoff bound from the same discrete distributions);
 * losses that were given up on (`infinity`).
 
 Losses that fall below the window wrap around to larger losses and only make the result larger.
 
-Source: Koskela, Jalko, Honkela, arXiv 1906.03049 (Fourier accountant); Higham, Accuracy and Stability, section 24.1.
+Source: Koskela, Jalko, Honkela, arXiv 1906.03049 (Fourier accountant); Higham, Accuracy and Stability,
+section 24.1.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ Complexes = npt.NDArray[np.complex128]
 ULP = 2.0**-52
 LARGEST_SIZE = 1 << 21
 SMALLEST_SIZE = 1 << 9
-# Coefficients this small are dropped (denormal numbers are slow); `_inverse_error` adds more than all of them.
+# Coefficients this small are dropped (denormal numbers are slow); `_inverse_error` adds more than all of
+# them.
 NEGLIGIBLE = 1e-150
 # From this many repetitions on, low coefficients are computed relative to one.
 MANY, SHARP_FREQUENCIES, SHARP_MASSES = 20_000, 4096, 256
@@ -66,7 +68,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """log E exp(order * loss) of one step at every order of `ORDERS`, both directions; used to choose, not to prove."""
+    """log E exp(order * loss) of one step at every order of `ORDERS`, both directions; used to choose, not to
+    prove.
+    """
 
     forward: Floats
     backward: Floats
@@ -99,11 +103,12 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """An upper bound of delta at the losses 0, spacing, 2 spacing, ...; `masses` and `log_shadows` are suffix sums.
+    """An upper bound of delta at the losses 0, spacing, 2 spacing, ...; `masses` and `log_shadows` are suffix
+    sums.
 
-    Between two points delta is `masses[i] - e^epsilon * shadows[i] + constant` with the sums to the right. `noise` is
-    the share of the mass above each point that only bounds rounding errors, `excess` an estimate of what the grid adds
-    to epsilon.
+    Between two points delta is `masses[i] - e^epsilon * shadows[i] + constant` with the sums to the right.
+    `noise` is the share of the mass above each point that only bounds rounding errors, `excess` an estimate
+    of what the grid adds to epsilon.
     """
 
     spacing: float
@@ -144,15 +149,16 @@ def make_plan(
 ) -> Plan:
     """Choose grid, windows and tilts for composed log-moments and a target delta.
 
-    `accuracy` is the share of epsilon the discretisation may cost, `known` the epsilons of both directions on an earlier grid,
-    `margin` how much wider than estimated the windows are made.
+    `accuracy` is the share of epsilon the discretisation may cost, `known` the epsilons of both directions on
+    an earlier grid, `margin` how much wider than estimated the windows are made.
     """
     epsilons = known or (renyi_epsilon(forward, delta)[0], renyi_epsilon(backward, delta)[0])
     windows = [
         _window(forward, backward, delta, epsilons[0], steps),
         _window(backward, forward, delta, epsilons[1], steps),
     ]
-    # Moving mass to cell ends adds at most spacing^2 / 6 of variance a step: (1 + order) / 12 of it to epsilon.
+    # Moving mass to cell ends adds at most spacing^2 / 6 of variance a step: (1 + order) / 12 of it to
+    # epsilon.
     largest_saddle = max(saddle for (_, _, saddle, _) in windows)
     spacing = math.sqrt(12 * accuracy * max(*epsilons, 1e-300) / ((1 + largest_saddle) * steps))
     widest = margin * max(width for *_, width in windows)
@@ -175,9 +181,9 @@ def _window(
 ) -> tuple[float, float, float, float]:
     """Return tilt, the order of the tail bound, the saddle and the width of the window.
 
-    Three conditions bound the width from below: the top is inside; what wraps from above has lost less than the tilt
-    adds; what wraps from below is small before or after the tilt. Among the tilts that keep rounding errors far below
-    delta the one with the narrowest window is taken.
+    Three conditions bound the width from below: the top is inside; what wraps from above has lost less than
+    the tilt adds; what wraps from below is small before or after the tilt. Among the tilts that keep rounding
+    errors far below delta the one with the narrowest window is taken.
     """
     needed = math.log(1 / (TAIL_SHARE * delta))
     # Far beyond 2 log(1/delta) / epsilon an order tells nothing more and costs digits.
@@ -190,7 +196,8 @@ def _window(
         above = np.where(gaps > 0, ((own - 0.7 * ORDERS * epsilon) + needed)[None, :] / gaps, np.inf).min(
             axis=1
         )
-        # E_P e^(-s loss) = E_Q e^(-(s - 1) loss): the moments of the other direction bound what wraps from below.
+        # E_P e^(-s loss) = E_Q e^(-(s - 1) loss): the moments of the other direction bound what wraps from
+        # below.
         low = (other + (1 + ORDERS) * top + needed)[None, :] / (1 + ORDERS[None, :] + ORDERS[:, None])
     widths = np.maximum(np.maximum(above, np.minimum(low.min(axis=1), needed / ORDERS)), top)
     rounding = own - ORDERS * epsilon + math.log(2e-14 * (10 + steps))
@@ -202,10 +209,12 @@ def _window(
 
 
 def wrapped_mass(own: Floats, other: Floats, side: Direction, curve: Curve, epsilon: float) -> float:
-    """Bound the probability that came round the window and may have raised delta near `epsilon`; from log-moments.
+    """Bound the probability that came round the window and may have raised delta near `epsilon`; from
+    log-moments.
 
-    A history that grows beyond what its grid was made for loses its ends: what falls below the window comes back at
-    the top, what rises above it comes back in the middle. `_window` keeps both below a share of delta; this asks again.
+    A history that grows beyond what its grid was made for loses its ends: what falls below the window comes
+    back at the top, what rises above it comes back in the middle. `_window` keeps both below a share of
+    delta; this asks again.
     """
     width, top = curve.spacing * side.size, curve.spacing * len(curve.deltas)
     finite = np.isfinite(own) & np.isfinite(other)
@@ -256,7 +265,8 @@ def _multiply(
     folded = np.bincount(indices % side.size, weights=tilted, minlength=side.size)
     transform = np.fft.rfft(folded)
     noise = _transform_error(side.size)
-    # A coefficient below the noise is replaced by the noise, so that its relative error stays bounded by a constant.
+    # A coefficient below the noise is replaced by the noise, so that its relative error stays bounded by a
+    # constant.
     lost = np.abs(transform) < noise
     transform[lost] = noise
     drift = count * (np.log1p((1 + 2 * lost) * noise / np.abs(transform)) + 4 * ULP)
@@ -276,8 +286,9 @@ def _sharpen(
 ) -> None:
     """Recompute the lowest coefficients of a high power from 1 minus the coefficient, in place.
 
-    An error of one ulp in a coefficient grows with the number of steps. The heaviest masses are therefore summed as
-    m (e^(-i t) - 1), whose errors are relative to the difference from one; only the light rest goes through a transform.
+    An error of one ulp in a coefficient grows with the number of steps. The heaviest masses are therefore
+    summed as m (e^(-i t) - 1), whose errors are relative to the difference from one; only the light rest goes
+    through a transform.
     """
     relevant = np.nonzero(np.abs(factor[:SHARP_FREQUENCIES]) > 1e-20)[0]
     frequencies = np.arange(int(relevant[-1]) + 1 if len(relevant) else 1)
@@ -302,7 +313,9 @@ def _sharpen(
 
 
 def _transform_error(size: int) -> float:
-    """Bound the error of any coefficient of a transform of masses that sum to one: 6 units of roundoff a level."""
+    """Bound the error of any coefficient of a transform of masses that sum to one: 6 units of roundoff a
+    level.
+    """
     return 3 * ULP * (math.log2(size) + 1)
 
 
@@ -341,14 +354,16 @@ def curve_of(state: Running, side: Direction, plan: Plan) -> Curve:
     """Invert the transform and sum it to an upper bound of delta over epsilon >= 0."""
     composed = np.fft.irfft(state.transform, n=side.size)
     error = _inverse_error(state, side.size)
-    # The top of the window: what lies above is bounded by a moment of the very distribution that was transformed.
+    # The top of the window: what lies above is bounded by a moment of the very distribution that was
+    # transformed.
     needed = math.log(1 / (TAIL_SHARE * plan.delta))
     reach = (state.log_tail_moment + needed) / (side.tail_tilt * plan.spacing)
     count = min(max(math.ceil(reach), 1), side.size - 1)
     indices = np.arange(1, count + 1)
     tilted = np.maximum(composed[indices % side.size], 0.0) + error
     losses = indices * plan.spacing
-    # Every mass of a step is off by a few ulp of itself, so every composed mass by a factor that grows with the steps.
+    # Every mass of a step is off by a few ulp of itself, so every composed mass by a factor that grows with
+    # the steps.
     rounding = 8 * ULP * state.steps
     log_masses = np.minimum(np.log(tilted) + state.log_moment - side.tilt * losses + rounding, 600.0)
     masses = np.exp(log_masses)
@@ -378,7 +393,9 @@ def _inverse_error(state: Running, size: int) -> float:
 
 
 def epsilon_of(curve: Curve, delta: float) -> float:
-    """Return the smallest epsilon whose bound is at most delta, rounded up; infinity if the window holds none."""
+    """Return the smallest epsilon whose bound is at most delta, rounded up; infinity if the window holds
+    none.
+    """
     reached = np.nonzero(curve.deltas <= delta)[0]
     if len(reached) == 0:
         return math.inf

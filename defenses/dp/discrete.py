@@ -1,18 +1,17 @@
 """Integer noise for the secure-aggregation ring: discrete Gaussian and Skellam, from cryptographic bits.
-
-Small scales are drawn from a table whose probabilities are computed in 60-digit decimals. A table cell is chosen
-with 64 random bits (Walker's alias method in exact integers); what 64 bits cannot represent, rounding remainders and
-far tails alike, is one more outcome of the table and leads to a second draw with 192 bits. Large scales are sums of
-small ones:
+ Small scales are drawn from a table whose probabilities are computed in 60-digit decimals. A table cell is
+chosen with 64 random bits (Walker's alias method in exact integers); what 64 bits cannot represent, rounding
+remainders and far tails alike, is one more outcome of the table and leads to a second draw with 192 bits.
+Large scales are sums of small ones:
 
     X = k X1 + X2,  X1 ~ DG(s1), X2 ~ DG(s2)   is   DG(sqrt(k^2 s1^2 + s2^2))
+ up to a factor 1 +- 4 exp(-2 pi^2 t^2) on every probability, t = s1 s2 / sqrt(k^2 s1^2 + s2^2); k keeps t >=
+3, so the factor is 1 +- 1e-76. Skellam beyond the table is the discrete Gaussian of equal variance, corrected
+by rejection with the uniform asymptotic expansion of the Bessel function; almost every proposal is accepted.
 
-up to a factor 1 +- 4 exp(-2 pi^2 t^2) on every probability, t = s1 s2 / sqrt(k^2 s1^2 + s2^2); k keeps t >= 3, so the
-factor is 1 +- 1e-76. Skellam beyond the table is the discrete Gaussian of equal variance, corrected by rejection with
-the uniform asymptotic expansion of the Bessel function; almost every proposal is accepted.
-
-Source: Canonne, Kamath, Steinke, arXiv 2004.00010 (discrete Gaussian); Agarwal, Kairouz, Liu, arXiv 2110.04995
-(Skellam); Micciancio, Walter, Crypto 2017, section 3 (sums of discrete Gaussians); DLMF 10.41.3 (Bessel).
+Source: Canonne, Kamath, Steinke, arXiv 2004.00010 (discrete Gaussian); Agarwal, Kairouz, Liu, arXiv
+2110.04995 (Skellam); Micciancio, Walter, Crypto 2017, section 3 (sums of discrete Gaussians); DLMF 10.41.3
+(Bessel).
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ from defenses.random_source import RandomSource
 
 Integers = npt.NDArray[np.int64]
 
-# The statistical distance of one sample from the exact law, as documented in `discrete_gaussian` and `skellam`.
+# The statistical distance of one sample from the exact law, as documented in `discrete_gaussian` and
+# `skellam`.
 TABLE_DISTANCE = 2.0**-100
 REJECTION_DISTANCE = 2.0**-44
 
@@ -45,7 +45,9 @@ _FINE_BITS = 192
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Hold an alias table over the integers `first, first + 1, ...`; the last cell in use means "draw finely"."""
+    """Hold an alias table over the integers `first, first + 1, ...`; the last cell in use means "draw
+    finely".
+    """
 
     first: int
     shift: np.uint64
@@ -77,10 +79,11 @@ class _Table:
 
 
 def discrete_gaussian(count: int, *, sigma: float, source: RandomSource) -> Integers:
-    """Return `count` samples of the discrete Gaussian: probability of x proportional to exp(-x^2 / (2 sigma^2)).
+    """Return `count` samples of the discrete Gaussian: probability of x proportional to exp(-x^2 / (2
+    sigma^2)).
 
-    Guarantee: statistical distance from the exact law at most 2^-100 a sample up to sigma = 256, and a further
-    1e-15 beyond (rounding of the component scales).
+    Guarantee: statistical distance from the exact law at most 2^-100 a sample up to sigma = 256, and a
+    further 1e-15 beyond (rounding of the component scales).
     """
     _check("sigma", sigma, least=0.05, most=2.0**50)
     out = np.empty(count, dtype=np.int64)
@@ -89,11 +92,13 @@ def discrete_gaussian(count: int, *, sigma: float, source: RandomSource) -> Inte
 
 
 def skellam(count: int, *, variance: float, source: RandomSource) -> Integers:
-    """Return `count` samples of the symmetric Skellam law: the difference of two Poisson(variance / 2) variables.
+    """Return `count` samples of the symmetric Skellam law: the difference of two Poisson(variance / 2)
+    variables.
 
     The sum of independent Skellam samples is Skellam with the sum of their variances, exactly.
 
-    Guarantee: statistical distance from the exact law at most 2^-100 a sample up to variance 2^16, 2^-44 beyond.
+    Guarantee: statistical distance from the exact law at most 2^-100 a sample up to variance 2^16, 2^-44
+    beyond.
     """
     _check("variance", variance, least=0.01, most=2.0**100)
     out = np.empty(count, dtype=np.int64)

@@ -29,8 +29,8 @@ MOST_STEPS = 10**12
 class Event:
     """Describe one kind of release; the base of every event.
 
-    Guarantee: an event is immutable, equal to any event with the same fields, and survives a JSON round trip bit for
-    bit. A value no accountant could price is refused when the event is made.
+    Guarantee: an event is immutable, equal to any event with the same fields, and survives a JSON round trip
+    bit for bit. A value no accountant could price is refused when the event is made.
     """
 
     kind: ClassVar[str] = ""
@@ -47,7 +47,9 @@ class Event:
         return values
 
     def to_json(self) -> str:
-        """Return canonical JSON: sorted keys, no spaces, the shortest decimals that read back to the same floats."""
+        """Return canonical JSON: sorted keys, no spaces, the shortest decimals that read back to the same
+        floats.
+        """
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     def digest(self) -> bytes:
@@ -57,12 +59,14 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GaussianEvent(Event):
-    """`steps` releases of a clipped sum with Gaussian noise of standard deviation `noise_multiplier * clip_norm`.
+    """`steps` releases of a clipped sum with Gaussian noise of standard deviation `noise_multiplier *
+    clip_norm`.
 
-    `poisson`: every record (or client) joins each step on its own with probability `sampling_rate`. `full`: it always
-    takes part; this is also the event of one realised participation under a cap. `fixed_size`: each step draws
-    without replacement a batch of a fixed share `sampling_rate` of a data set of public size. `records_per_person`
-    belongs to the unit `person`: one person owns up to that many records, each clipped on its own.
+    `poisson`: every record (or client) joins each step on its own with probability `sampling_rate`. `full`:
+    it always takes part; this is also the event of one realised participation under a cap. `fixed_size`: each
+    step draws without replacement a batch of a fixed share `sampling_rate` of a data set of public size.
+    `records_per_person` belongs to the unit `person`: one person owns up to that many records, each clipped
+    on its own.
 
     Assumes: the sum, not a mean over a realised batch, is released; divisors are public constants.
     """
@@ -111,8 +115,8 @@ class GaussianEvent(Event):
 class MatrixFactorizationEvent(Event):
     """One whole run with correlated Gaussian noise, released step by step, without amplification by sampling.
 
-    `sensitivity` is the largest change (in units of `clip_norm`) one unit can cause in the encoded stream under the
-    participation pattern: at most `participations` times, at least `min_separation` steps apart.
+    `sensitivity` is the largest change (in units of `clip_norm`) one unit can cause in the encoded stream
+    under the participation pattern: at most `participations` times, at least `min_separation` steps apart.
 
     Source: Choquette-Choo et al., arXiv 2306.08153 (banded matrix factorisation), section 3.
     """
@@ -152,9 +156,10 @@ class MatrixFactorizationEvent(Event):
 class SkellamEvent(Event):
     """`steps` releases of an integer sum with Skellam noise of total variance `variance` in every coordinate.
 
-    All values are in integer (scaled) units: `l1_sensitivity` and `l2_sensitivity` bound the whole change one unit
-    can cause under `adjacency`, rounding included; `scale` is the number of integer steps in one unit of the clipped
-    real vector and is kept for the record. Only the variance of guaranteed honest survivors may be counted.
+    All values are in integer (scaled) units: `l1_sensitivity` and `l2_sensitivity` bound the whole change one
+    unit can cause under `adjacency`, rounding included; `scale` is the number of integer steps in one unit of
+    the clipped real vector and is kept for the record. Only the variance of guaranteed honest survivors may
+    be counted.
 
     Source: Agarwal, Kairouz, Liu, arXiv 2110.04995, theorem 3.5 (in integer units).
     """
@@ -183,9 +188,9 @@ class SkellamEvent(Event):
 class TuningEvent(Event):
     """The best of a random number of private runs, when only the winner is released.
 
-    The number of runs is drawn, before any run is looked at, from a truncated negative binomial law (`shape` > -1:
-    1 is geometric, 0 logarithmic) with parameter `stopping` in (0, 1), or from a Poisson law with mean `stopping`.
-    Every candidate is one run of `base`.
+    The number of runs is drawn, before any run is looked at, from a truncated negative binomial law (`shape`
+    > -1: 1 is geometric, 0 logarithmic) with parameter `stopping` in (0, 1), or from a Poisson law with mean
+    `stopping`. Every candidate is one run of `base`.
 
     Source: Papernot, Steinke, arXiv 2110.03620, theorems 2 and 6.
     """
@@ -235,7 +240,8 @@ KINDS: dict[str, type[Event]] = {
 def from_dict(values: Mapping[str, Any]) -> Event:
     """Build the event that `to_dict` described.
 
-    Raises: ParameterError for an unknown version or kind, an unknown or missing field, or a value that is refused.
+    Raises: ParameterError for an unknown version or kind, an unknown or missing field, or a value that is
+    refused.
     """
     if not isinstance(values, Mapping) or values.get("version") != EVENT_VERSION:
         raise ParameterError(f"version: this software reads events of version {EVENT_VERSION} only")
@@ -274,7 +280,8 @@ class Statement:
 
 
 def statement_of(event: Event) -> Statement | None:
-    """Return whom an event's price protects; None for a release without any bound, which spoils every statement.
+    """Return whom an event's price protects; None for a release without any bound, which spoils every
+    statement.
 
     Raises: ParameterError when the runs inside a tuning event protect different units.
     """

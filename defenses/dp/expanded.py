@@ -9,11 +9,12 @@ from torch import Tensor, nn
 class ExpandedParameter(nn.Module):
     """Hold one parameter of shape `[*shape]` and hand it out as `[batch, *shape]`.
 
-    The expanded view costs no memory. Its gradient is the stack of per-sample gradients, which is what soft prompts,
-    prefixes, scaling vectors and the learned constants of prompt generators need and what a prompt fed as a batch of
-    one can never give.
+    The expanded view costs no memory. Its gradient is the stack of per-sample gradients, which is what soft
+    prompts, prefixes, scaling vectors and the learned constants of prompt generators need and what a prompt
+    fed as a batch of one can never give.
 
-    Guarantee: row b of the output depends on the parameter alone; `PerSampleEngine` reads the gradient row by row.
+    Guarantee: row b of the output depends on the parameter alone; `PerSampleEngine` reads the gradient row by
+    row.
     """
 
     value: nn.Parameter

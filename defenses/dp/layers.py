@@ -1,8 +1,8 @@
 """How each kind of trainable layer tells one sample's gradient from another's, in the one backward pass.
-
-While the engine records, a covered module runs a custom autograd function in place of its own forward. The function
-returns no gradient for the parameters, so autograd never forms the batch sum that differential privacy cannot use;
-it records what the per-sample gradient is made of instead. Inputs must have samples along their first axis.
+ While the engine records, a covered module runs a custom autograd function in place of its own forward. The
+function returns no gradient for the parameters, so autograd never forms the batch sum that differential
+privacy cannot use; it records what the per-sample gradient is made of instead. Inputs must have samples along
+their first axis.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Dense:
 
 @dataclass(slots=True)
 class Outer:
-    """Hold the per-sample gradient `sum_t rows[b, t] columns[b, t]^T` by factors `[batch, t, r]`, `[batch, t, c]`."""
+    """Hold the per-sample gradient `sum_t rows[b, t] columns[b, t]^T` by factors `[batch, t, r]`, `[batch, t,
+    c]`.
+    """
 
     rows: Tensor
     columns: Tensor
@@ -101,7 +103,9 @@ class Recorder:
         return x
 
     def expand(self, parameter: nn.Parameter, batch: int, ndim: int) -> Tensor:
-        """Return the parameter as `[batch, 1, ..., 1, *shape]` with `ndim` axes; its gradient is recorded by sample."""
+        """Return the parameter as `[batch, 1, ..., 1, *shape]` with `ndim` axes; its gradient is recorded by
+        sample.
+        """
         if not parameter.requires_grad:
             return parameter
         middle = [1] * (ndim - 1 - parameter.ndim)
@@ -248,7 +252,9 @@ _relative_bias: Callable[[Tensor, Tensor, nn.Parameter, Recorder, int], Tensor] 
 
 @dataclass(frozen=True, slots=True)
 class Cover:
-    """Say how one module is covered: the attribute replaced while recording, and the parameters this takes care of."""
+    """Say how one module is covered: the attribute replaced while recording, and the parameters this takes
+    care of.
+    """
 
     module: nn.Module
     attribute: str
@@ -322,7 +328,9 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
-    """Return how many zeros stand on each side, for a padding given in words too ("same" with odd kernels only)."""
+    """Return how many zeros stand on each side, for a padding given in words too ("same" with odd kernels
+    only).
+    """
     if layer.padding == "valid":
         return (0, 0)
     if layer.padding == "same":
@@ -395,7 +403,9 @@ def _plain_shape(
 
 
 def _cover_broadcast(module: nn.Module, recorder: Recorder) -> Cover | None:
-    """Cover parameters of leading size 1 (class tokens, position tables) that the module broadcasts over the batch."""
+    """Cover parameters of leading size 1 (class tokens, position tables) that the module broadcasts over the
+    batch.
+    """
     own = {name: value for name, value in module.named_parameters(recurse=False) if value.requires_grad}
     if not own or any(value.ndim < 3 or value.shape[0] != 1 for value in own.values()):
         return None
@@ -501,7 +511,8 @@ def _expand_flat(parameter: nn.Parameter, recorder: Recorder, shape: tuple[int, 
 
 
 def _dora(layer: Any, recorder: Recorder) -> Callable[..., Tensor]:
-    """Rewrite DoRA: (m - 1) base(x) + m scaling B A x with m = magnitude / norm, the norm a constant to the gradient.
+    """Rewrite DoRA: (m - 1) base(x) + m scaling B A x with m = magnitude / norm, the norm a constant to the
+    gradient.
 
     Source: Liu et al. 2024 (arXiv 2402.09353), section 4.3.
     """

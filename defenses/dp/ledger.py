@@ -1,14 +1,14 @@
-"""A privacy ledger nobody can overspend: append-only, hash-chained, reserve before release, crash counts as spent.
+"""A privacy ledger nobody can overspend: append-only, hash-chained, reserve before release, crash counts as
+spent.
+ One SQLite file holds one data owner, or many in a simulation. Rows are budgets, reservations and spends,
+each with the hash of its predecessor; events are truth, epsilon is derived from them. After every change the
+last row's number and hash are written to `<ledger>.head`, so that a shortened file is noticed.
 
-One SQLite file holds one data owner, or many in a simulation. Rows are budgets, reservations and spends, each with the
-hash of its predecessor; events are truth, epsilon is derived from them. After every change the last row's number and
-hash are written to `<ledger>.head`, so that a shortened file is noticed.
-
-What is noticed: any change, insertion, removal or reordering of rows, changed columns, dropped or changed triggers, a
-damaged file, rows missing from the end (unless the process died in the instant between the commit and the anchor, and
-only those last rows). What cannot be noticed: both files put back together to an older state, or both rewritten, by
-someone who may write them; whoever needs that keeps `Ledger.head()` elsewhere (every report prints it) and gives it to
-`verify`.
+What is noticed: any change, insertion, removal or reordering of rows, changed columns, dropped or changed
+triggers, a damaged file, rows missing from the end (unless the process died in the instant between the commit
+and the anchor, and only those last rows). What cannot be noticed: both files put back together to an older
+state, or both rewritten, by someone who may write them; whoever needs that keeps `Ledger.head()` elsewhere
+(every report prints it) and gives it to `verify`.
 """
 
 from __future__ import annotations
@@ -52,10 +52,12 @@ from defenses.errors import BudgetExceeded, ParameterError, TamperedError
 class Ledger:
     """Keep what every owner allowed and paid, and refuse what cannot be paid.
 
-    Guarantee: `reserve` writes all charges or none, and none unless every owner's epsilon stays within budget at its
-    delta; two processes and `kill -9` at any instant never lose a reservation that was returned, and never let the sum
-    of reservations pass a budget. Reservations count as spent from the moment they are written.
-    Assumes: the file lies on a local disk that honours fsync. A charge is reserved before any data are touched.
+    Guarantee: `reserve` writes all charges or none, and none unless every owner's epsilon stays within budget
+    at its delta; two processes and `kill -9` at any instant never lose a reservation that was returned, and
+    never let the sum of reservations pass a budget. Reservations count as spent from the moment they are
+    written.
+    Assumes: the file lies on a local disk that honours fsync. A charge is reserved before any data are
+    touched.
     Raises: BudgetExceeded, ParameterError for misuse, TamperedError when the record is not authentic.
     """
 
@@ -82,7 +84,8 @@ class Ledger:
     def open(cls, path: str | Path, *, create: bool = True, clock: Callable[[], str] | None = None) -> Ledger:
         """Open a ledger, verify its whole chain, and create it first when it does not exist.
 
-        Raises: ParameterError when it does not exist and `create` is false; TamperedError when it is not authentic.
+        Raises: ParameterError when it does not exist and `create` is false; TamperedError when it is not
+        authentic.
         """
         file = LedgerFile(Path(path), create=create)
         ledger = cls(file, clock or _utc_now)
@@ -109,7 +112,8 @@ class Ledger:
     ) -> None:
         """Allow `epsilon` at `delta` for one owner, data set and unit, over all runs.
 
-        A later budget may be equal or lower. Raising either number needs `raise_because`, which is recorded for good.
+        A later budget may be equal or lower. Raising either number needs `raise_because`, which is recorded
+        for good.
         """
         self.set_budgets([owner], dataset, unit, epsilon, delta, raise_because=raise_because)
 
@@ -131,7 +135,9 @@ class Ledger:
                 self._set_budget(account, budget, raise_because)
 
     def grant(self, unit: str, epsilon: float, delta: float, *, raise_because: str = "") -> None:
-        """Set the lifetime budget of every record in this ledger, for one unit; raising it needs a reason, as in `set_budget`."""
+        """Set the lifetime budget of every record in this ledger, for one unit; raising it needs a reason, as
+        in `set_budget`.
+        """
         self.set_budget(EVERYBODY, EVERYBODY, unit, epsilon, delta, raise_because=raise_because)
 
     def lifetime(self, unit: str) -> Budget | None:
@@ -171,14 +177,16 @@ class Ledger:
         return key
 
     def blocks_for(self, requests: Sequence[Records]) -> tuple[tuple[int, ...], ...]:
-        """Return for each request the blocks that hold exactly its records; open, part and join blocks where needed.
+        """Return for each request the blocks that hold exactly its records; open, part and join blocks where
+        needed.
 
-        Records are found one by one, whatever file, order or split they come in. A record nobody knew gets a new
-        block; where the ledger holds charges that name no rows, it may be one of theirs, and starts with the largest
-        of these.
-        Guarantee: the account of a record is never below what was charged for it, nor is that of any copy of it. A
-        record whose text was read from another column is known by its other cells.
-        Assumes: names are made with `record_key`, copies numbered before rows are dealt; a row is dealt to one request.
+        Records are found one by one, whatever file, order or split they come in. A record nobody knew gets a
+        new block; where the ledger holds charges that name no rows, it may be one of theirs, and starts with
+        the largest of these.
+        Guarantee: the account of a record is never below what was charged for it, nor is that of any copy of
+        it. A record whose text was read from another column is known by its other cells.
+        Assumes: names are made with `record_key`, copies numbered before rows are dealt; a row is dealt to
+        one request.
         """
         self._refresh()
         arrangement = self._arranged(requests)
@@ -217,7 +225,8 @@ class Ledger:
     def known_blocks(self, requests: Sequence[Records]) -> tuple[int, ...]:
         """Return every block whose history records of these may share; nothing is written.
 
-        `NAMED_ACCOUNTS` is among them when some record is in no block but the ledger holds charges that name no rows.
+        `NAMED_ACCOUNTS` is among them when some record is in no block but the ledger holds charges that name
+        no rows.
         """
         self._refresh()
         arrangement = self._arranged(requests)
@@ -229,7 +238,9 @@ class Ledger:
     def epsilon_of(
         self, blocks: Sequence[int], unit: str, delta: float, *, after: Sequence[Event] = ()
     ) -> float:
-        """Return the largest epsilon of any of these blocks, after further events if asked; 0 for no block and no event."""
+        """Return the largest epsilon of any of these blocks, after further events if asked; 0 for no block
+        and no event.
+        """
         self._refresh()
         standing = self._standing(blocks) or (NAMED_ACCOUNTS,)
         histories = {history.digest: history for history in (self._block_history(b, unit) for b in standing)}
@@ -308,7 +319,9 @@ class Ledger:
                     self._append("spend", account, {"reservation": reservation.sequence})
 
     def epsilon(self, owner: str, dataset: str, unit: str, delta: float) -> float:
-        """Return the epsilon of everything this owner paid for, confirmed or not; infinity after a release without bound."""
+        """Return the epsilon of everything this owner paid for, confirmed or not; infinity after a release
+        without bound.
+        """
         self._refresh()
         account = Account(owner, dataset, unit)
         if account not in self._budgets:
@@ -344,7 +357,9 @@ class Ledger:
         return self._paid.get((owner, run), Counter()).total()
 
     def charged(self, owner: str, run: str) -> tuple[tuple[Event, int], ...]:
-        """Return what one owner was charged for in a run, and how often: a run that was extended has several events."""
+        """Return what one owner was charged for in a run, and how often: a run that was extended has several
+        events.
+        """
         self._refresh()
         return tuple(self._paid.get((owner, run), Counter()).items())
 

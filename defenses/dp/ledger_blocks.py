@@ -1,4 +1,6 @@
-"""The blocks of a ledger in memory: which stand, what came after those that do not, and what they are made of."""
+"""The blocks of a ledger in memory: which stand, what came after those that do not, and what they are made
+of.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class BlockBook:
         self._directory = None
 
     def standing(self, numbers: Iterable[int]) -> tuple[int, ...]:
-        """Return the standing blocks that hold the records of these, in order; a closed one is followed to all its heirs."""
+        """Return the standing blocks that hold the records of these, in order; a closed one is followed to
+        all its heirs.
+        """
         result: set[int] = set()
         waiting, visited = list(numbers), set[int]()
         while waiting:

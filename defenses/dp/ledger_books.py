@@ -1,4 +1,6 @@
-"""The accounts of a ledger in memory: what each has paid for, and its epsilon, computed once for equal histories."""
+"""The accounts of a ledger in memory: what each has paid for, and its epsilon, computed once for equal
+histories.
+"""
 
 from __future__ import annotations
 

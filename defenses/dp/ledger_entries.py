@@ -1,4 +1,6 @@
-"""What goes into a ledger and what comes out of it: charges, reservations, budgets, and its rows as a reader sees them."""
+"""What goes into a ledger and what comes out of it: charges, reservations, budgets, and its rows as a reader
+sees them.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ _LONGEST_LABEL = 300
 class Charge:
     """One release about to happen, and who pays for it.
 
-    With `blocks` (from `Ledger.blocks_for`) these blocks of records pay, within the lifetime budget of the ledger, and
-    owner and data set are labels; without, the account named by owner and data set pays. `commitment` may hold a hash
-    that binds seed, model and mechanism: a later charge with the same one is the identical release replayed after a
-    crash and costs nothing.
+    With `blocks` (from `Ledger.blocks_for`) these blocks of records pay, within the lifetime budget of the
+    ledger, and owner and data set are labels; without, the account named by owner and data set pays.
+    `commitment` may hold a hash that binds seed, model and mechanism: a later charge with the same one is the
+    identical release replayed after a crash and costs nothing.
     """
 
     owner: str

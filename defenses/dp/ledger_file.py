@@ -1,7 +1,7 @@
-"""The files under the ledger: an append-only SQLite table whose rows are chained by hashes, its anchor, and its key.
-
-Blocks of records lie in a second table, bound to their rows by a digest; digests of records are keyed, and the key has a file of
-its own (`<ledger>.key`), so that neither the table nor an export tells who is in it.
+"""The files under the ledger: an append-only SQLite table whose rows are chained by hashes, its anchor, and
+its key.
+ Blocks of records lie in a second table, bound to their rows by a digest; digests of records are keyed, and
+the key has a file of its own (`<ledger>.key`), so that neither the table nor an export tells who is in it.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Head:
 class LedgerFile:
     """Append rows and read them back, checking the chain.
 
-    Guarantee: an append is one atomic transaction with synchronous=FULL; the anchor is written after the commit, so it
-    may lag behind after a crash (and is repaired by the next change) but never leads.
+    Guarantee: an append is one atomic transaction with synchronous=FULL; the anchor is written after the
+    commit, so it may lag behind after a crash (and is repaired by the next change) but never leads.
     """
 
     def __init__(self, path: Path, *, create: bool) -> None:
@@ -111,7 +111,9 @@ class LedgerFile:
         self._check_anchor(self._read_head())
 
     def _adopt_newborn(self) -> None:
-        """A ledger that died (or whose twin still works) between its first row and its anchor has one row and no anchor."""
+        """A ledger that died (or whose twin still works) between its first row and its anchor has one row and
+        no anchor.
+        """
         if self.last().sequence > 1 and not self.head_path.exists():
             raise TamperedError
         self.write_head()
@@ -231,7 +233,8 @@ class LedgerFile:
         return stored[0], stored[1]
 
     def create_key(self) -> bytes:
-        """Make the ledger's key, readable by its owner only; an older one that no row was written with is kept.
+        """Make the ledger's key, readable by its owner only; an older one that no row was written with is
+        kept.
 
         Raises: ParameterError when a file of that name is not a key.
         """
@@ -289,7 +292,9 @@ class LedgerFile:
 
 
 def _create_private(path: Path) -> None:
-    """Create an empty file that only its owner may read; SQLite gives its journals the same rights, and names what fails."""
+    """Create an empty file that only its owner may read; SQLite gives its journals the same rights, and names
+    what fails.
+    """
     with suppress(OSError):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
 

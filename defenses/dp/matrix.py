@@ -1,12 +1,13 @@
-"""Correlated noise by banded matrix factorisation: client-level runs that cannot claim amplification by sampling.
+"""Correlated noise by banded matrix factorisation: client-level runs that cannot claim amplification by
+sampling.
+ The server releases prefix sums A x of the per-round sums x. With A = B C the noise B z equals noise C^-1 z
+on every round, where z is fresh. A client that takes part at most `participations` times, at least
+`min_separation` rounds apart, touches columns of C whose supports do not meet when C has at most
+`min_separation` bands, so the sensitivity is the root of a sum of squared column norms and the whole run is
+one Gaussian release.
 
-The server releases prefix sums A x of the per-round sums x. With A = B C the noise B z equals noise C^-1 z on every
-round, where z is fresh. A client that takes part at most `participations` times, at least `min_separation` rounds
-apart, touches columns of C whose supports do not meet when C has at most `min_separation` bands, so the sensitivity is
-the root of a sum of squared column norms and the whole run is one Gaussian release.
-
-Source: Choquette-Choo et al., arXiv 2306.08153, section 3; square-root coefficients: Fichtenberger, Henzinger, Upadhyay,
-arXiv 2202.11205.
+Source: Choquette-Choo et al., arXiv 2306.08153, section 3; square-root coefficients: Fichtenberger,
+Henzinger, Upadhyay, arXiv 2202.11205.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Coefficients = npt.NDArray[np.float64]
 
 
 def square_root_coefficients(bands: int) -> Coefficients:
-    """Return the first `bands` Taylor coefficients of (1 - x)^(-1/2): the square root of the prefix-sum matrix."""
+    """Return the first `bands` Taylor coefficients of (1 - x)^(-1/2): the square root of the prefix-sum
+    matrix.
+    """
     if bands < 1:
         raise ParameterError(f"bands = {bands}: must be at least 1")
     index = np.arange(1, bands)
@@ -58,7 +61,9 @@ def sensitivity(
 def root_mean_square_error(
     coefficients: Sequence[float] | Coefficients, *, steps: int, participations: int
 ) -> float:
-    """Return the error of a prefix sum, root mean square over the run, for noise multiplier one and clip bound one."""
+    """Return the error of a prefix sum, root mean square over the run, for noise multiplier one and clip
+    bound one.
+    """
     column = np.asarray(coefficients, dtype=np.float64)
     rows = np.cumsum(_inverse(column, steps))
     # Entry (t, s) of A C^-1 depends on t - s alone; its square appears steps - (t - s) times.
@@ -83,7 +88,8 @@ def correlate(
     fresh: npt.NDArray[np.float64],
     previous: Sequence[npt.NDArray[np.float64]],
 ) -> npt.NDArray[np.float64]:
-    """Return this round's noise, a row of C^-1 z, from fresh noise and the noise of earlier rounds, newest first.
+    """Return this round's noise, a row of C^-1 z, from fresh noise and the noise of earlier rounds, newest
+    first.
 
     Keep the last `bands - 1` results; the first round passes none.
     """

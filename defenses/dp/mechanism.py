@@ -1,4 +1,6 @@
-"""One object owns sampler, bound, noise and accounting event, so an event cannot describe what is not running."""
+"""One object owns sampler, bound, noise and accounting event, so an event cannot describe what is not
+running.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,13 @@ RecordSampling = Literal["poisson", "full", "fixed_size"]
 class RecordMechanism:
     """Describe differentially private training on records: everything that decides epsilon, and nothing else.
 
-    `noise_multiplier` is the noise over the bound on one record, for the whole step (with adaptive clipping that
-    includes the count). `expected_batch_size` is the public constant every noisy sum is divided by.
-    `sampling_rate` 1 with `full` sampling gives no amplification; `fixed_size` draws exactly
-    round(rate * population) records and needs the adjacency `replace_one` or `zero_out`.
+    `noise_multiplier` is the noise over the bound on one record, for the whole step (with adaptive clipping
+    that includes the count). `expected_batch_size` is the public constant every noisy sum is divided by.
+    `sampling_rate` 1 with `full` sampling gives no amplification; `fixed_size` draws exactly round(rate *
+    population) records and needs the adjacency `replace_one` or `zero_out`.
 
-    Guarantee: `event` is made from the same fields that `sample` and `privatise` run on; `start` hands out at most
-    `steps` steps. The divisor never depends on the data.
+    Guarantee: `event` is made from the same fields that `sample` and `privatise` run on; `start` hands out at
+    most `steps` steps. The divisor never depends on the data.
     """
 
     sampling_rate: float
@@ -77,7 +79,9 @@ class RecordMechanism:
         )
 
     def gradient_noise_multiplier(self) -> float:
-        """Return the noise multiplier of the gradient alone; above the stated one when a count is released with it."""
+        """Return the noise multiplier of the gradient alone; above the stated one when a count is released
+        with it.
+        """
         if self.clipping != "adaptive":
             return self.noise_multiplier
         return AdaptiveCount(total=self.noise_multiplier, count_noise=self.count_noise).gradient
@@ -148,10 +152,11 @@ class RecordMechanism:
 class RecordRun:
     """Run the steps of a `RecordMechanism`: sample, then privatise, in turn, never more than stated.
 
-    `private` turns False for good once a replayable source was used; such a run must be reported as not private.
+    `private` turns False for good once a replayable source was used; such a run must be reported as not
+    private.
 
-    Guarantee: every `sample` is followed by exactly one `privatise` of a sum with the current bound; `event` covers
-    the steps begun, so a sampled step counts as spent even if it is never released.
+    Guarantee: every `sample` is followed by exactly one `privatise` of a sum with the current bound; `event`
+    covers the steps begun, so a sampled step counts as spent even if it is never released.
     """
 
     def __init__(self, mechanism: RecordMechanism) -> None:
@@ -169,7 +174,8 @@ class RecordRun:
     def sample(self, population: int, source: RandomSource) -> Indices:
         """Begin a step: draw its records.
 
-        Raises: BudgetExceeded after the last stated step; ParameterError when the previous step was not released.
+        Raises: BudgetExceeded after the last stated step; ParameterError when the previous step was not
+        released.
         """
         if self._open:
             raise ParameterError(
@@ -183,7 +189,9 @@ class RecordRun:
         return self.mechanism.sample(population, source)
 
     def privatise(self, clipped_sum: ClippedSum, source: RandomSource) -> dict[str, Tensor]:
-        """Release the step: noisy sum over the public divisor. Moves an adaptive bound, by its own noisy count."""
+        """Release the step: noisy sum over the public divisor. Moves an adaptive bound, by its own noisy
+        count.
+        """
         if not self._open:
             raise NotPrivateError(
                 "privatise before sample: the event would describe a sampler that did not run"
@@ -211,18 +219,21 @@ def _digest(kind: str, values: Mapping[str, object]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientMechanism:
-    """Describe client-level privacy: each client's whole update is one vector, bounded once, noised in shares.
+    """Describe client-level privacy: each client's whole update is one vector, bounded once, noised in
+    shares.
 
-    `noise_multiplier` is the noise of the whole opened sum over the bound on one client. Every client adds variance
-    (noise_multiplier * clip_norm)^2 / honest_survivors, so the sum holds enough as soon as `honest_survivors` clients
-    whose shares no colluder knows are in it. `participations` is the most rounds one client takes part in
-    (`participation_cap`); no amplification by sampling is claimed.
+    `noise_multiplier` is the noise of the whole opened sum over the bound on one client. Every client adds
+    variance (noise_multiplier * clip_norm)^2 / honest_survivors, so the sum holds enough as soon as
+    `honest_survivors` clients whose shares no colluder knows are in it. `participations` is the most rounds
+    one client takes part in (`participation_cap`); no amplification by sampling is claimed.
 
-    For the integer ring, `scale` is the number of integer steps in 1.0 and `dimension` the length of the vector: an
-    update of norm C, scaled and rounded at random to a neighbouring integer in every coordinate, has norm at most
-    C * scale + sqrt(dimension), and that is the sensitivity noise and event are built on. No rounding is redrawn.
+    For the integer ring, `scale` is the number of integer steps in 1.0 and `dimension` the length of the
+    vector: an update of norm C, scaled and rounded at random to a neighbouring integer in every coordinate,
+    has norm at most C * scale + sqrt(dimension), and that is the sensitivity noise and event are built on. No
+    rounding is redrawn.
 
-    Guarantee: with at least `honest_survivors` honest clients in every opened sum, the stated multiplier holds.
+    Guarantee: with at least `honest_survivors` honest clients in every opened sum, the stated multiplier
+    holds.
     """
 
     noise_multiplier: float
@@ -293,7 +304,8 @@ class ClientMechanism:
         return SkellamEvent(
             unit="client",
             adjacency=self.adjacency,
-            # an integer is at most its own square, so the L1 norm of an integer vector is at most its squared L2 norm
+            # an integer is at most its own square, so the L1 norm of an integer vector is at most its squared
+            # L2 norm
             l1_sensitivity=max(change, min(math.sqrt(dimension) * change, change**2)),
             l2_sensitivity=change,
             variance=self._integer_variance(scale, dimension),

@@ -1,12 +1,13 @@
 """Gaussian noise from cryptographic bits, released so that no floating-point residue betrays what it hides.
 
-Why not a plain float Gaussian: the sum x + z of floats can only take values that x and the sampler's own set of
-values allow, and its low bits tell neighbouring x apart (Mironov 2012; Jin et al., arXiv 2112.05307; Holohan and
-Braghin, arXiv 2107.10138, whose remedy is to add several samples). Here the ideal mechanism is "x + Gaussian, rounded
-to a public grid", which is post-processing of the Gaussian mechanism and loses nothing in the accounting. It is
-computed in float64 from 128 random bits a pair, and the grid is so coarse (2^-14 of the noise) against float64 that
-every grid cell holds billions of the sampler's values: the probability of each output differs from the ideal one by
-a relative 2^-34, and the reachable outputs are the same grid whatever x was. One rounding replaces four samplers.
+Why not a plain float Gaussian: the sum x + z of floats can only take values that x and the sampler's own set
+of values allow, and its low bits tell neighbouring x apart (Mironov 2012; Jin et al., arXiv 2112.05307;
+Holohan and Braghin, arXiv 2107.10138, whose remedy is to add several samples). Here the ideal mechanism is "x
++ Gaussian, rounded to a public grid", which is post-processing of the Gaussian mechanism and loses nothing in
+the accounting. It is computed in float64 from 128 random bits a pair, and the grid is so coarse (2^-14 of the
+noise) against float64 that every grid cell holds billions of the sampler's values: the probability of each
+output differs from the ideal one by a relative 2^-34, and the reachable outputs are the same grid whatever x
+was. One rounding replaces four samplers.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def gaussian(count: int, *, std: float, source: RandomSource) -> npt.NDArray[np.
 def add_gaussian(values: Tensor, *, std: float, source: RandomSource) -> Tensor:
     """Return values + N(0, std^2) rounded to a public power-of-two grid, in float32.
 
-    Guarantee: the output is a multiple of `grid_of(std)` (or a float32 rounding of one); the noise is independent in
-    every coordinate and uses the source alone; std 0 returns the values unchanged.
+    Guarantee: the output is a multiple of `grid_of(std)` (or a float32 rounding of one); the noise is
+    independent in every coordinate and uses the source alone; std 0 returns the values unchanged.
     Assumes: `std` is a public constant.
     """
     _check(std)

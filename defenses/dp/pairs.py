@@ -1,11 +1,10 @@
 """Which one-dimensional pair of distributions dominates one step of a mechanism.
-
-Why the pairs are enough. For fixed other records the released sum is Gaussian around a centre that depends on which of
-the person's records joined. For a test function f with E f = s under the centre without the person, the
-Neyman-Pearson lemma gives E f <= F(F^-1(s) + |u|) under a centre moved by u and E f >= F(F^-1(s) - |v|) under one
-moved by v (F the normal distribution function). So P(f) - a Q(f) is largest, for every a > 0, when all moves lie on
-one line, P's to the right and Q's to the left, at their largest lengths: the one-dimensional mixtures below. Joint
-convexity carries this over the random choice of the other records.
+ Why the pairs are enough. For fixed other records the released sum is Gaussian around a centre that depends
+on which of the person's records joined. For a test function f with E f = s under the centre without the
+person, the Neyman-Pearson lemma gives E f <= F(F^-1(s) + |u|) under a centre moved by u and E f >= F(F^-1(s)
+- |v|) under one moved by v (F the normal distribution function). So P(f) - a Q(f) is largest, for every a >
+0, when all moves lie on one line, P's to the right and Q's to the left, at their largest lengths: the
+one-dimensional mixtures below. Joint convexity carries this over the random choice of the other records.
 
 Source: Zhu, Dong, Wang, arXiv 2106.08567 (dominating pairs).
 """
@@ -31,9 +30,9 @@ Integers = npt.NDArray[np.int64]
 class MixturePair:
     """P = sum_i up[i] N(i, sigma^2) against Q = sum_i down[i] N(-i, sigma^2), in units of the clip bound.
 
-    `gap` is up[0] - down[0], kept apart because it is tiny and would be lost in the difference. A `symmetric` pair
-    stands for sampling without replacement under replace-one: the curve of the pair for losses above zero and its
-    mirror image below.
+    `gap` is up[0] - down[0], kept apart because it is tiny and would be lost in the difference. A `symmetric`
+    pair stands for sampling without replacement under replace-one: the curve of the pair for losses above
+    zero and its mirror image below.
     """
 
     up: tuple[float, ...]
@@ -54,7 +53,9 @@ class MixturePair:
         )
 
     def output_of_loss(self, losses: Floats) -> Floats:
-        """Return the output x at which the loss is reached; -inf (or inf) where every loss is larger (or smaller)."""
+        """Return the output x at which the loss is reached; -inf (or inf) where every loss is larger (or
+        smaller).
+        """
         if len(self.down) == 1 and len(self.up) == 2:
             if self.up[0] == 0.0:
                 return self.sigma**2 * losses + 0.5
@@ -77,7 +78,8 @@ class Mechanism:
 def mechanism_of(event: GaussianEvent | MatrixFactorizationEvent) -> Mechanism:
     """Return the dominating pair of an event; Gaussians without sampling become a share of one squared shift.
 
-    Replace-one moves a sum twice as far as add-remove or zero-out; `records_per_person` records move it that many times.
+    Replace-one moves a sum twice as far as add-remove or zero-out; `records_per_person` records move it that
+    many times.
     """
     reach = 2.0 if event.adjacency == "replace_one" else 1.0
     if isinstance(event, MatrixFactorizationEvent):
@@ -102,7 +104,8 @@ def gaussian_pair(mu: float) -> MixturePair:
 def poisson_pair(rate: float, sigma: float, records: int = 1, *, replace: bool = False) -> MixturePair:
     """Return the dominating pair of a Poisson-sampled Gaussian step for a person with `records` records.
 
-    Source: Choquette-Choo et al., arXiv 2401.10294 (mixture of Gaussians), and the argument in this module's docstring.
+    Source: Choquette-Choo et al., arXiv 2401.10294 (mixture of Gaussians), and the argument in this module's
+    docstring.
     """
     weights = _binomial(rate, records)
     if replace:
@@ -111,7 +114,8 @@ def poisson_pair(rate: float, sigma: float, records: int = 1, *, replace: bool =
 
 
 def fixed_size_pair(rate: float, sigma: float) -> MixturePair:
-    """Return the dominating pair of batches drawn without replacement, under replace-one (zero-out is a special case).
+    """Return the dominating pair of batches drawn without replacement, under replace-one (zero-out is a
+    special case).
 
     A swap moves the sum by at most two clip bounds, hence the halved noise.
 

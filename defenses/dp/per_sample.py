@@ -23,9 +23,9 @@ Losses = Callable[[], Tensor]
 class ClippedSum:
     """Hold the sum over samples of clipped gradients in float64, with the bound that was applied.
 
-    A large sum in float32 rounds away part of every sample, differently when one is missing: one sample moved the sum
-    of 4,096 by 1.25 times its bound when they were added one by one.
-    `batch_size` and `within` (samples whose norm was at most the bound) are private: they leave only with noise.
+    A large sum in float32 rounds away part of every sample, differently when one is missing: one sample moved
+    the sum of 4,096 by 1.25 times its bound when they were added one by one. `batch_size` and `within`
+    (samples whose norm was at most the bound) are private: they leave only with noise.
     """
 
     gradients: dict[str, Tensor]
@@ -49,12 +49,13 @@ class ClippedSum:
 class PerSampleEngine:
     """Compute sums of clipped per-sample gradients of a model's trainable parameters.
 
-    The model is untouched between calls: modules are rerouted only while a loss is computed and differentiated.
-    `close()` forgets the model; the engine is also a context manager.
+    The model is untouched between calls: modules are rerouted only while a loss is computed and
+    differentiated. `close()` forgets the model; the engine is also a context manager.
 
-    Guarantee: one forward and one backward pass; every sample contributes at most the clipping bound (norms and factors
-    in float32 whatever the precision of the forward pass, sums of more than a few samples in float64); a sample with NaN or Inf contributes zero; a
-    gradient that reaches a parameter by any path the engine does not see is an error, not a leak.
+    Guarantee: one forward and one backward pass; every sample contributes at most the clipping bound (norms
+    and factors in float32 whatever the precision of the forward pass, sums of more than a few samples in
+    float64); a sample with NaN or Inf contributes zero; a gradient that reaches a parameter by any path the
+    engine does not see is an error, not a leak.
     Assumes: each loss depends on its own sample only. `probe_sensitivity` checks that on random data.
     Raises: NotPrivateError, naming the culprit, for anything outside the covered kinds.
     """
@@ -87,10 +88,11 @@ class PerSampleEngine:
         return dict(self._parameters)
 
     def clipped_sum(self, losses: Losses, *, clip: Clipping, batch_size: int | None = None) -> ClippedSum:
-        """Sum the clipped gradients of a batch; `losses()` runs the forward pass and returns `[batch]` losses.
+        """Sum the clipped gradients of a batch; `losses()` runs the forward pass and returns `[batch]`
+        losses.
 
-        `batch_size` is needed only when the forward pass does not go through the engine's model and some input is
-        fed once for the whole batch.
+        `batch_size` is needed only when the forward pass does not go through the engine's model and some
+        input is fed once for the whole batch.
         """
         uses, values = self._differentiate(losses, batch_size)
         with (
@@ -278,7 +280,9 @@ def _covers(model: nn.Module, recorder: Recorder) -> list[Cover]:
 
 
 def _uncovered(model: nn.Module, covers: list[Cover], trainable: Mapping[str, nn.Parameter]) -> list[str]:
-    """Name every place that holds a trainable parameter no cover takes care of; a tied parameter has several places."""
+    """Name every place that holds a trainable parameter no cover takes care of; a tied parameter has several
+    places.
+    """
     covered: dict[nn.Parameter, list[nn.Module]] = {}
     for item in covers:
         for parameter in item.parameters:
@@ -331,10 +335,12 @@ def _dense(use: Use, shape: torch.Size) -> Dense:
 
 
 def _squared_norm(parts: list[Use], parameter: nn.Parameter) -> Tensor:
-    """Return the squared norm `[batch]` of the sum of all uses of one parameter, and merge what must be merged.
+    """Return the squared norm `[batch]` of the sum of all uses of one parameter, and merge what must be
+    merged.
 
-    Norms from factors can cancel: terms far larger than the result leave their float32 rounding behind. That rounding
-    is added on top, so that a norm is never taken for smaller than it is and no sample slips past its bound.
+    Norms from factors can cancel: terms far larger than the result leave their float32 rounding behind. That
+    rounding is added on top, so that a norm is never taken for smaller than it is and no sample slips past
+    its bound.
     """
     if len(parts) > 1 and any(isinstance(part, Dense) for part in parts):
         total = torch.stack([_dense(part, parameter.shape).values for part in parts]).sum(0)
@@ -355,7 +361,9 @@ _ROUNDING = 2.0**-22
 
 
 def _factored_size(use: Use) -> Tensor:
-    """Return the sum over tokens of the norms of their terms, `[batch]`; nothing to add for a gradient held whole."""
+    """Return the sum over tokens of the norms of their terms, `[batch]`; nothing to add for a gradient held
+    whole.
+    """
     if isinstance(use, Dense):
         return use.values.new_zeros(use.batch)
     if isinstance(use, Rows):
@@ -415,7 +423,9 @@ def _wide_device(tensor: Tensor) -> torch.device:
 
 
 def _weighted_sum(use: Use, factors: Tensor, shape: torch.Size) -> Tensor:
-    """Sum the gradients over samples, scaled by `factors`; a factor of zero removes a sample even if it is NaN."""
+    """Sum the gradients over samples, scaled by `factors`; a factor of zero removes a sample even if it is
+    NaN.
+    """
     gone = factors == 0
     clean = bool(gone.any())
     if isinstance(use, Dense):

@@ -1,8 +1,8 @@
 """The privacy-loss distribution of one step on a grid, without losing privacy.
-
-Why the grid is safe. Each interval of losses keeps its mass under P and under Q exactly; both are given to the two end
-points of the interval. The hockey-stick curve of the result is the piecewise linear interpolation (in e^epsilon) of a
-convex curve, hence above it everywhere, and domination is kept under composition. The excess is of second order.
+ Why the grid is safe. Each interval of losses keeps its mass under P and under Q exactly; both are given to
+the two end points of the interval. The hockey-stick curve of the result is the piecewise linear interpolation
+(in e^epsilon) of a convex curve, hence above it everywhere, and domination is kept under composition. The
+excess is of second order.
 
 Source: Doroshenko et al., arXiv 2207.04380 (connecting the dots).
 """
@@ -29,9 +29,10 @@ class LossTooLarge(ArithmeticError):
 class LossGrid:
     """A discrete privacy-loss distribution on multiples of `spacing`, valid for both directions.
 
-    `forward[t]` is the mass under P of loss `indices[t] * spacing`, `backward[t]` the mass under Q of the same point,
-    which in the other direction has the loss `-indices[t] * spacing`. The infinities are losses given up on.
-    `coarse_*` describe the intervals before their mass was moved: masses and log-ratios, a lower bound for moments.
+    `forward[t]` is the mass under P of loss `indices[t] * spacing`, `backward[t]` the mass under Q of the
+    same point, which in the other direction has the loss `-indices[t] * spacing`. The infinities are losses
+    given up on. `coarse_*` describe the intervals before their mass was moved: masses and log-ratios, a lower
+    bound for moments.
     """
 
     spacing: float
@@ -54,8 +55,8 @@ def bulk(pair: MixturePair) -> float:
 def discretise(pair: MixturePair, *, spacing: float, growth: float, tail: float) -> LossGrid:
     """Put the loss of one step on multiples of `spacing`, pessimistically in both directions.
 
-    Intervals have the width `spacing` in the bulk and widen by the fraction `growth` outside. At most about `tail` of
-    the probability is moved to an infinite loss.
+    Intervals have the width `spacing` in the bulk and widen by the fraction `growth` outside. At most about
+    `tail` of the probability is moved to an infinite loss.
 
     Guarantee: the result dominates the pair for both directions, up to roundings of a few ulp of each mass.
     Raises: LossTooLarge when losses do not fit double precision.
@@ -93,7 +94,9 @@ def discretise(pair: MixturePair, *, spacing: float, growth: float, tail: float)
 def _connect(
     spacing: float, indices: Integers, losses: Floats, mass_p: Floats, mass_q: Floats, above: Floats
 ) -> LossGrid:
-    """Give each cell's two masses to its end points; the outer cells go to the first point, the last, and infinity."""
+    """Give each cell's two masses to its end points; the outer cells go to the first point, the last, and
+    infinity.
+    """
     inner_p, inner_q, widths = mass_p[1:-1], mass_q[1:-1], np.diff(losses)
     right = np.clip(above / -np.expm1(-widths), 0.0, inner_p)
     forward, backward = np.zeros(len(losses)), np.zeros(len(losses))
@@ -163,7 +166,9 @@ def _dots(first: int, last: int, core: float, growth: float) -> Integers:
 
 
 def _cell_masses(outputs: Floats, centre: float, sigma: float) -> Floats:
-    """Return the mass of N(centre, sigma^2) in the cells the outputs cut the line into, each from its own tail."""
+    """Return the mass of N(centre, sigma^2) in the cells the outputs cut the line into, each from its own
+    tail.
+    """
     edges = (np.concatenate([[-np.inf], outputs, [np.inf]]) - centre) / sigma
     positive = edges[:-1] > 0
     near = np.where(positive, -edges[1:], edges[:-1])

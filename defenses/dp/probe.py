@@ -45,10 +45,10 @@ def probe_sensitivity(
 ) -> ProbeReport:
     """Leave every sample out once, with the exact model, loss and trainables of a run, on random data.
 
-    `losses_of(indices)` returns the closure that computes the losses of those samples alone. Dropout is switched off
-    for the probe (modules stay in train mode, so everything else that differs in training still runs): its masks
-    depend on the shape of the batch and would look like coupling, yet they are independent of the data.
-    For a forward pass below float32, probe in float32 or give wider tolerances.
+    `losses_of(indices)` returns the closure that computes the losses of those samples alone. Dropout is
+    switched off for the probe (modules stay in train mode, so everything else that differs in training still
+    runs): its masks depend on the shape of the batch and would look like coupling, yet they are independent
+    of the data. For a forward pass below float32, probe in float32 or give wider tolerances.
 
     Guarantee: passes only if (a) ||sum(all) - sum(all but i)|| <= C (1 + tolerance) for every i, at the run's bound
     and at bounds between the samples' own norms, where coupling shows; (b) unclipped, sum(all) = sum(all but i) +
@@ -87,7 +87,9 @@ class _Probe:
             )
 
     def additivity(self, tolerance: float) -> tuple[list[float], float]:
-        """Check that samples add up without clipping; return each sample's own norm and the largest deviation."""
+        """Check that samples add up without clipping; return each sample's own norm and the largest
+        deviation.
+        """
         whole = self._sum(self._everyone, _UNBOUNDED)
         alone = [self._sum([i], _UNBOUNDED) for i in self._everyone]
         norms = [_norm(part) for part in alone]
@@ -137,7 +139,9 @@ _UNBOUNDED = Clipping(clip_norm=3e37)
 def _first_coupled_module(
     model: nn.Module, losses_of: LossesOf, everyone: list[int], rest: list[int]
 ) -> str | None:
-    """Name the first module whose output for a sample depends on who else is in the batch while its input does not."""
+    """Name the first module whose output for a sample depends on who else is in the batch while its input
+    does not.
+    """
     full = list(_trace(model, losses_of(everyone)))
     part = list(_trace(model, losses_of(rest)))
     for (name, module, inputs, output), (_, _, inputs_part, output_part) in zip(full, part, strict=False):
@@ -187,10 +191,12 @@ def _norm(parts: dict[str, Tensor]) -> float:
 
 @contextmanager
 def no_dropout() -> Iterator[None]:
-    """Make every kind of dropout the identity inside the block, module or function call, without leaving train mode.
+    """Make every kind of dropout the identity inside the block, module or function call, without leaving
+    train mode.
 
-    The functions of torch.nn.functional are replaced for the whole process: a torch function mode would be simpler but
-    is not active while checkpoints recompute inside the backward pass. Do not train in another thread meanwhile.
+    The functions of torch.nn.functional are replaced for the whole process: a torch function mode would be
+    simpler but is not active while checkpoints recompute inside the backward pass. Do not train in another
+    thread meanwhile.
     """
     attention: Callable[..., Tensor] = F.scaled_dot_product_attention
 

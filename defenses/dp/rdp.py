@@ -1,7 +1,7 @@
-"""Renyi differential privacy: log-moments of every event, conversion, and the price of choosing the best of many runs.
-
-Used for what has no loss distribution here (Skellam noise, random stopping), as a fallback and as a cross-check. All
-curves are log E exp(order * loss) = order * D_(1 + order), at the common `ORDERS`.
+"""Renyi differential privacy: log-moments of every event, conversion, and the price of choosing the best of
+many runs.
+ Used for what has no loss distribution here (Skellam noise, random stopping), as a fallback and as a
+cross-check. All curves are log E exp(order * loss) = order * D_(1 + order), at the common `ORDERS`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def event_log_moments(event: Event) -> tuple[Floats, Floats]:
 
 @lru_cache(maxsize=4096)
 def pair_log_moments(pair: MixturePair) -> tuple[Floats, Floats]:
-    """Return the log-moments of one step for both directions, by Gauss-Legendre quadrature; infinity at huge orders."""
+    """Return the log-moments of one step for both directions, by Gauss-Legendre quadrature; infinity at huge
+    orders.
+    """
     forward = np.array([_moment(pair, order, backward=False) for order in ORDERS])
     backward = np.array([_moment(pair, order, backward=True) for order in ORDERS])
     forward.setflags(write=False)
@@ -128,7 +130,9 @@ def _log_sum(exponents: Floats) -> float:
 
 
 def _skellam_log_moments(event: SkellamEvent) -> Floats:
-    """Return the curve at integer Renyi orders, joined by chords (a log-moment is convex, so chords lie above it)."""
+    """Return the curve at integer Renyi orders, joined by chords (a log-moment is convex, so chords lie above
+    it).
+    """
     l1, l2, variance = event.l1_sensitivity, event.l2_sensitivity, event.variance
 
     def at(order: Floats) -> Floats:

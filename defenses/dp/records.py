@@ -1,8 +1,9 @@
-"""Keyed digests of single records: how a ledger knows a row again, whatever file, order, split or format it comes in.
-
-A record is named by 64 bits: 52 of a keyed digest of its content, and the number of the copy where the same content stands in
-several rows. Rows of equal content are different records, each with an account of its own, but nobody can tell later
-which copy was which: `defenses.dp.blocks` lets all copies inherit the largest history of any.
+"""Keyed digests of single records: how a ledger knows a row again, whatever file, order, split or format it
+comes in.
+ A record is named by 64 bits: 52 of a keyed digest of its content, and the number of the copy where the same
+content stands in several rows. Rows of equal content are different records, each with an account of its own,
+but nobody can tell later which copy was which: `defenses.dp.blocks` lets all copies inherit the largest
+history of any.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class RecordKey:
     """Turn contents into digests only the holder of this key can make.
 
     Guarantee: whoever lacks the key cannot tell whether a guessed content is in a ledger (keyed BLAKE2b as a
-    pseudorandom function, RFC 7693). Two different contents share a digest with probability 2^-52; then a new record
-    is taken for a known one, which only makes it pay more. The key is never printed, logged or pickled.
+    pseudorandom function, RFC 7693). Two different contents share a digest with probability 2^-52; then a new
+    record is taken for a known one, which only makes it pay more. The key is never printed, logged or
+    pickled.
     """
 
     __slots__ = ("_secret",)
@@ -53,7 +55,9 @@ class RecordKey:
         return self._digests(values, b"record") & _CONTENT
 
     def lots(self, values: Iterable[bytes]) -> Keys:
-        """Return a number below 2^64 for each value, `[n]`: a draw that falls the same in every run and order."""
+        """Return a number below 2^64 for each value, `[n]`: a draw that falls the same in every run and
+        order.
+        """
         return self._digests(values, b"lot")
 
     def check(self) -> str:
@@ -78,7 +82,8 @@ class RecordKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Records:
-    """Name rows: `keys[i]` is record i, uint64 `[n]`; `cells[i]` are further contents it is known by, uint64 `[n, c]`, 0 for none.
+    """Name rows: `keys[i]` is record i, uint64 `[n]`; `cells[i]` are further contents it is known by, uint64
+    `[n, c]`, 0 for none.
 
     A row whose text column changes is still found by the cells it was not read by.
     """
@@ -110,7 +115,9 @@ def name_persons(contents: Keys, cells: Sequence[Keys] = ()) -> Records:
 
 
 def number_copies(contents: Keys) -> Keys:
-    """Return the contents with the number of the copy in their low bits; copies beyond the last share its number."""
+    """Return the contents with the number of the copy in their low bits; copies beyond the last share its
+    number.
+    """
     order = np.argsort(contents, kind="stable")
     ordered = contents[order]
     first = np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]
@@ -127,7 +134,8 @@ def contents_of(keys: Keys) -> Keys:
 
 
 def canonical_text(text: str) -> bytes:
-    """Return a text as it is compared: compatibility forms, case, white space and invisible characters do not matter.
+    """Return a text as it is compared: compatibility forms, case, white space and invisible characters do not
+    matter.
 
     >>> canonical_text(" The  same\\n row ") == canonical_text("the same row")
     True
@@ -145,7 +153,9 @@ def person_content(value: object) -> bytes:
 
 
 def canonical_pixels(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Return a picture `[height, width]` or `[height, width, 1 or 3]` as it is compared: grey equals grey in three channels."""
+    """Return a picture `[height, width]` or `[height, width, 1 or 3]` as it is compared: grey equals grey in
+    three channels.
+    """
     height, width = pixels.shape[:2]
     coloured = np.broadcast_to(pixels.reshape(height, width, -1), (height, width, 3))
     return b"%d x %d " % (height, width) + np.ascontiguousarray(coloured).tobytes()

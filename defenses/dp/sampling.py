@@ -17,8 +17,8 @@ _CHUNK = 1 << 16
 def poisson_sample(population: int, *, rate: float, source: RandomSource) -> Indices:
     """Return the sorted indices of those who take part, each independently with probability `rate`.
 
-    Guarantee: the probability of each index is floor(rate * 2^64) / 2^64, so never above `rate`, and exactly 1 for
-    rate 1; the result may be empty, and an empty step is still a step with noise.
+    Guarantee: the probability of each index is floor(rate * 2^64) / 2^64, so never above `rate`, and exactly
+    1 for rate 1; the result may be empty, and an empty step is still a step with noise.
     """
     if population < 0:
         raise ParameterError(f"population = {population}: must not be negative")
@@ -37,7 +37,8 @@ def poisson_sample(population: int, *, rate: float, source: RandomSource) -> Ind
 def fixed_size_sample(population: int, *, size: int, source: RandomSource) -> Indices:
     """Return a sorted uniform subset of exactly `size` indices, without replacement.
 
-    The members are those with the smallest random keys; a tie among keys, which would favour an order, is redrawn.
+    The members are those with the smallest random keys; a tie among keys, which would favour an order, is
+    redrawn.
     """
     if not 0 <= size <= population:
         raise ParameterError(f"size = {size}: must lie in [0, population = {population}]")
@@ -52,7 +53,9 @@ def fixed_size_sample(population: int, *, size: int, source: RandomSource) -> In
 
 
 def participation_cap(clients: int, *, rounds: int, cohort: int) -> int:
-    """Return the most rounds any client can take part in under `balanced_schedule`: ceil(rounds * cohort / clients)."""
+    """Return the most rounds any client can take part in under `balanced_schedule`: ceil(rounds * cohort /
+    clients).
+    """
     _check_schedule(clients, rounds, cohort)
     return -(-rounds * cohort // clients)
 
@@ -60,10 +63,11 @@ def participation_cap(clients: int, *, rounds: int, cohort: int) -> int:
 def balanced_schedule(clients: int, *, rounds: int, cohort: int, source: RandomSource) -> list[Indices]:
     """Return one cohort of distinct clients for each round, in which everybody's turns are capped.
 
-    Clients are dealt from shuffled decks, each deck holding every client once; a deck that begins in the middle of a
-    round deals first those who are not yet in that round.
+    Clients are dealt from shuffled decks, each deck holding every client once; a deck that begins in the
+    middle of a round deals first those who are not yet in that round.
 
-    Guarantee: every cohort has exactly `cohort` distinct clients, and no client is in more than `participation_cap`.
+    Guarantee: every cohort has exactly `cohort` distinct clients, and no client is in more than
+    `participation_cap`.
     Assumes: no amplification is claimed for this schedule; each realised participation is charged in full.
     """
     _check_schedule(clients, rounds, cohort)

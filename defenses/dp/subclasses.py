@@ -1,4 +1,6 @@
-"""Per-sample gradients for layers that model libraries derive from torch's own: scaled and positional lookups, frozen norms."""
+"""Per-sample gradients for layers that model libraries derive from torch's own: scaled and positional
+lookups, frozen norms.
+"""
 
 from __future__ import annotations
 

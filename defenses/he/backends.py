@@ -1,7 +1,7 @@
 """Four ways to carry integer vectors to a sum, in one shape and with bit-identical results.
-
-A client object has `encrypt(values) -> chunks` and `decrypt_sum(chunks, parties) -> int64 sum`; a server object has
-`add(chunks)` and `sum_chunks()`. What differs is who can read what lies between, which `defenses.he.collusion` states.
+ A client object has `encrypt(values) -> chunks` and `decrypt_sum(chunks, parties) -> int64 sum`; a server
+object has `add(chunks)` and `sum_chunks()`. What differs is who can read what lies between, which
+`defenses.he.collusion` states.
 
     plain     everyone reads everything: the definition of the right answer
     masking   any masking protocol, plugged in as two callables
@@ -178,7 +178,8 @@ class PlainClient:
 class MaskingClient:
     """Adapt a masking protocol: `mask` hides this client's words, `open_sum` takes the masks off their sum.
 
-    Both work on uint64 words modulo 2^64. `open_sum(words, parties)` is whatever recovery the protocol offers.
+    Both work on uint64 words modulo 2^64. `open_sum(words, parties)` is whatever recovery the protocol
+    offers.
     """
 
     def __init__(self, agreement: Agreement, party: bytes, *, mask: Callable[[Words], Words],
@@ -223,10 +224,11 @@ def _require(agreement: Agreement, parameters: Parameters) -> None:
 
 
 class EncryptedClient:
-    """Encrypt for, and open, one agreement under the key of its run (BFV or CKKS, whichever the parameters say).
+    """Encrypt for, and open, one agreement under the key of its run (BFV or CKKS, whichever the parameters
+    say).
 
-    `identity` signs what this client sends; its public key is the name of the party. `roster` are the public keys the
-    operator admitted: a cohort with anybody else in it is refused.
+    `identity` signs what this client sends; its public key is the name of the party. `roster` are the public
+    keys the operator admitted: a cohort with anybody else in it is refused.
 
     Guarantee: `decrypt_sum` returns the exact sum of exactly the named parties' vectors, each once, from this
     agreement, or raises. The server cannot have it open anything else (`defenses.he.tags`).
@@ -290,8 +292,9 @@ class EncryptedClient:
         """Open the sum of exactly these parties.
 
         Raises:
-            ProtocolError: too few or repeated parties, a malformed or incomplete sum, a second opening of the same
-                agreement; or a sum that fails its checks, after which the key is burnt and the run needs a new one.
+            ProtocolError: too few or repeated parties, a malformed or incomplete sum, a second opening of the
+                same agreement; or a sum that fails its checks, after which the key is burnt and the run needs
+                a new one.
         """
         check_parties(parties, self._agreement)
         engine, agreement = self._holder.engine(), self._agreement
@@ -322,13 +325,14 @@ class EncryptedClient:
     ) -> None:
         """Compare what this client opened with what the others did, before the sum leaves it or is used.
 
-        Guarantee: when it returns, a majority of the agreement's parties, or else everybody in the sum, opened this very
-        sum of these very parties. So of two different sums of one round that are both accepted, one leaves out everybody
-        who confirmed the other: subtracting them singles out nobody.
-        Assumes: a client confirms only what it opened, which it can do once. Each message is signed: whoever has the key
-        cannot confirm in another's name.
+        Guarantee: when it returns, a majority of the agreement's parties, or else everybody in the sum,
+        opened this very sum of these very parties. So of two different sums of one round that are both
+        accepted, one leaves out everybody who confirmed the other: subtracting them singles out nobody.
+        Assumes: a client confirms only what it opened, which it can do once. Each message is signed: whoever
+        has the key cannot confirm in another's name.
         Raises:
-            ProtocolError: another sum, other parties, a forged, repeated or malformed message, or too few of them.
+            ProtocolError: another sum, other parties, a forged, repeated or malformed message, or too few of
+              them.
         """
         secret, confirmed = self._confirmed(total, parties), {self._party} & set(parties)
         for message in messages:
@@ -341,7 +345,9 @@ class EncryptedClient:
             raise ProtocolError
 
     def _confirmed(self, total: Integers, parties: Sequence[bytes]) -> bytes:
-        """Bind key, agreement, parties and sum; nobody without the key can test a guess of the sum against it."""
+        """Bind key, agreement, parties and sum; nobody without the key can test a guess of the sum against
+        it.
+        """
         check_parties(parties, self._agreement)
         content = hashlib.sha256(b"".join(sorted(parties)) + total.astype("<i8").tobytes()).digest()
         return hmac.digest(self._holder.confirmation_key(self._digest), content, "sha256")
@@ -362,7 +368,8 @@ class EncryptedClient:
 
 
 class Accumulator:
-    """Add ciphertexts without any key: all it is given is the public bundle, the agreement and the operator's roster.
+    """Add ciphertexts without any key: all it is given is the public bundle, the agreement and the operator's
+    roster.
 
     Guarantee: only uploads signed by members of the cohort are added, each member's once.
     Memory: the sum and one upload, whatever the number of clients.
@@ -387,11 +394,12 @@ class Accumulator:
         return tuple(self._parties)
 
     def add(self, chunks: Iterable[bytes], *, sender: bytes) -> None:
-        """Add one complete upload, or nothing of it; `sender` is the party it must come from and be signed by.
+        """Add one complete upload, or nothing of it; `sender` is the party it must come from and be signed
+        by.
 
         Raises:
-            ProtocolError: a malformed, reordered, incomplete, foreign, unsigned or repeated upload, one in another's
-                name, or one from outside the cohort.
+            ProtocolError: a malformed, reordered, incomplete, foreign, unsigned or repeated upload, one in
+                another's name, or one from outside the cohort.
         """
         self._require_new(sender)
         payloads = read_sealed(

@@ -1,8 +1,8 @@
-"""Ciphertexts on the wire: bit-packed coefficients we check ourselves, so that no foreign parser sees hostile bytes.
-
-SEAL's stream of one ciphertext is a 16-byte header and, uncompressed, the fields below. We send only what a receiver
-cannot know: the coefficients, at the width of their prime, and the seed of the uniform half. The receiver checks every
-coefficient against its prime and writes a fresh, uncompressed SEAL stream around them.
+"""Ciphertexts on the wire: bit-packed coefficients we check ourselves, so that no foreign parser sees hostile
+bytes.
+ SEAL's stream of one ciphertext is a 16-byte header and, uncompressed, the fields below. We send only what a
+receiver cannot know: the coefficients, at the width of their prime, and the seed of the uniform half. The
+receiver checks every coefficient against its prime and writes a fresh, uncompressed SEAL stream around them.
 
     parms_id 32 | is_ntt 1 | polynomials 8 | degree 8 | primes 8 | scale 8 | correction 8 | array header 16 | count 8 |
     coefficients 8 each | seeded only: header 16, generator 1, seed 64

@@ -1,4 +1,6 @@
-"""Who can decrypt, and which collusion breaks it: text for the plan and the report, one statement for each backend."""
+"""Who can decrypt, and which collusion breaks it: text for the plan and the report, one statement for each
+backend.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class CollusionStatement:
 
 
 def collusion(kind: Kind, *, parties: int, fewest: int, tolerated: int = 0) -> CollusionStatement:
-    """State who can decrypt with `parties` clients, sums of at least `fewest`, and `tolerated` colluding clients.
+    """State who can decrypt with `parties` clients, sums of at least `fewest`, and `tolerated` colluding
+    clients.
 
     `tolerated` counts the clients that may work with the server under masking or threshold encryption.
 

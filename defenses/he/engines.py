@@ -1,10 +1,9 @@
 """The only module that imports TenSEAL: slots to ciphertext bytes and back.
-
-Received bytes are decoded and checked in `defenses.he.ciphertexts`; SEAL only ever parses streams written here.
-
-Two engines share one shape. `SealEngine` uses the SEAL bindings below TenSEAL: one prime, seeded symmetric
-ciphertexts, secret key expanded from a seed. `VectorEngine` uses TenSEAL's high-level vectors, for builds whose SEAL
-bindings do not work; its ciphertexts are about twice as large.
+ Received bytes are decoded and checked in `defenses.he.ciphertexts`; SEAL only ever parses streams written
+here.
+ Two engines share one shape. `SealEngine` uses the SEAL bindings below TenSEAL: one prime, seeded symmetric
+ciphertexts, secret key expanded from a seed. `VectorEngine` uses TenSEAL's high-level vectors, for builds
+whose SEAL bindings do not work; its ciphertexts are about twice as large.
 """
 
 from __future__ import annotations
@@ -143,8 +142,8 @@ class SealEngine:
 
     `seed` (64 secret bytes) expands to the secret key; without it the engine can load, add and save only.
 
-    Assumes: encryption randomness comes from SEAL, which draws a fresh seed from the operating system for every
-    ciphertext. The generator seeded here expands the secret key and is used for nothing else.
+    Assumes: encryption randomness comes from SEAL, which draws a fresh seed from the operating system for
+    every ciphertext. The generator seeded here expands the secret key and is used for nothing else.
     """
 
     __slots__ = ("_context", "_decryptor", "_encoder", "_encryptor", "_evaluator", "_shape", "parameters")

@@ -31,7 +31,8 @@ def pack(values: Integers, parameters: Parameters) -> Integers:
 def unpack(slots: Integers, parameters: Parameters) -> Integers:
     """Undo `pack` on a sum of packed slots; returns `values_per_chunk` values, unused ones zero.
 
-    Guarantee: exact while every lane sum stays within its signed lane, which `lint` proves for honest parties.
+    Guarantee: exact while every lane sum stays within its signed lane, which `lint` proves for honest
+    parties.
     """
     half, mask = 1 << (parameters.lane_bits - 1), (1 << parameters.lane_bits) - 1
     lanes = np.empty((parameters.lanes, parameters.slots), dtype=np.int64)

@@ -1,7 +1,8 @@
-"""Which lattice parameters carry an exact sum, and why every other set is refused. Pure arithmetic; needs no TenSEAL.
+"""Which lattice parameters carry an exact sum, and why every other set is refused. Pure arithmetic; needs no
+TenSEAL.
 
-One integer pipeline serves both schemes: a value is cut into `digits`, `lanes` of them share one plaintext slot, and a
-slot must survive the sum of all parties without overflow and without a rounding error.
+One integer pipeline serves both schemes: a value is cut into `digits`, `lanes` of them share one plaintext
+slot, and a slot must survive the sum of all parties without overflow and without a rounding error.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ _CKKS_TAIL_BITS: Final = 170
 class Parameters:
     """Describe one encryption parameter set completely.
 
-    `coefficient_bits` are the sizes of the primes of the ciphertext modulus; with more than one, the last is SEAL's
-    special prime, which ciphertexts do not carry. `plain_bits` is 0 for CKKS, `scale_bits` is 0 for BFV.
-    `lanes` digits of `lane_bits` share a slot; a value is cut into `digits` of `digit_bits` (one digit: not cut).
-    `seeded` ciphertexts send a 64-byte seed in place of their uniform half.
+    `coefficient_bits` are the sizes of the primes of the ciphertext modulus; with more than one, the last is
+    SEAL's special prime, which ciphertexts do not carry. `plain_bits` is 0 for CKKS, `scale_bits` is 0 for
+    BFV. `lanes` digits of `lane_bits` share a slot; a value is cut into `digits` of `digit_bits` (one digit:
+    not cut). `seeded` ciphertexts send a 64-byte seed in place of their uniform half.
     """
 
     scheme: Scheme
@@ -119,10 +120,11 @@ def _is_prime(number: int) -> bool:
 
 
 def noise_margin_bits(parameters: Parameters, parties: int) -> float:
-    """Return how many bits separate the worst error of a BFV sum from a wrong decryption; negative: not exact.
+    """Return how many bits separate the worst error of a BFV sum from a wrong decryption; negative: not
+    exact.
 
-    Guarantee: at 0 or more, the sum of `parties` honest ciphertexts decrypts exactly with certainty, because each adds
-    at most 21 (error) + 1/2 (scaling) to a coefficient and SEAL rounds right below q / 2t.
+    Guarantee: at 0 or more, the sum of `parties` honest ciphertexts decrypts exactly with certainty, because
+    each adds at most 21 (error) + 1/2 (scaling) to a coefficient and SEAL rounds right below q / 2t.
     """
     plain = ntt_prime(parameters.plain_bits, parameters.poly_modulus_degree)
     worst = 2 * max(plain, 1) * parties * (ERROR_MAXIMUM + 0.5) * (1 + 2**-8)
@@ -132,7 +134,8 @@ def noise_margin_bits(parameters: Parameters, parties: int) -> float:
 def error_bound(parameters: Parameters, parties: int) -> float:
     """Bound the error of one slot of a sum before rounding; 0 for BFV.
 
-    Guarantee (CKKS): passed with probability below 2^-128 over the encryption errors, for up to 2^40 coordinates. The
+    Guarantee (CKKS): passed with probability below 2^-128 over the encryption errors, for up to 2^40
+    coordinates. The
     terms: encoding rounds each coefficient by 1/2, at worst aligned (sum of |cos| below 2 N / pi); the errors are
     subgaussian with variance 10.5; the transforms work in float64.
     Source: Hoeffding's inequality for centred binomial errors under the canonical embedding.
@@ -168,7 +171,8 @@ def require(parameters: Parameters, *, parties: int, value_bound: int, length: i
 
 
 def choose(scheme: Scheme, *, parties: int, value_bound: int, seeded: bool = True) -> Parameters:
-    """Return the smallest set that `lint` accepts: the fewest uploaded bits for one value, exact for `parties`.
+    """Return the smallest set that `lint` accepts: the fewest uploaded bits for one value, exact for
+    `parties`.
 
     Raises:
         ParameterError: when no set carries such sums.

@@ -1,18 +1,20 @@
-"""A homomorphic one-time tag: it tells whether an opened sum is the sum of exactly the named parties' vectors.
-
-Ciphertexts can be added by anyone, so the server could scale, replay, reorder or shift them and have the holders open
-one party's vector as "the sum". Every vector x of party i therefore carries, inside the encryption,
+"""A homomorphic one-time tag: it tells whether an opened sum is the sum of exactly the named parties'
+vectors.
+ Ciphertexts can be added by anyone, so the server could scale, replay, reorder or shift them and have the
+holders open one party's vector as "the sum". Every vector x of party i therefore carries, inside the
+encryption,
 
     tag_i = <r, x> + pad_i   modulo p, for each of three primes p just below 2^31,
+ with r fresh for every agreement and pad_i fresh for every agreement and party, both derived from a key the
+server does not have. Tags add up like the vectors; the opened sum must satisfy tag = <r, sum> + sum of the
+named pads.
 
-with r fresh for every agreement and pad_i fresh for every agreement and party, both derived from a key the server does
-not have. Tags add up like the vectors; the opened sum must satisfy tag = <r, sum> + sum of the named pads.
+The primes differ on purpose: a change of a coordinate by a multiple of p is invisible modulo p, and with wide
+values it stays within the agreed range. Sums stay below 2^60, so no change is a multiple of two of the
+primes.
 
-The primes differ on purpose: a change of a coordinate by a multiple of p is invisible modulo p, and with wide values
-it stays within the agreed range. Sums stay below 2^60, so no change is a multiple of two of the primes.
-
-Guarantee: a server without the key passes off anything but that sum with probability about 2^-93 per attempt (2^-62
-where sums exceed 2^30), and each attempt is final (the key refuses to work after a failure).
+Guarantee: a server without the key passes off anything but that sum with probability about 2^-93 per attempt
+(2^-62 where sums exceed 2^30), and each attempt is final (the key refuses to work after a failure).
 Assumes: no party shares the key with the server; whoever has the key can forge tags.
 Source: one-time linear authenticators, after Agrawal and Boneh, Homomorphic MACs (ACNS 2009), section 3.
 """

@@ -1,8 +1,8 @@
 """Threshold encryption as a plug-in: a key nobody holds whole. An openfhe adapter where its wheel imports.
-
-With a shared key the server and any one client break everyone (`defenses.he.collusion`). Threshold encryption removes
-that; its price is an extra round in which every key-share owner answers. The interface is what a federation needs;
-`open_threshold("openfhe", ...)` gives the n-of-n BFV scheme of OpenFHE, or refuses with the reason.
+ With a shared key the server and any one client break everyone (`defenses.he.collusion`). Threshold
+encryption removes that; its price is an extra round in which every key-share owner answers. The interface is
+what a federation needs; `open_threshold("openfhe", ...)` gives the n-of-n BFV scheme of OpenFHE, or refuses
+with the reason.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ _DEGREE_FOR_PLAIN: Final = 16384
 class ThresholdParty(Protocol):
     """One owner of a key share.
 
-    Guarantee: no proper subset of the owners opens a ciphertext of another owner; `partial` answers each sum once.
-    Assumes: the joint public key was checked to be built by the roster's members (signed shares, as in key wrapping).
+    Guarantee: no proper subset of the owners opens a ciphertext of another owner; `partial` answers each sum
+    once.
+    Assumes: the joint public key was checked to be built by the roster's members (signed shares, as in key
+    wrapping).
     """
 
     def share_key(self, previous: bytes | None) -> bytes:

@@ -35,9 +35,9 @@ _NOBODY: Final = bytes(PARTY_BYTES)
 class Agreement:
     """State what one sum is about; every party and the server hold the same.
 
-    `run` are 16 bytes fresh for every run, `round` and `attempt` together never repeat within it. `cohort` lists who may
-    bring a vector, by their Ed25519 public keys in ascending order. Each brings `length` integers with |x| <= `value_bound`;
-    a sum of fewer than `fewest` is never opened.
+    `run` are 16 bytes fresh for every run, `round` and `attempt` together never repeat within it. `cohort`
+    lists who may bring a vector, by their Ed25519 public keys in ascending order. Each brings `length`
+    integers with |x| <= `value_bound`; a sum of fewer than `fewest` is never opened.
     """
 
     run: bytes
@@ -127,7 +127,8 @@ def read_chunks(chunks: Iterable[bytes], *, role: Role, digest: bytes, count: in
     """Yield (party, payload) of a complete, ordered upload or sum of one party under one agreement.
 
     Raises:
-        ProtocolError: another version, role, agreement, order, count or party, or a payload above `limit` bytes.
+        ProtocolError: another version, role, agreement, order, count or party, or a payload above `limit`
+          bytes.
     """
     first: bytes | None = None
     seen = 0
@@ -166,7 +167,8 @@ def seal_chunks(
 def read_sealed(
     chunks: Iterable[bytes], *, sender: bytes, digest: bytes, count: int, limit: int
 ) -> Iterator[bytes]:
-    """Yield the payloads of one party's complete upload; only the end of the iteration says that it is genuine.
+    """Yield the payloads of one party's complete upload; only the end of the iteration says that it is
+    genuine.
 
     Raises:
         ProtocolError: as `read_chunks`; an upload in another's name, or without its sender's signature.
@@ -194,7 +196,9 @@ def read_sealed(
 
 
 def confirmation_code(secret: bytes, party: bytes) -> bytes:
-    """Return one party's code over what `secret` stands for; in its own name, so that no code can be passed on as another's."""
+    """Return one party's code over what `secret` stands for; in its own name, so that no code can be passed
+    on as another's.
+    """
     return hmac.digest(secret, party, "sha256")
 
 
@@ -224,7 +228,9 @@ def read_confirmation(message: bytes, *, digest: bytes) -> tuple[bytes, bytes]:
 
 
 def encode_parameters(parameters: Parameters) -> bytes:
-    """Encode a parameter set; this is all the server holds of an encryption, and nothing in it depends on the key."""
+    """Encode a parameter set; this is all the server holds of an encryption, and nothing in it depends on the
+    key.
+    """
     each = parameters
     return _PARAMETERS.pack(
         _MAGIC, _SCHEMES.index(each.scheme), each.seeded, each.poly_modulus_degree, each.plain_bits, each.scale_bits,
@@ -264,8 +270,9 @@ def decode_parameters(bundle: bytes) -> Parameters:
 class Scratch:
     """Lend a path to libraries that only read and write files, without leaving anything on a disk.
 
-    Guarantee: on Linux the path names anonymous memory of this process (memfd); elsewhere, or when not `anonymous`,
-    it is a file in a fresh directory with mode 0700, in memory where there is /dev/shm, removed on exit.
+    Guarantee: on Linux the path names anonymous memory of this process (memfd); elsewhere, or when not
+    `anonymous`, it is a file in a fresh directory with mode 0700, in memory where there is /dev/shm, removed
+    on exit.
     """
 
     __slots__ = ("_anonymous", "_descriptor", "_directory", "path")

@@ -2,17 +2,19 @@
 
 A session, in process:
 
-    operator, people = Identity.generate(source), [Identity.generate(source) for _ in range(5)]
-    roster = Roster.issue(operator, [person.public_key for person in people], federation="hospitals", serial=1,
+    operator, people = Identity.generate(source), [Identity.generate(source) for _ in range(5)] roster =
+    Roster.issue(operator, [person.public_key for person in people], federation="hospitals", serial=1,
         expires=now + 86400)
     graph = find_graph_parameters(5, corrupted=0.0, dropouts=0.2, mode="active")
     parameters = SessionParameters(run_id=run_id, round=1, mode="active", graph=graph.kind, clients=5,
-        neighbours=graph.neighbours, threshold=graph.threshold, minimum_survivors=4, modulus_bits=32, length=length,
-        backbone_hash=..., layout_hash=..., quantization_hash=..., mechanism_hash=..., model_hash=..., roster=roster)
-    policy = ClientPolicy(operator=operator.public_key, federation="hospitals", run_id=run_id, backbone_hash=...,
+        neighbours=graph.neighbours, threshold=graph.threshold, minimum_survivors=4, modulus_bits=32,
+        length=length, backbone_hash=..., layout_hash=..., quantization_hash=..., mechanism_hash=...,
+        model_hash=..., roster=roster)
+    policy = ClientPolicy(operator=operator.public_key, federation="hospitals", run_id=run_id,
+    backbone_hash=...,
         layout_hash=..., quantization_hash=..., mechanism_hash=..., minimum_survivors=4)
-    clients = {person.id: ClientSession(person, parameters, policy, RandomSource.system(), now=now) for person in people}
-    outcome = drive(clients, ServerSession(parameters), lambda owner: contribution_of(owner))
+    clients = {person.id: ClientSession(person, parameters, policy, RandomSource.system(), now=now) for person
+    in people} outcome = drive(clients, ServerSession(parameters), lambda owner: contribution_of(owner))
 
 Over a network the same two classes take and return the bytes; see `ClientSession` and `ServerSession`.
 """

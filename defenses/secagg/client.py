@@ -44,7 +44,9 @@ Method = Callable[Concatenate["ClientSession", Arguments], Result]
 
 
 def _step(expected: Stage) -> Callable[[Method[Arguments, Result]], Method[Arguments, Result]]:
-    """Let a method run once, at its stage; whatever goes wrong erases the secrets and looks the same from outside."""
+    """Let a method run once, at its stage; whatever goes wrong erases the secrets and looks the same from
+    outside.
+    """
 
     def decorate(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
         @functools.wraps(method)
@@ -90,20 +92,22 @@ class _Secrets:
 class ClientSession:
     """Take part in one session of ffm-secagg/2.
 
-    Call in order, each once: `advertise`, `share`, `mask`, `confirm` (active mode only), `unmask`. Each takes the
-    server's message for the stage and returns the client's. A session that was left at any point stays left: there is
-    no going back and no resuming, a client that restarts counts as lost, and so does one whose process was forked. The round
-    may be tried again under the next attempt.
+    Call in order, each once: `advertise`, `share`, `mask`, `confirm` (active mode only), `unmask`. Each takes
+    the server's message for the stage and returns the client's. A session that was left at any point stays
+    left: there is no going back and no resuming, a client that restarts counts as lost, and so does one whose
+    process was forked. The round may be tried again under the next attempt.
 
     `now` is in seconds since 1970, to tell whether the roster still holds.
 
-    Guarantee: nothing but uniformly random bytes, ciphertexts, signatures and ids leaves before the client has seen
-    `threshold` confirmations (active mode) of one set of at least `minimum_survivors` survivors; for every neighbour
-    at most one of its two secrets is revealed; all secrets are erased on completion, on failure and by `discard`. Before
-    an advert, a masked vector or an answer leaves, the identity's guard has recorded round and attempt, update, or model.
+    Guarantee: nothing but uniformly random bytes, ciphertexts, signatures and ids leaves before the client
+    has seen `threshold` confirmations (active mode) of one set of at least `minimum_survivors` survivors; for
+    every neighbour at most one of its two secrets is revealed; all secrets are erased on completion, on
+    failure and by `discard`. Before an advert, a masked vector or an answer leaves, the identity's guard has
+    recorded round and attempt, update, or model.
     Assumes: at most the policy's number of colluders work with the server; the operator's roster is honest.
-    Raises: ParameterError from the constructor when the parameters are weaker than the policy, and from `mask` for a
-    vector of the wrong kind (the session goes on); ProtocolError, always the same, for everything else.
+    Raises: ParameterError from the constructor when the parameters are weaker than the policy, and from
+    `mask` for a vector of the wrong kind (the session goes on); ProtocolError, always the same, for
+    everything else.
     Source: Bonawitz et al. 2017 (ePrint 2017/281); Bell et al. 2020 (ePrint 2020/704).
     """
 
@@ -156,10 +160,11 @@ class ClientSession:
 
     @property
     def complaint(self) -> bytes:
-        """Return the signed message that names the neighbours whose shares did not open, empty if there are none.
+        """Return the signed message that names the neighbours whose shares did not open, empty if there are
+        none.
 
-        `mask` refuses when there are, and the session is over; send this instead of the masked vector. It tells the server
-        nothing but which ciphertexts were no good.
+        `mask` refuses when there are, and the session is over; send this instead of the masked vector. It
+        tells the server nothing but which ciphertexts were no good.
         """
         return self._complaint
 
@@ -183,7 +188,9 @@ class ClientSession:
             self._channel_key = None
 
     def _following(self, expected: Stage) -> Stage:
-        """Check that the stage is the expected one and return the next; until it is done the session counts as left."""
+        """Check that the stage is the expected one and return the next; until it is done the session counts
+        as left.
+        """
         with self._lock:
             if self._stage is not expected or self._process != os.getpid():
                 self.discard()
@@ -218,7 +225,9 @@ class ClientSession:
 
     @_step(Stage.SHARE)
     def share(self, roster: bytes) -> bytes:
-        """Check everybody's adverts, deal shares of both secrets to the neighbours and return them encrypted (R1)."""
+        """Check everybody's adverts, deal shares of both secrets to the neighbours and return them encrypted
+        (R1).
+        """
         adverts = self._checked_adverts(roster)
         self._transcript = messages.transcript_of(self._parameters.session_id, adverts)
         self._ids = [advert.id for advert in adverts]
@@ -294,11 +303,12 @@ class ClientSession:
         update: bytes,
         model_hash: bytes,
     ) -> memoryview:
-        """Open the neighbours' shares and return the masked vector, packed and signed (R2), as a view of its bytes.
+        """Open the neighbours' shares and return the masked vector, packed and signed (R2), as a view of its
+        bytes.
 
-        `vector` is not changed. `update` is the digest that names the update inside, so that it enters no second session: of
-        what training gave, before rounding and noise. `model_hash` is the model the vector comes from, as this client
-        computed it.
+        `vector` is not changed. `update` is the digest that names the update inside, so that it enters no
+        second session: of what training gave, before rounding and noise. `model_hash` is the model the vector
+        comes from, as this client computed it.
 
         Shapes: vector uint32 (modulus up to 32 bits) or uint64, [length]; message length * m / 8 + 98 bytes.
         """
@@ -335,7 +345,9 @@ class ClientSession:
         return message
 
     def _open_delivery(self, ciphertexts: list[tuple[int, bytes]]) -> None:
-        """Open the neighbours' shares; leave a complaint about those that do not open, and with them the session."""
+        """Open the neighbours' shares; leave a complaint about those that do not open, and with them the
+        session.
+        """
         held, spoiled = self._held(), []
         for index, ciphertext in ciphertexts:
             neighbour = self._neighbours[index]
@@ -374,7 +386,8 @@ class ClientSession:
         """Mask, pack and hash chunk by chunk, so that a vector passes through the cache once."""
         bits, start = self._parameters.modulus_bits, messages.HEADER_BYTES + messages.ID_BYTES + 64
         word, size = word_type(bits), packed_bytes(len(vector), bits)
-        # From numpy, which asks for huge pages: first touching 40 MB of small ones costs as much as four masks.
+        # From numpy, which asks for huge pages: first touching 40 MB of small ones costs as much as four
+        # masks.
         buffer: npt.NDArray[np.uint8] = np.empty(_ALIGNMENT + start + size, dtype=np.uint8)
         skipped = -(buffer.ctypes.data + start) % _ALIGNMENT
         message = memoryview(buffer)[skipped : skipped + start + size]  # type: ignore[arg-type]
@@ -402,7 +415,9 @@ class ClientSession:
         return messages.write_confirmation(self.id, self._identity.sign(self._alive_statement()))
 
     def _accept_survivors(self, survivors: list[int]) -> None:
-        """Accept a set of survivors with me in it, of enough clients, and with no neighbour I have no share from."""
+        """Accept a set of survivors with me in it, of enough clients, and with no neighbour I have no share
+        from.
+        """
         alive = set(survivors) & set(self._neighbours)
         if self._place not in survivors or len(survivors) < self._parameters.minimum_survivors:
             raise ProtocolError
@@ -415,7 +430,8 @@ class ClientSession:
 
     @_step(Stage.UNMASK)
     def unmask(self, request: bytes) -> bytes:
-        """Answer the only unmask request: one share for each neighbour, of its self mask if it uploaded, else its key.
+        """Answer the only unmask request: one share for each neighbour, of its self mask if it uploaded, else
+        its key.
 
         Who uploaded was fixed by `confirm` in active mode; the server names it here in semi-honest mode.
         """

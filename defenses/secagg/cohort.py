@@ -8,7 +8,8 @@ from defenses.errors import ParameterError
 from defenses.secagg.keys import labelled_hash
 
 CohortRule = Callable[[Iterable[bytes], bytes, int, int], tuple[bytes, ...]]
-"""From the ids on the roster, the run, the round and the size of a cohort to the ids of its members, sorted."""
+"""From the ids on the roster, the run, the round and the size of a cohort to the ids of its members, sorted.
+"""
 
 
 def choose_cohort(
@@ -16,10 +17,11 @@ def choose_cohort(
 ) -> tuple[bytes, ...]:
     """Return the ids of `size` members, sorted: those whose hash under seed, run and round is smallest.
 
-    Without a rule that everybody can check, a server that picks the cohorts of two rounds on one model can have their sums
-    differ by one client. The same round has the same cohort in every attempt.
+    Without a rule that everybody can check, a server that picks the cohorts of two rounds on one model can
+    have their sums differ by one client. The same round has the same cohort in every attempt.
 
-    Assumes: the seed was fixed before the server could try many, by the operator or a public source, and is public.
+    Assumes: the seed was fixed before the server could try many, by the operator or a public source, and is
+    public.
     Raises: ParameterError for a size that the roster does not have, or a seed that is not 32 bytes.
     """
     candidates = sorted(set(members))

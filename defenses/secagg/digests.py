@@ -27,7 +27,8 @@ def rule_digest(kind: str, settings: Mapping[str, Setting]) -> bytes:
     """Hash a rule (quantisation, mechanism, clip) by its kind and its settings, in the order of their names.
 
     Guarantee: 1, 1.0, True and "1" are different settings; a float is hashed exactly.
-    Raises: ParameterError for a setting that is not a number, a text, bytes, a truth value or None, or not finite.
+    Raises: ParameterError for a setting that is not a number, a text, bytes, a truth value or None, or not
+    finite.
     """
     parts = [_sized(kind.encode())]
     for name in sorted(settings):

@@ -14,7 +14,9 @@ from defenses.secagg.server import RingSum, ServerSession, Traffic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
-    """Hold what one client brings: its ring vector, and the digests that name the update in it and the model it is of."""
+    """Hold what one client brings: its ring vector, and the digests that name the update in it and the model
+    it is of.
+    """
 
     vector: RingVector
     update: bytes
@@ -23,7 +25,9 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Hold what a session gave: the sum, the bytes of each client, where each missing client was lost, and complaints."""
+    """Hold what a session gave: the sum, the bytes of each client, where each missing client was lost, and
+    complaints.
+    """
 
     sum: RingSum
     traffic: Mapping[bytes, Traffic]
@@ -39,10 +43,10 @@ def drive(
 ) -> Outcome:
     """Carry one session from adverts to sum.
 
-    `inputs` is asked for a client's contribution when that client masks, not before, and one is held at a time:
-    local training can happen inside, and None says that it failed and the client is lost. A client named in `drop`
-    sends nothing from that stage on. A client whose own session refuses a message counts as lost at that stage; its
-    complaint, if it has one, goes to the server.
+    `inputs` is asked for a client's contribution when that client masks, not before, and one is held at a
+    time: local training can happen inside, and None says that it failed and the client is lost. A client
+    named in `drop` sends nothing from that stage on. A client whose own session refuses a message counts as
+    lost at that stage; its complaint, if it has one, goes to the server.
 
     Guarantee: `inputs` is called at most once per client and never for one that was lost before masking.
     Raises: NotEnoughClients or ProtocolError when the sum cannot be opened; then nothing of it is known.

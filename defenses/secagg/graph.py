@@ -32,8 +32,8 @@ class GraphParameters:
 class Graph:
     """Answer who neighbours whom, by position in the sorted list of identities.
 
-    Complete when `ring` is None; otherwise neighbours are those at most `neighbours / 2` steps away on the ring.
-    With `remember`, lists of neighbours are kept once computed: for the server, who needs all of them.
+    Complete when `ring` is None; otherwise neighbours are those at most `neighbours / 2` steps away on the
+    ring. With `remember`, lists of neighbours are kept once computed: for the server, who needs all of them.
     """
 
     __slots__ = ("_count", "_half", "_known", "_place", "_ring")
@@ -63,7 +63,9 @@ class Graph:
         return sorted(self._ring[(place + step) % self._count] for step in steps)
 
     def share_point(self, holder: int, owner: int) -> int:
-        """Return the x at which the holder keeps the owner's share: its place, from 1, among the owner's neighbours."""
+        """Return the x at which the holder keeps the owner's share: its place, from 1, among the owner's
+        neighbours.
+        """
         if self._ring is None:
             return holder + 1 if holder < owner else holder
         return bisect.bisect_left(self.neighbours(owner), holder) + 1
@@ -76,7 +78,8 @@ def build_graph(
 
     A Harary ring with more neighbours than members is the complete graph.
 
-    Source: Bell et al. 2020 (ePrint 2020/704), section 3: a random permutation of a ring, edges to the nearest.
+    Source: Bell et al. 2020 (ePrint 2020/704), section 3: a random permutation of a ring, edges to the
+    nearest.
     """
     if kind == "complete" or neighbours >= count - 1:
         return Graph(count, neighbours=count - 1, ring=None, remember=remember)
@@ -100,11 +103,12 @@ def _permutation(count: int, key: bytes) -> list[int]:
 
 
 def threshold_above(*, neighbours: int, corrupted: int, mode: Mode) -> int:
-    """Return the smallest safe threshold when at most `corrupted` neighbours of a client collude with the server.
+    """Return the smallest safe threshold when at most `corrupted` neighbours of a client collude with the
+    server.
 
-    To open one client the server needs `threshold` shares of its mask secret and as many of its key. Corrupted
-    neighbours give both kinds and honest ones one kind, so an active server is stopped by 2t > k + c and one that
-    follows the protocol by t > c. No share is dealt to oneself; it would cost one more.
+    To open one client the server needs `threshold` shares of its mask secret and as many of its key.
+    Corrupted neighbours give both kinds and honest ones one kind, so an active server is stopped by 2t > k +
+    c and one that follows the protocol by t > c. No share is dealt to oneself; it would cost one more.
     """
     return max(2, corrupted + 1 if mode == "semi_honest" else (neighbours + corrupted) // 2 + 1)
 
@@ -121,10 +125,11 @@ def safe_threshold(
 ) -> int | None:
     """Return the smallest threshold that keeps every honest client's secrets, or None when no threshold does.
 
-    On a ring the corrupted neighbours of a client are random: their number is bounded by a quantile that fails for
-    any client with probability at most 2^-(security_bits + 1), and the honest survivors must stay connected except
-    with as much probability again. A server that follows the protocol loses clients at random; an active one chooses
-    them after the ring is known, as far as every client still sees `threshold` neighbours.
+    On a ring the corrupted neighbours of a client are random: their number is bounded by a quantile that
+    fails for any client with probability at most 2^-(security_bits + 1), and the honest survivors must stay
+    connected except with as much probability again. A server that follows the protocol loses clients at
+    random; an active one chooses them after the ring is known, as far as every client still sees `threshold`
+    neighbours.
     """
     if kind == "complete" or neighbours >= clients - 1:
         return threshold_above(neighbours=clients - 1, corrupted=corrupted, mode=mode)
@@ -157,16 +162,16 @@ def find_graph_parameters(
 ) -> GraphParameters:
     """Find the fewest neighbours and the smallest threshold for fractions of corrupted and lost clients.
 
-    The complete graph is used up to 128 clients (256 against an active server) and wherever no ring is enough. With
-    `prefer_complete` off, a ring is looked for at any size.
+    The complete graph is used up to 128 clients (256 against an active server) and wherever no ring is
+    enough. With `prefer_complete` off, a ring is looked for at any size.
 
-    Guarantee: the secrets of honest clients stay closed but for probability 2^-security_bits; with at most the stated
-    fraction lost, everybody can be opened but for probability 2^-correctness_bits.
-    Assumes: the graph is drawn after the corrupted clients are chosen. A server that can try many rosters offline
-    grinds against it: use security_bits = 80 for a ring in active mode.
+    Guarantee: the secrets of honest clients stay closed but for probability 2^-security_bits; with at most
+    the stated fraction lost, everybody can be opened but for probability 2^-correctness_bits.
+    Assumes: the graph is drawn after the corrupted clients are chosen. A server that can try many rosters
+    offline grinds against it: use security_bits = 80 for a ring in active mode.
     Raises: ParameterError when nothing fits.
-    Source: Bell et al. 2020, section 4: hypergeometric tails and a union bound over pairs of gaps on the ring; against an
-    active server the gaps are bounded as in decision 0036.
+    Source: Bell et al. 2020, section 4: hypergeometric tails and a union bound over pairs of gaps on the
+    ring; against an active server the gaps are bounded as in decision 0036.
     """
     if clients < 3:
         raise ParameterError(f"clients = {clients}: a sum over fewer than 3 hides nobody; invite at least 3")
@@ -198,8 +203,8 @@ def find_graph_parameters(
 def _log_disconnected(clients: int, neighbours: int, *, bad: int) -> float:
     """Bound the log-probability that removing `bad` random members cuts the ring.
 
-    A cut needs neighbours/2 bad members in a row at two places; there are n (n - k - 1) / 2 pairs of places, and each
-    is all bad with probability C(n - k, bad - k) / C(n, bad).
+    A cut needs neighbours/2 bad members in a row at two places; there are n (n - k - 1) / 2 pairs of places,
+    and each is all bad with probability C(n - k, bad - k) / C(n, bad).
     """
     if neighbours > bad:
         return -math.inf
@@ -211,10 +216,11 @@ def _log_disconnected(clients: int, neighbours: int, *, bad: int) -> float:
 def _log_cut(clients: int, neighbours: int, threshold: int, *, corrupted: int, dropouts: int) -> float:
     """Bound the log-probability that some choice of lost clients cuts the honest survivors of a ring in two.
 
-    A cut has two gaps, in which neighbours/2 members in a row beside an honest survivor are corrupted or lost. That survivor
-    goes on only if at most `neighbours - threshold` of its neighbours are lost, so each of the two windows holds at least
-    threshold - neighbours/2 corrupted members; and both together, all but `dropouts`. Where the corrupted sit is random,
-    whatever the server chooses afterwards. There are n (n - k - 1) / 2 pairs of windows.
+    A cut has two gaps, in which neighbours/2 members in a row beside an honest survivor are corrupted or
+    lost. That survivor goes on only if at most `neighbours - threshold` of its neighbours are lost, so each
+    of the two windows holds at least threshold - neighbours/2 corrupted members; and both together, all but
+    `dropouts`. Where the corrupted sit is random, whatever the server chooses afterwards. There are n (n - k
+    - 1) / 2 pairs of windows.
     """
     half = neighbours // 2
     fewest = max(0, threshold - (neighbours - half))

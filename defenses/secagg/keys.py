@@ -73,8 +73,8 @@ def agree(secret: bytes, public_keys: Iterable[bytes]) -> list[bytes]:
 def require_sound_keys(keys: Sequence[bytes]) -> None:
     """Check that X25519 public keys are canonical encodings, pairwise different and not of low order.
 
-    Raises: ProtocolError. Two encodings of one point would pass for two keys; with a point of low order nobody can agree
-    on a secret, so one member that advertised it would have all honest ones leave.
+    Raises: ProtocolError. Two encodings of one point would pass for two keys; with a point of low order
+    nobody can agree on a secret, so one member that advertised it would have all honest ones leave.
     """
     if len(set(keys)) != len(keys) or not _LOW_ORDER.isdisjoint(keys):
         raise ProtocolError
@@ -102,7 +102,9 @@ class Identity:
 
     @classmethod
     def generate(cls, source: RandomSource) -> Identity:
-        """Create a fresh identity that lives as long as this process; keep its guard in a file if it shall live longer."""
+        """Create a fresh identity that lives as long as this process; keep its guard in a file if it shall
+        live longer.
+        """
         return cls(source.random_bytes(KEY_BYTES), guard=ReplayGuard.in_memory())
 
     def seed(self) -> bytes:
@@ -124,11 +126,11 @@ class Identity:
 class Roster:
     """List the identities the operator admits to a federation, under the operator's signature.
 
-    The roster reaches clients from the operator, never from the aggregating server: who chooses the keys can be
-    everybody. `serial` grows with every roster of a federation; `expires` is in seconds since 1970.
+    The roster reaches clients from the operator, never from the aggregating server: who chooses the keys can
+    be everybody. `serial` grows with every roster of a federation; `expires` is in seconds since 1970.
 
-    Guarantee: an instance exists only with a valid signature and distinct keys that can be somebody's; `members` maps id to
-    public key in the order of the ids; `digest` binds all of it.
+    Guarantee: an instance exists only with a valid signature and distinct keys that can be somebody's;
+    `members` maps id to public key in the order of the ids; `digest` binds all of it.
     Raises: ProtocolError when the signature is wrong; ParameterError for keys that are no keys.
     """
 

@@ -1,4 +1,6 @@
-"""Several small integers in one 64-bit word, so that fewer mask bits are drawn, added, hashed and sent for the same sum."""
+"""Several small integers in one 64-bit word, so that fewer mask bits are drawn, added, hashed and sent for
+the same sum.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,17 @@ _WORD_BITS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lanes:
-    """Write integers as words x_0 + 2^w x_1 + 2^2w x_2 + ... modulo 2^64; sums of words are words of the sums.
+    """Write integers as words x_0 + 2^w x_1 + 2^2w x_2 + ... modulo 2^64; sums of words are words of the
+    sums.
 
-    Words are ring elements of a session with a 64-bit modulus like any others: masked uniformly, whatever they hold. The
-    first values go to the first lanes of all words, the next ones to the second lanes, so that all work is on whole runs.
+    Words are ring elements of a session with a 64-bit modulus like any others: masked uniformly, whatever
+    they hold. The first values go to the first lanes of all words, the next ones to the second lanes, so that
+    all work is on whole runs.
 
     bound: the largest magnitude any coordinate of the final sum can have (`largest_sum` proves it).
-    Guarantee: a sum whose coordinates are within the bound is unpacked exactly; words that no such sum gives are refused, so
-    that uncancelled masks pass only with probability 2^-(64 - count * (bits of the bound + 1)) for every word.
+    Guarantee: a sum whose coordinates are within the bound is unpacked exactly; words that no such sum gives
+    are refused, so that uncancelled masks pass only with probability 2^-(64 - count * (bits of the bound +
+    1)) for every word.
     """
 
     bound: int
@@ -47,7 +52,9 @@ class Lanes:
         return -(-length // self.count)
 
     def run(self, values: npt.NDArray[Any], lane: int, part: slice) -> npt.NDArray[Any]:
-        """Return the values that one lane of some consecutive words holds, as a view; the last lane may be shorter."""
+        """Return the values that one lane of some consecutive words holds, as a view; the last lane may be
+        shorter.
+        """
         start = lane * self.words(len(values))
         end = min(start + self.words(len(values)), len(values))
         return values[min(start + part.start, end) : min(start + part.stop, end)]
@@ -66,7 +73,8 @@ class Lanes:
     def unpack(self, words: Words, length: int) -> npt.NDArray[np.int64]:
         """Return the signed integers that summed words stand for.
 
-        Raises: ProtocolError for another number of words than `length` values take, or for words of no sum within the bound.
+        Raises: ProtocolError for another number of words than `length` values take, or for words of no sum
+        within the bound.
         """
         if words.dtype != np.uint64 or words.shape != (self.words(length),):
             raise ProtocolError

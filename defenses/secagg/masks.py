@@ -39,7 +39,8 @@ class Mask:
 
 
 def keystream(seed: bytes, count: int, word: Word) -> RingVector:
-    """Return the first `count` mask words of a seed: AES-256 in counter mode from block zero, little-endian words.
+    """Return the first `count` mask words of a seed: AES-256 in counter mode from block zero, little-endian
+    words.
 
     The slow, obvious definition; `add_masks` is the fast one.
     """
@@ -55,8 +56,8 @@ def _open(seed: bytes) -> Callable[[bytes], bytes]:
 class MaskStreams:
     """Run many masks side by side over consecutive chunks of a vector.
 
-    Guarantee: after `add_to` was called on consecutive chunks that cover a vector, the vector has changed by the
-    signed sum of the masks modulo the word. Every chunk but the last has `chunk_words` words.
+    Guarantee: after `add_to` was called on consecutive chunks that cover a vector, the vector has changed by
+    the signed sum of the masks modulo the word. Every chunk but the last has `chunk_words` words.
     """
 
     __slots__ = ("_keystream", "_streams", "_view", "chunk_words")
@@ -78,7 +79,9 @@ class MaskStreams:
         self._add(chunk, self._streams)
 
     def write(self, out: RingVector, chunk: RingVector) -> None:
-        """Write a chunk plus the next words of every mask; there must be at least one mask. `chunk` is not changed."""
+        """Write a chunk plus the next words of every mask; there must be at least one mask. `chunk` is not
+        changed.
+        """
         (update_into, combine), *others = self._streams
         update_into(_ZEROS[: out.nbytes], memoryview(out).cast("B"))  # type: ignore[arg-type]
         combine(chunk, out, out=out)

@@ -158,7 +158,9 @@ def bind_model(transcript: bytes, model_hash: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class SealedShares:
-    """Hold the R1 message of a client: its self-mask commitment and one ciphertext for each neighbour, signed."""
+    """Hold the R1 message of a client: its self-mask commitment and one ciphertext for each neighbour,
+    signed.
+    """
 
     id: bytes
     commitment: bytes

@@ -16,7 +16,8 @@ from defenses.secagg.ring import MODULUS_BITS
 FEWEST_SURVIVORS = 3
 """With two survivors each learns the other's vector from the published sum."""
 DEFERRED_MODEL = bytes(32)
-"""Stands for the model of a session whose keys are set up before that model exists; it is bound when masking."""
+"""Stands for the model of a session whose keys are set up before that model exists; it is bound when masking.
+"""
 HASH_BYTES = 32
 _LAYOUT = struct.Struct(">16sQIBBIIIIBQ32s32s32s32s32s")
 _PROPOSAL_VERSION = 2
@@ -29,16 +30,17 @@ _GRAPHS = get_args(GraphKind)
 class SessionParameters:
     """Fix everything the parties of one session must agree on; `session_id` binds all of it into every key.
 
-    A client builds this itself from what it received and knows, or checks a proposal against its policy: the hashes of the
-    frozen backbone, of the layout of its vector, of its quantisation rule, of its mechanism (clip, noise, sampling) and of the
-    model it will train. A client that was given another model has another session id, so nothing it sends or signs fits the
-    others.
+    A client builds this itself from what it received and knows, or checks a proposal against its policy: the
+    hashes of the frozen backbone, of the layout of its vector, of its quantisation rule, of its mechanism
+    (clip, noise, sampling) and of the model it will train. A client that was given another model has another
+    session id, so nothing it sends or signs fits the others.
 
-    run_id: 16 bytes, random, one per run. round: grows within a run. attempt: grows within a round, when a session of it
-    failed. cohort: ids of those who may take part, sorted; empty for everybody on the roster. clients: how many those are.
-    neighbours, threshold: edges of the graph and shares that open a secret. minimum_survivors: the fewest clients a
-    sum may cover. modulus_bits, length: the ring vector. The hashes have 32 bytes; `DEFERRED_MODEL` as the model's
-    lets keys be agreed on during the round before, and the true hash is bound when masking.
+    run_id: 16 bytes, random, one per run. round: grows within a run. attempt: grows within a round, when a
+    session of it failed. cohort: ids of those who may take part, sorted; empty for everybody on the roster.
+    clients: how many those are. neighbours, threshold: edges of the graph and shares that open a secret.
+    minimum_survivors: the fewest clients a sum may cover. modulus_bits, length: the ring vector. The hashes
+    have 32 bytes; `DEFERRED_MODEL` as the model's lets keys be agreed on during the round before, and the
+    true hash is bound when masking.
 
     Raises: ParameterError listing every field that cannot be.
     """
@@ -164,17 +166,20 @@ class SessionParameters:
 class ClientPolicy:
     """State the least a client insists on; it comes from the client, and the server can only meet it.
 
-    operator, federation: public key of the operator whose roster is trusted, and the federation it must be for. run_id: the
-    run this client joined. backbone_hash, layout_hash, quantization_hash, mechanism_hash: what this client computed from its
-    own backbone, vector, rule and mechanism; never taken from a proposal (`hashes`). cohort_rule: who takes part in a round,
-    computed by this client from what is public (`cohort`); the whole roster if nothing is said.
-    minimum_survivors: the fewest clients a sum may cover. colluders: how many clients may work with the server.
-    minimum_honest: the fewest survivors besides the colluders. modes: the protocols accepted. minimum_threshold,
-    modulus_bits, maximum_length: further bounds. deferred_model: whether keys may be agreed on before the model is known.
-    repeat_models: whether this client may answer again for a model it answered for: where each of its vectors carries noise
-    drawn afresh that is paid for, or where going on after a failed round matters more than what a server gains that lies about
-    the failure. security_bits: for a ring; None means 80 in active mode, where a server could try many rosters until
-    one suits it, and 40 otherwise.
+    operator, federation: public key of the operator whose roster is trusted, and the federation it must be
+    for. run_id: the run this client joined. backbone_hash, layout_hash, quantization_hash, mechanism_hash:
+    what this client computed from its own backbone, vector, rule and mechanism; never taken from a proposal
+    (`hashes`). cohort_rule: who takes part in a round, computed by this client from what is public
+    (`cohort`); the whole roster if nothing is said.
+    minimum_survivors: the fewest clients a sum may cover. colluders: how many clients may work with the
+      server.
+    minimum_honest: the fewest survivors besides the colluders. modes: the protocols accepted.
+    minimum_threshold, modulus_bits, maximum_length: further bounds. deferred_model: whether keys may be
+    agreed on before the model is known.
+    repeat_models: whether this client may answer again for a model it answered for: where each of its vectors
+    carries noise drawn afresh that is paid for, or where going on after a failed round matters more than what
+    a server gains that lies about the failure. security_bits: for a ring; None means 80 in active mode, where
+    a server could try many rosters until one suits it, and 40 otherwise.
 
     Raises: ParameterError for a policy that protects nobody.
     """
@@ -240,7 +245,9 @@ class ClientPolicy:
             raise ParameterError("; ".join(problems))
 
     def _foreign(self, parameters: SessionParameters, now: int) -> list[str]:
-        """Return what is not this client's: operator, federation, run, hashes or cohort; and a roster past its time."""
+        """Return what is not this client's: operator, federation, run, hashes or cohort; and a roster past
+        its time.
+        """
         roster, problems = parameters.roster, []
         if roster.operator != self.operator:
             problems.append("roster: not signed by the operator this client trusts")

@@ -1,4 +1,6 @@
-"""Real vectors as integers modulo 2^m: quantise without bias, prove the sum fits, pack to exactly m/8 bytes each."""
+"""Real vectors as integers modulo 2^m: quantise without bias, prove the sum fits, pack to exactly m/8 bytes
+each.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def _require_modulus(modulus_bits: int) -> None:
 def largest_sum(value_bits: int, *, clients: int, max_weight: int = 1, noise_bound: int = 0) -> int:
     """Bound the magnitude of any coordinate of a sum, headers included.
 
-    `noise_bound` bounds the integer noise that one client adds to one coordinate (a tail bound, if the noise has one).
+    `noise_bound` bounds the integer noise that one client adds to one coordinate (a tail bound, if the noise
+    has one).
     """
     if value_bits < 2 or clients < 1 or max_weight < 1 or noise_bound < 0:
         raise ParameterError(
@@ -83,12 +86,15 @@ def _smallest(bound: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantizer:
-    """Map reals in [-coordinate_bound, coordinate_bound] to 2^value_bits - 1 integer levels modulo 2^modulus_bits.
+    """Map reals in [-coordinate_bound, coordinate_bound] to 2^value_bits - 1 integer levels modulo
+    2^modulus_bits.
 
-    Signed integers are kept in two's complement, so a sum needs no offset and no survivor count to be decoded.
+    Signed integers are kept in two's complement, so a sum needs no offset and no survivor count to be
+    decoded.
 
-    Guarantee: with a random source, `encode` is unbiased inside the bound, and the sum of n encodings is off by at
-    most sqrt(n) / 2 levels in standard deviation; without one it rounds to nearest. Beyond the bound it saturates.
+    Guarantee: with a random source, `encode` is unbiased inside the bound, and the sum of n encodings is off
+    by at most sqrt(n) / 2 levels in standard deviation; without one it rounds to nearest. Beyond the bound it
+    saturates.
     """
 
     value_bits: int
@@ -118,8 +124,8 @@ class Quantizer:
     def encode(self, vector: npt.ArrayLike, *, source: RandomSource | None, weight: int = 1) -> RingVector:
         """Quantise weight * vector into the ring, rounding at random with probability equal to the distance.
 
-        The weight multiplies before rounding, so a weighted client is not rounded more coarsely. Source None rounds
-        to nearest.
+        The weight multiplies before rounding, so a weighted client is not rounded more coarsely. Source None
+        rounds to nearest.
 
         Shapes: vector real [d]; result uint32 or uint64 [d], each below 2^modulus_bits.
         Raises: ParameterError for a vector that is not one-dimensional, not finite, or a weight out of range.
@@ -181,7 +187,8 @@ class Quantizer:
         Assumes: `check_overflow` passed for the number of clients that were summed.
         """
         decoded = np.empty(len(ring_sum), dtype=np.float64)
-        # Shifted to the top of its word, a representative is signed; the shift is undone by the exact power of two.
+        # Shifted to the top of its word, a representative is signed; the shift is undone by the exact power
+        # of two.
         shift = 8 * ring_sum.itemsize - self.modulus_bits
         signed_word = np.dtype(f"i{ring_sum.itemsize}")
         for part in chunks(len(ring_sum), _CHUNK):
@@ -193,9 +200,10 @@ class Quantizer:
 class _Rounder:
     """Scale and round chunks of reals to integers, bounded and in few passes over a small buffer.
 
-    A float64 plus 1.5 * 2^84 is the nearest multiple of 2^32, whose quotient stands in the low bits of the sum's own
-    representation. Reals are scaled by 2^32 more than asked, so that a random signed 32-bit word is a random number in
-    [-1/2, 1/2): added first, it rounds up with probability equal to the fraction, to within 2^-32.
+    A float64 plus 1.5 * 2^84 is the nearest multiple of 2^32, whose quotient stands in the low bits of the
+    sum's own representation. Reals are scaled by 2^32 more than asked, so that a random signed 32-bit word is
+    a random number in [-1/2, 1/2): added first, it rounds up with probability equal to the fraction, to
+    within 2^-32.
     """
 
     _UNIT = 2.0**32
@@ -300,11 +308,11 @@ def unframe(
 ) -> OpenedSum:
     """Check the count and weight coordinates of an opened sum, and return its payload as a view.
 
-    With `value_bits` the magnitude of every coordinate is checked too. A sum whose masks did not cancel fails the count
-    check except with probability 2^-modulus_bits.
+    With `value_bits` the magnitude of every coordinate is checked too. A sum whose masks did not cancel fails
+    the count check except with probability 2^-modulus_bits.
 
-    Raises: ProtocolError when the count is not the number of survivors, the weight is below it or above survivors * max_weight, or
-    a coordinate is larger than so many clients can make it.
+    Raises: ProtocolError when the count is not the number of survivors, the weight is below it or above
+    survivors * max_weight, or a coordinate is larger than so many clients can make it.
     """
     head = signed(ring_sum[:HEADER], modulus_bits)
     if len(head) < HEADER or int(head[0]) != survivors:

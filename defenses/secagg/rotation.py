@@ -19,8 +19,8 @@ _LEVELS_AT_ONCE = 6
 class Rotation:
     """Rotate vectors of one length by random signs followed by the Walsh-Hadamard transform.
 
-    All clients of a round and whoever decodes the sum use the same public seed. A rotated vector of norm S has
-    coordinates of about S / sqrt(length), so a much smaller coordinate bound serves.
+    All clients of a round and whoever decodes the sum use the same public seed. A rotated vector of norm S
+    has coordinates of about S / sqrt(length), so a much smaller coordinate bound serves.
 
     Guarantee: linear and norm-preserving; `inverse(forward(x))` is x, and so it is on sums.
     Assumes: nothing about secrecy: the seed is public.

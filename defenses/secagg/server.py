@@ -83,20 +83,22 @@ def _alone(method: Method[Arguments, Result]) -> Method[Arguments, Result]:
 class ServerSession:
     """Aggregate one session of ffm-secagg/2 without learning more than the sum.
 
-    For each stage first feed the clients' messages to the `receive_` method (in any order, each client once), then
-    ask for what goes back; the first question, or `close_stage`, closes the stage for good. In order:
+    For each stage first feed the clients' messages to the `receive_` method (in any order, each client once),
+    then ask for what goes back; the first question, or `close_stage`, closes the stage for good. In order:
     `receive_advertisement`, `roster_message`, `receive_shares`, `delivery_for`, `receive_masked_input` or
-    `receive_complaint`, then `survivors_message` and `receive_confirmation` in active mode, then `request_for`,
-    `receive_response`, `finish`.
+    `receive_complaint`, then `survivors_message` and `receive_confirmation` in active mode, then
+    `request_for`, `receive_response`, `finish`.
 
-    `left_out` are members of the cohort whose adverts are refused: those the complaints of earlier attempts point at.
+    `left_out` are members of the cohort whose adverts are refused: those the complaints of earlier attempts
+    point at.
 
-    Guarantee: a `receive_` method returns the sender's id, or raises ProtocolError and is as if it had not been called,
-    so one client's nonsense never ends the session for the others; the same message again is acknowledged and counts
-    once. A question that comes too early is refused and may be asked again. Threads may share a session. Vectors are added to one accumulator as they
+    Guarantee: a `receive_` method returns the sender's id, or raises ProtocolError and is as if it had not
+    been called, so one client's nonsense never ends the session for the others; the same message again is
+    acknowledged and counts once. A question that comes too early is refused and may be asked again. Threads
+    may share a session. Vectors are added to one accumulator as they
     come: at any number of clients the session holds one vector, plus the message being added.
-    Raises: NotEnoughClients (a ProtocolError) when a stage would close with too few, and it stays open; ProtocolError from
-    `finish` when the shares do not fit together.
+    Raises: NotEnoughClients (a ProtocolError) when a stage would close with too few, and it stays open;
+    ProtocolError from `finish` when the shares do not fit together.
     """
 
     def __init__(
@@ -162,8 +164,8 @@ class ServerSession:
     def close_stage(self) -> Stage:
         """Stop receiving for this stage and return the next one.
 
-        Raises: NotEnoughClients when too few arrived, and the stage stays open; ProtocolError when unmasking, which
-        `finish` ends.
+        Raises: NotEnoughClients when too few arrived, and the stage stays open; ProtocolError when unmasking,
+        which `finish` ends.
         """
         closers = {
             Stage.ADVERTISE: self._close_adverts,
@@ -309,10 +311,11 @@ class ServerSession:
 
     @_receives
     def receive_complaint(self, message: bytes | bytearray | memoryview) -> bytes:
-        """Accept, instead of a masked vector, a client's complaint about shares it could not open; return its id.
+        """Accept, instead of a masked vector, a client's complaint about shares it could not open; return its
+        id.
 
-        The complaint must be about the very ciphertexts their dealers signed. The complainer is out of this session; it
-        and the dealers are in `complaints`.
+        The complaint must be about the very ciphertexts their dealers signed. The complainer is out of this
+        session; it and the dealers are in `complaints`.
         """
         largest = messages.HEADER_BYTES + 96 + len(self._order) // 8 + 1 + 32 * len(self._order)
         messages.require_size(message, largest)
@@ -433,7 +436,8 @@ class ServerSession:
     def request_for(self, owner: bytes) -> bytes:
         """Return the unmask request for a client; the first call closes R2 (semi-honest) or R3 (active).
 
-        Raises: NotEnoughClients when too few of this client's neighbours confirmed; the session goes on without it.
+        Raises: NotEnoughClients when too few of this client's neighbours confirmed; the session goes on
+        without it.
         """
         if self._stage is Stage.MASK and self._parameters.mode == "semi_honest":
             self._close_uploads()
@@ -488,10 +492,12 @@ class ServerSession:
     def finish(self) -> RingSum:
         """Rebuild the secrets that open the sum, remove the masks and return it; can be called once.
 
-        Guarantee: for every client either its self-mask secret or its key is rebuilt, never both, and each is checked
-        against what the client committed to. Members whose shares are wrong are in `complaints` afterwards.
-        Raises: NotEnoughClients when some client has fewer than `threshold` answers, or this is asked too early;
-        ProtocolError when its answers give no secret that fits. Further answers may still come, and it be asked again.
+        Guarantee: for every client either its self-mask secret or its key is rebuilt, never both, and each is
+        checked against what the client committed to. Members whose shares are wrong are in `complaints`
+        afterwards.
+        Raises: NotEnoughClients when some client has fewer than `threshold` answers, or this is asked too
+        early; ProtocolError when its answers give no secret that fits. Further answers may still come, and it
+        be asked again.
         """
         if self._stage < Stage.UNMASK:
             raise NotEnoughClients

@@ -48,8 +48,8 @@ def evaluate(secret: bytes, coefficients: Sequence[int], *, shares: int) -> list
 def _weights(points: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     """Return integer weights w_i and one divisor D with f(0) = sum(w_i f(x_i)) / D for the sorted points.
 
-    For points 1..M without the missing set D the Lagrange weight at zero is
-    (-1)^(i-1) C(M, i) * prod_{d missing} (d - i) / d: integers and one inversion for all of them, instead of one each.
+    For points 1..M without the missing set D the Lagrange weight at zero is (-1)^(i-1) C(M, i) * prod_{d
+    missing} (d - i) / d: integers and one inversion for all of them, instead of one each.
     """
     largest, present = points[-1], set(points)
     missing = [x for x in range(1, largest) if x not in present]
@@ -82,8 +82,9 @@ def recover(
 ) -> tuple[bytes, tuple[int, ...]]:
     """Find the secret that `accept` recognises, and the points of the shares that are wrong.
 
-    Guarantee: with m shares, up to (m - threshold) / 2 wrong ones are corrected and named, all of them and nobody else.
-    With more, random subsets are tried, and nobody is named: whoever deals or answers could then have anybody named.
+    Guarantee: with m shares, up to (m - threshold) / 2 wrong ones are corrected and named, all of them and
+    nobody else. With more, random subsets are tried, and nobody is named: whoever deals or answers could then
+    have anybody named.
     Raises: ProtocolError when no secret found is accepted.
     Source: Reed and Solomon 1960; Massey 1969 (doi:10.1109/TIT.1969.1054260) for the decoder.
     """
@@ -122,10 +123,11 @@ def _guess(
 
 
 def _checks(shares: Mapping[int, bytes]) -> list[tuple[int, int]]:
-    """Return x_i and v_i f(x_i) for every share f(x_i), with weights v_i that vanish on polynomials of low degree.
+    """Return x_i and v_i f(x_i) for every share f(x_i), with weights v_i that vanish on polynomials of low
+    degree.
 
-    For any polynomial h of degree below m - 1 the weights v_i = prod_{j != i} 1 / (x_i - x_j) give sum(v_i h(x_i)) = 0.
-    They are the Lagrange weights at zero times x_i, up to one factor for all.
+    For any polynomial h of degree below m - 1 the weights v_i = prod_{j != i} 1 / (x_i - x_j) give sum(v_i
+    h(x_i)) = 0. They are the Lagrange weights at zero times x_i, up to one factor for all.
     """
     points = tuple(sorted(shares))
     if not points or points[0] < 1 or any(len(share) != SHARE_BYTES for share in shares.values()):
@@ -140,8 +142,9 @@ def _checks(shares: Mapping[int, bytes]) -> list[tuple[int, int]]:
 def _consistent(shares: Mapping[int, bytes], *, threshold: int, source: RandomSource) -> bool:
     """Say whether all shares lie on one polynomial of degree below `threshold`.
 
-    One random check for all: f times (x - a)^(m - threshold - 1) has degree below m - 1, and its weighted sum is a
-    polynomial in a that vanishes everywhere only if every check does. It misses an error with probability below m / 2^256.
+    One random check for all: f times (x - a)^(m - threshold - 1) has degree below m - 1, and its weighted sum
+    is a polynomial in a that vanishes everywhere only if every check does. It misses an error with
+    probability below m / 2^256.
     """
     spare = len(shares) - threshold
     if spare == 0:
@@ -172,7 +175,9 @@ def wrong_points(shares: Mapping[int, bytes], *, threshold: int) -> tuple[int, .
 
 
 def liars_needed(shares: Mapping[int, bytes], *, threshold: int) -> int:
-    """Return how many holders at least must have answered wrongly if the dealer of a secret nobody accepts was honest."""
+    """Return how many holders at least must have answered wrongly if the dealer of a secret nobody accepts
+    was honest.
+    """
     spare = len(shares) - threshold
     try:
         return spare - len(wrong_points(shares, threshold=threshold)) + 1

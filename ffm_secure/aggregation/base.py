@@ -25,7 +25,9 @@ class GroupMean:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aggregate:
-    """What the server may know of a round's updates: the mean of every group whose sum was opened; one group is the usual."""
+    """What the server may know of a round's updates: the mean of every group whose sum was opened; one group
+    is the usual.
+    """
 
     groups: tuple[GroupMean, ...]
 
@@ -47,8 +49,9 @@ class Aggregate:
 def aggregate_of(config: RunConfig, sums: Sequence[RoundSum]) -> Aggregate:
     """Divide each opened sum by what may be divided by.
 
-    Guarantee: with a client unit the divisor is the public cohort size, never the number that answered; otherwise it is
-    the public number of survivors, or the summed public weights of a run without privacy unit.
+    Guarantee: with a client unit the divisor is the public cohort size, never the number that answered;
+    otherwise it is the public number of survivors, or the summed public weights of a run without privacy
+    unit.
     """
     groups = []
     for opened in sums:

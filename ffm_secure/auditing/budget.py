@@ -15,12 +15,14 @@ from ffm_secure.records import (
 
 CANARIES = 3000
 
-# Attacks that search for minutes: they are given one record, the client's worst case, and no place in a quick audit.
+# Attacks that search for minutes: they are given one record, the client's worst case, and no place in a quick
+# audit.
 HEAVY = frozenset({"matching", "text search", "fedavg", "learned", "aggregate"})
 # Closed forms: where they fail on many records, they are tried on one, unless they are dear on this model.
 CLOSED = frozenset({"presence", "labels", "linear", "least squares", "span"})
 DEAR = 5.0  # CPU seconds
-# Closed forms that cost tens of seconds on a real model: they come last, so that cheap attacks never lose their verdict.
+# Closed forms that cost tens of seconds on a real model: they come last, so that cheap attacks never lose
+# their verdict.
 LATE = frozenset({"adapter_readout", "span", "span_exact"})
 SECONDS = {
     "quick": (20.0, 120.0),
@@ -28,7 +30,8 @@ SECONDS = {
     "exhaustive": (3_600.0, float("inf")),
 }  # an attack, all
 NULL_SECONDS = {"quick": 1.0, "standard": 20.0, "exhaustive": 600.0}  # of one attack on noise, at one place
-# Draws of records and noise, for attacks cheap enough that luck need not decide their verdict. Of a single record's label
+# Draws of records and noise, for attacks cheap enough that luck need not decide their verdict. Of a single
+# record's label
 # there are few outcomes, so it takes more of them.
 DRAWS, DRAWS_OF_ONE = 6, 12
 CHEAP = 0.5  # CPU seconds
@@ -56,7 +59,9 @@ class AuditBudget:
         return replace(preset, seconds=min(each, left), restarts=restarts)
 
     def draw(self, stage: ReplayedStep, number: int, point: Point) -> ReplayedStep | None:
-        """Draw a stage anew; None once drawing has had its share, for on a large model attacks are worth more."""
+        """Draw a stage anew; None once drawing has had its share, for on a large model attacks are worth
+        more.
+        """
         if stage.again is None or self.drawing.get(stage.records, 0.0) > DRAWING * SECONDS[self.name][1]:
             return None
         began = time.process_time()

@@ -1,4 +1,6 @@
-"""Whose words a secure sum holds: the run's own rounds are replayed, each sum is read, and the readings are held together."""
+"""Whose words a secure sum holds: the run's own rounds are replayed, each sum is read, and the readings are
+held together.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ Content = Literal["sent", "raw"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadRounds:
-    """Hold what was read of each round's sum as it is sent and undefended, and which tokens one client alone brought."""
+    """Hold what was read of each round's sum as it is sent and undefended, and which tokens one client alone
+    brought.
+    """
 
     sent: tuple[OpenedSum, ...]
     raw: tuple[OpenedSum, ...]
@@ -45,7 +49,8 @@ class ReadRounds:
 def read_rounds(
     prepared: simulation.Prepared, model: nn.Module, records: Sequence[RoundRecord], budget: str
 ) -> ReadRounds:
-    """Replay the cohorts of a run, then more drawn like them, and read every sum, within the seconds of a budget.
+    """Replay the cohorts of a run, then more drawn like them, and read every sum, within the seconds of a
+    budget.
 
     A client learns one step on a batch drawn from its own records, which is the worst case for it.
     """
@@ -78,9 +83,11 @@ def read_rounds(
 
 
 def _cohorts(prepared: simulation.Prepared, recorded: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
-    """Yield the cohorts of the run, then more of their size, drawn evenly; where all always take part, of half of them.
+    """Yield the cohorts of the run, then more of their size, drawn evenly; where all always take part, of
+    half of them.
 
-    Rounds that differ show that the reading works: without them its silence on one cohort would prove nothing.
+    Rounds that differ show that the reading works: without them its silence on one cohort would prove
+      nothing.
     """
     yield from recorded[: ROUNDS[-1]]
     order = np.random.default_rng(0)
@@ -94,7 +101,9 @@ def _cohorts(prepared: simulation.Prepared, recorded: Sequence[Sequence[int]]) -
 def _totals(
     prepared: simulation.Prepared, cohort: Sequence[int], number: int, brought: dict[int, set[int]]
 ) -> dict[Content, dict[str, Tensor]]:
-    """Return the sum of one step of a cohort as it is sent, and undefended where that is another; note who brought which token."""
+    """Return the sum of one step of a cohort as it is sent, and undefended where that is another; note who
+    brought which token.
+    """
     order, totals = np.random.default_rng(1_000 + number), dict[Content, dict[str, Tensor]]()
     for client in cohort:
         rows = order.permutation(len(prepared.parts[client]))[: _records(prepared)]
@@ -132,7 +141,9 @@ def _seen(
 
 
 def attribution_question(rounds: ReadRounds) -> Question:
-    """Ask whether the words of the run's own rounds can be given to their clients, beside the same rounds undefended."""
+    """Ask whether the words of the run's own rounds can be given to their clients, beside the same rounds
+    undefended.
+    """
     if rounds.refused:
         return Question(seen=(not_applicable(rounds.refused, attack=NAME), None))
     count = max(1, rounds.recorded)

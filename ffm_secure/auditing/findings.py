@@ -100,7 +100,8 @@ def run_attacks(
     ran: Ran,
     whose: Mapping[Observer, Question],
 ) -> tuple[tuple[AuditFinding, ...], int]:
-    """Return the findings of all attacks, judged together, and the number of questions luck was corrected for.
+    """Return the findings of all attacks, judged together, and the number of questions luck was corrected
+    for.
 
     `whose` asks, for each observer of sums, whether what they hold can be given to its client.
     """
@@ -196,7 +197,9 @@ def _findings_of(
 
 
 def _stage_for(attack: Attack, stages: Sequence[ReplayedStep], purse: AuditBudget, ran: Ran) -> ReplayedStep:
-    """Return the first stage on which the control passes; a step on one record is the second chance of a cheap attack."""
+    """Return the first stage on which the control passes; a step on one record is the second chance of a
+    cheap attack.
+    """
     several = stages[1:] if attack.family in HEAVY else stages if attack.family in CLOSED else stages[:1]
     for stage in several:
         control = run_once(attack, stage, stage.control, purse, ran)
@@ -227,8 +230,9 @@ def repeated(
 ) -> Result | None:
     """Run an attack on every draw of a stage where that is cheap; its score is then their mean.
 
-    A draw on which nothing is found counts as guessing, as far as the score `like` this one says what that is. With `noise`
-    a score better than guessing also has to beat the same attack on noise in the shape of the update.
+    A draw on which nothing is found counts as guessing, as far as the score `like` this one says what that
+    is. With `noise` a score better than guessing also has to beat the same attack on noise in the shape of
+    the update.
     """
     first = run_once(attack, stage, stage.at(point), purse, ran)
     known = first[1] if first is not None and first[1] is not None else None if like is None else like[1]
@@ -285,7 +289,9 @@ def _granted_words(stage: ReplayedStep) -> tuple[str, ...]:
 def _beside_the_wire(
     found: AuditFinding, attack: Attack, stage: ReplayedStep, purse: AuditBudget, ran: Ran
 ) -> AuditFinding:
-    """Put beside a leak how the attack fares on what the protocol really sends; where nothing leaked at worst, that is less."""
+    """Put beside a leak how the attack fares on what the protocol really sends; where nothing leaked at
+    worst, that is less.
+    """
     if found.verdict != "leaked":
         return found
     clients = stage.at(found.point).observation.contributors

@@ -19,7 +19,9 @@ from ffm_secure.records import (
 
 
 def leak_curves(stage: ReplayedStep, ran: Ran, budget: str) -> Iterator[curves.Curve]:
-    """Draw curves for the best closed form of each family whose control passed: one attack shows the law of its kind."""
+    """Draw curves for the best closed form of each family whose control passed: one attack shows the law of
+    its kind.
+    """
     best: dict[str, tuple[tuple[int, float, float], Attack]] = {}
     for (name, records, point), (found, scored) in ran.items():
         attack = ATTACKS[name]()

@@ -23,10 +23,12 @@ Bounds = tuple[canary.LowerBound, ...]  # of one audit, the one of least assumpt
 
 
 def mechanism_lower_bound(prepared: simulation.Prepared, *, seed: int = 1) -> canary.LowerBound | None:
-    """Audit the run's own mechanism over all rounds a client may take part in, with canaries of the largest allowed norm.
+    """Audit the run's own mechanism over all rounds a client may take part in, with canaries of the largest
+    allowed norm.
 
-    The canaries go through the very sampler, bound, noise and divisor that the run used; the result is a lower bound on
-    epsilon, wrong with probability at most its significance, to be held against the ledger's upper bound.
+    The canaries go through the very sampler, bound, noise and divisor that the run used; the result is a
+    lower bound on epsilon, wrong with probability at most its significance, to be held against the ledger's
+    upper bound.
     """
     rounds = bounds_over_rounds(prepared, seed=seed)
     return strongest(rounds[max(rounds)]) if rounds else None
@@ -47,7 +49,9 @@ def strongest(bounds: Bounds) -> canary.LowerBound:
 
 
 def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[int, Bounds]:
-    """Return the lower bounds that 1, 2, 4, ... rounds of one canary run prove, and all rounds; nothing without a mechanism."""
+    """Return the lower bounds that 1, 2, 4, ... rounds of one canary run prove, and all rounds; nothing
+    without a mechanism.
+    """
     mechanism, config = prepared.mechanism, prepared.config
     if mechanism.noise_multiplier == 0.0:
         return {}
@@ -61,7 +65,8 @@ def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[
         total = next(totals)
         if number == rounds or number & (number - 1) == 0:
             scores, included = coins.scores(total).double().numpy(), coins.included.numpy()
-            # A record that is sampled gives scores of two variances; a client's is there in every round it is counted for.
+            # A record that is sampled gives scores of two variances; a client's is there in every round it is
+            # counted for.
             gaussian = mechanism.record_level is None
             seen[number] = canary.bounds(
                 scores[included], scores[~included], config.privacy.delta, gaussian=gaussian
@@ -87,7 +92,9 @@ def curve_over_rounds(bounds: Mapping[int, Bounds]) -> Iterator[LeakCurve]:
 
 
 def measured_how(bounds: Bounds, summary: RunSummary) -> str:
-    """Say in the five fields of every epsilon what a measured lower bound is a bound on, and what each bound assumes."""
+    """Say in the five fields of every epsilon what a measured lower bound is a bound on, and what each bound
+    assumes.
+    """
     promise = next(statement for statement in summary.statements if statement.observer == "server")
     each = "; ".join(
         f"{bound.method} {bound.epsilon:.3g}, confidence {100 * (1 - bound.significance):.4g} %, {bound.assumes}"

@@ -29,7 +29,8 @@ class _Pair(Protocol):
 
 
 def png_address(image: Tensor) -> str:
-    """Return a picture (1 or 3 channels, height, width) with values in [0, 1] as a `data:image/png;base64,` address.
+    """Return a picture (1 or 3 channels, height, width) with values in [0, 1] as a `data:image/png;base64,`
+    address.
 
     Values outside are cut off; a side above 96 pixels is shrunk by averaging.
     """

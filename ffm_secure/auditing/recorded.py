@@ -1,4 +1,6 @@
-"""Attack what really crossed the wire: recorded observations, scored by what the sites kept. No data folder is needed."""
+"""Attack what really crossed the wire: recorded observations, scored by what the sites kept. No data folder
+is needed.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def _observation(
 
 
 def _truth(model: LoadedModel, folder: Path, description: RecordedObservation) -> Truth | None:
-    """Put together what the sites in an observation kept of that round; nothing where one of them kept nothing."""
+    """Put together what the sites in an observation kept of that round; nothing where one of them kept
+    nothing.
+    """
     parts = []
     for site in description.sites:
         path = truth_path(folder / "home", model.spec.owners[site], description.round)

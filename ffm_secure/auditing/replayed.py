@@ -1,4 +1,6 @@
-"""Replay what one client sends: one step at every point of its way, or the run's own local steps as they cross the wire."""
+"""Replay what one client sends: one step at every point of its way, or the run's own local steps as they
+cross the wire.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def next_start(
     records: Sequence[RoundRecord],
     run_id: bytes,
 ) -> Tensor:
-    """Return the vector from which the largest client would learn next: the global one, and what it keeps at home.
+    """Return the vector from which the largest client would learn next: the global one, and what it keeps at
+    home.
 
     Whoever attacks that client is granted what it keeps, though nobody else ever sees it.
     """
@@ -52,11 +55,13 @@ def next_start(
 def gradients(
     prepared: simulation.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool = False
 ) -> dict[str, dict[str, Tensor]]:
-    """Return one step's update at each point: raw, and under record-level privacy clipped and noised by the run's mechanism.
+    """Return one step's update at each point: raw, and under record-level privacy clipped and noised by the
+    run's mechanism.
 
-    Only what the run's strategy trains in a first step is clipped and noised, and only what it sends is returned. Where
-    products are sent, their factors are returned: products are a function of them, so an observer is given no less.
-    With `sent_only` the raw step is left out where a clipped and noised one is sent.
+    Only what the run's strategy trains in a first step is clipped and noised, and only what it sends is
+    returned. Where products are sent, their factors are returned: products are a function of them, so an
+    observer is given no less. With `sent_only` the raw step is left out where a clipped and noised one is
+    sent.
     """
     strategy = prepared.strategy
     with prepared.trainable.training_only(strategy.trains(0)):
@@ -95,7 +100,9 @@ def _points(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Companion:
-    """Name records of another client of a cohort by their places among its own: those of a step, and some it leaves out."""
+    """Name records of another client of a cohort by their places among its own: those of a step, and some it
+    leaves out.
+    """
 
     client: int
     rows: Ints
@@ -105,7 +112,9 @@ class Companion:
 def companions(
     prepared: simulation.Prepared, client: int, *, clients: int, records: int, seed: int
 ) -> tuple[Companion, ...]:
-    """Draw what the others of a cohort of `clients` learn from beside `client`, as many records each as it does."""
+    """Draw what the others of a cohort of `clients` learn from beside `client`, as many records each as it
+    does.
+    """
     order = np.random.default_rng(seed + 1)
     chosen = []
     for index in _others(prepared, client)[: clients - 1]:
@@ -125,7 +134,9 @@ def records_of(prepared: simulation.Prepared, client: int, rows: Ints) -> dict[s
 def aggregate(
     prepared: simulation.Prepared, points: Mapping[str, Mapping[str, Tensor]], others: Sequence[Companion]
 ) -> dict[str, Tensor]:
-    """Add what the other clients of a cohort send in the same step, each with its own records and its own noise."""
+    """Add what the other clients of a cohort send in the same step, each with its own records and its own
+    noise.
+    """
     own = points.get("noised", points["raw"])
     total = {name: value.clone() for name, value in own.items()}
     for other in others:
@@ -138,12 +149,16 @@ def aggregate(
 
 
 def smallest_sum(config: RunConfig) -> int:
-    """Return how many clients stand behind the smallest sum an observer may be left with: the threshold, less colluders."""
+    """Return how many clients stand behind the smallest sum an observer may be left with: the threshold, less
+    colluders.
+    """
     return max(1, compatibility.minimum_survivors(config) - config.protection.colluding)
 
 
 def seen_by(observer: Observer, config: RunConfig, points: Collection[Point]) -> Point:
-    """Return at which point of its way an observer sees an update; seeded noise hides nothing, so it is taken off."""
+    """Return at which point of its way an observer sees an update; seeded noise hides nothing, so it is taken
+    off.
+    """
     alone: Point = "clipped" if config.privacy.noise == "seeded" else "noised"
     single: Point = alone if alone in points else "raw"
     if observer == "server" and config.protection.kind == "none":
@@ -156,7 +171,8 @@ def seen_by(observer: Observer, config: RunConfig, points: Collection[Point]) ->
 def wire_change(
     prepared: simulation.Prepared, vector: Tensor, members: Any, client: int, others: Sequence[Companion] = ()
 ) -> dict[str, Tensor]:
-    """Return the opened sum of what a cohort really sends in one round; its first client has nothing but `members`.
+    """Return the opened sum of what a cohort really sends in one round; its first client has nothing but
+    `members`.
 
     Local steps, optimiser, bound, noise and rounding are the run's own.
 
@@ -189,7 +205,9 @@ def wire_change(
 
 
 def wire_facts(prepared: LoadedModel, records: int) -> dict[str, Any]:
-    """Return what every party of a run knows of an update: the run file says it. Momentum makes SGD another optimiser."""
+    """Return what every party of a run knows of an update: the run file says it. Momentum makes SGD another
+    optimiser.
+    """
     spec = prepared.config.federation.lifecycle
     size = min(spec.batch_size, records)
     plain = spec.optimizer == "sgd" and not spec.momentum
@@ -203,10 +221,11 @@ def wire_facts(prepared: LoadedModel, records: int) -> dict[str, Any]:
 
 
 def noise_facts(prepared: LoadedModel, point: Point, clients: int, *, steps: int = 0) -> dict[str, Any]:
-    """Return what the run file tells everyone of the bound and the noise in an update, or in a sum of `clients` of them.
+    """Return what the run file tells everyone of the bound and the noise in an update, or in a sum of
+    `clients` of them.
 
-    `steps` is how many local steps stand behind a delta, 0 for the gradient of one step. The deviation is left out where an
-    optimiser mixes the noise of several steps.
+    `steps` is how many local steps stand behind a delta, 0 for the gradient of one step. The deviation is
+    left out where an optimiser mixes the noise of several steps.
     """
     mechanism = prepared.mechanism
     if mechanism.noise_multiplier == 0.0 or point == "raw" or prepared.config.privacy.noise == "seeded":
@@ -251,7 +270,9 @@ def own_names(prepared: LoadedModel) -> dict[str, str]:
 
 
 def attackable(prepared: LoadedModel) -> nn.Module:
-    """Copy the model for the attacker: eager attention, and padding read from the ids, as a client's own batches have it."""
+    """Copy the model for the attacker: eager attention, and padding read from the ids, as a client's own
+    batches have it.
+    """
     model = copy.deepcopy(prepared.trainable.model).cpu()
     pad = getattr(prepared.backbone.tokenizer, "pad_token_id", None)
     if pad is None or prepared.config.task.kind == "image_classification":

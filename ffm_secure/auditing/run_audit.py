@@ -38,7 +38,8 @@ from ffm_secure.storage.run_directory import Store
 
 
 def audit_run(folder: Path, *, budget: str = "quick", rows: Memory | None = None) -> RunSummary:
-    """Attack a finished run and write the findings into its report; `rows` are those a run was given from Python.
+    """Attack a finished run and write the findings into its report; `rows` are those a run was given from
+    Python.
 
     Raises:
       StoreError: the folder holds no finished run.

@@ -42,14 +42,16 @@ def audit_observation(
     budget: str = "quick",
     attacks: Collection[str] = ATTACKS,
 ) -> AuditSummary:
-    """Attack a stored observation of any system, each attack beside its control, beside itself on noise and beside guessing.
+    """Attack a stored observation of any system, each attack beside its control, beside itself on noise and
+    beside guessing.
 
-    The control is a rehearsal: the same model takes the same kind of step on invented data, undefended. With `truth`, a
-    safetensors file of what the client trained on, findings are scored; without it an attack leaks when it is as sure
-    as on the rehearsal and surer than on noise. `unused` is such a file of records that nobody trained on: guessing goes by
-    their words and labels, and rehearsals are made of them.
+    The control is a rehearsal: the same model takes the same kind of step on invented data, undefended. With
+    `truth`, a safetensors file of what the client trained on, findings are scored; without it an attack leaks
+    when it is as sure as on the rehearsal and surer than on noise. `unused` is such a file of records that
+    nobody trained on: guessing goes by their words and labels, and rehearsals are made of them.
 
-    `adapter` is a folder as PEFT writes it, put on top of the model. Names of other libraries are matched with the model's.
+    `adapter` is a folder as PEFT writes it, put on top of the model. Names of other libraries are matched
+    with the model's.
 
     Raises:
       StoreError: a folder or file cannot be read.
@@ -107,7 +109,9 @@ def _fitted(folder: Path, observation: Observation, model: nn.Module | None) -> 
 
 
 def _observer(observation: Observation) -> Observer:
-    """Return the observer of the threat model; one that another system named otherwise saw what a server sees."""
+    """Return the observer of the threat model; one that another system named otherwise saw what a server
+    sees.
+    """
     named = observation.observer
     return cast(Observer, named) if named in get_args(Observer) else "server"
 

@@ -36,7 +36,9 @@ class ObservationPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayedStep:
-    """What all scenes share: the model as broadcast, what an attacker may bring along, and the scenes themselves."""
+    """What all scenes share: the model as broadcast, what an attacker may bring along, and the scenes
+    themselves.
+    """
 
     records: int
     model: nn.Module
@@ -69,11 +71,12 @@ def build_stage(
     records: int = CANDIDATES,
     model: nn.Module | None = None,
 ) -> ReplayedStep:
-    """Replay one local step of a client from the broadcast model with known records, at every point of its way.
+    """Replay one local step of a client from the broadcast model with known records, at every point of its
+    way.
 
-    One step is the worst case for the client; what a run sends after many steps tells an attacker less. A step on one
-    record is the worst case of all: its length, label and the shape of a picture are granted as well. `model` is the attacker's
-    copy where there is one already.
+    One step is the worst case for the client; what a run sends after many steps tells an attacker less. A
+    step on one record is the worst case of all: its length, label and the shape of a picture are granted as
+    well. `model` is the attacker's copy where there is one already.
     """
     config, trained = prepared.config, prepared.trainable
     trained.load_vector(vector)
@@ -207,7 +210,9 @@ def _truth(
 def _cohort_truth(
     prepared: simulation.Prepared, own: Truth, others: Sequence[client_replay.Companion]
 ) -> Truth:
-    """Return what a whole cohort trained on: an observer of its sum learns that, not what one client of it holds."""
+    """Return what a whole cohort trained on: an observer of its sum learns that, not what one client of it
+    holds.
+    """
     batches = [client_replay.records_of(prepared, other.client, other.rows) for other in others]
     strangers = [
         client_replay.records_of(prepared, other.client, other.unused)

@@ -1,4 +1,6 @@
-"""Say what an audit found: one line a manager understands, tokens a reader understands, and where a run lies on a curve."""
+"""Say what an audit found: one line a manager understands, tokens a reader understands, and where a run lies
+on a curve.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def _attacks(count: int) -> str:
 
 
 def _exposed(findings: Sequence[AuditFinding]) -> str:
-    """Name who can learn what, observers who learn the same together; of a sum also whether it is known whose it is."""
+    """Name who can learn what, observers who learn the same together; of a sum also whether it is known whose
+    it is.
+    """
     learned: dict[tuple[str, ...], list[str]] = {}
     for observer, who in _WHO.items():
         own = [item for item in findings if item.observer == observer]
@@ -76,7 +80,9 @@ def _learned(item: AuditFinding) -> str:
 
 
 def _whose(findings: Sequence[AuditFinding]) -> str:
-    """Say what an observer of sums knows of whose it is; nothing where it sees single updates or rounds gave it away."""
+    """Say what an observer of sums knows of whose it is; nothing where it sees single updates or rounds gave
+    it away.
+    """
     held = [item for item in findings if item.verdict == "leaked" and item.measure in _OF_A_SUM]
     if not held or any(item.point != "aggregated" for item in held):
         return ""

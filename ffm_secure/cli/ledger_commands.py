@@ -1,4 +1,6 @@
-"""What an owner does with a ledger: open it with a budget, raise the budget, hold it against an anchor kept elsewhere."""
+"""What an owner does with a ledger: open it with a budget, raise the budget, hold it against an anchor kept
+elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,9 @@ from types import FrameType
 
 @contextmanager
 def patience() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether the run should end after this round; a second Ctrl-C interrupts at once."""
+    """Yield a function that tells whether the run should end after this round; a second Ctrl-C interrupts at
+    once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

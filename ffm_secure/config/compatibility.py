@@ -258,7 +258,8 @@ def participation_cap(config: RunConfig) -> int:
 
 
 def paid_rounds(config: RunConfig, turns: int = 0) -> int:
-    """Return the most rounds one owner pays for: those it takes part in, and the spare attempts the run file asks for.
+    """Return the most rounds one owner pays for: those it takes part in, and the spare attempts the run file
+    asks for.
 
     `turns` is how often it may still take part, where that is not the whole run.
     """

@@ -1,7 +1,7 @@
 """The data check of a plan: what the rows look like to their owner, and what no run may begin with.
 
-Counts of private rows are no release: they are shown to the person who plans a run on rows they hold, and stand in no
-report, no record and no file.
+Counts of private rows are no release: they are shown to the person who plans a run on rows they hold, and
+stand in no report, no record and no file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ FEWEST_NOTES = 10  # classes below which a small table is not suspected
 LONGEST_CLASS_NAME = 80
 MOST_COMPARED = 300  # names that are compared with each other letter by letter
 
-# What a wrong encoding leaves behind: the replacement mark, UTF-8 read as Windows-1252, and control characters.
+# What a wrong encoding leaves behind: the replacement mark, UTF-8 read as Windows-1252, and control
+# characters.
 _TROUBLE = re.compile("\ufffd|[ÂÃ][\u0080-\u00bf]|â€|[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 _MISSING = frozenset(("nan", "n/a", "na", "none", "null", "nil", "?", "-", "--", "missing", "#n/a", "nat"))
 
@@ -45,7 +46,9 @@ class NamedCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataCheck:
-    """Hold what a data set looks like. For the person who holds the rows; never part of a record that is released."""
+    """Hold what a data set looks like. For the person who holds the rows; never part of a record that is
+    released.
+    """
 
     rows: int
     public_rows: int
@@ -98,8 +101,9 @@ def examine(
 ) -> DataCheck:
     """Look at a data set as its owner would want to before a run.
 
-    `claims` tells whether the run promises anything about its private rows, `lengths` holds the tokens of uncut texts,
-    int64 [any number of private rows], `unanswered` the share of answers that are cut off, and `notes` what the task adds.
+    `claims` tells whether the run promises anything about its private rows, `lengths` holds the tokens of
+    uncut texts, int64 [any number of private rows], `unanswered` the share of answers that are cut off, and
+    `notes` what the task adds.
     """
     classes = class_counts(dataset)
     owners = owner_counts(dataset.train, owner_column)
@@ -286,7 +290,8 @@ def _owner_values(examples: Examples, column: str) -> list[object]:
 
 
 def similar_names(counts: Sequence[NamedCount]) -> tuple[tuple[str, ...], ...]:
-    """Group names that differ in case, accents, blanks or marks alone, or in one letter where one of them is rare.
+    """Group names that differ in case, accents, blanks or marks alone, or in one letter where one of them is
+    rare.
 
     >>> similar_names([NamedCount(name="neg", rows=9), NamedCount(name="Neg ", rows=1), NamedCount(name="pos", rows=9)])
     (('Neg ', 'neg'),)
@@ -317,7 +322,9 @@ def _misspelt(counts: Sequence[NamedCount]) -> Iterator[tuple[str, ...]]:
 
 
 def _one_letter_apart(first: str, second: str) -> bool:
-    """Tell whether one letter was changed, added or lost; short names and names with numbers are never compared."""
+    """Tell whether one letter was changed, added or lost; short names and names with numbers are never
+    compared.
+    """
     short, long = sorted((first, second), key=len)
     if len(short) < 5 or len(long) - len(short) > 1 or any(map(str.isdigit, short + long)) or short == long:
         return False

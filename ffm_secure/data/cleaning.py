@@ -1,4 +1,6 @@
-"""What a run file may have done to messy rows: each choice is written there, and looks at one row or one owner at a time."""
+"""What a run file may have done to messy rows: each choice is written there, and looks at one row or one
+owner at a time.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ def kept_rows(
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Return the rows that stay after cleaning, int64 [n], and what was left out in words.
 
-    Guarantee: whether a row stays depends on that row alone, or for repeats on rows of the same owner: one owner's rows
-    never decide about another's, so cleaning moves no privacy unit across sites.
+    Guarantee: whether a row stays depends on that row alone, or for repeats on rows of the same owner: one
+    owner's rows never decide about another's, so cleaning moves no privacy unit across sites.
     """
     stays = np.ones(len(table), dtype=bool)
     notes = []

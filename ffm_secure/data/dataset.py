@@ -100,8 +100,8 @@ def _take(values: Any, chosen: Indices) -> Any:
 class Dataset:
     """Hold a data set's two parts and what its columns mean.
 
-    Assumes: `label_names` is public. It is the union over all clients and both parts; where class names are themselves
-    secret, give integer labels over a list agreed on beforehand.
+    Assumes: `label_names` is public. It is the union over all clients and both parts; where class names are
+    themselves secret, give integer labels over a list agreed on beforehand.
     """
 
     name: str
@@ -143,15 +143,17 @@ def load(
 ) -> Dataset:
     """Load a data set for one kind of task.
 
-    `source` is `builtin:<name>` (with options as in `builtin:clinic_notes?hospitals=4`), a file or folder (relative
-    paths count from `base`), the name of a Hugging Face dataset (`owner/name`, or `owner/name:configuration`), or rows
-    in memory. A source without a validation part gives up `validation_fraction` of its rows: whole persons where
-    a person column is given, always the same ones for a `key`, whatever the seed, order or further rows. Several
-    text columns are given as a list or "first, second". `encoding` is that of text files, `class_names` declares the
-    classes in order, and `clean` says what is done about messy rows (`cleaning.CLEANERS`).
+    `source` is `builtin:<name>` (with options as in `builtin:clinic_notes?hospitals=4`), a file or folder
+    (relative paths count from `base`), the name of a Hugging Face dataset (`owner/name`, or
+    `owner/name:configuration`), or rows in memory. A source without a validation part gives up
+    `validation_fraction` of its rows: whole persons where a person column is given, always the same ones for
+    a `key`, whatever the seed, order or further rows. Several text columns are given as a list or "first,
+    second". `encoding` is that of text files, `class_names` declares the classes in order, and `clean` says
+    what is done about messy rows (`cleaning.CLEANERS`).
 
     Raises:
-      DataError: the source cannot be found or read, a column is missing or malformed, or a value is out of bounds.
+      DataError: the source cannot be found or read, a column is missing or malformed, or a value is out of
+        bounds.
     """
     if kind not in get_args(Kind):
         raise DataError(f"kind = {kind!r}: must be one of {', '.join(get_args(Kind))}")
@@ -191,7 +193,8 @@ def load_task(
     key: RecordKey | None = None,
     person_column: str = "",
 ) -> Dataset:
-    """Load the data set that the table `[task]` of a run file describes; `rows` given from Python take its place.
+    """Load the data set that the table `[task]` of a run file describes; `rows` given from Python take its
+    place.
 
     Raises:
       DataError: as `load`.
@@ -340,7 +343,8 @@ BUILTIN: dict[str, Callable[[Mapping[str, int]], tuple[Table, Table, str]]] = {
 def _hold_out(
     table: Table, fraction: float, choices: Choices, key: RecordKey, person_column: str
 ) -> tuple[Table, Table]:
-    """Part off the rows whose lot falls below the fraction; a lot is drawn by what a row says, or by its person.
+    """Part off the rows whose lot falls below the fraction; a lot is drawn by what a row says, or by its
+    person.
 
     Rows that are private in one run are never public in another: no seed, order or further row has a say.
     """
@@ -445,7 +449,8 @@ class _Text:
 def _joined_text(
     tables: Sequence[Table], parts: Sequence[dict[str, Any]], text: tuple[str, ...], choices: Choices
 ) -> _Text:
-    """Check the text, and make one of it for a language model: chats packed, several columns joined line by line.
+    """Check the text, and make one of it for a language model: chats packed, several columns joined line by
+    line.
 
     The joined column is a new one such as `question+answer`.
     """
@@ -484,7 +489,9 @@ def _packed_chats(
 
 
 def _natural_columns(examples: Examples, used: set[str | None]) -> tuple[str, ...]:
-    """List the columns that could name data owners: text or whole numbers, on average two rows or more per value."""
+    """List the columns that could name data owners: text or whole numbers, on average two rows or more per
+    value.
+    """
     found = []
     for name, values in examples.columns.items():
         whole = isinstance(values, np.ndarray) and values.dtype.kind in "iu" and values.ndim == 1

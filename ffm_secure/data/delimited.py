@@ -1,4 +1,6 @@
-"""Delimited tables: which bytes are which letters, which character parts the fields, and whether names come first."""
+"""Delimited tables: which bytes are which letters, which character parts the fields, and whether names come
+first.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def stated_encoding(path: Path) -> str:
 
 
 def text_lines(path: Path, encoding: str = "") -> Iterator[tuple[int, str]]:
-    """Yield numbered lines of a text file; without an `encoding`, a byte order mark decides, and UTF-8 where there is none.
+    """Yield numbered lines of a text file; without an `encoding`, a byte order mark decides, and UTF-8 where
+    there is none.
 
     Raises:
       DataError: the bytes are not of that encoding; the first line is named, the others are counted.
@@ -72,7 +75,9 @@ def _unmarked(line: str) -> str:
 
 
 def _mixed_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Read each line as UTF-8 where it is, and as Windows-1252 where it is not: tables put together from two sources."""
+    """Read each line as UTF-8 where it is, and as Windows-1252 where it is not: tables put together from two
+    sources.
+    """
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             line = raw.decode("utf-8" if _is_utf8(raw) else "cp1252", errors="replace")
@@ -173,7 +178,9 @@ def _read_delimited(path: Path, usual: str, encoding: str) -> Table:
 
 
 def _dialect(path: Path, usual: str, encoding: str) -> _Dialect:
-    """Choose the separator that cuts the first records into equally many fields; the usual one wins where it does."""
+    """Choose the separator that cuts the first records into equally many fields; the usual one wins where it
+    does.
+    """
     lines = [line for _, line in islice(text_lines(path, encoding), _SAMPLE)]
     stated = re.fullmatch(r"sep=(.)\s*", lines[0]) if lines else None
     if stated and stated.group(1) in SEPARATORS:
@@ -252,7 +259,9 @@ def _check_header(path: Path, header: list[str], rows: Sequence[Sequence[str]]) 
 
 
 def _row_not_header(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Say why a first line cannot be one of column names; an empty string if it can. Nothing of the line is quoted."""
+    """Say why a first line cannot be one of column names; an empty string if it can. Nothing of the line is
+    quoted.
+    """
     if any(name.casefold() in _KNOWN for name in header) or list(header) == [
         str(i) for i in range(len(header))
     ]:

@@ -34,7 +34,9 @@ _INDEXES = (
 
 
 def read_source(path: Path, encoding: str = "") -> tuple[Table, Table | None]:
-    """Read the train table, and the validation table where the folder has one; text files may name their `encoding`."""
+    """Read the train table, and the validation table where the folder has one; text files may name their
+    `encoding`.
+    """
     if path.is_file():
         return read_table(path, encoding), None
     if is_saved(path):
@@ -184,7 +186,9 @@ def arrow_table(table: pa.Table, *, origin: str) -> Table:
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
-    """Find the one ClassLabel in the metadata that the `datasets` library writes; anything odd counts as none."""
+    """Find the one ClassLabel in the metadata that the `datasets` library writes; anything odd counts as
+    none.
+    """
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"].values()
         found = [tuple(map(str, item["names"])) for item in features if item.get("_type") == "ClassLabel"]
@@ -194,7 +198,9 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
 
 
 def read_npz(path: Path) -> Table:
-    """Read named arrays with one row per example; pickled objects are refused, sizes are checked before allocation."""
+    """Read named arrays with one row per example; pickled objects are refused, sizes are checked before
+    allocation.
+    """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         unpacked = sum(member.file_size for member in members)
@@ -281,7 +287,9 @@ TEXT_READERS: dict[str, Callable[[Path, str], Table]] = {
 
 
 def _reason(error: Exception) -> str:
-    """Say why a parser failed; the words of those that quote what they read are left out, for that is private."""
+    """Say why a parser failed; the words of those that quote what they read are left out, for that is
+    private.
+    """
     words = (str(error).splitlines() or [""])[0][:160]
     quotes_nothing = isinstance(error, OSError | pa.ArrowException | zipfile.BadZipFile | zlib.error)
     return words if words and quotes_nothing else type(error).__name__

@@ -1,4 +1,6 @@
-"""Data sets from the Hugging Face hub: the one module that may use a network, and only when a run file names one."""
+"""Data sets from the Hugging Face hub: the one module that may use a network, and only when a run file names
+one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ CONNECT_SECONDS = 10.0
 
 
 def load_hub(name: str, path: Path) -> tuple[Any, Any | None]:
-    """Download the train and validation parts of a hub data set as Arrow tables; offline is an error, never a wait.
+    """Download the train and validation parts of a hub data set as Arrow tables; offline is an error, never a
+    wait.
 
     Guarantee: no code from the hub runs (data files only), and no usage statistics are sent.
     """

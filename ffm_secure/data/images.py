@@ -45,7 +45,9 @@ def open_picture(encoded: bytes | Path, place: str) -> Image.Image:
 
 
 def decode(encoded: bytes | Path, place: str, *, side: int | None = None) -> Pixels:
-    """Decode one picture to uint8 [height, width, 3]; with `side`, shrink or grow and centre-crop to a square."""
+    """Decode one picture to uint8 [height, width, 3]; with `side`, shrink or grow and centre-crop to a
+    square.
+    """
     try:
         with open_picture(encoded, place) as stored:
             picture = _eight_bits(stored, place)
@@ -61,7 +63,8 @@ def decode(encoded: bytes | Path, place: str, *, side: int | None = None) -> Pix
 
 
 def _eight_bits(picture: Image.Image, place: str) -> Image.Image:
-    """Bring a picture to RGB; 16-bit grey is scaled by its full range, numbers without a known range are refused.
+    """Bring a picture to RGB; 16-bit grey is scaled by its full range, numbers without a known range are
+    refused.
 
     Guarantee: no value is cut off. Pillow's own conversion of 16-bit grey makes every value above 255 white.
     """
@@ -140,12 +143,13 @@ def image_column(
 ) -> Pixels | LazyImages:
     """Turn a raw column into pictures of one size.
 
-    Takes pixel arrays uint8 or uint16 [n, H, W] or [n, H, W, 1 or 3], encoded bytes, {"bytes": ...} records, paths, or
-    names of files that count from `folder`. Pictures of different sizes are brought to squares of `image_size`, or of
-    224 where none was given.
+    Takes pixel arrays uint8 or uint16 [n, H, W] or [n, H, W, 1 or 3], encoded bytes, {"bytes": ...} records,
+    paths, or names of files that count from `folder`. Pictures of different sizes are brought to squares of
+    `image_size`, or of 224 where none was given.
 
     Raises:
-      DataError: a picture is missing, damaged or of a kind that is not read; its file or row is named, the others counted.
+      DataError: a picture is missing, damaged or of a kind that is not read; its file or row is named, the
+        others counted.
     """
     if isinstance(values, np.ndarray):
         return _pixel_array(values, place(0))
@@ -191,7 +195,9 @@ def _sizes(encoded: Sequence[bytes | Path], places: Sequence[str]) -> set[tuple[
 
 
 class _Problems:
-    """Collect what is wrong with the pictures of a column, and raise one error that names the first and counts the rest."""
+    """Collect what is wrong with the pictures of a column, and raise one error that names the first and
+    counts the rest.
+    """
 
     def __init__(self) -> None:
         self._messages: dict[str, str] = {}  # by place

@@ -41,7 +41,9 @@ def read_jsonl(path: Path, encoding: str = "") -> Table:
 
 
 def read_json(path: Path, encoding: str = "") -> Table:
-    """Read one list of objects, one object that holds such a list, one object of columns, or one object a line."""
+    """Read one list of objects, one object that holds such a list, one object of columns, or one object a
+    line.
+    """
     text = "".join(line for _, line in text_lines(path, encoding))
     try:
         value = parse(text)
@@ -104,7 +106,9 @@ def _no_constant(name: str) -> Any:
 
 
 def typed(values: list[Any]) -> Column:
-    """Make whole columns of int, float or bool arrays; leave mixed ones for the checks of the column that is used."""
+    """Make whole columns of int, float or bool arrays; leave mixed ones for the checks of the column that is
+    used.
+    """
     kinds = {type(value) for value in values}
     if len(kinds) == 1 and kinds <= {int, float, bool}:
         try:

@@ -22,7 +22,8 @@ MAX_LABELS = 65_536  # above it the label column is more likely an identifier
 class Labels:
     """Hold the class numbers of both parts, the names, and who named them.
 
-    `source`: the run file ("declared"), metadata or folders ("stored"), nobody ("numbers"), or the rows ("column").
+    `source`: the run file ("declared"), metadata or folders ("stored"), nobody ("numbers"), or the rows
+      ("column").
     """
 
     parts: tuple[Indices, Indices] = field(repr=False)  # of private rows too
@@ -35,11 +36,13 @@ def encode_labels(
 ) -> Labels:
     """Map labels to class numbers.
 
-    Whole numbers stay as they are, text is numbered in sorted order of the union of both parts. Names that are
-    `declared` decide alone; with `loose`, capital letters and blanks at either end make no difference to them.
+    Whole numbers stay as they are, text is numbered in sorted order of the union of both parts. Names that
+    are `declared` decide alone; with `loose`, capital letters and blanks at either end make no difference to
+    them.
 
     Raises:
-      DataError: a label is missing, out of bounds or not declared; the first row is named, the others are counted.
+      DataError: a label is missing, out of bounds or not declared; the first row is named, the others are
+        counted.
     """
     labels = _declared(tables, name, declared, loose) if declared else _seen(tables, name)
     if len(labels.names) > MAX_LABELS:
@@ -120,7 +123,8 @@ def _named(table: Table, name: str, numbers: Mapping[str, int], loose: bool) -> 
 
 
 def plain(value: object) -> str:
-    """Return a label without what people type differently by accident: case, and blanks at the ends or doubled.
+    """Return a label without what people type differently by accident: case, and blanks at the ends or
+    doubled.
 
     >>> plain("  Internal  Medicine ")
     'internal medicine'

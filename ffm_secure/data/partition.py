@@ -37,11 +37,12 @@ class FeatureShift:
 def partition(examples: Examples, *, clients: int, split: Any, seed: int) -> tuple[Indices, ...]:
     """Deal the rows of `examples` to `clients`; entry i holds client i's rows in ascending order.
 
-    `split` is a mapping such as {"kind": "dirichlet", "alpha": 0.3}, or a dataclass with the same fields, of which
-    the kind reads only its own.
+    `split` is a mapping such as {"kind": "dirichlet", "alpha": 0.3}, or a dataclass with the same fields, of
+    which the kind reads only its own.
 
-    Guarantee: no row has two clients; every row has one, except under natural with groups = "largest" (smaller groups
-    are left out); the same seed and numpy release give the same answer; every client gets at least `min_size` rows.
+    Guarantee: no row has two clients; every row has one, except under natural with groups = "largest"
+    (smaller groups are left out); the same seed and numpy release give the same answer; every client gets at
+    least `min_size` rows.
 
     Raises:
       DataError: the request cannot be met, with the bound that it breaks.
@@ -74,7 +75,9 @@ def client_examples(examples: Examples, *, clients: int, split: Any, seed: int) 
 def client_rows(
     examples: Examples, parts: Sequence[Indices], index: int, *, split: Any, seed: int
 ) -> Examples:
-    """Return one client's rows as it has them: dealt out by `parts`, and shifted where the split shifts features."""
+    """Return one client's rows as it has them: dealt out by `parts`, and shifted where the split shifts
+    features.
+    """
     rows = examples.take(parts[index])
     shifts = feature_shifts(clients=len(parts), split=split)
     return apply_shift(rows, shifts[index], seed=[seed, index]) if shifts else rows
@@ -92,7 +95,9 @@ def _cut(rows: Indices, sizes: Indices) -> list[Indices]:
 
 
 def _rounded(shares: Shares, count: int) -> Indices:
-    """Round shares of `count` to whole rows: never more than one row from the exact value, and the sum is `count`."""
+    """Round shares of `count` to whole rows: never more than one row from the exact value, and the sum is
+    `count`.
+    """
     edges = np.rint(np.cumsum(shares) * count).astype(np.int64)
     edges[-1] = count
     return np.diff(edges, prepend=0)
@@ -107,7 +112,9 @@ def _iid(
 def _dirichlet(
     examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator
 ) -> list[Indices]:
-    """Draw each label's shares over the clients from Dirichlet(alpha, ..., alpha) (Li et al. 2022, section 4.1)."""
+    """Draw each label's shares over the clients from Dirichlet(alpha, ..., alpha) (Li et al. 2022, section
+    4.1).
+    """
     labels = examples.labels
     hands: list[list[Indices]] = [[] for _ in range(clients)]
     for label in np.unique(labels):
@@ -128,7 +135,9 @@ def _dirichlet_shares(alpha: float, clients: int, rng: np.random.Generator) -> S
 
 
 def _topped_up(parts: list[Indices], least: int, rng: np.random.Generator) -> list[Indices]:
-    """Move random rows from the currently largest client to those below `least`, so that small alphas stay possible."""
+    """Move random rows from the currently largest client to those below `least`, so that small alphas stay
+    possible.
+    """
     sizes = np.array([len(part) for part in parts])
     for short in np.flatnonzero(sizes < least):
         while sizes[short] < least:
@@ -157,7 +166,9 @@ def _quantity(
 def _shards(
     examples: Examples, clients: int, options: Mapping[str, Any], rng: np.random.Generator
 ) -> list[Indices]:
-    """Sort by label, cut into equal shards, deal `shards_per_client` to each (McMahan et al. 2017, section 3)."""
+    """Sort by label, cut into equal shards, deal `shards_per_client` to each (McMahan et al. 2017, section
+    3).
+    """
     each = options["shards_per_client"]
     if clients * each > len(examples):
         raise DataError(
@@ -176,9 +187,9 @@ def _natural(
 ) -> list[Indices]:
     """Give every value of a column its own client; too many values are merged, or the smaller ones left out.
 
-    The `clients` largest groups (ties by name) each found a client. With groups = "merge" every further group joins a
-    client drawn uniformly; with "largest" it is left out. A group is never cut in two: it stands for one data owner.
-    Clients are ordered by the name of the group that founded them.
+    The `clients` largest groups (ties by name) each found a client. With groups = "merge" every further group
+    joins a client drawn uniformly; with "largest" it is left out. A group is never cut in two: it stands for
+    one data owner. Clients are ordered by the name of the group that founded them.
     """
     groups = _groups(examples, options["column"])
     hands = _natural_hands(groups, examples.origin, clients, options, rng)
@@ -280,7 +291,9 @@ def _groups(examples: Examples, column: str) -> dict[Any, Indices]:
 
 
 def feature_shifts(*, clients: int, split: Any) -> tuple[FeatureShift, ...]:
-    """Describe each client's public transformation: from none at client 0 in equal steps to `strength` at the last."""
+    """Describe each client's public transformation: from none at client 0 in equal steps to `strength` at the
+    last.
+    """
     kind, options = _options(split)
     if kind != "feature_shift":
         return ()
@@ -373,7 +386,9 @@ _BOUNDS = {
 
 
 def _options(split: Any) -> tuple[str, dict[str, Any]]:
-    """Read a split with its defaults; a mapping may hold only what its kind knows, a dataclass has every field."""
+    """Read a split with its defaults; a mapping may hold only what its kind knows, a dataclass has every
+    field.
+    """
     given = {f.name: getattr(split, f.name) for f in fields(split)} if is_dataclass(split) else dict(split)
     kind = given.pop("kind", None)
     if kind not in SPLITS:

@@ -25,9 +25,10 @@ TELLING_ROWS = 16
 def named(dataset: Dataset, key: RecordKey, *, person_column: str = "") -> Dataset:
     """Return a data set whose training rows bear the names a ledger knows them by.
 
-    A row is known by its text or its pixels; the label does not count, because a label column and a kind of task are
-    choices of the run. Every other text cell that says which row it is goes with it, so that a row is found again when
-    another column is read. With a person column a person is one record, whatever the number of rows.
+    A row is known by its text or its pixels; the label does not count, because a label column and a kind of
+    task are choices of the run. Every other text cell that says which row it is goes with it, so that a row
+    is found again when another column is read. With a person column a person is one record, whatever the
+    number of rows.
     """
     return replace(dataset, train=_named(dataset.train, dataset, key, person_column))
 

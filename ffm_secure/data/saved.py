@@ -33,7 +33,8 @@ def read_saved(folder: Path, most_bytes: int) -> pa.Table:
     """Read one part as an Arrow table.
 
     Raises:
-      DataError: files are missing, damaged or too large, or the part is a selection of rows that lie elsewhere.
+      DataError: files are missing, damaged or too large, or the part is a selection of rows that lie
+        elsewhere.
     """
     state = _description(folder / _STATE)
     if state.get("_indices_files") or state.get("_indices_data_files"):

@@ -105,7 +105,8 @@ def suggest(path: Path, asked: Asked) -> Suggestion:
     """Look at a file or folder and suggest a run.
 
     Raises:
-      DataError: it cannot be read, or a column cannot be told from the others; the message says how to name it.
+      DataError: it cannot be read, or a column cannot be told from the others; the message says how to name
+        it.
     """
     encoding = _encoding(path)
     table, validation = read_source(path, encoding)
@@ -256,7 +257,9 @@ def _by_shape(table: Table, used: Sequence[str]) -> str:
 
 
 def _groups(table: Table, name: str, most: int) -> int:
-    """Count the different values of a column that parts its rows into groups of two or more on average; 0 for others."""
+    """Count the different values of a column that parts its rows into groups of two or more on average; 0 for
+    others.
+    """
     values = table.columns[name]
     if isinstance(values, np.ndarray) and (values.dtype.kind not in "iu" or values.ndim != 1):
         return 0
@@ -298,7 +301,9 @@ def _cleaning(table: Table, choices: Choices) -> tuple[tuple[str, ...], dict[str
 
 
 def _class_names(table: Table, label: str, rows: NDArray[np.int64]) -> tuple[tuple[str, ...], int]:
-    """Return the commonest spelling of every class, and how many labels are spelt otherwise; nothing for 0, 1, 2, ..."""
+    """Return the commonest spelling of every class, and how many labels are spelt otherwise; nothing for 0,
+    1, 2, ...
+    """
     column = as_list(table.columns[label])
     values = [column[row] for row in rows]
     if not is_text(values):

@@ -1,4 +1,6 @@
-"""A run that goes on beyond its last round: what it has behind it, and what is left of its budget for the rest."""
+"""A run that goes on beyond its last round: what it has behind it, and what is left of its budget for the
+rest.
+"""
 
 from __future__ import annotations
 

@@ -88,8 +88,8 @@ def load_model(
 ) -> LoadedModel:
     """Load the backbone, attach what is trained, work out the spec.
 
-    `multiplier` is the noise a run has begun with. For a run that goes on beyond its last round, `history` is what an owner
-    has paid for in it, and `turns` how often one may still take part.
+    `multiplier` is the noise a run has begun with. For a run that goes on beyond its last round, `history` is
+    what an owner has paid for in it, and `turns` how often one may still take part.
 
     Raises:
       ModelError, BudgetExceeded: with what to do.

@@ -1,4 +1,6 @@
-"""The sites of a simulation, in this process: asked one after another, or on a few threads, in the order of the messages."""
+"""The sites of a simulation, in this process: asked one after another, or on a few threads, in the order of
+the messages.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,8 @@ class TrainerPool:
 class LocalEngine:
     """Carry messages by calling the sites.
 
-    Guarantee: at most `workers + 1` uploads exist at a time, so memory does not grow with the cohort; what a site computes does
-    not depend on the number of workers.
+    Guarantee: at most `workers + 1` uploads exist at a time, so memory does not grow with the cohort; what a
+    site computes does not depend on the number of workers.
     """
 
     def __init__(self, config: RunConfig, sites: Sequence[Site], trainers: TrainerPool) -> None:
@@ -90,7 +92,9 @@ class LocalEngine:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _begin_round(self, messages: Mapping[int, bytes]) -> None:
-        """Draw whom this round loses; the number of the round is what the sites are sent, not what is counted here."""
+        """Draw whom this round loses; the number of the round is what the sites are sent, not what is counted
+        here.
+        """
         message = next(iter(messages.values()), b"")
         plan = self._sites[0].read_plan(message) if message else None
         self._lost = {} if plan is None else lost_clients(self._config, plan.round, plan.cohort)

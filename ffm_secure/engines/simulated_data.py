@@ -1,4 +1,6 @@
-"""The rows of a simulation: private ones by owner, and public ones for evaluation and for phases of the server's own."""
+"""The rows of a simulation: private ones by owner, and public ones for evaluation and for phases of the
+server's own.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ class SimulatedData:
 def load(
     config: RunConfig, base: Path, folder: Path | None = None, rows: Memory | None = None
 ) -> SimulatedData:
-    """Load a run's data, or take rows given from Python; name the rows for the ledger in `folder`, and deal them out.
+    """Load a run's data, or take rows given from Python; name the rows for the ledger in `folder`, and deal
+    them out.
 
     Raises:
       DataError: what is wrong with it, and what to do.
@@ -78,7 +81,8 @@ def load(
 
 
 def part_in_public(config: RunConfig, dataset: Dataset, base: Path) -> tuple[Dataset, Examples | None]:
-    """Return the private data set and, for pre-training, the public examples: another set, or rows taken out of this one.
+    """Return the private data set and, for pre-training, the public examples: another set, or rows taken out
+    of this one.
 
     Raises:
       DataError: the public set answers another question, or too many rows are taken out.

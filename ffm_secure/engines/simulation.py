@@ -103,7 +103,8 @@ class Prepared(LoadedModel):
 def prepare(
     config: RunConfig, base: Path, folder: Path | None = None, rows: Memory | None = None
 ) -> Prepared:
-    """Load data and model, deal out the data, calibrate the mechanism; a run that has begun in `folder` keeps its noise.
+    """Load data and model, deal out the data, calibrate the mechanism; a run that has begun in `folder` keeps
+    its noise.
 
     Raises:
       PlanRefused, DataError, ModelError: each with what to do.
@@ -140,7 +141,8 @@ def prepare(
 def _load_model(
     config: RunConfig, base: Path, facts: PublicFacts, begun: float, extension: Extension | None
 ) -> LoadedModel:
-    """Load the model with the noise a run has begun with, or with that for what is left of an extended run's budget.
+    """Load the model with the noise a run has begun with, or with that for what is left of an extended run's
+    budget.
 
     Raises:
       BudgetExhausted: nothing is left for more rounds.
@@ -166,9 +168,11 @@ def _public_facts(config: RunConfig, data: SimulatedData, folder: Path | None) -
 
 
 def ledger_names(config: RunConfig, data: SimulatedData, folder: Path | None) -> tuple[str, ...]:
-    """Return the name of every data owner: the one people know, or the one a ledger of these rows was opened under.
+    """Return the name of every data owner: the one people know, or the one a ledger of these rows was opened
+    under.
 
-    Guarantee: an owner whom an older version wrote down by number keeps that account, and with it what was spent.
+    Guarantee: an owner whom an older version wrote down by number keeps that account, and with it what was
+    spent.
     """
     path = ledger_path(config.privacy, folder)
     if path is None or not path.is_file():
@@ -187,10 +191,12 @@ def _described(spec: RunSpec, data: SimulatedData) -> str:
 def _outlook(
     config: RunConfig, data: SimulatedData, spec: RunSpec, folder: Path | None, *, begun: bool, turns: int
 ) -> Outlook | None:
-    """Return what the run's rows have spent and may spend; none where the ledger lies in the run and knows nothing else.
+    """Return what the run's rows have spent and may spend; none where the ledger lies in the run and knows
+    nothing else.
 
     Raises:
-      PlanRefused: their lifetime budget does not pay for the whole run. A run that has begun ends where it must.
+      PlanRefused: their lifetime budget does not pay for the whole run. A run that has begun ends where it
+        must.
     """
     path = ledger_path(config.privacy, folder)
     if path is None or not spec.has_dp_guarantee or config.privacy.ledger == IN_RUN:
@@ -206,7 +212,9 @@ def _outlook(
 
 @dataclass(slots=True, kw_only=True)
 class Simulation:
-    """Hold a run that is ready to start: both sides, and the courier between them. Only this engine may hold all three."""
+    """Hold a run that is ready to start: both sides, and the courier between them. Only this engine may hold
+    all three.
+    """
 
     prepared: Prepared
     server: ServerContext
@@ -250,7 +258,8 @@ class Simulation:
         """Return where the run begins, or where a killed one stopped.
 
         Raises:
-          StoreError: what is stored does not fit this model, or a ledger or a site's own numbers lack its past.
+          StoreError: what is stored does not fit this model, or a ledger or a site's own numbers lack its
+            past.
         """
         resumed = store.resume()
         if resumed is None:
@@ -286,7 +295,9 @@ class Simulation:
         return worst.ledger.events()
 
     def own_vector(self, client: int, vector: Tensor, *, before: int) -> Tensor:
-        """Return a site's own model: the global vector, with what it keeps at home from the rounds before one."""
+        """Return a site's own model: the global vector, with what it keeps at home from the rounds before
+        one.
+        """
         return self.states.load(client, vector, run_id=self.server.run_id, before=before)
 
     def evaluate(self, vector: Tensor, examples: Encoded) -> Evaluation:
@@ -296,7 +307,9 @@ class Simulation:
 
 
 def _binding(prepared: Prepared) -> SessionBinding | None:
-    """Bind what sites of secure aggregation hold a session to; None without it, as hashing a backbone takes a while."""
+    """Bind what sites of secure aggregation hold a session to; None without it, as hashing a backbone takes a
+    while.
+    """
     if prepared.config.protection.kind != "secagg":
         return None
     trained = {id(parameter) for parameter in prepared.trainable.parameters.values()}
@@ -371,7 +384,9 @@ def _transcript(spec: RunSpec, folder: Path, rounds: frozenset[int]) -> Transcri
 
 
 def _trainer(prepared: Prepared, states: ClientStateStore, number: int) -> SiteTrainer:
-    """Return one replica for the sites; the first shares the server's tensors, for they take turns in one process."""
+    """Return one replica for the sites; the first shares the server's tensors, for they take turns in one
+    process.
+    """
     own = prepared.trainable if number == 0 else replicate(prepared.trainable)
     return SiteTrainer(spec=prepared.spec, trainable=own, task=prepared.task, states=states)
 
@@ -451,7 +466,8 @@ def _probe_rows(prepared: Prepared) -> Encoded:
 
 
 def probe(prepared: Prepared, public: Encoded, *, samples: int = PROBED) -> None:
-    """Measure, on public rows, that no sample moves the clipped sum by more than the bound; before any private row is read.
+    """Measure, on public rows, that no sample moves the clipped sum by more than the bound; before any
+    private row is read.
 
     Raises:
       NotPrivateError: it does, or samples are coupled; the message names the module or the loss at fault.

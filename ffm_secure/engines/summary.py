@@ -144,7 +144,9 @@ def _spends(prepared: Prepared) -> str:
 
 
 def _planned(prepared: Prepared) -> tuple[Event, ...] | None:
-    """Return what one owner will have gone through at the end of an extended run; None where a run has one noise."""
+    """Return what one owner will have gone through at the end of an extended run; None where a run has one
+    noise.
+    """
     extension = prepared.extension
     if extension is None or not prepared.spec.has_dp_guarantee:
         return None
@@ -248,7 +250,8 @@ def outcomes(
 ) -> tuple[ClientOutcome, ...]:
     """Evaluate the first and last model on every client's own data: a simulation's view, marked as such.
 
-    At most `rows` examples are looked at over all clients (at least 8 of each), so that a long list of clients stays cheap.
+    At most `rows` examples are looked at over all clients (at least 8 of each), so that a long list of
+    clients stays cheap.
     """
     participations = Counter(client for record in trained.records for client in record.cohort)
     share = max(8, rows // len(ready.sites))

@@ -1,4 +1,6 @@
-"""A grid of runs from one file: every cell is an ordinary run file with some keys varied; what is finished is not run again."""
+"""A grid of runs from one file: every cell is an ordinary run file with some keys varied; what is finished is
+not run again.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,12 @@ def run(
     jobs: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Run what is missing of a grid, `jobs` cells at once, and write its results; return the page and the results.
+    """Run what is missing of a grid, `jobs` cells at once, and write its results; return the page and the
+    results.
 
-    Guarantee: a finished run is read, not repeated; an interrupted one continues where it stopped; `results.json`, `report.html`,
-    `results.md` and `results.svg` are written anew after every run, so an interrupted grid leaves the table of what it has.
+    Guarantee: a finished run is read, not repeated; an interrupted one continues where it stopped;
+    `results.json`, `report.html`, `results.md` and `results.svg` are written anew after every run, so an
+    interrupted grid leaves the table of what it has.
     """
     if jobs < 1:
         raise ConfigError("experiment", [f"--jobs = {jobs}: must be at least 1"])
@@ -132,7 +136,9 @@ def _summaries(
 
 
 def _end_with_parent() -> None:
-    """Let a worker end when the command that started it was killed: it would hold the folder of its cell for nothing."""
+    """Let a worker end when the command that started it was killed: it would hold the folder of its cell for
+    nothing.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None:
 
@@ -164,7 +170,8 @@ def _start(text: str, base: str, runs: str, threads: int) -> str:
 
 
 def finished(made: Run, rows: Rows) -> RunSummary | None:
-    """Return the summary of a run that has ended, at its last round or where its budget did; None if it has to go on.
+    """Return the summary of a run that has ended, at its last round or where its budget did; None if it has
+    to go on.
 
     Raises:
       StoreError: its folder holds a run of other settings, or of rows that have changed.
@@ -179,7 +186,9 @@ def finished(made: Run, rows: Rows) -> RunSummary | None:
 
 
 class Rows:
-    """Hold the rows of finished runs against those that their run files mean now; every data set is read once."""
+    """Hold the rows of finished runs against those that their run files mean now; every data set is read
+    once.
+    """
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], simulation.Contents] = {}

@@ -322,7 +322,9 @@ _Place = tuple[str, str, str]  # axis, label, override
 
 
 def _undone(chosen: Sequence[tuple[str, Value]], *, quick: bool) -> Iterator[tuple[_Place, _Place]]:
-    """Yield pairs of overrides of which the second takes the first away; between axes also where it only refines it."""
+    """Yield pairs of overrides of which the second takes the first away; between axes also where it only
+    refines it.
+    """
     places = [
         (axis, value.label, override)
         for axis, value in chosen

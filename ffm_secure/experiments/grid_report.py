@@ -1,4 +1,6 @@
-"""From the rows of a grid to a table with confidence intervals, paired differences and curves: pure, as JSON and as one page."""
+"""From the rows of a grid to a table with confidence intervals, paired differences and curves: pure, as JSON
+and as one page.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A mean over seeds with its two-sided 95 % t-interval; infinitely wide with one seed, not a number with none."""
+    """A mean over seeds with its two-sided 95 % t-interval; infinitely wide with one seed, not a number with
+    none.
+    """
 
     mean: float
     low: float
@@ -89,10 +93,11 @@ def results(
     compare: str,
     references: Sequence[str],
 ) -> dict[str, Any]:
-    """Summarise a grid: one entry a cell, with the paired difference to every reference; and all rows behind it.
+    """Summarise a grid: one entry a cell, with the paired difference to every reference; and all rows behind
+    it.
 
-    Guarantee: a run that ended before its last round is in `rows` and in `stopped`, and in no mean, difference or count; the grid
-    is not complete while there is one.
+    Guarantee: a run that ended before its last round is in `rows` and in `stopped`, and in no mean,
+    difference or count; the grid is not complete while there is one.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in rows:

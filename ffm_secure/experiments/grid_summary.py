@@ -18,7 +18,8 @@ _FONT = "font-family:system-ui,sans-serif;font-size:12px"
 def to_markdown(found: Mapping[str, Any]) -> str:
     """Write the table of a grid in Markdown: means with 95 % t-intervals, paired differences, what it cost.
 
-    A difference is in bold where its interval excludes zero. A run that ended early is named and has no figure.
+    A difference is in bold where its interval excludes zero. A run that ended early is named and has no
+    figure.
     """
     cells: Sequence[Mapping[str, Any]] = found["cells"]
     if not cells:
@@ -76,7 +77,9 @@ def _difference(cell: Mapping[str, Any], label: str) -> str:
 
 
 def to_svg(found: Mapping[str, Any]) -> str:
-    """Draw every cell as a line of dots, one for each seed, with a bar at the mean: a picture that needs no style sheet."""
+    """Draw every cell as a line of dots, one for each seed, with a bar at the mean: a picture that needs no
+    style sheet.
+    """
     cells = found["cells"]
     values = [row["metric"] for row in found["rows"] if _drawn(row)]
     if not values:

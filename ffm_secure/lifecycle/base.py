@@ -22,7 +22,9 @@ History = Sequence[RoundRecord]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteRound:
-    """What a site brings to its part of a round: the broadcast model, and a rule that yields private gradients."""
+    """What a site brings to its part of a round: the broadcast model, and a rule that yields private
+    gradients.
+    """
 
     trainable: TrainableModel
     start: Tensor  # float32 [d]
@@ -44,11 +46,12 @@ class ServerPhase:
 
 
 class Algorithm:
-    """Say what is done in a round. Fine-tuning is the plain case: sites learn, the server has no phase of its own.
+    """Say what is done in a round. Fine-tuning is the plain case: sites learn, the server has no phase of its
+    own.
 
     A kind of its own is one file with a subclass, and one line in `registry.LIFECYCLES`.
-    Guarantee: what a site does reaches the private rows through `SiteRound.rule` alone, which is charged; what the server does
-    reads public rows alone.
+    Guarantee: what a site does reaches the private rows through `SiteRound.rule` alone, which is charged;
+    what the server does reads public rows alone.
     """
 
     kind: ClassVar[str] = "finetune"

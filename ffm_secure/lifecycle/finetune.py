@@ -1,4 +1,6 @@
-"""Fine-tuning at home: some optimizer steps from the broadcast model; the gradient rule decides what is private."""
+"""Fine-tuning at home: some optimizer steps from the broadcast model; the gradient rule decides what is
+private.
+"""
 
 from __future__ import annotations
 
@@ -92,9 +94,11 @@ class PlainGradient:
 
 
 class PrivateGradient:
-    """DP-SGD: Poisson sample, per-sample clip, noise, public divisor. An empty sample is a step of noise alone.
+    """DP-SGD: Poisson sample, per-sample clip, noise, public divisor. An empty sample is a step of noise
+    alone.
 
-    Guarantee: each step is one use of the mechanism; nothing else of the client's data reaches the yielded gradients.
+    Guarantee: each step is one use of the mechanism; nothing else of the client's data reaches the yielded
+    gradients.
     """
 
     def __init__(
@@ -154,8 +158,8 @@ def finetune(
     """Run the local steps of one round from the broadcast vector; leave the model's other tensors untouched.
 
     Only `trainable.active` is trained. Where `mask` [d] is 0 the numbers are 0 and stay 0, noise included.
-    Guarantee: with a private rule the result is post-processing of the rule's gradients and the broadcast model: momentum,
-    Adam's moments, weight decay and the proximal term never see data.
+    Guarantee: with a private rule the result is post-processing of the rule's gradients and the broadcast
+    model: momentum, Adam's moments, weight decay and the proximal term never see data.
     Source: Li et al. 2020, arXiv:1812.06127 (proximal term).
     """
     trainable.load_vector(start)

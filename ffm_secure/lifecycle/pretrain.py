@@ -1,7 +1,9 @@
-"""FFM pre-training: the server learns from public data, clients from private data, and a controller says who is next.
+"""FFM pre-training: the server learns from public data, clients from private data, and a controller says who
+is next.
 
-A controller is a pure function of the records of the past rounds: losses on public rows, which phases there were, bytes, and seconds
-where no privacy unit is promised, because the wall time of a private phase depends on private rows. A client's own loss is in no record.
+A controller is a pure function of the records of the past rounds: losses on public rows, which phases there
+were, bytes, and seconds where no privacy unit is promised, because the wall time of a private phase depends
+on private rows. A client's own loss is in no record.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ def fixed(history: History, spec: Controller) -> Phase:
 
 
 def plateau(history: History, spec: Controller) -> Phase:
-    """Stay with a source while the public loss falls; leave it when it has stopped, and never sooner than `patience` phases.
+    """Stay with a source while the public loss falls; leave it when it has stopped, and never sooner than
+    `patience` phases.
 
-    Hysteresis: a source is left only when the best loss of its last `patience` phases is not below the loss before them
-    by more than `margin` of it, so that noise in one evaluation does not turn the switch.
+    Hysteresis: a source is left only when the best loss of its last `patience` phases is not below the loss
+    before them by more than `margin` of it, so that noise in one evaluation does not turn the switch.
     """
     if not history:
         return "public"
@@ -51,8 +54,9 @@ def plateau(history: History, spec: Controller) -> Phase:
 def gain_per_cost(history: History, spec: Controller) -> Phase:
     """Choose the source whose last `window` phases lowered the public loss most for what they cost.
 
-    Each source is tried once first, and the one not chosen is tried again after `retry` phases, because its gain may have
-    changed since. A source that costs nothing comes first, but only while it gains more than `least_gain` of the loss a phase.
+    Each source is tried once first, and the one not chosen is tried again after `retry` phases, because its
+    gain may have changed since. A source that costs nothing comes first, but only while it gains more than
+    `least_gain` of the loss a phase.
     """
     for source in SOURCES:
         if not any(record.phase == source for record in history):
@@ -63,10 +67,11 @@ def gain_per_cost(history: History, spec: Controller) -> Phase:
 
 
 def rate(history: History, source: str, spec: Controller) -> float:
-    """Return the fall of the public loss per unit of cost over a source's last `window` phases; infinite before it is known.
+    """Return the fall of the public loss per unit of cost over a source's last `window` phases; infinite
+    before it is known.
 
-    What costs nothing is worth any price while it gains more than `least_gain` of the last loss a phase, and nothing below that:
-    a gain that small must not keep a run from what it is willing to pay for.
+    What costs nothing is worth any price while it gains more than `least_gain` of the last loss a phase, and
+    nothing below that: a gain that small must not keep a run from what it is willing to pay for.
     """
     pairs = [(before, after) for before, after in pairwise(history) if after.phase == source][-spec.window :]
     if not pairs:
@@ -81,7 +86,8 @@ def rate(history: History, source: str, spec: Controller) -> float:
 
 
 COSTS: Mapping[str, Callable[[RoundRecord], float]] = {
-    # Every private phase charges its cohort the same event, so the price of each is one charge. The largest epsilon over the owners,
+    # Every private phase charges its cohort the same event, so the price of each is one charge. The largest
+    # epsilon over the owners,
     # which the record holds, stands still while the cohort is of owners who have spent less than others.
     "epsilon": lambda record: float(record.phase == "private"),
     "bytes": lambda record: float(record.bytes_up + record.bytes_down),
@@ -121,7 +127,9 @@ class PreTrain(Algorithm):
         return next_phase(history, spec, private_rounds=compatibility.private_rounds(config))
 
     def learn_in_public(self, phase: ServerPhase, state: ServerState) -> Tensor:
-        """Return the global vector after one public phase: plain gradient steps on public rows, on the server."""
+        """Return the global vector after one public phase: plain gradient steps on public rows, on the
+        server.
+        """
         config, spec = phase.config, phase.config.federation.lifecycle
         plain = replace(
             spec,
@@ -146,17 +154,22 @@ class PreTrain(Algorithm):
     def remember(
         self, strategy: Strategy, before: ServerState, after: ServerState, phase: Phase
     ) -> ServerState:
-        """Keep the newest change of each source beside the server's state, so that a resumed run still has it."""
+        """Keep the newest change of each source beside the server's state, so that a resumed run still has
+        it.
+        """
         changes = {name: value for name, value in before.optimizer_state.items() if name.startswith("moved.")}
         newest = strategy.moved(before.vector, after.vector)
         return replace(after, optimizer_state={**after.optimizer_state, **changes, f"moved.{phase}": newest})
 
     def alignment(self, strategy: Strategy, state: ServerState) -> float | None:
-        """Return the cosine between the newest public and the newest private change; None where there are no two.
+        """Return the cosine between the newest public and the newest private change; None where there are no
+        two.
 
-        The strategy says what a change is: of the trained numbers, or under a rule for LoRA of the products and the head.
-        Both are released numbers: the public change, and the opened mean of the private ones with its noise, which pulls
-        the cosine towards 0. Values that stay at or below 0 without noise say that the two distributions pull apart.
+        The strategy says what a change is: of the trained numbers, or under a rule for LoRA of the products
+          and the head.
+        Both are released numbers: the public change, and the opened mean of the private ones with its noise,
+        which pulls the cosine towards 0. Values that stay at or below 0 without noise say that the two
+        distributions pull apart.
         """
         public = state.optimizer_state.get("moved.public")
         private = state.optimizer_state.get("moved.private")

@@ -1,4 +1,6 @@
-"""Load a foundation model, freeze it, fingerprint tensors. Safetensors only; no code from a model folder runs."""
+"""Load a foundation model, freeze it, fingerprint tensors. Safetensors only; no code from a model folder
+runs.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +54,13 @@ class Normalisation:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Backbone:
-    """Hold a loaded model, frozen: no parameter asks for a gradient, and dropout is off unless it was asked for.
+    """Hold a loaded model, frozen: no parameter asks for a gradient, and dropout is off unless it was asked
+    for.
 
-    `fresh` names parameters that the checkpoint did not hold; they were drawn from the seed and mean nothing until they
-    are trained, so every trainable kind trains them along. `notes` are lines for the plan. `key_mapping` renames the tensors of a
-    checkpoint of which only a part is loaded, as `from_pretrained` wants it; empty where the whole is.
+    `fresh` names parameters that the checkpoint did not hold; they were drawn from the seed and mean nothing
+    until they are trained, so every trainable kind trains them along. `notes` are lines for the plan.
+    `key_mapping` renames the tensors of a checkpoint of which only a part is loaded, as `from_pretrained`
+    wants it; empty where the whole is.
     """
 
     model: nn.Module
@@ -97,7 +101,8 @@ def load_backbone(
     (relative ones are looked up under `base`), or a hub name. `labels` is the number of classes for the two
     classification tasks and ignored otherwise; a head of another size is replaced by a fresh one drawn from `seed`.
 
-    Guarantee: weights are read from safetensors only, no code shipped with a model is run, the model is in eval mode.
+    Guarantee: weights are read from safetensors only, no code shipped with a model is run, the model is in
+    eval mode.
     Raises:
       ModelError: nothing there, damaged or pickled weights, or an architecture that cannot do the task.
     """
@@ -122,8 +127,8 @@ def load_backbone(
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Hash named tensors exactly: any change of a name, shape, type or bit changes the result.
 
-    SHA-256 over a version line and then, for each name in sorted order: its length and UTF-8 bytes, its dtype, its
-    shape (all lengths as 8-byte little-endian), and its values in row-major little-endian order.
+    SHA-256 over a version line and then, for each name in sorted order: its length and UTF-8 bytes, its
+    dtype, its shape (all lengths as 8-byte little-endian), and its values in row-major little-endian order.
     """
     digest = hashlib.sha256(b"ffm-secure tensors 1\n")
     for name in sorted(tensors):
@@ -270,7 +275,9 @@ _TEXT_PART = {
 
 
 def _text_part(config: Any, kind: str) -> tuple[Any, dict[str, str]]:
-    """Choose the text part of a model for texts and pictures where a text task asks for it, with the names of its tensors."""
+    """Choose the text part of a model for texts and pictures where a text task asks for it, with the names of
+    its tensors.
+    """
     part = getattr(config, "text_config", None)
     if kind.startswith("image") or part is None or getattr(config, "vision_config", None) is None:
         return config, {}
@@ -349,7 +356,9 @@ def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) ->
 
 
 def body_name(model: nn.Module) -> str:
-    """Name the child of a model that holds its body; picture towers of two-sided models have another name than they announce."""
+    """Name the child of a model that holds its body; picture towers of two-sided models have another name
+    than they announce.
+    """
     prefix = str(getattr(model, "base_model_prefix", ""))
     if prefix and hasattr(model, prefix):
         return prefix
@@ -358,7 +367,9 @@ def body_name(model: nn.Module) -> str:
 
 
 def _start_as_identity(model: nn.Module, fresh: tuple[str, ...]) -> None:
-    """Let a new masked-LM transform pass its input on: the tied decoder then already sees the encoder's own directions."""
+    """Let a new masked-LM transform pass its input on: the tied decoder then already sees the encoder's own
+    directions.
+    """
     for name in fresh:
         weight = model.get_parameter(name)
         if name.endswith("dense.weight") and weight.shape[0] == weight.shape[1]:
@@ -419,8 +430,9 @@ def _positions(config: Any) -> int | None:
 def _settle_padding(name: str, tokenizer: Any, config: Any, model: nn.Module) -> None:
     """Give tokenizer and model one padding token; padding is masked, so any token of the vocabulary will do.
 
-    The tokenizer's own wins, then a valid one of the configuration: a classifier that looks for the last word before the padding
-    would otherwise take padded places for words, and a text's answer would depend on its company.
+    The tokenizer's own wins, then a valid one of the configuration: a classifier that looks for the last word
+    before the padding would otherwise take padded places for words, and a text's answer would depend on its
+    company.
     """
     if tokenizer.pad_token_id is None:
         stated = config.pad_token_id
@@ -443,10 +455,12 @@ def _settle_padding(name: str, tokenizer: Any, config: Any, model: nn.Module) ->
 def end_once(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Let every text of a batch end in exactly one end token, where a classifier of an encoder-decoder looks for it.
+    """Let every text of a batch end in exactly one end token, where a classifier of an encoder-decoder looks
+    for it.
 
-    Such classifiers stop with an error when texts hold different counts of it; one private text would end a round that way, after
-    the charge, and tell that it was drawn. Well-formed texts pass as they are; what happens to another depends on it alone.
+    Such classifiers stop with an error when texts hold different counts of it; one private text would end a
+    round that way, after the charge, and tell that it was drawn. Well-formed texts pass as they are; what
+    happens to another depends on it alone.
     """
     tokens, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     config: Any = model.config
@@ -461,14 +475,18 @@ def end_once(
 
 
 def _width(config: Any) -> int:
-    """Return how wide the vectors of the body are; convolutional networks widen from stage to stage, the last one counts."""
+    """Return how wide the vectors of the body are; convolutional networks widen from stage to stage, the last
+    one counts.
+    """
     width = getattr(config, "hidden_size", None) or getattr(config, "hidden_dim", None)
     stages = getattr(config, "hidden_sizes", None)
     return int(width or (stages[-1] if stages else _of_pictures(config, "hidden_size", 0)))
 
 
 def _of_pictures(config: Any, name: str, otherwise: int) -> Any:
-    """Read a number of a picture model, which two-sided models keep in a configuration of their picture tower."""
+    """Read a number of a picture model, which two-sided models keep in a configuration of their picture
+    tower.
+    """
     tower = getattr(config, "vision_config", None)
     value = getattr(config, name, None)
     return value or (getattr(tower, name, None) if tower is not None else None) or otherwise
@@ -529,7 +547,9 @@ def _refuse_if_it_sees_the_future(name: str, backbone: Backbone) -> None:
 
 
 def _refuse_if_padding_matters(name: str, backbone: Backbone) -> None:
-    """Refuse a model whose answer to a text changes with the padding beside it: a sample's loss would depend on its company."""
+    """Refuse a model whose answer to a text changes with the padding beside it: a sample's loss would depend
+    on its company.
+    """
     pad, config = backbone.config.pad_token_id, backbone.config
     words = [token for token in range(min(40, config.vocab_size)) if token not in _marks(config)][-4:]
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id

@@ -1,4 +1,6 @@
-"""Models that need no download: tiny random ones built in code, and the mean-pooling head of sentence encoders."""
+"""Models that need no download: tiny random ones built in code, and the mean-pooling head of sentence
+encoders.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,8 @@ were what when where which while who will with work would year years yes you you
 class MeanPoolClassifier(BertPreTrainedModel):  # type: ignore[no-untyped-call]
     """Classify from the mean of the token vectors: the natural head of a sentence encoder with BERT layout.
 
-    The calling convention is that of transformers, so that PEFT, `save_pretrained` and `from_pretrained` work on it.
-    Soft prompt tokens are part of the mean, as PEFT's own prompt tuning has it.
+    The calling convention is that of transformers, so that PEFT, `save_pretrained` and `from_pretrained` work
+    on it. Soft prompt tokens are part of the mean, as PEFT's own prompt tuning has it.
     """
 
     def __init__(self, config: Any) -> None:
@@ -89,7 +91,8 @@ def masked_mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def tiny_tokenizer(*, segments: bool = False) -> PreTrainedTokenizerFast:
-    """Build a lower-case word-piece tokenizer from a fixed vocabulary: common words, endings, single characters.
+    """Build a lower-case word-piece tokenizer from a fixed vocabulary: common words, endings, single
+    characters.
 
     With `segments` it tells the two texts of a pair apart, as BERT wants it.
     """
@@ -200,7 +203,9 @@ def tiny_kinds(name: str) -> tuple[str, ...]:
 def build_tiny(
     name: str, *, kind: str, labels: int | None, seed: int, prepare: Callable[[Any], Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast | None]:
-    """Build a tiny model with random weights that depend on the seed alone; `prepare` may edit its configuration."""
+    """Build a tiny model with random weights that depend on the seed alone; `prepare` may edit its
+    configuration.
+    """
     tokenizer = tiny_tokenizer(segments=name == "tiny-bert")
     config = _CONFIGS[name](tokenizer)
     if labels is not None:

@@ -1,4 +1,6 @@
-"""A model that is in memory already, written down once so that a run with it can be continued, audited and exported."""
+"""A model that is in memory already, written down once so that a run with it can be continued, audited and
+exported.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class HeldModel:
         return under / digest.hexdigest()[:16]
 
     def store(self, folder: Path) -> None:
-        """Write model and tokenizer as safetensors into a folder, whole or not at all; one that is there stays."""
+        """Write model and tokenizer as safetensors into a folder, whole or not at all; one that is there
+        stays.
+        """
         if folder.is_dir():
             return
         unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.new")

@@ -1,4 +1,6 @@
-"""The mean-pooling head computed by the BERT classifier of transformers itself, for people who have nothing of ours."""
+"""The mean-pooling head computed by the BERT classifier of transformers itself, for people who have nothing
+of ours.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,16 @@ _SMALL = 2.0**-12  # keeps the tanh of the pooler on its straight part
 def as_stock_classifier(model: MeanPoolClassifier) -> BertForSequenceClassification:
     """Write a mean-pooling classifier as a plain BERT classifier, one layer deeper and twice as wide.
 
-    No class of transformers averages token vectors behind BERT, but attention does: a last layer whose queries and keys are
-    zero gives every word the same weight, so the first place receives the masked mean. Two things stand between that mean
-    and the linear head, and both are made harmless. Every vector is held twice, which changes no mean and no deviation and
-    leaves half the places free; constants in that half fix the deviation the last normalisations divide by. And the pooler's
-    tanh sees numbers so small that it is a straight line. A place that holds zero carries what the normalisations take off
-    as the mean; the pooler takes it away again.
+    No class of transformers averages token vectors behind BERT, but attention does: a last layer whose
+    queries and keys are zero gives every word the same weight, so the first place receives the masked mean.
+    Two things stand between that mean and the linear head, and both are made harmless. Every vector is held
+    twice, which changes no mean and no deviation and leaves half the places free; constants in that half fix
+    the deviation the last normalisations divide by. And the pooler's tanh sees numbers so small that it is a
+    straight line. A place that holds zero carries what the normalisations take off as the mean; the pooler
+    takes it away again.
 
-    Guarantee: in float32 the logits differ from the model's own by rounding (a test holds them to 1e-5), padded or not.
+    Guarantee: in float32 the logits differ from the model's own by rounding (a test holds them to 1e-5),
+    padded or not.
     """
     wide = _wider(model)
     with torch.no_grad():
@@ -86,7 +90,9 @@ def _add_averaging_layer(wide: BertForSequenceClassification, number: int, width
 
 
 def _signs(width: int) -> Tensor:
-    """Return constants that sum to nothing, behind two places of zero: the first of them is the one that is taken off."""
+    """Return constants that sum to nothing, behind two places of zero: the first of them is the one that is
+    taken off.
+    """
     signs = torch.ones(width)
     signs[1::2] = -1.0
     signs[:2] = 0.0

@@ -14,8 +14,8 @@ from defenses.dp import Ledger
 def dataset_fingerprint(name: str, examples: Any, parts: Sequence[np.ndarray]) -> str:
     """Return the ledger's name for these training rows dealt in this way.
 
-    Guarantee: a copy, another path or a link to the same rows gives the same data digest; another split of them gives the same
-    data digest and another split digest.
+    Guarantee: a copy, another path or a link to the same rows gives the same data digest; another split of
+    them gives the same data digest and another split digest.
     """
     split = hashlib.sha256()
     for part in parts:
@@ -24,7 +24,9 @@ def dataset_fingerprint(name: str, examples: Any, parts: Sequence[np.ndarray]) -
 
 
 def contents_fingerprint(account: str, dataset: Any, other: Any = None) -> str:
-    """Name all rows a run reads: the training rows by their digest in an account, the validation rows, another set's public rows."""
+    """Name all rows a run reads: the training rows by their digest in an account, the validation rows,
+    another set's public rows.
+    """
     parts = [_data_word(account), f"validation:{_data_digest(dataset.validation)[:16]}"]
     return " ".join([*parts, *([f"public:{_data_digest(other)[:16]}"] if other is not None else [])])
 

@@ -1,4 +1,6 @@
-"""What noise alone does to an update, from public numbers: whether anything can be learned is said before a run."""
+"""What noise alone does to an update, from public numbers: whether anything can be learned is said before a
+run.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ ROOM = 4.0  # standard deviations of noise that a bound should leave room for
 def update_noise(mechanism: RecordMechanism, lifecycle: Lifecycle) -> float:
     """Return about how large noise alone makes one coordinate of a site's update: a standard deviation.
 
-    Exact for plain steps and momentum without weight decay; for Adam, whose steps have the size of the learning rate
-    whatever the gradient, a random walk of such steps.
+    Exact for plain steps and momentum without weight decay; for Adam, whose steps have the size of the
+    learning rate whatever the gradient, a random walk of such steps.
     """
     if lifecycle.optimizer != "sgd":
         return lifecycle.learning_rate * math.sqrt(mechanism.steps)
@@ -58,8 +60,8 @@ def bound_warnings(config: RunConfig, mechanism: RecordMechanism | None) -> list
 def walk_ratio(mechanism: RecordMechanism, *, rounds: int, cohort: int, size: int) -> float:
     """Return how far the noise of a whole run carries a model [size], over the furthest its records could.
 
-    The records move it furthest when every clipped gradient of every step points the same way: steps x clip. The noise of
-    as many steps, averaged over the cohort, adds up to a random walk.
+    The records move it furthest when every clipped gradient of every step points the same way: steps x clip.
+    The noise of as many steps, averaged over the cohort, adds up to a random walk.
     """
     steps = mechanism.steps * rounds
     noise = mechanism.gradient_noise_multiplier() * math.sqrt(size * steps / cohort)

@@ -1,4 +1,6 @@
-"""What bounds and noises an update, as one object: the bound, the noise, the event and its words cannot disagree."""
+"""What bounds and noises an update, as one object: the bound, the noise, the event and its words cannot
+disagree.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from defenses.random_source import RandomSource
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 
-# The ledger adds round by round on the grid it has, which may read a little higher than all rounds at once: without this
+# The ledger adds round by round on the grid it has, which may read a little higher than all rounds at once:
+# without this
 # headroom it could refuse the very last round of a run that was calibrated to the edge.
 _HEADROOM = 1e-3
 
@@ -28,8 +31,9 @@ _HEADROOM = 1e-3
 class Noisy:
     """An update that may be sealed: its bound and noise were applied, or the run says that it has none.
 
-    `values` is float64 [d] for an update that was privatised while learning (or not at all), int64 [d] on the grid where the
-    noise is discrete. Made by a mechanism's `protect` alone; `VectorCodec.quantise` accepts nothing else.
+    `values` is float64 [d] for an update that was privatised while learning (or not at all), int64 [d] on the
+    grid where the noise is discrete. Made by a mechanism's `protect` alone; `VectorCodec.quantise` accepts
+    nothing else.
     """
 
     values: npt.NDArray[np.float64] | npt.NDArray[np.int64]
@@ -104,7 +108,9 @@ class NoMechanism:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordNoise:
-    """The record- or person-level mechanism: DP-SGD inside every local step; the update is its post-processing."""
+    """The record- or person-level mechanism: DP-SGD inside every local step; the update is its
+    post-processing.
+    """
 
     inner: RecordMechanism
     unit: str = "record"
@@ -154,7 +160,9 @@ class RecordNoise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientNoise:
-    """The client-level mechanism on this run's integer grid: one round of Skellam noise, shared by the honest survivors."""
+    """The client-level mechanism on this run's integer grid: one round of Skellam noise, shared by the honest
+    survivors.
+    """
 
     inner: ClientMechanism  # of one participation
     scale: float  # integer levels in 1.0
@@ -180,7 +188,9 @@ class ClientNoise:
 
     @property
     def noise_bound(self) -> int:
-        """Return what one client's noise on one coordinate exceeds with probability below 1e-30 (12 standard deviations)."""
+        """Return what one client's noise on one coordinate exceeds with probability below 1e-30 (12 standard
+        deviations).
+        """
         sensitivity = self.inner.integer_sensitivity(scale=self.scale, dimension=self.dimension)
         deviation = self.noise_multiplier * sensitivity
         return 2 + math.ceil(12 * deviation / math.sqrt(self.inner.honest_survivors))
@@ -224,8 +234,9 @@ def calibrate(
 ) -> Mechanism:
     """Choose the smallest noise that keeps the budget over the whole run; updates have `size` numbers.
 
-    `multiplier` is the noise a run has begun with, and stays. A run that goes on beyond its last round gets new noise for
-    what is left: `history` is what an owner has paid for in it, `turns` how often one may still take part.
+    `multiplier` is the noise a run has begun with, and stays. A run that goes on beyond its last round gets
+    new noise for what is left: `history` is what an owner has paid for in it, `turns` how often one may still
+    take part.
     Guarantee: `paid_rounds` rounds of the returned mechanism's event, on top of the history, cost at most
     the budget; more are refused by the site. Divisors and rates come from the run file and public sizes only.
     Raises:

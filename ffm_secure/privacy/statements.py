@@ -27,7 +27,8 @@ def statements(
 ) -> tuple[PrivacyStatement, ...]:
     """State epsilon once for every observer, with its five fields.
 
-    `events` is what one owner has spent; without it the statement is the plan's: every round a client may take part in.
+    `events` is what one owner has spent; without it the statement is the plan's: every round a client may
+    take part in.
     """
     privacy = config.privacy
     unit = (

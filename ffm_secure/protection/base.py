@@ -1,4 +1,6 @@
-"""What every protection offers: a half for a site and a half for the server, which speak bytes and know no courier."""
+"""What every protection offers: a half for a site and a half for the server, which speak bytes and know no
+courier.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class AggregationResult:
 class ClientRound(Protocol):
     """One site's half of one round.
 
-    Guarantee: each stage is answered once, in order; `seal` is given the ring vector and nothing else of the site.
+    Guarantee: each stage is answered once, in order; `seal` is given the ring vector and nothing else of the
+    site.
     """
 
     def respond(self, stage: str, message: bytes) -> bytes:

@@ -1,4 +1,6 @@
-"""How a change travels: count, weight, change and (without privacy unit) loss as one vector of integers modulo 2^m."""
+"""How a change travels: count, weight, change and (without privacy unit) loss as one vector of integers
+modulo 2^m.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ class VectorCodec:
     """Encode changes of `size` numbers for sums of at most `clients`.
 
     Every protection carries the same integers, so their sums agree bit for bit.
-    Guarantee: `real_codec` and `grid_codec`, the only builders, prove that no sum can wrap around; `open` refuses a sum whose
-    count or weight coordinate is impossible.
+    Guarantee: `real_codec` and `grid_codec`, the only builders, prove that no sum can wrap around; `open`
+    refuses a sum whose count or weight coordinate is impossible.
     """
 
     size: int
@@ -150,7 +152,9 @@ def real_codec(
 def grid_codec(
     *, size: int, clients: int, value_bits: int, bound: float, grid_scale: float, noise_bound: int
 ) -> VectorCodec:
-    """Return the codec for changes already on an integer grid with discrete noise of at most `noise_bound` (a tail bound)."""
+    """Return the codec for changes already on an integer grid with discrete noise of at most `noise_bound` (a
+    tail bound).
+    """
     bits = ring.modulus_for(value_bits, clients, noise_bound=noise_bound)
     quantizer = ring.Quantizer(value_bits=value_bits, coordinate_bound=bound, modulus_bits=bits)
     return VectorCodec(

@@ -1,4 +1,6 @@
-"""Homomorphic encryption: the server adds ciphertexts and opens nothing; the sites share one key and open the sum."""
+"""Homomorphic encryption: the server adds ciphertexts and opens nothing; the sites share one key and open the
+sum.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Give the server and every site its half of a protection. Only an engine that simulates all of them calls this."""
+"""Give the server and every site its half of a protection. Only an engine that simulates all of them calls
+this.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def enrol(
     owners: Sequence[str],
     binding: SessionBinding | None = None,
 ) -> Enrolment:
-    """Make every party's half of the protection that a run file names, with keys from the system's randomness."""
+    """Make every party's half of the protection that a run file names, with keys from the system's
+    randomness.
+    """
     if config.protection.kind in ("bfv", "ckks"):
         return _encrypted(config, codec, owners)
     if config.protection.kind == "secagg":

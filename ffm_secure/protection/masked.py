@@ -28,11 +28,12 @@ _STAGES: Mapping[str, secagg.Stage] = {
 
 
 def sharing_graph(config: RunConfig) -> secagg.GraphParameters:
-    """Return who shares secrets with whom: everybody with everybody, or neighbours on a random ring in a large cohort.
+    """Return who shares secrets with whom: everybody with everybody, or neighbours on a random ring in a
+    large cohort.
 
-    Guarantee: on a ring too, `colluding` clients with the server open nobody, except with probability 2^-80 (2^-40
-    against a server that does not lie); with `threshold` clients left everybody can be opened, except with
-    probability 2^-30.
+    Guarantee: on a ring too, `colluding` clients with the server open nobody, except with probability 2^-80
+    (2^-40 against a server that does not lie); with `threshold` clients left everybody can be opened, except
+    with probability 2^-30.
     Raises:
       ParameterError: no ring fits, and on the complete graph too few clients would remain.
     """
@@ -53,8 +54,8 @@ def sharing_graph(config: RunConfig) -> secagg.GraphParameters:
 class SessionBinding:
     """What a party computes of its own copy before it takes part; a session about anything else is refused.
 
-    backbone: fingerprint of the frozen tensors. layout: digest of names, shapes and codec of what is sent. mechanism:
-    digest of everything that decides epsilon.
+    backbone: fingerprint of the frozen tensors. layout: digest of names, shapes and codec of what is sent.
+    mechanism: digest of everything that decides epsilon.
     """
 
     backbone: str = ""
@@ -115,7 +116,8 @@ class MaskedTerms:
             layout_hash=_digest("layout", self.binding.layout),
             mechanism_hash=_digest("mechanism", self.binding.mechanism),
             cohort_rule=lambda *_: cohort,
-            # An aborted round leaves the model as it is, and the next one is about it again. Sound with noise, which the
+            # An aborted round leaves the model as it is, and the next one is about it again. Sound with
+            # noise, which the
             # ledger charges every time; without a unit it is the gap that docs/threat_model.md states.
             repeat_models=True,
             minimum_survivors=self.minimum,
@@ -234,7 +236,9 @@ class MaskedServerRound:
         receive[stage](bytes(reply))
 
     def _receive_upload(self, reply: bytes | memoryview) -> None:
-        """Take in a masked vector, or note a complaint that comes in its place: its sender is out of this round."""
+        """Take in a masked vector, or note a complaint that comes in its place: its sender is out of this
+        round.
+        """
         try:
             self._session.receive_masked_input(reply)
         except ProtocolError:
@@ -267,7 +271,9 @@ class MaskedServerRound:
 
 
 class MaskedClient:
-    """A site's half: its identity, which never leaves it, and what it insists on; `clock` says how late it is in seconds."""
+    """A site's half: its identity, which never leaves it, and what it insists on; `clock` says how late it is
+    in seconds.
+    """
 
     kind = "secagg"
 

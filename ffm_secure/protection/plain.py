@@ -1,4 +1,6 @@
-"""No protection: every vector in the clear, packed as the protections pack theirs; the server sees each client's update."""
+"""No protection: every vector in the clear, packed as the protections pack theirs; the server sees each
+client's update.
+"""
 
 from __future__ import annotations
 

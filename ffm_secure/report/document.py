@@ -46,7 +46,8 @@ def from_json(text: str) -> RunSummary:
 
 
 def write_audit(audit: AuditSummary, folder: Path, *, name: str, notes: Sequence[str] = ()) -> Path:
-    """Write the audit of one update to a new folder: report.html, report.json, and its pictures as PNG; return the page.
+    """Write the audit of one update to a new folder: report.html, report.json, and its pictures as PNG;
+    return the page.
 
     Raises:
       StoreError: the folder exists, so that no earlier audit is written over.

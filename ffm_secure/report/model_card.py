@@ -1,4 +1,6 @@
-"""The README of an exported model: what it is, what it was trained with, what is promised, and code that loads it."""
+"""The README of an exported model: what it is, what it was trained with, what is promised, and code that
+loads it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ _PIPELINES = {
 def model_card(export: ModelExport, summary: RunSummary) -> str:
     """Write the card: front matter, then sections in the order a reader asks.
 
-    Guarantee: nothing of it says more about single owners than the report's public part; paths of the machine are left out.
+    Guarantee: nothing of it says more about single owners than the report's public part; paths of the machine
+    are left out.
     """
     parts = [
         _front_matter(export),
@@ -41,7 +44,9 @@ def model_card(export: ModelExport, summary: RunSummary) -> str:
 
 
 def loading_code(export: ModelExport, folder: str = ".") -> str:
-    """Return Python that loads an export with stock libraries alone and leaves `model` and, for texts, `tokenizer`."""
+    """Return Python that loads an export with stock libraries alone and leaves `model` and, for texts,
+    `tokenizer`.
+    """
     auto, pictures = export.auto_class, export.task == "image_classification"
     prepare = "AutoImageProcessor" if pictures else "AutoTokenizer"
     dtype = f"dtype=torch.{export.dtype}"

@@ -36,7 +36,9 @@ def warnings(summary: RunSummary) -> list[str]:
 
 
 def best_round(summary: RunSummary) -> RoundRecord | None:
-    """Return the first round with the best public metric; None where that is the last one, or none was opened."""
+    """Return the first round with the best public metric; None where that is the last one, or none was
+    opened.
+    """
     opened = [record for record in summary.rounds if not record.aborted and math.isfinite(record.metric)]
     if not opened:
         return None

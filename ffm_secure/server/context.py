@@ -1,4 +1,6 @@
-"""What the server has: the agreed spec, its own replica of the model, public rows, its half of the protection, receipts."""
+"""What the server has: the agreed spec, its own replica of the model, public rows, its half of the
+protection, receipts.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ from ffm_secure.trainable import TrainableModel
 class ServerContext:
     """Hold the server of one run.
 
-    Guarantee: no private row, no ledger and no secret of a site can be reached from here; a test walks the imports of this room
-    and the objects that hang on this one.
+    Guarantee: no private row, no ledger and no secret of a site can be reached from here; a test walks the
+    imports of this room and the objects that hang on this one.
     """
 
     spec: RunSpec

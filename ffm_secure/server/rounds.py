@@ -1,4 +1,6 @@
-"""One round as the server sees it: plan, collect sealed updates, open the sum, step, evaluate in public, record."""
+"""One round as the server sees it: plan, collect sealed updates, open the sum, step, evaluate in public,
+record.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +77,8 @@ def collect(
 ) -> RoundResult:
     """Ask the cohort, and open the sum of what it sends; a site that does not answer properly is left out.
 
-    Guarantee: no site pays before enough of them have accepted; what is opened covers at least the fewest survivors of the
-    run file, or stays closed.
+    Guarantee: no site pays before enough of them have accepted; what is opened covers at least the fewest
+    survivors of the run file, or stays closed.
     """
     if plan.phase == "public":
         return RoundResult(sum=None)
@@ -273,9 +275,11 @@ def _norm(result: RoundResult) -> float | None:
 
 
 def evaluate(server: ServerContext, plan: RoundPlan, state: ServerState, courier: Courier) -> Evaluation:
-    """Evaluate the global model in public; where sites keep numbers at home, the mean over all sites' own models.
+    """Evaluate the global model in public; where sites keep numbers at home, the mean over all sites' own
+    models.
 
-    Assumes: what a site keeps is private already, by the unit of the run; the plan refuses the units where it is not.
+    Assumes: what a site keeps is private already, by the unit of the run; the plan refuses the units where it
+    is not.
     """
     if not server.spec.strategy.home:
         return server.evaluate(state.vector)

@@ -1,4 +1,6 @@
-"""Is an opened sum one that honest clients can have sent? Under a mask this is all the server can ask of them."""
+"""Is an opened sum one that honest clients can have sent? Under a mask this is all the server can ask of
+them.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ class HonestBound:
 def why_too_large(opened: RoundSum, spec: RunSpec, start: Tensor) -> str:
     """Return why a sum is refused, or an empty string. `start` is the broadcast vector [d].
 
-    Guarantee: a sum of honest clients passes, except with probability below 1e-14. One dishonest client can still send as
-    much as all honest ones together may: the bound is on the sum.
+    Guarantee: a sum of honest clients passes, except with probability below 1e-14. One dishonest client can
+    still send as much as all honest ones together may: the bound is on the sum.
     """
     survivors = len(opened.survivors)
     bound = honest_bound(spec, survivors, float(start.double().norm()))
@@ -92,8 +94,8 @@ def _with_noise(signal: float, deviation: float, size: int) -> float:
 def _record_update_norm(spec: RunSpec, start_norm: float) -> float:
     """Return a bound on one honest client's update under the record unit.
 
-    SGD moves by the learning rate times the sum of its gradients, momentum m by 1 / (1 - m) times that; Adam moves each
-    coordinate by at most the learning rate times (1 - beta1) / sqrt(1 - beta2), below 3.2 a step.
+    SGD moves by the learning rate times the sum of its gradients, momentum m by 1 / (1 - m) times that; Adam
+    moves each coordinate by at most the learning rate times (1 - beta1) / sqrt(1 - beta2), below 3.2 a step.
     """
     lifecycle, mechanism = spec.config.federation.lifecycle, spec.mechanism.record_level
     assert mechanism is not None

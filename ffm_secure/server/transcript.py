@@ -1,4 +1,6 @@
-"""What the observers outside a site see of a round, handed to the store as it is seen; off unless the run file asks for it."""
+"""What the observers outside a site see of a round, handed to the store as it is seen; off unless the run
+file asks for it.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ def recorded_rounds(config: RunConfig) -> frozenset[int]:
 class Transcript:
     """Keep what the server, the other clients and the public see.
 
-    Guarantee: nothing is kept that did not cross the wire: uploads where they are in the clear, sums where they are opened,
-    models as they are broadcast.
+    Guarantee: nothing is kept that did not cross the wire: uploads where they are in the clear, sums where
+    they are opened, models as they are broadcast.
     """
 
     spec: RunSpec

@@ -1,4 +1,6 @@
-"""What a run may still spend on the rows it reads: its own epsilon, and what their owner's lifetime budget leaves."""
+"""What a run may still spend on the rows it reads: its own epsilon, and what their owner's lifetime budget
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ from defenses.dp import Accountant, Budget, Event, Ledger, NonPrivateEvent
 from defenses.dp.records import Records
 from ffm_secure.config.run_file import Privacy
 
-# The running composition is within 1e-3 of all rounds at once, and the noise was chosen 1e-3 below the budget.
+# The running composition is within 1e-3 of all rounds at once, and the noise was chosen 1e-3 below the
+# budget.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
-    """Say what the rows of a run have spent, what the run means to spend, and what is left of their lifetime budget."""
+    """Say what the rows of a run have spent, what the run means to spend, and what is left of their lifetime
+    budget.
+    """
 
     ledger: str
     before: float
@@ -89,7 +94,9 @@ def look_ahead(
 
 
 def first_budget(ledger: Ledger, privacy: Privacy) -> Budget:
-    """Return the lifetime budget a ledger without one gets: the smallest it held by name before, or this run's epsilon."""
+    """Return the lifetime budget a ledger without one gets: the smallest it held by name before, or this
+    run's epsilon.
+    """
     named = [ledger.budget(*account) for account in ledger.accounts() if account[2] == privacy.unit]
     own = Budget(epsilon=privacy.epsilon, delta=privacy.delta)
     return min(named, key=lambda budget: budget.epsilon, default=own)
@@ -117,7 +124,8 @@ def composed(events: tuple[tuple[Event, int], ...], delta: float) -> float:
 
 
 def within_run(charged: Sequence[tuple[Event, int]], event: Event, privacy: Privacy) -> bool:
-    """Tell whether a run may charge one owner one more round: its own epsilon bounds it, whatever the lifetime allows.
+    """Tell whether a run may charge one owner one more round: its own epsilon bounds it, whatever the
+    lifetime allows.
 
     `charged` is what the owner has paid for in this run, which has other events where the run was extended.
     """

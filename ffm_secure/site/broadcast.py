@@ -30,7 +30,8 @@ class BroadcastReader:
     """Decode, fingerprint and judge broadcasts; the same bytes object is read once.
 
     The sites of a simulation share one, for they are all sent the same object; a site of its own has its own.
-    Raises (by `read`): ProtocolError for anything malformed; BroadcastRefused for the marks of a crafted model.
+    Raises (by `read`): ProtocolError for anything malformed; BroadcastRefused for the marks of a crafted
+    model.
     """
 
     def __init__(self, guard: BroadcastGuard, size: int) -> None:

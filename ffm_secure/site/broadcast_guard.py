@@ -18,9 +18,9 @@ _OF_LITTLE_TRAINING = ("zeroed block", "parallel rows")
 class BroadcastGuard:
     """Judge every broadcast of a run against the start that all clients agreed on.
 
-    Guarantee: `accept` returns only for a vector whose tensors are finite and show no mark that the start did not show
-    itself; the same vector is judged once. Assumes: built before the first round, while the model still holds its start;
-    the frozen backbone is the client's own copy and is never sent.
+    Guarantee: `accept` returns only for a vector whose tensors are finite and show no mark that the start did
+    not show itself; the same vector is judged once. Assumes: built before the first round, while the model
+    still holds its start; the frozen backbone is the client's own copy and is never sent.
     """
 
     def __init__(self, trainable: TrainableModel) -> None:

@@ -26,8 +26,9 @@ class ClientStateStore:
     """Hold every simulated client's folder; a real client has only its own. Without `places` nothing is kept.
 
     Layout: `<client>/round-NNNNNN.safetensors`, what the client had after a round it took part in.
-    Guarantee: a file belongs to a run and a round, and is replaced whole. A round that is played again after a kill starts from
-    what the client had before it, whatever the killed attempt left behind. A client that was lost keeps what it had.
+    Guarantee: a file belongs to a run and a round, and is replaced whole. A round that is played again after
+    a kill starts from what the client had before it, whatever the killed attempt left behind. A client that
+    was lost keeps what it had.
     """
 
     folder: Path = Path()

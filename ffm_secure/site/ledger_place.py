@@ -1,4 +1,6 @@
-"""Where a site's ledger lies: outside every run by default, so that no folder of a run takes a budget with it."""
+"""Where a site's ledger lies: outside every run by default, so that no folder of a run takes a budget with
+it.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def open_ledger(path: Path) -> Ledger:
 
 
 def record_key(privacy: Privacy, folder: Path | None) -> RecordKey:
-    """Return the key rows are named with: the ledger's own, or for a ledger inside a run the one everybody has.
+    """Return the key rows are named with: the ledger's own, or for a ledger inside a run the one everybody
+    has.
 
     Rows that are said to be fictitious or public need no secret, and a run of them repeats to the bit.
     """

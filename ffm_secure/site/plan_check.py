@@ -1,4 +1,6 @@
-"""What a site recomputes of a plan before it takes part; anything that differs from what it agreed to is refused."""
+"""What a site recomputes of a plan before it takes part; anything that differs from what it agreed to is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from ffm_secure.run_spec import RunSpec
 
 
 def differences(plan: RoundPlan, spec: RunSpec, *, site: int, fingerprint: str) -> tuple[str, ...]:
-    """Return in words what a plan says otherwise than the run file that a site agreed to; empty when it may take part.
+    """Return in words what a plan says otherwise than the run file that a site agreed to; empty when it may
+    take part.
 
     `fingerprint` is the hash of the broadcast tensors as they came.
     """

@@ -1,4 +1,6 @@
-"""Let an error leave a site without the variables of the code that raised it: a crash report shows those by name."""
+"""Let an error leave a site without the variables of the code that raised it: a crash report shows those by
+name.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ Result = TypeVar("Result")
 def without_locals(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Wrap a function that works on private rows.
 
-    Guarantee: an error that leaves it, and each error behind that one, holds no local variable and no argument of it
-    or of what it called; where the error arose stays to be seen.
+    Guarantee: an error that leaves it, and each error behind that one, holds no local variable and no
+    argument of it or of what it called; where the error arose stays to be seen.
     """
 
     @wraps(function)

@@ -1,4 +1,6 @@
-"""One data owner as a party: it is sent bytes and answers bytes, and decides for itself whether it takes part."""
+"""One data owner as a party: it is sent bytes and answers bytes, and decides for itself whether it takes
+part.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ class _Round:
 class Site:
     """Hold what one data owner has: its rows, its ledger, its half of the protection, its own state.
 
-    Guarantee: a row is read only in the upload stage, after the ledger has reserved the round's event and after the plan, the
-    model and the mechanism were found to be those agreed on. Why a site refuses is
+    Guarantee: a row is read only in the upload stage, after the ledger has reserved the round's event and
+    after the plan, the model and the mechanism were found to be those agreed on. Why a site refuses is
     written to its own log; all that is sent is whether its budget was the reason.
     """
 
@@ -131,7 +133,9 @@ class Site:
         return client_round.seal(message, vector)
 
     def _keep(self, truth: TruthKeeper, plan: RoundPlan, vector: RingVector, rows: Collection[int]) -> None:
-        """Keep at home what a recorded round was learned from; a site that plays a colluder keeps what it sent, too."""
+        """Keep at home what a recorded round was learned from; a site that plays a colluder keeps what it
+        sent, too.
+        """
         truth.keep(self.data.name, plan.round, self.data.examples, rows)
         colluding = self.spec.config.protection.colluding
         if colluding and self.data.index in plan.cohort[-colluding:]:

@@ -1,4 +1,6 @@
-"""One data owner's account: reserve before a row is touched, spend after the release, tell the server a receipt."""
+"""One data owner's account: reserve before a row is touched, spend after the release, tell the server a
+receipt.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ from ffm_secure.site.allowance import within_run
 class SiteLedger:
     """Hold what one owner's ledger is asked in one run.
 
-    Guarantee: `reserve` charges the blocks of this owner's rows alone, and what is reserved counts as spent from then on. A
-    round is refused that would pass the rows' lifetime budget or this run's own epsilon. Only a round whose noise is
-    replayed from a seed (a test) may repeat a charge without paying twice, because it repeats the very release.
+    Guarantee: `reserve` charges the blocks of this owner's rows alone, and what is reserved counts as spent
+    from then on. A round is refused that would pass the rows' lifetime budget or this run's own epsilon. Only
+    a round whose noise is replayed from a seed (a test) may repeat a charge without paying twice, because it
+    repeats the very release.
     """
 
     ledger: Ledger
@@ -76,7 +79,9 @@ class SiteLedger:
         self.ledger.spend(reservations)
 
     def missing(self, records: Sequence[RoundRecord], run_id: bytes) -> tuple[int, ...]:
-        """Return the rounds this site was charged for and its ledger does not hold: a lost or foreign ledger undercounts."""
+        """Return the rounds this site was charged for and its ledger does not hold: a lost or foreign ledger
+        undercounts.
+        """
         if self.replay_key or not self.blocks:
             return ()
         entries = self.ledger.entries(owner=self.owner)

@@ -1,4 +1,6 @@
-"""Where a site learns: private rows in, an update out that a mechanism protected. The only file that gives rows to a rule."""
+"""Where a site learns: private rows in, an update out that a mechanism protected. The only file that gives
+rows to a rule.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ class SiteTrainer:
         return self.spec.codec.quantise(protected, source=source.derive("round"))
 
     def learn(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> ModelUpdate:
-        """Run the local steps and say what is sent of them; record-level noise is drawn here, inside every step."""
+        """Run the local steps and say what is sent of them; record-level noise is drawn here, inside every
+        step.
+        """
         spec, strategy = self.spec, self.spec.strategy
         mask = strategy.mask(data.index)
         start = start if mask is None else start * mask

@@ -1,4 +1,6 @@
-"""What a site trained on in a round, kept at the site for the audit's scoring alone: no attack is given its path."""
+"""What a site trained on in a round, kept at the site for the audit's scoring alone: no attack is given its
+path.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class TruthKeeper:
     task: Task
 
     def keep(self, owner: str, round: int, examples: Encoded, rows: Collection[int]) -> None:
-        """Write the rows of one round, at most `MOST_ROWS`; a round in which nobody was sampled writes nothing."""
+        """Write the rows of one round, at most `MOST_ROWS`; a round in which nobody was sampled writes
+        nothing.
+        """
         chosen = np.asarray(sorted(rows), dtype=np.int64)[:MOST_ROWS]
         if round not in self.rounds or len(chosen) == 0:
             return

@@ -1,4 +1,6 @@
-"""What observers saw, kept for the audit: a bounded number of rounds, each observation a small folder of its own."""
+"""What observers saw, kept for the audit: a bounded number of rounds, each observation a small folder of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ _BROADCAST = "broadcast"
 
 @dataclass(slots=True, kw_only=True)
 class ObservationStore:
-    """Write observations below one folder until `limit` bytes are used; what would exceed it is counted, not written.
+    """Write observations below one folder until `limit` bytes are used; what would exceed it is counted, not
+    written.
 
     Guarantee: a folder that is there is whole, and private to its owner.
     """

@@ -43,8 +43,8 @@ class Store:
 
     Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `checkpoints/round-NNNNNN/` global
     tensors and server state (the two newest are kept), `home/<client>/` what a simulated client keeps to
-    itself, `adapter/` the final model, `best/` the best round, `data.json` digests of the rows the run reads, `ledger.sqlite`,
-    `observations/`, `report.html`, `report.json`.
+    itself, `adapter/` the final model, `best/` the best round, `data.json` digests of the rows the run reads,
+    `ledger.sqlite`, `observations/`, `report.html`, `report.json`.
     Guarantee: killed at any moment, `resume` returns the last finished round and the records up to it.
     """
 

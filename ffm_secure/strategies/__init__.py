@@ -15,7 +15,9 @@ def build(config: StrategyConfig, trainable: TrainableModel | None = None, *, se
 
 
 def merges_into_base(config: StrategyConfig) -> bool:
-    """Tell whether a strategy changes the weights beside the adapters, so that they must be in the global vector."""
+    """Tell whether a strategy changes the weights beside the adapters, so that they must be in the global
+    vector.
+    """
     merges: bool = STRATEGIES.load(config.kind).merges_into_base
     return merges
 

@@ -12,8 +12,8 @@ from ffm_secure.strategies.base import ServerState, Strategy
 class ServerOptimizer(Strategy):
     """Step the global model with momentum, Adam, Yogi or Adagrad on the server.
 
-    Momentum and Adagrad are torch.optim's own; Adam and Yogi follow the paper, which has no bias correction, so torch.optim
-    would be another algorithm.
+    Momentum and Adagrad are torch.optim's own; Adam and Yogi follow the paper, which has no bias correction,
+    so torch.optim would be another algorithm.
 
     Source: Reddi et al. 2021, arXiv:2003.00295, Algorithm 2; Hsu et al. 2019, arXiv:1909.06335 (FedAvgM).
     """

@@ -26,10 +26,10 @@ class ServerState:
 class Strategy:
     """Say what clients train and send, and turn the mean of what they sent into the next state.
 
-    Here everything is trained and the change itself is sent. `linear` rules need only the sum, so what is sent may be masked
-    or encrypted.
-    Guarantee: `message` is a function of one client's vectors, `step` of the mean message: neither looks at a single client
-    from outside.
+    Here everything is trained and the change itself is sent. `linear` rules need only the sum, so what is
+    sent may be masked or encrypted.
+    Guarantee: `message` is a function of one client's vectors, `step` of the mean message: neither looks at a
+    single client from outside.
     """
 
     needs: ClassVar[View] = "sum"  # the view of the updates that `step` gets
@@ -81,11 +81,15 @@ class Strategy:
         raise NotImplementedError
 
     def after_public(self, vector: Tensor, phase: int) -> Tensor:
-        """Return the vector to broadcast after the server learned by itself in round `phase`; the model is the same one."""
+        """Return the vector to broadcast after the server learned by itself in round `phase`; the model is
+        the same one.
+        """
         return vector
 
     def moved(self, before: Tensor, after: Tensor) -> Tensor:
-        """Return what to remember of a change of the global vector, so that `cosine` can compare it with another."""
+        """Return what to remember of a change of the global vector, so that `cosine` can compare it with
+        another.
+        """
         return after - before
 
     def cosine(self, first: Tensor, second: Tensor) -> float | None:

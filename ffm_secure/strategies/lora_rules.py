@@ -1,6 +1,8 @@
-"""How LoRA factors are averaged: the average of B and of A is not the average of BA, and each rule here answers that.
+"""How LoRA factors are averaged: the average of B and of A is not the average of BA, and each rule here
+answers that.
 
-Every rule is linear: the server needs only the sum of what clients send, so all of them run under masks and encryption.
+Every rule is linear: the server needs only the sum of what clients send, so all of them run under masks and
+  encryption.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from ffm_secure.trainable.base import Adapter, TrainableModel
 class LoraRule(Strategy):
     """What the rules share: a vector seen as named tensors.
 
-    Changes are compared as the model feels them: the change of every adapted weight with its product, and of the head. Factors say
-    nothing there, because rules turn them, draw them anew, or train another half of them in the next step.
-    Guarantee: `message` and `step` are functions of vectors alone; nothing of a client but its message reaches `step`.
+    Changes are compared as the model feels them: the change of every adapted weight with its product, and of
+    the head. Factors say nothing there, because rules turn them, draw them anew, or train another half of
+    them in the next step.
+    Guarantee: `message` and `step` are functions of vectors alone; nothing of a client but its message
+    reaches `step`.
     """
 
     merges_into_base: ClassVar[bool] = (
@@ -86,7 +90,9 @@ class LoraRule(Strategy):
         return torch.cat([self.product(vector, item).reshape(-1) for item in self.adapters])
 
     def moved(self, before: Tensor, after: Tensor) -> Tensor:
-        """Return both vectors where only factors are kept, so that nothing dense is; otherwise the dense change."""
+        """Return both vectors where only factors are kept, so that nothing dense is; otherwise the dense
+        change.
+        """
         if not self.merges_into_base:
             return torch.cat((before, after))
         weights, old, new = [item.weight for item in self.adapters], before.double(), after.double()
@@ -102,7 +108,9 @@ class LoraRule(Strategy):
         return self._inner(one, two) / size if size else 0.0
 
     def _inner(self, first: Tensor, second: Tensor) -> float:
-        """Return the inner product of two changes: <B A, D C> is the sum over B^T D times A C^T, entry by entry."""
+        """Return the inner product of two changes: <B A, D C> is the sum over B^T D times A C^T, entry by
+        entry.
+        """
         heads = [self.pick(new - old, self.head) for old, new in (first.chunk(2), second.chunk(2))]
         total = float(heads[0] @ heads[1])
         for item in self.adapters:
@@ -118,7 +126,9 @@ class LoraRule(Strategy):
 
 
 class RoLoRA(LoraRule):
-    """Rules under which a round trains only some of the tensors; only those travel up, padded to the largest round."""
+    """Rules under which a round trains only some of the tensors; only those travel up, padded to the largest
+    round.
+    """
 
     def trains(self, step: int) -> tuple[str, ...]:
         """Name what this step trains."""
@@ -154,7 +164,8 @@ class FrozenA(RoLoRA):
 
 
 class Alternating(RoLoRA):
-    """RoLoRA: B in one step, A in the next; the factor at rest is the same for all, so the mean is exact in each.
+    """RoLoRA: B in one step, A in the next; the factor at rest is the same for all, so the mean is exact in
+    each.
 
     Source: Chen et al. 2024, arXiv:2409.02346, Algorithm 1.
     """
@@ -166,7 +177,9 @@ class Alternating(RoLoRA):
         return (*(self.a if step % 2 else self.b), *self.head)
 
     def cosine(self, first: Tensor, second: Tensor) -> float | None:
-        """Return None for changes of different halves: B moves what A reads, A what B writes, whatever the data say."""
+        """Return None for changes of different halves: B moves what A reads, A what B writes, whatever the
+        data say.
+        """
         return super().cosine(first, second) if self._trained_a(first) == self._trained_a(second) else None
 
     def _trained_a(self, moved: Tensor) -> bool:
@@ -175,9 +188,11 @@ class Alternating(RoLoRA):
 
 
 class FedSVD(RoLoRA):
-    """FedSVD: B is trained; then the server writes B A anew as U S times V^T, so that A follows what was learned.
+    """FedSVD: B is trained; then the server writes B A anew as U S times V^T, so that A follows what was
+    learned.
 
-    The rewriting sees released numbers only, and V^T has orthonormal rows, so noise on B is not made larger by A.
+    The rewriting sees released numbers only, and V^T has orthonormal rows, so noise on B is not made larger
+    by A.
     Source: Lee et al. 2025, arXiv:2505.12805, section 3.
     """
 
@@ -207,9 +222,11 @@ class FedSVD(RoLoRA):
 
 
 class FedEx(LoraRule):
-    """FedEx-LoRA: factors are averaged, and what that misses of the mean product is folded into the frozen weight.
+    """FedEx-LoRA: factors are averaged, and what that misses of the mean product is folded into the frozen
+    weight.
 
-    Clients send their product beside the factors, so that the server needs the sum only; the price is a dense upload.
+    Clients send their product beside the factors, so that the server needs the sum only; the price is a dense
+    upload.
     Source: Singhal et al. 2024, arXiv:2410.09432, section 3.
     """
 
@@ -244,11 +261,11 @@ class FedEx(LoraRule):
 class FLoRA(LoraRule):
     """FLoRA: every client's product is added to the weight, and the adapters start anew; ranks may differ.
 
-    FLoRA the factors of all clients is their sum of products, so clients send the product itself: the server needs the
-    sum only and learns no client's factors or rank; the price is a dense upload. A is drawn anew for every step, B starts
-    at zero.
-    Guarantee: B is zero in every broadcast, so that a client's product is its own change: what the server learned in public
-    passes through no client's rank, bound or share.
+    FLoRA the factors of all clients is their sum of products, so clients send the product itself: the server
+    needs the sum only and learns no client's factors or rank; the price is a dense upload. A is drawn anew
+    for every step, B starts at zero.
+    Guarantee: B is zero in every broadcast, so that a client's product is its own change: what the server
+    learned in public passes through no client's rank, bound or share.
     Source: Wang et al. 2024, arXiv:2409.05976, section 3.
     """
 
@@ -310,9 +327,10 @@ class FLoRA(LoraRule):
 class FedSA(LoraRule):
     """FedSA-LoRA: A and B are trained; A and the head are averaged, every client keeps its own B at home.
 
-    There is no product of the server's: client i's model is B_i times the mean A, which is the mean over j of B_i A_j. B in the
-    global vector stays as it began, where a newcomer begins too.
-    Source: Guo et al. 2024, arXiv:2410.01463, section 3. The paper speaks of A and B; that the head is shared is decided here.
+    There is no product of the server's: client i's model is B_i times the mean A, which is the mean over j of
+    B_i A_j. B in the global vector stays as it began, where a newcomer begins too.
+    Source: Guo et al. 2024, arXiv:2410.01463, section 3. The paper speaks of A and B; that the head is shared
+    is decided here.
     """
 
     exact = False

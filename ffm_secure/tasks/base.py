@@ -30,7 +30,9 @@ class Columns(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What a model reaches on a set: mean loss in nats (per sample, or per predicted token) and the task's metric."""
+    """What a model reaches on a set: mean loss in nats (per sample, or per predicted token) and the task's
+    metric.
+    """
 
     loss: float
     metric: float
@@ -52,9 +54,9 @@ class TaskData:
 class Task:
     """A task for one backbone and one data set. It is stateless once built and may be shared by threads.
 
-    Guarantee (every kind): `losses` returns one number per sample that depends on that sample alone, up to rounding:
-    a token loss is averaged over the sample's own tokens, never over the batch. This is what a bound on one record's
-    influence rests on.
+    Guarantee (every kind): `losses` returns one number per sample that depends on that sample alone, up to
+    rounding: a token loss is averaged over the sample's own tokens, never over the batch. This is what a
+    bound on one record's influence rests on.
     """
 
     notes: tuple[str, ...] = ()  # lines for the person who plans the run
@@ -72,7 +74,8 @@ class Task:
                 f"task.max_length = {max_length}: must be from 2 to the {limit} positions of {backbone.source}"
             )
         self.max_length = max_length
-        # Below float32 the width of a batch shows in every sample's rounding, so a long text would move the others.
+        # Below float32 the width of a batch shows in every sample's rounding, so a long text would move the
+        # others.
         narrow = any(parameter.dtype == torch.bfloat16 for parameter in backbone.model.parameters())
         self.length = max_length if fixed_length or narrow else None
 
@@ -113,11 +116,15 @@ class Task:
         return Evaluation(loss=loss / count, metric=self._metric(loss / count, right / count))
 
     def majority(self, train: Columns, validation: Columns) -> float | None:
-        """Return the metric of always answering with the commonest training label; None where there is no label."""
+        """Return the metric of always answering with the commonest training label; None where there is no
+        label.
+        """
         return None
 
     def evaluation_batch(self, encoded: Any, indices: NDArray[np.int64], device: str) -> dict[str, Tensor]:
-        """Pad the chosen examples; what a task draws depends on each example alone, so it is the same in any batch."""
+        """Pad the chosen examples; what a task draws depends on each example alone, so it is the same in any
+        batch.
+        """
         return self.batch(encoded, indices, device=device)
 
     def _score(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, float, int]:

@@ -37,7 +37,9 @@ class EncodedText:
         return np.diff(self.offsets)
 
     def positions(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return where the tokens of the chosen sequences lie, padded to the longest, and which places are real."""
+        """Return where the tokens of the chosen sequences lie, padded to the longest, and which places are
+        real.
+        """
         starts, lengths = self.offsets[indices], self.offsets[indices + 1] - self.offsets[indices]
         steps = np.arange(int(lengths.max(initial=0)), dtype=np.int64)[None, :]
         real = steps < lengths[:, None]
@@ -80,7 +82,9 @@ Encoded = EncodedText | EncodedImages
 def encode_texts(
     tokenizer: Any, columns: Sequence[Sequence[str]], *, max_length: int, labels: NDArray[np.int64] | None
 ) -> EncodedText:
-    """Tokenise one or two columns of text, cut to `max_length` tokens. An empty text becomes one unknown token."""
+    """Tokenise one or two columns of text, cut to `max_length` tokens. An empty text becomes one unknown
+    token.
+    """
     count = len(columns[0])
     # Only models that were trained with segments get them; GPT-2, for one, would read them as words.
     segmented = len(columns) == 2 and "token_type_ids" in tokenizer.model_input_names
@@ -121,9 +125,11 @@ def encode_answered(
     max_length: int,
     special: bool,
 ) -> EncodedText:
-    """Tokenise texts of which only some characters are to be learned; `special` adds the tokenizer's own tokens.
+    """Tokenise texts of which only some characters are to be learned; `special` adds the tokenizer's own
+    tokens.
 
-    `answers` holds, per text, spans of characters (first, one after the last). A token is learned where it overlaps one.
+    `answers` holds, per text, spans of characters (first, one after the last). A token is learned where it
+    overlaps one.
     """
     tokens: list[int] = []
     asked: list[bool] = []
@@ -165,7 +171,8 @@ def _spare(tokenizer: Any) -> int:
 def pad_texts(
     encoded: EncodedText, indices: NDArray[np.int64], *, pad: int, device: str, length: int | None = None
 ) -> dict[str, Tensor]:
-    """Build `input_ids`, `attention_mask`, for pairs `token_type_ids` [B, T]; T is the longest here or `length`.
+    """Build `input_ids`, `attention_mask`, for pairs `token_type_ids` [B, T]; T is the longest here or
+    `length`.
 
     Texts of which a part is learned get `targets` [B, T], -100 elsewhere.
     """

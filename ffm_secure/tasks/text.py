@@ -73,7 +73,8 @@ class TextClassification(Classification, _Text):
 class CausalLM(_Text):
     """Predict each token from those before it. One example is one sequence; longer texts are cut, not split.
 
-    Of a prompt with its answer, and of a chat, only the answers are learned and counted, unless the data says otherwise.
+    Of a prompt with its answer, and of a chat, only the answers are learned and counted, unless the data says
+    otherwise.
     """
 
     kind = "causal_lm"
@@ -144,7 +145,9 @@ class CausalLM(_Text):
 
 
 def _answer_span(text: str, answer: str) -> list[tuple[int, int]]:
-    """Return where the answer stands at the end of its text; all of a text that was changed since it was joined."""
+    """Return where the answer stands at the end of its text; all of a text that was changed since it was
+    joined.
+    """
     start = len(text) - len(answer) if text.endswith(answer) else 0
     return [(start, len(text))]
 
@@ -152,8 +155,8 @@ def _answer_span(text: str, answer: str) -> list[tuple[int, int]]:
 class MaskedLM(_Text):
     """Restore hidden tokens: 15 % of each text, at least one; 80 % of these masked, 10 % replaced, 10 % kept.
 
-    Training masks come from the caller's generator, evaluation masks from a fixed seed and the row, so that batch size
-    and order do not change the figure. The metric is the share of hidden tokens restored.
+    Training masks come from the caller's generator, evaluation masks from a fixed seed and the row, so that
+    batch size and order do not change the figure. The metric is the share of hidden tokens restored.
     Source: Devlin et al. 2019, arXiv:1810.04805, section 3.1.
     """
 
@@ -175,7 +178,8 @@ class MaskedLM(_Text):
     def batch(
         self, encoded: EncodedText, indices: Any, *, device: str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Build `input_ids` with hidden tokens, `attention_mask`, and `targets` [B, T] (-100 where nothing is asked).
+        """Build `input_ids` with hidden tokens, `attention_mask`, and `targets` [B, T] (-100 where nothing is
+        asked).
 
         Without a generator the masks are those of the evaluation.
         """
@@ -229,9 +233,9 @@ class MaskedLM(_Text):
 def asked_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return scores [B, M, V] and targets [B, M] for the M places asked at most, instead of all T.
 
-    A vocabulary-sized head costs as much as a small encoder, and six places of seven are never asked. The places are
-    picked before the head, per sample, so the first dimension stays the sample and per-sample gradients stay whole.
-    Models whose head is no single module are computed in full.
+    A vocabulary-sized head costs as much as a small encoder, and six places of seven are never asked. The
+    places are picked before the head, per sample, so the first dimension stays the sample and per-sample
+    gradients stay whole. Models whose head is no single module are computed in full.
     """
     targets = batch["targets"]
     head = next((getattr(model, name) for name in ("cls", "lm_head") if hasattr(model, name)), None)

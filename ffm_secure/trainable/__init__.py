@@ -29,9 +29,11 @@ _KEYS = {
 def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> TrainableModel:
     """Choose what is trained. The backbone stays as it is: its frozen tensors are shared, never changed.
 
-    `spec` is the table `[model.trainable]`: `kind` and the options of that kind; options of other kinds are not read.
+    `spec` is the table `[model.trainable]`: `kind` and the options of that kind; options of other kinds are
+    not read.
 
-    Guarantee: the model has run with what is trained, and a gradient reached every tensor of it (`rehearse` says where not).
+    Guarantee: the model has run with what is trained, and a gradient reached every tensor of it (`rehearse`
+    says where not).
     Raises:
       ModelError: an unknown kind or option, or one that does not work with this model.
     """

@@ -41,7 +41,8 @@ class TrainableModel(ABC):
 
     `parameters` has the canonical order and names, which the vector, the layout and the fingerprint follow.
 
-    Guarantee: exactly the tensors in `parameters` require a gradient; `load_vector(flatten())` changes no float32 bit.
+    Guarantee: exactly the tensors in `parameters` require a gradient; `load_vector(flatten())` changes no
+    float32 bit.
     """
 
     kind: ClassVar[str]
@@ -129,7 +130,9 @@ class TrainableModel(ABC):
 
     @abstractmethod
     def export(self, folder: Path, base_model_name: str) -> None:
-        """Write files that PEFT or transformers load back on the base model (see docs/models.md for each kind)."""
+        """Write files that PEFT or transformers load back on the base model (see docs/models.md for each
+        kind).
+        """
 
     @abstractmethod
     def import_(self, folder: Path) -> None:

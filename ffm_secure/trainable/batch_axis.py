@@ -1,4 +1,6 @@
-"""Give layers that see batch and places as one axis their batch axis back, so that each sample keeps its own gradient."""
+"""Give layers that see batch and places as one axis their batch axis back, so that each sample keeps its own
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ _FLAT = {
 
 
 def restore_batch_axis(model: nn.Module) -> None:
-    """Hook the layers of a family that merges [batch, places, width] to [batch * places, width] before some modules.
+    """Hook the layers of a family that merges [batch, places, width] to [batch * places, width] before some
+    modules.
 
     The hooks keep nothing but a number on each module, so that copies of the model work on their own.
     """

@@ -1,4 +1,6 @@
-"""One whole model of transformers that answers as a trained model does, where an adapter on the base would not."""
+"""One whole model of transformers that answers as a trained model does, where an adapter on the base would
+not.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ SOFT = (
 def complete_model(trainable: TrainableModel) -> Any:
     """Build the transformers model that computes what `trainable` computes, with everything trained inside.
 
-    A soft prompt becomes words of the vocabulary (see `with_prompt_words` for the tokenizer) or, for a ViT, the registers
-    of a DINOv2, which is a ViT with room for them.
+    A soft prompt becomes words of the vocabulary (see `with_prompt_words` for the tokenizer) or, for a ViT,
+    the registers of a DINOv2, which is a ViT with room for them.
 
     Guarantee: in float32 its logits are those of `trainable` up to rounding; `trainable` is left as it is.
     Raises:
@@ -67,7 +69,8 @@ def soft_prompt(trainable: TrainableModel) -> Tensor:
 
 
 def with_prompt_words(tokenizer: Any, length: int) -> Any:
-    """Copy a tokenizer so that it puts `length` prompt words in front of every text; their numbers follow its own.
+    """Copy a tokenizer so that it puts `length` prompt words in front of every text; their numbers follow its
+    own.
 
     Raises:
       ModelError: this kind of tokenizer cannot be changed so.
@@ -196,7 +199,9 @@ def _scale(table: nn.Embedding) -> float:
 
 
 def _vit_with_registers(vit: Any, prompt: Tensor) -> Dinov2WithRegistersForImageClassification:
-    """Write a ViT with virtual tokens behind its class token as a DINOv2: those are its registers, placed the same way."""
+    """Write a ViT with virtual tokens behind its class token as a DINOv2: those are its registers, placed the
+    same way.
+    """
     config = vit.config
     ratio = math.ceil(config.intermediate_size / config.hidden_size)
     shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "image_size",

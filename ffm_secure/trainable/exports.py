@@ -44,10 +44,11 @@ def export(
 ) -> ModelExport:
     """Write the trained part, and beside it whatever stock libraries need to compute what it computes.
 
-    In `base/` lie the configuration (label names, padding) and, where the base has no name anyone can load, its weights.
-    In `model/` lies a complete model, where an adapter on the base would not answer the same.
+    In `base/` lie the configuration (label names, padding) and, where the base has no name anyone can load,
+    its weights. In `model/` lies a complete model, where an adapter on the base would not answer the same.
 
-    Guarantee: what the record names as `adapter`, `model` or `whole` gives the logits of `trainable` to 1e-5 in float32.
+    Guarantee: what the record names as `adapter`, `model` or `whole` gives the logits of `trainable` to 1e-5
+    in float32.
     """
     backbone, builtin = trainable.backbone, base_model.startswith("builtin:")
     named = BASE if builtin else base_model
@@ -120,7 +121,9 @@ def _form(trainable: TrainableModel) -> Literal["adapter", "model", "whole", "ow
 
 
 def _write_prompt_adapter(trainable: TrainableModel, folder: Path, base_model: str) -> int:
-    """Write the PEFT form of prompts that have none of their own, and count the outputs a language model's prompt adds."""
+    """Write the PEFT form of prompts that have none of their own, and count the outputs a language model's
+    prompt adds.
+    """
     kind, task = trainable.kind, trainable.backbone.kind
     if kind == "deep_prompt":
         write_prefix(trainable, _as_prefix(trainable), folder, base_model)
@@ -160,7 +163,9 @@ def _as_prefix(trainable: TrainableModel) -> Tensor:
 
 
 def _cache_of(trainable: TrainableModel) -> list[tuple[Tensor, Tensor]]:
-    """Run one word behind a prompt and return the keys and values [1, heads, length + 1, width] of every layer."""
+    """Run one word behind a prompt and return the keys and values [1, heads, length + 1, width] of every
+    layer.
+    """
     caches: list[Any] = []
     model: Any = trainable.model
     body = attending(model.model)
@@ -197,7 +202,9 @@ def _write_complete(trainable: TrainableModel, folder: Path, *, max_length: int)
 
 
 def write_preparation(backbone: Backbone, folder: Path, *, max_length: int, prompted: int = 0) -> None:
-    """Write what turns texts or pictures into numbers: the tokenizer, with the length texts are cut to, or the normalisation."""
+    """Write what turns texts or pictures into numbers: the tokenizer, with the length texts are cut to, or
+    the normalisation.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if backbone.tokenizer is not None:
         tokenizer = copy.deepcopy(backbone.tokenizer)
@@ -211,7 +218,9 @@ def write_preparation(backbone: Backbone, folder: Path, *, max_length: int, prom
 
 
 def picture_table(backbone: Backbone) -> dict[str, Any]:
-    """Return how pictures are prepared, in the words of transformers: resized bilinearly to a square, scaled, normalised."""
+    """Return how pictures are prepared, in the words of transformers: resized bilinearly to a square, scaled,
+    normalised.
+    """
     assert backbone.normalisation is not None
     side = backbone.image_size
     return {

@@ -26,7 +26,9 @@ class Full(TrainableModel):
     kind = "full"
 
     def export(self, folder: Path, base_model_name: str) -> None:
-        """Write a complete transformers folder: config.json, model.safetensors, the tokenizer where there is one."""
+        """Write a complete transformers folder: config.json, model.safetensors, the tokenizer where there is
+        one.
+        """
         plain = copy.deepcopy(self.backbone.model)
         with torch.no_grad():
             for name, parameter in plain.named_parameters():
@@ -79,7 +81,9 @@ def attach_full(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, 
 
 
 def _leave_to_linear(model: nn.Module) -> None:
-    """Let a parameter that a linear module uses belong to it alone; masked-LM heads register their bias a second time."""
+    """Let a parameter that a linear module uses belong to it alone; masked-LM heads register their bias a
+    second time.
+    """
     used = {id(p) for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
     for module in model.modules():
         if not isinstance(module, nn.Linear) and any(True for _ in module.children()):

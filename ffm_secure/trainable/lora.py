@@ -30,7 +30,9 @@ TASK_TYPES = {"text_classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAU
 
 
 def peft_task(backbone: Backbone) -> TaskType | None:
-    """Return PEFT's word for a task; None where it has none, or where the head is no class that PEFT's users have."""
+    """Return PEFT's word for a task; None where it has none, or where the head is no class that PEFT's users
+    have.
+    """
     return None if has_own_head(backbone) else TASK_TYPES.get(backbone.kind)
 
 
@@ -48,7 +50,8 @@ class PeftAdapter(TrainableModel):
     def export(self, folder: Path, base_model_name: str) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
 
-        Before a mean-pooling head they would load without an error on a head that answers something else: our own files.
+        Before a mean-pooling head they would load without an error on a head that answers something else: our
+        own files.
         """
         if has_own_head(self.backbone):
             write_own(
@@ -121,8 +124,8 @@ def attach_lora(
 ) -> Lora | FoldedLora:
     """Put LoRA adapters of `rank` beside the chosen modules; B starts at zero, so the model starts unchanged.
 
-    With `folded` the weights of these modules are owned and belong to the vector, for rules that fold into them; with
-    `ranks` clients use different ranks, and `rank` is the largest of them.
+    With `folded` the weights of these modules are owned and belong to the vector, for rules that fold into
+    them; with `ranks` clients use different ranks, and `rank` is the largest of them.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
     ranks = tuple(int(rank) for rank in spec.get("ranks") or ())
@@ -153,10 +156,13 @@ def attach_lora(
 
 
 def attach_lora_xs(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> LoraXs:
-    """Train a core R of rank x rank between B = U S and A = V^T of each weight's singular value decomposition.
+    """Train a core R of rank x rank between B = U S and A = V^T of each weight's singular value
+    decomposition.
 
-    R starts at zero. B and A are the same for everyone, so the mean of the cores is exact, and rank^2 numbers a module travel.
-    Source: Balazy et al. 2024, arXiv:2405.17604, section 3; Singhal et al. 2025, arXiv:2502.15436, for the federated form.
+    R starts at zero. B and A are the same for everyone, so the mean of the cores is exact, and rank^2 numbers
+    a module travel.
+    Source: Balazy et al. 2024, arXiv:2405.17604, section 3; Singhal et al. 2025, arXiv:2502.15436, for the
+    federated form.
     """
     wrapped, config, lines = _wrap(backbone, spec, task_kind=task_kind, seed=seed, folded=False)
     model = wrapped.get_base_model()

@@ -25,7 +25,9 @@ _AT_ONCE = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Hold one answer: a label with its probability, a continued text (score None), or a text with its hidden words restored."""
+    """Hold one answer: a label with its probability, a continued text (score None), or a text with its hidden
+    words restored.
+    """
 
     answer: str
     score: float | None = None

@@ -51,7 +51,8 @@ class PrefixedModel(nn.Module):
         def hand_over(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, {**kwargs, "attention_mask": longer, "past_key_values": cache}
 
-        # The head never sees the prefix: classifiers that pool over the mask go on pooling over the real tokens.
+        # The head never sees the prefix: classifiers that pool over the mask go on pooling over the real
+        # tokens.
         handle = attending(self.model).register_forward_pre_hook(hand_over, with_kwargs=True)
         try:
             return self.model(**batch)
@@ -91,7 +92,9 @@ class Prefix(PromptTrainable):
 
 
 def attending(model: Any) -> nn.Module:
-    """Return the module that hands keys and values to the layers: OPT's language model calls the decoder in its base model itself."""
+    """Return the module that hands keys and values to the layers: OPT's language model calls the decoder in
+    its base model itself.
+    """
     body: nn.Module = getattr(model, "base_model", model)
     inner = getattr(body, "decoder", None)
     return inner if isinstance(inner, nn.Module) and not model.config.is_encoder_decoder else body

@@ -27,10 +27,11 @@ PROMPT = "prompt_embeddings"
 
 
 class PromptedModel(nn.Module):
-    """Put a soft prompt in front of the input and call the model; its logits are those of the real tokens alone.
+    """Put a soft prompt in front of the input and call the model; its logits are those of the real tokens
+    alone.
 
-    Text goes through `inputs_embeds` with the attention mask extended; pictures get the prompt between the class token
-    and the patches (Jia et al. 2022, arXiv:2203.12119, the shallow form).
+    Text goes through `inputs_embeds` with the attention mask extended; pictures get the prompt between the
+    class token and the patches (Jia et al. 2022, arXiv:2203.12119, the shallow form).
     """
 
     def __init__(self, model: Any, prompt: Tensor, *, kind: str, max_positions: int | None) -> None:
@@ -76,7 +77,9 @@ class PromptedModel(nn.Module):
         return out
 
     def _last_token(self, inputs: dict[str, Any]) -> Any:
-        """Classify from the last real token. Given embeddings, decoders would take the last padded place instead."""
+        """Classify from the last real token. Given embeddings, decoders would take the last padded place
+        instead.
+        """
         out = self.model.base_model(**inputs)
         mask = inputs["attention_mask"]
         places = torch.arange(mask.shape[1], device=mask.device)

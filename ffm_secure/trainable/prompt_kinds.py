@@ -79,7 +79,9 @@ class PTuning(OwnFormat):
     kind = "p_tuning"
 
     def export(self, folder: Path, base_model_name: str) -> None:
-        """Write the encoder in our own files and, where PEFT knows the task, the encoded prompt as a P_TUNING adapter."""
+        """Write the encoder in our own files and, where PEFT knows the task, the encoded prompt as a P_TUNING
+        adapter.
+        """
         super().export(folder, base_model_name)
         task = peft_task(self.backbone)
         if task is None:
@@ -115,7 +117,9 @@ def attach_p_tuning(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: s
 
 
 class DeepPromptedModel(PromptedModel):
-    """A prompt of its own for every layer: what a layer made of its virtual tokens is replaced before the next."""
+    """A prompt of its own for every layer: what a layer made of its virtual tokens is replaced before the
+    next.
+    """
 
     def __init__(
         self, model: Any, prompt: Tensor, deeper: Tensor, *, kind: str, max_positions: int | None
@@ -168,7 +172,8 @@ def attach_deep_prompt(
 ) -> DeepPrompt:
     """Train `length` virtual tokens for every layer; those of later layers start small.
 
-    Source: Jia et al. 2022, arXiv:2203.12119, section 3.2 (deep form); Liu et al. 2022, arXiv:2110.07602, for text.
+    Source: Jia et al. 2022, arXiv:2203.12119, section 3.2 (deep form); Liu et al. 2022, arXiv:2110.07602, for
+    text.
     """
     length, model = checked_length(backbone, spec), with_own_head(backbone)
     count = len(layers_of(model))
@@ -191,10 +196,11 @@ def attach_deep_prompt(
 
 
 class GeneratedPrompt(PromptedModel):
-    """A prompt made for each input from the input's own frozen representation r: base + U (code * tanh(V norm(r))).
+    """A prompt made for each input from the input's own frozen representation r: base + U (code * tanh(V
+    norm(r))).
 
-    All virtual tokens share V [hidden, d] and U [d, hidden]; each has a base [d] and a code [hidden] of its own, so the
-    weights that travel grow with 2 d hidden + length (d + hidden).
+    All virtual tokens share V [hidden, d] and U [d, hidden]; each has a base [d] and a code [hidden] of its
+    own, so the weights that travel grow with 2 d hidden + length (d + hidden).
     """
 
     def __init__(
@@ -226,7 +232,9 @@ class GeneratedPrompt(PromptedModel):
 
     @torch.no_grad()
     def frozen_representation(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return [B, d], computed without the prompt and without a gradient: of the whole model, or of its first layer."""
+        """Return [B, d], computed without the prompt and without a gradient: of the whole model, or of its
+        first layer.
+        """
         if self.kind == "image_classification":
             body = self.model.vit if self.representation == "model" else self.model.vit.embeddings
             out = body(pixel_values=batch["pixel_values"])
@@ -254,8 +262,8 @@ def attach_prompt_generator(
 ) -> PromptGenerator:
     """Train a network that conditions the prompt on the input; it starts as a plain soft prompt.
 
-    Source: Wu et al. 2022, arXiv:2204.04497, section 3 (instance-dependent prompts from a frozen representation); the
-    tokens share one up-projection here, to keep what travels small.
+    Source: Wu et al. 2022, arXiv:2204.04497, section 3 (instance-dependent prompts from a frozen
+    representation); the tokens share one up-projection here, to keep what travels small.
     """
     if task_kind == "causal_lm":
         raise ModelError(

@@ -1,4 +1,6 @@
-"""Try what is trained on two invented inputs, before a run or a ledger knows of it: does a gradient reach every tensor?"""
+"""Try what is trained on two invented inputs, before a run or a ledger knows of it: does a gradient reach
+every tensor?
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,12 @@ _ROUTED = ".experts."  # two short texts reach few of a model's experts, which s
 def rehearse(trainable: TrainableModel) -> None:
     """Run one tiny forward and backward pass.
 
-    With `full` the backward pass is left out: its gradients are as large as the model, and every tensor is the model's own.
+    With `full` the backward pass is left out: its gradients are as large as the model, and every tensor is
+    the model's own.
 
     Raises:
-      ModelError: the model cannot run with what is trained, or some of it takes no part in what the model answers.
+      ModelError: the model cannot run with what is trained, or some of it takes no part in what the model
+        answers.
     """
     if (batch := tiny_batch(trainable.backbone, trainable.model)) is None:
         return
@@ -58,8 +62,8 @@ def rehearse_per_sample(
     """Take clipped per-sample gradients of one tiny batch; `names` is what a step trains, None for all.
 
     Raises:
-      ModelError: some parameter has no gradient per sample, or the model cannot run while its modules are watched; the
-        message names the first and says what to use instead.
+      ModelError: some parameter has no gradient per sample, or the model cannot run while its modules are
+        watched; the message names the first and says what to use instead.
     """
     if (batch := tiny_batch(trainable.backbone, trainable.model)) is None:
         return
@@ -82,7 +86,9 @@ def rehearse_per_sample(
 
 
 def tiny_batch(backbone: Backbone, model: Any) -> dict[str, Tensor] | None:
-    """Invent two inputs of the model's kind: three words, of which the last ends the text, or a picture; None for neither."""
+    """Invent two inputs of the model's kind: three words, of which the last ends the text, or a picture; None
+    for neither.
+    """
     device = next(model.parameters()).device
     if backbone.kind == "image_classification":
         if backbone.image_size is None:

@@ -17,7 +17,8 @@ def start_from(trainable: TrainableModel, folder: Path) -> None:
     """Set what is trained to what an adapter folder holds.
 
     Raises:
-      ModelError: no such folder, tensors of other names or shapes, or numbers that would be read differently here.
+      ModelError: no such folder, tensors of other names or shapes, or numbers that would be read differently
+        here.
     """
     where = f"model.adapter = {str(folder)!r}"
     if not folder.is_dir():

@@ -14,7 +14,8 @@ from ffm_secure.models.builtin import MeanPoolClassifier
 
 ALL_LINEAR = "all-linear"
 
-# The query and value projections of each family, by transformers' model_type. One fused projection counts as both.
+# The query and value projections of each family, by transformers' model_type. One fused projection counts as
+# both.
 QUERY_VALUE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "albert"), ("query", "value")),
     **dict.fromkeys(
@@ -41,7 +42,8 @@ QUERY_VALUE: dict[str, tuple[str, ...]] = {
 
 
 def head_modules(backbone: Backbone) -> tuple[str, ...]:
-    """Name the modules that answer the task: the classification head, and whatever the checkpoint did not hold.
+    """Name the modules that answer the task: the classification head, and whatever the checkpoint did not
+    hold.
 
     A module that also holds a tensor of the checkpoint (a decoder tied to the input embeddings) is left out.
     """

@@ -25,8 +25,8 @@ class Reply:
 class Courier(Protocol):
     """Carry one stage's messages to sites and their answers back, as they come.
 
-    Guarantee: every site that was written to is answered for once, with its bytes or as lost; an engine computes no more than
-    a few answers ahead of the reader, so memory does not grow with the cohort.
+    Guarantee: every site that was written to is answered for once, with its bytes or as lost; an engine
+    computes no more than a few answers ahead of the reader, so memory does not grow with the cohort.
     """
 
     def send(self, stage: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:

@@ -1,7 +1,8 @@
-"""`builtin:clinic_notes`: short clinical-style notes of several hospitals, with planted fictitious personal facts.
-
-Everything is drawn from a seed and nothing from real records. Names are made of words for pretence, telephone numbers lie
-in ranges set aside for fiction, birth years end in 1899, record numbers begin with ZX, streets and towns do not exist.
+"""`builtin:clinic_notes`: short clinical-style notes of several hospitals, with planted fictitious personal
+facts.
+ Everything is drawn from a seed and nothing from real records. Names are made of words for pretence,
+telephone numbers lie in ranges set aside for fiction, birth years end in 1899, record numbers begin with ZX,
+streets and towns do not exist.
 """
 
 from __future__ import annotations
@@ -140,10 +141,11 @@ def planted_facts(example: Mapping[str, Any] | str) -> tuple[Fact, ...]:
 
 
 def clinic_notes(options: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """Write the train and the validation notes: columns text, label, hospital, patient, facts; and the label names.
+    """Write the train and the validation notes: columns text, label, hospital, patient, facts; and the label
+    names.
 
-    Guarantee: all notes of both parts are distinct, no patient is in both parts, and the same options give the same
-    notes. Hospitals differ in size, in their mix of specialties, and in how they write.
+    Guarantee: all notes of both parts are distinct, no patient is in both parts, and the same options give
+    the same notes. Hospitals differ in size, in their mix of specialties, and in how they write.
     """
     chosen = _checked(options)
     seed = chosen["seed"]
@@ -308,7 +310,9 @@ class _Desk:
 def _contents(
     words: _Words, label: str, case: _Case, age: int, unit: Unit, *, social: float
 ) -> dict[str, Sequence[str]]:
-    """Choose what a note says: a clear one names its disease, a sparse or busy one leaves the reader to guess."""
+    """Choose what a note says: a clear one names its disease, a sparse or busy one leaves the reader to
+    guess.
+    """
     draw, clarity = unit(), 0
     while draw > _CLARITY[clarity][0] and clarity < len(_CLARITY) - 1:
         draw -= _CLARITY[clarity][0]
