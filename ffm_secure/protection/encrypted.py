@@ -133,7 +133,10 @@ class EncryptedClientRound:
         raise ProtocolError
 
     def _open(self, message: bytes) -> bytes:
-        names, *chunks = _split(message)
+        parts = _split(message)
+        if not parts:
+            raise ProtocolError
+        names, *chunks = parts
         self._parties = tuple(names[start : start + 32] for start in range(0, len(names), 32))
         self._total = self._key.open(self._client, self._plan, chunks, self._parties)
         return self._client.confirm(self._total, self._parties)
@@ -172,7 +175,7 @@ class EncryptedServerRound:
             self._up, self._down = self._up + compared, self._down + compared * len(self._arrived)
             return dict.fromkeys(self._arrived, _join(self._confirmations.values()))
         self._require(len(self._agreed) == len(self._arrived), "protocol aborted")
-        return {self._arrived[0]: b""}
+        return dict.fromkeys(self._arrived, b"")
 
     def _sums(self) -> Mapping[int, bytes]:
         arrived, minimum = self._arrived, self._terms.minimum
@@ -197,13 +200,15 @@ class EncryptedServerRound:
             total = ring.unpack(reply, codec.modulus_bits)
             if len(total) != codec.length:
                 raise ProtocolError
+            if self._total is not None and not np.array_equal(self._total, total):
+                self._failed = "the sites say they opened different sums"
             self._total = total
 
     def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
         """Return the sum the sites opened."""
-        opened = self._total is not None
+        opened = self._total is not None and not self._failed
         return AggregationResult(
-            ring_sum=self._total,
+            ring_sum=self._total if opened else None,
             survivors=tuple(sorted(self._arrived)) if opened else (),
             dropped=lost,
             aborted="" if opened else self._failed or "protocol aborted",

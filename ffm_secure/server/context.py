@@ -44,8 +44,8 @@ class ServerContext:
         return max((receipt.epsilon for receipt in self.receipts.values()), default=0.0)
 
     def note(self, receipts: Mapping[int, Receipt]) -> None:
-        """Keep the newest receipts."""
-        self.receipts.update(receipts)
+        """Keep the newest receipts; one that states no epsilon is none."""
+        self.receipts.update({site: item for site, item in receipts.items() if item.epsilon >= 0.0})
 
     def evaluate(self, vector: Tensor) -> Evaluation:
         """Evaluate a global vector [d] on the public validation rows."""

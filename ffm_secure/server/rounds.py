@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch
 from defenses.errors import ProtocolError
 from ffm_secure import record_codec
 from ffm_secure.aggregation import aggregate_of
-from ffm_secure.errors import FfmError
+from ffm_secure.errors import FfmError, RecordError
 from ffm_secure.lifecycle.base import ServerPhase
 from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.protection.base import UPLOAD, AggregationResult, too_few
@@ -117,7 +118,10 @@ def _ask(
         if isinstance(reply.content, Lost):
             lost[reply.site] = DECLINED
             continue
-        answer = record_codec.from_bytes(Acceptance, bytes(reply.content), "an acceptance")
+        answer = _read(Acceptance, reply.content)
+        if answer is None:
+            lost[reply.site] = DECLINED
+            continue
         if answer.receipt is not None:
             server.note({reply.site: answer.receipt})
         if not answer.accepted:
@@ -179,8 +183,21 @@ def _finish(
     receipts: dict[int, Receipt] = {}
     for reply in courier.send(FINISH, messages):
         if not isinstance(reply.content, Lost):
-            receipts[reply.site] = record_codec.from_bytes(Receipt, bytes(reply.content), "a receipt")
+            receipt = _read(Receipt, reply.content)
+            if receipt is not None:
+                receipts[reply.site] = receipt
     server.note(receipts)
+
+
+T = TypeVar("T")
+
+
+def _read(kind: type[T], content: bytes | memoryview) -> T | None:
+    """Return what a site wrote; None where it is no such record, for one site's nonsense ends no run."""
+    try:
+        return record_codec.from_bytes(kind, bytes(content), "an answer")
+    except RecordError:
+        return None
 
 
 def advance(
@@ -286,7 +303,9 @@ def evaluate(server: ServerContext, plan: RoundPlan, state: ServerState, courier
     after = replace(plan, round=plan.round + 1, fingerprint=vector_fingerprint(state.vector))
     message = join_plan(record_codec.canonical_bytes(after), encode_vector(state.vector))
     everybody = dict.fromkeys(range(len(server.spec.owners)), message)
-    evaluations = list(_evaluations(courier, everybody))
+    answers = list(_evaluations(courier, everybody))
+    finite = [item for item in answers if math.isfinite(item.loss) and math.isfinite(item.metric)]
+    evaluations = finite or answers  # one site's nonsense must not stand for all
     if not evaluations:
         raise FfmError("no site answered the evaluation")
     return Evaluation(
@@ -298,7 +317,9 @@ def evaluate(server: ServerContext, plan: RoundPlan, state: ServerState, courier
 def _evaluations(courier: Courier, messages: Mapping[int, bytes]) -> Iterator[Evaluation]:
     for reply in courier.send(EVALUATE, messages):
         if not isinstance(reply.content, Lost):
-            yield record_codec.from_bytes(Evaluation, bytes(reply.content), "an evaluation")
+            evaluation = _read(Evaluation, reply.content)
+            if evaluation is not None:
+                yield evaluation
 
 
 def is_best(earlier: Sequence[RoundRecord], record: RoundRecord, *, higher: bool) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from ffm_secure.records import RoundPlan
 from ffm_secure.run_spec import RunSpec
 
+RUN_BYTES = 16
+
 
 def differences(plan: RoundPlan, spec: RunSpec, *, site: int, fingerprint: str) -> tuple[str, ...]:
     """Return in words what a plan says otherwise than the run file that a site agreed to; empty when it may
@@ -20,6 +22,8 @@ def differences(plan: RoundPlan, spec: RunSpec, *, site: int, fingerprint: str) 
 
 
 def _differences(plan: RoundPlan, spec: RunSpec, site: int, fingerprint: str) -> Iterator[str]:
+    if len(plan.run_id) != RUN_BYTES:
+        yield f"the run's id has {len(plan.run_id)} bytes, not {RUN_BYTES}"
     if plan.phase != "private":
         yield f"phase = {plan.phase!r}: a site takes part in private rounds alone"
     if not 0 <= plan.turn < len(spec.schedule):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from defenses.dp import Reservation
-from defenses.errors import BudgetExceeded, ProtocolError
+from defenses.errors import BudgetExceeded, ParameterError, ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg.masks import RingVector
 from ffm_secure import record_codec
@@ -39,6 +39,8 @@ class _Round:
     start: Tensor
     reservations: tuple[Reservation, ...] = ()
     client_round: ClientRound | None = None
+    begun: bool = False
+    uploaded: bool = False
 
 
 class Site:
@@ -46,7 +48,8 @@ class Site:
 
     Guarantee: a row is read only in the upload stage, after the ledger has reserved the round's event and
     after the plan, the model and the mechanism were found to be those agreed on. Why a site refuses is
-    written to its own log; all that is sent is whether its budget was the reason.
+    written to its own log; all that is sent is whether its budget was the reason. One reservation pays for
+    one draw: whatever is repeated, the rows are learned from once, and once only.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Site:
         self._evaluation = evaluation  # public rows
         self._truth = truth
         self._round: _Round | None = None
+        self._run_id: bytes | None = None  # of the run this site takes part in, from its first acceptance on
 
     def __repr__(self) -> str:
         return f"Site({self.data.name!r})"
@@ -103,27 +107,40 @@ class Site:
         broadcast = self._broadcasts.read(message)
         plan = broadcast.plan
         refused = differences(plan, self.spec, site=self.data.index, fingerprint=broadcast.fingerprint)
+        if self._run_id not in (None, plan.run_id):
+            refused = (*refused, "it belongs to another run than the one this site takes part in")
         if refused:
             _LOG.warning("%s takes no part in round %d: %s", self.data.name, plan.round, "; ".join(refused))
             return record_codec.canonical_bytes(Acceptance(accepted=False))
         if not self.ledger.affords(plan):
             _LOG.warning("%s takes no part in round %d: its budget does not pay", self.data.name, plan.round)
             return record_codec.canonical_bytes(Acceptance(accepted=False, affordable=False))
+        self._run_id = plan.run_id
         self._round = _Round(plan=plan, start=broadcast.vector)
         return record_codec.canonical_bytes(Acceptance(accepted=True))
 
     def _begin(self, current: _Round) -> bytes:
-        """Pay, then join the protocol; from here on the round counts as spent."""
+        """Join the protocol, which sends nothing yet, then pay; from here on the round counts as spent."""
+        if current.begun:
+            raise ProtocolError
+        current.begun = True
+        try:
+            client_round = self._protection.join(current.plan)
+        except ParameterError:
+            raise ProtocolError from None
         try:
             current.reservations = self.ledger.reserve(current.plan)
         except BudgetExceeded:
             self._round = None
             return record_codec.canonical_bytes(Acceptance(accepted=False, affordable=False))
-        current.client_round = self._protection.join(current.plan)
+        current.client_round = client_round
         return record_codec.canonical_bytes(Acceptance(accepted=True, receipt=self.ledger.receipt()))
 
     def _upload(self, current: _Round, client_round: ClientRound, message: bytes) -> bytes | memoryview:
-        """Learn from the own rows and seal what comes of it."""
+        """Learn from the own rows, once, and seal what comes of it."""
+        if current.uploaded:
+            raise ProtocolError
+        current.uploaded = True
         with self._borrow_trainer() as trainer:
             source = self.source(current.plan)
             vector = trainer.run_round(self.data, current.plan, current.start, source)
@@ -145,7 +162,7 @@ class Site:
     def _finish(self, current: _Round, message: bytes) -> bytes:
         """Note in the ledger what was released, and say where it stands."""
         self._round = None
-        if message == OPENED:
+        if message == OPENED and current.uploaded:
             self.ledger.spend(current.reservations)
         return record_codec.canonical_bytes(self.ledger.receipt())
 
@@ -153,6 +170,8 @@ class Site:
         """Evaluate this site's own model, with what it keeps at home, on public rows."""
         broadcast = self._broadcasts.read(message)
         plan = broadcast.plan
+        if self._run_id not in (None, plan.run_id) or plan.fingerprint != broadcast.fingerprint:
+            raise ProtocolError
         with self._borrow_trainer() as trainer:
             own = trainer.states.load(
                 self.data.index, broadcast.vector, run_id=plan.run_id, before=plan.round

@@ -1,0 +1,158 @@
+"""A hostile server repeats, reorders and invents messages; a lying site answers nonsense: nothing is released or paid twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from defenses.errors import ProtocolError
+from ffm_secure import record_codec
+from ffm_secure.engines import simulation
+from ffm_secure.engines.local import LocalEngine
+from ffm_secure.records import Acceptance, Receipt
+from ffm_secure.tasks.base import Evaluation
+from ffm_secure.transport.courier import Reply
+from ffm_secure.transport.stages import BEGIN, EVALUATE, FINISH, OPENED, PLAN, encode_vector, join_plan
+from tests.federation.helpers import RECORD, SECAGG, finish, first_plan, make, prepared
+
+REAL = {**RECORD, "noise": "system"}
+
+
+def ready(folder: Path, **sections: Any) -> simulation.Simulation:
+    return simulation.build(prepared(make(**sections)), folder)
+
+
+def message(built: simulation.Simulation, **changes: Any) -> bytes:
+    plan = replace(first_plan(built), **changes)
+    return join_plan(record_codec.canonical_bytes(plan), encode_vector(built.trainable.flatten()))
+
+
+def reservations(built: simulation.Simulation) -> int:
+    return sum(entry.kind == "reserve" for entry in built.ledger.entries())
+
+
+@pytest.mark.parametrize("protection", [{"kind": "none"}, SECAGG], ids=["none", "secagg"])
+def test_one_reservation_pays_for_one_draw(protection: dict[str, Any], tmp_path: Path) -> None:
+    """In the clear a second upload came back with other noise, and one more average of it away was the truth."""
+    built = ready(tmp_path, privacy=REAL, protection=protection)
+    site = built.sites[0]
+    site.handle(PLAN, message(built))
+    site.handle(BEGIN, b"")
+    if protection["kind"] == "none":
+        assert site.handle("upload", b"")
+    else:
+        with pytest.raises(ProtocolError):
+            site.handle("upload", b"nonsense")  # learned, and refused when it was to be sealed
+    with pytest.raises(ProtocolError):
+        site.handle("upload", b"")
+    assert reservations(built) == 1
+
+
+def test_begin_is_paid_for_once(tmp_path: Path) -> None:
+    built = ready(tmp_path, privacy=REAL, protection=SECAGG)
+    site = built.sites[0]
+    site.handle(PLAN, message(built))
+    site.handle(BEGIN, b"")
+    for _ in range(3):
+        with pytest.raises(ProtocolError):
+            site.handle(BEGIN, b"")
+    site.handle(FINISH, b"\0")
+    site.handle(PLAN, message(built))
+    with pytest.raises(ProtocolError):
+        site.handle(
+            BEGIN, b""
+        )  # the identity took part in this round, and what it cannot join it does not pay
+    assert reservations(built) == 1
+
+
+def test_nothing_is_spent_before_an_upload(tmp_path: Path) -> None:
+    built = ready(tmp_path, privacy=REAL)
+    site = built.sites[0]
+    site.handle(PLAN, message(built))
+    site.handle(BEGIN, b"")
+    site.handle(FINISH, OPENED)
+    assert not any(entry.kind == "spend" for entry in built.ledger.entries())
+
+
+@pytest.mark.parametrize("run_id", [b"", bytes(5), bytes(4000)])
+def test_an_id_that_is_none_is_refused_and_free(run_id: bytes, tmp_path: Path) -> None:
+    built = ready(tmp_path, privacy=REAL, protection=SECAGG)
+    answer = built.sites[0].handle(PLAN, message(built, run_id=run_id))
+    assert not record_codec.from_bytes(Acceptance, bytes(answer), "answer").accepted
+    assert reservations(built) == 0
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    """Ten invented runs spent ten times a run's epsilon of the owner's lifetime budget."""
+    built = ready(tmp_path, privacy=REAL)
+    site = built.sites[0]
+    for number, accepted in ((0, True), (1, False)):
+        answer = site.handle(PLAN, message(built, run_id=bytes([number]) * 16))
+        assert record_codec.from_bytes(Acceptance, bytes(answer), "answer").accepted is accepted
+    with pytest.raises(ProtocolError):
+        site.handle(EVALUATE, message(built, run_id=bytes([1]) * 16))
+    with pytest.raises(ProtocolError):
+        site.handle(EVALUATE, message(built, run_id=bytes(16), fingerprint="no"))
+
+
+def test_a_message_without_parts_is_improper(tmp_path: Path) -> None:
+    pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+    built = ready(tmp_path, protection={"kind": "bfv", "threshold": 3})
+    site = built.sites[0]
+    site.handle(PLAN, message(built))
+    site.handle(BEGIN, b"")
+    with pytest.raises(ProtocolError):
+        site.handle("open", b"")
+
+
+class Lying(LocalEngine):
+    """Let one site answer nonsense at one stage."""
+
+    def __init__(self, built: simulation.Simulation, stage: str, content: bytes) -> None:
+        super().__init__(built.config, built.sites, built.courier.trainers)
+        self.stage, self.content = stage, content
+
+    def send(self, stage: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:
+        for reply in super().send(stage, messages):
+            lie = stage == self.stage and reply.site == 1
+            yield Reply(site=reply.site, content=self.content) if lie else reply
+
+
+NAN_RECEIPT = record_codec.canonical_bytes(Receipt(epsilon=float("nan"), entries=1, head="ab"))
+NAN_EVALUATION = record_codec.canonical_bytes(Evaluation(loss=float("nan"), metric=float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("stage", "content"),
+    [
+        (PLAN, b"no"),
+        (BEGIN, b"no"),
+        (FINISH, b"no"),
+        (FINISH, NAN_RECEIPT),
+        (EVALUATE, b"no"),
+        (EVALUATE, NAN_EVALUATION),
+    ],
+)
+def test_one_sites_nonsense_ends_no_run(stage: str, content: bytes, tmp_path: Path) -> None:
+    federation = {"strategy": {"kind": "fedsa"}} if stage == EVALUATE else {}
+    built = ready(tmp_path, privacy=REAL, protection=SECAGG, federation=federation)
+    trained = finish(built, tmp_path, courier=Lying(built, stage, content))
+    assert trained.status == "complete"
+    assert len(trained.records) == 3
+    assert all(record.epsilon_spent >= 0 and record.loss == record.loss for record in trained.records)
+    spent = [record.epsilon_spent for record in trained.records]
+    assert spent == sorted(spent)
+
+
+def test_one_site_does_not_dictate_an_encrypted_sum(tmp_path: Path) -> None:
+    pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+    built = ready(tmp_path, protection={"kind": "bfv", "threshold": 3})
+    codec = built.spec.codec
+    trained = finish(
+        built, tmp_path, courier=Lying(built, "total", bytes(codec.length * codec.modulus_bits // 8))
+    )
+    assert {record.aborted for record in trained.records} == {"the sites say they opened different sums"}
