@@ -23,6 +23,29 @@ SMALL = {
     "vocab_size": 40,
 }
 DECODER = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32, "pad_token_id": 0}
+PER_LAYER = DECODER | {"vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+                       "layer_types": ["full_attention"]}  # fmt: skip
+BOTH_WAYS = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 40,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}  # fmt: skip
+PATCHES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8,
+           "patch_size": 4}  # fmt: skip
+TWO_TOWERS = {"text_config": SMALL | {"bos_token_id": 1, "eos_token_id": 2}, "vision_config": PATCHES}
+WINDOWS = {
+    "image_size": 16,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "depths": [1],
+    "num_heads": [2],
+    "window_size": 4,
+}
+STAGES = {"hidden_sizes": [16], "depths": [1]}
+PYRAMID = STAGES | {
+    "num_encoder_blocks": 1,
+    "patch_sizes": [3],
+    "strides": [2],
+    "num_attention_heads": [2],
+    "mlp_ratios": [1],
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"), SMALL),
     "albert": SMALL | {"embedding_size": 16},
@@ -31,7 +54,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "stablelm", "olmo2", "smollm3"), DECODER),
     "mixtral": DECODER | {"num_local_experts": 2},
     "gemma3_text": DECODER,
-    "phi3": DECODER,
+    **dict.fromkeys(("phi", "phi3"), DECODER),
+    "llama4_text": DECODER | {"num_local_experts": 2, "intermediate_size_mlp": 16},
+    "qwen3_5_text": DECODER | {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "gemma3n_text": PER_LAYER | {"laurel_rank": 4},
+    "gemma4_text": PER_LAYER | {"global_head_dim": 8},
     "gptj": {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "rotary_dim": 4, "n_positions": 32},
     "gpt_neo": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]], "vocab_size": 40},
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40},
@@ -41,20 +68,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": SMALL | {"ffn_dim": 16, "word_embed_proj_dim": 16},
     "t5": {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8, "vocab_size": 40},
     "mt5": {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8, "vocab_size": 40},
-    "bart": {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 40,
-             "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
-    "vit": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8,
-            "patch_size": 4},
+    **dict.fromkeys(("bart", "mbart"), BOTH_WAYS),
+    **dict.fromkeys(("vit", "dinov2", "dinov2_with_registers", "beit"), PATCHES),
+    **dict.fromkeys(("clip", "siglip"), TWO_TOWERS),
+    **dict.fromkeys(("swin", "swinv2"), WINDOWS),
+    **dict.fromkeys(("convnext", "convnextv2"), STAGES | {"num_stages": 1}),
+    "resnet": STAGES | {"embedding_size": 16, "layer_type": "basic"},
+    "efficientnet": {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
+    "segformer": PYRAMID | {"sr_ratios": [2]},
+    "pvt": PYRAMID | {"image_size": 16, "sequence_reduction_ratios": [2]},
+    "mobilevit": {"hidden_sizes": [16] * 3, "neck_hidden_sizes": [16] * 7, "num_attention_heads": 2, "image_size": 32},
 }  # fmt: skip
 
 
 def body(model_type: str) -> Backbone:
+    """Build what a task loads; of a model for texts and pictures a classifier of pictures keeps one tower."""
     config = tf.AutoConfig.for_model(model_type, **FAMILIES[model_type])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = tf.AutoModel.from_config(config)
+        pictures = type(config) in tf.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+        kind = "image_classification" if pictures else "causal_lm"
+        model = (tf.AutoModelForImageClassification if pictures else tf.AutoModel).from_config(config)
     return SimpleNamespace(
-        model=model, config=model.config, architecture=type(model).__name__, kind="causal_lm", fresh=()
+        model=model, config=model.config, architecture=type(model).__name__, kind=kind, fresh=()
     )  # type: ignore[return-value]
 
 
