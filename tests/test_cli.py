@@ -149,7 +149,7 @@ def test_epsilon_matches_the_published_reference() -> None:
         (("plan", "run.toml", "--set", "federation.weighting=examples"), 3, "public constant"),
         (("plan", "run.toml", "--set", "task.data=no/such/folder"), 2, "no/such/folder"),
         (("plan", "run.toml", "--set", "model.name=no/such/model/at/all"), 2, "no/such/model"),
-        (("run", "run.toml", "--set", "federation.rounds=3"), 5, "other settings"),
+        (("run", "run.toml", "--set", "federation.cohort=3"), 5, "other settings"),
         (("report", "nowhere"), 5, "not a run directory"),
         (("audit",), 2, "exactly one"),
         (("audit", "runs/test", "--budget", "huge"), 2, "--budget"),
