@@ -55,7 +55,9 @@ def stage(name: str, *, noise: str = "seeded") -> RunConfig:
             "lifecycle": chosen.get("lifecycle", {"kind": "finetune", **STEPS}),
             "strategy": chosen.get("strategy", {"kind": "average"}),
         },
-        privacy={**RECORD, "noise": noise},
+        # Two owners hold some of the same texts, and copies inherit each other's largest history: a kill between the
+        # payments of two owners can cost such rows one round more, which the spare rounds of the calibration pay for.
+        privacy={**RECORD, "noise": noise, "spare_rounds": 4},
         protection=SECAGG,
     )
 
@@ -86,7 +88,9 @@ def check_ledger(built: Simulation, folder: Path, records: tuple[RoundRecord, ..
     for index, owner in enumerate(built.prepared.owners):
         entries = ledger.entries(owner=owner)
         charged = [entry.event for entry in entries if entry.kind == "reserve"]
-        assert len(charged) == len(ledger.events_of(held[index], "record", privacy.delta))
+        assert len(charged) <= len(ledger.events_of(held[index], "record", privacy.delta)), (
+            "a row undercounts"
+        )
         assert len(charged) >= sum(index in record.cohort for record in records), "the ledger undercounts"
         assert set(charged) <= {built.event}
         assert ledger.epsilon_of(held[index], "record", privacy.delta) <= privacy.epsilon
@@ -101,7 +105,8 @@ def check(name: str, tmp_path: Path, *, kills: int, seed: int) -> int:
         resumed = store.resume()
     assert resumed is not None
     state, records, _ = resumed
-    assert torch.equal(state.vector, whole.state.vector)
+    what_happened = [(record.round, record.aborted, dict(record.dropped)) for record in records]
+    assert torch.equal(state.vector, whole.state.vector), what_happened
     assert {key: value.tolist() for key, value in state.optimizer_state.items()} == {
         key: value.tolist() for key, value in whole.state.optimizer_state.items()
     }
