@@ -23,8 +23,9 @@ ROWS = [{"text": f"{WORDS[i % 2][1]} {i}", "label": i % 2} for i in range(64)]
 
 def config(**sections):
     sections = {"privacy": {"unit": "none", "reason": "invented rows"}, **sections}
+    task = {"kind": "text_classification", "data": "unread", "clients": 4, "max_length": 8}
     return make(
-        task={"kind": "text_classification", "data": "unread", "clients": 4, "max_length": 8},
+        task={**task, **sections.pop("task", {})},
         model={"name": "builtin:tiny-bert", "trainable": {"kind": "lora", "rank": 2}},
         federation={"rounds": 1, "cohort": 4},
         **sections,
@@ -54,7 +55,8 @@ def test_rows_in_memory_train_as_the_same_rows_in_a_file(tmp_path: Path) -> None
 
 
 def test_a_run_with_rows_in_memory_is_audited_with_them_and_says_so_without(tmp_path: Path) -> None:
-    made = config(privacy=RECORD, audit={"observers": ["server"], "attacks": ["label_identity"]})
+    held_out = {"task": {"validation": "hold_out"}}
+    made = config(privacy=RECORD, audit={"observers": ["server"], "attacks": ["label_identity"]}, **held_out)
     result = ffm.Run(made, runs=tmp_path, data=ROWS).start(complete=False)
     assert "given from Python and lie in no file; give them again" in ffm.audit(result).sentence
     again = ffm.audit(result, data=ROWS)

@@ -335,7 +335,9 @@ def test_a_finished_grid_reads_a_data_set_once(
     found = experiments.run(file, out=tmp_path / "out")[1]
     load, calls = simulated_data.load_dataset, []
     monkeypatch.setattr(
-        simulated_data, "load_dataset", lambda *arguments: (calls.append(1), load(*arguments))[1]
+        simulated_data,
+        "load_dataset",
+        lambda *arguments, **named: (calls.append(1), load(*arguments, **named))[1],
     )
     assert experiments.run(file, out=tmp_path / "out")[1] == found
     assert len(calls) == loads

@@ -83,6 +83,7 @@ def config(tmp_path: Path, **privacy: object) -> RunConfig:
             "kind": "text_classification",
             "data": str(tmp_path / "train.jsonl"),
             "clients": 3,
+            "validation": "hold_out",
             "max_length": 8,
             "split": {"kind": "natural", "column": "site"},
         },

@@ -1,5 +1,8 @@
 """Seeded runs end where they ended at commit abb556a, before server and sites were taken apart.
 
+Three runs of the fixture mean something else today and are not compared any more, though they were equal right after the
+rebuild: the person unit asks for a column that names persons, and public rows taken out of a private set are drawn by lot.
+
 The fixture holds the run file, the digest of the final vector, every n-th number of it and the losses. On the machine
 that made it the rebuild was equal bit for bit; elsewhere, and since sums are taken in float64, equal means close.
 """
@@ -20,9 +23,10 @@ CASES: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).resolve().parents[1] / "fixtures" / "abb556a" / "tensors.json").read_text()
 )
 QUICK = {
-    "tiny-record-secagg", "tiny-client-secagg", "tiny-none-none", "pretrain-record", "lora-fedex", "lora-ffa",
-    "drop-confirm", "feature-shift", "server-adam", "person",
+    "tiny-record-secagg", "tiny-client-secagg", "tiny-none-none", "lora-fedex", "lora-ffa",
+    "drop-confirm", "feature-shift", "server-adam", "lora-rolora",
 }  # fmt: skip
+OTHER_TODAY = {"person", "pretrain", "pretrain-record"}
 
 
 def of_today(table: dict[str, Any]) -> dict[str, Any]:
@@ -31,7 +35,11 @@ def of_today(table: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(CASES)]
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(set(CASES) - OTHER_TODAY)
+    ],
 )
 def test_a_seeded_run_ends_where_it_did(name: str, tmp_path: Path) -> None:
     case = CASES[name]

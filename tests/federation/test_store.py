@@ -129,7 +129,6 @@ def test_every_set_a_run_reads_is_among_its_rows(tmp_path: Path) -> None:
             federation={"rounds": 1, "cohort": 4, "lifecycle": lifecycle},
         )
         now = simulation.contents(made, tmp_path / folder)
-        assert not now.seeded
         assert now.digests == simulation.prepare(made, tmp_path / folder).contents, (
             "a grid reads them without a model"
         )
