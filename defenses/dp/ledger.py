@@ -27,6 +27,7 @@ from defenses.dp.events import UNITS, Event, NonPrivateEvent, from_dict, price_o
 from defenses.dp.ledger_blocks import NAMED_ACCOUNTS, BlockBook, block_body, resolved, to_bytes
 from defenses.dp.ledger_books import Books, History
 from defenses.dp.ledger_entries import (
+    IMPLIED,
     ANY_UNIT,
     EVERYBODY,
     Account,
@@ -73,6 +74,7 @@ class Ledger:
         self._books.forget()
         self._blocks.forget()
         self._budgets: dict[Account, Budget] = {}
+        self._implied: set[Account] = set()
         self._commitments: dict[tuple[str, str, str], Row] = {}
         self._spent: set[int] = set()
         self._paid: dict[tuple[str, str], Counter[Event]] = {}
@@ -145,9 +147,25 @@ class Ledger:
         self._refresh()
         return self._budgets.get(Account(EVERYBODY, EVERYBODY, unit))
 
+    def imply(self, unit: str, epsilon: float, delta: float) -> None:
+        """Give every record the lifetime budget a run asks for, where no owner has set one.
+
+        An implied budget grows to the largest that a run has asked for; one that an owner has set by `grant`
+        stays as it is.
+        """
+        known = self.lifetime(unit)
+        if known is not None and (not self.is_implied(unit) or epsilon <= known.epsilon):
+            return
+        self.grant(unit, epsilon, delta if known is None else known.delta, raise_because=IMPLIED)
+
+    def is_implied(self, unit: str) -> bool:
+        """Tell whether the lifetime budget for a unit was asked for by a run and set by no owner."""
+        self._refresh()
+        return Account(EVERYBODY, EVERYBODY, unit) in self._implied
+
     def _set_budget(self, account: Account, budget: Budget, reason: str) -> None:
         old = self._budgets.get(account)
-        if old == budget:
+        if old == budget and (account in self._implied) == (reason == IMPLIED):
             return
         raised = old is not None and (budget.epsilon > old.epsilon or budget.delta > old.delta)
         if raised and not reason.strip():
@@ -443,6 +461,9 @@ class Ledger:
         body = json.loads(row.body)
         if row.kind == "budget":
             self._budgets[account] = Budget(epsilon=float(body["epsilon"]), delta=body["delta"])
+            self._implied.discard(account)
+            if body["reason"] == IMPLIED:
+                self._implied.add(account)
         elif row.kind == "reserve":
             event = from_dict(body["event"])
             self._reserved[row.sequence] = row

@@ -17,6 +17,7 @@ from defenses.errors import ParameterError
 
 ANY_UNIT = "*"
 EVERYBODY = "*"  # owner and data set of the lifetime budget of all records in a ledger
+IMPLIED = "implied by a run"  # the reason of a lifetime budget that no owner has set
 _LONGEST_LABEL = 300
 
 

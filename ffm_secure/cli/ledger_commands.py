@@ -26,13 +26,14 @@ def init(path: Path | None, *, epsilon: float, delta: float, unit: str, json: bo
     with clear_errors():
         existing = place.is_file()
         with open_ledger(place) as ledger:
-            known = ledger.lifetime(unit) if existing else None
+            implied = existing and ledger.is_implied(unit)
+            known = ledger.lifetime(unit) if existing and not implied else None
             if known is not None:
                 raise StoreError(
                     f"{place}: holds a lifetime budget of {known.epsilon:g} at delta {known.delta:g} per {unit} already; "
                     "raise it with: ffm-secure ledger budget raise"
                 )
-            _granting(ledger, unit, epsilon, delta, because="")
+            _granting(ledger, unit, epsilon, delta, because="set by its owner" if implied else "")
             ledger.record_key()
     said = {"ledger": str(place), "unit": unit, "epsilon": epsilon, "delta": delta}
     say(said, [f"{place}: lifetime budget of every row {epsilon:g} at delta {delta:g} per {unit}"], json=json)

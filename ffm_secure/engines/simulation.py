@@ -37,7 +37,7 @@ from ffm_secure.records import RoundRecord
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.transcript import Transcript, recorded_rounds
-from ffm_secure.site.allowance import Outlook, first_budget, look_ahead
+from ffm_secure.site.allowance import Outlook, grant_lifetime, look_ahead
 from ffm_secure.site.broadcast import BroadcastReader
 from ffm_secure.site.broadcast_guard import BroadcastGuard
 from ffm_secure.site.client_state import ClientStateStore
@@ -408,7 +408,7 @@ def evaluation_examples(prepared: Prepared) -> Examples:
 
 
 def open_granted(prepared: Prepared, path: Path) -> Ledger:
-    """Open the ledger; one that holds no lifetime budget for this unit yet gets the run's own."""
+    """Open the ledger; where no owner has set a lifetime budget for this unit, the run's own is implied."""
     privacy = prepared.config.privacy
     ledger = open_ledger(path)
     lifetime = ledger.lifetime(privacy.unit) if privacy.unit != "none" else None
@@ -417,9 +417,8 @@ def open_granted(prepared: Prepared, path: Path) -> Ledger:
         ledger.grant(
             privacy.unit, max(lifetime.epsilon, privacy.epsilon), lifetime.delta, raise_because=reason
         )
-    if privacy.unit != "none" and lifetime is None:
-        budget = first_budget(ledger, privacy)
-        ledger.grant(privacy.unit, budget.epsilon, budget.delta)
+    if privacy.unit != "none":
+        grant_lifetime(ledger, privacy)
     ledger.record_key()
     return ledger
 

@@ -33,7 +33,7 @@ class Outlook:
     budget: float
     delta: float
     other_units: tuple[str, ...]  # units other than the run's in which these rows were charged
-    set_now: bool  # whether the ledger holds no budget yet, so that this run's epsilon becomes it
+    implied: bool  # whether the budget is what runs asked for, because the owner has set none
 
     @property
     def left(self) -> float:
@@ -47,7 +47,7 @@ class Outlook:
 
     def words(self) -> str:
         """Say it in one line."""
-        origin = "set by this run, the first to use it" if self.set_now else "lifetime"
+        origin = "lifetime, implied by runs: no ledger init yet" if self.implied else "lifetime"
         return (
             f"spent before {_number(self.before)}, this run {_number(self.run)}, together {_number(self.together)}; "
             f"left {_number(max(0.0, self.left))} of {_number(self.budget)} ({origin}) in {self.ledger}"
@@ -78,8 +78,7 @@ def look_ahead(
 ) -> Outlook:
     """Return the outlook of a run whose owners take part `rounds` times at most; nothing is written."""
     known = ledger.known_blocks(rows)
-    lifetime = ledger.lifetime(privacy.unit)
-    budget = lifetime or first_budget(ledger, privacy)
+    budget, implied = lifetime_budget(ledger, privacy)
     events = [event] * rounds
     return Outlook(
         ledger=str(path),
@@ -89,17 +88,34 @@ def look_ahead(
         budget=budget.epsilon,
         delta=budget.delta,
         other_units=tuple(unit for unit in ledger.charged_units(known) if unit != privacy.unit),
-        set_now=lifetime is None,
+        implied=implied,
     )
 
 
-def first_budget(ledger: Ledger, privacy: Privacy) -> Budget:
-    """Return the lifetime budget a ledger without one gets: the smallest it held by name before, or this
-    run's epsilon.
+def lifetime_budget(ledger: Ledger, privacy: Privacy) -> tuple[Budget, bool]:
+    """Return the lifetime budget that counts for a run, and whether it is implied.
+
+    What an owner has set counts; then the smallest of the budgets a ledger of an earlier version held by
+    name; then, implied, the largest epsilon that a run has asked for, this one included.
     """
+    known = ledger.lifetime(privacy.unit)
+    if known is not None and not ledger.is_implied(privacy.unit):
+        return known, False
+    if known is not None:
+        return Budget(epsilon=max(known.epsilon, privacy.epsilon), delta=known.delta), True
     named = [ledger.budget(*account) for account in ledger.accounts() if account[2] == privacy.unit]
-    own = Budget(epsilon=privacy.epsilon, delta=privacy.delta)
-    return min(named, key=lambda budget: budget.epsilon, default=own)
+    if named:
+        return min(named, key=lambda budget: budget.epsilon), False
+    return Budget(epsilon=privacy.epsilon, delta=privacy.delta), True
+
+
+def grant_lifetime(ledger: Ledger, privacy: Privacy) -> None:
+    """Write the lifetime budget that counts for a run into its ledger, where no owner has set one."""
+    budget, implied = lifetime_budget(ledger, privacy)
+    if implied:
+        ledger.imply(privacy.unit, budget.epsilon, budget.delta)
+    elif ledger.lifetime(privacy.unit) is None:
+        ledger.grant(privacy.unit, budget.epsilon, budget.delta)
 
 
 @lru_cache(maxsize=4096)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from defenses.dp import Ledger
+from defenses.dp import Budget, Ledger
 from ffm_secure.cli.patience import patience
 from tests.federation.helpers import call
 
@@ -34,6 +34,24 @@ def test_a_budget_is_set_once_and_raised_with_a_reason(tmp_path: Path) -> None:
         assert [entry.reason for entry in ledger.entries() if entry.reason] == ["board decision 7"]
     shown = call("ledger", file)
     assert "lifetime budget of every row, per record: 6" in shown.stdout
+
+
+def test_an_owner_may_set_what_runs_only_implied(tmp_path: Path) -> None:
+    """A run's epsilon stands in for a budget until its owner says one; then no run moves it."""
+    file = tmp_path / "owner.sqlite"
+    with Ledger.open(file) as ledger:
+        ledger.imply("record", 2.0, 1e-5)
+        ledger.imply("record", 1.0, 1e-5)
+        assert ledger.lifetime("record") == Budget(epsilon=2.0, delta=1e-5)
+        ledger.imply("record", 8.0, 1e-5)
+        assert ledger.lifetime("record") == Budget(epsilon=8.0, delta=1e-5)
+        assert ledger.is_implied("record")
+    assert call("ledger", "init", str(file), "--epsilon", "8").returncode == 0
+    with Ledger.open(file, create=False) as ledger:
+        assert not ledger.is_implied("record")
+        ledger.imply("record", 20.0, 1e-5)
+        assert ledger.lifetime("record") == Budget(epsilon=8.0, delta=1e-5)
+    assert call("ledger", "init", str(file), "--epsilon", "9").returncode == 5
 
 
 def test_without_a_name_the_ledger_of_this_user_is_meant(data_home: Path) -> None:

@@ -280,3 +280,22 @@ def test_promises_that_promise_nothing_are_refused(
 ) -> None:
     with pytest.raises(PlanRefused, match=words):
         prepared(config(write(tmp_path / "x", plain()), tmp_path / "owner.sqlite", privacy=privacy))
+
+
+def test_other_rows_are_not_held_to_the_budget_of_the_first_run(tmp_path: Path) -> None:
+    """A ledger that no owner has given a budget grows with what runs ask for; the same rows still pay in all."""
+    ledger = tmp_path / "shared.sqlite"
+    train(config(write(tmp_path / "a", plain()), ledger, privacy={"epsilon": 1.0}), tmp_path / "first")
+    others = [{**row, "text": f"Another {row['text']}"} for row in plain()]
+    small, large = config(write(tmp_path / "b", others), ledger), config(tmp_path / "a", ledger)
+    train(small, tmp_path / "second")
+    with pytest.raises(PlanRefused, match=r"spent 0\.9"):
+        train(large, tmp_path / "third")
+
+
+def test_a_budget_that_an_owner_has_set_is_moved_by_no_run(tmp_path: Path) -> None:
+    ledger = tmp_path / "owner.sqlite"
+    with Ledger.open(ledger) as opened:
+        opened.grant("record", 1.0, 1e-5)
+    with pytest.raises(PlanRefused, match="lifetime budget of 1 "):
+        train(config(write(tmp_path / "a", plain()), ledger), tmp_path / "first")
