@@ -40,6 +40,7 @@ from defenses.dp.ledger_entries import (
     check_charge,
     checked_budget,
     commitment_key,
+    entry_of,
     label,
     number,
     to_csv,
@@ -569,26 +570,8 @@ class Ledger:
 
     def _entry(self, row: Row) -> Entry:
         body = json.loads(row.body)
-        common = {"sequence": row.sequence, "kind": row.kind, "time": body["time"], "owner": row.owner}
-        common |= {"dataset": row.dataset, "unit": row.unit}
-        if row.kind == "budget":
-            return Entry(**common, epsilon=float(body["epsilon"]), delta=body["delta"], reason=body["reason"])
-        if row.kind == "key":
-            return Entry(**common)
-        if row.kind == "block":
-            return Entry(**common, blocks=tuple(body["parents"]), records=body["records"])
-        reserved = row if row.kind == "reserve" else self._reserved[body["reservation"]]
-        charge = json.loads(reserved.body)
-        return Entry(
-            **common,
-            run=charge["run"],
-            round=charge["round"],
-            release=charge["release"],
-            event=from_dict(charge["event"]) if row.kind == "reserve" else None,
-            commitment=charge["commitment"],
-            spent=reserved.sequence in self._spent,
-            blocks=tuple(charge.get("blocks", ())),
-        )
+        reserved = self._reserved[body["reservation"]] if "reservation" in body else row
+        return entry_of(row, reserved, spent=reserved.sequence in self._spent)
 
 
 def _payers(account: Account, blocks: Sequence[int]) -> list[Account]:

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from defenses.dp.accountant import LARGEST_DELTA, SMALLEST_DELTA
-from defenses.dp.events import UNITS, Event, statement_of
+from defenses.dp.events import UNITS, Event, from_dict, statement_of
+from defenses.dp.ledger_file import Row
 from defenses.errors import ParameterError
 
 ANY_UNIT = "*"
@@ -159,6 +161,30 @@ def label(name: str, value: object) -> str:
 def number(value: float) -> float | str:
     """Return a number as JSON can hold it."""
     return "inf" if math.isinf(value) else float(value)
+
+
+def entry_of(row: Row, reserved: Row, *, spent: bool) -> Entry:
+    """Return a row as a reader sees it; `reserved` is the reservation that a row of a charge is about."""
+    body = json.loads(row.body)
+    common = {"sequence": row.sequence, "kind": row.kind, "time": body["time"], "owner": row.owner}
+    common |= {"dataset": row.dataset, "unit": row.unit}
+    if row.kind == "budget":
+        return Entry(**common, epsilon=float(body["epsilon"]), delta=body["delta"], reason=body["reason"])
+    if row.kind == "key":
+        return Entry(**common)
+    if row.kind == "block":
+        return Entry(**common, blocks=tuple(body["parents"]), records=body["records"])
+    charge = json.loads(reserved.body)
+    return Entry(
+        **common,
+        run=charge["run"],
+        round=charge["round"],
+        release=charge["release"],
+        event=from_dict(charge["event"]) if row.kind == "reserve" else None,
+        commitment=charge["commitment"],
+        spent=spent,
+        blocks=tuple(charge.get("blocks", ())),
+    )
 
 
 def to_csv(entries: Sequence[Entry]) -> str:
