@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         GaussianEvent,
         MatrixFactorizationEvent,
         NonPrivateEvent,
+        SampledSkellamEvent,
         SkellamEvent,
         TuningEvent,
         from_dict,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from defenses.dp.per_sample import ClippedSum, PerSampleEngine
     from defenses.dp.probe import ProbeReport, probe_sensitivity
     from defenses.dp.records import RecordKey, Records, name_persons, name_records
+    from defenses.dp.shared import SumMechanism, smallest_multiplier
     from defenses.dp.sampling import balanced_schedule, fixed_size_sample, participation_cap, poisson_sample
 
 __all__ = [
@@ -54,7 +56,9 @@ __all__ = [
     "RecordRun",
     "Records",
     "Reservation",
+    "SampledSkellamEvent",
     "SkellamEvent",
+    "SumMechanism",
     "TuningEvent",
     "add_gaussian",
     "balanced_schedule",
@@ -71,6 +75,7 @@ __all__ = [
     "poisson_sample",
     "probe_sensitivity",
     "skellam",
+    "smallest_multiplier",
 ]
 
 
@@ -97,7 +102,9 @@ _HOMES = {
     "RecordRun": "mechanism",
     "Records": "records",
     "Reservation": "ledger_entries",
+    "SampledSkellamEvent": "events",
     "SkellamEvent": "events",
+    "SumMechanism": "shared",
     "TuningEvent": "events",
     "add_gaussian": "noise",
     "balanced_schedule": "sampling",
@@ -114,6 +121,7 @@ _HOMES = {
     "poisson_sample": "sampling",
     "probe_sensitivity": "probe",
     "skellam": "discrete",
+    "smallest_multiplier": "shared",
 }
 
 

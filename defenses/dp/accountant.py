@@ -17,14 +17,16 @@ from defenses.dp.events import (
     GaussianEvent,
     MatrixFactorizationEvent,
     NonPrivateEvent,
+    SampledSkellamEvent,
     SkellamEvent,
     Statement,
     TuningEvent,
     statement_of,
 )
+from defenses.dp.orders import ORDERS
 from defenses.dp.pairs import Floats, Mechanism, MixturePair, gaussian_pair, mechanism_of
 from defenses.dp.pld import LossTooLarge
-from defenses.dp.rdp import ORDERS, event_log_moments, renyi_epsilon, renyi_log_delta
+from defenses.dp.rdp import event_log_moments, renyi_epsilon, renyi_log_delta
 from defenses.errors import ParameterError
 
 SMALLEST_DELTA, LARGEST_DELTA = 1e-30, 0.5
@@ -109,7 +111,7 @@ class Accountant:
         self._statement = self._statement or statement
         if isinstance(event, (GaussianEvent, MatrixFactorizationEvent)):
             self._compose_mechanism(mechanism_of(event), count)
-        elif isinstance(event, (SkellamEvent, TuningEvent)):
+        elif isinstance(event, (SkellamEvent, SampledSkellamEvent, TuningEvent)):
             self._renyi_only[event] = self._renyi_only.get(event, 0) + count
         elif isinstance(event, NonPrivateEvent):
             self._infinite = True

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from defenses.dp.orders import ORDERS
 from defenses.dp.pairs import Floats, Integers, MixturePair
 from defenses.dp.pld import bulk, discretise
-from defenses.dp.rdp import ORDERS, renyi_epsilon
+from defenses.dp.rdp import renyi_epsilon
 
 Complexes = npt.NDArray[np.complex128]
 

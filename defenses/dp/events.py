@@ -185,6 +185,48 @@ class SkellamEvent(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampledSkellamEvent(Event):
+    """`steps` releases of an integer sum with Skellam noise, where every record joins on its own by chance.
+
+    All values are in integer units. `l1_sensitivity` and `l2_sensitivity` bound the change by one record,
+    rounding included; a person owns up to `records_per_person` of them. Every record joins each step with
+    probability `sampling_rate`; 1 is a release of everybody's. Only the variance of guaranteed honest
+    survivors may be counted.
+
+    Source: docs/shared_noise.md, where both directions are derived.
+    """
+
+    kind: ClassVar[str] = "sampled_skellam"
+    unit: Unit
+    records_per_person: int = 1
+    adjacency: Adjacency
+    sampling_rate: float
+    l1_sensitivity: float
+    l2_sensitivity: float
+    variance: float
+    scale: float
+    steps: int
+    release: str
+
+    def __post_init__(self) -> None:
+        problems = _choice("unit", self.unit, ("record", "person"))
+        # Replacing a record removes one and adds another, which the derivation does not cover.
+        problems += _choice("adjacency", self.adjacency, ("add_remove", "zero_out"))
+        for name in ("l1_sensitivity", "l2_sensitivity", "variance", "scale"):
+            problems += _positive(name, getattr(self, name))
+        problems += _positive("sampling_rate", self.sampling_rate, most=1.0)
+        problems += _integer("records_per_person", self.records_per_person, 1, MOST_RECORDS)
+        problems += _integer("steps", self.steps, 1, MOST_STEPS) + _text("release", self.release)
+        if not problems and self.l1_sensitivity < self.l2_sensitivity:
+            problems.append(f"l1_sensitivity = {self.l1_sensitivity}: an L1 norm is never below the L2 norm")
+        if not problems and self.unit != "person" and self.records_per_person != 1:
+            problems.append(
+                f"records_per_person = {self.records_per_person}: only the unit 'person' owns several"
+            )
+        _refuse(problems)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TuningEvent(Event):
     """The best of a random number of private runs, when only the winner is released.
 
@@ -233,7 +275,14 @@ class NonPrivateEvent(Event):
 
 KINDS: dict[str, type[Event]] = {
     known.kind: known
-    for known in (GaussianEvent, MatrixFactorizationEvent, SkellamEvent, TuningEvent, NonPrivateEvent)
+    for known in (
+        GaussianEvent,
+        MatrixFactorizationEvent,
+        SkellamEvent,
+        SampledSkellamEvent,
+        TuningEvent,
+        NonPrivateEvent,
+    )
 }
 
 
@@ -294,8 +343,8 @@ def statement_of(event: Event) -> Statement | None:
                 "base: all events of one candidate run must share unit, adjacency and records_per_person"
             )
         return next(iter(statements), None)
-    records = event.records_per_person if isinstance(event, GaussianEvent) else 1
-    if isinstance(event, (GaussianEvent, MatrixFactorizationEvent, SkellamEvent)):
+    records = event.records_per_person if isinstance(event, (GaussianEvent, SampledSkellamEvent)) else 1
+    if isinstance(event, (GaussianEvent, MatrixFactorizationEvent, SkellamEvent, SampledSkellamEvent)):
         return Statement(unit=event.unit, adjacency=event.adjacency, records_per_person=records)
     raise ParameterError(f"kind = {event.kind!r}: unknown event")
 

@@ -4,8 +4,6 @@ running.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +16,7 @@ from torch import Tensor
 from defenses.dp.clip import AdaptiveCount, Clipping, ClippingKind, clip_vector
 from defenses.dp.discrete import Integers, skellam
 from defenses.dp.events import Adjacency, Event, GaussianEvent, NonPrivateEvent, SkellamEvent
+from defenses.dp.mechanism_digest import digest_of
 from defenses.dp.noise import WIDENING, add_gaussian, gaussian
 from defenses.dp.per_sample import ClippedSum
 from defenses.dp.sampling import Indices, fixed_size_sample, poisson_sample
@@ -146,7 +145,7 @@ class RecordMechanism:
 
     def digest(self) -> str:
         """Return a hash of everything that decides epsilon; changing speed settings cannot change it."""
-        return _digest("record", asdict(self))
+        return digest_of("record", asdict(self))
 
 
 class RecordRun:
@@ -210,11 +209,6 @@ class RecordRun:
     def event(self, release: str) -> Event | None:
         """Return the event of the steps begun so far, None before the first."""
         return self.mechanism._event(release, self._begun) if self._begun else None
-
-
-def _digest(kind: str, values: Mapping[str, object]) -> str:
-    text = json.dumps({"version": 1, "kind": kind, **values}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,4 +313,4 @@ class ClientMechanism:
 
     def digest(self) -> str:
         """Return a hash of everything that decides epsilon."""
-        return _digest("client", asdict(self))
+        return digest_of("client", asdict(self))

@@ -16,13 +16,16 @@ from defenses.dp.events import (
     GaussianEvent,
     MatrixFactorizationEvent,
     NonPrivateEvent,
+    SampledSkellamEvent,
     SkellamEvent,
     TuningEvent,
 )
+from defenses.dp.orders import ORDERS
 from defenses.dp.pairs import Floats, MixturePair, mechanism_of
+from defenses.dp.sampled_skellam import log_moments as sampled_skellam_log_moments
+from defenses.dp.sampled_skellam import skellam_log_moment
 from defenses.errors import ParameterError
 
-ORDERS: Floats = np.geomspace(1e-3, 1e9, 120)
 _TIGHTENING: Floats = ORDERS * np.log(ORDERS) - (1 + ORDERS) * np.log1p(ORDERS)
 _MOST_PANELS = 40_000
 _PANEL_NODES, _PANEL_WEIGHTS = np.polynomial.legendre.leggauss(16)
@@ -58,6 +61,9 @@ def event_log_moments(event: Event) -> tuple[Floats, Floats]:
         return np.full(len(ORDERS), np.inf), np.full(len(ORDERS), np.inf)
     if isinstance(event, SkellamEvent):
         curve = _skellam_log_moments(event)
+        return curve, curve
+    if isinstance(event, SampledSkellamEvent):
+        curve = event.steps * sampled_skellam_log_moments(event)
         return curve, curve
     if isinstance(event, TuningEvent):
         curve = _tuning_log_moments(event)
@@ -133,17 +139,14 @@ def _skellam_log_moments(event: SkellamEvent) -> Floats:
     """Return the curve at integer Renyi orders, joined by chords (a log-moment is convex, so chords lie above
     it).
     """
-    l1, l2, variance = event.l1_sensitivity, event.l2_sensitivity, event.variance
 
     def at(order: Floats) -> Floats:
-        alpha = order + 1
-        first = alpha * l2**2 / (2 * variance)
-        second = ((2 * alpha - 1) * l2**2 + 6 * l1) / (4 * variance**2)
-        return np.asarray(order * (first + np.minimum(second, 3 * l1 / (2 * variance))), dtype=np.float64)
+        return skellam_log_moment(order, event.l1_sensitivity, event.l2_sensitivity, event.variance)
 
     below = np.floor(ORDERS)
     share = ORDERS - below
-    return event.steps * ((1 - share) * at(below) + share * at(below + 1))
+    curve = event.steps * ((1 - share) * at(below) + share * at(below + 1))
+    return np.asarray(curve, dtype=np.float64)
 
 
 def _tuning_log_moments(event: TuningEvent) -> Floats:

@@ -11,7 +11,8 @@ import pytest
 from defenses.dp.accountant import epsilon
 from defenses.dp.events import GaussianEvent, NonPrivateEvent, SkellamEvent, TuningEvent
 from defenses.dp.pairs import poisson_pair
-from defenses.dp.rdp import ORDERS, event_log_moments, pair_log_moments, renyi_epsilon
+from defenses.dp.orders import ORDERS
+from defenses.dp.rdp import event_log_moments, pair_log_moments, renyi_epsilon
 
 
 def step(steps: int = 1, **changes: Any) -> GaussianEvent:
