@@ -132,20 +132,23 @@ class ReplayGuard:
     def enter(self, run_id: bytes, round_number: int, attempt: int = 0) -> None:
         """Record that a session starts. Within a run rounds grow, and within a round attempts."""
 
-        def note(memory: _Memory) -> None:
+        def note(memory: _Memory) -> bool:
             if (round_number, attempt) <= memory.rounds.get(run_id, (-1, 0)):
                 raise ProtocolError
             memory.rounds[run_id] = (round_number, attempt)
+            return True
 
         self._note(note)
 
     def accept_roster(self, federation: str, serial: int) -> None:
         """Record the serial number of a roster. An older one than was accepted before is refused."""
 
-        def note(memory: _Memory) -> None:
-            if serial < memory.serials.get(federation, 0):
+        def note(memory: _Memory) -> bool:
+            known = memory.serials.get(federation)
+            if serial < (known or 0):
                 raise ProtocolError
             memory.serials[federation] = serial
+            return serial != known
 
         self._note(note)
 
@@ -156,10 +159,11 @@ class ReplayGuard:
         caller lets models `repeat`.
         """
 
-        def note(memory: _Memory) -> None:
+        def note(memory: _Memory) -> bool:
             if update in memory.updates or (model in memory.answered and not repeat):
                 raise ProtocolError
             memory.updates.add(update)
+            return True
 
         self._note(note)
 
@@ -172,21 +176,25 @@ class ReplayGuard:
         round that failed can be tried again.
         """
 
-        def note(memory: _Memory) -> None:
-            if model in memory.answered and not repeat:
+        def note(memory: _Memory) -> bool:
+            known = model in memory.answered
+            if known and not repeat:
                 raise ProtocolError
             memory.answered.add(model)
+            return not known
 
         self._note(note)
 
-    def _note(self, change: Callable[[_Memory], None]) -> None:
-        """Check and set as one step: on disk before memory, and in neither if refused."""
+    def _note(self, change: Callable[[_Memory], bool]) -> None:
+        """Check and set as one step: on disk before memory, and in neither if refused; `change` tells whether
+        there is anything new to write.
+        """
         with self._alone():
             if self._path is None and self._process != os.getpid():
                 raise ProtocolError
             current = self._memory if self._path is None else self._read()
-            change(current)
-            if self._path is not None:
+            changed = change(current)
+            if self._path is not None and changed:
                 current.generation += 1
                 self._write(current)
             self._memory = current

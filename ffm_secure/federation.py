@@ -81,7 +81,8 @@ def run(
     try:
         while len(records) < total:
             began = time.perf_counter()
-            plan = rounds.plan_round(server, len(records) + 1, state, records)
+            attempt = store.begin_attempt(len(records) + 1, server.run_id)
+            plan = rounds.plan_round(server, len(records) + 1, state, records, attempt=attempt)
             callback.round_started(plan, total)
             result = rounds.collect(server, plan, state, courier, callback.client_finished)
             if result.over_budget:

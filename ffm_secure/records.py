@@ -59,6 +59,7 @@ class RoundPlan:
     phase: Literal["private", "public"] = "private"
     step: int = 0  # steps the global model has taken; says which half of the factors a rule trains
     turn: int = 0  # place of the cohort in the public schedule: private rounds before this one
+    attempt: int = 0  # how often the round was begun before; grows when one that a kill ended is tried again
     layout: str = ""  # digest of names, shapes and codec of what is sent
 
 

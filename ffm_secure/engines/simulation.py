@@ -16,6 +16,8 @@ from torch import Tensor
 
 from defenses.dp import Event, Ledger, PerSampleEngine, probe_sensitivity
 from defenses.errors import BudgetExceeded
+from defenses.random_source import RandomSource
+from defenses.secagg import Identity
 from ffm_secure import tasks, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
@@ -41,6 +43,7 @@ from ffm_secure.site.allowance import Outlook, grant_lifetime, look_ahead
 from ffm_secure.site.broadcast import BroadcastReader
 from ffm_secure.site.broadcast_guard import BroadcastGuard
 from ffm_secure.site.client_state import ClientStateStore
+from ffm_secure.site.identity import open_identity
 from ffm_secure.site.ledger_place import IN_RUN, ledger_path, open_ledger
 from ffm_secure.site.site import Site
 from ffm_secure.site.site_ledger import SiteLedger
@@ -263,6 +266,7 @@ class Simulation:
         """
         resumed = store.resume()
         if resumed is None:
+            self.server.run_id = store.run_begun() or self.server.run_id
             return self.spec.strategy.start(self.trainable.flatten().cpu()), ()
         state, records, run_id = resumed
         if state.vector.numel() != self.trainable.size:
@@ -336,7 +340,10 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         write_atomic(folder / "noise.json", content)
     if folder.is_dir():
         write_facts(folder, prepared.facts)
-    enrolment = enrol(config, spec.codec, spec.owners, _binding(prepared))
+    states = ClientStateStore(folder=folder / "home", owners=spec.owners, places=spec.strategy.home)
+    enrolment = enrol(
+        config, spec.codec, spec.owners, _binding(prepared), _identities(prepared, states, folder)
+    )
     kept = recorded_rounds(config)
     truth = TruthKeeper(folder=folder / "home", rounds=kept, task=prepared.task) if kept else None
     server = ServerContext(
@@ -349,7 +356,6 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         run_id=os.urandom(16),
         transcript=_transcript(spec, folder, kept) if kept else None,
     )
-    states = ClientStateStore(folder=folder / "home", owners=spec.owners, places=spec.strategy.home)
     pool = TrainerPool([_trainer(prepared, states, number) for number in range(config.speed.workers)])
     broadcasts = BroadcastReader(BroadcastGuard(prepared.trainable), prepared.trainable.size)
     sites = tuple(
@@ -375,6 +381,18 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         ledger=ledger,
         ledger_path=path,
     )
+
+
+def _identities(prepared: Prepared, states: ClientStateStore, folder: Path) -> tuple[Identity, ...] | None:
+    """Return the sites' identities with their memories on disk; None where there is nothing to keep.
+
+    A run that promises nothing plays a killed round again to the bit, on purpose: its sites forget with the
+    process.
+    """
+    if prepared.config.protection.kind == "none" or not prepared.spec.has_dp_guarantee or not folder.is_dir():
+        return None
+    source = RandomSource.system()
+    return tuple(open_identity(states.place(index), source) for index in range(len(prepared.spec.owners)))
 
 
 def _transcript(spec: RunSpec, folder: Path, rounds: frozenset[int]) -> Transcript:

@@ -4,6 +4,7 @@ courier.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -43,8 +44,12 @@ class ClientRound(Protocol):
           ProtocolError: the message is refused; the site is lost to this round.
         """
 
-    def seal(self, message: bytes, vector: RingVector) -> bytes | memoryview:
-        """Answer the upload stage with the sealed update."""
+    def seal(self, message: bytes, vector: RingVector, *, update: bytes) -> bytes | memoryview:
+        """Answer the upload stage with the sealed update; `update` names what it was made of (`update_name`).
+
+        Guarantee: under a protection, the site's memory of what it sent is on disk before the answer is
+        returned.
+        """
 
 
 class ServerRound(Protocol):
@@ -92,6 +97,20 @@ class ServerSide(Protocol):
 
     def open_round(self, plan: RoundPlan) -> ServerRound:
         """Begin a round among the cohort of a plan."""
+
+
+def update_name(plan: RoundPlan, learned: bytes, *, fresh_noise: bool) -> bytes:
+    """Name an update, so that it enters no second session: 32 bytes.
+
+    With noise that the ledger charges anew, by the attempt it was made in. Without, by what was learned
+    (`learned`, a digest before rounding) and from which model: two sums that hold one and the same update
+    single out whoever is in one of them alone.
+    """
+    model = bytes.fromhex(plan.fingerprint)
+    if not fresh_noise:
+        return hashlib.sha256(b"ffm-secure learned" + model + learned).digest()
+    place = plan.run_id + plan.round.to_bytes(8, "big") + plan.attempt.to_bytes(4, "big")
+    return hashlib.sha256(b"ffm-secure attempt" + place + model).digest()
 
 
 def too_few(answered: int, minimum: int) -> str:

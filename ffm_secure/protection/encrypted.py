@@ -16,7 +16,7 @@ from defenses import he
 from defenses.errors import ProtocolError
 from defenses.he.wire import encode_parameters
 from defenses.random_source import RandomSource
-from defenses.secagg import ring
+from defenses.secagg import Identity, ring
 from defenses.secagg.masks import RingVector
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
@@ -56,6 +56,7 @@ class EncryptedTerms:
             value_bound=self.bound,
             cohort=tuple(sorted(self.roster[site] for site in plan.cohort)),
             fewest=self.minimum,
+            attempt=plan.attempt,
         )
 
 
@@ -87,7 +88,7 @@ class SharedKey:
     def __init__(self, parameters: he.Parameters) -> None:
         self._parameters = parameters
         self._holder: he.KeyHolder | None = None
-        self._opened: tuple[tuple[bytes, int, tuple[bytes, ...]], NDArray[np.int64]] | None = None
+        self._opened: tuple[tuple[bytes, int, int, tuple[bytes, ...]], NDArray[np.int64]] | None = None
 
     def __repr__(self) -> str:
         return "SharedKey(...)"
@@ -102,7 +103,7 @@ class SharedKey:
         self, client: he.EncryptedClient, plan: RoundPlan, chunks: Iterable[bytes], parties: Sequence[bytes]
     ) -> NDArray[np.int64]:
         """Return the opened sum of a round."""
-        what = (plan.run_id, plan.round, tuple(parties))
+        what = (plan.run_id, plan.round, plan.attempt, tuple(parties))
         if self._opened is None or self._opened[0] != what:
             self._opened = (what, client.decrypt_sum(chunks, parties))
         return self._opened[1]
@@ -111,12 +112,12 @@ class SharedKey:
 class EncryptedClientRound:
     """Encrypt, open with the others, compare."""
 
-    def __init__(
-        self, plan: RoundPlan, terms: EncryptedTerms, key: SharedKey, identity: Ed25519PrivateKey
-    ) -> None:
-        self._plan, self._terms, self._key = plan, terms, key
+    def __init__(self, plan: RoundPlan, terms: EncryptedTerms, key: SharedKey, identity: Identity) -> None:
+        self._plan, self._terms, self._key, self._guard = plan, terms, key, identity.guard
         holder, agreement = key.holder(plan.run_id), terms.agreement(plan)
-        self._client = he.EncryptedClient(holder, agreement, identity, roster=terms.roster)
+        signing = Ed25519PrivateKey.from_private_bytes(identity.seed())
+        self._client = he.EncryptedClient(holder, agreement, signing, roster=terms.roster)
+        self._guard.enter(plan.run_id, plan.round, plan.attempt)
         self._parties: tuple[bytes, ...] = ()
         self._total: NDArray[np.int64] | None = None
 
@@ -141,9 +142,11 @@ class EncryptedClientRound:
         self._total = self._key.open(self._client, self._plan, chunks, self._parties)
         return self._client.confirm(self._total, self._parties)
 
-    def seal(self, message: bytes, vector: RingVector) -> bytes:
+    def seal(self, message: bytes, vector: RingVector, *, update: bytes) -> bytes:
         """Return the ciphertexts."""
         values = ring.signed(vector, self._terms.codec.modulus_bits)
+        # As under masks: an aborted round leaves the model as it is, and the next one is about it again.
+        self._guard.spend(update, model=bytes.fromhex(self._plan.fingerprint), repeat=True)
         return _join(self._client.encrypt(values))
 
 
@@ -223,9 +226,9 @@ class EncryptedServerRound:
 
 
 class EncryptedClient:
-    """A site's half: the key of the run."""
+    """A site's half: the key of the run, and its own identity with the memory of what it sent."""
 
-    def __init__(self, terms: EncryptedTerms, key: SharedKey, identity: Ed25519PrivateKey) -> None:
+    def __init__(self, terms: EncryptedTerms, key: SharedKey, identity: Identity) -> None:
         self.kind = terms.config.protection.kind
         self._terms, self._key, self._identity = terms, key, identity
 

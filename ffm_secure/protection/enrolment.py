@@ -7,10 +7,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from defenses import secagg
 from defenses.random_source import RandomSource
+from defenses.secagg import Identity
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.protection.base import ClientSide, ServerSide
@@ -43,24 +42,28 @@ def enrol(
     codec: VectorCodec,
     owners: Sequence[str],
     binding: SessionBinding | None = None,
+    identities: Sequence[Identity] | None = None,
 ) -> Enrolment:
     """Make every party's half of the protection that a run file names, with keys from the system's
     randomness.
+
+    `identities` are the sites' own, each with its memory on disk; without them sites get fresh ones that
+    forget with the process.
     """
-    if config.protection.kind in ("bfv", "ckks"):
-        return _encrypted(config, codec, owners)
-    if config.protection.kind == "secagg":
-        return _masked(config, codec, owners, binding or SessionBinding())
+    if config.protection.kind in ("bfv", "ckks", "secagg"):
+        if identities is None:
+            identities = tuple(Identity.generate(RandomSource.system()) for _ in owners)
+        if config.protection.kind == "secagg":
+            return _masked(config, codec, identities, binding or SessionBinding())
+        return _encrypted(config, codec, identities)
     server = PlainServer(codec, compatibility.minimum_survivors(config))
     return Enrolment(server=server, sites=tuple(PlainClient(codec) for _ in owners))
 
 
 def _masked(
-    config: RunConfig, codec: VectorCodec, owners: Sequence[str], binding: SessionBinding
+    config: RunConfig, codec: VectorCodec, identities: Sequence[Identity], binding: SessionBinding
 ) -> Enrolment:
-    source = RandomSource.system()
-    operator = secagg.Identity.generate(source)
-    identities = tuple(secagg.Identity.generate(source) for _ in owners)
+    operator = Identity.generate(RandomSource.system())
     terms = MaskedTerms(
         config=config,
         codec=codec,
@@ -79,10 +82,8 @@ def _masked(
     return Enrolment(server=MaskedServer(terms), sites=sites)
 
 
-def _encrypted(config: RunConfig, codec: VectorCodec, owners: Sequence[str]) -> Enrolment:
-    source = RandomSource.system()
-    identities = [Ed25519PrivateKey.from_private_bytes(source.random_bytes(32)) for _ in owners]
-    terms = encrypted_terms(config, codec, [key.public_key().public_bytes_raw() for key in identities])
+def _encrypted(config: RunConfig, codec: VectorCodec, identities: Sequence[Identity]) -> Enrolment:
+    terms = encrypted_terms(config, codec, [identity.public_key for identity in identities])
     shared = SharedKey(terms.parameters)
     sites = tuple(EncryptedClient(terms, shared, identity) for identity in identities)
     return Enrolment(server=EncryptedServer(terms), sites=sites)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,6 +83,7 @@ class MaskedTerms:
         return secagg.SessionParameters(
             run_id=plan.run_id,
             round=plan.round,
+            attempt=plan.attempt,
             mode=self.config.protection.mode,
             graph=self.graph.kind,
             clients=len(plan.cohort),
@@ -132,12 +132,6 @@ def _digest(kind: str, value: str) -> bytes:
     return secagg.rule_digest(kind, {"digest": value})
 
 
-def update_name(plan: RoundPlan, owner: bytes) -> bytes:
-    """Name a site's update by who trained it, in which run and round and from which model."""
-    place = plan.run_id + plan.round.to_bytes(8, "big") + bytes.fromhex(plan.fingerprint)
-    return hashlib.sha256(b"ffm-secure update" + place + owner).digest()
-
-
 class MaskedClientRound:
     """One site's session."""
 
@@ -157,15 +151,11 @@ class MaskedClientRound:
             return session.unmask(message)
         raise ProtocolError
 
-    def seal(self, message: bytes, vector: RingVector) -> bytes | memoryview:
+    def seal(self, message: bytes, vector: RingVector, *, update: bytes) -> bytes | memoryview:
         """Return the masked vector; or a signed complaint about shares that could not be opened."""
         try:
-            return self._session.mask(
-                message,
-                vector,
-                update=update_name(self._plan, self._session.id),
-                model_hash=bytes.fromhex(self._plan.fingerprint),
-            )
+            model_hash = bytes.fromhex(self._plan.fingerprint)
+            return self._session.mask(message, vector, update=update, model_hash=model_hash)
         except ProtocolError:
             if not self._session.complaint:
                 raise

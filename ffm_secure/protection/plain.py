@@ -26,7 +26,7 @@ class PlainClientRound:
         """Refuse: there is no other stage."""
         raise ProtocolError
 
-    def seal(self, message: bytes, vector: RingVector) -> bytes:
+    def seal(self, message: bytes, vector: RingVector, *, update: bytes) -> bytes:
         """Return the packed vector."""
         return ring.pack(vector, self._codec.modulus_bits)
 

@@ -54,9 +54,17 @@ class RoundResult:
 
 
 def plan_round(
-    server: ServerContext, number: int, state: ServerState, records: tuple[RoundRecord, ...] = ()
+    server: ServerContext,
+    number: int,
+    state: ServerState,
+    records: tuple[RoundRecord, ...] = (),
+    *,
+    attempt: int = 0,
 ) -> RoundPlan:
-    """Say who takes part in a round, in which exact model, under which mechanism; nobody in a public phase."""
+    """Say who takes part in a round, in which exact model, under which mechanism; nobody in a public phase.
+
+    `attempt` counts how often the round was begun before: sites enter none of them twice.
+    """
     spec = server.spec
     phase = spec.algorithm.next_phase(records, spec.config)
     turn = sum(record.phase == "private" for record in records)
@@ -70,6 +78,7 @@ def plan_round(
         step=state.round,
         turn=turn,
         layout=spec.layout_digest,
+        attempt=attempt,
     )
 
 

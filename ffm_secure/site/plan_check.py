@@ -10,6 +10,7 @@ from ffm_secure.records import RoundPlan
 from ffm_secure.run_spec import RunSpec
 
 RUN_BYTES = 16
+MOST_ATTEMPTS = 1 << 32
 
 
 def differences(plan: RoundPlan, spec: RunSpec, *, site: int, fingerprint: str) -> tuple[str, ...]:
@@ -34,6 +35,8 @@ def _differences(plan: RoundPlan, spec: RunSpec, site: int, fingerprint: str) ->
         yield "this site is not in the cohort"
     if plan.round < plan.turn + 1 or plan.round > spec.config.federation.rounds:
         yield f"round = {plan.round}: must be from {plan.turn + 1} to {spec.config.federation.rounds}"
+    if not 0 <= plan.attempt < MOST_ATTEMPTS:
+        yield f"attempt = {plan.attempt}: must be from 0 to {MOST_ATTEMPTS - 1}"
     if not 0 <= plan.step <= plan.round:
         yield f"step = {plan.step}: must be from 0 to the round"
     if plan.fingerprint != fingerprint:

@@ -16,7 +16,7 @@ from defenses.errors import BudgetExceeded, ParameterError, ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg.masks import RingVector
 from ffm_secure import record_codec
-from ffm_secure.protection.base import UPLOAD, ClientRound, ClientSide
+from ffm_secure.protection.base import UPLOAD, ClientRound, ClientSide, update_name
 from ffm_secure.records import Acceptance, RoundPlan
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.site.broadcast import BroadcastReader
@@ -145,9 +145,11 @@ class Site:
             source = self.source(current.plan)
             vector = trainer.run_round(self.data, current.plan, current.start, source)
             rows = trainer.rows_used
+            charged_anew = self.spec.config.privacy.unit != "none"
+            update = update_name(current.plan, trainer.learned, fresh_noise=charged_anew)
         if self._truth is not None:
             self._keep(self._truth, current.plan, vector, rows)
-        return client_round.seal(message, vector)
+        return client_round.seal(message, vector, update=update)
 
     def _keep(self, truth: TruthKeeper, plan: RoundPlan, vector: RingVector, rows: Collection[int]) -> None:
         """Keep at home what a recorded round was learned from; a site that plays a colluder keeps what it

@@ -14,6 +14,7 @@ from defenses.random_source import RandomSource
 from defenses.secagg.masks import RingVector
 from ffm_secure.lifecycle import ModelUpdate, SiteRound
 from ffm_secure.lifecycle.finetune import GradientRule, PlainGradient, PrivateGradient
+from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.privacy.mechanism import Noisy
 from ffm_secure.records import RoundPlan
 from ffm_secure.run_spec import RunSpec
@@ -45,6 +46,7 @@ class SiteTrainer:
     states: ClientStateStore = field(default_factory=ClientStateStore)
     engines: dict[tuple[str, ...], PerSampleEngine] = field(default_factory=dict)  # by what is trained
     rows_used: frozenset[int] = frozenset()  # private: rows the newest round was learned from
+    learned: bytes = b""  # private: digest of what the newest round taught, before bound, noise and rounding
 
     def run_round(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> RingVector:
         """Return what this site adds to the round's sum, as integers modulo 2^m.
@@ -52,6 +54,7 @@ class SiteTrainer:
         Assumes: the site's ledger has reserved the round's event, before this call touches its rows.
         """
         update = self.learn(data, plan, start, source.derive("learn"))
+        self.learned = bytes.fromhex(vector_fingerprint(update.vector))
         protected = self.protect(update, data, source.derive("protect"))
         return self.spec.codec.quantise(protected, source=source.derive("round"))
 

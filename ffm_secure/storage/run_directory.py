@@ -36,15 +36,17 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 FORMAT = 1
+ATTEMPT = "attempt.json"
 
 
 class Store:
     """Own one run directory while the process lives; a second process is refused.
 
-    Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `checkpoints/round-NNNNNN/` global
-    tensors and server state (the two newest are kept), `home/<client>/` what a simulated client keeps to
-    itself, `adapter/` the final model, `best/` the best round, `data.json` digests of the rows the run reads,
-    `ledger.sqlite`, `observations/`, `report.html`, `report.json`.
+    Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `attempt.json` the round begun last
+    and how often, `checkpoints/round-NNNNNN/` global tensors and server state (the two newest are kept),
+    `home/<client>/` what a simulated client keeps to itself, `adapter/` the final model, `best/` the best
+    round, `data.json` digests of the rows the run reads, `ledger.sqlite`, `observations/`, `report.html`,
+    `report.json`.
     Guarantee: killed at any moment, `resume` returns the last finished round and the records up to it.
     """
 
@@ -140,6 +142,38 @@ class Store:
             write_atomic(
                 self.folder / "data.json", (json.dumps({"format": FORMAT, "rows": digests}) + "\n").encode()
             )
+
+    def begin_attempt(self, number: int, run_id: bytes) -> int:
+        """Note that a round of a run begins, and return how often it was begun before.
+
+        Guarantee: on disk before it returns, so that a round which a kill ends goes on under the next
+        attempt.
+        """
+        earlier = self._attempt()
+        same = earlier is not None and earlier[:2] == (run_id.hex(), number)
+        attempt = earlier[2] + 1 if earlier is not None and same else 0
+        content = {"format": FORMAT, "run": run_id.hex(), "round": number, "attempt": attempt}
+        write_atomic(self.folder / ATTEMPT, (json.dumps(content) + "\n").encode())
+        return attempt
+
+    def run_begun(self) -> bytes | None:
+        """Return the id of the run whose first round was begun here; None before that."""
+        earlier = self._attempt()
+        return None if earlier is None else bytes.fromhex(earlier[0])
+
+    def _attempt(self) -> tuple[str, int, int] | None:
+        """Return run, round and attempt of the round begun last."""
+        path = self.folder / ATTEMPT
+        if not os.path.lexists(path):
+            return None
+        stored = _read_json(path)
+        try:
+            if not isinstance(stored, dict) or stored["format"] != FORMAT:
+                raise ValueError
+            bytes.fromhex(stored["run"])
+            return str(stored["run"]), int(stored["round"]), int(stored["attempt"])
+        except (KeyError, TypeError, ValueError):
+            raise StoreError(f"{path}: is damaged") from None
 
     def commit(self, state: ServerState, record: RoundRecord, *, run_id: bytes, best: bool = False) -> None:
         """Make a finished round durable: first the state, then the record that points at it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import html
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -286,7 +287,7 @@ def carry(enrolment: Enrolment, plan: RoundPlan, drop: Mapping[int, str]) -> Agg
             half = rounds[site]
             try:
                 if stage == UPLOAD:
-                    reply = half.seal(message, contribution(site))
+                    reply = half.seal(message, contribution(site), update=os.urandom(32))
                 else:
                     reply = half.respond(stage, message)
                 session.receive(stage, site, reply)
