@@ -141,6 +141,17 @@ def prepare(
     )
 
 
+def agree(config: RunConfig, base: Path) -> tuple[SimulatedData, RunSpec]:
+    """Return the rows of a run and what its parties agree on; what any ledger holds does not matter.
+
+    Raises:
+      PlanRefused, DataError, ModelError: each with what to do.
+    """
+    compatibility.check(config)
+    data = simulated_data.load(config, base)
+    return data, load_model(config, base, _public_facts(config, data, None)).spec
+
+
 def _load_model(
     config: RunConfig, base: Path, facts: PublicFacts, begun: float, extension: Extension | None
 ) -> LoadedModel:

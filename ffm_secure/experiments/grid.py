@@ -19,6 +19,7 @@ from ffm_secure.api import Run, place
 from ffm_secure.config import run_file
 from ffm_secure.engines import simulation
 from ffm_secure.errors import ConfigError, FfmError, StoreError
+from ffm_secure.experiments import grid_cost
 from ffm_secure.experiments import grid_report as page
 from ffm_secure.experiments import grid_summary as experiments_summary
 from ffm_secure.experiments.grid_file import Cell, load
@@ -43,6 +44,8 @@ def run(
     """Run what is missing of a grid, `jobs` cells at once, and write its results; return the page and the
     results.
 
+    Before the first run it says what the private ones cost the rows they share, together.
+
     Guarantee: a finished run is read, not repeated; an interrupted one continues where it stopped;
     `results.json`, `report.html`, `results.md` and `results.svg` are written anew after every run, so an
     interrupted grid leaves the table of what it has.
@@ -53,6 +56,9 @@ def run(
     folder = out / experiment.name
     create_folder(folder / "runs")
     base = path.resolve().parent
+    costs = grid_cost.costs_of(cells, base)
+    for cost in costs:
+        say(cost.words())
 
     def made(number: int) -> Run:
         return place(
@@ -78,6 +84,7 @@ def run(
             wanted=len(cells),
             compare=experiment.compare,
             references=experiment.references,
+            costs=[grid_cost.as_table(cost) for cost in costs],
         )
         _write(folder, results)
     return folder / "report.html", results

@@ -92,6 +92,7 @@ def results(
     wanted: int,
     compare: str,
     references: Sequence[str],
+    costs: Sequence[Mapping[str, object]] = (),
 ) -> dict[str, Any]:
     """Summarise a grid: one entry a cell, with the paired difference to every reference; and all rows behind
     it.
@@ -143,6 +144,7 @@ def results(
         "stopped": [
             {"run": row.run, "status": row.status, "rounds": len(row.curve)} for row in rows if not row.whole
         ],
+        "costs": list(costs),
         "cells": cells,
         "rows": [{**asdict(row), "labels": dict(row.labels)} for row in rows],
     }
@@ -190,7 +192,7 @@ def to_html(found: Mapping[str, Any]) -> str:
     ]
     body = tag(
         "body",
-        tag("header", tag("h1", found["name"]), tag("p", intro.strip()), *_stopped(found)),
+        tag("header", tag("h1", found["name"]), tag("p", intro.strip()), *_costs(found), *_stopped(found)),
         tag("main", *main),
         tag(
             "footer",
@@ -212,6 +214,15 @@ def _state(found: Mapping[str, Any]) -> str:
 def stopped_lines(found: Mapping[str, Any]) -> list[str]:
     """Say of every run that ended early how it ended, in words that a table has no place for."""
     return [f"{item['run']}: {item['status']} after {item['rounds']} rounds" for item in found["stopped"]]
+
+
+def cost_lines(found: Mapping[str, Any]) -> list[str]:
+    """Say what the runs of a grid cost the rows they share, all of them together."""
+    return [f"Privacy of the whole grid: {cost['words']}." for cost in found.get("costs", ())]
+
+
+def _costs(found: Mapping[str, Any]) -> list[Html]:
+    return [tag("p", line) for line in cost_lines(found)]
 
 
 LEFT_OUT = "Left out of means and differences, because they ended before their last round"

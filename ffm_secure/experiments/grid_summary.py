@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ffm_secure.experiments.grid_report import LEFT_OUT, stopped_lines
+from ffm_secure.experiments.grid_report import LEFT_OUT, cost_lines, stopped_lines
 from ffm_secure.report.charts import nice_ticks
 from ffm_secure.report.markup import Html, size, tag
 
@@ -39,6 +39,7 @@ def to_markdown(found: Mapping[str, Any]) -> str:
     table = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
     state = "" if found["complete"] else f" Not complete: {found['runs']} of {found['wanted']} runs."
     text = f"{cells[0]['metric_name']}, {found['runs']} runs of together {found['seconds'] / 60:.0f} minutes.{state}\n\n{table}\n"
+    text += "".join(f"\n{line}\n" for line in cost_lines(found))
     stopped = "\n".join(f"- {line}" for line in stopped_lines(found))
     return text + (f"\n{LEFT_OUT}:\n\n{stopped}\n" if stopped else "")
 
