@@ -176,8 +176,10 @@ def load_dataset(
         person_column=privacy.person_column,
     )
     if loaded.held_out and privacy.unit != "none" and config.task.validation != "hold_out":
+        rows = len(loaded.train) + len(loaded.validation)
         raise DataError(
-            f"{config.task.data}: has no public validation part; give one, or say task.validation = 'hold_out': then "
+            f"{config.task.data}: its {rows:,} rows were read; it has no public validation part; give one, or say "
+            "task.validation = 'hold_out': then "
             f"{loaded.held_out:,} of its rows leave the private part and are public for good"
         )
     return loaded
