@@ -123,7 +123,7 @@ def _check(members: Floats, others: Floats, delta: float, significance: float, m
         raise ValueError("; ".join(problems))
 
 
-# ------------------------------------------------------------------------------------------------------- one-run audits
+# --------------------------------------------------------------------------------------------- one-run audits
 
 
 def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
@@ -142,7 +142,9 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, epsilon: float, d
 
 
 def one_run_epsilon(canaries: int, guesses: int, correct: int, delta: float, significance: float) -> float:
-    """Return the largest epsilon that the guesses reject: the p-value there is still below the significance."""
+    """Return the largest epsilon that the guesses reject:
+    the p-value there is still below the significance.
+    """
     return _largest_rejected(
         lambda epsilon: one_run_p_value(canaries, guesses, correct, epsilon, delta) < significance
     )
@@ -206,7 +208,7 @@ def _by_ranks(
     return best
 
 
-# --------------------------------------------------------------------------------------- counts and Gaussian effect size
+# ---------------------------------------------------------------------------- counts and Gaussian effect size
 
 
 def clopper_pearson(successes: int, trials: int, significance: float) -> tuple[float, float]:
@@ -302,7 +304,7 @@ def _gaussian(members: Floats, others: Floats, delta: float, significance: float
     return math.inf if math.isinf(separation) else gaussian_epsilon(separation, delta)
 
 
-# ------------------------------------------------------------------------------------------------- anytime-valid audit
+# ---------------------------------------------------------------------------------------- anytime-valid audit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,7 +349,7 @@ class SequentialAudit:
         return replace(self, wealth=wealth, guesses=self.guesses + 1)
 
 
-# ------------------------------------------------------------------------------------------------ canaries for own runs
+# -------------------------------------------------------------------------------------- canaries for own runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,7 +370,8 @@ class Canaries:
     def __post_init__(self) -> None:
         if self.count < 2 or self.dimension < self.count or self.norm <= 0:
             raise ValueError(
-                f"canaries: need 2 <= count {self.count} <= dimension {self.dimension} and norm {self.norm} > 0"
+                f"canaries: need 2 <= count {self.count} <= dimension "
+                f"{self.dimension} and norm {self.norm} > 0"
             )
 
     @property

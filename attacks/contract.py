@@ -67,7 +67,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.seconds <= 0 or self.iterations < 1 or self.restarts < 1:
             raise ValueError(
-                f"seconds {self.seconds}, iterations {self.iterations}, restarts {self.restarts}: all must be positive"
+                f"seconds {self.seconds}, iterations {self.iterations}, restarts "
+                f"{self.restarts}: all must be positive"
             )
 
     @staticmethod

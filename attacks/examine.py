@@ -190,7 +190,7 @@ def _by_confidence(
     return replace(question, seen=(reading, own), control=(controls[0][0], control))
 
 
-# ------------------------------------------------------------------------------------------------------- attacks together
+# ------------------------------------------------------------------------------------------- attacks together
 
 
 def _judged(questions: Mapping[str, Question], scene: Study) -> tuple[Judgement, ...]:

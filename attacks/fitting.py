@@ -93,8 +93,8 @@ def _unreadable(observation: Observation) -> list[str]:
     problems = []
     if broken:
         problems.append(
-            f"tensors: {_list(sorted(broken))}: {len(broken)} of {len(observation.tensors)} hold NaN or infinity; "
-            "record the update again, before the step that broke it"
+            f"tensors: {_list(sorted(broken))}: {len(broken)} of {len(observation.tensors)} hold NaN or "
+            "infinity; record the update again, before the step that broke it"
         )
     if odd:
         problems.append(f"tensors: {_list(sorted(odd))} hold no real numbers")

@@ -113,7 +113,7 @@ def interval(values: Sequence[float], *, confidence: float = 0.99, bounded: bool
     return Spread(mean=mean, low=mean - half, high=mean + half)
 
 
-# ------------------------------------------------------------------------------------------------------- guesses at words
+# ------------------------------------------------------------------------------------------- guesses at words
 
 
 def at_least(hits: int, chances: Floats) -> float:
@@ -146,7 +146,7 @@ def _chernoff(hits: int, chances: Floats) -> float:
     return float(min(1.0, math.exp(min(0.0, float((logarithms - slopes * hits).min())))))
 
 
-# ------------------------------------------------------------------------------------------------------ guesses at labels
+# ------------------------------------------------------------------------------------------ guesses at labels
 
 
 def labels_luck(counts: Sequence[float], true: Sequence[int], shares: Sequence[float] | None = None) -> float:
@@ -169,7 +169,9 @@ def labels_luck(counts: Sequence[float], true: Sequence[int], shares: Sequence[f
 
 @lru_cache(maxsize=4)
 def _pseudo_truths(true: tuple[int, ...], chances: tuple[float, ...]) -> tuple[Floats, Floats]:
-    """Return label counts drawn from class shares, and the true ones under other names: (many, classes) each."""
+    """Return label counts drawn from class shares, and the true ones under other names:
+    (many, classes) each.
+    """
     generator = np.random.default_rng(0)
     redrawn = generator.multinomial(sum(true), chances, size=_PSEUDO_TRUTHS)
     renamed = generator.permuted(np.tile(np.asarray(true), (_PSEUDO_TRUTHS, 1)), axis=1)

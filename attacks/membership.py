@@ -9,6 +9,7 @@ variant); RMIA, Zarifzadeh et al., 2024, equation 4 (offline).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,9 @@ def _matched(
 
 
 def _spread(scores: Tensor) -> float:
-    """Return how clearly the scores fall into two groups: the share of variance between the best two groups."""
+    """Return how clearly the scores fall into two groups:
+    the share of variance between the best two groups.
+    """
     ordered = scores.double().sort().values
     if len(ordered) < 4 or float(ordered.var()) == 0.0:
         return 0.0
@@ -154,7 +157,7 @@ def _residual(
     scores = []
     for index in range(batch_size(candidates)):
         example = one(candidates, index)
-        captured = capture_inputs(modules, lambda example=example: logits_and_targets(private, example))  # type: ignore[misc]
+        captured = capture_inputs(modules, partial(logits_and_targets, private, example))
         distances = [
             span.distance(captured[span.channel].reshape(-1, span.shape[1]))
             for span in spans
@@ -238,7 +241,9 @@ def matched_filter() -> Attack:
 
 
 def projection_residual() -> Attack:
-    """Return the projection residual: how far a candidate's hidden states lie from the update's row spaces."""
+    """Return the projection residual:
+    how far a candidate's hidden states lie from the update's row spaces.
+    """
     return PlainAttack(
         name="projection_residual",
         family="membership",

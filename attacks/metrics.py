@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetScore:
-    """Precision, recall and their harmonic mean; an empty recovery has precision 0, an empty truth recall 0."""
+    """Precision, recall and their harmonic mean;
+    an empty recovery has precision 0, an empty truth recall 0.
+    """
 
     precision: float
     recall: float
@@ -41,7 +43,7 @@ class Interval:
     confidence: float
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------------- text
 
 
 def set_score(hits: float, recovered: float, true: float) -> SetScore:
@@ -60,8 +62,13 @@ def token_set_score(recovered: Iterable[int], true: Iterable[int]) -> SetScore:
 
 def token_bag_score(recovered: Iterable[int], true: Iterable[int]) -> SetScore:
     """Compare two bags of token ids: every occurrence counts once."""
-    found, wanted = Counter(recovered), Counter(true)
-    return set_score((found & wanted).total(), found.total(), wanted.total())
+    return _bag_score(recovered, true)
+
+
+def _bag_score(recovered: Iterable[Hashable], true: Iterable[Hashable]) -> SetScore:
+    recovered_counts, true_counts = Counter(recovered), Counter(true)
+    common = recovered_counts & true_counts
+    return set_score(common.total(), recovered_counts.total(), true_counts.total())
 
 
 def positional_accuracy(recovered: Sequence[int], true: Sequence[int]) -> float:
@@ -77,7 +84,7 @@ def rouge_n(recovered: Sequence[int], true: Sequence[int], n: int) -> SetScore:
 
     Source: Lin, "ROUGE", 2004, section 2 (with precision and F1 as commonly reported).
     """
-    return token_bag_score(_grams(recovered, n), _grams(true, n))  # type: ignore[arg-type]
+    return _bag_score(_grams(recovered, n), _grams(true, n))
 
 
 def rouge_l(recovered: Sequence[int], true: Sequence[int]) -> SetScore:
@@ -125,7 +132,7 @@ def _contains(text: Sequence[int], span: Sequence[int]) -> bool:
     return bool(span) and tuple(span) in set(_grams(text, len(span)))
 
 
-# -------------------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------------- images
 
 
 def mean_squared_error(recovered: Tensor, true: Tensor) -> float:
@@ -213,7 +220,7 @@ def _gaussian_window(size: int, sigma: float = 1.5) -> Tensor:
     return (plane / plane.sum())[None, None]
 
 
-# ---------------------------------------------------------------------------------------------------------- membership
+# ------------------------------------------------------------------------------------------------- membership
 
 
 def auc(scores_in: Sequence[float] | Floats, scores_out: Sequence[float] | Floats) -> float:
@@ -251,11 +258,13 @@ def gaussian_tpr(noise_multiplier: float, rate: float) -> float:
     return 1.0 if noise_multiplier == 0 else float(norm.cdf(norm.ppf(rate) + 1.0 / noise_multiplier))
 
 
-# ------------------------------------------------------------------------------------------- matching and uncertainty
+# ----------------------------------------------------------------------------------- matching and uncertainty
 
 
 def match_one_to_one(similarity: Floats) -> list[tuple[int, int]]:
-    """Pair recovered (rows) with true items (columns), each at most once, for the largest total similarity."""
+    """Pair recovered (rows) with true items (columns), each at most once,
+    for the largest total similarity.
+    """
     rows, columns = linear_sum_assignment(np.asarray(similarity, dtype=float), maximize=True)
     return [(int(row), int(column)) for row, column in zip(rows, columns, strict=True)]
 

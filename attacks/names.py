@@ -22,10 +22,28 @@ _INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "ba
 _ADAPTED = ("base_model", "model")
 # Modules of an adapter library that keep one entry for each adapter; files leave the adapter's name out.
 _KEYED = (
-    "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_E",
-    "ia3_l", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w2", "oft_R", "oft_r", "boft_R",
-    "boft_s", "vera_lambda_b", "vera_lambda_d", "adapter_down", "adapter_up",
-)  # fmt: skip
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "lora_E",
+    "ia3_l",
+    "hada_w1_a",
+    "hada_w1_b",
+    "hada_w2_a",
+    "hada_w2_b",
+    "lokr_w1",
+    "lokr_w2",
+    "oft_R",
+    "oft_r",
+    "boft_R",
+    "boft_s",
+    "vera_lambda_b",
+    "vera_lambda_d",
+    "adapter_down",
+    "adapter_up",
+)
 _REPLACED = "modules_to_save"
 _PROMPT = "prompt_embeddings"
 
@@ -52,7 +70,9 @@ class ModelNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Say which tensor of the model an observed one is; `transposed` when it is stored the other way round."""
+    """Say which tensor of the model an observed one is;
+    `transposed` when it is stored the other way round.
+    """
 
     name: str
     transposed: bool = False
@@ -87,7 +107,7 @@ def match_names(observed: Shapes, model: ModelNames) -> Matching | Mismatch:
     return _with_shapes(observed, renamed, model, (note,) if note else ())
 
 
-# ------------------------------------------------------------------------------------------------------ lists without names
+# ---------------------------------------------------------------------------------------- lists without names
 
 
 def _numbered(observed: Shapes) -> tuple[str, ...]:
@@ -149,7 +169,7 @@ def _list_problem(observed: Shapes, ordered: Sequence[str], wanted: Sequence[tup
     return ""
 
 
-# ----------------------------------------------------------------------------------------------------------- names
+# ------------------------------------------------------------------------------------------------------ names
 
 
 def bare(name: str) -> str:
@@ -311,7 +331,7 @@ def _shortened(reasons: Sequence[str]) -> list[str]:
     return [*reasons[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
 
 
-# ---------------------------------------------------------------------------------------------------------- shapes
+# ----------------------------------------------------------------------------------------------------- shapes
 
 
 def _fits(seen: Shape, own: Shape) -> bool:
@@ -321,7 +341,9 @@ def _fits(seen: Shape, own: Shape) -> bool:
 def _with_shapes(
     observed: Shapes, names: Mapping[str, str], model: ModelNames, notes: tuple[str, ...]
 ) -> Matching | Mismatch:
-    """Return the matching, with the tensors that are stored the other way round, or what has another shape."""
+    """Return the matching, with the tensors that are stored the other way round,
+    or what has another shape.
+    """
     own = model.shapes
     wrong = [
         f"{seen} is {observed[seen]}, the model holds {name} as {own[name]}: another model was trained"

@@ -366,7 +366,9 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> tuple[Any, list[str]]:
-    """Return what a JSON file of bounded size and depth holds, and the keys that stand twice in one object."""
+    """Return what a JSON file of bounded size and depth holds,
+    and the keys that stand twice in one object.
+    """
     _require_file(path)
     repeated: list[str] = []
 

@@ -117,7 +117,10 @@ def unlike(observation: Observation, truth: Truth) -> str:
     """
     length = observation.known("lengths") or observation.known("sequence_length")
     if observation.known("batch_size") is None or (truth.images is None and length is None):
-        return "the rehearsal's size is a guess: state batch_size, and lengths or sequence_length of texts, in knowledge"
+        return (
+            "the rehearsal's size is a guess: state batch_size, and lengths or "
+            "sequence_length of texts, in knowledge"
+        )
     if observation.content == "delta" and recipe(observation) is None:
         return "the rehearsal's optimiser is a guess: state optimiser in knowledge"
     return ""
@@ -155,9 +158,14 @@ def rehearse(
     try:
         for contributor in range(observation.contributors):
             batches = [
-                invented_batch(client, lengths=_lengths(observation), seed=seed + 10_007 * step + 101 * contributor, like=like)
+                invented_batch(
+                    client,
+                    lengths=_lengths(observation),
+                    seed=seed + 10_007 * step + 101 * contributor,
+                    like=like,
+                )
                 for step in range(steps)
-            ]  # fmt: skip
+            ]
             usable = [batch for batch in batches if batch is not None]
             if not usable:
                 return None

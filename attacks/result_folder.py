@@ -133,7 +133,10 @@ def _verdict(result: Result) -> str:
     if judged is None:
         kinds = sorted({item.kind.replace("_", " ") for item in told.items})
         found = ", ".join(kinds) if kinds else "nothing"
-        return f"It states a confidence of {told.confidence:.2f} in: {found}. Without the truth nothing is proven."
+        return (
+            f"It states a confidence of {told.confidence:.2f} in: {found}. "
+            "Without the truth nothing is proven."
+        )
     beside = f"{judged.measure} {judged.value:.3f}, guessing {judged.baseline:.3f}"
     return f"**{'Leaked' if judged.proven else 'Not better than guessing'}**: {beside}."
 

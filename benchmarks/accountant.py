@@ -301,15 +301,18 @@ def _print(
             + "".join(_cell(row[n]) for n in ACCOUNTANTS)
         )
     print(
-        "cells: epsilon, difference to the reference, seconds; '<' marks a value below the reference's tolerance"
+        "cells: epsilon, difference to the reference, seconds; '<' marks a value "
+        "below the reference's tolerance"
     )
     print(
-        f"{running['rounds']} different rounds: {running['all_seconds']:.2f} s; one more: {running['one_more_ms']:.1f} ms"
+        f"{running['rounds']} different rounds: {running['all_seconds']:.2f} s; one more: "
+        f"{running['one_more_ms']:.1f} ms"
     )
     print(
-        f"ledger: {ledger['owners']} owners with one history {ledger['all_ms']:.0f} ms; twenty {ledger['twenty_ms']:.0f} ms; "
-        f"verify {ledger['verify_ms']:.0f} ms; reopened with {ledger['owners']} different rounds, first reserve "
-        f"{ledger['reopened_first_seconds']:.2f} s, next {ledger['reopened_next_ms']:.0f} ms"
+        f"ledger: {ledger['owners']} owners with one history {ledger['all_ms']:.0f} ms; twenty "
+        f"{ledger['twenty_ms']:.0f} ms; verify {ledger['verify_ms']:.0f} ms; reopened with "
+        f"{ledger['owners']} different rounds, first reserve {ledger['reopened_first_seconds']:.2f} s, "
+        f"next {ledger['reopened_next_ms']:.0f} ms"
     )
     for row in calibration:
         print(f"sigma for epsilon {row['epsilon']:g}: {row['sigma']:.4f} in {row['seconds']:.2f} s")

@@ -61,7 +61,9 @@ class Cell:
 def observed(
     data: Data, model: nn.Module, update: str, count: int, seed: int
 ) -> tuple[Observation, Truth, Prior]:
-    """Return what crosses the wire for one update type, what it was made of, and what the attacker is given."""
+    """Return what crosses the wire for one update type, what it was made of,
+    and what the attacker is given.
+    """
     steps = 2 if "SGD" in update else 1
     seeds = [seed] if not update.startswith(("sum", "delta")) else [
         1_000 * seed + part for part in range(CLIENTS if update.startswith("sum") else steps)
@@ -177,7 +179,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     first, shares = map(int, options.share.split("/"))
     groups, special = groups[first - 1 :: shares], special[first - 1 :: shares]
     print(
-        f"{'attack':20} {'model':31} {'update':30} {'batch':>5} {'score':>8} {'95 %':>17} {'guess':>7} {'won':>5} {'s':>7}"
+        f"{'attack':20} {'model':31} {'update':30} {'batch':>5} {'score':>8} {'95 %':>17} "
+        f"{'guess':>7} {'won':>5} {'s':>7}"
     )
     for group in groups:
         sizes = tuple(size for size in group.sizes if size in (1, 4)) if options.quick else group.sizes

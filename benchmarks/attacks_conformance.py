@@ -87,7 +87,7 @@ def share(found: Reconstruction, truth: Tensor, floor: float) -> float:
     kind = "inputs" if found.of("inputs") and not found.of("image") else "image"
     if not found.items:
         return 0.0
-    flat = [value.flatten().double() for value in found.of(kind)]  # type: ignore[arg-type]
+    flat = [value.flatten().double() for value in found.of(kind)]
     table = similarity_matrix(flat, [image.flatten().double() for image in truth], psnr)
     return sum(table[row, column] > floor for row, column in match_one_to_one(table)) / len(truth)
 
@@ -101,7 +101,7 @@ def counted(successes: int, trials: int, repeated: int) -> tuple[float, float]:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------------- text
 
 
 def spans(seeds: int) -> Iterator[Line]:
@@ -125,10 +125,16 @@ def spans(seeds: int) -> Iterator[Line]:
         below = batch * clients * 8 < 128
         who = f"batch of {batch}" if clients == 1 else f"sum of {clients} clients"
         yield Line(
-            attack="span_exact", setting=f"GPT-2, width 128, {who}, {batch * clients * 8} tokens", unit="sentences exact",
-            reference="1 below the width, 0 at it", low=float(below), high=float(below), measured=mean(rates), runs=seeds,
+            attack="span_exact",
+            setting=f"GPT-2, width 128, {who}, {batch * clients * 8} tokens",
+            unit="sentences exact",
+            reference="1 below the width, 0 at it",
+            low=float(below),
+            high=float(below),
+            measured=mean(rates),
+            runs=seeds,
             seconds=time.process_time() - began,
-        )  # fmt: skip
+        )
 
 
 def language(seeds: int) -> Iterator[Line]:
@@ -144,9 +150,16 @@ def language(seeds: int) -> Iterator[Line]:
                 exact_sequence_rate([value.tolist() for value in found.of("sequence")], ids[:, :-1].tolist())
             )
         yield Line(
-            attack="span", setting=f"causal language model, batch of {batch}", unit="prefixes exact", reference="1",
-            low=1.0, high=1.0, measured=mean(rates), runs=seeds, seconds=time.process_time() - began,
-        )  # fmt: skip
+            attack="span",
+            setting=f"causal language model, batch of {batch}",
+            unit="prefixes exact",
+            reference="1",
+            low=1.0,
+            high=1.0,
+            measured=mean(rates),
+            runs=seeds,
+            seconds=time.process_time() - began,
+        )
 
 
 def lora_laws(seeds: int) -> Iterator[Line]:
@@ -170,9 +183,16 @@ def lora_laws(seeds: int) -> Iterator[Line]:
                     cells += 1
         law = "first step, B = 0: exact iff tokens < r" if first_step else "B not 0: exact iff tokens <= r"
         yield Line(
-            attack="span_exact", setting=f"LoRA on GPT-2, {law}", unit="cells that obey", reference="1", low=1.0,
-            high=1.0, measured=right / cells, runs=cells, seconds=time.process_time() - began,
-        )  # fmt: skip
+            attack="span_exact",
+            setting=f"LoRA on GPT-2, {law}",
+            unit="cells that obey",
+            reference="1",
+            low=1.0,
+            high=1.0,
+            measured=right / cells,
+            runs=cells,
+            seconds=time.process_time() - began,
+        )
 
 
 def placed(seeds: int) -> Iterator[Line]:
@@ -188,10 +208,16 @@ def placed(seeds: int) -> Iterator[Line]:
                 pairs = {tuple(pair) for value in found.of("placed_tokens") for pair in value.tolist()}
                 recalls.append(len(pairs & true) / len(true))
             yield Line(
-                attack="position_text", setting=f"{name}, width 128, batch of {batch} x 8", unit="placed tokens found",
-                reference="1" if batch < 20 else "0.88 to 1.00", low=low, high=1.0, measured=mean(recalls), runs=seeds,
+                attack="position_text",
+                setting=f"{name}, width 128, batch of {batch} x 8",
+                unit="placed tokens found",
+                reference="1" if batch < 20 else "0.88 to 1.00",
+                low=low,
+                high=1.0,
+                measured=mean(recalls),
+                runs=seeds,
                 seconds=time.process_time() - began,
-            )  # fmt: skip
+            )
 
 
 def presence(seeds: int) -> Iterator[Line]:
@@ -205,9 +231,16 @@ def presence(seeds: int) -> Iterator[Line]:
         found = run("token_presence", seen, model)
         rates.append(float(set(found.of("token_set")[0].tolist()) == set(ids.flatten().tolist())))
     yield Line(
-        attack="token_presence", setting="GPT-2, one AdamW step with decay, 32 tokens of 2000", unit="sets exact",
-        reference="1", low=1.0, high=1.0, measured=mean(rates), runs=seeds, seconds=time.process_time() - began,
-    )  # fmt: skip
+        attack="token_presence",
+        setting="GPT-2, one AdamW step with decay, 32 tokens of 2000",
+        unit="sets exact",
+        reference="1",
+        low=1.0,
+        high=1.0,
+        measured=mean(rates),
+        runs=seeds,
+        seconds=time.process_time() - began,
+    )
 
 
 def matched_text(seeds: int) -> Iterator[Line]:
@@ -243,7 +276,7 @@ def _adapted(seed: int, *, zero_b: bool) -> nn.Module:
     return models.add_lora(models.bert(seed=seed), 8, ("query", "value"), zero_b=zero_b, seed=seed)
 
 
-# -------------------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------------- images
 
 
 def vision(seeds: int) -> Iterator[Line]:
@@ -289,10 +322,16 @@ def _vision(
     )
     cap = " (cap); single-precision output gives 140 or more" if bounds[0] == 140.0 else ""
     return Line(
-        attack="position_vision", setting=f"ViT, width 192, batch of {batch}, relative noise {noise:g}, {how}",
-        unit="PSNR dB", reference=reference + cap, low=bounds[0], high=bounds[1],
-        measured=mean(values), runs=seeds, seconds=time.process_time() - began,
-    )  # fmt: skip
+        attack="position_vision",
+        setting=f"ViT, width 192, batch of {batch}, relative noise {noise:g}, {how}",
+        unit="PSNR dB",
+        reference=reference + cap,
+        low=bounds[0],
+        high=bounds[1],
+        measured=mean(values),
+        runs=seeds,
+        seconds=time.process_time() - began,
+    )
 
 
 def _own_initial_weights(model: nn.Module, seed: int) -> None:
@@ -396,12 +435,19 @@ def label_counts(seeds: int) -> Iterator[Line]:
             true = labels[chosen].bincount(minlength=10).double()
             rates.append(1.0 - float((counts - true).abs().sum()) / (2 * batch))
         yield Line(
-            attack="label_identity", setting=f"untrained network, {batch} labels of 10 classes", unit="count accuracy",
-            reference="1", low=1.0, high=1.0, measured=mean(rates), runs=seeds, seconds=time.process_time() - began,
-        )  # fmt: skip
+            attack="label_identity",
+            setting=f"untrained network, {batch} labels of 10 classes",
+            unit="count accuracy",
+            reference="1",
+            low=1.0,
+            high=1.0,
+            measured=mean(rates),
+            runs=seeds,
+            seconds=time.process_time() - began,
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------- membership
+# ------------------------------------------------------------------------------------------------- membership
 
 
 def canaries(seeds: int, *, trials: int = 300) -> Iterator[Line]:
@@ -418,7 +464,7 @@ def canaries(seeds: int, *, trials: int = 300) -> Iterator[Line]:
         singles.append(flat / max(1.0, float(flat.norm())))
     pool = torch.stack(singles)
     for multiplier in (0.5, 1.0, 2.0):
-        began, scores = time.process_time(), ([], [])  # type: ignore[var-annotated]
+        began, scores = time.process_time(), ([], [])
         generator = torch.Generator().manual_seed(int(10 * multiplier))
         for trial in range(2 * trials):
             direction = torch.randn(pool.shape[1], generator=generator)
@@ -430,15 +476,22 @@ def canaries(seeds: int, *, trials: int = 300) -> Iterator[Line]:
         expected = gaussian_auc(multiplier)
         spread = Z99 * auc_deviation(expected, trials, trials)
         yield Line(
-            attack="canary", setting=f"random direction of norm C, {pool.shape[1]} parameters, noise {multiplier:g} C",
-            unit="AUC", reference=f"{expected:.3f} (Gaussian prediction)", low=expected - spread,
-            high=min(1.0, expected + spread), measured=auc(scores[1], scores[0]), runs=2 * trials,
+            attack="canary",
+            setting=f"random direction of norm C, {pool.shape[1]} parameters, noise {multiplier:g} C",
+            unit="AUC",
+            reference=f"{expected:.3f} (Gaussian prediction)",
+            low=expected - spread,
+            high=min(1.0, expected + spread),
+            measured=auc(scores[1], scores[0]),
+            runs=2 * trials,
             seconds=time.process_time() - began,
-        )  # fmt: skip
+        )
 
 
 def natural_members(seeds: int) -> Iterator[Line]:
-    """Real examples by the matched filter: never better than the Gaussian prediction for the worst example."""
+    """Real examples by the matched filter:
+    never better than the Gaussian prediction for the worst example.
+    """
     images, labels = models.digits()
     for multiplier in (0.5, 1.0, 2.0):
         began, inside, outside = time.process_time(), [], []
@@ -456,22 +509,39 @@ def natural_members(seeds: int) -> Iterator[Line]:
             outside += scores[6:]
         expected = gaussian_auc(multiplier)
         yield Line(
-            attack="matched_filter", setting=f"6 of 12 digits, noise {multiplier:g} C", unit="AUC",
-            reference=f"at most {expected:.3f}", low=0.5 - Z99 * auc_deviation(0.5, len(inside), len(outside)),
-            high=expected, measured=auc(inside, outside), runs=4 * seeds, seconds=time.process_time() - began,
-        )  # fmt: skip
+            attack="matched_filter",
+            setting=f"6 of 12 digits, noise {multiplier:g} C",
+            unit="AUC",
+            reference=f"at most {expected:.3f}",
+            low=0.5 - Z99 * auc_deviation(0.5, len(inside), len(outside)),
+            high=expected,
+            measured=auc(inside, outside),
+            runs=4 * seeds,
+            seconds=time.process_time() - began,
+        )
 
 
 CHECKS: tuple[Callable[[int], Iterator[Line]], ...] = (
-    spans, language, lora_laws, placed, presence, vision, dense, imprints, label_counts, canaries, natural_members,
+    spans,
+    language,
+    lora_laws,
+    placed,
+    presence,
+    vision,
+    dense,
+    imprints,
+    label_counts,
+    canaries,
+    natural_members,
     matched_text,
-)  # fmt: skip
+)
 
 
 def lines(*, quick: bool) -> Iterator[Line]:
     """Run every check, printing as it goes; `quick` takes one seed and leaves gradient matching out."""
     print(
-        f"{'attack':16} {'setting':62} {'unit':20} {'reference':>30} {'range':>15} {'here':>8} {'ok':>3} {'s':>6}"
+        f"{'attack':16} {'setting':62} {'unit':20} {'reference':>30} {'range':>15} "
+        f"{'here':>8} {'ok':>3} {'s':>6}"
     )
     for check in CHECKS[:-1] if quick else CHECKS:
         for line in check(1 if quick else 5):

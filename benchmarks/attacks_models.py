@@ -150,7 +150,7 @@ def _unfrozen(model: nn.Module, head: str) -> nn.Module:
     return model
 
 
-# -------------------------------------------------------------------------------------------------------- built in code
+# ---------------------------------------------------------------------------------------------- built in code
 
 
 def built(*, quick: bool) -> list[Group]:
@@ -214,9 +214,10 @@ def _with_knowledge(text: Callable[..., Data], digits: Callable[..., Data]) -> l
     """
     language_model, successor = chain(200)
     spoken = text(
-        model=lambda: models.bert(vocabulary=200), inputs=torch.stack([walk(successor, i, 6) for i in range(3, 63)]),
+        model=lambda: models.bert(vocabulary=200),
+        inputs=torch.stack([walk(successor, i, 6) for i in range(3, 63)]),
         prior=Prior(language_model=language_model),
-    )  # fmt: skip
+    )
     forgetful = text(
         model=lambda: dropping(0.2),
         inputs=models.sentences(48, 6, 300),
@@ -232,9 +233,12 @@ def _with_knowledge(text: Callable[..., Data], digits: Callable[..., Data]) -> l
         own_loss=_logits_loss,
     )
     plain = Data(
-        model=lambda: PlainBlocks(patch=4), inputs=torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
-        labels=torch.arange(64) % 10, classes=10, image=True,
-    )  # fmt: skip
+        model=lambda: PlainBlocks(patch=4),
+        inputs=torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        labels=torch.arange(64) % 10,
+        classes=10,
+        image=True,
+    )
     return [
         slow("BERT and a known language", spoken, "film", iterations=40),
         slow("BERT with dropout", forgetful, "grab", iterations=200, sizes=(1,)),
@@ -279,7 +283,7 @@ def _logits_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch["input_ids"]), batch["labels"])
 
 
-# ---------------------------------------------------------------------------------------------- trained, and real data
+# ------------------------------------------------------------------------------------- trained, and real data
 
 
 def from_assets(folder: Path, *, quick: bool) -> list[Group]:
@@ -355,10 +359,23 @@ def _minilm(folder: Path) -> list[Group]:
         lora = data(model=functools.cache(lambda: adapted(fresh(), 32, "query", "value", head="classifier")))
         few = {"sizes": (1, 4), "seeds": 2}
         groups += [
-            Group(name=f"MiniLM, {label}", data=whole, attacks=("token_presence", "position_text", "label_identity"), **few),
+            Group(
+                name=f"MiniLM, {label}",
+                data=whole,
+                attacks=("token_presence", "position_text", "label_identity"),
+                **few,
+            ),
             Group(name=f"MiniLM, {label}", data=whole, attacks=("span",), sizes=(1, 4), seeds=1, updates=FEW),
-            Group(name=f"MiniLM, {label}", data=lora, attacks=("span",), sizes=(1, 4), seeds=1, updates=FEW, part="LoRA 32"),
-        ]  # fmt: skip
+            Group(
+                name=f"MiniLM, {label}",
+                data=lora,
+                attacks=("span",),
+                sizes=(1, 4),
+                seeds=1,
+                updates=FEW,
+                part="LoRA 32",
+            ),
+        ]
     return groups
 
 
@@ -384,14 +401,21 @@ def _small_text(folder: Path) -> list[Group]:
     lora = functools.cache(lambda: adapted(_trained_copy(bert), 16, "query", "value", head="classifier"))
     return [
         Group(
-            name="GPT-2 trained on SST-2", data=private(model=gpt2, generative=True),
+            name="GPT-2 trained on SST-2",
+            data=private(model=gpt2, generative=True),
             attacks=("token_presence", "position_text", "span"),
         ),
-        Group(name="BERT trained on SST-2", data=private(model=bert), attacks=("token_presence", "position_text", "span")),
+        Group(
+            name="BERT trained on SST-2",
+            data=private(model=bert),
+            attacks=("token_presence", "position_text", "span"),
+        ),
         slow("BERT trained on SST-2", private(model=bert), "text_matching", iterations=120),
-        Group(name="BERT trained on SST-2", data=private(model=lora), attacks=("span",), part="LoRA 16", seeds=3),
+        Group(
+            name="BERT trained on SST-2", data=private(model=lora), attacks=("span",), part="LoRA 16", seeds=3
+        ),
         slow("BERT trained on SST-2", private(model=lora), "text_matching", iterations=120, part="LoRA 16"),
-    ]  # fmt: skip
+    ]
 
 
 def _small_images(folder: Path) -> list[Group]:
@@ -405,7 +429,7 @@ def _small_images(folder: Path) -> list[Group]:
                 model=lambda classes=classes: models.cnn(channels=3, classes=classes),
                 inputs=small[PRIVATE:],
                 labels=labels[PRIVATE:],
-            )  # type: ignore[misc]
+            )
         )
         private = data(model=trained, inputs=small[:PRIVATE], labels=labels[:PRIVATE])
         groups += [
@@ -414,7 +438,7 @@ def _small_images(folder: Path) -> list[Group]:
         ]
         if name != "cifar10":
             wide = data(
-                model=lambda classes=classes: models.vit(size=64, classes=classes),  # type: ignore[misc]
+                model=lambda classes=classes: models.vit(size=64, classes=classes),
                 inputs=raw[:PRIVATE],
                 labels=labels[:PRIVATE],
             )

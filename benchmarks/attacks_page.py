@@ -30,8 +30,14 @@ def page(found: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of the page, one section for each part that was run."""
     yield "# What the attacks read: tables"
     yield ""
-    yield f"Measured with Python {found['python']} and torch {found['torch']} on one {found['machine']} core; seconds are CPU seconds of"
-    yield "the process. Written by `python -m benchmarks.attacks_page` from what `python -m benchmarks.attacks` printed."
+    yield (
+        f"Measured with Python {found['python']} and torch {found['torch']} on one {found['machine']} "
+        "core; seconds are CPU seconds of"
+    )
+    yield (
+        "the process. Written by `python -m benchmarks.attacks_page` from what `python -m "
+        "benchmarks.attacks` printed."
+    )
     sections = {"side_by_side": _peer, "span": _span, "conformance": _conformance, "cells": _table}
     for part in PARTS:
         if found.get(part):
@@ -53,19 +59,41 @@ def _peer(found: dict[str, Any]) -> Iterator[str]:
     surplus = sum(row["ours"]["psnr"] - row["peer"]["psnr"] for row in rows) / len(rows)
     yield "## Inverting gradients beside breaching 0.1.2"
     yield ""
-    yield f"On {len(rows)} gradients of one ReLU network (three convolutions, batches of 1, 2 and 4 natural crops of"
-    yield f"8 x 8 to 32 x 32) ours was at least as good in PSNR on {good} and took no more CPU time on {quick}; on the mean it is {surplus:.1f} dB"
-    yield f"better at {ratio:.2f} times the CPU seconds. Both know labels and shape. breaching runs {found['iterations']} iterations with its recommended"
+    yield (
+        f"On {len(rows)} gradients of one ReLU network (three convolutions, batches "
+        "of 1, 2 and 4 natural crops of"
+    )
+    yield (
+        f"8 x 8 to 32 x 32) ours was at least as good in PSNR on {good} and took no more CPU time on "
+        f"{quick}; on the mean it is {surplus:.1f} dB"
+    )
+    yield (
+        f"better at {ratio:.2f} times the CPU seconds. Both know labels and shape. breaching runs "
+        f"{found['iterations']} iterations with its recommended"
+    )
     yield f"settings for this attack, ours {found['our_iterations']}; its recommended number is 24,000."
     yield ""
     head = "| batch | side | breaching dB | s | ours dB | s | as good | no slower |"
-    yield from _rows(head, (
-        f"| {line['batch']} | {line['side']} | {line['peer_psnr']:.2f} | {line['peer_seconds']:.2f} | {line['ours_psnr']:.2f} |"
-        f" {line['ours_seconds']:.2f} | {line['as_good']}/{line['of']} | {line['no_slower']}/{line['of']} |" for line in lines
-    ))  # fmt: skip
+    yield from _rows(
+        head,
+        (
+            (
+                f"| {line['batch']} | {line['side']} | {line['peer_psnr']:.2f} | "
+                f"{line['peer_seconds']:.2f} | {line['ours_psnr']:.2f} | {line['ours_seconds']:.2f} | "
+                f"{line['as_good']}/{line['of']} | {line['no_slower']}/{line['of']} |"
+            )
+            for line in lines
+        ),
+    )
     yield ""
-    yield "`python -m benchmarks.attacks --only-peer --peer PYTHON`, PYTHON being the interpreter of an environment with torch 2.13 and"
-    yield f"breaching 0.1.2; seeds 0 to {max(row['seed'] for row in rows)}. The settings of ours were chosen on other seeds,"
+    yield (
+        "`python -m benchmarks.attacks --only-peer --peer PYTHON`, PYTHON being the interpreter of an "
+        "environment with torch 2.13 and"
+    )
+    yield (
+        f"breaching 0.1.2; seeds 0 to {max(row['seed'] for row in rows)}. The settings of ours were "
+        "chosen on other seeds,"
+    )
     yield "its number of iterations after times seen on some of these."
 
 
@@ -74,20 +102,32 @@ def _span(found: dict[str, Any]) -> Iterator[str]:
     yield "## Tokens by the span check, published and ours"
     yield ""
     same, faster, of = found["same_tokens"], found["faster"], found["of"]
-    yield f"Random sentences of 16 tokens, GPT-2 with a vocabulary of 10,000 and width 256 ({found['reference']}). Every true token at its"
-    yield f"place and no other was found by both in {same} of {of} runs; ours took less CPU time in {faster} of {of}."
+    yield (
+        "Random sentences of 16 tokens, GPT-2 with a vocabulary of 10,000 and width 256 "
+        f"({found['reference']}). Every true token at its"
+    )
+    yield (
+        f"place and no other was found by both in {same} of {of} runs; ours took "
+        f"less CPU time in {faster} of {of}."
+    )
     yield ""
     head = "| update | batch | true tokens | published: exact | s | ours: exact | s |"
     yield from _rows(head, _span_rows(cases))
     yield ""
-    yield f"`python -m benchmarks.attacks --parts span [--span-peer FOLDER]`; seeds 0 to {max(row['seed'] for row in cases)}, the order alternates."
+    yield (
+        "`python -m benchmarks.attacks --parts span [--span-peer FOLDER]`; seeds 0 to "
+        f"{max(row['seed'] for row in cases)}, the order alternates."
+    )
 
 
 def _span_rows(cases: list[dict[str, Any]]) -> Iterator[str]:
     for update, batch in dict.fromkeys((row["update"], row["batch"]) for row in cases):
         own = [row for row in cases if (row["update"], row["batch"]) == (update, batch)]
         cells = [
-            f"{sum(row[who]['right'] for row in own)}/{len(own)} | {sum(row[who]['seconds'] for row in own) / len(own):.3f}"
+            (
+                f"{sum(row[who]['right'] for row in own)}/{len(own)} | "
+                f"{sum(row[who]['seconds'] for row in own) / len(own):.3f}"
+            )
             for who in ("published", "ours")
         ]
         yield f"| {update} | {batch} | {own[0]['true']} | {cells[0]} | {cells[1]} |"
@@ -98,15 +138,28 @@ def _conformance(lines: list[dict[str, Any]]) -> Iterator[str]:
     inside = sum(line["within"] for line in held)
     yield "## Known figures, repeated"
     yield ""
-    yield f"{inside} of {len(held)} figures fall into their range; lines without a reference are no comparison. A range is exact where theory is,"
-    yield "the 99 % interval of the reference where that is a count or an AUC, and 4 dB either way for a PSNR under noise."
+    yield (
+        f"{inside} of {len(held)} figures fall into their range; lines without a reference are no "
+        "comparison. A range is exact where theory is,"
+    )
+    yield (
+        "the 99 % interval of the reference where that is a count or an AUC, and 4 dB "
+        "either way for a PSNR under noise."
+    )
     yield ""
     head = "| attack | setting | unit | reference | range | here | within | runs | s |"
-    yield from _rows(head, (
-        f"| `{line['attack']}` | {line['setting']} | {line['unit']} | {line['reference']} | {line['low']:.3g} to {line['high']:.3g} |"
-        f" {line['measured']:.3f} | {'' if line['reference'] == 'none' else 'yes' if line['within'] else '**no**'} | {line['runs']} | {line['seconds']:.1f} |"
-        for line in lines
-    ))  # fmt: skip
+    yield from _rows(
+        head,
+        (
+            (
+                f"| `{line['attack']}` | {line['setting']} | {line['unit']} | {line['reference']} | "
+                f"{line['low']:.3g} to {line['high']:.3g} | {line['measured']:.3f} | "
+                f"{'' if line['reference'] == 'none' else 'yes' if line['within'] else '**no**'} | "
+                f"{line['runs']} | {line['seconds']:.1f} |"
+            )
+            for line in lines
+        ),
+    )
     yield ""
     yield "`python -m benchmarks.attacks --parts conformance`."
 
@@ -119,10 +172,22 @@ def _table(cells: list[dict[str, Any]]) -> Iterator[str]:
     lucky, drawn = _won(labels)
     yield "## Attack, update type, batch size"
     yield ""
-    yield f"{len(cells)} cells, {len(cells) - len(scored)} of them not applicable or without a result. Under noise of multiplier 1 on the clipped"
-    yield f"update {won} of {runs} runs that read data or membership beat guessing clearly, and {lucky} of {drawn} that count labels: guessing wins there"
-    yield "often, too, with few records of few classes. A cell is the mean score with its 95 % bootstrap interval over seeds, (guessing),"
-    yield "runs that beat guessing clearly, CPU seconds; a dash means that the attack does not apply or found nothing it would state."
+    yield (
+        f"{len(cells)} cells, {len(cells) - len(scored)} of them not applicable or without a result. "
+        "Under noise of multiplier 1 on the clipped"
+    )
+    yield (
+        f"update {won} of {runs} runs that read data or membership beat guessing clearly, and {lucky} "
+        f"of {drawn} that count labels: guessing wins there"
+    )
+    yield (
+        "often, too, with few records of few classes. A cell is the mean score with its 95 % bootstrap "
+        "interval over seeds, (guessing),"
+    )
+    yield (
+        "runs that beat guessing clearly, CPU seconds; a dash means that the attack does not apply or "
+        "found nothing it would state."
+    )
     batches = [batch for batch in sorted({cell["batch"] for cell in cells}) if batch <= WIDEST]
     cells = [cell if cell["batch"] in batches else _aside(cell) for cell in cells]
     yield ""
@@ -131,7 +196,10 @@ def _table(cells: list[dict[str, Any]]) -> Iterator[str]:
     )
     yield from _rows(head, _table_rows(cells, batches))
     yield ""
-    yield "`python -m benchmarks.attacks --parts table --assets ../shared`; `--quick` for closed forms on models built in code."
+    yield (
+        "`python -m benchmarks.attacks --parts table --assets ../shared`; `--quick` for closed forms "
+        "on models built in code."
+    )
 
 
 def _won(cells: list[dict[str, Any]]) -> tuple[int, int]:
@@ -167,7 +235,10 @@ def _cell(cell: dict[str, Any] | None) -> str:
         return "-"
     digits = 1 if cell["measure"].startswith("PSNR") else 2
     numbers = [f"{cell[key]:.{digits}f}" for key in ("score", "low", "high", "guessing")]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}] ({numbers[3]}), {cell['succeeded']}, {cell['seconds']:.1f} s"
+    return (
+        f"{numbers[0]} [{numbers[1]}, {numbers[2]}] ({numbers[3]}), {cell['succeeded']}, "
+        f"{cell['seconds']:.1f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def ours(case: dict[str, Tensor], name: str, iterations: int, seed: int) -> tupl
 def theirs(case: dict[str, Tensor], iterations: int, seed: int) -> tuple[Tensor, float]:
     """Run breaching's inverting gradients with its own settings; only the number of iterations is set."""
     _without_data_sets()
-    import breaching  # type: ignore[import-not-found]
+    import breaching
     from omegaconf import OmegaConf
 
     model, shape = network(), list(case["images"].shape[1:])
@@ -136,13 +136,13 @@ def _without_data_sets() -> None:
     and for saving pictures; empty modules stand in for both. The attack itself, its configuration and its
     losses are its own.
     """
-    place = Path(str(find_spec("breaching").submodule_search_locations[0]))  # type: ignore[union-attr,index]
+    place = Path(str(find_spec("breaching").submodule_search_locations[0]))
     sys.modules["torchvision"] = ModuleType("torchvision")
     for name in ("cases", "cases.models"):
         empty = ModuleType(f"breaching.{name}")
         empty.__path__ = [str(place.joinpath(*name.split(".")))]
         sys.modules[f"breaching.{name}"] = empty
-    sys.modules["breaching.cases"].construct_dataloader = None  # type: ignore[attr-defined]
+    sys.modules["breaching.cases"].construct_dataloader = None
 
 
 def stored_case(folder: Path, batch: int, side: int, seed: int) -> dict[str, Tensor]:
@@ -172,7 +172,8 @@ def side_by_side(python: Path, *, quick: bool) -> dict[str, Any]:
             rows.append(row)
             peer, own = row["peer"], row["ours"]
             print(
-                f"{batch:5} {side:4} {seed:4} {peer['psnr']:13.2f} {peer['seconds']:7.2f} {own['psnr']:8.2f} {own['seconds']:7.2f}",
+                f"{batch:5} {side:4} {seed:4} {peer['psnr']:13.2f} {peer['seconds']:7.2f} "
+                f"{own['psnr']:8.2f} {own['seconds']:7.2f}",
                 flush=True,
             )
     settings = {"iterations": iterations, "our_iterations": int(OUR_SHARE * iterations), "seeds": seeds}
@@ -203,7 +204,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     lines = []
     print(
-        f"\n{'batch':>5} {'side':>4} {'breaching dB':>13} {'s':>7} {'ours dB':>8} {'s':>7} {'as good':>8} {'no slower':>9}"
+        f"\n{'batch':>5} {'side':>4} {'breaching dB':>13} {'s':>7} {'ours dB':>8} {'s':>7} "
+        f"{'as good':>8} {'no slower':>9}"
     )
     for batch, side in dict.fromkeys((row["batch"], row["side"]) for row in rows):
         own = [row for row in rows if (row["batch"], row["side"]) == (batch, side)]
@@ -218,8 +220,9 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {"batch": batch, "side": side, **means, "as_good": good, "no_slower": quick, "of": len(own)}
         )
         print(
-            f"{batch:5} {side:4} {means['peer_psnr']:13.2f} {means['peer_seconds']:7.2f} {means['ours_psnr']:8.2f}"
-            f" {means['ours_seconds']:7.2f} {good:5}/{len(own)} {quick:6}/{len(own)}"
+            f"{batch:5} {side:4} {means['peer_psnr']:13.2f} {means['peer_seconds']:7.2f} "
+            f"{means['ours_psnr']:8.2f} {means['ours_seconds']:7.2f} {good:5}/{len(own)} "
+            f"{quick:6}/{len(own)}"
         )
     return lines
 

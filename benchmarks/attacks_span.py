@@ -78,13 +78,13 @@ def from_folder(folder: Path) -> Published:
 def published_tokens(how: Published, model: nn.Module, observation: Observation) -> tuple[Pairs, float]:
     """Return the tokens the published check accepts at each position, and its CPU seconds."""
     began = time.process_time()
-    block, found = model.transformer.h[0], set()  # type: ignore[union-attr,index]
+    block, found = model.transformer.h[0], set()
     with torch.no_grad():
         gradient = observation.tensors["transformer.h.0.attn.c_attn.weight"].T
         rank = min(int(np.linalg.matrix_rank(gradient.numpy())), gradient.shape[1] - SPARE)
         basis = how.decompose(gradient, rank)
         for place in range(LENGTH):
-            vectors = block.ln_1(model.transformer.wte.weight + model.transformer.wpe.weight[place])  # type: ignore[union-attr,operator]
+            vectors = block.ln_1(model.transformer.wte.weight + model.transformer.wpe.weight[place])
             chosen = how.inside(basis, vectors).tolist()
             if not chosen:
                 break

@@ -93,7 +93,9 @@ def _memorised(first: int, last: int) -> Batch:
 
 
 def released(seed: int, *, trained: bool) -> Case:
-    """Test forty members and forty others on a released model that memorised the members, or that saw none."""
+    """Test forty members and forty others on a released model that memorised the members,
+    or that saw none.
+    """
     first = 80 * (seed % 2)
     model = _trained(10 + seed, first, first + 40) if trained else models.mlp(seed=10 + seed)
     references = tuple(_trained(own, 160, 240) for own in (1, 2, 3))

@@ -97,7 +97,7 @@ def run_file(*, quick: bool, seeded: bool) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ canaries in a client
+# --------------------------------------------------------------------------------------- canaries in a client
 
 
 @dataclass(kw_only=True)
@@ -171,7 +171,7 @@ def _flat(parts: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([value.reshape(-1) for value in parts.values()])
 
 
-# ------------------------------------------------------------------------------------------------- a run with an observer
+# ------------------------------------------------------------------------------------- a run with an observer
 
 
 class CanaryTrainer(SiteTrainer):
@@ -291,7 +291,11 @@ def gaussian_cover(events: tuple[Event, ...], delta: float) -> float:
     for loss in np.linspace(0.0, 2.5 * accountant.epsilon(delta).epsilon, 12):
         allowed = accountant.delta(float(loss))
         if 1e-10 < allowed < 0.5:
-            largest = max(largest, brentq(lambda mu: gaussian_delta(mu, loss) - allowed, 1e-3, 50.0))  # noqa: B023
+
+            def excess(mu: float, loss: float = loss, allowed: float = allowed) -> float:
+                return gaussian_delta(mu, loss) - allowed
+
+            largest = max(largest, brentq(excess, 1e-3, 50.0))
     return gaussian_epsilon(largest, delta)
 
 
@@ -325,13 +329,17 @@ def main() -> None:
         row = audited_run(flaw, quick=options.quick, seeded=options.seeded)
         row["verdict"] = verdict(row)
         rows.append(row)
-        print(f"{flaw:16}{row['ledger']:8.3f}{row['cover']:8.3f}"
-              + "".join(f"{bound:10.3f}" for bound in row["bounds"].values()) + f"  {row['verdict']}", flush=True)  # fmt: skip
+        print(
+            f"{flaw:16}{row['ledger']:8.3f}{row['cover']:8.3f}"
+            + "".join(f"{bound:10.3f}" for bound in row["bounds"].values())
+            + f"  {row['verdict']}",
+            flush=True,
+        )
     first = rows[0]
     print(
-        f"ledger: upper bound on epsilon at delta 1e-5, add/remove one record; bounds: lower, each wrong with probability at "
-        f"most {SIGNIFICANCE:.1%}; {first['canaries']} canaries, {first['present']} of them present; "
-        f"{sum(row['cpu_seconds'] for row in rows):.0f} CPU seconds"
+        "ledger: upper bound on epsilon at delta 1e-5, add/remove one record; bounds: lower, each wrong "
+        f"with probability at most {SIGNIFICANCE:.1%}; {first['canaries']} canaries, {first['present']} of "
+        f"them present; {sum(row['cpu_seconds'] for row in rows):.0f} CPU seconds"
     )
     print(
         json.dumps(

@@ -260,11 +260,14 @@ def ask(place):
     if "input_ids" in asked and record["form"] == "model":
         asked = with_prompt(asked, space["tokenizer"], place)
     with torch.inference_mode():
-        logits = model(**asked).logits.float()[:, record["virtual"]:] if record["virtual"] else model(**asked).logits.float()
+        logits = model(**asked).logits.float()
+    if record["virtual"]:
+        logits = logits[:, record["virtual"]:]
     apart = (logits - wanted).abs() / wanted.abs().clamp(min=1.0)
     if apart.ndim == 3:
         apart = apart[asked["attention_mask"].bool()]
-    assert not record["labels"] or list(model.config.id2label.values()) == record["labels"], model.config.id2label
+    names = model.config.id2label
+    assert not record["labels"] or list(names.values()) == record["labels"], names
     return float(apart.max())
 
 def with_prompt(asked, tokenizer, place):
@@ -275,7 +278,10 @@ def with_prompt(asked, tokenizer, place):
     asked["attention_mask"] = torch.cat([torch.ones_like(first), asked["attention_mask"]], dim=1)
     return asked
 
-answers = {place.name: ask(place) for place in sorted(pathlib.Path(sys.argv[1]).iterdir()) if (place / "load.py").is_file()}
+answers = {}
+for place in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    if (place / "load.py").is_file():
+        answers[place.name] = ask(place)
 assert not any(name.split(".")[0] in ("ffm_secure", "defenses", "attacks") for name in sys.modules)
 print(json.dumps(answers))
 """
@@ -311,17 +317,35 @@ def page(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "# Exported models, loaded by others",
         "",
-        "Each cell is the largest difference of a logit, relative where it is above one, between a trained model here and its",
-        "`adapter/` folder loaded with the code of its own README by transformers and PEFT, in a process that never imports this",
-        "package. Four texts of unequal length (padded), or four pictures; random weights, every trained number moved away from",
-        "its start. *adapter*: PEFT on the base; *model*: the complete model in `model/`; *whole*: the folder itself is the model.",
-        "`own`: no stock class computes it, `ffm-secure predict` does; `-`: `plan` refuses this pair in one sentence.",
+        (
+            "Each cell is the largest difference of a logit, relative where it is above one, between a "
+            "trained model here and its"
+        ),
+        (
+            "`adapter/` folder loaded with the code of its own README by transformers and PEFT, in a "
+            "process that never imports this"
+        ),
+        (
+            "package. Four texts of unequal length (padded), or four pictures; random weights, every "
+            "trained number moved away from"
+        ),
+        (
+            "its start. *adapter*: PEFT on the base; *model*: the complete model in `model/`; *whole*: the "
+            "folder itself is the model."
+        ),
+        (
+            "`own`: no stock class computes it, `ffm-secure predict` does; `-`: `plan` "
+            "refuses this pair in one sentence."
+        ),
         "",
         f"| model, task | {' | '.join(columns)} |",
         f"|---{'|---' * len(columns)}|",
     ]
     lines += [
-        f"| {model}, {task.replace('_', ' ')} | {' | '.join(cells[model, task, column] for column in columns)} |"
+        (
+            f"| {model}, {task.replace('_', ' ')} | "
+            f"{' | '.join(cells[model, task, column] for column in columns)} |"
+        )
         for model, task in models
     ]
     largest = max((o.difference for o in outcomes if o.difference is not None), default=0.0)
@@ -329,7 +353,10 @@ def page(outcomes: Sequence[Outcome]) -> str:
     lines += ["", f"{loaded} exports loaded; the largest difference is {largest:.1e} (bound {BOUND:.0e})."]
     lines += [
         "",
-        "Written by `python -m benchmarks.exports`; a subset runs in the default tests, all of it in the slow ones.",
+        (
+            "Written by `python -m benchmarks.exports`; a subset runs in the default "
+            "tests, all of it in the slow ones."
+        ),
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,7 @@
 """Audit four runs that differ in nothing but their defence: none, local noise, secure aggregation, both.
 
-    python -m benchmarks.four_audits --json [--quick] [--budget quick|standard] [--task text|picture] [--page FILE]
-    python -m benchmarks.four_audits --join OUTPUT [OUTPUT ...] --page FILE
+    python -m benchmarks.four_audits --json [--quick] [--budget quick|standard] [--task text|picture] [--page
+    FILE] python -m benchmarks.four_audits --join OUTPUT [OUTPUT ...] --page FILE
  Each run of `examples/audit/` is trained and audited with the command's own functions. The table names, for
 every observer, the attacks that leaked, those that did not although their control passed, and counts the
 rest; beside it the processor and wall seconds of the audit alone. `--page` writes the same as a page of the
@@ -112,17 +112,18 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 HEAD = (
-    "| run | defence | observer, what it sees | leaked | not leaked, control passed | inconclusive / not tried / not applicable "
-    "| CPU / wall seconds |\n|---|---|---|---|---|---|---|"
+    "| run | defence | observer, what it sees | leaked | not leaked, control passed | "
+    "inconclusive / not tried / not applicable | CPU / wall seconds |\n|---|---|---|---|---|---|---|"
 )
 
 
 INTRODUCTION = """# Four audits
 
-The runs of `examples/audit/`, seed 7, tiny models built in code, each trained and audited four times with nothing changed but
-the defence. A number is the attack's score, cheap attacks the mean over draws of records and noise; *control* is the same attack on the
-undefended step, *as observed* the same attack on what the whole round really sends, with nothing granted. Attacks whose control fails
-prove nothing and are only counted. Seconds are those of the audit alone, which both observers share.
+The runs of `examples/audit/`, seed 7, tiny models built in code, each trained and audited four times with
+nothing changed but the defence. A number is the attack's score, cheap attacks the mean over draws of
+records and noise; *control* is the same attack on the undefended step, *as observed* the same attack on
+what the whole round really sends, with nothing granted. Attacks whose control fails prove nothing and are
+only counted. Seconds are those of the audit alone, which both observers share.
 """
 
 
@@ -135,7 +136,10 @@ def page(found: list[dict[str, Any]]) -> str:
         parts += [
             f"## Budget {budget}",
             "",
-            f"The slowest of the {len({(row['task'], row['defence']) for row in own})} audits took {slowest:.0f} seconds of wall time.",
+            (
+                f"The slowest of the {len({(row['task'], row['defence']) for row in own})} audits took "
+                f"{slowest:.0f} seconds of wall time."
+            ),
             "",
             f"```\npython -m benchmarks.four_audits --budget {budget} --json\n```",
             "",

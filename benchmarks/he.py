@@ -82,9 +82,13 @@ class Measurement:
         """Encrypt, load, add, save, open once, with a fresh key."""
         key = KeyHolder.generate(self.parameters, random=RandomSource.system())
         terms = Agreement(
-            run=key.run, round=0, length=self.vectors.shape[1], value_bound=BOUND, cohort=tuple(NAMES[:PARTIES]),
+            run=key.run,
+            round=0,
+            length=self.vectors.shape[1],
+            value_bound=BOUND,
+            cohort=tuple(NAMES[:PARTIES]),
             fewest=2,
-        )  # fmt: skip
+        )
         clients = [EncryptedClient(key, terms, person, roster=NAMES) for person in PEOPLE[:ADDED]]
         server = Accumulator(key.public_bundle(), terms, roster=NAMES)
         for name, client, vector in zip(NAMES, clients, self.vectors):
@@ -266,10 +270,14 @@ def agreement_of_backends(cases: int) -> dict[str, Any]:
         (2, 2**59 - 1),
     ]
     keys = {
-        each: [KeyHolder.generate(choose(scheme, parties=each[0], value_bound=each[1]), random=RandomSource.system())
-               for scheme in ("bfv", "ckks")]
+        each: [
+            KeyHolder.generate(
+                choose(scheme, parties=each[0], value_bound=each[1]), random=RandomSource.system()
+            )
+            for scheme in ("bfv", "ckks")
+        ]
         for each in settings
-    }  # fmt: skip
+    }
     for case in range(cases):
         most, bound = settings[case % len(settings)]
         count, length = int(generator.integers(1, most + 1)), int(generator.integers(1, 400))
@@ -359,13 +367,16 @@ def main() -> None:
     print(
         f"{PARTIES} parties agreed, {ADDED} added, |x| <= {BOUND}; CPU seconds per 1 M parameters, one thread"
     )
-    print(f"{'parameter set':<52} {'B/par up':>8} {'down':>6} {'enc+save':>8} {'load':>6} {'add':>6} {'decrypt':>7} "
-          f"{'max error':>9} {'bound':>8}")  # fmt: skip
+    print(
+        f"{'parameter set':<52} {'B/par up':>8} {'down':>6} {'enc+save':>8} {'load':>6} {'add':>6} "
+        f"{'decrypt':>7} {'max error':>9} {'bound':>8}"
+    )
     for name, row in rows.items():
         print(
             f"{name:<52} {row['bytes_per_parameter_up']:8.2f} {row['bytes_per_parameter_down']:6.2f} "
             f"{row['cpu_s_encrypt_save']:8.3f} {row['cpu_s_load']:6.3f} {row['cpu_s_add']:6.3f} "
-            f"{row['cpu_s_decrypt']:7.3f} {row['max_error_before_rounding']:9.2g} {row['error_bound'] or 0:8.2g}"
+            f"{row['cpu_s_decrypt']:7.3f} {row['max_error_before_rounding']:9.2g} "
+            f"{row['error_bound'] or 0:8.2g}"
         )
     agreement = agreement_of_backends(100 if quick else 1000)
     keys = wrapping()
@@ -377,8 +388,12 @@ def main() -> None:
         "benchmark": "he",
         "format": 1,
         "quick": quick,
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "tenseal": reason,
-                    "python": platform.python_version()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "tenseal": reason,
+            "python": platform.python_version(),
+        },
         "parameters": length,
         "rows": rows,
         "backends": agreement,
@@ -390,9 +405,10 @@ def main() -> None:
         "targets": {
             "bfv_bytes_per_parameter <= 4.0": ours["bytes_per_parameter_up"] <= 4.0,
             "bfv_encrypt_save_cpu_s <= 0.25": ours["cpu_s_encrypt_save"] <= 0.25,
-            "all sums exact": all(row.get("exact", True) for row in rows.values()) and agreement["differing"] == 0,
+            "all sums exact": all(row.get("exact", True) for row in rows.values())
+            and agreement["differing"] == 0,
         },
-    }  # fmt: skip
+    }
     print(json.dumps(result))
 
 

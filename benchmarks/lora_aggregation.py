@@ -105,7 +105,8 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     print(
-        "| privacy | split | rule | missed, share of the mean change | largest entry missed |\n|---|---|---|---|---|"
+        "| privacy | split | rule | missed, share of the mean change | "
+        "largest entry missed |\n|---|---|---|---|---|"
     )
     found = []
     for row in rows(quick=options.quick):

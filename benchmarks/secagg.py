@@ -120,13 +120,22 @@ def gather(
     degree = neighbours if neighbours is not None else count - 1
     colluders = count // 10
     parameters = SessionParameters(
-        run_id=source.random_bytes(16), round=1, mode=mode, graph="complete" if neighbours is None else "harary",
-        clients=count, neighbours=degree,
+        run_id=source.random_bytes(16),
+        round=1,
+        mode=mode,
+        graph="complete" if neighbours is None else "harary",
+        clients=count,
+        neighbours=degree,
         threshold=threshold or threshold_above(neighbours=degree, corrupted=colluders, mode=mode),
-        minimum_survivors=survivors, modulus_bits=modulus_bits, length=length, model_hash=NAME,
-        roster=Roster.issue(operator, [person.public_key for person in people], federation="bench", serial=0, expires=1),
+        minimum_survivors=survivors,
+        modulus_bits=modulus_bits,
+        length=length,
+        model_hash=NAME,
+        roster=Roster.issue(
+            operator, [person.public_key for person in people], federation="bench", serial=0, expires=1
+        ),
         **HASHES,
-    )  # fmt: skip
+    )
     honest = min(3, survivors - colluders)
     policy = ClientPolicy(
         operator=operator.public_key, federation="bench", run_id=parameters.run_id, colluders=colluders,
@@ -135,8 +144,16 @@ def gather(
     return parameters, policy, people, source
 
 
-def measure_session(count: int, length: int, lost: int, *, mode: Mode = "active", modulus_bits: int = 32,
-                    neighbours: int | None = None, threshold: int | None = None) -> dict[str, Any]:  # fmt: skip
+def measure_session(
+    count: int,
+    length: int,
+    lost: int,
+    *,
+    mode: Mode = "active",
+    modulus_bits: int = 32,
+    neighbours: int | None = None,
+    threshold: int | None = None,
+) -> dict[str, Any]:
     """Play one session with clients lost after they dealt their shares; book time and bytes to each party."""
     parameters, policy, people, source = gather(
         count, length, mode=mode, modulus_bits=modulus_bits, survivors=count - lost, neighbours=neighbours,
@@ -199,13 +216,23 @@ def measure_session(count: int, length: int, lost: int, *, mode: Mode = "active"
     )  # docs/secagg.md, messages R0 to R4
     times = sorted(spent[session.id] for session in staying)
     return {
-        "clients": count, "length": length, "lost": lost, "mode": mode, "neighbours": parameters.neighbours,
-        "threshold": parameters.threshold, "modulus_bits": modulus_bits,
-        "client_seconds": statistics.median(times), "client_seconds_slowest": times[-1], "server_seconds": served,
+        "clients": count,
+        "length": length,
+        "lost": lost,
+        "mode": mode,
+        "neighbours": parameters.neighbours,
+        "threshold": parameters.threshold,
+        "modulus_bits": modulus_bits,
+        "client_seconds": statistics.median(times),
+        "client_seconds_slowest": times[-1],
+        "server_seconds": served,
         "client_stage_seconds": {name: statistics.median(values) for name, values in stages.items()},
-        "bytes_up": up, "bytes_down": down, "bytes_up_per_parameter": payload / length,
-        "control_bytes_up": up - payload, "control_bytes_up_stated": stated,
-    }  # fmt: skip
+        "bytes_up": up,
+        "bytes_down": down,
+        "bytes_up_per_parameter": payload / length,
+        "control_bytes_up": up - payload,
+        "control_bytes_up_stated": stated,
+    }
 
 
 # Beside a peer
@@ -346,13 +373,22 @@ def measure_peer(python: str, length: int, neighbours: int, repeats: int) -> dic
         }  # fmt: skip
     lanes = lanes_of(neighbours)
     return {
-        "peer": facts["peer"], "length": length, "neighbours": neighbours, "shares": dealers, "threshold": threshold,
-        "value_bits": 16, "lanes": lanes.count, "lane_bits": lanes.width, "work": rows,
+        "peer": facts["peer"],
+        "length": length,
+        "neighbours": neighbours,
+        "shares": dealers,
+        "threshold": threshold,
+        "value_bits": 16,
+        "lanes": lanes.count,
+        "lane_bits": lanes.width,
+        "work": rows,
         "bytes_per_parameter": {
-            "ours": 8 * lanes.words(length) / length, "ours_without_lanes": 4.0, "peer": facts["bytes_per_parameter"],
+            "ours": 8 * lanes.words(length) / length,
+            "ours_without_lanes": 4.0,
+            "peer": facts["bytes_per_parameter"],
         },
         "share_message_bytes": {"ours": 86, "peer": facts["share_message_bytes"]},
-    }  # fmt: skip
+    }
 
 
 # Output
@@ -374,16 +410,18 @@ def show(results: dict[str, Any]) -> None:
     """Print the tables."""
     for row in results["masking"]:
         print(
-            f"mask {row['length']:>11,} uint32, {row['neighbours']:>3} neighbours: {row['masking_seconds'] * 1e3:7.1f} ms, "
-            f"{row['masking_gigabytes_per_second']:.2f} GB/s; keystream alone {row['keystream_gigabytes_per_second']:.2f} "
-            f"GB/s; share {row['share_of_keystream_rate']:.0%} (median of pairs {row['share_median_of_pairs']:.0%})"
+            f"mask {row['length']:>11,} uint32, {row['neighbours']:>3} neighbours: "
+            f"{row['masking_seconds'] * 1e3:7.1f} ms, {row['masking_gigabytes_per_second']:.2f} GB/s; "
+            f"keystream alone {row['keystream_gigabytes_per_second']:.2f} GB/s; share "
+            f"{row['share_of_keystream_rate']:.0%} (median of pairs {row['share_median_of_pairs']:.0%})"
         )
     for row in results["sessions"]:
         print(
-            f"{row['clients']:>5} clients, k = {row['neighbours']}, t = {row['threshold']}, {row['length']:,} parameters, "
-            f"{row['lost']} lost: client {row['client_seconds']:.3f} s (slowest {row['client_seconds_slowest']:.3f}), "
-            f"server {row['server_seconds']:.2f} s; up {row['bytes_up']:,} bytes of which control "
-            f"{row['control_bytes_up']:,} ({row['control_bytes_up_stated']:,} stated), down {row['bytes_down']:,}"
+            f"{row['clients']:>5} clients, k = {row['neighbours']}, t = {row['threshold']}, "
+            f"{row['length']:,} parameters, {row['lost']} lost: client {row['client_seconds']:.3f} s "
+            f"(slowest {row['client_seconds_slowest']:.3f}), server {row['server_seconds']:.2f} s; up "
+            f"{row['bytes_up']:,} bytes of which control {row['control_bytes_up']:,} "
+            f"({row['control_bytes_up_stated']:,} stated), down {row['bytes_down']:,}"
         )
     if "side_by_side" in results:
         peer = results["side_by_side"]
@@ -395,7 +433,8 @@ def show(results: dict[str, Any]) -> None:
                 f"x{row['peer_over_ours_median']:.1f})"
             )
         print(
-            f"  bytes per parameter: {peer['bytes_per_parameter']}; per share message: {peer['share_message_bytes']}"
+            f"  bytes per parameter: {peer['bytes_per_parameter']}; per share message: "
+            f"{peer['share_message_bytes']}"
         )
 
 

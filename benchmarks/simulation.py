@@ -99,8 +99,9 @@ def main() -> None:
     )
     for row in rows:
         print(
-            f"{row['clients']:>8} {row['round_seconds']:>9.2f} {100 * row['client_share']:>10.1f} {100 * row['evaluation_share']:>13.1f} "
-            f"{100 * row['loop_share']:>8.2f} {row['peak_mebibytes']:>9.0f}"
+            f"{row['clients']:>8} {row['round_seconds']:>9.2f} {100 * row['client_share']:>10.1f} "
+            f"{100 * row['evaluation_share']:>13.1f} {100 * row['loop_share']:>8.2f} "
+            f"{row['peak_mebibytes']:>9.0f}"
         )
     growth = rows[-1]["peak_mebibytes"] / rows[0]["peak_mebibytes"]
     print(f"peak memory at {sizes[-1]} clients over {sizes[0]}: {growth:.3f}")

@@ -129,7 +129,7 @@ def noise_audits(count: int) -> Iterator[Audit]:
         yield Audit(name=f"{kind} noise, {make}", seen=seen, model=model, truth=truth, unused=unused)
 
 
-# -------------------------------------------------------------------------------------------------------------- guessing
+# --------------------------------------------------------------------------------------------------- guessing
 
 
 def _guesser(name: str, say: Callable[[int], tuple[Item, ...]]) -> Attack:
@@ -150,22 +150,32 @@ def guessers(kind: str, size: int, classes: int, seed: int) -> tuple[Attack, ...
     """Return guesses of every kind: frequent words of other texts, likely label counts, usual pictures."""
     attacks = [
         _guesser("even labels", lambda _: (_counts(np.full(classes, size / classes)),)),
-        _guesser("drawn labels", lambda n: (_counts(np.random.default_rng(n).multinomial(size, np.full(classes, 1 / classes))),)),
+        _guesser(
+            "drawn labels",
+            lambda n: (_counts(np.random.default_rng(n).multinomial(size, np.full(classes, 1 / classes))),),
+        ),
         _guesser("one label", lambda n: (_counts(np.eye(classes)[n % classes] * size),)),
-    ]  # fmt: skip
+    ]
     if kind == "vision":
         public = pictures(64, seed + WARM)
         attacks += [
             _guesser("mean picture", lambda _: (Item(kind="image", value=public.mean(0)),)),
-            _guesser("other pictures", lambda n: tuple(Item(kind="image", value=public[(n + i) % 64]) for i in range(size))),
-        ]  # fmt: skip
+            _guesser(
+                "other pictures",
+                lambda n: tuple(Item(kind="image", value=public[(n + i) % 64]) for i in range(size)),
+            ),
+        ]
         return tuple(attacks)
     flat = texts(64, seed + WARM).flatten()
     frequent = flat.bincount(minlength=VOCABULARY).argsort(descending=True)
     for share in (2, 4, 6):
         words = frequent[: share * size]
         attacks.append(_guesser(f"{share} frequent words a text", lambda _, words=words: (_words(words),)))
-        attacks.append(_guesser(f"{share} drawn words a text", lambda n, share=share: (_words(_drawn(flat, share * size, n)),)))  # fmt: skip
+        attacks.append(
+            _guesser(
+                f"{share} drawn words a text", lambda n, share=share: (_words(_drawn(flat, share * size, n)),)
+            )
+        )
     return tuple(attacks)
 
 
@@ -194,7 +204,7 @@ def guessing_audits(count: int) -> Iterator[tuple[Audit, tuple[Attack, ...]]]:
         yield audit, guessers(make, size, classes, seed)
 
 
-# ------------------------------------------------------------------------------------------------------------ undefended
+# ------------------------------------------------------------------------------------------------- undefended
 
 
 def undefended_audits(count: int) -> Iterator[Audit]:
@@ -253,7 +263,7 @@ def _sent(
     ), truth
 
 
-# ------------------------------------------------------------------------------------------------------ sums over rounds
+# ------------------------------------------------------------------------------------------- sums over rounds
 
 
 def cohort_rows(seeds: int) -> Iterator[str]:
@@ -308,7 +318,7 @@ def _rounds(seed: int, noise: float) -> tuple[list[OpenedSum], dict[int, int], l
     return sums, owners, scores
 
 
-# ---------------------------------------------------------------------------------------------------------- lower bounds
+# ----------------------------------------------------------------------------------------------- lower bounds
 
 
 def bound_rows(runs: int) -> Iterator[str]:
@@ -331,7 +341,7 @@ def bound_rows(runs: int) -> Iterator[str]:
             )
 
 
-# --------------------------------------------------------------------------------------------------------------- running
+# ---------------------------------------------------------------------------------------------------- running
 
 
 def audited(audit: Audit, attacks: Sequence[Attack] = ()) -> tuple[Examined, ...]:
@@ -377,7 +387,10 @@ def outcome(name: str, audits: Iterable[tuple[Audit, tuple[Attack, ...]]], *, sh
         count, held = count + 1, held + bool(told)
         names.update(one.attack for one in told)
         if show and bool(told) != name.startswith("undefended"):
-            print(f"# {name} {count - 1}: {audit.name}, truth {audit.truth is not None}:", *(f"{one.attack} {one.judgement}" for one in told))  # fmt: skip
+            print(
+                f"# {name} {count - 1}: {audit.name}, truth {audit.truth is not None}:",
+                *(f"{one.attack} {one.judgement}" for one in told),
+            )
     return Outcome(name=name, audits=count, leaked=held, names=names, seconds=time.process_time() - began)
 
 

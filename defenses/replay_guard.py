@@ -220,7 +220,8 @@ class ReplayGuard:
             descriptor = os.open(str(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             raise ParameterError(
-                f"{path}: no such file. This identity's memory of past rounds is lost: make a new identity with a new guard"
+                f"{path}: no such file. This identity's memory of past rounds is lost: make "
+                "a new identity with a new guard"
             ) from None
         with os.fdopen(descriptor, "rb") as file:
             about = os.fstat(file.fileno())

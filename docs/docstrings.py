@@ -1,7 +1,7 @@
 """Shape docstrings for the site: each promise becomes a paragraph of its own, each example a block of code.
 
-A docstring here is plain text: a first line, prose, then lines that begin with `Guarantee:`, `Assumes:`, `Raises:` or
-`Source:`. Markdown would run these lines together and take `>>>` for a quotation.
+A docstring here is plain text: a first line, prose, then lines that begin with `Guarantee:`, `Assumes:`,
+`Raises:` or `Source:`. Markdown would run these lines together and take `>>>` for a quotation.
 """
 
 from __future__ import annotations

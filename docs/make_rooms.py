@@ -3,8 +3,8 @@
 Run: python docs/make_rooms.py    prints rooms, floors and arrows, of folders and of files
 `docs/make_site.py` puts the picture and the table on a page of the site.
 
-A room is a folder, or a file that stands alone. It is drawn above every room that it imports; its floor is the length
-of the longest way down.
+A room is a folder, or a file that stands alone. It is drawn above every room that it imports; its floor is
+the length of the longest way down.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def rooms(modules: Graph) -> Graph:
 
 
 def floors(graph: Graph) -> dict[str, int]:
-    """Return the floor of every room; rooms that import each other in a circle share the highest one they can reach."""
+    """Return the floor of every room;
+    rooms that import each other in a circle share the highest one they can reach.
+    """
     heights = dict.fromkeys(graph, 0)
     for _ in graph:
         raised = {
@@ -165,14 +167,16 @@ def svg(graph: Graph) -> str:
         for other in sorted(below):
             other_left, other_top, other_width = places[other]
             parts.append(
-                f'<line x1="{left + width / 2:.1f}" y1="{top + BOX_HEIGHT}" x2="{other_left + other_width / 2:.1f}" '
-                f'y2="{other_top}" stroke="#9a9996" stroke-width="1"/>'
+                f'<line x1="{left + width / 2:.1f}" y1="{top + BOX_HEIGHT}" '
+                f'x2="{other_left + other_width / 2:.1f}" y2="{other_top}" '
+                'stroke="#9a9996" stroke-width="1"/>'
             )
     for room, (left, top, width) in places.items():
         colour = SIDES[side_of(room, heights)][0]
         parts.append(
-            f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="{BOX_HEIGHT}" rx="5" fill="{colour}"/>'
-            f'<text x="{left + width / 2:.1f}" y="{top + 22}" fill="#ffffff" text-anchor="middle">'
+            f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="{BOX_HEIGHT}" rx="5" '
+            f'fill="{colour}"/><text x="{left + width / 2:.1f}" y="{top + 22}" fill="#ffffff" '
+            'text-anchor="middle">'
             f"{html.escape(room)}</text>"
         )
     left = float(MARGIN)
@@ -192,9 +196,11 @@ def page(graph: Graph, modules: Graph) -> str:
     lines = [
         "# The rooms as built",
         "",
-        f"Made from the imports of the code: {folders.rooms} rooms on {folders.floors} floors with {folders.arrows} arrows, "
-        f"{single.rooms} files on {single.floors} floors with {single.arrows} arrows. A room stands above what it imports; "
-        "an arrow that a longer way implies is not drawn.",
+        (
+            f"Made from the imports of the code: {folders.rooms} rooms on {folders.floors} floors with "
+            f"{folders.arrows} arrows, {single.rooms} files on {single.floors} floors with {single.arrows} "
+            "arrows. A room stands above what it imports; an arrow that a longer way implies is not drawn."
+        ),
         "",
         "![rooms in rows, the loop and the command line above, records and configuration below](rooms.svg)",
         "",

@@ -11,10 +11,12 @@ from ffm_secure.config.run_file import RunConfig
 
 HEAD = """# The run file
 
-One TOML file describes one run. It is inert data: no code, no dotted paths. Every problem is reported at once, with name, value, bound
-and a suggestion. `--set section.key=value` overrides any key and is checked like the file. The effective file is stored with the run.
+One TOML file describes one run. It is inert data: no code, no dotted paths. Every problem is reported at
+once, with name, value, bound and a suggestion. `--set section.key=value` overrides any key and is checked
+like the file. The effective file is stored with the run.
 
-`[privacy]` and `[protection]` have no default: what protects people is said, never assumed. `[speed]` cannot change epsilon.
+`[privacy]` and `[protection]` have no default: what protects people is said, never assumed. `[speed]`
+cannot change epsilon.
 """
 
 

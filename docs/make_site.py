@@ -2,8 +2,9 @@
 
 Run: python docs/make_site.py [--without-notebooks], then: mkdocs build --strict --config-file build/site.yml
 
-The hand-written pages are copied, one page of reference is made for every module that has something public, and the
-notebooks are executed and rendered. MkDocs is handed plain Markdown, so another generator can take its place.
+The hand-written pages are copied, one page of reference is made for every module that has something public,
+and the notebooks are executed and rendered. MkDocs is handed plain Markdown, so another generator can take
+its place.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def title(page: Path) -> str:
 
 
 def with_titles(text: str) -> str:
-    """Write the file name of a block (after three backticks: language, name) as the title that MkDocs expects."""
+    """Write the file name of a block (after three backticks:
+    language, name) as the title that MkDocs expects.
+    """
     return re.sub(r"^```(\w+) ([\w./-]+)$", r'```\1 title="\2"', text, flags=re.MULTILINE)
 
 

@@ -36,10 +36,26 @@ if TYPE_CHECKING:
 _LAZY = {"Result": "api", "Run": "api", "load": "api"}
 
 __all__ = [
-    "AuditFinding", "AuditSummary", "BudgetExhausted", "ConfigError", "DataError", "FfmError", "Interrupted", "ModelError",
-    "PlanRefused", "PlanSummary", "PrivacyStatement", "Result", "RoundRecord", "Run", "RunConfig", "RunSummary", "StoreError",
-    "audit", "load",
-]  # fmt: skip
+    "AuditFinding",
+    "AuditSummary",
+    "BudgetExhausted",
+    "ConfigError",
+    "DataError",
+    "FfmError",
+    "Interrupted",
+    "ModelError",
+    "PlanRefused",
+    "PlanSummary",
+    "PrivacyStatement",
+    "Result",
+    "RoundRecord",
+    "Run",
+    "RunConfig",
+    "RunSummary",
+    "StoreError",
+    "audit",
+    "load",
+]
 
 
 def audit(result: Result | str | Path, *, budget: str = "quick", data: object = None) -> AuditSummary:

@@ -105,7 +105,10 @@ class Run:
 
     def __repr__(self) -> str:
         task, federation_ = self.config.task, self.config.federation
-        return f"<Run {self.config.name}: {task.kind}, {task.clients} owners, {federation_.rounds} rounds in {self.folder}>"
+        return (
+            f"<Run {self.config.name}: {task.kind}, {task.clients} owners, "
+            f"{federation_.rounds} rounds in {self.folder}>"
+        )
 
     def plan(self) -> PlanSummary:
         """Say what the run would train, send, spend and reveal; trains nothing."""
@@ -244,7 +247,9 @@ class Run:
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = (), *, runs: str | Path = "runs") -> Run:
-    """Read a run file; a relative path in it is looked up in the current folder first, then beside the file."""
+    """Read a run file; a relative path in it is looked up in the current folder first,
+    then beside the file.
+    """
     path = Path(path)
     return place(run_file.load(path, tuple(overrides)), base=path.resolve().parent, runs=Path(runs))
 

@@ -97,12 +97,13 @@ def run(
             callback.round_finished(record)
             if should_stop() and len(records) < total:
                 raise Interrupted(
-                    f"stopped after round {len(records)}, which cost nothing beyond it; run the same command again to continue"
+                    f"stopped after round {len(records)}, which cost nothing beyond it; run the same "
+                    "command again to continue"
                 )
     except KeyboardInterrupt:
         raise Interrupted(
             f"stopped after round {len(records)}, inside the next: whoever had paid for it has paid "
-            f"({server.spec.config.privacy.spare_rounds} spare attempts in all, privacy.spare_rounds); run the same command "
-            "again to continue"
+            f"({server.spec.config.privacy.spare_rounds} spare attempts in all, privacy.spare_rounds); run "
+            "the same command again to continue"
         ) from None
     return TrainingResult(state=state, records=records, status="complete")

@@ -1,4 +1,6 @@
-"""What everybody agrees on before the first round: the server and every site hold the same; no data is in it."""
+"""What everybody agrees on before the first round: the server and every site hold the same;
+no data is in it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Fixtures every room shares: the optional data folder, one-thread torch, real assets only where they are asked for."""
+"""Fixtures every room shares: the optional data folder, one-thread torch,
+real assets only where they are asked for.
+"""
 
 from __future__ import annotations
 

@@ -123,7 +123,10 @@ def test_every_decision_has_a_number_of_its_own() -> None:
 
 
 def test_a_file_that_moved_is_caught() -> None:
-    text = "`defenses/dp/clip.py`, `defenses/dp/clop.py`, `python -m benchmarks.he`, `defenses.dp.clip.clop`, `docs/he.md`"
+    text = (
+        "`defenses/dp/clip.py`, `defenses/dp/clop.py`, `python -m benchmarks.he`, "
+        "`defenses.dp.clip.clop`, `docs/he.md`"
+    )
     assert gone(text) == ["defenses/dp/clop.py", "defenses.dp.clip.clop"]
 
 

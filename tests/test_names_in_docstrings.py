@@ -1,4 +1,6 @@
-"""A name that a docstring shows in backticks exists: in the code beside it, in what a file imports, or as a file."""
+"""A name that a docstring shows in backticks exists:
+in the code beside it, in what a file imports, or as a file.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def documented(tree: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.Functi
 
 
 def names_in_code(tree: ast.AST) -> Iterator[str]:
-    """Yield every identifier a file spells, and its strings of one word (kinds, keys, file names), docstrings left out."""
+    """Yield every identifier a file spells, and its strings of one word (kinds, keys, file names),
+    docstrings left out.
+    """
     docstrings = {
         id(node.body[0].value)
         for node in documented(tree)
@@ -103,5 +107,8 @@ def test_names_in_docstrings_exist(package: str) -> None:
 
 
 def test_a_name_that_is_gone_is_caught() -> None:
-    text = "See `clip_vector`, ``Clipping.factors()``, `defenses/dp/clip.py`, `code_for` and `defenses/dp/clop.py`."
+    text = (
+        "See `clip_vector`, ``Clipping.factors()``, `defenses/dp/clip.py`, `code_for` and "
+        "`defenses/dp/clop.py`."
+    )
     assert missing(text, known()) == ["code_for", "defenses/dp/clop.py"]

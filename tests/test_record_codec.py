@@ -1,4 +1,6 @@
-"""The one codec of records: nothing is lost, one record has one spelling, and what does not fit is refused by name."""
+"""The one codec of records: nothing is lost, one record has one spelling,
+and what does not fit is refused by name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The site: every page has a place in it, docstrings keep their form, the picture of the rooms is of this code."""
+"""The site: every page has a place in it, docstrings keep their form,
+the picture of the rooms is of this code.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,10 @@ def test_promises_and_examples_of_a_docstring_keep_their_form(monkeypatch: pytes
     stand_in.__dict__.update(Extension=object, Object=SimpleNamespace, Module=SimpleNamespace)
     monkeypatch.setitem(sys.modules, "griffe", stand_in)
     as_markdown = script("docstrings", monkeypatch).as_markdown
-    text = "Count.\n\nGuarantee: never\nless than 0.\nSource: counting.\n\n>>> count([1])\n1\n\nTwo kinds:\n- one\n- two"
+    text = (
+        "Count.\n\nGuarantee: never\nless than 0.\nSource: counting.\n\n>>> count([1])\n1\n\nTwo "
+        "kinds:\n- one\n- two"
+    )
     assert re.split(r"\n{2,}", as_markdown(text)) == [
         "Count.",
         "**Guarantee.** never\nless than 0.",

@@ -1,4 +1,6 @@
-"""Every stage of a foundation model's life goes through every command: plan, run, the same again, audit, ledger, report."""
+"""Every stage of a foundation model's life goes through every command:
+plan, run, the same again, audit, ledger, report.
+"""
 
 from __future__ import annotations
 

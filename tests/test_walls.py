@@ -183,7 +183,7 @@ def test_nothing_of_a_site_hangs_on_the_server(protection: str, tmp_path: Path) 
 
 def test_the_walk_finds_what_does_hang_on_the_server(tmp_path: Path) -> None:
     ready = simulation.build(prepared(make(privacy=RECORD)), tmp_path)
-    ready.server.run_id = ready.sites[0]  # type: ignore[assignment]
+    ready.server.run_id = ready.sites[0]
     assert any(isinstance(thing, Site) for thing in hanging_on(ready.server))
     assert any(isinstance(thing, torch.Tensor) for thing in hanging_on(ready.server))
 

@@ -1,4 +1,6 @@
-"""The page about a messy table is what happens: its commands are run in order, and what it shows is what comes out."""
+"""The page about a messy table is what happens:
+its commands are run in order, and what it shows is what comes out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Try an installed copy of the package from outside the checkout: imports, data files, a command, a run of two rounds.
+"""Try an installed copy of the package from outside the checkout: imports, data files, a command, a run of
+two rounds.
 
 Not a test of the suite: `make dist` runs it with the unpacked wheel first on the path.
 """
@@ -44,7 +45,8 @@ def main() -> None:
     check_files()
     check_run()
     print(
-        f"ffm-secure {importlib.metadata.version('ffm-secure')} works from its wheel, Python {sys.version.split()[0]}"
+        f"ffm-secure {importlib.metadata.version('ffm-secure')} works from its wheel, Python "
+        f"{sys.version.split()[0]}"
     )
 
 

@@ -51,7 +51,9 @@ class ImprintBlock(nn.Module):
 
 
 class Imprinted(nn.Module):
-    """A model with an imprint block in front: a changed architecture, as the broadcast of a malicious server."""
+    """A model with an imprint block in front:
+    a changed architecture, as the broadcast of a malicious server.
+    """
 
     def __init__(self, block: ImprintBlock, model: nn.Module) -> None:
         super().__init__()
@@ -194,7 +196,7 @@ def _in_range(found: Tensor, prior: Prior) -> Tensor:
     return found[inside]
 
 
-# -------------------------------------------------------------------------------------------------------- trap weights
+# ----------------------------------------------------------------------------------------------- trap weights
 
 
 def craft_trap(
@@ -203,8 +205,8 @@ def craft_trap(
     """Return a copy whose first linear layer fires for few inputs, so that single inputs stand alone on a
     neuron.
 
-    Half of each row (random places) is -|g|, the other half the same draws, permuted and scaled; each neuron's scale is
-    set so that it fires for `share` of the public inputs (n, ...) that reach the layer.
+    Half of each row (random places) is -|g|, the other half the same draws, permuted and scaled; each
+    neuron's scale is set so that it fires for `share` of the public inputs (n, ...) that reach the layer.
     """
     crafted = copy.deepcopy(model)
     name = layer or next(iter(linear_modules(crafted)))
@@ -247,7 +249,7 @@ def _trap(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- fishing
+# ---------------------------------------------------------------------------------------------------- fishing
 
 
 def head_name(model: nn.Module) -> str:
@@ -361,7 +363,7 @@ def _fish_by_matching(
     return invert_images(single, private, prior, budget, seed, settings=MODERN)
 
 
-# ------------------------------------------------------------------------------------------------- gradient suppression
+# --------------------------------------------------------------------------------------- gradient suppression
 
 
 def craft_suppression(model: nn.Module, *, layer: str | None = None) -> nn.Module:

@@ -77,7 +77,7 @@ def _plain_norms(model: nn.Module, prefix: str) -> None:
             module.bias.zero_()
 
 
-# ------------------------------------------------------------------------------------------------- adapters (PEFTLeak)
+# ---------------------------------------------------------------------------------------- adapters (PEFTLeak)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +266,7 @@ def _grouped(
     return images
 
 
-# ------------------------------------------------------------------------------------------------------ LoRA (MineGrad)
+# -------------------------------------------------------------------------------------------- LoRA (MineGrad)
 
 
 def craft_lora_leak(model: nn.Module, *, skew: float = 50.0) -> nn.Module:
@@ -383,7 +383,7 @@ def _decode(row: Tensor, words: Tensor, place: int, model: nn.Module) -> tuple[i
     return (int(token), float(value)) if float(value) > 0.9 else None
 
 
-# ------------------------------------------------------------------------------------------------------- prompt pools
+# ----------------------------------------------------------------------------------------------- prompt pools
 
 
 def craft_prompt_keys(keys: Tensor, targets: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:
@@ -411,7 +411,9 @@ def craft_prompt_keys(keys: Tensor, targets: Tensor, public: Tensor) -> tuple[Te
 
 
 def slot_scores(update: Tensor, slots: Sequence[int] | Tensor) -> Tensor:
-    """Return how far each planted slot of a pool's prompts (n, length, d) moved: zero when nobody chose it."""
+    """Return how far each planted slot of a pool's prompts (n, length, d) moved:
+    zero when nobody chose it.
+    """
     moved: Tensor = update.flatten(1).norm(dim=1)
     return moved[torch.as_tensor(slots)]
 

@@ -149,7 +149,9 @@ def _decode(states: Tensor, words: Tensor, places: Tensor) -> tuple[Tensor, Tens
 
 
 def _sentences(tokens: Tensor, where: Tensor, codes: Tensor, *, tolerance: float = 1e-2) -> list[Tensor]:
-    """Group states with equal codes; return one row of ids per sentence, -1 where a place was not recovered."""
+    """Group states with equal codes;
+    return one row of ids per sentence, -1 where a place was not recovered.
+    """
     left = list(range(len(tokens)))
     texts = []
     while left:

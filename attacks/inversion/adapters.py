@@ -6,6 +6,8 @@ hidden states are matched with the vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +78,7 @@ def _tokens_of(model: nn.Module, channel: Channel, quotients: Tensor, vocabulary
     longest = int(getattr(getattr(model, "config", None), "max_position_embeddings", 1) or 1)
     for place in range(min(longest, 8)):
         ids = torch.arange(vocabulary)[:, None].expand(-1, place + 1)
-        captured = capture_inputs(module, lambda ids=ids: run_tokens(model, ids))  # type: ignore[misc]
+        captured = capture_inputs(module, partial(run_tokens, model, ids))
         if channel.name not in captured or captured[channel.name].ndim != 3:
             return set()
         nearest, distance = decode(quotients, captured[channel.name][:, -1])
@@ -91,5 +93,6 @@ def adapter_readout() -> Attack:
         family="linear",
         attempt=_attempt,
         requires=("model",),
-        summary="hidden states, and tokens where they are unmixed, from the bias trick on bottleneck adapters",
+        summary="hidden states, and tokens where they are unmixed, from the "
+        "bias trick on bottleneck adapters",
     )

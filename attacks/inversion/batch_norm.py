@@ -133,5 +133,6 @@ def batch_statistics() -> Attack:
         family="linear",
         attempt=_attempt,
         requires=("model",),
-        summary="means of every normalised layer and the mean colour, from the running statistics of a client in training mode",
+        summary="means of every normalised layer and the mean colour, from the running statistics of a "
+        "client in training mode",
     )

@@ -232,7 +232,9 @@ def end_token(model: nn.Module) -> int | None:
 
 
 def ended(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return texts (n, t) that close with the end token a model's head looks for, and hold it nowhere else."""
+    """Return texts (n, t) that close with the end token a model's head looks for,
+    and hold it nowhere else.
+    """
     end = end_token(model)
     if end is None:
         return ids

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +164,7 @@ def text_frame(observation: Observation, model: nn.Module) -> TextFrame:
     Raises: NotApplicable when neither the lengths nor a trained position embedding tell how long the text is.
     """
     count, name = cohort_size(observation), token_embedding(model)
-    rows = model.get_submodule(name).weight.detach().float()  # type: ignore[union-attr, operator]
+    rows = cast(Tensor, model.get_submodule(name).weight).detach().float()
     config = getattr(model, "config", None)
     padding = getattr(config, "pad_token_id", None) or 0
     allowed = torch.ones(len(rows), dtype=torch.bool)
@@ -280,7 +282,8 @@ def nearest_tokens(
     best, tokens = embeddings.new_empty(count, length, 0), torch.empty(count, length, 0, dtype=torch.long)
     for part in torch.split(ids, chunk):
         words = part[:, None].expand(-1, length)
-        rows = capture_inputs({name: module}, lambda words=words: _call(model, words))[name][:, -length:]  # type: ignore[misc]
+        captured = capture_inputs({name: module}, partial(run_tokens, model, words))
+        rows = captured[name][:, -length:]
         likeness = torch.einsum("btd,vtd->btv", ours, nn.functional.normalize(rows, dim=-1))
         best = torch.cat([best, likeness], dim=-1)
         tokens = torch.cat([tokens, part.expand(count, length, -1)], dim=-1)
@@ -292,7 +295,9 @@ def nearest_tokens(
 def token_misfit(
     problem: Problem, frame: TextFrame, settings: Settings, tokens: Tensor, targets: Tensor
 ) -> float:
-    """Return how badly the update of real tokens (b, t) fits the observed one: 0 when they are the client's."""
+    """Return how badly the update of real tokens (b, t) fits the observed one:
+    0 when they are the client's.
+    """
     grads, _ = update_of(problem, frame.rows[tokens], targets, keep_graph=False)
     return float(
         misfit(
@@ -339,10 +344,6 @@ def exchange_tokens(
         if best >= before * (1 - 1e-6):
             break
     return tokens, best
-
-
-def _call(model: nn.Module, ids: Tensor) -> object:
-    return run_tokens(model, ids)
 
 
 def as_sequences(tokens: Tensor, frame: TextFrame, confidence: float) -> tuple[Item, ...]:
@@ -432,7 +433,9 @@ def tag() -> Attack:
 
 
 def text_matching() -> Attack:
-    """Return cosine matching per tensor on embeddings: the strongest choice for LoRA and prompt-only updates."""
+    """Return cosine matching per tensor on embeddings:
+    the strongest choice for LoRA and prompt-only updates.
+    """
     return _preset(
         "text_matching", COSINE, "text by cosine matching of embeddings, whatever part of the model is shared"
     )

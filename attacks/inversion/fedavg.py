@@ -33,7 +33,9 @@ from attacks.observation import Observation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalRun:
-    """What the client did: SGD with `rate`, `epochs` passes over `examples` examples in batches of `batch`."""
+    """What the client did: SGD with `rate`,
+    `epochs` passes over `examples` examples in batches of `batch`.
+    """
 
     rate: float
     epochs: int
@@ -309,5 +311,6 @@ def surrogate() -> Attack:
         family="fedavg",
         attempt=_surrogate,
         requires=("model", "image_shape", "batch_size"),
-        summary="images behind several local steps, by matching the update's direction at a point on its path",
+        summary="images behind several local steps, by matching the update's "
+        "direction at a point on its path",
     )

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 
 class _Switch(torch.autograd.Function):
-    """One where a value is positive, else zero; its derivative is a parabola's density of the told deviation."""
+    """One where a value is positive, else zero;
+    its derivative is a parabola's density of the told deviation.
+    """
 
     @staticmethod
     def forward(context: Any, values: Tensor, width: float) -> Tensor:

@@ -74,7 +74,8 @@ def find_head(observation: Observation, model: nn.Module) -> Head:
         raise NotApplicable("the last linear layer was not trained, so its gradient was not observed")
     if not view.scaled:
         raise NotApplicable(
-            "the update's scale is unknown: label counts need plain SGD with known rate and steps, or a gradient"
+            "the update's scale is unknown: label counts need plain SGD with "
+            "known rate and steps, or a gradient"
         )
     batch = observation.known("batch_size")
     if not batch:
@@ -316,7 +317,8 @@ def _bounds(head: Head, deadline: Deadline) -> tuple[Tensor, Tensor]:
         least = least_counts(head.bias, head.examples)
     if int(least.sum()) > 2 * head.examples + head.classes:
         raise NotApplicable(
-            f"the head's gradient is larger than {head.examples} examples can cause: it is scaled, or there were more"
+            f"the head's gradient is larger than {head.examples} examples can cause: "
+            "it is scaled, or there were more"
         )
     possible = possible_labels(head.weight, head.examples, deadline)
     if possible is None:

@@ -118,17 +118,13 @@ def fit_inverter(
     """
     features, (_, batch, size) = components(simulated.updates), simulated.inputs.shape
     cut = max(1, int(held_out * len(features)))
-    network = nn.Sequential(
-        nn.Linear(features.shape[1], _HIDDEN),
-        nn.GELU(),
-        nn.Linear(_HIDDEN, _HIDDEN),
-        nn.GELU(),
-        nn.Linear(_HIDDEN, batch * size),
-    )
+    first, second = nn.Linear(features.shape[1], _HIDDEN), nn.Linear(_HIDDEN, _HIDDEN)
+    last = nn.Linear(_HIDDEN, batch * size)
+    network = nn.Sequential(first, nn.GELU(), second, nn.GELU(), last)
     middle = simulated.inputs[cut:].mean((0, 1))
     with torch.no_grad():
-        network[-1].weight.mul_(0.1)  # type: ignore[operator]
-        network[-1].bias.copy_(middle.repeat(batch))  # type: ignore[operator, arg-type]
+        last.weight.mul_(0.1)
+        last.bias.copy_(middle.repeat(batch))
     optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
     generator = torch.Generator().manual_seed(seed)

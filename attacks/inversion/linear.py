@@ -108,7 +108,7 @@ def as_item(value: Tensor, observation: Observation, confidence: float) -> Item:
     return Item(kind="inputs", value=value.float(), confidence=confidence)
 
 
-# --------------------------------------------------------------------------------------------------------------- SPEAR
+# ------------------------------------------------------------------------------------------------------ SPEAR
 
 
 def spear_inputs(

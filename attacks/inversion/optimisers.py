@@ -53,7 +53,9 @@ class LocalSteps:
 
 
 def optimiser_kind(observation: Observation) -> str | None:
-    """Return "sgd", "adam" or "adamw" as the client's optimiser is known, None where it is not or is another."""
+    """Return "sgd", "adam" or "adamw" as the client's optimiser is known,
+    None where it is not or is another.
+    """
     stated = str(observation.known("optimiser") or "").lower().replace("-", "").replace("_", "")
     if "adamw" in stated:
         return "adamw"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def refuse_rescaled(observation: Observation) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------------- text
 
 
 def placement(position_gradient: Tensor, token_gradient: Tensor) -> tuple[Tensor, float]:
@@ -161,7 +162,7 @@ def _position_embedding(observation: Observation, model: nn.Module) -> str:
     raise NotApplicable("no trained absolute position embedding was observed (rotary positions, or frozen)")
 
 
-# -------------------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------------- images
 
 
 def solve_patches(position_gradient: Tensor, patch_gradient: Tensor) -> tuple[Tensor, float]:
@@ -241,7 +242,7 @@ def _vision(
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- APRIL
+# ------------------------------------------------------------------------------------------------------ APRIL
 
 
 def _april(
@@ -256,8 +257,8 @@ def _april(
     for layer in _first_attention(private):
         if f"{layer}.weight" not in view:
             raise NotApplicable(f"the gradient of {layer} was not observed")
-        weight = private.get_submodule(layer).weight
-        right += weight.detach().double().T @ view[f"{layer}.weight"].double()  # type: ignore[operator]
+        weight = cast(Tensor, private.get_submodule(layer).weight)
+        right += weight.detach().double().T @ view[f"{layer}.weight"].double()
     hidden = torch.linalg.lstsq(position_gradient.T, right, driver="gelsd").solution
     residual = float((position_gradient.T @ hidden - right).norm() / right.norm().clamp_min(1e-300))
     patch = (int(module.kernel_size[0]), int(module.kernel_size[1]))
@@ -316,7 +317,8 @@ def position_vision() -> Attack:
         family="least squares",
         attempt=_vision,
         requires=("model",),
-        summary="one image, from the gradients of position embedding and patch projection of any vision transformer",
+        summary="one image, from the gradients of position embedding and patch "
+        "projection of any vision transformer",
     )
 
 

@@ -6,7 +6,7 @@ Every function returns one scalar that is small for a plausible input. None read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -127,7 +127,7 @@ def tapped(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tenso
     """
     taps: dict[str, Tensor] = {}
 
-    def keep(name: str):  # type: ignore[no-untyped-def]
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             taps[name] = inputs[0]
 

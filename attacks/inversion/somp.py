@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ _ROUNDED = 0.22  # deviation of a rounded number, in units of its size times the
 _CLASSES = 8  # more classes than this are not tried one by one
 
 
-# --------------------------------------------------------------------------------------------------- tokens and places
+# ------------------------------------------------------------------------------------------ tokens and places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -180,7 +181,7 @@ def _within_quota(ends: list[int], parents: list[int], quota: int) -> list[int]:
     return kept
 
 
-# --------------------------------------------------------------------------------------------------------------- pursuit
+# ---------------------------------------------------------------------------------------------------- pursuit
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -328,7 +329,7 @@ def _clusters(ids: Tensor, order: list[int], most: int) -> list[int]:
     return kept
 
 
-# ------------------------------------------------------------------------------------------------------------ the attack
+# ------------------------------------------------------------------------------------------------- the attack
 
 
 def _attempt(
@@ -400,7 +401,7 @@ def _rounding(observation: Observation, model: nn.Module, name: str) -> float:
     if observation.content == "gradient":
         return 0.0
     rate, steps = (float(observation.known(fact) or 1.0) for fact in ("learning_rate", "local_steps"))
-    weight: Tensor = model.get_submodule(name).weight.detach()  # type: ignore[union-attr, operator, assignment]
+    weight = cast(Tensor, model.get_submodule(name).weight).detach()
     size = float(weight.square().mean().sqrt())
     scale = rate * steps if observation.gradient().scaled else 1.0
     return float(_ROUNDED * torch.finfo(torch.float32).eps * size * observation.contributors**0.5 / scale)
@@ -515,5 +516,6 @@ def somp() -> Attack:
         family="text search",
         attempt=_attempt,
         requires=("model",),
-        summary="sentences of batches as wide as the layer, by matching pursuit over the gradients of candidates",
+        summary="sentences of batches as wide as the layer, by matching pursuit "
+        "over the gradients of candidates",
     )

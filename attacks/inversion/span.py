@@ -47,7 +47,7 @@ from attacks.inversion.subspace import (
 from attacks.inversion.tokens import likely_tokens
 from attacks.observation import Observation
 
-# ------------------------------------------------------------------------------------------------------------- sentences
+# -------------------------------------------------------------------------------------------------- sentences
 
 
 def search_decoder(
@@ -104,7 +104,9 @@ def _trace(model: nn.Module, channel: str, sentence: tuple[int, ...]) -> set[tup
 
 
 def _distinct(scene: Scene, sentences: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Keep the best-fitting sentences, dropping any that agrees in 70 % of its places with one already kept."""
+    """Keep the best-fitting sentences,
+    dropping any that agrees in 70 % of its places with one already kept.
+    """
     means = {
         sentence: float(_context_distance(scene, torch.tensor([sentence])).mean()) for sentence in sentences
     }
@@ -239,7 +241,7 @@ def _product(options: tuple[tuple[int, ...], ...]) -> float:
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------ the attack
+# ------------------------------------------------------------------------------------------------- the attack
 
 
 def _attempt(
@@ -389,7 +391,8 @@ def span() -> Attack:
         family="span",
         attempt=partial(_attempt, outliers=True),
         requires=("model",),
-        summary="tokens, positions and sentences from the row spaces of the first layers, full or LoRA, one client or a sum",
+        summary="tokens, positions and sentences from the row spaces of the first layers, "
+        "full or LoRA, one client or a sum",
     )
 
 

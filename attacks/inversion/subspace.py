@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from scipy.stats import beta, norm
@@ -105,7 +106,7 @@ class Candidates:
         return 1.0 - 1.0 / self.gap if self.exact else 0.5 * (1.0 - 1.0 / max(self.gap, 1.0))
 
 
-# --------------------------------------------------------------------------------------------------------- preparation
+# ------------------------------------------------------------------------------------------------ preparation
 
 
 def study(observation: Observation, model: nn.Module, *, context: bool = True) -> Structure:
@@ -228,7 +229,7 @@ def _probe(
     for changed, read in ((0, -1), (-1, 0)):
         other = probe.clone()
         other[0, changed] = probe[0, 2]
-        after = capture_inputs(modules, lambda other=other: call(model, other))  # type: ignore[misc]
+        after = capture_inputs(modules, partial(call, model, other))
         seen.append({name: _differs(base[name][0, read], after[name][0, read], base[name]) for name in kept})
     return kept, seen[0], seen[1]
 
@@ -241,7 +242,7 @@ def _differs(before: Tensor, after: Tensor, scale: Tensor) -> bool:
     return float((before - after).abs().max()) > _UNMOVED * float(scale[0].abs().max())
 
 
-# -------------------------------------------------------------------------------------------------- tokens and positions
+# --------------------------------------------------------------------------------------- tokens and positions
 
 
 def token_distances(scene: Scene, tokens: Tensor) -> Tensor:
@@ -359,7 +360,8 @@ def find_candidates(
     if not seen:
         widths = max(spectrum.shape[1] for spectrum in structure.alone)
         raise NotApplicable(
-            f"the row spaces of the first layer say nothing (width {widths}): as many tokens, or an update that is not low rank"
+            f"the row spaces of the first layer say nothing (width {widths}): as many tokens, or an update "
+            "that is not low rank"
         )
     chosen = best or fallback
     return (

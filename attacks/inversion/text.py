@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,7 @@ def _finding(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- FILM
+# ------------------------------------------------------------------------------------------------------- FILM
 
 
 def beam_search(
@@ -231,7 +232,9 @@ def beam_search(
 
 
 def cover(beams: list[tuple[Tensor, float]], bag: Tensor, count: int) -> Tensor:
-    """Return `count` sequences of the beams that together use most of the bag, likelier ones first on ties."""
+    """Return `count` sequences of the beams that together use most of the bag,
+    likelier ones first on ties.
+    """
     left, chosen = set(bag.tolist()), []
     for _ in range(count):
         best = max(beams, key=lambda entry: (len(left & set(entry[0].tolist())), entry[1]))
@@ -285,7 +288,7 @@ def _given_targets(problem: Problem) -> Tensor:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- GRAB
+# ------------------------------------------------------------------------------------------------------- GRAB
 
 
 @contextmanager
@@ -378,7 +381,9 @@ def _grab(
     shapes = dropout_shapes(problem)
     if not shapes or known == 0.0:
         raise NotApplicable("the client trains without dropout modules: use text_matching")
-    rates = {name: float(known or problem.model.get_submodule(name).p) for name in shapes}  # type: ignore[arg-type]
+    rates = {}
+    for name in shapes:
+        rates[name] = float(known or cast(float, problem.model.get_submodule(name).p))
     wide = with_masks(problem, shapes, rates)
     targets = _given_targets(problem)
     wide = replace(wide, labels=problem.labels)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +179,9 @@ def _rehearse(
 
 
 def weighed(targets: Sequence[Target], inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean distance of places (n, t, in) over layers, weighed by what each can tell: shape (n, t)."""
+    """Return the mean distance of places (n, t, in) over layers, weighed by what each can tell:
+    shape (n, t).
+    """
     parts = torch.stack(
         [one.gains * one.distance(inputs[one.channel][:, : len(one.gains)]) for one in targets]
     )
@@ -237,7 +240,7 @@ def prepare(
         model=structure.model,
         frame=frame,
         targets=targets,
-        rows=structure.model.get_submodule(frame.embedding).weight.detach(),  # type: ignore[union-attr, operator]
+        rows=cast(Tensor, structure.model.get_submodule(frame.embedding).weight).detach(),
         options=ids[order[:, :_TOKENS]],
         fits=fits[:, :_TOKENS],
     )
@@ -296,7 +299,7 @@ def exchange(
     return ids, best
 
 
-# ------------------------------------------------------------------------------------------------------------ the attack
+# ------------------------------------------------------------------------------------------------- the attack
 
 
 def _attempt(
@@ -413,5 +416,6 @@ def tiger() -> Attack:
         family="matching",
         attempt=_attempt,
         requires=("model",),
-        summary="text by descent of soft tokens towards the row spaces of all layers, through mild noise, both ways of attention",
+        summary="text by descent of soft tokens towards the row spaces of all layers, through mild noise, "
+        "both ways of attention",
     )

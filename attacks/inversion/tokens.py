@@ -59,7 +59,9 @@ def vocabulary_size(observation: Observation, model: nn.Module) -> int:
 
 
 def is_tied(model: nn.Module, name: str) -> bool:
-    """Say whether the embedding matrix is also the weight of an output layer, which makes its gradient dense."""
+    """Say whether the embedding matrix is also the weight of an output layer,
+    which makes its gradient dense.
+    """
     weight = model.get_submodule(name).weight
     return any(isinstance(module, nn.Linear) and module.weight is weight for module in model.modules())
 

@@ -12,7 +12,7 @@ Kronecker-factored Approximate Curvature", 2015, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,9 @@ _ROWS = 8_192  # tokens in one pass
 
 
 def sentence_losses(model: nn.Module, ids: Tensor, labels: Tensor | None) -> Tensor:
-    """Return the loss of every sentence (n,): of its label, or without labels the mean over its next tokens."""
+    """Return the loss of every sentence (n,):
+    of its label, or without labels the mean over its next tokens.
+    """
     output = model(input_ids=ended(model, ids), attention_mask=torch.ones_like(ids))
     logits: Tensor = getattr(output, "logits", output)
     if labels is not None:
@@ -44,7 +46,7 @@ def trace(model: nn.Module, channels: Sequence[str], ids: Tensor, labels: Tensor
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str):  # type: ignore[no-untyped-def]
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, seen: tuple[Tensor, ...], output: Tensor) -> None:
             inputs[name], outputs[name] = seen[0].detach(), output
 
@@ -62,7 +64,9 @@ def trace(model: nn.Module, channels: Sequence[str], ids: Tensor, labels: Tensor
 
 
 def inner(traces: Trace, target: Mapping[str, Tensor]) -> Tensor:
-    """Return the inner product of each sentence's gradient with `target` (out, in per channel): shape (n,)."""
+    """Return the inner product of each sentence's gradient with `target` (out,
+    in per channel): shape (n,).
+    """
     return torch.stack(
         [torch.einsum("nti,nti->n", back @ target[name], seen) for name, (seen, back) in traces.items()]
     ).sum(0)

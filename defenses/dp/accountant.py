@@ -53,7 +53,9 @@ class EpsilonBound:
 
 @dataclass(slots=True)
 class _Composition:
-    """A plan, the transforms multiplied so far with their log-moments, and how many log entries they contain."""
+    """A plan, the transforms multiplied so far with their log-moments,
+    and how many log entries they contain.
+    """
 
     plan: Plan
     running: tuple[Running, Running]

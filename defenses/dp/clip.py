@@ -76,7 +76,10 @@ class Clipping:
         return {name: factors[name] for name in squared_norms}
 
     def within(self, squared_norms: Mapping[str, Tensor]) -> int:
-        """Count the samples whose norm is at most C. Private: it leaves only with noise, see `AdaptiveCount`."""
+        """Count the samples whose norm is at most C.
+
+        Private: it leaves only with noise, see `AdaptiveCount`.
+        """
         return int((_total(squared_norms.values()).sqrt() <= self.clip_norm).sum())
 
     def follow(self, noisy_fraction: float) -> Clipping:

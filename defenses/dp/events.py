@@ -1,4 +1,6 @@
-"""What was released, in the words an accountant understands; events are truth, epsilon is derived from them."""
+"""What was released, in the words an accountant understands;
+events are truth, epsilon is derived from them.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +145,8 @@ class MatrixFactorizationEvent(Event):
             problems += _integer(name, getattr(self, name), 1, MOST_STEPS)
         if not problems and self.bands > self.min_separation:
             problems.append(
-                f"bands = {self.bands}: at most min_separation = {self.min_separation}, or the columns overlap"
+                f"bands = {self.bands}: at most min_separation = "
+                f"{self.min_separation}, or the columns overlap"
             )
         if not problems and self.unit == "person":
             problems.append(
@@ -350,7 +353,9 @@ def statement_of(event: Event) -> Statement | None:
 
 
 def price_of(event: Event) -> str:
-    """Return canonical JSON of the fields the price depends on; events that differ only in labels share it."""
+    """Return canonical JSON of the fields the price depends on;
+    events that differ only in labels share it.
+    """
     return json.dumps(
         _without_labels(event.to_dict()), sort_keys=True, separators=(",", ":"), allow_nan=False
     )

@@ -277,7 +277,9 @@ def seen_once(module: nn.Module) -> bool:
 
 
 def cover(module: nn.Module, recorder: Recorder) -> Cover | None:
-    """Return the cover of a module with trainable parameters, or None when this kind of module is not known."""
+    """Return the cover of a module with trainable parameters,
+    or None when this kind of module is not known.
+    """
     if "forward" in module.__dict__:
         return None  # somebody already replaced this module's forward; what it does is not known
     for build in (_cover_core, _cover_norm, _cover_adapter, _cover_relative_bias, _cover_broadcast):
@@ -385,8 +387,8 @@ def _shadowed(
                 module.__dict__.pop(name, None)
         if shape is not None and result.shape != shape:
             raise NotPrivateError(
-                f"{type(module).__name__} does more with its parameters than broadcast them: its output changes from "
-                f"{tuple(shape)} to {tuple(result.shape)} when every sample has its own copy"
+                f"{type(module).__name__} does more with its parameters than broadcast them: its output "
+                f"changes from {tuple(shape)} to {tuple(result.shape)} when every sample has its own copy"
             )
         compared = True
         return result
@@ -397,7 +399,9 @@ def _shadowed(
 def _plain_shape(
     original: Callable[..., Tensor], x: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> torch.Size:
-    """Return the shape of the module's own output, without touching the random state that dropout draws from."""
+    """Return the shape of the module's own output,
+    without touching the random state that dropout draws from.
+    """
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
         return original(x, *args, **kwargs).shape
 
@@ -552,7 +556,9 @@ BIAS_METHODS = ("compute_bias", "compute_position_bias")  # T5's name for it, an
 
 
 def _cover_relative_bias(module: Any, recorder: Recorder) -> Cover | None:
-    """Cover the relative position table of T5-style attention, which is looked up once for the whole batch."""
+    """Cover the relative position table of T5-style attention,
+    which is looked up once for the whole batch.
+    """
     table = getattr(module, "relative_attention_bias", None)
     attribute = next((name for name in BIAS_METHODS if hasattr(module, name)), "")
     if not isinstance(table, nn.Embedding) or not attribute:

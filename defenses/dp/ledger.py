@@ -171,8 +171,8 @@ class Ledger:
         raised = old is not None and (budget.epsilon > old.epsilon or budget.delta > old.delta)
         if raised and not reason.strip():
             raise ParameterError(
-                f"budget of {account.owner!r} for {account.dataset!r}: {old} can only be raised with raise_because, "
-                "which is recorded"
+                f"budget of {account.owner!r} for {account.dataset!r}: {old} can only be raised with "
+                "raise_because, which is recorded"
             )
         body = {"epsilon": number(budget.epsilon), "delta": budget.delta, "raised": raised, "reason": reason}
         self._append("budget", account, body)
@@ -566,7 +566,10 @@ class Ledger:
         if after <= budget.epsilon:
             return ""
         now = self._books.epsilon(history, (), budget.delta)
-        return f"{name} has spent {now:.4g} and would reach {after:.4g} of epsilon {budget.epsilon:g} at delta {budget.delta:g}"
+        return (
+            f"{name} has spent {now:.4g} and would reach {after:.4g} of epsilon {budget.epsilon:g} at "
+            f"delta {budget.delta:g}"
+        )
 
     def _entry(self, row: Row) -> Entry:
         body = json.loads(row.body)

@@ -23,8 +23,10 @@ FORMAT_VERSION = 1
 BUSY_SECONDS = 120.0
 
 _SCHEMA = (
-    "CREATE TABLE entries (sequence INTEGER PRIMARY KEY, kind TEXT NOT NULL, owner TEXT NOT NULL, dataset TEXT NOT NULL,"
-    " unit TEXT NOT NULL, body TEXT NOT NULL, hash BLOB NOT NULL)",
+    (
+        "CREATE TABLE entries (sequence INTEGER PRIMARY KEY, kind TEXT NOT NULL, owner TEXT NOT NULL, "
+        "dataset TEXT NOT NULL, unit TEXT NOT NULL, body TEXT NOT NULL, hash BLOB NOT NULL)"
+    ),
     "CREATE TRIGGER entries_no_update BEFORE UPDATE ON entries"
     " BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
     "CREATE TRIGGER entries_no_delete BEFORE DELETE ON entries"
@@ -165,7 +167,9 @@ class LedgerFile:
             yield Row(*values)
 
     def new_rows(self, seen: int) -> Iterator[Row]:
-        """Read the rows after `seen`, checking that each continues the chain and says what its columns say."""
+        """Read the rows after `seen`, checking that each continues the
+        chain and says what its columns say.
+        """
         previous, expected = _START, 1
         if seen:
             known = self._connection.execute(
@@ -260,7 +264,8 @@ class LedgerFile:
             secret = b""
         if len(secret) != KEY_BYTES:
             raise ParameterError(
-                f"{self.key_path}: is missing or damaged; without it no row can be recognised: restore it from a backup"
+                f"{self.key_path}: is missing or damaged; without it no row can be "
+                "recognised: restore it from a backup"
             )
         return secret
 

@@ -128,8 +128,8 @@ class RecordMechanism:
         if isinstance(clipped_sum, ClippedSum):
             if clipped_sum.clip != replace(self.bound, clip_norm=bound):
                 raise NotPrivateError(
-                    f"the sum was clipped as {clipped_sum.clip.kind} at {clipped_sum.clip.clip_norm}, the mechanism "
-                    f"states {self.clipping} at {bound}"
+                    f"the sum was clipped as {clipped_sum.clip.kind} at {clipped_sum.clip.clip_norm}, the "
+                    f"mechanism states {self.clipping} at {bound}"
                 )
             gradients = clipped_sum.gradients
         assert isinstance(gradients, Mapping)
@@ -243,7 +243,8 @@ class ClientMechanism:
             raise ParameterError(f"clip_norm = {self.clip_norm}: must be positive")
         if self.honest_survivors < 1 or self.participations < 1:
             raise ParameterError(
-                f"honest_survivors = {self.honest_survivors}, participations = {self.participations}: at least 1 each"
+                f"honest_survivors = {self.honest_survivors}, participations = "
+                f"{self.participations}: at least 1 each"
             )
 
     def clip(self, update: Tensor) -> Tensor:

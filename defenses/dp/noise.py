@@ -29,7 +29,9 @@ _PAIRS = 1 << 13
 
 
 class _Sampler:
-    """Fill float64 blocks with standard normals by Box and Muller's transform, in buffers that stay in cache."""
+    """Fill float64 blocks with standard normals by Box and Muller's transform,
+    in buffers that stay in cache.
+    """
 
     def __init__(self, source: RandomSource) -> None:
         self._source = source
@@ -42,8 +44,8 @@ class _Sampler:
     def block(self) -> Tensor:
         """Return 2 * _PAIRS standard normals; the buffer is overwritten by the next call.
 
-        The radius uses |w + 1/2| / 2^63 with w a uniform signed 64-bit integer, so it is never zero and the tail
-        reaches 9.4 standard deviations (mass beyond: 5e-21 a sample).
+        The radius uses |w + 1/2| / 2^63 with w a uniform signed 64-bit integer, so it is never zero and the
+        tail reaches 9.4 standard deviations (mass beyond: 5e-21 a sample).
         """
         self._source.fill(self._words)
         values, radius, angle = self._values, self._radius, self._angle

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -170,8 +170,9 @@ class PerSampleEngine:
             seen = {part.batch for part in parts} - {len(values)}
             if seen:
                 raise NotPrivateError(
-                    f"{name}: its module saw {sorted(seen)} rows where the batch has {len(values)} samples; the "
-                    "first axis of its input must be the batch (a prompt fed once must be an ExpandedParameter)"
+                    f"{name}: its module saw {sorted(seen)} rows where the batch has {len(values)} "
+                    "samples; the first axis of its input must be the batch (a prompt fed "
+                    "once must be an ExpandedParameter)"
                 )
         return uses, values.detach()
 
@@ -211,8 +212,8 @@ class PerSampleEngine:
     def _refuse_stray_gradients(self) -> None:
         if self._stray:
             raise NotPrivateError(
-                f"{', '.join(self._stray)}: a gradient arrived outside the covered modules, so it is not per sample; "
-                "the parameter is used by another path than its module's forward"
+                f"{', '.join(self._stray)}: a gradient arrived outside the covered modules, so it is not "
+                "per sample; the parameter is used by another path than its module's forward"
             )
 
     def _refuse_foreign_leaves(self, values: Tensor) -> None:
@@ -230,7 +231,10 @@ class PerSampleEngine:
 
     def _refuse_batch_statistics(self) -> None:
         guilty = [
-            f"{name} ({type(module).__name__}: statistics over the batch mix samples; call .eval() on it or replace it)"
+            (
+                f"{name} ({type(module).__name__}: statistics over the batch mix samples; "
+                "call .eval() on it or replace it)"
+            )
             for name, module in self._batch_norms
             if _mixes(module)
         ]
@@ -260,7 +264,10 @@ def _names(
 
 def _prompts_seen_once(model: nn.Module) -> list[str]:
     return [
-        f"{name} ({type(module).__name__} is fed as a batch of one and repeated; hold the prompt in an ExpandedParameter)"
+        (
+            f"{name} ({type(module).__name__} is fed as a batch of one and repeated; hold the "
+            "prompt in an ExpandedParameter)"
+        )
         for name, module in model.named_modules()
         if seen_once(module) and any(value.requires_grad for value in module.parameters())
     ]
@@ -275,7 +282,8 @@ def _covers(model: nn.Module, recorder: Recorder) -> list[Cover]:
         item = cover(module, recorder) or cover_subclass(module, recorder)
         if item is not None and item.parameters:
             found.append(item)
-            owned.update({module.relative_attention_bias} if item.attribute in BIAS_METHODS else ())  # type: ignore[arg-type]
+            if item.attribute in BIAS_METHODS:
+                owned.add(cast(nn.Module, module.relative_attention_bias))
     return found
 
 
@@ -321,8 +329,9 @@ def _check_losses(values: object, batch: int | None) -> None:
     if not isinstance(values, Tensor) or values.ndim != 1:
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise NotPrivateError(
-            f"losses() returned {shape}: it must return one loss per sample, shape [batch]; a mean over samples or "
-            "tokens of the batch couples samples (use reduction='none' and reduce within each sample)"
+            f"losses() returned {shape}: it must return one loss per sample, shape [batch]; a mean over "
+            "samples or tokens of the batch couples samples (use reduction='none' "
+            "and reduce within each sample)"
         )
     if batch is not None and len(values) != batch:
         raise NotPrivateError(

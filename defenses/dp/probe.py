@@ -23,8 +23,9 @@ _SCALES = (1.0, 0.5)
 class ProbeReport:
     """Hold what the probe measured, as multiples of what is allowed.
 
-    `sensitivity` is the largest ||sum(all) - sum(all but i)|| / C over samples and bounds; `coupling` the largest
-    relative change of anything a sample contributes when another sample leaves. Both are about random data.
+    `sensitivity` is the largest ||sum(all) - sum(all but i)|| / C over samples and bounds; `coupling` the
+    largest relative change of anything a sample contributes when another sample leaves. Both are about
+    random data.
     """
 
     samples: int
@@ -50,9 +51,9 @@ def probe_sensitivity(
     runs): its masks depend on the shape of the batch and would look like coupling, yet they are independent
     of the data. For a forward pass below float32, probe in float32 or give wider tolerances.
 
-    Guarantee: passes only if (a) ||sum(all) - sum(all but i)|| <= C (1 + tolerance) for every i, at the run's bound
-    and at bounds between the samples' own norms, where coupling shows; (b) unclipped, sum(all) = sum(all but i) +
-    sum(i alone) within `coupling_tolerance`.
+    Guarantee: passes only if (a) ||sum(all) - sum(all but i)|| <= C (1 + tolerance) for every i, at the run's
+    bound and at bounds between the samples' own norms, where coupling shows; (b) unclipped, sum(all) =
+    sum(all but i) + sum(i alone) within `coupling_tolerance`.
     Raises: NotPrivateError, naming the module, parameter or loss at fault.
     """
     if samples < 3:
@@ -82,8 +83,8 @@ class _Probe:
         first, second = (self._sum(self._everyone, _UNBOUNDED) for _ in range(2))
         if _norm(_difference(first, second)) > 1e-4 * _norm(first):
             raise NotPrivateError(
-                "two passes over the same samples differ: the model draws randomness other than dropout, which the "
-                "probe cannot tell from coupling; switch it off for training or for the probe"
+                "two passes over the same samples differ: the model draws randomness other than dropout, "
+                "which the probe cannot tell from coupling; switch it off for training or for the probe"
             )
 
     def additivity(self, tolerance: float) -> tuple[list[float], float]:
@@ -129,7 +130,10 @@ class _Probe:
         if guilty is None:
             shares = sorted(((float(value.norm()), name) for name, value in error.items()), reverse=True)
             names = ", ".join(name for _, name in shares[:3])
-            guilty = f"no module couples samples, so the loss does (a mean over tokens or samples?); most in {names}"
+            guilty = (
+                "no module couples samples, so the loss does (a mean over "
+                f"tokens or samples?); most in {names}"
+            )
         raise NotPrivateError(f"{what}; {guilty}")
 
 
@@ -213,7 +217,8 @@ def no_dropout() -> Iterator[None]:
     try:
         for name in _DROPOUTS:
             setattr(F, name, keep)
-        setattr(F, "scaled_dot_product_attention", attend)  # noqa: B010 - mypy holds the function to its exact type
+        # mypy holds the function to its exact type
+        setattr(F, "scaled_dot_product_attention", attend)  # noqa: B010
         yield
     finally:
         for name, original in originals.items():

@@ -1,4 +1,6 @@
-"""Who takes part in a step: every choice that amplification relies on, drawn from cryptographic randomness."""
+"""Who takes part in a step: every choice that amplification relies on,
+drawn from cryptographic randomness.
+"""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ class _Watched(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         raise NotPrivateError(
-            f"a table of shape {tuple(_plain(args))} is used by {getattr(func, '__name__', func)}, not looked up alone; "
-            "its gradient per sample is not known"
+            f"a table of shape {tuple(_plain(args))} is used by {getattr(func, '__name__', func)}, not "
+            "looked up alone; its gradient per sample is not known"
         )
 
 

@@ -4,8 +4,8 @@ bytes.
 receiver cannot know: the coefficients, at the width of their prime, and the seed of the uniform half. The
 receiver checks every coefficient against its prime and writes a fresh, uncompressed SEAL stream around them.
 
-    parms_id 32 | is_ntt 1 | polynomials 8 | degree 8 | primes 8 | scale 8 | correction 8 | array header 16 | count 8 |
-    coefficients 8 each | seeded only: header 16, generator 1, seed 64
+    parms_id 32 | is_ntt 1 | polynomials 8 | degree 8 | primes 8 | scale 8 | correction 8 | array header 16 |
+    count 8 | coefficients 8 each | seeded only: header 16, generator 1, seed 64
 
 Source: SEAL 4, Ciphertext::save_members and DynArray::save_members.
 """
@@ -30,7 +30,10 @@ _HEADER_BYTES: Final = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """State everything about a ciphertext but its coefficients. `prefix` is SEAL's magic number and version."""
+    """State everything about a ciphertext but its coefficients.
+
+    `prefix` is SEAL's magic number and version.
+    """
 
     prefix: bytes
     parms_id: bytes

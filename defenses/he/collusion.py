@@ -46,14 +46,20 @@ def collusion(kind: Kind, *, parties: int, fewest: int, tolerated: int = 0) -> C
 
 
 _SHARED_KEY = {
-    "who_can_decrypt": "Each of the {parties} clients alone: symmetric encryption needs the secret key at every "
-    "client. The server holds no key.",
+    "who_can_decrypt": (
+        "Each of the {parties} clients alone: symmetric encryption needs the secret key at every "
+        "client. The server holds no key."
+    ),
     "server_learns": "Sizes, timing and who took part. Not the updates and not their sum.",
-    "clients_learn": "The sum of at least {fewest} clients' updates, checked to be exactly that; one client that also "
-    "sees the network reads every update.",
+    "clients_learn": (
+        "The sum of at least {fewest} clients' updates, checked to be exactly that; one client that "
+        "also sees the network reads every update."
+    ),
     "broken_by": "The server together with any 1 of the {parties} clients reads every update of the run.",
-    "not_protected": "A client with the key can forge the sum or push any update; the sum itself may leak (no epsilon)."
-    " A failed opening burns the key, so the server or any client can stop the run.",
+    "not_protected": (
+        "A client with the key can forge the sum or push any update; the sum itself may leak (no "
+        "epsilon). A failed opening burns the key, so the server or any client can stop the run."
+    ),
 }
 _STATEMENTS = {
     "plain": {
@@ -64,22 +70,30 @@ _STATEMENTS = {
         "not_protected": "Everything but the transport.",
     },
     "masking": {
-        "who_can_decrypt": "Nobody reads one update; the sum of at least {fewest} of {parties} clients opens to the "
-        "server when enough of them answer.",
+        "who_can_decrypt": (
+            "Nobody reads one update; the sum of at least {fewest} of {parties} clients opens to the "
+            "server when enough of them answer."
+        ),
         "server_learns": "The sum, sizes, timing and who took part.",
         "clients_learn": "The sum when it is broadcast.",
-        "broken_by": "The server together with {more} or more clients; up to {tolerated} are tolerated, and learn the "
-        "sum of the others.",
+        "broken_by": (
+            "The server together with {more} or more clients; up to {tolerated} are tolerated, and "
+            "learn the sum of the others."
+        ),
         "not_protected": "The sum itself may leak (no epsilon).",
     },
     "bfv": _SHARED_KEY,
     "ckks": _SHARED_KEY,
     "threshold": {
-        "who_can_decrypt": "No client alone: all {parties} clients, or the configured quorum, each add a share of the "
-        "decryption.",
+        "who_can_decrypt": (
+            "No client alone: all {parties} clients, or the configured quorum, each "
+            "add a share of the decryption."
+        ),
         "server_learns": "Sizes, timing, who took part, and the sum if the shares are combined there.",
         "clients_learn": "The sum of at least {fewest} clients' updates.",
         "broken_by": "The server together with {more} or more clients; up to {tolerated} are tolerated.",
-        "not_protected": "The sum itself may leak (no epsilon). A share must never be given twice for one ciphertext.",
+        "not_protected": (
+            "The sum itself may leak (no epsilon). A share must never be given twice for one ciphertext."
+        ),
     },
 }

@@ -50,8 +50,17 @@ class KeyHolder:
     """
 
     __slots__ = (
-        "_burnt", "_engine", "_lock", "_material", "_opened", "_process", "_root", "_uploaded", "parameters", "run"
-    )  # fmt: skip
+        "_burnt",
+        "_engine",
+        "_lock",
+        "_material",
+        "_opened",
+        "_process",
+        "_root",
+        "_uploaded",
+        "parameters",
+        "run",
+    )
 
     def __init__(self, parameters: Parameters, *, run: bytes, root: bytes, material: bytes) -> None:
         require_tenseal()
@@ -94,7 +103,9 @@ class KeyHolder:
 
     @property
     def usable(self) -> bool:
-        """Say whether the key was neither closed nor burnt by a failed opening, and belongs to this process."""
+        """Say whether the key was neither closed nor burnt by a failed opening,
+        and belongs to this process.
+        """
         return self._engine is not None and not self._burnt and self._process == os.getpid()
 
     def engine(self) -> Engine:
@@ -145,8 +156,14 @@ class KeyHolder:
         self._root = b""
         self._material = b""
 
-    def wrap_for(self, offer: bytes, *, identity: Ed25519PrivateKey, roster: Collection[bytes], random: RandomSource,
-                 ) -> bytes:  # fmt: skip
+    def wrap_for(
+        self,
+        offer: bytes,
+        *,
+        identity: Ed25519PrivateKey,
+        roster: Collection[bytes],
+        random: RandomSource,
+    ) -> bytes:
         """Seal the key to the client that signed `offer`, in the name of `identity`.
 
         Guarantee: only the holder of the offer's X25519 key opens it; it is bound to run, both identities and

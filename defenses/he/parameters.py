@@ -99,7 +99,9 @@ def ntt_prime(bits: int, poly_modulus_degree: int) -> int:
 
 
 def _is_prime(number: int) -> bool:
-    """Decide primality below 3.3e24: Miller-Rabin with the first thirteen primes (Sorenson and Webster 2015)."""
+    """Decide primality below 3.3e24:
+    Miller-Rabin with the first thirteen primes (Sorenson and Webster 2015).
+    """
     bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
     if number < 2 or any(number % base == 0 for base in bases):
         return number in bases
@@ -135,9 +137,8 @@ def error_bound(parameters: Parameters, parties: int) -> float:
     """Bound the error of one slot of a sum before rounding; 0 for BFV.
 
     Guarantee (CKKS): passed with probability below 2^-128 over the encryption errors, for up to 2^40
-    coordinates. The
-    terms: encoding rounds each coefficient by 1/2, at worst aligned (sum of |cos| below 2 N / pi); the errors are
-    subgaussian with variance 10.5; the transforms work in float64.
+    coordinates. The terms: encoding rounds each coefficient by 1/2, at worst aligned (sum of |cos| below 2 N
+    / pi); the errors are subgaussian with variance 10.5; the transforms work in float64.
     Source: Hoeffding's inequality for centred binomial errors under the canonical embedding.
     """
     if parameters.scheme == "bfv":
@@ -151,7 +152,9 @@ def error_bound(parameters: Parameters, parties: int) -> float:
 
 
 def lint(parameters: Parameters, *, parties: int, value_bound: int, length: int) -> list[str]:
-    """List every reason why this set cannot carry an exact, 128-bit-secure sum; an empty list means it can."""
+    """List every reason why this set cannot carry an exact, 128-bit-secure sum;
+    an empty list means it can.
+    """
     problems = _lint_request(parties, value_bound, length) + _lint_ring(parameters) + _lint_layout(parameters)
     if problems:
         return problems
@@ -277,8 +280,9 @@ def _lint_ring(parameters: Parameters) -> list[str]:
         ]
     if sum(sizes) > LARGEST_MODULUS_BITS[degree]:
         problems.append(
-            f"coefficient modulus of {sum(sizes)} bits at poly_modulus_degree {degree}: {SECURITY_BITS}-bit security "
-            f"allows {LARGEST_MODULUS_BITS[degree]}; drop primes or double the degree"
+            f"coefficient modulus of {sum(sizes)} bits at poly_modulus_degree {degree}: "
+            f"{SECURITY_BITS}-bit security allows {LARGEST_MODULUS_BITS[degree]}; "
+            "drop primes or double the degree"
         )
     problems += [
         f"coefficient_bits = {sizes}: no {bits}-bit prime fits degree {degree}; use more bits"
@@ -295,7 +299,8 @@ def _lint_layout(parameters: Parameters) -> list[str]:
     problems = []
     if lanes < 1 or parameters.lane_bits < 2 or lanes * parameters.lane_bits > 62:
         problems.append(
-            f"{lanes} lanes of {parameters.lane_bits} bits: must be at least one lane of 2 bits, together at most 62"
+            f"{lanes} lanes of {parameters.lane_bits} bits: must be at least one lane "
+            "of 2 bits, together at most 62"
         )
     if (
         not 1 <= digits <= DIGIT_LIMIT
@@ -313,7 +318,8 @@ def _lint_packing(parameters: Parameters, parties: int, value_bound: int) -> lis
     problems = []
     if parameters.digits > 1 and value_bound >> (parameters.digits * parameters.digit_bits):
         problems.append(
-            f"{parameters.digits} digits of {parameters.digit_bits} bits cannot hold value_bound = {value_bound}"
+            f"{parameters.digits} digits of {parameters.digit_bits} bits cannot "
+            f"hold value_bound = {value_bound}"
         )
     largest = parties * _digit_bound(value_bound, parameters.digits, parameters.digit_bits)
     if largest >= 1 << (parameters.lane_bits - 1):
@@ -354,13 +360,14 @@ def _lint_ckks(parameters: Parameters, parties: int) -> list[str]:
     bound = error_bound(parameters, parties)
     if bound > CKKS_TOLERANCE:
         problems.append(
-            f"unusable scale: at scale_bits = {parameters.scale_bits} the error of a sum of {parties} reaches "
-            f"{bound:.3g}, rounding to integers bears {CKKS_TOLERANCE}; raise scale_bits or pack fewer lanes"
+            f"unusable scale: at scale_bits = {parameters.scale_bits} the error of a sum of {parties} "
+            f"reaches {bound:.3g}, rounding to integers bears {CKKS_TOLERANCE}; raise "
+            "scale_bits or pack fewer lanes"
         )
     if not _headroom(parameters):
         problems.append(
-            f"overflow: {parameters.lanes * parameters.lane_bits} packed bits and {parameters.scale_bits} scale bits "
-            f"exceed a data modulus of {sum(parameters.data_bits)} bits"
+            f"overflow: {parameters.lanes * parameters.lane_bits} packed bits and {parameters.scale_bits} "
+            f"scale bits exceed a data modulus of {sum(parameters.data_bits)} bits"
         )
     return problems
 
@@ -370,14 +377,19 @@ def describe(parameters: Parameters, *, parties: int) -> dict[str, str]:
     exact = (
         f"exact with certainty; {noise_margin_bits(parameters, parties):.1f} bits of margin"
         if parameters.scheme == "bfv"
-        else f"error at most {error_bound(parameters, parties):.3g} before rounding to integers (2^-128), so exact"
+        else (
+            f"error at most {error_bound(parameters, parties):.3g} before rounding "
+            "to integers (2^-128), so exact"
+        )
     )
     form = "seeded symmetric" if parameters.seeded else "symmetric"
     return {
         "scheme": f"{parameters.scheme.upper()}, {form}, N = {parameters.poly_modulus_degree}, "
         f"q = {'+'.join(map(str, parameters.coefficient_bits))} bits",
         "security": f"at least {SECURITY_BITS} bits (classical)",
-        "packing": f"{parameters.lanes} lanes of {parameters.lane_bits} bits, {parameters.digits} digits a value",
+        "packing": (
+            f"{parameters.lanes} lanes of {parameters.lane_bits} bits, {parameters.digits} digits a value"
+        ),
         "bytes_per_parameter": f"about {parameters.ideal_bytes_per_value:.2f} before framing",
         "exactness": exact,
     }

@@ -56,8 +56,9 @@ def threshold_available() -> tuple[bool, str]:
         module.GenCryptoContext  # noqa: B018 - a wheel without its compiled half imports as an empty package
     except (ImportError, AttributeError, OSError) as error:
         return False, (
-            f"threshold encryption needs openfhe, whose wheel does not import here ({type(error).__name__}): it ships "
-            "a compiled library for one Python version only. Use protection kind 'secagg' against collusion"
+            "threshold encryption needs openfhe, whose wheel does not import here "
+            f"({type(error).__name__}): it ships a compiled library for one Python version only. Use "
+            "protection kind 'secagg' against collusion"
         )
     return True, "openfhe"
 

@@ -90,8 +90,8 @@ class Agreement:
         strangers = [party for party in self.cohort if party not in roster]
         if strangers:
             raise ParameterError(
-                f"cohort: {len(strangers)} of {self.parties} are not on the roster of this federation; take the "
-                "cohort from the roster, never from the server"
+                f"cohort: {len(strangers)} of {self.parties} are not on the roster of this federation; "
+                "take the cohort from the roster, never from the server"
             )
 
 
@@ -233,9 +233,19 @@ def encode_parameters(parameters: Parameters) -> bytes:
     """
     each = parameters
     return _PARAMETERS.pack(
-        _MAGIC, _SCHEMES.index(each.scheme), each.seeded, each.poly_modulus_degree, each.plain_bits, each.scale_bits,
-        each.lanes, each.lane_bits, each.digits, each.digit_bits, 0, len(each.coefficient_bits),
-    ) + bytes(each.coefficient_bits)  # fmt: skip
+        _MAGIC,
+        _SCHEMES.index(each.scheme),
+        each.seeded,
+        each.poly_modulus_degree,
+        each.plain_bits,
+        each.scale_bits,
+        each.lanes,
+        each.lane_bits,
+        each.digits,
+        each.digit_bits,
+        0,
+        len(each.coefficient_bits),
+    ) + bytes(each.coefficient_bits)
 
 
 def decode_parameters(bundle: bytes) -> Parameters:

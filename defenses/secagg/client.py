@@ -82,7 +82,9 @@ class _Secrets:
         self.shares: dict[int, tuple[bytes, bytes]] = {}
 
     def erase(self) -> None:
-        """Overwrite what can be overwritten and forget the rest; copies made by the interpreter may survive."""
+        """Overwrite what can be overwritten and forget the rest;
+        copies made by the interpreter may survive.
+        """
         for buffer in (self.mask_key, self.self_secret, *self.channels.values()):
             buffer[:] = bytes(len(buffer))
         self.channels.clear()
@@ -455,7 +457,9 @@ class ClientSession:
         return messages.header(messages.Kind.RESPONSE) + self.id + signature + body
 
     def _check_confirmations(self, request: bytes) -> None:
-        """Require valid confirmations, by enough surviving neighbours, of the very set this client confirmed."""
+        """Require valid confirmations, by enough surviving neighbours,
+        of the very set this client confirmed.
+        """
         statement, members = self._alive_statement(), self._parameters.roster.members
         confirmations = messages.read_active_request(request, len(self._neighbours))
         survivors = set(self._survivors)

@@ -1,4 +1,6 @@
-"""Who may take part in a round: a public function of a public seed, which every client computes for itself."""
+"""Who may take part in a round:
+a public function of a public seed, which every client computes for itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Run one session in process: every client's bytes to the server and back, with clients lost where you say."""
+"""Run one session in process: every client's bytes to the server and back,
+with clients lost where you say.
+"""
 
 from __future__ import annotations
 

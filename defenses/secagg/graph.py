@@ -1,4 +1,6 @@
-"""Who shares secrets with whom: the complete graph, random Harary rings, and how many neighbours are enough."""
+"""Who shares secrets with whom:
+the complete graph, random Harary rings, and how many neighbours are enough.
+"""
 
 from __future__ import annotations
 
@@ -185,17 +187,22 @@ def find_graph_parameters(
         survivors = math.ceil((1 - dropouts - _ROUNDING) * clients)
         for neighbours in range(2, clients - 1, 2):
             threshold = safe_threshold(
-                kind="harary", clients=clients, neighbours=neighbours, corrupted=colluders, dropouts=lost, mode=mode,
+                kind="harary",
+                clients=clients,
+                neighbours=neighbours,
+                corrupted=colluders,
+                dropouts=lost,
+                mode=mode,
                 security_bits=security_bits,
-            )  # fmt: skip
+            )
             available = _lower_quantile(clients, survivors, neighbours, 2.0**-correctness_bits / clients)
             if threshold is not None and threshold <= available:
                 return GraphParameters(kind="harary", neighbours=neighbours, threshold=threshold)
     threshold = threshold_above(neighbours=clients - 1, corrupted=colluders, mode=mode)
     if threshold > clients - 1 - lost:
         raise ParameterError(
-            f"{clients} clients with {colluders} corrupted and {lost} lost: a threshold of {threshold} exceeds the "
-            f"{clients - 1 - lost} neighbours that remain; expect fewer of either"
+            f"{clients} clients with {colluders} corrupted and {lost} lost: a threshold of {threshold} "
+            f"exceeds the {clients - 1 - lost} neighbours that remain; expect fewer of either"
         )
     return GraphParameters(kind="complete", neighbours=clients - 1, threshold=threshold)
 

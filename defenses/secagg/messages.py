@@ -222,7 +222,10 @@ def seal_shares(
     sender: bytes,
     receiver: bytes,
 ) -> bytes:
-    """Encrypt the two shares of a neighbour. The zero nonce is safe: each directed key encrypts one message."""
+    """Encrypt the two shares of a neighbour.
+
+    The zero nonce is safe: each directed key encrypts one message.
+    """
     aad = LABEL + b"share" + transcript + sender + receiver
     return ChaCha20Poly1305(key).encrypt(_NONCE, point.to_bytes(4, "big") + key_share + self_share, aad)
 

@@ -129,13 +129,28 @@ class SessionParameters:
 
     def _fields(self) -> bytes:
         return _LAYOUT.pack(
-            self.run_id, self.round, self.attempt, _MODES.index(self.mode), _GRAPHS.index(self.graph), self.clients,
-            self.neighbours, self.threshold, self.minimum_survivors, self.modulus_bits, self.length, self.backbone_hash,
-            self.layout_hash, self.quantization_hash, self.mechanism_hash, self.model_hash,
-        )  # fmt: skip
+            self.run_id,
+            self.round,
+            self.attempt,
+            _MODES.index(self.mode),
+            _GRAPHS.index(self.graph),
+            self.clients,
+            self.neighbours,
+            self.threshold,
+            self.minimum_survivors,
+            self.modulus_bits,
+            self.length,
+            self.backbone_hash,
+            self.layout_hash,
+            self.quantization_hash,
+            self.mechanism_hash,
+            self.model_hash,
+        )
 
     def to_bytes(self) -> bytes:
-        """Write the parameters as a proposal, the cohort last; the roster travels apart, from the operator."""
+        """Write the parameters as a proposal, the cohort last;
+        the roster travels apart, from the operator.
+        """
         return bytes([_PROPOSAL_VERSION]) + self._fields() + b"".join(self.cohort)
 
     @classmethod
@@ -153,10 +168,21 @@ class SessionParameters:
                 raise ValueError
             cohort = tuple(data[place : place + HASH_BYTES] for place in range(head, len(data), HASH_BYTES))
             return cls(
-                run_id=run_id, round=number, attempt=attempt, mode=_MODES[mode], graph=_GRAPHS[graph], clients=n,
-                neighbours=k, threshold=t, minimum_survivors=n_min, modulus_bits=m, length=d,
-                **dict(zip(_HASHES, hashes, strict=True)), roster=roster, cohort=cohort,
-            )  # fmt: skip
+                run_id=run_id,
+                round=number,
+                attempt=attempt,
+                mode=_MODES[mode],
+                graph=_GRAPHS[graph],
+                clients=n,
+                neighbours=k,
+                threshold=t,
+                minimum_survivors=n_min,
+                modulus_bits=m,
+                length=d,
+                **dict(zip(_HASHES, hashes, strict=True)),
+                roster=roster,
+                cohort=cohort,
+            )
         except (ValueError, IndexError, struct.error):
             pass
         raise ProtocolError
@@ -206,8 +232,8 @@ class ClientPolicy:
     def __post_init__(self) -> None:
         if self.minimum_survivors < FEWEST_SURVIVORS or self.minimum_honest < 2 or self.colluders < 0:
             raise ParameterError(
-                f"minimum_survivors = {self.minimum_survivors}, minimum_honest = {self.minimum_honest}, colluders = "
-                f"{self.colluders}: must be at least {FEWEST_SURVIVORS}, 2 and 0"
+                f"minimum_survivors = {self.minimum_survivors}, minimum_honest = {self.minimum_honest}, "
+                f"colluders = {self.colluders}: must be at least {FEWEST_SURVIVORS}, 2 and 0"
             )
 
     def admit(self, parameters: SessionParameters, *, now: int) -> None:
@@ -279,8 +305,15 @@ class ClientPolicy:
 
     def _safe_threshold(self, parameters: SessionParameters, present: int) -> int | None:
         bits = self.security_bits or (80 if parameters.mode == "active" else 40)
-        return _safe_threshold(parameters.graph, parameters.mode, present, parameters.neighbours, self.colluders,
-                               parameters.minimum_survivors, bits)  # fmt: skip
+        return _safe_threshold(
+            parameters.graph,
+            parameters.mode,
+            present,
+            parameters.neighbours,
+            self.colluders,
+            parameters.minimum_survivors,
+            bits,
+        )
 
 
 @functools.lru_cache(maxsize=1024)

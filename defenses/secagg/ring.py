@@ -44,8 +44,8 @@ def largest_sum(value_bits: int, *, clients: int, max_weight: int = 1, noise_bou
     """
     if value_bits < 2 or clients < 1 or max_weight < 1 or noise_bound < 0:
         raise ParameterError(
-            f"value_bits = {value_bits}, clients = {clients}, max_weight = {max_weight}, noise_bound = {noise_bound}: "
-            "must be at least 2, 1, 1 and 0"
+            f"value_bits = {value_bits}, clients = {clients}, max_weight = {max_weight}, noise_bound = "
+            f"{noise_bound}: must be at least 2, 1, 1 and 0"
         )
     return clients * (((1 << (value_bits - 1)) - 1) * max_weight + noise_bound)
 
@@ -63,7 +63,8 @@ def check_overflow(
     if bound >= 1 << (modulus_bits - 1):
         raise ParameterError(
             f"modulus_bits = {modulus_bits}: a sum of {clients} clients can reach {bound}, beyond "
-            f"{(1 << (modulus_bits - 1)) - 1}; use {_smallest(bound)} bits, fewer value bits or a smaller weight"
+            f"{(1 << (modulus_bits - 1)) - 1}; use {_smallest(bound)} bits, fewer "
+            "value bits or a smaller weight"
         )
 
 
@@ -105,8 +106,8 @@ class Quantizer:
         _require_modulus(self.modulus_bits)
         if not 2 <= self.value_bits <= min(32, self.modulus_bits):
             raise ParameterError(
-                f"value_bits = {self.value_bits}: must be from 2 to {min(32, self.modulus_bits)}, the smaller of 32 "
-                "and modulus_bits"
+                f"value_bits = {self.value_bits}: must be from 2 to {min(32, self.modulus_bits)}, the "
+                "smaller of 32 and modulus_bits"
             )
         if not (math.isfinite(self.coordinate_bound) and self.coordinate_bound > 0):
             raise ParameterError(f"coordinate_bound = {self.coordinate_bound}: must be positive and finite")
@@ -413,7 +414,25 @@ def _unpack_chunk(words: RingVector, data: memoryview, unit: type[np.unsignedint
 
 
 __all__ = [
-    "HEADER", "MODULUS_BITS", "OpenedSum", "Quantizer", "RingVector", "Word", "add_into", "add_packed",
-    "check_overflow", "frame", "from_signed", "largest_sum", "modulus_for", "pack", "pack_into", "packed_bytes",
-    "reduce", "signed", "unframe", "unpack", "word_type",
-]  # fmt: skip
+    "HEADER",
+    "MODULUS_BITS",
+    "OpenedSum",
+    "Quantizer",
+    "RingVector",
+    "Word",
+    "add_into",
+    "add_packed",
+    "check_overflow",
+    "frame",
+    "from_signed",
+    "largest_sum",
+    "modulus_for",
+    "pack",
+    "pack_into",
+    "packed_bytes",
+    "reduce",
+    "signed",
+    "unframe",
+    "unpack",
+    "word_type",
+]

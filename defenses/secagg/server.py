@@ -201,7 +201,9 @@ class ServerSession:
         return max(self._parameters.minimum_survivors, self._parameters.threshold + 1)
 
     def _again(self, kind: messages.Kind, owner: bytes, signed: bytes) -> bool:
-        """Say whether this very message was accepted before, by what its signature covers and the signature."""
+        """Say whether this very message was accepted before,
+        by what its signature covers and the signature.
+        """
         return self._accepted.get((kind, owner)) == signed
 
     def _accept(self, kind: messages.Kind, owner: bytes, signed: bytes, size: int) -> bytes:
@@ -531,7 +533,9 @@ class ServerSession:
         return collected
 
     def _recover(self, place: int, shares: Mapping[int, bytes], accept: Callable[[bytes], bool]) -> bytes:
-        """Rebuild a secret of one client; complain about holders whose shares are wrong, or about its dealer."""
+        """Rebuild a secret of one client;
+        complain about holders whose shares are wrong, or about its dealer.
+        """
         holders, owner = self._graph.neighbours(place), self._order[place]
         try:
             secret, wrong = shamir.recover(

@@ -1,4 +1,6 @@
-"""A malicious server reads inputs off a crafted model's answer; the client's check refuses that model beforehand."""
+"""A malicious server reads inputs off a crafted model's answer;
+the client's check refuses that model beforehand.
+"""
 
 import torch
 

@@ -1,4 +1,6 @@
-"""Turn what a server of another system holds (arrays before and after) into an observation on disk, and attack that."""
+"""Turn what a server of another system holds (arrays before and after) into an observation on disk,
+and attack that.
+"""
 
 import torch
 

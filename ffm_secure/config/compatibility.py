@@ -207,13 +207,13 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
         )
     if privacy.unit in ("record", "person") and privacy.delta > LARGEST_RECORD_DELTA:
         yield (
-            f"privacy.delta = {privacy.delta}: must be at most {LARGEST_RECORD_DELTA:g}, or the guarantee may give away one "
-            "record in a hundred; take less than 1 / the number of rows"
+            f"privacy.delta = {privacy.delta}: must be at most {LARGEST_RECORD_DELTA:g}, or the guarantee "
+            "may give away one record in a hundred; take less than 1 / the number of rows"
         )
     if privacy.unit != "none" and privacy.epsilon > LARGEST_EPSILON:
         yield (
-            f"privacy.epsilon = {privacy.epsilon:g}: above {LARGEST_EPSILON:g} nothing is promised that anybody could notice; "
-            "choose less, or say unit = 'none' with a reason"
+            f"privacy.epsilon = {privacy.epsilon:g}: above {LARGEST_EPSILON:g} nothing is promised that "
+            "anybody could notice; choose less, or say unit = 'none' with a reason"
         )
     adaptive = (
         LIFECYCLES.has(federation.lifecycle.kind, "public_phases")

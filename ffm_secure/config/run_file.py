@@ -48,7 +48,8 @@ class Task:
     encoding: str = option(
         "",
         choices=("", "utf-8", "mixed", "cp1252", "iso-8859-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32"),
-        help="of text files; empty: UTF-8, or what a byte order mark says; mixed: UTF-8 or cp1252, line by line",
+        help="of text files; empty: UTF-8, or what a byte order mark says; "
+        "mixed: UTF-8 or cp1252, line by line",
     )
     class_names: tuple[str, ...] = option(
         (), help="the classes in order, declared public; empty: numbers, or names that public rows carry"
@@ -70,7 +71,8 @@ class Task:
     validation: str = option(
         "",
         choices=("", "hold_out"),
-        help="hold_out: a tenth of the rows becomes public where the data have no public part; which ones, the rows decide",
+        help="hold_out: a tenth of the rows becomes public where the data have no public "
+        "part; which ones, the rows decide",
     )
     nominal_examples: int = option(0, minimum=0, help="public size of one client's data; 0: rows / clients")
     evaluation_examples: int = option(1000, minimum=1, help="public validation rows used after each round")
@@ -263,19 +265,21 @@ class Privacy:
     over_bound: str = option(
         "refuse",
         choices=("refuse", "sample"),
-        help="what is done with rows of a person beyond records_per_person: sample keeps that many, always the same ones",
+        help="what is done with rows of a person beyond records_per_person: sample keeps "
+        "that many, always the same ones",
     )
     clipping: ClippingKind = option("flat", choices=("flat", "per_layer", "automatic"))
     spare_rounds: int = option(
         0,
         minimum=0,
         maximum=1_000_000,
-        help="attempts an owner may lose to aborted or interrupted rounds; the noise is calibrated for them too",
+        help="attempts an owner may lose to aborted or interrupted rounds; the "
+        "noise is calibrated for them too",
     )
     ledger: str = option(
         "",
-        help="SQLite file of the rows' owner; empty: this user's own, outside every run; 'run': inside the run directory, "
-        "for rows that are fictitious or public",
+        help="SQLite file of the rows' owner; empty: this user's own, outside every run; 'run': inside the "
+        "run directory, for rows that are fictitious or public",
     )
     noise: str = option(
         "system", choices=("system", "seeded"), help="seeded is for tests and stamps the run not private"
@@ -303,7 +307,8 @@ class Protection:
         0.0,
         minimum=0.0,
         maximum=1e12,
-        help="largest L2 norm of one client's update; 0: what follows from clip, noise and learning rate, if anything does",
+        help="largest L2 norm of one client's update; 0: what follows from clip, noise and "
+        "learning rate, if anything does",
     )
 
 
@@ -452,7 +457,8 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
         problems.add(
             "privacy.person_column",
             privacy.person_column,
-            "belongs to privacy.unit = 'person', which needs it: without it nobody can bound what one person contributes",
+            "belongs to privacy.unit = 'person', which needs it: without it nobody can "
+            "bound what one person contributes",
         )
     if privacy.unit != "person" and privacy.records_per_person != 1:
         problems.add(

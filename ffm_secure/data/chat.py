@@ -81,7 +81,9 @@ def _turn(message: object) -> Turn:
 
 
 def _text(content: object) -> str:
-    """Return the text of a message; parts that are no text are refused, since nothing here could learn them."""
+    """Return the text of a message;
+    parts that are no text are refused, since nothing here could learn them.
+    """
     if content is None:
         return ""  # an assistant's turn that only calls a tool
     if isinstance(content, str):

@@ -150,8 +150,8 @@ def _owner_problems(dataset: Dataset, column: str) -> Iterator[str]:
     blank = sum(map(is_blank, values))
     if blank:
         yield (
-            f"owner column {column!r}: {blank:,} of {len(values):,} rows name no owner; fill them, or leave them out with "
-            "task.clean = ['blank_rows']"
+            f"owner column {column!r}: {blank:,} of {len(values):,} rows name no owner; fill them, or "
+            "leave them out with task.clean = ['blank_rows']"
         )
 
 
@@ -170,21 +170,24 @@ def _label_problems(dataset: Dataset, *, claims: bool) -> Iterator[str]:
     if notes:
         yield f"{column}: {notes}; set task.label_column to the column of the classes"
     elif len(present) < 2:
-        yield f"{column}: all {rows:,} rows are of one class; a classifier needs two: set task.label_column to another one"
+        yield (
+            f"{column}: all {rows:,} rows are of one class; a classifier needs two: set "
+            "task.label_column to another one"
+        )
     if notes or dataset.names_from == "declared":
         return
     empty = [item.name for item in counts if not item.rows]
     if dataset.names_from == "numbers" and empty:
         yield (
-            f"{column}: its numbers leave out {_some(empty)}, and a model with an answer for each of {len(counts):,} classes "
-            f"would be trained where {len(present):,} occur; declare the classes, task.class_names = {_toml(present)}, or "
-            "number them from 0"
+            f"{column}: its numbers leave out {_some(empty)}, and a model with an answer for each of "
+            f"{len(counts):,} classes would be trained where {len(present):,} occur; declare the classes, "
+            f"task.class_names = {_toml(present)}, or number them from 0"
         )
     private = _only_private(dataset) if dataset.names_from == "column" and claims else 0
     if private:
         yield (
-            f"{column}: {private:,} class names occur in private rows alone, and the list of classes is public; declare it "
-            f"with task.class_names = {_toml(present)}"
+            f"{column}: {private:,} class names occur in private rows alone, and the list of classes is "
+            f"public; declare it with task.class_names = {_toml(present)}"
         )
 
 
@@ -193,10 +196,16 @@ def _holds_notes(dataset: Dataset, present: Sequence[NamedCount], rows: int) -> 
     if dataset.names_from in ("declared", "stored"):
         return ""
     if len(present) >= FEWEST_NOTES and rows < FEWEST_PER_CLASS * len(present):
-        return f"holds {len(present):,} different values in {rows:,} rows, which are notes or numbers of rows, not classes"
+        return (
+            f"holds {len(present):,} different values in {rows:,} rows, which are notes "
+            "or numbers of rows, not classes"
+        )
     long = sum(len(item.name) > LONGEST_CLASS_NAME for item in present)
     if long:
-        return f"{long:,} of its {len(present):,} values have more than {LONGEST_CLASS_NAME} letters, which are notes, not classes"
+        return (
+            f"{long:,} of its {len(present):,} values have more than {LONGEST_CLASS_NAME} letters, "
+            "which are notes, not classes"
+        )
     return ""
 
 
@@ -210,35 +219,47 @@ def _only_private(dataset: Dataset) -> int:
 def _warnings(check: DataCheck, dataset: Dataset, *, claims: bool) -> Iterator[str]:
     for names in check.similar_classes:
         yield (
-            f"classes that differ in spelling alone: {_quoted(names)}; declare task.class_names and let task.clean = "
-            "['label_spelling'] match them"
+            f"classes that differ in spelling alone: {_quoted(names)}; declare task.class_names and let "
+            "task.clean = ['label_spelling'] match them"
         )
     for names in check.similar_owners:
         yield f"owners that differ in spelling alone: {_quoted(names)}; each would get a budget of its own"
     missing = [item for item in check.classes if item.name.strip().casefold() in _MISSING]
     if missing:
-        yield f"{_quoted([item.name for item in missing])} is a class of {sum(m.rows for m in missing):,} rows; is it a gap?"
+        yield (
+            f"{_quoted([item.name for item in missing])} is a class of "
+            f"{sum(m.rows for m in missing):,} rows; is it a gap?"
+        )
     if check.empty_classes:
         yield f"classes without any row: {_some(check.empty_classes)}"
     single = sum(item.rows == 1 for item in check.owners)
     if single * 2 > len(check.owners):
-        yield f"{single:,} of {len(check.owners):,} owners hold a single row; does {check.owner_column!r} name owners?"
+        yield (
+            f"{single:,} of {len(check.owners):,} owners hold a single row; does "
+            f"{check.owner_column!r} name owners?"
+        )
     if claims and dataset.names_from == "column":
         yield "class names are read from rows and taken to be public; declare them with task.class_names"
     if check.blank_texts:
         yield f"{check.blank_texts:,} texts are blank; task.clean = ['blank_rows'] leaves them out"
     if check.shared:
-        yield f"{check.shared:,} private rows stand word for word among the public ones, where nothing protects them"
+        yield (
+            f"{check.shared:,} private rows stand word for word among the public "
+            "ones, where nothing protects them"
+        )
     if check.contradicting:
         yield f"{check.contradicting:,} rows are the same as others under another label"
     if check.garbled:
-        yield f"{check.garbled:,} texts show traces of a wrong encoding; save the file as UTF-8, or set task.encoding"
+        yield (
+            f"{check.garbled:,} texts show traces of a wrong encoding; save the file "
+            "as UTF-8, or set task.encoding"
+        )
     if check.cut is not None and check.cut > 0.5:
         yield f"{check.cut:.0%} of the texts are cut at task.max_length = {check.max_length}; raise it"
     if check.unanswered:
         yield (
-            f"{check.unanswered:.0%} of the answers lie beyond task.max_length = {check.max_length}, and nothing is learned "
-            "from them; raise it"
+            f"{check.unanswered:.0%} of the answers lie beyond task.max_length = {check.max_length}, and "
+            "nothing is learned from them; raise it"
         )
 
 
@@ -293,7 +314,8 @@ def similar_names(counts: Sequence[NamedCount]) -> tuple[tuple[str, ...], ...]:
     """Group names that differ in case, accents, blanks or marks alone, or in one letter where one of them is
     rare.
 
-    >>> similar_names([NamedCount(name="neg", rows=9), NamedCount(name="Neg ", rows=1), NamedCount(name="pos", rows=9)])
+    >>> counts = {"neg": 9, "Neg ": 1, "pos": 9}
+    >>> similar_names([NamedCount(name=name, rows=rows) for name, rows in counts.items()])
     (('Neg ', 'neg'),)
     """
     groups: dict[str, list[str]] = {}

@@ -222,7 +222,8 @@ def _load_source(source: str | Memory, base: Path, encoding: str) -> tuple[Table
         return source.train, source.validation, "not stated"
     if source == IN_MEMORY:
         raise DataError(
-            "data = 'memory': these rows were given from Python and lie in no file; give them again, with data="
+            "data = 'memory': these rows were given from Python and lie in no "
+            "file; give them again, with data="
         )
     if source.startswith("builtin:"):
         return _load_builtin(source.removeprefix("builtin:"))
@@ -376,7 +377,9 @@ def _lot_contents(table: Table, choices: Choices, person_column: str) -> list[by
 
 
 def _picture_bytes(value: object, folder: Path | None) -> bytes:
-    """Return what a picture file holds, wherever it lies; what cannot be read is reported when it is decoded."""
+    """Return what a picture file holds, wherever it lies;
+    what cannot be read is reported when it is decoded.
+    """
     if isinstance(value, np.ndarray):
         return np.ascontiguousarray(value).tobytes()
     if isinstance(value, dict):

@@ -92,8 +92,9 @@ def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError:
                 others = sum(not _is_utf8(line) for line in file)
                 raise DataError(
-                    f"{path}: {count_more(f'line {number} is not UTF-8', others + 1, 'lines')}; save the file as UTF-8, "
-                    "or name what it is with task.encoding (files from Windows are often 'cp1252', tables put together 'mixed')"
+                    f"{path}: {count_more(f'line {number} is not UTF-8', others + 1, 'lines')}; save the "
+                    "file as UTF-8, or name what it is with task.encoding (files from Windows are often "
+                    "'cp1252', tables put together 'mixed')"
                 ) from None
 
 
@@ -153,7 +154,12 @@ class _Dialect:
 
     def records(self, lines: Iterator[str] | Sequence[str], *, strict: bool) -> Reader:
         """Take lines apart."""
-        return csv.reader(lines, delimiter=self.separator, quoting=self.quoting, strict=strict)  # type: ignore[arg-type]
+        return csv.reader(
+            lines,
+            delimiter=self.separator,
+            quoting=self.quoting,  # type: ignore[arg-type]
+            strict=strict,
+        )
 
 
 def _read_delimited(path: Path, usual: str, encoding: str) -> Table:
@@ -245,12 +251,14 @@ def _records(path: Path, dialect: _Dialect, encoding: str) -> tuple[list[str], l
 
 
 def _check_header(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> None:
-    """Refuse a first line that is a row, without showing it; give the one unnamed column of an index a name."""
+    """Refuse a first line that is a row, without showing it;
+    give the one unnamed column of an index a name.
+    """
     reason = _row_not_header(header, rows[:_SAMPLE])
     if reason:
         raise DataError(
-            f"{path}: has no header line ({reason}); put the names of its {len(header)} columns into a first line, "
-            "for instance text and label"
+            f"{path}: has no header line ({reason}); put the names of its {len(header)} columns into a "
+            "first line, for instance text and label"
         )
     if header.count("") == 1 and len(header) > 1:
         header[header.index("")] = "(unnamed)"

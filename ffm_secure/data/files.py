@@ -64,8 +64,8 @@ def _advice(folder: Path) -> str:
     )
     beside = f" (it holds {', '.join(files[:5])}; a file can also be named itself)" if files else ""
     return (
-        "put train.parquet (or .jsonl, .json, .csv, .tsv, .npz) there, or train/<class>/<picture>, or what save_to_disk "
-        f"writes{beside}"
+        "put train.parquet (or .jsonl, .json, .csv, .tsv, .npz) there, or train/<class>/<picture>, or "
+        f"what save_to_disk writes{beside}"
     )
 
 

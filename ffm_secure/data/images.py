@@ -78,7 +78,8 @@ def _eight_bits(picture: Image.Image, place: str) -> Image.Image:
     if picture.mode in ("I", "F"):
         kind = "whole numbers of 32 bits" if picture.mode == "I" else "floating-point numbers"
         raise DataError(
-            f"{place}: its pixels are {kind}, whose range nobody states; save it with 8 bits (0 to 255) or 16 bits"
+            f"{place}: its pixels are {kind}, whose range nobody states; save it "
+            "with 8 bits (0 to 255) or 16 bits"
         )
     return picture.convert("RGB")
 
@@ -235,8 +236,8 @@ def _pixel_array(values: NDArray[Any], place: str) -> Pixels:
         or (values.ndim == 4 and values.shape[3] not in (1, 3))
     ):
         raise DataError(
-            f"{place}: pictures are {values.dtype} {list(values.shape)}; they must be uint8 or uint16 [rows, height, width] or "
-            "[rows, height, width, 1 or 3]"
+            f"{place}: pictures are {values.dtype} {list(values.shape)}; they must be uint8 or uint16 "
+            "[rows, height, width] or [rows, height, width, 1 or 3]"
         )
     pixels = values[..., None] if values.ndim == 3 else values
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
@@ -250,7 +251,8 @@ def _encoded(value: Any, place: str, folder: Path | None) -> bytes | Path:
     if isinstance(value, str) and value.strip():
         return _named_file(value, place, folder)
     raise DataError(
-        f"{place}: holds no picture (found {type(value).__name__}); store the encoded bytes, or the name of a file"
+        f"{place}: holds no picture (found {type(value).__name__}); store the "
+        "encoded bytes, or the name of a file"
     )
 
 

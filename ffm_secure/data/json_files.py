@@ -89,7 +89,8 @@ def columns_of(rows: Sequence[object], *, name: Callable[[int], str], origin: st
         if row.keys() != columns.keys():
             odd = _other_keys(columns.keys(), row.keys())
             raise DataError(
-                f"{origin}: {name(number)} differs from {name(0)} in the keys {odd}; give all of them the same"
+                f"{origin}: {name(number)} differs from {name(0)} in the keys "
+                f"{odd}; give all of them the same"
             )
         for key, values in columns.items():
             values.append(row[key])

@@ -47,7 +47,8 @@ def encode_labels(
     labels = _declared(tables, name, declared, loose) if declared else _seen(tables, name)
     if len(labels.names) > MAX_LABELS:
         raise DataError(
-            f"{tables[0].origin}: column {name!r} has {len(labels.names)} classes, more than the bound of {MAX_LABELS}"
+            f"{tables[0].origin}: column {name!r} has {len(labels.names)} classes, more "
+            f"than the bound of {MAX_LABELS}"
         )
     return labels
 
@@ -157,8 +158,8 @@ def _whole_labels(table: Table, name: str) -> Indices:
         if bad.size:
             first = f"a label in column {name!r} is outside 0 to {MAX_LABELS - 1}"
             raise DataError(
-                f"{table.place(int(bad[0]))}: {count_more(first, int(bad.size), 'rows')}; number the classes from 0, "
-                "write them as text, or declare them with task.class_names"
+                f"{table.place(int(bad[0]))}: {count_more(first, int(bad.size), 'rows')}; number the "
+                "classes from 0, write them as text, or declare them with task.class_names"
             )
         return numbers
     odd = [row for row, value in enumerate(values) if not _is_class_number(value)]
@@ -167,8 +168,8 @@ def _whole_labels(table: Table, name: str) -> Indices:
         kind = "nothing" if value is None else f"a {type(value).__name__}"
         first = f"label ({kind}) in column {name!r} is neither a whole number from 0 nor text throughout"
         raise DataError(
-            f"{table.place(odd[0])}: {count_more(first, len(odd), 'rows')}; fill or remove the row, or let task.clean leave "
-            "out blank_rows"
+            f"{table.place(odd[0])}: {count_more(first, len(odd), 'rows')}; fill or remove the row, or let "
+            "task.clean leave out blank_rows"
         )
     return np.array([int(value) for value in values], dtype=np.int64)
 

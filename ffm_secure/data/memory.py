@@ -14,7 +14,10 @@ from ffm_secure.data.table import Table
 from ffm_secure.errors import DataError
 
 IN_MEMORY = "memory"  # what task.data says of rows that were given from Python
-_ACCEPTED = "give a list of dicts, a dict of columns, a datasets.Dataset, a data frame, or a dict with 'train' and 'validation'"
+_ACCEPTED = (
+    "give a list of dicts, a dict of columns, a datasets.Dataset, a data frame, or a "
+    "dict with 'train' and 'validation'"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

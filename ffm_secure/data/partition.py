@@ -58,8 +58,8 @@ def partition(examples: Examples, *, clients: int, split: Any, seed: int) -> tup
         )
     if clients * options.get("min_size", 0) > len(examples):
         raise DataError(
-            f"min_size = {options['min_size']}: {clients} clients would need {clients * options['min_size']} rows, "
-            f"{examples.origin} has {len(examples)}"
+            f"min_size = {options['min_size']}: {clients} clients would need "
+            f"{clients * options['min_size']} rows, {examples.origin} has {len(examples)}"
         )
     rng = np.random.Generator(np.random.PCG64([seed, 0xDEA1]))
     parts = SPLITS[kind].deal(examples, clients, options, rng)
@@ -126,7 +126,9 @@ def _dirichlet(
 
 
 def _dirichlet_shares(alpha: float, clients: int, rng: np.random.Generator) -> Shares:
-    """Draw shares that sum to one; for tiny alpha, where every gamma draw underflows, one client takes all."""
+    """Draw shares that sum to one; for tiny alpha, where every gamma draw underflows,
+    one client takes all.
+    """
     shares: Shares = rng.dirichlet(np.full(clients, alpha))
     if not np.isfinite(shares).all() or not math.isclose(shares.sum(), 1.0, rel_tol=1e-6):
         shares = np.zeros(clients)
@@ -172,8 +174,8 @@ def _shards(
     each = options["shards_per_client"]
     if clients * each > len(examples):
         raise DataError(
-            f"shards_per_client = {each}: {clients} clients need {clients * each} shards, {examples.origin} has only "
-            f"{len(examples)} rows"
+            f"shards_per_client = {each}: {clients} clients need {clients * each} shards, "
+            f"{examples.origin} has only {len(examples)} rows"
         )
     shuffled = rng.permutation(len(examples))
     by_label = shuffled[np.argsort(examples.labels[shuffled], kind="stable")]
@@ -218,8 +220,8 @@ def _natural_hands(
     small = [name for name in founders if sizes[name] < options["min_size"]]
     if small:
         raise DataError(
-            f"min_size = {options['min_size']}: group {small[0]!r} has {sizes[small[0]]} rows; choose fewer clients "
-            "or a smaller min_size"
+            f"min_size = {options['min_size']}: group {small[0]!r} has {sizes[small[0]]} rows; choose "
+            "fewer clients or a smaller min_size"
         )
     return hands
 
@@ -275,13 +277,15 @@ def _groups(examples: Examples, column: str) -> dict[Any, Indices]:
         )  # a data frame's gap made it so
         if isinstance(name, bool) or not isinstance(name, (str, int)):
             raise DataError(
-                f"{examples.origin}: row {row} of column {column!r} holds {type(value).__name__}, not text or a whole number"
+                f"{examples.origin}: row {row} of column {column!r} holds "
+                f"{type(value).__name__}, not text or a whole number"
             )
         rows.setdefault(name, []).append(row)
     if blank:
         named = count_more(f"row {blank[0]} of column {column!r} holds nothing", len(blank), "rows")
         raise DataError(
-            f"{examples.origin}: {named}, so it has no owner; fill it, or leave such rows out with task.clean = ['blank_rows']"
+            f"{examples.origin}: {named}, so it has no owner; fill it, or leave such rows out with "
+            "task.clean = ['blank_rows']"
         )
     if len({type(name) for name in rows}) > 1:
         raise DataError(

@@ -31,8 +31,9 @@ def bounded(
         return examples, ""
     if not sample:
         raise DataError(
-            f"{examples.origin}: {over} person(s) in column {column!r} have more than privacy.records_per_person = {most} rows; "
-            "raise it, or say privacy.over_bound = 'sample' to leave rows out"
+            f"{examples.origin}: {over} person(s) in column {column!r} have more than "
+            f"privacy.records_per_person = {most} rows; raise it, or say "
+            "privacy.over_bound = 'sample' to leave rows out"
         )
     lots = _row_lots(examples, key)
     order = np.lexsort((lots, persons))
@@ -40,7 +41,10 @@ def bounded(
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     places = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
     chosen = np.sort(order[places < most])
-    note = f"{len(examples) - len(chosen):,} rows of {over:,} persons left out: at most {most} of a person are read"
+    note = (
+        f"{len(examples) - len(chosen):,} rows of {over:,} persons left out: at "
+        f"most {most} of a person are read"
+    )
     return examples.take(chosen), note
 
 
@@ -59,8 +63,8 @@ def reunited(examples: Examples, parts: Sequence[Indices], *, column: str) -> tu
     result = tuple(dealt[owners == client] for client in range(len(parts)))
     if any(len(rows) == 0 for rows in result):
         raise DataError(
-            f"{examples.origin}: with every person whole, some client has no rows; take fewer clients, or a natural split by a "
-            "column that persons do not cross"
+            f"{examples.origin}: with every person whole, some client has no rows; take fewer clients, or "
+            "a natural split by a column that persons do not cross"
         )
     return result
 

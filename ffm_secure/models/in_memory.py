@@ -63,7 +63,8 @@ def held_model(model: object, tokenizer: object) -> HeldModel:
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise ModelError(
-            f"model = {type(model).__name__}: must be a PreTrainedModel of transformers; others are named in model.name"
+            f"model = {type(model).__name__}: must be a PreTrainedModel of transformers; "
+            "others are named in model.name"
         )
     if tokenizer is not None and not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         raise ModelError(f"tokenizer = {type(tokenizer).__name__}: must be a tokenizer of transformers")

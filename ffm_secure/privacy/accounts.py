@@ -1,4 +1,6 @@
-"""Which account a run charges: named by the rows themselves and how they were dealt, never by a path alone."""
+"""Which account a run charges: named by the rows themselves and how they were dealt,
+never by a path alone.
+"""
 
 from __future__ import annotations
 

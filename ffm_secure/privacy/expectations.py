@@ -35,7 +35,9 @@ def share_cut(noise: float, bound: float) -> float:
 
 
 def bound_warnings(config: RunConfig, mechanism: RecordMechanism | None) -> list[str]:
-    """Warn of a coordinate bound that noise alone fills, and of one so wide that rounding drowns the update."""
+    """Warn of a coordinate bound that noise alone fills,
+    and of one so wide that rounding drowns the update.
+    """
     if mechanism is None or mechanism.noise_multiplier == 0:
         return []
     protection = config.protection
@@ -43,16 +45,22 @@ def bound_warnings(config: RunConfig, mechanism: RecordMechanism | None) -> list
     cut = share_cut(noise, protection.coordinate_bound)
     if cut > 0.05:
         return [
-            f"protection.coordinate_bound = {protection.coordinate_bound:g}: noise alone makes a coordinate of an update "
-            f"about {noise:.2g} ({noise / protection.coordinate_bound:.2g} x the bound), so {_share(cut)} of the coordinates "
-            f"are cut at the bound and little or nothing can be learned; raise it to {ROOM * noise:.2g} or more"
+            (
+                f"protection.coordinate_bound = {protection.coordinate_bound:g}: noise alone makes a "
+                f"coordinate of an update about {noise:.2g} ({noise / protection.coordinate_bound:.2g} x "
+                f"the bound), so {_share(cut)} of the coordinates are cut at the bound and little or "
+                f"nothing can be learned; raise it to {ROOM * noise:.2g} or more"
+            )
         ]
     level = _level(protection)
     if level > noise:
         return [
-            f"protection.coordinate_bound = {protection.coordinate_bound:g} with value_bits = {protection.value_bits}: one "
-            f"level is {level:.2g}, more than the noise of {noise:.2g}, so updates are lost in rounding; lower the bound to "
-            f"{max(ROOM * noise, 1e-9):.2g}, or raise value_bits"
+            (
+                f"protection.coordinate_bound = {protection.coordinate_bound:g} with value_bits = "
+                f"{protection.value_bits}: one level is {level:.2g}, more than the noise of {noise:.2g}, "
+                "so updates are lost in rounding; lower the bound to "
+                f"{max(ROOM * noise, 1e-9):.2g}, or raise value_bits"
+            )
         ]
     return []
 
@@ -77,9 +85,11 @@ def noise_warnings(config: RunConfig, mechanism: RecordMechanism | None, *, size
     if ratio <= 1.0:
         return []
     return [
-        f"noise of {mechanism.noise_multiplier:.3g} x clip carries the {size:,} trained numbers {ratio:.2g} x as far as all "
-        "records could if every one agreed: expect to learn nothing; train fewer numbers, in larger batches or cohorts, "
-        "or give privacy.epsilon more"
+        (
+            f"noise of {mechanism.noise_multiplier:.3g} x clip carries the {size:,} trained numbers "
+            f"{ratio:.2g} x as far as all records could if every one agreed: expect to learn nothing; "
+            "train fewer numbers, in larger batches or cohorts, or give privacy.epsilon more"
+        )
     ]
 
 

@@ -153,8 +153,9 @@ class RecordNoise:
         """Describe the steps, their sampling and their noise."""
         inner = self.inner
         return (
-            f"up to {rounds} rounds x {inner.steps} steps of Poisson({inner.sampling_rate:.6g}) sampled Gaussian, "
-            f"noise multiplier {inner.noise_multiplier:.4f}, clip {inner.clip_norm:g}, {inner.clipping} clipping"
+            f"up to {rounds} rounds x {inner.steps} steps of Poisson({inner.sampling_rate:.6g}) sampled "
+            f"Gaussian, noise multiplier {inner.noise_multiplier:.4f}, clip {inner.clip_norm:g}, "
+            f"{inner.clipping} clipping"
         )
 
 
@@ -215,7 +216,8 @@ class ClientNoise:
         """Describe the noise of the opened sum."""
         return (
             f"up to {rounds} rounds of Skellam noise over the honest survivors, noise multiplier "
-            f"{self.noise_multiplier:.4f}, clip {self.clip_norm:g}, every client of a cohort counted as taking part"
+            f"{self.noise_multiplier:.4f}, clip {self.clip_norm:g}, every client of "
+            "a cohort counted as taking part"
         )
 
 
@@ -285,7 +287,9 @@ def _record_noise(
 def _client_noise(
     config: RunConfig, size: int, history: Sequence[Event], multiplier: float, cap: int
 ) -> ClientNoise:
-    """Find the smallest noise on the grid that keeps the budget over every participation a client may have."""
+    """Find the smallest noise on the grid that keeps the budget
+    over every participation a client may have.
+    """
     privacy, protection = config.privacy, config.protection
     scale = ((1 << (protection.value_bits - 1)) - 1) / privacy.clip_norm
     # A curious client knows its own share of the noise, so at least one share is never counted.

@@ -83,7 +83,8 @@ def _for_observer(common: PrivacyStatement, config: RunConfig, observer: Observe
         return replace(
             common,
             epsilon=math.inf,
-            note="a server that holds one client's key reads every upload, and one client's share of the noise protects nobody",
+            note="a server that holds one client's key reads every upload, and one client's share of the "
+            "noise protects nobody",
         )
     return replace(
         common, note=f"noise of up to {config.protection.colluding} colluding clients is not counted"

@@ -74,7 +74,9 @@ class ServerRound(Protocol):
         """
 
     def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
-        """Open the sum, or say why it stays closed; `lost` says at which stage each missing site was missed."""
+        """Open the sum, or say why it stays closed;
+        `lost` says at which stage each missing site was missed.
+        """
 
 
 class ClientSide(Protocol):

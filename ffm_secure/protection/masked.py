@@ -106,7 +106,9 @@ class MaskedTerms:
         return tuple(sorted(self.members[site] for site in plan.cohort))
 
     def policy(self, operator: bytes, plan: RoundPlan) -> secagg.ClientPolicy:
-        """Return the least a site of this run insists on in a round; its hashes are its own, not the plan's."""
+        """Return the least a site of this run insists on in a round;
+        its hashes are its own, not the plan's.
+        """
         colluding, cohort = self.config.protection.colluding, self.cohort(plan)
         return secagg.ClientPolicy(
             operator=operator,

@@ -16,7 +16,9 @@ from ffm_secure.trainable.base import TrainableModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerState:
-    """Hold the global model after `round` rounds: the trained vector and the server optimizer's own tensors."""
+    """Hold the global model after `round` rounds:
+    the trained vector and the server optimizer's own tensors.
+    """
 
     round: int
     vector: Tensor  # float32 [d]

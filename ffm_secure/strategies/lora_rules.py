@@ -204,9 +204,9 @@ class FedSVD(RoLoRA):
             (rank, columns), rows = self.shapes[item.a], self.shapes[item.b][0]
             if rank > min(rows, columns):
                 raise ModelError(
-                    f"model.trainable.rank = {rank} with federation.strategy.kind = 'fedsvd': {item.a} belongs to a module of "
-                    f"{rows} x {columns}, whose product has {min(rows, columns)} singular values; lower the rank to "
-                    f"{min(rows, columns)}, or use ffa"
+                    f"model.trainable.rank = {rank} with federation.strategy.kind = 'fedsvd': {item.a} "
+                    f"belongs to a module of {rows} x {columns}, whose product has {min(rows, columns)} "
+                    f"singular values; lower the rank to {min(rows, columns)}, or use ffa"
                 )
 
     def settle(self, vector: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ TASKS: dict[str, type[Task]] = {
 def build_task(
     kind: str, *, backbone: Backbone, dataset: Any, max_length: int = 64, fixed_length: bool = False
 ) -> Task:
-    """Build a task for a backbone and a data set: anything with text_columns, label_column and image_column."""
+    """Build a task for a backbone and a data set:
+    anything with text_columns, label_column and image_column.
+    """
     if kind not in TASKS:
         raise ModelError(f"task.kind = {kind!r}: must be one of {', '.join(TASKS)}")
     data = TaskData(

@@ -71,7 +71,8 @@ class Task:
         limit = backbone.max_positions
         if max_length < 2 or (limit is not None and max_length > limit):
             raise ModelError(
-                f"task.max_length = {max_length}: must be from 2 to the {limit} positions of {backbone.source}"
+                f"task.max_length = {max_length}: must be from 2 to the {limit} "
+                f"positions of {backbone.source}"
             )
         self.max_length = max_length
         # Below float32 the width of a batch shows in every sample's rounding, so a long text would move the
@@ -94,7 +95,9 @@ class Task:
     def batch(
         self, encoded: Any, indices: Any, *, device: str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Pad the chosen examples into tensors; `generator` draws what a task draws anew each time (masks)."""
+        """Pad the chosen examples into tensors;
+        `generator` draws what a task draws anew each time (masks).
+        """
         raise NotImplementedError
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -104,7 +107,9 @@ class Task:
     def evaluate(
         self, model: nn.Module, encoded: Any, *, batch_size: int = 64, device: str = "cpu"
     ) -> Evaluation:
-        """Return mean loss and metric over a set; the order and the batch size do not matter beyond rounding."""
+        """Return mean loss and metric over a set;
+        the order and the batch size do not matter beyond rounding.
+        """
         loss = right = count = 0.0
         with _evaluating(model):
             for indices in _by_length(encoded, batch_size):

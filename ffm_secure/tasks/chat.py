@@ -43,8 +43,8 @@ def render_all(tokenizer: Any, packed: Sequence[str]) -> list[Rendered]:
             refused.append((str(error).splitlines() or [type(error).__name__])[0][:120])
     if refused:
         raise ModelError(
-            f"the chat template refuses {len(refused):,} of {len(packed):,} chats ({refused[0]}); bring them into the order "
-            "of roles it expects, or choose another model"
+            f"the chat template refuses {len(refused):,} of {len(packed):,} chats ({refused[0]}); bring "
+            "them into the order of roles it expects, or choose another model"
         )
     return rendered
 
@@ -89,7 +89,9 @@ def _by_prefix(tokenizer: Any, messages: list[dict[str, str]], number: int, text
 
 
 def _by_content(text: str, content: str, cursor: int) -> Span:
-    """Find the words of a turn after those of the turns before it; templates may cut the blanks around them."""
+    """Find the words of a turn after those of the turns before it;
+    templates may cut the blanks around them.
+    """
     words = content if content in text[cursor:] else content.strip()
     start = text.find(words, cursor)
     return (start, start + len(words)) if start >= 0 and words else (cursor, cursor)

@@ -85,8 +85,8 @@ class CausalLM(_Text):
         super().__init__(backbone, data, **options)
         if data.answers_only and (data.is_chat or data.answered) and not self.tokenizer.is_fast:
             raise ModelError(
-                f"causal_lm: the tokenizer of {backbone.source} does not say where its tokens stand in the text; set "
-                "task.loss_on = 'all'"
+                f"causal_lm: the tokenizer of {backbone.source} does not say where its tokens stand in the "
+                "text; set task.loss_on = 'all'"
             )
         if data.is_chat and not has_template(self.tokenizer):
             self.notes = (NO_TEMPLATE,)

@@ -27,7 +27,9 @@ PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """Name the tensors of one adapted module: its product is `scaling * B A`, and the weight it is added to."""
+    """Name the tensors of one adapted module:
+    its product is `scaling * B A`, and the weight it is added to.
+    """
 
     a: str
     b: str

@@ -204,8 +204,19 @@ def _vit_with_registers(vit: Any, prompt: Tensor) -> Dinov2WithRegistersForImage
     """
     config = vit.config
     ratio = math.ceil(config.intermediate_size / config.hidden_size)
-    shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "image_size",
-              "patch_size", "num_channels", "qkv_bias", "id2label", "label2id")  # fmt: skip
+    shared = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+        "layer_norm_eps",
+        "image_size",
+        "patch_size",
+        "num_channels",
+        "qkv_bias",
+        "id2label",
+        "label2id",
+    )
     wide = Dinov2WithRegistersForImageClassification(
         Dinov2WithRegistersConfig(
             mlp_ratio=ratio,

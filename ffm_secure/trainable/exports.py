@@ -1,4 +1,6 @@
-"""What a run leaves for others: files that transformers and PEFT load by themselves and that answer the same."""
+"""What a run leaves for others:
+files that transformers and PEFT load by themselves and that answer the same.
+"""
 
 from __future__ import annotations
 

@@ -140,8 +140,8 @@ def attach_lora(
     )  # rules multiply factors as matrices
     if folded and not flat:
         raise ModelError(
-            f"federation.strategy changes the weights beside the factors, and those of {backbone.architecture} are convolutions; use "
-            "federation.strategy.kind = 'average'"
+            "federation.strategy changes the weights beside the factors, and those of "
+            f"{backbone.architecture} are convolutions; use federation.strategy.kind = 'average'"
         )
     adapters = tuple(_adapter(path, layer, folded) for path, layer in layers) if flat else ()
     common: dict[str, Any] = {

@@ -29,7 +29,9 @@ from ffm_secure.trainable.prompt import (
 
 
 class PrefixedModel(nn.Module):
-    """Call a model as if `length` tokens had gone before: their keys and values are trained, layer by layer."""
+    """Call a model as if `length` tokens had gone before:
+    their keys and values are trained, layer by layer.
+    """
 
     def __init__(self, model: Any, prefix: Tensor, *, heads: int, max_positions: int | None) -> None:
         super().__init__()
@@ -43,8 +45,8 @@ class PrefixedModel(nn.Module):
         count, length = tokens.shape[0], self.prefix.value.shape[0]
         if self.max_positions is not None and tokens.shape[1] + length > self.max_positions:
             raise ModelError(
-                f"{tokens.shape[1]} tokens and {length} of the prefix exceed the {self.max_positions} positions "
-                "of the model; lower task.max_length or model.trainable.length"
+                f"{tokens.shape[1]} tokens and {length} of the prefix exceed the {self.max_positions} "
+                "positions of the model; lower task.max_length or model.trainable.length"
             )
         longer, cache = torch.cat((mask.new_ones(count, length), mask), dim=1), self.cache(count)
 
@@ -123,12 +125,13 @@ def attach_prefix(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str
         )
     if backbone.config.is_encoder_decoder:
         raise ModelError(
-            f"model.trainable.kind = 'prefix': {backbone.architecture} has an encoder beside its decoder, and its texts go into both; "
-            "use lora"
+            f"model.trainable.kind = 'prefix': {backbone.architecture} has an encoder beside its decoder, "
+            "and its texts go into both; use lora"
         )
     if "past_key_values" not in inspect.signature(attending(backbone.model).forward).parameters:
         raise ModelError(
-            f"model.trainable.kind = 'prefix': {backbone.architecture} keeps no keys and values; use deep_prompt"
+            f"model.trainable.kind = 'prefix': {backbone.architecture} keeps no "
+            "keys and values; use deep_prompt"
         )
     length, model = checked_length(backbone, spec), with_own_head(backbone)
     heads, width = cache_shape(backbone)
@@ -139,7 +142,10 @@ def attach_prefix(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str
     wrapped = PrefixedModel(model, start.to(dtype), heads=heads, max_positions=backbone.max_positions)
     parameters = {PROMPT: wrapped.prefix.value, **head_parameters(backbone, model)}
     lines = [
-        f"prefix of {length} tokens in {backbone.config.num_hidden_layers} layers: {length * columns:,} numbers"
+        (
+            f"prefix of {length} tokens in {backbone.config.num_hidden_layers} layers: "
+            f"{length * columns:,} numbers"
+        )
     ]
     return Prefix(
         backbone=backbone,

@@ -1,4 +1,6 @@
-"""Soft prompts: trained vectors in front of every input, a view per sample so that each has its own gradient."""
+"""Soft prompts: trained vectors in front of every input,
+a view per sample so that each has its own gradient.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class PromptedModel(nn.Module):
         return int(self.prompt.value.shape[0])
 
     def virtual_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the virtual tokens of every sample, [B, length, d]; other kinds of prompt compute them here."""
+        """Return the virtual tokens of every sample, [B, length, d];
+        other kinds of prompt compute them here.
+        """
         tokens: Tensor = self.prompt(len(next(iter(batch.values()))))
         return tokens
 
@@ -58,8 +62,8 @@ class PromptedModel(nn.Module):
         count, length = tokens.shape[0], self.length
         if self.max_positions is not None and tokens.shape[1] + length > self.max_positions:
             raise ModelError(
-                f"{tokens.shape[1]} tokens and {length} of the soft prompt exceed the {self.max_positions} positions "
-                "of the model; lower task.max_length or model.trainable.length"
+                f"{tokens.shape[1]} tokens and {length} of the soft prompt exceed the {self.max_positions} "
+                "positions of the model; lower task.max_length or model.trainable.length"
             )
         words = self.model.get_input_embeddings()(tokens)
         inputs: dict[str, Any] = {

@@ -1,4 +1,6 @@
-"""Prompts that are more than one trained vector a token: encoded, deep, and generated from the input itself."""
+"""Prompts that are more than one trained vector a token:
+encoded, deep, and generated from the input itself.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ class OwnFormat(PromptTrainable):
         self.load_tensors(read_tensors(folder, OWN_TENSORS))
 
 
-# --- p-tuning --------------------------------------------------------------------------------------------------------
+# --- p-tuning -----------------------------------------------------------------------------------------------
 
 
 class EncodedPrompt(PromptedModel):
@@ -113,7 +115,7 @@ def attach_p_tuning(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: s
     return trainable
 
 
-# --- deep prompts ----------------------------------------------------------------------------------------------------
+# --- deep prompts -------------------------------------------------------------------------------------------
 
 
 class DeepPromptedModel(PromptedModel):
@@ -156,7 +158,8 @@ def layers_of(model: Any) -> list[nn.Module]:
     ]
     if not lists:
         raise ModelError(
-            f"model.trainable.kind = 'deep_prompt': {type(model).__name__} keeps its layers in no single list; use lora or head"
+            f"model.trainable.kind = 'deep_prompt': {type(model).__name__} keeps its layers in no single "
+            "list; use lora or head"
         )
     return list(lists[0])
 
@@ -192,7 +195,7 @@ def attach_deep_prompt(
     return trainable
 
 
-# --- the prompt generator --------------------------------------------------------------------------------------------
+# --- the prompt generator -----------------------------------------------------------------------------------
 
 
 class GeneratedPrompt(PromptedModel):
@@ -267,8 +270,9 @@ def attach_prompt_generator(
     """
     if task_kind == "causal_lm":
         raise ModelError(
-            "model.trainable.kind = 'prompt_generator': its prompt is made of the whole text, so a causal language model "
-            "would be told the words it has to predict; use prompt, p_tuning, prefix or deep_prompt"
+            "model.trainable.kind = 'prompt_generator': its prompt is made of the whole text, so a causal "
+            "language model would be told the words it has to predict; use prompt, "
+            "p_tuning, prefix or deep_prompt"
         )
     length, hidden = checked_length(backbone, spec), int(spec.get("hidden", 64))
     representation = str(spec.get("representation", "model"))

@@ -103,7 +103,9 @@ def tiny_batch(backbone: Backbone, model: Any) -> dict[str, Tensor] | None:
 
 
 def _words(config: Any) -> tuple[tuple[int, int], int]:
-    """Return two ordinary tokens and the one that ends a text; classifiers of encoder-decoders look for it."""
+    """Return two ordinary tokens and the one that ends a text;
+    classifiers of encoder-decoders look for it.
+    """
     pad, begin, end = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
     end = end[0] if isinstance(end, list) else end
     size = int(getattr(config, "vocab_size", 64))

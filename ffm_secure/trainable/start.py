@@ -50,5 +50,8 @@ def _differs(trainable: TrainableModel, folder: Path) -> str:
     stored = float(table.get("lora_alpha", 0)) / max(1, int(table.get("r", 1)))
     scaling = {item.scaling for item in trainable.adapters}
     if scaling and scaling != {stored}:
-        return f"its alpha / rank is {stored:g}, here it is {max(scaling):g}; set model.trainable.alpha and rank as it has them"
+        return (
+            f"its alpha / rank is {stored:g}, here it is {max(scaling):g}; set model.trainable.alpha "
+            "and rank as it has them"
+        )
     return ""

@@ -111,7 +111,9 @@ def is_conv1d(model: nn.Module, targets: Sequence[str]) -> bool:
 
 def _linear_modules(model: nn.Module, *, outside: tuple[str, ...]) -> list[str]:
     """List the paths of linear modules in the body of a model: not in its head, not its output embeddings."""
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
+    output: object = None
+    if isinstance(model, PreTrainedModel):
+        output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return [
         path
         for path, module in model.named_modules()

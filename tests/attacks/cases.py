@@ -36,7 +36,9 @@ class Case:
     budget: Budget = BUDGET
 
     def noised(self, noise: float, seed: int) -> Case:
-        """Return the case with the update clipped as a whole at length one and noise of that multiplier added."""
+        """Return the case with the update clipped as a whole at length
+        one and noise of that multiplier added.
+        """
         return replace(self, seen=models.noised(self.seen, noise, seed=seed)) if noise else self
 
     def iterations(self, count: int, restarts: int = 1) -> Case:
@@ -70,11 +72,13 @@ def observed(
     return replace(seen, knowledge=replace(granted, batch_size=1))
 
 
-# ---------------------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------------- images
 
 
 def digits(make: Callable[[], nn.Module], count: int = 1, *, start: int = 0, clients: int = 1) -> Case:
-    """Return digits behind a gradient, or behind a sum over as many clients; labels, shape and number are granted."""
+    """Return digits behind a gradient, or behind a sum over as many clients;
+    labels, shape and number are granted.
+    """
     model, (images, labels) = make(), models.digits()
     batch = {"images": images[start : start + count], "labels": labels[start : start + count]}
     granted = Knowledge(batch_size=count, labels=tuple(batch["labels"].tolist()), image_shape=(1, 8, 8))
@@ -186,7 +190,9 @@ class Simulated(Case):
 
 
 def simulated(count: int = 1, *, order: Tensor | None = None) -> Case:
-    """Return digits behind a small network, and public digits to train on; `order` takes none of the first 1,300."""
+    """Return digits behind a small network, and public digits to train on;
+    `order` takes none of the first 1,300.
+    """
     images, labels = models.digits()
     places = torch.arange(1300, 1300 + count) if order is None else order[:count]
     batch = {"images": images[places], "labels": labels[places]}
@@ -197,7 +203,7 @@ def simulated(count: int = 1, *, order: Tensor | None = None) -> Case:
     return Simulated(seen=seen, model=None, truth=truth, prior=prior).iterations(200)
 
 
-# ------------------------------------------------------------------------------------------------------------------ text
+# ------------------------------------------------------------------------------------------------------- text
 
 
 def text(count: int = 2, *, clients: int = 1, width: int = 64, length: int = 5) -> Case:

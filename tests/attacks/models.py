@@ -159,7 +159,9 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def sentences(count: int, length: int, vocabulary: int, *, seed: int = 0, distinct: bool = True) -> Tensor:
-    """Return random token ids (count, length), never 0, 1 or 2; all tokens differ when `distinct` and the vocabulary allows."""
+    """Return random token ids (count, length), never 0, 1 or 2;
+    all tokens differ when `distinct` and the vocabulary allows.
+    """
     generator = torch.Generator().manual_seed(seed)
     if distinct and count * length <= vocabulary - 3:
         return 3 + torch.randperm(vocabulary - 3, generator=generator)[: count * length].reshape(
@@ -257,7 +259,9 @@ def observe_delta(
 
 
 class LowRank(nn.Module):
-    """A linear layer with frozen weights and a LoRA pair beside it, named as the common adapter libraries name them."""
+    """A linear layer with frozen weights and a LoRA pair beside it,
+    named as the common adapter libraries name them.
+    """
 
     def __init__(self, base: nn.Module, rank: int, *, zero_b: bool = True) -> None:
         super().__init__()
@@ -312,7 +316,9 @@ class Prompted(nn.Module):
 def noised(
     observation: Observation, multiplier: float, *, clip_norm: float = 1.0, seed: int = 0
 ) -> Observation:
-    """Return the observation as it would look under one Gaussian step: clipped as a whole, then noise z C on every entry."""
+    """Return the observation as it would look under one Gaussian step:
+    clipped as a whole, then noise z C on every entry.
+    """
     norm = torch.sqrt(sum(t.double().square().sum() for t in observation.tensors.values()))
     factor = min(1.0, clip_norm / float(norm))
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,6 @@
-"""A malicious broadcast makes exact copies of inputs cross the wire, alone and in sums; an honest one does not."""
+"""A malicious broadcast makes exact copies of inputs cross the wire, alone and in sums;
+an honest one does not.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Crafted adapters, LoRA factors, prompt pools and decoders hand over text and images; honest broadcasts do not."""
+"""Crafted adapters, LoRA factors, prompt pools and decoders hand over text and images;
+honest broadcasts do not.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,9 @@ def test_crafted_lora_hands_over_twice_as_many_tokens_as_its_rank() -> None:
 
 
 class Pool(nn.Module):
-    """A prompt pool: each query adds the prompts of its two nearest keys to the input of a frozen classifier."""
+    """A prompt pool: each query adds the prompts of its two nearest
+    keys to the input of a frozen classifier.
+    """
 
     def __init__(self, keys: Tensor) -> None:
         super().__init__()

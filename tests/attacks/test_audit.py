@@ -1,4 +1,6 @@
-"""The audit gives each attack its control: of a run, and of a stored observation of any system, with the truth or without."""
+"""The audit gives each attack its control:
+of a run, and of a stored observation of any system, with the truth or without.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ QUICK = ("token_presence", "span", "label_identity", "inverting_gradients", "imp
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a model, a sum seen by the server, the same sum noised, and the truth behind it."""
+    """Return a folder with a model, a sum seen by the server, the same sum noised,
+    and the truth behind it.
+    """
     place = tmp_path_factory.mktemp("seen")
     model, ids = gpt2(vocabulary=120, width=32, length=16), sentences(3, 5, 120)
     batches = [{"input_ids": row[None], "labels": torch.tensor([1])} for row in ids]
@@ -187,13 +191,13 @@ def test_one_line_says_who_can_learn_what() -> None:
     labels = found("llg", "server", "leaked", "label count accuracy")
     passed = found("span", "public", "not leaked", "token F1")
     assert sentence([words, labels, passed]) == (
-        "Private data leaked: the server can learn how many records carry each label and words of the training texts "
-        "(2 of 2 attacks with a passed control)."
+        "Private data leaked: the server can learn how many records carry each label and words of the "
+        "training texts (2 of 2 attacks with a passed control)."
     )
     others = [found("llg", observer, "inconclusive", "not run") for observer in ("server", "public")]
     assert sentence([passed, replace(passed, observer="server"), *others]) == (
-        "No leak found: 1 attack that read the undefended update failed on what observers see; 0 were inconclusive, "
-        "1 was not tried under this budget."
+        "No leak found: 1 attack that read the undefended update failed on what observers see; 0 were "
+        "inconclusive, 1 was not tried under this budget."
     )
     assert sentence([found("span", "server", "inconclusive", "")]).startswith("Nothing was proven")
 

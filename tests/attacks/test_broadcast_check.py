@@ -115,26 +115,36 @@ def small_gpt2() -> nn.Module:
 
 
 CRAFTED = {
-    "imprint, cumulative": (lambda: active.craft_imprint(mlp(), public(), bins=64), blank_block, "parallel rows"),
+    "imprint, cumulative": (
+        lambda: active.craft_imprint(mlp(), public(), bins=64),
+        blank_block,
+        "parallel rows",
+    ),
     "imprint, sparse": (
-        lambda: active.craft_imprint(mlp(), public(), bins=64, kind="sparse"), blank_block, "parallel rows",
+        lambda: active.craft_imprint(mlp(), public(), bins=64, kind="sparse"),
+        blank_block,
+        "parallel rows",
     ),
     "loki": (lambda: active.craft_loki(mlp(), public(), bins=16, clients=4)[1], blank_block, "parallel rows"),
     "class fishing": (lambda: active.craft_fishing(mlp(), 3), mlp, "zeroed block"),
     "feature fishing": (
-        lambda: active.craft_feature_fishing(mlp(), 3, feature=0, threshold=0.5), mlp, "zeroed block",
+        lambda: active.craft_feature_fishing(mlp(), 3, feature=0, threshold=0.5),
+        mlp,
+        "zeroed block",
     ),
     "suppression": (lambda: active.craft_suppression(mlp()), mlp, "zeroed block"),
     "adapter leak": (
         lambda: active_adapters.craft_adapter_leak(adapted_vit(), public(), down=DOWN, up=UP),
-        adapted_vit, "identity block",
+        adapted_vit,
+        "identity block",
     ),
     "lora leak": (lambda: active_adapters.craft_lora_leak(low_rank()), low_rank, "extreme scale"),
     "decepticon": (
         lambda: active_text.craft_decepticon(small_gpt2(), torch.randint(3, 500, (32, 8))),
-        small_gpt2, "parallel rows",
+        small_gpt2,
+        "parallel rows",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CRAFTED)

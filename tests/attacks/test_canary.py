@@ -1,4 +1,6 @@
-"""Canary audits: published values, validity, power, and six broken mechanisms that must be flagged while the honest one is not."""
+"""Canary audits: published values, validity, power,
+and six broken mechanisms that must be flagged while the honest one is not.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ from attacks.metrics import auc, gaussian_auc
 DELTA = 1e-5
 METHODS = ("one_run", "one_run_fdp", "clopper_pearson", "gaussian")
 
-# (canaries, guesses, correct, delta, one-run epsilon, f-DP epsilon), significance 0.05, made with the auditing module of
-# google-deepmind/jax_privacy (snapshot 2026-08-20), one-sided.
+# (canaries, guesses, correct, delta, one-run epsilon, f-DP epsilon), significance 0.05, made with the
+# auditing module of google-deepmind/jax_privacy (snapshot 2026-08-20), one-sided.
 PUBLISHED = [
     (1000, 100, 95, 1e-5, 2.165175787875041, 3.3233004900323633),
     (1000, 200, 180, 1e-5, 1.796285070718516, 2.9012429233094257),
@@ -94,7 +96,8 @@ def test_bounds_rarely_exceed_the_truth(method):
     )  # 60 trials at 5 %: 3 expected, more than 9 has chance 5e-4
 
 
-# Mean of three runs on ideal Gaussian canaries, m = 1000, by the same published module (method "gdp" for ours "gaussian").
+# Mean of three runs on ideal Gaussian canaries, m = 1000, by the same published module (method "gdp" for ours
+# "gaussian").
 @pytest.mark.parametrize(
     ("mu", "reference"), [(1.0, (1.343, 2.045, 0.992, 2.85)), (2.0, (2.765, 4.505, 2.726, 7.72))]
 )
@@ -117,7 +120,7 @@ def test_mistakes_are_named():
         lower_bound([1.0], [0.0, 1.0], 2.0, 0.0, "guess")
 
 
-# ----------------------------------------------------------------------------------------------- mechanisms, honest and broken
+# ------------------------------------------------------------------------------ mechanisms, honest and broken
 
 DIMENSION, CANARIES, CLIP, MULTIPLIER, RECORDS = 6_000, 400, 1.0, 1.0, 30
 

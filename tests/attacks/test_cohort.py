@@ -12,7 +12,9 @@ CLIENTS, COHORT = 8, 5
 
 
 def rounds(count: int, seed: int, *, fixed: bool = False) -> tuple[list[OpenedSum], dict[int, int]]:
-    """Return sums of clients that share common words and have 30 of their own, of which each brings about half."""
+    """Return sums of clients that share common words and have 30 of their own,
+    of which each brings about half.
+    """
     rng = np.random.default_rng(seed)
     own = {client: [100 * (client + 1) + word for word in range(30)] for client in range(CLIENTS)}
     sums = []

@@ -1,4 +1,6 @@
-"""Encoder-decoder classifiers find the end of a text by a token: probes and rehearsals must not trip over it."""
+"""Encoder-decoder classifiers find the end of a text by a token:
+probes and rehearsals must not trip over it.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,42 @@ SMALL = Budget(seconds=5.0, iterations=5, restarts=1)
 def t5():
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, num_labels=2,
-        pad_token_id=1, eos_token_id=END, decoder_start_token_id=1,
-    )  # fmt: skip
+        vocab_size=300,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        num_labels=2,
+        pad_token_id=1,
+        eos_token_id=END,
+        decoder_start_token_id=1,
+    )
     return T5ForSequenceClassification(config).eval()
 
 
 def bart():
     torch.manual_seed(0)
     config = BartConfig(
-        vocab_size=300, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, dropout=0.0, max_position_embeddings=32,
-        num_labels=2, pad_token_id=1, bos_token_id=0, eos_token_id=END, decoder_start_token_id=END,
-        forced_eos_token_id=END, attn_implementation="eager",
-    )  # fmt: skip
+        vocab_size=300,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        dropout=0.0,
+        max_position_embeddings=32,
+        num_labels=2,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=END,
+        decoder_start_token_id=END,
+        forced_eos_token_id=END,
+        attn_implementation="eager",
+    )
     return BartForSequenceClassification(config).eval()
 
 

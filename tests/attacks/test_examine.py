@@ -1,4 +1,6 @@
-"""A stored observation is judged as a whole: noise and guesses are no leak, real updates are, doubtful controls are named."""
+"""A stored observation is judged as a whole:
+noise and guesses are no leak, real updates are, doubtful controls are named.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Several local steps are inverted by simulating them, or by one surrogate point; one step equals gradient matching."""
+"""Several local steps are inverted by simulating them, or by one surrogate point;
+one step equals gradient matching.
+"""
 
 from __future__ import annotations
 

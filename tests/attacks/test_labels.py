@@ -149,9 +149,12 @@ def test_a_head_without_bias_is_read_through_the_mean_feature():
 
 
 @given(
-    classes=strategies.integers(3, 12), examples=strategies.integers(1, 12), seed=strategies.integers(0, 10**6),
-    sure=strategies.floats(0.1, 8.0), single=strategies.booleans(),
-)  # fmt: skip
+    classes=strategies.integers(3, 12),
+    examples=strategies.integers(1, 12),
+    seed=strategies.integers(0, 10**6),
+    sure=strategies.floats(0.1, 8.0),
+    single=strategies.booleans(),
+)
 @example(
     classes=5, examples=5, seed=1, sure=6.0, single=False
 )  # the model is sure of both examples of one label
@@ -257,9 +260,10 @@ def test_counts_stay_within_bounds_and_keep_the_total():
 
 
 @given(
-    estimate=strategies.lists(strategies.floats(-50, 50), min_size=1, max_size=12), total=strategies.integers(1, 10**6),
+    estimate=strategies.lists(strategies.floats(-50, 50), min_size=1, max_size=12),
+    total=strategies.integers(1, 10**6),
     seed=strategies.integers(0, 10**6),
-)  # fmt: skip
+)
 @settings(max_examples=80, deadline=None)
 def test_bounded_counts_add_up_and_keep_their_bounds(estimate, total, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,6 @@
-"""A network trained on simulated updates reads the real one, a sign-only defence included; strong noise stops it."""
+"""A network trained on simulated updates reads the real one, a sign-only defence included;
+strong noise stops it.
+"""
 
 from __future__ import annotations
 

@@ -102,7 +102,9 @@ def test_agreement_groups_copies_and_nothing_else():
 
 
 class Bottleneck(nn.Module):
-    """Tokens through an embedding, a bottleneck adapter, and a mean: what a frozen backbone with one adapter looks like."""
+    """Tokens through an embedding, a bottleneck adapter, and a mean:
+    what a frozen backbone with one adapter looks like.
+    """
 
     def __init__(self, vocabulary: int = 200, width: int = 48, narrow: int = 24) -> None:
         super().__init__()

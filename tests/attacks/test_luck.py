@@ -1,4 +1,6 @@
-"""Luck is what it says: a p-value under its null, exact tails, intervals that cover, corrections that hold."""
+"""Luck is what it says: a p-value under its null, exact tails, intervals that cover,
+corrections that hold.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,8 @@ def test_small_and_long_tails_are_right_or_above() -> None:
 def test_labels_are_guessed_by_shares_and_by_other_names() -> None:
     assert luck.labels_luck([1, 0], [1, 0]) == 0.5
     assert luck.labels_luck([1, 0], [1, 0], [0.9, 0.1]) == 0.9
-    # A client whose records all carry one of two labels is guessed every other time, however many records it has.
+    # A client whose records all carry one of two labels is guessed every other time, however many records it
+    # has.
     assert luck.labels_luck([16, 0], [16, 0]) == pytest.approx(0.5, abs=0.02)
     exact = luck.labels_luck([3, 5], [3, 5])
     assert exact == pytest.approx(0.5, abs=0.02)

@@ -1,4 +1,5 @@
-"""What leaks falls as a defence grows: noise, the batch, the cohort behind a sum, the rank; clipping alone hides nothing.
+"""What leaks falls as a defence grows: noise, the batch, the cohort behind a sum, the rank; clipping alone
+hides nothing.
 
 Noise on every attack is in test_under_noise.
 """
@@ -97,13 +98,14 @@ def test_more_tokens_than_the_rank_of_lora_hide_what_fewer_give() -> None:
     falls(shares(found), to=0.2)
 
 
-# ------------------------------------------------------------------------------------------- batches, sums and low ranks
+# -------------------------------------------------------------------------------- batches, sums and low ranks
 
 
 def read(name: str, case: Case) -> float:
     """Return how much of what the client holds is read back, from 0 to 1.
 
-    Of pictures the share of each one's variance that the best recovered picture explains, on the mean; else the score.
+    Of pictures the share of each one's variance that the best recovered picture explains, on the mean; else
+    the score.
     """
     found = cases.run(name, case)
     truth = case.truth.images
@@ -182,7 +184,7 @@ def test_a_lower_rank_of_lora_hides_more(
     falls(values, to=0.7)
 
 
-# ------------------------------------------------------------------------------------------------------------ membership
+# ------------------------------------------------------------------------------------------------- membership
 
 
 def members(count: int, *, clients: int = 1) -> Case:
@@ -221,7 +223,9 @@ def planted(count: int) -> Case:
 
 
 def area(name: str, case: Case) -> float:
-    """Return the area under the curve of members against strangers; half, where the attack has nothing to say."""
+    """Return the area under the curve of members against strangers;
+    half, where the attack has nothing to say.
+    """
     result = cases.scored(name, case)
     return 0.5 if result is None else result.value
 
@@ -253,15 +257,32 @@ def test_a_crowd_hides_who_took_part(
     falls(values, to=0.75)
 
 
-# -------------------------------------------------------------------------------------------------------------- clipping
+# --------------------------------------------------------------------------------------------------- clipping
 
-# A bound rescales one update. These read its direction; fedavg_unrolled and learned_inversion fit the length as well,
-# and so do counts of many labels, whose identity needs the scale.
+# A bound rescales one update. These read its direction; fedavg_unrolled and learned_inversion fit the length
+# as well, and so do counts of many labels, whose identity needs the scale.
 DIRECTIONS = (
-    "token_presence", "position_text", "span", "tiger", "position_vision", "linear_readout", "spear", "adapter_readout",
-    "cocktail_party", "imprint", "trap_weights", "fishing", "model_inconsistency", "adapter_leak", "lora_leak",
-    "decepticon", "idlg_label", "llg", "inverting_gradients", "fedavg_surrogate",
-)  # fmt: skip
+    "token_presence",
+    "position_text",
+    "span",
+    "tiger",
+    "position_vision",
+    "linear_readout",
+    "spear",
+    "adapter_readout",
+    "cocktail_party",
+    "imprint",
+    "trap_weights",
+    "fishing",
+    "model_inconsistency",
+    "adapter_leak",
+    "lora_leak",
+    "decepticon",
+    "idlg_label",
+    "llg",
+    "inverting_gradients",
+    "fedavg_surrogate",
+)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +290,9 @@ DIRECTIONS = (
     [*DIRECTIONS, pytest.param("text_matching", marks=pytest.mark.slow), "matched_filter", "label_identity"],
 )
 def test_clipping_alone_hides_nothing(name: str) -> None:
-    """A bound rescales one update: what attacks read is its direction, so only noise on top of the bound protects."""
+    """A bound rescales one update: what attacks read is its direction,
+    so only noise on top of the bound protects.
+    """
     own = {"matched_filter": lambda: members(4), "label_identity": lambda: cases.labelled(2)}
     case = own.get(name, cases.CASES.get(name))()
     small = models.noised(case.seen, 0.0, clip_norm=1e-3)

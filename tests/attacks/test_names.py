@@ -61,7 +61,7 @@ def places(matching: Matching | Mismatch) -> dict[str, str]:
     return {seen: place.name for seen, place in matching.places.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- names
+# ------------------------------------------------------------------------------------------------------ names
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -157,7 +157,7 @@ def test_bare_names_lose_marks_only() -> None:
     assert bare("base_model.model.x.base_layer.bias") == "x.bias"
 
 
-# ----------------------------------------------------------------------------------------- lists, transposition, ties
+# --------------------------------------------------------------------------------- lists, transposition, ties
 
 
 def test_a_list_is_named_in_the_order_of_the_state_dict_buffers_included() -> None:
@@ -236,7 +236,7 @@ def test_nan_is_an_error_that_says_where() -> None:
             fit(Observation(kind="delta", tensors=tensors), held)
 
 
-# ------------------------------------------------------------------------------------------------------ one command each
+# ------------------------------------------------------------------------------------------- one command each
 
 
 def command(

@@ -1,4 +1,6 @@
-"""Noise looks like the update it stands for: zeros, rank, length, rounding and sparsity are kept, the data are not."""
+"""Noise looks like the update it stands for:
+zeros, rank, length, rounding and sparsity are kept, the data are not.
+"""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def budget(iterations: int, restarts: int = 1) -> Budget:
     return Budget(seconds=300.0, iterations=iterations, restarts=restarts)
 
 
-# ----------------------------------------------------------------------------------------------------------- distances
+# -------------------------------------------------------------------------------------------------- distances
 
 
 def pair(seed: int = 0) -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -96,7 +96,7 @@ def test_priors_match_their_definitions() -> None:
     assert usable.tolist() == [True, False]
 
 
-# -------------------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------------- images
 
 
 def picture(index: int = 0, count: int = 1) -> tuple[Tensor, Tensor]:
@@ -243,7 +243,7 @@ def test_a_patch_as_large_as_the_picture_can_be_attacked() -> None:
     assert matching.grad_vit().run(seen, model, Prior(), budget(3), 0).applicable
 
 
-# ---------------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------------- text
 
 
 def attacked_text(

@@ -157,7 +157,9 @@ def test_two_images_do_not_come_back_and_the_residual_says_so():
 
 
 class PlainBlocks(nn.Module):
-    """A vision transformer whose blocks have neither residual nor normalisation: the setting of APRIL's proposition."""
+    """A vision transformer whose blocks have neither residual nor normalisation:
+    the setting of APRIL's proposition.
+    """
 
     def __init__(
         self, *, blocks: int = 2, residual: bool = False, width: int = 64, heads: int = 2, patch: int = 16

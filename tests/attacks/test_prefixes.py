@@ -31,10 +31,17 @@ def grouped(*, tied: bool = True, vocabulary: int = 400, seed: int = 0) -> Llama
     """Return a LLaMA of width 48 whose keys and values have half as many heads as its queries."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
-        intermediate_size=96, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2,
+        vocab_size=vocabulary,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        intermediate_size=96,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
         attn_implementation="eager",
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -69,7 +76,9 @@ def test_every_sentence_is_read_whole_whatever_repeats(tied: bool, count: int, l
 
 
 def test_grouped_keys_are_full_and_what_they_hide_is_read_all_the_same() -> None:
-    """The old rule dropped full keys and values, and no query holds a first token: no sentence could start."""
+    """The old rule dropped full keys and values, and no query holds a first token:
+    no sentence could start.
+    """
     model, ids = grouped(), models.sentences(3, 14, 400)
     ids[:, 0] = START
     seen = models.observe(model, {"input_ids": ids, "labels": ids}, models.text_loss)

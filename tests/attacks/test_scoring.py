@@ -1,4 +1,6 @@
-"""Scores hold a reconstruction against the truth: right ones succeed, guesses do not, and nothing is judged that cannot be."""
+"""Scores hold a reconstruction against the truth:
+right ones succeed, guesses do not, and nothing is judged that cannot be.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Matching pursuit over sentences: exact on batches far wider than the layer, nothing under noise or without the gradient."""
+"""Matching pursuit over sentences:
+exact on batches far wider than the layer, nothing under noise or without the gradient.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ def test_random_sentences_are_white() -> None:
 
 
 def test_a_batch_of_more_tokens_than_the_width_is_read_word_for_word() -> None:
-    """Fifty tokens at width 32: the span is full and says nothing, the pursuit explains the whole gradient."""
+    """Fifty tokens at width 32: the span is full and says nothing,
+    the pursuit explains the whole gradient.
+    """
     model, ids = language_model(), texts(10)
     seen = models.observe(model, predict(ids), models.text_loss, knowledge=granted(10))
     assert not build("span_exact").run(seen, model, Prior(), Budget.quick(), 0).items

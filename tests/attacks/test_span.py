@@ -210,7 +210,9 @@ def test_strangers_alone_are_not_separated():
 
 
 def test_a_search_without_any_candidate_finds_nothing() -> None:
-    """Noise can leave not one place with a token that fits; then no sentence is proposed, and no scene is looked at."""
+    """Noise can leave not one place with a token that fits;
+    then no sentence is proposed, and no scene is looked at.
+    """
     nothing = Candidates(ids=(), threshold=1e-6, gap=1e9, exact=True)
     budget = Budget.quick()
     scene: Any = None
@@ -238,7 +240,9 @@ def test_a_cast_is_told_and_is_noise_of_the_stated_size(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [False, True])
 def test_the_rank_of_a_cast_gradient_is_that_of_its_inputs(dtype: torch.dtype, stored: bool) -> None:
-    """By the precision of the cast alone nearly every direction is rounding; as noise of known size it hides a few."""
+    """By the precision of the cast alone nearly every direction is rounding;
+    as noise of known size it hides a few.
+    """
     generator = torch.Generator().manual_seed(1)
     left, right = torch.randn(96, 6, generator=generator), torch.randn(64, 6, generator=generator)
     gradient = (left @ right.T).to(dtype)

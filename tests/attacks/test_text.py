@@ -1,4 +1,6 @@
-"""Discrete search: moves are permutations, the beam stays in the bag, and each attack reads what plain matching cannot."""
+"""Discrete search: moves are permutations, the beam stays in the bag,
+and each attack reads what plain matching cannot.
+"""
 
 from __future__ import annotations
 

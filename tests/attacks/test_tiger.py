@@ -1,4 +1,6 @@
-"""Soft tokens descending to row spaces: exact without noise, past the span under mild noise, nothing at noise one."""
+"""Soft tokens descending to row spaces:
+exact without noise, past the span under mild noise, nothing at noise one.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def make(kind: str) -> torch.nn.Module:
 
 
 def client(kind: str, count: int = 1, seed: int = 1) -> tuple[torch.nn.Module, torch.Tensor, Observation]:
-    """Return a model, its client's texts, and the update without token rows, so that the whole vocabulary is open."""
+    """Return a model, its client's texts, and the update without token rows,
+    so that the whole vocabulary is open.
+    """
     model, ids = make(kind), models.sentences(count, LENGTH, VOCABULARY, seed=seed)
     labels = ids if kind == "language model" else torch.arange(count) % 2
     knowledge = Knowledge(batch_size=count, sequence_length=LENGTH)

@@ -1,4 +1,6 @@
-"""What a file of the private data may hold; anything else is refused with the file and every problem named."""
+"""What a file of the private data may hold;
+anything else is refused with the file and every problem named.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every registered reconstruction reads the bare update, reads less under noise, and is at its baseline at noise multiplier 1."""
+"""Every registered reconstruction reads the bare update, reads less under noise,
+and is at its baseline at noise multiplier 1.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,15 @@ import pytest
 from attacks.registry import ATTACKS, build
 from tests.attacks import cases
 
-SLACK = 0.15  # of the way from guessing to what the bare update gives: what luck may move a score between two noises
+# of the way from guessing to what the bare update gives: what luck may move a score between two noises
+SLACK = 0.15
 BASELINE = 0.4  # of that way, averaged over the draws of noise
 NOISE = (0.0, 1e-2, 1.0)
 DRAWS = {"label_identity": 8, "idlg_label": 8, "llg": 8, "ilrg": 8}  # one of few labels is hit by chance
 EXCEPTIONS = {
-    "matched_filter": "scores candidates; how far noise of any size hides them is theory, and canaries hold it to that",
+    "matched_filter": (
+        "scores candidates; how far noise of any size hides them is theory, and canaries hold it to that"
+    ),
     "projection_residual": "scores candidates; test_monotone holds it",
     "prompt_membership": "scores candidates; test_monotone holds it",
     "lira": "scores candidates on a released model, sees no update",

@@ -1,4 +1,6 @@
-"""`init` looks at data and writes a run file that loads, is checked, and says what it does; `runs` and `--version`."""
+"""`init` looks at data and writes a run file that loads, is checked, and says what it does;
+`runs` and `--version`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""An owner's commands on a ledger: set a budget once, raise it with a reason, notice that both files were put back."""
+"""An owner's commands on a ledger:
+set a budget once, raise it with a reason, notice that both files were put back.
+"""
 
 from __future__ import annotations
 

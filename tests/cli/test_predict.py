@@ -1,4 +1,6 @@
-"""`predict` answers with what a run trained, for people and for machines, and says clearly what it cannot read."""
+"""`predict` answers with what a run trained, for people and for machines,
+and says clearly what it cannot read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A run as people live with it: done twice, extended, started from another, and honest when nothing was learned."""
+"""A run as people live with it:
+done twice, extended, started from another, and honest when nothing was learned.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What reaches a terminal: no character it would obey, whoever wrote it; and nothing private when something breaks."""
+"""What reaches a terminal: no character it would obey, whoever wrote it;
+and nothing private when something breaks.
+"""
 
 from __future__ import annotations
 

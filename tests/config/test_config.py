@@ -146,7 +146,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_configs_are_frozen_and_keyword_only() -> None:
     made = config.from_table(table())
     with pytest.raises(dataclasses.FrozenInstanceError):
-        made.seed = 2  # type: ignore[misc]
+        made.seed = 2
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,6 @@
-"""A table as three hospitals would hand it over: everything that goes wrong in real files, at once and on purpose."""
+"""A table as three hospitals would hand it over:
+everything that goes wrong in real files, at once and on purpose.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,23 @@ import random
 from pathlib import Path
 
 SIGNS = {
-    "Cardiology": "chest pain on exertion|palpitations at night|swollen ankles|raised blood pressure|irregular pulse",
-    "Dermatology": "itching rash on the arms|dry skin on hands|a mole that changed colour|red patches|acne on the back",
-    "Pulmonology": "cough with phlegm|wheezing at night|asthma since childhood|inhaler used daily|smoker for years",
+    "Cardiology": (
+        "chest pain on exertion|palpitations at night|swollen ankles|raised blood pressure|irregular pulse"
+    ),
+    "Dermatology": (
+        "itching rash on the arms|dry skin on hands|a mole that changed colour|red patches|acne on the back"
+    ),
+    "Pulmonology": (
+        "cough with phlegm|wheezing at night|asthma since childhood|inhaler used daily|smoker for years"
+    ),
 }
 OWNERS = ("Mercy", "Northside", "")
 
 
 def write_messy_csv(path: Path, *, rows: int = 600, seed: int = 5) -> None:
-    """Write a table with semicolons, a byte order mark, two encodings, blanks, repeats, odd spellings and a blank owner."""
+    """Write a table with semicolons, a byte order mark, two encodings, blanks, repeats,
+    odd spellings and a blank owner.
+    """
     dice = random.Random(seed)
     lines = ["Note;Specialty;Hospital".encode("utf-8-sig")]
     for row in range(rows):

@@ -1,4 +1,6 @@
-"""The clinic notes: distinct, seeded, uneven, neither trivial nor impossible, with facts exactly where they are said to be."""
+"""The clinic notes: distinct, seeded, uneven, neither trivial nor impossible,
+with facts exactly where they are said to be.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Files as people really have them: separators, encodings, headers, JSON lists, saved folders, chats, odd pictures."""
+"""Files as people really have them:
+separators, encodings, headers, JSON lists, saved folders, chats, odd pictures.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Loading: every format, the guesses, the clear errors, and a thousand damaged files without a stranger's traceback."""
+"""Loading: every format, the guesses, the clear errors,
+and a thousand damaged files without a stranger's traceback.
+"""
 
 from __future__ import annotations
 

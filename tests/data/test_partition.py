@@ -146,7 +146,8 @@ def test_shards_bound_the_labels_of_a_client_and_iid_does_not():
 
 
 def test_shards_are_drawn_without_preference():
-    # With two labels and two shards each, a client holds one label only with probability 2 * (2/4 * 1/3) = 1/3.
+    # With two labels and two shards each, a client holds one label only with probability 2 * (2/4 * 1/3) =
+    # 1/3.
     examples = balanced(2, 20)
     pure = sum(
         len(np.unique(examples.labels[deal(examples, 2, s, kind="shards", shards_per_client=2)[0]])) == 1

@@ -93,7 +93,9 @@ def test_a_person_is_dealt_to_one_client(tmp_path: Path) -> None:
 
 
 def test_the_person_unit_needs_the_column_and_a_run_keeps_to_it(tmp_path: Path) -> None:
-    """The unit took the run file's word for it: built-in notes hold up to 21 rows a patient where 2 were said."""
+    """The unit took the run file's word for it:
+    built-in notes hold up to 21 rows a patient where 2 were said.
+    """
     person = {**RECORD, "unit": "person", "records_per_person": 2}
     with pytest.raises(ConfigError, match=r"privacy\.person_column.*needs it"):
         make(privacy=person)

@@ -1,8 +1,9 @@
-"""An independent oracle: delta as a contour integral of the moment-generating function, no grid of losses at all.
+"""An independent oracle: delta as a contour integral of the moment-generating function, no grid of losses at
+all.
 
-delta(epsilon) = 1 / (2 pi i) * integral over Re s = c of M(s) e^(-s epsilon) / (s (s + 1)) ds, for any c > 0, where M is
-the moment-generating function of the summed loss. M of one step is integrated over outputs by Gauss-Legendre panels, as
-M - 1 by a complex expm1, so that a million steps lose no digits.
+delta(epsilon) = 1 / (2 pi i) * integral over Re s = c of M(s) e^(-s epsilon) / (s (s + 1)) ds, for any c > 0,
+where M is the moment-generating function of the summed loss. M of one step is integrated over outputs by
+Gauss-Legendre panels, as M - 1 by a complex expm1, so that a million steps lose no digits.
 """
 
 from __future__ import annotations
@@ -78,10 +79,10 @@ def delta_at(
 def epsilon_at(steps: list[Step], delta: float, order: float, guess: float, **options: float | bool) -> float:
     """Solve delta(epsilon) = delta near the guess by secant steps on log delta."""
     low, high = guess, guess * 1.001
-    f_low, f_high = (math.log(delta_at(steps, e, order, **options) / delta) for e in (low, high))  # type: ignore[arg-type]
+    f_low, f_high = (math.log(delta_at(steps, e, order, **options) / delta) for e in (low, high))
     for _ in range(8):
         if abs(f_high) < 1e-11 or f_high == f_low:
             break
         low, f_low, high = high, f_high, high - f_high * (high - low) / (f_high - f_low)
-        f_high = math.log(delta_at(steps, high, order, **options) / delta)  # type: ignore[arg-type]
+        f_high = math.log(delta_at(steps, high, order, **options) / delta)
     return high

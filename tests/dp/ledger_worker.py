@@ -1,4 +1,6 @@
-"""A process that reserves until the budget is spent or it is killed; every paid round goes to its own log first."""
+"""A process that reserves until the budget is spent or it is killed;
+every paid round goes to its own log first.
+"""
 
 from __future__ import annotations
 

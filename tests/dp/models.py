@@ -101,10 +101,18 @@ def _llama() -> nn.Module:
 
 def _qwen() -> nn.Module:
     return hf.Qwen3ForCausalLM(
-        hf.Qwen3Config(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
-                       num_key_value_heads=1, intermediate_size=24, max_position_embeddings=16,
-                       tie_word_embeddings=True)
-    )  # fmt: skip
+        hf.Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            head_dim=8,
+            num_key_value_heads=1,
+            intermediate_size=24,
+            max_position_embeddings=16,
+            tie_word_embeddings=True,
+        )
+    )
 
 
 def _t5() -> nn.Module:
@@ -116,9 +124,16 @@ def _t5() -> nn.Module:
 
 def _vit() -> nn.Module:
     return hf.ViTForImageClassification(
-        hf.ViTConfig(image_size=8, patch_size=4, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2,
-                     intermediate_size=24, num_labels=2)
-    )  # fmt: skip
+        hf.ViTConfig(
+            image_size=8,
+            patch_size=4,
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=24,
+            num_labels=2,
+        )
+    )
 
 
 BUILDERS: dict[str, tuple[Callable[[], nn.Module], str]] = {

@@ -1,4 +1,6 @@
-"""Soft prompts, encoded prompts, generated prompts, prefixes and deep prompts around any of the tiny models."""
+"""Soft prompts, encoded prompts, generated prompts,
+prefixes and deep prompts around any of the tiny models.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ CACHED = ("bert", "roberta", "gpt2", "llama", "qwen", "t5")  # the others keep n
 
 
 class Virtual(nn.Module):
-    """Virtual tokens `[batch, VIRTUAL, WIDTH]`: learned, encoded from learned constants, or made of the input itself."""
+    """Virtual tokens `[batch, VIRTUAL, WIDTH]`:
+    learned, encoded from learned constants, or made of the input itself.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__()

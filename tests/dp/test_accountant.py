@@ -1,4 +1,6 @@
-"""The accountant against published vectors, closed forms, an independent oracle and another implementation."""
+"""The accountant against published vectors, closed forms,
+an independent oracle and another implementation.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,8 @@ def test_one_gaussian_is_exact(row: dict[str, float]) -> None:
 @pytest.mark.parametrize("row", VECTORS["persons"], ids=lambda row: f"{row['q']}-{row['k']}")
 def test_several_records_of_one_person(row: dict[str, Any]) -> None:
     event = step(row["q"], row["sigma"], row["steps"], unit="person", records_per_person=row["k"])
-    # The reference is itself a pessimistic bound on a grid of 1e-3; it lies up to 6e-4 above the truth for small k.
+    # The reference is itself a pessimistic bound on a grid of 1e-3; it lies up to 6e-4 above the truth for
+    # small k.
     assert epsilon([event], row["delta"]).epsilon == pytest.approx(row["eps"], rel=7e-4)
 
 

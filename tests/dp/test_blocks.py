@@ -1,4 +1,6 @@
-"""Budgets belong to rows: whatever file, order, split or format rows come in, the ledger never states less than they went through."""
+"""Budgets belong to rows: whatever file, order, split or format rows come in,
+the ledger never states less than they went through.
+"""
 
 from __future__ import annotations
 
@@ -320,7 +322,8 @@ def test_two_ledgers_handles_agree(tmp_path: Path) -> None:
     assert other.epsilon_of(part, "record", DELTA) == ledger.epsilon_of(blocks, "record", DELTA) > 0
 
 
-# Rows of a small world: a content and whose copy it is. Each run reads some of them, edited, in some order, dealt to owners.
+# Rows of a small world: a content and whose copy it is. Each run reads some of them, edited, in some order,
+# dealt to owners.
 _WORLD = [(f"Text {index % 7}", index) for index in range(12)]
 _EDITS = [str, str.upper, lambda text: f"  {text}\n", lambda text: text.replace(" ", " \t ")]
 
@@ -339,7 +342,9 @@ def _runs(draw: st.DrawFn) -> tuple[list[int], list[int], list[int], list[tuple[
 def test_no_record_went_through_more_than_the_ledger_states(
     tmp_path_factory: pytest.TempPathFactory, runs: list[Any], apart: bool
 ) -> None:
-    """The definition, kept row by row, beside the ledger: over edits, orders, splits, overlaps, copies, one call or many."""
+    """The definition, kept row by row, beside the ledger:
+    over edits, orders, splits, overlaps, copies, one call or many.
+    """
     ledger, key = opened(tmp_path_factory.mktemp("world"), epsilon=1e6)
     truth: dict[int, Counter[float]] = {row: Counter() for row in range(len(_WORLD))}
     for number, (rows, owners, edits, cohorts) in enumerate(runs):
@@ -365,13 +370,15 @@ def _stated(ledger: Ledger, copies: Records) -> list[Counter[float]]:
     places, known = directory.positions(np.sort(copies.keys))
     blocks = set(directory.blocks[places[known]].tolist())
     histories = [ledger.events_of((block,), "record", DELTA) for block in blocks]
-    return [Counter(e.noise_multiplier for e in history) for history in histories] or [Counter()]  # type: ignore[attr-defined]
+    return [Counter(e.noise_multiplier for e in history) for history in histories] or [Counter()]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(runs=st.lists(_runs(), min_size=1, max_size=6))
 def test_blocks_stay_a_partition(runs: list[Any]) -> None:
-    """Requests are exactly the union of their blocks, and no record ever stands in two; checked against sets."""
+    """Requests are exactly the union of their blocks, and no record ever stands in two;
+    checked against sets.
+    """
     key, standing, number = RecordKey.public(), {}, 0
     for rows, owners, _, _ in runs:
         whole = names(key, [_WORLD[row][0] for row in rows])

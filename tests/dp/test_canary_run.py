@@ -1,4 +1,6 @@
-"""Canaries in a whole federated run, in the short form of the benchmark: what is honest passes, what is not is flagged."""
+"""Canaries in a whole federated run, in the short form of the benchmark:
+what is honest passes, what is not is flagged.
+"""
 
 from __future__ import annotations
 

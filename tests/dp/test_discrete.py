@@ -1,4 +1,6 @@
-"""Integer noise has exactly the law it claims: tables against definitions, samples against laws, both ways."""
+"""Integer noise has exactly the law it claims:
+tables against definitions, samples against laws, both ways.
+"""
 
 from __future__ import annotations
 

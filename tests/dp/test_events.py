@@ -95,7 +95,7 @@ def test_equal_events_have_one_text() -> None:
 
 def test_events_cannot_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        GaussianEvent(**GAUSSIAN).steps = 1  # type: ignore[misc]
+        GaussianEvent(**GAUSSIAN).steps = 1
 
 
 @pytest.mark.parametrize(

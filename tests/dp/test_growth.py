@@ -27,7 +27,9 @@ def event(rate: float, sigma: float, steps: int) -> GaussianEvent:
     ("rate", "sigma", "steps"), [(8 / 359, 0.4472, 2), (0.01, 1.0, 10), (0.2, 0.9, 1), (0.002, 0.33, 4)]
 )
 def test_growing_is_as_tight_as_starting_anew(rate: float, sigma: float, steps: int) -> None:
-    """Found in a run: after two rounds the grid was too small and the bound, though valid, jumped from 7 to 18."""
+    """Found in a run: after two rounds the grid was too small and the bound, though valid,
+    jumped from 7 to 18.
+    """
     grown = Accountant()
     for count in range(1, 9):
         foretold = grown.epsilon_with(event(rate, sigma, steps), 1e-5).epsilon
@@ -51,7 +53,9 @@ def test_growing_is_as_tight_as_starting_anew(rate: float, sigma: float, steps: 
 def test_a_planned_run_is_paid_round_by_round(
     log_rate: float, budget: float, rounds: int, steps: int, log_delta: float, mixed: int
 ) -> None:
-    """Found in runs: wrapped mass raised the bound by 1 to 70 %, and the last rounds of a planned run were refused."""
+    """Found in runs: wrapped mass raised the bound by 1 to 70 %,
+    and the last rounds of a planned run were refused.
+    """
     rate, delta = 10.0**log_rate, 10.0**log_delta
     sigma = noise_multiplier(
         epsilon=budget * (1 - 1e-3), delta=delta, sampling_rate=rate, steps=steps * rounds

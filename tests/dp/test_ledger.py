@@ -172,7 +172,10 @@ def test_rows_cannot_be_changed_through_sql(tmp_path: Path) -> None:
     for statement in (
         "UPDATE entries SET owner = 'x'",
         "DELETE FROM entries",
-        "INSERT OR REPLACE INTO entries SELECT 1, kind, owner, dataset, unit, body, hash FROM entries WHERE sequence = 2",
+        (
+            "INSERT OR REPLACE INTO entries SELECT 1, kind, owner, dataset, unit, body, hash "
+            "FROM entries WHERE sequence = 2"
+        ),
     ):
         with pytest.raises(sqlite3.IntegrityError, match="append-only"):
             connection.execute(statement)
@@ -207,7 +210,10 @@ FORGERIES = [
     "DELETE FROM entries",
     "UPDATE entries SET sequence = 9 WHERE sequence = 4",
     "INSERT INTO entries SELECT 99, kind, owner, dataset, unit, body, hash FROM entries WHERE sequence = 3",
-    "UPDATE entries SET sequence = CASE sequence WHEN 3 THEN -4 WHEN 4 THEN -3 ELSE sequence END WHERE sequence IN (3, 4)",
+    (
+        "UPDATE entries SET sequence = CASE sequence WHEN 3 THEN -4 WHEN 4 THEN -3 ELSE "
+        "sequence END WHERE sequence IN (3, 4)"
+    ),
     "CREATE TRIGGER quiet AFTER INSERT ON entries BEGIN SELECT 1; END",
     "CREATE TABLE more (x)",
 ]
@@ -368,7 +374,7 @@ def test_export_holds_every_row_and_defuses_formulas(tmp_path: Path) -> None:
     assert [row["kind"] for row in table] == ["budget", "reserve"]
     assert table[1]["owner"] == "'=SUM(A1)"
     with pytest.raises(ParameterError):
-        ledger.export("xml")  # type: ignore[arg-type]
+        ledger.export("xml")
 
 
 def test_a_failed_change_leaves_memory_and_file_together(tmp_path: Path) -> None:

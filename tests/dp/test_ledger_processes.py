@@ -13,7 +13,8 @@ import pytest
 from defenses.dp.ledger import Ledger
 from tests.dp import ledger_worker
 
-# Twelve rounds of the worker's event cost 0.6200 at delta 1e-5 and thirteen 0.6477 (one Gaussian, closed form).
+# Twelve rounds of the worker's event cost 0.6200 at delta 1e-5 and thirteen 0.6477 (one Gaussian, closed
+# form).
 AFFORDABLE = 12
 BUDGET = 0.63
 

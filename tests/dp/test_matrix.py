@@ -1,4 +1,6 @@
-"""Banded factorisation: the sensitivity by brute force, the noise by its matrix, the gain over independent noise."""
+"""Banded factorisation: the sensitivity by brute force, the noise by its matrix,
+the gain over independent noise.
+"""
 
 from __future__ import annotations
 

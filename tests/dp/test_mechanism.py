@@ -26,7 +26,7 @@ def record(**changes: object) -> RecordMechanism:
         "expected_batch_size": 20,
         "steps": 3,
     }
-    return RecordMechanism(**(values | changes))  # type: ignore[arg-type]
+    return RecordMechanism(**(values | changes))
 
 
 def zeros(clip: Clipping, *, size: int = 200_000, batch_size: int = 0, within: int = 0) -> ClippedSum:
@@ -92,10 +92,18 @@ def test_a_sum_with_another_bound_is_refused() -> None:
 def test_every_field_that_decides_epsilon_changes_the_digest() -> None:
     base = record()
     changes: dict[str, object] = {
-        "sampling_rate": 0.2, "noise_multiplier": 1.3, "clip_norm": 0.6, "expected_batch_size": 21, "steps": 4,
-        "records_per_person": 2, "adjacency": "zero_out", "clipping": "per_layer", "quantile": 0.4,
-        "clip_learning_rate": 0.1, "count_noise": 1.0,
-    }  # fmt: skip
+        "sampling_rate": 0.2,
+        "noise_multiplier": 1.3,
+        "clip_norm": 0.6,
+        "expected_batch_size": 21,
+        "steps": 4,
+        "records_per_person": 2,
+        "adjacency": "zero_out",
+        "clipping": "per_layer",
+        "quantile": 0.4,
+        "clip_learning_rate": 0.1,
+        "count_noise": 1.0,
+    }
     digests = {record(**{name: value}).digest() for name, value in changes.items()} | {base.digest()}
     digests.add(record(sampling="full", sampling_rate=1.0).digest())
     assert len(digests) == len(changes) + 2
@@ -169,7 +177,7 @@ def client(**changes: object) -> ClientMechanism:
         "honest_survivors": 4,
         "participations": 5,
     }
-    return ClientMechanism(**(values | changes))  # type: ignore[arg-type]
+    return ClientMechanism(**(values | changes))
 
 
 def test_float_shares_of_the_honest_survivors_make_the_stated_noise() -> None:
@@ -231,7 +239,8 @@ def test_impossible_client_mechanisms_are_refused(changes: dict[str, object]) ->
 
 @pytest.mark.parametrize("changes", [
     {"noise_multiplier": -1.0}, {"clip_norm": 0.0}, {"expected_batch_size": 0}, {"sampling_rate": 0.0},
-    {"sampling_rate": 1.5}, {"steps": 0}, {"clipping": "adaptive"}, {"sampling": "full"}, {"sampling": "shuffle"},
+    {"sampling_rate": 1.5}, {"steps": 0}, {"clipping": "adaptive"}, {"sampling": "full"},
+    {"sampling": "shuffle"},
 ])  # fmt: skip
 def test_impossible_record_mechanisms_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ParameterError):

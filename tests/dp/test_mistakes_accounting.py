@@ -1,4 +1,6 @@
-"""The accounting rows of docs/mistakes.md: each mistake, what it would have cost, and that it cannot be made here."""
+"""The accounting rows of docs/mistakes.md:
+each mistake, what it would have cost, and that it cannot be made here.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ def step(rate: float, sigma: float, steps: int = 1, **changes: Any) -> GaussianE
 def shuffle_delta_at_least(sigma: float, steps: int, eps: float) -> float:
     """What an observer of one shuffled epoch gets from asking whether any batch sum is large.
 
-    All other records pull one way and the record in question the other: its batch lies two bounds from the rest when it
-    is present and one bound when it is zeroed out.
+    All other records pull one way and the record in question the other: its batch lies two bounds from the
+    rest when it is present and one bound when it is zeroed out.
     Source: Chua et al., arXiv 2403.17673 (lower bound for shuffled batches, zero-out adjacency).
     """
     best = 0.0
@@ -92,7 +94,8 @@ def test_row_10_rounds_are_composed_not_repeated_and_not_added(tmp_path: Path) -
 
 
 def test_row_11_client_and_batch_rates_are_never_multiplied() -> None:
-    # 100 rounds of 20 local steps, clients drawn at 0.1, batches at 0.05: the invalid product of rates reads 1.21.
+    # 100 rounds of 20 local steps, clients drawn at 0.1, batches at 0.05: the invalid product of rates reads
+    # 1.21.
     product = epsilon([step(0.1 * 0.05, 1.0, 2000)], 1e-5).epsilon
     assert product == pytest.approx(1.21, rel=2e-3)
     # A client charges the rounds it took part in, up to its cap (27 is passed with probability 1e-6).
@@ -168,5 +171,5 @@ def test_row_20_rate_and_steps_are_two_exact_numbers(batches: int) -> None:
     assert event.steps == batches
     assert event.sampling_rate == rate
     with pytest.raises(ParameterError, match="steps"):
-        step(rate, 1.0, 1 / rate)  # type: ignore[arg-type]
+        step(rate, 1.0, 1 / rate)
     assert epsilon([event], 1e-5).epsilon > epsilon([step(rate, 1.0, batches - 1)], 1e-5).epsilon

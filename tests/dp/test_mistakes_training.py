@@ -1,4 +1,5 @@
-"""The table of mistakes, training half: each test first makes the mistake and measures it, then shows that we cannot.
+"""The table of mistakes, training half: each test first makes the mistake and measures it, then shows that we
+cannot.
 
 Row numbers are those of docs/mistakes.md.
 """
@@ -26,9 +27,13 @@ BOUND = Clipping(clip_norm=1.0)
 
 def mechanism(**changes: object) -> RecordMechanism:
     values: dict[str, object] = {
-        "sampling_rate": 0.02, "noise_multiplier": 1.0, "clip_norm": 1.0, "expected_batch_size": 10, "steps": 1000,
-    }  # fmt: skip
-    return RecordMechanism(**(values | changes))  # type: ignore[arg-type]
+        "sampling_rate": 0.02,
+        "noise_multiplier": 1.0,
+        "clip_norm": 1.0,
+        "expected_batch_size": 10,
+        "steps": 1000,
+    }
+    return RecordMechanism(**(values | changes))
 
 
 def price(noise_multiplier: float) -> float:
@@ -70,7 +75,8 @@ def test_row_3_an_empty_batch_releases_noise_and_cannot_be_skipped() -> None:
 
 
 def test_row_4_an_empty_batch_holds_no_dummy_record() -> None:
-    # the mistake: a stand-in record of norm C for an empty batch; a real record opposite to it moves the sum by 2C
+    # the mistake: a stand-in record of norm C for an empty batch; a real record opposite to it moves the sum
+    # by 2C
     dummy, real = torch.tensor([1.0, 0, 0, 0]), torch.tensor([-1.0, 0, 0, 0])
     assert float((dummy - real).norm()) == 2.0
     with PerSampleEngine(linear()) as engine:

@@ -47,7 +47,7 @@ class _Extreme(RandomSource):
         super().__init__(bytes(32), private=False)
         self.word = word
 
-    def fill(self, out: np.ndarray) -> None:  # type: ignore[type-arg]
+    def fill(self, out: np.ndarray) -> None:
         out[...] = self.word
 
 

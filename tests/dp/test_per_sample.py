@@ -1,4 +1,6 @@
-"""Per-sample gradients equal a loop over batches of one, for every architecture and every kind of trainable."""
+"""Per-sample gradients equal a loop over batches of one,
+for every architecture and every kind of trainable.
+"""
 
 from __future__ import annotations
 
@@ -333,7 +335,9 @@ def test_tokens_flattened_into_the_batch_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e2, 1e3, 1e5])
 def test_cancelling_tokens_do_not_slip_past_the_bound(scale: float) -> None:
-    """Tokens whose large terms cancel leave a small gradient; its norm, computed from factors, must not come out less."""
+    """Tokens whose large terms cancel leave a small gradient;
+    its norm, computed from factors, must not come out less.
+    """
     torch.manual_seed(0)
     model = nn.Linear(64, 64, bias=False)
     base = torch.randn(1, 64)
@@ -371,7 +375,7 @@ def test_adapter_variants_that_are_not_rewritten_are_refused_by_name() -> None:
 
 def test_a_module_whose_forward_was_replaced_or_reparametrised_is_refused_by_name() -> None:
     replaced = nn.Sequential(nn.Linear(4, 2))
-    replaced[0].forward = lambda x: x  # type: ignore[method-assign]
+    replaced[0].forward = lambda x: x
     with pytest.raises(NotPrivateError, match=r"0\.weight"):
         PerSampleEngine(replaced)
     with pytest.raises(NotPrivateError, match="original"):

@@ -98,7 +98,9 @@ def test_several_records_are_worse_than_one_and_the_mixture_inverts() -> None:
 
 
 def test_no_unit_vector_moves_are_worse_than_the_line() -> None:
-    """Replace-one in two dimensions: any two moves of length at most one are dominated by opposite ones on a line."""
+    """Replace-one in two dimensions:
+    any two moves of length at most one are dominated by opposite ones on a line.
+    """
     rng = np.random.default_rng(3)
     rate, sigma, epsilon = 0.3, 1.0, 0.5
     line = exact_delta(poisson_pair(rate, sigma, replace=True), epsilon)

@@ -1,4 +1,6 @@
-"""The probe refuses whatever breaks the sensitivity claim; each test first shows that the claim is really broken."""
+"""The probe refuses whatever breaks the sensitivity claim;
+each test first shows that the claim is really broken.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def inputs(*shape: int, seed: int = 0) -> Tensor:
 def sensitivity_by_definition(
     parameters: list[nn.Parameter], losses_of: Callable[[Sequence[int]], Callable[[], Tensor]], bound: float
 ) -> float:
-    """Clip the gradient of every single loss of the batch by hand; return the largest leave-one-out change over C."""
+    """Clip the gradient of every single loss of the batch by hand;
+    return the largest leave-one-out change over C.
+    """
 
     def clipped(indices: Sequence[int]) -> Tensor:
         total = torch.zeros(sum(p.numel() for p in parameters))

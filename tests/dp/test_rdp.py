@@ -34,8 +34,9 @@ def test_the_gaussian_curve_is_its_closed_form() -> None:
 
 @pytest.mark.parametrize("rate,sigma", [(0.01, 1.0), (0.2, 2.0), (0.5, 0.7)])
 def test_sampled_moments_match_the_binomial_sum(rate: float, sigma: float) -> None:
-    # E_Q[(P/Q)^a] = sum_k C(a, k) (1-q)^(a-k) q^k exp(k (k-1) / (2 sigma^2)) at integer a (Mironov et al. 2019, eq. 6);
-    # the curve at ORDERS is compared by its convexity: chords between integers lie above, tangents below.
+    # E_Q[(P/Q)^a] = sum_k C(a, k) (1-q)^(a-k) q^k exp(k (k-1) / (2 sigma^2)) at integer a (Mironov et al.
+    # 2019, eq. 6); the curve at ORDERS is compared by its convexity: chords between integers lie above,
+    # tangents below.
     forward, _ = pair_log_moments(poisson_pair(rate, sigma))
 
     def exact(alpha: int) -> float:

@@ -1,4 +1,6 @@
-"""Grids: what they run, that nothing runs twice, intervals and paired differences, and the quick form of every grid we ship."""
+"""Grids: what they run, that nothing runs twice, intervals and paired differences,
+and the quick form of every grid we ship.
+"""
 
 from __future__ import annotations
 
@@ -40,18 +42,21 @@ references = ["one"]
 [run]
 task = { kind = "image_classification", data = "builtin:digits", clients = 3, evaluation_examples = 20 }
 model = { name = "builtin:tiny-vit", trainable = { kind = "lora" } }
-federation = { rounds = 1, cohort = 3, lifecycle = { kind = "finetune", local_steps = 1, batch_size = 4, learning_rate = 0.1 } }
+federation = { rounds = 1, cohort = 3, lifecycle = LIFECYCLE }
 privacy = { ledger = "run", unit = "none", reason = "test data" }
 protection = { kind = "none" }
 
 [[axes]]
 name = "rank"
-values = [{ label = "one", set = ["model.trainable.rank=1"] }, { label = "two", set = ["model.trainable.rank=2"] }]
+values = [
+    { label = "one", set = ["model.trainable.rank=1"] },
+    { label = "two", set = ["model.trainable.rank=2"] },
+]
 
 [quick]
 seeds = [5]
 only = ["rank=two"]
-"""
+""".replace("LIFECYCLE", '{ kind = "finetune", local_steps = 1, batch_size = 4, learning_rate = 0.1 }')
 
 
 def row(label: str, seed: int, metric: float, **values: Any) -> Row:
@@ -75,7 +80,7 @@ def row(label: str, seed: int, metric: float, **values: Any) -> Row:
     return Row(**{**base, **values})
 
 
-# --- what is computed ------------------------------------------------------------------------------------------------
+# --- what is computed ---------------------------------------------------------------------------------------
 
 
 def test_the_interval_is_students() -> None:
@@ -157,7 +162,9 @@ def test_results_are_also_a_markdown_table_and_a_picture_of_their_own() -> None:
 
 
 def test_a_run_that_ended_early_is_no_result() -> None:
-    """It is named in every form, and every figure is what it would be without it; a cell of such runs alone has none."""
+    """It is named in every form, and every figure is what it would be without it;
+    a cell of such runs alone has none.
+    """
     kept = [
         row(label, seed, 0.6 + 0.1 * (label == "a") + 0.01 * seed) for label in "ab" for seed in (1, 2, 3)
     ]
@@ -202,7 +209,7 @@ def test_a_run_that_ended_early_is_no_result() -> None:
     assert to_html(all_stopped)
 
 
-# --- running ---------------------------------------------------------------------------------------------------------
+# --- running ------------------------------------------------------------------------------------------------
 
 
 def test_a_grid_runs_resumes_and_refuses_foreign_runs(
@@ -237,7 +244,9 @@ def test_a_grid_runs_resumes_and_refuses_foreign_runs(
 def test_a_cell_without_budget_for_its_last_round_is_not_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A round that was begun is paid for; stopped in it, a private run has one round too few to go on with."""
+    """A round that was begun is paid for;
+    stopped in it, a private run has one round too few to go on with.
+    """
     file = tmp_path / "grid.toml"
     file.write_text(
         GRID.replace("rounds = 1", "rounds = 3").replace(
@@ -285,7 +294,10 @@ def _write_rows(folder: Path, *, flipped: str = "", validation: bool = True) -> 
 
 def _text_grid(tmp_path: Path, seeds: str = "[1]") -> Path:
     file = tmp_path / "grid.toml"
-    task = 'task = { kind = "text_classification", data = "rows", clients = 3, max_length = 8, evaluation_examples = 10 }'
+    task = (
+        'task = { kind = "text_classification", data = "rows", clients = 3, max_length = 8, '
+        "evaluation_examples = 10 }"
+    )
     lines = [task if line.startswith("task =") else line for line in GRID.splitlines()]
     text = "\n".join(lines).replace("tiny-vit", "tiny-bert").replace("seeds = [1]", f"seeds = {seeds}", 1)
     file.write_text(text)
@@ -372,7 +384,10 @@ def test_what_stops_a_cell_in_another_process_is_said(tmp_path: Path) -> None:
 def test_workers_end_with_a_killed_command(tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
     file.write_text(GRID.replace("rounds = 1", "rounds = 5000"))
-    words = "import pathlib, sys; from ffm_secure.experiments import grid as experiments; file, out = map(pathlib.Path, sys.argv[1:]); "
+    words = (
+        "import pathlib, sys; from ffm_secure.experiments import grid as experiments; file, out = "
+        "map(pathlib.Path, sys.argv[1:]); "
+    )
     command = [
         sys.executable,
         "-c",
@@ -436,7 +451,7 @@ def test_combinations_can_be_left_out(tmp_path: Path) -> None:
     assert [dict(cell.labels)["rank"] for cell in experiments.load(file)[1]] == ["one"]
 
 
-# --- the grids we ship -----------------------------------------------------------------------------------------------
+# --- the grids we ship --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
@@ -472,20 +487,29 @@ def test_prompts_are_compared_at_equal_bytes() -> None:
     assert max(sizes) < 1.02 * min(sizes)
 
 
-# --- the results we show ---------------------------------------------------------------------------------------------
+# --- the results we show ------------------------------------------------------------------------------------
 
 SHOWN = sorted((ROOT / "docs" / "results").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", SHOWN, ids=lambda path: path.stem)
 def test_every_results_page_shows_the_table_of_its_grid(path: Path) -> None:
-    """The page holds the table and the picture that its rows give, and the rows are those of the grid as it is shipped."""
+    """The page holds the table and the picture that its rows give,
+    and the rows are those of the grid as it is shipped.
+    """
     stored = json.loads(path.read_text())
     rows = [
-        Row(**{**item, "labels": tuple(item["labels"].items()), "curve": tuple(item["curve"]), "phases": tuple(item["phases"])}
-            | {key: math.inf for key in ("epsilon",) if item[key] == "infinity"})
+        Row(
+            **{
+                **item,
+                "labels": tuple(item["labels"].items()),
+                "curve": tuple(item["curve"]),
+                "phases": tuple(item["phases"]),
+            }
+            | {key: math.inf for key in ("epsilon",) if item[key] == "infinity"}
+        )
         for item in stored["rows"]
-    ]  # fmt: skip
+    ]
     experiment, cells = experiments.load(ROOT / "experiments" / f"{path.stem}.toml")
     assert {(row.run, row.seed) for row in rows} <= {(cell.config.name, cell.seed) for cell in cells}
     found = results(
@@ -505,7 +529,9 @@ def test_every_results_page_shows_the_table_of_its_grid(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHOWN, ids=lambda path: path.stem)
 def test_the_ranges_in_the_text_are_those_of_the_table(path: Path) -> None:
-    """Where a page says that the first label is ahead "by a to b of" a reference, a and b are the ends of its mean differences."""
+    """Where a page says that the first label is ahead "by a to b of" a reference,
+    a and b are the ends of its mean differences.
+    """
     stored = json.loads(path.read_text())
     first = stored["cells"][0]["labels"].get(stored["compare"])
     means: dict[str, list[float]] = {}

@@ -1,4 +1,6 @@
-"""Grid files: settings without an effect are refused, and every problem is told at once, with the word that was meant."""
+"""Grid files: settings without an effect are refused, and every problem is told at once,
+with the word that was meant.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def test_the_sound_grid_has_no_problem(tmp_path: Path) -> None:
     assert problems(changed(more=SIZE), tmp_path) == []
 
 
-# --- settings without an effect --------------------------------------------------------------------------------------
+# --- settings without an effect -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,13 +86,15 @@ def test_what_the_grid_decides_cannot_be_set(old: str, new: str, words: str, tmp
     ["model.trainable.rank=4", "model.trainable={kind='lora', rank=4}", "model.trainable.rank.x=4"],
 )
 def test_two_axes_cannot_set_one_key(override: str, tmp_path: Path) -> None:
-    """The same key, its parent or its child: the axis that comes first would have rows of its own and no effect."""
+    """The same key, its parent or its child:
+    the axis that comes first would have rows of its own and no effect.
+    """
     more = SIZE.replace("federation.lifecycle.local_steps=2", override)
     found = problems(changed(more=more), tmp_path)
     key = override.partition("=")[0]
     assert (
-        f"axes 'rank' 'one' sets model.trainable.rank, and 'steps' 'many' sets {key} after it: one undoes the other in "
-        "one_many_s1; let one of them set both"
+        f"axes 'rank' 'one' sets model.trainable.rank, and 'steps' 'many' sets {key} after it: one undoes "
+        "the other in one_many_s1; let one of them set both"
     ) in found
 
 
@@ -141,11 +145,13 @@ def test_both_forms_of_every_grid_we_ship_are_sound(path: Path) -> None:
         assert len({cell.config for cell in cells}) == len(cells)
 
 
-# --- every problem at once -------------------------------------------------------------------------------------------
+# --- every problem at once ----------------------------------------------------------------------------------
 
 
 def test_mistakes_of_every_kind_are_told_at_once(tmp_path: Path) -> None:
-    """Schema, labels, references, skip, [quick] and the run files: one mistake in one of them hides no other."""
+    """Schema, labels, references, skip, [quick] and the run files:
+    one mistake in one of them hides no other.
+    """
     text = changed(
         ("seeds = [1]", 'seeds = "1"\nskip = ["rnk=one"]\ncolour = "red"'),
         ('references = ["one"]', 'references = ["onne"]'),
@@ -198,11 +204,14 @@ def test_the_word_that_was_meant_is_named(tmp_path: Path) -> None:
 def test_unreadable_axes_are_one_problem(tmp_path: Path) -> None:
     """Both ways: what depends on a part that cannot be read is not held against the rest."""
     found = problems(changed(('name = "rank"', 'nmae = "rank"')), tmp_path)
-    assert found == ["axes[0].nmae: unknown key; did you mean 'name'?", "axes[0].name: missing; 1 to 60 characters, no comma, no equals sign"]  # fmt: skip
+    assert found == [
+        "axes[0].nmae: unknown key; did you mean 'name'?",
+        "axes[0].name: missing; 1 to 60 characters, no comma, no equals sign",
+    ]
     assert problems("format = 1\n", tmp_path)[0].startswith("name: missing")
 
 
-# --- two cells in one folder -----------------------------------------------------------------------------------------
+# --- two cells in one folder --------------------------------------------------------------------------------
 
 LONG = "a label of twenty letters"
 
@@ -212,8 +221,10 @@ LONG = "a label of twenty letters"
     [
         (
             [('label = "two"', 'label = "One"'), ("rank=two", "rank=One")],
-            "labels 'one' and 'One' of axis 'rank' differ only in case: the cells 'rank=one, seed 1' and 'rank=One, seed 1' "
-            "would share the folder one_s1",
+            (
+                "labels 'one' and 'One' of axis 'rank' differ only in case: the cells 'rank=one, seed 1' "
+                "and 'rank=One, seed 1' would share the folder one_s1"
+            ),
         ),
         (
             [
@@ -222,8 +233,11 @@ LONG = "a label of twenty letters"
                 ('label = "two"', 'label = "üne"'),
                 ("rank=two", "rank=üne"),
             ],
-            "labels 'öne' and 'üne' of axis 'rank' differ only in characters that a folder name does not keep (it keeps a to z "
-            "and 0 to 9): the cells 'rank=öne, seed 1' and 'rank=üne, seed 1' would share the folder ne_s1",
+            (
+                "labels 'öne' and 'üne' of axis 'rank' differ only in characters that a folder name does "
+                "not keep (it keeps a to z and 0 to 9): the cells 'rank=öne, seed 1' and 'rank=üne, seed "
+                "1' would share the folder ne_s1"
+            ),
         ),
         (
             [
@@ -232,12 +246,18 @@ LONG = "a label of twenty letters"
                 ('"two"', f'"{LONG} B"'),
                 ("=two", f"={LONG} B"),
             ],
-            f"labels '{LONG} A' and '{LONG} B' of axis 'rank' are alike in their first 20 characters, which name the folder: the "
-            f"cells 'rank={LONG} A, seed 1' and 'rank={LONG} B, seed 1' would share the folder a-label-of-twenty-le_s1",
+            (
+                f"labels '{LONG} A' and '{LONG} B' of axis 'rank' are alike in their first 20 characters, "
+                f"which name the folder: the cells 'rank={LONG} A, seed 1' and 'rank={LONG} B, seed 1' "
+                "would share the folder a-label-of-twenty-le_s1"
+            ),
         ),
         (
             [("seeds = [1]", "seeds = [1, 2, 1]")],
-            "seed 1 is given twice: the cells 'rank=one, seed 1' and 'rank=one, seed 1' would share the folder one_s1",
+            (
+                "seed 1 is given twice: the cells 'rank=one, seed 1' and 'rank=one, seed "
+                "1' would share the folder one_s1"
+            ),
         ),
         ([("seeds = [5]", "seeds = [5, 5]")], "quick: seed 5 is given twice: the cells 'rank=two, seed 5'"),
         ([('{ label = "two"', '{ label = "one"'), ("rank=two", "rank=one")], "labels of an axis must differ"),

@@ -1,7 +1,8 @@
-"""Kill a run at random moments: `python -m tests.federation.killing RUN.toml FOLDER KILLS SEED SPAN` prints how many hit.
+"""Kill a run at random moments: `python -m tests.federation.killing RUN.toml FOLDER KILLS SEED SPAN` prints
+how many hit.
 
-Every attempt is a process of its own that dies by SIGKILL. It is forked from one that has imported the package and done nothing
-else, so that an attempt costs what the run costs, and twenty of them are affordable.
+Every attempt is a process of its own that dies by SIGKILL. It is forked from one that has imported the
+package and done nothing else, so that an attempt costs what the run costs, and twenty of them are affordable.
 """
 
 from __future__ import annotations

@@ -81,8 +81,14 @@ CHANGES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
         lambda folder: write(folder / "x", [{"note": r["text"], "label": r["label"]} for r in plain()]),
         {},
     ),
-    "one trailing space": (lambda folder: write(folder / "x", [{**r, "text": r["text"] + " "} for r in plain()]), {}),
-    "another task": (lambda folder: write(folder / "x", plain()), {"task": {"kind": "masked_lm"}, "model": {"trainable": {"kind": "lora", "rank": 2}}}),
+    "one trailing space": (
+        lambda folder: write(folder / "x", [{**r, "text": r["text"] + " "} for r in plain()]),
+        {},
+    ),
+    "another task": (
+        lambda folder: write(folder / "x", plain()),
+        {"task": {"kind": "masked_lm"}, "model": {"trainable": {"kind": "lora", "rank": 2}}},
+    ),
     "another label column": (
         lambda folder: write(folder / "x", [{**r, "grave": "yn"[i % 2]} for i, r in enumerate(plain())]),
         {"task": {"label_column": "grave"}},
@@ -92,7 +98,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
         {"task": {"text_column": "title"}},
     ),
     "more clients": (lambda folder: write(folder / "x", plain()), {"task": {"clients": 5}}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +156,7 @@ def test_a_run_spends_its_own_epsilon_at_most(tmp_path: Path) -> None:
     assert site.ledger.affords(plan)
     site.ledger.reserve(plan)
     assert not site.ledger.affords(plan)
-    assert ready.ledger.lifetime("record").epsilon == 50.0  # type: ignore[union-attr]
+    assert ready.ledger.lifetime("record").epsilon == 50.0
 
 
 def test_the_default_ledger_outlives_every_run(tmp_path: Path, data_home: Path) -> None:

@@ -1,4 +1,6 @@
-"""Whatever is wrong with a run file, a data file or a run directory: a clear error, never a traceback, never half a file."""
+"""Whatever is wrong with a run file, a data file or a run directory:
+a clear error, never a traceback, never half a file.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ CASES = 60
 
 
 def damage(content: bytes, chance: random.Random) -> bytes:
-    """Return a wrong version: bits flipped, cut, repeated, filled with noise, or with lines shuffled or edited."""
+    """Return a wrong version: bits flipped, cut, repeated, filled with noise,
+    or with lines shuffled or edited.
+    """
     data = bytearray(content)
     kind = chance.randrange(6)
     if kind == 0 and data:
@@ -165,7 +169,9 @@ def _report(folder: Path) -> None:
 
 
 def check_command(*words: str, cwd: Path) -> int:
-    """Run one command as a user would: it works, or it ends with a code that means something and one clear message."""
+    """Run one command as a user would:
+    it works, or it ends with a code that means something and one clear message.
+    """
     done = call(*words, cwd=cwd)
     assert done.returncode in (0, 2, 3, 4, 5), (words, done)
     assert "Traceback" not in done.stdout + done.stderr, (words, done)

@@ -1,4 +1,6 @@
-"""One dishonest site: what it sends is refused with the reason, the round is given up, and the run goes on."""
+"""One dishonest site: what it sends is refused with the reason, the round is given up,
+and the run goes on.
+"""
 
 from __future__ import annotations
 

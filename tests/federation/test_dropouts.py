@@ -1,4 +1,6 @@
-"""Clients lost at every stage of masked rounds: the run equals the open one over the same survivors, or a round is given up."""
+"""Clients lost at every stage of masked rounds:
+the run equals the open one over the same survivors, or a round is given up.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ class SumRound:
 
 
 class SumOf:
-    """The slow, obvious definition: add up, in the clear, the vectors of the clients that survived another run."""
+    """The slow, obvious definition:
+    add up, in the clear, the vectors of the clients that survived another run.
+    """
 
     kind = "none"
 
@@ -98,7 +102,9 @@ def lora(parties: int, *, rounds: int, kind: str = "secagg", rate: float = 0.2, 
 
 
 def check(parties: int, folder: Path, *, rounds: int, seed: int) -> tuple[RoundRecord, ...]:
-    """Compare a masked run that loses clients with the open one, without losses, over its survivors: bit for bit."""
+    """Compare a masked run that loses clients with the open one, without losses, over its survivors:
+    bit for bit.
+    """
     _, masked = train(lora(parties, rounds=rounds, seed=seed), folder / "masked")
     assert masked.status == "complete"
     assert len(masked.records) == rounds
@@ -142,7 +148,9 @@ def stages(records: Sequence[RoundRecord]) -> set[str]:
 
 
 def test_three_parties_with_a_fifth_lost_at_random_stages(tmp_path: Path) -> None:
-    """Three cannot spare one, or two would read each other: a round with a loss is given up, the others are exact."""
+    """Three cannot spare one, or two would read each other:
+    a round with a loss is given up, the others are exact.
+    """
     records = check(3, tmp_path, rounds=3, seed=seed_where(3, 3, first_and_last_round_lose_somebody))
     assert [bool(record.dropped) for record in records] == [True, False, True]
     assert [bool(record.aborted) for record in records] == [True, False, True]
@@ -355,8 +363,9 @@ def test_a_site_that_deals_rubbish_is_left_out_of_the_next_round(monkeypatch: py
     codec = real_codec(size=5, clients=5, value_bits=8, bound=1.0, max_weight=1, carries_loss=False)
     enrolment = enrol(made, codec, [str(number) for number in range(5)])
     plan = dataclasses.replace(ROUND, cohort=(0, 1, 2, 3, 4))
-    honest, dealer = secagg.ServerSession._ciphertext, enrolment.server.terms.members[0]  # type: ignore[attr-defined]
-    victim = enrolment.server.terms.members[3]  # type: ignore[attr-defined]
+    honest = secagg.ServerSession._ciphertext
+    dealer = enrolment.server.terms.members[0]
+    victim = enrolment.server.terms.members[3]
 
     def spoiled(session: secagg.ServerSession, sender: int, receiver: int) -> bytes:
         """Stand for a ciphertext that its dealer signed although nobody can open it."""

@@ -1,4 +1,6 @@
-"""What noise alone does to an update is told before a run; what a run is compared with is counted on the rows it is."""
+"""What noise alone does to an update is told before a run;
+what a run is compared with is counted on the rows it is.
+"""
 
 from __future__ import annotations
 

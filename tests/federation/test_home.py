@@ -1,4 +1,6 @@
-"""What stays with a client: the same after an interruption, never in the sum, never taken from another run."""
+"""What stays with a client: the same after an interruption, never in the sum,
+never taken from another run.
+"""
 
 from __future__ import annotations
 

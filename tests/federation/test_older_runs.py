@@ -1,4 +1,6 @@
-"""Run directories an older version wrote, from before every record had one codec: they resume, are audited, report."""
+"""Run directories an older version wrote, from before every record had one codec:
+they resume, are audited, report.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The loop equals what it claims to be: plain torch for one client, the same sums under every protection, any number of workers."""
+"""The loop equals what it claims to be:
+plain torch for one client, the same sums under every protection, any number of workers.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ from tests.federation.helpers import RECORD, make, prepared
 
 
 class MeanLoss(ImageClassification):
-    """Divide every loss by the batch: what training loops usually do, and what no bound per sample survives."""
+    """Divide every loss by the batch:
+    what training loops usually do, and what no bound per sample survives.
+    """
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         losses = super().losses(model, batch)

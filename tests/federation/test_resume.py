@@ -1,4 +1,6 @@
-"""`kill -9` at any moment, then the same command again: the same tensors, and a ledger that never shows less than was released."""
+"""`kill -9` at any moment, then the same command again:
+the same tensors, and a ledger that never shows less than was released.
+"""
 
 from __future__ import annotations
 
@@ -64,15 +66,18 @@ def stage(name: str, *, noise: str = "seeded") -> RunConfig:
             "lifecycle": chosen.get("lifecycle", {"kind": "finetune", **STEPS}),
             "strategy": chosen.get("strategy", {"kind": "average"}),
         },
-        # A kill between the payments of two owners leaves rows that share a cell (a patient, say) with unequal histories;
-        # the next start lets both inherit the larger, and the spare rounds of the calibration pay for that.
+        # A kill between the payments of two owners leaves rows that share a cell (a patient, say) with
+        # unequal histories; the next start lets both inherit the larger, and the spare rounds of the
+        # calibration pay for that.
         privacy={**RECORD, "noise": noise, "spare_rounds": 4},
         protection=SECAGG,
     )
 
 
 def killed(made: RunConfig, folder: Path, *, kills: int, seed: int, span: float) -> int:
-    """Kill the run of a folder at random moments, then let it finish; return how many kills hit it running."""
+    """Kill the run of a folder at random moments, then let it finish;
+    return how many kills hit it running.
+    """
     file = folder.with_suffix(".toml")
     file.write_text(config.dump(made))
     words = [sys.executable, "-m", "tests.federation.killing", file, folder, kills, seed, span]
@@ -149,7 +154,9 @@ def test_kill_twenty_times(name: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", ["finetune", "pretrain"])
 def test_with_real_noise_kills_are_charged_and_the_budget_holds(name: str, tmp_path: Path) -> None:
-    """Nothing can be replayed: every round lost to a kill stays spent, and the run ends where the budget does."""
+    """Nothing can be replayed: every round lost to a kill stays spent,
+    and the run ends where the budget does.
+    """
     made = stage(name, noise="system")
     assert killed(made, tmp_path / "killed", kills=4, seed=3, span=0.5) >= 1
     with Store.open(tmp_path / "killed", made) as store:
@@ -168,7 +175,9 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
 
 
 def test_without_a_seed_a_crash_is_charged_and_the_budget_holds(tmp_path: Path) -> None:
-    """Real noise cannot be replayed: a round lost to a crash stays spent, and the run ends where the budget does."""
+    """Real noise cannot be replayed:
+    a round lost to a crash stays spent, and the run ends where the budget does.
+    """
     made = make(privacy={**RECORD, "noise": "system"})
     built, trained = train(made, tmp_path / "a")
     assert trained.status == "complete"
@@ -181,7 +190,9 @@ def test_without_a_seed_a_crash_is_charged_and_the_budget_holds(tmp_path: Path) 
 
 
 def test_a_kill_between_two_payments_costs_related_rows_one_round_and_no_more(tmp_path: Path) -> None:
-    """Owners pay one after another: what was paid is replayed, and a related row inherits one round at most."""
+    """Owners pay one after another:
+    what was paid is replayed, and a related row inherits one round at most.
+    """
     made = stage("finetune")
     stopped = simulation.build(prepared(made), tmp_path)
     for site in stopped.sites[:2]:

@@ -1,10 +1,12 @@
 """Seeded runs end where they ended at commit abb556a, before server and sites were taken apart.
 
-Three runs of the fixture mean something else today and are not compared any more, though they were equal right after the
-rebuild: the person unit asks for a column that names persons, and public rows taken out of a private set are drawn by lot.
+Three runs of the fixture mean something else today and are not compared any more, though they were equal
+right after the rebuild: the person unit asks for a column that names persons, and public rows taken out of a
+private set are drawn by lot.
 
-The fixture holds the run file, the digest of the final vector, every n-th number of it and the losses. On the machine
-that made it the rebuild was equal bit for bit; elsewhere, and since sums are taken in float64, equal means close.
+The fixture holds the run file, the digest of the final vector, every n-th number of it and the losses. On the
+machine that made it the rebuild was equal bit for bit; elsewhere, and since sums are taken in float64, equal
+means close.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What is printed about privacy: the right account, the right observer, infinity where nothing is guaranteed."""
+"""What is printed about privacy:
+the right account, the right observer, infinity where nothing is guaranteed.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def record(number: int, **changes: object) -> RoundRecord:
         "seconds": 1.5,
         "client_seconds": 1.0,
     }
-    return RoundRecord(**{**values, **changes})  # type: ignore[arg-type]
+    return RoundRecord(**{**values, **changes})
 
 
 def state(number: int) -> ServerState:
@@ -101,7 +101,9 @@ def test_the_rows_of_a_run_are_noted_once_and_required_after(tmp_path: Path) -> 
 
 
 def test_every_set_a_run_reads_is_among_its_rows(tmp_path: Path) -> None:
-    """Training, validation and another set's public rows: each changes its own digest; a copy elsewhere changes none."""
+    """Training, validation and another set's public rows: each changes its own digest;
+    a copy elsewhere changes none.
+    """
 
     def found(folder: str, **changed: str) -> list[str]:
         for name, part in (
@@ -262,6 +264,6 @@ def test_atomic_writes_leave_no_part_behind(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomic(path, b"old")
     with pytest.raises(TypeError):
-        write_atomic(path, "not bytes")  # type: ignore[arg-type]
+        write_atomic(path, "not bytes")
     assert path.read_bytes() == b"old"
     assert [item.name for item in tmp_path.iterdir()] == ["file"]

@@ -38,9 +38,14 @@ def agreement(
     run: bytes, *, parties: int, bound: int, length: int, number: int = 0, fewest: int = 1, attempt: int = 0
 ) -> Agreement:
     return Agreement(
-        run=run, round=number, attempt=attempt, length=length, value_bound=bound, cohort=tuple(PARTIES[:parties]),
+        run=run,
+        round=number,
+        attempt=attempt,
+        length=length,
+        value_bound=bound,
+        cohort=tuple(PARTIES[:parties]),
         fewest=fewest,
-    )  # fmt: skip
+    )
 
 
 def client_of(key: KeyHolder, terms: Agreement, place: int) -> EncryptedClient:
@@ -58,7 +63,9 @@ def holder(parameters: Parameters, seed: int = 0) -> KeyHolder:
 def pairwise_masks(
     me: int, count: int, length: int, seed: int
 ) -> Callable[[npt.NDArray[np.uint64]], npt.NDArray[np.uint64]]:
-    """Add the stream of every pair, with the sign of its order: they cancel in the sum over all `count` parties."""
+    """Add the stream of every pair, with the sign of its order:
+    they cancel in the sum over all `count` parties.
+    """
 
     def mask(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         total = words.copy()

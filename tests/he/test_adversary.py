@@ -1,4 +1,6 @@
-"""A malicious server, network or client against our own protocol: constant refusals, no crash, nothing opened."""
+"""A malicious server, network or client against our own protocol:
+constant refusals, no crash, nothing opened.
+"""
 
 from __future__ import annotations
 
@@ -222,7 +224,8 @@ def test_a_refused_upload_leaves_nothing_behind(parameters):
 
 @pytest.mark.parametrize("scheme", ["bfv", "ckks"])
 def test_a_shift_by_the_server_is_noticed(scheme):
-    # Anyone can add a known plaintext to a BFV ciphertext; the tag notices a change of one unit in one coordinate.
+    # Anyone can add a known plaintext to a BFV ciphertext; the tag notices a change of one unit in one
+    # coordinate.
     from tenseal import sealapi
 
     parameters = SETS[scheme]

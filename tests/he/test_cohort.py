@@ -1,4 +1,6 @@
-"""Who may be in a sum: the cohort of the agreement, from the operator's roster, each under its own signature, once."""
+"""Who may be in a sum: the cohort of the agreement, from the operator's roster,
+each under its own signature, once.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,11 @@ def forge_upload(key: KeyHolder, terms, name: bytes, values, sign) -> list[bytes
 
 
 def test_one_client_cannot_read_another_by_inventing_the_rest_of_a_cohort():
-    """The attack: seven names of the liar's own, vectors it knows, and the sum is the victim's vector plus those.
+    """The attack: seven names of the liar's own, vectors it knows, and the sum is the victim's vector plus
+    those.
 
-    The victim's own check passed, and the honest server added them all. Now both refuse such a cohort, and inside an
-    honest cohort nobody else's signature can be had.
+    The victim's own check passed, and the honest server added them all. Now both refuse such a cohort, and
+    inside an honest cohort nobody else's signature can be had.
     """
     key = holder(PARAMETERS)
     invented = agreement(key.run, parties=8, bound=100, length=20, fewest=8)
@@ -82,9 +85,12 @@ def test_a_party_outside_the_cohort_is_refused_at_both_ends():
 def test_the_cohort_and_the_attempt_are_part_of_the_agreement():
     terms = agreement(bytes(16), parties=4, bound=100, length=20)
     digests = {
-        terms.digest(b""), replace(terms, attempt=1).digest(b""), replace(terms, round=1).digest(b""),
-        replace(terms, cohort=tuple(PARTIES[1:5])).digest(b""), replace(terms, cohort=terms.cohort[:3]).digest(b""),
-    }  # fmt: skip
+        terms.digest(b""),
+        replace(terms, attempt=1).digest(b""),
+        replace(terms, round=1).digest(b""),
+        replace(terms, cohort=tuple(PARTIES[1:5])).digest(b""),
+        replace(terms, cohort=terms.cohort[:3]).digest(b""),
+    }
     assert len(digests) == 5
     assert replace(terms, cohort=terms.cohort[:3]).parties == 3
 
@@ -108,10 +114,16 @@ def test_an_upload_needs_its_senders_signature_over_all_of_it():
     flipped = seal[:-1] + bytes([seal[-1] ^ 1])
     changed = chunks[0][:-1] + bytes([chunks[0][-1] ^ 1])
     for bad in (
-        chunks[:-1], [*chunks[:-1], flipped], [*chunks[:-1], other[-1]], [changed, *chunks[1:]], [*chunks, seal],
-        [*chunks[:-1], seal[:HEADER_BYTES]], [*chunks[:-1], seal + b"\0"], [*chunks[:-1], None],
+        chunks[:-1],
+        [*chunks[:-1], flipped],
+        [*chunks[:-1], other[-1]],
+        [changed, *chunks[1:]],
+        [*chunks, seal],
+        [*chunks[:-1], seal[:HEADER_BYTES]],
+        [*chunks[:-1], seal + b"\0"],
+        [*chunks[:-1], None],
         [*chunks[:-1], seal[:25] + PARTIES[1] + seal[57:]],
-    ):  # fmt: skip
+    ):
         server = server_of(key, terms)
         with pytest.raises(ProtocolError):
             server.add(bad, sender=PARTIES[0])
@@ -147,7 +159,9 @@ def test_a_refused_vector_uses_nothing_up():
 
 
 def test_two_vectors_under_one_agreement_would_tell_the_key_of_the_tags():
-    """Why once: the difference of two tags is the weights' product with a known difference, free of the pad."""
+    """Why once: the difference of two tags is the weights' product with a known difference,
+    free of the pad.
+    """
     tagger = holder(PARAMETERS).tagger(b"d" * 32)
     unit = np.zeros(20, dtype=np.int64)
     unit[3] = 1
@@ -228,7 +242,8 @@ def edwards_add(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]
 
 
 def small_points() -> set[tuple[int, int]]:
-    """Return the eight points whose order divides eight: the multiples of one of order eight, by halving (0, -1) twice.
+    """Return the eight points whose order divides eight: the multiples of one of order eight, by halving (0,
+    -1) twice.
 
     A point (x, y) with x = sqrt(-1) y doubles to one with y = 0, which doubles to (0, -1).
     """
@@ -267,7 +282,8 @@ def test_public_keys_of_small_order_are_refused_wherever_a_signature_is_checked(
         for encoded in (y, y | 1 << 255, *([y + EDWARDS_PRIME] if y < 19 else [])):
             key = encoded.to_bytes(32, "little")
             assert not is_sound_key(key)
-            # The signature of the identity with S = 0 fits every message whose challenge is a multiple of the order.
+            # The signature of the identity with S = 0 fits every message whose challenge is a multiple of the
+            # order.
             for message in (b"a", b"b", b"c"):
                 with pytest.raises(ProtocolError):
                     verify_signature(key, (1).to_bytes(32, "little") + bytes(32), message)

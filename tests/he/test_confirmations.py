@@ -1,4 +1,6 @@
-"""Clients compare what they opened: the same sum of the same parties is accepted, everything else is refused."""
+"""Clients compare what they opened:
+the same sum of the same parties is accepted, everything else is refused.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_everybody_who_opened_the_same_sum_accepts_it():
 
 
 def test_two_groups_shown_different_honest_sums_find_out():
-    """The attack: five upload, the server opens all five at three clients and the sum without the last at the others."""
+    """The attack: five upload, the server opens all five at three clients and
+    the sum without the last at the others.
+    """
     group = clients(fewest=4)
     whole = [client.confirm(SUM, FIVE) for client in group[:3]]
     without = [client.confirm(SUM - 1, FIVE[:4]) for client in group[3:4]]

@@ -1,4 +1,6 @@
-"""The key: only its addressee opens it, the server never has it, and it cannot be printed, pickled or reused."""
+"""The key: only its addressee opens it, the server never has it, and it cannot be printed,
+pickled or reused.
+"""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_statements_carry_the_numbers_of_the_run():
     assert "any 1 of the 10 clients" in collusion("bfv", parties=10, fewest=4).broken_by
     assert "3 or more clients" in collusion("masking", parties=10, fewest=4, tolerated=2).broken_by
     with pytest.raises(ParameterError, match="unknown"):
-        collusion("rot13", parties=10, fewest=4)  # type: ignore[arg-type]
+        collusion("rot13", parties=10, fewest=4)
     with pytest.raises(ParameterError, match="impossible"):
         collusion("bfv", parties=3, fewest=4)
 

@@ -28,7 +28,7 @@ from tests.federation.helpers import RECORD, finish, make, prepared, train
 def record(number: int, phase: str, loss: float, **values: Any) -> RoundRecord:
     base = RoundRecord(
         round=number,
-        phase=phase,  # type: ignore[arg-type]
+        phase=phase,
         cohort=(0, 1) if phase == "private" else (),
         survivors=(0, 1) if phase == "private" else (),
         loss=loss,
@@ -51,7 +51,7 @@ def history(phases: str, losses: list[float]) -> tuple[RoundRecord, ...]:
     )
 
 
-# --- controllers -----------------------------------------------------------------------------------------------------
+# --- controllers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("public", "private"), [(1, 1), (2, 1), (1, 3), (0, 1), (2, 0)])
@@ -110,7 +110,9 @@ def test_gain_per_epsilon_prefers_what_spends_nothing_while_it_gains() -> None:
 
 
 def played(controller: dict[str, Any], gains: dict[str, float], rounds: int, **private: Any) -> str:
-    """Let a controller choose while each source lowers the loss by a fixed number a phase; `private` is a private record's cost."""
+    """Let a controller choose while each source lowers the loss by a fixed number a phase;
+    `private` is a private record's cost.
+    """
     spec, past, loss = Controller(kind="gain_per_cost", **controller), (), 10.0
     for number in range(rounds):
         phase = gain_per_cost(past, spec)
@@ -121,7 +123,9 @@ def played(controller: dict[str, Any], gains: dict[str, float], rounds: int, **p
 
 @pytest.mark.parametrize("cost", ["epsilon", "bytes"])
 def test_what_costs_nothing_does_not_keep_a_run_from_a_source_that_gains(cost: str) -> None:
-    """A public gain of a millionth a phase, for nothing, against a private one of 0.2; public phases are only tried again."""
+    """A public gain of a millionth a phase, for nothing, against a private one of 0.2;
+    public phases are only tried again.
+    """
     spent = {
         "bytes_up": 100,
         "epsilon_spent": 3.0,
@@ -166,7 +170,7 @@ def test_private_rounds_never_exceed_what_the_noise_was_calibrated_for(most: int
     assert sum(item.phase == "private" for item in past) == most
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------------------
 
 
 def pretraining(
@@ -323,7 +327,7 @@ def test_public_rows_are_no_longer_private(tmp_path: Path) -> None:
     )
 
 
-# --- rules for LoRA --------------------------------------------------------------------------------------------------
+# --- rules for LoRA -----------------------------------------------------------------------------------------
 
 CLIENT_CLIPS = {"unit": "client", "epsilon": 1000.0, "delta": 0.01, "clip_norm": 0.05, "noise": "seeded"}
 HARD_ON_MESSAGES: dict[str, dict[str, Any]] = {
@@ -360,7 +364,9 @@ def by_rule(kind: str, rounds: int, changed: dict[str, Any] | None = None, **lif
 def test_what_was_learned_in_public_survives_a_private_phase_whole(
     case: str, kind: str, tmp_path: Path
 ) -> None:
-    """In the private phase nobody learns, so the model must stay as the public phase left it, whatever bounds a message."""
+    """In the private phase nobody learns, so the model must stay as the public phase left it,
+    whatever bounds a message.
+    """
     still = {"learning_rate": 1e-12, "public_learning_rate": 0.3, "public_steps": 4}
     built, public = train(by_rule(kind, 1, HARD_ON_MESSAGES[case], **still), tmp_path / "public")
     _, private = train(by_rule(kind, 2, HARD_ON_MESSAGES[case], **still), tmp_path / "private")
@@ -397,7 +403,7 @@ def test_flora_resumes_in_a_private_phase_as_if_it_had_not_stopped(tmp_path: Pat
     assert [item.alignment for item in resumed.records] == [item.alignment for item in whole.records]
 
 
-# --- mistakes --------------------------------------------------------------------------------------------------------
+# --- mistakes -----------------------------------------------------------------------------------------------
 
 
 def test_mistakes_are_explained() -> None:

@@ -1,4 +1,6 @@
-"""The fingerprint: one golden vector, a second implementation beside it, and what must and must not change it."""
+"""The fingerprint: one golden vector, a second implementation beside it,
+and what must and must not change it.
+"""
 
 from __future__ import annotations
 

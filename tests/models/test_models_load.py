@@ -37,11 +37,11 @@ def load(
     base: Path = Path(),
     **rest: bool,
 ) -> Backbone:
-    return load_backbone(name, kind=kind, labels=labels, base=base, seed=seed, **rest)  # type: ignore[arg-type]
+    return load_backbone(name, kind=kind, labels=labels, base=base, seed=seed, **rest)
 
 
 def save(backbone: Backbone, folder: Path) -> Path:
-    backbone.model.save_pretrained(folder)  # type: ignore[operator]
+    backbone.model.save_pretrained(folder)
     if backbone.tokenizer is not None:
         backbone.tokenizer.save_pretrained(folder)
     return folder
@@ -86,7 +86,7 @@ def test_a_saved_folder_comes_back_with_equal_logits(name: str, kind: str, tmp_p
         inputs = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)}
     else:
         inputs = {"input_ids": torch.tensor([[2, 40, 50, 3]])}
-        assert again.tokenizer("Good movie!")["input_ids"] == first.tokenizer("Good movie!")["input_ids"]  # type: ignore[misc]
+        assert again.tokenizer("Good movie!")["input_ids"] == first.tokenizer("Good movie!")["input_ids"]
     with torch.inference_mode():
         assert torch.equal(first.model(**inputs).logits, again.model(**inputs).logits)
 
@@ -95,7 +95,7 @@ def test_another_number_of_labels_replaces_the_head_and_nothing_else(saved: Path
     three, five, same = load(str(saved)), load(str(saved), labels=5), load(str(saved), labels=5)
     assert three.fresh == ()
     assert five.fresh == ("classifier.weight", "classifier.bias")
-    assert five.model.classifier.weight.shape == (5, 64)  # type: ignore[union-attr]
+    assert five.model.classifier.weight.shape == (5, 64)
     assert any("5 labels" in note for note in five.notes)
     assert fingerprint(five.model.state_dict()) == fingerprint(same.model.state_dict())
     body = [{k: v for k, v in m.model.state_dict().items() if k.startswith("bert.")} for m in (three, five)]
@@ -136,8 +136,8 @@ def test_a_masked_lm_head_is_made_where_the_checkpoint_has_none(saved: Path) -> 
     backbone = load(str(saved), "masked_lm")
     assert "cls.predictions.transform.dense.weight" in backbone.fresh
     assert any("tied to the input embeddings" in note for note in backbone.notes)
-    tied = backbone.model.cls.predictions.decoder.weight  # type: ignore[union-attr]
-    assert tied is backbone.model.bert.embeddings.word_embeddings.weight  # type: ignore[union-attr]
+    tied = backbone.model.cls.predictions.decoder.weight
+    assert tied is backbone.model.bert.embeddings.word_embeddings.weight
 
 
 def test_pickled_weights_are_refused_and_never_opened(saved: Path, tmp_path: Path) -> None:
@@ -204,8 +204,8 @@ def test_an_encoder_is_no_causal_model(tmp_path: Path) -> None:
 
 def test_a_causal_model_needs_its_output_layer(tmp_path: Path) -> None:
     backbone = load("builtin:tiny-llama", "causal_lm")
-    backbone.model.model.save_pretrained(tmp_path)  # type: ignore[union-attr,operator]
-    backbone.tokenizer.save_pretrained(tmp_path)  # type: ignore[union-attr]
+    backbone.model.model.save_pretrained(tmp_path)
+    backbone.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no language-model head"):
         load(str(tmp_path), "causal_lm")
 

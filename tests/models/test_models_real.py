@@ -1,4 +1,7 @@
-"""The real models: pretrained encoder, story model, vision transformer. Skipped where they are not at hand."""
+"""The real models: pretrained encoder, story model, vision transformer.
+
+Skipped where they are not at hand.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ minilm = pytest.mark.skipif(
 def prepare(
     source: str, name: str, kind: str, base: Path, **options: Any
 ) -> tuple[Backbone, Task, data.Dataset]:
-    dataset = data.load(source, kind=kind, base=base, seed=1)  # type: ignore[arg-type]
+    dataset = data.load(source, kind=kind, base=base, seed=1)
     labels = None if dataset.label_names is None else len(dataset.label_names)
     backbone = load_backbone(name, kind=kind, labels=labels, base=base, seed=1)
     return backbone, build_task(kind, backbone=backbone, dataset=dataset, **options), dataset
@@ -73,7 +76,7 @@ def test_minilm_keeps_its_embedding() -> None:
             [row[m.bool()].mean(0) for row, m in zip(hidden, inputs["attention_mask"], strict=True)]
         )
         logits = backbone.model(**inputs).logits
-        torch.testing.assert_close(logits, backbone.model.classifier(wanted), atol=1e-5, rtol=1e-4)  # type: ignore[operator]
+        torch.testing.assert_close(logits, backbone.model.classifier(wanted), atol=1e-5, rtol=1e-4)
 
 
 @minilm

@@ -1,4 +1,6 @@
-"""Drive a headless Chromium over its debugging pipe, and measure whether a page is laid out without faults."""
+"""Drive a headless Chromium over its debugging pipe,
+and measure whether a page is laid out without faults.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ class Browser:
         )
         os.close(to_browser)
         os.close(from_browser)
-        self._rest, self._last, self.events = b"", 0, []  # type: ignore[var-annotated]
+        self._rest, self._last, self.events = b"", 0, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):

@@ -132,7 +132,9 @@ def plan(promised: tuple[PrivacyStatement, ...], **changes: Any) -> PlanSummary:
     values: dict[str, Any] = {
         "headline": "8 hospitals adapt a 22.7-million-parameter text encoder over 20 rounds; "
         "each patient record is protected with epsilon 8.",
-        "trains": "LoRA of rank 8 on the query and value projections of all six layers, and the classification head",
+        "trains": (
+            "LoRA of rank 8 on the query and value projections of all six layers, and the classification head"
+        ),
         "trainable_parameters": 78_352,
         "total_parameters": 22_791_312,
         "sends": "one masked vector per client and round, 44-bit integers; nobody can open a single one",
@@ -289,26 +291,49 @@ def curves() -> tuple[LeakCurve, ...]:
     noise = {"axis": "noise multiplier", "x": (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0), "baseline": 0.0}
     return (
         LeakCurve(
-            attack="span", axis="tokens per rank", measure="token F1", x=(2.5, 5.0, 10.0, 20.0), y=(1.0, 1.0, 0.42, 0.0),
-            baseline=0.0, here=240.0, reason="stopped after 8 CPU seconds",
+            attack="span",
+            axis="tokens per rank",
+            measure="token F1",
+            x=(2.5, 5.0, 10.0, 20.0),
+            y=(1.0, 1.0, 0.42, 0.0),
+            baseline=0.0,
+            here=240.0,
+            reason="stopped after 8 CPU seconds",
         ),
         LeakCurve(
-            attack="span", measure="token F1", y=(1.0, 0.93, 0.41, 0.12, 0.0, 0.0, 0.0), here=0.7134, **noise,
+            attack="span",
+            measure="token F1",
+            y=(1.0, 0.93, 0.41, 0.12, 0.0, 0.0, 0.0),
+            here=0.7134,
+            **noise,
         ),
         LeakCurve(
-            attack="position_vision", axis="records", measure="PSNR dB", x=(1.0, 2.0, 4.0, 8.0), y=(200.0, 11.2, 9.8, 9.1),
-            baseline=12.1, here=4.0,
+            attack="position_vision",
+            axis="records",
+            measure="PSNR dB",
+            x=(1.0, 2.0, 4.0, 8.0),
+            y=(200.0, 11.2, 9.8, 9.1),
+            baseline=12.1,
+            here=4.0,
         ),
         LeakCurve(
-            attack="canaries", axis="rounds", measure="epsilon, at least", x=(1.0, 2.0, 4.0, 8.0, 16.0, 20.0),
-            y=(0.0, 0.21, 0.64, 1.3, 2.2, 2.9), here=20.0,
+            attack="canaries",
+            axis="rounds",
+            measure="epsilon, at least",
+            x=(1.0, 2.0, 4.0, 8.0, 16.0, 20.0),
+            y=(0.0, 0.21, 0.64, 1.3, 2.2, 2.9),
+            here=20.0,
         ),
-        LeakCurve(attack="span_exact", axis="tokens per width", measure="", reason="one run takes 31 CPU seconds"),
-    )  # fmt: skip
+        LeakCurve(
+            attack="span_exact", axis="tokens per width", measure="", reason="one run takes 31 CPU seconds"
+        ),
+    )
 
 
 def pictured() -> RunSummary:
-    """Build a run whose audit read pictures and words, with curves and everything granted beside what was observed."""
+    """Build a run whose audit read pictures and words,
+    with curves and everything granted beside what was observed.
+    """
     base = audit(leak=True)
     beside = RecoveredPicture(truth=CHEQUERED, recovered=CHEQUERED, psnr=200.0, ssim=1.0)
     apart = RecoveredPicture(truth=CHEQUERED, recovered=GREY, psnr=10.79, ssim=0.004)
@@ -316,14 +341,25 @@ def pictured() -> RunSummary:
     found = base.findings[0]
     extra = (
         dataclasses.replace(
-            found, attack="position_vision", measure="PSNR dB", score=200.0, low=None, high=None, baseline=12.1,
-            control=200.0, observed=11.3, observed_reason="1 client in one whole round, nothing granted", granted=granted,
-            knowledge=("image_shape",), pairs=(), pictures=(beside, apart),
+            found,
+            attack="position_vision",
+            measure="PSNR dB",
+            score=200.0,
+            low=None,
+            high=None,
+            baseline=12.1,
+            control=200.0,
+            observed=11.3,
+            observed_reason="1 client in one whole round, nothing granted",
+            granted=granted,
+            knowledge=("image_shape",),
+            pairs=(),
+            pictures=(beside, apart),
         ),
         dataclasses.replace(
             found, granted=granted, knowledge=(), observed_reason="not tried: it searches for minutes"
         ),
-    )  # fmt: skip
+    )
     return private(audit=dataclasses.replace(base, findings=(*extra, *base.findings), curves=curves()))
 
 
@@ -532,7 +568,7 @@ def every_text(summary: RunSummary, change: Callable[[str], str]) -> RunSummary:
             }
         return value
 
-    return walk(summary)  # type: ignore[no-any-return]
+    return walk(summary)
 
 
 def long_words() -> RunSummary:

@@ -1,4 +1,6 @@
-"""The page in a real browser: nothing overlaps, is cut off, sticks out, is fetched or hard to read, in both widths and schemes."""
+"""The page in a real browser: nothing overlaps, is cut off, sticks out, is fetched or hard to read,
+in both widths and schemes.
+"""
 
 from __future__ import annotations
 

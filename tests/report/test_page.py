@@ -1,4 +1,6 @@
-"""report.html: what it says, that it says the same as report.json, and that nothing in a run can break out of it."""
+"""report.html: what it says, that it says the same as report.json,
+and that nothing in a run can break out of it.
+"""
 
 from __future__ import annotations
 
@@ -164,8 +166,22 @@ def test_every_table_and_epsilon_is_there(name: str) -> None:
 def test_sections_come_in_order_after_the_warnings() -> None:
     seen = page(samples.aborted_with_audit())
     found = [values.get("id") or values.get("aria-label") for tag, values in seen.tags if tag == "section"]
-    assert found == ["Warnings", "summary", "plan", "utility", "spent", "statements", "bounds", "cost", "participation",
-                     "clients", "audit", "configuration", "software", "ledger"]  # fmt: skip
+    assert found == [
+        "Warnings",
+        "summary",
+        "plan",
+        "utility",
+        "spent",
+        "statements",
+        "bounds",
+        "cost",
+        "participation",
+        "clients",
+        "audit",
+        "configuration",
+        "software",
+        "ledger",
+    ]
 
 
 @pytest.mark.parametrize("name", ["private", "aborted", "non_private", "contradicted"])
@@ -221,13 +237,16 @@ def test_a_lower_bound_above_the_upper_bound_raises_an_alarm() -> None:
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("private", "Accuracy rose from 0.131 to 0.831 in 20 rounds (always guessing the most common class scores 0.225); "
-                    "the privacy budget was kept against every observer; audit: no attack recovered more than guessing would."),
-        ("fresh", "No round has finished, so nothing was learned yet; no privacy is guaranteed against anyone; no attack was run"),
+        ("private", ("Accuracy rose from 0.131 to 0.831 in 20 rounds (always guessing the most common class "
+            "scores 0.225); the privacy budget was kept against every observer; audit: no attack "
+            "recovered more than guessing would.")),
+        ("fresh", ("No round has finished, so nothing was learned yet; no privacy is guaranteed against "
+            "anyone; no attack was run")),
         ("diverged", "After 20 rounds the accuracy is not a number: training diverged"),
         ("perplexity", "Perplexity fell from 403 to 45.3 in 20 rounds;"),
         ("aborted", "in 11 of 14 rounds"),
-        ("aborted", "other clients and the server, but nothing is guaranteed against a server with colluding"),
+        ("aborted", "other clients and the server, but nothing is guaranteed against a server with "
+            "colluding"),
         ("single", "in 1 round "),
     ],
 )  # fmt: skip

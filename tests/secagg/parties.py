@@ -33,14 +33,17 @@ from defenses.secagg.ring import reduce
 NOW = 1_000_000_000
 FEDERATION = "hospitals"
 HASHES = {
-    "backbone_hash": b"b" * 32, "layout_hash": b"l" * 32, "quantization_hash": b"q" * 32, "mechanism_hash": b"d" * 32,
-}  # fmt: skip
+    "backbone_hash": b"b" * 32,
+    "layout_hash": b"l" * 32,
+    "quantization_hash": b"q" * 32,
+    "mechanism_hash": b"d" * 32,
+}
 
 
 def issue(operator: Identity, people: list[Identity], **changes: object) -> Roster:
     """Sign a roster of these people, valid for a day."""
     settings: dict[str, object] = {"federation": FEDERATION, "serial": 1, "expires": NOW + 86_400, **changes}
-    return Roster.issue(operator, [person.public_key for person in people], **settings)  # type: ignore[arg-type]
+    return Roster.issue(operator, [person.public_key for person in people], **settings)
 
 
 def mask(
@@ -117,7 +120,7 @@ class Parties:
         """Go on to another round, and with it to another model; or to whatever else is named."""
         changes.setdefault("round", self.parameters.round + 1)
         changes.setdefault("model_hash", hashlib.sha256(f"model {changes['round']}".encode()).digest())
-        return replace(self, parameters=replace(self.parameters, **changes))  # type: ignore[arg-type]
+        return replace(self, parameters=replace(self.parameters, **changes))
 
 
 def gather(
@@ -139,19 +142,33 @@ def gather(
     people = sorted((Identity.generate(source) for _ in range(count)), key=lambda person: person.id)
     degree = neighbours if neighbours is not None else count - 1
     parameters = SessionParameters(
-        run_id=source.random_bytes(16), round=1, mode=mode, graph="complete" if neighbours is None else "harary",
-        clients=count, neighbours=degree,
+        run_id=source.random_bytes(16),
+        round=1,
+        mode=mode,
+        graph="complete" if neighbours is None else "harary",
+        clients=count,
+        neighbours=degree,
         threshold=threshold or threshold_above(neighbours=degree, corrupted=colluders, mode=mode),
-        minimum_survivors=minimum_survivors, modulus_bits=modulus_bits, length=length, model_hash=b"m" * 32,
-        roster=issue(operator, people), **HASHES,
-    )  # fmt: skip
+        minimum_survivors=minimum_survivors,
+        modulus_bits=modulus_bits,
+        length=length,
+        model_hash=b"m" * 32,
+        roster=issue(operator, people),
+        **HASHES,
+    )
     settings: dict[str, object] = {"modes": frozenset({mode}), "colluders": colluders, **policy}
     return Parties(
-        source, operator, {person.id: person for person in people}, parameters,
+        source,
+        operator,
+        {person.id: person for person in people},
+        parameters,
         ClientPolicy(
-            operator=operator.public_key, federation=FEDERATION, run_id=parameters.run_id, **{**HASHES, **settings},
-        ),  # type: ignore[arg-type]
-    )  # fmt: skip
+            operator=operator.public_key,
+            federation=FEDERATION,
+            run_id=parameters.run_id,
+            **{**HASHES, **settings},
+        ),
+    )
 
 
 def plain_sum(
@@ -167,7 +184,7 @@ def run(
 ) -> tuple[Outcome, dict[bytes, RingVector]]:
     """Drive one session over random vectors."""
     vectors = parties.vectors()
-    return drive(parties.clients(), parties.server(), bring(parties, vectors.__getitem__), drop), vectors  # type: ignore[arg-type]
+    return drive(parties.clients(), parties.server(), bring(parties, vectors.__getitem__), drop), vectors
 
 
 def assert_exact(outcome: Outcome, vectors: Mapping[bytes, RingVector]) -> None:

@@ -1,7 +1,9 @@
-"""The specification of ffm-secagg/2 written down a second time, as plainly as possible, to compute known answers from.
+"""The specification of ffm-secagg/2 written down a second time, as plainly as possible, to compute known
+answers from.
 
-It shares no code with the package: bytes are put together by hand, keys come from `cryptography`'s own HKDF, masks from
-Python integers. It covers an honest session of the complete graph with 32-bit words and nothing else.
+It shares no code with the package: bytes are put together by hand, keys come from `cryptography`'s own HKDF,
+masks from Python integers. It covers an honest session of the complete graph with 32-bit words and nothing
+else.
 """
 
 from __future__ import annotations
@@ -98,7 +100,9 @@ def commitment(member: Member, salt: bytes) -> bytes:
 
 
 def masked(member: Member, members: list[Member], salt: bytes, vector: list[int]) -> list[int]:
-    """Add the self mask and every pair mask, added by the smaller id and subtracted by the larger, modulo 2^32."""
+    """Add the self mask and every pair mask, added by the smaller id and subtracted by the larger,
+    modulo 2^32.
+    """
     total = [value + mask for value, mask in zip(vector, words(self_seed(member, salt), len(vector)))]
     for other in members:
         if other.id != member.id:
@@ -109,7 +113,9 @@ def masked(member: Member, members: list[Member], salt: bytes, vector: list[int]
 
 
 def ring(count: int, neighbours: int, salt: bytes) -> list[list[int]]:
-    """Shuffle from the last place down, by 32-bit words that are thrown away where they would favour somebody."""
+    """Shuffle from the last place down,
+    by 32-bit words that are thrown away where they would favour somebody.
+    """
     stream = Cipher(algorithms.AES256(hkdf(salt, bytes(32), b"graph")), modes.CTR(bytes(16))).encryptor()
     order = list(range(count))
     for last in range(count - 1, 0, -1):
@@ -143,12 +149,16 @@ def known_session() -> tuple[bytes, bytes, bytes]:
     members = three()
     registered = register(b"o" * 32, members, federation=b"known answers", serial=5, expires=2_000_000_000)
     fields = (
-        bytes(range(16)) + (7).to_bytes(8, "big") + (2).to_bytes(4, "big")  # run, round, attempt
+        bytes(range(16))
+        + (7).to_bytes(8, "big")
+        + (2).to_bytes(4, "big")  # run, round, attempt
         + bytes([1, 0])  # active, complete
-        + b"".join(number.to_bytes(4, "big") for number in (3, 2, 2, 3))  # clients, neighbours, threshold, survivors
-        + bytes([32]) + (8).to_bytes(8, "big")  # modulus bits, length
+        # clients, neighbours, threshold, survivors
+        + b"".join(number.to_bytes(4, "big") for number in (3, 2, 2, 3))
+        + bytes([32])
+        + (8).to_bytes(8, "big")  # modulus bits, length
         + b"".join(filled(0xA0 + place, 0) for place in range(5))  # backbone, layout, grid, mechanism, model
-    )  # fmt: skip
+    )
     session = session_id(fields, registered, members)
     return registered, session, transcript(members, session)
 

@@ -1,7 +1,9 @@
-"""Servers and clients that leave the protocol: every abort of the catalogue, and attacks that must come to nothing.
+"""Servers and clients that leave the protocol: every abort of the catalogue, and attacks that must come to
+nothing.
 
-Each attack is played against the real sessions with everything the attacker could have: the wire formats, its own
-keys, the adverts, all messages. Where it matters, the attack is shown to work once the check it targets is absent.
+Each attack is played against the real sessions with everything the attacker could have: the wire formats, its
+own keys, the adverts, all messages. Where it matters, the attack is shown to work once the check it targets
+is absent.
 """
 
 from __future__ import annotations
@@ -168,9 +170,20 @@ def test_a_client_with_another_model_cannot_be_in_the_same_session():
         refused(lambda session=session: session.share(joined))
 
 
-@pytest.mark.parametrize("changes", [{"round": 2}, {"mode": "semi_honest"}, {"run_id": b"r" * 16}, {"threshold": 4},
-                                     {"layout_hash": b"L" * 32}, {"quantization_hash": b"Q" * 32}, {"attempt": 1},
-                                     {"backbone_hash": b"B" * 32}, {"mechanism_hash": b"D" * 32}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"round": 2},
+        {"mode": "semi_honest"},
+        {"run_id": b"r" * 16},
+        {"threshold": 4},
+        {"layout_hash": b"L" * 32},
+        {"quantization_hash": b"Q" * 32},
+        {"attempt": 1},
+        {"backbone_hash": b"B" * 32},
+        {"mechanism_hash": b"D" * 32},
+    ],
+)
 def test_an_advert_of_another_session_is_refused(changes: dict[str, object]):
     """Replay and downgrade: the same identities under any other parameters sign something else."""
     parties = gather(5)
@@ -366,7 +379,9 @@ def test_a_false_survivor_set_is_refused(lie: str):
 
 
 def test_a_survivor_i_never_heard_from_is_refused():
-    """Otherwise a mask that nobody else has would stay in the sum, or be opened as if its owner were alive."""
+    """Otherwise a mask that nobody else has would stay in the sum,
+    or be opened as if its owner were alive.
+    """
     parties = gather(6)
     table = play(parties, Stage.MASK)
     victim, absent = table.ids[0], 3
@@ -413,7 +428,7 @@ def test_too_few_or_misplaced_confirmations_are_refused():
 @pytest.mark.parametrize("mode", ["active", "semi_honest"])
 def test_a_second_unmask_request_is_refused(mode: str):
     """Asked twice, a client that answered twice would give away both secrets of a neighbour."""
-    table = play(gather(5, mode=mode), Stage.UNMASK)  # type: ignore[arg-type]
+    table = play(gather(5, mode=mode), Stage.UNMASK)
     owner = table.ids[0]
     request = table.server.request_for(owner)
     session = table.clients[owner]
@@ -427,8 +442,10 @@ def test_a_second_unmask_request_is_refused(mode: str):
 
 @pytest.mark.parametrize("mode", ["active", "semi_honest"])
 def test_a_response_has_one_secret_of_each_neighbour(mode: str):
-    """The client derives who is dead itself: for every owner exactly one of its two shares is in the answer."""
-    parties = gather(6, mode=mode)  # type: ignore[arg-type]
+    """The client derives who is dead itself:
+    for every owner exactly one of its two shares is in the answer.
+    """
+    parties = gather(6, mode=mode)
     table = play(parties, Stage.MASK)
     ids = table.ids
     for owner in ids[1:]:
@@ -500,7 +517,7 @@ def test_stages_only_move_forward():
             for wrong in calls:
                 if wrong is at:
                     continue
-                table = play(gather(4, mode=mode), at)  # type: ignore[arg-type]
+                table = play(gather(4, mode=mode), at)
                 victim = table.clients[table.ids[0]]
                 assert victim.stage is at
                 refused(lambda v=victim, w=wrong: calls[w](v))
@@ -513,11 +530,15 @@ def test_the_server_refuses_messages_out_of_order_and_goes_on():
     server = table.server
     for owner, message in table.sent.items():
         for receive in (
-            server.receive_shares, server.receive_masked_input, server.receive_confirmation, server.receive_response,
+            server.receive_shares,
+            server.receive_masked_input,
+            server.receive_confirmation,
+            server.receive_response,
             server.receive_complaint,
-        ):  # fmt: skip
+        ):
             refused(lambda r=receive, m=message: r(m))
-        # The advert itself, sent again because its receipt was lost, is acknowledged; another one comes too late.
+        # The advert itself, sent again because its receipt was lost, is acknowledged; another one comes too
+        # late.
         assert server.receive_advertisement(message) == owner
         refused(
             lambda owner=owner: server.receive_advertisement(parties.clients_without_guard(owner).advertise())
@@ -546,7 +567,9 @@ def test_a_round_is_entered_once_and_rounds_only_grow():
 
 
 def test_resubmitting_an_update_gives_it_away_and_is_refused():
-    """Two sums over cohorts that differ by one client are that client's vector; naming the update prevents it."""
+    """Two sums over cohorts that differ by one client are that client's vector;
+    naming the update prevents it.
+    """
     parties = gather(5)
     ids, vectors = list(parties.people), parties.vectors()
     first = open_with(parties, vectors, skip=None, remember=False)
@@ -583,7 +606,9 @@ def open_with(
 
 
 def test_an_update_that_left_may_not_be_retried_even_after_an_abort():
-    """Others may have opened the first sum without this client's answer, so the upload is the point of no return."""
+    """Others may have opened the first sum without this client's answer,
+    so the upload is the point of no return.
+    """
     parties = gather(4)
     table = play(parties, Stage.MASK)
     owner = table.ids[0]
@@ -598,7 +623,9 @@ def test_an_update_that_left_may_not_be_retried_even_after_an_abort():
 
 
 def test_rows_touched_by_one_client_show_in_the_sum():
-    """Not an attack on the masks but on what a sum is: a coordinate only one client moves is that client's."""
+    """Not an attack on the masks but on what a sum is:
+    a coordinate only one client moves is that client's.
+    """
     parties = gather(5)
     vectors = {owner: np.zeros(11, dtype=np.uint32) for owner in parties.people}
     loner = list(parties.people)[2]

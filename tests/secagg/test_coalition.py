@@ -25,9 +25,11 @@ CORRUPTED = 3
 
 
 def answers_of_a_split_cohort(table: Table) -> tuple[dict[int, bytes], dict[int, bytes]]:
-    """Tell one honest client that the victim uploaded and two that it did not, with corrupted clients confirming both.
+    """Tell one honest client that the victim uploaded and two that it did not, with corrupted clients
+    confirming both.
 
-    Returns the shares of the victim's self-mask secret and of its key that the coalition ends up with, by point.
+    Returns the shares of the victim's self-mask secret and of its key that the coalition ends up with, by
+    point.
     """
     ids, count = table.ids, len(table.ids)
     victim, corrupted, told_alive, told_dead = 0, range(1, 1 + CORRUPTED), [4], [5, 6]
@@ -55,7 +57,10 @@ def answers_of_a_split_cohort(table: Table) -> tuple[dict[int, bytes], dict[int,
 
 
 def test_a_threshold_one_too_low_opens_a_client_and_the_policy_refuses_it():
-    """Seven clients, three corrupted: 2t > k + c asks for t = 5. At t = 4 the split cohort opens the victim."""
+    """Seven clients, three corrupted: 2t > k + c asks for t = 5.
+
+    At t = 4 the split cohort opens the victim.
+    """
     parties = gather(7, threshold=4)
     table = play(parties, Stage.MASK)
     ids, server = table.ids, table.server
@@ -119,7 +124,9 @@ def test_two_clients_with_one_stream_of_randomness_do_not_take_part_together():
 
 
 def test_a_phantom_survivor_opens_nothing():
-    """The server counts a client that never uploaded among the survivors, to reach the minimum with fewer vectors."""
+    """The server counts a client that never uploaded among the survivors,
+    to reach the minimum with fewer vectors.
+    """
     parties = gather(6, minimum_survivors=6)
     table = play(parties, Stage.MASK)
     ids, server = table.ids, table.server
@@ -142,7 +149,8 @@ def test_a_phantom_survivor_opens_nothing():
 def test_whatever_a_lying_server_says_no_honest_client_is_opened(data: st.DataObject):
     """Any deliveries, any two survivor sets told to anybody, corrupted clients signing everything.
 
-    For every honest client the coalition must end up short of `threshold` shares of at least one of its two secrets.
+    For every honest client the coalition must end up short of `threshold` shares of at least one of its two
+    secrets.
     """
     colluders = data.draw(st.integers(0, 2))
     count = data.draw(st.integers(5, 7))

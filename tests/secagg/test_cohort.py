@@ -38,9 +38,13 @@ def chosen(parties: Parties, size: int, *, seed: bytes = SEED) -> Parties:
     )
     parties = replace(parties, policy=replace(parties.policy, cohort_rule=seeded_cohorts(SEED)))
     return parties.next_round(
-        round=parameters.round, cohort=cohort, clients=size, neighbours=size - 1,
-        threshold=threshold_above(neighbours=size - 1, corrupted=0, mode="active"), model_hash=parameters.model_hash,
-    )  # fmt: skip
+        round=parameters.round,
+        cohort=cohort,
+        clients=size,
+        neighbours=size - 1,
+        threshold=threshold_above(neighbours=size - 1, corrupted=0, mode="active"),
+        model_hash=parameters.model_hash,
+    )
 
 
 def members_only(parties: Parties) -> Parties:
@@ -127,9 +131,15 @@ def test_impossible_choices_are_refused(size: int, seed: bytes):
 
 
 LAYOUTS = [
-    [("a", (2, 3)), ("b", (4,))], [("b", (4,)), ("a", (2, 3))], [("a", (3, 2)), ("b", (4,))], [("a", (2, 3))], [],
-    [("a", (2, 3, 1)), ("b", (4,))], [("ab", (2, 3)), ("", (4,))], [("a", ()), ("b", (4,))],
-]  # fmt: skip
+    [("a", (2, 3)), ("b", (4,))],
+    [("b", (4,)), ("a", (2, 3))],
+    [("a", (3, 2)), ("b", (4,))],
+    [("a", (2, 3))],
+    [],
+    [("a", (2, 3, 1)), ("b", (4,))],
+    [("ab", (2, 3)), ("", (4,))],
+    [("a", ()), ("b", (4,))],
+]
 
 
 def test_layouts_that_differ_have_different_digests():
@@ -138,10 +148,18 @@ def test_layouts_that_differ_have_different_digests():
 
 
 RULES = [
-    ("clip", {"bound": 1.0}), ("clip", {"bound": 1}), ("clip", {"bound": True}), ("clip", {"bound": "1.0"}),
-    ("clip", {"bound": b"1"}), ("clip", {"bound": 1.0000000000000002}), ("clip", {"bound": None}), ("clip", {}),
-    ("clip", {"boun": "d1.0"}), ("clipb", {"ound": 1.0}), ("clip", {"bound": 1.0, "noise": 2.0}),
-]  # fmt: skip
+    ("clip", {"bound": 1.0}),
+    ("clip", {"bound": 1}),
+    ("clip", {"bound": True}),
+    ("clip", {"bound": "1.0"}),
+    ("clip", {"bound": b"1"}),
+    ("clip", {"bound": 1.0000000000000002}),
+    ("clip", {"bound": None}),
+    ("clip", {}),
+    ("clip", {"boun": "d1.0"}),
+    ("clipb", {"ound": 1.0}),
+    ("clip", {"bound": 1.0, "noise": 2.0}),
+]
 
 
 def test_rules_that_differ_have_different_digests():
@@ -152,4 +170,4 @@ def test_rules_that_differ_have_different_digests():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), [1], object()])
 def test_settings_without_one_meaning_are_refused(bad: object):
     with pytest.raises(ParameterError, match="noise"):
-        rule_digest("x", {"noise": bad})  # type: ignore[dict-item]
+        rule_digest("x", {"noise": bad})

@@ -1,4 +1,6 @@
-"""Members that deal, hold or send wrongly are named, and a session does not end for the sake of one of them."""
+"""Members that deal, hold or send wrongly are named,
+and a session does not end for the sake of one of them.
+"""
 
 from __future__ import annotations
 
@@ -200,7 +202,9 @@ def test_a_dealer_blamed_by_arithmetic_needs_more_doubt_than_there_are_liars():
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_liars_cost_the_honest_little_and_no_honest_accuser_pays(data: st.DataObject):
-    """Whatever at most c liars say: at most c honest ones each are out, and liars who hurt more are out themselves."""
+    """Whatever at most c liars say:
+    at most c honest ones each are out, and liars who hurt more are out themselves.
+    """
     colluders = data.draw(st.integers(1, 3))
     honest = range(10, 18)
     lies = data.draw(st.sets(st.tuples(st.integers(0, colluders - 1), st.sampled_from(honest))))
@@ -221,7 +225,9 @@ def test_liars_cost_the_honest_little_and_no_honest_accuser_pays(data: st.DataOb
 
 
 def close_polynomials(shares: dict[int, bytes], threshold: int) -> set[tuple[int, ...]]:
-    """Return which points are off each polynomial that is off at most half of the spare ones: by trying all subsets."""
+    """Return which points are off each polynomial that is off at most half of the spare ones:
+    by trying all subsets.
+    """
     spare, answers = len(shares) - threshold, set()
     for chosen in itertools.combinations(sorted(shares), threshold):
         off = tuple(x for x in sorted(shares) if extrapolate(shares, chosen, x) != number(shares[x]))
@@ -270,7 +276,9 @@ def test_wrong_shares_are_named_exactly_up_to_half_of_the_spare_ones(data: st.Da
 
 
 def test_liars_whose_errors_cancel_at_zero_do_not_have_others_named():
-    """Two of the first shares are shifted so that they still give the secret: the polynomial is another, and the rest are off it."""
+    """Two of the first shares are shifted so that they still give the secret:
+    the polynomial is another, and the rest are off it.
+    """
     source, secret = RandomSource.seeded(4), b"s" * 32
     dealt = shamir.split(secret, threshold=4, shares=8, source=source)
     shares = {x: dealt[x - 1] for x in range(1, 9)}
@@ -379,7 +387,7 @@ def test_an_early_question_does_not_end_the_session():
         for call in calls:
             before = server.stage
             with pytest.raises(ProtocolError):
-                call()  # type: ignore[operator]
+                call()
             assert server.stage is before
 
     def everything() -> tuple[object, ...]:
@@ -414,7 +422,9 @@ def test_an_early_question_does_not_end_the_session():
 
 
 def test_every_message_sent_twice_counts_once():
-    """A transport that lost a receipt sends again, at once or stages later: the sum and the counted bytes stay the same."""
+    """A transport that lost a receipt sends again, at once or stages later:
+    the sum and the counted bytes stay the same.
+    """
     once, twice = (play(gather(5), Stage.ADVERTISE) for _ in range(2))
     totals = []
     for table, copies in ((once, 1), (twice, 2)):

@@ -1,7 +1,9 @@
-"""Truncated, bit-flipped, spliced and random messages at every stage, both directions: refused, never a crash.
+"""Truncated, bit-flipped, spliced and random messages at every stage, both directions: refused, never a
+crash.
 
-By default 5,000 messages a stage and direction; under the marker `slow` 100,000. Every client message goes to a real
-session whose state is restored afterwards, so that each one meets a live stage and not one that has already aborted.
+By default 5,000 messages a stage and direction; under the marker `slow` 100,000. Every client message goes to
+a real session whose state is restored afterwards, so that each one meets a live stage and not one that has
+already aborted.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def receivers(server: ServerSession) -> dict[Stage, Callable[[bytes], bytes]]:
 
 
 def fuzz_server(stage: Stage, mode: str, count: int) -> None:
-    table = play(gather(4, mode=mode, length=LENGTH), stage)  # type: ignore[arg-type]
+    table = play(gather(4, mode=mode, length=LENGTH), stage)
     valid = valid_for_server(table, stage)
     receive, refused = receivers(table.server)[stage], 0
     for message in mutations(valid, count, seed=stage):
@@ -146,7 +148,7 @@ class Snapshot:
 
 def fuzz_client(stage: Stage, mode: str, count: int) -> None:
     """Damage server messages. What is accepted must be what the server was free to send."""
-    table = play(gather(6, mode=mode, length=LENGTH), stage)  # type: ignore[arg-type]
+    table = play(gather(6, mode=mode, length=LENGTH), stage)
     valid = valid_for_client(table, stage)
     session = table.clients[table.ids[0]]
     snapshot, refused = Snapshot(session), 0
@@ -166,7 +168,9 @@ def fuzz_client(stage: Stage, mode: str, count: int) -> None:
 
 
 def may_be_accepted(stage: Stage, mode: str, message: bytes, valid: list[bytes]) -> bool:
-    """Say whether a changed message is one that the server was free to send: fewer clients, never other ones."""
+    """Say whether a changed message is one that the server was free to send:
+    fewer clients, never other ones.
+    """
     if stage is Stage.SHARE:
         genuine, shown = messages.read_roster(valid[0]), messages.read_roster(message)
         return len(shown) >= 3 and genuine[0] in shown and all(advert in genuine for advert in shown)
@@ -176,7 +180,7 @@ def may_be_accepted(stage: Stage, mode: str, message: bytes, valid: list[bytes])
             if stage is Stage.MASK
             else messages.read_active_request(message, 5)
         )
-        return len(rows) >= gather(6, mode=mode).parameters.threshold  # type: ignore[arg-type]
+        return len(rows) >= gather(6, mode=mode).parameters.threshold
     if stage in (Stage.CONFIRM, Stage.UNMASK):
         kind = messages.Kind.SURVIVORS if stage is Stage.CONFIRM else messages.Kind.REQUEST
         survivors = messages.read_survivors(message, 6, kind)

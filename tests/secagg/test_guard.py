@@ -1,4 +1,6 @@
-"""What a client never does twice: across sessions, runs, restarts, threads, processes and failures of the disk."""
+"""What a client never does twice:
+across sessions, runs, restarts, threads, processes and failures of the disk.
+"""
 
 from __future__ import annotations
 
@@ -107,9 +109,11 @@ def test_two_sessions_of_one_model_side_by_side_are_answered_once():
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_no_combination_of_sums_of_one_model_singles_out_a_client(data: st.DataObject):
-    """The argument by linear algebra: any sequence of sums in which who answered never comes back, at least two each time.
+    """The argument by linear algebra: any sequence of sums in which who answered never comes back, at least
+    two each time.
 
-    Coefficients that leave exactly one client with a factor would put a unit vector into the span of the sums.
+    Coefficients that leave exactly one client with a factor would put a unit vector into the span of the
+    sums.
     """
     count = data.draw(st.integers(4, 9))
     left, rows = set(range(count)), []
@@ -167,7 +171,9 @@ def test_the_file_remembers_across_restarts(tmp_path: Path):
 
 
 def test_a_session_writes_before_each_message_leaves(tmp_path: Path):
-    """Another process that opens the file sees the round before the advert, the update before the mask, the model before the answer."""
+    """Another process that opens the file sees the round before the advert, the update before the mask,
+    the model before the answer.
+    """
     parties = gather(4)
     owner = next(iter(parties.people))
     path = tmp_path / "guard"
@@ -371,15 +377,15 @@ def test_names_are_whole_digests():
     session, delivery = table.clients[owner], table.server.delivery_for(owner)
     for update, model in ((b"u", MODEL), (None, MODEL), (UPDATE, b"m"), (UPDATE, None), ("u" * 32, MODEL)):
         with pytest.raises(ParameterError, match="name it by a digest of 32 bytes"):
-            session.mask(delivery, table.vectors[owner], update=update, model_hash=model)  # type: ignore[arg-type]
+            session.mask(delivery, table.vectors[owner], update=update, model_hash=model)
     with pytest.raises(TypeError):
-        session.mask(delivery, table.vectors[owner])  # type: ignore[call-arg]
+        session.mask(delivery, table.vectors[owner])
     mask(session, delivery, table.vectors[owner])
 
 
 def test_an_identity_restored_from_its_seed_needs_its_guard():
     with pytest.raises(TypeError):
-        Identity(b"s" * 32)  # type: ignore[call-arg]
+        Identity(b"s" * 32)
 
 
 # The roster

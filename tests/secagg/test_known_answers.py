@@ -1,10 +1,11 @@
 """Known answers: the byte-exact specification of ffm-secagg/2, and the primitives it stands on.
 
-The session vector is a three-client session with byte-filled keys. Its figures were printed by `tests/secagg/prototype.py`,
-which shares no code with the package (`python -m tests.secagg.prototype`), and the test holds package and prototype to them.
-Version 2 changed the label, the session id (attempt, cohort, backbone, mechanism) and the roster; the Shamir figures are
-those of version 1. The RFC values are from the documents named beside them; where an independent implementation is at hand
-(`cryptography` for HKDF, a direct curve computation for X25519) the test computes them a second way too.
+The session vector is a three-client session with byte-filled keys. Its figures were printed by
+`tests/secagg/prototype.py`, which shares no code with the package (`python -m tests.secagg.prototype`), and
+the test holds package and prototype to them. Version 2 changed the label, the session id (attempt, cohort,
+backbone, mechanism) and the roster; the Shamir figures are those of version 1. The RFC values are from the
+documents named beside them; where an independent implementation is at hand (`cryptography` for HKDF, a direct
+curve computation for X25519) the test computes them a second way too.
 """
 
 from __future__ import annotations
@@ -60,8 +61,15 @@ def test_keystream_words():
 def test_graph_of_eight():
     graph = build_graph("harary", count=8, neighbours=4, transcript=bytes(32))
     expected = [
-        [1, 2, 4, 5], [0, 3, 4, 7], [0, 4, 5, 6], [1, 4, 6, 7], [0, 1, 2, 3], [0, 2, 6, 7], [2, 3, 5, 7], [1, 3, 5, 6],
-    ]  # fmt: skip
+        [1, 2, 4, 5],
+        [0, 3, 4, 7],
+        [0, 4, 5, 6],
+        [1, 4, 6, 7],
+        [0, 1, 2, 3],
+        [0, 2, 6, 7],
+        [2, 3, 5, 7],
+        [1, 3, 5, 6],
+    ]
     assert [graph.neighbours(member) for member in range(8)] == expected
     assert prototype.ring(8, 4, bytes(32)) == expected
 
@@ -100,7 +108,9 @@ def test_the_shamir_field_is_the_smallest_prime_above_two_to_the_256():
 
 
 class Scripted:
-    """Replay fixed secrets where a client would draw random ones: 32-byte strings first, then coefficients."""
+    """Replay fixed secrets where a client would draw random ones:
+    32-byte strings first, then coefficients.
+    """
 
     def __init__(self, strings: list[bytes]) -> None:
         self._strings = strings
@@ -213,7 +223,9 @@ def check_session_keys(transcript: bytes, people: list[Identity]) -> None:
 
 
 def curve25519(scalar: bytes, point: int) -> bytes:
-    """Multiply on the Montgomery curve y^2 = x^3 + 486662 x^2 + x by plain double-and-add on x/z: RFC 7748 section 5."""
+    """Multiply on the Montgomery curve y^2 = x^3 + 486662 x^2 + x by plain double-and-add on x/z:
+    RFC 7748 section 5.
+    """
     prime = 2**255 - 19
     number = int.from_bytes(scalar, "little") & ~7 & ((1 << 255) - 1) | 1 << 254
     low, high = (1, 0), (point, 1)
@@ -275,18 +287,24 @@ def test_a_low_order_point_is_refused(point: int):
 def test_ed25519_section_7_1_of_rfc_8032():
     rows = [
         (
-            "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60", "",
+            "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60",
+            "",
             "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
-            "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e065224901555fb8821590a33bacc61e39701cf9b46bd25bf5f0595b"
-            "be24655141438e7a100b",
+            (
+                "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e065224901555fb8821590a33bacc61e39701c"
+                "f9b46bd25bf5f0595bbe24655141438e7a100b"
+            ),
         ),
         (
-            "4ccd089b28ff96da9db6c346ec114e0f5b8a319f35aba624da8cf6ed4fb8a6fb", "72",
+            "4ccd089b28ff96da9db6c346ec114e0f5b8a319f35aba624da8cf6ed4fb8a6fb",
+            "72",
             "3d4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c",
-            "92a009a9f0d4cab8720e820b5f642540a2b27b5416503f8fb3762223ebdb69da085ac1e43e15996e458f3613d0f11d8c387b2eaeb430"
-            "2aeeb00d291612bb0c00",
+            (
+                "92a009a9f0d4cab8720e820b5f642540a2b27b5416503f8fb3762223ebdb69da085ac1e43e15996e458f3613d0"
+                "f11d8c387b2eaeb4302aeeb00d291612bb0c00"
+            ),
         ),
-    ]  # fmt: skip
+    ]
     for seed, message, public_key, signature in rows:
         identity = Identity(HEX(seed), guard=ReplayGuard.in_memory())
         assert identity.public_key.hex() == public_key
@@ -313,8 +331,8 @@ def test_hkdf_case_1_of_rfc_5869_and_the_key_derivation_in_use():
 
 def test_chacha20_poly1305_section_2_8_2_of_rfc_8439():
     text = (
-        b"Ladies and Gentlemen of the class of '99: If I could offer you only one tip for the future, sunscreen would "
-        b"be it."
+        b"Ladies and Gentlemen of the class of '99: If I could offer you only one tip for the future, "
+        b"sunscreen would be it."
     )
     sealed = ChaCha20Poly1305(bytes(range(0x80, 0xA0))).encrypt(
         HEX("070000004041424344454647"), text, HEX("50515253c0c1c2c3c4c5c6c7")

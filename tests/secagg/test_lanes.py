@@ -39,7 +39,7 @@ def test_sums_are_exact_up_to_the_extremes(bits: int, clients: int, length: int,
     largest = (1 << (bits - 1)) - 1
     lanes = Lanes(bound=largest_sum(bits, clients=clients))
     vectors = [
-        [dice.choice((-largest, largest, 0, dice.randint(-largest, largest))) for _ in range(length)]  # type: ignore[attr-defined]
+        [dice.choice((-largest, largest, 0, dice.randint(-largest, largest))) for _ in range(length)]
         for _ in range(clients)
     ]
     total = np.zeros(lanes.words(length), dtype=np.uint64)

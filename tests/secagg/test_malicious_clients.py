@@ -133,7 +133,9 @@ def test_the_masked_vector_of_one_client_looks_uniform():
 
 
 def test_the_whole_of_a_session_is_bytes_and_ids():
-    """Schema: every message is version, kind and bytes of known length; counts and weights ride inside the vector."""
+    """Schema: every message is version, kind and bytes of known length;
+    counts and weights ride inside the vector.
+    """
     outcome, vectors = run(gather(4))
     assert_exact(outcome, vectors)
     assert all(isinstance(owner, bytes) and len(owner) == 32 for owner in outcome.traffic)

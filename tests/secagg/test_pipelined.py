@@ -36,7 +36,9 @@ def sessions(parties: Parties, round_number: int) -> tuple[dict[bytes, ClientSes
 
 @pytest.mark.parametrize("mode, expected", [("semi_honest", 2), ("active", 3)])
 def test_a_steady_round_takes_two_client_messages_and_one_more_to_confirm(mode: Mode, expected: int):
-    """Upload and next advert travel together, and so do answer and next shares; confirming stays a message."""
+    """Upload and next advert travel together, and so do answer and next shares;
+    confirming stays a message.
+    """
     parties = deferred(mode)
     owners = list(parties.people)
     now, server = sessions(parties, 1)
@@ -102,7 +104,9 @@ def play_deferred(parties: Parties) -> tuple[dict[bytes, ClientSession], ServerS
 
 
 def test_a_split_model_is_found_out_before_any_share_is_given_up():
-    """A server that shows one client another model: an honest server drops its upload, a malicious one gets no answer."""
+    """A server that shows one client another model:
+    an honest server drops its upload, a malicious one gets no answer.
+    """
     clients, server, owners = play_deferred(deferred("active"))
     deliveries = {owner: server.delivery_for(owner) for owner in owners}
     server.bind_model(model_of(1))

@@ -67,9 +67,14 @@ def test_any_pattern_of_losses_gives_the_exact_sum_or_a_clean_abort(data: st.Dat
     neighbours = data.draw(st.sampled_from([None, 4])) if count > 6 else None
     fewest = data.draw(st.integers(3 if neighbours is None else count - 2, count))
     parties = gather(
-        count, mode=mode, minimum_survivors=fewest, length=3, neighbours=neighbours, seed=data.draw(st.integers(0, 9)),
+        count,
+        mode=mode,
+        minimum_survivors=fewest,
+        length=3,
+        neighbours=neighbours,
+        seed=data.draw(st.integers(0, 9)),
         security_bits=1,
-    )  # fmt: skip
+    )
     drop = data.draw(st.dictionaries(st.sampled_from(list(parties.people)), st.sampled_from(STAGES[mode])))
     uploads = sum(drop.get(owner, Stage.DONE) > Stage.MASK for owner in parties.people)
     answers = sum(owner not in drop for owner in parties.people)
@@ -222,7 +227,9 @@ def test_an_upload_has_exactly_the_stated_bytes(modulus_bits: int):
 
 
 def test_control_traffic_is_as_in_the_table():
-    """Per client: 192, 86k + 128 and 38k bytes up at most; 192n, 86k, n/8 and 64k down; headers of two bytes."""
+    """Per client: 192, 86k + 128 and 38k bytes up at most; 192n, 86k, n/8 and 64k down;
+    headers of two bytes.
+    """
     count, k = 12, 11
     outcome, _ = run(gather(count))
     threshold = gather(count).parameters.threshold
@@ -285,10 +292,16 @@ def test_proposals_travel_as_bytes():
     assert read.session_id == parameters.session_id
     proposal = parameters.to_bytes()
     for damaged in (
-        b"", b"\x01" + proposal[1:], proposal + b"\0", proposal[:-1], proposal[:-32], proposal + proposal[-32:],
-        proposal[:-64] + proposal[-32:] + proposal[-64:-32], proposal[:-1] + bytes([proposal[-1] ^ 1]),
+        b"",
+        b"\x01" + proposal[1:],
+        proposal + b"\0",
+        proposal[:-1],
+        proposal[:-32],
+        proposal + proposal[-32:],
+        proposal[:-64] + proposal[-32:] + proposal[-64:-32],
+        proposal[:-1] + bytes([proposal[-1] ^ 1]),
         proposal + bytes(1 << 20),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ProtocolError):
             SessionParameters.from_bytes(damaged, roster=parameters.roster)
 
@@ -298,13 +311,33 @@ def describe(changes: Mapping[str, object]) -> str:
 
 
 CHANGES: list[dict[str, object]] = [
-    {"run_id": b"x" * 15}, {"round": -1}, {"round": 1 << 64}, {"clients": 2, "neighbours": 1}, {"threshold": 1},
-    {"threshold": 2, "neighbours": 4}, {"threshold": 5}, {"minimum_survivors": 2}, {"minimum_survivors": 6},
-    {"modulus_bits": 20}, {"length": 0}, {"model_hash": b""}, {"layout_hash": b"x" * 31}, {"quantization_hash": b"x"},
-    {"graph": "star"}, {"mode": "trusting"}, {"neighbours": 3}, {"graph": "harary", "neighbours": 3},
-    {"graph": "harary", "neighbours": 4}, {"clients": 6, "neighbours": 5}, {"attempt": -1}, {"attempt": 1 << 32},
-    {"backbone_hash": b"x"}, {"mechanism_hash": b""}, {"cohort": (b"x" * 32,) * 5}, {"clients": 4, "neighbours": 3},
-]  # fmt: skip
+    {"run_id": b"x" * 15},
+    {"round": -1},
+    {"round": 1 << 64},
+    {"clients": 2, "neighbours": 1},
+    {"threshold": 1},
+    {"threshold": 2, "neighbours": 4},
+    {"threshold": 5},
+    {"minimum_survivors": 2},
+    {"minimum_survivors": 6},
+    {"modulus_bits": 20},
+    {"length": 0},
+    {"model_hash": b""},
+    {"layout_hash": b"x" * 31},
+    {"quantization_hash": b"x"},
+    {"graph": "star"},
+    {"mode": "trusting"},
+    {"neighbours": 3},
+    {"graph": "harary", "neighbours": 3},
+    {"graph": "harary", "neighbours": 4},
+    {"clients": 6, "neighbours": 5},
+    {"attempt": -1},
+    {"attempt": 1 << 32},
+    {"backbone_hash": b"x"},
+    {"mechanism_hash": b""},
+    {"cohort": (b"x" * 32,) * 5},
+    {"clients": 4, "neighbours": 3},
+]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=describe)
@@ -314,10 +347,24 @@ def test_parameters_that_cannot_be_are_refused(changes: dict[str, object]):
         parties.next_round(**changes)
 
 
-@pytest.mark.parametrize("changes", [{"run_id": b"x" * 16}, {"round": 9}, {"length": 12}, {"model_hash": b"M" * 32},
-                                     {"layout_hash": b"L" * 32}, {"quantization_hash": b"Q" * 32},
-                                     {"backbone_hash": b"B" * 32}, {"mechanism_hash": b"D" * 32}, {"attempt": 1},
-                                     {"modulus_bits": 64}, {"threshold": 4}, {"minimum_survivors": 4}], ids=describe)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run_id": b"x" * 16},
+        {"round": 9},
+        {"length": 12},
+        {"model_hash": b"M" * 32},
+        {"layout_hash": b"L" * 32},
+        {"quantization_hash": b"Q" * 32},
+        {"backbone_hash": b"B" * 32},
+        {"mechanism_hash": b"D" * 32},
+        {"attempt": 1},
+        {"modulus_bits": 64},
+        {"threshold": 4},
+        {"minimum_survivors": 4},
+    ],
+    ids=describe,
+)
 def test_every_parameter_is_in_the_session_id(changes: dict[str, object]):
     parties = gather(5)
     assert parties.next_round(**changes).parameters.session_id != parties.next_round().parameters.session_id

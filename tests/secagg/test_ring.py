@@ -1,4 +1,6 @@
-"""The ring: unbiased bounded rounding, sums that cannot overflow, packing without a wasted bit, checked headers."""
+"""The ring: unbiased bounded rounding, sums that cannot overflow, packing without a wasted bit,
+checked headers.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ def test_only_flat_real_vectors_are_encoded(bad: np.ndarray):
 @pytest.mark.parametrize("bound", [0.1, 0.37, 1 / 3, 7.0, 1e-6, 1e6])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_no_rounding_leaves_the_proven_limit(bound: float, dtype: type):
-    """Scaled, the bound itself can come out a last digit above the limit, and rounding at random would go beyond."""
+    """Scaled, the bound itself can come out a last digit above the limit,
+    and rounding at random would go beyond.
+    """
     for value_bits in (8, 16, 32):
         grid = quantizer(value_bits, bound, 64)
         for weight in (1, 3, (1 << 51) // grid.largest - 1):
@@ -140,7 +144,7 @@ IMPOSSIBLE = [
 @pytest.mark.parametrize("settings_", IMPOSSIBLE)
 def test_impossible_grids_are_refused(settings_: dict[str, float]):
     with pytest.raises(ParameterError):
-        quantizer(**settings_)  # type: ignore[arg-type]
+        quantizer(**settings_)
 
 
 @given(

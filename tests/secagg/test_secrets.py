@@ -42,7 +42,10 @@ def test_no_printed_form_of_a_session_holds_a_secret(stage: Stage):
     session = table.clients[table.ids[0]]
     secrets = session_secrets(session)
     assert secrets
-    shown = f"{session!r} {session} {session._secrets!r} {table.clients} {session._identity!r} {session._source!r}"
+    shown = (
+        f"{session!r} {session} {session._secrets!r} {table.clients} "
+        f"{session._identity!r} {session._source!r}"
+    )
     for secret in [*secrets, session._identity.seed()]:
         assert not any(form in shown for form in spoken_forms(secret))
 

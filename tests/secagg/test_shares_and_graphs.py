@@ -174,10 +174,18 @@ COLUMNS = {
     "active": [(0.05, 0.05), (0.1, 0.05), (0.1, 0.1), (0.2, 0.1), (0.2, 0.2), (0.33, 0.1), (0.3, 0.3)],
 }
 GRINDING_SAFE = [
-    (200, 0.05, 0.05, "32/22"), (500, 0.05, 0.05, "60/43"), (1000, 0.05, 0.05, "78/57"), (5000, 0.05, 0.05, "96/70"),
-    (200, 0.1, 0.1, "60/41"), (500, 0.1, 0.1, "110/78"), (1000, 0.1, 0.1, "142/101"), (5000, 0.1, 0.1, "182/130"),
-    (500, 0.2, 0.1, "154/116"), (1000, 0.2, 0.1, "204/153"), (5000, 0.2, 0.1, "272/205"),
-]  # fmt: skip
+    (200, 0.05, 0.05, "32/22"),
+    (500, 0.05, 0.05, "60/43"),
+    (1000, 0.05, 0.05, "78/57"),
+    (5000, 0.05, 0.05, "96/70"),
+    (200, 0.1, 0.1, "60/41"),
+    (500, 0.1, 0.1, "110/78"),
+    (1000, 0.1, 0.1, "142/101"),
+    (5000, 0.1, 0.1, "182/130"),
+    (500, 0.2, 0.1, "154/116"),
+    (1000, 0.2, 0.1, "204/153"),
+    (5000, 0.2, 0.1, "272/205"),
+]
 
 
 def rows() -> list[tuple[str, int, int, int, float, float, str]]:
@@ -194,8 +202,8 @@ def rows() -> list[tuple[str, int, int, int, float, float, str]]:
 def test_the_parameter_tables():
     """Degrees and thresholds computed by an independent implementation of the same bounds.
 
-    That implementation lets an active server lose clients at random. It does not: 14 of the active cells are larger here
-    than there, by the bound that the tests of cut rings below compute exactly.
+    That implementation lets an active server lose clients at random. It does not: 14 of the active cells are
+    larger here than there, by the bound that the tests of cut rings below compute exactly.
     """
     assert len(rows()) == 141
     for mode, security, correctness, clients, corrupted, dropouts, expected in rows():
@@ -220,10 +228,11 @@ def test_the_grinding_safe_rows():
         assert f"{found.neighbours}/{found.threshold}" == expected
 
 
-# Rows for 10, 100, ... clients that the parameter-finder test of google-parfait/federated-compute expects (security 40,
-# correctness 20; degrees equal, thresholds at most these). "-" where that test has no row, where the row takes minutes,
-# and for two rows of 10 clients: we apply the correctness bound to the threshold after raising it to 2. That finder takes the
-# losses of an active server for random; where there are both corrupted and lost clients ours may need more, never less.
+# Rows for 10, 100, ... clients that the parameter-finder test of google-parfait/federated-compute expects
+# (security 40, correctness 20; degrees equal, thresholds at most these). "-" where that test has no row,
+# where the row takes minutes, and for two rows of 10 clients: we apply the correctness bound to the threshold
+# after raising it to 2. That finder takes the losses of an active server for random; where there are both
+# corrupted and lost clients ours may need more, never less.
 PUBLISHED = """
 semi_honest 0.45 0.45  -    92/46  822/417  -        -       -
 semi_honest 0.33 0.33  8/4  68/34  286/150  422/221  480/251 518/270
@@ -250,9 +259,14 @@ def test_published_rows_of_another_finder(row: str):
         if cell == "-":
             continue
         found = find_graph_parameters(
-            10**power, corrupted=float(corrupted), dropouts=float(dropouts), mode=mode,  # type: ignore[arg-type]
-            security_bits=40, correctness_bits=20, prefer_complete=False,
-        )  # fmt: skip
+            10**power,
+            corrupted=float(corrupted),
+            dropouts=float(dropouts),
+            mode=mode,
+            security_bits=40,
+            correctness_bits=20,
+            prefer_complete=False,
+        )
         degree, threshold = map(int, cell.split("/"))
         assert found.kind == "harary"
         if mode == "semi_honest" or 0.0 in (float(corrupted), float(dropouts)) or power <= 2:
@@ -288,9 +302,14 @@ def test_no_server_can_gather_both_secrets_of_one_client(neighbours: int, data: 
 def test_hypergeometric_tails_match_exact_fractions():
     clients, corrupted, neighbours = 60, 12, 20
     threshold = safe_threshold(
-        kind="harary", clients=clients, neighbours=neighbours, corrupted=corrupted, dropouts=0, mode="semi_honest",
+        kind="harary",
+        clients=clients,
+        neighbours=neighbours,
+        corrupted=corrupted,
+        dropouts=0,
+        mode="semi_honest",
         security_bits=10,
-    )  # fmt: skip
+    )
     ways = [
         math.comb(corrupted, x) * math.comb(clients - corrupted, neighbours - x)
         for x in range(neighbours + 1)
@@ -305,7 +324,9 @@ def test_hypergeometric_tails_match_exact_fractions():
 
 
 def exact_cut(clients: int, neighbours: int, threshold: int, corrupted: int, dropouts: int) -> Fraction:
-    """Compute the bound with fractions: pairs of windows, each with enough corrupted members, both short of `dropouts`."""
+    """Compute the bound with fractions:
+    pairs of windows, each with enough corrupted members, both short of `dropouts`.
+    """
     half, ways = neighbours // 2, 0
     for one in range(half + 1):
         for other in range(half + 1):
@@ -371,7 +392,9 @@ def can_be_cut(
 def test_no_choice_of_losses_cuts_a_ring_more_often_than_the_bound_says(
     clients: int, neighbours: int, threshold: int, corrupted: int, dropouts: int
 ):
-    """Every place of the corrupted, every choice of the lost: the server's best is within the bound, and chance is not."""
+    """Every place of the corrupted, every choice of the lost:
+    the server's best is within the bound, and chance is not.
+    """
     places = list(itertools.combinations(range(clients), corrupted))
     cut = sum(can_be_cut(clients, neighbours, threshold, frozenset(place), dropouts) for place in places)
     bound = exact_cut(clients, neighbours, threshold, corrupted, dropouts)
@@ -382,7 +405,9 @@ def test_no_choice_of_losses_cuts_a_ring_more_often_than_the_bound_says(
 
 
 def test_a_server_that_chooses_the_losses_cuts_rings_that_chance_does_not():
-    """Thirteen clients, two corrupted and two lost: taking the lost for random ones misses nine of ten cuts."""
+    """Thirteen clients, two corrupted and two lost:
+    taking the lost for random ones misses nine of ten cuts.
+    """
     places = list(itertools.combinations(range(13), 2))
     chosen = Fraction(sum(can_be_cut(13, 4, 3, frozenset(place), 2) for place in places), len(places))
     at_random = Fraction(0)
@@ -409,11 +434,16 @@ def test_the_parameters_before_fell_short_of_eighty_bits(
     assert exact_cut(clients, *before, some, some) > Fraction(1, 2**81)
     assert exact_cut(clients, *now, some, some) < Fraction(1, 2**81)
     settings_of_ring = {
-        "kind": "harary", "clients": clients, "corrupted": some, "dropouts": some, "mode": "active", "security_bits": 80,
-    }  # fmt: skip
-    accepted = safe_threshold(neighbours=before[0], **settings_of_ring)  # type: ignore[arg-type]
+        "kind": "harary",
+        "clients": clients,
+        "corrupted": some,
+        "dropouts": some,
+        "mode": "active",
+        "security_bits": 80,
+    }
+    accepted = safe_threshold(neighbours=before[0], **settings_of_ring)
     assert accepted is None or accepted > before[1]  # a client refuses the threshold of before
-    assert safe_threshold(neighbours=now[0], **settings_of_ring) == now[1]  # type: ignore[arg-type]
+    assert safe_threshold(neighbours=now[0], **settings_of_ring) == now[1]
 
 
 def test_infeasible_requests_are_refused():

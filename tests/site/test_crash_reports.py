@@ -1,4 +1,6 @@
-"""A crash report that prints every local variable of every frame prints no row of a site, and no vector before it is sealed."""
+"""A crash report that prints every local variable of every frame prints no row of a site,
+and no vector before it is sealed.
+"""
 
 from __future__ import annotations
 

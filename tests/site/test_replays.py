@@ -1,4 +1,6 @@
-"""A hostile server repeats, reorders and invents messages; a lying site answers nonsense: nothing is released or paid twice."""
+"""A hostile server repeats, reorders and invents messages; a lying site answers nonsense:
+nothing is released or paid twice.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def reservations(built: simulation.Simulation) -> int:
 
 @pytest.mark.parametrize("protection", [{"kind": "none"}, SECAGG], ids=["none", "secagg"])
 def test_one_reservation_pays_for_one_draw(protection: dict[str, Any], tmp_path: Path) -> None:
-    """In the clear a second upload came back with other noise, and one more average of it away was the truth."""
+    """In the clear a second upload came back with other noise,
+    and one more average of it away was the truth.
+    """
     built = ready(tmp_path, privacy=REAL, protection=protection)
     site = built.sites[0]
     site.handle(PLAN, message(built))

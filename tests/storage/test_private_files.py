@@ -1,4 +1,6 @@
-"""What a run leaves is its owner's alone, and nothing planted in its folder is followed, emptied or deleted."""
+"""What a run leaves is its owner's alone, and nothing planted in its folder is followed,
+emptied or deleted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Loss on the answer alone: of a prompt with its answer, and of a chat in the words of the model's own template."""
+"""Loss on the answer alone: of a prompt with its answer,
+and of a chat in the words of the model's own template.
+"""
 
 from __future__ import annotations
 

@@ -185,7 +185,9 @@ def masked_table(rows: int, seed: int = 0) -> tuple[MaskedLM, EncodedText]:
 
 
 def test_masks_follow_the_published_shares() -> None:
-    """Devlin et al. 2019: 15 % of the tokens; of these 80 % masked, 10 % replaced, 10 % kept. 12,000 draws, 5 sigma."""
+    """Devlin et al. 2019: 15 % of the tokens;
+    of these 80 % masked, 10 % replaced, 10 % kept. 12,000 draws, 5 sigma.
+    """
     task, encoded = masked_table(200)
     original = task.batch(encoded, range(200), device="cpu", generator=torch.Generator().manual_seed(1))
     hidden = original["targets"] != -100
@@ -280,7 +282,9 @@ def test_texts_are_cut_padded_and_kept_compact() -> None:
 
 @pytest.mark.parametrize("name", ["tiny-bert", "tiny-llama"])
 def test_below_float32_the_length_of_one_text_does_not_round_another(name: str) -> None:
-    """Padded to the longest of the batch, a sample's loss in bfloat16 moved with the length of its company."""
+    """Padded to the longest of the batch,
+    a sample's loss in bfloat16 moved with the length of its company.
+    """
     task, model, encoded = prepare(name, "text_classification", max_length=24, dtype="bfloat16")
     batches = [task.batch(encoded, rows, device="cpu") for rows in ([1], [1, 0])]
     assert {batch["input_ids"].shape[1] for batch in batches} == {24}
@@ -297,7 +301,7 @@ def test_pairs_of_texts_carry_segments() -> None:
     )
     assert isinstance(encoded, EncodedText)
     batch = task.batch(encoded, [0, 1], device="cpu")
-    single = task.backbone.tokenizer("bad", "the end was great")  # type: ignore[misc]
+    single = task.backbone.tokenizer("bad", "the end was great")
     assert batch["token_type_ids"][1].tolist() == single["token_type_ids"]
     assert batch["token_type_ids"].max() == 1
     decoder, _, _ = prepare("tiny-gpt2", "text_classification", text=("text", "other"))
@@ -324,14 +328,14 @@ def test_resizing_agrees_with_pillow() -> None:
     ).astype(np.uint8)
     encoded = task.encode(Table(picture=smooth, label=[0]))
     wanted = np.asarray(Image.fromarray(smooth[0]).resize((32, 32), Image.Resampling.BILINEAR), dtype=float)
-    assert np.abs(encoded.pixels[0].permute(1, 2, 0).numpy() - wanted).max() <= 1.0  # type: ignore[union-attr]
+    assert np.abs(encoded.pixels[0].permute(1, 2, 0).numpy() - wanted).max() <= 1.0
 
 
 def test_grey_pictures_fill_all_channels() -> None:
     task, _, _ = prepare("tiny-vit", "image_classification")
     encoded = task.encode(Table(picture=np.full((2, 8, 8), 77, dtype=np.uint8), label=[0, 1]))
-    assert encoded.pixels.shape == (2, 3, 32, 32)  # type: ignore[union-attr]
-    assert (encoded.pixels == 77).all()  # type: ignore[union-attr]
+    assert encoded.pixels.shape == (2, 3, 32, 32)
+    assert (encoded.pixels == 77).all()
 
 
 def test_majority_answers_with_the_commonest_training_label() -> None:
@@ -377,7 +381,7 @@ def test_unfitting_models_and_columns_are_refused() -> None:
     )
     with pytest.raises(ModelError, match=r"task\.label_column"):
         unlabelled.encode(table("text_classification"))
-    backbone.tokenizer.mask_token = None  # type: ignore[union-attr]
+    backbone.tokenizer.mask_token = None
     with pytest.raises(ModelError, match="no mask token"):
         build_task("masked_lm", backbone=backbone, dataset=SimpleNamespace(text_columns=("text",)))
 

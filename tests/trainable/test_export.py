@@ -61,7 +61,7 @@ def test_every_trainable_of_every_architecture_answers_the_same_elsewhere(model:
     refused_or_equal(measure([case for case in all_cases() if case.model == model], tmp_path))
 
 
-# --- the mean-pooling head -------------------------------------------------------------------------------------------
+# --- the mean-pooling head ----------------------------------------------------------------------------------
 
 
 def mean_pool_classifier(width: int = 48, heads: int = 4, vocabulary: int = 100) -> MeanPoolClassifier:
@@ -138,7 +138,7 @@ def sentence_encoder(folder: Path) -> Backbone:
     return backbone
 
 
-# --- the prompt as words ---------------------------------------------------------------------------------------------
+# --- the prompt as words ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("segments", [False, True])

@@ -1,4 +1,6 @@
-"""Families with layers of their own: gradients of single samples are those of the sample alone, or the plan says what to use."""
+"""Families with layers of their own:
+gradients of single samples are those of the sample alone, or the plan says what to use.
+"""
 
 from __future__ import annotations
 
@@ -115,8 +117,16 @@ def test_gradients_of_single_samples_are_those_of_the_sample_alone(
     compare(trainable, {"input_ids": tokens.masked_fill(MASK == 0, pad), "attention_mask": MASK})
 
 
-@pytest.mark.parametrize("model, spec", [("resnet", FULL), ("resnet", {"kind": "lora", "rank": 2}), ("clip", {"kind": "lora", "rank": 2}),
-                                         ("efficientnet", {"kind": "lora", "rank": 2})], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "model, spec",
+    [
+        ("resnet", FULL),
+        ("resnet", {"kind": "lora", "rank": 2}),
+        ("clip", {"kind": "lora", "rank": 2}),
+        ("efficientnet", {"kind": "lora", "rank": 2}),
+    ],
+    ids=str,
+)
 def test_gradients_of_single_pictures_are_those_of_the_picture_alone(
     model: str, spec: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -180,7 +190,7 @@ def test_a_mixture_of_experts_is_refused_with_what_to_use(
         rehearse_per_sample(trainable, None, clipping="flat")
 
 
-# --- padding and the end of a text -----------------------------------------------------------------------------------
+# --- padding and the end of a text --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stated", [-1, 0, 7, None])
@@ -244,7 +254,7 @@ def test_a_folder_without_a_tokenizer_says_how_to_write_one(tmp_path: Path) -> N
         load_backbone(str(place), kind=CAUSAL, labels=None, base=tmp_path, seed=5)
 
 
-# --- the text part of a model for texts and pictures -----------------------------------------------------------------
+# --- the text part of a model for texts and pictures --------------------------------------------------------
 
 
 def test_the_text_part_of_a_composite_model_is_trained_and_exported(tmp_path: Path) -> None:

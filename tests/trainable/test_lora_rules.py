@@ -1,4 +1,6 @@
-"""Averaging LoRA: each rule against the dense mean of the clients' weights, and what plain averaging misses."""
+"""Averaging LoRA: each rule against the dense mean of the clients' weights,
+and what plain averaging misses.
+"""
 
 from __future__ import annotations
 
@@ -199,7 +201,9 @@ def test_flora_takes_clients_of_different_ranks() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in LORA_RULES if kind != "fedsa"])
 def test_a_public_phase_leaves_the_same_model_to_broadcast(kind: str) -> None:
-    """FLoRA folds what the server learned and starts anew, with another A each time; the other rules change nothing."""
+    """FLoRA folds what the server learned and starts anew, with another A each time;
+    the other rules change nothing.
+    """
     trainable, rule = lora_for(kind)
     vector = trainable.flatten()
     first, again, later = (rule.after_public(vector, phase) for phase in (3, 3, 4))
@@ -215,7 +219,9 @@ def test_a_public_phase_leaves_the_same_model_to_broadcast(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in LORA_RULES if kind != "fedsa"])
 def test_two_changes_are_compared_as_the_model_feels_them(kind: str) -> None:
-    """The cosine of a public and a private change against that of the dense weights and the head before and after."""
+    """The cosine of a public and a private change against that of the
+    dense weights and the head before and after.
+    """
     trainable, rule = lora_for(kind)
     start = one_round(
         rule, rule.start(trainable.flatten()), client_changes(rule, trainable.flatten(), 0, seed=1)
@@ -316,7 +322,7 @@ def _named(trainable: TrainableModel, vector: torch.Tensor) -> dict[str, torch.T
     return trainable.tensors()
 
 
-# --- a core between frozen factors -----------------------------------------------------------------------------------
+# --- a core between frozen factors --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2"])

@@ -29,9 +29,13 @@ SMALL = {
 }
 OPT = SMALL | {"ffn_dim": 32, "word_embed_proj_dim": 16}
 BART = {
-    **{f"{part}_{what}": number for part in ("encoder", "decoder") for what, number in (("layers", 2), ("attention_heads", 4))},
+    **{
+        f"{part}_{what}": number
+        for part in ("encoder", "decoder")
+        for what, number in (("layers", 2), ("attention_heads", 4))
+    },
     **{"d_model": 16, "vocab_size": 60, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "pad_token_id": 0},
-}  # fmt: skip
+}
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 CLASSES: dict[str, Any] = {
     "text_classification": tf.AutoModelForSequenceClassification,
@@ -65,7 +69,7 @@ def backbone_of(model_type: str, kind: str, **options: Any) -> Backbone:
     )
 
 
-# --- prefixes are part of the forward pass ---------------------------------------------------------------------------
+# --- prefixes are part of the forward pass ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,7 +105,10 @@ def test_a_prefix_that_no_layer_reads_is_refused(monkeypatch: pytest.MonkeyPatch
     """The control: hooked where the language model of OPT does not pass, the prefix is nobody's input."""
     backbone = backbone_of("opt", "causal_lm", **OPT)
     monkeypatch.setattr(prefix, "attending", lambda model: model.base_model)
-    words = "'prefix': OPTForCausalLM does not use it: no gradient reaches prompt_embeddings; use prompt, p_tuning or lora"
+    words = (
+        "'prefix': OPTForCausalLM does not use it: no gradient reaches "
+        "prompt_embeddings; use prompt, p_tuning or lora"
+    )
     with pytest.raises(ModelError, match=words):
         attach(backbone, {"kind": "prefix", "length": 3}, task_kind="causal_lm", seed=1)
 
@@ -116,7 +123,7 @@ def test_a_prefix_of_the_wrong_shape_is_refused(monkeypatch: pytest.MonkeyPatch)
         attach(backbone, {"kind": "prefix", "length": 3}, task_kind="text_classification", seed=1)
 
 
-# --- other kinds -----------------------------------------------------------------------------------------------------
+# --- other kinds --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["prompt", "p_tuning", "deep_prompt", "prefix"])
@@ -159,7 +166,7 @@ def test_a_rehearsal_leaves_nothing_behind() -> None:
     assert all(torch.equal(trainable.parameters[name], p) for name, p in backbone.model.named_parameters())
 
 
-# --- gradients of single samples -------------------------------------------------------------------------------------
+# --- gradients of single samples ----------------------------------------------------------------------------
 
 
 def run_of(
@@ -185,9 +192,14 @@ def run_of(
 
 
 def test_a_plan_refuses_a_model_without_gradients_per_sample(tmp_path: Path) -> None:
-    """DeBERTa hands its relative positions on once for the whole batch; only the record unit needs single samples."""
+    """DeBERTa hands its relative positions on once for the whole batch;
+    only the record unit needs single samples.
+    """
     deberta = SMALL | RELATIVE
-    words = r"'full': DebertaV2ForSequenceClassification gives no gradient per sample.*; use lora or prompt, or the client unit"
+    words = (
+        r"'full': DebertaV2ForSequenceClassification gives no gradient per sample.*; use lora or "
+        r"prompt, or the client unit"
+    )
     with pytest.raises(ModelError, match=words):
         run_of("deberta-v2", tmp_path, trainable="full", privacy=RECORD, **deberta)
     for trainable, privacy in (

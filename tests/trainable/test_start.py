@@ -16,7 +16,7 @@ from ffm_secure.trainable import attach, start_from
 SPEC = {"kind": "lora", "rank": 2, "alpha": 4.0}
 
 
-def fresh(spec: dict[str, object] | None = None, labels: int = 3):  # type: ignore[no-untyped-def]
+def fresh(spec: dict[str, object] | None = None, labels: int = 3):
     backbone = load_backbone(
         "builtin:tiny-bert", kind="text_classification", labels=labels, base=Path(), seed=5
     )

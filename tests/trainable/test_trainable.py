@@ -1,4 +1,6 @@
-"""What is trained: vectors, sharing, replicas, export and import, and per-sample gradients of every kind on every model."""
+"""What is trained: vectors, sharing, replicas, export and import,
+and per-sample gradients of every kind on every model.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,7 @@ def same_length(backbone: Backbone) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-# --- vectors -------------------------------------------------------------------------------------------------------
+# --- vectors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, kind, spec", GRID)
@@ -270,7 +272,7 @@ def test_half_precision_models_train_and_travel_as_float32(spec: dict[str, Any])
     assert all(torch.isfinite(p.grad).all() for p in trainable.parameters.values() if p.grad is not None)
 
 
-# --- per-sample gradients --------------------------------------------------------------------------------------------
+# --- per-sample gradients -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, kind, spec", GRID)
@@ -292,7 +294,7 @@ def test_per_sample_gradients_equal_a_loop_over_batches_of_one(
     assert error < 2e-6
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, kind, spec", GRID)
@@ -406,7 +408,7 @@ def test_damaged_or_foreign_files_are_refused_and_change_nothing(
     assert fingerprint(trainable.tensors()) == before
 
 
-# --- mistakes --------------------------------------------------------------------------------------------------------
+# --- mistakes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -455,7 +457,7 @@ def test_pictures_have_no_prefix() -> None:
         prepare("tiny-vit", "image_classification", {"kind": "prefix"})
 
 
-# --- what the kinds of prompt do -------------------------------------------------------------------------------------
+# --- what the kinds of prompt do ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("representation", ["model", "embedding"])
@@ -481,7 +483,7 @@ def test_the_frozen_representation_carries_no_gradient() -> None:
         "tiny-bert", "text_classification", {"kind": "prompt_generator", "length": 3}
     )
     batch = task.batch(encoded, range(4), device="cpu")
-    assert not trainable.model.frozen_representation(batch).requires_grad  # type: ignore[operator]
+    assert not trainable.model.frozen_representation(batch).requires_grad
 
 
 @pytest.mark.parametrize(

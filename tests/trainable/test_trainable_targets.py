@@ -23,12 +23,30 @@ SMALL = {
     "vocab_size": 40,
 }
 DECODER = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32, "pad_token_id": 0}
-PER_LAYER = DECODER | {"vocab_size_per_layer_input": 40, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
-                       "layer_types": ["full_attention"]}  # fmt: skip
-BOTH_WAYS = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 40,
-             "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}  # fmt: skip
-PATCHES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8,
-           "patch_size": 4}  # fmt: skip
+PER_LAYER = DECODER | {
+    "vocab_size_per_layer_input": 40,
+    "hidden_size_per_layer_input": 8,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["full_attention"],
+}
+BOTH_WAYS = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "vocab_size": 40,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+}
+PATCHES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 8,
+    "patch_size": 4,
+}
 TWO_TOWERS = {"text_config": SMALL | {"bos_token_id": 1, "eos_token_id": 2}, "vision_config": PATCHES}
 WINDOWS = {
     "image_size": 16,
@@ -51,7 +69,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "albert": SMALL | {"embedding_size": 16},
     "deberta-v2": SMALL,
     "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16, "vocab_size": 40},
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "stablelm", "olmo2", "smollm3"), DECODER),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "stablelm", "olmo2", "smollm3"), DECODER
+    ),
     "mixtral": DECODER | {"num_local_experts": 2},
     "gemma3_text": DECODER,
     **dict.fromkeys(("phi", "phi3"), DECODER),
@@ -60,7 +80,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3n_text": PER_LAYER | {"laurel_rank": 4},
     "gemma4_text": PER_LAYER | {"global_head_dim": 8},
     "gptj": {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "rotary_dim": 4, "n_positions": 32},
-    "gpt_neo": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]], "vocab_size": 40},
+    "gpt_neo": {
+        "hidden_size": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "attention_types": [[["global"], 1]],
+        "vocab_size": 40,
+    },
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40},
     "gpt_neox": SMALL,
     "bloom": {"hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40},
@@ -77,8 +103,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "efficientnet": {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
     "segformer": PYRAMID | {"sr_ratios": [2]},
     "pvt": PYRAMID | {"image_size": 16, "sequence_reduction_ratios": [2]},
-    "mobilevit": {"hidden_sizes": [16] * 3, "neck_hidden_sizes": [16] * 7, "num_attention_heads": 2, "image_size": 32},
-}  # fmt: skip
+    "mobilevit": {
+        "hidden_sizes": [16] * 3,
+        "neck_hidden_sizes": [16] * 7,
+        "num_attention_heads": 2,
+        "image_size": 32,
+    },
+}
 
 
 def body(model_type: str) -> Backbone:
@@ -91,7 +122,7 @@ def body(model_type: str) -> Backbone:
         model = (tf.AutoModelForImageClassification if pictures else tf.AutoModel).from_config(config)
     return SimpleNamespace(
         model=model, config=model.config, architecture=type(model).__name__, kind=kind, fresh=()
-    )  # type: ignore[return-value]
+    )
 
 
 def test_the_table_names_no_family_that_is_not_checked() -> None:
@@ -151,8 +182,14 @@ def test_heads_of_several_modules_are_trained_whole(model_type: str, tmp_path: P
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = tf.AutoModelForSequenceClassification.from_config(config)
-    backbone = Backbone(model=model.requires_grad_(False), architecture="x", total_parameters=1, source="x", hidden_size=16,
-                        kind="text_classification")  # fmt: skip
+    backbone = Backbone(
+        model=model.requires_grad_(False),
+        architecture="x",
+        total_parameters=1,
+        source="x",
+        hidden_size=16,
+        kind="text_classification",
+    )
     head = attach(backbone, {"kind": "head"}, task_kind="text_classification", seed=1)
     lora = attach(backbone, {"kind": "lora"}, task_kind="text_classification", seed=1)
     prefix = f"base_model.model.{model.base_model_prefix}."

@@ -7,8 +7,9 @@ from ffm_secure.data.clinic_notes.conditions_of_organs import Condition
 NEUROLOGY = (
     Condition(
         "migraine with aura | chronic migraine | medication overuse headache",
-        "throbbing headache {4-18} days a month | zigzag lights then headache | light and noise bother the eyes | "
-        "vomits with the worst ones | taking painkillers most days | headaches worse with poor sleep",
+        "throbbing headache {4-18} days a month | zigzag lights then headache | "
+        "light and noise bother the eyes | vomits with the worst ones | taking painkillers most days | "
+        "headaches worse with poor sleep",
         "cranial nerves intact | fundi normal | no meningism | neck muscles tight | MRI brain unremarkable | "
         "neurological examination normal",
         "sumatriptan 50 mg as needed | propranolol 40 mg twice daily | topiramate 25 mg at night | "
@@ -21,8 +22,8 @@ NEUROLOGY = (
         "focal epilepsy | first seizure | juvenile myoclonic epilepsy",
         "found on floor, bitten tongue | blank spells lasting {1-3} minutes | jerks in the mornings | "
         "rising feeling then lost time | {1-4} fits since last seen | blacked out at work",
-        "EEG left temporal sharp waves | postictal, now orientated | no focal weakness | levels {6-18} mg/L | "
-        "MRI hippocampal sclerosis | ECG normal QTc",
+        "EEG left temporal sharp waves | postictal, now orientated | no focal weakness | "
+        "levels {6-18} mg/L | MRI hippocampal sclerosis | ECG normal QTc",
         "levetiracetam {500-1000:250} mg twice daily | lamotrigine {50-150:25} mg twice daily | "
         "sodium valproate 500 mg | carbamazepine 400 mg twice daily | clobazam 10 mg",
         "no driving, DVLA told | sleep deprived EEG | seizure safety advice | slow titration, rash warning | "
@@ -37,19 +38,20 @@ NEUROLOGY = (
         "postural drop {22-38} mmHg | face less expressive | DAT scan abnormal",
         "co-careldopa 25/100 three times daily | rasagiline 1 mg once daily | ropinirole 4 mg | "
         "rotigotine 4 mg patch | clonazepam 0.5 mg at night",
-        "physiotherapy for gait | Parkinson's nurse | move doses closer | lying and standing BP | speech therapy | "
-        "watch for impulse control problems",
+        "physiotherapy for gait | Parkinson's nurse | move doses closer | lying and standing BP | "
+        "speech therapy | watch for impulse control problems",
         (52, 86),
     ),
     Condition(
         "TIA, left carotid territory | lacunar infarct | ischaemic stroke, recovering",
         "weak right arm for {10-50:10} minutes | slurred speech, now settled | face drooped at breakfast | "
         "curtain over left eye | numb hand on waking | unsteady for {1-5} days",
-        "NIHSS {0-6} | pronator drift right | carotid stenosis {50-85}% | CT no bleed | power 4/5 right arm | "
-        "BP {148-186}/{82-102}",
+        "NIHSS {0-6} | pronator drift right | carotid stenosis {50-85}% | CT no bleed | "
+        "power 4/5 right arm | BP {148-186}/{82-102}",
         "clopidogrel 75 mg once daily | aspirin 300 mg for 2 weeks | atorvastatin 80 mg at night | "
         "apixaban 5 mg twice daily | ramipril 2.5 mg",
-        "carotid doppler | 72 h tape for AF | stroke rehab | no driving for a month | MRI DWI | swallow assessment",
+        "carotid doppler | 72 h tape for AF | stroke rehab | "
+        "no driving for a month | MRI DWI | swallow assessment",
         (54, 90),
     ),
     Condition(
@@ -103,8 +105,8 @@ ORTHOPAEDICS = (
         "1# L4/5 disc on MRI | 13# paraspinal spasm | power full",
         "naproxen 250 mg three times daily | amitriptyline 10 mg at night | diazepam 2 mg for 3 days | "
         "12# gabapentin 300 mg at night | paracetamol 1 g as needed",
-        "physiotherapy | MRI lumbar spine | 1# nerve root block | 12# cauda equina warning given | stay active | "
-        "spinal clinic",
+        "physiotherapy | MRI lumbar spine | 1# nerve root block | 12# cauda equina warning given | "
+        "stay active | spinal clinic",
         (26, 78),
     ),
     Condition(
@@ -121,8 +123,9 @@ ORTHOPAEDICS = (
     ),
     Condition(
         "hip fracture, day {2-6} post op | meniscal tear | ACL rupture",
-        "23# twisted knee at football, heard a pop | 2# locks when bending | 1# hip pain after fall at home | "
-        "23# swelled up within {1-4} hours | slept badly with pain | 3# knee unstable on turning",
+        "23# twisted knee at football, heard a pop | 2# locks when bending | "
+        "1# hip pain after fall at home | 23# swelled up within {1-4} hours | slept badly with pain | "
+        "3# knee unstable on turning",
         "1# wound dry, clips in | 3# Lachman positive | 3# pivot shift positive | 2# McMurray positive | "
         "23# moderate effusion | 2# joint line tender | 1# <hb_low> | 1# mobilised {5-30:5} m with frame",
         "1# enoxaparin 40 mg once daily | 1# oxycodone 5 mg as needed | paracetamol 1 g four times daily | "
@@ -136,35 +139,38 @@ ORTHOPAEDICS = (
 DERMATOLOGY = (
     Condition(
         "chronic plaque psoriasis | psoriasis, PASI {6-18} | guttate psoriasis",
-        "scaly patches on elbows and knees | itchy scalp | sore joints with the rash | flared after sore throat | "
-        "nails pitting | embarrassed by skin, low mood",
+        "scaly patches on elbows and knees | itchy scalp | sore joints with the rash | "
+        "flared after sore throat | nails pitting | embarrassed by skin, low mood",
         "silvery plaques extensor surfaces | BSA {3-18}% | nail pitting | DLQI {8-22} | "
         "scalp scale past hairline | no joint swelling",
-        "calcipotriol/betamethasone once daily | methotrexate {10-20:5} mg weekly | adalimumab 40 mg fortnightly | "
-        "coal tar shampoo | folic acid 5 mg weekly",
-        "narrowband UVB {18-30:2} sessions | bloods before systemic | TB and hepatitis screen | emollient plan | "
-        "screen for joint disease",
+        "calcipotriol/betamethasone once daily | methotrexate {10-20:5} mg weekly | "
+        "adalimumab 40 mg fortnightly | coal tar shampoo | folic acid 5 mg weekly",
+        "narrowband UVB {18-30:2} sessions | bloods before systemic | TB and hepatitis screen | "
+        "emollient plan | screen for joint disease",
         (18, 70),
     ),
     Condition(
         "atopic eczema | infected eczema | hand dermatitis, irritant",
         "itch keeps awake at night | cracked hands since new soap at work | weeping patches for {2-7} days | "
         "flares with stress | worse in winter | dry skin since childhood",
-        "lichenified flexures | crusting behind knees | fissures on fingertips | EASI {9-28} | excoriations arms | "
-        "no vesicles",
+        "lichenified flexures | crusting behind knees | fissures on fingertips | EASI {9-28} | "
+        "excoriations arms | no vesicles",
         "mometasone once daily for {1-2} weeks | emollient 500 g | flucloxacillin 500 mg four times daily | "
         "tacrolimus ointment twice daily | dupilumab 300 mg fortnightly | cetirizine 10 mg at night",
-        "patch testing | soap substitute | wet wraps | step down steroid when clear | occupational health letter",
+        "patch testing | soap substitute | wet wraps | step down steroid when clear | "
+        "occupational health letter",
         (16, 62),
     ),
     Condition(
         "basal cell carcinoma | suspected melanoma | actinic keratoses",
-        "2# mole darker and bigger over {2-8} months | 1# spot on nose that bleeds | 3# rough patches on scalp | "
-        "1# non healing sore for {3-12} months | 2# itchy mole on back | sunburnt often as a child",
+        "2# mole darker and bigger over {2-8} months | 1# spot on nose that bleeds | "
+        "3# rough patches on scalp | 1# non healing sore for {3-12} months | 2# itchy mole on back | "
+        "sunburnt often as a child",
         "1# pearly {4-12} mm papule with telangiectasia | 2# asymmetrical pigmented lesion {6-14} mm | "
         "3# gritty scale on scalp | no nodes | 2# atypical network on dermoscopy | type {1-2} skin",
         "13# fluorouracil cream twice daily for {3-4} weeks | 13# imiquimod 5 nights a week | "
-        "3# cryotherapy today | sunscreen SPF 50 | 2# petroleum jelly to wound | 2# paracetamol 1 g as needed",
+        "3# cryotherapy today | sunscreen SPF 50 | 2# petroleum jelly to wound | "
+        "2# paracetamol 1 g as needed",
         "2# excision 2 week wait | 1# shave biopsy | 1# Mohs referral | photographs taken | "
         "skin checks every {3-6} months | sun advice",
         (38, 88),
@@ -186,13 +192,14 @@ DERMATOLOGY = (
     Condition(
         "chronic urticaria | drug eruption | leg cellulitis | venous leg ulcer",
         "1# itchy wheals most days for {6-20} weeks | 2# rash {5-10} days after antibiotic | "
-        "2# itchy all over since new tablet | 2# spots spread from chest to arms | 3# red hot leg and fever | "
-        "3# shin sore and tight for {2-5} days | 3# shivers overnight, leg pink | 4# leg ulcer weeping | "
-        "1# lips swelled twice | 4# ankle swelling and brown skin",
+        "2# itchy all over since new tablet | 2# spots spread from chest to arms | "
+        "3# red hot leg and fever | 3# shin sore and tight for {2-5} days | "
+        "3# shivers overnight, leg pink | 4# leg ulcer weeping | 1# lips swelled twice | "
+        "4# ankle swelling and brown skin",
         "1# blanching wheals trunk | 1# dermographism | 1# UAS7 {16-38} | "
         "2# maculopapular rash, no mucosal signs | 3# demarcated erythema to mid shin | "
-        "3# warm, tender calf skin | 3# <crp> | 4# {2-7} cm ulcer over medial malleolus | 4# ABPI {8-11/10} | "
-        "2# eosinophils {6-18/10}",
+        "3# warm, tender calf skin | 3# <crp> | 4# {2-7} cm ulcer over medial malleolus | "
+        "4# ABPI {8-11/10} | 2# eosinophils {6-18/10}",
         "12# cetirizine 10 mg twice daily | 1# omalizumab 300 mg monthly | "
         "3# flucloxacillin 1 g four times daily | 3# paracetamol 1 g as needed | "
         "12# prednisolone 30 mg for {3-5} days | 12# chlorphenamine 4 mg at night | "
@@ -224,14 +231,15 @@ PSYCHIATRY = (
         "hands cold, pulse {88-108}",
         "escitalopram {5-15:5} mg once daily | propranolol 10 mg as needed | pregabalin 75 mg twice daily | "
         "sertraline 50 mg | buspirone 5 mg",
-        "guided self help | psychology waiting list | breathing exercises | cut caffeine | avoid benzodiazepines",
+        "guided self help | psychology waiting list | breathing exercises | cut caffeine | "
+        "avoid benzodiazepines",
         (18, 66),
     ),
     Condition(
         "bipolar disorder, hypomanic | bipolar, euthymic on lithium | bipolar depression",
-        "1# sleeping {2-4} hours, full of ideas | 1# overspending this month | 2# shaky hands and thirsty | "
-        "2# steady since last visit | 3# low and slowed for {3-8} weeks | 13# stopped tablets {2-6} weeks ago | "
-        "1# talking fast, family worried",
+        "1# sleeping {2-4} hours, full of ideas | 1# overspending this month | "
+        "2# shaky hands and thirsty | 2# steady since last visit | 3# low and slowed for {3-8} weeks | "
+        "13# stopped tablets {2-6} weeks ago | 1# talking fast, family worried",
         "1# pressured speech | 2# lithium {4-11/10} mmol/L | 1# grandiose, not deluded | 1# YMRS {9-26} | "
         "2# fine tremor | 3# PHQ-9 {14-22} | 3# slow to answer, flat | <creat_ok>",
         "2# lithium {400-1000:200} mg at night | quetiapine {50-300:50} mg at night | "
@@ -246,16 +254,18 @@ PSYCHIATRY = (
         "weight up {5-14} kg | 1# missed depot by {1-3} weeks | not leaving the house",
         "guarded, responding to unseen stimuli | 3# neutrophils {21-58/10} | no extrapyramidal signs | "
         "BMI {27-38} | QTc {402-456} | delusional but not distressed",
-        "3# clozapine {150-400:50} mg at night | 3# hyoscine 300 mcg at night | 1# paliperidone 100 mg monthly | "
-        "12# aripiprazole {10-20:5} mg once daily | 2# risperidone 2 mg at night | 12# procyclidine 5 mg as needed",
-        "3# weekly bloods | metabolic screen | 2# early intervention team | 1# depot given today | carer assessment",
+        "3# clozapine {150-400:50} mg at night | 3# hyoscine 300 mcg at night | "
+        "1# paliperidone 100 mg monthly | 12# aripiprazole {10-20:5} mg once daily | "
+        "2# risperidone 2 mg at night | 12# procyclidine 5 mg as needed",
+        "3# weekly bloods | metabolic screen | 2# early intervention team | "
+        "1# depot given today | carer assessment",
         (18, 68),
     ),
     Condition(
         "alcohol dependence | opioid use disorder, stable | insomnia with low mood",
         "1# drinking {6-14} units a day | 1# shakes in the mornings | 1# fell twice this week | "
-        "12# wants to cut down | 2# using on top at weekends | 3# awake until {2-4} am | 3# naps in the day | "
-        "13# memory poor",
+        "12# wants to cut down | 2# using on top at weekends | 3# awake until {2-4} am | "
+        "3# naps in the day | 13# memory poor",
         "1# AUDIT {18-34} | 1# CIWA {6-19} | 1# tremor and sweating | 2# not withdrawing | "
         "2# pupils normal, no fresh marks | 1# GGT {140-620} | 13# MoCA {20-26} | 3# PHQ-9 {8-15}",
         "1# chlordiazepoxide 20 mg four times daily reducing | 1# thiamine 100 mg three times daily | "
@@ -284,12 +294,13 @@ RHEUMATOLOGY = (
         "gout flare | tophaceous gout | pseudogout",
         "12# hot swollen big toe overnight | knee blew up after water tablet | {2-6} attacks this year | "
         "cannot bear the bedsheet | ankle pain for {2-5} days | 2# lumps on elbows",
-        "12# <urate> | 12# first MTP red and tender | 1# negative birefringent crystals | knee effusion, warm | "
-        "<crp> | 2# tophi both ears | 3# chondrocalcinosis on film | 3# positive birefringent rhomboids",
+        "12# <urate> | 12# first MTP red and tender | 1# negative birefringent crystals | "
+        "knee effusion, warm | <crp> | 2# tophi both ears | 3# chondrocalcinosis on film | "
+        "3# positive birefringent rhomboids",
         "12# allopurinol {100-300:100} mg once daily | colchicine 500 mcg twice daily | "
         "naproxen 500 mg twice daily | prednisolone 30 mg for 5 days | 2# febuxostat 80 mg once daily",
-        "12# urate target under 300 | aspirate joint | 12# change bendroflumethiazide | 12# diet and beer advice | "
-        "kidney function",
+        "12# urate target under 300 | aspirate joint | 12# change bendroflumethiazide | "
+        "12# diet and beer advice | kidney function",
         (38, 86),
     ),
     Condition(
@@ -324,8 +335,8 @@ RHEUMATOLOGY = (
         "1# Schober {2-4} cm | 1# sacroiliitis on MRI | 3# {11-18} tender points | 2# dactylitis left foot | "
         "1# HLA-B27 positive | 2# nail changes, skin plaques | 13# CRP under 5",
         "12# adalimumab 40 mg fortnightly | 12# etoricoxib {60-90:30} mg once daily | "
-        "3# duloxetine {30-60:30} mg once daily | 3# amitriptyline 10 mg at night | 2# methotrexate 15 mg weekly | "
-        "12# secukinumab 150 mg monthly",
+        "3# duloxetine {30-60:30} mg once daily | 3# amitriptyline 10 mg at night | "
+        "2# methotrexate 15 mg weekly | 12# secukinumab 150 mg monthly",
         "hydrotherapy | 1# BASDAI each visit | 3# pain management course | 3# graded exercise | "
         "2# joint skin clinic | stop smoking",
         (20, 64),

@@ -43,8 +43,8 @@ CARDIOLOGY = (
     Condition(
         "atrial fibrillation | new AF, rate {104-148} | paroxysmal AF",
         "palpitations on and off for {2-8} weeks | heart racing at rest | "
-        "fluttering in chest lasting {5-50:5} minutes | light headed when standing | reduced exercise tolerance | "
-        "found to have an irregular pulse at routine check",
+        "fluttering in chest lasting {5-50:5} minutes | light headed when standing | "
+        "reduced exercise tolerance | found to have an irregular pulse at routine check",
         "irregularly irregular pulse | ECG AF no acute ST change | CHA2DS2-VASc {1-5} | "
         "heart sounds normal no murmur | LA mildly dilated on echo | <tsh_ok>",
         "apixaban 5 mg twice daily | bisoprolol {25-50:25/10} mg once daily | digoxin 125 mcg once daily | "
@@ -60,20 +60,22 @@ CARDIOLOGY = (
         "chest pressure after heavy meals",
         "ECG T wave flattening laterally | troponin {3-11} ng/L flat | heart sounds dual nil added | <ldl> | "
         "old inferior Q waves | pulses present and equal",
-        "aspirin 75 mg once daily | atorvastatin {40-80:40} mg at night | glyceryl trinitrate spray as needed | "
-        "ticagrelor 90 mg twice daily | amlodipine {5-10:5} mg once daily | ranolazine 375 mg twice daily",
+        "aspirin 75 mg once daily | atorvastatin {40-80:40} mg at night | "
+        "glyceryl trinitrate spray as needed | ticagrelor 90 mg twice daily | "
+        "amlodipine {5-10:5} mg once daily | ranolazine 375 mg twice daily",
         "CT coronary angiogram | angiogram if symptoms progress | cardiac rehab | exercise test booked | "
         "stop smoking advice, lipids in {2-3} months",
         (45, 86),
     ),
     Condition(
         "hypertension, above target | resistant hypertension | stage 2 hypertension",
-        "home readings {152-178}/{88-104} | headaches in the morning | no symptoms, raised readings at work | "
-        "ankles puffy since new tablet | dizzy since dose went up | blurred vision on and off",
-        "BP {158-196}/{92-114} both arms | LVH by voltage on ECG | fundi grade {1-2} changes | no renal bruit | "
-        "<creat_ok> | urine dip clear",
-        "amlodipine {5-10:5} mg once daily | losartan {50-100:50} mg once daily | indapamide 1.5 mg once daily | "
-        "ramipril {5-10:5} mg once daily | doxazosin {2-8:2} mg once daily",
+        "home readings {152-178}/{88-104} | headaches in the morning | "
+        "no symptoms, raised readings at work | ankles puffy since new tablet | dizzy since dose went up | "
+        "blurred vision on and off",
+        "BP {158-196}/{92-114} both arms | LVH by voltage on ECG | fundi grade {1-2} changes | "
+        "no renal bruit | <creat_ok> | urine dip clear",
+        "amlodipine {5-10:5} mg once daily | losartan {50-100:50} mg once daily | "
+        "indapamide 1.5 mg once daily | ramipril {5-10:5} mg once daily | doxazosin {2-8:2} mg once daily",
         "24 h ambulatory BP | low salt, weight and alcohol advice | renin and aldosterone | "
         "U&E {1-3} weeks after change | target under 135/85 at home",
         (35, 84),
@@ -101,8 +103,8 @@ PULMONOLOGY = (
         "prolonged expiratory phase | crackles right base",
         "prednisolone 30 mg for {5-7} days | doxycycline 100 mg once daily | tiotropium 18 mcg once daily | "
         "salbutamol 2 puffs as needed | umeclidinium/vilanterol one puff once daily | carbocisteine 750 mg",
-        "pulmonary rehab | check inhaler technique | rescue pack at home | spirometry when well | sputum culture | "
-        "home oxygen assessment",
+        "pulmonary rehab | check inhaler technique | rescue pack at home | spirometry when well | "
+        "sputum culture | home oxygen assessment",
         (48, 86),
     ),
     Condition(
@@ -121,36 +123,40 @@ PULMONOLOGY = (
         "community acquired pneumonia | CAP, CURB-65 {0-2} | resolving right lower lobe pneumonia",
         "fever and sweats for {2-6} days | rusty sputum | sharp pain on breathing in | cough and off food | "
         "shivering, achy all over | more muddled than usual",
-        "bronchial breathing right base | <crp> | consolidation on chest film | dull to percussion left base | "
-        "sats {89-94}% on air | WCC {125-212/10}",
+        "bronchial breathing right base | <crp> | consolidation on chest film | "
+        "dull to percussion left base | sats {89-94}% on air | WCC {125-212/10}",
         "amoxicillin 500 mg three times daily | clarithromycin 500 mg twice daily | "
-        "co-amoxiclav 625 mg three times daily | paracetamol 1 g four times daily | doxycycline 200 mg then 100 mg",
-        "repeat chest film in 6 weeks | blood cultures | safety net if worse | fluids and rest | pneumococcal vaccine",
+        "co-amoxiclav 625 mg three times daily | paracetamol 1 g four times daily | "
+        "doxycycline 200 mg then 100 mg",
+        "repeat chest film in 6 weeks | blood cultures | safety net if worse | fluids and rest | "
+        "pneumococcal vaccine",
         (30, 90),
     ),
     Condition(
         "obstructive sleep apnoea | OSA, AHI {16-58} | likely OSA",
-        "snoring, partner sees pauses | falling asleep at the wheel | morning headache | unrefreshed by sleep | "
-        "up {2-4} times a night | poor concentration at work",
+        "snoring, partner sees pauses | falling asleep at the wheel | morning headache | "
+        "unrefreshed by sleep | up {2-4} times a night | poor concentration at work",
         "Epworth {11-20} | BMI {33-46} | neck {42-49} cm | Mallampati {3-4} | awake sats 96% | "
         "overnight dips to {72-86}%",
-        "CPAP at {8-14} cm | nasal fluticasone at night | amlodipine 5 mg once daily | modafinil 100 mg in the morning",
+        "CPAP at {8-14} cm | nasal fluticasone at night | amlodipine 5 mg once daily | "
+        "modafinil 100 mg in the morning",
         "sleep study | must not drive until treated | weight loss plan | mask refit | "
         "download of machine in {1-3} months",
         (30, 74),
     ),
     Condition(
-        "pulmonary embolism, subsegmental | provoked PE, month {1-5} | interstitial lung disease, UIP pattern",
+        "pulmonary embolism, subsegmental | provoked PE, month {1-5} | "
+        "interstitial lung disease, UIP pattern",
         "12# sudden breathlessness after long flight | 12# calf sore then breathless | "
-        "3# dry cough for {4-14} months | 12# coughed up blood once | 3# slowly more breathless on the flat | "
-        "12# pleuritic pain left side",
+        "3# dry cough for {4-14} months | 12# coughed up blood once | "
+        "3# slowly more breathless on the flat | 12# pleuritic pain left side",
         "12# CTPA filling defect | 3# fine inspiratory crackles | 3# clubbing | 3# DLCO {34-58}% | "
         "12# right heart strain on echo | desaturates to {82-88}% on walk test",
         "1# apixaban 10 mg twice daily for 7 days | 12# rivaroxaban 15 mg twice daily | "
         "2# edoxaban 60 mg once daily | 3# nintedanib 150 mg twice daily | 1# dalteparin 15000 units | "
         "3# morphine 2.5 mg as needed",
-        "12# anticoagulate {3-6} months | 3# ILD meeting | 3# high resolution CT | walk test in {3-6} months | "
-        "12# thrombophilia screen",
+        "12# anticoagulate {3-6} months | 3# ILD meeting | 3# high resolution CT | "
+        "walk test in {3-6} months | 12# thrombophilia screen",
         (32, 84),
     ),
 )
@@ -159,7 +165,8 @@ GASTROENTEROLOGY = (
     Condition(
         "reflux oesophagitis | GORD, partial response to PPI | functional dyspepsia",
         "burning behind the breastbone after meals | sour taste lying flat | chest discomfort at night | "
-        "bloating and early fullness | trouble swallowing bread for {2-8} weeks | chronic cough and throat clearing",
+        "bloating and early fullness | trouble swallowing bread for {2-8} weeks | "
+        "chronic cough and throat clearing",
         "epigastric tenderness | abdomen soft | grade {1-3} oesophagitis at OGD | "
         "H pylori stool antigen negative | no masses | small hiatus hernia",
         "omeprazole {20-40:20} mg once daily | lansoprazole 30 mg once daily | famotidine 20 mg at night | "
@@ -174,8 +181,9 @@ GASTROENTEROLOGY = (
         "weight down {3-9} kg | mouth ulcers and sore joints | up at night to the toilet",
         "calprotectin {340-1900} ug/g | left sided tenderness | <crp> | <hb_low> | "
         "13# left sided colitis at colonoscopy | 2# terminal ileum thickened on MRI",
-        "mesalazine 2.4 g once daily | prednisolone 40 mg reducing | azathioprine {100-175:25} mg once daily | "
-        "infliximab 5 mg/kg | vedolizumab 300 mg | budesonide 9 mg in the morning",
+        "mesalazine 2.4 g once daily | prednisolone 40 mg reducing | "
+        "azathioprine {100-175:25} mg once daily | infliximab 5 mg/kg | vedolizumab 300 mg | "
+        "budesonide 9 mg in the morning",
         "stool cultures and C diff | flexible sigmoidoscopy | IBD nurse line given | check TPMT | "
         "surveillance colonoscopy in {1-3} years",
         (18, 62),
@@ -200,8 +208,8 @@ GASTROENTEROLOGY = (
         "elastography {9-38} kPa | ALT {62-380} U/L | platelets {62-128}",
         "1# spironolactone 100 mg once daily | 1# lactulose 20 ml three times daily | "
         "1# rifaximin 550 mg twice daily | 1# carvedilol 6.25 mg | 3# prednisolone 30 mg reducing | "
-        "3# azathioprine 75 mg once daily | 2# vitamin E 400 units twice daily | 2# atorvastatin 20 mg at night | "
-        "1# thiamine 100 mg twice daily",
+        "3# azathioprine 75 mg once daily | 2# vitamin E 400 units twice daily | "
+        "2# atorvastatin 20 mg at night | 1# thiamine 100 mg twice daily",
         "1# ascitic tap | 12# varices screen | six monthly ultrasound and AFP | 1# alcohol team | "
         "1# no more than 5 g salt a day | 23# liver biopsy | 2# weight loss of 7 to 10%",
         (34, 76),
@@ -227,11 +235,12 @@ NEPHROLOGY = (
         "CKD stage 3b | diabetic kidney disease | CKD G4 A3",
         "no symptoms, referred with falling eGFR | tired and off food | ankle swelling | "
         "itching for {2-6} months | up to pass urine {2-4} times a night | breathless when lying flat",
-        "eGFR {16-44} | <acr> | <creat> | small kidneys on ultrasound | BP {138-172}/{76-96} | PTH {12-38} pmol/L",
+        "eGFR {16-44} | <acr> | <creat> | small kidneys on ultrasound | "
+        "BP {138-172}/{76-96} | PTH {12-38} pmol/L",
         "losartan {50-100:50} mg once daily | dapagliflozin 10 mg once daily | furosemide 40 mg once daily | "
         "alfacalcidol 0.25 mcg | sodium bicarbonate 500 mg three times daily | atorvastatin 20 mg at night",
-        "avoid NSAIDs | repeat U&E in {2-8} weeks | low clearance clinic | renal dietitian | transplant work-up | "
-        "sick day rules for tablets",
+        "avoid NSAIDs | repeat U&E in {2-8} weeks | low clearance clinic | renal dietitian | "
+        "transplant work-up | sick day rules for tablets",
         (44, 86),
     ),
     Condition(
@@ -242,7 +251,8 @@ NEPHROLOGY = (
         "urine dip bland | no hydronephrosis",
         "IV saline 1 L | calcium gluconate 10 ml | hold ramipril and metformin | insulin dextrose | "
         "salbutamol nebuliser",
-        "daily U&E | strict fluid balance | stop nephrotoxins | renal tract ultrasound | dialysis if K stays over 6.5",
+        "daily U&E | strict fluid balance | stop nephrotoxins | renal tract ultrasound | "
+        "dialysis if K stays over 6.5",
         (40, 90),
     ),
     Condition(
@@ -250,8 +260,9 @@ NEPHROLOGY = (
         "frothy urine for {2-6} weeks | puffy eyes in the morning | legs swollen to thighs | "
         "2# cola coloured urine after sore throat | weight up {4-9} kg | 3# rash and sore joints",
         "<alb> | protein 4+ on dip | <acr> | 23# red cell casts | 1# <chol> | 3# ANA positive, C3 low",
-        "prednisolone {40-60:20} mg once daily | 3# mycophenolate 1 g twice daily | ramipril 5 mg once daily | "
-        "furosemide 80 mg twice daily | 1# tacrolimus 2 mg twice daily | co-trimoxazole 480 mg",
+        "prednisolone {40-60:20} mg once daily | 3# mycophenolate 1 g twice daily | "
+        "ramipril 5 mg once daily | furosemide 80 mg twice daily | 1# tacrolimus 2 mg twice daily | "
+        "co-trimoxazole 480 mg",
         "renal biopsy | salt restriction | urine protein each visit | bone protection with steroids | "
         "thrombosis risk discussed",
         (18, 68),
@@ -259,14 +270,14 @@ NEPHROLOGY = (
     Condition(
         "haemodialysis, routine review | peritoneal dialysis, cloudy bag | fluid overload between sessions",
         "1# cramps in the last hour | 2# cloudy bag this morning | 2# belly pain since last night | "
-        "13# gained {3-5} kg between sessions | 13# needling pain in fistula | 3# breathless before session | "
-        "restless legs at night",
-        "dry weight {58-94} kg | 1# Kt/V {11-16/10} | phosphate {18-27/10} mmol/L | 13# good thrill over fistula | "
-        "2# effluent WCC {240-2100} | <hb_low>",
+        "13# gained {3-5} kg between sessions | 13# needling pain in fistula | "
+        "3# breathless before session | restless legs at night",
+        "dry weight {58-94} kg | 1# Kt/V {11-16/10} | phosphate {18-27/10} mmol/L | "
+        "13# good thrill over fistula | 2# effluent WCC {240-2100} | <hb_low>",
         "darbepoetin {30-60:10} mcg weekly | sevelamer 800 mg with meals | 2# intraperitoneal vancomycin | "
         "cinacalcet 30 mg | IV iron monthly",
-        "lower target weight by {5-15/10} kg | 13# fistula scan | diet sheet for phosphate | transplant list | "
-        "2# swab exit site",
+        "lower target weight by {5-15/10} kg | 13# fistula scan | diet sheet for phosphate | "
+        "transplant list | 2# swab exit site",
         (32, 82),
     ),
     Condition(
@@ -288,8 +299,8 @@ NEPHROLOGY = (
 ENDOCRINOLOGY = (
     Condition(
         "type 2 diabetes, above target | T2DM with weight gain | type 2 diabetes on basal insulin",
-        "thirsty and passing a lot of urine | tired after meals | numb toes | sugars {12-19} before breakfast | "
-        "weight up {3-8} kg | two hypos at night",
+        "thirsty and passing a lot of urine | tired after meals | numb toes | "
+        "sugars {12-19} before breakfast | weight up {3-8} kg | two hypos at night",
         "<a1c> | <glucose> | BMI {29-42} | monofilament {6-9}/10 | <acr_low> | background retinopathy",
         "metformin {500-1000:500} mg twice daily | empagliflozin 10 mg once daily | "
         "semaglutide {25-100:25/100} mg weekly | insulin glargine {14-46:2} units at night | "
@@ -300,12 +311,12 @@ ENDOCRINOLOGY = (
     ),
     Condition(
         "type 1 diabetes, hypo unaware | type 1 diabetes | DKA, resolved",
-        "vomiting and belly pain for {1-2} days | no warning of lows | {2-6} hypos a week | pump alarms at night | "
-        "ran out of insulin | high after evening meal",
+        "vomiting and belly pain for {1-2} days | no warning of lows | {2-6} hypos a week | "
+        "pump alarms at night | ran out of insulin | high after evening meal",
         "ketones {32-61/10} | <glucose> | time in range {38-66}% | lumps at injection sites | "
         "pH {71-73/10} on arrival | <a1c>",
-        "insulin aspart with meals 1:{8-14} | insulin degludec {12-32:2} units | glucagon kit | ramipril 2.5 mg | "
-        "fixed rate insulin 0.1 units/kg/h",
+        "insulin aspart with meals 1:{8-14} | insulin degludec {12-32:2} units | glucagon kit | "
+        "ramipril 2.5 mg | fixed rate insulin 0.1 units/kg/h",
         "sensor data reviewed | rotate sites | sick day rules and ketone strips | hybrid loop referral | "
         "carb counting refresher",
         (17, 60),
@@ -316,8 +327,8 @@ ENDOCRINOLOGY = (
         "3# neck fullness for {3-9} months | 3# collar feels tight, swallowing fine | 1# gritty eyes | "
         "2# hair thinning and dry skin | 1# loose motions",
         "1# TSH <0.01, free T4 {32-68} | 2# <tsh_high> | 1# smooth goitre with bruit | 1# fine tremor | "
-        "1# pulse {98-126} | 1# lid lag | 2# slow relaxing reflexes | 3# nodular thyroid moves on swallowing | "
-        "3# <tsh_ok>",
+        "1# pulse {98-126} | 1# lid lag | 2# slow relaxing reflexes | "
+        "3# nodular thyroid moves on swallowing | 3# <tsh_ok>",
         "1# carbimazole {10-40:10} mg once daily | 1# propranolol 40 mg three times daily | "
         "2# levothyroxine {25-125:25} mcg once daily | 2# ferrous sulfate 200 mg once daily | "
         "1# selenium 100 mcg | 3# no thyroid medication | 3# iodised salt only",
@@ -331,9 +342,9 @@ ENDOCRINOLOGY = (
         "3# low libido and tired | 2# trouble rising from chair | 3# headaches with blurred edges",
         "1# 9 am cortisol {38-110} nmol/L | 1# <na_low> | 1# postural drop {20-34} mmHg | 2# purple striae | "
         "3# prolactin {1400-5200} mU/L | 3# {4-9} mm lesion on pituitary MRI | 2# BP {152-176}/{90-104}",
-        "1# hydrocortisone 10/5/5 mg | 1# fludrocortisone 100 mcg once daily | 3# cabergoline 0.5 mg weekly | "
-        "3# bromocriptine 2.5 mg at night | 2# metyrapone 250 mg three times daily | "
-        "2# alendronic acid 70 mg weekly",
+        "1# hydrocortisone 10/5/5 mg | 1# fludrocortisone 100 mcg once daily | "
+        "3# cabergoline 0.5 mg weekly | 3# bromocriptine 2.5 mg at night | "
+        "2# metyrapone 250 mg three times daily | 2# alendronic acid 70 mg weekly",
         "1# short synacthen test | 1# steroid card and sick day rules | 2# overnight dexamethasone test | "
         "3# visual fields | 1# emergency hydrocortisone kit | 2# late night salivary cortisol | "
         "3# prolactin in {2-4} months",
@@ -343,13 +354,13 @@ ENDOCRINOLOGY = (
         "primary hyperparathyroidism | osteoporosis | vitamin D deficiency",
         "aches in hips and back | 1# constipated and thirsty | 2# wrist fracture after a trip | "
         "13# low mood and tired | 2# height loss of {2-5} cm | 1# kidney stone last year",
-        "1# <calcium_high> | 1# PTH {9-28} pmol/L | 2# T score -{26-39/10} spine | 3# vitamin D {11-24} nmol/L | "
-        "2# tender thoracic spine | 3# ALP {140-310}",
+        "1# <calcium_high> | 1# PTH {9-28} pmol/L | 2# T score -{26-39/10} spine | "
+        "3# vitamin D {11-24} nmol/L | 2# tender thoracic spine | 3# ALP {140-310}",
         "2# alendronic acid 70 mg weekly | 23# colecalciferol {800-3200:800} units once daily | "
         "3# ergocalciferol 50000 units weekly | 1# cinacalcet 30 mg twice daily | 1# indapamide stopped | "
         "2# zoledronate 5 mg yearly | 2# denosumab 60 mg",
-        "1# sestamibi scan | 2# DXA in {2-3} years | 2# dental check before treatment | 2# fracture liaison | "
-        "3# safe sun and diet | 13# repeat calcium in {4-12} weeks",
+        "1# sestamibi scan | 2# DXA in {2-3} years | 2# dental check before treatment | "
+        "2# fracture liaison | 3# safe sun and diet | 13# repeat calcium in {4-12} weeks",
         (42, 86),
     ),
 )

@@ -1,4 +1,6 @@
-"""How hospitals write: spelling, units, abbreviations, section order; and the phrases every specialty shares."""
+"""How hospitals write: spelling, units, abbreviations, section order;
+and the phrases every specialty shares.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,23 @@ from dataclasses import dataclass
 SECTIONS = ("who", "history", "background", "drugs", "exam", "impression", "plan")
 
 HOSPITALS = (
-    "northmere", "calder-vale", "st-oswin", "lakeside-mercy", "fort-hollis", "pinecrest", "eastbrook", "marrow-bay",
-    "greywater", "saint-ambry", "harrow-fell", "two-rivers", "copper-hill", "westmarch", "elmstead", "north-shoal",
-)  # fmt: skip
+    "northmere",
+    "calder-vale",
+    "st-oswin",
+    "lakeside-mercy",
+    "fort-hollis",
+    "pinecrest",
+    "eastbrook",
+    "marrow-bay",
+    "greywater",
+    "saint-ambry",
+    "harrow-fell",
+    "two-rivers",
+    "copper-hill",
+    "westmarch",
+    "elmstead",
+    "north-shoal",
+)
 
 LABS = {  # British units | American units
     "bnp": "NT-proBNP {900-6800} ng/L | NT-proBNP {900-6800} pg/mL",
@@ -39,48 +55,138 @@ LABS = {  # British units | American units
 }
 
 AMERICAN = {
-    "oedema": "edema", "haem": "hem", "Haem": "Hem", "anaemia": "anemia", "oesoph": "esoph", "diarrhoea": "diarrhea",
-    "apnoea": "apnea", "goitre": "goiter", "orientated": "oriented", "neighbours": "neighbors", "colour": "color",
-    "melaena": "melena", "coeliac": "celiac", "orthopaed": "orthoped", "litre": "liter", "GORD": "GERD", "OGD": "EGD",
-    "paracetamol": "acetaminophen", "salbutamol": "albuterol", "glyceryl trinitrate": "nitroglycerin",
-    "bendroflumethiazide": "HCTZ", "co-amoxiclav": "amox-clav", "co-careldopa": "carbidopa-levodopa",
-    "co-codamol": "acetaminophen-codeine", "co-trimoxazole": "TMP-SMX", "flucloxacillin": "cephalexin",
-    "physiotherapy": "physical therapy", "theatre list": "OR schedule", "chest film": "CXR", "U&E": "BMP",
-    "full blood count": "CBC", "DVLA told": "DMV form", "GP": "PCP", "sick note": "work note", "bloods": "labs",
-    "tablets": "pills", "tummy": "belly", "carbimazole": "methimazole", "beclometasone": "beclomethasone",
-    "ring if": "call if", "2 week wait": "urgent", "cetirizine": "cetirizine", "chlorphenamine": "diphenhydramine",
-    "lymecycline 408 mg": "minocycline 100 mg", "gliclazide": "glipizide", "colecalciferol": "cholecalciferol",
-}  # fmt: skip
+    "oedema": "edema",
+    "haem": "hem",
+    "Haem": "Hem",
+    "anaemia": "anemia",
+    "oesoph": "esoph",
+    "diarrhoea": "diarrhea",
+    "apnoea": "apnea",
+    "goitre": "goiter",
+    "orientated": "oriented",
+    "neighbours": "neighbors",
+    "colour": "color",
+    "melaena": "melena",
+    "coeliac": "celiac",
+    "orthopaed": "orthoped",
+    "litre": "liter",
+    "GORD": "GERD",
+    "OGD": "EGD",
+    "paracetamol": "acetaminophen",
+    "salbutamol": "albuterol",
+    "glyceryl trinitrate": "nitroglycerin",
+    "bendroflumethiazide": "HCTZ",
+    "co-amoxiclav": "amox-clav",
+    "co-careldopa": "carbidopa-levodopa",
+    "co-codamol": "acetaminophen-codeine",
+    "co-trimoxazole": "TMP-SMX",
+    "flucloxacillin": "cephalexin",
+    "physiotherapy": "physical therapy",
+    "theatre list": "OR schedule",
+    "chest film": "CXR",
+    "U&E": "BMP",
+    "full blood count": "CBC",
+    "DVLA told": "DMV form",
+    "GP": "PCP",
+    "sick note": "work note",
+    "bloods": "labs",
+    "tablets": "pills",
+    "tummy": "belly",
+    "carbimazole": "methimazole",
+    "beclometasone": "beclomethasone",
+    "ring if": "call if",
+    "2 week wait": "urgent",
+    "cetirizine": "cetirizine",
+    "chlorphenamine": "diphenhydramine",
+    "lymecycline 408 mg": "minocycline 100 mg",
+    "gliclazide": "glipizide",
+    "colecalciferol": "cholecalciferol",
+}
 
 SHORT_COMMON = {
-    "shortness of breath": "SOB", "short of breath": "SOB", "history of": "h/o", "chest pain": "CP", "left": "L",
-    "heart failure": "HF", "atrial fibrillation": "AF", "type 2 diabetes": "T2DM", "type 1 diabetes": "T1DM",
-    "hypertension": "HTN", "blood pressure": "BP", "weeks": "wks", "months": "mo", "minutes": "min", "right": "R",
-    "rheumatoid arthritis": "RA", "osteoarthritis": "OA", "examination": "exam", "follow up": "f/u", "without": "w/o",
-    "with": "w/", "bilateral": "b/l", "depression": "depr", "medication": "meds", "symptoms": "sx", "review": "rv",
-    "repeat": "rpt", "normal": "nl", "increase": "incr", "headache": "HA", "breathless": "SOB", "twice a day": "x2/d",
-    "ultrasound": "USS", "physiotherapy": "physio", "prednisolone": "pred", "methotrexate": "MTX", "patient": "pt",
-    "migraine": "migr", "referral": "ref", "negative": "-ve", "positive": "+ve", "discussed": "d/w pt", "since": "x",
-}  # fmt: skip
+    "shortness of breath": "SOB",
+    "short of breath": "SOB",
+    "history of": "h/o",
+    "chest pain": "CP",
+    "left": "L",
+    "heart failure": "HF",
+    "atrial fibrillation": "AF",
+    "type 2 diabetes": "T2DM",
+    "type 1 diabetes": "T1DM",
+    "hypertension": "HTN",
+    "blood pressure": "BP",
+    "weeks": "wks",
+    "months": "mo",
+    "minutes": "min",
+    "right": "R",
+    "rheumatoid arthritis": "RA",
+    "osteoarthritis": "OA",
+    "examination": "exam",
+    "follow up": "f/u",
+    "without": "w/o",
+    "with": "w/",
+    "bilateral": "b/l",
+    "depression": "depr",
+    "medication": "meds",
+    "symptoms": "sx",
+    "review": "rv",
+    "repeat": "rpt",
+    "normal": "nl",
+    "increase": "incr",
+    "headache": "HA",
+    "breathless": "SOB",
+    "twice a day": "x2/d",
+    "ultrasound": "USS",
+    "physiotherapy": "physio",
+    "prednisolone": "pred",
+    "methotrexate": "MTX",
+    "patient": "pt",
+    "migraine": "migr",
+    "referral": "ref",
+    "negative": "-ve",
+    "positive": "+ve",
+    "discussed": "d/w pt",
+    "since": "x",
+}
 
 SHORT_BRITISH = {
-    "once daily": "od", "twice daily": "bd", "three times daily": "tds", "four times daily": "qds", "at night": "nocte",
-    "as needed": "prn", "weekly": "/7", "abdomen": "abdo", "temperature": "temp",
-}  # fmt: skip
+    "once daily": "od",
+    "twice daily": "bd",
+    "three times daily": "tds",
+    "four times daily": "qds",
+    "at night": "nocte",
+    "as needed": "prn",
+    "weekly": "/7",
+    "abdomen": "abdo",
+    "temperature": "temp",
+}
 
 SHORT_AMERICAN = {
-    "once daily": "QD", "twice daily": "BID", "three times daily": "TID", "four times daily": "QID", "at night": "QHS",
-    "as needed": "PRN", "weekly": "qwk", "abdomen": "abd", "temperature": "T",
-}  # fmt: skip
+    "once daily": "QD",
+    "twice daily": "BID",
+    "three times daily": "TID",
+    "four times daily": "QID",
+    "at night": "QHS",
+    "as needed": "PRN",
+    "weekly": "qwk",
+    "abdomen": "abd",
+    "temperature": "T",
+}
 
 SHARED_COMPLAINTS = (  # what people say, and the clinics in which they say it
-    ("tired all the time for {2-9} months", "endocrinology psychiatry nephrology rheumatology cardiology pulmonology"),
+    (
+        "tired all the time for {2-9} months",
+        "endocrinology psychiatry nephrology rheumatology cardiology pulmonology",
+    ),
     ("breathless on exertion for {2-8} weeks", "cardiology pulmonology nephrology gastroenterology"),
     ("chest discomfort on and off", "cardiology gastroenterology pulmonology psychiatry rheumatology"),
     ("ankle swelling by evening", "cardiology nephrology dermatology gastroenterology orthopaedics"),
     ("headaches most weeks", "neurology psychiatry endocrinology cardiology pulmonology"),
     ("dizzy on standing", "cardiology neurology endocrinology nephrology gastroenterology"),
-    ("weight down {3-8} kg without trying", "gastroenterology endocrinology psychiatry pulmonology rheumatology"),
+    (
+        "weight down {3-8} kg without trying",
+        "gastroenterology endocrinology psychiatry pulmonology rheumatology",
+    ),
     ("poor sleep and low energy", "psychiatry pulmonology neurology endocrinology rheumatology nephrology"),
     ("numb fingers at night", "neurology orthopaedics rheumatology endocrinology"),
     ("back pain for {2-9} weeks", "orthopaedics rheumatology nephrology neurology"),
@@ -97,7 +203,7 @@ SHARED_COMPLAINTS = (  # what people say, and the clinics in which they say it
     ("low mood since diagnosis", "psychiatry dermatology neurology rheumatology pulmonology"),
     ("passing water at night {2-5} times", "endocrinology nephrology cardiology"),
     ("hair loss and dry skin", "dermatology endocrinology rheumatology"),
-)  # fmt: skip
+)
 
 BACKGROUND = (  # a disease of another clinic, the youngest age it is given to, what it is treated with
     ("hypertension", 35, "amlodipine {5-10:5} mg once daily | ramipril 5 mg once daily"),
@@ -132,7 +238,8 @@ BACKGROUND = (  # a disease of another clinic, the youngest age it is given to, 
 
 SOCIAL = (
     "lives alone | lives with partner | ex-smoker {8-45} pack years | never smoked | smokes {5-20} a day | "
-    "alcohol {4-28} units a week | no drug allergies | penicillin allergy | two cats at home | independent at home"
+    "alcohol {4-28} units a week | no drug allergies | penicillin allergy | "
+    "two cats at home | independent at home"
 )
 SOCIAL_YOUNGER = "works nights | drives a lorry | office job | off work {2-8} weeks | two small children"
 SOCIAL_OLDER = (
@@ -142,9 +249,10 @@ SOCIAL_OLDER = (
 ROUTINE = "nothing new since last visit | much the same symptoms | slow improvement only | fewer bad days"
 
 GENERAL_FINDINGS = (
-    "looks well | BP {112-148}/{62-88} | pulse {58-96} regular | <temp> | sats {94-99}% on air | <weight> | "
-    "comfortable at rest | alert and orientated | examination unremarkable | chest clear | abdomen soft | heart sounds normal | "
-    "no focal neurology | calves soft | no lymph nodes | gait steady | skin intact"
+    "looks well | BP {112-148}/{62-88} | pulse {58-96} regular | <temp> | sats {94-99}% on air | "
+    "<weight> | comfortable at rest | alert and orientated | examination unremarkable | chest clear | "
+    "abdomen soft | heart sounds normal | no focal neurology | calves soft | no lymph nodes | "
+    "gait steady | skin intact"
 )
 
 GENERAL_IMPRESSIONS = (
@@ -153,9 +261,10 @@ GENERAL_IMPRESSIONS = (
 )
 
 GENERAL_PLANS = (
-    "continue current medication | review in {2-6} months | review in {2-8} weeks | bloods next week | GP to continue | "
-    "results by letter | discussed, happy with plan | safety net given | discharge to GP | tablets changed, see GP letter | "
-    "increase dose | halve dose and review | stop new tablet | await scan report | case for MDT | written leaflet given | "
+    "continue current medication | review in {2-6} months | review in {2-8} weeks | bloods next week | "
+    "GP to continue | results by letter | discussed, happy with plan | safety net given | "
+    "discharge to GP | tablets changed, see GP letter | increase dose | halve dose and review | "
+    "stop new tablet | await scan report | case for MDT | written leaflet given | "
     "phone follow up in {2-6} weeks | chase outside records"
 )
 
@@ -184,18 +293,41 @@ LAYOUTS = (
     _layout(
         "who background history exam drugs impression plan",
         "|Background |Complains of |Found: |Takes |Impression: |We agreed: ",
-        "; ", ". ", "||mainly |again ",
+        "; ",
+        ". ",
+        "||mainly |again ",
     ),
     _layout(_WIDE, "|S: |PMH |Rx |O: |A: |P: ", ", ", "\n", "c/o |tells me |came in with |"),
     _layout(_WIDE, "|HPI: |PMHx: |Meds: |PE: |A/P: |", ", ", "\n", "p/w |presents: |endorses |here as "),
-    _layout("impression who history background exam drugs plan", "Dx: |||hx |o/e |on |to do: ",
-            ", ", "; ", "||reports |says "),
-    _layout("who history exam impression plan drugs background", "|CC: |Exam: |Impression: |Recs: |Current meds: |Other: ",
-            "; ", "\n", "patient reports |patient states |complaint: |"),
-    _layout("who plan history background drugs exam impression", "|Action: |Story: |Past: |Tablets: |Signs: |Conclusion: ",
-            ", ", "\n", "||ongoing: |new: "),
-    _layout(_WIDE, "||. Background: |. On |. Exam: |. Impression: |. Plan: ", ", ", " ", "with |describing |seen: |reporting "),
-)  # fmt: skip
+    _layout(
+        "impression who history background exam drugs plan",
+        "Dx: |||hx |o/e |on |to do: ",
+        ", ",
+        "; ",
+        "||reports |says ",
+    ),
+    _layout(
+        "who history exam impression plan drugs background",
+        "|CC: |Exam: |Impression: |Recs: |Current meds: |Other: ",
+        "; ",
+        "\n",
+        "patient reports |patient states |complaint: |",
+    ),
+    _layout(
+        "who plan history background drugs exam impression",
+        "|Action: |Story: |Past: |Tablets: |Signs: |Conclusion: ",
+        ", ",
+        "\n",
+        "||ongoing: |new: ",
+    ),
+    _layout(
+        _WIDE,
+        "||. Background: |. On |. Exam: |. Impression: |. Plan: ",
+        ", ",
+        " ",
+        "with |describing |seen: |reporting ",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,14 +84,16 @@ def _listed(words: str) -> tuple[str, ...]:
 
 
 _FIRST = _listed(
-    "Ada Alwin Amity Basil Bettina Bram Cedric Clio Conrad Cora Delphine Dorian Edda Elspeth Emeric Enid Fabian Fenella "
-    "Florian Gideon Greta Hester Hollis Ida Imogen Ivo Jasper Junia Kester Lavinia Leopold Linnea Lucian Mabel Magnus "
-    "Marius Merrin Nerys Nico Octavia Odell Orla Percival Petra Quentin Quilla Ramona Rufus Selwyn Sabine Tamsin Thaddeus "
-    "Una Ursel Verity Victor Wilhelmina Winifred Xanthe Yorick Zelda"
+    "Ada Alwin Amity Basil Bettina Bram Cedric Clio Conrad Cora Delphine Dorian Edda Elspeth Emeric Enid "
+    "Fabian Fenella Florian Gideon Greta Hester Hollis Ida Imogen Ivo Jasper Junia Kester Lavinia Leopold "
+    "Linnea Lucian Mabel Magnus Marius Merrin Nerys Nico Octavia Odell Orla Percival Petra Quentin Quilla "
+    "Ramona Rufus Selwyn Sabine Tamsin Thaddeus Una Ursel Verity Victor "
+    "Wilhelmina Winifred Xanthe Yorick Zelda"
 )
 _SURNAME = (
     _listed(
-        "Mock Sample Tester Dummer Ficti Feign Sham Guise Fable Mythe Legen Pretend Fancy Noname Makebe Phan Figmen Pseudo"
+        "Mock Sample Tester Dummer Ficti Feign Sham Guise Fable Mythe Legen Pretend Fancy "
+        "Noname Makebe Phan Figmen Pseudo"
     ),
     _listed("ridge worth by ley ham combe ton wick stead well croft more"),
 )
@@ -365,7 +367,9 @@ def _make_patient(key: str, house: House, unit: Unit) -> _Patient:
         "phone": f"({201 + int(unit() * 780)}) 555-01{last:02d}"
         if house.american
         else f"07700 900{last + 100 * int(unit() * 10):03d}",
-        "address": f"{1 + int(unit() * 299)} {_pick(_STREETS, unit)} {_pick(_WAYS, unit)}, {_pick(_TOWNS, unit)}",
+        "address": (
+            f"{1 + int(unit() * 299)} {_pick(_STREETS, unit)} {_pick(_WAYS, unit)}, {_pick(_TOWNS, unit)}"
+        ),
     }
     return _Patient(key, unit() < 0.52, unit(), facts)
 
