@@ -78,9 +78,9 @@ def _run(name: str, chosen: argparse.Namespace, parser: argparse.ArgumentParser)
         parser.exit(2, f"attacks: {printable(str(error))}\n")
     prior = Prior(candidates=candidates)
     budget = Budget.named(chosen.budget)
-    found = build(name).run(fitted.observation, model, prior, budget, chosen.seed)
-    result = result_of(found, fitted.notes, truth)
-    numbers = as_json(found) | {"notes": list(result.notes), "score": score_json(result.score)}
+    reconstruction = build(name).run(fitted.observation, model, prior, budget, chosen.seed)
+    result = result_of(reconstruction, fitted.notes, truth)
+    numbers = as_json(reconstruction) | {"notes": list(result.notes), "score": score_json(result.score)}
     if chosen.out is not None:
         try:
             _write(result, chosen.out, numbers, chosen.model)

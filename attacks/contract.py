@@ -277,9 +277,9 @@ def _readable(observation: Observation, model: nn.Module | None) -> None:
     other = [n for n, t in observation.tensors.items() if n in own and own[n].shape != t.shape]
     if other:
         name = min(other)
-        seen, held = tuple(observation.tensors[name].shape), tuple(own[name].shape)
+        observed, held = tuple(observation.tensors[name].shape), tuple(own[name].shape)
         raise NotApplicable(
-            f"{name} was observed as {seen}, the model holds it as {held}: another model was trained"
+            f"{name} was observed as {observed}, the model holds it as {held}: another model was trained"
         )
 
 

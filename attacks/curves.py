@@ -80,10 +80,10 @@ def by_batch(
     invented.
     """
     for size in sizes:
-        drawn = _drawn(observation, model, size, length, seed)
-        if drawn is None:
+        rehearsed = _drawn(observation, model, size, length, seed)
+        if rehearsed is None:
             return
-        yield float(size), *drawn
+        yield float(size), *rehearsed
 
 
 def by_noise(
@@ -93,18 +93,18 @@ def by_noise(
 
     One record is the worst case: more records in a batch do not make the noise on any one of them larger.
     """
-    drawn = _drawn(observation, model, 1, length, seed)
-    if drawn is None:
+    rehearsed = _drawn(observation, model, 1, length, seed)
+    if rehearsed is None:
         return
-    seen, truth = drawn
-    norm = math.sqrt(sum(float(value.double().square().sum()) for value in seen.tensors.values()))
+    observed, truth = rehearsed
+    norm = math.sqrt(sum(float(value.double().square().sum()) for value in observed.tensors.values()))
     for multiplier in multipliers:
         generator = torch.Generator().manual_seed(seed)
         tensors = {
             name: value + multiplier * norm * torch.randn(value.shape, generator=generator).to(value.dtype)
-            for name, value in seen.tensors.items()
+            for name, value in observed.tensors.items()
         }
-        yield multiplier, seen.replace_tensors(tensors), truth
+        yield multiplier, observed.replace_tensors(tensors), truth
 
 
 def _drawn(
@@ -112,17 +112,17 @@ def _drawn(
 ) -> tuple[Observation, Truth] | None:
     asked = template(observation)
     asked = asked.replace_tensors(asked.tensors, batch_size=size, sequence_length=length)
-    drawn = rehearse(asked, model, seed=seed)
-    if drawn is None:
+    rehearsed = rehearse(asked, model, seed=seed)
+    if rehearsed is None:
         return None
-    seen, truth = (
-        drawn[0].replace_tensors(drawn[0].tensors, sequence_length=None),
-        drawn[1],
+    observed, truth = (
+        rehearsed[0].replace_tensors(rehearsed[0].tensors, sequence_length=None),
+        rehearsed[1],
     )  # the length is not told
     shape = (
         None if truth.images is None else tuple(truth.images.shape[1:])
     )  # the model itself says what it takes
-    return replace(seen, knowledge=replace(seen.knowledge, image_shape=shape)), truth
+    return replace(observed, knowledge=replace(observed.knowledge, image_shape=shape)), truth
 
 
 def curve(
@@ -143,13 +143,15 @@ def curve(
     stop = time.process_time() + budget.seconds
     points: list[tuple[float, Score | None]] = []
     reason = ""
-    for place, seen, truth in rehearsals:
+    for place, observed, truth in rehearsals:
         left = stop - time.process_time()
-        found = attack.run(seen, model, Prior(), replace(budget, seconds=left), 0) if left > 0 else None
-        if found is None or time.process_time() > stop:
+        reconstruction = (
+            attack.run(observed, model, Prior(), replace(budget, seconds=left), 0) if left > 0 else None
+        )
+        if reconstruction is None or time.process_time() > stop:
             reason = f"stopped after {budget.seconds:.0f} CPU seconds"
             break
-        points.append((scale * place, score(found, truth) if found.applicable else None))
+        points.append((scale * place, score(reconstruction, truth) if reconstruction.applicable else None))
     known = [scored for _, scored in points if scored is not None]
     if not known:
         return Curve(attack=attack.name, axis=axis, measure="", reason=reason or "nothing could be rehearsed")

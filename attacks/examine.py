@@ -72,8 +72,8 @@ class Study:
     @property
     def missing(self) -> str:
         """Say why there is no control."""
-        told = "no control: no undefended step of this model could be rehearsed"
-        return cannot_rehearse(self.observation) or told
+        reason = "no control: no undefended step of this model could be rehearsed"
+        return cannot_rehearse(self.observation) or reason
 
     @property
     def doubt(self) -> str:
@@ -98,12 +98,14 @@ def study(
     if truth is not None and unused is not None:
         truth = replace(truth, others=unused.sequences or (), other_labels=unused.labels or ())
     seeds = range(REHEARSALS if truth is None else 1)
-    made = [None if model is None else rehearse(observation, model, seed=seed, like=unused) for seed in seeds]
+    rehearsals = [
+        None if model is None else rehearse(observation, model, seed=seed, like=unused) for seed in seeds
+    ]
     return Study(
         observation=observation,
         model=model,
         truth=truth,
-        rehearsals=tuple(one for one in made if one is not None),
+        rehearsals=tuple(one for one in rehearsals if one is not None),
         noise=nulls.study(observation),
         null_seconds=null_seconds,
     )
@@ -152,29 +154,29 @@ def _dominator(attack: Attack, questions: Mapping[str, Question]) -> str:
 def _question(attack: Attack, scene: Study, budget: Budget) -> Question:
     """Run one attack on the observation, on rehearsals and on noise."""
     prior = Prior()
-    seen = tried(attack, scene.observation, scene.model, prior, budget, scene.truth)
-    rehearsals = scene.rehearsals if seen[0].applicable else ()
-    if seen[0].seconds * len(rehearsals) > scene.null_seconds:
+    attempt = tried(attack, scene.observation, scene.model, prior, budget, scene.truth)
+    rehearsals = scene.rehearsals if attempt[0].applicable else ()
+    if attempt[0].seconds * len(rehearsals) > scene.null_seconds:
         rehearsals = rehearsals[:1]
     controls = [tried(attack, other, scene.model, prior, budget, true) for other, true in rehearsals]
     control = controls[0] if controls else None
     weak = scene.truth is not None and bool(scene.truth.sequences) and not scene.truth.others
     never = UNCRAFTED if attack.family == "active" else ""
-    blank = Question(seen=seen, control=control, doubt=scene.doubt, missing=scene.missing, never=never)
+    blank = Question(seen=attempt, control=control, doubt=scene.doubt, missing=scene.missing, never=never)
 
     def silence(number: int) -> Result:
         return tried(attack, scene.silence(number), scene.model, prior, budget, scene.truth)
 
     if scene.truth is None:
         return _by_confidence(blank, controls, silence, scene)
-    scored = seen[1]
+    scored = attempt[1]
     if scored is None:
         return blank
     if scored.luck <= LEVEL and scored.value > scored.baseline:
-        noise = noise_scores(silence, null_runs(seen[0].seconds, scene.null_seconds), scored, scene.truth)
+        noise = noise_scores(silence, null_runs(attempt[0].seconds, scene.null_seconds), scored, scene.truth)
         scored = against_noise(scored, noise)
     notes = (WEAK,) if weak and scored.measure == "token F1" else ()
-    return replace(blank, seen=(seen[0], scored), notes=notes)
+    return replace(blank, seen=(attempt[0], scored), notes=notes)
 
 
 def _by_confidence(

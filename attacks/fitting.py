@@ -74,13 +74,13 @@ def fit(observation: Observation, model: nn.Module | None) -> Fitted:
         problems += [f"{label}: {conflict}" for conflict in conflicts]
     if problems:
         raise ObservationError("; ".join(problems))
-    seen = {name: value for name, value in fitted["tensors"].items() if value.is_floating_point()}
-    left_out = sorted(set(fitted["tensors"]) - set(seen))
+    floating = {name: value for name, value in fitted["tensors"].items() if value.is_floating_point()}
+    left_out = sorted(set(fitted["tensors"]) - set(floating))
     if left_out:
         notes.append(f"tensors: {_list(left_out)} hold whole numbers and were left out")
-    if not seen:
+    if not floating:
         raise ObservationError("tensors: all hold whole numbers, there is no update to read")
-    changed = replace(observation, tensors=seen, broadcast=fitted.get("broadcast"))
+    changed = replace(observation, tensors=floating, broadcast=fitted.get("broadcast"))
     return Fitted(observation=changed, notes=tuple(notes))
 
 

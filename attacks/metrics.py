@@ -56,8 +56,8 @@ def set_score(hits: float, recovered: float, true: float) -> SetScore:
 
 def token_set_score(recovered: Iterable[int], true: Iterable[int]) -> SetScore:
     """Compare two sets of token ids."""
-    found, wanted = set(recovered), set(true)
-    return set_score(len(found & wanted), len(found), len(wanted))
+    recovered_set, wanted = set(recovered), set(true)
+    return set_score(len(recovered_set & wanted), len(recovered_set), len(wanted))
 
 
 def token_bag_score(recovered: Iterable[int], true: Iterable[int]) -> SetScore:
@@ -94,8 +94,8 @@ def rouge_l(recovered: Sequence[int], true: Sequence[int]) -> SetScore:
 
 def exact_sequence_rate(recovered: Sequence[Sequence[int]], true: Sequence[Sequence[int]]) -> float:
     """Return the share of true sequences recovered entirely, each recovered sequence serving once."""
-    found, wanted = Counter(map(tuple, recovered)), Counter(map(tuple, true))
-    return (found & wanted).total() / len(true) if true else 0.0
+    recovered_counts, wanted = Counter(map(tuple, recovered)), Counter(map(tuple, true))
+    return (recovered_counts & wanted).total() / len(true) if true else 0.0
 
 
 def fact_recall(recovered: Sequence[Sequence[int]], facts: Sequence[Sequence[int]]) -> float:
@@ -274,9 +274,9 @@ def similarity_matrix(
 ) -> Floats:
     """Return metric(recovered, true) for every pair: shape (recovered, true)."""
     table = np.zeros((len(recovered), len(true)))
-    for row, found in enumerate(recovered):
+    for row, image in enumerate(recovered):
         for column, wanted in enumerate(true):
-            table[row, column] = metric(found, wanted)
+            table[row, column] = metric(image, wanted)
     return table
 
 
@@ -295,10 +295,10 @@ def bootstrap_interval(
     sample = np.asarray(values, dtype=float)
     if sample.size == 0:
         raise ValueError("values is empty: an interval needs at least one value")
-    evaluate = statistic or (lambda drawn: float(np.mean(drawn)))
+    evaluate = statistic or (lambda resampled: float(np.mean(resampled)))
     generator = np.random.default_rng(seed)
-    drawn = [evaluate(sample[generator.integers(0, len(sample), len(sample))]) for _ in range(resamples)]
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    resampled = [evaluate(sample[generator.integers(0, len(sample), len(sample))]) for _ in range(resamples)]
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value=evaluate(sample), low=float(low), high=float(high), confidence=confidence)
 
 

@@ -179,7 +179,7 @@ def bare(name: str) -> str:
     'encoder.query.lora_A.weight'
     """
     parts = _unwrapped(name.split("."))
-    kept: list[str] = []
+    parts_of_name: list[str] = []
     skip = False
     for place, part in enumerate(parts):
         last = place == len(parts) - 1
@@ -188,11 +188,11 @@ def bare(name: str) -> str:
             continue
         skip = part in _KEYED or part == _REPLACED
         if part != _REPLACED and (part not in _INNER or last):
-            kept.append(part)
-    whole = ".".join(kept)
+            parts_of_name.append(part)
+    whole = ".".join(parts_of_name)
     if whole.startswith("prompt_encoder.") and whole.endswith(".embedding.weight"):
         return _PROMPT
-    return whole.removesuffix(".weight") if kept[-2:-1] == ["lora_magnitude_vector"] else whole
+    return whole.removesuffix(".weight") if parts_of_name[-2:-1] == ["lora_magnitude_vector"] else whole
 
 
 def _rename(observed: Shapes, model: ModelNames) -> tuple[dict[str, str] | Mismatch, str]:
@@ -257,8 +257,8 @@ def _leading(names: Iterable[str], *, everywhere: bool) -> list[str]:
     for name in listed:
         parts = name.split(".")
         counts.update(".".join(parts[:depth]) + "." for depth in range(1, len(parts)))
-    kept = [prefix for prefix, count in counts.items() if not everywhere or count == len(listed)]
-    return sorted(kept, key=len)
+    prefixes = [prefix for prefix, count in counts.items() if not everywhere or count == len(listed)]
+    return sorted(prefixes, key=len)
 
 
 def _renamed_note(observed: Shapes) -> str:
@@ -271,8 +271,8 @@ def _renamed_note(observed: Shapes) -> str:
 def _wrapper(name: str) -> str:
     """Return the part in front of a name that a wrapper put there."""
     parts = name.split(".")
-    kept = _unwrapped(parts)
-    return ".".join(parts[: len(parts) - len(kept)]) + "." if len(kept) < len(parts) else ""
+    unwrapped = _unwrapped(parts)
+    return ".".join(parts[: len(parts) - len(unwrapped)]) + "." if len(unwrapped) < len(parts) else ""
 
 
 def _unwrapped(parts: list[str]) -> list[str]:
@@ -334,8 +334,8 @@ def _shortened(reasons: Sequence[str]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- shapes
 
 
-def _fits(seen: Shape, own: Shape) -> bool:
-    return seen == own or (len(own) == 2 and seen == own[::-1])
+def _fits(observed: Shape, own: Shape) -> bool:
+    return observed == own or (len(own) == 2 and observed == own[::-1])
 
 
 def _with_shapes(
@@ -346,13 +346,13 @@ def _with_shapes(
     """
     own = model.shapes
     wrong = [
-        f"{seen} is {observed[seen]}, the model holds {name} as {own[name]}: another model was trained"
-        for seen, name in names.items()
-        if not _fits(observed[seen], own[name])
+        f"{listed} is {observed[listed]}, the model holds {name} as {own[name]}: another model was trained"
+        for listed, name in names.items()
+        if not _fits(observed[listed], own[name])
     ]
     if wrong:
         return Mismatch(reasons=tuple(_shortened(wrong)))
-    turned = {name: observed[seen] != own[name] for seen, name in names.items()}
+    turned = {name: observed[listed] != own[name] for listed, name in names.items()}
     squares = [name for name in turned if len(own[name]) == 2 and len(set(own[name])) == 1]
     if any(turned.values()):
         evidence = {name: way for name, way in turned.items() if len(set(own[name])) == 2}
@@ -361,7 +361,7 @@ def _with_shapes(
             reasons = [f"{name} is square: whether it is transposed cannot be told" for name in doubtful]
             return Mismatch(reasons=tuple(_shortened(reasons)))
         turned |= {name: way == {True} for name, way in ways.items()}
-    places = {seen: Place(name=name, transposed=turned[name]) for seen, name in names.items()}
+    places = {listed: Place(name=name, transposed=turned[name]) for listed, name in names.items()}
     count = sum(place.transposed for place in places.values())
     added = (f"{count} matrices are stored transposed and were turned",) if count else ()
     return Matching(places=places, notes=(*notes, *added))

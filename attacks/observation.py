@@ -88,10 +88,10 @@ class Knowledge:
 
     def __post_init__(self) -> None:
         # Read past any subclass that notes what is read: a check is no use of a fact.
-        found = {name: plain(object.__getattribute__(self, name)) for name in RULES}
-        if problems := _knowledge_problems(found):
+        facts = {name: plain(object.__getattribute__(self, name)) for name in RULES}
+        if problems := _knowledge_problems(facts):
             raise ObservationError("; ".join(problems))
-        for name, value in found.items():
+        for name, value in facts.items():
             object.__setattr__(self, name, value)
 
     def granted(self) -> tuple[str, ...]:
@@ -281,26 +281,26 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 def _exchange(stage: Path, folder: Path) -> None:
     """Put the files of the stage in the place of those in the folder, all of them or none."""
-    kept = stage.with_suffix(".old")
-    kept.mkdir(mode=0o700)
+    previous = stage.with_suffix(".old")
+    previous.mkdir(mode=0o700)
     old = [name for name in _FILES if os.path.lexists(folder / name)]
     try:
         for (
             name
         ) in old:  # the description goes first, so that it never stands beside the tensors of another one
-            os.replace(folder / name, kept / name)
+            os.replace(folder / name, previous / name)
         for name in reversed(_FILES):
             if (stage / name).exists():
                 os.replace(stage / name, folder / name)
     except BaseException:
         for name in reversed(_FILES):
-            if os.path.lexists(kept / name):
-                os.replace(kept / name, folder / name)
+            if os.path.lexists(previous / name):
+                os.replace(previous / name, folder / name)
             elif name not in old:
                 (folder / name).unlink(missing_ok=True)
-        kept.rmdir()
+        previous.rmdir()
         raise
-    shutil.rmtree(kept, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -373,10 +373,10 @@ def _read_json(path: Path) -> tuple[Any, list[str]]:
     repeated: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        members = dict(pairs)
+        if len(members) < len(pairs):
             repeated.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        return found
+        return members
 
     try:
         with path.open("rb") as file:
@@ -471,10 +471,10 @@ def _read_tensors(path: Path, inventory: Mapping[str, Any], digest: str | None) 
     if content != digest:
         wanted = f"its SHA-256 is {content}, must be {show(digest)}"
         raise ObservationError(f"{path} is not the file that {_DESCRIPTION} describes: {wanted}")
-    found = _inventory(tensors)
-    if found != inventory:
+    stored = _inventory(tensors)
+    if stored != inventory:
         different = sorted(
-            name for name in set(found) | set(inventory) if found.get(name) != inventory.get(name)
+            name for name in set(stored) | set(inventory) if stored.get(name) != inventory.get(name)
         )
         raise ObservationError(f"{path} differs from {_DESCRIPTION} at {different[:5]}")
     return tensors

@@ -113,28 +113,28 @@ def _as_seen(image: Tensor, shift: Sequence[float], scale: Sequence[float]) -> T
 
 
 def _page(result: Result, pictures: Sequence[str], decode: Decode | None) -> str:
-    told = result.reconstruction
-    lines = [f"# {told.attack}", ""]
+    reconstruction = result.reconstruction
+    lines = [f"# {reconstruction.attack}", ""]
     lines += [_verdict(result), ""]
     lines += [f"- {note}" for note in result.notes]
-    if told.knowledge_used:
-        lines.append(f"- assumed beyond the wire: {', '.join(told.knowledge_used)}")
-    if told.reason:
-        lines.append(f"- {told.reason}")
+    if reconstruction.knowledge_used:
+        lines.append(f"- assumed beyond the wire: {', '.join(reconstruction.knowledge_used)}")
+    if reconstruction.reason:
+        lines.append(f"- {reconstruction.reason}")
     lines += ["", *_texts(result, decode)]
     lines += [f"![{name}]({name})" for name in pictures]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _verdict(result: Result) -> str:
-    told, judged = result.reconstruction, result.score
-    if not told.applicable:
+    reconstruction, judged = result.reconstruction, result.score
+    if not reconstruction.applicable:
         return "Not applicable: this attack can say nothing about this update. That is no evidence of safety."
     if judged is None:
-        kinds = sorted({item.kind.replace("_", " ") for item in told.items})
-        found = ", ".join(kinds) if kinds else "nothing"
+        kinds = sorted({item.kind.replace("_", " ") for item in reconstruction.items})
+        claims = ", ".join(kinds) if kinds else "nothing"
         return (
-            f"It states a confidence of {told.confidence:.2f} in: {found}. "
+            f"It states a confidence of {reconstruction.confidence:.2f} in: {claims}. "
             "Without the truth nothing is proven."
         )
     beside = f"{judged.measure} {judged.value:.3f}, guessing {judged.baseline:.3f}"
@@ -147,7 +147,7 @@ def _texts(result: Result, decode: Decode | None) -> list[str]:
         rows = ["| truth | recovered |", "|---|---|"]
         return [
             *rows,
-            *(f"| {_said(true, decode)} | {_said(got, decode)} |" for true, got in judged.pairs),
+            *(f"| {_said(true, decode)} | {_said(recovered, decode)} |" for true, recovered in judged.pairs),
             "",
         ]
     sentences = [

@@ -82,7 +82,7 @@ class Score:
         return self.succeeded and self.luck <= LUCK
 
 
-def score(found: Reconstruction, truth: Truth, *, with_luck: bool = True) -> Score | None:
+def score(reconstruction: Reconstruction, truth: Truth, *, with_luck: bool = True) -> Score | None:
     """Score what was found by the first kind of item the truth can judge; None when it can judge none.
 
     Without `with_luck` the luck is left at 0, where only the value is asked for.
@@ -90,7 +90,7 @@ def score(found: Reconstruction, truth: Truth, *, with_luck: bool = True) -> Sco
     Guarantee: the attack never sees the truth; this function never changes the reconstruction.
     """
     for judge in (_members, _tokens, _labels, _images):
-        result = judge(found, truth, with_luck)
+        result = judge(reconstruction, truth, with_luck)
         if result is not None:
             return result
     return None
@@ -126,8 +126,8 @@ def pooled(scores: Sequence[Score]) -> Score:
     )
 
 
-def _members(found: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
-    values = found.of("scores")
+def _members(reconstruction: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
+    values = reconstruction.of("scores")
     if not values or truth.members is None or len(values[0]) != len(truth.members):
         return None
     scores, inside = values[0].double().numpy(), np.asarray(truth.members)
@@ -151,12 +151,12 @@ def auc_deviation(area: float, members: int, others: int) -> float:
     return math.sqrt(max(variance, 0.0) / (members * others))
 
 
-def _tokens(found: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
+def _tokens(reconstruction: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
     if not truth.sequences:
         return None
     everywhere = _everywhere(truth)
     true = set().union(*truth.sequences) - everywhere
-    read = read_tokens(found)
+    read = read_tokens(reconstruction)
     if read is None or not true:
         return None
     guessed = read - everywhere
@@ -168,8 +168,8 @@ def _tokens(found: Reconstruction, truth: Truth, with_luck: bool) -> Score | Non
         baseline=baseline,
         succeeded=_ENOUGH["token F1"](result.f1, baseline),
         luck=_luck_of_tokens(guessed, true, truth, everywhere) if with_luck else 0.0,
-        exact=_sentences_read(found, truth.sequences),
-        pairs=_beside(truth.sequences[:SHOWN], found, guessed),
+        exact=_sentences_read(reconstruction, truth.sequences),
+        pairs=_beside(truth.sequences[:SHOWN], reconstruction, guessed),
     )
 
 
@@ -181,7 +181,7 @@ def _everywhere(truth: Truth) -> set[int]:
     return set.intersection(*texts) if len(texts) > 1 else set()
 
 
-def read_tokens(found: Reconstruction) -> set[int] | None:
+def read_tokens(reconstruction: Reconstruction) -> set[int] | None:
     """Return every token that a reconstruction names in whatever form, None where it names none in any."""
     readers: dict[str, Callable[[Tensor], Sequence[int]]] = {
         "token_set": lambda value: value.tolist(),
@@ -189,12 +189,12 @@ def read_tokens(found: Reconstruction) -> set[int] | None:
         "token_counts": lambda value: (value > 0.5).nonzero().flatten().tolist(),
         "placed_tokens": lambda value: value.reshape(-1, value.shape[-1])[:, -1].tolist(),
     }
-    named = [set(readers[item.kind](item.value)) for item in found.items if item.kind in readers]
+    named = [set(readers[item.kind](item.value)) for item in reconstruction.items if item.kind in readers]
     return set().union(*named) if named else None
 
 
-def _sentences_read(found: Reconstruction, sequences: Sequence[Sequence[int]]) -> bool:
-    texts = {tuple(value.tolist()) for value in found.of("sequence")}
+def _sentences_read(reconstruction: Reconstruction, sequences: Sequence[Sequence[int]]) -> bool:
+    texts = {tuple(value.tolist()) for value in reconstruction.of("sequence")}
     return all(tuple(sequence) in texts for sequence in sequences)
 
 
@@ -246,24 +246,24 @@ def _guessed_tokens(true: set[int], truth: Truth, everywhere: set[int]) -> float
     """Return the best F1 of guessing: all ids, or the most frequent ones of texts that were not used, as many
     as pay best.
     """
-    found = (
+    reconstruction = (
         0.0 if truth.vocabulary is None else 2 * len(true) / (max(truth.vocabulary, len(true)) + len(true))
     )
     hits = 0
     frequent = Counter(token for text in truth.others for token in set(text) - everywhere).most_common()
     for number, (token, _) in enumerate(frequent, start=1):
         hits += token in true
-        found = max(found, 2 * hits / (number + len(true)))
-    return found
+        reconstruction = max(reconstruction, 2 * hits / (number + len(true)))
+    return reconstruction
 
 
 def _beside(
-    sequences: Sequence[Sequence[int]], found: Reconstruction, guessed: set[int]
+    sequences: Sequence[Sequence[int]], reconstruction: Reconstruction, guessed: set[int]
 ) -> tuple[tuple[str, str], ...]:
     """Put each true text beside the recovered text most like it, or beside those of its tokens that were
     found.
     """
-    texts = [[token for token in value.tolist() if token >= 0] for value in found.of("sequence")]
+    texts = [[token for token in value.tolist() if token >= 0] for value in reconstruction.of("sequence")]
     pairs = []
     for true in sequences:
         best = max(
@@ -273,8 +273,10 @@ def _beside(
     return tuple(pairs)
 
 
-def _labels(found: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
-    counts = found.of("label_counts") or tuple(_counts(value) for value in found.of("labels"))
+def _labels(reconstruction: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
+    counts = reconstruction.of("label_counts") or tuple(
+        _counts(value) for value in reconstruction.of("labels")
+    )
     if not counts or truth.labels is None:
         return None
     classes = truth.classes or max(len(counts[0]), max(truth.labels) + 1)
@@ -308,8 +310,8 @@ def _counts(labels: Tensor) -> Tensor:
     return labels.long().bincount()
 
 
-def _images(found: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
-    images = found.of("image")
+def _images(reconstruction: Reconstruction, truth: Truth, with_luck: bool) -> Score | None:
+    images = reconstruction.of("image")
     if not images or truth.images is None:
         return None
     true = truth.images.float()

@@ -63,8 +63,8 @@ def load_truth(path: Path) -> Truth:
     ids, mask, labels = tensors.get("token_ids"), tensors.get("attention_mask"), tensors.get("labels")
     sequences = None
     if ids is not None:
-        kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        sequences = tuple(tuple(row[keep].tolist()) for row, keep in zip(ids, kept, strict=True))
+        counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        sequences = tuple(tuple(row[keep].tolist()) for row, keep in zip(ids, counted, strict=True))
     flat = None if labels is None else tuple(labels.tolist())
     return Truth(sequences=sequences, images=tensors.get("images"), labels=flat)
 

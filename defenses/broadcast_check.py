@@ -149,13 +149,13 @@ def _layout(tensors: Mapping[str, Tensor], reference: Mapping[str, TensorLayout]
     ]
     for name, tensor in tensors.items():
         wanted = reference.get(name)
-        found = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        layout = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         if wanted is None:
             reasons.append(Reason(rule="layout", tensor=name, detail="not part of the agreed architecture"))
-        elif found != f"{wanted.shape} {wanted.dtype}":
+        elif layout != f"{wanted.shape} {wanted.dtype}":
             reasons.append(
                 Reason(
-                    rule="layout", tensor=name, detail=f"is {found}, must be {wanted.shape} {wanted.dtype}"
+                    rule="layout", tensor=name, detail=f"is {layout}, must be {wanted.shape} {wanted.dtype}"
                 )
             )
     return reasons

@@ -29,7 +29,7 @@ class Callback(Protocol):
     def round_started(self, plan: RoundPlan, total: int) -> None:
         """A round begins."""
 
-    def client_finished(self, done: int, total: int) -> None:
+    def client_finished(self, finished: int, total: int) -> None:
         """One more client of the round has contributed or was lost."""
 
     def round_finished(self, record: RoundRecord) -> None:
@@ -42,7 +42,7 @@ class NullCallback:
     def round_started(self, plan: RoundPlan, total: int) -> None:
         """Ignore."""
 
-    def client_finished(self, done: int, total: int) -> None:
+    def client_finished(self, finished: int, total: int) -> None:
         """Ignore."""
 
     def round_finished(self, record: RoundRecord) -> None:

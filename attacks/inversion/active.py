@@ -72,8 +72,8 @@ def measurement(
     if kind == "mean":
         return torch.full((features,), 1.0 / features)
     if kind == "random":
-        drawn = torch.randn(features, generator=torch.Generator().manual_seed(seed))
-        return nn.functional.normalize(drawn, dim=0)
+        direction = torch.randn(features, generator=torch.Generator().manual_seed(seed))
+        return nn.functional.normalize(direction, dim=0)
     wave = torch.cos(math.pi * (torch.arange(features) + 0.5) * frequency / features)
     return nn.functional.normalize(wave, dim=0)
 
@@ -162,13 +162,13 @@ def _imprint(
             continue
         lengths = weight.detach().norm(dim=1)
         spread = float(lengths.std() / lengths.mean())
-        found = read_imprint(channel.gradient, channel.bias, cumulative=spread < 1e-4)
-        found = _in_range(found, prior)
-        if not len(found):
+        readout = read_imprint(channel.gradient, channel.bias, cumulative=spread < 1e-4)
+        readout = _in_range(readout, prior)
+        if not len(readout):
             return Finding(reason="every bin is empty or holds a mixture", details={"channel": name})
-        items = tuple(as_item(value, observation, 0.9) for value in found)
+        items = tuple(as_item(value, observation, 0.9) for value in readout)
         return Finding(
-            items=items, confidence=0.9, details={"channel": name, "bins": len(weight), "held": len(found)}
+            items=items, confidence=0.9, details={"channel": name, "bins": len(weight), "held": len(readout)}
         )
     raise NotApplicable("no layer of the broadcast has parallel rows: it is not an imprint block")
 
@@ -179,7 +179,7 @@ def parallel_rows(weight: Tensor, *, tolerance: float = 1e-4) -> bool:
     return bool(((unit @ unit[0]) > 1 - tolerance).all())
 
 
-def _in_range(found: Tensor, prior: Prior) -> Tensor:
+def _in_range(images: Tensor, prior: Prior) -> Tensor:
     """Drop what cannot be pixels; mixtures of several inputs stay inside the range and are kept."""
     low = (
         torch.tensor(0.0)
@@ -192,8 +192,8 @@ def _in_range(found: Tensor, prior: Prior) -> Tensor:
         else ((1 - prior.image_mean) / prior.image_std).max()
     )
     slack = 0.05 * (high - low)
-    inside = (found >= low - slack).all(1) & (found <= high + slack).all(1) & torch.isfinite(found).all(1)
-    return found[inside]
+    inside = (images >= low - slack).all(1) & (images <= high + slack).all(1) & torch.isfinite(images).all(1)
+    return images[inside]
 
 
 # ----------------------------------------------------------------------------------------------- trap weights
@@ -219,8 +219,8 @@ def craft_trap(
         module.weight.zero_()
         for row in module.weight:
             places = torch.randperm(module.in_features, generator=generator)
-            drawn = torch.randn(half, generator=generator).abs()
-            gain, loss = drawn[torch.randperm(half, generator=generator)], drawn
+            magnitudes = torch.randn(half, generator=generator).abs()
+            gain, loss = magnitudes[torch.randperm(half, generator=generator)], magnitudes
             up, down = reached[:, places[half : 2 * half]] @ gain, reached[:, places[:half]] @ loss
             scale = 1.0 / torch.quantile(up / down.clamp_min(1e-9), 1.0 - share)
             row[places[:half]], row[places[half : 2 * half]] = -loss, scale * gain
@@ -234,8 +234,8 @@ def _trap(
 ) -> Finding:
     private = working_copy(model, observation)
     channel = first_biased(observation, private)
-    found = _in_range(bias_quotients(channel)[0], prior)
-    groups = agreeing(found)
+    images = _in_range(bias_quotients(channel)[0], prior)
+    groups = agreeing(images)
     if not groups:
         return Finding(reason="no neuron holds a valid input", details={"channel": channel.name})
     # A trap neuron may hold one input alone, so lone candidates are reported too, with less confidence.

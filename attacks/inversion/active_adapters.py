@@ -169,12 +169,12 @@ def craft_adapter_leak(model: nn.Module, public: Tensor, *, down: str, up: str) 
         output.weight[frame.image_code, 0] = 10.0 * frame.places
         _identity(_linear(crafted, r"(fc1|intermediate\.dense)$"), bias=_SHIFT)
         _identity(_linear(crafted, r"(fc2|(?<!attention\.)output\.dense)$"), bias=-_SHIFT)
-    seen = capture_inputs({down: first}, lambda: image_logits(crafted, public))[down]
-    _set_bins(first, second, seen, frame, width)
+    inputs = capture_inputs({down: first}, lambda: image_logits(crafted, public))[down]
+    _set_bins(first, second, inputs, frame, width)
     return crafted
 
 
-def _set_bins(down: nn.Linear, up: nn.Linear, seen: Tensor, frame: Frame, width: int) -> None:
+def _set_bins(down: nn.Linear, up: nn.Linear, inputs: Tensor, frame: Frame, width: int) -> None:
     patches = range(1, frame.places) if frame.places > 1 else range(1)  # place 0 is the class token
     bins = down.out_features // len(patches)
     if bins < 2:
@@ -184,13 +184,13 @@ def _set_bins(down: nn.Linear, up: nn.Linear, seen: Tensor, frame: Frame, width:
         down.bias.fill_(-1e6)
         for index, place in enumerate(patches):
             row = torch.zeros(width)
-            codes = seen[:, place, frame.image_code]
+            codes = inputs[:, place, frame.image_code]
             # The image code sorts; the place code is only large enough to silence the other places.
             row[frame.image_code] = (
-                0.5 * seen[:, place, frame.pixels + place].median() / (codes.max() - codes.min())
+                0.5 * inputs[:, place, frame.pixels + place].median() / (codes.max() - codes.min())
             )
             row[frame.pixels + place] = 1.0
-            values = (seen[:, place] @ row).double()
+            values = (inputs[:, place] @ row).double()
             edges = torch.quantile(values, torch.arange(bins, dtype=torch.float64) / bins)
             edges[0] -= values.max() - values.min()
             down.weight[index * bins : (index + 1) * bins] = row
@@ -213,13 +213,13 @@ def _read_adapter(
     own, view = private.get_submodule(name), observation.gradient().tensors
     assert isinstance(own, nn.Linear)
     places = own.weight.detach()[:, frame.pixels : frame.image_code].argmax(1)
-    found: dict[int, list[tuple[float, Tensor]]] = {}
+    patches: dict[int, list[tuple[float, Tensor]]] = {}
     for place in torch.unique(places[own.bias.detach() > -1e5]).tolist():
         rows = places == place
         held = read_imprint(view[f"{name}.weight"][rows], view[f"{name}.bias"][rows], cumulative=True)
-        found[place] = [_unnormed(state, frame, place) for state in held]
+        patches[place] = [_unnormed(state, frame, place) for state in held]
     patch = (int(projection.kernel_size[0]), int(projection.kernel_size[1]))
-    images = _grouped(found, projection.in_channels, patch)
+    images = _grouped(patches, projection.in_channels, patch)
     if not images:
         return Finding(reason="every bin is empty or holds a mixture", details={"channel": name})
     items = tuple(Item(kind="image", value=image.float(), confidence=0.9) for image in images)
@@ -247,17 +247,17 @@ def _unnormed(state: Tensor, frame: Frame, place: int) -> tuple[float, Tensor]:
 
 
 def _grouped(
-    found: dict[int, list[tuple[float, Tensor]]], channels: int, patch: tuple[int, int]
+    patches: dict[int, list[tuple[float, Tensor]]], channels: int, patch: tuple[int, int]
 ) -> list[Tensor]:
     """Put together patches that carry the same image code; images with a missing patch are left out."""
-    order = sorted(found)
+    order = sorted(patches)
     side = int(len(order) ** 0.5)
     images = []
-    for code, first in found[order[0]]:
+    for code, first in patches[order[0]]:
         parts = [first]
         for place in order[1:]:
             same = [
-                pixels for other, pixels in found[place] if abs(other - code) < 1e-3 * max(1.0, abs(code))
+                pixels for other, pixels in patches[place] if abs(other - code) < 1e-3 * max(1.0, abs(code))
             ]
             parts.extend(same[:1])
         pixels = torch.stack(parts)

@@ -71,8 +71,8 @@ def _write_code(block: Any, width: int, skew: float, generator: torch.Generator)
         fused.bias[start] = skew
         fused.weight[width - 1, width + start] = 1.0
     for index in range(_RESERVED - 1):
-        drawn = torch.randn(width - _RESERVED, generator=generator)
-        fused.weight[: width - _RESERVED, 2 * width + index] = drawn / drawn.norm()
+        code = torch.randn(width - _RESERVED, generator=generator)
+        fused.weight[: width - _RESERVED, 2 * width + index] = code / code.norm()
         output.weight[index, width - _RESERVED + index] = 0.5
 
 
@@ -80,11 +80,11 @@ def _store_states(
     model: nn.Module, block: Any, public: Tensor, width: int, generator: torch.Generator
 ) -> None:
     first, second = block.mlp.c_fc, block.mlp.c_proj
-    seen = capture_inputs({"states": first}, lambda: model(input_ids=public))["states"].reshape(-1, width)
+    states = capture_inputs({"states": first}, lambda: model(input_ids=public))["states"].reshape(-1, width)
     along = torch.randn(width, generator=generator)
     along[-1] = 0.0
     along = along / along.norm()
-    edges = bin_edges(seen @ along, first.weight.shape[1])
+    edges = bin_edges(states @ along, first.weight.shape[1])
     with torch.no_grad():
         first.weight.copy_((_GAIN * along)[:, None].expand_as(first.weight))
         first.bias.copy_(-_GAIN * edges)
@@ -126,14 +126,14 @@ def _decode(states: Tensor, words: Tensor, places: Tensor) -> tuple[Tensor, Tens
 
     Known coordinates are centred and compared by cosine; the reserved ones are put on the same scale first.
     """
-    kept = words.shape[1] - _RESERVED
-    ours = states[:, :kept].double()
+    coordinates = words.shape[1] - _RESERVED
+    ours = states[:, :coordinates].double()
     ours = ours - ours.mean(1, keepdim=True)
     best = torch.full((len(states),), -2.0, dtype=torch.float64)
     token, place = torch.zeros(len(states), dtype=torch.long), torch.zeros(len(states), dtype=torch.long)
     scale = torch.ones(len(states), dtype=torch.float64)
     for index in range(len(places)):
-        table = words[:, :kept].double() + places[index, :kept].double()
+        table = words[:, :coordinates].double() + places[index, :coordinates].double()
         table = table - table.mean(1, keepdim=True)
         value, chosen = (nn.functional.normalize(ours, dim=1) @ nn.functional.normalize(table, dim=1).T).max(
             1
@@ -143,7 +143,7 @@ def _decode(states: Tensor, words: Tensor, places: Tensor) -> tuple[Tensor, Tens
         place = torch.where(better, torch.tensor(index), place)
         scale = torch.where(better, table.norm(dim=1)[chosen] / ours.norm(dim=1).clamp_min(1e-30), scale)
     # The mean that the norm took out is the same for all coordinates: the code is read as differences.
-    reserved = states[:, kept:-1].double()
+    reserved = states[:, coordinates:-1].double()
     codes = (reserved - reserved.mean(1, keepdim=True)) * scale[:, None]
     return token, place, best, codes
 

@@ -25,16 +25,16 @@ def narrow_channels(observation: Observation, model: nn.Module) -> list[Channel]
 
     Raises: NotApplicable when there is none.
     """
-    found = [
+    channels = [
         channel
         for channel in observed_channels(observation, model).values()
         if channel.bias is not None
         and bool(channel.bias.any())
         and channel.gradient.shape[0] < channel.gradient.shape[1]
     ]
-    if not found:
+    if not channels:
         raise NotApplicable("no biased layer that projects down was observed")
-    return found
+    return channels
 
 
 def decode(states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ def _attempt(
 
 def _tokens_of(model: nn.Module, channel: Channel, quotients: Tensor, vocabulary: int) -> set[int]:
     module = {channel.name: model.get_submodule(channel.name)}
-    found: set[int] = set()
+    token_ids: set[int] = set()
     longest = int(getattr(getattr(model, "config", None), "max_position_embeddings", 1) or 1)
     for place in range(min(longest, 8)):
         ids = torch.arange(vocabulary)[:, None].expand(-1, place + 1)
@@ -82,8 +82,8 @@ def _tokens_of(model: nn.Module, channel: Channel, quotients: Tensor, vocabulary
         if channel.name not in captured or captured[channel.name].ndim != 3:
             return set()
         nearest, distance = decode(quotients, captured[channel.name][:, -1])
-        found |= set(nearest[distance < _MATCH].tolist())
-    return found
+        token_ids |= set(nearest[distance < _MATCH].tolist())
+    return token_ids
 
 
 def adapter_readout() -> Attack:

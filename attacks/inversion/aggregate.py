@@ -178,15 +178,15 @@ def _attempt(
     for restart in range(budget.restarts):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + restart)
         with torch.enable_grad():
-            found = separate(
+            separated = separate(
                 mixture,
                 image_shape=tuple(shape) if fits else None,
                 iterations=budget.iterations,
                 generator=generator,
                 deadline=deadline,
             )
-        if best is None or found[1] < best[1]:
-            best = found
+        if best is None or separated[1] < best[1]:
+            best = separated
         if deadline.expired:
             break
     assert best is not None

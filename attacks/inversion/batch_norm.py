@@ -48,12 +48,12 @@ def client_statistics(observation: Observation, model: nn.Module) -> dict[str, S
     for name, module in model.named_modules():
         if not isinstance(module, _Norm) or not module.momentum:
             continue
-        found = [
+        statistics = [
             _average(observation, f"{name}.{kind}", getattr(module, kind), float(module.momentum), steps)
             for kind in ("running_mean", "running_var")
         ]
-        if found[0] is not None and found[1] is not None:
-            read[name] = Statistics(mean=found[0], variance=found[1])
+        if statistics[0] is not None and statistics[1] is not None:
+            read[name] = Statistics(mean=statistics[0], variance=statistics[1])
     return read
 
 

@@ -88,16 +88,16 @@ def observed_channels(observation: Observation, model: nn.Module) -> dict[str, C
     Raises: NotApplicable when there is none.
     """
     tensors = observation.gradient().tensors
-    found = {}
+    channels = {}
     for name, module in linear_modules(model).items():
         weight = tensors.get(f"{name}.weight")
         if weight is None or weight.ndim != 2 or not bool(weight.any()):
             continue
         gradient = weight.T if is_transposed(module) else weight
-        found[name] = Channel(name=name, gradient=gradient, bias=tensors.get(f"{name}.bias"))
-    if not found:
+        channels[name] = Channel(name=name, gradient=gradient, bias=tensors.get(f"{name}.bias"))
+    if not channels:
         raise NotApplicable("no linear layer with a gradient other than zero was observed")
-    return found
+    return channels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -121,9 +121,9 @@ class Spectrum:
         looks beneath its edge, where inputs of small weight may still show.
         """
         cast = tolerance is None and self.rounding > 0.0
-        seen = self.singular[self.singular > self.rounding] if cast else self.singular
+        significant = self.singular[self.singular > self.rounding] if cast else self.singular
         dtype = torch.float32 if cast else self.dtype
-        rank = numerical_rank(seen, self.shape, noise=noise, tolerance=tolerance, dtype=dtype)
+        rank = numerical_rank(significant, self.shape, noise=noise, tolerance=tolerance, dtype=dtype)
         return Span(channel=self.channel, basis=self.right[:rank], shape=self.shape)
 
     def clean_span(self) -> Span | None:

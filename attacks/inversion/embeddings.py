@@ -144,7 +144,7 @@ def text_loss(frame: TextFrame) -> Callable[[nn.Module, Tensor, Tensor], Tensor]
     tokens.
     """
     unit_rows = nn.functional.normalize(frame.rows, dim=-1)
-    kept = frame.mask[:, 1:].bool()
+    counted = frame.mask[:, 1:].bool()
 
     def loss(model: nn.Module, embeddings: Tensor, targets: Tensor) -> Tensor:
         logits = logits_of(model, frame, embeddings)
@@ -152,7 +152,7 @@ def text_loss(frame: TextFrame) -> Callable[[nn.Module, Tensor, Tensor], Tensor]
             return cross_entropy(logits, targets)
         likeness = nn.functional.normalize(embeddings, dim=-1) @ unit_rows.to(embeddings.dtype).T
         soft = torch.softmax(_SHARPNESS * likeness, dim=-1)[:, 1:]
-        return cross_entropy(logits[:, :-1][kept], soft[kept])
+        return cross_entropy(logits[:, :-1][counted], soft[counted])
 
     return loss
 
@@ -203,11 +203,11 @@ def _lengths(observation: Observation, model: nn.Module, count: int, token_name:
     if length:
         return (int(length),) * count
     for name in embedding_names(model):
-        seen = observation.tensors.get(f"{name}.weight")
-        if name != token_name and seen is not None and len(seen) > 2:
-            norms = seen.norm(dim=1)
+        gradient = observation.tensors.get(f"{name}.weight")
+        if name != token_name and gradient is not None and len(gradient) > 2:
+            norms = gradient.norm(dim=1)
             used = int((norms > 1e-9 * norms.max()).sum())
-            if used < len(seen):
+            if used < len(gradient):
                 return (used,) * count
     raise NotApplicable("the text's length is neither known nor shown by a position embedding")
 
@@ -233,8 +233,8 @@ def text_problem(
     names, target, scaled = share_only(private, observation)
     # The dummies enter behind the table, so its rows carry nothing for matching beyond the tokens already
     # read off them.
-    kept = [index for index, name in enumerate(names) if name != f"{frame.embedding}.weight"]
-    if not kept:
+    others = [index for index, name in enumerate(names) if name != f"{frame.embedding}.weight"]
+    if not others:
         raise NotApplicable(
             "only the token embedding was shared: its rows give the tokens, matching adds nothing"
         )
@@ -245,8 +245,8 @@ def text_problem(
 
     problem = Problem(
         model=private,
-        names=tuple(names[index] for index in kept),
-        target=tuple(target[index] for index in kept),
+        names=tuple(names[index] for index in others),
+        target=tuple(target[index] for index in others),
         loss=text_loss(frame),
         shape=(count, frame.length, frame.rows.shape[1]),
         classes=classes,
@@ -270,15 +270,15 @@ def nearest_tokens(
     name, module = next(iter(linear_modules(model).items()))
     count, length = embeddings.shape[:2]
     keep = min(keep, len(ids))
-    seen = capture_inputs({name: module}, lambda: logits_of(model, frame, embeddings)).get(name)
-    if seen is None or seen.ndim != 3 or seen.shape[1] < length:
+    states = capture_inputs({name: module}, lambda: logits_of(model, frame, embeddings)).get(name)
+    if states is None or states.ndim != 3 or states.shape[1] < length:
         likeness = (
             nn.functional.normalize(embeddings, dim=-1)
             @ nn.functional.normalize(frame.rows[ids].to(embeddings.dtype), dim=-1).T
         )
         value, place = likeness.topk(keep, dim=-1)
         return ids[place], value
-    ours = nn.functional.normalize(seen[:, -length:], dim=-1)
+    ours = nn.functional.normalize(states[:, -length:], dim=-1)
     best, tokens = embeddings.new_empty(count, length, 0), torch.empty(count, length, 0, dtype=torch.long)
     for part in torch.split(ids, chunk):
         words = part[:, None].expand(-1, length)
@@ -374,23 +374,29 @@ def scaled_rate(settings: Settings, frame: TextFrame) -> Settings:
 
 
 def text_finding(
-    found: Match, problem: Problem, frame: TextFrame, settings: Settings, deadline: Deadline, *, trials: int
+    solution: Match,
+    problem: Problem,
+    frame: TextFrame,
+    settings: Settings,
+    deadline: Deadline,
+    *,
+    trials: int,
 ) -> Finding:
     """Return recovered sequences: the nearest tokens, exchanged while that makes the update fit better."""
-    candidates, likeness = nearest_tokens(problem.model, found.inputs, frame, keep=_CANDIDATES)
+    candidates, likeness = nearest_tokens(problem.model, solution.inputs, frame, keep=_CANDIDATES)
     tokens, residual = exchange_tokens(
-        problem, frame, settings, candidates, found.targets, deadline, trials=trials
+        problem, frame, settings, candidates, solution.targets, deadline, trials=trials
     )
-    explained = max(0.0, 1.0 - residual / max(found.start_distance, 1e-30))
+    explained = max(0.0, 1.0 - residual / max(solution.start_distance, 1e-30))
     details: dict[str, float | int | str] = {
-        "distance": found.distance,
-        "start_distance": found.start_distance,
+        "distance": solution.distance,
+        "start_distance": solution.start_distance,
         "token_distance": residual,
-        "iterations": found.iterations,
+        "iterations": solution.iterations,
         "tensors": len(problem.names),
         "likeness": float(likeness[..., 0].mean()),
     }
-    reason = "stopped by the clock" if found.stopped else ""
+    reason = "stopped by the clock" if solution.stopped else ""
     return Finding(
         items=as_sequences(tokens, frame, explained), confidence=explained, reason=reason, details=details
     )
@@ -412,8 +418,8 @@ def invert_text(
         problem = in_double(problem)
     settings = scaled_rate(settings, frame)
     with differentiable_attention(), torch.enable_grad():
-        found = solve(problem, settings, budget, seed, penalty=embedding_penalty(frame, settings))
-        return text_finding(found, problem, frame, settings, deadline, trials=TRIALS * budget.iterations)
+        solution = solve(problem, settings, budget, seed, penalty=embedding_penalty(frame, settings))
+        return text_finding(solution, problem, frame, settings, deadline, trials=TRIALS * budget.iterations)
 
 
 def _preset(name: str, settings: Settings, summary: str) -> Attack:

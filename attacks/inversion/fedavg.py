@@ -221,9 +221,9 @@ def _surrogate(
     for restart in range(budget.restarts):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + restart)
         with differentiable_attention(), torch.enable_grad():
-            found = _slide(problem, deltas, MODERN, budget.iterations, generator, deadline)
-        if best is None or found[0] < best[0]:
-            best = found
+            solution = _slide(problem, deltas, MODERN, budget.iterations, generator, deadline)
+        if best is None or solution[0] < best[0]:
+            best = solution
         if deadline.expired:
             break
     assert best is not None

@@ -142,14 +142,14 @@ def possible_labels(weight: Tensor, examples: int, deadline: Deadline) -> Tensor
     classes, rank = len(weight), numerical_rank(singular, tuple(weight.shape))
     if rank != examples or rank >= min(classes - 1, weight.shape[1]) or classes > _SEPARABLE:
         return None
-    basis, found = columns[:, :rank].numpy(), torch.zeros(classes, dtype=torch.bool)
+    basis, possible = columns[:, :rank].numpy(), torch.zeros(classes, dtype=torch.bool)
     for label in range(classes):
         if deadline.expired:
             return None
         others, slack = -np.delete(basis, label, axis=0), np.full(classes - 1, _TILT)
         solved = linprog(basis[label], A_ub=others, b_ub=slack, bounds=[(-1, 1)] * rank)
-        found[label] = solved.status == 0 and solved.fun < -0.5
-    return found if bool(found.any()) else None
+        possible[label] = solved.status == 0 and solved.fun < -0.5
+    return possible if bool(possible.any()) else None
 
 
 def bounded_counts(estimate: Tensor, least: Tensor, possible: Tensor, total: int) -> Tensor:

@@ -91,25 +91,25 @@ def _without_last_targets(head: _Head, sentences: Sequence[Sentence]) -> tuple[T
     total = torch.zeros_like(head.weight)
     states = []
     for sentence in sentences:
-        logits, seen = _logits(head, sentence)
+        logits, hidden = _logits(head, sentence)
         targets = torch.tensor(sentence[1:])
         loss = logits.logsumexp(-1).sum() - logits[:-1].gather(1, targets[:, None]).sum()
         total += torch.autograd.grad(loss, head.weight)[0]
-        states.append(seen[-1].detach())
+        states.append(hidden[-1].detach())
     return total, torch.stack(states)
 
 
-def _weight(seen: Tensor, known: Tensor, sentences: Sequence[Sentence]) -> float | None:
+def _weight(observed: Tensor, known: Tensor, sentences: Sequence[Sentence]) -> float | None:
     """Return what every target's loss counts for, from the rows of tokens that are neither read nor a known
     target.
     """
-    absent = torch.ones(len(seen), dtype=torch.bool)
+    absent = torch.ones(len(observed), dtype=torch.bool)
     absent[sorted({token for sentence in sentences for token in sentence})] = False
     rows = known[absent]
     lengths = rows.square().sum(1)
     if not bool((lengths > 0).any()):
         return None
-    ratios = (seen[absent] * rows).sum(1)[lengths > 0] / lengths[lengths > 0]
+    ratios = (observed[absent] * rows).sum(1)[lengths > 0] / lengths[lengths > 0]
     weight = float(ratios.median())  # the last tokens of few sentences do not move it
     return weight if weight > 0.0 else None
 

@@ -83,9 +83,9 @@ def principal_components(updates: Tensor, most: int) -> Components:
     """Return at most `most` principal components of updates (n, parameters), n below the parameters."""
     mean = updates.mean(0)
     _, singular, right = torch.linalg.svd(updates - mean, full_matrices=False)
-    kept = int((singular > 1e-6 * singular[0].clamp_min(1e-30)).sum())
-    kept = max(1, min(most, kept))
-    return Components(mean=mean, basis=right[:kept], spread=singular[:kept] / len(updates) ** 0.5)
+    rank = int((singular > 1e-6 * singular[0].clamp_min(1e-30)).sum())
+    rank = max(1, min(most, rank))
+    return Components(mean=mean, basis=right[:rank], spread=singular[:rank] / len(updates) ** 0.5)
 
 
 def permuted_loss(guess: Tensor, truth: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def fit_inverter(
     optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
     generator = torch.Generator().manual_seed(seed)
-    best, kept = float("inf"), {name: value.clone() for name, value in network.state_dict().items()}
+    best, best_state = float("inf"), {name: value.clone() for name, value in network.state_dict().items()}
     for step in range(iterations):
         rows = cut + torch.randint(len(features) - cut, (64,), generator=generator)
         loss = permuted_loss(network(features[rows]).reshape(-1, batch, size), simulated.inputs[rows])
@@ -142,10 +142,13 @@ def fit_inverter(
                     permuted_loss(network(features[:cut]).reshape(-1, batch, size), simulated.inputs[:cut])
                 )
             if error < best:
-                best, kept = error, {name: value.clone() for name, value in network.state_dict().items()}
+                best, best_state = (
+                    error,
+                    {name: value.clone() for name, value in network.state_dict().items()},
+                )
             if deadline.expired:
                 break
-    network.load_state_dict(kept)
+    network.load_state_dict(best_state)
     naive = float((simulated.inputs[:cut] - middle).square().mean())
     return network.eval(), best, naive
 
@@ -167,9 +170,9 @@ def _attempt(
         network, error, naive = fit_inverter(
             simulated, components, iterations=budget.iterations, seed=seed, deadline=deadline
         )
-    seen = flat(observation.tensors, names)
+    observed = flat(observation.tensors, names)
     with torch.no_grad():
-        guess = network(components(seen[None])).reshape(batch, *prior.examples["images"].shape[1:])
+        guess = network(components(observed[None])).reshape(batch, *prior.examples["images"].shape[1:])
     confidence = max(0.0, 1.0 - error / max(naive, 1e-30))
     items = tuple(Item(kind="image", value=image, confidence=confidence) for image in guess)
     details = {

@@ -166,7 +166,7 @@ def sparse_directions(
         return
     alive = left[left.norm(dim=1) > 1e-7 * left.norm(dim=1).max()]
     needed = rank - 1 + max(3, len(alive) // 10)
-    found = torch.empty(0, rank, dtype=left.dtype)
+    directions = torch.empty(0, rank, dtype=left.dtype)
     weights = torch.ones(_SAMPLES_AT_ONCE, len(alive))
     for _ in range(0, samples, _SAMPLES_AT_ONCE):
         if deadline.expired or len(alive) < rank:
@@ -175,11 +175,11 @@ def sparse_directions(
         null = _null_vectors(alive[picked])
         values = (null @ alive.T).abs()
         zeros = (values <= silent * values.amax(1, keepdim=True)).sum(1)
-        found = _distinct_directions(torch.cat([found, null[zeros >= needed]]))
-        if len(found) >= rank:
-            order = ((found @ alive.T).abs() <= silent).sum(1).argsort(descending=True, stable=True)
-            found = found[order[: 8 * rank]]
-            chosen = _sparsest_basis(found)
+        directions = _distinct_directions(torch.cat([directions, null[zeros >= needed]]))
+        if len(directions) >= rank:
+            order = ((directions @ alive.T).abs() <= silent).sum(1).argsort(descending=True, stable=True)
+            directions = directions[order[: 8 * rank]]
+            chosen = _sparsest_basis(directions)
             if chosen is not None:
                 yield chosen
 
@@ -231,17 +231,17 @@ def _spear(
     generator = torch.Generator().manual_seed(seed)
     samples = budget.iterations * _SAMPLES_PER_ITERATION
     module = private.get_submodule(channel.name)
-    found = spear_inputs(
+    recovered = spear_inputs(
         channel.gradient, channel.bias, module, samples=samples, generator=generator, deadline=deadline
     )
-    if found is None:
+    if recovered is None:
         reason = (
             "stopped by the clock"
             if deadline.expired
             else "too few sparse directions: no ReLU, or too many examples"
         )
         return Finding(reason=reason, details={"channel": channel.name})
-    inputs, _, agreement = found
+    inputs, _, agreement = recovered
     confidence = max(0.0, 2.0 * agreement - 1.0)
     items = tuple(as_item(row, observation, confidence) for row in inputs)
     return Finding(

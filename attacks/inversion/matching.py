@@ -108,8 +108,8 @@ def known_or_inferred_labels(
         mean, _, _ = probe_head(observation, model, prior, head, seed)
     except NotApplicable:
         return None
-    found = round_to_total(identity_counts(head.bias, mean.double(), count), count)
-    return torch.repeat_interleave(torch.arange(len(found)), found)
+    label_counts = round_to_total(identity_counts(head.bias, mean.double(), count), count)
+    return torch.repeat_interleave(torch.arange(len(label_counts)), label_counts)
 
 
 def image_problem(
@@ -203,21 +203,21 @@ def _patch_size(model: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def image_finding(found: Match, problem: Problem) -> Finding:
+def image_finding(solution: Match, problem: Problem) -> Finding:
     """Return recovered images with the labels they were matched under."""
-    confidence = found.confidence
-    low, high = problem.box if problem.box is not None else (found.inputs.min(), found.inputs.max())
-    images = torch.maximum(torch.minimum(found.inputs, high), low).float()
+    confidence = solution.confidence
+    low, high = problem.box if problem.box is not None else (solution.inputs.min(), solution.inputs.max())
+    images = torch.maximum(torch.minimum(solution.inputs, high), low).float()
     items = [Item(kind="image", value=image, confidence=confidence) for image in images]
-    items.append(Item(kind="labels", value=found.targets.argmax(-1), confidence=confidence))
+    items.append(Item(kind="labels", value=solution.targets.argmax(-1), confidence=confidence))
     details: dict[str, float | int | str] = {
-        "distance": found.distance,
-        "start_distance": found.start_distance,
-        "iterations": found.iterations,
+        "distance": solution.distance,
+        "start_distance": solution.start_distance,
+        "iterations": solution.iterations,
         "tensors": len(problem.names),
         "labels": "optimised" if problem.labels is None else "known or inferred",
     }
-    reason = "stopped by the clock" if found.stopped else ""
+    reason = "stopped by the clock" if solution.stopped else ""
     return Finding(items=tuple(items), confidence=confidence, reason=reason, details=details)
 
 
@@ -241,7 +241,7 @@ def invert_images(
         return total_variation(images, opponents=settings.opponents)
 
     with differentiable_attention(), torch.enable_grad():
-        found = solve(
+        solution = solve(
             problem,
             settings,
             budget,
@@ -249,7 +249,7 @@ def invert_images(
             penalty=penalty,
             smoother=smoother if settings.smoothness[0] else None,
         )
-    return image_finding(found, problem)
+    return image_finding(solution, problem)
 
 
 def _preset(name: str, settings: Settings, summary: str) -> Attack:

@@ -104,8 +104,8 @@ class Problem:
         itself.
         """
         entries = sum(tensor.numel() for tensor in self.target)
-        seen = sum(float(tensor.double().square().sum()) for tensor in self.target)
-        share = entries * self.noise**2 / max(seen, 1e-300)
+        energy = sum(float(tensor.double().square().sum()) for tensor in self.target)
+        share = entries * self.noise**2 / max(energy, 1e-300)
         return 1.0 - math.sqrt(max(0.0, 1.0 - share))
 
 
@@ -192,28 +192,32 @@ def misfit(
     scale ours to fit best when `scaled` is False. The squared kinds are relative to the observed squared
     norm; "whitened" weighs each tensor by the inverse of its own mean square plus the noise variance.
     """
-    pairs = [(own, seen) for own, seen in zip(ours, target, strict=True) if own is not None]
+    pairs = [(own, observed) for own, observed in zip(ours, target, strict=True) if own is not None]
     if not pairs:
         raise NotApplicable("the shared parameters do not depend on the inputs")
     if kind == "cosine per tensor":
-        return torch.stack([_angle([own], [seen]) for own, seen in pairs]).mean()
+        return torch.stack([_angle([own], [observed]) for own, observed in pairs]).mean()
     if kind == "cosine":
-        return _angle([own for own, _ in pairs], [seen for _, seen in pairs])
-    inner = torch.stack([_inner(own, seen) for own, seen in pairs]).sum()
+        return _angle([own for own, _ in pairs], [observed for _, observed in pairs])
+    inner = torch.stack([_inner(own, observed) for own, observed in pairs]).sum()
     own_square = torch.stack([own.square().sum() for own, _ in pairs]).sum()
-    seen_square = torch.stack([seen.square().sum() for _, seen in pairs]).sum()
+    seen_square = torch.stack([observed.square().sum() for _, observed in pairs]).sum()
     factor = torch.ones(()) if scaled else (inner / own_square.clamp_min(1e-30)).detach()
     if kind == "whitened":
         parts = [
-            (factor * own - seen).square().mean() / (seen.square().mean() + noise**2).clamp_min(1e-30)
-            for own, seen in pairs
+            (factor * own - observed).square().mean() / (observed.square().mean() + noise**2).clamp_min(1e-30)
+            for own, observed in pairs
         ]
         return torch.stack(parts).mean()
-    squares = torch.stack([(factor * own - seen).square().sum() for own, seen in pairs]).sum() / seen_square
+    squares = (
+        torch.stack([(factor * own - observed).square().sum() for own, observed in pairs]).sum() / seen_square
+    )
     if kind == "squared":
         return squares
-    seen_length = torch.stack([seen.abs().sum() for _, seen in pairs]).sum()
-    lengths = torch.stack([(factor * own - seen).abs().sum() for own, seen in pairs]).sum() / seen_length
+    seen_length = torch.stack([observed.abs().sum() for _, observed in pairs]).sum()
+    lengths = (
+        torch.stack([(factor * own - observed).abs().sum() for own, observed in pairs]).sum() / seen_length
+    )
     return squares + absolute * lengths
 
 
@@ -221,11 +225,11 @@ def _inner(first: Tensor, second: Tensor) -> Tensor:
     return (first * second).sum()
 
 
-def _angle(ours: list[Tensor], seen: list[Tensor]) -> Tensor:
+def _angle(ours: list[Tensor], observed: list[Tensor]) -> Tensor:
     """Return 1 - cosine, as half the squared distance of unit vectors: 1 - cosine itself would cancel to
     rounding.
     """
-    own, other = (torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in (ours, seen))
+    own, other = (torch.cat([tensor.reshape(-1) for tensor in tensors]) for tensors in (ours, observed))
     own_length, seen_length = (vector.square().sum().clamp_min(1e-30).sqrt() for vector in (own, other))
     return 0.5 * torch.addcdiv(-other / seen_length, own, own_length).square().sum()
 

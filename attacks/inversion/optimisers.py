@@ -129,15 +129,15 @@ def without_untouched(observation: Observation, name: str, weight: Tensor, *, de
     """
     change = observation.tensors[name].double()
     steps = local_steps(observation)
-    told = None
+    informative = None
     if steps is not None and steps.weight_decay is None:
         steps = replace(steps, weight_decay=_likely_decay(change / observation.contributors, weight, steps))
     if steps is not None and steps.weight_decay:
-        told = change - observation.contributors * untouched(weight.float(), steps).double()
+        informative = change - observation.contributors * untouched(weight.float(), steps).double()
     if dense:
-        return change if told is None else told
+        return change if informative is None else informative
     ratio = common_ratio(change, weight)
-    options = [change, *([] if told is None else [told]), change - ratio * weight.double()]
+    options = [change, *([] if informative is None else [informative]), change - ratio * weight.double()]
     return max(options, key=_at_rest)
 
 

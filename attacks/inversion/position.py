@@ -76,9 +76,9 @@ def likeness(positions: Tensor, rows: Tensor) -> Tensor:
     its tokens, with those alone, and a ridge takes out what all rows have in common.
     """
     units = nn.functional.normalize(rows.double(), dim=1)
-    seen = nn.functional.normalize(positions.double(), dim=1)
+    directions = nn.functional.normalize(positions.double(), dim=1)
     gram = units @ units.T + _RIDGE * torch.eye(len(units), dtype=units.dtype)
-    solved: Tensor = torch.linalg.solve(gram, units @ seen.T).T
+    solved: Tensor = torch.linalg.solve(gram, units @ directions.T).T
     return solved
 
 
@@ -276,7 +276,7 @@ def _april(
 
 def _first_attention(model: nn.Module) -> tuple[str, str, str]:
     roles = {"query": r"(query|q_proj|q)$", "key": r"(key|k_proj|k)$", "value": r"(value|v_proj|v)$"}
-    found = {
+    candidates = {
         role: next(
             (
                 name
@@ -287,9 +287,9 @@ def _first_attention(model: nn.Module) -> tuple[str, str, str]:
         )
         for role, pattern in roles.items()
     }
-    if None in found.values():
+    if None in candidates.values():
         raise NotApplicable("the first attention block has no separate query, key and value layers")
-    return str(found["query"]), str(found["key"]), str(found["value"])
+    return str(candidates["query"]), str(candidates["key"]), str(candidates["value"])
 
 
 def _own_positions(model: nn.Module, shape: torch.Size) -> Tensor:

@@ -52,8 +52,8 @@ class Contexts:
         rows = max(1, CHUNK_ROWS // ids.shape[1])
         parts = []
         for part in torch.split(ids, rows):
-            seen = capture_inputs(modules, partial(call, model, part))
-            outside = [span.distance(seen[span.channel][:, -1]) for span in self.spans]
+            captured = capture_inputs(modules, partial(call, model, part))
+            outside = [span.distance(captured[span.channel][:, -1]) for span in self.spans]
             parts.append(torch.stack(outside).amax(0))
         return torch.cat(parts)
 

@@ -75,8 +75,8 @@ class Heads:
         is low.
         """
         modules = {span.channel: self.model.get_submodule(span.channel) for span in self.spans}
-        seen = capture_inputs(modules, lambda: call(self.model, ids))
-        parts = [span.distance(seen[span.channel]).clamp_min(1e-7).log() for span in self.spans]
+        captured = capture_inputs(modules, lambda: call(self.model, ids))
+        parts = [span.distance(captured[span.channel]).clamp_min(1e-7).log() for span in self.spans]
         return torch.stack(parts).mean(0)
 
 
@@ -149,20 +149,20 @@ def propose(
     for place in range(1, len(options)):
         width = max(8, 2_048 // len(prefixes))
         tokens, far = options[place][:width], distances[place][:width]
-        tried = torch.cat(
+        extended = torch.cat(
             [prefixes.repeat_interleave(len(tokens), 0), tokens.repeat(len(prefixes))[:, None]], dim=1
         )
         total = scores.repeat_interleave(len(tokens)) + far.repeat(len(prefixes))
         if heads.spans and not deadline.expired:
-            total = total + heads.distance(tried)[:, -1]
+            total = total + heads.distance(extended)[:, -1]
         if language_model is not None:
             with torch.no_grad():
                 follow = language_model(prefixes)[:, -1][:, tokens].float()
             total = total - _LANGUAGE * follow.flatten()
         order = total.argsort()
-        ends, parents = tried[order, -1].tolist(), (order // len(tokens)).tolist()
-        kept = order[_within_quota(ends, parents, quota)[:_BEAMS]]
-        prefixes, scores = tried[kept], total[kept]
+        ends, parents = extended[order, -1].tolist(), (order // len(tokens)).tolist()
+        survivors = order[_within_quota(ends, parents, quota)[:_BEAMS]]
+        prefixes, scores = extended[survivors], total[survivors]
     return prefixes
 
 
@@ -171,14 +171,14 @@ def _within_quota(ends: list[int], parents: list[int], quota: int) -> list[int]:
     before.
     """
     counts: dict[tuple[str, int], int] = {}
-    kept = []
+    admitted = []
     for index, keys in enumerate(zip(ends, parents, strict=True)):
         named = [("end", keys[0]), ("parent", keys[1])]
         if all(counts.get(key, 0) < quota for key in named):
-            kept.append(index)
+            admitted.append(index)
             for key in named:
                 counts[key] = counts.get(key, 0) + 1
-    return kept
+    return admitted
 
 
 # ---------------------------------------------------------------------------------------------------- pursuit
@@ -232,13 +232,13 @@ class Pursuit:
                     return ids, best
                 self.exchanges -= 1
                 tokens = self.options[place]
-                tried = ids[:, None].repeat(1, len(tokens), 1)
-                tried[:, :, place] = tokens
+                variants = ids[:, None].repeat(1, len(tokens), 1)
+                variants[:, :, place] = tokens
                 own = None if labels is None else labels.repeat_interleave(len(tokens))
-                values = self.likeness(tried.flatten(0, 1), own, target).reshape(len(ids), -1)
+                values = self.likeness(variants.flatten(0, 1), own, target).reshape(len(ids), -1)
                 top = values.argmax(1)
                 better = values[rows, top] > best
-                ids = torch.where(better[:, None], tried[rows, top], ids)
+                ids = torch.where(better[:, None], variants[rows, top], ids)
                 best = torch.where(better, values[rows, top], best)
             if bool((best <= before * (1 + 1e-6)).all()):
                 break
@@ -270,12 +270,12 @@ class Pursuit:
         ids, _ = self.exchange(self.ids[index], self.labels[index], target, sweeps=1)
         if torch.equal(ids, self.ids[index]):
             return False
-        kept = self.ids[index], self.traces[index], self.share
+        previous = self.ids[index], self.traces[index], self.share
         self.ids[index], self.traces[index] = ids, self.space.trace(ids, self.labels[index])
         self.refit()
-        if self.share < kept[2]:
+        if self.share < previous[2]:
             return True
-        self.ids[index], self.traces[index] = kept[0], kept[1]
+        self.ids[index], self.traces[index] = previous[0], previous[1]
         self.refit()
         return False
 
@@ -298,11 +298,11 @@ def pick_next(
     target = pursuit.left
     best: tuple[float, Tensor, Tensor | None] | None = None
     for length in lengths:
-        drawn = [
+        samples = [
             options[torch.randint(len(options), (starts,), generator=pursuit.generator)]
             for options in pursuit.options
         ]
-        ids = torch.cat([proposals[:, :length], torch.stack(drawn[:length], dim=1)])
+        ids = torch.cat([proposals[:, :length], torch.stack(samples[:length], dim=1)])
         repeated = None if labels is None else torch.tensor(labels).repeat_interleave(len(ids))
         ids = ids if labels is None else ids.repeat(len(labels), 1)
         values = pursuit.likeness(ids, repeated, target)
@@ -310,23 +310,23 @@ def pick_next(
         chosen = _clusters(ids, values.argsort(descending=True).tolist(), starts)
         own = None if repeated is None else repeated[chosen]
         # A proposal that explains all that is left needs no better one: the usual case of a single sentence.
-        found, values = pursuit.exchange(ids[chosen], own, target, sweeps=0 if whole else 4)
+        sentences, values = pursuit.exchange(ids[chosen], own, target, sweeps=0 if whole else 4)
         top = int(values.argmax())
         if best is None or float(values[top]) > best[0]:
-            best = float(values[top]), found[top : top + 1], None if own is None else own[top : top + 1]
+            best = float(values[top]), sentences[top : top + 1], None if own is None else own[top : top + 1]
     assert best is not None
     pursuit.add(best[1], best[2])
 
 
 def _clusters(ids: Tensor, order: list[int], most: int) -> list[int]:
     """Return the first of each cluster of alike sentences, in the given order."""
-    kept: list[int] = []
+    leaders: list[int] = []
     for index in order:
-        if all(float((ids[index] == ids[other]).double().mean()) < _LIKENESS for other in kept):
-            kept.append(index)
-        if len(kept) == most:
+        if all(float((ids[index] == ids[other]).double().mean()) < _LIKENESS for other in leaders):
+            leaders.append(index)
+        if len(leaders) == most:
             break
-    return kept
+    return leaders
 
 
 # ------------------------------------------------------------------------------------------------- the attack

@@ -65,13 +65,13 @@ def search_decoder(
     for options in candidates.ids:
         if deadline.expired or not options or not alive:
             break
-        tried = [(*prefix, token) for prefix in alive for token in options]
-        table = _context_distance(scene, torch.tensor(tried))[:, -1].reshape(len(alive), len(options))
+        longer = [(*prefix, token) for prefix in alive for token in options]
+        table = _context_distance(scene, torch.tensor(longer))[:, -1].reshape(len(alive), len(options))
         fits = table <= threshold
         if not candidates.clean:
             fits &= (table == table.amin(0)) | (table == table.amin(1, keepdim=True))
         order = table.flatten().argsort()[:width].tolist()
-        extended = [tried[index] for index in order if bool(fits.flatten()[index])]
+        extended = [longer[index] for index in order if bool(fits.flatten()[index])]
         grown = {prefix[:-1] for prefix in extended}
         finished += [prefix for prefix in alive if prefix and prefix not in grown]
         alive = extended
@@ -87,12 +87,12 @@ def with_own_trace(
     Return those that stay, and how many distinct inputs they have. Without absolute positions a doubled first
     token looks like the token itself, and a prefix leaves no trace of its own.
     """
-    kept = {one: _trace(model, channel, one) for one in dict.fromkeys(sentences)}
-    uses = Counter(row for trace in kept.values() for row in trace)
-    for sentence in sorted(kept, key=lambda entry: (len(kept[entry]), -len(entry))):
-        if all(uses[row] > 1 for row in kept[sentence]):
-            uses.subtract(kept.pop(sentence))
-    return list(kept), sum(count > 0 for count in uses.values())
+    traces = {one: _trace(model, channel, one) for one in dict.fromkeys(sentences)}
+    uses = Counter(row for trace in traces.values() for row in trace)
+    for sentence in sorted(traces, key=lambda entry: (len(traces[entry]), -len(entry))):
+        if all(uses[row] > 1 for row in traces[sentence]):
+            uses.subtract(traces.pop(sentence))
+    return list(traces), sum(count > 0 for count in uses.values())
 
 
 def _trace(model: nn.Module, channel: str, sentence: tuple[int, ...]) -> set[tuple[int, ...]]:
@@ -110,14 +110,14 @@ def _distinct(scene: Scene, sentences: list[tuple[int, ...]]) -> list[tuple[int,
     means = {
         sentence: float(_context_distance(scene, torch.tensor([sentence])).mean()) for sentence in sentences
     }
-    kept: list[tuple[int, ...]] = []
+    distinct: list[tuple[int, ...]] = []
     for sentence in sorted(means, key=lambda entry: (-len(entry), means[entry])):
         agreements = [
-            sum(a == b for a, b in zip(sentence, other, strict=False)) / len(sentence) for other in kept
+            sum(a == b for a, b in zip(sentence, other, strict=False)) / len(sentence) for other in distinct
         ]
         if max(agreements, default=0.0) < 0.7:
-            kept.append(sentence)
-    return kept
+            distinct.append(sentence)
+    return distinct
 
 
 def context_threshold(scene: Scene, candidates: Candidates) -> float:
@@ -159,12 +159,12 @@ def search_encoder(
         if not options or not all(options) or deadline.expired:  # noise can leave no place with a candidate
             continue
         starts = 4 * budget.restarts * max(map(len, options))
-        found = (
+        sentences = (
             _enumerate(scene, options, threshold, deadline)
             if _product(options) <= 250 * budget.iterations
             else _descend(scene, options, threshold, starts, deadline, generator)
         )
-        for sentence in found:
+        for sentence in sentences:
             fresh = set(enumerate(sentence)) & uncovered
             if fresh or not scene.structure.positional:
                 accepted.append(sentence)
@@ -176,17 +176,17 @@ def _enumerate(
     scene: Scene, options: tuple[tuple[int, ...], ...], threshold: float, deadline: Deadline
 ) -> list[tuple[int, ...]]:
     grids = torch.cartesian_prod(*[torch.tensor(entry) for entry in options]).reshape(-1, len(options))
-    found: list[tuple[float, tuple[int, ...]]] = []
+    sentences: list[tuple[float, tuple[int, ...]]] = []
     for start in range(0, len(grids), 4_096):
         if deadline.expired:
             break
         part = grids[start : start + 4_096]
         fits = _context_distance(scene, part).amax(1)
-        found += [
+        sentences += [
             (float(fits[row]), tuple(part[row].tolist()))
             for row in (fits <= threshold).nonzero().flatten().tolist()
         ]
-    return [sentence for _, sentence in sorted(found)]
+    return [sentence for _, sentence in sorted(sentences)]
 
 
 def _descend(
@@ -202,29 +202,29 @@ def _descend(
     Every start holds on to a token that no sentence found so far has at its place, so that none is overlooked
     by chance.
     """
-    found: dict[tuple[int, ...], float] = {}
+    scores: dict[tuple[int, ...], float] = {}
     missing = [(place, token) for place, entry in enumerate(options) for token in entry]
     for _ in range(starts):
         if deadline.expired or not missing:
             break
-        kept, token = missing[int(torch.randint(len(missing), (1,), generator=generator))]
-        drawn = [entry[int(torch.randint(len(entry), (1,), generator=generator))] for entry in options]
-        now, best = (*drawn[:kept], token, *drawn[kept + 1 :]), math.inf
+        position, token = missing[int(torch.randint(len(missing), (1,), generator=generator))]
+        start = [entry[int(torch.randint(len(entry), (1,), generator=generator))] for entry in options]
+        now, best = (*start[:position], token, *start[position + 1 :]), math.inf
         for _ in range(6):
             before = best
             for place in torch.randperm(len(options), generator=generator).tolist():
-                if place == kept:
+                if place == position:
                     continue
-                tried = [(*now[:place], token, *now[place + 1 :]) for token in options[place]]
-                means = _context_distance(scene, torch.tensor(tried)).mean(1)
-                best, now = float(means.min()), tried[int(means.argmin())]
+                variants = [(*now[:place], token, *now[place + 1 :]) for token in options[place]]
+                means = _context_distance(scene, torch.tensor(variants)).mean(1)
+                best, now = float(means.min()), variants[int(means.argmin())]
             if best >= before:
                 break
         if float(_context_distance(scene, torch.tensor([now])).max()) <= threshold:
-            found[now] = best
+            scores[now] = best
             if scene.structure.positional:
                 missing = [pair for pair in missing if now[pair[0]] != pair[1]]
-    return sorted(found, key=lambda sentence: found[sentence])
+    return sorted(scores, key=lambda sentence: scores[sentence])
 
 
 def _context_distance(scene: Scene, ids: Tensor) -> Tensor:
@@ -261,19 +261,19 @@ def _attempt(
         if whole is not None:
             return whole
     tokens = likely_tokens(observation, structure.model)
-    found = find_candidates(
+    candidate_tokens = find_candidates(
         structure,
         token_pool(structure.vocabulary, tokens),
         deadline=deadline,
         allowed=tokens,
         outliers=outliers,
     )
-    if found is None:
+    if candidate_tokens is None:
         return Finding(
             reason="no token stands out: too many tokens for the width, noise, or an optimiser that rescales",
             details=_facts(cut(structure, None)),
         )
-    scene, candidates = found
+    scene, candidates = candidate_tokens
     certainty = min(1.0, max(0.0, candidates.certainty))
     known = sorted({token for options in candidates.ids for token in options})
     items = [Item(kind="token_set", value=torch.tensor(known), confidence=certainty)]
@@ -351,20 +351,20 @@ def _decode(scene: Scene, candidates: Candidates, *, width: int, deadline: Deadl
     Keep the fullest cover.
     """
     if candidates.clean:
-        found = search_decoder(scene, candidates, width=width, deadline=deadline)
-        return with_own_trace(scene.structure.model, scene.mixed[0].channel, found)[0]
+        sentences = search_decoder(scene, candidates, width=width, deadline=deadline)
+        return with_own_trace(scene.structure.model, scene.mixed[0].channel, sentences)[0]
     pairs = {(place, token) for place, options in enumerate(candidates.ids) for token in options}
     best: list[tuple[int, ...]] = []
     score = (-1.0, 0.0)
     for other in (scene, *ladder(scene.structure)):
         if not other.mixed or deadline.expired:
             continue
-        found = _distinct(other, search_decoder(other, candidates, width=width, deadline=deadline))
-        covered = len({pair for sentence in found for pair in enumerate(sentence)} & pairs) / max(
+        sentences = _distinct(other, search_decoder(other, candidates, width=width, deadline=deadline))
+        covered = len({pair for sentence in sentences for pair in enumerate(sentence)} & pairs) / max(
             1, len(pairs)
         )
-        if (covered, -float(len(found))) > score:
-            best, score = found, (covered, -float(len(found)))
+        if (covered, -float(len(sentences))) > score:
+            best, score = sentences, (covered, -float(len(sentences)))
     return best
 
 

@@ -185,11 +185,11 @@ def _ambient(model: nn.Module, names: list[str], vocabulary: int) -> dict[str, i
 
 def ladder(structure: Structure) -> Iterator[Scene]:
     """Yield the scenes of all tolerances that differ and can tell something."""
-    seen: set[tuple[int, ...]] = set()
+    visited: set[tuple[int, ...]] = set()
     for tolerance in _TOLERANCES:
         scene = cut(structure, tolerance)
-        if scene.alone and scene.ranks not in seen:
-            seen.add(scene.ranks)
+        if scene.alone and scene.ranks not in visited:
+            visited.add(scene.ranks)
             yield scene
 
 
@@ -224,14 +224,16 @@ def _probe(
     """
     modules = {name: model.get_submodule(name) for name in names}
     base = capture_inputs(modules, lambda: call(model, probe))
-    kept = [name for name in names if name in base and _per_token(base[name], probe)]
-    seen: list[dict[str, bool]] = []
+    per_token = [name for name in names if name in base and _per_token(base[name], probe)]
+    differences: list[dict[str, bool]] = []
     for changed, read in ((0, -1), (-1, 0)):
         other = probe.clone()
         other[0, changed] = probe[0, 2]
         after = capture_inputs(modules, partial(call, model, other))
-        seen.append({name: _differs(base[name][0, read], after[name][0, read], base[name]) for name in kept})
-    return kept, seen[0], seen[1]
+        differences.append(
+            {name: _differs(base[name][0, read], after[name][0, read], base[name]) for name in per_token}
+        )
+    return per_token, differences[0], differences[1]
 
 
 def _differs(before: Tensor, after: Tensor, scale: Tensor) -> bool:
@@ -338,26 +340,30 @@ def find_candidates(
     """
     best: tuple[Scene, Candidates] | None = None
     fallback: tuple[Scene, Candidates] | None = None
-    seen: set[tuple[int, ...]] = set()
+    visited: set[tuple[int, ...]] = set()
     for scene in ladder(structure):
-        if seen and deadline.expired:
+        if visited and deadline.expired:
             break
-        seen.add(scene.ranks)
+        visited.add(scene.ranks)
         distances = token_distances(scene, tokens)
         codimension = structure.ambient[scene.alone[0].channel] - scene.tokens
         # A token at two places and another at one of them put the fourth corner of the parallelogram into the
         # span too.
         most = 2 * scene.tokens + 8
-        found = separate(distances, most=most, codimension=codimension, rank=scene.tokens)
-        if found is not None:
+        separated = separate(distances, most=most, codimension=codimension, rank=scene.tokens)
+        if separated is not None:
             best = _better(
-                best, (scene, _passed(scene, tokens, distances, threshold=found[0], gap=found[1], exact=True))
+                best,
+                (
+                    scene,
+                    _passed(scene, tokens, distances, threshold=separated[0], gap=separated[1], exact=True),
+                ),
             )
-            if found[1] > 1_000.0:
+            if separated[1] > 1_000.0:
                 break
         elif best is None and outliers:
             fallback = _better(fallback, _outliers(scene, tokens, distances, codimension))
-    if not seen:
+    if not visited:
         widths = max(spectrum.shape[1] for spectrum in structure.alone)
         raise NotApplicable(
             f"the row spaces of the first layer say nothing (width {widths}): as many tokens, or an update "

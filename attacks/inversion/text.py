@@ -155,7 +155,7 @@ def _lamp(
     with differentiable_attention(), torch.enable_grad():
         for index in range(rounds * budget.restarts):
             fresh = index % rounds == 0
-            found = match(
+            solution = match(
                 problem,
                 COSINE,
                 iterations=max(2, budget.iterations // rounds),
@@ -164,10 +164,10 @@ def _lamp(
                 start=None if fresh else start,
                 unit=None if fresh else unit,
             )
-            first = found.start_distance if index == 0 else first
-            unit = found.start_distance if fresh else unit
-            judge = _judge(problem, frame, prior, first, found.targets)
-            candidates, _ = nearest_tokens(problem.model, found.inputs, frame, keep=_CANDIDATES)
+            first = solution.start_distance if index == 0 else first
+            unit = solution.start_distance if fresh else unit
+            judge = _judge(problem, frame, prior, first, solution.targets)
+            candidates, _ = nearest_tokens(problem.model, solution.inputs, frame, keep=_CANDIDATES)
             tokens, orders, score = reorder(
                 judge,
                 candidates[..., 0],
@@ -176,15 +176,15 @@ def _lamp(
                 deadline=deadline,
                 pinned=pinned,
             )
-            start = found.inputs.gather(1, orders[..., None].expand_as(found.inputs))
+            start = solution.inputs.gather(1, orders[..., None].expand_as(solution.inputs))
             if best is None or score < best[0]:
                 best = score, tokens
-                kept = candidates.gather(1, orders[..., None].expand_as(candidates))
-                targets = found.targets
+                ordered = candidates.gather(1, orders[..., None].expand_as(candidates))
+                targets = solution.targets
             if deadline.expired or score < 1e-3:
                 break
         assert best is not None
-        choices = torch.cat([best[1][..., None], kept], dim=-1)
+        choices = torch.cat([best[1][..., None], ordered], dim=-1)
         tokens, residual = exchange_tokens(
             problem, frame, COSINE, choices, targets, deadline, trials=TRIALS * budget.iterations
         )
@@ -391,15 +391,15 @@ def _grab(
     for restart in range(budget.restarts):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + restart)
         with differentiable_attention(), torch.enable_grad():
-            found = match(
+            solution = match(
                 _flat_targets(wide, targets),
                 COSINE,
                 iterations=budget.iterations,
                 generator=generator,
                 deadline=deadline,
             )
-        if best is None or found.distance < best[0]:
-            best = found.distance, found.inputs, found.start_distance
+        if best is None or solution.distance < best[0]:
+            best = solution.distance, solution.inputs, solution.start_distance
         if deadline.expired:
             break
     assert best is not None

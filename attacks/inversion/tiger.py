@@ -121,12 +121,12 @@ def targets_of(
     """
     spectra = (*structure.alone, *structure.mixed)
     noises = {one.channel: noise_in(one, structure.noise) for one in spectra}
-    found = [
+    targets = [
         one
         for one in (target_of(spectrum, noises[spectrum.channel]) for spectrum in spectra)
         if one is not None
     ]
-    widest = max((len(one.weights) for one in found), default=1)
+    widest = max((len(one.weights) for one in targets), default=1)
     gains = {name: torch.zeros(length, dtype=torch.float64) for name in noises}
     structure.model.requires_grad_(True)
     for _ in range(_REHEARSALS):
@@ -141,8 +141,8 @@ def targets_of(
         )
         for name, gain in own.items():
             gains[name] += gain / _REHEARSALS
-    told = [replace(one, gains=gains[one.channel] * (gains[one.channel] > _TELLING)) for one in found]
-    return tuple(one for one in told if bool(one.gains.any()))
+    telling = [replace(one, gains=gains[one.channel] * (gains[one.channel] > _TELLING)) for one in targets]
+    return tuple(one for one in telling if bool(one.gains.any()))
 
 
 def _rehearse(
@@ -162,16 +162,18 @@ def _rehearse(
     """
     ids = frame.allowed.nonzero().flatten()
     classes = int(getattr(getattr(model, "config", None), "num_labels", 0) or 2)
-    drawn = ids[torch.randint(len(ids), (2, count, length + frame.generative), generator=generator)]
+    sampled = ids[torch.randint(len(ids), (2, count, length + frame.generative), generator=generator)]
     labels = None if frame.generative else torch.randint(classes, (count,), generator=generator)
-    own, others = (trace(model, list(noises), one, labels) for one in drawn)
+    own, others = (trace(model, list(noises), one, labels) for one in sampled)
     gains = {}
     for name, gradient in combine(own, torch.ones(count)).items():
-        seen, noise = channels[name].gradient, noises[name]
-        signal = (seen.double().square().sum() - noise**2 * seen.numel()).clamp_min(0.0).sqrt()
+        observed, noise = channels[name].gradient, noises[name]
+        signal = (observed.double().square().sum() - noise**2 * observed.numel()).clamp_min(0.0).sqrt()
         blurred = gradient * signal / gradient.norm().clamp_min(1e-30)
-        blurred = blurred + noise * torch.randn(seen.shape, generator=generator, dtype=torch.float64)
-        target = target_of(spectrum_of(Channel(name=name, gradient=blurred.to(seen.dtype), bias=None)), noise)
+        blurred = blurred + noise * torch.randn(observed.shape, generator=generator, dtype=torch.float64)
+        target = target_of(
+            spectrum_of(Channel(name=name, gradient=blurred.to(observed.dtype), bias=None)), noise
+        )
         if target is not None:
             far, near = (target.distance(one[name][0]).mean(0)[:length] for one in (others, own))
             gains[name] = far - near
@@ -219,8 +221,8 @@ class Descent:
 def token_distances(model: nn.Module, targets: Sequence[Target], ids: Tensor) -> Tensor:
     """Return the weighed distance of every place of sentences of real tokens (n, t)."""
     modules = {target.channel: model.get_submodule(target.channel) for target in targets}
-    seen = capture_inputs(modules, lambda: call(model, ids))
-    return weighed(targets, seen)
+    captured = capture_inputs(modules, lambda: call(model, ids))
+    return weighed(targets, captured)
 
 
 def prepare(
@@ -287,12 +289,12 @@ def exchange(
         for place in range(ids.shape[1]):
             if deadline.expired:
                 return ids, best
-            tried = ids[:, None].repeat(1, candidates.shape[2], 1)
-            tried[:, :, place] = candidates[:, place]
-            values = descent.of_tokens(tried.flatten(0, 1)).reshape(len(ids), -1)
+            variants = ids[:, None].repeat(1, candidates.shape[2], 1)
+            variants[:, :, place] = candidates[:, place]
+            values = descent.of_tokens(variants.flatten(0, 1)).reshape(len(ids), -1)
             top = values.argmin(1)
             nearer = values[rows, top] < best
-            ids = torch.where(nearer[:, None], tried[rows, top], ids)
+            ids = torch.where(nearer[:, None], variants[rows, top], ids)
             best = torch.where(nearer, values[rows, top], best)
         if bool((best >= before * (1 - 1e-6)).all()):
             break
@@ -311,7 +313,7 @@ def _attempt(
     structure = study(observation, working_copy(model, observation).double())
     channels = observed_channels(observation, structure.model)
     details: dict[str, float | int | str] = {"noise": structure.noise}
-    found: list[tuple[float, Tensor]] = []
+    solutions: list[tuple[float, Tensor]] = []
     strangers = 0.0
     with differentiable_attention():
         frame = _frame(observation, structure, known)
@@ -340,17 +342,17 @@ def _attempt(
                     generator=generator,
                     deadline=deadline,
                 )
-                found += list(zip(far.tolist(), ids, strict=True))
-    if not found:
+                solutions += list(zip(far.tolist(), ids, strict=True))
+    if not solutions:
         return Finding(
             reason="no layer tells a true token from others: too many tokens, or noise", details=details
         )
-    kept = distinct(
-        found,
+    chosen = distinct(
+        solutions,
         most=len(frame.lengths),
-        worst=None if known else 0.5 * (min(far for far, _ in found) + strangers),
+        worst=None if known else 0.5 * (min(far for far, _ in solutions) + strangers),
     )
-    return _finding(kept, strangers, deadline, details)
+    return _finding(chosen, strangers, deadline, details)
 
 
 def _frame(observation: Observation, structure: Structure, known: int | None) -> TextFrame:
@@ -369,28 +371,28 @@ def _of_strangers(descent: Descent, generator: torch.Generator) -> float:
     """Return the mean distance of sentences of random tokens."""
     ids = descent.frame.allowed.nonzero().flatten()
     length = descent.options.shape[0]
-    drawn = ids[torch.randint(len(ids), (_STRANGERS, length), generator=generator)]
-    return float(descent.of_tokens(drawn).mean())
+    strangers = ids[torch.randint(len(ids), (_STRANGERS, length), generator=generator)]
+    return float(descent.of_tokens(strangers).mean())
 
 
 def distinct(
-    found: list[tuple[float, Tensor]], *, most: int, worst: float | None
+    solutions: list[tuple[float, Tensor]], *, most: int, worst: float | None
 ) -> list[tuple[float, Tensor]]:
     """Return the nearest sentences, one of each cluster of alike ones, none farther than `worst`."""
-    kept: list[tuple[float, Tensor]] = []
-    for far, ids in sorted(found, key=lambda entry: entry[0]):
-        if len(kept) == most or (worst is not None and far > worst):
+    chosen: list[tuple[float, Tensor]] = []
+    for far, ids in sorted(solutions, key=lambda entry: entry[0]):
+        if len(chosen) == most or (worst is not None and far > worst):
             break
         alike = [
-            float((ids == other).double().mean()) if len(ids) == len(other) else 0.0 for _, other in kept
+            float((ids == other).double().mean()) if len(ids) == len(other) else 0.0 for _, other in chosen
         ]
         if max(alike, default=0.0) < _LIKENESS:
-            kept.append((far, ids))
-    return kept
+            chosen.append((far, ids))
+    return chosen
 
 
 def _finding(
-    kept: list[tuple[float, Tensor]],
+    solutions: list[tuple[float, Tensor]],
     strangers: float,
     deadline: Deadline,
     details: dict[str, float | int | str],
@@ -398,11 +400,12 @@ def _finding(
     """Return the sentences; how sure each is, is the share of the way from random sentences to the row
     spaces.
     """
-    sure = [max(0.0, min(1.0, 1.0 - far / max(strangers, 1e-30))) for far, _ in kept]
+    sure = [max(0.0, min(1.0, 1.0 - far / max(strangers, 1e-30))) for far, _ in solutions]
     items = tuple(
-        Item(kind="sequence", value=ids, confidence=part) for part, (_, ids) in zip(sure, kept, strict=True)
+        Item(kind="sequence", value=ids, confidence=part)
+        for part, (_, ids) in zip(sure, solutions, strict=True)
     )
-    facts = details | {"distance": kept[0][0] if kept else strangers, "strangers": strangers}
+    facts = details | {"distance": solutions[0][0] if solutions else strangers, "strangers": strangers}
     reason = (
         "stopped by the clock" if deadline.expired else "" if items else "no sentence is near the row spaces"
     )

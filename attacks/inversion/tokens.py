@@ -104,13 +104,13 @@ def beside_a_head(rows: Tensor, *, noise: float = 0.0, linear: bool = True) -> T
         )  # the Gaussian's tail, once in a thousand runs
         return _some(rows @ (common / common.norm()) < -edge)
     moved = lengths > 0
-    found = [(units @ common < weights)[moved]]  # each row against all the others
+    evidence = [(units @ common < weights)[moved]]  # each row against all the others
     if linear and bool(moved.any()):
-        found += [_above_gap(_alone(units[moved])), _above_gap(_beyond_the_head(rows[moved]))]
+        evidence += [_above_gap(_alone(units[moved])), _above_gap(_beyond_the_head(rows[moved]))]
     chosen = torch.zeros_like(moved)
     # Rows of noise point anywhere, half of them against the rest, and quiet rows may be too few to span the
     # others.
-    chosen[moved] = torch.stack([one & bool(one.double().mean() < 0.25) for one in found]).any(dim=0)
+    chosen[moved] = torch.stack([one & bool(one.double().mean() < 0.25) for one in evidence]).any(dim=0)
     return _some(chosen)
 
 
@@ -131,8 +131,8 @@ def _beyond_the_head(rows: Tensor) -> Tensor:
     quiet = rows[norms <= norms.median()]
     _, singular, right = torch.linalg.svd(quiet, full_matrices=False)
     share = singular.square().cumsum(0) / singular.square().sum().clamp_min(1e-300)
-    kept = min(int((share < 0.9999).sum()) + 1, rows.shape[1] // 2)
-    basis = right[:kept]
+    rank = min(int((share < 0.9999).sum()) + 1, rows.shape[1] // 2)
+    basis = right[:rank]
     left: Tensor = torch.linalg.vector_norm(rows - (rows @ basis.T) @ basis, dim=1)
     return left
 
@@ -186,11 +186,11 @@ def noise_per_entry(observation: Observation) -> float:
     Noise is stated as it crossed the wire: a delta that is divided by rate and steps has its noise divided,
       too.
     """
-    seen = observation.known("noise_deviation")
-    if not seen:
+    deviation = observation.known("noise_deviation")
+    if not deviation:
         multiplier, bound = observation.known("noise_multiplier"), observation.known("clip_norm")
-        seen = float(multiplier) * float(bound) if multiplier and bound else 0.0
-    return float(seen) * abs(observation.gradient().factor)
+        deviation = float(multiplier) * float(bound) if multiplier and bound else 0.0
+    return float(deviation) * abs(observation.gradient().factor)
 
 
 def _width(model: nn.Module) -> int:

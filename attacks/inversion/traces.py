@@ -47,8 +47,8 @@ def trace(model: nn.Module, channels: Sequence[str], ids: Tensor, labels: Tensor
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, seen: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[name], outputs[name] = seen[0].detach(), output
+        def hook(_: nn.Module, captured: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[name], outputs[name] = captured[0].detach(), output
 
         return hook
 
@@ -68,15 +68,15 @@ def inner(traces: Trace, target: Mapping[str, Tensor]) -> Tensor:
     in per channel): shape (n,).
     """
     return torch.stack(
-        [torch.einsum("nti,nti->n", back @ target[name], seen) for name, (seen, back) in traces.items()]
+        [torch.einsum("nti,nti->n", back @ target[name], inputs) for name, (inputs, back) in traces.items()]
     ).sum(0)
 
 
 def gram(traces: Trace) -> Tensor:
     """Return the inner products of the sentences' gradients with one another: shape (n, n)."""
     total = torch.zeros(())
-    for seen, back in traces.values():
-        forward = torch.einsum("ati,bsi->abts", seen, seen)
+    for inputs, back in traces.values():
+        forward = torch.einsum("ati,bsi->abts", inputs, inputs)
         total = total + (forward * torch.einsum("ato,bso->abts", back, back)).sum((2, 3))
     return total
 
@@ -84,8 +84,8 @@ def gram(traces: Trace) -> Tensor:
 def squared_norms(traces: Trace) -> Tensor:
     """Return the squared norm of each sentence's gradient: the diagonal of `gram`."""
     parts = [
-        ((seen @ seen.transpose(1, 2)) * (back @ back.transpose(1, 2))).sum((1, 2))
-        for seen, back in traces.values()
+        ((inputs @ inputs.transpose(1, 2)) * (back @ back.transpose(1, 2))).sum((1, 2))
+        for inputs, back in traces.values()
     ]
     return torch.stack(parts).sum(0)
 
@@ -93,14 +93,14 @@ def squared_norms(traces: Trace) -> Tensor:
 def combine(traces: Trace, weights: Tensor) -> dict[str, Tensor]:
     """Return the weighted sum of the sentences' gradients, per channel (out, in)."""
     return {
-        name: torch.einsum("nto,nti->oi", back * weights.to(back)[:, None, None], seen)
-        for name, (seen, back) in traces.items()
+        name: torch.einsum("nto,nti->oi", back * weights.to(back)[:, None, None], inputs)
+        for name, (inputs, back) in traces.items()
     }
 
 
 def stacked(traces: Sequence[Trace]) -> Trace:
     """Return traces of different lengths as one, filled up with zeros, which change no inner product."""
-    longest = max(seen.shape[1] for one in traces for seen, _ in one.values())
+    longest = max(inputs.shape[1] for one in traces for inputs, _ in one.values())
 
     def fill(values: list[Tensor]) -> Tensor:
         return torch.cat([nn.functional.pad(value, (0, 0, 0, longest - value.shape[1])) for value in values])
@@ -152,11 +152,11 @@ def whiten(
     sides, target = {}, {}
     expected = 0.0
     for channel in channels:
-        seen, back = raw[channel.name]
-        gradient = channel.gradient.to(seen.dtype)
+        inputs, back = raw[channel.name]
+        gradient = channel.gradient.to(inputs.dtype)
         share = noise[channel.name] ** 2 * gradient.numel() / float(gradient.square().sum().clamp_min(1e-30))
         ridge = min(1.0, max(_RIDGE, share))
-        left, right = _root(seen, ridge), _root(back, ridge)
+        left, right = _root(inputs, ridge), _root(back, ridge)
         sides[channel.name] = left, right
         target[channel.name] = right @ gradient @ left
         spread = noise[channel.name] * float(left.double().norm()) * float(right.double().norm())

@@ -121,8 +121,8 @@ class Accountant:
             raise ParameterError(f"{event!r}: no accountant knows this event")
         self._events[event] = self._events.get(event, 0) + count
         if self._trial is not None:
-            tried, delta, grown = self._trial
-            if tried == event and count == 1 and grown.included == len(self._log):
+            trial_event, delta, grown = self._trial
+            if trial_event == event and count == 1 and grown.included == len(self._log):
                 self._remember(delta, grown)
             self._trial = None
 
@@ -207,12 +207,14 @@ class Accountant:
 
     def _pld_epsilon(self, delta: float, accuracy: float) -> EpsilonBound:
         known, refinement, margin = self._compositions.get(delta), 1.0, 1.02
-        found: tuple[float, float] | None = None
+        bracket: tuple[float, float] | None = None
         best = EpsilonBound(epsilon=math.inf, delta=delta, accountant="pld", slack=0.0)
         for _ in range(5):
             if known is None:
                 known = self._build(
-                    self._plan(delta, accuracy * refinement, found, margin, grown=delta in self._compositions)
+                    self._plan(
+                        delta, accuracy * refinement, bracket, margin, grown=delta in self._compositions
+                    )
                 )
             self._catch_up(known)
             curves = self._curves(known)
@@ -232,7 +234,7 @@ class Accountant:
                 break
             if quiet and value > 0:
                 refinement = min(1.0, refinement * max(0.02, accuracy * value / excess))
-            found = (values[0], values[1]) if fits else None
+            bracket = (values[0], values[1]) if fits else None
             margin *= 1.0 if fits else 1.2
             known = None
         if known is not None:

@@ -302,15 +302,16 @@ def from_dict(values: Mapping[str, Any]) -> Event:
         raise ParameterError(
             f"kind = {values.get('kind')!r}: unknown event; known are {', '.join(sorted(KINDS))}"
         )
-    given = {name: value for name, value in values.items() if name not in ("version", "kind")}
+    fields_of_event = {name: value for name, value in values.items() if name not in ("version", "kind")}
     names = {field.name for field in fields(known)}
-    if set(given) != names:
+    if set(fields_of_event) != names:
         raise ParameterError(
-            f"{known.kind}: unknown fields {sorted(set(given) - names)}, missing {sorted(names - set(given))}"
+            f"{known.kind}: unknown fields {sorted(set(fields_of_event) - names)}, missing "
+            f"{sorted(names - set(fields_of_event))}"
         )
-    if known is TuningEvent and isinstance(given["base"], list):
-        given["base"] = tuple(from_dict(part) for part in given["base"])
-    return known(**given)
+    if known is TuningEvent and isinstance(fields_of_event["base"], list):
+        fields_of_event["base"] = tuple(from_dict(part) for part in fields_of_event["base"])
+    return known(**fields_of_event)
 
 
 def from_json(text: str) -> Event:
@@ -362,14 +363,14 @@ def price_of(event: Event) -> str:
 
 
 def _without_labels(values: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {
+    priced = {
         name: value
         for name, value in values.items()
         if name not in ("release", "clip_norm", "scale", "reason")
     }
-    if isinstance(kept.get("base"), list):
-        kept["base"] = [_without_labels(part) for part in kept["base"]]
-    return kept
+    if isinstance(priced.get("base"), list):
+        priced["base"] = [_without_labels(part) for part in priced["base"]]
+    return priced
 
 
 def _unit_problems(unit: object, adjacency: object) -> list[str]:

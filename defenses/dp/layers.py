@@ -283,9 +283,9 @@ def cover(module: nn.Module, recorder: Recorder) -> Cover | None:
     if "forward" in module.__dict__:
         return None  # somebody already replaced this module's forward; what it does is not known
     for build in (_cover_core, _cover_norm, _cover_adapter, _cover_relative_bias, _cover_broadcast):
-        found = build(module, recorder)
-        if found is not None:
-            return found
+        built = build(module, recorder)
+        if built is not None:
+            return built
     return None
 
 
@@ -567,21 +567,21 @@ def _cover_relative_bias(module: Any, recorder: Recorder) -> Cover | None:
     weight: nn.Parameter = table.weight  # type: ignore[assignment]
 
     def compute_bias(*args: object, **kwargs: object) -> Tensor:
-        seen: list[Tensor] = []
+        inputs: list[Tensor] = []
 
         def look_up(buckets: Tensor) -> Tensor:
-            seen.append(buckets)
+            inputs.append(buckets)
             return F.embedding(buckets, weight)
 
-        kept = table.__dict__.get("forward")
+        own_forward = table.__dict__.get("forward")
         table.__dict__["forward"] = look_up
         try:
             bias = original(*args, **kwargs)
         finally:
-            if kept is None:
+            if own_forward is None:
                 del table.__dict__["forward"]
             else:
-                table.__dict__["forward"] = kept
-        return _relative_bias(bias[:1], seen[0], weight, recorder, recorder.batch or 1)
+                table.__dict__["forward"] = own_forward
+        return _relative_bias(bias[:1], inputs[0], weight, recorder, recorder.batch or 1)
 
     return Cover(module, attribute, compute_bias, (weight,) if weight.requires_grad else ())

@@ -488,11 +488,11 @@ class Ledger:
 
     def _refuse_unpayable(self, entries: Sequence[Charge]) -> list[bool]:
         """Return which charges are new; raise when an account cannot pay for its new ones."""
-        seen: dict[tuple[str, str, str], Charge] = {}
+        charges_by_key: dict[tuple[str, str, str], Charge] = {}
         fresh: list[bool] = []
         wanted: dict[Account, list[Event]] = {}
         for charge in entries:
-            is_new = self._is_new(charge, seen)
+            is_new = self._is_new(charge, charges_by_key)
             fresh.append(is_new)
             if is_new:
                 for payer in self._paying(charge):
@@ -512,7 +512,7 @@ class Ledger:
             return payers
         return [payer for payer in payers if payer in self._budgets] or [account]
 
-    def _is_new(self, charge: Charge, seen: dict[tuple[str, str, str], Charge]) -> bool:
+    def _is_new(self, charge: Charge, charges_by_key: dict[tuple[str, str, str], Charge]) -> bool:
         if not charge.commitment:
             return True
         key = commitment_key(charge)
@@ -520,10 +520,10 @@ class Ledger:
         earlier = (
             from_dict(json.loads(known.body)["event"])
             if known
-            else (seen[key].event if key in seen else None)
+            else (charges_by_key[key].event if key in charges_by_key else None)
         )
         if earlier is None:
-            seen[key] = charge
+            charges_by_key[key] = charge
             return True
         if price_of(earlier) != price_of(charge.event):
             raise ParameterError(

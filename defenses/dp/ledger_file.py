@@ -166,19 +166,19 @@ class LedgerFile:
         for values in self._connection.execute(query.replace("> ?", "> ?1"), (after, owner, dataset)):
             yield Row(*values)
 
-    def new_rows(self, seen: int) -> Iterator[Row]:
+    def new_rows(self, sequence: int) -> Iterator[Row]:
         """Read the rows after `seen`, checking that each continues the
         chain and says what its columns say.
         """
         previous, expected = _START, 1
-        if seen:
+        if sequence:
             known = self._connection.execute(
-                "SELECT hash FROM entries WHERE sequence = ?", (seen,)
+                "SELECT hash FROM entries WHERE sequence = ?", (sequence,)
             ).fetchone()
             if known is None:
                 raise TamperedError
-            previous, expected = bytes(known[0]), seen + 1
-        for row in list(self.rows(after=seen)):
+            previous, expected = bytes(known[0]), sequence + 1
+        for row in list(self.rows(after=sequence)):
             _check_row(row, expected, previous)
             previous, expected = row.hash, expected + 1
             yield row

@@ -85,8 +85,8 @@ def add_gaussian(values: Tensor, *, std: float, source: RandomSource) -> Tensor:
     _check(std)
     if std == 0:
         return values.detach().to(torch.float32).clone()
-    kept = torch.float64 if values.dtype == torch.float64 else torch.float32
-    flat = values.detach().to("cpu", kept).reshape(-1)
+    precision = torch.float64 if values.dtype == torch.float64 else torch.float32
+    flat = values.detach().to("cpu", precision).reshape(-1)
     out = torch.empty(len(flat), dtype=torch.float32)
     sampler, grid = _Sampler(source), grid_of(std)
     wide = torch.empty(2 * _PAIRS, dtype=torch.float64)

@@ -167,10 +167,10 @@ class PerSampleEngine:
         finally:
             self._recorder.uses = {}
         for name, parts in uses.items():
-            seen = {part.batch for part in parts} - {len(values)}
-            if seen:
+            other_batches = {part.batch for part in parts} - {len(values)}
+            if other_batches:
                 raise NotPrivateError(
-                    f"{name}: its module saw {sorted(seen)} rows where the batch has {len(values)} "
+                    f"{name}: its module saw {sorted(other_batches)} rows where the batch has {len(values)} "
                     "samples; the first axis of its input must be the batch (a prompt fed "
                     "once must be an ExpandedParameter)"
                 )
@@ -178,7 +178,7 @@ class PerSampleEngine:
 
     @contextmanager
     def _recording(self, batch_size: int | None) -> Iterator[None]:
-        kept = {name: parameter.grad for name, parameter in self._parameters.items()}
+        gradients = {name: parameter.grad for name, parameter in self._parameters.items()}
         for parameter in self._parameters.values():
             parameter.grad = None
         self._recorder.batch = batch_size
@@ -200,7 +200,7 @@ class PerSampleEngine:
             if watch is not None:
                 watch.remove()
             for name, parameter in self._parameters.items():
-                parameter.grad = kept[name]
+                parameter.grad = gradients[name]
 
     def _note_batch(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         tensors = [
@@ -274,17 +274,17 @@ def _prompts_seen_once(model: nn.Module) -> list[str]:
 
 
 def _covers(model: nn.Module, recorder: Recorder) -> list[Cover]:
-    found: list[Cover] = []
+    covers: list[Cover] = []
     owned: set[nn.Module] = set()
     for module in model.modules():
         if module in owned or not any(value.requires_grad for value in module.parameters()):
             continue
         item = cover(module, recorder) or cover_subclass(module, recorder)
         if item is not None and item.parameters:
-            found.append(item)
+            covers.append(item)
             if item.attribute in BIAS_METHODS:
                 owned.add(cast(nn.Module, module.relative_attention_bias))
-    return found
+    return covers
 
 
 def _uncovered(model: nn.Module, covers: list[Cover], trainable: Mapping[str, nn.Parameter]) -> list[str]:
@@ -314,12 +314,12 @@ def _refuse(guilty: list[str]) -> None:
 
 def _leaves(values: Tensor) -> Iterator[Tensor]:
     stack = [values.grad_fn]
-    seen: set[object] = set()
+    visited: set[object] = set()
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if hasattr(node, "variable"):
             yield node.variable
         stack.extend(parent for parent, _ in node.next_functions)

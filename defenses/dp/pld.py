@@ -103,19 +103,19 @@ def _connect(
     forward[1:] += right
     forward[:-1] += inner_p - right
     forward[0] += mass_p[0]
-    kept = min(float(mass_q[-1] * np.exp(losses[-1])), float(mass_p[-1]))
-    forward[-1] += kept
+    finite_mass = min(float(mass_q[-1] * np.exp(losses[-1])), float(mass_p[-1]))
+    forward[-1] += finite_mass
     backward[:] = forward * np.exp(-losses)
     return LossGrid(
         spacing=spacing,
         indices=indices,
         forward=forward,
         backward=backward,
-        forward_infinity=max(0.0, float(mass_p[-1]) - kept),
+        forward_infinity=max(0.0, float(mass_p[-1]) - finite_mass),
         backward_infinity=max(0.0, float(mass_q[0]) - float(mass_p[0] * np.exp(-losses[0]))),
-        coarse_forward=np.concatenate([mass_p[:1], inner_p, [kept]]),
+        coarse_forward=np.concatenate([mass_p[:1], inner_p, [finite_mass]]),
         coarse_backward=np.concatenate(
-            [mass_p[:1] * np.exp(-losses[0]), inner_q, [kept * np.exp(-losses[-1])]]
+            [mass_p[:1] * np.exp(-losses[0]), inner_q, [finite_mass * np.exp(-losses[-1])]]
         ),
     )
 

@@ -158,13 +158,13 @@ def _first_coupled_module(
 
 
 def _trace(model: nn.Module, losses: Losses) -> Iterator[tuple[str, nn.Module, list[Tensor], Tensor]]:
-    seen: list[tuple[str, nn.Module, list[Tensor], Tensor]] = []
+    calls: list[tuple[str, nn.Module, list[Tensor], Tensor]] = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             if isinstance(output, Tensor):
                 inputs = [value.detach().clone() for value in args if isinstance(value, Tensor)]
-                seen.append((name, module, inputs, output.detach().clone()))
+                calls.append((name, module, inputs, output.detach().clone()))
 
         return hook
 
@@ -175,14 +175,16 @@ def _trace(model: nn.Module, losses: Losses) -> Iterator[tuple[str, nn.Module, l
     finally:
         for handle in handles:
             handle.remove()
-    return iter(seen)
+    return iter(calls)
 
 
 def _agree(full: Tensor, part: Tensor, everyone: list[int], rest: list[int]) -> bool:
     if full.shape[:1] != (len(everyone),) or part.shape != (len(rest), *full.shape[1:]):
         return full.shape != part.shape or torch.equal(full, part)
-    kept = full[[everyone.index(j) for j in rest]]
-    return torch.allclose(kept.double(), part.double(), rtol=1e-3, atol=1e-5 * float(kept.abs().max() or 1))
+    others = full[[everyone.index(j) for j in rest]]
+    return torch.allclose(
+        others.double(), part.double(), rtol=1e-3, atol=1e-5 * float(others.abs().max() or 1)
+    )
 
 
 def _difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -29,11 +29,11 @@ def poisson_sample(population: int, *, rate: float, source: RandomSource) -> Ind
     if rate == 1:
         return np.arange(population, dtype=np.int64)
     threshold = np.uint64(math.floor(math.ldexp(rate, 64)))
-    found = [
+    members = [
         start + np.flatnonzero(source.words(min(_CHUNK, population - start)) < threshold)
         for start in range(0, population, _CHUNK)
     ]
-    return np.concatenate(found).astype(np.int64) if found else np.empty(0, dtype=np.int64)
+    return np.concatenate(members).astype(np.int64) if members else np.empty(0, dtype=np.int64)
 
 
 def fixed_size_sample(population: int, *, size: int, source: RandomSource) -> Indices:

@@ -202,7 +202,7 @@ def _candidates(
 ) -> list[Parameters]:
     digit_bits = 0 if digits == 1 else -(-value_bound.bit_length() // digits)
     lane_bits = (parties * _digit_bound(value_bound, digits, digit_bits)).bit_length() + 1
-    found = []
+    candidates = []
     for lanes in range(1, 8):
         packed = lanes * lane_bits
         for bits in range(24, LARGEST_PRIME_BITS + 1):
@@ -222,9 +222,9 @@ def _candidates(
                 **sizes,
             )
             if _fits(candidate, parties):
-                found.append(candidate)
+                candidates.append(candidate)
                 break
-    return found
+    return candidates
 
 
 def _fits(parameters: Parameters, parties: int) -> bool:

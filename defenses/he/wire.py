@@ -131,20 +131,20 @@ def read_chunks(chunks: Iterable[bytes], *, role: Role, digest: bytes, count: in
           bytes.
     """
     first: bytes | None = None
-    seen = 0
+    coefficients = 0
     for chunk in chunks:
         if not isinstance(chunk, bytes) or not _HEADER.size < len(chunk) <= _HEADER.size + limit:
             raise ProtocolError
         magic, code, bound, party, index, total = _HEADER.unpack_from(chunk)
         first = party if first is None else first
-        expected = (_MAGIC, _ROLES[role], digest[:16], first, seen, count)
-        if (magic, code, bound, party, index, total) != expected or seen >= count:
+        expected = (_MAGIC, _ROLES[role], digest[:16], first, coefficients, count)
+        if (magic, code, bound, party, index, total) != expected or coefficients >= count:
             raise ProtocolError
         if (party == _NOBODY) != (role == "sum"):
             raise ProtocolError
-        seen += 1
+        coefficients += 1
         yield party, chunk[_HEADER.size :]
-    if seen != count:
+    if coefficients != count:
         raise ProtocolError
 
 

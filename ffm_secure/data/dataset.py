@@ -265,10 +265,10 @@ def _license_note(path: Path) -> str:
     """Quote the licence line of a README beside the data; absent means not stated."""
     readme = (path if path.is_dir() else path.parent) / "README.md"
     try:
-        found = re.search(r"\*\*Licen[cs]e:?\*\*:?\s*(.+)", readme.read_text(encoding="utf-8"))
+        match = re.search(r"\*\*Licen[cs]e:?\*\*:?\s*(.+)", readme.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = None
-    return found.group(1).strip() if found else "not stated"
+        match = None
+    return match.group(1).strip() if match else "not stated"
 
 
 def _load_hub(name: str, path: Path) -> tuple[Table, Table | None]:
@@ -495,11 +495,11 @@ def _natural_columns(examples: Examples, used: set[str | None]) -> tuple[str, ..
     """List the columns that could name data owners: text or whole numbers, on average two rows or more per
     value.
     """
-    found = []
+    columns = []
     for name, values in examples.columns.items():
         whole = isinstance(values, np.ndarray) and values.dtype.kind in "iu" and values.ndim == 1
         if name not in used and (whole or is_text(values)):
             distinct = len(set(values.tolist() if isinstance(values, np.ndarray) else values))
             if 2 <= distinct <= len(examples) / 2:
-                found.append(name)
-    return tuple(found)
+                columns.append(name)
+    return tuple(columns)

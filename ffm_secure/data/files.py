@@ -92,18 +92,18 @@ def _saved_table(folder: Path) -> Table:
 def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """Find `train.parquet` or its pieces `train-*.parquet`; two formats at once are ambiguous."""
     pattern = re.compile(rf"({'|'.join(names)})(-.*)?", re.ASCII)
-    found = sorted(
+    paths = sorted(
         path
         for path in folder.iterdir()
         if path.suffix.lower() in (*READERS, *TEXT_READERS)
         and pattern.fullmatch(path.stem)
         and path.is_file()
     )
-    bases = {(path.suffix, path.stem.split("-")[0]) for path in found}
+    bases = {(path.suffix, path.stem.split("-")[0]) for path in paths}
     if len(bases) > 1:
-        listed = ", ".join(path.name for path in found)
+        listed = ", ".join(path.name for path in paths)
         raise DataError(f"{folder}: {listed} compete for the same part; keep one of them")
-    return found
+    return paths
 
 
 def _joined(paths: Sequence[Path], encoding: str) -> Table:
@@ -191,10 +191,10 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
     """
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"].values()
-        found = [tuple(map(str, item["names"])) for item in features if item.get("_type") == "ClassLabel"]
+        declared = [tuple(map(str, item["names"])) for item in features if item.get("_type") == "ClassLabel"]
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return found[0] if len(found) == 1 else None
+    return declared[0] if len(declared) == 1 else None
 
 
 def read_npz(path: Path) -> Table:

@@ -328,8 +328,10 @@ def apply_shift(examples: Examples, shift: FeatureShift, *, seed: int | Sequence
 
 def _drop_words(text: str, probability: float, rng: np.random.Generator) -> str:
     words = text.split(" ")
-    kept = [word for word, draw in zip(words, rng.random(len(words)), strict=True) if draw >= probability]
-    return " ".join(kept) or words[0]
+    remaining = [
+        word for word, draw in zip(words, rng.random(len(words)), strict=True) if draw >= probability
+    ]
+    return " ".join(remaining) or words[0]
 
 
 def _shift_pixels(
@@ -393,16 +395,16 @@ def _options(split: Any) -> tuple[str, dict[str, Any]]:
     """Read a split with its defaults; a mapping may hold only what its kind knows, a dataclass has every
     field.
     """
-    given = {f.name: getattr(split, f.name) for f in fields(split)} if is_dataclass(split) else dict(split)
-    kind = given.pop("kind", None)
+    settings = {f.name: getattr(split, f.name) for f in fields(split)} if is_dataclass(split) else dict(split)
+    kind = settings.pop("kind", None)
     if kind not in SPLITS:
         raise DataError(f"split.kind = {kind!r}: must be one of {', '.join(SPLITS)}")
     defaults = SPLITS[kind].defaults
-    unknown = [] if is_dataclass(split) else sorted(given.keys() - defaults.keys())
+    unknown = [] if is_dataclass(split) else sorted(settings.keys() - defaults.keys())
     if unknown:
         hint = did_you_mean(unknown[0], defaults) or f"; {kind} knows {', '.join(defaults) or 'no options'}"
         raise DataError(f"split.{unknown[0]}: unknown option{hint}")
-    options = {**defaults, **{name: value for name, value in given.items() if name in defaults}}
+    options = {**defaults, **{name: value for name, value in settings.items() if name in defaults}}
     for name, value in options.items():
         _check_option(name, value, whole=isinstance(defaults[name], int))
     if options.get("transform") == "token_dropout" and options["strength"] > 1.0:

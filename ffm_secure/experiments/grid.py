@@ -107,12 +107,12 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
 
 
 def _summaries(
-    made: Callable[[int], Run], count: int, *, jobs: int
+    run_at: Callable[[int], Run], count: int, *, jobs: int
 ) -> Iterator[tuple[int, RunSummary, bool]]:
     """Yield number, summary, and whether it was known: first what is finished, then each cell as it ends."""
     missing, rows = [], Rows()
     for number in range(count):
-        summary = finished(made(number), rows)
+        summary = finished(run_at(number), rows)
         if summary is None:
             missing.append(number)
         else:
@@ -121,17 +121,17 @@ def _summaries(
         for number in missing:
             yield (
                 number,
-                made(number).start(fairness=False, complete=False).summary,
+                run_at(number).start(fairness=False, complete=False).summary,
                 False,
             )  # a grid compares runs, not clients
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
-        work = {pool.submit(_start, *_words(made(number)), threads): number for number in missing}
+        work = {pool.submit(_start, *_words(run_at(number)), threads): number for number in missing}
         try:
             for future in as_completed(work):
-                run = made(work[future])
+                run = run_at(work[future])
                 problem, summary = future.result(), finished(run, rows)
                 if problem or summary is None:
                     raise FfmError(
@@ -178,19 +178,19 @@ def _start(text: str, base: str, runs: str, threads: int) -> str:
     return ""
 
 
-def finished(made: Run, rows: Rows) -> RunSummary | None:
+def finished(run: Run, rows: Rows) -> RunSummary | None:
     """Return the summary of a run that has ended, at its last round or where its budget did; None if it has
     to go on.
 
     Raises:
       StoreError: its folder holds a run of other settings, or of rows that have changed.
     """
-    if not (made.folder / "report.json").is_file():
+    if not (run.folder / "report.json").is_file():
         return None
-    if replace(Store.read(made.folder).config(), speed=made.config.speed) != made.config:
-        raise StoreError(f"{made.folder}: holds a run with other settings; give another --out")
-    rows.require(made)
-    summary = report.from_json((made.folder / "report.json").read_text())
+    if replace(Store.read(run.folder).config(), speed=run.config.speed) != run.config:
+        raise StoreError(f"{run.folder}: holds a run with other settings; give another --out")
+    rows.require(run)
+    summary = report.from_json((run.folder / "report.json").read_text())
     return summary if summary.status != "interrupted" else None
 
 
@@ -202,32 +202,32 @@ class Rows:
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], simulation.Contents] = {}
 
-    def require(self, made: Run) -> None:
+    def require(self, run: Run) -> None:
         """Refuse a finished run whose rows have changed since; its figure would stand for other data.
 
         A run of before digests were noted is known by its own ledger, which names the training rows alone.
         """
-        stored, now = Store.read(made.folder).contents(), self._of(made)
+        stored, now = Store.read(run.folder).contents(), self._of(run)
         if stored and stored != now.digests:
-            raise StoreError(f"{made.folder}: {changed_rows(stored, now.digests)}")
-        own = made.folder / "ledger.sqlite"
+            raise StoreError(f"{run.folder}: {changed_rows(stored, now.digests)}")
+        own = run.folder / "ledger.sqlite"
         if not stored and own.is_file():
             ledger = Ledger.open(own, create=False)
             try:
                 if holds_other_rows(ledger, now.account):
-                    raise StoreError(f"{made.folder}: {changed_rows('data:', '')}")
+                    raise StoreError(f"{run.folder}: {changed_rows('data:', '')}")
             finally:
                 ledger.close()
 
-    def _of(self, made: Run) -> simulation.Contents:
-        task = made.config.task
-        public = made.config.federation.lifecycle.public_data
+    def _of(self, run: Run) -> simulation.Contents:
+        task = run.config.task
+        public = run.config.federation.lifecycle.public_data
         key = (task.data, task.kind, task.text_column, task.label_column, public)
-        found = self._known.get(key)
-        if found is None:
-            found = simulation.contents(made.config, made.base)
-            self._known[key] = found
-        return found
+        contents = self._known.get(key)
+        if contents is None:
+            contents = simulation.contents(run.config, run.base)
+            self._known[key] = contents
+        return contents
 
 
 def row_of(cell: Cell, summary: RunSummary) -> Row:

@@ -147,13 +147,13 @@ def _read(table: dict[str, Any], problems: Problems) -> tuple[Experiment, bool]:
     whole = read_table(Experiment, table, "", problems)
     if whole is not None:
         return whole, True
-    kept: dict[str, Any] = {"format": 1, "name": "grid", "seeds": [1], "run": {}, "axes": []}
+    document: dict[str, Any] = {"format": 1, "name": "grid", "seeds": [1], "run": {}, "axes": []}
     rough = {**table, "axes": _sound_axes(table.get("axes")), "quick": _sound_keys(Quick, table.get("quick"))}
-    kept |= {key: rough[key] for key in _sound_keys(Experiment, rough, kept) if key in table}
-    partial = read_table(Experiment, kept, "", Problems())
+    document |= {key: rough[key] for key in _sound_keys(Experiment, rough, document) if key in table}
+    partial = read_table(Experiment, document, "", Problems())
     assert partial is not None, "every key was read alone before"
     written = table.get("axes")
-    sound = bool(kept["run"]) and isinstance(written, list) and 0 < len(written) == len(partial.axes)
+    sound = bool(document["run"]) and isinstance(written, list) and 0 < len(written) == len(partial.axes)
     return partial, sound
 
 
@@ -161,18 +161,18 @@ def _sound_keys(kind: type, table: object, others: Mapping[str, Any] | None = No
     """Keep the keys that can be read where the others are right."""
     if not isinstance(table, dict):
         return {}
-    kept = {}
+    sound = {}
     for field in fields(kind):
         if field.name in table:
             alone = {**(others or {}), field.name: table[field.name]}
             if read_table(kind, alone, "", Problems()) is not None:
-                kept[field.name] = table[field.name]
-    return kept
+                sound[field.name] = table[field.name]
+    return sound
 
 
 def _sound_axes(written: object) -> list[dict[str, Any]]:
     """Keep the axes that can be read, each with those of its values that can."""
-    kept = []
+    sound_axes = []
     for axis in written if isinstance(written, list) else ():
         values = axis.get("values") if isinstance(axis, dict) else None
         sound = (
@@ -184,13 +184,13 @@ def _sound_axes(written: object) -> list[dict[str, Any]]:
         if sound:
             checked = read_table(Axis, {"name": axis.get("name"), "values": sound}, "", Problems())
         if checked is not None:
-            kept.append({"name": axis["name"], "values": sound})
-    return kept
+            sound_axes.append({"name": axis["name"], "values": sound})
+    return sound_axes
 
 
 def _known(table: Mapping[str, Any]) -> dict[str, tuple[str, ...]] | None:
     """Return the labels of every axis as they are written; None where they cannot be told."""
-    found: dict[str, tuple[str, ...]] = {}
+    known_keys: dict[str, tuple[str, ...]] = {}
     written = table.get("axes")
     for axis in written if isinstance(written, list) else (None,):
         name, values = (axis.get("name"), axis.get("values")) if isinstance(axis, dict) else (None, None)
@@ -198,8 +198,8 @@ def _known(table: Mapping[str, Any]) -> dict[str, tuple[str, ...]] | None:
         labels = [item.get("label") if isinstance(item, dict) else None for item in items]
         if not isinstance(name, str) or not all(isinstance(label, str) for label in labels):
             return None
-        found[name] = (*found.get(name, ()), *(str(label) for label in labels))
-    return found
+        known_keys[name] = (*known_keys.get(name, ()), *(str(label) for label in labels))
+    return known_keys
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
@@ -218,20 +218,24 @@ def _whole(experiment: Experiment) -> _Form:
 def _quick(experiment: Experiment) -> _Form:
     quick = experiment.quick
     only = [pair for text in quick.only for pair in _pairs(text)]
-    found = _combinations(experiment, only=only)
-    return _Form(where="quick: ", combinations=found, seeds=quick.seeds, overrides=quick.set, quick=True)
+    combinations = _combinations(experiment, only=only)
+    return _Form(
+        where="quick: ", combinations=combinations, seeds=quick.seeds, overrides=quick.set, quick=True
+    )
 
 
 def _combinations(experiment: Experiment, *, only: Sequence[tuple[str, str]]) -> Any:
     """List the cells of a grid, without seeds, each as the value chosen of every axis."""
-    kept = []
+    combinations = []
     for axis in experiment.axes:
         named = {label for name, label in only if name == axis.name}
-        kept.append([(axis.name, value) for value in axis.values if not named or value.label in named])
+        combinations.append(
+            [(axis.name, value) for value in axis.values if not named or value.label in named]
+        )
     skipped = [set(_pairs(text)) for text in experiment.skip]
     return tuple(
         chosen
-        for chosen in itertools.product(*kept)
+        for chosen in itertools.product(*combinations)
         if chosen and not any(pairs <= set(_labels(chosen)) for pairs in skipped)
     )
 
@@ -277,8 +281,8 @@ def _check_words(experiment: Experiment, table: Mapping[str, Any], problems: Pro
 
 
 def _twice(words: Iterable[str]) -> list[str]:
-    seen: list[str] = list(words)
-    return [word for word in dict.fromkeys(seen) if seen.count(word) > 1]
+    earlier: list[str] = list(words)
+    return [word for word in dict.fromkeys(earlier) if earlier.count(word) > 1]
 
 
 # --- settings without an effect -----------------------------------------------------------------------------
@@ -308,15 +312,17 @@ def _check_overlaps(forms: Sequence[_Form], problems: Problems) -> None:
     """Refuse a cell in which one override undoes another:
     the first would be in the label and not in the run.
     """
-    found: dict[str, list[str]] = {}
+    overlaps: dict[str, list[str]] = {}
     for form in forms:
         for chosen in form.combinations:
             for undone, (axis, value, override) in _undone(chosen, quick=form.quick):
                 where, label, lost = undone
                 words = f"axes {where!r} {label!r} sets {'.'.join(_keys(lost))}, and "
                 words += f"{axis!r} {value!r} sets {'.'.join(_keys(override))} after it"
-                found.setdefault(words, []).append(_name(_labels(chosen), form.seeds[0] if form.seeds else 1))
-    for words, names in found.items():
+                overlaps.setdefault(words, []).append(
+                    _name(_labels(chosen), form.seeds[0] if form.seeds else 1)
+                )
+    for words, names in overlaps.items():
         problems.append(f"{words}: one undoes the other in {_and_more(names)}; let one of them set both")
 
 
@@ -346,15 +352,15 @@ def _undone(chosen: Sequence[tuple[str, Value]], *, quick: bool) -> Iterator[tup
 def _check_names(form: _Form, problems: Problems) -> None:
     """Refuse two cells in one folder, and say what their names have in common."""
     first: dict[str, tuple[Labels, int]] = {}
-    told: set[str] = set()
+    reported: set[str] = set()
     for labels, seed in form.cells():
         name = _name(labels, seed)
         if name not in first:
             first[name] = (labels, seed)
             continue
         cause = _shared(first[name], (labels, seed), form.seeds)
-        if cause and cause not in told:
-            told.add(cause)
+        if cause and cause not in reported:
+            reported.add(cause)
             both = f"{_words(*first[name])!r} and {_words(labels, seed)!r}"
             problems.append(f"{form.where}{cause}: the cells {both} would share the folder {name}")
 
@@ -419,15 +425,15 @@ def _configure(experiment: Experiment, labels: Labels, sets: Sequence[str], seed
     for override in sets:
         set_value(table, override, problems)
     table |= {"format": 1, "name": name, "seed": seed}
-    made = run_file.from_table(table, where=name, problems=problems)
-    compatibility.check(made)
-    return made
+    config = run_file.from_table(table, where=name, problems=problems)
+    compatibility.check(config)
+    return config
 
 
 def _check_equal(form: _Form, cells: Sequence[Cell], problems: Problems) -> None:
     """Refuse labels that change nothing: two rows of the table would be one run, made twice."""
     first: dict[RunConfig, Cell] = {}
-    found: dict[str, list[str]] = {}
+    labels_by_config: dict[str, list[str]] = {}
     for cell in cells:
         other = first.setdefault(replace(cell.config, name="any"), cell)
         differ = [(one, two) for one, two in zip(other.labels, cell.labels, strict=True) if one != two]
@@ -435,7 +441,7 @@ def _check_equal(form: _Form, cells: Sequence[Cell], problems: Problems) -> None
             words = " and ".join(
                 f"labels {one!r} and {two!r} of axis {axis!r}" for (axis, one), (_, two) in differ
             )
-            found.setdefault(words, []).append(f"{other.config.name} and {cell.config.name}")
-    for words, pairs in found.items():
+            labels_by_config.setdefault(words, []).append(f"{other.config.name} and {cell.config.name}")
+    for words, pairs in labels_by_config.items():
         advice = "change one of them, or leave it out with skip" + (" or quick.only" if form.quick else "")
         problems.append(f"{form.where}{words} give equal settings ({_and_more(pairs)}); {advice}")

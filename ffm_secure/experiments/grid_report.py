@@ -162,19 +162,19 @@ def paired(group: Sequence[Row], other: Sequence[Row], *, against: str) -> dict[
             "better": None,
             **asdict(Interval(mean=math.nan, low=-math.inf, high=math.inf, count=0)),
         }
-    found, up = interval(differences), group[0].higher_is_better
+    difference_interval, up = interval(differences), group[0].higher_is_better
     better = None
-    if found.low > 0 or found.high < 0:
-        better = (found.low > 0) == up
-    return {"against": against, "better": better, **asdict(found)}
+    if difference_interval.low > 0 or difference_interval.high < 0:
+        better = (difference_interval.low > 0) == up
+    return {"against": against, "better": better, **asdict(difference_interval)}
 
 
-def to_json(found: Mapping[str, Any]) -> str:
+def to_json(summary: Mapping[str, Any]) -> str:
     """Write results; infinity and not-a-number become words, as in report.json."""
-    return json.dumps(record_codec.to_plain(found, "results"), indent=1, allow_nan=False) + "\n"
+    return json.dumps(record_codec.to_plain(summary, "results"), indent=1, allow_nan=False) + "\n"
 
 
-def to_html(found: Mapping[str, Any]) -> str:
+def to_html(summary: Mapping[str, Any]) -> str:
     """Draw results as one self-contained page: no script, nothing fetched."""
     style = Html(files("ffm_secure.report").joinpath("report.css").read_text(encoding="utf-8"))
     policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -183,25 +183,25 @@ def to_html(found: Mapping[str, Any]) -> str:
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("title", f"{found['name']} – ffm-secure experiment"),
+        tag("title", f"{summary['name']} – ffm-secure experiment"),
         tag("style", style),
     )
-    state = _state(found)
-    intro = f"{found['about']} {found['runs']} runs, {found['seconds']:.0f} seconds of training.{state}"
+    state = _state(summary)
+    intro = f"{summary['about']} {summary['runs']} runs, {summary['seconds']:.0f} seconds of training.{state}"
     main = [
-        tag("section", tag("h2", "Table"), _table(found)),
-        tag("section", tag("h2", "Curves"), *_curves(found)),
+        tag("section", tag("h2", "Table"), _table(summary)),
+        tag("section", tag("h2", "Curves"), *_curves(summary)),
     ]
     body = tag(
         "body",
-        tag("header", tag("h1", found["name"]), tag("p", intro.strip()), *_costs(found), *_stopped(found)),
+        tag("header", tag("h1", summary["name"]), tag("p", intro.strip()), *_costs(summary), *_stopped(summary)),
         tag("main", *main),
         tag(
             "footer",
             tag(
                 "p",
                 "Regenerate with: ",
-                tag("code", found["command"]),
+                tag("code", summary["command"]),
                 ". Every figure is in results.json beside this page.",
             ),
         ),
@@ -209,34 +209,34 @@ def to_html(found: Mapping[str, Any]) -> str:
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
 
-def _state(found: Mapping[str, Any]) -> str:
-    return "" if found["complete"] else f" Not complete: {found['runs']} of {found['wanted']} runs."
+def _state(summary: Mapping[str, Any]) -> str:
+    return "" if summary["complete"] else f" Not complete: {summary['runs']} of {summary['wanted']} runs."
 
 
-def stopped_lines(found: Mapping[str, Any]) -> list[str]:
+def stopped_lines(summary: Mapping[str, Any]) -> list[str]:
     """Say of every run that ended early how it ended, in words that a table has no place for."""
-    return [f"{item['run']}: {item['status']} after {item['rounds']} rounds" for item in found["stopped"]]
+    return [f"{item['run']}: {item['status']} after {item['rounds']} rounds" for item in summary["stopped"]]
 
 
-def cost_lines(found: Mapping[str, Any]) -> list[str]:
+def cost_lines(summary: Mapping[str, Any]) -> list[str]:
     """Say what the runs of a grid cost the rows they share, all of them together."""
-    return [f"Privacy of the whole grid: {cost['words']}." for cost in found.get("costs", ())]
+    return [f"Privacy of the whole grid: {cost['words']}." for cost in summary.get("costs", ())]
 
 
-def _costs(found: Mapping[str, Any]) -> list[Html]:
-    return [tag("p", line) for line in cost_lines(found)]
+def _costs(summary: Mapping[str, Any]) -> list[Html]:
+    return [tag("p", line) for line in cost_lines(summary)]
 
 
 LEFT_OUT = "Left out of means and differences, because they ended before their last round"
 
 
-def _stopped(found: Mapping[str, Any]) -> list[Html]:
-    lines = stopped_lines(found)
+def _stopped(summary: Mapping[str, Any]) -> list[Html]:
+    lines = stopped_lines(summary)
     return [tag("p", f"{LEFT_OUT}:"), tag("ul", *[tag("li", line) for line in lines])] if lines else []
 
 
-def _table(found: Mapping[str, Any]) -> Html:
-    cells = found["cells"]
+def _table(summary: Mapping[str, Any]) -> Html:
+    cells = summary["cells"]
     names = list(cells[0]["labels"]) if cells else []
     against = list(dict.fromkeys(item["against"] for cell in cells for item in cell["differences"]))
     columns = [
@@ -270,13 +270,13 @@ def _table(found: Mapping[str, Any]) -> Html:
 
 
 def _spread(cell: Mapping[str, Any]) -> str:
-    found = cell["metric"]
+    metric = cell["metric"]
     left = f" ({cell['stopped']} stopped early, left out)" if cell["stopped"] else ""
-    if found["count"] == 0:
+    if metric["count"] == 0:
         return f"–{left}"
-    if found["count"] < 2:
-        return f"{found['mean']:.4f} (one seed){left}"
-    return f"{found['mean']:.4f} ± {found['high'] - found['mean']:.4f}{left}"
+    if metric["count"] < 2:
+        return f"{metric['mean']:.4f} (one seed){left}"
+    return f"{metric['mean']:.4f} ± {metric['high'] - metric['mean']:.4f}{left}"
 
 
 def _seconds(value: float) -> str:
@@ -305,16 +305,16 @@ def _epsilon(value: float) -> str:
     return "none (infinite)" if math.isinf(value) else f"{value:.2f}"
 
 
-def _curves(found: Mapping[str, Any]) -> list[Html]:
+def _curves(summary: Mapping[str, Any]) -> list[Html]:
     """Draw one chart for each combination of the axes that are not compared."""
-    compare = found["compare"]
+    compare = summary["compare"]
     panels: dict[tuple[str, ...], dict[str, list[Any]]] = {}
-    for row in found["rows"]:
+    for row in summary["rows"]:
         if row["status"] != "complete":
             continue
         rest = tuple(f"{axis}: {label}" for axis, label in row["labels"].items() if axis != compare)
         panels.setdefault(rest, {}).setdefault(row["labels"].get(compare, "all"), []).append(row["curve"])
-    drawn = []
+    charts = []
     for rest, lines in panels.items():
         series = []
         for place, (label, curves) in enumerate(lines.items()):
@@ -325,5 +325,5 @@ def _curves(found: Mapping[str, Any]) -> list[Html]:
             )
         heading = ", ".join(rest) or "all"
         chart = line_chart(series, description=f"Mean metric after each round, {heading}")
-        drawn.append(tag("figure", tag("figcaption", heading), chart))
-    return drawn
+        charts.append(tag("figure", tag("figcaption", heading), chart))
+    return charts

@@ -15,49 +15,49 @@ _COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568", "#
 _FONT = "font-family:system-ui,sans-serif;font-size:12px"
 
 
-def to_markdown(found: Mapping[str, Any]) -> str:
+def to_markdown(summary: Mapping[str, Any]) -> str:
     """Write the table of a grid in Markdown: means with 95 % t-intervals, paired differences, what it cost.
 
     A difference is in bold where its interval excludes zero. A run that ended early is named and has no
     figure.
     """
-    cells: Sequence[Mapping[str, Any]] = found["cells"]
+    cells: Sequence[Mapping[str, Any]] = summary["cells"]
     if not cells:
         return "No run has finished.\n"
     axes = list(cells[0]["labels"])
     against = list(dict.fromkeys(item["against"] for cell in cells for item in cell["differences"]))
-    seeds = len({row["seed"] for row in found["rows"]})
-    head = [*axes, *[f"seed {seed}" for seed in _seeds(found)], "mean ± 95 %"]
+    seeds = len({row["seed"] for row in summary["rows"]})
+    head = [*axes, *[f"seed {seed}" for seed in _seeds(summary)], "mean ± 95 %"]
     head += [f"minus {label}" for label in against] + ["epsilon spent", "up, a client and round", "seconds"]
     lines = [head, ["---"] * len(head)]
     for cell in cells:
-        line = [*cell["labels"].values(), *_values(found, cell), _spread(cell, seeds)]
+        line = [*cell["labels"].values(), *_values(summary, cell), _spread(cell, seeds)]
         line += [_difference(cell, label) for label in against]
         spent = float(cell["epsilon"])
         line += ["none" if math.isinf(spent) else f"{spent:.2f}", size(cell["bytes_per_client_round"])]
         lines.append([*line, "–" if math.isnan(cell["seconds"]) else f"{cell['seconds']:.0f}"])
     table = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
-    state = "" if found["complete"] else f" Not complete: {found['runs']} of {found['wanted']} runs."
+    state = "" if summary["complete"] else f" Not complete: {summary['runs']} of {summary['wanted']} runs."
     text = (
-        f"{cells[0]['metric_name']}, {found['runs']} runs of together {found['seconds'] / 60:.0f} "
+        f"{cells[0]['metric_name']}, {summary['runs']} runs of together {summary['seconds'] / 60:.0f} "
         f"minutes.{state}\n\n{table}\n"
     )
-    text += "".join(f"\n{line}\n" for line in cost_lines(found))
-    stopped = "\n".join(f"- {line}" for line in stopped_lines(found))
+    text += "".join(f"\n{line}\n" for line in cost_lines(summary))
+    stopped = "\n".join(f"- {line}" for line in stopped_lines(summary))
     return text + (f"\n{LEFT_OUT}:\n\n{stopped}\n" if stopped else "")
 
 
-def _seeds(found: Mapping[str, Any]) -> list[int]:
-    return sorted({row["seed"] for row in found["rows"]})
+def _seeds(summary: Mapping[str, Any]) -> list[int]:
+    return sorted({row["seed"] for row in summary["rows"]})
 
 
-def _values(found: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
+def _values(summary: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
     by_seed = {
         row["seed"]: f"{row['metric']:.3f}" if row["status"] == "complete" else row["status"]
-        for row in found["rows"]
+        for row in summary["rows"]
         if row["labels"] == cell["labels"]
     }
-    return [by_seed.get(seed, "–") for seed in _seeds(found)]
+    return [by_seed.get(seed, "–") for seed in _seeds(summary)]
 
 
 def _spread(cell: Mapping[str, Any], seeds: int) -> str:
@@ -80,12 +80,12 @@ def _difference(cell: Mapping[str, Any], label: str) -> str:
     return text if item["better"] is None else f"**{text}**"
 
 
-def to_svg(found: Mapping[str, Any]) -> str:
+def to_svg(summary: Mapping[str, Any]) -> str:
     """Draw every cell as a line of dots, one for each seed, with a bar at the mean: a picture that needs no
     style sheet.
     """
-    cells = found["cells"]
-    values = [row["metric"] for row in found["rows"] if _drawn(row)]
+    cells = summary["cells"]
+    values = [row["metric"] for row in summary["rows"] if _drawn(row)]
     if not values:
         return str(tag("svg", xmlns="http://www.w3.org/2000/svg"))
     ticks = nice_ticks(min(values), max(values))
@@ -94,7 +94,7 @@ def to_svg(found: Mapping[str, Any]) -> str:
     def across(value: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (value - low) / (high - low)
 
-    compare, panel, down = found["compare"], None, _TOP
+    compare, panel, down = summary["compare"], None, _TOP
     parts: list[Html] = []
     places = {label: i for i, label in enumerate(dict.fromkeys(c["labels"].get(compare, "") for c in cells))}
     for cell in cells:
@@ -104,14 +104,14 @@ def to_svg(found: Mapping[str, Any]) -> str:
             parts.append(_text(8, down + 14, rest, weight="600"))
             down += _LINE
         label = cell["labels"].get(compare, "")
-        parts += _line(found, cell, across, down, _COLOURS[places[label] % len(_COLOURS)], label)
+        parts += _line(summary, cell, across, down, _COLOURS[places[label] % len(_COLOURS)], label)
         down += _LINE
     grid = [_rule(across(tick), _TOP, across(tick), down, "#e2e8f0") for tick in ticks]
     grid += [_text(across(tick), down + 16, f"{tick:g}", anchor="middle") for tick in ticks]
     grid.append(_text((_LEFT + _WIDTH) / 2, down + 34, cells[0]["metric_name"], anchor="middle"))
     height = down + 42
     back = tag("rect", width=f"{_WIDTH:g}", height=f"{height:g}", fill="#ffffff")
-    words = f"{found['name']}: one dot for each seed, a bar at the mean"
+    words = f"{summary['name']}: one dot for each seed, a bar at the mean"
     return (
         str(
             tag(
@@ -134,19 +134,19 @@ def _drawn(row: Mapping[str, Any]) -> bool:
 
 
 def _line(
-    found: Mapping[str, Any], cell: Mapping[str, Any], across: Any, down: float, colour: str, label: str
+    summary: Mapping[str, Any], cell: Mapping[str, Any], across: Any, down: float, colour: str, label: str
 ) -> list[Html]:
     middle = down + _LINE / 2
-    seen = [row["metric"] for row in found["rows"] if row["labels"] == cell["labels"] and _drawn(row)]
-    drawn = [_text(24, middle + 4, label)]
-    drawn += [
+    metrics = [row["metric"] for row in summary["rows"] if row["labels"] == cell["labels"] and _drawn(row)]
+    elements = [_text(24, middle + 4, label)]
+    elements += [
         tag("circle", cx=f"{across(value):.1f}", cy=f"{middle:.1f}", r="4", fill=colour, fill_opacity="0.55")
-        for value in seen
+        for value in metrics
     ]
-    if seen:
-        mean = across(sum(seen) / len(seen))
-        drawn.append(_rule(mean, down + 3, mean, down + _LINE - 3, colour, width="2.5"))
-    return drawn
+    if metrics:
+        mean = across(sum(metrics) / len(metrics))
+        elements.append(_rule(mean, down + 3, mean, down + _LINE - 3, colour, width="2.5"))
+    return elements
 
 
 def _rule(x1: float, y1: float, x2: float, y2: float, colour: str, *, width: str = "1") -> Html:

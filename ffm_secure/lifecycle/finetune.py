@@ -66,14 +66,14 @@ class PlainGradient:
         if count == 0:
             return
         wanted = self.spec.local_steps or self.spec.local_epochs * -(-count // size)
-        taken = 0
-        while taken < wanted:
+        steps_finished = 0
+        while steps_finished < wanted:
             order = self.order.permutation(count)
             for start in range(0, count, size):
-                if taken == wanted:
+                if steps_finished == wanted:
                     return
                 yield self._gradient(order[start : start + size])
-                taken += 1
+                steps_finished += 1
 
     def _gradient(self, indices: np.ndarray) -> dict[str, Tensor]:
         parameters = self.trainable.active
@@ -167,7 +167,7 @@ def finetune(
     masks = named_parts(trainable, mask) if mask is not None else {}
     anchors = {name: p.detach().clone() for name, p in parameters.items()} if spec.proximal else {}
     optimizer = _optimizer(spec, list(parameters.values()))
-    taken = 0
+    steps_finished = 0
     for gradients in rule.steps():
         for name, parameter in parameters.items():
             gradient = gradients[name].to(parameter.device, parameter.dtype)
@@ -177,12 +177,12 @@ def finetune(
                 gradient = gradient + spec.proximal * (parameter.detach() - anchors[name])
             parameter.grad = gradient
         optimizer.step()
-        taken += 1
+        steps_finished += 1
     after = trainable.flatten()
     change = after - start.to(after.device)
     for parameter in parameters.values():
         parameter.grad = None
-    return ModelUpdate(vector=change, loss=rule.loss(), steps=taken)
+    return ModelUpdate(vector=change, loss=rule.loss(), steps=steps_finished)
 
 
 def named_parts(trainable: Any, vector: Tensor) -> dict[str, Tensor]:

@@ -444,10 +444,10 @@ def _settle_padding(name: str, tokenizer: Any, config: Any, model: nn.Module) ->
         valid = isinstance(stated, int) and 0 <= stated < len(tokenizer)
         known = tokenizer.convert_ids_to_tokens(stated) if valid else None
         choices = [known, tokenizer.eos_token, tokenizer.unk_token, *tokenizer.convert_ids_to_tokens([0, 1])]
-        taken = (
+        padding_token = (
             tokenizer.eos_token if config.is_encoder_decoder else None
         )  # such classifiers look for the end of a text
-        tokenizer.pad_token = next(choice for choice in choices if choice and choice != taken)
+        tokenizer.pad_token = next(choice for choice in choices if choice and choice != padding_token)
     config.pad_token_id = tokenizer.pad_token_id
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if len(tokenizer) > rows:

@@ -281,11 +281,11 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
-def changed_rows(stored: str, found: str) -> str:
+def changed_rows(stored: str, present: str) -> str:
     """Say which rows of a run are not what they were, and what to do."""
     words = {"data": "training", "validation": "validation", "public": "public"}
     changed = [
-        words.get(word.partition(":")[0], word) for word in stored.split() if word not in found.split()
+        words.get(word.partition(":")[0], word) for word in stored.split() if word not in present.split()
     ]
     return (
         f"its {' and '.join(changed) or 'public'} rows have changed since the run began; "

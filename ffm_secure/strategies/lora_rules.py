@@ -289,11 +289,11 @@ class FLoRA(LoraRule):
         if not self.ranks:
             return None
         rank = self.ranks[client % len(self.ranks)]
-        kept = torch.ones(max(place.stop for place in self.places.values()))
+        mask = torch.ones(max(place.stop for place in self.places.values()))
         for item in self.adapters:
-            self.view(kept, item.a)[rank:] = 0.0
-            self.view(kept, item.b)[:, rank:] = 0.0
-        return kept
+            self.view(mask, item.a)[rank:] = 0.0
+            self.view(mask, item.b)[:, rank:] = 0.0
+        return mask
 
     def message(self, old: Tensor, change: Tensor, step: int) -> Tensor:
         """Send the change of the head, and the product."""

@@ -161,10 +161,10 @@ class Classification(Task):
 
     def majority(self, train: Columns, validation: Columns) -> float | None:
         """Return the validation accuracy of the commonest training label."""
-        seen, wanted = self.labels(train), self.labels(validation)
-        if len(seen) == 0 or len(wanted) == 0:
+        training_labels, wanted = self.labels(train), self.labels(validation)
+        if len(training_labels) == 0 or len(wanted) == 0:
             return None
-        return float(np.mean(wanted == np.bincount(seen).argmax()))
+        return float(np.mean(wanted == np.bincount(training_labels).argmax()))
 
     def labels(self, examples: Columns) -> NDArray[np.int64]:
         """Return the labels, checked against the number of classes of the model."""

@@ -47,9 +47,9 @@ def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed:
         )
     if task_kind != backbone.kind:
         raise ModelError(f"the model was loaded for {backbone.kind}, not for {task_kind}")
-    made: TrainableModel = TRAINABLES.load(str(kind))(backbone, spec, task_kind=task_kind, seed=seed)
-    rehearse(made)
-    return made
+    trainable: TrainableModel = TRAINABLES.load(str(kind))(backbone, spec, task_kind=task_kind, seed=seed)
+    rehearse(trainable)
+    return trainable
 
 
 __all__ = ["TRAINABLES", "TrainableModel", "attach", "rehearse_per_sample", "replicate", "start_from"]

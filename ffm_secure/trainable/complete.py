@@ -87,15 +87,15 @@ def with_prompt_words(tokenizer: Any, length: int) -> Any:
     named = {
         name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
     }
-    told = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    extended = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=prompted,
         model_input_names=list(tokenizer.model_input_names),
         padding_side="right",
         **named,
     )
-    if told("a")["input_ids"] != [*range(first, first + length), *tokenizer("a")["input_ids"]]:
+    if extended("a")["input_ids"] != [*range(first, first + length), *tokenizer("a")["input_ids"]]:
         raise ModelError(f"{type(tokenizer).__name__} does not put a prompt in front of a text")
-    return told
+    return extended
 
 
 def _in_front(processor: Any, words: Sequence[str], first: int) -> dict[str, Any]:

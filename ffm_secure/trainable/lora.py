@@ -150,9 +150,9 @@ def attach_lora(
         "parameters": parameters,
         "description": lines,
     }
-    made: Lora | FoldedLora = FoldedLora(**common) if folded else Lora(config=config, **common)
-    made.adapters, made.ranks = adapters, ranks
-    return made
+    trainable: Lora | FoldedLora = FoldedLora(**common) if folded else Lora(config=config, **common)
+    trainable.adapters, trainable.ranks = adapters, ranks
+    return trainable
 
 
 def attach_lora_xs(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> LoraXs:

@@ -114,10 +114,10 @@ class Predictor:
 
     def pictures(self, pictures: Sequence[Any]) -> list[Prediction]:
         """Answer pictures uint8 [H, W, 3], each of its own size or all of one."""
-        found: list[Prediction] = []
+        predictions: list[Prediction] = []
         for picture in pictures:
-            found += self._classify({"picture": np.asarray(picture)[None]}, 1)
-        return found
+            predictions += self._classify({"picture": np.asarray(picture)[None]}, 1)
+        return predictions
 
     def logits(self, columns: Mapping[str, Any], count: int) -> Tensor:
         """Return the scores of a classifier, float32 [count, labels]."""
@@ -152,8 +152,8 @@ class Predictor:
         tokenizer = self._tokenizer()
         limit = self.trainable.backbone.max_positions or 10**9
         tokens = self._tokens(text)
-        given = len(tokens)
-        while len(tokens) - given < NEW_TOKENS and len(tokens) + _room(self.trainable) < limit:
+        prompt_length = len(tokens)
+        while len(tokens) - prompt_length < NEW_TOKENS and len(tokens) + _room(self.trainable) < limit:
             token = int(self._token_scores(tokens)[-1].argmax())
             if token == tokenizer.eos_token_id:
                 break

@@ -215,23 +215,23 @@ class GeneratedPrompt(PromptedModel):
         representation: str,
         kind: str,
         max_positions: int | None,
-        seen: int,
+        input_width: int,
     ) -> None:
         super().__init__(model, prompt, kind=kind, max_positions=max_positions)
         length, width = prompt.shape
         self.representation = representation
         self.code = ExpandedParameter(torch.randn(length, hidden))
-        self.down = nn.Linear(seen, hidden)  # some families have embeddings narrower than the model
+        self.down = nn.Linear(input_width, hidden)  # some families have embeddings narrower than the model
         self.up = nn.Linear(hidden, width, bias=False)
         nn.init.zeros_(self.up.weight)  # the first prompt is the base alone
 
     def virtual_tokens(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return a prompt of its own for every sample, [B, length, d]."""
         base, count = super().virtual_tokens(batch), len(next(iter(batch.values())))
-        seen = self.frozen_representation(batch).float()
-        inner = torch.tanh(self.down(F.layer_norm(seen, seen.shape[1:]).to(base.dtype)))
-        made: Tensor = self.up(self.code(count) * inner.unsqueeze(1))
-        return base + made
+        representation = self.frozen_representation(batch).float()
+        inner = torch.tanh(self.down(F.layer_norm(representation, representation.shape[1:]).to(base.dtype)))
+        prompt: Tensor = self.up(self.code(count) * inner.unsqueeze(1))
+        return base + prompt
 
     @torch.no_grad()
     def frozen_representation(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -283,7 +283,7 @@ def attach_prompt_generator(
         representation=representation,
         kind=task_kind,
         max_positions=backbone.max_positions,
-        seen=backbone.hidden_size if representation == "model" else start.shape[1],
+        input_width=backbone.hidden_size if representation == "model" else start.shape[1],
     )
     wrapped = _seeded(build, with_own_head(backbone), start, seed=seed)
     own = {

@@ -120,8 +120,8 @@ def _unreached(answer: Tensor, trainable: TrainableModel) -> list[str]:
     if trainable.kind == "full":
         return []
     gradients = torch.autograd.grad(answer, list(trainable.parameters.values()), allow_unused=True)
-    found = zip(trainable.parameters, gradients, strict=True)
-    return [name for name, gradient in found if gradient is None and _ROUTED not in name]
+    pairs = zip(trainable.parameters, gradients, strict=True)
+    return [name for name, gradient in pairs if gradient is None and _ROUTED not in name]
 
 
 def _refusal(trainable: TrainableModel, reason: str) -> str:

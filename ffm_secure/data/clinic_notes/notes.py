@@ -155,7 +155,7 @@ def clinic_notes(options: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, 
     houses = [_Desk(make_house(index, rng.random)) for index in range(chosen["hospitals"])]
     sizes = 1.0 / np.arange(2, len(houses) + 2) ** 0.7
     mixes = 0.85 * rng.dirichlet(np.full(len(SPECIALTIES), 1.2), size=len(houses)) + 0.15 / len(SPECIALTIES)
-    seen: set[str] = set()
+    written: set[str] = set()
     parts = []
     for rows, prefix in ((chosen["size"], "p"), (chosen["validation"], "v")):
         homes = rng.choice(len(houses), size=rows, p=sizes / sizes.sum())
@@ -163,7 +163,7 @@ def clinic_notes(options: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, 
         for home, mix in enumerate(mixes):
             here = homes == home
             labels[here] = rng.choice(len(SPECIALTIES), size=int(here.sum()), p=mix)
-        parts.append(_write_part(houses, homes, labels, prefix=prefix, chosen=chosen, seen=seen))
+        parts.append(_write_part(houses, homes, labels, prefix=prefix, chosen=chosen, written=written))
     return parts[0], parts[1], tuple(SPECIALTIES)
 
 
@@ -323,11 +323,13 @@ def _contents(
     history = _some(case.complaints, complaints, unit) + _some(words.shared[label], shared, unit)
     older = [entry for entry in words.background if entry[1] <= age]
     elsewhere = [older[place] for place in _some(range(len(older)), others, unit)]
-    taken = _some(case.drugs, drugs, unit) + [_pick(given, unit) for _, _, given in elsewhere if unit() < 0.6]
+    medication = _some(case.drugs, drugs, unit) + [
+        _pick(drugs_elsewhere, unit) for _, _, drugs_elsewhere in elsewhere if unit() < 0.6
+    ]
     return {
         "history": history or _some(words.routine, 1.0, unit),
         "background": [entry[0] for entry in elsewhere] + _some(words.social[age > 65], social, unit),
-        "drugs": tuple(dict.fromkeys(taken)),
+        "drugs": tuple(dict.fromkeys(medication)),
         "exam": _some(words.findings, 1.2, unit) + _some(case.findings, findings, unit),
         "impression": _some(case.names, named, unit) or _some(words.impressions, 0.4, unit),
         "plan": _some(case.plans, plans, unit) + _some(words.plans, 0.9, unit),
@@ -381,37 +383,41 @@ def _write_part(
     *,
     prefix: str,
     chosen: Mapping[str, int],
-    seen: set[str],
+    written: set[str],
 ) -> dict[str, Any]:
     """Write one note per row; a text that was written before is written anew."""
     unit, names = random.Random(f"{prefix}{chosen['seed']}").random, tuple(SPECIALTIES)
     patients: list[list[_Patient]] = [[] for _ in desks]
-    texts, keys, facts, made = [], [], [], 0
+    texts, keys, facts, count = [], [], [], 0
     for home, label in zip(homes.tolist(), labels.tolist()):
         known = patients[home]
         if not known or unit() < 0.45:
-            patient = _make_patient(f"{prefix}{made}", desks[home].house, unit)
+            patient = _make_patient(f"{prefix}{count}", desks[home].house, unit)
             known.append(patient)
-            made += 1
+            count += 1
         else:
             patient = _pick(known, unit)
         planted = unit() < chosen["facts"] / 100
-        text, found = _distinct(desks[home], names[label], patient, unit, planted=planted, seen=seen)
+        text, note_facts = _distinct(
+            desks[home], names[label], patient, unit, planted=planted, written=written
+        )
         texts.append(text)
-        facts.append(json.dumps([[fact.kind, fact.value, *fact.span] for fact in found]) if found else "[]")
+        facts.append(
+            json.dumps([[fact.kind, fact.value, *fact.span] for fact in note_facts]) if note_facts else "[]"
+        )
         keys.append(patient.key)
     hospitals = [desks[home].house.name for home in homes.tolist()]
     return {"text": texts, "label": labels, "hospital": hospitals, "patient": keys, "facts": facts}
 
 
 def _distinct(
-    desk: _Desk, label: str, patient: _Patient, unit: Unit, *, planted: bool, seen: set[str]
+    desk: _Desk, label: str, patient: _Patient, unit: Unit, *, planted: bool, written: set[str]
 ) -> tuple[str, tuple[Fact, ...]]:
     for _ in range(1000):
         note = desk.note(label, patient, unit, with_age=not planted)
         text, facts = _plant(note, patient, unit) if planted else (note, ())
-        if text not in seen:
-            seen.add(text)
+        if text not in written:
+            written.add(text)
             return text, facts
     raise DataError("builtin:clinic_notes: size is too large for distinct notes; ask for fewer")
 
