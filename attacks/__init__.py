@@ -54,11 +54,9 @@ class _Commands(MetaPathFinder):
             return None
         from attacks.registry import ATTACKS
 
-        return (
-            spec_from_file_location(fullname, Path(__file__).with_name("__main__.py"))
-            if name in ATTACKS
-            else None
-        )
+        if name in ATTACKS:
+            return spec_from_file_location(fullname, Path(__file__).with_name("__main__.py"))
+        return None
 
 
 sys.meta_path.append(_Commands())  # last, so that it is asked only for names no file answers to

@@ -182,7 +182,10 @@ def _largest_rejected(rejects: Callable[[float], bool]) -> float:
         low, high = high, 2 * high
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if rejects(middle) else (low, middle)
+        if rejects(middle):
+            low, high = (middle, high)
+        else:
+            low, high = (low, middle)
     return low
 
 
@@ -215,10 +218,12 @@ def clopper_pearson(successes: int, trials: int, significance: float) -> tuple[f
     """Return the one-sided lower and the one-sided upper bound of a rate, each wrong with probability at most
     the significance.
     """
-    low = 0.0 if successes == 0 else float(beta.ppf(significance, successes, trials - successes + 1))
-    high = (
-        1.0 if successes == trials else float(beta.ppf(1 - significance, successes + 1, trials - successes))
-    )
+    low = 0.0
+    if successes != 0:
+        low = float(beta.ppf(significance, successes, trials - successes + 1))
+    high = 1.0
+    if successes != trials:
+        high = float(beta.ppf(1 - significance, successes + 1, trials - successes))
     return low, high
 
 
@@ -231,7 +236,9 @@ def rates_epsilon(
     """
     low, _ = clopper_pearson(true_positives, members, significance / 2)
     _, high = clopper_pearson(false_positives, others, significance / 2)
-    return math.log((low - delta) / high) if low > delta and low - delta > high else 0.0
+    if low > delta and low - delta > high:
+        return math.log((low - delta) / high)
+    return 0.0
 
 
 def _clopper_pearson(members: Floats, others: Floats, delta: float, significance: float) -> float:
@@ -260,7 +267,9 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     Source: Balle and Wang, 2018, theorem 8.
     """
     if mu <= 0.0 or delta <= 0.0:
-        return 0.0 if mu <= 0.0 else math.inf
+        if mu <= 0.0:
+            return 0.0
+        return math.inf
 
     def excess(epsilon: float) -> float:
         second = math.exp(epsilon + norm.logcdf(-mu / 2 - epsilon / mu))
@@ -285,7 +294,9 @@ def gaussian_separation(members: Floats, others: Floats, significance: float) ->
     size = math.sqrt(len(members) * len(others) / (len(members) + len(others)))
     gap = float(members.mean() - others.mean())
     if pooled <= 0.0:
-        return math.inf if gap > 0.0 else 0.0
+        if gap > 0.0:
+            return math.inf
+        return 0.0
     statistic = gap / math.sqrt(float(pooled)) * size
     if not nct.sf(statistic, freedom, 0.0) < significance:
         return 0.0
@@ -301,7 +312,9 @@ def gaussian_separation(members: Floats, others: Floats, significance: float) ->
 
 def _gaussian(members: Floats, others: Floats, delta: float, significance: float) -> float:
     separation = gaussian_separation(members, others, significance)
-    return math.inf if math.isinf(separation) else gaussian_epsilon(separation, delta)
+    if math.isinf(separation):
+        return math.inf
+    return gaussian_epsilon(separation, delta)
 
 
 # ---------------------------------------------------------------------------------------- anytime-valid audit
@@ -433,6 +446,8 @@ def combine_rounds(updates: Sequence[Tensor], noise: Sequence[float]) -> Tensor:
         raise ValueError(
             f"{len(updates)} updates and {len(noise)} noise levels: one level per update is needed"
         )
-    weights = [1.0 / max(level, 1e-12) ** 2 for level in noise]
+    weights = []
+    for level in noise:
+        weights.append(1.0 / max(level, 1e-12) ** 2)
     total = torch.stack([update * weight for update, weight in zip(updates, weights, strict=True)]).sum(0)
     return total / sum(weights)

@@ -54,7 +54,10 @@ def attribute(sums: Sequence[OpenedSum], clients: int) -> Attribution:
     tokens = tuple(sorted(set().union(*(one.tokens for one in sums))))
     present = np.array([[token in one.tokens for one in sums] for token in tokens], dtype=float)
     evidence = _alone(present, participation(sums, clients))
-    best = tuple(int(place) for place in evidence.argmax(axis=1)) if tokens else ()
+    if tokens:
+        best = tuple(int(place) for place in evidence.argmax(axis=1))
+    else:
+        best = ()
     return Attribution(tokens=tokens, evidence=evidence, best=best)
 
 
@@ -102,7 +105,10 @@ def attribution_score(sums: Sequence[OpenedSum], owners: Mapping[int, int], clie
     Luck is the rank among the same reading under rounds dealt out anew: who took part then says nothing.
     """
     known = attribute(sums, clients)
-    placed = [(place, owners[token]) for place, token in enumerate(known.tokens) if token in owners]
+    placed = []
+    for place, token in enumerate(known.tokens):
+        if token in owners:
+            placed.append((place, owners[token]))
     if not placed:
         return None
 

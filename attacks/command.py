@@ -57,9 +57,10 @@ def run_one(name: str, arguments: Sequence[str] | None = None) -> int:
 def description(name: str) -> str:
     """Say what an attack recovers, what it needs, and which published attacks it stands for."""
     attack = build(name)
-    published = [
-        f"{entry.name} ({entry.source}), {entry.status}" for entry in TAXONOMY if entry.where == name
-    ]
+    published = []
+    for entry in TAXONOMY:
+        if entry.where == name:
+            published.append(f"{entry.name} ({entry.source}), {entry.status}")
     lines = [f"{attack.name} ({attack.family})", getattr(attack, "summary", "")]
     return "\n".join(
         [*lines, f"needs: {', '.join(attack.requires)}", *(f"published: {line}" for line in published)]
@@ -68,12 +69,18 @@ def description(name: str) -> str:
 
 def _run(name: str, chosen: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
-        model = None if chosen.model is None else load_model(chosen.model, adapter=chosen.adapter)
+        model = None
+        if chosen.model is not None:
+            model = load_model(chosen.model, adapter=chosen.adapter)
         if model is None and chosen.adapter is not None:
             raise ValueError("--adapter needs --model, the model it adapts")
         fitted = fit(load_observation(chosen.observation), model)
-        candidates = None if chosen.candidates is None else load_file(str(chosen.candidates))
-        truth = None if chosen.truth is None else load_truth(chosen.truth)
+        candidates = None
+        if chosen.candidates is not None:
+            candidates = load_file(str(chosen.candidates))
+        truth = None
+        if chosen.truth is not None:
+            truth = load_truth(chosen.truth)
     except (ObservationError, SafetensorError, OSError, ValueError) as error:
         parser.exit(2, f"attacks: {printable(str(error))}\n")
     prior = Prior(candidates=candidates)
@@ -91,9 +98,14 @@ def _run(name: str, chosen: argparse.Namespace, parser: argparse.ArgumentParser)
 
 
 def _write(result: Result, out: Path, numbers: dict[str, object], model: Path | None) -> None:
-    tokenizer = None if model is None else load_tokenizer(model)
-    shift, scale = ((), ()) if model is None else normalisation(model)
-    decode = None if tokenizer is None else tokenizer.decode
+    decode = None
+    shift: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    if model is not None:
+        tokenizer = load_tokenizer(model)
+        shift, scale = normalisation(model)
+        if tokenizer is not None:
+            decode = tokenizer.decode
     write_result(result, out, numbers=numbers, decode=decode, shift=shift, scale=scale)
 
 
@@ -146,7 +158,9 @@ def load_model(folder: Path, *, adapter: Path | None = None) -> nn.Module:
     )
     if not isinstance(loaded, nn.Module):
         raise ValueError(f"{folder}: {names[0]} is not a model")
-    return loaded.eval() if adapter is None else _adapted(loaded, adapter).eval()
+    if adapter is None:
+        return loaded.eval()
+    return _adapted(loaded, adapter).eval()
 
 
 def _adapted(model: nn.Module, folder: Path) -> nn.Module:
@@ -169,7 +183,9 @@ def taxonomy_table() -> str:
     """Return the table of published attacks in Markdown."""
     lines = ["| # | Attack | Source | Status | Here | Note |", "|---|---|---|---|---|---|"]
     for entry in TAXONOMY:
-        where = f"`{entry.where}`" if entry.where else ""
+        where = ""
+        if entry.where:
+            where = f"`{entry.where}`"
         lines.append(
             f"| {entry.number} | {entry.name} | {entry.source} | {entry.status} | {where} | {entry.reason} |"
         )
@@ -199,7 +215,9 @@ def attack_table() -> str:
 
 
 def _names() -> str:
-    built = [build(name) for name in sorted(ATTACKS)]
+    built = []
+    for name in sorted(ATTACKS):
+        built.append(build(name))
     return "\n".join(
         f"{attack.name:<22} {attack.family:<14} {getattr(attack, 'summary', '')}" for attack in built
     )

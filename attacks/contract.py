@@ -259,7 +259,9 @@ class PlainAttack:
 
 def _share(confidence: float) -> float:
     """Return a confidence inside [0, 1]; one that is no number is none."""
-    return min(1.0, max(0.0, confidence)) if math.isfinite(confidence) else 0.0
+    if math.isfinite(confidence):
+        return min(1.0, max(0.0, confidence))
+    return 0.0
 
 
 def _readable(observation: Observation, model: nn.Module | None) -> None:
@@ -273,8 +275,14 @@ def _readable(observation: Observation, model: nn.Module | None) -> None:
     ]
     if broken:
         raise NotApplicable(f"{', '.join(sorted(broken)[:3])}: holds values that are no finite real numbers")
-    own = {} if model is None else dict(model.named_parameters())
-    other = [n for n, t in observation.tensors.items() if n in own and own[n].shape != t.shape]
+    if model is not None:
+        own = dict(model.named_parameters())
+    else:
+        own = {}
+    other = []
+    for n, t in observation.tensors.items():
+        if n in own and own[n].shape != t.shape:
+            other.append(n)
     if other:
         name = min(other)
         observed, held = tuple(observation.tensors[name].shape), tuple(own[name].shape)

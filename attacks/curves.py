@@ -51,20 +51,24 @@ class Width:
 
 def width_of(observation: Observation, model: nn.Module) -> Width | None:
     """Return the dimension that tokens have to stay below, None where the model does not name one."""
-    ranks = [
-        tensor.shape[0]
-        for name, tensor in observation.tensors.items()
-        if "lora_A" in name and tensor.ndim == 2
-    ]
+    ranks = []
+    for name, tensor in observation.tensors.items():
+        if "lora_A" in name and tensor.ndim == 2:
+            ranks.append(tensor.shape[0])
     if ranks:
         return Width(axis="tokens per rank", size=max(ranks))
     hidden = getattr(getattr(model, "config", None), "hidden_size", None)
-    return Width(axis="tokens per width", size=int(hidden)) if hidden else None
+    if hidden:
+        return Width(axis="tokens per width", size=int(hidden))
+    return None
 
 
 def template(observation: Observation) -> Observation:
     """Return the observation as one client's, with nothing granted but the task, for rehearsals to fill."""
-    metadata = {name: value for name, value in observation.metadata.items() if name != "summand"}
+    metadata = {}
+    for name, value in observation.metadata.items():
+        if name != "summand":
+            metadata[name] = value
     knowledge = Knowledge(task=observation.knowledge.task)
     return replace(
         observation, kind=observation.content, contributors=1, metadata=metadata, knowledge=knowledge
@@ -100,10 +104,11 @@ def by_noise(
     norm = math.sqrt(sum(float(value.double().square().sum()) for value in observed.tensors.values()))
     for multiplier in multipliers:
         generator = torch.Generator().manual_seed(seed)
-        tensors = {
-            name: value + multiplier * norm * torch.randn(value.shape, generator=generator).to(value.dtype)
-            for name, value in observed.tensors.items()
-        }
+        tensors = {}
+        for name, value in observed.tensors.items():
+            tensors[name] = value + multiplier * norm * torch.randn(value.shape, generator=generator).to(
+                value.dtype
+            )
         yield multiplier, observed.replace_tensors(tensors), truth
 
 
@@ -119,9 +124,10 @@ def _drawn(
         rehearsed[0].replace_tensors(rehearsed[0].tensors, sequence_length=None),
         rehearsed[1],
     )  # the length is not told
-    shape = (
-        None if truth.images is None else tuple(truth.images.shape[1:])
-    )  # the model itself says what it takes
+    # the model itself says what it takes
+    shape = None
+    if truth.images is not None:
+        shape = tuple(truth.images.shape[1:])
     return replace(observed, knowledge=replace(observed.knowledge, image_shape=shape)), truth
 
 
@@ -145,14 +151,17 @@ def curve(
     reason = ""
     for place, observed, truth in rehearsals:
         left = stop - time.process_time()
-        reconstruction = (
-            attack.run(observed, model, Prior(), replace(budget, seconds=left), 0) if left > 0 else None
-        )
+        reconstruction = None
+        if left > 0:
+            reconstruction = attack.run(observed, model, Prior(), replace(budget, seconds=left), 0)
         if reconstruction is None or time.process_time() > stop:
             reason = f"stopped after {budget.seconds:.0f} CPU seconds"
             break
         points.append((scale * place, score(reconstruction, truth) if reconstruction.applicable else None))
-    known = [scored for _, scored in points if scored is not None]
+    known = []
+    for _, scored in points:
+        if scored is not None:
+            known.append(scored)
     if not known:
         return Curve(attack=attack.name, axis=axis, measure="", reason=reason or "nothing could be rehearsed")
     guess = known[0].baseline

@@ -78,7 +78,9 @@ class Study:
     @property
     def doubt(self) -> str:
         """Say in what the control had to guess the setting."""
-        return unlike(self.observation, self.rehearsals[0][1]) if self.rehearsals else ""
+        if self.rehearsals:
+            return unlike(self.observation, self.rehearsals[0][1])
+        return ""
 
 
 def study(
@@ -98,9 +100,9 @@ def study(
     if truth is not None and unused is not None:
         truth = replace(truth, others=unused.sequences or (), other_labels=unused.labels or ())
     seeds = range(REHEARSALS if truth is None else 1)
-    rehearsals = [
-        None if model is None else rehearse(observation, model, seed=seed, like=unused) for seed in seeds
-    ]
+    rehearsals = []
+    for seed in seeds:
+        rehearsals.append(None if model is None else rehearse(observation, model, seed=seed, like=unused))
     return Study(
         observation=observation,
         model=model,
@@ -126,7 +128,10 @@ def examine(
         budget = allowance(attack)
         better = _dominator(attack, questions)
         if budget is None or better:
-            reason = refusal(attack) if budget is None else dominated(better)
+            if budget is None:
+                reason = refusal(attack)
+            else:
+                reason = dominated(better)
             results[name] = Examined(attack=name, refused=reason)
             continue
         questions[name] = _question(attack, scene, budget)
@@ -155,13 +160,22 @@ def _question(attack: Attack, scene: Study, budget: Budget) -> Question:
     """Run one attack on the observation, on rehearsals and on noise."""
     prior = Prior()
     attempt = tried(attack, scene.observation, scene.model, prior, budget, scene.truth)
-    rehearsals = scene.rehearsals if attempt[0].applicable else ()
+    if attempt[0].applicable:
+        rehearsals = scene.rehearsals
+    else:
+        rehearsals = ()
     if attempt[0].seconds * len(rehearsals) > scene.null_seconds:
         rehearsals = rehearsals[:1]
-    controls = [tried(attack, other, scene.model, prior, budget, true) for other, true in rehearsals]
-    control = controls[0] if controls else None
+    controls = []
+    for other, true in rehearsals:
+        controls.append(tried(attack, other, scene.model, prior, budget, true))
+    control = None
+    if controls:
+        control = controls[0]
     weak = scene.truth is not None and bool(scene.truth.sequences) and not scene.truth.others
-    never = UNCRAFTED if attack.family == "active" else ""
+    never = ""
+    if attack.family == "active":
+        never = UNCRAFTED
     blank = Question(seen=attempt, control=control, doubt=scene.doubt, missing=scene.missing, never=never)
 
     def silence(number: int) -> Result:
@@ -175,7 +189,9 @@ def _question(attack: Attack, scene: Study, budget: Budget) -> Question:
     if scored.luck <= LEVEL and scored.value > scored.baseline:
         noise = noise_scores(silence, null_runs(attempt[0].seconds, scene.null_seconds), scored, scene.truth)
         scored = against_noise(scored, noise)
-    notes = (WEAK,) if weak and scored.measure == "token F1" else ()
+    notes: tuple[str, ...] = ()
+    if weak and scored.measure == "token F1":
+        notes = (WEAK,)
     return replace(blank, seen=(attempt[0], scored), notes=notes)
 
 
@@ -203,11 +219,15 @@ def _judged(questions: Mapping[str, Question], scene: Study) -> tuple[Judgement,
     if scene.truth is not None or scene.model is None:
         return first
     vocabulary = vocabulary_of(scene.model) or 0
-    proven = {name for name, one in zip(questions, first, strict=True) if one.verdict == "leaked"}
-    amended = [
-        _borne_out(question, [questions[other] for other in sorted(proven - {name})], vocabulary)
-        for name, question in questions.items()
-    ]
+    proven = set()
+    for name, one in zip(questions, first, strict=True):
+        if one.verdict == "leaked":
+            proven.add(name)
+    amended = []
+    for name, question in questions.items():
+        amended.append(
+            _borne_out(question, [questions[other] for other in sorted(proven - {name})], vocabulary)
+        )
     return decide(amended)
 
 

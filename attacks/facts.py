@@ -25,10 +25,19 @@ class Rule:
     def wanted(self) -> str:
         """Word the rule."""
         if self.kind in ("text", "truth"):
-            return "text" if self.kind == "text" else "true or false"
-        below = f" and below {self.below:g}" if math.isfinite(self.below) else ""
-        numbers = "whole numbers" if self.kind == "whole" else "finite numbers"
-        one = f"a {numbers.removesuffix('s')}" if not self.many else f"a list of {numbers}"
+            if self.kind == "text":
+                return "text"
+            return "true or false"
+        below = ""
+        if math.isfinite(self.below):
+            below = f" and below {self.below:g}"
+        numbers = "finite numbers"
+        if self.kind == "whole":
+            numbers = "whole numbers"
+        if not self.many:
+            one = f"a {numbers.removesuffix('s')}"
+        else:
+            one = f"a list of {numbers}"
         return f"{one} from {self.least}{below}" + (f", {self.shortest} at least" if self.shortest else "")
 
     def fits(self, value: object) -> bool:
@@ -45,13 +54,20 @@ class Rule:
     def problems(self, name: str, value: object) -> list[str]:
         """Name what breaks the rule; of many wrong entries the first and their number."""
         if not self.many:
-            return [] if self.fits(value) else [f"{name} is {show(value)}, must be {self.wanted()}"]
+            if self.fits(value):
+                return []
+            return [f"{name} is {show(value)}, must be {self.wanted()}"]
         if not isinstance(value, tuple) or len(value) < self.shortest:
             return [f"{name} is {show(value)}, must be {self.wanted()}"]
-        wrong = [place for place, entry in enumerate(value) if not self.fits(entry)]
+        wrong = []
+        for place, entry in enumerate(value):
+            if not self.fits(entry):
+                wrong.append(place)
         if not wrong:
             return []
-        rest = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        rest = ""
+        if len(wrong) > 1:
+            rest = f" (and {len(wrong) - 1} more)"
         return [f"{name}[{wrong[0]}] is {show(value[wrong[0]])}{rest}, must be {self.wanted()}"]
 
 
@@ -101,16 +117,19 @@ def show(value: object) -> str:
 
 def printable(text: str) -> str:
     """Return a text with every character that a terminal would obey written out; line ends stay."""
-    return "".join(
-        character
-        if character.isprintable() or character == "\n"
-        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for character in text
-    )
+    shown = ""
+    for character in text:
+        if character.isprintable() or character == "\n":
+            shown += character
+        else:
+            shown += character.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return shown
 
 
 def plain(value: Any) -> Any:
     """Turn NumPy's numbers into plain ones and a list into a tuple; anything else stays what it is."""
     if isinstance(value, list | tuple):
         return tuple(entry.item() if isinstance(entry, np.number | np.bool_) else entry for entry in value)
-    return value.item() if isinstance(value, np.number | np.bool_) else value
+    if isinstance(value, np.number | np.bool_):
+        return value.item()
+    return value

@@ -22,24 +22,30 @@ class Fitted:
     notes: tuple[str, ...] = ()
 
 
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
 def names_of(model: nn.Module) -> ModelNames:
     """Return the names and shapes of a model's parameters and buffers, and which parameters share their
     storage.
     """
     parameters = dict(model.named_parameters())
-    first = {id(value): name for name, value in parameters.items()}
+    first = {}
+    for name, value in parameters.items():
+        first[id(value)] = name
     stored = model.state_dict(keep_vars=True)
     every = dict(model.named_parameters(remove_duplicate=False)) | {
         name: value for name, value in stored.items() if isinstance(value, nn.Parameter)
     }
+    tied = {}
+    for name, value in every.items():
+        if name not in parameters and id(value) in first:
+            tied[name] = first[id(value)]
     return ModelNames(
-        parameters={name: tuple(value.shape) for name, value in parameters.items()},
-        buffers={name: tuple(value.shape) for name, value in model.named_buffers()},
-        tied={
-            name: first[id(value)]
-            for name, value in every.items()
-            if name not in parameters and id(value) in first
-        },
+        parameters=_shapes(parameters),
+        buffers=_shapes(dict(model.named_buffers())),
+        tied=tied,
         stored=tuple(name for name, value in stored.items() if isinstance(value, Tensor)),
         trained=tuple(name for name, value in parameters.items() if value.requires_grad),
     )
@@ -69,12 +75,17 @@ def fit(observation: Observation, model: nn.Module | None) -> Fitted:
         if isinstance(matching, Mismatch):
             problems.append(f"{label}: {'; '.join(matching.reasons)}")
             continue
-        notes += [f"{label}: {note}" for note in matching.notes]
+        for note in matching.notes:
+            notes.append(f"{label}: {note}")
         fitted[label], conflicts = _placed(tensors, matching)
-        problems += [f"{label}: {conflict}" for conflict in conflicts]
+        for conflict in conflicts:
+            problems.append(f"{label}: {conflict}")
     if problems:
         raise ObservationError("; ".join(problems))
-    floating = {name: value for name, value in fitted["tensors"].items() if value.is_floating_point()}
+    floating = {}
+    for name, value in fitted["tensors"].items():
+        if value.is_floating_point():
+            floating[name] = value
     left_out = sorted(set(fitted["tensors"]) - set(floating))
     if left_out:
         notes.append(f"tensors: {_list(left_out)} hold whole numbers and were left out")
@@ -86,10 +97,14 @@ def fit(observation: Observation, model: nn.Module | None) -> Fitted:
 
 def _unreadable(observation: Observation) -> list[str]:
     """Name the tensors that hold values no attack can read."""
-    broken = [name for name, value in observation.tensors.items() if not bool(torch.isfinite(value).all())]
-    odd = [
-        name for name, value in observation.tensors.items() if value.is_complex() or value.dtype is torch.bool
-    ]
+    broken = []
+    for name, value in observation.tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            broken.append(name)
+    odd = []
+    for name, value in observation.tensors.items():
+        if value.is_complex() or value.dtype is torch.bool:
+            odd.append(name)
     problems = []
     if broken:
         problems.append(
@@ -107,7 +122,10 @@ def _placed(tensors: Mapping[str, Tensor], matching: Matching) -> tuple[dict[str
     conflicts = []
     for name, value in tensors.items():
         place = matching.places[name]
-        turned = value.T if place.transposed else value
+        if place.transposed:
+            turned = value.T
+        else:
+            turned = value
         if place.name in placed and not _same(placed[place.name], turned):
             conflicts.append(
                 f"{name} and {place.name} are one tensor in the model, but were observed to differ"
@@ -117,7 +135,9 @@ def _placed(tensors: Mapping[str, Tensor], matching: Matching) -> tuple[dict[str
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    scale = float(first.double().abs().max()) if first.numel() else 0.0
+    scale = 0.0
+    if first.numel():
+        scale = float(first.double().abs().max())
     return first.shape == second.shape and torch.allclose(
         first.double(), second.double(), rtol=0.0, atol=_SAME * scale
     )

@@ -65,7 +65,9 @@ def majority(lucks: Sequence[float]) -> float:
     ordered, count = sorted(lucks), len(lucks)
     if count == 1:
         return ordered[0]
-    tails = [float(binom.sf(place - 1, count, ordered[place - 1])) for place in (count // 2 + 1, count)]
+    tails = []
+    for place in (count // 2 + 1, count):
+        tails.append(float(binom.sf(place - 1, count, ordered[place - 1])))
     return min(1.0, 2 * min(tails))
 
 
@@ -106,8 +108,14 @@ def interval(values: Sequence[float], *, confidence: float = 0.99, bounded: bool
     tail = (1 - confidence) / 2
     if bounded:
         total = min(float(count), max(0.0, float(np.sum(values))))
-        low = 0.0 if total <= 0.0 else float(beta.ppf(tail, total, count - total + 1))
-        high = 1.0 if total >= count else float(beta.ppf(1 - tail, total + 1, count - total))
+        if total <= 0.0:
+            low = 0.0
+        else:
+            low = float(beta.ppf(tail, total, count - total + 1))
+        if total >= count:
+            high = 1.0
+        else:
+            high = float(beta.ppf(1 - tail, total + 1, count - total))
         return Spread(mean=mean, low=low, high=high)
     half = float(t.isf(tail, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
     return Spread(mean=mean, low=mean - half, high=mean + half)
@@ -157,13 +165,15 @@ def labels_luck(counts: Sequence[float], true: Sequence[int], shares: Sequence[f
     """
     classes, examples, guess = len(true), int(sum(true)), np.asarray(counts, dtype=float)
     wrong = float(np.abs(guess - np.asarray(true)).sum()) + 1e-9
-    chances = np.full(classes, 1 / classes) if shares is None else np.asarray(shares) / np.sum(shares)
+    if shares is None:
+        chances = np.full(classes, 1 / classes)
+    else:
+        chances = np.asarray(shares) / np.sum(shares)
     if examples == 1 and wrong < 0.5:  # one label, and it is right
         return max(1 / classes, float(chances[int(np.argmax(true))]))
-    as_right = [
-        int((np.abs(others - guess).sum(axis=1) <= wrong).sum())
-        for others in _pseudo_truths(tuple(true), tuple(chances.tolist()))
-    ]
+    as_right = []
+    for others in _pseudo_truths(tuple(true), tuple(chances.tolist())):
+        as_right.append(int((np.abs(others - guess).sum(axis=1) <= wrong).sum()))
     return max(1 + count for count in as_right) / (1 + _PSEUDO_TRUTHS)
 
 

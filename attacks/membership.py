@@ -70,19 +70,17 @@ def confidences(model: nn.Module, batch: Batch) -> Tensor:
 def example_gradients(model: nn.Module, batch: Batch, names: tuple[str, ...]) -> Tensor:
     """Return one flat gradient per example over the named parameters: shape (n, parameters)."""
     parameters = dict(model.named_parameters())
-    wanted = [parameters[name].requires_grad_(True) for name in names]
+    wanted = []
+    for name in names:
+        wanted.append(parameters[name].requires_grad_(True))
     rows = []
     for index in range(batch_size(batch)):
         with torch.enable_grad():
             grads = torch.autograd.grad(candidate_loss(model, one(batch, index)), wanted, allow_unused=True)
-        rows.append(
-            torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).flatten()
-                    for p, g in zip(wanted, grads, strict=True)
-                ]
-            )
-        )
+        parts = []
+        for parameter, gradient in zip(wanted, grads, strict=True):
+            parts.append((torch.zeros_like(parameter) if gradient is None else gradient).flatten())
+        rows.append(torch.cat(parts))
     return torch.stack(rows)
 
 
@@ -115,7 +113,9 @@ def _matched(
     if prior.examples:
         expected = example_gradients(private, prior.examples, names).double().mean(0)
     centred = gradients - expected
-    scale = update @ expected / expected.square().sum() if bool(expected.any()) else 0.0
+    scale = update.new_zeros(())
+    if bool(expected.any()):
+        scale = update @ expected / expected.square().sum()
     scores = centred @ (update - scale * expected) / centred.norm(dim=1).clamp_min(1e-30)
     return _scored(scores, _spread(scores), parameters=len(update))
 
@@ -128,13 +128,14 @@ def _spread(scores: Tensor) -> float:
     if len(ordered) < 4 or float(ordered.var()) == 0.0:
         return 0.0
     total = float((ordered - ordered.mean()).square().sum())
-    within = [
-        float(
-            (ordered[:cut] - ordered[:cut].mean()).square().sum()
-            + (ordered[cut:] - ordered[cut:].mean()).square().sum()
+    within = []
+    for cut in range(1, len(ordered)):
+        within.append(
+            float(
+                (ordered[:cut] - ordered[:cut].mean()).square().sum()
+                + (ordered[cut:] - ordered[cut:].mean()).square().sum()
+            )
         )
-        for cut in range(1, len(ordered))
-    ]
     return 1.0 - min(within) / total
 
 
@@ -143,9 +144,9 @@ def _residual(
 ) -> Finding:
     private, candidates = working_copy(model, observation).double(), _candidates(prior)
     noise = noise_per_entry(observation)
-    spans = [
-        spectrum_of(channel).span(noise=noise) for channel in observed_channels(observation, private).values()
-    ]
+    spans = []
+    for channel in observed_channels(observation, private).values():
+        spans.append(spectrum_of(channel).span(noise=noise))
     spans = [span for span in spans if span.informative]
     if not spans:
         raise NotApplicable(
@@ -153,22 +154,22 @@ def _residual(
         )
     most = max(span.rank for span in spans)
     spans = [span for span in spans if span.rank == most][:4]
-    modules = {span.channel: private.get_submodule(span.channel) for span in spans}
+    modules = {}
+    for span in spans:
+        modules[span.channel] = private.get_submodule(span.channel)
     scores = []
     for index in range(batch_size(candidates)):
         example = one(candidates, index)
         captured = capture_inputs(modules, partial(logits_and_targets, private, example))
-        distances = [
-            span.distance(captured[span.channel].reshape(-1, span.shape[1]))
-            for span in spans
-            if span.channel in captured
-        ]
+        distances = []
+        for span in spans:
+            if span.channel in captured:
+                distances.append(span.distance(captured[span.channel].reshape(-1, span.shape[1])))
         # The mean over all but the last place: a causal model's last token leaves no trace.
-        scores.append(
-            -torch.stack(
-                [entry[:-1].mean() if len(entry) > 1 else entry.mean() for entry in distances]
-            ).mean()
-        )
+        means = []
+        for entry in distances:
+            means.append(entry[:-1].mean() if len(entry) > 1 else entry.mean())
+        scores.append(-torch.stack(means).mean())
     table = torch.stack(scores)
     if float(-table.min()) < _ROUNDING:
         return Finding(
@@ -181,7 +182,10 @@ def _lira(
     observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
 ) -> Finding:
     target, reference = _target_and_reference(observation, model, prior)
-    spread = reference.std(dim=0, unbiased=True) if len(reference) > 1 else torch.ones(reference.shape[1])
+    if len(reference) > 1:
+        spread = reference.std(dim=0, unbiased=True)
+    else:
+        spread = torch.ones(reference.shape[1])
     pooled = spread.mean().clamp_min(1e-6)
     scores = (target - reference.mean(0)) / (0.5 * spread + 0.5 * pooled)
     return _scored(scores, _spread(scores), references=len(reference))

@@ -48,9 +48,15 @@ class Interval:
 
 def set_score(hits: float, recovered: float, true: float) -> SetScore:
     """Return precision, recall and F1 from counts."""
-    precision = hits / recovered if recovered else 0.0
-    recall = hits / true if true else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    precision = 0.0
+    if recovered:
+        precision = hits / recovered
+    recall = 0.0
+    if true:
+        recall = hits / true
+    f1 = 0.0
+    if hits:
+        f1 = 2 * precision * recall / (precision + recall)
     return SetScore(precision=precision, recall=recall, f1=f1)
 
 
@@ -76,7 +82,9 @@ def positional_accuracy(recovered: Sequence[int], true: Sequence[int]) -> float:
 
     Missing positions count as wrong, extra ones are ignored.
     """
-    return sum(a == b for a, b in zip(recovered, true, strict=False)) / len(true) if true else 0.0
+    if true:
+        return sum(a == b for a, b in zip(recovered, true, strict=False)) / len(true)
+    return 0.0
 
 
 def rouge_n(recovered: Sequence[int], true: Sequence[int], n: int) -> SetScore:
@@ -95,26 +103,33 @@ def rouge_l(recovered: Sequence[int], true: Sequence[int]) -> SetScore:
 def exact_sequence_rate(recovered: Sequence[Sequence[int]], true: Sequence[Sequence[int]]) -> float:
     """Return the share of true sequences recovered entirely, each recovered sequence serving once."""
     recovered_counts, wanted = Counter(map(tuple, recovered)), Counter(map(tuple, true))
-    return (recovered_counts & wanted).total() / len(true) if true else 0.0
+    if true:
+        return (recovered_counts & wanted).total() / len(true)
+    return 0.0
 
 
 def fact_recall(recovered: Sequence[Sequence[int]], facts: Sequence[Sequence[int]]) -> float:
     """Return the share of personal facts (token spans) that stand, whole and in order, in some recovered
     sequence.
     """
-    return (
-        sum(any(_contains(text, fact) for text in recovered) for fact in facts) / len(facts) if facts else 0.0
-    )
+    if facts:
+        return sum(any(_contains(text, fact) for text in recovered) for fact in facts) / len(facts)
+    return 0.0
 
 
 def count_accuracy(recovered: Sequence[float], true: Sequence[float]) -> float:
     """Return 1 minus the total variation distance of two count vectors, relative to the true total."""
     total = float(np.sum(true))
-    return 1.0 - float(np.abs(np.subtract(recovered, true)).sum()) / (2 * total) if total else 0.0
+    if total:
+        return 1.0 - float(np.abs(np.subtract(recovered, true)).sum()) / (2 * total)
+    return 0.0
 
 
 def _grams(sequence: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return [tuple(sequence[start : start + n]) for start in range(len(sequence) - n + 1)]
+    grams: list[tuple[int, ...]] = []
+    for start in range(len(sequence) - n + 1):
+        grams.append(tuple(sequence[start : start + n]))
+    return grams
 
 
 def _longest_common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -148,7 +163,9 @@ def psnr(recovered: Tensor, true: Tensor, *, peak: float = 1.0, cap: float = 200
     error = mean_squared_error(recovered, true)
     if not math.isfinite(error):
         return -cap
-    return cap if error == 0.0 else min(cap, 10.0 * math.log10(peak**2 / error))
+    if error == 0.0:
+        return cap
+    return min(cap, 10.0 * math.log10(peak**2 / error))
 
 
 def ssim(recovered: Tensor, true: Tensor, *, peak: float = 1.0) -> float:
@@ -176,7 +193,10 @@ def ms_ssim(recovered: Tensor, true: Tensor, *, peak: float = 1.0) -> float:
     first, second, product = recovered.double(), true.double(), 1.0
     for scale in range(scales):
         similarity, contrast = _ssim_terms(first, second, peak)
-        term = similarity if scale == scales - 1 else contrast
+        if scale == scales - 1:
+            term = similarity
+        else:
+            term = contrast
         product *= max(term, 0.0) ** float(share[scale])
         first, second = avg_pool2d(first, 2), avg_pool2d(second, 2)
     return product
@@ -247,7 +267,9 @@ def tpr_at_fpr(
 
 def gaussian_auc(noise_multiplier: float, sensitivity: float = 1.0) -> float:
     """Return the best AUC against one Gaussian step: Phi(sensitivity / (sqrt(2) z))."""
-    return 1.0 if noise_multiplier == 0 else float(norm.cdf(sensitivity / (math.sqrt(2) * noise_multiplier)))
+    if noise_multiplier == 0:
+        return 1.0
+    return float(norm.cdf(sensitivity / (math.sqrt(2) * noise_multiplier)))
 
 
 def gaussian_tpr(noise_multiplier: float, rate: float) -> float:
@@ -255,7 +277,9 @@ def gaussian_tpr(noise_multiplier: float, rate: float) -> float:
 
     Phi(Phi^-1(rate) + 1/z).
     """
-    return 1.0 if noise_multiplier == 0 else float(norm.cdf(norm.ppf(rate) + 1.0 / noise_multiplier))
+    if noise_multiplier == 0:
+        return 1.0
+    return float(norm.cdf(norm.ppf(rate) + 1.0 / noise_multiplier))
 
 
 # ----------------------------------------------------------------------------------- matching and uncertainty
@@ -297,7 +321,9 @@ def bootstrap_interval(
         raise ValueError("values is empty: an interval needs at least one value")
     evaluate = statistic or (lambda resampled: float(np.mean(resampled)))
     generator = np.random.default_rng(seed)
-    resampled = [evaluate(sample[generator.integers(0, len(sample), len(sample))]) for _ in range(resamples)]
+    resampled = []
+    for _ in range(resamples):
+        resampled.append(evaluate(sample[generator.integers(0, len(sample), len(sample))]))
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(value=evaluate(sample), low=float(low), high=float(high), confidence=confidence)
 

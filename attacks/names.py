@@ -120,10 +120,14 @@ def _numbered(observed: Shapes) -> tuple[str, ...]:
         if not digits or "." in name:
             return ()
         numbers[name] = int(digits)
-    stems = {name.rstrip("0123456789") for name in observed}
+    stems = set()
+    for name in observed:
+        stems.add(name.rstrip("0123456789"))
     ordered = sorted(observed, key=numbers.__getitem__)
     complete = [numbers[name] for name in ordered] == list(range(len(ordered)))
-    return tuple(ordered) if len(stems) == 1 and complete else ()
+    if len(stems) == 1 and complete:
+        return tuple(ordered)
+    return ()
 
 
 def _match_list(observed: Shapes, ordered: Sequence[str], model: ModelNames) -> Matching | Mismatch:
@@ -141,7 +145,10 @@ def _match_list(observed: Shapes, ordered: Sequence[str], model: ModelNames) -> 
         note = f"a list of {len(ordered)} tensors without names: taken in the order of {labels[0]}"
         return _with_shapes(observed, dict(zip(ordered, names, strict=True)), model, (note,))
     if fitting:
-        labels = [label for entry in fitting.values() for label in entry]
+        labels = []
+        for entry in fitting.values():
+            for label in entry:
+                labels.append(label)
         return Mismatch(reasons=(f"a list without names fits more than one order ({', '.join(labels)})",))
     head = (
         f"the observation is a list of {len(ordered)} tensors without names, and no order of the model's fits"
@@ -157,7 +164,11 @@ def _orders(model: ModelNames) -> dict[str, tuple[str, ...]]:
         "the trained parameters": model.trained,
         "the parameters of the state dict": tuple(name for name in model.stored if name not in model.buffers),
     }
-    return {label: names for label, names in kinds.items() if names}
+    orders: dict[str, tuple[str, ...]] = {}
+    for label, names in kinds.items():
+        if names:
+            orders[label] = names
+    return orders
 
 
 def _list_problem(observed: Shapes, ordered: Sequence[str], wanted: Sequence[tuple[str, Shape]]) -> str:
@@ -192,7 +203,9 @@ def bare(name: str) -> str:
     whole = ".".join(parts_of_name)
     if whole.startswith("prompt_encoder.") and whole.endswith(".embedding.weight"):
         return _PROMPT
-    return whole.removesuffix(".weight") if parts_of_name[-2:-1] == ["lora_magnitude_vector"] else whole
+    if parts_of_name[-2:-1] == ["lora_magnitude_vector"]:
+        return whole.removesuffix(".weight")
+    return whole
 
 
 def _rename(observed: Shapes, model: ModelNames) -> tuple[dict[str, str] | Mismatch, str]:
@@ -226,15 +239,21 @@ def _with_prefixes(
     """Yield the matching under which a prefix of all observed names is taken off, or one of the model's is
     put before them.
     """
-    names = {name: bare(name) for name in observed}
+    names = {}
+    for name in observed:
+        names[name] = bare(name)
     for prefix in _leading(names.values(), everywhere=True):
-        lookup = {name: table.get(short.removeprefix(prefix)) for name, short in names.items()}
+        lookup = {}
+        for name, short in names.items():
+            lookup[name] = table.get(short.removeprefix(prefix))
         if None not in lookup.values():
             yield _complete(lookup), f"the prefix {prefix!r} of every name was taken off"
             return
     added = {}
     for prefix in _leading(table, everywhere=False):
-        lookup = {name: table.get(prefix + short) for name, short in names.items()}
+        lookup = {}
+        for name, short in names.items():
+            lookup[name] = table.get(prefix + short)
         if None not in lookup.values():
             added[prefix] = _complete(lookup)
     if len(added) > 1:
@@ -257,12 +276,17 @@ def _leading(names: Iterable[str], *, everywhere: bool) -> list[str]:
     for name in listed:
         parts = name.split(".")
         counts.update(".".join(parts[:depth]) + "." for depth in range(1, len(parts)))
-    prefixes = [prefix for prefix, count in counts.items() if not everywhere or count == len(listed)]
+    prefixes = []
+    for prefix, count in counts.items():
+        if not everywhere or count == len(listed):
+            prefixes.append(prefix)
     return sorted(prefixes, key=len)
 
 
 def _renamed_note(observed: Shapes) -> str:
-    wrappers = {_wrapper(name) for name in observed}
+    wrappers = set()
+    for name in observed:
+        wrappers.add(_wrapper(name))
     if len(wrappers) == 1 and "" not in wrappers:
         return f"the prefix {min(wrappers)!r} of every name belongs to a wrapper and was read past"
     return "marks of wrappers and adapter libraries in the names were read past"
@@ -272,19 +296,26 @@ def _wrapper(name: str) -> str:
     """Return the part in front of a name that a wrapper put there."""
     parts = name.split(".")
     unwrapped = _unwrapped(parts)
-    return ".".join(parts[: len(parts) - len(unwrapped)]) + "." if len(unwrapped) < len(parts) else ""
+    if len(unwrapped) < len(parts):
+        return ".".join(parts[: len(parts) - len(unwrapped)]) + "."
+    return ""
 
 
 def _unwrapped(parts: list[str]) -> list[str]:
     while parts[:-1] and (parts[0] in _WRAPPERS or tuple(parts[:2]) == _ADAPTED):
-        parts = parts[1:] if parts[0] in _WRAPPERS else parts[2:]
+        if parts[0] in _WRAPPERS:
+            parts = parts[1:]
+        else:
+            parts = parts[2:]
     return parts
 
 
 def common_prefix(names: Iterable[str]) -> str:
     """Return the longest dotted prefix that all names share, its last dot included, or an empty text."""
     shared = _leading(names, everywhere=True)
-    return shared[-1] if shared else ""
+    if shared:
+        return shared[-1]
+    return ""
 
 
 def _injective(lookup: Mapping[str, str | None], model: ModelNames) -> dict[str, str] | Mismatch:
@@ -293,7 +324,10 @@ def _injective(lookup: Mapping[str, str | None], model: ModelNames) -> dict[str,
     for name, place in lookup.items():
         if place is not None:
             places.setdefault(place, []).append(name)
-    twice = [f"{' and '.join(names)} both name {place}" for place, names in places.items() if len(names) > 1]
+    twice = []
+    for place, names in places.items():
+        if len(names) > 1:
+            twice.append(f"{' and '.join(names)} both name {place}")
     if twice:
         return Mismatch(reasons=tuple(_shortened(twice)))
     return {name: model.tied.get(place, place) for name, place in lookup.items() if place is not None}
@@ -302,7 +336,10 @@ def _injective(lookup: Mapping[str, str | None], model: ModelNames) -> dict[str,
 def _unmatched(
     observed: Shapes, direct: Mapping[str, str | None], own: Shapes, doubtful: frozenset[str]
 ) -> tuple[str, ...]:
-    lost = [name for name, place in direct.items() if place is None]
+    lost = []
+    for name, place in direct.items():
+        if place is None:
+            lost.append(name)
     head = f"{len(lost)} of {len(observed)} names of the observation are not the model's"
     prefix = common_prefix(lost)
     if prefix:
@@ -310,7 +347,10 @@ def _unmatched(
     other = common_prefix(own)
     if other:
         head += f"; the model's begin with {other!r}"
-    parts = {part for name in lost for part in name.split(".")}
+    parts = set()
+    for name in lost:
+        for part in name.split("."):
+            parts.add(part)
     adapted = bool(parts & {*_KEYED, _PROMPT})
     remedy = [
         "the observation holds tensors of an adapter the model does not have: name its folder (--adapter)"
@@ -322,7 +362,10 @@ def _unmatched(
 def _closest(name: str, own: Shapes, doubtful: frozenset[str]) -> str:
     if bare(name) in doubtful:
         return f"{name} could be {' or '.join(sorted(other for other in own if bare(other) == bare(name)))}"
-    near = difflib.get_close_matches(bare(name), own, n=1, cutoff=0.8) if len(own) <= 2_000 else []
+    if len(own) <= 2_000:
+        near = difflib.get_close_matches(bare(name), own, n=1, cutoff=0.8)
+    else:
+        near = []
     return f"{name} is unknown" + (f", the nearest is {near[0]}" if near else "")
 
 
@@ -345,26 +388,43 @@ def _with_shapes(
     or what has another shape.
     """
     own = model.shapes
-    wrong = [
-        f"{listed} is {observed[listed]}, the model holds {name} as {own[name]}: another model was trained"
-        for listed, name in names.items()
-        if not _fits(observed[listed], own[name])
-    ]
+    wrong = []
+    for listed, name in names.items():
+        if not _fits(observed[listed], own[name]):
+            wrong.append(
+                f"{listed} is {observed[listed]}, the model holds {name} as "
+                f"{own[name]}: another model was trained"
+            )
     if wrong:
         return Mismatch(reasons=tuple(_shortened(wrong)))
-    turned = {name: observed[listed] != own[name] for listed, name in names.items()}
-    squares = [name for name in turned if len(own[name]) == 2 and len(set(own[name])) == 1]
+    turned = {}
+    for listed, name in names.items():
+        turned[name] = observed[listed] != own[name]
+    squares = []
+    for name in turned:
+        if len(own[name]) == 2 and len(set(own[name])) == 1:
+            squares.append(name)
     if any(turned.values()):
-        evidence = {name: way for name, way in turned.items() if len(set(own[name])) == 2}
-        ways = {name: _relatives(name, evidence) for name in squares}
+        evidence = {}
+        for name, way in turned.items():
+            if len(set(own[name])) == 2:
+                evidence[name] = way
+        ways = {}
+        for name in squares:
+            ways[name] = _relatives(name, evidence)
         if doubtful := [name for name, way in ways.items() if len(way) != 1]:
-            reasons = [f"{name} is square: whether it is transposed cannot be told" for name in doubtful]
+            reasons = []
+            for name in doubtful:
+                reasons.append(f"{name} is square: whether it is transposed cannot be told")
             return Mismatch(reasons=tuple(_shortened(reasons)))
         turned |= {name: way == {True} for name, way in ways.items()}
-    places = {listed: Place(name=name, transposed=turned[name]) for listed, name in names.items()}
+    places = {}
+    for listed, name in names.items():
+        places[listed] = Place(name=name, transposed=turned[name])
     count = sum(place.transposed for place in places.values())
-    added = (f"{count} matrices are stored transposed and were turned",) if count else ()
-    return Matching(places=places, notes=(*notes, *added))
+    if count:
+        notes = (*notes, f"{count} matrices are stored transposed and were turned")
+    return Matching(places=places, notes=tuple(notes))
 
 
 def _relatives(name: str, evidence: Mapping[str, bool]) -> set[bool]:
@@ -372,12 +432,21 @@ def _relatives(name: str, evidence: Mapping[str, bool]) -> set[bool]:
     modules.
     """
     leaf = name.split(".")[-2:]
-    same = {turned for other, turned in evidence.items() if other.split(".")[-2:] == leaf}
+    same = set()
+    for other, turned in evidence.items():
+        if other.split(".")[-2:] == leaf:
+            same.add(turned)
     if len(same) == 1:
         return same
-    depth = {other: _shared_parts(name, other) for other in evidence}
+    depth = {}
+    for other in evidence:
+        depth[other] = _shared_parts(name, other)
     deepest = max(depth.values(), default=0)
-    return {turned for other, turned in evidence.items() if depth[other] == deepest}
+    relatives: set[bool] = set()
+    for other, turned in evidence.items():
+        if depth[other] == deepest:
+            relatives.add(turned)
+    return relatives
 
 
 def _shared_parts(name: str, other: str) -> int:

@@ -66,7 +66,9 @@ class Noise:
 
 def study(observation: Observation) -> Noise:
     """Return the noise of an observation; every tensor is looked at once."""
-    shapes = {name: _shape(tensor.detach()) for name, tensor in observation.tensors.items()}
+    shapes = {}
+    for name, tensor in observation.tensors.items():
+        shapes[name] = _shape(tensor.detach())
     return Noise(observation=observation, shapes=shapes)
 
 
@@ -90,27 +92,40 @@ def _shape(tensor: Tensor) -> Shape:
     rows = moving.any(dim=1)
     inside = moving[rows]
     scattered = inside.numel() > 0 and float(inside.double().mean()) < 1 - _SCATTERED
+    rank = None
+    if not scattered and tensor.ndim == 2:
+        rank = _rank(flat[rows].double())
+    coarse = tensor.dtype
+    if bool(rows.any()):
+        coarse = coarseness(tensor)
     return Shape(
         rows=rows,
         entries=moving if scattered else None,
-        rank=None if scattered or tensor.ndim != 2 else _rank(flat[rows].double()),
+        rank=rank,
         norm=float(torch.linalg.vector_norm(flat.double())),
-        coarse=coarseness(tensor) if bool(rows.any()) else tensor.dtype,
+        coarse=coarse,
     )
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(len(tensor), -1) if tensor.ndim > 1 else tensor.reshape(-1, 1)
+    if tensor.ndim > 1:
+        return tensor.reshape(len(tensor), -1)
+    return tensor.reshape(-1, 1)
 
 
 def _rank(block: Tensor) -> int | None:
     """Return the rank of a matrix where it is not full."""
     if min(block.shape, default=0) < 2 or not bool(torch.isfinite(block).all()):
         return None
-    small = block.T @ block if block.shape[0] > block.shape[1] else block @ block.T
+    if block.shape[0] > block.shape[1]:
+        small = block.T @ block
+    else:
+        small = block @ block.T
     values = torch.linalg.eigvalsh(small).clamp_min(0.0)
     count = int((values > float(values[-1]) * _RANK**2).sum())
-    return count if count < len(values) else None
+    if count < len(values):
+        return count
+    return None
 
 
 def _like(tensor: Tensor, shape: Shape, order: Tensor, generator: torch.Generator) -> Tensor:

@@ -44,7 +44,10 @@ class ObservationError(ValueError):
 
 def _knowledge_problems(knowledge: Mapping[str, object]) -> list[str]:
     unknown = sorted(set(knowledge) - set(RULES))
-    problems = [f"knowledge: unknown names {show(unknown)}, allowed are {sorted(RULES)}"] if unknown else []
+    if unknown:
+        problems = [f"knowledge: unknown names {show(unknown)}, allowed are {sorted(RULES)}"]
+    else:
+        problems = []
     for name, value in knowledge.items():
         if name in RULES and value is not None:
             problems += RULES[name].problems(f"knowledge.{name}", value)
@@ -88,7 +91,9 @@ class Knowledge:
 
     def __post_init__(self) -> None:
         # Read past any subclass that notes what is read: a check is no use of a fact.
-        facts = {name: plain(object.__getattribute__(self, name)) for name in RULES}
+        facts = {}
+        for name in RULES:
+            facts[name] = plain(object.__getattribute__(self, name))
         if problems := _knowledge_problems(facts):
             raise ObservationError("; ".join(problems))
         for name, value in facts.items():
@@ -169,7 +174,9 @@ class Observation:
         )
         scaled = bool(rate) and bool(steps) and str(optimiser).lower() == "sgd"
         factor = -1.0 / (float(rate) * int(steps)) if scaled else -1.0
-        tensors = {name: tensor * factor for name, tensor in self.tensors.items()}
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            tensors[name] = tensor * factor
         return GradientView(tensors=MappingProxyType(tensors), scaled=scaled, factor=factor)
 
     def replace_tensors(self, tensors: Mapping[str, Tensor], **facts: Fact) -> Observation:
@@ -215,7 +222,10 @@ def save_observation(observation: Observation, folder: Path) -> None:
         raise ObservationError(f"{folder} is not a folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh, mark = not folder.exists(), f"{secrets.token_hex(6)}.new"
-    stage = folder.with_name(f".{folder.name}.{mark}") if fresh else folder / f".observation.{mark}"
+    if fresh:
+        stage = folder.with_name(f".{folder.name}.{mark}")
+    else:
+        stage = folder / f".observation.{mark}"
     stage.mkdir(mode=0o700)
     try:
         for name, tensors in parts.items():
@@ -238,12 +248,19 @@ def _describe(observation: Observation) -> tuple[dict[str, Any], dict[str, Mappi
     parts = {_TENSORS: observation.tensors}
     if observation.broadcast is not None:
         parts[_BROADCAST] = observation.broadcast
-    wrong = [
-        f"{file}: {show(name)} is on the meta device or not a dense tensor, which cannot be stored"
-        for file, tensors in parts.items()
-        for name, tensor in tensors.items()
-        if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided
-    ]
+    wrong = []
+    for file, tensors in parts.items():
+        for name, tensor in tensors.items():
+            if (
+                tensor.is_meta
+                or tensor.is_nested
+                or tensor.is_quantized
+                or tensor.layout is not torch.strided
+            ):
+                wrong.append(
+                    f"{file}: {show(name)} is on the meta device or not a dense "
+                    "tensor, which cannot be stored"
+                )
     if wrong:
         raise ObservationError("; ".join(wrong))
     description = {
@@ -354,7 +371,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     description, repeated = _read_json(path)
     if not isinstance(description, dict):
         raise ObservationError(f"{path} must hold one JSON object")
-    problems = [f"the key {show(name)} stands there more than once" for name in repeated]
+    problems = []
+    for name in repeated:
+        problems.append(f"the key {show(name)} stands there more than once")
     version = description.get("format")
     if type(version) is not int or version != FORMAT_VERSION:
         problems.append(f"format is {show(version)}, this version reads format {FORMAT_VERSION}")
@@ -401,7 +420,10 @@ def _deeper(value: object, levels: int) -> bool:
     """Say whether a JSON value nests deeper than that, without recursion."""
     layer: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(levels):
-        layer = [inner for outer in layer for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        inside = []
+        for outer in layer:
+            inside.extend(outer.values() if isinstance(outer, dict) else outer)
+        layer = inside
         layer = [inner for inner in layer if isinstance(inner, dict | list)]
     return bool(layer)
 
@@ -409,15 +431,29 @@ def _deeper(value: object, levels: int) -> bool:
 def _description_problems(description: Mapping[str, Any]) -> list[str]:
     missing = [key for key in _KEYS if key not in description]
     unknown = [key for key in description if key not in (*_KEYS, "sha256")]
-    problems = [f"missing keys {missing}, unknown keys {show(unknown)}"] if missing or unknown else []
-    objects = {name: description.get(name, {}) for name in ("metadata", "knowledge", "tensors", "broadcast")}
+    if missing or unknown:
+        problems = [f"missing keys {missing}, unknown keys {show(unknown)}"]
+    else:
+        problems = []
+    objects = {}
+    for name in ("metadata", "knowledge", "tensors", "broadcast"):
+        objects[name] = description.get(name, {})
     if objects["broadcast"] is None:
         del objects["broadcast"]
-    wrong = [f"{name} is {show(value)}" for name, value in objects.items() if not isinstance(value, dict)]
+    wrong = []
+    for name, value in objects.items():
+        if not isinstance(value, dict):
+            wrong.append(f"{name} is {show(value)}")
     if wrong:
         problems.append(f"{', '.join(wrong)}: these must be JSON objects")
-    whole = {name: value for name, value in objects.items() if isinstance(value, dict)}
-    facts = {name: description[name] for name in _FACTS if name in description}
+    whole = {}
+    for name, value in objects.items():
+        if isinstance(value, dict):
+            whole[name] = value
+    facts = {}
+    for name in _FACTS:
+        if name in description:
+            facts[name] = description[name]
     problems += _fact_problems({**facts, "metadata": whole.get("metadata", {})})
     problems += _knowledge_problems(
         {name: plain(value) for name, value in whole.get("knowledge", {}).items()}
@@ -425,7 +461,10 @@ def _description_problems(description: Mapping[str, Any]) -> list[str]:
     for name in ("tensors", "broadcast"):
         problems += _inventory_problems(name, whole[name]) if name in whole else []
     if "sha256" in description:
-        files = {_TENSORS} if description.get("broadcast") is None else {_TENSORS, _BROADCAST}
+        if description.get("broadcast") is None:
+            files = {_TENSORS}
+        else:
+            files = {_TENSORS, _BROADCAST}
         digests = description["sha256"]
         if not isinstance(digests, dict) or set(digests) != files or not all(map(is_text, digests.values())):
             problems.append(f"sha256 is {show(digests)}, must give a digest for {sorted(files)}")
@@ -435,7 +474,10 @@ def _description_problems(description: Mapping[str, Any]) -> list[str]:
 def _inventory_problems(name: str, inventory: Mapping[str, Any]) -> list[str]:
     if name == "tensors" and not inventory:
         return ["tensors is empty"]
-    wrong = [key for key, entry in inventory.items() if not _is_entry(entry)]
+    wrong = []
+    for key, entry in inventory.items():
+        if not _is_entry(entry):
+            wrong.append(key)
     if not wrong:
         return []
     shown = f"{name}[{show(wrong[0])}] is {show(inventory[wrong[0]])}"
@@ -539,7 +581,9 @@ def _metadata_problems(name: object, value: object) -> list[str]:
         return [f"{label} must have text as its name"]
     if name in choices:
         right = isinstance(value, str) and value in choices[name]
-        return [] if right else [f"{label} is {show(value)}, must be one of {choices[name]}"]
+        if right:
+            return []
+        return [f"{label} is {show(value)}, must be one of {choices[name]}"]
     if name in RULES:
         if RULES[name].many:
             return [f"{label} is {show(value)}, but the protocol reveals no lists: grant it in knowledge"]

@@ -46,7 +46,9 @@ def recipe(observation: Observation) -> Recipe | None:
     if len(words) == 0 or words[0] not in OPTIMISERS or set(words[1:]) - {"with", "momentum"}:
         return None
     coefficient = observation.metadata.get("momentum")
-    momentum = _MOMENTUM if "momentum" in words else 0.0
+    momentum = 0.0
+    if "momentum" in words:
+        momentum = _MOMENTUM
     return Recipe(name=words[0], momentum=momentum if coefficient is None else float(coefficient))
 
 
@@ -70,13 +72,18 @@ def invented_batch(
         return {"pixel_values": images, "labels": labels}, truth
     if not vocabulary:
         return None
-    texts = [_text(int(vocabulary), length, generator, like) for length in lengths]
+    texts = []
+    for length in lengths:
+        texts.append(_text(int(vocabulary), length, generator, like))
     texts = [ended(model, torch.tensor([text]))[0].tolist() for text in texts]
     ids, mask = _padded(texts, int(getattr(config, "pad_token_id", None) or 0))
     words = Truth(sequences=tuple(map(tuple, texts)), vocabulary=int(vocabulary))
     with torch.no_grad():
         generative = model(input_ids=ids[:1], attention_mask=mask[:1]).logits.ndim == 3
-    padded = {} if bool(mask.all()) else {"attention_mask": mask}
+    if not bool(mask.all()):
+        padded = {"attention_mask": mask}
+    else:
+        padded = {}
     if generative:
         return {"input_ids": ids, "labels": ids.masked_fill(mask == 0, _IGNORED), **padded}, words
     truth = Truth(
@@ -94,7 +101,10 @@ def _pictures(config: Any, count: int, side: int, generator: torch.Generator, li
 
 
 def _text(vocabulary: int, length: int, generator: torch.Generator, like: Truth | None) -> list[int]:
-    texts = [text for text in (like.sequences or () if like is not None else ()) if len(text) >= length]
+    texts = []
+    for text in like.sequences or () if like is not None else ():
+        if len(text) >= length:
+            texts.append(text)
     if texts:
         return list(texts[int(torch.randint(len(texts), (1,), generator=generator))])[:length]
     ids = torch.randint(min(10, vocabulary // 2), vocabulary, (length,), generator=generator).tolist()
@@ -146,35 +156,57 @@ def rehearse(
     if cannot_rehearse(observation):
         return None
     client = _broadcast(observation, model)
-    trained = {name: value for name, value in client.named_parameters() if name in observation.tensors}
+    trained = {}
+    for name, value in client.named_parameters():
+        if name in observation.tensors:
+            trained[name] = value
     # A difference of two state dicts also names tied weights a second time, and buffers, which no gradient
     # moves.
-    everything, buffers = client.state_dict(keep_vars=True), {name for name, _ in client.named_buffers()}
-    again = {name for name, value in everything.items() if any(value is other for other in trained.values())}
+    everything = client.state_dict(keep_vars=True)
+    buffers = set()
+    for name, _ in client.named_buffers():
+        buffers.add(name)
+    again = set()
+    for name, value in everything.items():
+        if any(value is other for other in trained.values()):
+            again.add(name)
     if not trained or set(observation.tensors) - set(trained) - again - buffers:
         return None
-    steps = int(observation.known("local_steps") or 1) if observation.content == "delta" else 1
-    total, truths = {name: torch.zeros_like(value) for name, value in trained.items()}, []
+    steps = 1
+    if observation.content == "delta":
+        steps = int(observation.known("local_steps") or 1)
+    total = {}
+    for name, value in trained.items():
+        total[name] = torch.zeros_like(value)
+    truths = []
     try:
         for contributor in range(observation.contributors):
-            batches = [
-                invented_batch(
-                    client,
-                    lengths=_lengths(observation),
-                    seed=seed + 10_007 * step + 101 * contributor,
-                    like=like,
+            batches = []
+            for step in range(steps):
+                batches.append(
+                    invented_batch(
+                        client,
+                        lengths=_lengths(observation),
+                        seed=seed + 10_007 * step + 101 * contributor,
+                        like=like,
+                    )
                 )
-                for step in range(steps)
-            ]
-            usable = [batch for batch in batches if batch is not None]
+            usable = []
+            for batch in batches:
+                if batch is not None:
+                    usable.append(batch)
             if not usable:
                 return None
-            for name, value in _trained(client, trained, [batch for batch, _ in usable], observation).items():
-                total[name] += value
-            truths += [truth for _, truth in usable]
+            own = _trained(client, trained, [batch for batch, _ in usable], observation)
+            for name, change in own.items():
+                total[name] += change
+            for _, truth in usable:
+                truths.append(truth)
     except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):  # a model of another make
         return None
-    tensors = {name: _like_observed(value, observation.tensors[name]) for name, value in total.items()}
+    tensors = {}
+    for name, change in total.items():
+        tensors[name] = _like_observed(change, observation.tensors[name])
     return _undefended(observation, tensors), _together(truths)
 
 
@@ -202,7 +234,10 @@ def _lengths(observation: Observation) -> tuple[int, ...]:
 
 def _together(truths: Sequence[Truth]) -> Truth:
     labels = tuple(label for truth in truths for label in truth.labels or ())
-    images = [truth.images for truth in truths if truth.images is not None]
+    images = []
+    for truth in truths:
+        if truth.images is not None:
+            images.append(truth.images)
     return Truth(
         sequences=tuple(row for truth in truths for row in truth.sequences or ()) or None,
         images=torch.cat(images) if images else None,
@@ -221,23 +256,29 @@ def _trained(
     """Return the gradient of one contributor's batch or the change of its local steps; the client is as
     broadcast again.
     """
-    parameters = [value.requires_grad_(True) for value in trained.values()]
-    before = {name: value.detach().clone() for name, value in trained.items()}
+    parameters = []
+    for value in trained.values():
+        parameters.append(value.requires_grad_(True))
+    before = {}
+    for name, value in trained.items():
+        before[name] = value.detach().clone()
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # dropout masks
         if observation.content == "gradient":
             slopes = torch.autograd.grad(client(**batches[0]).loss, parameters, allow_unused=True)
             pairs = zip(trained.items(), slopes, strict=True)
-            return {
-                name: torch.zeros_like(value) if slope is None else slope.detach()
-                for (name, value), slope in pairs
-            }
+            gradients = {}
+            for (name, value), slope in pairs:
+                gradients[name] = torch.zeros_like(value) if slope is None else slope.detach()
+            return gradients
         optimiser = _optimiser(parameters, observation)
         for batch in batches:
             optimiser.zero_grad()
             client(**batch).loss.backward()
             optimiser.step()
-    change = {name: value.detach() - before[name] for name, value in trained.items()}
+    change = {}
+    for name, value in trained.items():
+        change[name] = value.detach() - before[name]
     with torch.no_grad():
         for name, value in trained.items():
             value.copy_(before[name])
@@ -251,8 +292,9 @@ def _optimiser(parameters: list[Tensor], observation: Observation) -> torch.opti
     decay = float(observation.known("weight_decay") or 0.0)
     if chosen.name == "sgd":
         return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=chosen.momentum)
-    kind = torch.optim.Adam if chosen.name == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=rate, weight_decay=decay)
+    if chosen.name == "adam":
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
 
 
 def _like_observed(rehearsed: Tensor, observed: Tensor) -> Tensor:
@@ -270,8 +312,13 @@ def _like_observed(rehearsed: Tensor, observed: Tensor) -> Tensor:
 
 def _undefended(observation: Observation, tensors: Mapping[str, Tensor]) -> Observation:
     gone = ("noise_multiplier", "noise_deviation", "clip_norm", "point")
-    metadata = {name: value for name, value in observation.metadata.items() if name not in gone}
-    granted = {name: getattr(observation.knowledge, name) for name in observation.knowledge.granted()}
+    metadata = {}
+    for name, value in observation.metadata.items():
+        if name not in gone:
+            metadata[name] = value
+    granted = {}
+    for name in observation.knowledge.granted():
+        granted[name] = getattr(observation.knowledge, name)
     for name in ("labels", "label_counts", "token_set", *gone):
         granted.pop(name, None)
     return Observation(

@@ -39,7 +39,9 @@ class Result:
 
 def result_of(reconstruction: Reconstruction, notes: tuple[str, ...], truth: Truth | None) -> Result:
     """Return the result of an attack, scored where the truth is known."""
-    judged = score(reconstruction, truth) if truth is not None and reconstruction.applicable else None
+    judged = None
+    if truth is not None and reconstruction.applicable:
+        judged = score(reconstruction, truth)
     return Result(reconstruction=reconstruction, notes=notes, score=judged)
 
 
@@ -97,12 +99,15 @@ def _pictures(result: Result, shift: Sequence[float], scale: Sequence[float]) ->
             shown[f"recovered_{number}.png"] = _as_seen(pair.recovered, shift, scale)
             shown[f"truth_{number}.png"] = _as_seen(pair.truth, shift, scale)
         return shown
-    images = [image for image in result.reconstruction.of("image") if image.ndim == 3]
+    images = []
+    for image in result.reconstruction.of("image"):
+        if image.ndim == 3:
+            images.append(image)
     drawable = [image for image in images if image.shape[0] in (1, 3)][:_PICTURES]
-    return {
-        f"recovered_{number}.png": _as_seen(image, shift, scale)
-        for number, image in enumerate(drawable, start=1)
-    }
+    pictures: dict[str, Tensor] = {}
+    for number, image in enumerate(drawable, start=1):
+        pictures[f"recovered_{number}.png"] = _as_seen(image, shift, scale)
+    return pictures
 
 
 def _as_seen(image: Tensor, shift: Sequence[float], scale: Sequence[float]) -> Tensor:
@@ -116,13 +121,15 @@ def _page(result: Result, pictures: Sequence[str], decode: Decode | None) -> str
     reconstruction = result.reconstruction
     lines = [f"# {reconstruction.attack}", ""]
     lines += [_verdict(result), ""]
-    lines += [f"- {note}" for note in result.notes]
+    for note in result.notes:
+        lines.append(f"- {note}")
     if reconstruction.knowledge_used:
         lines.append(f"- assumed beyond the wire: {', '.join(reconstruction.knowledge_used)}")
     if reconstruction.reason:
         lines.append(f"- {reconstruction.reason}")
     lines += ["", *_texts(result, decode)]
-    lines += [f"![{name}]({name})" for name in pictures]
+    for name in pictures:
+        lines.append(f"![{name}]({name})")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -132,7 +139,9 @@ def _verdict(result: Result) -> str:
         return "Not applicable: this attack can say nothing about this update. That is no evidence of safety."
     if judged is None:
         kinds = sorted({item.kind.replace("_", " ") for item in reconstruction.items})
-        claims = ", ".join(kinds) if kinds else "nothing"
+        claims = "nothing"
+        if kinds:
+            claims = ", ".join(kinds)
         return (
             f"It states a confidence of {reconstruction.confidence:.2f} in: {claims}. "
             "Without the truth nothing is proven."
@@ -150,12 +159,18 @@ def _texts(result: Result, decode: Decode | None) -> list[str]:
             *(f"| {_said(true, decode)} | {_said(recovered, decode)} |" for true, recovered in judged.pairs),
             "",
         ]
-    sentences = [
-        [token for token in value.tolist() if token >= 0] for value in result.reconstruction.of("sequence")
-    ]
-    return [f"- {_said(' '.join(map(str, sentence)), decode)}" for sentence in sentences]
+    sentences = []
+    for value in result.reconstruction.of("sequence"):
+        sentences.append([token for token in value.tolist() if token >= 0])
+    texts: list[str] = []
+    for sentence in sentences:
+        texts.append(f"- {_said(' '.join(map(str, sentence)), decode)}")
+    return texts
 
 
 def _said(ids: str, decode: Decode | None) -> str:
-    words = decode([int(token) for token in ids.split()]) if decode is not None and ids else ids
+    if decode is not None and ids:
+        words = decode([int(token) for token in ids.split()])
+    else:
+        words = ids
     return words.replace("|", "\\|").replace("\n", " ").strip() or "(nothing)"

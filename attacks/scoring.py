@@ -112,6 +112,9 @@ def pooled(scores: Sequence[Score]) -> Score:
     values, bounded = tuple(one.value for one in scores), scores[0].measure != "PSNR dB"
     enough = [one.succeeded and _ENOUGH[one.measure](one.value, one.baseline) for one in scores]
     spread = luck.interval(values, bounded=bounded)
+    chances = []
+    for one, clear in zip(scores, enough, strict=True):
+        chances.append(one.luck if clear else 1.0)
     return replace(
         max(scores, key=lambda one: one.value),
         value=spread.mean,
@@ -121,7 +124,7 @@ def pooled(scores: Sequence[Score]) -> Score:
         draws=len(scores),
         values=values,
         succeeded=2 * sum(enough) > len(scores),
-        luck=luck.majority([one.luck if clear else 1.0 for one, clear in zip(scores, enough, strict=True)]),
+        luck=luck.majority(chances),
         exact=all(one.exact for one in scores),
     )
 
@@ -177,8 +180,12 @@ def _everywhere(truth: Truth) -> set[int]:
     """Return the tokens that stand in every text there is, such as marks of its start and end: naming them
     reads nothing.
     """
-    texts = [set(text) for text in (*(truth.sequences or ()), *truth.others)]
-    return set.intersection(*texts) if len(texts) > 1 else set()
+    texts = []
+    for text in (*(truth.sequences or ()), *truth.others):
+        texts.append(set(text))
+    if len(texts) > 1:
+        return set.intersection(*texts)
+    return set()
 
 
 def read_tokens(reconstruction: Reconstruction) -> set[int] | None:
@@ -189,12 +196,19 @@ def read_tokens(reconstruction: Reconstruction) -> set[int] | None:
         "token_counts": lambda value: (value > 0.5).nonzero().flatten().tolist(),
         "placed_tokens": lambda value: value.reshape(-1, value.shape[-1])[:, -1].tolist(),
     }
-    named = [set(readers[item.kind](item.value)) for item in reconstruction.items if item.kind in readers]
-    return set().union(*named) if named else None
+    named = []
+    for item in reconstruction.items:
+        if item.kind in readers:
+            named.append(set(readers[item.kind](item.value)))
+    if named:
+        return set().union(*named)
+    return None
 
 
 def _sentences_read(reconstruction: Reconstruction, sequences: Sequence[Sequence[int]]) -> bool:
-    texts = {tuple(value.tolist()) for value in reconstruction.of("sequence")}
+    texts = set()
+    for value in reconstruction.of("sequence"):
+        texts.add(tuple(value.tolist()))
     return all(tuple(sequence) in texts for sequence in sequences)
 
 
@@ -210,15 +224,24 @@ def _luck_of_tokens(guessed: set[int], true: set[int], truth: Truth, everywhere:
         return 1.0
     chances = _chances(sorted(guessed), truth, everywhere)
     alone = luck.at_least(len(guessed & true), chances)
-    count, others = len(truth.sequences or ()), [set(text) - everywhere for text in truth.others]
+    count = len(truth.sequences or ())
+    others = []
+    for other in truth.others:
+        others.append(set(other) - everywhere)
     if len(others) <= count:
         return alone
     order = np.random.default_rng(0)
-    batches = [order.permutation(len(others))[:count] for _ in range(_BATCHES)]
-    texts = [set().union(*(others[int(place)] for place in batch)) for batch in batches]
-    nulls = [metrics.token_set_score(guessed, text).f1 for text in texts]
+    batches = []
+    for _ in range(_BATCHES):
+        batches.append(order.permutation(len(others))[:count])
+    nulls = []
+    for batch in batches:
+        words: set[int] = set().union(*(others[int(place)] for place in batch))
+        nulls.append(metrics.token_set_score(guessed, words).f1)
     ordinal = luck.rank(metrics.token_set_score(guessed, true).f1, nulls)
-    return max(alone, ordinal) if ordinal > LUCK else alone
+    if ordinal > LUCK:
+        return max(alone, ordinal)
+    return alone
 
 
 def _chances(named: Sequence[int], truth: Truth, everywhere: set[int]) -> Floats:
@@ -246,9 +269,9 @@ def _guessed_tokens(true: set[int], truth: Truth, everywhere: set[int]) -> float
     """Return the best F1 of guessing: all ids, or the most frequent ones of texts that were not used, as many
     as pay best.
     """
-    reconstruction = (
-        0.0 if truth.vocabulary is None else 2 * len(true) / (max(truth.vocabulary, len(true)) + len(true))
-    )
+    reconstruction = 0.0
+    if truth.vocabulary is not None:
+        reconstruction = 2 * len(true) / (max(truth.vocabulary, len(true)) + len(true))
     hits = 0
     frequent = Counter(token for text in truth.others for token in set(text) - everywhere).most_common()
     for number, (token, _) in enumerate(frequent, start=1):
@@ -263,7 +286,9 @@ def _beside(
     """Put each true text beside the recovered text most like it, or beside those of its tokens that were
     found.
     """
-    texts = [[token for token in value.tolist() if token >= 0] for value in reconstruction.of("sequence")]
+    texts = []
+    for value in reconstruction.of("sequence"):
+        texts.append([token for token in value.tolist() if token >= 0])
     pairs = []
     for true in sequences:
         best = max(
@@ -280,13 +305,17 @@ def _labels(reconstruction: Reconstruction, truth: Truth, with_luck: bool) -> Sc
     if not counts or truth.labels is None:
         return None
     classes = truth.classes or max(len(counts[0]), max(truth.labels) + 1)
-    true = [Counter(truth.labels)[label] for label in range(classes)]
+    true = []
+    for label in range(classes):
+        true.append(Counter(truth.labels)[label])
     guessed = ([float(value) for value in counts[0].tolist()] + [0.0] * classes)[:classes]
     total = sum(guessed)
     if total > 0:  # counts of another total say how the labels are shared out, not how many there are
         guessed = [value * len(truth.labels) / total for value in guessed]
     shares = _shares(truth, classes)
-    usual = [len(truth.labels) * share for share in shares]
+    usual = []
+    for share in shares:
+        usual.append(len(truth.labels) * share)
     value, baseline = metrics.count_accuracy(guessed, true), metrics.count_accuracy(usual, true)
     return Score(
         measure="label count accuracy",
@@ -303,7 +332,10 @@ def _shares(truth: Truth, classes: int) -> list[float]:
     if not truth.other_labels:
         return [1 / classes] * classes
     others = Counter(truth.other_labels)
-    return [(others[label] + 1 / classes) / (len(truth.other_labels) + 1) for label in range(classes)]
+    shares: list[float] = []
+    for label in range(classes):
+        shares.append((others[label] + 1 / classes) / (len(truth.other_labels) + 1))
+    return shares
 
 
 def _counts(labels: Tensor) -> Tensor:
@@ -315,7 +347,10 @@ def _images(reconstruction: Reconstruction, truth: Truth, with_luck: bool) -> Sc
     if not images or truth.images is None:
         return None
     true = truth.images.float()
-    usable = [image.float() for image in images if image.shape == true[0].shape]
+    usable = []
+    for image in images:
+        if image.shape == true[0].shape:
+            usable.append(image.float())
     if not usable:
         return None
     peak = max(float(true.max() - true.min()), 1e-9)
@@ -323,7 +358,10 @@ def _images(reconstruction: Reconstruction, truth: Truth, with_luck: bool) -> Sc
     best = float(table.max())
     # The mean image is the guess; of a single image it would be the truth itself, so there the guess is one
     # colour.
-    mean = true.mean(dim=0) if len(true) > 1 else true[0].mean(dim=(1, 2), keepdim=True).expand_as(true[0])
+    if len(true) > 1:
+        mean = true.mean(dim=0)
+    else:
+        mean = true[0].mean(dim=(1, 2), keepdim=True).expand_as(true[0])
     baseline = max(metrics.psnr(mean, target, peak=peak) for target in true)
     matched = sorted(metrics.match_one_to_one(table), key=lambda place: -table[place])[:SHOWN]
     succeeded = _ENOUGH["PSNR dB"](best, baseline)

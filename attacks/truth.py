@@ -63,9 +63,14 @@ def load_truth(path: Path) -> Truth:
     ids, mask, labels = tensors.get("token_ids"), tensors.get("attention_mask"), tensors.get("labels")
     sequences = None
     if ids is not None:
-        counted = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        if mask is None:
+            counted = torch.ones_like(ids, dtype=torch.bool)
+        else:
+            counted = mask.bool()
         sequences = tuple(tuple(row[keep].tolist()) for row, keep in zip(ids, counted, strict=True))
-    flat = None if labels is None else tuple(labels.tolist())
+    flat = None
+    if labels is not None:
+        flat = tuple(labels.tolist())
     return Truth(sequences=sequences, images=tensors.get("images"), labels=flat)
 
 
@@ -75,7 +80,9 @@ def _problems(tensors: Mapping[str, Tensor]) -> list[str]:
     for name, axes in (("token_ids", ("n", "t")), ("labels", ("n",))):
         problems += _not_whole(name, tensors[name], axes) if name in tensors else []
     if mask is not None and (ids is None or mask.shape != ids.shape):
-        beside = "there are none" if ids is None else f"theirs is {tuple(ids.shape)}"
+        beside = "there are none"
+        if ids is not None:
+            beside = f"theirs is {tuple(ids.shape)}"
         problems.append(
             f"attention_mask has the shape {tuple(mask.shape)}, must have that of token_ids: {beside}"
         )
@@ -88,9 +95,10 @@ def _problems(tensors: Mapping[str, Tensor]) -> list[str]:
             )
         elif not bool(torch.isfinite(images).all()):
             problems.append("images must hold finite numbers")
-    counts = {
-        name: len(tensor) for name, tensor in tensors.items() if name != "attention_mask" and tensor.ndim
-    }
+    counts = {}
+    for name, tensor in tensors.items():
+        if name != "attention_mask" and tensor.ndim:
+            counts[name] = len(tensor)
     if len(set(counts.values())) > 1 or 0 in counts.values():
         problems.append(f"the numbers of records are {counts}, must be one number from 1")
     return problems

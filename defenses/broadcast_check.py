@@ -144,9 +144,10 @@ def check_broadcast(
 
 
 def _layout(tensors: Mapping[str, Tensor], reference: Mapping[str, TensorLayout]) -> list[Reason]:
-    reasons = [
-        Reason(rule="layout", tensor=name, detail="missing") for name in reference if name not in tensors
-    ]
+    reasons = []
+    for name in reference:
+        if name not in tensors:
+            reasons.append(Reason(rule="layout", tensor=name, detail="missing"))
     for name, tensor in tensors.items():
         wanted = reference.get(name)
         layout = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
@@ -221,11 +222,9 @@ def _zeros(name: str, matrix: Tensor, limits: Limits) -> list[Reason]:
 def _memory(name: str, tensor: Tensor, before: Tensor, fixed: bool, limits: Limits) -> list[Reason]:
     if fixed:
         same = torch.equal(tensor, before)
-        return (
-            []
-            if same
-            else [Reason(rule="frozen tensor changed", tensor=name, detail="must equal the previous one")]
-        )
+        if same:
+            return []
+        return [Reason(rule="frozen tensor changed", tensor=name, detail="must equal the previous one")]
     size = float(before.double().norm())
     if tensor.ndim < 2 or size == 0.0:
         return []

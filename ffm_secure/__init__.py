@@ -67,7 +67,10 @@ def audit(result: Result | str | Path, *, budget: str = "quick", data: object = 
     from ffm_secure.auditing.run_audit import audit_run
     from ffm_secure.data.memory import from_memory
 
-    folder = Path(result) if isinstance(result, str | Path) else result.folder
+    if isinstance(result, str | Path):
+        folder = Path(result)
+    else:
+        folder = result.folder
     summary = audit_run(folder, budget=budget, rows=None if data is None else from_memory(data)).audit
     assert summary is not None
     return summary

@@ -157,7 +157,10 @@ class Run:
             finally:
                 ready.courier.close()
             self._release(ready, trained, initial)
-            outcomes = summary.outcomes(ready, trained, initial) if fairness else ()
+            if fairness:
+                outcomes = summary.outcomes(ready, trained, initial)
+            else:
+                outcomes = ()
             seconds = time.perf_counter() - began
             result = summary.summarise(ready, trained, zero_metric=zero, outcomes=outcomes, seconds=seconds)
             self._finish(store, ready, trained, result, complete=complete)
@@ -175,7 +178,9 @@ class Run:
         except (StoreError, OSError, UnicodeError):
             return None  # it is written anew from the checkpoints
         whole = stored.status == "complete" and len(stored.rounds) >= self.config.federation.rounds
-        return stored if whole and store.records() == stored.rounds else None
+        if whole and store.records() == stored.rounds:
+            return stored
+        return None
 
     @contextmanager
     def _listening(
@@ -196,7 +201,10 @@ class Run:
         self, ready: simulation.Simulation, trained: federation.TrainingResult, initial: Tensor
     ) -> None:
         """Note what the public sees, where the run file asks for it."""
-        opened = [record for record in trained.records if record.survivors]
+        opened = []
+        for record in trained.records:
+            if record.survivors:
+                opened.append(record)
         if ready.server.transcript is not None and opened:
             survivors = tuple(sorted({site for record in opened for site in record.survivors}))
             plan = rounds.plan_round(ready.server, opened[-1].round, trained.state)
@@ -261,7 +269,9 @@ def place(config: RunConfig, *, base: Path, runs: Path) -> Run:
     if lifecycle.public_data:
         lifecycle = dataclasses.replace(lifecycle, public_data=_locate(lifecycle.public_data, base))
     federation_ = dataclasses.replace(config.federation, lifecycle=lifecycle)
-    adapter = _locate(config.model.adapter, base) if config.model.adapter else ""
+    adapter = ""
+    if config.model.adapter:
+        adapter = _locate(config.model.adapter, base)
     model = dataclasses.replace(config.model, name=_locate(config.model.name, base), adapter=adapter)
     privacy = dataclasses.replace(config.privacy, ledger=_place_ledger(config.privacy.ledger, base))
     placed = dataclasses.replace(config, task=task, model=model, federation=federation_, privacy=privacy)
@@ -272,7 +282,9 @@ def _place_ledger(name: str, base: Path) -> str:
     """Return a ledger's absolute path; a relative one counts from the run file's folder, wherever the command
     is given.
     """
-    return name if name in ("", IN_RUN) else str((base / Path(name).expanduser()).resolve())
+    if name in ("", IN_RUN):
+        return name
+    return str((base / Path(name).expanduser()).resolve())
 
 
 def _locate(name: str, base: Path) -> str:

@@ -122,7 +122,9 @@ def parse_json(text: str | bytes, where: str) -> Plain:
     try:
         plain: Plain = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        reason = "too deeply nested" if isinstance(error, RecursionError) else str(error)
+        reason = "too deeply nested"
+        if not isinstance(error, RecursionError):
+            reason = str(error)
         raise RecordError(f"{where}: is not JSON: {reason[:200]}") from None
     return plain
 
@@ -171,7 +173,9 @@ def _hints(kind: type) -> dict[str, Hint]:
 
 def _short(value: object) -> str:
     words = ascii(value)
-    return words if len(words) <= 60 else f"{words[:57]}..."
+    if len(words) <= 60:
+        return words
+    return f"{words[:57]}..."
 
 
 def _wrong(where: str, value: object, wanted: str) -> RecordError:
@@ -189,7 +193,10 @@ def _is_union(hint: Hint) -> bool:
 
 def _without_none(hint: Hint) -> Hint:
     """Return what an optional hint may hold beside None."""
-    inner = [argument for argument in get_args(hint) if argument is not type(None)]
+    inner = []
+    for argument in get_args(hint):
+        if argument is not type(None):
+            inner.append(argument)
     if len(inner) != 1:
         raise TypeError(f"{hint}: a record holds one type, or one type and None")
     return inner[0]
@@ -208,7 +215,9 @@ def _item_hints(hint: Hint, count: int, where: str) -> Sequence[Hint]:
 def _encode_value(value: object, hint: Hint, where: str) -> Plain:
     origin: Hint = get_origin(hint)
     if _is_union(hint):
-        return None if value is None else _encode_value(value, _without_none(hint), where)
+        if value is None:
+            return None
+        return _encode_value(value, _without_none(hint), where)
     if is_dataclass(hint):
         return _encode_record(value, typing.cast(type, hint), where)
     if origin is tuple:
@@ -281,7 +290,11 @@ def _wanted(hint: Hint) -> str:
 def _finite_or_word(value: float) -> float | str:
     if math.isfinite(value):
         return value
-    return "nan" if math.isnan(value) else "infinity" if value > 0 else "-infinity"
+    if math.isnan(value):
+        return "nan"
+    if value > 0:
+        return "infinity"
+    return "-infinity"
 
 
 def _encode_free(value: object, where: str) -> Plain:
@@ -306,27 +319,35 @@ def _encode_free(value: object, where: str) -> Plain:
 def _sorted(plain: Plain) -> Plain:
     if isinstance(plain, dict):
         return {key: _sorted(plain[key]) for key in sorted(plain)}
-    return [_sorted(item) for item in plain] if isinstance(plain, list) else plain
+    if isinstance(plain, list):
+        return [_sorted(item) for item in plain]
+    return plain
 
 
 def _decode_value(value: object, hint: Hint, where: str) -> Any:
     origin: Hint = get_origin(hint)
     if _is_union(hint):
-        return None if value is None else _decode_value(value, _without_none(hint), where)
+        if value is None:
+            return None
+        return _decode_value(value, _without_none(hint), where)
     if is_dataclass(hint):
         return _decode_record(value, typing.cast(type, hint), where)
     if origin is tuple:
         return _decode_items(value, hint, where)
     if origin is Mapping:
         return _decode_mapping(value, hint, where)
-    return value if hint is Any else _decode_scalar(value, hint, where)
+    if hint is Any:
+        return value
+    return _decode_scalar(value, hint, where)
 
 
 def _decode_record(value: object, kind: type, where: str) -> Any:
     declared = _fields(kind)
     if not isinstance(value, dict):
         raise _wrong(where, value, "an object")
-    names = [field.name for field in declared]
+    names = []
+    for field in declared:
+        names.append(field.name)
     if unknown := sorted(set(value) - set(names)):
         name = ascii(unknown[0][:60])[1:-1]
         raise RecordError(f"{where}.{name}: unknown field; known are {', '.join(names)}")
@@ -349,7 +370,9 @@ def _decode_items(value: object, hint: Hint, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
         raise _wrong(where, value, "a list")
     hints = _item_hints(hint, len(value), where)
-    items = [_decode_value(value[place], hints[place], f"{where}[{place}]") for place in range(len(value))]
+    items = []
+    for place in range(len(value)):
+        items.append(_decode_value(value[place], hints[place], f"{where}[{place}]"))
     return tuple(items)
 
 
@@ -403,7 +426,9 @@ def _finite_number(value: float, where: str) -> float:
 def _decode_bytes(value: object, where: str) -> bytes:
     """Read bytes; what they are shows in no message, for it may be a secret."""
     try:
-        content = bytes.fromhex(value) if isinstance(value, str) else None
+        content = None
+        if isinstance(value, str):
+            content = bytes.fromhex(value)
     except ValueError:
         content = None
     if content is None or content.hex() != value:

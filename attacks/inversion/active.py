@@ -104,7 +104,10 @@ def craft_imprint(
     awake.
     """
     flat = public.flatten(1)
-    along = measurement(flat.shape[1], "mean") if direction is None else direction
+    if direction is None:
+        along = measurement(flat.shape[1], "mean")
+    else:
+        along = direction
     edges = bin_edges(flat @ along, bins)
     client, clients = share
     block = ImprintBlock(flat.shape[1], bins * clients, kind=kind)
@@ -181,16 +184,12 @@ def parallel_rows(weight: Tensor, *, tolerance: float = 1e-4) -> bool:
 
 def _in_range(images: Tensor, prior: Prior) -> Tensor:
     """Drop what cannot be pixels; mixtures of several inputs stay inside the range and are kept."""
-    low = (
-        torch.tensor(0.0)
-        if prior.image_mean is None or prior.image_std is None
-        else (-prior.image_mean / prior.image_std).min()
-    )
-    high = (
-        torch.tensor(1.0)
-        if prior.image_mean is None or prior.image_std is None
-        else ((1 - prior.image_mean) / prior.image_std).max()
-    )
+    if prior.image_mean is None or prior.image_std is None:
+        low = torch.tensor(0.0)
+        high = torch.tensor(1.0)
+    else:
+        low = (-prior.image_mean / prior.image_std).min()
+        high = ((1 - prior.image_mean) / prior.image_std).max()
     slack = 0.05 * (high - low)
     inside = (images >= low - slack).all(1) & (images <= high + slack).all(1) & torch.isfinite(images).all(1)
     return images[inside]
@@ -240,7 +239,9 @@ def _trap(
         return Finding(reason="no neuron holds a valid input", details={"channel": channel.name})
     # A trap neuron may hold one input alone, so lone candidates are reported too, with less confidence.
     limit = int(observation.known("batch_size") or 0) * observation.contributors or len(groups)
-    chosen = [(value, 1.0 - 0.5**size) for value, size in groups[: max(limit, 1) * 2]]
+    chosen = []
+    for value, size in groups[: max(limit, 1) * 2]:
+        chosen.append((value, 1.0 - 0.5**size))
     items = tuple(as_item(value, observation, sure) for value, sure in chosen)
     return Finding(
         items=items,
@@ -254,7 +255,10 @@ def _trap(
 
 def head_name(model: nn.Module) -> str:
     """Return the name of the last linear layer."""
-    names = [name for name, module in linear_modules(model).items() if isinstance(module, nn.Linear)]
+    names = []
+    for name, module in linear_modules(model).items():
+        if isinstance(module, nn.Linear):
+            names.append(name)
     if not names:
         raise NotApplicable("the model has no linear head")
     return names[-1]
@@ -352,10 +356,16 @@ def _fish_by_matching(
     example.
     """
     head = head_name(private)
-    body = {name: tensor for name, tensor in observation.tensors.items() if not name.startswith(head)}
+    body = {}
+    for name, tensor in observation.tensors.items():
+        if not name.startswith(head):
+            body[name] = tensor
     if not body:
         raise NotApplicable("only the head was shared: fishing leaves no trace there")
-    facts = {key: value for key, value in observation.metadata.items() if key != "summand"}
+    facts = {}
+    for key, value in observation.metadata.items():
+        if key != "summand":
+            facts[key] = value
     knowledge = Knowledge(labels=(label,), image_shape=observation.known("image_shape"))
     single = Observation(
         kind=observation.content, tensors=body, metadata={**facts, "batch_size": 1}, knowledge=knowledge
@@ -390,7 +400,10 @@ def unsummed(observation: Observation, names: tuple[str, ...], *, suppressed: in
         raise NotApplicable(
             f"{observation.contributors} contributors, {suppressed} suppressed: not exactly one is left"
         )
-    facts = {key: value for key, value in observation.metadata.items() if key not in ("summand", "point")}
+    facts = {}
+    for key, value in observation.metadata.items():
+        if key not in ("summand", "point"):
+            facts[key] = value
     return Observation(
         kind=observation.content,
         tensors={name: observation.tensors[name] for name in names},
@@ -411,11 +424,10 @@ def _suppressed(
     others = observation.contributors - 1
     names = (f"{channel.name}.weight", f"{channel.name}.bias")
     alone = unsummed(observation, names, suppressed=others)
-    groups = [
-        (value, size)
-        for value, size in agreeing(bias_quotients(first_biased(alone, private))[0])
-        if size >= 2
-    ]
+    groups = []
+    for value, size in agreeing(bias_quotients(first_biased(alone, private))[0]):
+        if size >= 2:
+            groups.append((value, size))
     limit = int(observation.known("batch_size") or len(groups))
     items = tuple(as_item(value, observation, 1.0 - 0.5**size) for value, size in groups[:limit])
     if not items:

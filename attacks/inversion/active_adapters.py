@@ -175,7 +175,11 @@ def craft_adapter_leak(model: nn.Module, public: Tensor, *, down: str, up: str) 
 
 
 def _set_bins(down: nn.Linear, up: nn.Linear, inputs: Tensor, frame: Frame, width: int) -> None:
-    patches = range(1, frame.places) if frame.places > 1 else range(1)  # place 0 is the class token
+    # place 0 is the class token
+    if frame.places > 1:
+        patches = range(1, frame.places)
+    else:
+        patches = range(1)
     bins = down.out_features // len(patches)
     if bins < 2:
         raise NotApplicable(f"{down.out_features} rows are too few for {len(patches)} patches")
@@ -281,7 +285,10 @@ def craft_lora_leak(model: nn.Module, *, skew: float = 50.0) -> nn.Module:
     one example.
     """
     crafted = copy.deepcopy(model)
-    names = [name for name, _ in crafted.named_modules() if re.search(r"self\.value$", name)]
+    names = []
+    for name, _ in crafted.named_modules():
+        if re.search(r"self\.value$", name):
+            names.append(name)
     if not names:
         raise NotApplicable("the model has no value projections named as in BERT")
     table = _table(crafted, _position_name(crafted))
@@ -340,7 +347,10 @@ def _read_lora(
         raise NotApplicable(
             "the broadcast's position embedding holds no place codes: it is not a crafted one"
         )
-    factors = [name for name in observation.tensors if re.search(r"lora_A\b.*weight$", name)]
+    factors = []
+    for name in observation.tensors:
+        if re.search(r"lora_A\b.*weight$", name):
+            factors.append(name)
     if not factors:
         raise NotApplicable("no gradient of LoRA's first factor was observed")
     words = _table(private, token_embedding(private)).detach()
@@ -372,7 +382,10 @@ def _decode(row: Tensor, words: Tensor, place: int, model: nn.Module) -> tuple[i
     """Return the token whose embedding at this place points along the row, with the cosine away from the
     place's code.
     """
-    segments = [p.detach() for name, p in model.named_parameters() if "token_type_embeddings" in name]
+    segments = []
+    for name, p in model.named_parameters():
+        if "token_type_embeddings" in name:
+            segments.append(p.detach())
     states = words.double() + (segments[0][0].double() if segments else 0.0)
     states[:, place] += _CODE
     states = states - states.mean(1, keepdim=True)
@@ -380,7 +393,9 @@ def _decode(row: Tensor, words: Tensor, place: int, model: nn.Module) -> tuple[i
     centred = row - row.mean()
     likeness = nn.functional.normalize(states[:, rest], dim=1) @ nn.functional.normalize(centred[rest], dim=0)
     value, token = likeness.max(0)
-    return (int(token), float(value)) if float(value) > 0.9 else None
+    if float(value) > 0.9:
+        return (int(token), float(value))
+    return None
 
 
 # ----------------------------------------------------------------------------------------------- prompt pools

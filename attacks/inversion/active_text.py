@@ -115,7 +115,8 @@ def _read(
         Item(kind="placed_tokens", value=torch.stack([where, tokens], dim=1), confidence=0.95),
         Item(kind="token_set", value=torch.unique(tokens), confidence=0.95),
     ]
-    items += [Item(kind="sequence", value=text, confidence=0.95) for text in _sentences(tokens, where, codes)]
+    for text in _sentences(tokens, where, codes):
+        items.append(Item(kind="sequence", value=text, confidence=0.95))
     return Finding(
         items=tuple(items), confidence=0.95, details={"held": len(states), "decoded": int(keep.sum())}
     )
@@ -156,11 +157,10 @@ def _sentences(tokens: Tensor, where: Tensor, codes: Tensor, *, tolerance: float
     texts = []
     while left:
         head = codes[left[0]]
-        same = [
-            index
-            for index in left
-            if float((codes[index] - head).norm()) <= tolerance * max(1.0, float(head.norm()))
-        ]
+        same = []
+        for index in left:
+            if float((codes[index] - head).norm()) <= tolerance * max(1.0, float(head.norm())):
+                same.append(index)
         text = torch.full((int(where[same].max()) + 1,), -1)
         text[where[same]] = tokens[same]
         texts.append(text)

@@ -25,13 +25,14 @@ def narrow_channels(observation: Observation, model: nn.Module) -> list[Channel]
 
     Raises: NotApplicable when there is none.
     """
-    channels = [
-        channel
-        for channel in observed_channels(observation, model).values()
-        if channel.bias is not None
-        and bool(channel.bias.any())
-        and channel.gradient.shape[0] < channel.gradient.shape[1]
-    ]
+    channels = []
+    for channel in observed_channels(observation, model).values():
+        if (
+            channel.bias is not None
+            and bool(channel.bias.any())
+            and channel.gradient.shape[0] < channel.gradient.shape[1]
+        ):
+            channels.append(channel)
     if not channels:
         raise NotApplicable("no biased layer that projects down was observed")
     return channels
@@ -58,15 +59,24 @@ def _attempt(
         quotients, _ = bias_quotients(channel)
         # Alone at a unit shows as agreement of several units; single units are still worth decoding against
         # the vocabulary.
-        states = [value for value, size in agreeing(quotients) if size >= 2]
+        states = []
+        for value, size in agreeing(quotients):
+            if size >= 2:
+                states.append(value)
         if states:
             items.append(Item(kind="embedding", value=torch.stack(states).float(), confidence=0.8))
         if embedding_names(private):
             tokens |= _tokens_of(private, channel, quotients, vocabulary_size(observation, private))
     if tokens:
         items.insert(0, Item(kind="token_set", value=torch.tensor(sorted(tokens)), confidence=1.0))
-    confidence = 1.0 if tokens else 0.8 if items else 0.0
-    reason = "" if items else "no unit was hit by one position alone"
+    confidence = 1.0
+    if not tokens:
+        confidence = 0.0
+        if items:
+            confidence = 0.8
+    reason = "no unit was hit by one position alone"
+    if items:
+        reason = ""
     return Finding(
         items=tuple(items), confidence=confidence, reason=reason, details={"adapters": len(channels)}
     )

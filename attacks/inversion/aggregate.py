@@ -45,7 +45,8 @@ def mixture_of(gradient: Tensor, *, most: int = 0) -> Mixture:
     """Return the mixtures in a gradient (out, features), as many as its rank or as are known to exist."""
     _, singular, right = torch.linalg.svd(gradient.double(), full_matrices=False)
     rank = numerical_rank(singular, tuple(gradient.shape), dtype=gradient.dtype)
-    rank = min(rank, most) if most else rank
+    if most:
+        rank = min(rank, most)
     if rank == 0:
         raise NotApplicable("the layer's gradient is zero")
     rows = right[:rank]

@@ -48,10 +48,11 @@ def client_statistics(observation: Observation, model: nn.Module) -> dict[str, S
     for name, module in model.named_modules():
         if not isinstance(module, _Norm) or not module.momentum:
             continue
-        statistics = [
-            _average(observation, f"{name}.{kind}", getattr(module, kind), float(module.momentum), steps)
-            for kind in ("running_mean", "running_var")
-        ]
+        statistics = []
+        for kind in ("running_mean", "running_var"):
+            statistics.append(
+                _average(observation, f"{name}.{kind}", getattr(module, kind), float(module.momentum), steps)
+            )
         if statistics[0] is not None and statistics[1] is not None:
             read[name] = Statistics(mean=statistics[0], variance=statistics[1])
     return read
@@ -115,9 +116,13 @@ def _attempt(
     statistics = client_statistics(observation, private)
     if not statistics:
         raise NotApplicable("no running statistic of a batch normalisation moved in the update")
-    items = [Item(kind="embedding", value=one.mean, confidence=1.0) for one in statistics.values()]
+    items = []
+    for one in statistics.values():
+        items.append(Item(kind="embedding", value=one.mean, confidence=1.0))
     shape = observation.known("image_shape")
-    colour = mean_colour(private, statistics, tuple(shape)) if shape else None
+    colour = None
+    if shape:
+        colour = mean_colour(private, statistics, tuple(shape))
     details: dict[str, float | int | str] = {"normalisations": len(statistics)}
     if colour is not None and shape:
         picture = colour.float()[:, None, None].expand(*shape)

@@ -73,12 +73,13 @@ def is_transposed(module: nn.Module) -> bool:
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that compute z = W x + b on the last axis, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        or (is_transposed(module) and getattr(module, "weight", torch.empty(0)).ndim == 2)
-    }
+    linear_modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or (
+            is_transposed(module) and getattr(module, "weight", torch.empty(0)).ndim == 2
+        ):
+            linear_modules[name] = module
+    return linear_modules
 
 
 def observed_channels(observation: Observation, model: nn.Module) -> dict[str, Channel]:
@@ -93,7 +94,10 @@ def observed_channels(observation: Observation, model: nn.Module) -> dict[str, C
         weight = tensors.get(f"{name}.weight")
         if weight is None or weight.ndim != 2 or not bool(weight.any()):
             continue
-        gradient = weight.T if is_transposed(module) else weight
+        if is_transposed(module):
+            gradient = weight.T
+        else:
+            gradient = weight
         channels[name] = Channel(name=name, gradient=gradient, bias=tensors.get(f"{name}.bias"))
     if not channels:
         raise NotApplicable("no linear layer with a gradient other than zero was observed")
@@ -121,8 +125,12 @@ class Spectrum:
         looks beneath its edge, where inputs of small weight may still show.
         """
         cast = tolerance is None and self.rounding > 0.0
-        significant = self.singular[self.singular > self.rounding] if cast else self.singular
-        dtype = torch.float32 if cast else self.dtype
+        if cast:
+            significant = self.singular[self.singular > self.rounding]
+            dtype = torch.float32
+        else:
+            significant = self.singular
+            dtype = self.dtype
         rank = numerical_rank(significant, self.shape, noise=noise, tolerance=tolerance, dtype=dtype)
         return Span(channel=self.channel, basis=self.right[:rank], shape=self.shape)
 
@@ -228,7 +236,9 @@ def end_token(model: nn.Module) -> int | None:
     end = getattr(config, "eos_token_id", None)
     headed = any(name.rpartition(".")[2] == "classification_head" for name, _ in model.named_modules())
     decoded = bool(getattr(config, "is_encoder_decoder", False))
-    return end if decoded and headed and isinstance(end, int) else None
+    if decoded and headed and isinstance(end, int):
+        return end
+    return None
 
 
 def ended(model: nn.Module, ids: Tensor) -> Tensor:

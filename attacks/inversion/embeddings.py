@@ -110,9 +110,10 @@ def replaced_output(model: nn.Module, name: str, value: Tensor) -> Iterator[None
     them embeds the same text for the decoder, one place later behind a start token.
     """
     weight = model.get_submodule(name).weight
-    shared = [
-        module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight is weight
-    ]
+    shared = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.weight is weight:
+            shared.append(module)
     calls = 0
 
     def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -121,9 +122,13 @@ def replaced_output(model: nn.Module, name: str, value: Tensor) -> Iterator[None
             return output
         calls += 1
         moved = value.to(output.dtype)
-        return moved if calls == 1 else torch.cat([output[:, :1], moved[:, :-1]], dim=1)
+        if calls == 1:
+            return moved
+        return torch.cat([output[:, :1], moved[:, :-1]], dim=1)
 
-    handles = [module.register_forward_hook(hook) for module in shared]
+    handles = []
+    for module in shared:
+        handles.append(module.register_forward_hook(hook))
     try:
         yield
     finally:
@@ -225,7 +230,9 @@ def text_problem(
     count = len(frame.lengths)
     labels, classes = None, 0
     if not frame.generative:
-        labels = None if joint else known_or_inferred_labels(observation, private, prior, count, seed)
+        labels = None
+        if not joint:
+            labels = known_or_inferred_labels(observation, private, prior, count, seed)
         with torch.no_grad():
             classes = int(
                 logits_of(private, frame, torch.zeros(count, frame.length, frame.rows.shape[1])).shape[-1]
@@ -233,7 +240,10 @@ def text_problem(
     names, target, scaled = share_only(private, observation)
     # The dummies enter behind the table, so its rows carry nothing for matching beyond the tokens already
     # read off them.
-    others = [index for index, name in enumerate(names) if name != f"{frame.embedding}.weight"]
+    others = []
+    for index, name in enumerate(names):
+        if name != f"{frame.embedding}.weight":
+            others.append(index)
     if not others:
         raise NotApplicable(
             "only the token embedding was shared: its rows give the tokens, matching adds nothing"
@@ -396,7 +406,9 @@ def text_finding(
         "tensors": len(problem.names),
         "likeness": float(likeness[..., 0].mean()),
     }
-    reason = "stopped by the clock" if solution.stopped else ""
+    reason = ""
+    if solution.stopped:
+        reason = "stopped by the clock"
     return Finding(
         items=as_sequences(tokens, frame, explained), confidence=explained, reason=reason, details=details
     )

@@ -60,8 +60,13 @@ def local_run(observation: Observation) -> LocalRun:
         raise NotApplicable(
             f"the simulation is written for SGD clients, the optimiser is {optimiser or 'unknown'}"
         )
-    facts = {name: observation.known(name) for name in ("learning_rate", "local_steps", "batch_size")}
-    missing = [name for name, value in facts.items() if not value]
+    facts = {}
+    for name in ("learning_rate", "local_steps", "batch_size"):
+        facts[name] = observation.known(name)
+    missing = []
+    for name, value in facts.items():
+        if not value:
+            missing.append(name)
     if missing:
         raise NotApplicable(f"not known to this observer: {', '.join(missing)}")
     epochs = int(observation.known("local_epochs") or 1)
@@ -75,7 +80,10 @@ def local_run(observation: Observation) -> LocalRun:
 
 def logits_at(model: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
     """Return the model's logits with other weights."""
-    arguments = {"pixel_values": inputs} if hasattr(model, "config") else {}
+    if hasattr(model, "config"):
+        arguments = {"pixel_values": inputs}
+    else:
+        arguments = {}
     output = functional_call(model, dict(weights), () if arguments else (inputs,), arguments)
     logits: Tensor = getattr(output, "logits", output)
     return logits
@@ -88,7 +96,9 @@ def simulated_delta(
     differentiably.
     """
     start = dict(zip(problem.names, problem.parameters, strict=True))
-    weights: dict[str, Tensor] = {name: value.detach().requires_grad_(True) for name, value in start.items()}
+    weights: dict[str, Tensor] = {}
+    for name, value in start.items():
+        weights[name] = value.detach().requires_grad_(True)
     first = dict(weights)
     targets = label_targets(labels, problem.classes)
     for dummies in epochs:
@@ -153,7 +163,8 @@ def _simulate(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + restart)
         with differentiable_attention(), torch.enable_grad():
             distance, images, start = _descend(problem, run, labels, budget.iterations, generator, deadline)
-        first = start if restart == 0 else first
+        if restart == 0:
+            first = start
         if best is None or distance < best[0]:
             best = distance, images
         if deadline.expired:
@@ -170,7 +181,10 @@ def _descend(
     generator: torch.Generator,
     deadline: Deadline,
 ) -> tuple[float, Tensor, float]:
-    low, high = problem.box if problem.box is not None else (torch.tensor(-3.0), torch.tensor(3.0))
+    if problem.box is not None:
+        low, high = problem.box
+    else:
+        low, high = (torch.tensor(-3.0), torch.tensor(3.0))
     middle = (0.5 * (low + high)).expand(problem.shape)
     epochs = tuple(
         (middle + 0.05 * torch.randn(problem.shape, generator=generator)).requires_grad_(True)
@@ -185,7 +199,8 @@ def _descend(
             group["lr"] = 0.1 * (1.0 - step / iterations) + 1e-3
         ours = simulated_delta(problem, run, epochs, placed)
         distance = misfit(list(ours), problem.target, kind="cosine per tensor")
-        first = max(float(distance.detach()), 1e-12) if step == 0 else first
+        if step == 0:
+            first = max(float(distance.detach()), 1e-12)
         smooth = torch.stack([total_variation(dummies) for dummies in epochs]).mean()
         weight = 0.1 * 1e-3 ** (step / max(1, iterations - 1))
         objective = distance / first + weight * smooth + 10.0 * set_distance(epochs)
@@ -242,21 +257,26 @@ def _slide(
     point.
     """
     assert problem.labels is not None
-    low, high = problem.box if problem.box is not None else (torch.tensor(-3.0), torch.tensor(3.0))
+    if problem.box is not None:
+        low, high = problem.box
+    else:
+        low, high = (torch.tensor(-3.0), torch.tensor(3.0))
     middle = (0.5 * (low + high)).expand(problem.shape)
     images = (middle + 0.05 * torch.randn(problem.shape, generator=generator)).requires_grad_(True)
     place = torch.tensor(0.5, requires_grad=True)
     targets = label_targets(problem.labels, problem.classes)
-    start = {name: value.detach() for name, value in zip(problem.names, problem.parameters, strict=True)}
+    start = {}
+    for name, value in zip(problem.names, problem.parameters, strict=True):
+        start[name] = value.detach()
     optimiser = torch.optim.Adam(
         [{"params": [images], "lr": settings.rate}, {"params": [place], "lr": 1e-3}], eps=1e-20
     )
     best = float("inf"), images.detach().clone(), 0.5
     for step in range(iterations):
         optimiser.param_groups[0]["lr"] = settings.rate * (1.0 - step / iterations) + 1e-3
-        weights = {
-            name: start[name] + place * delta for name, delta in zip(problem.names, deltas, strict=True)
-        }
+        weights = {}
+        for name, delta in zip(problem.names, deltas, strict=True):
+            weights[name] = start[name] + place * delta
         loss = cross_entropy(logits_at(problem.model, weights, images), targets)
         grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         distance = misfit(list(grads), problem.target, kind="cosine")
@@ -285,9 +305,13 @@ def _finding(
     details: dict[str, float | int],
 ) -> Finding:
     confidence = max(0.0, min(1.0, 1.0 - distance / max(start, 1e-30)))
-    items = [Item(kind="image", value=image, confidence=confidence) for image in images]
+    items = []
+    for image in images:
+        items.append(Item(kind="image", value=image, confidence=confidence))
     items.append(Item(kind="labels", value=labels, confidence=confidence))
-    reason = "stopped by the clock" if deadline.expired else ""
+    reason = ""
+    if deadline.expired:
+        reason = "stopped by the clock"
     return Finding(
         items=tuple(items), confidence=confidence, reason=reason, details={"distance": distance, **details}
     )

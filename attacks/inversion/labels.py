@@ -80,12 +80,16 @@ def find_head(observation: Observation, model: nn.Module) -> Head:
     batch = observation.known("batch_size")
     if not batch:
         raise NotApplicable("the batch size is not known")
-    steps = int(observation.known("local_steps") or 1) if observation.content == "delta" else 1
+    steps = 1
+    if observation.content == "delta":
+        steps = int(observation.known("local_steps") or 1)
     name = observed[-1]
     module = model.get_submodule(name)
     assert isinstance(module, nn.Linear)
     # Plain SGD adds its decay to the gradient; it is known, and no example caused it.
-    decay = float(observation.known("weight_decay") or 0.0) if observation.content == "delta" else 0.0
+    decay = 0.0
+    if observation.content == "delta":
+        decay = float(observation.known("weight_decay") or 0.0)
     bias = view.tensors.get(f"{name}.bias")
     return Head(
         name=name,
@@ -102,11 +106,10 @@ def find_head(observation: Observation, model: nn.Module) -> Head:
 def round_to_total(counts: Tensor, total: int) -> Tensor:
     """Round non-negative estimates to whole numbers with a given sum, by largest remainder."""
     scaled = counts.double().clamp_min(0.0)
-    scaled = (
-        scaled * (total / float(scaled.sum()))
-        if float(scaled.sum()) > 0
-        else torch.full_like(scaled, total / len(scaled))
-    )
+    if float(scaled.sum()) > 0:
+        scaled = scaled * (total / float(scaled.sum()))
+    else:
+        scaled = torch.full_like(scaled, total / len(scaled))
     whole = scaled.floor()
     missing = total - int(whole.sum())
     whole[(scaled - whole).argsort(descending=True, stable=True)[:missing]] += 1
@@ -149,7 +152,9 @@ def possible_labels(weight: Tensor, examples: int, deadline: Deadline) -> Tensor
         others, slack = -np.delete(basis, label, axis=0), np.full(classes - 1, _TILT)
         solved = linprog(basis[label], A_ub=others, b_ub=slack, bounds=[(-1, 1)] * rank)
         possible[label] = solved.status == 0 and solved.fun < -0.5
-    return possible if bool(possible.any()) else None
+    if bool(possible.any()):
+        return possible
+    return None
 
 
 def bounded_counts(estimate: Tensor, least: Tensor, possible: Tensor, total: int) -> Tensor:
@@ -166,9 +171,10 @@ def bounded_counts(estimate: Tensor, least: Tensor, possible: Tensor, total: int
     low, high = -reach, reach
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (
-            (middle, high) if float(torch.maximum(wanted - middle, floor).sum()) > total else (low, middle)
-        )
+        if float(torch.maximum(wanted - middle, floor).sum()) > total:
+            low, high = (middle, high)
+        else:
+            low, high = (low, middle)
     exact = torch.maximum(wanted - high, floor)
     whole = exact.floor()
     rest = torch.where(possible, exact - whole, torch.full_like(exact, -1.0))
@@ -213,7 +219,9 @@ def ilrg_counts(weight: Tensor, bias: Tensor, module: nn.Linear, examples: int) 
     Source: iLRG, equations 5 to 9.
     """
     features = weight / torch.where(bias.abs() < 1e-12, torch.full_like(bias, 1e-12), bias)[:, None]
-    own = module.bias.detach().double() if module.bias is not None else 0.0
+    own = bias.new_zeros(())
+    if module.bias is not None:
+        own = module.bias.detach().double()
     probabilities = torch.softmax(features @ module.weight.detach().double().T + own, dim=1)
     system = torch.cat(
         [
@@ -249,7 +257,9 @@ def probe_head(
     features = capture_inputs({head.name: head.module}, forward)[head.name].double()
     if features.ndim == 3:
         features = features[:, -1]
-    own = head.module.bias.detach().double() if head.module.bias is not None else 0.0
+    own = features.new_zeros(())
+    if head.module.bias is not None:
+        own = head.module.bias.detach().double()
     probabilities = torch.softmax(features @ head.module.weight.detach().double().T + own, dim=1)
     return probabilities.mean(0), features.mean(0), real
 
@@ -265,7 +275,9 @@ def _on_tokens(model: nn.Module, ids: Tensor) -> Callable[[], object]:
 
 def _bias(head: Head, mean_feature: Tensor) -> Tensor:
     # Without a bias the weight gradient stands in: dW_c is about db_c times the mean feature.
-    return head.bias if head.bias is not None else head.weight @ mean_feature / mean_feature.square().sum()
+    if head.bias is not None:
+        return head.bias
+    return head.weight @ mean_feature / mean_feature.square().sum()
 
 
 def _finding(counts: Tensor, head: Head, confidence: float) -> Finding:
@@ -354,7 +366,9 @@ def _idlg(
         raise NotApplicable("of two classes without a bias the rows mirror each other: either label fits")
     rows, label = head.weight, _single(head)
     others = np.delete((rows @ rows[label]).numpy(), label)
-    opposite = float((others <= 0).mean()) if len(others) else 0.0
+    opposite = 0.0
+    if len(others):
+        opposite = float((others <= 0).mean())
     return _finding(_one_hot(label, head.classes), head, opposite)
 
 

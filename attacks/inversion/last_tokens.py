@@ -58,7 +58,9 @@ def with_last_tokens(
 
 def _observed_head(observation: Observation, model: nn.Module) -> _Head | None:
     getter = getattr(model, "get_output_embeddings", None)
-    module = None if getter is None else getter()
+    module = None
+    if getter is not None:
+        module = getter()
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Module) or not isinstance(weight, nn.Parameter):
         return None
@@ -111,7 +113,9 @@ def _weight(observed: Tensor, known: Tensor, sentences: Sequence[Sentence]) -> f
         return None
     ratios = (observed[absent] * rows).sum(1)[lengths > 0] / lengths[lengths > 0]
     weight = float(ratios.median())  # the last tokens of few sentences do not move it
-    return weight if weight > 0.0 else None
+    if weight > 0.0:
+        return weight
+    return None
 
 
 def _explained(
@@ -119,11 +123,12 @@ def _explained(
 ) -> tuple[Sentence, ...] | None:
     shares = left @ torch.linalg.pinv(states)  # (v, s): near one where a token ends a sentence
     candidates = shares.topk(min(_CANDIDATES, len(shares)), dim=0).indices.T.tolist()
-    effects = [
-        {token: _effect(head, sentence, token) for token in tokens}
-        for sentence, tokens in zip(sentences, candidates, strict=True)
-    ]
-    chosen = [tokens[0] for tokens in candidates]
+    effects = []
+    for sentence, tokens in zip(sentences, candidates, strict=True):
+        effects.append({token: _effect(head, sentence, token) for token in tokens})
+    chosen = []
+    for tokens in candidates:
+        chosen.append(tokens[0])
     rest = left - torch.stack([effects[place][token] for place, token in enumerate(chosen)]).sum(0)
     for _ in range(_SWEEPS):
         for place, tokens in enumerate(candidates):

@@ -53,7 +53,10 @@ def simulate_pairs(
     for index in range(pairs):
         chosen = torch.randint(total, (batch,), generator=generator)
         sent = client({key: value[chosen] for key, value in examples.items()}, seed * 1_000_003 + index)
-        missing = [name for name in names if name not in sent]
+        missing = []
+        for name in names:
+            if name not in sent:
+                missing.append(name)
         if missing:
             raise NotApplicable(f"the simulated client does not send {missing[:3]}")
         updates.append(flat(sent, names))
@@ -95,9 +98,11 @@ def permuted_loss(guess: Tensor, truth: Tensor) -> Tensor:
     if truth.shape[1] == 1:
         return (guess - truth).square().mean()
     far = torch.cdist(guess.detach(), truth).square()
-    order = torch.stack(
-        [torch.tensor([column for _, column in match_one_to_one(-table.double().numpy())]) for table in far]
-    )
+    orders = []
+    for table in far:
+        pairs = match_one_to_one(-table.double().numpy())
+        orders.append(torch.tensor([column for _, column in pairs]))
+    order = torch.stack(orders)
     matched = truth.gather(1, order[:, :, None].expand_as(truth))
     return (guess - matched).square().mean()
 
@@ -128,7 +133,10 @@ def fit_inverter(
     optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
     generator = torch.Generator().manual_seed(seed)
-    best, best_state = float("inf"), {name: value.clone() for name, value in network.state_dict().items()}
+    best = float("inf")
+    best_state = {}
+    for name, value in network.state_dict().items():
+        best_state[name] = value.clone()
     for step in range(iterations):
         rows = cut + torch.randint(len(features) - cut, (64,), generator=generator)
         loss = permuted_loss(network(features[rows]).reshape(-1, batch, size), simulated.inputs[rows])
@@ -142,10 +150,10 @@ def fit_inverter(
                     permuted_loss(network(features[:cut]).reshape(-1, batch, size), simulated.inputs[:cut])
                 )
             if error < best:
-                best, best_state = (
-                    error,
-                    {name: value.clone() for name, value in network.state_dict().items()},
-                )
+                best = error
+                best_state = {}
+                for name, value in network.state_dict().items():
+                    best_state[name] = value.clone()
             if deadline.expired:
                 break
     network.load_state_dict(best_state)

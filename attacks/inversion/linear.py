@@ -66,7 +66,10 @@ def agreeing(candidates: Tensor, *, tolerance: float = 1e-4) -> list[tuple[Tenso
     while left:
         head = candidates[left[0]]
         distance = (candidates[left] - head).norm(dim=1) / head.norm().clamp_min(1e-12)
-        same = [index for index, far in zip(left, distance.tolist(), strict=True) if far <= tolerance]
+        same = []
+        for index, far in zip(left, distance.tolist(), strict=True):
+            if far <= tolerance:
+                same.append(index)
         groups.append((candidates[same].median(dim=0).values, len(same)))
         left = [index for index in left if index not in set(same)]
     return sorted(groups, key=lambda group: -group[1])
@@ -80,12 +83,24 @@ def _readout(
     candidates, _ = bias_quotients(channel)
     limit = int(observation.known("batch_size") or 0) * observation.contributors
     groups = agreeing(candidates)
-    inside = [(value, size) for value, size in groups if _plausible(value)]
+    inside = []
+    for value, size in groups:
+        if _plausible(value):
+            inside.append((value, size))
     # Neurons that agree saw the same single example; a lone one may be a mixture, and is kept only while
     # examples are missing.
-    sure = [(value, 1.0 - 0.5**size) for value, size in inside if size >= 2]
-    lone = [(value, 0.3) for value, size in inside if size == 1]
-    chosen = (sure + lone)[:limit] if limit else sure
+    sure = []
+    for value, size in inside:
+        if size >= 2:
+            sure.append((value, 1.0 - 0.5**size))
+    lone = []
+    for value, size in inside:
+        if size == 1:
+            lone.append((value, 0.3))
+    if limit:
+        chosen = (sure + lone)[:limit]
+    else:
+        chosen = sure
     if not chosen:
         return Finding(
             reason="no two neurons agree on an input",
@@ -235,11 +250,9 @@ def _spear(
         channel.gradient, channel.bias, module, samples=samples, generator=generator, deadline=deadline
     )
     if recovered is None:
-        reason = (
-            "stopped by the clock"
-            if deadline.expired
-            else "too few sparse directions: no ReLU, or too many examples"
-        )
+        reason = "too few sparse directions: no ReLU, or too many examples"
+        if deadline.expired:
+            reason = "stopped by the clock"
         return Finding(reason=reason, details={"channel": channel.name})
     inputs, _, agreement = recovered
     confidence = max(0.0, 2.0 * agreement - 1.0)

@@ -95,7 +95,9 @@ def known_or_inferred_labels(
     granted = observation.known("labels")
     if granted is not None:
         labels = torch.tensor(granted)
-        return labels if len(labels) == count else None
+        if len(labels) == count:
+            return labels
+        return None
     counts = observation.known("label_counts")
     if counts is not None and sum(counts) == count:
         return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
@@ -125,7 +127,9 @@ def image_problem(
     if not shape:
         raise NotApplicable("the image shape is not known")
     count = cohort_size(observation)
-    labels = None if joint else known_or_inferred_labels(observation, private, prior, count, seed)
+    labels = None
+    if not joint:
+        labels = known_or_inferred_labels(observation, private, prior, count, seed)
     names, target, scaled = share_only(private, observation)
     with torch.no_grad():
         classes = int(image_logits(private, torch.zeros(1, *shape)).shape[-1])
@@ -151,10 +155,17 @@ def image_penalty(
     norms = tuple(
         name for name, module in problem.model.named_modules() if isinstance(module, nn.BatchNorm2d)
     )
-    taps = norms if settings.batch_norm else ()
-    wanted = _wanted_features(problem, observation) if settings.feature else None
+    if settings.batch_norm:
+        taps = norms
+    else:
+        taps = ()
+    wanted = None
+    if settings.feature:
+        wanted = _wanted_features(problem, observation)
     taps += (wanted[0],) if wanted is not None else ()
-    patch = _patch_size(problem.model) if settings.seams else None
+    patch = None
+    if settings.seams:
+        patch = _patch_size(problem.model)
     if not taps and not settings.magnitude and patch is None:
         return problem, None
 
@@ -180,7 +191,10 @@ def image_penalty(
 def _wanted_features(problem: Problem, observation: Observation) -> tuple[str, Tensor, Tensor] | None:
     if problem.labels is None:
         return None
-    linear = [name for name, module in problem.model.named_modules() if isinstance(module, nn.Linear)]
+    linear = []
+    for name, module in problem.model.named_modules():
+        if isinstance(module, nn.Linear):
+            linear.append(name)
     shared = dict(zip(problem.names, problem.target, strict=True))
     if not linear or f"{linear[-1]}.weight" not in shared or f"{linear[-1]}.bias" not in shared:
         return None
@@ -189,7 +203,9 @@ def _wanted_features(problem: Problem, observation: Observation) -> tuple[str, T
     )
     alone = (problem.labels[:, None] == problem.labels[None, :]).sum(1) == 1
     usable = usable & alone
-    return (linear[-1], wanted, usable) if bool(usable.any()) and wanted.ndim == 2 else None
+    if bool(usable.any()) and wanted.ndim == 2:
+        return (linear[-1], wanted, usable)
+    return None
 
 
 def _patch_size(model: nn.Module) -> tuple[int, int] | None:
@@ -206,9 +222,14 @@ def _patch_size(model: nn.Module) -> tuple[int, int] | None:
 def image_finding(solution: Match, problem: Problem) -> Finding:
     """Return recovered images with the labels they were matched under."""
     confidence = solution.confidence
-    low, high = problem.box if problem.box is not None else (solution.inputs.min(), solution.inputs.max())
+    if problem.box is not None:
+        low, high = problem.box
+    else:
+        low, high = (solution.inputs.min(), solution.inputs.max())
     images = torch.maximum(torch.minimum(solution.inputs, high), low).float()
-    items = [Item(kind="image", value=image, confidence=confidence) for image in images]
+    items = []
+    for image in images:
+        items.append(Item(kind="image", value=image, confidence=confidence))
     items.append(Item(kind="labels", value=solution.targets.argmax(-1), confidence=confidence))
     details: dict[str, float | int | str] = {
         "distance": solution.distance,
@@ -217,7 +238,9 @@ def image_finding(solution: Match, problem: Problem) -> Finding:
         "tensors": len(problem.names),
         "labels": "optimised" if problem.labels is None else "known or inferred",
     }
-    reason = "stopped by the clock" if solution.stopped else ""
+    reason = ""
+    if solution.stopped:
+        reason = "stopped by the clock"
     return Finding(items=tuple(items), confidence=confidence, reason=reason, details=details)
 
 
@@ -235,7 +258,8 @@ def invert_images(
     problem, penalty = image_penalty(problem, settings, observation)
     if settings.kink:
         see_kinks(problem.model, settings.kink)
-    problem = in_double(problem) if settings.precise else problem
+    if settings.precise:
+        problem = in_double(problem)
 
     def smoother(images: Tensor) -> Tensor:
         return total_variation(images, opponents=settings.opponents)

@@ -149,12 +149,13 @@ def share_only(
     """
     view = observation.gradient()
     own = dict(model.named_parameters())
-    shared = {
-        name: tensor.to(own[name].dtype) / observation.contributors
-        for name, tensor in view.tensors.items()
-        if name in own and own[name].shape == tensor.shape
-    }
-    sizes = {name: float(tensor.norm()) / math.sqrt(tensor.numel()) for name, tensor in shared.items()}
+    shared = {}
+    for name, tensor in view.tensors.items():
+        if name in own and own[name].shape == tensor.shape:
+            shared[name] = tensor.to(own[name].dtype) / observation.contributors
+    sizes = {}
+    for name, tensor in shared.items():
+        sizes[name] = float(tensor.norm()) / math.sqrt(tensor.numel())
     largest = max(sizes.values(), default=0.0)
     names = tuple(name for name in own if name in shared and sizes[name] > _NUMERICALLY_ZERO * largest)
     if not names:
@@ -192,22 +193,28 @@ def misfit(
     scale ours to fit best when `scaled` is False. The squared kinds are relative to the observed squared
     norm; "whitened" weighs each tensor by the inverse of its own mean square plus the noise variance.
     """
-    pairs = [(own, observed) for own, observed in zip(ours, target, strict=True) if own is not None]
+    pairs = []
+    for own, observed in zip(ours, target, strict=True):
+        if own is not None:
+            pairs.append((own, observed))
     if not pairs:
         raise NotApplicable("the shared parameters do not depend on the inputs")
     if kind == "cosine per tensor":
         return torch.stack([_angle([own], [observed]) for own, observed in pairs]).mean()
     if kind == "cosine":
-        return _angle([own for own, _ in pairs], [observed for _, observed in pairs])
+        own_tensors, observed_tensors = zip(*pairs, strict=True)
+        return _angle(list(own_tensors), list(observed_tensors))
     inner = torch.stack([_inner(own, observed) for own, observed in pairs]).sum()
     own_square = torch.stack([own.square().sum() for own, _ in pairs]).sum()
     seen_square = torch.stack([observed.square().sum() for _, observed in pairs]).sum()
     factor = torch.ones(()) if scaled else (inner / own_square.clamp_min(1e-30)).detach()
     if kind == "whitened":
-        parts = [
-            (factor * own - observed).square().mean() / (observed.square().mean() + noise**2).clamp_min(1e-30)
-            for own, observed in pairs
-        ]
+        parts = []
+        for own, observed in pairs:
+            parts.append(
+                (factor * own - observed).square().mean()
+                / (observed.square().mean() + noise**2).clamp_min(1e-30)
+            )
         return torch.stack(parts).mean()
     squares = (
         torch.stack([(factor * own - observed).square().sum() for own, observed in pairs]).sum() / seen_square
@@ -390,7 +397,10 @@ class _Descent:
             absolute=self.settings.absolute,
             noise=self.problem.noise,
         )
-        rest = self.penalty(inputs, taps) if self.penalty is not None else torch.zeros(())
+        if self.penalty is not None:
+            rest = self.penalty(inputs, taps)
+        else:
+            rest = torch.zeros(())
         rough = self.smoother(inputs) if self.smoother is not None else torch.zeros(())
         if self.unit is None:
             self.unit = max(float(distance.detach()), 1e-12)
@@ -412,7 +422,10 @@ class _Descent:
         settings, rate = self.settings, self.settings.rate * _schedule(self.settings, step, self.iterations)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        total = torch.stack([grad.norm() for grad in grads]).norm() if settings.clip else torch.zeros(())
+        if settings.clip:
+            total = torch.stack([grad.norm() for grad in grads]).norm()
+        else:
+            total = torch.zeros(())
         for variable, raw in zip(variables, grads, strict=True):
             grad = torch.nan_to_num(raw)
             if settings.clip and float(total) > settings.clip:
@@ -482,7 +495,8 @@ def _quasi_newton(
             noise=problem.noise,
         )
         history.append(float(value.detach()))
-        unit = max(history[0], 1e-12) if unit is None else unit
+        if unit is None:
+            unit = max(history[0], 1e-12)
         total = value / unit + (penalty(inputs, taps) if penalty is not None else 0.0)
         for variable, grad in zip(variables, torch.autograd.grad(total, variables), strict=True):
             variable.grad = torch.nan_to_num(grad).contiguous()  # L-BFGS lays it flat without a copy
@@ -512,11 +526,14 @@ def _quasi_newton(
 def in_double(problem: Problem) -> Problem:
     """Return the problem in double precision."""
     draw = problem.draw
+    box = problem.box
+    if box is not None:
+        box = (box[0].double(), box[1].double())
     return replace(
         problem,
         model=problem.model.double(),
         target=tuple(tensor.double() for tensor in problem.target),
-        box=None if problem.box is None else (problem.box[0].double(), problem.box[1].double()),
+        box=box,
         draw=None if draw is None else lambda generator: draw(generator).double(),
     )
 
@@ -536,7 +553,9 @@ def draw_start(problem: Problem, settings: Settings, generator: torch.Generator)
 
 
 def _inside(unit: Tensor, box: tuple[Tensor, Tensor] | None) -> Tensor:
-    return unit if box is None else box[0] + unit * (box[1] - box[0])
+    if box is None:
+        return unit
+    return box[0] + unit * (box[1] - box[0])
 
 
 def _start_logits(problem: Problem, settings: Settings, generator: torch.Generator) -> Tensor | None:

@@ -61,7 +61,9 @@ def optimiser_kind(observation: Observation) -> str | None:
         return "adamw"
     if stated == "adam":
         return "adam"
-    return "sgd" if "sgd" in stated or "momentum" in stated else None
+    if "sgd" in stated or "momentum" in stated:
+        return "sgd"
+    return None
 
 
 def local_steps(observation: Observation) -> LocalSteps | None:
@@ -75,7 +77,9 @@ def local_steps(observation: Observation) -> LocalSteps | None:
     count = int(observation.known("local_steps") or 1)
     momentum = observation.known("momentum")
     if momentum is None:
-        momentum = 0.9 if "momentum" in str(observation.known("optimiser")).lower() else 0.0
+        momentum = 0.0
+        if "momentum" in str(observation.known("optimiser")).lower():
+            momentum = 0.9
     decay = observation.known("weight_decay")
     return LocalSteps(
         kind=kind,
@@ -117,7 +121,9 @@ def common_ratio(change: Tensor, weight: Tensor) -> float:
     lengths = weight.double().square().sum(1)
     held = lengths > 0
     ratios = (change.double() * weight.double()).sum(1)[held] / lengths[held]
-    return float(ratios.median()) if len(ratios) else 0.0
+    if len(ratios):
+        return float(ratios.median())
+    return 0.0
 
 
 def without_untouched(observation: Observation, name: str, weight: Tensor, *, dense: bool) -> Tensor:
@@ -135,7 +141,9 @@ def without_untouched(observation: Observation, name: str, weight: Tensor, *, de
     if steps is not None and steps.weight_decay:
         informative = change - observation.contributors * untouched(weight.float(), steps).double()
     if dense:
-        return change if informative is None else informative
+        if informative is None:
+            return change
+        return informative
     ratio = common_ratio(change, weight)
     options = [change, *([] if informative is None else [informative]), change - ratio * weight.double()]
     return max(options, key=_at_rest)

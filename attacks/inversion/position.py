@@ -130,7 +130,9 @@ def _text(
     places = (table > 0.5).nonzero()
     pairs = torch.stack([used[places[:, 0]] - offset, tokens[places[:, 1]]], dim=1)
     roundness = 1.0 - min(1.0, 2.0 * float((table - (table > 0.5).double()).abs().amax()))
-    fits = 1.0 if len(tokens) <= width else 0.3
+    fits = 0.3
+    if len(tokens) <= width:
+        fits = 1.0
     confidence = fits * max(roundness, 0.5 * max(0.0, 1.0 - residual))
     items = [
         Item(kind="token_set", value=tokens, confidence=1.0),
@@ -229,13 +231,11 @@ def _vision(
         )
     patches, residual = solve_patches(positions[-count:], weight)
     image = assemble(patches, module.in_channels, patch, grid)
-    image = image if residual <= _SOLVED else within_pixels(image, prior)
-    confidence = math.exp(-residual / _RESIDUAL_SCALE) if residual > _SOLVED else 1.0
-    reason = (
-        ""
-        if residual <= _SOLVED
-        else "the solve leaves a residual: more than one image, noise, or an unusual embedding"
-    )
+    confidence, reason = 1.0, ""
+    if residual > _SOLVED:
+        image = within_pixels(image, prior)
+        confidence = math.exp(-residual / _RESIDUAL_SCALE)
+        reason = "the solve leaves a residual: more than one image, noise, or an unusual embedding"
     item = Item(kind="image", value=image.float(), confidence=confidence)
     return Finding(
         items=(item,), confidence=confidence, reason=reason, details={"residual": residual, "patches": count}
@@ -265,19 +265,25 @@ def _april(
     grid = _grid(observation, private, len(position_gradient), patch)
     embedded = (hidden - _own_positions(private, hidden.shape).double())[-grid[0] * grid[1] :]
     projection = module.weight.detach().double().flatten(1)
-    offset = 0.0 if module.bias is None else module.bias.detach().double()
+    offset = projection.new_zeros(())
+    if module.bias is not None:
+        offset = module.bias.detach().double()
     patches = torch.linalg.lstsq(projection, (embedded - offset).T, driver="gelsd").solution.T
     image = assemble(patches, module.in_channels, patch, grid)
-    image = image if residual <= _SOLVED else within_pixels(image, prior)
-    confidence = 1.0 if residual <= _SOLVED else math.exp(-residual / _RESIDUAL_SCALE)
+    if residual <= _SOLVED:
+        confidence = 1.0
+    else:
+        image = within_pixels(image, prior)
+        confidence = math.exp(-residual / _RESIDUAL_SCALE)
     item = Item(kind="image", value=image.float(), confidence=confidence)
     return Finding(items=(item,), confidence=confidence, details={"residual": residual})
 
 
 def _first_attention(model: nn.Module) -> tuple[str, str, str]:
     roles = {"query": r"(query|q_proj|q)$", "key": r"(key|k_proj|k)$", "value": r"(value|v_proj|v)$"}
-    candidates = {
-        role: next(
+    candidates = {}
+    for role, pattern in roles.items():
+        candidates[role] = next(
             (
                 name
                 for name, module in model.named_modules()
@@ -285,8 +291,6 @@ def _first_attention(model: nn.Module) -> tuple[str, str, str]:
             ),
             None,
         )
-        for role, pattern in roles.items()
-    }
     if None in candidates.values():
         raise NotApplicable("the first attention block has no separate query, key and value layers")
     return str(candidates["query"]), str(candidates["key"]), str(candidates["value"])

@@ -48,12 +48,16 @@ class Contexts:
     def distance(self, ids: Tensor) -> Tensor:
         """Return how far the last place of each beginning (n, t) lies outside the row spaces: shape (n,)."""
         model = self.structure.model
-        modules = {span.channel: model.get_submodule(span.channel) for span in self.spans}
+        modules = {}
+        for span in self.spans:
+            modules[span.channel] = model.get_submodule(span.channel)
         rows = max(1, CHUNK_ROWS // ids.shape[1])
         parts = []
         for part in torch.split(ids, rows):
             captured = capture_inputs(modules, partial(call, model, part))
-            outside = [span.distance(captured[span.channel][:, -1]) for span in self.spans]
+            outside = []
+            for span in self.spans:
+                outside.append(span.distance(captured[span.channel][:, -1]))
             parts.append(torch.stack(outside).amax(0))
         return torch.cat(parts)
 
@@ -89,10 +93,20 @@ def read_sentences(
     while alive and len(alive[0]) < longest and not deadline.expired:
         if len(alive) > contexts.count:  # more beginnings of one length than there are of all lengths
             return []
-        growing = [one for one in alive if len(set(one)) > 1 or len(one) < _LONGEST_RUN]
-        extended = _fitting(contexts, _extended(growing, options), rule) if growing else []
-        grown = {one[:-1] for one in extended}
-        finished += [one for one in alive if one not in grown]
+        growing = []
+        for one in alive:
+            if len(set(one)) > 1 or len(one) < _LONGEST_RUN:
+                growing.append(one)
+        if growing:
+            extended = _fitting(contexts, _extended(growing, options), rule)
+        else:
+            extended = []
+        grown = set()
+        for one in extended:
+            grown.add(one[:-1])
+        for one in alive:
+            if one not in grown:
+                finished.append(one)
         alive = extended
     return finished + alive
 
@@ -117,7 +131,9 @@ def _edge(distances: Tensor, ceiling: float, clear: float) -> float:
     low, high = ordered[:-1], ordered[1:]
     wide = ((low <= ceiling) & (high >= clear * low) & (high >= _STRANGE)).nonzero().flatten()
     if len(wide) == 0:
-        return ceiling if float(ordered[-1]) <= ceiling else -1.0
+        if float(ordered[-1]) <= ceiling:
+            return ceiling
+        return -1.0
     last = int(wide[-1])
     return float((low[last] * high[last]).sqrt())
 
@@ -127,11 +143,15 @@ def likely_options(structure: Structure) -> Tensor:
     lost.
     """
     everything = torch.arange(structure.vocabulary)
-    spans = [spectrum.span(tolerance=_LOW) for spectrum in structure.alone]
+    spans = []
+    for spectrum in structure.alone:
+        spans.append(spectrum.span(tolerance=_LOW))
     spans = [span for span in spans if span.rank < min(span.shape)]
     if not spans:
         return everything
     fullest = max(spans, key=lambda span: span.rank)
     contexts = Contexts(structure=structure, spans=(fullest,), count=fullest.rank)
     near = everything[contexts.distance(everything[:, None]) <= _NEAR]
-    return near if len(near) else everything
+    if len(near):
+        return near
+    return everything

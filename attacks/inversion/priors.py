@@ -58,7 +58,9 @@ def patch_seams(images: Tensor, patch: tuple[int, int]) -> Tensor:
         jumps.append((images[..., height::height, :] - images[..., height - 1 : -1 : height, :]).abs().mean())
     if images.shape[-1] > width:
         jumps.append((images[..., width::width] - images[..., width - 1 : -1 : width]).abs().mean())
-    return torch.stack(jumps).sum() if jumps else images.new_zeros(())
+    if jumps:
+        return torch.stack(jumps).sum()
+    return images.new_zeros(())
 
 
 def group_distance(images: Tensor, consensus: Tensor) -> Tensor:

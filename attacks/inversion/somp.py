@@ -74,9 +74,13 @@ class Heads:
         """Return the mean logarithm of the distances of tokens (n, t) in their places: close to any one head
         is low.
         """
-        modules = {span.channel: self.model.get_submodule(span.channel) for span in self.spans}
+        modules = {}
+        for span in self.spans:
+            modules[span.channel] = self.model.get_submodule(span.channel)
         captured = capture_inputs(modules, lambda: call(self.model, ids))
-        parts = [span.distance(captured[span.channel]).clamp_min(1e-7).log() for span in self.spans]
+        parts = []
+        for span in self.spans:
+            parts.append(span.distance(captured[span.channel]).clamp_min(1e-7).log())
         return torch.stack(parts).mean(0)
 
 
@@ -84,12 +88,18 @@ def heads_of(model: nn.Module, channels: Sequence[Channel], *, noise: float) -> 
     """Return the spans of every slice of a head's size, leaving out those that are full or empty."""
     config = getattr(model, "config", None)
     count, width = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
-    rows = width // count if count and width else 0
+    rows = 0
+    if count and width:
+        rows = width // count
     spans = []
     for channel in channels:
-        size = rows if rows and len(channel.gradient) % rows == 0 else len(channel.gradient)
-        slices = [replace(channel, gradient=part, bias=None) for part in torch.split(channel.gradient, size)]
-        spans += [spectrum_of(part).span(noise=noise) for part in slices]
+        if rows and len(channel.gradient) % rows == 0:
+            size = rows
+        else:
+            size = len(channel.gradient)
+        for rows_of_head in torch.split(channel.gradient, size):
+            head = replace(channel, gradient=rows_of_head, bias=None)
+            spans.append(spectrum_of(head).span(noise=noise))
     single = tuple(replace(span, basis=span.basis.float()) for span in spans if span.informative)
     return Heads(model=model, spans=single)
 
@@ -104,14 +114,18 @@ def place_tokens(heads: Heads, frame: TextFrame, deadline: Deadline) -> tuple[li
         if not tables or not deadline.expired:
             tables.append(heads.distance(part[:, None].expand(-1, frame.length)))
     table = torch.cat(tables)
-    orders = [table[:, place].argsort()[:_PLACE] for place in range(frame.length)]
+    orders = []
+    for place in range(frame.length):
+        orders.append(table[:, place].argsort()[:_PLACE])
     return [ids[order] for order in orders], [table[order, place] for place, order in enumerate(orders)]
 
 
 def output_layer(model: nn.Module) -> str | None:
     """Return the name of the layer that predicts tokens, None where the model has none."""
     getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
+    head = None
+    if getter is not None:
+        head = getter()
     return next((name for name, module in model.named_modules() if module is head and head is not None), None)
 
 
@@ -122,7 +136,9 @@ def last_tokens(observation: Observation, model: nn.Module) -> Tensor | None:
     None where the head was not trained.
     """
     head = output_layer(model)
-    weight = None if head is None else getattr(model.get_submodule(head), "weight", None)
+    weight = None
+    if head is not None:
+        weight = getattr(model.get_submodule(head), "weight", None)
     for (
         name,
         own,
@@ -234,7 +250,9 @@ class Pursuit:
                 tokens = self.options[place]
                 variants = ids[:, None].repeat(1, len(tokens), 1)
                 variants[:, :, place] = tokens
-                own = None if labels is None else labels.repeat_interleave(len(tokens))
+                own = None
+                if labels is not None:
+                    own = labels.repeat_interleave(len(tokens))
                 values = self.likeness(variants.flatten(0, 1), own, target).reshape(len(ids), -1)
                 top = values.argmax(1)
                 better = values[rows, top] > best
@@ -266,7 +284,9 @@ class Pursuit:
     def revise(self, index: int) -> bool:
         """Exchange tokens of one pick against what the others leave unexplained; say whether it changed."""
         own = combine(self.traces[index], self.weights[index : index + 1])
-        target = {name: value + own[name] for name, value in self.left.items()}
+        target = {}
+        for name, value in self.left.items():
+            target[name] = value + own[name]
         ids, _ = self.exchange(self.ids[index], self.labels[index], target, sweeps=1)
         if torch.equal(ids, self.ids[index]):
             return False
@@ -298,17 +318,21 @@ def pick_next(
     target = pursuit.left
     best: tuple[float, Tensor, Tensor | None] | None = None
     for length in lengths:
-        samples = [
-            options[torch.randint(len(options), (starts,), generator=pursuit.generator)]
-            for options in pursuit.options
-        ]
+        samples = []
+        for options in pursuit.options:
+            samples.append(options[torch.randint(len(options), (starts,), generator=pursuit.generator)])
         ids = torch.cat([proposals[:, :length], torch.stack(samples[:length], dim=1)])
-        repeated = None if labels is None else torch.tensor(labels).repeat_interleave(len(ids))
-        ids = ids if labels is None else ids.repeat(len(labels), 1)
+        repeated = None
+        if labels is not None:
+            repeated = torch.tensor(labels).repeat_interleave(len(ids))
+        if labels is not None:
+            ids = ids.repeat(len(labels), 1)
         values = pursuit.likeness(ids, repeated, target)
         whole = _energy(target) - float(values.max()) ** 2 <= _EXPLAINED * _energy(pursuit.space.target)
         chosen = _clusters(ids, values.argsort(descending=True).tolist(), starts)
-        own = None if repeated is None else repeated[chosen]
+        own = None
+        if repeated is not None:
+            own = repeated[chosen]
         # A proposal that explains all that is left needs no better one: the usual case of a single sentence.
         sentences, values = pursuit.exchange(ids[chosen], own, target, sweeps=0 if whole else 4)
         top = int(values.argmax())
@@ -339,7 +363,10 @@ def _attempt(
     refuse_rescaled(observation)
     private = working_copy(model, observation)
     known = observation.known("batch_size")
-    sized = observation if known else observation.replace_tensors(observation.tensors, batch_size=_MOST)
+    if known:
+        sized = observation
+    else:
+        sized = observation.replace_tensors(observation.tensors, batch_size=_MOST)
     structure = study(observation, private)
     if not structure.causal:
         raise NotApplicable(
@@ -361,7 +388,9 @@ def _attempt(
                 reason="the row spaces of all heads are full or empty, so no token fits a place better"
             )
         options, distances = place_tokens(alone, frame, deadline)
-        last = last_tokens(observation, private) if frame.generative else None
+        last = None
+        if frame.generative:
+            last = last_tokens(observation, private)
         if last is not None:
             options[-1], distances[-1] = last, torch.zeros(len(last))
         proposals = propose(mixed, options, distances, prior.language_model, deadline)
@@ -403,7 +432,9 @@ def _rounding(observation: Observation, model: nn.Module, name: str) -> float:
     rate, steps = (float(observation.known(fact) or 1.0) for fact in ("learning_rate", "local_steps"))
     weight = cast(Tensor, model.get_submodule(name).weight).detach()
     size = float(weight.square().mean().sqrt())
-    scale = rate * steps if observation.gradient().scaled else 1.0
+    scale = 1.0
+    if observation.gradient().scaled:
+        scale = rate * steps
     return float(_ROUNDED * torch.finfo(torch.float32).eps * size * observation.contributors**0.5 / scale)
 
 
@@ -422,17 +453,28 @@ def _pursuit(
     white.
     """
     generator = torch.Generator().manual_seed(seed)
-    names = [spectrum.channel for spectrum in (*structure.alone, *structure.mixed)]
+    names = []
+    for spectrum in (*structure.alone, *structure.mixed):
+        names.append(spectrum.channel)
     # A head as tall as the vocabulary tells of predicted tokens alone, and would drown the rest.
-    hidden = [name for name in names if name != output_layer(structure.light)]
+    hidden = []
+    for name in names:
+        if name != output_layer(structure.light):
+            hidden.append(name)
     narrow = [name for name in hidden if max(channels[name].gradient.shape) <= _WIDEST] or names[:1]
-    draws = [each[torch.randint(len(each), (_PROBES,), generator=generator)] for each in options]
+    draws = []
+    for each in options:
+        draws.append(each[torch.randint(len(each), (_PROBES,), generator=generator)])
     model = structure.light.requires_grad_(True)
-    own = None if labels is None else torch.tensor(labels)[torch.arange(_PROBES) % len(labels)]
-    wanted = [channels[name] for name in narrow[:_CHANNELS]]
-    noise = {
-        channel.name: max(structure.noise, _rounding(observation, model, channel.name)) for channel in wanted
-    }
+    own = None
+    if labels is not None:
+        own = torch.tensor(labels)[torch.arange(_PROBES) % len(labels)]
+    wanted = []
+    for name in narrow[:_CHANNELS]:
+        wanted.append(channels[name])
+    noise = {}
+    for channel in wanted:
+        noise[channel.name] = max(structure.noise, _rounding(observation, model, channel.name))
     space = whiten(model, wanted, torch.stack(draws, dim=1), own, noise=noise)
     return Pursuit(
         space=space,
@@ -498,13 +540,11 @@ def _finding(pursuit: Pursuit) -> Finding:
         if weight > 0 and math.isfinite(weight):  # a client adds sentences up, it takes none away
             sure = confidence * min(1.0, weight / max(typical, 1e-30))
             items.append(Item(kind="sequence", value=ids[0], confidence=sure))
-    reason = (
-        "stopped by the clock"
-        if pursuit.deadline.expired
-        else ""
-        if items
-        else "no sentence explains anything"
-    )
+    reason = "stopped by the clock"
+    if not pursuit.deadline.expired:
+        reason = "no sentence explains anything"
+        if items:
+            reason = ""
     details: dict[str, float | int | str] = {"picks": len(pursuit.ids), "unexplained": pursuit.share}
     return Finding(items=tuple(items), confidence=confidence, reason=reason, details=details)
 

@@ -65,15 +65,25 @@ def search_decoder(
     for options in candidates.ids:
         if deadline.expired or not options or not alive:
             break
-        longer = [(*prefix, token) for prefix in alive for token in options]
+        longer = []
+        for prefix in alive:
+            for token in options:
+                longer.append((*prefix, token))
         table = _context_distance(scene, torch.tensor(longer))[:, -1].reshape(len(alive), len(options))
         fits = table <= threshold
         if not candidates.clean:
             fits &= (table == table.amin(0)) | (table == table.amin(1, keepdim=True))
         order = table.flatten().argsort()[:width].tolist()
-        extended = [longer[index] for index in order if bool(fits.flatten()[index])]
-        grown = {prefix[:-1] for prefix in extended}
-        finished += [prefix for prefix in alive if prefix and prefix not in grown]
+        extended = []
+        for index in order:
+            if bool(fits.flatten()[index]):
+                extended.append(longer[index])
+        grown = set()
+        for prefix in extended:
+            grown.add(prefix[:-1])
+        for prefix in alive:
+            if prefix and prefix not in grown:
+                finished.append(prefix)
         alive = extended
     return finished + [prefix for prefix in alive if prefix]
 
@@ -87,7 +97,9 @@ def with_own_trace(
     Return those that stay, and how many distinct inputs they have. Without absolute positions a doubled first
     token looks like the token itself, and a prefix leaves no trace of its own.
     """
-    traces = {one: _trace(model, channel, one) for one in dict.fromkeys(sentences)}
+    traces = {}
+    for one in dict.fromkeys(sentences):
+        traces[one] = _trace(model, channel, one)
     uses = Counter(row for trace in traces.values() for row in trace)
     for sentence in sorted(traces, key=lambda entry: (len(traces[entry]), -len(entry))):
         if all(uses[row] > 1 for row in traces[sentence]):
@@ -107,14 +119,14 @@ def _distinct(scene: Scene, sentences: list[tuple[int, ...]]) -> list[tuple[int,
     """Keep the best-fitting sentences,
     dropping any that agrees in 70 % of its places with one already kept.
     """
-    means = {
-        sentence: float(_context_distance(scene, torch.tensor([sentence])).mean()) for sentence in sentences
-    }
+    means = {}
+    for sentence in sentences:
+        means[sentence] = float(_context_distance(scene, torch.tensor([sentence])).mean())
     distinct: list[tuple[int, ...]] = []
     for sentence in sorted(means, key=lambda entry: (-len(entry), means[entry])):
-        agreements = [
-            sum(a == b for a, b in zip(sentence, other, strict=False)) / len(sentence) for other in distinct
-        ]
+        agreements = []
+        for other in distinct:
+            agreements.append(sum(a == b for a, b in zip(sentence, other, strict=False)) / len(sentence))
         if max(agreements, default=0.0) < 0.7:
             distinct.append(sentence)
     return distinct
@@ -159,11 +171,10 @@ def search_encoder(
         if not options or not all(options) or deadline.expired:  # noise can leave no place with a candidate
             continue
         starts = 4 * budget.restarts * max(map(len, options))
-        sentences = (
-            _enumerate(scene, options, threshold, deadline)
-            if _product(options) <= 250 * budget.iterations
-            else _descend(scene, options, threshold, starts, deadline, generator)
-        )
+        if _product(options) <= 250 * budget.iterations:
+            sentences = _enumerate(scene, options, threshold, deadline)
+        else:
+            sentences = _descend(scene, options, threshold, starts, deadline, generator)
         for sentence in sentences:
             fresh = set(enumerate(sentence)) & uncovered
             if fresh or not scene.structure.positional:
@@ -182,10 +193,8 @@ def _enumerate(
             break
         part = grids[start : start + 4_096]
         fits = _context_distance(scene, part).amax(1)
-        sentences += [
-            (float(fits[row]), tuple(part[row].tolist()))
-            for row in (fits <= threshold).nonzero().flatten().tolist()
-        ]
+        for row in (fits <= threshold).nonzero().flatten().tolist():
+            sentences.append((float(fits[row]), tuple(part[row].tolist())))
     return [sentence for _, sentence in sorted(sentences)]
 
 
@@ -208,7 +217,9 @@ def _descend(
         if deadline.expired or not missing:
             break
         position, token = missing[int(torch.randint(len(missing), (1,), generator=generator))]
-        start = [entry[int(torch.randint(len(entry), (1,), generator=generator))] for entry in options]
+        start = []
+        for entry in options:
+            start.append(entry[int(torch.randint(len(entry), (1,), generator=generator))])
         now, best = (*start[:position], token, *start[position + 1 :]), math.inf
         for _ in range(6):
             before = best
@@ -280,9 +291,8 @@ def _attempt(
     sentences = _sentences(observation, scene, candidates, budget, deadline, seed)
     if structure.causal and candidates.clean:
         sentences = list(with_last_tokens(observation, structure.model, sentences) or sentences)
-    items += [
-        Item(kind="sequence", value=torch.tensor(sentence), confidence=certainty) for sentence in sentences
-    ]
+    for sentence in sentences:
+        items.append(Item(kind="sequence", value=torch.tensor(sentence), confidence=certainty))
     return Finding(
         items=tuple(items),
         confidence=certainty,
@@ -303,7 +313,8 @@ def _read_whole(observation: Observation, contexts: Contexts, *, deadline: Deadl
     sentences = list(with_last_tokens(observation, structure.model, sentences) or sentences)
     known = sorted({token for sentence in sentences for token in sentence})
     items = [Item(kind="token_set", value=torch.tensor(known), confidence=1.0)]
-    items += [Item(kind="sequence", value=torch.tensor(one), confidence=1.0) for one in sentences]
+    for one in sentences:
+        items.append(Item(kind="sequence", value=torch.tensor(one), confidence=1.0))
     details = _facts(cut(structure, None)) | {
         "contexts": contexts.count,
         "channels_mixed": ", ".join(span.channel for span in contexts.spans),
@@ -341,7 +352,10 @@ def _sentences(
         return _decode(scene, candidates, width=max(64, budget.iterations // 4), deadline=deadline)
     lengths = observation.known("lengths")
     filled = next((place for place, options in enumerate(candidates.ids) if not options), len(candidates.ids))
-    known = tuple(sorted(set(lengths))) if lengths else _possible_lengths(observation, candidates, filled)
+    if lengths:
+        known = tuple(sorted(set(lengths)))
+    else:
+        known = _possible_lengths(observation, candidates, filled)
     return search_encoder(scene, candidates, lengths=known, budget=budget, deadline=deadline, seed=seed)
 
 
@@ -353,7 +367,10 @@ def _decode(scene: Scene, candidates: Candidates, *, width: int, deadline: Deadl
     if candidates.clean:
         sentences = search_decoder(scene, candidates, width=width, deadline=deadline)
         return with_own_trace(scene.structure.model, scene.mixed[0].channel, sentences)[0]
-    pairs = {(place, token) for place, options in enumerate(candidates.ids) for token in options}
+    pairs = set()
+    for place, options in enumerate(candidates.ids):
+        for token in options:
+            pairs.add((place, token))
     best: list[tuple[int, ...]] = []
     score = (-1.0, 0.0)
     for other in (scene, *ladder(scene.structure)):

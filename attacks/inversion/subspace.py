@@ -103,7 +103,9 @@ class Candidates:
     @property
     def certainty(self) -> float:
         """Return the attack's own confidence: near 1 for a wide gap, at most one half for an outlier test."""
-        return 1.0 - 1.0 / self.gap if self.exact else 0.5 * (1.0 - 1.0 / max(self.gap, 1.0))
+        if self.exact:
+            return 1.0 - 1.0 / self.gap
+        return 0.5 * (1.0 - 1.0 / max(self.gap, 1.0))
 
 
 # ------------------------------------------------------------------------------------------------ preparation
@@ -123,14 +125,19 @@ def study(observation: Observation, model: nn.Module, *, context: bool = True) -
         {name: model.get_submodule(name) for name in channels}, lambda: call(model, probe)
     )
     order, backward, forward = _probe(copy.deepcopy(model).double(), order, probe)
-    alone = [name for name in order if not backward[name] and not forward[name]]
+    alone = []
+    for name in order:
+        if not backward[name] and not forward[name]:
+            alone.append(name)
     if not alone:
         raise NotApplicable(
             "every observed layer sees tokens already mixed by attention, none sees them alone"
         )
     same = _inputs_of(model, alone[0], torch.full_like(probe, 3 % vocabulary))[0]
     mixed = [name for name in order if name not in alone][: _MIXED_STUDIED if context else 0]
-    spectra = {name: spectrum_of(channels[name]) for name in (*alone, *mixed)}
+    spectra = {}
+    for name in (*alone, *mixed):
+        spectra[name] = spectrum_of(channels[name])
     return Structure(
         model=model,
         light=copy.deepcopy(model).float(),
@@ -150,17 +157,23 @@ def cut(structure: Structure, tolerance: float | None) -> Scene:
 
     Neither empty nor full, and missing no token.
     """
-    alone = [spectrum.span(tolerance=tolerance, noise=structure.noise) for spectrum in structure.alone]
-    informative = [span for span in alone if 0 < span.rank < structure.ambient[span.channel]]
+    alone = []
+    for spectrum in structure.alone:
+        alone.append(spectrum.span(tolerance=tolerance, noise=structure.noise))
+    informative = []
+    for span in alone:
+        if 0 < span.rank < structure.ambient[span.channel]:
+            informative.append(span)
     tokens = max((span.rank for span in informative), default=0)
-    mixed = [spectrum.span(tolerance=tolerance, noise=structure.noise) for spectrum in structure.mixed]
+    mixed = []
+    for spectrum in structure.mixed:
+        mixed.append(spectrum.span(tolerance=tolerance, noise=structure.noise))
     # A channel of lower rank than its neighbours missed some tokens: a last layer's query sees one position
     # only.
-    context = [
-        span
-        for span in mixed
-        if span.informative and span.rank >= tokens - (tolerance is not None) * tokens // 8
-    ]
+    context = []
+    for span in mixed:
+        if span.informative and span.rank >= tokens - (tolerance is not None) * tokens // 8:
+            context.append(span)
     return Scene(
         structure=structure,
         alone=tuple(span for span in informative if span.rank == tokens),
@@ -171,7 +184,9 @@ def cut(structure: Structure, tolerance: float | None) -> Scene:
 
 def _ambient(model: nn.Module, names: list[str], vocabulary: int) -> dict[str, int]:
     """Return the dimension of the space each layer's inputs can fill: a LayerNorm in front takes one away."""
-    modules = {name: model.get_submodule(name) for name in names}
+    modules = {}
+    for name in names:
+        modules[name] = model.get_submodule(name)
     captured = capture_inputs(modules, lambda: call(model, torch.zeros(1, 1, dtype=torch.long)))
     widest = max(value.shape[-1] for value in captured.values())
     generator = torch.Generator().manual_seed(0)
@@ -222,9 +237,14 @@ def _probe(
     """Return the channels that work per token, and whether each lets the last position see the first, and the
     reverse.
     """
-    modules = {name: model.get_submodule(name) for name in names}
+    modules = {}
+    for name in names:
+        modules[name] = model.get_submodule(name)
     base = capture_inputs(modules, lambda: call(model, probe))
-    per_token = [name for name in names if name in base and _per_token(base[name], probe)]
+    per_token = []
+    for name in names:
+        if name in base and _per_token(base[name], probe):
+            per_token.append(name)
     differences: list[dict[str, bool]] = []
     for changed, read in ((0, -1), (-1, 0)):
         other = probe.clone()
@@ -254,7 +274,9 @@ def token_distances(scene: Scene, tokens: Tensor) -> Tensor:
     A sequence that repeats one token gives that token's input at every position in one pass. Everything is
     screened in single precision; tokens that come near are measured again in double precision.
     """
-    positions = scene.positions if scene.structure.positional else 1
+    positions = 1
+    if scene.structure.positional:
+        positions = scene.positions
     ids = tokens[:, None].expand(-1, positions)
     rows = max(1, _SCREEN_ROWS // positions)
     screened = torch.cat([_screened(scene, ids[start : start + rows]) for start in range(0, len(ids), rows)])
@@ -270,7 +292,9 @@ def _screened(scene: Scene, ids: Tensor) -> Tensor:
     """Return joint distances from the length of each projection alone: right to about 1e-3 where they are not
     small.
     """
-    modules = {span.channel: scene.structure.light.get_submodule(span.channel) for span in scene.alone}
+    modules = {}
+    for span in scene.alone:
+        modules[span.channel] = scene.structure.light.get_submodule(span.channel)
     captured = capture_inputs(modules, lambda: call(scene.structure.light, ids))
     outside = []
     for span in scene.alone:
@@ -370,9 +394,9 @@ def find_candidates(
             "that is not low rank"
         )
     chosen = best or fallback
-    return (
-        chosen if chosen is None or allowed is None else (chosen[0], _only(chosen[1], set(allowed.tolist())))
-    )
+    if chosen is None or allowed is None:
+        return chosen
+    return (chosen[0], _only(chosen[1], set(allowed.tolist())))
 
 
 def _only(candidates: Candidates, allowed: set[int]) -> Candidates:
@@ -426,6 +450,8 @@ def _passed(
 
 def joint_distance(scene: Scene, spans: tuple[Span, ...], ids: Tensor) -> Tensor:
     """Return the largest distance over some spans, per sequence and position."""
-    modules = {span.channel: scene.structure.model.get_submodule(span.channel) for span in spans}
+    modules = {}
+    for span in spans:
+        modules[span.channel] = scene.structure.model.get_submodule(span.channel)
     captured = capture_inputs(modules, lambda: call(scene.structure.model, ids))
     return torch.stack([span.distance(captured[span.channel]) for span in spans]).amax(0)

@@ -89,11 +89,10 @@ def random_move(length: int, generator: torch.Generator, *, pinned: int = 0) -> 
     if kind == 3:
         cut = max(first, second)
         return torch.cat([order[:pinned], order[cut:], order[pinned:cut]])
-    end = (
-        first + 1
-        if kind == 1
-        else min(length, first + 1 + int(torch.randint(free, (1,), generator=generator)))
-    )
+    if kind == 1:
+        end = first + 1
+    else:
+        end = min(length, first + 1 + int(torch.randint(free, (1,), generator=generator)))
     span, rest = order[first:end], torch.cat([order[:first], order[end:]])
     place = pinned + int(torch.randint(len(rest) - pinned + 1, (1,), generator=generator))
     return torch.cat([rest[:place], span, rest[place:]])
@@ -148,24 +147,30 @@ def _lamp(
     deadline, generator = budget.start(), torch.Generator().manual_seed(seed)
     problem, frame = text_problem(observation, model, prior, seed)
     problem = in_double(problem)
-    pinned = 1 if observation.known("special_tokens") else 0
+    pinned = 0
+    if observation.known("special_tokens"):
+        pinned = 1
     rounds = 3
     best: tuple[float, Tensor] | None = None
     start, unit, first = None, None, 1.0
     with differentiable_attention(), torch.enable_grad():
         for index in range(rounds * budget.restarts):
             fresh = index % rounds == 0
+            if fresh:
+                start = unit = None
             solution = match(
                 problem,
                 COSINE,
                 iterations=max(2, budget.iterations // rounds),
                 generator=generator,
                 deadline=deadline,
-                start=None if fresh else start,
-                unit=None if fresh else unit,
+                start=start,
+                unit=unit,
             )
-            first = solution.start_distance if index == 0 else first
-            unit = solution.start_distance if fresh else unit
+            if index == 0:
+                first = solution.start_distance
+            if fresh:
+                unit = solution.start_distance
             judge = _judge(problem, frame, prior, first, solution.targets)
             candidates, _ = nearest_tokens(problem.model, solution.inputs, frame, keep=_CANDIDATES)
             tokens, orders, score = reorder(
@@ -196,7 +201,9 @@ def _finding(
 ) -> Finding:
     explained = max(0.0, min(1.0, 1.0 - residual / max(start, 1e-30)))
     details = {"token_distance": residual, "start_distance": start, "surprise": surprise}
-    reason = "stopped by the clock" if deadline.expired else ""
+    reason = ""
+    if deadline.expired:
+        reason = "stopped by the clock"
     return Finding(
         items=as_sequences(tokens, frame, explained), confidence=explained, reason=reason, details=details
     )
@@ -213,7 +220,10 @@ def beam_search(
     No pair of neighbours occurs twice in a sequence, and a token already used costs one nat each time.
     Without a known first token every token of the bag may start.
     """
-    starts = [first] if first is not None else bag.tolist()
+    if first is not None:
+        starts = [first]
+    else:
+        starts = bag.tolist()
     prefixes = torch.tensor(starts)[:, None]
     scores = torch.zeros(len(starts))
     for _ in range(length - 1):
@@ -281,11 +291,9 @@ def _film(
 def _given_targets(problem: Problem) -> Tensor:
     if problem.labels is None and problem.classes:
         raise NotApplicable("the labels are neither known nor shown by the head")
-    return (
-        torch.zeros(problem.shape[0], 0)
-        if problem.labels is None
-        else label_targets(problem.labels, problem.classes)
-    )
+    if problem.labels is None:
+        return torch.zeros(problem.shape[0], 0)
+    return label_targets(problem.labels, problem.classes)
 
 
 # ------------------------------------------------------------------------------------------------------- GRAB
@@ -300,7 +308,9 @@ def masked_dropout(model: nn.Module, masks: dict[str, Tensor]) -> Iterator[None]
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def apply(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
             mask = masks[name]
-            return output * mask.to(output.dtype) if mask.shape == output.shape else output
+            if mask.shape == output.shape:
+                return output * mask.to(output.dtype)
+            return output
 
         return apply
 
@@ -344,7 +354,9 @@ def with_masks(problem: Problem, shapes: dict[str, tuple[int, ...]], rates: dict
     A mask entry is sigmoid(x) / (1 - rate) and starts at its mean of one.
     """
     inner, inputs = problem.loss, math.prod(problem.shape)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    sizes = {}
+    for name, shape in shapes.items():
+        sizes[name] = math.prod(shape)
 
     def unpack(variables: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         masks, offset = {}, inputs

@@ -120,14 +120,18 @@ def targets_of(
     Without a known `count` of sentences the rank of the first layers says how many there are.
     """
     spectra = (*structure.alone, *structure.mixed)
-    noises = {one.channel: noise_in(one, structure.noise) for one in spectra}
-    targets = [
-        one
-        for one in (target_of(spectrum, noises[spectrum.channel]) for spectrum in spectra)
-        if one is not None
-    ]
-    widest = max((len(one.weights) for one in targets), default=1)
-    gains = {name: torch.zeros(length, dtype=torch.float64) for name in noises}
+    noises = {}
+    for spectrum in spectra:
+        noises[spectrum.channel] = noise_in(spectrum, structure.noise)
+    targets = []
+    for spectrum in spectra:
+        target = target_of(spectrum, noises[spectrum.channel])
+        if target is not None:
+            targets.append(target)
+    widest = max((len(target.weights) for target in targets), default=1)
+    gains = {}
+    for name in noises:
+        gains[name] = torch.zeros(length, dtype=torch.float64)
     structure.model.requires_grad_(True)
     for _ in range(_REHEARSALS):
         own = _rehearse(
@@ -141,8 +145,11 @@ def targets_of(
         )
         for name, gain in own.items():
             gains[name] += gain / _REHEARSALS
-    telling = [replace(one, gains=gains[one.channel] * (gains[one.channel] > _TELLING)) for one in targets]
-    return tuple(one for one in telling if bool(one.gains.any()))
+    telling = []
+    for target in targets:
+        gain = gains[target.channel]
+        telling.append(replace(target, gains=gain * (gain > _TELLING)))
+    return tuple(target for target in telling if bool(target.gains.any()))
 
 
 def _rehearse(
@@ -163,7 +170,9 @@ def _rehearse(
     ids = frame.allowed.nonzero().flatten()
     classes = int(getattr(getattr(model, "config", None), "num_labels", 0) or 2)
     sampled = ids[torch.randint(len(ids), (2, count, length + frame.generative), generator=generator)]
-    labels = None if frame.generative else torch.randint(classes, (count,), generator=generator)
+    labels = None
+    if not frame.generative:
+        labels = torch.randint(classes, (count,), generator=generator)
     own, others = (trace(model, list(noises), one, labels) for one in sampled)
     gains = {}
     for name, gradient in combine(own, torch.ones(count)).items():
@@ -220,7 +229,9 @@ class Descent:
 
 def token_distances(model: nn.Module, targets: Sequence[Target], ids: Tensor) -> Tensor:
     """Return the weighed distance of every place of sentences of real tokens (n, t)."""
-    modules = {target.channel: model.get_submodule(target.channel) for target in targets}
+    modules = {}
+    for target in targets:
+        modules[target.channel] = model.get_submodule(target.channel)
     captured = capture_inputs(modules, lambda: call(model, ids))
     return weighed(targets, captured)
 
@@ -229,14 +240,23 @@ def prepare(
     structure: Structure, frame: TextFrame, targets: tuple[Target, ...], length: int, deadline: Deadline
 ) -> Descent:
     """Return the descent for one length, each place open to the tokens that fit it best by themselves."""
-    ids, alone = frame.allowed.nonzero().flatten(), {spectrum.channel for spectrum in structure.alone}
-    first = [target for target in targets if target.channel in alone]
+    ids = frame.allowed.nonzero().flatten()
+    alone = set()
+    for spectrum in structure.alone:
+        alone.add(spectrum.channel)
+    first = []
+    for target in targets:
+        if target.channel in alone:
+            first.append(target)
     tables: list[Tensor] = []
     for part in torch.split(ids, 512):
         if not first or (tables and deadline.expired):
             break
         tables.append(token_distances(structure.model, first, part[:, None].expand(-1, length)))
-    table = torch.cat(tables) if tables else torch.zeros(len(ids), length, dtype=torch.float64)
+    if tables:
+        table = torch.cat(tables)
+    else:
+        table = torch.zeros(len(ids), length, dtype=torch.float64)
     fits, order = table.T.sort(dim=1, stable=True)
     return Descent(
         model=structure.model,
@@ -320,7 +340,10 @@ def _attempt(
         lengths = sorted(set(frame.lengths))
         for length in lengths:
             # What a language model reads last gets no gradient: it is only predicted.
-            visible = length - 1 if frame.generative else length
+            if frame.generative:
+                visible = length - 1
+            else:
+                visible = length
             targets = targets_of(
                 structure,
                 channels,
@@ -347,10 +370,13 @@ def _attempt(
         return Finding(
             reason="no layer tells a true token from others: too many tokens, or noise", details=details
         )
+    worst = None
+    if not known:
+        worst = 0.5 * (min(far for far, _ in solutions) + strangers)
     chosen = distinct(
         solutions,
         most=len(frame.lengths),
-        worst=None if known else 0.5 * (min(far for far, _ in solutions) + strangers),
+        worst=worst,
     )
     return _finding(chosen, strangers, deadline, details)
 
@@ -359,7 +385,10 @@ def _frame(observation: Observation, structure: Structure, known: int | None) ->
     """Return the frame; noise hides rows of the embedding, so under noise any token of the vocabulary may be
     there.
     """
-    sized = observation if known else observation.replace_tensors(observation.tensors, batch_size=_MOST)
+    if known:
+        sized = observation
+    else:
+        sized = observation.replace_tensors(observation.tensors, batch_size=_MOST)
     frame = text_frame(sized, structure.model)
     if structure.noise and observation.known("token_set") is None:
         frame.allowed[:] = frame.rows.norm(dim=1) > 0
@@ -383,9 +412,9 @@ def distinct(
     for far, ids in sorted(solutions, key=lambda entry: entry[0]):
         if len(chosen) == most or (worst is not None and far > worst):
             break
-        alike = [
-            float((ids == other).double().mean()) if len(ids) == len(other) else 0.0 for _, other in chosen
-        ]
+        alike = []
+        for _, other in chosen:
+            alike.append(float((ids == other).double().mean()) if len(ids) == len(other) else 0.0)
         if max(alike, default=0.0) < _LIKENESS:
             chosen.append((far, ids))
     return chosen
@@ -400,15 +429,19 @@ def _finding(
     """Return the sentences; how sure each is, is the share of the way from random sentences to the row
     spaces.
     """
-    sure = [max(0.0, min(1.0, 1.0 - far / max(strangers, 1e-30))) for far, _ in solutions]
+    sure = []
+    for far, _ in solutions:
+        sure.append(max(0.0, min(1.0, 1.0 - far / max(strangers, 1e-30))))
     items = tuple(
         Item(kind="sequence", value=ids, confidence=part)
         for part, (_, ids) in zip(sure, solutions, strict=True)
     )
     facts = details | {"distance": solutions[0][0] if solutions else strangers, "strangers": strangers}
-    reason = (
-        "stopped by the clock" if deadline.expired else "" if items else "no sentence is near the row spaces"
-    )
+    reason = "stopped by the clock"
+    if not deadline.expired:
+        reason = "no sentence is near the row spaces"
+        if items:
+            reason = ""
     return Finding(items=items, confidence=sum(sure) / max(1, len(sure)), reason=reason, details=facts)
 
 

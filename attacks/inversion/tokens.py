@@ -55,7 +55,9 @@ def vocabulary_size(observation: Observation, model: nn.Module) -> int:
     if rows is None:
         raise NotApplicable("the model has no token embedding")
     known = observation.known("vocabulary_size")
-    return min(int(known), rows) if known else rows
+    if known:
+        return min(int(known), rows)
+    return rows
 
 
 def is_tied(model: nn.Module, name: str) -> bool:
@@ -138,7 +140,9 @@ def _beyond_the_head(rows: Tensor) -> Tensor:
 
 
 def _some(chosen: Tensor) -> Tensor | None:
-    return chosen if bool(chosen.any()) else None
+    if bool(chosen.any()):
+        return chosen
+    return None
 
 
 def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tensor | None:
@@ -164,7 +168,8 @@ def split_scores(scores: Tensor, *, noise: float = 0.0, width: int = 1) -> Tenso
             ):  # a padding row alone: absent rows may hold rounding of a decay
                 gap = _above_gap(scores)
                 # One row at zero is padding; of the others nothing is known when a decay moved them all.
-                chosen = gap if bool(gap.any()) or int(zeros.sum()) <= 1 else chosen
+                if bool(gap.any()) or int(zeros.sum()) <= 1:
+                    chosen = gap
         else:
             chosen = _above_gap(scores)
     return _some(chosen)
@@ -189,7 +194,9 @@ def noise_per_entry(observation: Observation) -> float:
     deviation = observation.known("noise_deviation")
     if not deviation:
         multiplier, bound = observation.known("noise_multiplier"), observation.known("clip_norm")
-        deviation = float(multiplier) * float(bound) if multiplier and bound else 0.0
+        deviation = 0.0
+        if multiplier and bound:
+            deviation = float(multiplier) * float(bound)
     return float(deviation) * abs(observation.gradient().factor)
 
 
@@ -217,7 +224,10 @@ def _standing_out(observation: Observation, model: nn.Module) -> tuple[Tensor | 
     chosen = split_scores(scores, noise=noise, width=rows.shape[1])
     if chosen is None:
         return None, 0.0
-    weakest, strongest = scores[chosen].min(), scores[~chosen].max() if (~chosen).any() else 0.0
+    weakest = scores[chosen].min()
+    strongest = scores.new_zeros(())
+    if (~chosen).any():
+        strongest = scores[~chosen].max()
     return chosen, float(weakest / (weakest + strongest))
 
 
@@ -227,7 +237,9 @@ def present_tokens(observation: Observation, model: nn.Module) -> Tensor | None:
         chosen, _ = _standing_out(observation, model)
     except NotApplicable:
         return None
-    return None if chosen is None else chosen.nonzero().flatten()
+    if chosen is None:
+        return None
+    return chosen.nonzero().flatten()
 
 
 def likely_tokens(observation: Observation, model: nn.Module) -> Tensor | None:

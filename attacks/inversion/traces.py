@@ -83,10 +83,9 @@ def gram(traces: Trace) -> Tensor:
 
 def squared_norms(traces: Trace) -> Tensor:
     """Return the squared norm of each sentence's gradient: the diagonal of `gram`."""
-    parts = [
-        ((inputs @ inputs.transpose(1, 2)) * (back @ back.transpose(1, 2))).sum((1, 2))
-        for inputs, back in traces.values()
-    ]
+    parts = []
+    for inputs, back in traces.values():
+        parts.append(((inputs @ inputs.transpose(1, 2)) * (back @ back.transpose(1, 2))).sum((1, 2)))
     return torch.stack(parts).sum(0)
 
 
@@ -105,10 +104,11 @@ def stacked(traces: Sequence[Trace]) -> Trace:
     def fill(values: list[Tensor]) -> Tensor:
         return torch.cat([nn.functional.pad(value, (0, 0, 0, longest - value.shape[1])) for value in values])
 
-    return {
-        name: (fill([one[name][0] for one in traces]), fill([one[name][1] for one in traces]))
-        for name in traces[0]
-    }
+    together: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in traces[0]:
+        inputs, backs = zip(*(one[name] for one in traces), strict=True)
+        together[name] = (fill(list(inputs)), fill(list(backs)))
+    return together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -129,10 +129,14 @@ class Whitened:
         rows = max(1, _ROWS // ids.shape[1])
         parts = []
         for start in range(0, len(ids), rows):
-            own = None if labels is None else labels[start : start + rows]
+            own = None
+            if labels is not None:
+                own = labels[start : start + rows]
             raw = trace(self.model, list(self.sides), ids[start : start + rows], own)
             parts.append({n: (x @ self.sides[n][0], d @ self.sides[n][1]) for n, (x, d) in raw.items()})
-        return parts[0] if len(parts) == 1 else stacked(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return stacked(parts)
 
 
 def whiten(

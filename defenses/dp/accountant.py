@@ -186,7 +186,9 @@ class Accountant:
         if self._infinite or math.isinf(epsilon):
             return 1.0 if self._infinite else 0.0
         if not self._counts and not self._renyi_only:
-            return gaussian_delta(math.sqrt(self._mu_squared), epsilon) if self._mu_squared else 0.0
+            if self._mu_squared:
+                return gaussian_delta(math.sqrt(self._mu_squared), epsilon)
+            return 0.0
         if self._renyi_only:
             return min(
                 1.0, math.exp(max(renyi_log_delta(moments, epsilon) for moments in self._renyi_moments()))
@@ -313,10 +315,10 @@ class Accountant:
         if self._mu_squared:
             running = (running[0].copy(), running[1].copy())
             composition.multiply(running, known.plan, gaussian_pair(math.sqrt(self._mu_squared)), 1)
-        return [
-            composition.curve_of(state, side, known.plan)
-            for state, side in zip(running, known.plan.directions)
-        ]
+        curves: list[Curve] = []
+        for state, side in zip(running, known.plan.directions):
+            curves.append(composition.curve_of(state, side, known.plan))
+        return curves
 
     def _remember(self, delta: float, known: _Composition) -> None:
         self._compositions.pop(delta, None)

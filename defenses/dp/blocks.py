@@ -322,7 +322,9 @@ def _members_of(
 def _by_group(group_of: Indices, groups: int) -> list[Indices]:
     """Return the indices of the members of every group, increasing."""
     order = np.argsort(group_of, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(group_of, minlength=groups))[:-1]) if groups else []
+    if groups:
+        return np.split(order, np.cumsum(np.bincount(group_of, minlength=groups))[:-1])
+    return []
 
 
 def _matches(known: Keys, asked: Keys) -> tuple[Indices, Indices]:

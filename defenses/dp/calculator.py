@@ -47,9 +47,9 @@ def epsilon_report(
             rate, sigma, steps = segment
             events.append(_event(rate, sigma, steps, sampling, adjacency, unit, records_per_person))
         except ParameterError as error:
-            problems += [
-                f"segment {number}: {part}" for part in str(error).split("; ") if not _is_common(part)
-            ]
+            for part in str(error).split("; "):
+                if not _is_common(part):
+                    problems.append(f"segment {number}: {part}")
         except (TypeError, ValueError):
             problems.append(f"segment {number} = {segment!r}: must be q, sigma, steps")
     _refuse(problems)
@@ -76,7 +76,9 @@ def tuned_report(segments: Sequence[Segment], delta: float, law: str, stopping: 
     Source: Papernot, Steinke, arXiv 2110.03620, theorems 2 and 6.
     """
     alone = epsilon_report(segments, delta)
-    parts = [_event(q, sigma, steps, "poisson", "add_remove", "record", 1) for q, sigma, steps in segments]
+    parts = []
+    for q, sigma, steps in segments:
+        parts.append(_event(q, sigma, steps, "poisson", "add_remove", "record", 1))
     event = TuningEvent(
         base=tuple(parts),
         distribution="poisson" if law == "poisson" else "truncated_negative_binomial",
@@ -115,7 +117,9 @@ def sigma_report(
         try:
             past.append(_event(rate, sigma, count, sampling, adjacency, unit, records_per_person))
         except ParameterError as error:
-            problems += [name + part for part in str(error).split("; ") if not _is_common(part)]
+            for part in str(error).split("; "):
+                if not _is_common(part):
+                    problems.append(name + part)
     _refuse(problems)
     sigma = noise_multiplier(
         epsilon=epsilon,

@@ -164,15 +164,16 @@ def make_plan(
     spacing = math.sqrt(12 * accuracy * max(*epsilons, 1e-300) / ((1 + largest_saddle) * steps))
     widest = margin * max(width for *_, width in windows)
     spacing = max(min(spacing, widest / SMALLEST_SIZE), widest / LARGEST_SIZE)
-    directions = [
-        Direction(
-            tilt=tilt,
-            tail_tilt=tail_tilt,
-            saddle=saddle,
-            size=1 << max(9, math.ceil(math.log2(margin * width / spacing + 8))),
+    directions = []
+    for tilt, tail_tilt, saddle, width in windows:
+        directions.append(
+            Direction(
+                tilt=tilt,
+                tail_tilt=tail_tilt,
+                saddle=saddle,
+                size=1 << max(9, math.ceil(math.log2(margin * width / spacing + 8))),
+            )
         )
-        for tilt, tail_tilt, saddle, width in windows
-    ]
     growth = min(0.3, 0.03 * math.sqrt(accuracy / 2.5e-4))
     return Plan(spacing, growth, cut, delta, (directions[0], directions[1]))
 
@@ -234,10 +235,9 @@ def _smallest_order(values: Floats) -> tuple[float, float]:
 
 def start(plan: Plan) -> tuple[Running, Running]:
     """Return the transforms of nothing released."""
-    both = [
-        Running(np.ones(side.size // 2 + 1, dtype=np.complex128), np.zeros(side.size // 2 + 1))
-        for side in plan.directions
-    ]
+    both = []
+    for side in plan.directions:
+        both.append(Running(np.ones(side.size // 2 + 1, dtype=np.complex128), np.zeros(side.size // 2 + 1)))
     return both[0], both[1]
 
 

@@ -188,9 +188,9 @@ def _build(half: list[Decimal]) -> _Table:
     total = half[0] + 2 * sum(half[1:])
     exact = [value * Decimal(2) ** 64 / total for value in (*half[:0:-1], *half)]
     coarse = [int(value) for value in exact]
-    remainders = [
-        int((value - whole) * Decimal(2) ** (_FINE_BITS - 64)) for value, whole in zip(exact, coarse)
-    ]
+    remainders = []
+    for value, whole in zip(exact, coarse):
+        remainders.append(int((value - whole) * Decimal(2) ** (_FINE_BITS - 64)))
     reach = len(half) - 1
     used = [index for index, weight in enumerate(coarse) if weight]
     first, last = used[0], used[-1]

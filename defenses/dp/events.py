@@ -302,7 +302,10 @@ def from_dict(values: Mapping[str, Any]) -> Event:
         raise ParameterError(
             f"kind = {values.get('kind')!r}: unknown event; known are {', '.join(sorted(KINDS))}"
         )
-    fields_of_event = {name: value for name, value in values.items() if name not in ("version", "kind")}
+    fields_of_event = {}
+    for name, value in values.items():
+        if name not in ("version", "kind"):
+            fields_of_event[name] = value
     names = {field.name for field in fields(known)}
     if set(fields_of_event) != names:
         raise ParameterError(
@@ -363,11 +366,10 @@ def price_of(event: Event) -> str:
 
 
 def _without_labels(values: Mapping[str, Any]) -> dict[str, Any]:
-    priced = {
-        name: value
-        for name, value in values.items()
-        if name not in ("release", "clip_norm", "scale", "reason")
-    }
+    priced = {}
+    for name, value in values.items():
+        if name not in ("release", "clip_norm", "scale", "reason"):
+            priced[name] = value
     if isinstance(priced.get("base"), list):
         priced["base"] = [_without_labels(part) for part in priced["base"]]
     return priced
@@ -403,7 +405,9 @@ def _integer(name: str, value: object, least: int, most: int) -> list[str]:
 
 
 def _text(name: str, value: object) -> list[str]:
-    return [] if isinstance(value, str) and value.strip() else [f"{name} = {value!r}: must say what it is"]
+    if isinstance(value, str) and value.strip():
+        return []
+    return [f"{name} = {value!r}: must say what it is"]
 
 
 def _refuse(problems: list[str]) -> None:

@@ -503,7 +503,10 @@ def _ia3(layer: Any, recorder: Recorder) -> Callable[..., Tensor]:
                 shape = (scaled.shape[0], *[1] * (scaled.ndim - 2), vector.numel())
                 scaled = scaled * _expand_flat(vector, recorder, shape)
         scaled = scaled.to(target.dtype)
-        result: Tensor = layer.base_layer(scaled, *args, **kwargs) if layer.is_feedforward else scaled
+        if layer.is_feedforward:
+            result: Tensor = layer.base_layer(scaled, *args, **kwargs)
+        else:
+            result = scaled
         return result
 
     return forward

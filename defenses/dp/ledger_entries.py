@@ -136,7 +136,10 @@ def check_charge(charge: Charge) -> None:
 
 def checked_budget(unit: str, epsilon: float, delta: float) -> Budget:
     """Return a budget, or refuse it with everything that is wrong."""
-    problems = [] if unit in UNITS else [f"unit = {unit!r}: must be one of {', '.join(UNITS)}"]
+    if unit not in UNITS:
+        problems = [f"unit = {unit!r}: must be one of {', '.join(UNITS)}"]
+    else:
+        problems = []
     if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or not epsilon > 0:
         problems.append(f"epsilon = {epsilon!r}: must be above 0 (math.inf for a run without a bound)")
     if not isinstance(delta, float) or not SMALLEST_DELTA <= delta <= LARGEST_DELTA:

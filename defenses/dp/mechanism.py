@@ -134,9 +134,9 @@ class RecordMechanism:
             gradients = clipped_sum.gradients
         assert isinstance(gradients, Mapping)
         std = self.gradient_noise_multiplier() * bound * WIDENING
-        noisy = {
-            name: add_gaussian(value, std=std, source=source) for name, value in sorted(gradients.items())
-        }
+        noisy = {}
+        for name, value in sorted(gradients.items()):
+            noisy[name] = add_gaussian(value, std=std, source=source)
         return {name: noisy[name] / self.expected_batch_size for name in gradients}
 
     def start(self) -> RecordRun:

@@ -37,7 +37,9 @@ class ClippedSum:
         """Add another micro-batch of the same step."""
         if self.clip != other.clip or self.gradients.keys() != other.gradients.keys():
             raise ParameterError("only sums with the same parameters and the same clipping can be added")
-        gradients = {name: value + other.gradients[name] for name, value in self.gradients.items()}
+        gradients = {}
+        for name, value in self.gradients.items():
+            gradients[name] = value + other.gradients[name]
         return ClippedSum(
             gradients=gradients,
             batch_size=self.batch_size + other.batch_size,
@@ -61,7 +63,10 @@ class PerSampleEngine:
     """
 
     def __init__(self, model: nn.Module, *, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
-        trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        trainable = {}
+        for name, value in model.named_parameters():
+            if value.requires_grad:
+                trainable[name] = value
         self._model = model
         self._recorder = Recorder()
         self._names = _names(trainable, parameters)
@@ -102,7 +107,9 @@ class PerSampleEngine:
 
     def _clip(self, uses: dict[str, list[Use]], values: Tensor, clip: Clipping) -> ClippedSum:
         poisoned = ~torch.isfinite(values)
-        squared = {name: _squared_norm(parts, self._parameters[name]) for name, parts in uses.items()}
+        squared = {}
+        for name, parts in uses.items():
+            squared[name] = _squared_norm(parts, self._parameters[name])
         if not squared:
             return self.empty(clip)
         for name in squared:
@@ -121,7 +128,9 @@ class PerSampleEngine:
         uses, values = self._differentiate(losses, batch_size)
         result = {}
         for name, parameter in self._parameters.items():
-            parts = [_dense(part, parameter.shape).values.detach() for part in uses.get(name, [])]
+            parts = []
+            for part in uses.get(name, []):
+                parts.append(_dense(part, parameter.shape).values.detach())
             zero = torch.zeros(len(values), *parameter.shape, device=parameter.device)
             result[name] = torch.stack(parts).sum(0) if parts else zero
         return result
@@ -131,10 +140,10 @@ class PerSampleEngine:
         return ClippedSum(gradients=self._zeros(), batch_size=0, clip=clip)
 
     def _zeros(self) -> dict[str, Tensor]:
-        return {
-            name: torch.zeros(value.shape, dtype=torch.float64, device=_wide_device(value))
-            for name, value in self._parameters.items()
-        }
+        zeros: dict[str, Tensor] = {}
+        for name, value in self._parameters.items():
+            zeros[name] = torch.zeros(value.shape, dtype=torch.float64, device=_wide_device(value))
+        return zeros
 
     def close(self) -> None:
         """Let go of the model."""
@@ -163,7 +172,9 @@ class PerSampleEngine:
                 if values.requires_grad:
                     torch.autograd.backward(values, torch.ones_like(values))
             self._refuse_stray_gradients()
-            uses = {self._names[parameter]: parts for parameter, parts in self._recorder.uses.items()}
+            uses = {}
+            for parameter, parts in self._recorder.uses.items():
+                uses[self._names[parameter]] = parts
         finally:
             self._recorder.uses = {}
         for name, parts in uses.items():
@@ -182,9 +193,9 @@ class PerSampleEngine:
         for parameter in self._parameters.values():
             parameter.grad = None
         self._recorder.batch = batch_size
-        watch = (
-            None if batch_size else self._model.register_forward_pre_hook(self._note_batch, with_kwargs=True)
-        )
+        watch = None
+        if not batch_size:
+            watch = self._model.register_forward_pre_hook(self._note_batch, with_kwargs=True)
         before = [(item, item.module.__dict__.get(item.attribute)) for item in self._covers]
         try:
             for item in self._covers:
@@ -203,9 +214,10 @@ class PerSampleEngine:
                 parameter.grad = gradients[name]
 
     def _note_batch(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        tensors = [
-            value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 1
-        ]
+        tensors = []
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.ndim > 1:
+                tensors.append(value)
         sizes = {value.shape[0] for value in tensors}
         self._recorder.batch = max(sizes) if sizes and len(sizes - {1}) <= 1 else None
 
@@ -221,7 +233,10 @@ class PerSampleEngine:
         if self._graph_seen or values.grad_fn is None:
             return
         known = set(self._names)
-        foreign = [leaf for leaf in _leaves(values) if isinstance(leaf, nn.Parameter) and leaf not in known]
+        foreign = []
+        for leaf in _leaves(values):
+            if isinstance(leaf, nn.Parameter) and leaf not in known:
+                foreign.append(leaf)
         if foreign:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in foreign)
             raise NotPrivateError(
@@ -230,18 +245,20 @@ class PerSampleEngine:
         self._graph_seen = True
 
     def _refuse_batch_statistics(self) -> None:
-        guilty = [
-            (
-                f"{name} ({type(module).__name__}: statistics over the batch mix samples; "
-                "call .eval() on it or replace it)"
-            )
-            for name, module in self._batch_norms
-            if _mixes(module)
-        ]
+        guilty = []
+        for name, module in self._batch_norms:
+            if _mixes(module):
+                guilty.append(
+                    f"{name} ({type(module).__name__}: statistics over the batch mix samples; "
+                    "call .eval() on it or replace it)"
+                )
         _refuse(guilty)
 
     def _refuse_new_parameters(self) -> None:
-        trainable = [(name, value) for name, value in self._model.named_parameters() if value.requires_grad]
+        trainable = []
+        for name, value in self._model.named_parameters():
+            if value.requires_grad:
+                trainable.append((name, value))
         fresh = [name for name, value in trainable if value not in self._names]
         _refuse([f"{name} (became trainable after the engine was opened)" for name in fresh])
 
@@ -387,11 +404,9 @@ def _inner(left: Use, right: Use) -> Tensor:
     """Return the inner product `[batch]` of two per-sample gradients without forming them."""
     if isinstance(left, Dense) and isinstance(right, Dense):
         flat = left.values.flatten(1)
-        return (
-            torch.einsum("bn,bn->b", flat, right.values.flatten(1))
-            if left is not right
-            else flat.square().sum(1)
-        )
+        if left is not right:
+            return torch.einsum("bn,bn->b", flat, right.values.flatten(1))
+        return flat.square().sum(1)
     if isinstance(left, Outer) and isinstance(right, Outer):
         rows = torch.bmm(left.rows.float(), right.rows.float().transpose(1, 2))
         return (rows * torch.bmm(left.columns.float(), right.columns.float().transpose(1, 2))).sum((1, 2))

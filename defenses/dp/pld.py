@@ -68,9 +68,9 @@ def discretise(pair: MixturePair, *, spacing: float, growth: float, tail: float)
     indices = _dots(math.floor(low / spacing), math.ceil(high / spacing), bulk(pair) / spacing, growth)
     losses = indices * spacing
     outputs = pair.output_of_loss(losses)
-    cells = [
-        _cell_masses(outputs, index * 1.0, pair.sigma) for index in range(-len(pair.down) + 1, len(pair.up))
-    ]
+    cells = []
+    for index in range(-len(pair.down) + 1, len(pair.up)):
+        cells.append(_cell_masses(outputs, index * 1.0, pair.sigma))
     offset = len(pair.down) - 1
     mass_p = sum(
         (weight * cells[offset + index] for index, weight in enumerate(pair.up)), np.zeros(len(losses) + 1)
@@ -157,7 +157,9 @@ def _quantile(mass: float) -> float:
 def _dots(first: int, last: int, core: float, growth: float) -> Integers:
     """Return increasing indices from `first` to `last`: every one within the core, sparser outside."""
     reach, edge = max(-first, last), max(1, math.ceil(core))
-    steps = math.ceil(math.log1p(growth * max(0, reach - edge)) / growth) + 1 if reach > edge else 0
+    steps = 0
+    if reach > edge:
+        steps = math.ceil(math.log1p(growth * max(0, reach - edge)) / growth) + 1
     outside = edge + np.rint(np.expm1(growth * np.arange(1, steps + 1)) / growth)
     side = np.concatenate([np.arange(1, min(edge, reach) + 1), outside]).astype(np.int64)
     whole = np.concatenate([-side[::-1], [0], side])

@@ -163,7 +163,10 @@ def _trace(model: nn.Module, losses: Losses) -> Iterator[tuple[str, nn.Module, l
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
             if isinstance(output, Tensor):
-                inputs = [value.detach().clone() for value in args if isinstance(value, Tensor)]
+                inputs = []
+                for value in args:
+                    if isinstance(value, Tensor):
+                        inputs.append(value.detach().clone())
                 calls.append((name, module, inputs, output.detach().clone()))
 
         return hook
@@ -215,7 +218,9 @@ def no_dropout() -> Iterator[None]:
     def keep(input: Tensor, *args: object, **kwargs: object) -> Tensor:
         return input
 
-    originals = {name: getattr(F, name) for name in (*_DROPOUTS, "scaled_dot_product_attention")}
+    originals = {}
+    for name in (*_DROPOUTS, "scaled_dot_product_attention"):
+        originals[name] = getattr(F, name)
     try:
         for name in _DROPOUTS:
             setattr(F, name, keep)

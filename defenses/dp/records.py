@@ -104,13 +104,19 @@ def name_records(contents: Keys, cells: Sequence[Keys] = ()) -> Records:
 
     Assumes: all rows of a data set are named together, before they are dealt out or held out.
     """
-    others = np.stack(list(cells), axis=1) if cells else np.zeros((len(contents), 0), dtype=np.uint64)
+    if cells:
+        others = np.stack(list(cells), axis=1)
+    else:
+        others = np.zeros((len(contents), 0), dtype=np.uint64)
     return Records(keys=number_copies(contents), cells=others)
 
 
 def name_persons(contents: Keys, cells: Sequence[Keys] = ()) -> Records:
     """Return names where equal contents are one and the same person, whatever the number of rows."""
-    others = np.stack(list(cells), axis=1) if cells else np.zeros((len(contents), 0), dtype=np.uint64)
+    if cells:
+        others = np.stack(list(cells), axis=1)
+    else:
+        others = np.zeros((len(contents), 0), dtype=np.uint64)
     return Records(keys=contents & _CONTENT, cells=others)
 
 

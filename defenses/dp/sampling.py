@@ -29,10 +29,9 @@ def poisson_sample(population: int, *, rate: float, source: RandomSource) -> Ind
     if rate == 1:
         return np.arange(population, dtype=np.int64)
     threshold = np.uint64(math.floor(math.ldexp(rate, 64)))
-    members = [
-        start + np.flatnonzero(source.words(min(_CHUNK, population - start)) < threshold)
-        for start in range(0, population, _CHUNK)
-    ]
+    members = []
+    for start in range(0, population, _CHUNK):
+        members.append(start + np.flatnonzero(source.words(min(_CHUNK, population - start)) < threshold))
     return np.concatenate(members).astype(np.int64) if members else np.empty(0, dtype=np.int64)
 
 

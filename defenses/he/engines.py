@@ -75,7 +75,9 @@ class Engine(Protocol):
 def server_engine(parameters: Parameters) -> Engine:
     """Open an engine without any key."""
     require_tenseal()
-    return SealEngine(parameters) if parameters.seeded else VectorEngine(parameters, _without_key(parameters))
+    if parameters.seeded:
+        return SealEngine(parameters)
+    return VectorEngine(parameters, _without_key(parameters))
 
 
 def _guarded(action: Callable[[], _Result]) -> _Result:
@@ -264,7 +266,10 @@ class VectorEngine:
         message = _vector_head(self.parameters) + b"\x12" + _varint(len(stream)) + stream
         if self.parameters.scheme == "ckks":
             message += b"\x19" + struct.pack("<d", self._shape.scale)
-        reader = tenseal.bfv_vector_from if self.parameters.scheme == "bfv" else tenseal.ckks_vector_from
+        if self.parameters.scheme == "bfv":
+            reader = tenseal.bfv_vector_from
+        else:
+            reader = tenseal.ckks_vector_from
         return _guarded(lambda: reader(self._context, message))
 
     def add(self, total: Any, other: Any) -> None:
@@ -285,7 +290,9 @@ class VectorEngine:
 
         def decode() -> Integers:
             decoded = ciphertext.decrypt()
-            return np.array(decoded, dtype=np.int64) if self.parameters.scheme == "bfv" else _round(decoded)
+            if self.parameters.scheme == "bfv":
+                return np.array(decoded, dtype=np.int64)
+            return _round(decoded)
 
         return _guarded(decode)
 

@@ -58,7 +58,9 @@ class Parameters:
     @property
     def slots(self) -> int:
         """Count the plaintext slots of one ciphertext."""
-        return self.poly_modulus_degree if self.scheme == "bfv" else self.poly_modulus_degree // 2
+        if self.scheme == "bfv":
+            return self.poly_modulus_degree
+        return self.poly_modulus_degree // 2
 
     @property
     def values_per_chunk(self) -> int:
@@ -68,7 +70,9 @@ class Parameters:
     @property
     def data_bits(self) -> tuple[int, ...]:
         """List the primes a ciphertext carries: all but the special one."""
-        return self.coefficient_bits[:-1] if len(self.coefficient_bits) > 1 else self.coefficient_bits
+        if len(self.coefficient_bits) > 1:
+            return self.coefficient_bits[:-1]
+        return self.coefficient_bits
 
     @property
     def packed_limit(self) -> int:
@@ -183,12 +187,11 @@ def choose(scheme: Scheme, *, parties: int, value_bound: int, seeded: bool = Tru
     problems = _lint_request(parties, value_bound, 1)
     if problems:
         raise ParameterError("; ".join(problems))
-    fitting = [
-        candidate
-        for digits in range(1, DIGIT_LIMIT + 1)
-        for candidate in _candidates(scheme, parties, value_bound, digits, seeded)
-        if not lint(candidate, parties=parties, value_bound=value_bound, length=1)
-    ]
+    fitting = []
+    for digits in range(1, DIGIT_LIMIT + 1):
+        for candidate in _candidates(scheme, parties, value_bound, digits, seeded):
+            if not lint(candidate, parties=parties, value_bound=value_bound, length=1):
+                fitting.append(candidate)
     if not fitting:
         raise ParameterError(
             f"no {scheme} parameters carry sums of {parties} parties with values up to {value_bound}: "
@@ -284,11 +287,11 @@ def _lint_ring(parameters: Parameters) -> list[str]:
             f"{SECURITY_BITS}-bit security allows {LARGEST_MODULUS_BITS[degree]}; "
             "drop primes or double the degree"
         )
-    problems += [
-        f"coefficient_bits = {sizes}: no {bits}-bit prime fits degree {degree}; use more bits"
-        for bits in sorted(set(sizes))
-        if not ntt_prime(bits, degree)
-    ]
+    for bits in sorted(set(sizes)):
+        if not ntt_prime(bits, degree):
+            problems.append(
+                f"coefficient_bits = {sizes}: no {bits}-bit prime fits degree {degree}; use more bits"
+            )
     if not parameters.seeded and len(sizes) < 2:
         problems.append("coefficient_bits: the high-level interface needs a special prime; append one")
     return problems
@@ -374,14 +377,13 @@ def _lint_ckks(parameters: Parameters, parties: int) -> list[str]:
 
 def describe(parameters: Parameters, *, parties: int) -> dict[str, str]:
     """Say in words what the set sends and how exact it is, for the plan and the report."""
-    exact = (
-        f"exact with certainty; {noise_margin_bits(parameters, parties):.1f} bits of margin"
-        if parameters.scheme == "bfv"
-        else (
+    if parameters.scheme == "bfv":
+        exact = f"exact with certainty; {noise_margin_bits(parameters, parties):.1f} bits of margin"
+    else:
+        exact = (
             f"error at most {error_bound(parameters, parties):.3g} before rounding "
             "to integers (2^-128), so exact"
         )
-    )
     form = "seeded symmetric" if parameters.seeded else "symmetric"
     return {
         "scheme": f"{parameters.scheme.upper()}, {form}, N = {parameters.poly_modulus_degree}, "

@@ -70,7 +70,9 @@ class Tagger:
         digits = tags.reshape(REPETITIONS, -1)
         bits = digit_bits(value_bound)
         # Python integers: digit sums of hostile ciphertexts may have any size.
-        received = [sum(int(digit) << bits * place for place, digit in enumerate(row)) for row in digits]
+        received = []
+        for row in digits:
+            received.append(sum(int(digit) << bits * place for place, digit in enumerate(row)))
         expected = self._product(total)
         for party in parties:
             expected = expected + self._pad(party)

@@ -135,7 +135,10 @@ class OpenFHEThreshold:
         if self._secret is None or any(chunk in self._answered for chunk in chunks):
             raise ProtocolError
         self._answered.update(chunks)
-        open_share = self._context.MultipartyDecryptLead if lead else self._context.MultipartyDecryptMain
+        if lead:
+            open_share = self._context.MultipartyDecryptLead
+        else:
+            open_share = self._context.MultipartyDecryptMain
         loaded = [self._ciphertext(chunk) for chunk in chunks]
         return [self._write(open_share([each], self._secret)[0]) for each in loaded]
 

@@ -395,9 +395,9 @@ class ClientSession:
         message = memoryview(buffer)[skipped : skipped + start + size]  # type: ignore[arg-type]
         payload, streams, digest = message[start:], MaskStreams(masks, word), hashlib.sha256()
         scratch: RingVector = np.empty(streams.chunk_words, dtype=word)
-        whole: RingVector | None = (
-            np.frombuffer(payload, dtype=word) if bits == 8 * scratch.itemsize else None
-        )
+        whole: RingVector | None = None
+        if bits == 8 * scratch.itemsize:
+            whole = np.frombuffer(payload, dtype=word)
         for part in chunks(len(vector), streams.chunk_words):
             window = payload[packed_bytes(part.start, bits) : packed_bytes(part.stop, bits)]
             masked = scratch[: part.stop - part.start] if whole is None else whole[part]

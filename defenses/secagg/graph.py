@@ -234,11 +234,12 @@ def _log_cut(clients: int, neighbours: int, threshold: int, *, corrupted: int, d
     ways = np.array([_log_choose(half, inside) for inside in range(fewest, half + 1)])
     scale = float(ways.max())
     pairs = np.convolve(np.exp(ways - scale), np.exp(ways - scale))  # by how many corrupted beyond 2 * fewest
-    terms = [
-        2 * scale + math.log(weight) + _log_choose(clients - neighbours, corrupted - together)
-        for together, weight in enumerate(pairs.tolist(), start=2 * fewest)
-        if weight and neighbours - dropouts <= together <= corrupted
-    ]
+    terms = []
+    for together, weight in enumerate(pairs.tolist(), start=2 * fewest):
+        if weight and neighbours - dropouts <= together <= corrupted:
+            terms.append(
+                2 * scale + math.log(weight) + _log_choose(clients - neighbours, corrupted - together)
+            )
     largest = max(terms, default=-math.inf)
     if largest == -math.inf:
         return -math.inf

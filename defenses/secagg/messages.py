@@ -140,7 +140,9 @@ def read_roster(message: bytes) -> list[Advert]:
 
     Raises: ProtocolError unless they are sorted by distinct ids.
     """
-    adverts = [Advert.from_bytes(part) for part in _fixed(body_of(message, Kind.ROSTER), ADVERT_BYTES)]
+    adverts = []
+    for part in _fixed(body_of(message, Kind.ROSTER), ADVERT_BYTES):
+        adverts.append(Advert.from_bytes(part))
     if any(before.id >= after.id for before, after in itertools.pairwise(adverts)):
         raise ProtocolError
     return adverts

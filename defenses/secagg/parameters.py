@@ -78,11 +78,10 @@ class SessionParameters:
 
     def _problems(self) -> list[str]:
         sizes = {"run_id": 16, **dict.fromkeys(_HASHES, HASH_BYTES)}
-        problems = [
-            f"{name} has {len(getattr(self, name))} bytes: must have {size}"
-            for name, size in sizes.items()
-            if len(getattr(self, name)) != size
-        ]
+        problems = []
+        for name, size in sizes.items():
+            if len(getattr(self, name)) != size:
+                problems.append(f"{name} has {len(getattr(self, name))} bytes: must have {size}")
         bounds = {
             "round": (0, (1 << 64) - 1),
             "attempt": (0, (1 << 32) - 1),
@@ -91,11 +90,9 @@ class SessionParameters:
             "threshold": (2, self.neighbours),
             "length": (1, 1 << 48),
         }
-        problems += [
-            f"{name} = {getattr(self, name)}: must be from {low} to {high}"
-            for name, (low, high) in bounds.items()
-            if not low <= getattr(self, name) <= high
-        ]
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                problems.append(f"{name} = {getattr(self, name)}: must be from {low} to {high}")
         problems += self._cohort_problems()
         if self.mode not in _MODES or self.graph not in _GRAPHS:
             return [
@@ -282,11 +279,9 @@ class ClientPolicy:
         if now >= roster.expires:
             problems.append(f"roster: expired at {roster.expires}; ask the operator for a new one")
         names = ("run_id", "backbone_hash", "layout_hash", "quantization_hash", "mechanism_hash")
-        problems += [
-            f"{name}: not what this client computed or joined"
-            for name in names
-            if getattr(self, name) != getattr(parameters, name)
-        ]
+        for name in names:
+            if getattr(self, name) != getattr(parameters, name):
+                problems.append(f"{name}: not what this client computed or joined")
         expected = self.cohort_rule(roster.members, parameters.run_id, parameters.round, parameters.clients)
         if tuple(expected) != parameters.cohort:
             problems.append("cohort: not who takes part in this round by the rule this client computed")

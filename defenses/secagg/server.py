@@ -301,11 +301,10 @@ class ServerSession:
         if place not in self._sharers:
             raise ProtocolError
         neighbours = self._graph.neighbours(place)
-        ciphertexts = [
-            (index, self._ciphertext(neighbour, place))
-            for index, neighbour in enumerate(neighbours)
-            if neighbour in self._sharers
-        ]
+        ciphertexts = []
+        for index, neighbour in enumerate(neighbours):
+            if neighbour in self._sharers:
+                ciphertexts.append((index, self._ciphertext(neighbour, place)))
         return self._send(owner, messages.write_delivery(ciphertexts, len(neighbours)))
 
     def _ciphertext(self, dealer: int, receiver: int) -> bytes:
@@ -578,10 +577,12 @@ class ServerSession:
         secret = self._recover(place, shares, lambda guess: public_of(guess) == advertised)
         peers = [self._order[partner] for partner in partners]
         shared = agree(secret, (self._adverts[peer].mask_key for peer in peers))
-        return [
-            Mask(
-                messages.pair_seed(key, transcript=self._transcript, one=owner, other=peer),
-                negative=peer < owner,
+        pair_masks: list[Mask] = []
+        for peer, key in zip(peers, shared, strict=True):
+            pair_masks.append(
+                Mask(
+                    messages.pair_seed(key, transcript=self._transcript, one=owner, other=peer),
+                    negative=peer < owner,
+                )
             )
-            for peer, key in zip(peers, shared, strict=True)
-        ]
+        return pair_masks

@@ -133,10 +133,10 @@ def _checks(shares: Mapping[int, bytes]) -> list[tuple[int, int]]:
     if not points or points[0] < 1 or any(len(share) != SHARE_BYTES for share in shares.values()):
         raise ProtocolError
     weights, _ = _weights(points)
-    return [
-        (x, weight * x % PRIME * int.from_bytes(shares[x], "big") % PRIME)
-        for x, weight in zip(points, weights, strict=True)
-    ]
+    checks: list[tuple[int, int]] = []
+    for x, weight in zip(points, weights, strict=True):
+        checks.append((x, weight * x % PRIME * int.from_bytes(shares[x], "big") % PRIME))
+    return checks
 
 
 def _consistent(shares: Mapping[int, bytes], *, threshold: int, source: RandomSource) -> bool:

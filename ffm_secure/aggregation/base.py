@@ -36,8 +36,12 @@ class Aggregate:
         """Return the mean over everybody, float64 [d]: groups count by their members."""
         if len(self.groups) == 1:
             return self.groups[0].mean
-        counts = [len(group.survivors) for group in self.groups]
-        weighted = [count * group.mean for count, group in zip(counts, self.groups, strict=True)]
+        counts = []
+        for group in self.groups:
+            counts.append(len(group.survivors))
+        weighted = []
+        for count, group in zip(counts, self.groups, strict=True):
+            weighted.append(count * group.mean)
         return torch.stack(weighted).sum(dim=0) / sum(counts)
 
     @classmethod
@@ -56,7 +60,10 @@ def aggregate_of(config: RunConfig, sums: Sequence[RoundSum]) -> Aggregate:
     groups = []
     for opened in sums:
         cohort = float(config.federation.cohort)
-        divisor = cohort if config.privacy.unit == "client" else opened.weight_sum
+        if config.privacy.unit == "client":
+            divisor = cohort
+        else:
+            divisor = opened.weight_sum
         mean = torch.from_numpy(opened.values) / divisor
         groups.append(GroupMean(survivors=opened.survivors, mean=mean))
     return Aggregate(groups=tuple(groups))

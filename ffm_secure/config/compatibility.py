@@ -225,7 +225,10 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
             "the loss of every round; "
             "set it to 1"
         )
-    absent = [stage for stage in federation.dropout.stages if stage in ("confirm", "unmask")]
+    absent = []
+    for stage in federation.dropout.stages:
+        if stage in ("confirm", "unmask"):
+            absent.append(stage)
     if protection.kind in ("bfv", "ckks") and federation.dropout.rate > 0:
         for stage in absent:
             yield (
@@ -249,7 +252,9 @@ def shamir_threshold(config: RunConfig) -> int:
     Source: ffm-secagg/1, section 1.5: semi-honest t > c; active 2t > k + c, with no share dealt to oneself.
     """
     neighbours, corrupt = config.federation.cohort - 1, config.protection.colluding
-    return corrupt + 1 if config.protection.mode == "semi_honest" else (neighbours + corrupt) // 2 + 1
+    if config.protection.mode == "semi_honest":
+        return corrupt + 1
+    return (neighbours + corrupt) // 2 + 1
 
 
 def participation_cap(config: RunConfig) -> int:
@@ -297,6 +302,8 @@ def describe_bytes(count: float) -> str:
     """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            if unit == "B":
+                return f"{count:.0f} {unit}"
+            return f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError

@@ -21,7 +21,9 @@ def require_data(task: Task, *, beside: Path) -> None:
     if name.startswith("builtin:") or HUB_NAME.fullmatch(name):
         return
     try:
-        candidates = [place / Path(name).expanduser() for place in (Path.cwd(), beside)]
+        candidates = []
+        for place in (Path.cwd(), beside):
+            candidates.append(place / Path(name).expanduser())
         exists = any(candidate.exists() for candidate in candidates)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"data = {name[:80]!r}: not a usable path ({error})") from error

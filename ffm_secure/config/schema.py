@@ -38,7 +38,9 @@ def show(value: object) -> str:
         words = repr(value)
     except ValueError:  # Python writes no whole number of more digits than it reads
         return "a number of thousands of digits"
-    return words if len(words) <= 80 else f"{words[:77]}..."
+    if len(words) <= 80:
+        return words
+    return f"{words[:77]}..."
 
 
 def option(
@@ -90,7 +92,9 @@ def parse_toml(path: Path) -> dict[str, Any]:
 def set_value(table: dict[str, Any], override: str, problems: Problems) -> None:
     """Apply one `section.key=value` override in place; the value is read as TOML, or as a plain string."""
     name, separator, text = override.partition("=")
-    keys = [key.strip() for key in name.split(".")]
+    keys = []
+    for key in name.split("."):
+        keys.append(key.strip())
     if not separator or not all(keys):
         problems.add("--set", override, "must look like section.key=value")
         return
@@ -131,7 +135,9 @@ def read_table(kind: type[T], table: object, where: str, problems: Problems) -> 
             advice = field.metadata.get("choices") or field.metadata.get("help") or "required"
             problems.append(f"{dotted}: missing; {_say_choices(advice)}")
     _check_relevance(fields, values, table, where, problems)
-    return kind(**values) if len(problems) == before else None
+    if len(problems) == before:
+        return kind(**values)
+    return None
 
 
 def _check_relevance(
@@ -209,9 +215,13 @@ def _check(value: Any, name: str, rules: Rules, problems: Problems) -> None:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a hint at the known word most like this one, whatever the case; nothing if none is alike."""
-    plain = {name.casefold(): name for name in known}
+    plain = {}
+    for name in known:
+        plain[name.casefold()] = name
     close = difflib.get_close_matches(word.casefold(), plain, n=1)
-    return f"; did you mean {plain[close[0]]!r}?" if close else ""
+    if close:
+        return f"; did you mean {plain[close[0]]!r}?"
+    return ""
 
 
 def _say_choices(advice: object) -> str:
@@ -221,7 +231,9 @@ def _say_choices(advice: object) -> str:
 
 
 def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
+    if where:
+        return f"{where}.{name}"
+    return name
 
 
 def to_table(config: DataclassInstance) -> dict[str, Any]:
@@ -242,8 +254,14 @@ def _to_plain(value: object) -> object:
 
 def dump_toml(config: DataclassInstance | Mapping[str, Any]) -> str:
     """Write a config as TOML: scalars first, then one table per section."""
-    table = config if isinstance(config, Mapping) else to_table(config)
-    lines = [f"{key} = {_literal(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    if isinstance(config, Mapping):
+        table = config
+    else:
+        table = to_table(config)
+    lines = []
+    for key, value in table.items():
+        if not isinstance(value, dict):
+            lines.append(f"{key} = {_literal(value)}")
     for section, values in table.items():
         if isinstance(values, dict):
             lines += ["", f"[{section}]", *(f"{key} = {_literal(value)}" for key, value in values.items())]
@@ -252,7 +270,9 @@ def dump_toml(config: DataclassInstance | Mapping[str, Any]) -> str:
 
 def _literal(value: object) -> str:
     if isinstance(value, bool):
-        return "true" if value else "false"
+        if value:
+            return "true"
+        return "false"
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {_literal(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list):

@@ -63,10 +63,16 @@ def chat_column(table: Table, name: str) -> list[str]:
 
 
 def _turns(value: object) -> list[Turn]:
-    messages = json.loads(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        messages = json.loads(value)
+    else:
+        messages = value
     if not isinstance(messages, list) or not messages:
         raise ValueError("no messages")
-    return [_turn(message) for message in messages]
+    turns: list[Turn] = []
+    for message in messages:
+        turns.append(_turn(message))
+    return turns
 
 
 def _turn(message: object) -> Turn:
@@ -89,7 +95,9 @@ def _text(content: object) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        kinds = {str(part.get("type", "text")) if isinstance(part, dict) else "unknown" for part in content}
+        kinds = set()
+        for part in content:
+            kinds.add(str(part.get("type", "text")) if isinstance(part, dict) else "unknown")
         if kinds <= {"text"}:
             return "".join(str(part.get("text") or "") for part in content)
         raise ValueError(f"a message with parts other than text ({', '.join(sorted(kinds - {'text'}))})")

@@ -86,7 +86,9 @@ def require_sound(dataset: Dataset, config: RunConfig) -> None:
 
 def owner_column(config: RunConfig) -> str:
     """Return the column that names the owners of a natural split."""
-    return config.task.split.column if config.task.split.kind == "natural" else ""
+    if config.task.split.kind == "natural":
+        return config.task.split.column
+    return ""
 
 
 def examine(
@@ -157,7 +159,10 @@ def _owner_problems(dataset: Dataset, column: str) -> Iterator[str]:
 
 def _label_problems(dataset: Dataset, *, claims: bool) -> Iterator[str]:
     counts = class_counts(dataset)
-    present = [item for item in counts if item.rows]
+    present = []
+    for item in counts:
+        if item.rows:
+            present.append(item)
     rows = sum(item.rows for item in present)
     column = f"label column {dataset.label_column!r}"
     blank = sum(item.rows for item in present if is_blank(item.name))
@@ -176,14 +181,19 @@ def _label_problems(dataset: Dataset, *, claims: bool) -> Iterator[str]:
         )
     if notes or dataset.names_from == "declared":
         return
-    empty = [item.name for item in counts if not item.rows]
+    empty = []
+    for item in counts:
+        if not item.rows:
+            empty.append(item.name)
     if dataset.names_from == "numbers" and empty:
         yield (
             f"{column}: its numbers leave out {_some(empty)}, and a model with an answer for each of "
             f"{len(counts):,} classes would be trained where {len(present):,} occur; declare the classes, "
             f"task.class_names = {_toml(present)}, or number them from 0"
         )
-    private = _only_private(dataset) if dataset.names_from == "column" and claims else 0
+    private = 0
+    if dataset.names_from == "column" and claims:
+        private = _only_private(dataset)
     if private:
         yield (
             f"{column}: {private:,} class names occur in private rows alone, and the list of classes is "
@@ -224,7 +234,10 @@ def _warnings(check: DataCheck, dataset: Dataset, *, claims: bool) -> Iterator[s
         )
     for names in check.similar_owners:
         yield f"owners that differ in spelling alone: {_quoted(names)}; each would get a budget of its own"
-    missing = [item for item in check.classes if item.name.strip().casefold() in _MISSING]
+    missing = []
+    for item in check.classes:
+        if item.name.strip().casefold() in _MISSING:
+            missing.append(item)
     if missing:
         yield (
             f"{_quoted([item.name for item in missing])} is a class of "
@@ -265,7 +278,9 @@ def _warnings(check: DataCheck, dataset: Dataset, *, claims: bool) -> Iterator[s
 
 def lines(check: DataCheck) -> list[str]:
     """Write a data check for the terminal of the person who holds the rows."""
-    source = f", {check.held_out:,} of them taken from the rows" if check.held_out else ""
+    source = ""
+    if check.held_out:
+        source = f", {check.held_out:,} of them taken from the rows"
     written = [
         "data check (for you: these counts stand in no report)",
         f"  rows     {check.rows:,} private, {check.public_rows:,} public{source}",
@@ -283,8 +298,10 @@ def lines(check: DataCheck) -> list[str]:
     written.append("  counts   " + ", ".join(f"{count:,} {what}" for count, what in counts))
     if check.cut is not None:
         written.append(f"  lengths  {check.cut:.0%} of the texts are cut at max_length = {check.max_length}")
-    written += [f"  note     {note}" for note in check.notes]
-    written += [f"  warning  {warning}" for warning in check.warnings]
+    for note in check.notes:
+        written.append(f"  note     {note}")
+    for warning in check.warnings:
+        written.append(f"  warning  {warning}")
     return written + [f"  problem  {problem}" for problem in check.problems]
 
 
@@ -307,7 +324,9 @@ def owner_counts(examples: Examples, column: str) -> tuple[NamedCount, ...]:
 
 
 def _owner_values(examples: Examples, column: str) -> list[object]:
-    return as_list(examples.columns[column]) if column and column in examples.columns else []
+    if column and column in examples.columns:
+        return as_list(examples.columns[column])
+    return []
 
 
 def similar_names(counts: Sequence[NamedCount]) -> tuple[tuple[str, ...], ...]:
@@ -321,7 +340,10 @@ def similar_names(counts: Sequence[NamedCount]) -> tuple[tuple[str, ...], ...]:
     groups: dict[str, list[str]] = {}
     for item in counts:
         groups.setdefault(_bare(item.name), []).append(item.name)
-    similar = [tuple(sorted(names)) for names in groups.values() if len(names) > 1]
+    similar = []
+    for names in groups.values():
+        if len(names) > 1:
+            similar.append(tuple(sorted(names)))
     return (*similar, *_misspelt(counts))
 
 
@@ -358,10 +380,17 @@ def _one_letter_apart(first: str, second: str) -> bool:
 
 def _texts(dataset: Dataset, examples: Examples) -> list[str]:
     """Return what is read of each row as one text."""
-    columns = [examples.columns[name] for name in dataset.text_columns]
+    columns = []
+    for name in dataset.text_columns:
+        columns.append(examples.columns[name])
+    texts: list[str] = []
     if dataset.is_chat:
-        return ["\n".join(content for _, content in json.loads(chat)) for chat in columns[0]]
-    return ["\n".join(map(str, parts)) for parts in zip(*columns, strict=True)]
+        for chat in columns[0]:
+            texts.append("\n".join(content for _, content in json.loads(chat)))
+        return texts
+    for parts in zip(*columns, strict=True):
+        texts.append("\n".join(map(str, parts)))
+    return texts
 
 
 def _contents(dataset: Dataset, examples: Examples) -> list[Hashable]:
@@ -369,7 +398,12 @@ def _contents(dataset: Dataset, examples: Examples) -> list[Hashable]:
     if not dataset.image_column:
         return list(_texts(dataset, examples))
     images = examples.columns[dataset.image_column]
-    return [] if isinstance(images, LazyImages) else [image.tobytes() for image in np.asarray(images)]
+    if isinstance(images, LazyImages):
+        return []
+    contents: list[Hashable] = []
+    for image in np.asarray(images):
+        contents.append(image.tobytes())
+    return contents
 
 
 def _contradicting(dataset: Dataset, contents: Sequence[Hashable]) -> int:
@@ -389,8 +423,13 @@ def _named(counts: Sequence[NamedCount]) -> str:
 
 
 def _short(name: str) -> str:
-    shown = name if len(name) <= 40 else name[:37] + "..."
-    return repr(shown) if shown != shown.strip() or not shown else shown
+    if len(name) <= 40:
+        shown = name
+    else:
+        shown = name[:37] + "..."
+    if shown != shown.strip() or not shown:
+        return repr(shown)
+    return shown
 
 
 def _some(names: Sequence[str]) -> str:
@@ -404,5 +443,8 @@ def _quoted(names: Iterable[str]) -> str:
 
 def _toml(present: Sequence[NamedCount]) -> str:
     """Write the line that declares the classes, or its beginning where there are many."""
-    names = [json.dumps(item.name, ensure_ascii=False) for item in present if not is_blank(item.name)]
+    names = []
+    for item in present:
+        if not is_blank(item.name):
+            names.append(json.dumps(item.name, ensure_ascii=False))
     return f"[{', '.join(names[:MOST_SHOWN])}{', ...' if len(names) > MOST_SHOWN else ''}]"

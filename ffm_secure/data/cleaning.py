@@ -58,7 +58,9 @@ def _blank_rows(table: Table, choices: Choices, text: Sequence[str], label: str 
 
 def _repeated_rows(table: Table, stays: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Mark rows that equal an earlier one in every column, the owner's included."""
-    columns = [as_list(values) for values in table.columns.values()]
+    columns = []
+    for values in table.columns.values():
+        columns.append(as_list(values))
     known: set[Any] = set()
     repeated = np.zeros(len(table), dtype=bool)
     for row in np.flatnonzero(stays):

@@ -109,11 +109,10 @@ def text_columns(table: Table, choices: Choices) -> tuple[str, ...]:
             return tuple(part.strip() for part in single.split(","))
         return choices.text
     singles = tuple((name,) for name in TEXT_NAMES)
-    candidates = (
-        (*TEXT_PAIRS, *singles)
-        if choices.kind == "text_classification"
-        else (*CORPUS_GROUPS, *TEXT_PAIRS, *singles)
-    )
+    if choices.kind == "text_classification":
+        candidates = (*TEXT_PAIRS, *singles)
+    else:
+        candidates = (*CORPUS_GROUPS, *TEXT_PAIRS, *singles)
     present = _by_plain_name(table)
     for names in candidates:
         if all(name in present for name in names):
@@ -137,8 +136,12 @@ def check_text(table: Table, names: Sequence[str]) -> None:
         bad = [row for row, value in enumerate(values) if not isinstance(value, str)]
         if bad:
             value = values[bad[0]]
-            shown = "nothing" if value is None else type(value).__name__
+            shown = "nothing"
+            if value is not None:
+                shown = type(value).__name__
             first = f"column {name!r} holds {shown}, not text"
             chat = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-            advice = "chats are read by causal_lm and masked_lm" if chat else "fill or remove the row"
+            advice = "fill or remove the row"
+            if chat:
+                advice = "chats are read by causal_lm and masked_lm"
             raise DataError(f"{table.place(bad[0])}: {count_more(first, len(bad), 'rows')}; {advice}")

@@ -51,7 +51,9 @@ class Examples:
     contents: NDArray[np.uint64] | None = None  # a keyed digest of what each row says, where they were named
 
     def __post_init__(self) -> None:
-        lengths = {name: len(values) for name, values in self.columns.items()}
+        lengths = {}
+        for name, values in self.columns.items():
+            lengths[name] = len(values)
         if len(set(lengths.values())) > 1:
             raise DataError(
                 f"{self.origin}: columns differ in length ({lengths}); every column needs one row per example"
@@ -82,9 +84,15 @@ class Examples:
         ['c', 'a']
         """
         chosen = np.asarray(indices, dtype=np.int64)
-        columns = {name: _take(values, chosen) for name, values in self.columns.items()}
-        records = self.records.take(chosen) if self.records is not None else None
-        contents = self.contents[chosen] if self.contents is not None else None
+        columns = {}
+        for name, values in self.columns.items():
+            columns[name] = _take(values, chosen)
+        records = None
+        if self.records is not None:
+            records = self.records.take(chosen)
+        contents = None
+        if self.contents is not None:
+            contents = self.contents[chosen]
         return replace(self, columns=columns, records=records, contents=contents)
 
 
@@ -159,7 +167,10 @@ def load(
         raise DataError(f"kind = {kind!r}: must be one of {', '.join(get_args(Kind))}")
     if not 0.0 < validation_fraction < 1.0:
         raise DataError(f"validation_fraction = {validation_fraction}: must lie between 0 and 1")
-    names = [text_column] if isinstance(text_column, str) else list(text_column or ())
+    if isinstance(text_column, str):
+        names = [text_column]
+    else:
+        names = list(text_column or ())
     choices = Choices(
         kind=kind,
         text=tuple(n for n in names if n),
@@ -179,7 +190,10 @@ def load(
         )
     else:
         validation = _cleaned(validation, choices)
-    name = source if isinstance(source, str) else source.name
+    if isinstance(source, str):
+        name = source
+    else:
+        name = source.name
     loaded = _dataset(name, train, validation, choices=choices, license_note=license_note)
     return replace(loaded, held_out=len(loaded.validation) if missing else 0)
 
@@ -235,7 +249,10 @@ def _cleaned(table: Table, choices: Choices) -> Table:
     if not set(choices.clean) & {"blank_rows", "repeated_rows"}:
         return table
     label = choose_label_column(table, choices)
-    text = () if image_column_name(table, choices) else text_columns(table, choices)
+    if not image_column_name(table, choices):
+        text = text_columns(table, choices)
+    else:
+        text = ()
     require_columns(table, (*text, *filter(None, (label, choices.owner))))
     rows, notes = kept_rows(table, choices, text=text, label=label)
     return replace(
@@ -268,7 +285,9 @@ def _license_note(path: Path) -> str:
         match = re.search(r"\*\*Licen[cs]e:?\*\*:?\s*(.+)", readme.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         match = None
-    return match.group(1).strip() if match else "not stated"
+    if match:
+        return match.group(1).strip()
+    return "not stated"
 
 
 def _load_hub(name: str, path: Path) -> tuple[Table, Table | None]:
@@ -277,7 +296,9 @@ def _load_hub(name: str, path: Path) -> tuple[Table, Table | None]:
     )  # the `datasets` library takes seconds to import; only hub names need it
 
     train, validation = load_hub(name, path)
-    held_out = None if validation is None else arrow_table(validation, origin=f"{name} (validation)")
+    held_out = None
+    if validation is not None:
+        held_out = arrow_table(validation, origin=f"{name} (validation)")
     return arrow_table(train, origin=f"{name} (train)"), held_out
 
 
@@ -307,12 +328,15 @@ def _digits(options: Mapping[str, int]) -> tuple[Table, Table, str]:
     )  # 17 grey levels stay 17 distinct ones
     order = np.random.Generator(np.random.PCG64(1797)).permutation(len(labels))
     names = tuple(str(digit) for digit in range(10))
-    parts = [
-        Table(
-            origin="builtin:digits", columns={"image": pixels[rows], "label": labels[rows]}, label_names=names
+    parts = []
+    for rows in (order[:1437], order[1437:]):
+        parts.append(
+            Table(
+                origin="builtin:digits",
+                columns={"image": pixels[rows], "label": labels[rows]},
+                label_names=names,
+            )
         )
-        for rows in (order[:1437], order[1437:])
-    ]
     return (
         parts[0],
         parts[1],
@@ -324,10 +348,13 @@ def _clinic_notes(options: Mapping[str, int]) -> tuple[Table, Table, str]:
     from ffm_secure.data.clinic_notes.notes import clinic_notes  # its vocabulary is only needed here
 
     train, validation, names = clinic_notes(options)
-    parts = [
-        Table(origin="builtin:clinic_notes", columns=part, label_names=names, owners=("hospital", "patient"))
-        for part in (train, validation)
-    ]
+    parts = []
+    for part in (train, validation):
+        parts.append(
+            Table(
+                origin="builtin:clinic_notes", columns=part, label_names=names, owners=("hospital", "patient")
+            )
+        )
     return (
         parts[0],
         parts[1],
@@ -368,12 +395,19 @@ def _lot_contents(table: Table, choices: Choices, person_column: str) -> list[by
         return [person_content(value) for value in table.columns[person_column]]
     try:
         image = image_column_name(table, choices)
-        columns = [] if image else [table.columns[name] for name in text_columns(table, choices)]
+        columns = []
+        if not image:
+            for name in text_columns(table, choices):
+                columns.append(table.columns[name])
     except (DataError, KeyError):  # what is wrong with the columns is said where they get their meaning
         image, columns = "", list(table.columns.values())
     if image:
-        return [_picture_bytes(value, table.folder) for value in table.columns.get(image, [b""] * len(table))]
-    return [canonical_text(" ".join(map(str, cells))) for cells in zip(*columns, strict=True)]
+        pictures = table.columns.get(image, [b""] * len(table))
+        return [_picture_bytes(value, table.folder) for value in pictures]
+    lot_contents: list[bytes] = []
+    for cells in zip(*columns, strict=True):
+        lot_contents.append(canonical_text(" ".join(map(str, cells))))
+    return lot_contents
 
 
 def _picture_bytes(value: object, folder: Path | None) -> bytes:
@@ -393,8 +427,12 @@ def _picture_bytes(value: object, folder: Path | None) -> bytes:
 
 
 def _rows(table: Table, chosen: Indices) -> Table:
-    columns = {name: _take(values, chosen) for name, values in table.columns.items()}
-    numbers = range(len(table)) if table.numbers is None else table.numbers
+    columns = {}
+    for name, values in table.columns.items():
+        columns[name] = _take(values, chosen)
+    numbers: Sequence[int] = range(len(table))
+    if table.numbers is not None:
+        numbers = table.numbers
     return replace(table, columns=columns, numbers=[numbers[row] for row in chosen])
 
 
@@ -402,10 +440,15 @@ def _dataset(source: str, train: Table, validation: Table, *, choices: Choices, 
     """Give the columns their meaning and check every value that will be used."""
     tables = (train, validation)
     label, image = choose_label_column(train, choices), image_column_name(train, choices)
-    text = () if image else text_columns(train, choices)
+    if not image:
+        text = text_columns(train, choices)
+    else:
+        text = ()
     for table in tables:
         require_columns(table, (*text, *filter(None, (label, image))))
-    parts: list[dict[str, Any]] = [dict(table.columns) for table in tables]
+    parts: list[dict[str, Any]] = []
+    for table in tables:
+        parts.append(dict(table.columns))
     labels = None
     if label:
         loose = "label_spelling" in choices.clean
@@ -418,11 +461,17 @@ def _dataset(source: str, train: Table, validation: Table, *, choices: Choices, 
                 table.columns[image], place=table.place, image_size=choices.image_size, folder=table.folder
             )
     used = {*text, label, image}
-    read = _joined_text(tables, parts, text, choices) if text else _Text()
-    examples = [
-        Examples(columns=part, label_column=label, text_columns=read.columns, origin=f"{source} ({which})")
-        for part, which in zip(parts, ("train", "validation"), strict=True)
-    ]
+    if text:
+        read = _joined_text(tables, parts, text, choices)
+    else:
+        read = _Text()
+    examples = []
+    for part, which in zip(parts, ("train", "validation"), strict=True):
+        examples.append(
+            Examples(
+                columns=part, label_column=label, text_columns=read.columns, origin=f"{source} ({which})"
+            )
+        )
     return Dataset(
         name=source,
         train=examples[0],
@@ -469,7 +518,10 @@ def _joined_text(
         rows = zip(*(part[name] for name in text), strict=True)
         part[joined] = ["\n".join(filter(None, texts)) for texts in rows]
     plain = tuple(name.casefold() for name in text)
-    answered = text if choices.kind == "causal_lm" and plain in ANSWERED else ()
+    if choices.kind == "causal_lm" and plain in ANSWERED:
+        answered = text
+    else:
+        answered = ()
     return _Text(columns=(joined,), answered=answered)
 
 
@@ -482,8 +534,12 @@ def _packed_chats(
 ) -> _Text:
     name = "+".join(text)
     for part, table in zip(parts, tables, strict=True):
-        columns = [chat.chat_column(table, column) for column in text]
-        chats = [list(chain.from_iterable(map(chat.unpack, pieces))) for pieces in zip(*columns, strict=True)]
+        columns = []
+        for column in text:
+            columns.append(chat.chat_column(table, column))
+        chats = []
+        for pieces in zip(*columns, strict=True):
+            chats.append(list(chain.from_iterable(map(chat.unpack, pieces))))
         if choices.kind == "causal_lm":
             part[name] = [chat.pack(turns) for turns in chats]
         else:

@@ -113,13 +113,20 @@ def guess_encoding(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(4096)
         if b"\0" in head:
-            return "utf-16-le" if head[1:2] == b"\0" else "utf-16-be"
+            if head[1:2] == b"\0":
+                return "utf-16-le"
+            return "utf-16-be"
         file.seek(0)
-        letters = [_is_utf8(line) for line in file if not line.isascii()]
+        letters = []
+        for line in file:
+            if not line.isascii():
+                letters.append(_is_utf8(line))
     if all(letters):
         return ""
     beyond_the_mark = letters[head.startswith(b"\xef\xbb\xbf") :]
-    return "mixed" if any(beyond_the_mark) else "cp1252"
+    if any(beyond_the_mark):
+        return "mixed"
+    return "cp1252"
 
 
 def read_csv(path: Path, encoding: str = "") -> Table:
@@ -166,12 +173,16 @@ def _read_delimited(path: Path, usual: str, encoding: str) -> Table:
     dialect = _dialect(path, usual, encoding)
     header, rows, lines = _records(path, dialect, encoding)
     _check_header(path, header, rows)
-    columns = {name: _whole_numbers(list(values)) for name, values in zip(header, zip(*rows), strict=False)}
+    columns = {}
+    for name, values in zip(header, zip(*rows), strict=False):
+        columns[name] = _whole_numbers(list(values))
     notes = [f"{path.name}: fields are parted by {SEPARATORS[dialect.separator]}"] * (
         dialect.separator != usual
     )
     read_as = encoding or stated_encoding(path)
-    shown = "UTF-8 where a line is, cp1252 where it is not" if read_as == "mixed" else read_as
+    shown = "UTF-8 where a line is, cp1252 where it is not"
+    if read_as != "mixed":
+        shown = read_as
     notes += [f"{path.name}: read as {shown}"] * bool(read_as)
     return Table(
         origin=str(path),
@@ -187,8 +198,12 @@ def _dialect(path: Path, usual: str, encoding: str) -> _Dialect:
     """Choose the separator that cuts the first records into equally many fields; the usual one wins where it
     does.
     """
-    lines = [line for _, line in islice(text_lines(path, encoding), _SAMPLE)]
-    stated = re.fullmatch(r"sep=(.)\s*", lines[0]) if lines else None
+    lines = []
+    for _, line in islice(text_lines(path, encoding), _SAMPLE):
+        lines.append(line)
+    stated = None
+    if lines:
+        stated = re.fullmatch(r"sep=(.)\s*", lines[0])
     if stated and stated.group(1) in SEPARATORS:
         return _Dialect(separator=stated.group(1), quoting=csv.QUOTE_MINIMAL, skipped=1)
     widths = {separator: _widths(lines, separator, usual) for separator in (usual, *SEPARATORS)}
@@ -204,17 +219,24 @@ def _dialect(path: Path, usual: str, encoding: str) -> _Dialect:
 
 
 def _quoting(separator: str, usual: str) -> int:
-    return csv.QUOTE_NONE if separator == usual == "\t" else csv.QUOTE_MINIMAL
+    if separator == usual == "\t":
+        return csv.QUOTE_NONE
+    return csv.QUOTE_MINIMAL
 
 
 def _widths(lines: Sequence[str], separator: str, usual: str) -> list[int]:
     """Count the fields of the first records; the last one may be cut in two and does not count."""
     dialect = _Dialect(separator=separator, quoting=_quoting(separator, usual))
     try:
-        widths = [len(record) for record in dialect.records(lines, strict=False) if record]
+        widths = []
+        for record in dialect.records(lines, strict=False):
+            if record:
+                widths.append(len(record))
     except csv.Error:
         return []
-    return widths[:-1] if len(lines) == _SAMPLE else widths
+    if len(lines) == _SAMPLE:
+        return widths[:-1]
+    return widths
 
 
 def _records(path: Path, dialect: _Dialect, encoding: str) -> tuple[list[str], list[list[str]], list[int]]:
@@ -233,7 +255,9 @@ def _records(path: Path, dialect: _Dialect, encoding: str) -> tuple[list[str], l
     try:
         for record in reader:
             if header is None:
-                header = [name.strip() for name in record]
+                header = []
+                for name in record:
+                    header.append(name.strip())
             elif record and len(record) != len(header):
                 ragged.append(f"line {start} has {len(record)} fields, the header {len(header)}")
             elif record:

@@ -47,11 +47,15 @@ def read_source(path: Path, encoding: str = "") -> tuple[Table, Table | None]:
     held_out = next((path / name for name in VALIDATION_NAMES if (path / name).is_dir()), None)
     index = _index(path / "train")
     if index is not None:
-        beside = None if held_out is None else _index(held_out)
+        beside = None
+        if held_out is not None:
+            beside = _index(held_out)
         return read_table(index, encoding), None if beside is None else read_table(beside, encoding)
     if (path / "train").is_dir():
         names = class_folders(path / "train")
-        shown = None if held_out is None else read_pictures(held_out, names)
+        shown = None
+        if held_out is not None:
+            shown = read_pictures(held_out, names)
         return read_pictures(path / "train", names), shown
     if class_folders(path):
         return read_pictures(path, class_folders(path)), None
@@ -62,7 +66,9 @@ def _advice(folder: Path) -> str:
     files = sorted(
         file.name for file in folder.iterdir() if file.suffix.lower() in (*READERS, *TEXT_READERS, *_SHEETS)
     )
-    beside = f" (it holds {', '.join(files[:5])}; a file can also be named itself)" if files else ""
+    beside = ""
+    if files:
+        beside = f" (it holds {', '.join(files[:5])}; a file can also be named itself)"
     return (
         "put train.parquet (or .jsonl, .json, .csv, .tsv, .npz) there, or train/<class>/<picture>, or "
         f"what save_to_disk writes{beside}"
@@ -99,7 +105,9 @@ def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
         and pattern.fullmatch(path.stem)
         and path.is_file()
     )
-    bases = {(path.suffix, path.stem.split("-")[0]) for path in paths}
+    bases = set()
+    for path in paths:
+        bases.add((path.suffix, path.stem.split("-")[0]))
     if len(bases) > 1:
         listed = ", ".join(path.name for path in paths)
         raise DataError(f"{folder}: {listed} compete for the same part; keep one of them")
@@ -107,7 +115,9 @@ def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _joined(paths: Sequence[Path], encoding: str) -> Table:
-    tables = [read_table(path, encoding) for path in paths]
+    tables = []
+    for path in paths:
+        tables.append(read_table(path, encoding))
     if len(tables) == 1:
         return tables[0]
     first = tables[0]
@@ -116,7 +126,9 @@ def _joined(paths: Sequence[Path], encoding: str) -> Table:
             raise DataError(
                 f"{table.origin}: its columns differ from those of {first.origin}; write all pieces alike"
             )
-    columns = {name: _concatenate([table.columns[name] for table in tables]) for name in first.columns}
+    columns = {}
+    for name in first.columns:
+        columns[name] = _concatenate([table.columns[name] for table in tables])
     notes = tuple(note for table in tables for note in table.notes)
     return Table(
         origin=str(paths[0].parent / "train"),
@@ -138,10 +150,15 @@ def read_table(path: Path, encoding: str = "") -> Table:
     suffix = path.suffix.lower()
     if suffix not in READERS and suffix not in TEXT_READERS:
         known = ", ".join(sorted((*READERS, *TEXT_READERS)))
-        sheet = " (save the sheet as CSV)" if suffix in _SHEETS else ""
+        sheet = ""
+        if suffix in _SHEETS:
+            sheet = " (save the sheet as CSV)"
         raise DataError(f"{path}: unknown format {path.suffix!r}; use one of {known}{sheet}")
     try:
-        table = TEXT_READERS[suffix](path, encoding) if suffix in TEXT_READERS else READERS[suffix](path)
+        if suffix in TEXT_READERS:
+            table = TEXT_READERS[suffix](path, encoding)
+        else:
+            table = READERS[suffix](path)
     except DataError:
         raise
     except (
@@ -191,10 +208,15 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> tuple[str, ...] | None:
     """
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"].values()
-        declared = [tuple(map(str, item["names"])) for item in features if item.get("_type") == "ClassLabel"]
+        declared = []
+        for item in features:
+            if item.get("_type") == "ClassLabel":
+                declared.append(tuple(map(str, item["names"])))
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-    return declared[0] if len(declared) == 1 else None
+    if len(declared) == 1:
+        return declared[0]
+    return None
 
 
 def read_npz(path: Path) -> Table:
@@ -208,10 +230,12 @@ def read_npz(path: Path) -> Table:
             raise DataError(
                 f"{path}: claims {unpacked} bytes unpacked, more than the bound of {MAX_BYTES}; split it"
             )
-        columns = {
-            member.filename.removesuffix(".npy"): _read_array(archive, member, path) for member in members
-        }
-    lengths = {name: len(values) for name, values in columns.items()}
+        columns = {}
+        for member in members:
+            columns[member.filename.removesuffix(".npy")] = _read_array(archive, member, path)
+    lengths = {}
+    for name, values in columns.items():
+        lengths[name] = len(values)
     if len(set(lengths.values())) > 1:
         raise DataError(f"{path}: arrays differ in length ({lengths}); every array needs one row per example")
     return Table(origin=str(path), columns=columns)
@@ -234,7 +258,9 @@ def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -
         raise DataError(f"{path}: array {member.filename} is damaged (shape {shape}); write it again")
     with archive.open(member) as file:
         values: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
-    return values.tolist() if dtype.kind == "U" else values
+    if dtype.kind == "U":
+        return values.tolist()
+    return values
 
 
 _HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
@@ -261,13 +287,12 @@ def read_pictures(folder: Path, names: tuple[str, ...]) -> Table:
         raise DataError(
             f"{folder}: holds the classes {unknown}, which the train part lacks; add or remove them"
         )
-    paths = [
-        (file, label)
-        for label, name in enumerate(names)
-        if (folder / name).is_dir()
-        for file in sorted((folder / name).iterdir())
-        if file.suffix.lower() in PICTURES
-    ]
+    paths = []
+    for label, name in enumerate(names):
+        if (folder / name).is_dir():
+            for file in sorted((folder / name).iterdir()):
+                if file.suffix.lower() in PICTURES:
+                    paths.append((file, label))
     if not paths:
         raise DataError(f"{folder}: holds no pictures; put them in one subfolder per class")
     labels = np.array([label for _, label in paths], dtype=np.int64)
@@ -292,4 +317,6 @@ def _reason(error: Exception) -> str:
     """
     words = (str(error).splitlines() or [""])[0][:160]
     quotes_nothing = isinstance(error, OSError | pa.ArrowException | zipfile.BadZipFile | zlib.error)
-    return words if words and quotes_nothing else type(error).__name__
+    if words and quotes_nothing:
+        return words
+    return type(error).__name__

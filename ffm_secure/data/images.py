@@ -76,7 +76,9 @@ def _eight_bits(picture: Image.Image, place: str) -> Image.Image:
     if picture.mode in _SIXTEEN_BITS or (picture.mode == "I" and picture.format == "PNG"):
         return Image.fromarray((np.asarray(picture) // _FULL_RANGE).astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
-        kind = "whole numbers of 32 bits" if picture.mode == "I" else "floating-point numbers"
+        kind = "floating-point numbers"
+        if picture.mode == "I":
+            kind = "whole numbers of 32 bits"
         raise DataError(
             f"{place}: its pixels are {kind}, whose range nobody states; save it "
             "with 8 bits (0 to 255) or 16 bits"
@@ -130,7 +132,9 @@ class LazyImages(Sequence[Any]):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         pixels: NDArray[Any] = self[:]
-        return pixels if dtype is None else pixels.astype(dtype)
+        if dtype is None:
+            return pixels
+        return pixels.astype(dtype)
 
     def take(self, indices: NDArray[np.int64]) -> LazyImages:
         """Choose rows without decoding them."""
@@ -156,17 +160,29 @@ def image_column(
         return _pixel_array(values, place(0))
     encoded, places = _located(values, place, folder)
     sizes = _sizes(encoded, places)
-    side = image_size if image_size is not None else (MIXED_SIDE if len(sizes) > 1 else None)
-    width, height = (side, side) if side is not None else next(iter(sizes))
+    if image_size is not None:
+        side = image_size
+    else:
+        side = None
+        if len(sizes) > 1:
+            side = MIXED_SIDE
+    if side is not None:
+        width, height = (side, side)
+    else:
+        width, height = next(iter(sizes))
     images = LazyImages(encoded, places, (height, width), side)
-    pixels = np.empty(images.shape, dtype=np.uint8) if _fits(images) else None
+    pixels = None
+    if _fits(images):
+        pixels = np.empty(images.shape, dtype=np.uint8)
     with _Problems() as problems:
         for row in range(len(images)):
             with problems.noted(places[row]):
                 picture = images[row]  # a damaged file must show now, not in the round that draws it
                 if pixels is not None:
                     pixels[row] = picture
-    return images if pixels is None else pixels
+    if pixels is None:
+        return images
+    return pixels
 
 
 def _fits(images: LazyImages) -> bool:
@@ -182,7 +198,9 @@ def _located(
         for row, value in enumerate(values):
             with problems.noted(place(row)):
                 encoded.append(_encoded(value, place(row), folder))
-    places = [str(item) if isinstance(item, Path) else place(row) for row, item in enumerate(encoded)]
+    places = []
+    for row, item in enumerate(encoded):
+        places.append(str(item) if isinstance(item, Path) else place(row))
     return encoded, places
 
 
@@ -223,7 +241,9 @@ class _Problems:
             raise DataError(message)
         named = ", ".join(others[: MOST_NAMED - 1])
         rest = len(others) - (MOST_NAMED - 1)
-        more = f" and {rest} more" if rest > 0 else ""
+        more = ""
+        if rest > 0:
+            more = f" and {rest} more"
         raise DataError(f"{message} ({len(self._messages)} pictures in all; also {named}{more})")
 
 
@@ -239,7 +259,10 @@ def _pixel_array(values: NDArray[Any], place: str) -> Pixels:
             f"{place}: pictures are {values.dtype} {list(values.shape)}; they must be uint8 or uint16 "
             "[rows, height, width] or [rows, height, width, 1 or 3]"
         )
-    pixels = values[..., None] if values.ndim == 3 else values
+    if values.ndim == 3:
+        pixels = values[..., None]
+    else:
+        pixels = values
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
 
 

@@ -30,7 +30,9 @@ def read_jsonl(path: Path, encoding: str = "") -> Table:
                 f"{path}: line {number} is not JSON ({json_reason(error)}); repair or remove the line"
             ) from None
         if not isinstance(row, dict):
-            hint = "; call a file that is one list train.json" if isinstance(row, list) else ""
+            hint = ""
+            if isinstance(row, list):
+                hint = "; call a file that is one list train.json"
             raise DataError(
                 f"{path}: line {number} is a {type(row).__name__}; every line must be a JSON object{hint}"
             )
@@ -60,13 +62,24 @@ def _columns(value: object, origin: str) -> dict[str, Column]:
         return columns_of(value, name=lambda row: f"item {row}", origin=origin)
     if not isinstance(value, dict):
         raise DataError(f"{origin}: is a {type(value).__name__}; it must be a list of objects")
-    lists = {key: item for key, item in value.items() if isinstance(item, list)}
-    tables = {key: item for key, item in lists.items() if item and all(isinstance(row, dict) for row in item)}
+    lists = {}
+    for key, item in value.items():
+        if isinstance(item, list):
+            lists[key] = item
+    tables = {}
+    for key, item in lists.items():
+        if item and all(isinstance(row, dict) for row in item):
+            tables[key] = item
     if len(tables) == 1:
         return _columns(next(iter(tables.values())), origin)
-    lengths = {len(item) for item in lists.values()}
+    lengths = set()
+    for item in lists.values():
+        lengths.add(len(item))
     if len(lists) == len(value) > 0 and len(lengths) == 1:
-        return {key: typed(item) for key, item in lists.items()}
+        columns: dict[str, Column] = {}
+        for key, item in lists.items():
+            columns[key] = typed(item)
+        return columns
     if all(isinstance(item, str | int | float | bool | None) for item in value.values()):
         return columns_of([value], name=lambda row: f"item {row}", origin=origin)
     raise DataError(f"{origin}: is an object without one list of rows; write a list of objects, one per row")
@@ -85,7 +98,9 @@ def columns_of(rows: Sequence[object], *, name: Callable[[int], str], origin: st
                 f"{origin}: {name(number)} is a {type(row).__name__}; every row must be an object"
             )
         if number == 0:
-            columns = {str(key): [] for key in row}
+            columns = {}
+            for key in row:
+                columns[str(key)] = []
         if row.keys() != columns.keys():
             odd = _other_keys(columns.keys(), row.keys())
             raise DataError(
@@ -110,7 +125,9 @@ def typed(values: list[Any]) -> Column:
     """Make whole columns of int, float or bool arrays; leave mixed ones for the checks of the column that is
     used.
     """
-    kinds = {type(value) for value in values}
+    kinds = set()
+    for value in values:
+        kinds.add(type(value))
     if len(kinds) == 1 and kinds <= {int, float, bool}:
         try:
             return np.array(values, dtype=np.int64 if kinds == {int} else None)
@@ -123,7 +140,9 @@ def json_reason(error: Exception) -> str:
     """Say where a text stops being JSON, in words that quote nothing of it."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, character {error.pos + 1}"
-    return "too deeply nested" if isinstance(error, RecursionError) else str(error)[:160]
+    if isinstance(error, RecursionError):
+        return "too deeply nested"
+    return str(error)[:160]
 
 
 def _other_keys(known: Set[str], keys: Set[str]) -> str:

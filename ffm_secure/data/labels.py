@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,7 +44,10 @@ def encode_labels(
       DataError: a label is missing, out of bounds or not declared; the first row is named, the others are
         counted.
     """
-    labels = _declared(tables, name, declared, loose) if declared else _seen(tables, name)
+    if declared:
+        labels = _declared(tables, name, declared, loose)
+    else:
+        labels = _seen(tables, name)
     if len(labels.names) > MAX_LABELS:
         raise DataError(
             f"{tables[0].origin}: column {name!r} has {len(labels.names)} classes, more "
@@ -56,10 +59,12 @@ def encode_labels(
 def _seen(tables: tuple[Table, Table], name: str) -> Labels:
     if all(is_text(table.columns[name]) for table in tables):
         names = tuple(sorted({value for table in tables for value in table.columns[name]}))
-        numbers = {value: number for number, value in enumerate(names)}
-        parts = [
-            np.array([numbers[value] for value in table.columns[name]], dtype=np.int64) for table in tables
-        ]
+        numbers = {}
+        for number, value in enumerate(names):
+            numbers[value] = number
+        parts = []
+        for table in tables:
+            parts.append(np.array([numbers[value] for value in table.columns[name]], dtype=np.int64))
         return Labels(parts=(parts[0], parts[1]), names=names, source="column")
     whole = (_whole_labels(tables[0], name), _whole_labels(tables[1], name))
     count = 1 + max(int(values.max()) for values in whole)
@@ -73,8 +78,12 @@ def _seen(tables: tuple[Table, Table], name: str) -> Labels:
 
 
 def _declared(tables: tuple[Table, Table], name: str, names: tuple[str, ...], loose: bool) -> Labels:
-    spelling = plain if loose else str
-    numbers = {spelling(text): number for number, text in enumerate(names)}
+    spelling: Callable[[object], str] = str
+    if loose:
+        spelling = plain
+    numbers = {}
+    for number, text in enumerate(names):
+        numbers[spelling(text)] = number
     if len(numbers) < len(names):
         raise DataError("class_names: two of them are the same; name every class once")
     positions = any(not is_text(table.columns[name]) for table in tables) and not _all_named(
@@ -106,16 +115,25 @@ def _positions(table: Table, name: str, count: int) -> Indices:
 
 def _named(table: Table, name: str, numbers: Mapping[str, int], loose: bool) -> Indices:
     values = as_list(table.columns[name])
-    spelled = [plain(value) if loose else str(value) for value in values]
-    unknown = [row for row, text in enumerate(spelled) if text not in numbers]
+    spelled = []
+    for value in values:
+        spelled.append(plain(value) if loose else str(value))
+    unknown = []
+    for row, text in enumerate(spelled):
+        if text not in numbers:
+            unknown.append(row)
     if unknown:
-        plainly = {plain(text) for text in numbers}
+        plainly = set()
+        for text in numbers:
+            plainly.add(plain(text))
         close = sum(plain(spelled[row]) in plainly for row in unknown)
         blank = sum(is_blank(values[row]) for row in unknown)
         first = count_more(f"the label in column {name!r} is not one of class_names", len(unknown), "rows")
         parts = [f"{blank:,} of them blank"] * bool(blank)
         parts += [f"{close:,} differ by capital letters or blanks alone"] * bool(close)
-        detail = f" ({', '.join(parts)})" if parts else ""
+        detail = ""
+        if parts:
+            detail = f" ({', '.join(parts)})"
         raise DataError(
             f"{table.place(unknown[0])}: {first}{detail}; declare it, mend the rows, or let task.clean do it "
             "('label_spelling', 'blank_rows')"
@@ -142,7 +160,7 @@ def is_blank(value: object) -> bool:
 
 def as_list(values: Any) -> list[Any]:
     """Return a column as plain Python values."""
-    return values.tolist() if isinstance(values, np.ndarray) else list(values)
+    return list(values.tolist() if isinstance(values, np.ndarray) else values)
 
 
 def is_text(values: Any) -> bool:
@@ -165,7 +183,9 @@ def _whole_labels(table: Table, name: str) -> Indices:
     odd = [row for row, value in enumerate(values) if not _is_class_number(value)]
     if odd:
         value = values[odd[0]]
-        kind = "nothing" if value is None else f"a {type(value).__name__}"
+        kind = "nothing"
+        if value is not None:
+            kind = f"a {type(value).__name__}"
         first = f"label ({kind}) in column {name!r} is neither a whole number from 0 nor text throughout"
         raise DataError(
             f"{table.place(odd[0])}: {count_more(first, len(odd), 'rows')}; fill or remove the row, or let "
@@ -187,4 +207,6 @@ def _names_beside(table: Table, labels: Indices, *, column: str, count: int) -> 
         return None
     pairs = set(zip(labels.tolist(), values, strict=True))
     names = dict(pairs)
-    return tuple(names[index] for index in range(count)) if len(pairs) == len(names) == count else None
+    if len(pairs) == len(names) == count:
+        return tuple(names[index] for index in range(count))
+    return None

@@ -45,7 +45,9 @@ def from_memory(data: Any, *, name: str = IN_MEMORY) -> Memory:
     """
     if isinstance(data, Mapping) and "train" in data and not _is_column(data["train"]):
         beside = next((data[key] for key in VALIDATION_NAMES if key in data), None)
-        validation = None if beside is None else _table(beside, f"{name} (validation)")
+        validation = None
+        if beside is not None:
+            validation = _table(beside, f"{name} (validation)")
         return Memory(train=_table(data["train"], f"{name} (train)"), validation=validation, name=name)
     return Memory(train=_table(data, name), name=name)
 
@@ -77,11 +79,12 @@ def _table(data: Any, origin: str) -> Table:
 
 
 def _columns(columns: Mapping[Any, Any], origin: str) -> dict[str, Any]:
-    values = {
-        str(name): column if isinstance(column, np.ndarray) else typed(list(column))
-        for name, column in columns.items()
-    }
-    lengths = {name: len(column) for name, column in values.items()}
+    values = {}
+    for name, column in columns.items():
+        values[str(name)] = column if isinstance(column, np.ndarray) else typed(list(column))
+    lengths = {}
+    for name, column in values.items():
+        lengths[name] = len(column)
     if len(set(lengths.values())) > 1:
         raise DataError(
             f"{origin}: columns differ in length ({lengths}); every column needs one row per example"

@@ -80,7 +80,9 @@ def client_rows(
     """
     rows = examples.take(parts[index])
     shifts = feature_shifts(clients=len(parts), split=split)
-    return apply_shift(rows, shifts[index], seed=[seed, index]) if shifts else rows
+    if shifts:
+        return apply_shift(rows, shifts[index], seed=[seed, index])
+    return rows
 
 
 def _even(count: int, clients: int) -> Indices:
@@ -116,7 +118,9 @@ def _dirichlet(
     4.1).
     """
     labels = examples.labels
-    hands: list[list[Indices]] = [[] for _ in range(clients)]
+    hands: list[list[Indices]] = []
+    for _ in range(clients):
+        hands.append([])
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
         shares = _dirichlet_shares(options["alpha"], clients, rng)
@@ -216,7 +220,9 @@ def _natural_hands(
     hands = {name: [name] for name in founders}
     for name in ranked[clients:] if options["groups"] == "merge" else ():
         hands[founders[rng.integers(clients)]].append(name)
-    sizes = {founder: sum(len(groups[name]) for name in held) for founder, held in hands.items()}
+    sizes = {}
+    for founder, held in hands.items():
+        sizes[founder] = sum(len(groups[name]) for name in held)
     small = [name for name in founders if sizes[name] < options["min_size"]]
     if small:
         raise DataError(
@@ -258,9 +264,10 @@ def numbered_names(count: int) -> tuple[str, ...]:
 def _printable(name: str) -> str:
     words = " ".join(name.split())
     written = "".join(letter if letter.isprintable() else "?" for letter in words)[:60]
-    return (
-        written if any(map(str.isalnum, written)) else f"owner {written!r}"
-    )  # a ledger keeps "*" for everybody
+    # a ledger keeps "*" for everybody
+    if any(map(str.isalnum, written)):
+        return written
+    return f"owner {written!r}"
 
 
 def _groups(examples: Examples, column: str) -> dict[Any, Indices]:
@@ -272,9 +279,11 @@ def _groups(examples: Examples, column: str) -> dict[Any, Indices]:
         if is_blank(value):
             blank.append(row)
             continue
-        name = (
-            int(value) if isinstance(value, float) and value.is_integer() else value
-        )  # a data frame's gap made it so
+        # a data frame's gap made it so
+        if isinstance(value, float) and value.is_integer():
+            name = int(value)
+        else:
+            name = value
         if isinstance(name, bool) or not isinstance(name, (str, int)):
             raise DataError(
                 f"{examples.origin}: row {row} of column {column!r} holds "
@@ -301,10 +310,13 @@ def feature_shifts(*, clients: int, split: Any) -> tuple[FeatureShift, ...]:
     kind, options = _options(split)
     if kind != "feature_shift":
         return ()
-    neutral = 1.0 if options["transform"] == "brightness" else 0.0
-    steps = (
-        np.linspace(neutral, options["strength"], clients).tolist() if clients > 1 else [options["strength"]]
-    )
+    neutral = 0.0
+    if options["transform"] == "brightness":
+        neutral = 1.0
+    if clients > 1:
+        steps = np.linspace(neutral, options["strength"], clients).tolist()
+    else:
+        steps = [options["strength"]]
     return tuple(FeatureShift(transform=options["transform"], strength=float(step)) for step in steps)
 
 
@@ -317,20 +329,26 @@ def apply_shift(examples: Examples, shift: FeatureShift, *, seed: int | Sequence
         for name in changed:
             columns[name] = [_drop_words(text, shift.strength, rng) for text in columns[name]]
     else:
-        changed = [name for name, values in columns.items() if getattr(values, "shape", ())[3:] == (3,)]
+        changed = []
+        for name, values in columns.items():
+            if getattr(values, "shape", ())[3:] == (3,):
+                changed.append(name)
         for name in changed:
             columns[name] = _shift_pixels(np.asarray(columns[name]), shift, rng)
     if not changed:
-        needed = "text" if shift.transform == "token_dropout" else "picture"
+        needed = "picture"
+        if shift.transform == "token_dropout":
+            needed = "text"
         raise DataError(f"transform = {shift.transform!r}: {examples.origin} has no {needed} column")
     return replace(examples, columns=columns)
 
 
 def _drop_words(text: str, probability: float, rng: np.random.Generator) -> str:
     words = text.split(" ")
-    remaining = [
-        word for word, draw in zip(words, rng.random(len(words)), strict=True) if draw >= probability
-    ]
+    remaining = []
+    for word, draw in zip(words, rng.random(len(words)), strict=True):
+        if draw >= probability:
+            remaining.append(word)
     return " ".join(remaining) or words[0]
 
 
@@ -395,12 +413,20 @@ def _options(split: Any) -> tuple[str, dict[str, Any]]:
     """Read a split with its defaults; a mapping may hold only what its kind knows, a dataclass has every
     field.
     """
-    settings = {f.name: getattr(split, f.name) for f in fields(split)} if is_dataclass(split) else dict(split)
+    if is_dataclass(split):
+        settings = {}
+        for f in fields(split):
+            settings[f.name] = getattr(split, f.name)
+    else:
+        settings = dict(split)
     kind = settings.pop("kind", None)
     if kind not in SPLITS:
         raise DataError(f"split.kind = {kind!r}: must be one of {', '.join(SPLITS)}")
     defaults = SPLITS[kind].defaults
-    unknown = [] if is_dataclass(split) else sorted(settings.keys() - defaults.keys())
+    if not is_dataclass(split):
+        unknown = sorted(settings.keys() - defaults.keys())
+    else:
+        unknown = []
     if unknown:
         hint = did_you_mean(unknown[0], defaults) or f"; {kind} knows {', '.join(defaults) or 'no options'}"
         raise DataError(f"split.{unknown[0]}: unknown option{hint}")

@@ -71,7 +71,9 @@ def reunited(examples: Examples, parts: Sequence[Indices], *, column: str) -> tu
 
 def _numbers(examples: Examples, column: str) -> Indices:
     """Number the persons of the rows by what their names say, whatever case or blanks."""
-    names = [person_content(value) for value in examples.column(column)]
+    names = []
+    for value in examples.column(column):
+        names.append(person_content(value))
     numbers: dict[bytes, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 

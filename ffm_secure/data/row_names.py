@@ -44,7 +44,10 @@ def _named(examples: Examples, dataset: Dataset, key: RecordKey, person_column: 
 
 def row_contents(columns: Sequence[Sequence[str]]) -> list[bytes]:
     """Return what each row says in these text columns together."""
-    return [canonical_text(" ".join(cells)) for cells in zip(*columns, strict=True)]
+    row_contents: list[bytes] = []
+    for cells in zip(*columns, strict=True):
+        row_contents.append(canonical_text(" ".join(cells)))
+    return row_contents
 
 
 def _contents(examples: Examples, dataset: Dataset, key: RecordKey) -> Keys:
@@ -60,7 +63,9 @@ def _cells(examples: Examples, dataset: Dataset, key: RecordKey) -> list[Keys]:
     for name, values in examples.columns.items():
         if not _is_text(values) or (read == {name}):
             continue
-        texts = [canonical_text(value) for value in values]
+        texts = []
+        for value in values:
+            texts.append(canonical_text(value))
         if name not in read:
             texts = _telling(texts)
         contents = key.contents(texts)

@@ -26,7 +26,10 @@ def saved_splits(folder: Path) -> dict[str, Path]:
     names = _description(folder / _SPLITS).get("splits")
     if not isinstance(names, list) or not all(_is_plain(name) for name in names):
         raise DataError(f"{folder / _SPLITS}: lists no parts; {_REWRITE}")
-    return {name: folder / name for name in names}
+    saved_splits: dict[str, Path] = {}
+    for name in names:
+        saved_splits[name] = folder / name
+    return saved_splits
 
 
 def read_saved(folder: Path, most_bytes: int) -> pa.Table:
@@ -42,14 +45,18 @@ def read_saved(folder: Path, most_bytes: int) -> pa.Table:
             f"{folder}: is a selection that was not written out; call flatten_indices() and {_REWRITE}"
         )
     entries = state.get("_data_files")
-    names = (
-        [item.get("filename") for item in entries if isinstance(item, dict)]
-        if isinstance(entries, list)
-        else []
-    )
+    if isinstance(entries, list):
+        names = []
+        for item in entries:
+            if isinstance(item, dict):
+                names.append(item.get("filename"))
+    else:
+        names = []
     if not names or not all(_is_plain(name) for name in names):
         raise DataError(f"{folder / _STATE}: lists no data files; {_REWRITE}")
-    files = [folder / str(name) for name in names]
+    files = []
+    for name in names:
+        files.append(folder / str(name))
     size = sum(file.stat().st_size for file in files if file.is_file())
     if size > most_bytes:
         raise DataError(f"{folder}: holds {size} bytes, more than the bound of {most_bytes}; split it")

@@ -115,13 +115,21 @@ def suggest(path: Path, asked: Asked) -> Suggestion:
     image = _image(table)
     kind = _kind(table, asked, image)
     classifies = kind.endswith("classification")
-    text = () if kind == "image_classification" else _text(table, asked, kind)
-    label = _label(table, asked, (*text, image)) if classifies else ""
+    if kind != "image_classification":
+        text = _text(table, asked, kind)
+    else:
+        text = ()
+    label = ""
+    if classifies:
+        label = _label(table, asked, (*text, image))
     owner = _owner(table, asked, (*text, label, image))
     choices = Choices(kind=kind, text=text, label=label, image=image, owner=owner)
     clean, reasons = _cleaning(table, choices)
     rows, _ = kept_rows(table, Choices(kind=kind, owner=owner, clean=clean), text=text, label=label or None)
-    names, spelled = _class_names(table, label, rows) if label and table.label_names is None else ((), 0)
+    if label and table.label_names is None:
+        names, spelled = _class_names(table, label, rows)
+    else:
+        names, spelled = ((), 0)
     if spelled:
         clean, reasons = (
             (*clean, "label_spelling"),
@@ -130,7 +138,10 @@ def suggest(path: Path, asked: Asked) -> Suggestion:
                 "label_spelling": f"{spelled:,} labels differ from the commonest spelling by case or blanks",
             },
         )
-    owners = Counter(str(as_list(table.columns[owner])[row]) for row in rows) if owner else Counter()
+    if owner:
+        owners = Counter(str(as_list(table.columns[owner])[row]) for row in rows)
+    else:
+        owners = Counter()
     return Suggestion(
         kind=kind,
         rows=len(rows),
@@ -151,15 +162,24 @@ def suggest(path: Path, asked: Asked) -> Suggestion:
 
 def _encoding(path: Path) -> str:
     """Return the encoding that the text files of a source need named."""
-    files = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-    guesses = {
-        guess_encoding(file) for file in files if file.suffix.lower() in TEXT_READERS and file.is_file()
-    }
+    if path.is_file():
+        files = [path]
+    else:
+        if path.is_dir():
+            files = sorted(path.iterdir())
+        else:
+            files = []
+    guesses = set()
+    for file in files:
+        if file.suffix.lower() in TEXT_READERS and file.is_file():
+            guesses.add(guess_encoding(file))
     return next(iter(guesses - {""}), "")
 
 
 def _first_known(table: Table, names: Sequence[str]) -> str:
-    present = {name.casefold(): name for name in reversed(table.columns)}
+    present = {}
+    for name in reversed(table.columns):
+        present[name.casefold()] = name
     return next((present[name] for name in names if name in present), "")
 
 
@@ -197,7 +217,9 @@ def _kind(table: Table, asked: Asked, image: str) -> Kind:
     answered = any(all(_first_known(table, (name,)) for name in group) for group in known.ANSWERED)
     chats = any(_holds(table, name, is_chat) for name in table.columns)
     labelled = asked.label or _first_known(table, LABEL_WORDS) or _by_shape(table, ())
-    return "causal_lm" if chats or (answered and not asked.label) or not labelled else "text_classification"
+    if chats or (answered and not asked.label) or not labelled:
+        return "causal_lm"
+    return "text_classification"
 
 
 def _holds(table: Table, name: str, test: Callable[[Any], bool]) -> bool:
@@ -207,11 +229,10 @@ def _holds(table: Table, name: str, test: Callable[[Any], bool]) -> bool:
 
 def _text(table: Table, asked: Asked, kind: Kind) -> tuple[str, ...]:
     if asked.text:
-        names = (
-            tuple(name.strip() for name in asked.text.split(","))
-            if asked.text not in table.columns
-            else (asked.text,)
-        )
+        if asked.text not in table.columns:
+            names = tuple(name.strip() for name in asked.text.split(","))
+        else:
+            names = (asked.text,)
         known.require_columns(table, names)
         return names
     try:
@@ -229,12 +250,16 @@ def _text(table: Table, asked: Asked, kind: Kind) -> tuple[str, ...]:
 
 def _words(table: Table, name: str) -> float:
     values = table.columns[name]
-    texts = (
-        []
-        if isinstance(values, np.ndarray)
-        else [value for value in values[:_SAMPLE] if isinstance(value, str)]
-    )
-    return float(np.mean([len(text.split()) for text in texts])) if texts else 0.0
+    if not isinstance(values, np.ndarray):
+        texts = []
+        for value in values[:_SAMPLE]:
+            if isinstance(value, str):
+                texts.append(value)
+    else:
+        texts = []
+    if texts:
+        return float(np.mean([len(text.split()) for text in texts]))
+    return 0.0
 
 
 def _label(table: Table, asked: Asked, used: Sequence[str]) -> str:
@@ -252,12 +277,17 @@ def _label(table: Table, asked: Asked, used: Sequence[str]) -> str:
 
 def _by_shape(table: Table, used: Sequence[str]) -> str:
     """Return the one column that looks like classes and not like owners or text; nothing where several do."""
-    candidates = [
-        name
-        for name in table.columns
-        if name not in used and name.casefold() not in OWNER_WORDS and _groups(table, name, MOST_CLASSES) >= 2
-    ]
-    return candidates[0] if len(candidates) == 1 else ""
+    candidates = []
+    for name in table.columns:
+        if (
+            name not in used
+            and name.casefold() not in OWNER_WORDS
+            and _groups(table, name, MOST_CLASSES) >= 2
+        ):
+            candidates.append(name)
+    if len(candidates) == 1:
+        return candidates[0]
+    return ""
 
 
 def _groups(table: Table, name: str, most: int) -> int:
@@ -267,11 +297,16 @@ def _groups(table: Table, name: str, most: int) -> int:
     values = table.columns[name]
     if isinstance(values, np.ndarray) and (values.dtype.kind not in "iu" or values.ndim != 1):
         return 0
-    names = [value for value in as_list(values) if not is_blank(value)]
+    names = []
+    for value in as_list(values):
+        if not is_blank(value):
+            names.append(value)
     if not all(isinstance(value, str | int) for value in names):
         return 0
     distinct = len({plain(value) for value in names})
-    return distinct if distinct <= most and 2 * distinct <= len(names) else 0
+    if distinct <= most and 2 * distinct <= len(names):
+        return distinct
+    return 0
 
 
 def _owner(table: Table, asked: Asked, used: Sequence[str]) -> str:
@@ -295,9 +330,9 @@ def _cleaning(table: Table, choices: Choices) -> tuple[tuple[str, ...], dict[str
         choice = Choices(kind=choices.kind, owner=choices.owner, clean=(*needed, cleaner))
         stays, _ = kept_rows(table, choice, text=choices.text, label=choices.label or None)
         if len(stays) < rows:
-            what = (
-                "have a blank text, label or owner" if cleaner == "blank_rows" else "repeat another row whole"
-            )
+            what = "repeat another row whole"
+            if cleaner == "blank_rows":
+                what = "have a blank text, label or owner"
             reasons[cleaner] = f"{rows - len(stays):,} rows {what}"
             needed.append(cleaner)
             rows = len(stays)
@@ -309,7 +344,9 @@ def _class_names(table: Table, label: str, rows: NDArray[np.int64]) -> tuple[tup
     1, 2, ...
     """
     column = as_list(table.columns[label])
-    values = [column[row] for row in rows]
+    values = []
+    for row in rows:
+        values.append(column[row])
     if not is_text(values):
         numbers = sorted(
             {int(value) for value in values if isinstance(value, int | float) and float(value).is_integer()}
@@ -342,6 +379,11 @@ def _is_guessed(table: Table, kind: Kind, text: tuple[str, ...]) -> bool:
 def _max_length(table: Table, text: Sequence[str], rows: NDArray[np.int64]) -> int:
     """Return tokens that hold nineteen of twenty texts, as a multiple of 16, from their words alone."""
     step = max(1, len(rows) // _SAMPLE)
-    lengths = [sum(len(str(table.columns[name][row]).split()) for name in text) for row in rows[::step]]
-    tokens = float(np.quantile(lengths, 0.95)) * _TOKENS_PER_WORD + 2 if text and lengths else SHORTEST
+    lengths = []
+    for row in rows[::step]:
+        lengths.append(sum(len(str(table.columns[name][row]).split()) for name in text))
+    if text and lengths:
+        tokens = float(np.quantile(lengths, 0.95)) * _TOKENS_PER_WORD + 2
+    else:
+        tokens = SHORTEST
     return int(min(LONGEST, max(SHORTEST, 16 * math.ceil(tokens / 16))))

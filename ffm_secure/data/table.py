@@ -55,4 +55,6 @@ def count_more(first: str, count: int, what: str) -> str:
     >>> count_more("line 3 is not UTF-8", 4, "lines")
     'line 3 is not UTF-8 (4 lines in all)'
     """
-    return first if count <= 1 else f"{first} ({count:,} {what} in all)"
+    if count <= 1:
+        return first
+    return f"{first} ({count:,} {what} in all)"

@@ -128,7 +128,9 @@ def _summaries(
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
-        work = {pool.submit(_start, *_words(run_at(number)), threads): number for number in missing}
+        work = {}
+        for number in missing:
+            work[pool.submit(_start, *_words(run_at(number)), threads)] = number
         try:
             for future in as_completed(work):
                 run = run_at(work[future])
@@ -191,7 +193,9 @@ def finished(run: Run, rows: Rows) -> RunSummary | None:
         raise StoreError(f"{run.folder}: holds a run with other settings; give another --out")
     rows.require(run)
     summary = report.from_json((run.folder / "report.json").read_text())
-    return summary if summary.status != "interrupted" else None
+    if summary.status != "interrupted":
+        return summary
+    return None
 
 
 class Rows:

@@ -98,7 +98,10 @@ class _Form:
     def sets(self, chosen: Sequence[tuple[str, Value]]) -> tuple[str, ...]:
         """Return what one combination changes in the run file, in order."""
         own = tuple(override for _, value in chosen for override in value.set)
-        late = tuple(override for _, value in chosen for override in value.quick) if self.quick else ()
+        if self.quick:
+            late = tuple(override for _, value in chosen for override in value.quick)
+        else:
+            late = ()
         return (*own, *self.overrides, *late)
 
 
@@ -174,12 +177,16 @@ def _sound_axes(written: object) -> list[dict[str, Any]]:
     """Keep the axes that can be read, each with those of its values that can."""
     sound_axes = []
     for axis in written if isinstance(written, list) else ():
-        values = axis.get("values") if isinstance(axis, dict) else None
-        sound = (
-            [item for item in values if read_table(Value, item, "", Problems())]
-            if isinstance(values, list)
-            else []
-        )
+        values = None
+        if isinstance(axis, dict):
+            values = axis.get("values")
+        if isinstance(values, list):
+            sound = []
+            for item in values:
+                if read_table(Value, item, "", Problems()):
+                    sound.append(item)
+        else:
+            sound = []
         checked: Axis | None = None
         if sound:
             checked = read_table(Axis, {"name": axis.get("name"), "values": sound}, "", Problems())
@@ -193,9 +200,17 @@ def _known(table: Mapping[str, Any]) -> dict[str, tuple[str, ...]] | None:
     known_keys: dict[str, tuple[str, ...]] = {}
     written = table.get("axes")
     for axis in written if isinstance(written, list) else (None,):
-        name, values = (axis.get("name"), axis.get("values")) if isinstance(axis, dict) else (None, None)
-        items = values if isinstance(values, list) else [None]
-        labels = [item.get("label") if isinstance(item, dict) else None for item in items]
+        if isinstance(axis, dict):
+            name, values = (axis.get("name"), axis.get("values"))
+        else:
+            name, values = (None, None)
+        if isinstance(values, list):
+            items = values
+        else:
+            items = [None]
+        labels = []
+        for item in items:
+            labels.append(item.get("label") if isinstance(item, dict) else None)
         if not isinstance(name, str) or not all(isinstance(label, str) for label in labels):
             return None
         known_keys[name] = (*known_keys.get(name, ()), *(str(label) for label in labels))
@@ -203,8 +218,13 @@ def _known(table: Mapping[str, Any]) -> dict[str, tuple[str, ...]] | None:
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    parts = [part.partition("=") for part in text.split(",")]
-    return [(axis.strip(), label.strip()) for axis, _, label in parts]
+    parts = []
+    for part in text.split(","):
+        parts.append(part.partition("="))
+    pairs: list[tuple[str, str]] = []
+    for axis, _, label in parts:
+        pairs.append((axis.strip(), label.strip()))
+    return pairs
 
 
 def _labels(chosen: Sequence[tuple[str, Value]]) -> Labels:
@@ -217,7 +237,10 @@ def _whole(experiment: Experiment) -> _Form:
 
 def _quick(experiment: Experiment) -> _Form:
     quick = experiment.quick
-    only = [pair for text in quick.only for pair in _pairs(text)]
+    only = []
+    for text in quick.only:
+        for pair in _pairs(text):
+            only.append(pair)
     combinations = _combinations(experiment, only=only)
     return _Form(
         where="quick: ", combinations=combinations, seeds=quick.seeds, overrides=quick.set, quick=True
@@ -228,11 +251,16 @@ def _combinations(experiment: Experiment, *, only: Sequence[tuple[str, str]]) ->
     """List the cells of a grid, without seeds, each as the value chosen of every axis."""
     combinations = []
     for axis in experiment.axes:
-        named = {label for name, label in only if name == axis.name}
+        named = set()
+        for name, label in only:
+            if name == axis.name:
+                named.add(label)
         combinations.append(
             [(axis.name, value) for value in axis.values if not named or value.label in named]
         )
-    skipped = [set(_pairs(text)) for text in experiment.skip]
+    skipped = []
+    for text in experiment.skip:
+        skipped.append(set(_pairs(text)))
     return tuple(
         chosen
         for chosen in itertools.product(*combinations)
@@ -276,7 +304,10 @@ def _check_words(experiment: Experiment, table: Mapping[str, Any], problems: Pro
         for text in texts:
             for axis, label in _pairs(text):
                 if label not in known.get(axis, ()):
-                    words = did_you_mean(label, known[axis]) if axis in known else did_you_mean(axis, known)
+                    if axis in known:
+                        words = did_you_mean(label, known[axis])
+                    else:
+                        words = did_you_mean(axis, known)
                     problems.add(name, text, f"names no axis with such a label{words}")
 
 
@@ -333,11 +364,10 @@ def _undone(chosen: Sequence[tuple[str, Value]], *, quick: bool) -> Iterator[tup
     """Yield pairs of overrides of which the second takes the first away; between axes also where it only
     refines it.
     """
-    places = [
-        (axis, value.label, override)
-        for axis, value in chosen
-        for override in (value.quick if quick else value.set)
-    ]
+    places = []
+    for axis, value in chosen:
+        for override in value.quick if quick else value.set:
+            places.append((axis, value.label, override))
     for first, second in itertools.combinations(places, 2):
         one, two = _keys(first[2]), _keys(second[2])
         covers = one[: len(two)] == two
@@ -371,7 +401,9 @@ def _shared(one: tuple[Labels, int], two: tuple[Labels, int], seeds: Sequence[in
         if label != other and _word(label) == _word(other):
             return f"labels {label!r} and {other!r} of axis {axis!r} {_likeness(label, other)}"
     if one == two:
-        return f"seed {one[1]} is given twice" if seeds.count(one[1]) > 1 else ""
+        if seeds.count(one[1]) > 1:
+            return f"seed {one[1]} is given twice"
+        return ""
     return f"names of cells are longer than {_LONGEST_NAME} characters and alike up to there; shorten labels"
 
 
@@ -436,7 +468,10 @@ def _check_equal(form: _Form, cells: Sequence[Cell], problems: Problems) -> None
     labels_by_config: dict[str, list[str]] = {}
     for cell in cells:
         other = first.setdefault(replace(cell.config, name="any"), cell)
-        differ = [(one, two) for one, two in zip(other.labels, cell.labels, strict=True) if one != two]
+        differ = []
+        for one, two in zip(other.labels, cell.labels, strict=True):
+            if one != two:
+                differ.append((one, two))
         if differ:
             words = " and ".join(
                 f"labels {one!r} and {two!r} of axis {axis!r}" for (axis, one), (_, two) in differ

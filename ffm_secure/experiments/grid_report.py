@@ -80,7 +80,9 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
+    if len(values):
+        return float(np.mean(values))
+    return math.nan
 
 
 def results(
@@ -105,7 +107,11 @@ def results(
         groups.setdefault(row.labels, []).append(row)
     cells = []
     for labels, rows_of_cell in groups.items():
-        first, group = rows_of_cell[0], [row for row in rows_of_cell if row.whole]
+        first = rows_of_cell[0]
+        group = []
+        for row in rows_of_cell:
+            if row.whole:
+                group.append(row)
         differences: list[dict[str, Any]] = []
         entry: dict[str, Any] = {
             "labels": dict(labels),
@@ -130,7 +136,10 @@ def results(
                 if other:
                     differences.append(paired(group, other, against=label))
         cells.append(entry)
-    whole = [row for row in rows if row.whole]
+    whole = []
+    for row in rows:
+        if row.whole:
+            whole.append(row)
     return {
         "format": FORMAT,
         "name": name,
@@ -154,8 +163,14 @@ def paired(group: Sequence[Row], other: Sequence[Row], *, against: str) -> dict[
     """Compare two cells seed by seed;
     `better` is true or false where the interval excludes zero, else null.
     """
-    theirs = {row.seed: row.metric for row in other if row.whole}
-    differences = [row.metric - theirs[row.seed] for row in group if row.whole and row.seed in theirs]
+    theirs = {}
+    for row in other:
+        if row.whole:
+            theirs[row.seed] = row.metric
+    differences = []
+    for row in group:
+        if row.whole and row.seed in theirs:
+            differences.append(row.metric - theirs[row.seed])
     if not differences:
         return {
             "against": against,
@@ -210,12 +225,17 @@ def to_html(summary: Mapping[str, Any]) -> str:
 
 
 def _state(summary: Mapping[str, Any]) -> str:
-    return "" if summary["complete"] else f" Not complete: {summary['runs']} of {summary['wanted']} runs."
+    if summary["complete"]:
+        return ""
+    return f" Not complete: {summary['runs']} of {summary['wanted']} runs."
 
 
 def stopped_lines(summary: Mapping[str, Any]) -> list[str]:
     """Say of every run that ended early how it ended, in words that a table has no place for."""
-    return [f"{item['run']}: {item['status']} after {item['rounds']} rounds" for item in summary["stopped"]]
+    stopped_lines: list[str] = []
+    for item in summary["stopped"]:
+        stopped_lines.append(f"{item['run']}: {item['status']} after {item['rounds']} rounds")
+    return stopped_lines
 
 
 def cost_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -232,12 +252,17 @@ LEFT_OUT = "Left out of means and differences, because they ended before their l
 
 def _stopped(summary: Mapping[str, Any]) -> list[Html]:
     lines = stopped_lines(summary)
-    return [tag("p", f"{LEFT_OUT}:"), tag("ul", *[tag("li", line) for line in lines])] if lines else []
+    if lines:
+        return [tag("p", f"{LEFT_OUT}:"), tag("ul", *[tag("li", line) for line in lines])]
+    return []
 
 
 def _table(summary: Mapping[str, Any]) -> Html:
     cells = summary["cells"]
-    names = list(cells[0]["labels"]) if cells else []
+    if cells:
+        names = list(cells[0]["labels"])
+    else:
+        names = []
     against = list(dict.fromkeys(item["against"] for cell in cells for item in cell["differences"]))
     columns = [
         *(Column(heading=name, cell=partial(_label, name), field="", text=True) for name in names),
@@ -271,7 +296,9 @@ def _table(summary: Mapping[str, Any]) -> Html:
 
 def _spread(cell: Mapping[str, Any]) -> str:
     metric = cell["metric"]
-    left = f" ({cell['stopped']} stopped early, left out)" if cell["stopped"] else ""
+    left = ""
+    if cell["stopped"]:
+        left = f" ({cell['stopped']} stopped early, left out)"
     if metric["count"] == 0:
         return f"–{left}"
     if metric["count"] < 2:
@@ -280,7 +307,9 @@ def _spread(cell: Mapping[str, Any]) -> str:
 
 
 def _seconds(value: float) -> str:
-    return "–" if math.isnan(value) else figure(value, 3)
+    if math.isnan(value):
+        return "–"
+    return figure(value, 3)
 
 
 def _label(name: str, cell: Mapping[str, Any]) -> str:
@@ -302,7 +331,9 @@ def _difference(cell: Mapping[str, Any], label: str) -> str:
 
 
 def _epsilon(value: float) -> str:
-    return "none (infinite)" if math.isinf(value) else f"{value:.2f}"
+    if math.isinf(value):
+        return "none (infinite)"
+    return f"{value:.2f}"
 
 
 def _curves(summary: Mapping[str, Any]) -> list[Html]:
@@ -319,7 +350,9 @@ def _curves(summary: Mapping[str, Any]) -> list[Html]:
         series = []
         for place, (label, curves) in enumerate(lines.items()):
             length = min(len(curve) for curve in curves)
-            mean = [float(np.mean([curve[i] for curve in curves])) for i in range(length)]
+            mean = []
+            for i in range(length):
+                mean.append(float(np.mean([curve[i] for curve in curves])))
             series.append(
                 Series(label=label, x=list(range(1, length + 1)), y=mean, role=_ROLES[place % len(_ROLES)])
             )

@@ -32,12 +32,15 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
     lines = [head, ["---"] * len(head)]
     for cell in cells:
         line = [*cell["labels"].values(), *_values(summary, cell), _spread(cell, seeds)]
-        line += [_difference(cell, label) for label in against]
+        for label in against:
+            line.append(_difference(cell, label))
         spent = float(cell["epsilon"])
         line += ["none" if math.isinf(spent) else f"{spent:.2f}", size(cell["bytes_per_client_round"])]
         lines.append([*line, "–" if math.isnan(cell["seconds"]) else f"{cell['seconds']:.0f}"])
     table = "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
-    state = "" if summary["complete"] else f" Not complete: {summary['runs']} of {summary['wanted']} runs."
+    state = ""
+    if not summary["complete"]:
+        state = f" Not complete: {summary['runs']} of {summary['wanted']} runs."
     text = (
         f"{cells[0]['metric_name']}, {summary['runs']} runs of together {summary['seconds'] / 60:.0f} "
         f"minutes.{state}\n\n{table}\n"
@@ -52,12 +55,14 @@ def _seeds(summary: Mapping[str, Any]) -> list[int]:
 
 
 def _values(summary: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
-    by_seed = {
-        row["seed"]: f"{row['metric']:.3f}" if row["status"] == "complete" else row["status"]
-        for row in summary["rows"]
-        if row["labels"] == cell["labels"]
-    }
-    return [by_seed.get(seed, "–") for seed in _seeds(summary)]
+    by_seed = {}
+    for row in summary["rows"]:
+        if row["labels"] == cell["labels"]:
+            by_seed[row["seed"]] = f"{row['metric']:.3f}" if row["status"] == "complete" else row["status"]
+    values: list[str] = []
+    for seed in _seeds(summary):
+        values.append(by_seed.get(seed, "–"))
+    return values
 
 
 def _spread(cell: Mapping[str, Any], seeds: int) -> str:
@@ -66,7 +71,9 @@ def _spread(cell: Mapping[str, Any], seeds: int) -> str:
         return "–"
     if value["count"] < 2:
         return f"{value['mean']:.3f}" + (" (1 seed)" if cell["stopped"] else "")
-    short = "" if value["count"] == seeds else f" ({value['count']} seeds)"
+    short = ""
+    if value["count"] != seeds:
+        short = f" ({value['count']} seeds)"
     return f"{value['mean']:.3f} ± {float(value['high']) - value['mean']:.3f}{short}"
 
 
@@ -77,7 +84,9 @@ def _difference(cell: Mapping[str, Any], label: str) -> str:
     if item["count"] < 2:
         return f"{item['mean']:+.3f}"
     text = f"{item['mean']:+.3f} [{float(item['low']):+.3f}, {float(item['high']):+.3f}]"
-    return text if item["better"] is None else f"**{text}**"
+    if item["better"] is None:
+        return text
+    return f"**{text}**"
 
 
 def to_svg(summary: Mapping[str, Any]) -> str:
@@ -85,7 +94,10 @@ def to_svg(summary: Mapping[str, Any]) -> str:
     style sheet.
     """
     cells = summary["cells"]
-    values = [row["metric"] for row in summary["rows"] if _drawn(row)]
+    values = []
+    for row in summary["rows"]:
+        if _drawn(row):
+            values.append(row["metric"])
     if not values:
         return str(tag("svg", xmlns="http://www.w3.org/2000/svg"))
     ticks = nice_ticks(min(values), max(values))
@@ -106,8 +118,11 @@ def to_svg(summary: Mapping[str, Any]) -> str:
         label = cell["labels"].get(compare, "")
         parts += _line(summary, cell, across, down, _COLOURS[places[label] % len(_COLOURS)], label)
         down += _LINE
-    grid = [_rule(across(tick), _TOP, across(tick), down, "#e2e8f0") for tick in ticks]
-    grid += [_text(across(tick), down + 16, f"{tick:g}", anchor="middle") for tick in ticks]
+    grid = []
+    for tick in ticks:
+        grid.append(_rule(across(tick), _TOP, across(tick), down, "#e2e8f0"))
+    for tick in ticks:
+        grid.append(_text(across(tick), down + 16, f"{tick:g}", anchor="middle"))
     grid.append(_text((_LEFT + _WIDTH) / 2, down + 34, cells[0]["metric_name"], anchor="middle"))
     height = down + 42
     back = tag("rect", width=f"{_WIDTH:g}", height=f"{height:g}", fill="#ffffff")
@@ -137,12 +152,22 @@ def _line(
     summary: Mapping[str, Any], cell: Mapping[str, Any], across: Any, down: float, colour: str, label: str
 ) -> list[Html]:
     middle = down + _LINE / 2
-    metrics = [row["metric"] for row in summary["rows"] if row["labels"] == cell["labels"] and _drawn(row)]
+    metrics = []
+    for row in summary["rows"]:
+        if row["labels"] == cell["labels"] and _drawn(row):
+            metrics.append(row["metric"])
     elements = [_text(24, middle + 4, label)]
-    elements += [
-        tag("circle", cx=f"{across(value):.1f}", cy=f"{middle:.1f}", r="4", fill=colour, fill_opacity="0.55")
-        for value in metrics
-    ]
+    for value in metrics:
+        elements.append(
+            tag(
+                "circle",
+                cx=f"{across(value):.1f}",
+                cy=f"{middle:.1f}",
+                r="4",
+                fill=colour,
+                fill_opacity="0.55",
+            )
+        )
     if metrics:
         mean = across(sum(metrics) / len(metrics))
         elements.append(_rule(mean, down + 3, mean, down + _LINE - 3, colour, width="2.5"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from defenses.dp import ClippedSum, Clipping, PerSampleEngine, RecordMechanism
 from defenses.random_source import RandomSource
 from ffm_secure.config.run_file import Lifecycle
+from ffm_secure.tasks.base import Task
+from ffm_secure.tasks.encoded import Encoded, EncodedText
+from ffm_secure.trainable.base import TrainableModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +48,9 @@ class PlainGradient:
     def __init__(
         self,
         *,
-        trainable: Any,
-        task: Any,
-        encoded: Any,
+        trainable: TrainableModel,
+        task: Task,
+        encoded: Encoded,
         spec: Lifecycle,
         seed: tuple[int, ...],
         device: str,
@@ -55,9 +58,9 @@ class PlainGradient:
     ) -> None:
         self.trainable, self.task, self.encoded, self.spec = trainable, task, encoded, spec
         self.order = np.random.default_rng(list(seed))
-        self.masks = torch.Generator().manual_seed(int(self.order.integers(2**62)))
+        self.task_draws = torch.Generator().manual_seed(int(self.order.integers(2**62)))
         self.device, self.microbatch = device, microbatch
-        self.total, self.seen = 0.0, 0
+        self.loss_sum, self.rows_read = 0.0, 0
         self.rows_used: set[int] = set()
 
     def steps(self) -> Iterator[Mapping[str, Tensor]]:
@@ -81,16 +84,18 @@ class PlainGradient:
         for parameter in parameters.values():
             parameter.grad = None
         for part in similar_lengths(self.encoded, indices, self.microbatch):
-            batch = self.task.batch(self.encoded, part, device=self.device, generator=self.masks)
+            batch = self.task.batch(self.encoded, part, device=self.device, generator=self.task_draws)
             losses = self.task.losses(self.trainable.model, batch)
             (losses.sum() / len(indices)).backward()
-            self.total += float(losses.detach().sum())
-        self.seen += len(indices)
+            self.loss_sum += float(losses.detach().sum())
+        self.rows_read += len(indices)
         return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
 
     def loss(self) -> float:
         """Return the mean loss over the samples used."""
-        return self.total / self.seen if self.seen else float("nan")
+        if self.rows_read:
+            return self.loss_sum / self.rows_read
+        return float("nan")
 
 
 class PrivateGradient:
@@ -104,9 +109,9 @@ class PrivateGradient:
     def __init__(
         self,
         *,
-        trainable: Any,
-        task: Any,
-        encoded: Any,
+        trainable: TrainableModel,
+        task: Task,
+        encoded: Encoded,
         mechanism: RecordMechanism,
         engine: PerSampleEngine,
         source: RandomSource,
@@ -116,7 +121,7 @@ class PrivateGradient:
         self.trainable, self.task, self.encoded = trainable, task, encoded
         self.mechanism, self.engine = mechanism, engine
         self.sampling, self.noise = source.derive("sampling"), source.derive("noise")
-        self.masks = torch.Generator().manual_seed(source.derive("masks").below(2**62))
+        self.task_draws = torch.Generator().manual_seed(source.derive("masks").below(2**62))
         self.device, self.microbatch = device, microbatch
         self.rows_used: set[int] = set()
 
@@ -131,7 +136,7 @@ class PrivateGradient:
     def _clipped_sum(self, indices: np.ndarray, bound: Clipping) -> ClippedSum:
         total = self.engine.empty(bound)
         for part in similar_lengths(self.encoded, indices, self.microbatch):
-            batch = self.task.batch(self.encoded, part, device=self.device, generator=self.masks)
+            batch = self.task.batch(self.encoded, part, device=self.device, generator=self.task_draws)
             losses = partial(self.task.losses, self.trainable.model, batch)
             total = total + self.engine.clipped_sum(losses, clip=bound)
         return total
@@ -141,19 +146,24 @@ class PrivateGradient:
         return float("nan")
 
 
-def similar_lengths(encoded: Any, indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def similar_lengths(encoded: Encoded, indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Cut one batch into parts of at most `size` samples of similar length, so that little is padded.
 
     The parts are summed, so which sample is in which part changes nothing but speed and rounding.
     """
-    if len(indices) > size and hasattr(encoded, "lengths"):
+    if len(indices) > size and isinstance(encoded, EncodedText):
         indices = indices[np.argsort(encoded.lengths()[indices], kind="stable")]
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
 
 
 def finetune(
-    *, trainable: Any, start: Tensor, spec: Lifecycle, rule: GradientRule, mask: Tensor | None = None
+    *,
+    trainable: TrainableModel,
+    start: Tensor,
+    spec: Lifecycle,
+    rule: GradientRule,
+    mask: Tensor | None = None,
 ) -> ModelUpdate:
     """Run the local steps of one round from the broadcast vector; leave the model's other tensors untouched.
 
@@ -164,8 +174,13 @@ def finetune(
     """
     trainable.load_vector(start)
     parameters = trainable.active
-    masks = named_parts(trainable, mask) if mask is not None else {}
-    anchors = {name: p.detach().clone() for name, p in parameters.items()} if spec.proximal else {}
+    masks: dict[str, Tensor] = {}
+    if mask is not None:
+        masks = named_parts(trainable, mask)
+    anchors: dict[str, Tensor] = {}
+    if spec.proximal:
+        for name, parameter in parameters.items():
+            anchors[name] = parameter.detach().clone()
     optimizer = _optimizer(spec, list(parameters.values()))
     steps_finished = 0
     for gradients in rule.steps():
@@ -185,9 +200,11 @@ def finetune(
     return ModelUpdate(vector=change, loss=rule.loss(), steps=steps_finished)
 
 
-def named_parts(trainable: Any, vector: Tensor) -> dict[str, Tensor]:
+def named_parts(trainable: TrainableModel, vector: Tensor) -> dict[str, Tensor]:
     """Cut a vector [d] into the tensors it is made of."""
-    sizes = [p.numel() for p in trainable.parameters.values()]
+    sizes = []
+    for p in trainable.parameters.values():
+        sizes.append(p.numel())
     parts = zip(trainable.parameters.items(), torch.split(vector, sizes), strict=True)
     return {name: part.view(p.shape).to(p.device, p.dtype) for (name, p), part in parts}
 

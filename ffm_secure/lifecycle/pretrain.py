@@ -28,7 +28,9 @@ SOURCES: tuple[Phase, ...] = ("public", "private")
 
 def fixed(history: History, spec: Controller) -> Phase:
     """Repeat `public` public and then `private` private phases."""
-    return "public" if len(history) % (spec.public + spec.private) < spec.public else "private"
+    if len(history) % (spec.public + spec.private) < spec.public:
+        return "public"
+    return "private"
 
 
 def plateau(history: History, spec: Controller) -> Phase:
@@ -48,7 +50,9 @@ def plateau(history: History, spec: Controller) -> Phase:
         return current  # too soon, or nothing is known from before
     before = history[-spec.patience - 1].loss
     best = min(record.loss for record in history[-spec.patience :])
-    return current if before - best > spec.margin * abs(before) else other(current)
+    if before - best > spec.margin * abs(before):
+        return current
+    return other(current)
 
 
 def gain_per_cost(history: History, spec: Controller) -> Phase:
@@ -63,7 +67,9 @@ def gain_per_cost(history: History, spec: Controller) -> Phase:
             return source
     best: Phase = max(SOURCES, key=lambda source: rate(history, source, spec))
     since = next((age for age, record in enumerate(reversed(history)) if record.phase != best), len(history))
-    return other(best) if since >= spec.retry else best
+    if since >= spec.retry:
+        return other(best)
+    return best
 
 
 def rate(history: History, source: str, spec: Controller) -> float:
@@ -82,7 +88,9 @@ def rate(history: History, source: str, spec: Controller) -> float:
         return gain
     if cost > 0.0:
         return gain / cost
-    return math.inf if gain > spec.least_gain * abs(history[-1].loss) else 0.0
+    if gain > spec.least_gain * abs(history[-1].loss):
+        return math.inf
+    return 0.0
 
 
 COSTS: Mapping[str, Callable[[RoundRecord], float]] = {
@@ -102,14 +110,18 @@ CONTROLLERS: Mapping[str, Callable[[History, Controller], Phase]] = {
 
 def other(phase: str) -> Phase:
     """Return the other source."""
-    return "private" if phase == "public" else "public"
+    if phase == "public":
+        return "private"
+    return "public"
 
 
 def next_phase(history: History, spec: Lifecycle, *, private_rounds: int) -> Phase:
     """Return what the controller says, but never more than `private_rounds` private rounds."""
     chosen = CONTROLLERS[spec.controller.kind](history, spec.controller)
     spent = sum(record.phase == "private" for record in history)
-    return "public" if chosen == "private" and spent >= private_rounds else chosen
+    if chosen == "private" and spent >= private_rounds:
+        return "public"
+    return chosen
 
 
 class PreTrain(Algorithm):
@@ -157,7 +169,10 @@ class PreTrain(Algorithm):
         """Keep the newest change of each source beside the server's state, so that a resumed run still has
         it.
         """
-        changes = {name: value for name, value in before.optimizer_state.items() if name.startswith("moved.")}
+        changes = {}
+        for name, value in before.optimizer_state.items():
+            if name.startswith("moved."):
+                changes[name] = value
         newest = strategy.moved(before.vector, after.vector)
         return replace(after, optimizer_state={**after.optimizer_state, **changes, f"moved.{phase}": newest})
 

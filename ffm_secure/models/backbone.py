@@ -115,7 +115,8 @@ def load_backbone(
     classifies = kind.endswith("classification")
     if classifies and (labels is None or labels < 2):
         raise ModelError(f"{kind} needs at least two labels, the data has {labels}; check task.label_column")
-    labels = labels if classifies else None
+    if not classifies:
+        labels = None
     with quiet():
         if name.removeprefix("builtin:") in TINY and name.startswith("builtin:"):
             return _tiny(name, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout)
@@ -123,7 +124,9 @@ def load_backbone(
         backbone = _pretrained(
             name, folder, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout
         )
-        return _from_scratch(backbone, seed) if random_weights else backbone
+        if random_weights:
+            return _from_scratch(backbone, seed)
+        return backbone
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -205,14 +208,16 @@ def _tiny(name: str, *, kind: str, labels: int | None, seed: int, dtype: str, dr
     short = name.removeprefix("builtin:")
     if kind not in tiny_kinds(short):
         raise ModelError(f"model.name = {name!r} cannot do {kind}; it can do {', '.join(tiny_kinds(short))}")
-    prepare = _keep if dropout else _without_dropout
+    if dropout:
+        prepare = _keep
+    else:
+        prepare = _without_dropout
     model, tokenizer = build_tiny(short, kind=kind, labels=labels, seed=seed, prepare=prepare)
     inside = f"{body_name(model)}."
-    fresh = (
-        ()
-        if kind == "causal_lm"
-        else tuple(f for f, _ in model.named_parameters() if not f.startswith(inside))
-    )
+    if kind != "causal_lm":
+        fresh = tuple(f for f, _ in model.named_parameters() if not f.startswith(inside))
+    else:
+        fresh = ()
     return _finish(
         model.to(_DTYPES[dtype]),  # type: ignore[arg-type]
         tokenizer,
@@ -247,13 +252,17 @@ def _pretrained(
                 **options,
                 **({"key_mapping": renamed} if renamed else {}),
             )
-        tokenizer = None if kind.startswith("image") else _tokenizer(name, folder, options)
+        tokenizer = None
+        if not kind.startswith("image"):
+            tokenizer = _tokenizer(name, folder, options)
     except ModelError:
         raise
     except Exception as error:  # whatever a damaged checkpoint makes the library throw is one error of ours
         raise ModelError(_explain(name, kind, local, error)) from error
     fresh = _fresh(name, kind, model, report)
-    notes: tuple[str, ...] = ("of a model for texts and pictures, the part for texts",) if renamed else ()
+    notes: tuple[str, ...] = ()
+    if renamed:
+        notes = ("of a model for texts and pictures, the part for texts",)
     if kind == "masked_lm" and fresh:
         notes = (
             *notes,
@@ -320,9 +329,9 @@ def _model_class(folder: str, config: Any, kind: str) -> Any:
     pooling = Path(folder) / "1_Pooling" / "config.json"
     if kind != "text_classification" or config.model_type != "bert" or not pooling.is_file():
         return _AUTO[kind]
-    return (
-        MeanPoolClassifier if json.loads(pooling.read_text()).get("pooling_mode_mean_tokens") else _AUTO[kind]
-    )
+    if json.loads(pooling.read_text()).get("pooling_mode_mean_tokens"):
+        return MeanPoolClassifier
+    return _AUTO[kind]
 
 
 def _explain(name: str, kind: str, local: bool, error: Exception) -> str:
@@ -343,7 +352,9 @@ def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) ->
     """Name the parameters that were not in the checkpoint;
     refuse where that is more than a head or a pooler.
     """
-    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
+    mismatched = set()
+    for entry in report["mismatched_keys"]:
+        mismatched.add(entry[0] if isinstance(entry, tuple) else entry)
     absent = mismatched | set(report["missing_keys"])
     inside = f"{body_name(model)}."
     lost = sorted(key for key in absent if key.startswith(inside) and ".pooler." not in key)
@@ -428,7 +439,9 @@ def _positions(config: Any) -> int | None:
     if positions is None:
         return None
     # RoBERTa and its kin count positions from the padding index on.
-    offset = config.pad_token_id + 1 if config.model_type in {"roberta", "xlm-roberta", "camembert"} else 0
+    offset = 0
+    if config.model_type in {"roberta", "xlm-roberta", "camembert"}:
+        offset = config.pad_token_id + 1
     return int(positions) - offset
 
 
@@ -442,11 +455,14 @@ def _settle_padding(name: str, tokenizer: Any, config: Any, model: nn.Module) ->
     if tokenizer.pad_token_id is None:
         stated = config.pad_token_id
         valid = isinstance(stated, int) and 0 <= stated < len(tokenizer)
-        known = tokenizer.convert_ids_to_tokens(stated) if valid else None
+        known = None
+        if valid:
+            known = tokenizer.convert_ids_to_tokens(stated)
         choices = [known, tokenizer.eos_token, tokenizer.unk_token, *tokenizer.convert_ids_to_tokens([0, 1])]
-        padding_token = (
-            tokenizer.eos_token if config.is_encoder_decoder else None
-        )  # such classifiers look for the end of a text
+        # such classifiers look for the end of a text
+        padding_token = None
+        if config.is_encoder_decoder:
+            padding_token = tokenizer.eos_token
         tokenizer.pad_token = next(choice for choice in choices if choice and choice != padding_token)
     config.pad_token_id = tokenizer.pad_token_id
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -469,7 +485,10 @@ def end_once(
     """
     tokens, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     config: Any = model.config
-    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    if isinstance(config.eos_token_id, list):
+        end = config.eos_token_id[0]
+    else:
+        end = config.eos_token_id
     if tokens is None or end is None:
         return args, kwargs
     places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
@@ -513,8 +532,12 @@ def _side(size: Any) -> int:
 
 
 def _preparation(folder: str | None) -> dict[str, Any]:
-    path = Path(folder, "preprocessor_config.json") if folder is not None else None
-    table: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    path = None
+    if folder is not None:
+        path = Path(folder, "preprocessor_config.json")
+    table: dict[str, Any] = {}
+    if path is not None and path.is_file():
+        table = json.loads(path.read_text())
     return table
 
 

@@ -79,7 +79,9 @@ class MeanPoolClassifier(BertPreTrainedModel):  # type: ignore[no-untyped-call]
             inputs_embeds=inputs_embeds,
         ).last_hidden_state
         logits = self.classifier(masked_mean(hidden, attention_mask))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
@@ -99,7 +101,9 @@ def tiny_tokenizer(*, segments: bool = False) -> PreTrainedTokenizerFast:
     """
     characters = string.ascii_lowercase + string.digits + string.punctuation
     pieces = [*_SPECIAL, *characters, *("##" + c for c in characters), *_WORDS.split()]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    vocabulary = {}
+    for index, piece in enumerate(dict.fromkeys(pieces)):
+        vocabulary[piece] = index
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

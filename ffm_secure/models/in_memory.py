@@ -31,7 +31,10 @@ class HeldModel:
     def folder(self, under: Path) -> Path:
         """Return the folder that these weights and this configuration have; writes nothing."""
         digest = hashlib.sha256(fingerprint(self.model.state_dict()).encode())
-        stated = {name: value for name, value in self.model.config.to_dict().items() if name not in _NOTED}
+        stated = {}
+        for name, value in self.model.config.to_dict().items():
+            if name not in _NOTED:
+                stated[name] = value
         digest.update(json.dumps(stated, sort_keys=True, default=str).encode())
         if self.tokenizer is not None:
             digest.update(repr((type(self.tokenizer).__name__, len(self.tokenizer))).encode())

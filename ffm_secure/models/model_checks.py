@@ -32,7 +32,10 @@ def refuse_if_padding_matters(name: str, backbone: Backbone) -> None:
     """
     pad, config = backbone.config.pad_token_id, backbone.config
     words = [token for token in range(min(40, config.vocab_size)) if token not in _marks(config)][-4:]
-    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+    if isinstance(config.eos_token_id, list):
+        end = config.eos_token_id[0]
+    else:
+        end = config.eos_token_id
     alone = torch.tensor([words + ([end] if config.is_encoder_decoder and end is not None else [])])
     padded = torch.cat((alone, torch.full((1, 5), pad)), dim=1)
     mask = (torch.arange(padded.shape[1]) < alone.shape[1]).long()[None]
@@ -42,7 +45,8 @@ def refuse_if_padding_matters(name: str, backbone: Backbone) -> None:
             after = backbone.model(input_ids=padded, attention_mask=mask).logits
     except Exception:  # what cannot run at all is refused with its reason when something to train is attached
         return
-    after = after[:, : alone.shape[1]] if after.ndim == 3 else after
+    if after.ndim == 3:
+        after = after[:, : alone.shape[1]]
     if not torch.allclose(before.float(), after.float(), atol=1e-2, rtol=1e-2):
         raise ModelError(
             f"model.name = {name!r}: {backbone.architecture} answers a text differently when others in its "

@@ -35,7 +35,9 @@ def contents_fingerprint(account: str, dataset: Any, other: Any = None) -> str:
 
 def holds_other_rows(ledger: Ledger, account: str) -> bool:
     """Tell whether a ledger of one run was opened for other training rows than those of an account."""
-    known = {_data_word(held) for _, held, _ in ledger.accounts()}
+    known = set()
+    for _, held, _ in ledger.accounts():
+        known.add(_data_word(held))
     return bool(known) and _data_word(account) not in known
 
 
@@ -52,11 +54,9 @@ def _data_digest(examples: Any) -> str:
             digest.update(np.ascontiguousarray(column).tobytes())
             continue
         for start in range(0, len(column), 1024):
-            block = (
-                column[np.arange(start, min(start + 1024, len(column)))]
-                if not isinstance(column, list | tuple | np.ndarray)
-                else None
-            )
+            block = None
+            if not isinstance(column, list | tuple | np.ndarray):
+                block = column[np.arange(start, min(start + 1024, len(column)))]
             if isinstance(block, np.ndarray):
                 digest.update(np.ascontiguousarray(block).tobytes())
                 continue

@@ -31,7 +31,9 @@ def update_noise(mechanism: RecordMechanism, lifecycle: Lifecycle) -> float:
 
 def share_cut(noise: float, bound: float) -> float:
     """Return the share of coordinates of pure noise that lie beyond a bound."""
-    return math.erfc(bound / (noise * math.sqrt(2))) if noise > 0 else 0.0
+    if noise > 0:
+        return math.erfc(bound / (noise * math.sqrt(2)))
+    return 0.0
 
 
 def bound_warnings(config: RunConfig, mechanism: RecordMechanism | None) -> list[str]:
@@ -98,4 +100,6 @@ def _level(protection: Protection) -> float:
 
 
 def _share(cut: float) -> str:
-    return "all" if cut > 0.995 else f"{cut:.0%}"
+    if cut > 0.995:
+        return "all"
+    return f"{cut:.0%}"

@@ -311,7 +311,10 @@ def _client_noise(
         accountant.compose(mechanism(multiplier).event("calibration"), count=cap)
         return accountant.epsilon(privacy.delta).epsilon
 
-    low, high = (multiplier, multiplier) if multiplier else (1e-3, 1.0)
+    if multiplier:
+        low, high = (multiplier, multiplier)
+    else:
+        low, high = (1e-3, 1.0)
     while not multiplier and spent(high) > privacy.epsilon:
         if high > 1e6:
             raise BudgetExceeded(
@@ -320,5 +323,8 @@ def _client_noise(
         low, high = high, 2 * high
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) > privacy.epsilon else (low, middle)
+        if spent(middle) > privacy.epsilon:
+            low, high = (middle, high)
+        else:
+            low, high = (low, middle)
     return mechanism(high)

@@ -31,11 +31,10 @@ def statements(
     take part in.
     """
     privacy = config.privacy
-    unit = (
-        f"person with up to {privacy.records_per_person} records"
-        if privacy.unit == "person"
-        else privacy.unit
-    )
+    if privacy.unit == "person":
+        unit = f"person with up to {privacy.records_per_person} records"
+    else:
+        unit = privacy.unit
     bound = _bound(config, mechanism, events)
     common = PrivacyStatement(
         observer="public",

@@ -101,11 +101,9 @@ class VectorCodec:
                 weight_sum=float(len(survivors)),
             )
         decoded = self.quantizer.decode_sum(opened.payload)
-        loss = (
-            float(decoded[self.size]) * _LARGEST_LOSS / self.quantizer.coordinate_bound
-            if self.carries_loss
-            else None
-        )
+        loss = None
+        if self.carries_loss:
+            loss = float(decoded[self.size]) * _LARGEST_LOSS / self.quantizer.coordinate_bound
         return RoundSum(
             round=round,
             survivors=tuple(survivors),

@@ -247,7 +247,9 @@ class MaskedServerRound:
             except ProtocolError as error:
                 few = isinstance(error, secagg.NotEnoughClients)
                 self._failed = self._few() if few else "protocol aborted"
-        totals = [item.total for item in session.traffic.values()]
+        totals = []
+        for item in session.traffic.values():
+            totals.append(item.total)
         up, down = sum(item[0] for item in totals), sum(item[1] for item in totals)
         if opened is None:
             return AggregationResult(

@@ -57,7 +57,9 @@ class ObservationStore:
 
 
 def _name(description: RecordedObservation) -> str:
-    whose = f"-site-{description.own:05d}" if description.own >= 0 else ""
+    whose = ""
+    if description.own >= 0:
+        whose = f"-site-{description.own:05d}"
     return f"round-{description.round:06d}-{description.observer}{whose}"
 
 

@@ -201,7 +201,10 @@ class Store:
             return None
         state, last, run_id = _read_checkpoint(checkpoint)
         record = _read_record(checkpoint / "record.json")
-        records = [item for item in self.records() if item.round < record.round]
+        records = []
+        for item in self.records():
+            if item.round < record.round:
+                records.append(item)
         if [item.round for item in records] != list(range(1, last)):
             raise StoreError(
                 f"{self.folder / 'rounds.jsonl'}: records of earlier rounds are missing or out of order"
@@ -220,13 +223,18 @@ class Store:
         if not (folder / "record.json").is_file():
             return None
         record = _read_record(folder / "record.json")
-        return (_read_checkpoint(folder)[0], record) if record in self.records() else None
+        if record in self.records():
+            return (_read_checkpoint(folder)[0], record)
+        return None
 
     def records(self) -> tuple[RoundRecord, ...]:
         """Return the records on disk; a torn last line is the mark of a kill and is dropped."""
         path = self.folder / "rounds.jsonl"
         try:
-            lines = path.read_bytes().split(b"\n") if path.exists() else []
+            if path.exists():
+                lines = path.read_bytes().split(b"\n")
+            else:
+                lines = []
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
         complete: list[bytes] = lines[:-1]
@@ -248,8 +256,13 @@ class Store:
 
     def _newest(self) -> Path | None:
         folder = self.folder / "checkpoints"
-        names = sorted(item for item in folder.glob("round-*") if item.is_dir()) if folder.is_dir() else []
-        return names[-1] if names else None
+        if folder.is_dir():
+            names = sorted(item for item in folder.glob("round-*") if item.is_dir())
+        else:
+            names = []
+        if names:
+            return names[-1]
+        return None
 
     def _forget_old(self, *, keep: int) -> None:
         names = sorted((self.folder / "checkpoints").glob("round-*"))
@@ -284,9 +297,10 @@ def _lock(folder: Path) -> int:
 def changed_rows(stored: str, present: str) -> str:
     """Say which rows of a run are not what they were, and what to do."""
     words = {"data": "training", "validation": "validation", "public": "public"}
-    changed = [
-        words.get(word.partition(":")[0], word) for word in stored.split() if word not in present.split()
-    ]
+    changed = []
+    for word in stored.split():
+        if word not in present.split():
+            changed.append(words.get(word.partition(":")[0], word))
     return (
         f"its {' and '.join(changed) or 'public'} rows have changed since the run began; "
         "restore them, or choose another name or folder"
@@ -348,7 +362,9 @@ def _read_checkpoint(folder: Path) -> tuple[ServerState, int, bytes]:
         vector = tensors.pop("vector")
         if vector.dtype != torch.float32 or vector.dim() != 1 or not bool(torch.isfinite(vector).all()):
             raise ValueError("vector")
-        optimizer_state = {key.removeprefix("slot."): value for key, value in tensors.items()}
+        optimizer_state = {}
+        for key, value in tensors.items():
+            optimizer_state[key.removeprefix("slot.")] = value
         state = ServerState(round=int(metadata["steps"]), vector=vector, optimizer_state=optimizer_state)
         return state, int(metadata["round"]), bytes.fromhex(metadata["run"])
     except (OSError, ValueError, KeyError, safetensors.SafetensorError):

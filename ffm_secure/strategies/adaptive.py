@@ -30,10 +30,9 @@ class ServerOptimizer(Strategy):
             "yogi": ("mean", "square"),
         }
         floor = {"square": self.config.tau**2, "sum": self.config.tau**2}
-        optimizer_state = {
-            name: torch.full_like(vector, floor.get(name, 0.0), dtype=torch.float64)
-            for name in names[self.config.kind]
-        }
+        optimizer_state = {}
+        for name in names[self.config.kind]:
+            optimizer_state[name] = torch.full_like(vector, floor.get(name, 0.0), dtype=torch.float64)
         return ServerState(round=0, vector=vector.detach().clone(), optimizer_state=optimizer_state)
 
     def step_by_mean(self, state: ServerState, mean_message: Tensor) -> ServerState:

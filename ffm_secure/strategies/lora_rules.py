@@ -69,7 +69,9 @@ class LoraRule(Strategy):
 
     def pick(self, vector: Tensor, names: Sequence[str]) -> Tensor:
         """Return some tensors end to end."""
-        return torch.cat([vector[self.places[name]] for name in names]) if names else vector[:0]
+        if names:
+            return torch.cat([vector[self.places[name]] for name in names])
+        return vector[:0]
 
     def put(self, vector: Tensor, names: Sequence[str], values: Tensor) -> None:
         """Add values laid end to end to the named tensors of a vector, in place."""
@@ -83,7 +85,9 @@ class LoraRule(Strategy):
     def product(self, vector: Tensor, item: Adapter) -> Tensor:
         """Return what one adapter adds to its weight, in the weight's own layout."""
         dense = item.scaling * (self.view(vector, item.b) @ self.view(vector, item.a))
-        return dense.t() if item.transposed else dense
+        if item.transposed:
+            return dense.t()
+        return dense
 
     def products(self, vector: Tensor) -> Tensor:
         """Return the products of all adapters end to end."""
@@ -95,7 +99,11 @@ class LoraRule(Strategy):
         """
         if not self.merges_into_base:
             return torch.cat((before, after))
-        weights, old, new = [item.weight for item in self.adapters], before.double(), after.double()
+        weights = []
+        for item in self.adapters:
+            weights.append(item.weight)
+        old = before.double()
+        new = after.double()
         grown = self.pick(new - old, weights) + self.products(new) - self.products(old)
         return torch.cat((grown, self.pick(new - old, self.head))).to(before.dtype)
 
@@ -104,14 +112,18 @@ class LoraRule(Strategy):
         if self.merges_into_base:
             return super().cosine(first, second)
         one, two = first.double(), second.double()
-        size = (self._inner(one, one) * self._inner(two, two)) ** 0.5
-        return self._inner(one, two) / size if size else 0.0
+        size = float((self._inner(one, one) * self._inner(two, two)) ** 0.5)
+        if size:
+            return self._inner(one, two) / size
+        return 0.0
 
     def _inner(self, first: Tensor, second: Tensor) -> float:
         """Return the inner product of two changes: <B A, D C> is the sum over B^T D times A C^T, entry by
         entry.
         """
-        heads = [self.pick(new - old, self.head) for old, new in (first.chunk(2), second.chunk(2))]
+        heads = []
+        for old, new in (first.chunk(2), second.chunk(2)):
+            heads.append(self.pick(new - old, self.head))
         total = float(heads[0] @ heads[1])
         for item in self.adapters:
             (b, a), (d, c) = self._difference(first, item), self._difference(second, item)
@@ -180,7 +192,9 @@ class Alternating(RoLoRA):
         """Return None for changes of different halves: B moves what A reads, A what B writes, whatever the
         data say.
         """
-        return super().cosine(first, second) if self._trained_a(first) == self._trained_a(second) else None
+        if self._trained_a(first) == self._trained_a(second):
+            return super().cosine(first, second)
+        return None
 
     def _trained_a(self, moved: Tensor) -> bool:
         old, new = moved.chunk(2)

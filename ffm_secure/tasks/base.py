@@ -198,7 +198,10 @@ def as_indices(indices: Any) -> NDArray[np.int64]:
 
 def text_columns(examples: Columns, names: Sequence[str]) -> list[Sequence[str]]:
     """Return the text columns of a task."""
-    return [examples.column(name) for name in names]
+    text_columns: list[Sequence[str]] = []
+    for name in names:
+        text_columns.append(examples.column(name))
+    return text_columns
 
 
 @contextmanager
@@ -214,7 +217,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _by_length(encoded: Any, batch_size: int) -> Iterator[NDArray[np.int64]]:
     """Yield batches of similar length, longest first, so that little is padded and memory peaks at once."""
-    lengths = encoded.lengths() if hasattr(encoded, "lengths") else np.zeros(len(encoded), dtype=np.int64)
+    if hasattr(encoded, "lengths"):
+        lengths = encoded.lengths()
+    else:
+        lengths = np.zeros(len(encoded), dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]

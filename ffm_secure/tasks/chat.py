@@ -36,7 +36,9 @@ def render_all(tokenizer: Any, packed: Sequence[str]) -> list[Rendered]:
     rendered: list[Rendered] = []
     refused: list[str] = []
     for row in packed:
-        messages = [{"role": role, "content": content} for role, content in json.loads(row)]
+        messages = []
+        for role, content in json.loads(row):
+            messages.append({"role": role, "content": content})
         try:
             rendered.append(_templated(tokenizer, messages) if has_template(tokenizer) else _plain(messages))
         except Exception as error:  # a template is a program of the model's authors and raises what it likes
@@ -85,13 +87,20 @@ def _by_prefix(tokenizer: Any, messages: list[dict[str, str]], number: int, text
         after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
     except Exception:  # as above
         return None
-    return (len(before), len(after)) if text.startswith(after) and after.startswith(before) else None
+    if text.startswith(after) and after.startswith(before):
+        return (len(before), len(after))
+    return None
 
 
 def _by_content(text: str, content: str, cursor: int) -> Span:
     """Find the words of a turn after those of the turns before it;
     templates may cut the blanks around them.
     """
-    words = content if content in text[cursor:] else content.strip()
+    if content in text[cursor:]:
+        words = content
+    else:
+        words = content.strip()
     start = text.find(words, cursor)
-    return (start, start + len(words)) if start >= 0 and words else (cursor, cursor)
+    if start >= 0 and words:
+        return (start, start + len(words))
+    return (cursor, cursor)

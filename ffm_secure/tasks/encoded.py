@@ -92,7 +92,9 @@ def encode_texts(
     segments: list[NDArray[np.int8]] = []
     lengths = np.zeros(count, dtype=np.int64)
     for start in range(0, count, _CHUNK):
-        texts = [[str(text) for text in column[start : start + _CHUNK]] for column in columns]
+        texts = []
+        for column in columns:
+            texts.append([str(text) for text in column[start : start + _CHUNK]])
         out = tokenizer(
             *texts,
             truncation=True,
@@ -103,11 +105,15 @@ def encode_texts(
             split_special_tokens=True,  # "</s>" in somebody's text is text, not the end of it
             verbose=False,
         )
-        rows = [row or [_spare(tokenizer)] for row in out["input_ids"]]
+        rows = []
+        for row in out["input_ids"]:
+            rows.append(row or [_spare(tokenizer)])
         lengths[start : start + len(rows)] = [len(row) for row in rows]
         tokens.append(np.fromiter((t for row in rows for t in row), dtype=np.int32))
         if segmented:
-            kinds = [row or [0] for row in out["token_type_ids"]]
+            kinds = []
+            for row in out["token_type_ids"]:
+                kinds.append(row or [0])
             segments.append(np.fromiter((t for row in kinds for t in row), dtype=np.int8))
     return EncodedText(
         tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int32),
@@ -185,7 +191,9 @@ def pad_texts(
         batch["targets"] = np.where(real & encoded.asked[places], encoded.tokens[places], IGNORED)
     if encoded.segments is not None:
         batch["token_type_ids"] = np.where(real, encoded.segments[places], 0)
-    out = {name: torch.from_numpy(values.astype(np.int64)).to(device) for name, values in batch.items()}
+    out = {}
+    for name, values in batch.items():
+        out[name] = torch.from_numpy(values.astype(np.int64)).to(device)
     if encoded.labels is not None:
         out["labels"] = torch.from_numpy(encoded.labels[indices]).to(device)
     return out

@@ -58,7 +58,10 @@ class ImageClassification(Classification):
                 f"pictures are {pictures.dtype} {list(pictures.shape)}; they must be uint8 [n, H, W, C]"
             )
         tensor = torch.from_numpy(np.ascontiguousarray(pictures))
-        tensor = tensor.unsqueeze(1) if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2)
+        if tensor.dim() == 3:
+            tensor = tensor.unsqueeze(1)
+        else:
+            tensor = tensor.permute(0, 3, 1, 2)
         if tensor.shape[1] != self.channels:
             grey = tensor.float().mean(dim=1, keepdim=True).round().to(torch.uint8)
             tensor = grey.expand(-1, self.channels, -1, -1)

@@ -97,13 +97,17 @@ class CausalLM(_Text):
             return super().encode(examples)
         texts, answers = self.answered_texts(examples)
         if not self.data.answers_only:
-            answers = [[(0, len(text))] for text in texts]
+            answers = []
+            for text in texts:
+                answers.append([(0, len(text))])
         special = not (self.data.is_chat and has_template(self.tokenizer))  # a template writes its own
         return encode_answered(self.tokenizer, texts, answers, max_length=self.max_length, special=special)
 
     def written(self, examples: Columns) -> list[list[str]]:
         """Return the texts as the tokenizer reads them; chats in the words of their template."""
-        return [self.answered_texts(examples)[0]] if self.data.is_chat else super().written(examples)
+        if self.data.is_chat:
+            return [self.answered_texts(examples)[0]]
+        return super().written(examples)
 
     def unanswered(self, examples: Columns) -> float | None:
         """Return the share of examples whose answer is cut off whole, so that nothing of them is learned."""
@@ -148,7 +152,9 @@ def _answer_span(text: str, answer: str) -> list[tuple[int, int]]:
     """Return where the answer stands at the end of its text; all of a text that was changed since it was
     joined.
     """
-    start = len(text) - len(answer) if text.endswith(answer) else 0
+    start = 0
+    if text.endswith(answer):
+        start = len(text) - len(answer)
     return [(start, len(text))]
 
 

@@ -114,12 +114,20 @@ class TrainableModel(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Copy the trained tensors, by name."""
-        return {name: p.detach().clone() for name, p in self.parameters.items()}
+        tensors: dict[str, Tensor] = {}
+        for name, p in self.parameters.items():
+            tensors[name] = p.detach().clone()
+        return tensors
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the trained tensors by name; names and shapes must be exactly those of `layout`."""
-        wrong = [n for n, shape in self.layout if n not in tensors or tuple(tensors[n].shape) != shape]
-        wrong += [name for name in tensors if name not in self.parameters]
+        wrong = []
+        for n, shape in self.layout:
+            if n not in tensors or tuple(tensors[n].shape) != shape:
+                wrong.append(n)
+        for name in tensors:
+            if name not in self.parameters:
+                wrong.append(name)
         if wrong:
             raise ModelError(f"{len(wrong)} tensors do not fit this model (first: {wrong[0]})")
         with torch.no_grad():
@@ -155,7 +163,9 @@ def replicate(trainable: TrainableModel) -> TrainableModel:
 
 def sharing_copy(model: nn.Module, *, own: Iterable[nn.Parameter] = ()) -> Any:
     """Copy a model's modules but share its tensors, except for the parameters in `own`, which are copied."""
-    mine = {id(parameter) for parameter in own}
+    mine = set()
+    for parameter in own:
+        mine.add(id(parameter))
     shared = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared if id(tensor) not in mine})
 

@@ -32,7 +32,10 @@ def restore_batch_axis(model: nn.Module) -> None:
 
 
 def _note_places(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    if args:
+        hidden: Tensor = args[0]
+    else:
+        hidden = kwargs["hidden_states"]
     for name in _FLAT["opt"][1]:
         layer.get_submodule(name).__dict__["places_of_a_sample"] = hidden.shape[1]
 
@@ -47,4 +50,6 @@ def _apart(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _together(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.flatten(0, 1) if module.__dict__["was_merged"] else output
+    if module.__dict__["was_merged"]:
+        return output.flatten(0, 1)
+    return output

@@ -57,7 +57,9 @@ def complete_model(trainable: TrainableModel) -> Any:
             raise ModelError(
                 f"model.trainable.kind = {trainable.kind!r}: no single model of transformers computes it"
             )
-    return as_stock_classifier(plain) if isinstance(plain, MeanPoolClassifier) else plain.eval()
+    if isinstance(plain, MeanPoolClassifier):
+        return as_stock_classifier(plain)
+    return plain.eval()
 
 
 def soft_prompt(trainable: TrainableModel) -> Tensor:
@@ -76,7 +78,9 @@ def with_prompt_words(tokenizer: Any, length: int) -> Any:
       ModelError: this kind of tokenizer cannot be changed so.
     """
     first = len(tokenizer)
-    words = [f"<prompt-{number}>" for number in range(length)]
+    words = []
+    for number in range(length):
+        words.append(f"<prompt-{number}>")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(f"{type(tokenizer).__name__} cannot put a prompt in front of a text")
@@ -84,9 +88,10 @@ def with_prompt_words(tokenizer: Any, length: int) -> Any:
     table["post_processor"] = _in_front(table["post_processor"], words, first)
     prompted = Tokenizer.from_str(json.dumps(table))
     prompted.add_special_tokens([AddedToken(word, special=True) for word in words])
-    named = {
-        name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
-    }
+    named = {}
+    for name, value in tokenizer.special_tokens_map.items():
+        if isinstance(value, str):
+            named[name] = str(value)
     extended = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=prompted,
         model_input_names=list(tokenizer.model_input_names),
@@ -100,7 +105,9 @@ def with_prompt_words(tokenizer: Any, length: int) -> Any:
 
 def _in_front(processor: Any, words: Sequence[str], first: int) -> dict[str, Any]:
     """Return a post-processor, as tokenizers writes it down, that also puts words in front."""
-    kind = processor["type"] if processor is not None else ""
+    kind = ""
+    if processor is not None:
+        kind = processor["type"]
     if kind == "Sequence":
         *before, last = processor["processors"]
         if last["type"] in ("TemplateProcessing", "BertProcessing", "RobertaProcessing"):
@@ -111,14 +118,18 @@ def _in_front(processor: Any, words: Sequence[str], first: int) -> dict[str, Any
     if kind in ("BertProcessing", "RobertaProcessing"):
         return _template_in_front(_as_template(processor), words, first)
     template = _template_in_front(_template([_text("A")], [_text("A"), _text("B", 1)], {}), words, first)
-    return template if processor is None else {"type": "Sequence", "processors": [processor, template]}
+    if processor is None:
+        return template
+    return {"type": "Sequence", "processors": [processor, template]}
 
 
 def _template_in_front(template: Any, words: Sequence[str], first: int) -> dict[str, Any]:
-    front = [_special(word) for word in words]
-    known = {
-        word: {"id": word, "ids": [first + number], "tokens": [word]} for number, word in enumerate(words)
-    }
+    front = []
+    for word in words:
+        front.append(_special(word))
+    known = {}
+    for number, word in enumerate(words):
+        known[word] = {"id": word, "ids": [first + number], "tokens": [word]}
     return _template(
         [*front, *template["single"]], [*front, *template["pair"]], {**template["special_tokens"], **known}
     )
@@ -127,10 +138,17 @@ def _template_in_front(template: Any, words: Sequence[str], first: int) -> dict[
 def _as_template(processor: Any) -> dict[str, Any]:
     """Write the fixed forms of BERT and RoBERTa as templates."""
     begin, end = processor["cls"], processor["sep"]
-    double = [_special(end[0])] if processor["type"] == "RobertaProcessing" else []
-    second = 0 if double else 1
+    if processor["type"] == "RobertaProcessing":
+        double = [_special(end[0])]
+    else:
+        double = []
+    second = 1
+    if double:
+        second = 0
     single = [_special(begin[0]), _text("A"), _special(end[0])]
-    known = {word: {"id": word, "ids": [number], "tokens": [word]} for word, number in (begin, end)}
+    known = {}
+    for word, number in (begin, end):
+        known[word] = {"id": word, "ids": [number], "tokens": [word]}
     return _template(single, [*single, *double, _text("B", second), _special(end[0], second)], known)
 
 
@@ -254,4 +272,6 @@ def _dino_name(name: str) -> str:
 
 def words_known(backbone: Backbone) -> int:
     """Return the number of the first word that the tokenizer does not know yet."""
-    return len(backbone.tokenizer) if backbone.tokenizer is not None else int(backbone.config.vocab_size)
+    if backbone.tokenizer is not None:
+        return len(backbone.tokenizer)
+    return int(backbone.config.vocab_size)

@@ -53,7 +53,10 @@ def export(
     in float32.
     """
     backbone, builtin = trainable.backbone, base_model.startswith("builtin:")
-    named = BASE if builtin else base_model
+    if builtin:
+        named = BASE
+    else:
+        named = base_model
     trainable.export(folder, named)
     form, virtual = _form(trainable), 0
     with quiet():
@@ -91,7 +94,9 @@ def read_record(folder: Path) -> ModelExport:
     """
     try:
         table = json.loads((folder / RECORD).read_text())
-        lists = {name: tuple(table[name]) for name in ("labels", "text_columns")}
+        lists = {}
+        for name in ("labels", "text_columns"):
+            lists[name] = tuple(table[name])
         record = ModelExport(**{**table, **lists})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(
@@ -110,7 +115,9 @@ def _form(trainable: TrainableModel) -> Literal["adapter", "model", "whole", "ow
     if kind == "prompt_generator" or (averages and kind in ("prefix", "deep_prompt")):
         return "own"
     if kind == "deep_prompt":
-        return "adapter" if reads_last else "own"
+        if reads_last:
+            return "adapter"
+        return "own"
     if averages or isinstance(trainable, FoldedLora):
         return "model"
     if kind == "full":
@@ -160,7 +167,10 @@ def _as_prefix(trainable: TrainableModel) -> Tensor:
     That is all later tokens feel of it, and none of it depends on the text.
     """
     length = trainable.model.length  # type: ignore[union-attr]
-    parts = [part[0, :, :length].transpose(0, 1) for pair in _cache_of(trainable) for part in pair]
+    parts = []
+    for pair in _cache_of(trainable):
+        for part in pair:
+            parts.append(part[0, :, :length].transpose(0, 1))
     return torch.stack(parts, dim=1).reshape(int(length), -1)  # type: ignore[arg-type]
 
 

@@ -84,7 +84,11 @@ def _leave_to_linear(model: nn.Module) -> None:
     """Let a parameter that a linear module uses belong to it alone; masked-LM heads register their bias a
     second time.
     """
-    used = {id(p) for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+    used = set()
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            for p in m.parameters(recurse=False):
+                used.add(id(p))
     for module in model.modules():
         if not isinstance(module, nn.Linear) and any(True for _ in module.children()):
             for name, parameter in list(module.named_parameters(recurse=False)):

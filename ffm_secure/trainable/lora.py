@@ -33,7 +33,9 @@ def peft_task(backbone: Backbone) -> TaskType | None:
     """Return PEFT's word for a task; None where it has none, or where the head is no class that PEFT's users
     have.
     """
-    return None if has_own_head(backbone) else TASK_TYPES.get(backbone.kind)
+    if has_own_head(backbone):
+        return None
+    return TASK_TYPES.get(backbone.kind)
 
 
 CORE = "lora_core.weight"
@@ -129,11 +131,15 @@ def attach_lora(
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
     ranks = tuple(int(rank) for rank in spec.get("ranks") or ())
-    spec = {**spec, "rank": max(ranks)} if ranks else spec
+    if ranks:
+        spec = {**spec, "rank": max(ranks)}
     folded = bool(spec.get("folded"))
     wrapped, config, lines = _wrap(backbone, spec, task_kind=task_kind, seed=seed, folded=folded)
     model = wrapped.get_base_model()
-    parameters = {_peft_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
+    parameters = {}
+    for name, p in wrapped.named_parameters():
+        if p.requires_grad:
+            parameters[_peft_name(name)] = p
     layers = lora_layers(model)
     flat = all(
         layer.get_base_layer().weight.ndim == 2 for _, layer in layers
@@ -143,14 +149,20 @@ def attach_lora(
             "federation.strategy changes the weights beside the factors, and those of "
             f"{backbone.architecture} are convolutions; use federation.strategy.kind = 'average'"
         )
-    adapters = tuple(_adapter(path, layer, folded) for path, layer in layers) if flat else ()
+    if flat:
+        adapters = tuple(_adapter(path, layer, folded) for path, layer in layers)
+    else:
+        adapters = ()
     common: dict[str, Any] = {
         "backbone": backbone,
         "model": model,
         "parameters": parameters,
         "description": lines,
     }
-    trainable: Lora | FoldedLora = FoldedLora(**common) if folded else Lora(config=config, **common)
+    if folded:
+        trainable: Lora | FoldedLora = FoldedLora(**common)
+    else:
+        trainable = Lora(config=config, **common)
     trainable.adapters, trainable.ranks = adapters, ranks
     return trainable
 
@@ -169,11 +181,10 @@ def attach_lora_xs(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: st
     cores: dict[str, nn.Parameter] = {}
     for path, layer in lora_layers(model):
         cores[f"base_model.model.{path}.{CORE}"] = _put_core(path, layer)
-    heads = {
-        _peft_name(name): p
-        for name, p in wrapped.named_parameters()
-        if p.requires_grad and ".lora_" not in name
-    }
+    heads = {}
+    for name, p in wrapped.named_parameters():
+        if p.requires_grad and ".lora_" not in name:
+            heads[_peft_name(name)] = p
     size = sum(p.numel() for p in cores.values())
     lines = [
         f"cores of {config.r} x {config.r} between frozen factors of {len(cores)} modules: {size:,} numbers",
@@ -186,7 +197,11 @@ def attach_lora_xs(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: st
 
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """List the adapted modules with their paths, in model order."""
-    return [(path, m) for path, m in model.named_modules() if "default" in getattr(m, "lora_A", {})]
+    lora_layers: list[tuple[str, Any]] = []
+    for path, m in model.named_modules():
+        if "default" in getattr(m, "lora_A", {}):
+            lora_layers.append((path, m))
+    return lora_layers
 
 
 def _adapter(path: str, layer: Any, folded: bool) -> Adapter:
@@ -230,7 +245,10 @@ def _wrap(
         raise ModelError(f"model.trainable.rank = {rank}: must be at least 1")
     heads = head_modules(backbone)
     wanted = spec.get("target_modules") or ()
-    wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    if isinstance(wanted, str):
+        wanted = (wanted,)
+    else:
+        wanted = tuple(wanted)
     targets = lora_targets(backbone, wanted, outside=heads)
     config = LoraConfig(
         r=rank,
@@ -253,7 +271,10 @@ def _wrap(
             reason = (str(error).strip().splitlines() or ["no reason"])[0][:300]
             raise ModelError(f"model.trainable.target_modules: {backbone.architecture}: {reason}") from error
     restore_batch_axis(wrapped.get_base_model())
-    parameters = {_peft_name(name): p for name, p in wrapped.named_parameters() if p.requires_grad}
+    parameters = {}
+    for name, p in wrapped.named_parameters():
+        if p.requires_grad:
+            parameters[_peft_name(name)] = p
     lines = _describe(rank, alpha, targets, heads, parameters)
     for _, layer in lora_layers(wrapped.get_base_model()) if folded else ():
         layer.get_base_layer().weight.requires_grad_(True)
@@ -265,7 +286,10 @@ def _copy_for(backbone: Backbone, targets: tuple[str, ...], heads: tuple[str, ..
     model = backbone.model
     if not folded:
         return sharing_copy(model)
-    chosen = [m for path, m in model.named_modules() if any(matches(path, target) for target in targets)]
+    chosen = []
+    for path, m in model.named_modules():
+        if any(matches(path, target) for target in targets):
+            chosen.append(m)
     return sharing_copy(model, own=[m.weight for m in chosen if isinstance(m.weight, nn.Parameter)])
 
 
@@ -276,9 +300,14 @@ def attach_head(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, 
             f"model.trainable.kind = 'head': {task_kind} has no head of its own; use lora, prompt or full"
         )
     heads = head_modules(backbone)
-    inside = {id(p) for name in heads for p in backbone.model.get_submodule(name).parameters()}
+    inside = set()
+    for name in heads:
+        for p in backbone.model.get_submodule(name).parameters():
+            inside.add(id(p))
     model = sharing_copy(backbone.model, own=[p for p in backbone.model.parameters() if id(p) in inside])
-    parameters = {f"base_model.model.{name}": p for name, p in named_inside(model, heads)}
+    parameters = {}
+    for name, p in named_inside(model, heads):
+        parameters[f"base_model.model.{name}"] = p
     config = LoraConfig(
         r=1, target_modules=_NO_TARGETS, modules_to_save=list(heads), task_type=TASK_TYPES.get(task_kind)
     )
@@ -303,7 +332,10 @@ def _describe(
     heads: tuple[str, ...],
     parameters: Mapping[str, nn.Parameter],
 ) -> list[str]:
-    adapters = {name: p for name, p in parameters.items() if ".lora_" in name}
+    adapters = {}
+    for name, p in parameters.items():
+        if ".lora_" in name:
+            adapters[name] = p
     leaves = sorted({target.rpartition(".")[2] for target in targets})
     size = f"{len(adapters) // 2} modules, {_count(adapters):,} numbers"
     lines = [f"LoRA rank {rank}, alpha {alpha:g} on {', '.join(leaves)}: {size}"]

@@ -164,7 +164,10 @@ class Predictor:
         """Replace every mask token by the likeliest one."""
         tokenizer = self._tokenizer()
         tokens = tokenizer(text, truncation=True, max_length=self.export.max_length)["input_ids"]
-        places = [place for place, token in enumerate(tokens) if token == tokenizer.mask_token_id]
+        places = []
+        for place, token in enumerate(tokens):
+            if token == tokenizer.mask_token_id:
+                places.append(place)
         if not places:
             raise ModelError(f"a masked language model restores {tokenizer.mask_token}; the text holds none")
         best = self._token_scores(tokens).argmax(dim=-1)
@@ -190,4 +193,6 @@ class Predictor:
 def _room(trainable: TrainableModel) -> int:
     """Return how many positions virtual tokens take."""
     length = getattr(trainable.model, "length", 0)
-    return int(length) if isinstance(length, int) else 0
+    if isinstance(length, int):
+        return int(length)
+    return 0

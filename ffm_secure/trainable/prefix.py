@@ -99,7 +99,9 @@ def attending(model: Any) -> nn.Module:
     """
     body: nn.Module = getattr(model, "base_model", model)
     inner = getattr(body, "decoder", None)
-    return inner if isinstance(inner, nn.Module) and not model.config.is_encoder_decoder else body
+    if isinstance(inner, nn.Module) and not model.config.is_encoder_decoder:
+        return inner
+    return body
 
 
 def cache_shape(backbone: Backbone) -> tuple[int, int]:
@@ -107,9 +109,10 @@ def cache_shape(backbone: Backbone) -> tuple[int, int]:
     config: Any = backbone.model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if config.model_type == "falcon":  # the newer kind repeats shared keys before it keeps them
-        heads = (
-            1 if config.multi_query and not config.new_decoder_architecture else config.num_attention_heads
-        )
+        if config.multi_query and not config.new_decoder_architecture:
+            heads = 1
+        else:
+            heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(heads), int(width)
 

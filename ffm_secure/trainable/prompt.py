@@ -119,7 +119,10 @@ class PromptTrainable(TrainableModel):
         heads = head_modules(self.backbone)
         if heads:
             config.modules_to_save = list(heads)
-        inside = {name: p for name, p in self.parameters.items() if name.startswith("base_model.")}
+        inside = {}
+        for name, p in self.parameters.items():
+            if name.startswith("base_model."):
+                inside[name] = p
         write_peft(folder, config, {PROMPT: prompt, **inside}, base_model_name)
 
 
@@ -190,20 +193,27 @@ def checked_length(backbone: Backbone, spec: Mapping[str, Any]) -> int:
 
 def with_own_head(backbone: Backbone) -> Any:
     """Copy the model so that only its head is owned; the frozen rest stays shared."""
-    owned = [p for _, p in named_inside(backbone.model, head_modules(backbone))]
+    owned = []
+    for _, p in named_inside(backbone.model, head_modules(backbone)):
+        owned.append(p)
     return sharing_copy(backbone.model, own=owned)
 
 
 def head_parameters(backbone: Backbone, model: Any) -> dict[str, nn.Parameter]:
     """Name the parameters of the head as PEFT's files do."""
-    return {f"base_model.{name}": p for name, p in named_inside(model, head_modules(backbone))}
+    head_parameters: dict[str, nn.Parameter] = {}
+    for name, p in named_inside(model, head_modules(backbone)):
+        head_parameters[f"base_model.{name}"] = p
+    return head_parameters
 
 
 def head_lines(backbone: Backbone, parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """Say that the head is trained along, where there is one."""
     heads = head_modules(backbone)
     rest = sum(p.numel() for name, p in parameters.items() if name.startswith("base_model."))
-    return [f"the head is trained along: {', '.join(heads)}, {rest:,} numbers"] if heads else []
+    if heads:
+        return [f"the head is trained along: {', '.join(heads)}, {rest:,} numbers"]
+    return []
 
 
 def start_prompt(backbone: Backbone, length: int, seed: int) -> Tensor:

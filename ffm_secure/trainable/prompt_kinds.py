@@ -132,7 +132,9 @@ class DeepPromptedModel(PromptedModel):
     def forward(self, **batch: Any) -> Any:
         """Return the model's output for one batch."""
         later = self.deeper(len(next(iter(batch.values()))))  # [B, layers - 1, length, d]
-        first = 1 if self.kind == "image_classification" else 0
+        first = 0
+        if self.kind == "image_classification":
+            first = 1
         with ExitStack() as hooks:
             for number, layer in enumerate(layers_of(self.model)[1:]):
                 hook = partial(_replace, first, later[:, number])
@@ -153,9 +155,10 @@ def layers_of(model: Any) -> list[nn.Module]:
       ModelError: the model keeps them in no single list.
     """
     count = int(getattr(model.config, "num_hidden_layers", 0))
-    lists = [
-        m for m in model.base_model.modules() if count and isinstance(m, nn.ModuleList) and len(m) == count
-    ]
+    lists = []
+    for m in model.base_model.modules():
+        if count and isinstance(m, nn.ModuleList) and len(m) == count:
+            lists.append(m)
     if not lists:
         raise ModelError(
             f"model.trainable.kind = 'deep_prompt': {type(model).__name__} keeps its layers in no single "
@@ -239,14 +242,23 @@ class GeneratedPrompt(PromptedModel):
         first layer.
         """
         if self.kind == "image_classification":
-            body = self.model.vit if self.representation == "model" else self.model.vit.embeddings
+            if self.representation == "model":
+                body = self.model.vit
+            else:
+                body = self.model.vit.embeddings
             out = body(pixel_values=batch["pixel_values"])
-            hidden: Tensor = out.last_hidden_state if self.representation == "model" else out
+            if self.representation == "model":
+                hidden: Tensor = out.last_hidden_state
+            else:
+                hidden = out
             return hidden.mean(dim=1)
         mask = batch["attention_mask"]
         if self.representation == "model":
             names = ("input_ids", "attention_mask", "token_type_ids")
-            inputs = {name: batch[name] for name in names if batch.get(name) is not None}
+            inputs = {}
+            for name in names:
+                if batch.get(name) is not None:
+                    inputs[name] = batch[name]
             hidden = self.model.base_model(**inputs).last_hidden_state
         else:
             hidden = self.model.get_input_embeddings()(batch["input_ids"])
@@ -292,7 +304,9 @@ def attach_prompt_generator(
         **_named(wrapped.down, "generator.down"),
         **_named(wrapped.up, "generator.up"),
     }
-    source = "the frozen model's view of the input" if representation == "model" else "the input's embeddings"
+    source = "the input's embeddings"
+    if representation == "model":
+        source = "the frozen model's view of the input"
     line = f"prompt generator for {length} tokens from {source}, {hidden} wide: {_count(own):,} numbers"
     trainable: PromptGenerator = _finish(PromptGenerator, backbone, wrapped, own, line)
     return trainable

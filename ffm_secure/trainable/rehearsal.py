@@ -52,7 +52,9 @@ def rehearse(trainable: TrainableModel) -> None:
     except Exception as error:  # whatever an architecture makes the library throw becomes one error of ours
         raise ModelError(_refusal(trainable, f"cannot run with it ({_first_line(error)})")) from error
     if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        more = ""
+        if len(lost) > 1:
+            more = f" and {len(lost) - 1} more"
         raise ModelError(_refusal(trainable, f"does not use it: no gradient reaches {lost[0]}{more}"))
 
 
@@ -107,7 +109,8 @@ def _words(config: Any) -> tuple[tuple[int, int], int]:
     classifiers of encoder-decoders look for it.
     """
     pad, begin, end = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
-    end = end[0] if isinstance(end, list) else end
+    if isinstance(end, list):
+        end = end[0]
     size = int(getattr(config, "vocab_size", 64))
     first, second, third = [token for token in range(min(64, size)) if token not in (pad, begin, end)][-3:]
     return (first, second), end if end is not None and end < size else third

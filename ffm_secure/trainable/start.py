@@ -44,11 +44,16 @@ def _differs(trainable: TrainableModel, folder: Path) -> str:
         table: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         return f"{PEFT_CONFIG} cannot be read ({error})"
-    odd = [name for name in _VARIANTS if table.get(name)]
+    odd = []
+    for name in _VARIANTS:
+        if table.get(name):
+            odd.append(name)
     if odd:
         return f"it was trained with {odd[0]}, which is not supported here; train it anew"
     stored = float(table.get("lora_alpha", 0)) / max(1, int(table.get("r", 1)))
-    scaling = {item.scaling for item in trainable.adapters}
+    scaling = set()
+    for item in trainable.adapters:
+        scaling.add(item.scaling)
     if scaling and scaling != {stored}:
         return (
             f"its alpha / rank is {stored:g}, here it is {max(scaling):g}; set model.trainable.alpha "

@@ -51,9 +51,10 @@ def head_modules(backbone: Backbone) -> tuple[str, ...]:
     names: list[str] = []
     if backbone.kind.endswith("classification"):
         body = body_name(model)
-        names = [
-            n for n, child in model.named_children() if n != body and any(True for _ in child.parameters())
-        ]
+        names = []
+        for n, child in model.named_children():
+            if n != body and any(True for _ in child.parameters()):
+                names.append(n)
     for parent in dict.fromkeys(name.rpartition(".")[0] for name in backbone.fresh):
         whole = all(
             f"{parent}.{inner}" in fresh for inner, _ in model.get_submodule(parent).named_parameters()
@@ -82,13 +83,15 @@ def lora_targets(backbone: Backbone, wanted: Sequence[str], *, outside: Iterable
     model_type = str(backbone.config.model_type)
     chosen = tuple(wanted) or QUERY_VALUE.get(model_type, ())
     linear += _convolutions(backbone.model, outside=tuple(outside))
-    missing = [name for name in chosen if not any(matches(path, name) for path in linear)]
+    missing = []
+    for name in chosen:
+        if not any(matches(path, name) for path in linear):
+            missing.append(name)
     if missing or not chosen:
-        what = (
-            f"{missing[0]!r} fits no linear module"
-            if missing
-            else f"nothing is chosen for {model_type!r} models"
-        )
+        if missing:
+            what = f"{missing[0]!r} fits no linear module"
+        else:
+            what = f"nothing is chosen for {model_type!r} models"
         leaves = sorted({path.rpartition(".")[2] for path in linear})
         raise ModelError(
             f"model.trainable.target_modules: {what} of {backbone.architecture}; "
@@ -114,21 +117,25 @@ def _linear_modules(model: nn.Module, *, outside: tuple[str, ...]) -> list[str]:
     output: object = None
     if isinstance(model, PreTrainedModel):
         output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-        and module is not output
-        and not any(path == name or path.startswith(f"{name}.") for name in outside)
-    ]
+    linear_modules: list[str] = []
+    for path, module in model.named_modules():
+        if (
+            isinstance(module, (nn.Linear, Conv1D))
+            and module is not output
+            and not any(path == name or path.startswith(f"{name}.") for name in outside)
+        ):
+            linear_modules.append(path)
+    return linear_modules
 
 
 def _convolutions(model: nn.Module, *, outside: tuple[str, ...]) -> list[str]:
     """List the paths of convolutions over all channels in the body of a model."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and module.groups == 1
-        and not any(path == name or path.startswith(f"{name}.") for name in outside)
-    ]
+    convolutions: list[str] = []
+    for path, module in model.named_modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.groups == 1
+            and not any(path == name or path.startswith(f"{name}.") for name in outside)
+        ):
+            convolutions.append(path)
+    return convolutions

@@ -370,7 +370,10 @@ _american = _replacer(AMERICAN, whole_words=False)
 
 def writer(house: House, *, short: bool) -> Callable[[str], Sequence[str]]:
     """Give the function that turns a list "first | second" into the hospital's own wording."""
-    abbreviate = _replacer(house.abbreviations, whole_words=True) if short and house.abbreviations else str
+    if short and house.abbreviations:
+        abbreviate = _replacer(house.abbreviations, whole_words=True)
+    else:
+        abbreviate = str
 
     def units(match: re.Match[str]) -> str:
         return LABS[match.group(1)].split(" | ")[house.american]

@@ -138,7 +138,10 @@ def planted_facts(example: Mapping[str, Any] | str) -> tuple[Fact, ...]:
     >>> planted_facts('[["phone", "07700 900123", 10, 22]]')
     (Fact(kind='phone', value='07700 900123', span=(10, 22)),)
     """
-    stored = example if isinstance(example, str) else example["facts"]
+    if isinstance(example, str):
+        stored = example
+    else:
+        stored = example["facts"]
     return tuple(Fact(kind, value, (start, end)) for kind, value, start, end in json.loads(stored))
 
 
@@ -152,7 +155,9 @@ def clinic_notes(options: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, 
     chosen = _checked(options)
     seed = chosen["seed"]
     rng = np.random.Generator(np.random.PCG64([seed, 0xC11C]))
-    houses = [_Desk(make_house(index, rng.random)) for index in range(chosen["hospitals"])]
+    houses = []
+    for index in range(chosen["hospitals"]):
+        houses.append(_Desk(make_house(index, rng.random)))
     sizes = 1.0 / np.arange(2, len(houses) + 2) ** 0.7
     mixes = 0.85 * rng.dirichlet(np.full(len(SPECIALTIES), 1.2), size=len(houses)) + 0.15 / len(SPECIALTIES)
     written: set[str] = set()
@@ -168,7 +173,9 @@ def clinic_notes(options: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, 
 
 
 def _checked(options: Mapping[str, int]) -> dict[str, int]:
-    chosen = {name: default for name, (default, _, _) in OPTIONS.items()}
+    chosen = {}
+    for name, (default, _, _) in OPTIONS.items():
+        chosen[name] = default
     for name, value in options.items():
         if name not in OPTIONS:
             raise DataError(f"builtin:clinic_notes has no option {name!r}; it has {', '.join(OPTIONS)}")
@@ -203,7 +210,9 @@ def _filled(text: str, unit: Unit) -> str:
         low, high, step, divisor = match.groups()
         width = int(step or 1)
         value = int(low) + width * int(unit() * ((int(high) - int(low)) // width + 1))
-        return str(value) if divisor is None else f"{value / int(divisor):g}"
+        if divisor is None:
+            return str(value)
+        return f"{value / int(divisor):g}"
 
     return _ONE.sub(r"1 \1", _RANGE.sub(number, text))
 
@@ -237,19 +246,21 @@ class _Words:
 def _cases(condition: Condition, write: Callable[[str], Sequence[str]]) -> list[_Case]:
     """Part a condition into the diseases it names, where some of its items belong to one name only."""
     names = write(condition.names)
-    lists = [
-        write(items) for items in (condition.complaints, condition.findings, condition.drugs, condition.plans)
-    ]
+    lists = []
+    for items in (condition.complaints, condition.findings, condition.drugs, condition.plans):
+        lists.append(write(items))
     if not any("# " in item for items in lists for item in items):
         return [_Case(condition.ages, names, *lists)]
-    return [
-        _Case(
-            condition.ages,
-            [name],
-            *([_untagged(item) for item in items if _belongs(item, number)] for items in lists),
+    cases: list[_Case] = []
+    for number, name in enumerate(names, start=1):
+        cases.append(
+            _Case(
+                condition.ages,
+                [name],
+                *([_untagged(item) for item in items if _belongs(item, number)] for items in lists),
+            )
         )
-        for number, name in enumerate(names, start=1)
-    ]
+    return cases
 
 
 def _belongs(item: str, number: int) -> bool:
@@ -296,7 +307,9 @@ class _Desk:
         sections = _contents(words, label, case, age, unit, social=self.house.social)
         sections["who"] = [_who(patient, age if with_age else None, unit)]
         text = _filled(self._laid_out(sections, unit), unit)
-        return text.lower() if self.house.lower else text
+        if self.house.lower:
+            return text.lower()
+        return text
 
     def _laid_out(self, sections: Mapping[str, Sequence[str]], unit: Unit) -> str:
         layout = self.house.layout
@@ -304,7 +317,9 @@ class _Desk:
         for name in layout.order:
             items = sections[name]
             if items:
-                opener = _pick(layout.openers, unit) if name == "history" else ""
+                opener = ""
+                if name == "history":
+                    opener = _pick(layout.openers, unit)
                 lines.append(layout.headings[name] + opener + layout.item.join(items))
         return layout.section.join(lines).replace(" . ", ". ")
 
@@ -321,8 +336,13 @@ def _contents(
         clarity += 1
     _, complaints, shared, findings, drugs, named, plans, others = _CLARITY[clarity]
     history = _some(case.complaints, complaints, unit) + _some(words.shared[label], shared, unit)
-    older = [entry for entry in words.background if entry[1] <= age]
-    elsewhere = [older[place] for place in _some(range(len(older)), others, unit)]
+    older = []
+    for entry in words.background:
+        if entry[1] <= age:
+            older.append(entry)
+    elsewhere = []
+    for place in _some(range(len(older)), others, unit):
+        elsewhere.append(older[place])
     medication = _some(case.drugs, drugs, unit) + [
         _pick(drugs_elsewhere, unit) for _, _, drugs_elsewhere in elsewhere if unit() < 0.6
     ]
@@ -339,7 +359,9 @@ def _contents(
 def _who(patient: _Patient, age: int | None, unit: Unit) -> str:
     """Say age and sex; beside a planted birth date, which lies in the 19th century, only the sex."""
     if age is None:
-        return "Woman" if patient.woman else "Man"
+        if patient.woman:
+            return "Woman"
+        return "Man"
     if unit() < 0.5:
         return f"{age}{'F' if patient.woman else 'M'}"
     return f"{age} year old {'woman' if patient.woman else 'man'}"
@@ -387,7 +409,9 @@ def _write_part(
 ) -> dict[str, Any]:
     """Write one note per row; a text that was written before is written anew."""
     unit, names = random.Random(f"{prefix}{chosen['seed']}").random, tuple(SPECIALTIES)
-    patients: list[list[_Patient]] = [[] for _ in desks]
+    patients: list[list[_Patient]] = []
+    for _ in desks:
+        patients.append([])
     texts, keys, facts, count = [], [], [], 0
     for home, label in zip(homes.tolist(), labels.tolist()):
         known = patients[home]
@@ -406,7 +430,9 @@ def _write_part(
             json.dumps([[fact.kind, fact.value, *fact.span] for fact in note_facts]) if note_facts else "[]"
         )
         keys.append(patient.key)
-    hospitals = [desks[home].house.name for home in homes.tolist()]
+    hospitals = []
+    for home in homes.tolist():
+        hospitals.append(desks[home].house.name)
     return {"text": texts, "label": labels, "hospital": hospitals, "patient": keys, "facts": facts}
 
 
@@ -415,7 +441,10 @@ def _distinct(
 ) -> tuple[str, tuple[Fact, ...]]:
     for _ in range(1000):
         note = desk.note(label, patient, unit, with_age=not planted)
-        text, facts = _plant(note, patient, unit) if planted else (note, ())
+        if planted:
+            text, facts = _plant(note, patient, unit)
+        else:
+            text, facts = (note, ())
         if text not in written:
             written.add(text)
             return text, facts
@@ -425,9 +454,18 @@ def _distinct(
 def _plant(note: str, patient: _Patient, unit: Unit) -> tuple[str, tuple[Fact, ...]]:
     """Put a line with personal facts before the note, or one after it, or both."""
     where = unit()
-    before, head = _stated(_pick(_HEADS, unit), patient, 0) if where < 0.7 else ("", ())
-    start = before + "\n" + note if before else note
-    after, tail = _stated(_pick(_TAILS, unit), patient, len(start) + 1) if where > 0.45 else ("", ())
+    if where < 0.7:
+        before, head = _stated(_pick(_HEADS, unit), patient, 0)
+    else:
+        before, head = ("", ())
+    if before:
+        start = before + "\n" + note
+    else:
+        start = note
+    if where > 0.45:
+        after, tail = _stated(_pick(_TAILS, unit), patient, len(start) + 1)
+    else:
+        after, tail = ("", ())
     return (f"{start}\n{after}" if after else start), head + tail
 
 
