@@ -420,7 +420,7 @@ def _deeper(value: object, levels: int) -> bool:
     """Say whether a JSON value nests deeper than that, without recursion."""
     layer: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(levels):
-        inside = []
+        inside: list[Any] = []
         for outer in layer:
             inside.extend(outer.values() if isinstance(outer, dict) else outer)
         layer = inside

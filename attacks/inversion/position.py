@@ -231,8 +231,9 @@ def _vision(
         )
     patches, residual = solve_patches(positions[-count:], weight)
     image = assemble(patches, module.in_channels, patch, grid)
-    confidence, reason = 1.0, ""
-    if residual > _SOLVED:
+    if residual <= _SOLVED:
+        confidence, reason = 1.0, ""
+    else:
         image = within_pixels(image, prior)
         confidence = math.exp(-residual / _RESIDUAL_SCALE)
         reason = "the solve leaves a residual: more than one image, noise, or an unusual embedding"

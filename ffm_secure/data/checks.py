@@ -112,13 +112,17 @@ def examine(
     contents = _contents(dataset, dataset.train)
     public = set(_contents(dataset, dataset.validation))
     texts = _texts(dataset, dataset.train)
+    present = [item for item in classes if item.rows]
+    cut = None
+    if lengths is not None and len(lengths):
+        cut = float(np.mean(lengths > max_length))
     check = DataCheck(
         rows=len(dataset.train),
         public_rows=len(dataset.validation),
         held_out=dataset.held_out,
-        classes=tuple(item for item in classes if item.rows),
+        classes=tuple(present),
         empty_classes=tuple(item.name for item in classes if not item.rows),
-        similar_classes=similar_names([item for item in classes if item.rows]),
+        similar_classes=similar_names(present),
         owner_column=owner_column,
         owners=owners,
         similar_owners=similar_names(owners),
@@ -128,7 +132,7 @@ def examine(
         shared=sum(content in public for content in contents),
         garbled=sum(bool(_TROUBLE.search(text)) for text in texts),
         max_length=max_length,
-        cut=None if lengths is None or not len(lengths) else float(np.mean(lengths > max_length)),
+        cut=cut,
         unanswered=unanswered,
         notes=(*dataset.notes, *notes),
         problems=find_problems(dataset, owner_column=owner_column, claims=claims),
@@ -349,9 +353,10 @@ def similar_names(counts: Sequence[NamedCount]) -> tuple[tuple[str, ...], ...]:
 
 def _bare(name: str) -> str:
     letters = unicodedata.normalize("NFKD", name.casefold())
-    words = "".join(
-        letter if letter.isalnum() else " " for letter in letters if not unicodedata.combining(letter)
-    )
+    words = ""
+    for letter in letters:
+        if not unicodedata.combining(letter):
+            words += letter if letter.isalnum() else " "
     return " ".join(words.split()) or name
 
 

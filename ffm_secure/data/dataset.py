@@ -213,6 +213,9 @@ def load_task(
     Raises:
       DataError: as `load`.
     """
+    owner_column = ""
+    if task.split.kind == "natural":
+        owner_column = task.split.column
     loaded = load(
         task.data if rows is None else rows,
         kind=task.kind,
@@ -221,7 +224,7 @@ def load_task(
         text_column=task.text_column,
         label_column=task.label_column,
         image_column=task.image_column,
-        owner_column=task.split.column if task.split.kind == "natural" else "",
+        owner_column=owner_column,
         encoding=task.encoding,
         class_names=task.class_names,
         clean=task.clean,

@@ -263,7 +263,9 @@ def numbered_names(count: int) -> tuple[str, ...]:
 
 def _printable(name: str) -> str:
     words = " ".join(name.split())
-    written = "".join(letter if letter.isprintable() else "?" for letter in words)[:60]
+    written = ""
+    for letter in words[:60]:
+        written += letter if letter.isprintable() else "?"
     # a ledger keeps "*" for everybody
     if any(map(str.isalnum, written)):
         return written

@@ -19,6 +19,7 @@ from ffm_secure import record_codec
 from ffm_secure.report.charts import Series, line_chart
 from ffm_secure.report.markup import Column, Html, figure, size, table, tag
 
+Labels = tuple[tuple[str, str], ...]  # (axis, label)
 FORMAT = 1
 CONFIDENCE = 0.95
 _ROLES = ("first", "second", "quiet")
@@ -28,7 +29,7 @@ _ROLES = ("first", "second", "quiet")
 class Row:
     """What one run of a grid reached and cost."""
 
-    labels: tuple[tuple[str, str], ...]
+    labels: Labels
     seed: int
     run: str
     status: str
@@ -85,6 +86,11 @@ def _mean(values: Sequence[float] | np.ndarray) -> float:
     return math.nan
 
 
+def _relabelled(labels: Labels, axis: str, label: str) -> Labels:
+    """Return the labels of the cell that differs on one axis alone."""
+    return tuple((name, label if name == axis else value) for name, value in labels)
+
+
 def results(
     *,
     name: str,
@@ -102,7 +108,7 @@ def results(
     Guarantee: a run that ended before its last round is in `rows` and in `stopped`, and in no mean,
     difference or count; the grid is not complete while there is one.
     """
-    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    groups: dict[Labels, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.labels, []).append(row)
     cells = []
@@ -130,9 +136,7 @@ def results(
         }
         for label in references:
             if label != dict(labels).get(compare):
-                other = groups.get(
-                    tuple((axis, label if axis == compare else value) for axis, value in labels), []
-                )
+                other = groups.get(_relabelled(labels, compare, label), [])
                 if other:
                     differences.append(paired(group, other, against=label))
         cells.append(entry)

@@ -86,10 +86,13 @@ class PlainGradient:
         for part in similar_lengths(self.encoded, indices, self.microbatch):
             batch = self.task.batch(self.encoded, part, device=self.device, generator=self.task_draws)
             losses = self.task.losses(self.trainable.model, batch)
-            (losses.sum() / len(indices)).backward()
+            torch.autograd.backward(losses.sum() / len(indices))
             self.loss_sum += float(losses.detach().sum())
         self.rows_read += len(indices)
-        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
+        gradients = {}
+        for name, parameter in parameters.items():
+            gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return gradients
 
     def loss(self) -> float:
         """Return the mean loss over the samples used."""

@@ -151,6 +151,7 @@ class PreTrain(Algorithm):
             learning_rate=spec.public_learning_rate or spec.learning_rate,
             proximal=0.0,
         )
+        assert phase.public is not None, "a public phase has public rows"
         rule = PlainGradient(
             trainable=phase.trainable,
             task=phase.task,

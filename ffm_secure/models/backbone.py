@@ -544,9 +544,9 @@ def _preparation(folder: str | None) -> dict[str, Any]:
 def _normalisation(folder: str | None, channels: int) -> Normalisation:
     """Read mean and deviation from preprocessor_config.json; 0.5 where there is none."""
     table = _preparation(folder)
-    mean, std = (
-        tuple(float(v) for v in table.get(key) or (0.5,) * channels) for key in ("image_mean", "image_std")
-    )
+    middle = (0.5,) * channels
+    mean = tuple(map(float, table.get("image_mean") or middle))
+    std = tuple(map(float, table.get("image_std") or middle))
     return Normalisation(mean=mean, std=std)
 
 

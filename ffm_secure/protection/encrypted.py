@@ -209,12 +209,20 @@ class EncryptedServerRound:
 
     def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
         """Return the sum the sites opened."""
-        opened = self._total is not None and not self._failed
+        if self._total is not None and not self._failed:
+            return AggregationResult(
+                ring_sum=self._total,
+                survivors=tuple(sorted(self._arrived)),
+                dropped=lost,
+                aborted="",
+                bytes_up=self._up,
+                bytes_down=self._down,
+            )
         return AggregationResult(
-            ring_sum=self._total if opened else None,
-            survivors=tuple(sorted(self._arrived)) if opened else (),
+            ring_sum=None,
+            survivors=(),
             dropped=lost,
-            aborted="" if opened else self._failed or "protocol aborted",
+            aborted=self._failed or "protocol aborted",
             bytes_up=self._up,
             bytes_down=self._down,
         )

@@ -51,12 +51,19 @@ class EncodedText:
         places, real = self.positions(chosen)
         lengths = self.offsets[chosen + 1] - self.offsets[chosen]
         flat = places[real]
+        segments, labels, asked = self.segments, self.labels, self.asked
+        if segments is not None:
+            segments = segments[flat]
+        if labels is not None:
+            labels = labels[chosen]
+        if asked is not None:
+            asked = asked[flat]
         return EncodedText(
             tokens=self.tokens[flat],
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            segments=None if self.segments is None else self.segments[flat],
-            labels=None if self.labels is None else self.labels[chosen],
-            asked=None if self.asked is None else self.asked[flat],
+            segments=segments,
+            labels=labels,
+            asked=asked,
         )
 
 
@@ -115,8 +122,10 @@ def encode_texts(
             for row in out["token_type_ids"]:
                 kinds.append(row or [0])
             segments.append(np.fromiter((t for row in kinds for t in row), dtype=np.int8))
+    if not tokens:
+        tokens.append(np.zeros(0, dtype=np.int32))
     return EncodedText(
-        tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int32),
+        tokens=np.concatenate(tokens),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         segments=np.concatenate(segments) if segments else None,
         labels=labels,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,7 +62,7 @@ class _Data:
     text_columns: tuple[str, ...]
     label_column: str | None
     label_names: tuple[str, ...]
-    image_column: str | None
+    image_column: str | None = None
 
 
 class Predictor:
@@ -89,12 +89,9 @@ class Predictor:
             random_weights=source.random_weights,
         )
         pictures = record.task == "image_classification"
-        data = _Data(
-            text_columns=() if pictures else record.text_columns,
-            label_column="label",
-            label_names=record.labels,
-            image_column="picture" if pictures else None,
-        )
+        data = _Data(text_columns=record.text_columns, label_column="label", label_names=record.labels)
+        if pictures:
+            data = replace(data, text_columns=(), image_column="picture")
         task = build_task(record.task, backbone=backbone, dataset=data, max_length=record.max_length)
         trainable = attach(backbone, source.spec, task_kind=record.task, seed=source.seed)
         trainable.import_(folder)

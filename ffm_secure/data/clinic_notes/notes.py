@@ -383,11 +383,14 @@ def _make_patient(key: str, house: House, unit: Unit) -> _Patient:
 
     day, month, year = 1 + int(unit() * 28), 1 + int(unit() * 12), 1860 + int(unit() * 40)
     last = int(unit() * 100)
+    birth = f"{day:02d}/{month:02d}/{year}"
+    if house.american:
+        birth = f"{month:02d}/{day:02d}/{year}"
     facts = {
         "name": person(),
         "relative": person(),
         "record": f"ZX{house.name[:2].upper()}-{key[0].upper()}{int(key[1:]):06d}{int(unit() * 100):02d}",
-        "birth": f"{month:02d}/{day:02d}/{year}" if house.american else f"{day:02d}/{month:02d}/{year}",
+        "birth": birth,
         "phone": f"({201 + int(unit() * 780)}) 555-01{last:02d}"
         if house.american
         else f"07700 900{last + 100 * int(unit() * 10):03d}",
@@ -426,9 +429,7 @@ def _write_part(
             desks[home], names[label], patient, unit, planted=planted, written=written
         )
         texts.append(text)
-        facts.append(
-            json.dumps([[fact.kind, fact.value, *fact.span] for fact in note_facts]) if note_facts else "[]"
-        )
+        facts.append(json.dumps([[fact.kind, fact.value, *fact.span] for fact in note_facts]))
         keys.append(patient.key)
     hospitals = []
     for home in homes.tolist():
