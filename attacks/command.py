@@ -12,7 +12,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +21,7 @@ from torch import nn
 from attacks.contract import Budget, Prior, Reconstruction
 from attacks.facts import printable
 from attacks.fitting import fit
+from attacks.foreign import Tokenizer
 from attacks.observation import ObservationError, load_observation
 from attacks.registry import ATTACKS, TAXONOMY, build
 from attacks.result_folder import Result, load_truth, result_of, score_json, write_result
@@ -192,7 +192,7 @@ def taxonomy_table() -> str:
     return "\n".join(lines)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a model folder from disk alone, or return None when it holds none."""
     import transformers
 

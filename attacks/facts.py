@@ -7,9 +7,11 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
+from attacks.foreign import StatedFact
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,7 @@ def printable(text: str) -> str:
     return shown
 
 
-def plain(value: Any) -> Any:
+def plain(value: StatedFact) -> StatedFact:
     """Turn NumPy's numbers into plain ones and a list into a tuple; anything else stays what it is."""
     if isinstance(value, list | tuple):
         return tuple(entry.item() if isinstance(entry, np.number | np.bool_) else entry for entry in value)

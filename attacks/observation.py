@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attacks.facts import COUNTS, RULES, is_text, plain, show
+from attacks.foreign import StatedFact
 
 FORMAT_VERSION = 1
 
@@ -151,7 +152,7 @@ class Observation:
             Literal["gradient", "delta"], self.metadata["summand"] if self.kind == "sum" else self.kind
         )
 
-    def known(self, fact: str) -> Any:
+    def known(self, fact: str) -> StatedFact:
         """Return a fact revealed by the protocol, else the declared assumption of that name, else None."""
         revealed = self.metadata.get(fact)
         if revealed is not None or fact not in {entry.name for entry in fields(Knowledge)}:

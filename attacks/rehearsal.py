@@ -13,12 +13,12 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attacks import nulls
+from attacks.foreign import Configuration
 from attacks.inversion.channels import ended
 from attacks.observation import Observation
 from attacks.truth import Truth
@@ -62,7 +62,7 @@ def invented_batch(
     texts or pictures of the same kind that nobody trained on, where it holds any.
     """
     generator = torch.Generator().manual_seed(seed)
-    config: Any = getattr(model, "config", None)
+    config: Configuration = getattr(model, "config", None)
     classes = int(getattr(config, "num_labels", 2) or 2)
     labels = torch.randint(max(2, classes), (len(lengths),), generator=generator)
     side, vocabulary = getattr(config, "image_size", None), getattr(config, "vocab_size", None)
@@ -92,7 +92,9 @@ def invented_batch(
     return {"input_ids": ids, "labels": labels, **padded}, truth
 
 
-def _pictures(config: Any, count: int, side: int, generator: torch.Generator, like: Truth | None) -> Tensor:
+def _pictures(
+    config: Configuration, count: int, side: int, generator: torch.Generator, like: Truth | None
+) -> Tensor:
     channels = int(getattr(config, "num_channels", 3))
     if like is not None and like.images is not None and like.images.shape[1:] == (channels, side, side):
         return like.images[torch.randint(len(like.images), (count,), generator=generator)].float()

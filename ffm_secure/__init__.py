@@ -8,7 +8,7 @@ True
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import (
@@ -21,6 +21,7 @@ from ffm_secure.errors import (
     PlanRefused,
     StoreError,
 )
+from ffm_secure.foreign import LazyName
 from ffm_secure.records import (
     AuditFinding,
     AuditSummary,
@@ -76,7 +77,7 @@ def audit(result: Result | str | Path, *, budget: str = "quick", data: object = 
     return summary
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> LazyName:
     """Load the run machinery (and torch) only when it is asked for."""
     if name in _LAZY:
         import importlib

@@ -19,7 +19,6 @@ from ffm_secure.storage.run_directory import Store
 from ffm_secure.strategies import ServerState
 from ffm_secure.transport.courier import Courier
 
-
 OVER_BUDGET = "the budgets of too many sites do not pay for another round"
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from ffm_secure.errors import RecordError
+from ffm_secure.foreign import Value
 
 FORMAT = 1  # of lines and bytes; a record without it is of format 1
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
@@ -324,7 +325,7 @@ def _sorted(plain: Plain) -> Plain:
     return plain
 
 
-def _decode_value(value: object, hint: Hint, where: str) -> Any:
+def _decode_value(value: object, hint: Hint, where: str) -> Value:
     origin: Hint = get_origin(hint)
     if _is_union(hint):
         if value is None:
@@ -341,7 +342,7 @@ def _decode_value(value: object, hint: Hint, where: str) -> Any:
     return _decode_scalar(value, hint, where)
 
 
-def _decode_record(value: object, kind: type, where: str) -> Any:
+def _decode_record(value: object, kind: type, where: str) -> Value:
     declared = _fields(kind)
     if not isinstance(value, dict):
         raise _wrong(where, value, "an object")
@@ -387,7 +388,7 @@ def _decode_mapping(value: object, hint: Hint, where: str) -> dict[Any, Any]:
     return table
 
 
-def _decode_key(key: str, hint: Hint, where: str) -> Any:
+def _decode_key(key: str, hint: Hint, where: str) -> Value:
     if hint is not int:
         return _decode_scalar(key, hint, f"{where}, a key")
     digits = key.removeprefix("-")
@@ -396,7 +397,7 @@ def _decode_key(key: str, hint: Hint, where: str) -> Any:
     return int(key)
 
 
-def _decode_scalar(value: object, hint: Hint, where: str) -> Any:
+def _decode_scalar(value: object, hint: Hint, where: str) -> Value:
     origin: Hint = get_origin(hint)
     if origin is Literal:
         if not _is_choice(value, hint):

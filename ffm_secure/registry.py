@@ -11,7 +11,8 @@ import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+
+from ffm_secure.foreign import LibraryObject
 
 Refusals = Mapping[tuple[str, str], str]
 _NOTHING: Refusals = MappingProxyType({})
@@ -28,7 +29,7 @@ class Kind:
     )  # (axis, value) -> why the two do not go together
     traits: frozenset[str] = frozenset()
 
-    def load(self) -> Any:
+    def load(self) -> LibraryObject:
         """Import the code of this kind."""
         module, _, attribute = self.target.partition(":")
         return getattr(importlib.import_module(module), attribute)
@@ -53,7 +54,7 @@ class Axis:
             raise ValueError(f"{self.name} = {name!r} is registered already, as {self.kinds[name].target}")
         self.kinds[name] = Kind(name=name, target=target, refuses=refuses, traits=frozenset(traits))
 
-    def load(self, name: str) -> Any:
+    def load(self, name: str) -> LibraryObject:
         """Import the code of a kind."""
         return self.kinds[name].load()
 

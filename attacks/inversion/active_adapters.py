@@ -13,12 +13,12 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.foreign import Configuration
 from attacks.inversion.active import read_imprint
 from attacks.inversion.channels import capture_inputs
 from attacks.inversion.optimise import image_logits
@@ -292,7 +292,7 @@ def craft_lora_leak(model: nn.Module, *, skew: float = 50.0) -> nn.Module:
     if not names:
         raise NotApplicable("the model has no value projections named as in BERT")
     table = _table(crafted, _position_name(crafted))
-    config: Any = crafted.config
+    config: Configuration = crafted.config
     heads = int(config.num_attention_heads)
     size = table.shape[1] // heads
     with torch.no_grad():

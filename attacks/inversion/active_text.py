@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.foreign import LibraryModel
 from attacks.inversion.active import bin_edges, parallel_rows, read_imprint
 from attacks.inversion.channels import capture_inputs
 from attacks.observation import Observation
@@ -27,7 +28,7 @@ _SURE = 0.995
 
 
 def _parts(model: nn.Module) -> tuple[nn.Embedding, nn.Embedding, Any]:
-    body: Any = getattr(model, "transformer", None)
+    body: LibraryModel = getattr(model, "transformer", None)
     if body is None or not hasattr(body, "wte") or not hasattr(body, "wpe"):
         raise NotApplicable("written for decoders with GPT-2's layout")
     return body.wte, body.wpe, body.h[0]
@@ -57,7 +58,7 @@ def craft_decepticon(model: nn.Module, public: Tensor, *, skew: float = 100.0, s
     return crafted
 
 
-def _write_code(block: Any, width: int, skew: float, generator: torch.Generator) -> None:
+def _write_code(block: LibraryModel, width: int, skew: float, generator: torch.Generator) -> None:
     """Let every place attend to the marked first place and write projections of its state into reserved
     coordinates.
     """
@@ -77,7 +78,7 @@ def _write_code(block: Any, width: int, skew: float, generator: torch.Generator)
 
 
 def _store_states(
-    model: nn.Module, block: Any, public: Tensor, width: int, generator: torch.Generator
+    model: nn.Module, block: LibraryModel, public: Tensor, width: int, generator: torch.Generator
 ) -> None:
     first, second = block.mlp.c_fc, block.mlp.c_proj
     states = capture_inputs({"states": first}, lambda: model(input_ids=public))["states"].reshape(-1, width)

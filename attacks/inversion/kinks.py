@@ -10,10 +10,11 @@ Source of the replacement: Neftci, Mostafa, Zenke, "Surrogate Gradient Learning 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from attacks.foreign import AutogradContext
 
 
 class _Switch(torch.autograd.Function):
@@ -22,13 +23,13 @@ class _Switch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, values: Tensor, width: float) -> Tensor:
+    def forward(context: AutogradContext, values: Tensor, width: float) -> Tensor:
         context.save_for_backward(values)
         context.width = width
         return (values > 0).to(values.dtype)
 
     @staticmethod
-    def backward(context: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+    def backward(context: AutogradContext, *slopes: Tensor) -> tuple[Tensor, None]:
         (values,) = context.saved_tensors
         reach = math.sqrt(5.0) * context.width * max(float(values.norm()) / math.sqrt(values.numel()), 1e-12)
         bump = torch.addcmul(values.new_ones(()), values, values, value=-1.0 / reach**2).clamp_min(0.0)
@@ -39,13 +40,13 @@ class _Rectify(torch.autograd.Function):
     """The rectifier, with a gradient whose own derivative includes that of the switch."""
 
     @staticmethod
-    def forward(context: Any, values: Tensor, width: float) -> Tensor:
+    def forward(context: AutogradContext, values: Tensor, width: float) -> Tensor:
         context.save_for_backward(values)
         context.width = width
         return values.clamp_min(0.0)
 
     @staticmethod
-    def backward(context: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+    def backward(context: AutogradContext, *slopes: Tensor) -> tuple[Tensor, None]:
         (values,) = context.saved_tensors
         return slopes[0] * _Switch.apply(values, context.width), None  # type: ignore[no-untyped-call]
 

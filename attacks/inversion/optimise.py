@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attacks.contract import Budget, Deadline, NotApplicable
+from attacks.foreign import ModelOutput
 from attacks.inversion.priors import group_distance, tapped
 from attacks.observation import Observation
 
@@ -583,7 +584,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * torch.log_softmax(logits, dim=-1)).sum(-1).mean()
 
 
-def image_logits(model: nn.Module, images: Tensor) -> Any:
+def image_logits(model: nn.Module, images: Tensor) -> ModelOutput:
     """Return the logits of an image classifier, whether a plain module or one with a configuration."""
     output = model(pixel_values=images) if hasattr(model, "config") else model(images)
     return getattr(output, "logits", output)

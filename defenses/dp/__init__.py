@@ -5,7 +5,9 @@ gradients.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from defenses.foreign import LazyName
 
 if TYPE_CHECKING:
     from defenses.dp.accountant import Accountant, EpsilonBound, epsilon
@@ -125,7 +127,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> LazyName:
     """Load a name's module when it is first asked for: events, accountants and ledgers work without loading
     torch.
     """

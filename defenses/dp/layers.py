@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch.nn.grad import conv2d_input
 
 from defenses.dp.expanded import ExpandedParameter
 from defenses.errors import NotPrivateError
+from defenses.foreign import AutogradContext, LibraryLayer
 
 
 @dataclass(slots=True)
@@ -119,12 +119,14 @@ def tokens(x: Tensor) -> Tensor:
 
 class _Expand(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parameter: nn.Parameter, recorder: Recorder, shape: tuple[int, ...]) -> Tensor:
+    def forward(
+        ctx: AutogradContext, parameter: nn.Parameter, recorder: Recorder, shape: tuple[int, ...]
+    ) -> Tensor:
         ctx.recorder, ctx.parameter = recorder, parameter
         return parameter.detach().expand(shape)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: AutogradContext, *gradients: Tensor) -> tuple[None, None, None]:
         gradient = gradients[0].float()
         ctx.recorder.add(ctx.parameter, Dense(gradient.reshape(gradient.shape[0], *ctx.parameter.shape)))
         return None, None, None
@@ -135,7 +137,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: AutogradContext,
         x: Tensor,
         weight: nn.Parameter,
         bias: nn.Parameter | None,
@@ -152,7 +154,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight.t() if transposed else weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: AutogradContext, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         gradient = gradients[0]
         (x,) = ctx.saved_tensors
         weight, bias = ctx.parameters
@@ -171,14 +173,14 @@ class _Linear(torch.autograd.Function):
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, indices: Tensor, weight: nn.Parameter, padding: int | None, recorder: Recorder
+        ctx: AutogradContext, indices: Tensor, weight: nn.Parameter, padding: int | None, recorder: Recorder
     ) -> Tensor:
         ctx.recorder, ctx.parameter, ctx.padding = recorder, weight, padding
         ctx.save_for_backward(indices)
         return F.embedding(indices, weight)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: AutogradContext, *gradients: Tensor) -> tuple[None, None, None, None]:
         (indices,) = ctx.saved_tensors
         gradient = gradients[0]
         if ctx.padding is not None:
@@ -191,7 +193,7 @@ class _Embedding(torch.autograd.Function):
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: AutogradContext,
         x: Tensor,
         weight: nn.Parameter,
         bias: nn.Parameter | None,
@@ -205,7 +207,7 @@ class _Conv2d(torch.autograd.Function):
         return F.conv2d(x, weight, bias, **ctx.geometry)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: AutogradContext, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         gradient = gradients[0]
         weight, bias = ctx.parameters
         (x,) = ctx.saved_tensors
@@ -227,14 +229,19 @@ class _RelativeBias(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, bias: Tensor, buckets: Tensor, weight: nn.Parameter, recorder: Recorder, batch: int
+        ctx: AutogradContext,
+        bias: Tensor,
+        buckets: Tensor,
+        weight: nn.Parameter,
+        recorder: Recorder,
+        batch: int,
     ) -> Tensor:
         ctx.recorder, ctx.parameter = recorder, weight
         ctx.save_for_backward(buckets)
         return bias.detach().expand(batch, *bias.shape[1:])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None, None]:
+    def backward(ctx: AutogradContext, *gradients: Tensor) -> tuple[None, None, None, None, None]:
         (buckets,) = ctx.saved_tensors
         values = gradients[0].permute(0, 2, 3, 1).flatten(1, 2)
         ctx.recorder.add(ctx.parameter, Rows(buckets.reshape(1, -1).expand(values.shape[0], -1), values))
@@ -295,7 +302,7 @@ def _forward(
     return Cover(module, "forward", replacement, tuple(p for p in parameters if p.requires_grad))
 
 
-def _cover_core(module: Any, recorder: Recorder) -> Cover | None:
+def _cover_core(module: LibraryLayer, recorder: Recorder) -> Cover | None:
     named = dict(module.named_parameters(recurse=False))
     own = [value for name, value in named.items() if name in ("weight", "bias", "value")]
     runs, spread = type(module).forward, recorder.spread
@@ -352,7 +359,7 @@ def _cover_norm(module: nn.Module, recorder: Recorder) -> Cover | None:
     return _shadowed(module, own, recorder, lambda value, x: recorder.expand(value, x.shape[0], x.ndim))
 
 
-def _affine(module: Any, recorder: Recorder, x: Tensor) -> Tensor:
+def _affine(module: LibraryLayer, recorder: Recorder, x: Tensor) -> Tensor:
     shape: list[int] = list(module.normalized_shape)
     if type(module).forward is nn.RMSNorm.forward:
         y = F.rms_norm(x, shape, None, module.eps)
@@ -420,7 +427,7 @@ def _cover_broadcast(module: nn.Module, recorder: Recorder) -> Cover | None:
     )
 
 
-def _cover_adapter(module: Any, recorder: Recorder) -> Cover | None:
+def _cover_adapter(module: LibraryLayer, recorder: Recorder) -> Cover | None:
     if _is(module, "peft.tuners.lora.layer", "Embedding") and not module.lora_variant:
         factors = [*module.lora_embedding_A.values(), *module.lora_embedding_B.values()]
         return _forward(module, _lora_embedding(module, recorder), factors)
@@ -435,7 +442,7 @@ def _is(module: nn.Module, source: str, name: str) -> bool:
     return type(module).__module__ == source and type(module).__name__ == name
 
 
-def _lora_embedding(layer: Any, recorder: Recorder) -> Callable[..., Tensor]:
+def _lora_embedding(layer: LibraryLayer, recorder: Recorder) -> Callable[..., Tensor]:
     """Rewrite LoRA over a lookup: base(x) + scaling * lookup(A^T, x) B^T."""
     original = layer.forward
 
@@ -465,14 +472,14 @@ class _LookupTransposed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, indices: Tensor, table: nn.Parameter, padding: int | None, recorder: Recorder
+        ctx: AutogradContext, indices: Tensor, table: nn.Parameter, padding: int | None, recorder: Recorder
     ) -> Tensor:
         ctx.recorder, ctx.parameter, ctx.padding = recorder, table, padding
         ctx.save_for_backward(indices)
         return F.embedding(indices, table.t())
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: AutogradContext, *gradients: Tensor) -> tuple[None, None, None, None]:
         (indices,) = ctx.saved_tensors
         gradient = gradients[0]
         if ctx.padding is not None:
@@ -487,7 +494,7 @@ class _LookupTransposed(torch.autograd.Function):
 _lookup_transposed: Callable[[Tensor, nn.Parameter, int | None, Recorder], Tensor] = _LookupTransposed.apply
 
 
-def _ia3(layer: Any, recorder: Recorder) -> Callable[..., Tensor]:
+def _ia3(layer: LibraryLayer, recorder: Recorder) -> Callable[..., Tensor]:
     """Rewrite IA3: every sample multiplies the input or the output by its own copy of the vector."""
     original = layer.forward
 
@@ -517,7 +524,7 @@ def _expand_flat(parameter: nn.Parameter, recorder: Recorder, shape: tuple[int, 
     return _expand(parameter, recorder, (batch, *parameter.shape)).reshape(shape)
 
 
-def _dora(layer: Any, recorder: Recorder) -> Callable[..., Tensor]:
+def _dora(layer: LibraryLayer, recorder: Recorder) -> Callable[..., Tensor]:
     """Rewrite DoRA: (m - 1) base(x) + m scaling B A x with m = magnitude / norm, the norm a constant to the
     gradient.
 
@@ -530,7 +537,7 @@ def _dora(layer: Any, recorder: Recorder) -> Callable[..., Tensor]:
         lora_A: nn.Module,
         lora_B: nn.Module,
         scaling: float,
-        base_layer: Any,
+        base_layer: LibraryLayer,
         base_result: Tensor | None = None,
         adapter_name: str = "default",
     ) -> Tensor:
@@ -558,7 +565,7 @@ def _dora(layer: Any, recorder: Recorder) -> Callable[..., Tensor]:
 BIAS_METHODS = ("compute_bias", "compute_position_bias")  # T5's name for it, and MPNet's
 
 
-def _cover_relative_bias(module: Any, recorder: Recorder) -> Cover | None:
+def _cover_relative_bias(module: LibraryLayer, recorder: Recorder) -> Cover | None:
     """Cover the relative position table of T5-style attention,
     which is looked up once for the whole batch.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +208,7 @@ def no_dropout() -> Iterator[None]:
     """
     attention: Callable[..., Tensor] = F.scaled_dot_product_attention
 
-    def attend(*args: Any, **kwargs: Any) -> Tensor:
+    def attend(*args: object, **kwargs: object) -> Tensor:
         # dropout_p is the fifth positional argument
         if len(args) > 4:
             return attention(*args[:4], 0.0, *args[5:], **kwargs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from defenses.dp.layers import Cover, Recorder, _embedding, _expand_flat, _forward, _is, _linear
 from defenses.errors import NotPrivateError
+from defenses.foreign import LibraryLayer, LibraryObject
 
 
 def cover_subclass(module: nn.Module, recorder: Recorder) -> Cover | None:
@@ -42,7 +43,7 @@ class _Watched(Tensor):
         types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    ) -> LibraryObject:
         if func is F.embedding:
             indices, table = args[0], args[1]
             return _embedding(table.recorder.spread(indices), table.parameter, table.padding, table.recorder)
@@ -82,7 +83,7 @@ def _cover_lookup(module: nn.Embedding, recorder: Recorder) -> Cover | None:
     return _forward(module, forward, own.values())
 
 
-def _cover_falcon(module: Any, recorder: Recorder) -> Cover:
+def _cover_falcon(module: LibraryLayer, recorder: Recorder) -> Cover:
     """Falcon writes x W^T + b out by hand."""
     own = module.parameters(recurse=False)
     return _forward(
@@ -92,7 +93,7 @@ def _cover_falcon(module: Any, recorder: Recorder) -> Cover:
     )
 
 
-def _cover_frozen_norm(module: Any, recorder: Recorder) -> Cover | None:
+def _cover_frozen_norm(module: LibraryLayer, recorder: Recorder) -> Cover | None:
     """Batch normalisation with frozen statistics scales and shifts every channel of every sample alike."""
     if not module.affine or module.running_mean is None:
         return None

@@ -28,7 +28,9 @@ from defenses.he.keys import KeyHolder
 from defenses.he.packing import Integers, pack, unpack
 from defenses.he.parameters import LARGEST_SUM, Parameters, require
 from defenses.he.wire import (
+    NOBODY,
     Agreement,
+    Role,
     check_parties,
     check_party,
     confirmation_code,
@@ -102,12 +104,12 @@ class _WordChunks:
         self._digest = agreement.digest(mechanism)
         self._count = -(-agreement.length // _WORDS_PER_CHUNK)
 
-    def write(self, words: npt.NDArray[Any], **header: Any) -> Iterator[bytes]:
+    def write(self, words: npt.NDArray[Any], *, role: Role, party: bytes = NOBODY) -> Iterator[bytes]:
         parts = (words[start : start + _WORDS_PER_CHUNK] for start in range(0, len(words), _WORDS_PER_CHUNK))
         payloads = (part.astype("<u8").tobytes() for part in parts)
-        return write_chunks(payloads, digest=self._digest, count=self._count, **header)
+        return write_chunks(payloads, digest=self._digest, count=self._count, role=role, party=party)
 
-    def read(self, chunks: Iterable[bytes], *, role: Any) -> tuple[bytes, Words]:
+    def read(self, chunks: Iterable[bytes], *, role: Role) -> tuple[bytes, Words]:
         words = np.empty(self.agreement.length, dtype=np.uint64)
         start, sender = 0, b""
         limit = 8 * _WORDS_PER_CHUNK

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any, Final, NoReturn, Protocol, TypeVar
+from typing import Final, NoReturn, Protocol, TypeVar
 
 import numpy as np
 
 from defenses.errors import DefenseError, ParameterError, ProtocolError
+from defenses.foreign import LibraryObject
 from defenses.he.ciphertexts import Shape, from_wire, to_wire
 from defenses.he.packing import Integers
 from defenses.he.parameters import CKKS_TOLERANCE, Parameters, ntt_prime
@@ -59,16 +60,16 @@ class Engine(Protocol):
     def encrypt(self, slots: Integers) -> bytes:
         """Encrypt one packed vector of `slots` int64 values."""
 
-    def load(self, payload: bytes) -> Any:
+    def load(self, payload: bytes) -> LibraryObject:
         """Load one ciphertext; raises ProtocolError for whatever is not one under these parameters."""
 
-    def add(self, total: Any, other: Any) -> None:
+    def add(self, total: LibraryObject, other: LibraryObject) -> None:
         """Add `other` into `total`."""
 
-    def save(self, ciphertext: Any) -> bytes:
+    def save(self, ciphertext: LibraryObject) -> bytes:
         """Serialise one ciphertext."""
 
-    def decrypt(self, ciphertext: Any) -> Integers:
+    def decrypt(self, ciphertext: LibraryObject) -> Integers:
         """Open one ciphertext to int64 slots; raises ProtocolError where it is not near integers."""
 
 
@@ -90,7 +91,7 @@ def _guarded(action: Callable[[], _Result]) -> _Result:
         raise ProtocolError from None
 
 
-def _round(decoded: Any) -> Integers:
+def _round(decoded: LibraryObject) -> Integers:
     """Round CKKS slots to integers; a slot far from any integer betrays overflow or foreign noise."""
     floats = np.asarray(decoded, dtype=np.float64)
     if not np.isfinite(floats).all() or np.abs(floats).max() >= 2.0**53:
@@ -101,7 +102,7 @@ def _round(decoded: Any) -> Integers:
     return nearest.astype(np.int64)
 
 
-def _seal_context(parameters: Parameters, random: Any = None) -> Any:
+def _seal_context(parameters: Parameters, random: LibraryObject = None) -> LibraryObject:
     settings = sealapi.EncryptionParameters(getattr(sealapi.SCHEME_TYPE, parameters.scheme.upper()))
     degree = parameters.poly_modulus_degree
     settings.set_poly_modulus_degree(degree)
@@ -116,7 +117,7 @@ def _seal_context(parameters: Parameters, random: Any = None) -> Any:
     return context
 
 
-def _shape(context: Any, parameters: Parameters) -> Shape:
+def _shape(context: LibraryObject, parameters: Parameters) -> Shape:
     """Collect what every ciphertext of these parameters has in common."""
     level = context.first_context_data().parms()
     with Scratch() as scratch:
@@ -157,8 +158,8 @@ class SealEngine:
         self._evaluator = sealapi.Evaluator(context)
         encoder = sealapi.BatchEncoder if parameters.scheme == "bfv" else sealapi.CKKSEncoder
         self._encoder = encoder(context)
-        self._encryptor: Any = None
-        self._decryptor: Any = None
+        self._encryptor: LibraryObject = None
+        self._decryptor: LibraryObject = None
         if seed is not None:
             if len(seed) != SEED_BYTES or not any(seed):
                 raise ValueError(f"a key seed has {SEED_BYTES} random bytes")
@@ -187,11 +188,11 @@ class SealEngine:
             self._encryptor.encrypt_symmetric(plain).save(scratch.path)
             return to_wire(_decompress(scratch.read()), self._shape)
 
-    def load(self, payload: bytes) -> Any:
+    def load(self, payload: bytes) -> LibraryObject:
         """Load one ciphertext."""
         stream = from_wire(payload, self._shape)
 
-        def load() -> Any:
+        def load() -> LibraryObject:
             ciphertext = sealapi.Ciphertext(self._context)
             with Scratch() as scratch:
                 ciphertext.load(self._context, scratch.write(stream))
@@ -199,17 +200,17 @@ class SealEngine:
 
         return _guarded(load)
 
-    def add(self, total: Any, other: Any) -> None:
+    def add(self, total: LibraryObject, other: LibraryObject) -> None:
         """Add `other` into `total`."""
         _guarded(lambda: self._evaluator.add_inplace(total, other))
 
-    def save(self, ciphertext: Any) -> bytes:
+    def save(self, ciphertext: LibraryObject) -> bytes:
         """Serialise one ciphertext."""
         with Scratch() as scratch:
             ciphertext.save(scratch.path)
             return to_wire(_decompress(scratch.read()), self._shape)
 
-    def decrypt(self, ciphertext: Any) -> Integers:
+    def decrypt(self, ciphertext: LibraryObject) -> Integers:
         """Open one ciphertext."""
         decryptor = self._decryptor
         if decryptor is None:
@@ -260,7 +261,7 @@ class VectorEngine:
             vector = tenseal.ckks_vector(self._context, slots.astype(np.float64).tolist(), scale=scale)
         return self.save(vector)
 
-    def load(self, payload: bytes) -> Any:
+    def load(self, payload: bytes) -> LibraryObject:
         """Load one ciphertext."""
         stream = from_wire(payload, self._shape)
         message = _vector_head(self.parameters) + b"\x12" + _varint(len(stream)) + stream
@@ -272,18 +273,18 @@ class VectorEngine:
             reader = tenseal.ckks_vector_from
         return _guarded(lambda: reader(self._context, message))
 
-    def add(self, total: Any, other: Any) -> None:
+    def add(self, total: LibraryObject, other: LibraryObject) -> None:
         """Add `other` into `total`."""
         _guarded(lambda: total.add_(other))
 
-    def save(self, ciphertext: Any) -> bytes:
+    def save(self, ciphertext: LibraryObject) -> bytes:
         """Serialise one ciphertext."""
         message = bytes(ciphertext.serialize())
         start = message.index(self._shape.prefix, len(_vector_head(self.parameters)))
         size = int.from_bytes(message[start + 8 : start + 16], "little")
         return to_wire(_decompress(message[start : start + size]), self._shape)
 
-    def decrypt(self, ciphertext: Any) -> Integers:
+    def decrypt(self, ciphertext: LibraryObject) -> Integers:
         """Open one ciphertext."""
         if not self._context.has_secret_key():
             raise ProtocolError
@@ -318,7 +319,7 @@ def _vector_head(parameters: Parameters) -> bytes:
     return b"\x0a" + _varint(len(sizes)) + sizes
 
 
-def _new_context(parameters: Parameters) -> Any:
+def _new_context(parameters: Parameters) -> LibraryObject:
     bfv = parameters.scheme == "bfv"
     return tenseal.context(
         tenseal.SCHEME_TYPE.BFV if bfv else tenseal.SCHEME_TYPE.CKKS,

@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn, Protocol
 import numpy as np
 
 from defenses.errors import ParameterError, ProtocolError
+from defenses.foreign import LibraryObject
 from defenses.he.packing import Integers
 from defenses.he.parameters import ntt_prime
 
@@ -84,7 +85,7 @@ class OpenFHEThreshold:
     Source: openfhe-python, multiparty example (MultipartyKeyGen, MultipartyDecryptLead / Main / Fusion).
     """
 
-    def __init__(self, library: Any, *, plain_bits: int) -> None:
+    def __init__(self, library: LibraryObject, *, plain_bits: int) -> None:
         self._library = library
         settings = library.CCParamsBFVRNS()
         plain = ntt_prime(plain_bits, _DEGREE_FOR_PLAIN)
@@ -98,7 +99,7 @@ class OpenFHEThreshold:
         for feature in ("PKE", "KEYSWITCH", "LEVELEDSHE", "ADVANCEDSHE", "MULTIPARTY"):
             self._context.Enable(getattr(library.PKESchemeFeature, feature))
         self._slots = int(self._context.GetRingDimension())
-        self._secret: Any = None
+        self._secret: LibraryObject = None
         self._answered: set[bytes] = set()
 
     def share_key(self, previous: bytes | None) -> bytes:
@@ -152,13 +153,13 @@ class OpenFHEThreshold:
             target[:] = plain.GetPackedValue()
         return total
 
-    def _ciphertext(self, payload: bytes) -> Any:
+    def _ciphertext(self, payload: bytes) -> LibraryObject:
         return self._read("DeserializeCiphertextString", payload)
 
-    def _write(self, value: Any) -> bytes:
+    def _write(self, value: LibraryObject) -> bytes:
         return bytes(self._library.Serialize(value, self._library.BINARY))
 
-    def _read(self, reader: str, payload: bytes) -> Any:
+    def _read(self, reader: str, payload: bytes) -> LibraryObject:
         read: Callable[[bytes, Any], Any] = getattr(self._library, reader)
         try:
             return read(payload, self._library.BINARY)

@@ -28,7 +28,7 @@ _CONFIRMATION: Final = struct.Struct(">8sB16s32s32s64s")
 _CONFIRM: Final = 3
 _SEAL: Final = 4
 _SCHEMES: Final = ("bfv", "ckks")
-_NOBODY: Final = bytes(PARTY_BYTES)
+NOBODY: Final = bytes(PARTY_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ def check_parties(parties: Sequence[bytes], agreement: Agreement) -> None:
         raise ProtocolError
 
 
-def write_chunks(payloads: Iterable[bytes], *, role: Role, digest: bytes, count: int, party: bytes = _NOBODY,
+def write_chunks(payloads: Iterable[bytes], *, role: Role, digest: bytes, count: int, party: bytes = NOBODY,
                  ) -> Iterator[bytes]:  # fmt: skip
     """Put a header before each payload: version, role, agreement, party, position, number of chunks."""
     for index, payload in enumerate(payloads):
@@ -140,7 +140,7 @@ def read_chunks(chunks: Iterable[bytes], *, role: Role, digest: bytes, count: in
         expected = (_MAGIC, _ROLES[role], digest[:16], first, coefficients, count)
         if (magic, code, bound, party, index, total) != expected or coefficients >= count:
             raise ProtocolError
-        if (party == _NOBODY) != (role == "sum"):
+        if (party == NOBODY) != (role == "sum"):
             raise ProtocolError
         coefficients += 1
         yield party, chunk[_HEADER.size :]

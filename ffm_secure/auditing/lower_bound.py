@@ -18,7 +18,6 @@ from ffm_secure.records import (
     RunSummary,
 )
 
-
 Bounds = tuple[canary.LowerBound, ...]  # of one audit, the one of least assumptions first
 
 

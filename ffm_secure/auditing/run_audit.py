@@ -16,9 +16,9 @@ from ffm_secure.auditing.budget import AuditBudget
 from ffm_secure.auditing.findings import Ran, run_attacks
 from ffm_secure.auditing.leak_curves import leak_curves, place_on_curves
 from ffm_secure.auditing.lower_bound import bounds_over_rounds, curve_over_rounds, measured_how, strongest
+from ffm_secure.auditing.recorded import audit_recorded
 from ffm_secure.auditing.step import CANDIDATES, with_draws
 from ffm_secure.auditing.wording import decoder, sentence
-from ffm_secure.auditing.recorded import audit_recorded
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.memory import Memory
 from ffm_secure.engines import simulation
@@ -32,9 +32,9 @@ from ffm_secure.records import (
     RoundRecord,
     RunSummary,
 )
-from ffm_secure.strategies import ServerState
 from ffm_secure.report import document as report
 from ffm_secure.storage.run_directory import Store
+from ffm_secure.strategies import ServerState
 
 
 def audit_run(folder: Path, *, budget: str = "quick", rows: Memory | None = None) -> RunSummary:

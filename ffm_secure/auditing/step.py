@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, cast
@@ -17,10 +17,10 @@ from attacks.observation import Knowledge, Observation
 from attacks.truth import Truth
 from ffm_secure.auditing import replayed as client_replay
 from ffm_secure.engines import simulation
-from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.records import (
     Point,
 )
+from ffm_secure.tasks.encoded import Encoded
 
 CANDIDATES = 32  # members and as many outsiders in a membership test
 

@@ -25,7 +25,6 @@ from ffm_secure.records import AuditFinding, AuditSummary, PlanSummary, PrivacyS
 from ffm_secure.report import outcome
 from ffm_secure.storage.run_directory import Store
 
-
 _KNOWN = (
     "this run is complete: {rounds} rounds; nothing was trained or charged. To go on: --set federation.rounds=N with "
     "a larger N; to attack it again: ffm-secure audit {folder}"

@@ -27,9 +27,9 @@ def predict(folder: Path, *, texts: Sequence[str], file: Path | None, json: bool
 
 def load_predictor(folder: Path) -> Predictor:
     """Build the model of a run directory with what it trained."""
-    from ffm_secure.strategies import merges_into_base
     from ffm_secure.config.schema import to_table
     from ffm_secure.storage.run_directory import Store
+    from ffm_secure.strategies import merges_into_base
     from ffm_secure.trainable.predictor import ModelSource, Predictor
 
     config = Store.read(folder).config()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ffm_secure.errors import ConfigError
+from ffm_secure.foreign import JsonValue, Value
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -44,7 +45,7 @@ def show(value: object) -> str:
 
 
 def option(
-    default: Any = dataclasses.MISSING,
+    default: Value = dataclasses.MISSING,
     *,
     help: str = "",
     minimum: float | None = None,
@@ -54,7 +55,7 @@ def option(
     choices: Collection[Any] = (),
     pattern: str = "",
     only_for: tuple[str, ...] = (),
-) -> Any:
+) -> Value:
     """Declare a field with its bounds; the same words serve the error, the documentation and the check."""
     rules = {
         "help": help,
@@ -105,7 +106,7 @@ def set_value(table: dict[str, Any], override: str, problems: Problems) -> None:
     except (ValueError, RecursionError) as error:
         problems.add("--set", override, f"cannot be read: {str(error)[:200]}")
         return
-    here: Any = table
+    here: JsonValue = table
     for key in keys[:-1]:
         here = here.setdefault(key, {})
         if not isinstance(here, dict):
@@ -165,7 +166,7 @@ def _check_relevance(
             )
 
 
-def _read_value(hint: Hint, value: object, name: str, rules: Rules, problems: Problems) -> Any:
+def _read_value(hint: Hint, value: object, name: str, rules: Rules, problems: Problems) -> Value:
     if dataclasses.is_dataclass(hint):
         return read_table(typing.cast(type, hint), value, name, problems)
     origin: Hint = typing.get_origin(hint)
@@ -194,7 +195,7 @@ def _read_value(hint: Hint, value: object, name: str, rules: Rules, problems: Pr
     return value
 
 
-def _check(value: Any, name: str, rules: Rules, problems: Problems) -> None:
+def _check(value: Value, name: str, rules: Rules, problems: Problems) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         problems.add(name, value, "must be a finite number")
         return

@@ -13,6 +13,8 @@ from typing import Any, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from defenses.dp.records import RecordKey, Records, canonical_text, person_content
+from ffm_secure.config.run_file import Task as TaskTable
 from ffm_secure.data import chat
 from ffm_secure.data.cleaning import kept_rows
 from ffm_secure.data.columns import (
@@ -21,17 +23,19 @@ from ffm_secure.data.columns import (
     Kind,
     check_text,
     image_column_name,
-    label_column as choose_label_column,
     require_columns,
     text_columns,
 )
+from ffm_secure.data.columns import (
+    label_column as choose_label_column,
+)
 from ffm_secure.data.files import arrow_table, read_source
-from defenses.dp.records import RecordKey, Records, canonical_text, person_content
 from ffm_secure.data.images import LazyImages, image_column
 from ffm_secure.data.labels import NameSource, encode_labels, is_text
 from ffm_secure.data.memory import IN_MEMORY, Memory
 from ffm_secure.data.table import Table, listed
 from ffm_secure.errors import DataError
+from ffm_secure.foreign import Cells
 
 Indices = NDArray[np.int64]
 
@@ -62,7 +66,7 @@ class Examples:
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
-    def column(self, name: str) -> Any:
+    def column(self, name: str) -> Cells:
         """Give one column, or list those there are."""
         if name not in self.columns:
             raise DataError(f"{self.origin}: no column {name!r}; there are {listed(self.columns)}")
@@ -96,7 +100,7 @@ class Examples:
         return replace(self, columns=columns, records=records, contents=contents)
 
 
-def _take(values: Any, chosen: Indices) -> Any:
+def _take(values: Cells, chosen: Indices) -> Cells:
     if isinstance(values, np.ndarray):
         return values[chosen]
     if isinstance(values, LazyImages):
@@ -199,7 +203,7 @@ def load(
 
 
 def load_task(
-    task: Any,
+    task: TaskTable,
     *,
     base: Path,
     seed: int,
@@ -218,7 +222,7 @@ def load_task(
         owner_column = task.split.column
     loaded = load(
         task.data if rows is None else rows,
-        kind=task.kind,
+        kind=cast(Kind, task.kind),  # the run file was checked against the kinds
         base=base,
         seed=seed,
         text_column=task.text_column,

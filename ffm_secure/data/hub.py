@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ffm_secure.errors import DataError
+from ffm_secure.foreign import LibraryObject
 
 CONNECT_SECONDS = 10.0
 
@@ -45,7 +46,7 @@ def load_hub(name: str, path: Path) -> tuple[Any, Any | None]:
         raise DataError(f"{missing}cannot be loaded ({reason}); download it and give the folder") from error
 
 
-def as_arrow(part: Any) -> Any:
+def as_arrow(part: LibraryObject) -> LibraryObject:
     """Give the rows as one Arrow table that carries the class names the way parquet files do."""
     table = part.with_format("arrow")[:]
     return table.replace_schema_metadata(part.features.arrow_schema.metadata)

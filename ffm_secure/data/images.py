@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ffm_secure.errors import DataError
+from ffm_secure.foreign import Cells, JsonValue
 
 Pixels = NDArray[np.uint8]
 
@@ -120,7 +121,7 @@ class LazyImages(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._encoded)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int | slice | NDArray[np.int64]) -> Cells:
         if isinstance(index, (int, np.integer)):
             row = int(index)
             return decode(self._encoded[row], self._places[row], side=self._side)
@@ -130,7 +131,7 @@ class LazyImages(Sequence[Any]):
             pixels[row] = decode(self._encoded[source], self._places[source], side=self._side)
         return pixels
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         pixels: NDArray[Any] = self[:]
         if dtype is None:
             return pixels
@@ -144,7 +145,7 @@ class LazyImages(Sequence[Any]):
 
 
 def image_column(
-    values: Any, *, place: Callable[[int], str], image_size: int | None, folder: Path | None = None
+    values: Cells, *, place: Callable[[int], str], image_size: int | None, folder: Path | None = None
 ) -> Pixels | LazyImages:
     """Turn a raw column into pictures of one size.
 
@@ -266,7 +267,7 @@ def _pixel_array(values: NDArray[Any], place: str) -> Pixels:
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:3], 3)))
 
 
-def _encoded(value: Any, place: str, folder: Path | None) -> bytes | Path:
+def _encoded(value: JsonValue, place: str, folder: Path | None) -> bytes | Path:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (bytes, Path)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Set, Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from ffm_secure.data.delimited import text_lines
 from ffm_secure.data.table import Column, Table
 from ffm_secure.errors import DataError
+from ffm_secure.foreign import JsonValue
 
 Row = dict[str, Any]
 
@@ -117,7 +118,7 @@ def parse(text: str) -> object:
     return json.loads(text, parse_constant=_no_constant)
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> JsonValue:
     raise ValueError(f"{name} is not JSON")
 
 

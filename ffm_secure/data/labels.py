@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ffm_secure.data.table import Table, count_more
 from ffm_secure.errors import DataError
+from ffm_secure.foreign import Cells, JsonValue
 
 Indices = NDArray[np.int64]
 NameSource = Literal["declared", "stored", "numbers", "column"]
@@ -158,12 +159,12 @@ def is_blank(value: object) -> bool:
     return isinstance(value, str) and not value.strip()
 
 
-def as_list(values: Any) -> list[Any]:
+def as_list(values: Cells) -> list[Any]:
     """Return a column as plain Python values."""
     return list(values.tolist() if isinstance(values, np.ndarray) else values)
 
 
-def is_text(values: Any) -> bool:
+def is_text(values: Cells) -> bool:
     """Tell whether a column holds text throughout."""
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
@@ -194,7 +195,7 @@ def _whole_labels(table: Table, name: str) -> Indices:
     return np.array([int(value) for value in values], dtype=np.int64)
 
 
-def _is_class_number(value: Any) -> bool:
+def _is_class_number(value: JsonValue) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return False
     return float(value).is_integer() and 0 <= float(value) < MAX_LABELS

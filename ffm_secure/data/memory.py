@@ -12,6 +12,7 @@ from ffm_secure.data.files import VALIDATION_NAMES, arrow_table
 from ffm_secure.data.json_files import columns_of, typed
 from ffm_secure.data.table import Table
 from ffm_secure.errors import DataError
+from ffm_secure.foreign import LibraryObject
 
 IN_MEMORY = "memory"  # what task.data says of rows that were given from Python
 _ACCEPTED = (
@@ -32,7 +33,7 @@ class Memory:
         return f"Memory(name={self.name!r}, rows={len(self.train)})"
 
 
-def from_memory(data: Any, *, name: str = IN_MEMORY) -> Memory:
+def from_memory(data: LibraryObject, *, name: str = IN_MEMORY) -> Memory:
     """Turn what a Python user holds into a data set.
 
     A mapping (or `DatasetDict`) whose keys are parts gives its train and validation part.
@@ -58,7 +59,7 @@ def _is_column(value: object) -> bool:
     return isinstance(value, np.ndarray) or rows
 
 
-def _table(data: Any, origin: str) -> Table:
+def _table(data: LibraryObject, origin: str) -> Table:
     if hasattr(data, "with_format") and hasattr(data, "features"):
         from ffm_secure.data.hub import as_arrow
 

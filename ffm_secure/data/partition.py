@@ -10,11 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ffm_secure.config.run_file import Split
 from ffm_secure.config.schema import did_you_mean
 from ffm_secure.data.dataset import Examples
 from ffm_secure.data.labels import as_list, is_blank
 from ffm_secure.data.table import count_more
 from ffm_secure.errors import DataError
+from ffm_secure.foreign import JsonValue
 
 Indices = NDArray[np.int64]
 Shares = NDArray[np.float64]
@@ -34,7 +36,9 @@ class FeatureShift:
     strength: float
 
 
-def partition(examples: Examples, *, clients: int, split: Any, seed: int) -> tuple[Indices, ...]:
+def partition(
+    examples: Examples, *, clients: int, split: Split | Mapping[str, Any], seed: int
+) -> tuple[Indices, ...]:
     """Deal the rows of `examples` to `clients`; entry i holds client i's rows in ascending order.
 
     `split` is a mapping such as {"kind": "dirichlet", "alpha": 0.3}, or a dataclass with the same fields, of
@@ -66,14 +70,16 @@ def partition(examples: Examples, *, clients: int, split: Any, seed: int) -> tup
     return tuple(np.sort(np.asarray(part, dtype=np.int64)) for part in parts)
 
 
-def client_examples(examples: Examples, *, clients: int, split: Any, seed: int) -> tuple[Examples, ...]:
+def client_examples(
+    examples: Examples, *, clients: int, split: Split | Mapping[str, Any], seed: int
+) -> tuple[Examples, ...]:
     """Deal the examples and apply each client's feature shift where the split has one."""
     parts = partition(examples, clients=clients, split=split, seed=seed)
     return tuple(client_rows(examples, parts, index, split=split, seed=seed) for index in range(clients))
 
 
 def client_rows(
-    examples: Examples, parts: Sequence[Indices], index: int, *, split: Any, seed: int
+    examples: Examples, parts: Sequence[Indices], index: int, *, split: Split | Mapping[str, Any], seed: int
 ) -> Examples:
     """Return one client's rows as it has them: dealt out by `parts`, and shifted where the split shifts
     features.
@@ -232,7 +238,9 @@ def _natural_hands(
     return hands
 
 
-def owner_names(examples: Examples, *, clients: int, split: Any, seed: int) -> tuple[str, ...]:
+def owner_names(
+    examples: Examples, *, clients: int, split: Split | Mapping[str, Any], seed: int
+) -> tuple[str, ...]:
     """Name the owner of every part that `partition` deals: by the column of a natural split, else by number.
 
     Guarantee: names are different, printable and at most 80 letters long, whatever stands in the column.
@@ -305,7 +313,7 @@ def _groups(examples: Examples, column: str) -> dict[Any, Indices]:
     return {name: np.array(members, dtype=np.int64) for name, members in rows.items()}
 
 
-def feature_shifts(*, clients: int, split: Any) -> tuple[FeatureShift, ...]:
+def feature_shifts(*, clients: int, split: Split | Mapping[str, Any]) -> tuple[FeatureShift, ...]:
     """Describe each client's public transformation: from none at client 0 in equal steps to `strength` at the
     last.
     """
@@ -411,7 +419,7 @@ _BOUNDS = {
 }
 
 
-def _options(split: Any) -> tuple[str, dict[str, Any]]:
+def _options(split: Split | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Read a split with its defaults; a mapping may hold only what its kind knows, a dataclass has every
     field.
     """
@@ -442,7 +450,7 @@ def _options(split: Any) -> tuple[str, dict[str, Any]]:
     return kind, options
 
 
-def _check_option(name: str, value: Any, *, whole: bool) -> None:
+def _check_option(name: str, value: JsonValue, *, whole: bool) -> None:
     if name in _CHOICES and value not in _CHOICES[name]:
         raise DataError(f"split.{name} = {value!r}: must be one of {', '.join(_CHOICES[name])}")
     if name in _BOUNDS:

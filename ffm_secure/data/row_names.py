@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from defenses.dp.records import (
     Keys,
@@ -17,6 +16,7 @@ from defenses.dp.records import (
     person_content,
 )
 from ffm_secure.data.dataset import Dataset, Examples
+from ffm_secure.foreign import Cells
 
 TELLING_LENGTH = 24  # a cell as long as this says which row it is, if it stands in few rows
 TELLING_ROWS = 16
@@ -75,7 +75,7 @@ def _cells(examples: Examples, dataset: Dataset, key: RecordKey) -> list[Keys]:
     return cells
 
 
-def _is_text(values: Any) -> bool:
+def _is_text(values: Cells) -> bool:
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 

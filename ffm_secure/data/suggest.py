@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from numpy.typing import NDArray
+
 from ffm_secure.data import columns as known
 from ffm_secure.data.chat import is_chat
 from ffm_secure.data.cleaning import kept_rows

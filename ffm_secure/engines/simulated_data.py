@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from defenses.dp.records import RecordKey, Records
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data import partition
 from ffm_secure.data.checks import require_sound
 from ffm_secure.data.dataset import Dataset, Examples, load_task
-from defenses.dp.records import RecordKey, Records
+from ffm_secure.data.memory import Memory
 from ffm_secure.data.persons import bounded, reunited
 from ffm_secure.data.row_names import named
-from ffm_secure.data.memory import Memory
 from ffm_secure.errors import DataError
 from ffm_secure.privacy.accounts import contents_fingerprint, dataset_fingerprint
 from ffm_secure.registry import LIFECYCLES

@@ -21,10 +21,9 @@ from defenses.secagg import Identity
 from ffm_secure import tasks, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.data.dataset import Examples
+from ffm_secure.data.dataset import Dataset, Examples
 from ffm_secure.data.memory import Memory
 from ffm_secure.data.partition import numbered_names
-from ffm_secure.data.dataset import Dataset
 from ffm_secure.engines import simulated_data
 from ffm_secure.engines.extension import Extension, extension_of
 from ffm_secure.engines.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
@@ -49,8 +48,8 @@ from ffm_secure.site.site import Site
 from ffm_secure.site.site_ledger import SiteLedger
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.site.truth import TruthKeeper
-from ffm_secure.storage.observations import ObservationStore
 from ffm_secure.storage.durable import write_atomic
+from ffm_secure.storage.observations import ObservationStore
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.strategies import ServerState
 from ffm_secure.tasks.base import Evaluation, Task

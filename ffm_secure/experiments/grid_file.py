@@ -79,12 +79,15 @@ class Cell:
     config: RunConfig
 
 
+Combinations = tuple[tuple[tuple[str, Value], ...], ...]  # of every cell, the value chosen of each axis
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Form:
     """The whole grid or its quick form: the chosen values of every combination, and the seeds."""
 
     where: str  # before a problem that only this form has
-    combinations: tuple[tuple[tuple[str, Value], ...], ...]
+    combinations: Combinations
     seeds: tuple[int, ...]
     overrides: tuple[str, ...] = ()  # [quick].set
     quick: bool = False
@@ -247,7 +250,7 @@ def _quick(experiment: Experiment) -> _Form:
     )
 
 
-def _combinations(experiment: Experiment, *, only: Sequence[tuple[str, str]]) -> Any:
+def _combinations(experiment: Experiment, *, only: Sequence[tuple[str, str]]) -> Combinations:
     """List the cells of a grid, without seeds, each as the value chosen of every axis."""
     combinations = []
     for axis in experiment.axes:

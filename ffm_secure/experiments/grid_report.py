@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ffm_secure.experiments.grid_report import LEFT_OUT, cost_lines, stopped_lines
@@ -149,7 +149,12 @@ def _drawn(row: Mapping[str, Any]) -> bool:
 
 
 def _line(
-    summary: Mapping[str, Any], cell: Mapping[str, Any], across: Any, down: float, colour: str, label: str
+    summary: Mapping[str, Any],
+    cell: Mapping[str, Any],
+    across: Callable[[float], float],
+    down: float,
+    colour: str,
+    label: str,
 ) -> list[Html]:
     middle = down + _LINE / 2
     metrics = []

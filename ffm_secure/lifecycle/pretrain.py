@@ -22,7 +22,6 @@ from ffm_secure.lifecycle.finetune import PlainGradient, finetune
 from ffm_secure.records import RoundRecord
 from ffm_secure.strategies.base import ServerState, Strategy
 
-
 SOURCES: tuple[Phase, ...] = ("public", "private")
 
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import Configuration, JsonValue, LibraryObject, ModelTokenizer
 from ffm_secure.models.builtin import TINY, MeanPoolClassifier, build_tiny, tiny_kinds
 from ffm_secure.models.model_checks import refuse_if_it_sees_the_future, refuse_if_padding_matters
 
@@ -65,7 +66,7 @@ class Backbone:
     """
 
     model: nn.Module
-    tokenizer: Any | None = None
+    tokenizer: ModelTokenizer | None = None
     image_size: int | None = None
     normalisation: Normalisation | None = None
     channels: int = 3
@@ -80,7 +81,7 @@ class Backbone:
     key_mapping: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def config(self) -> Any:
+    def config(self) -> Configuration:
         """Give the configuration of the model, as transformers has it."""
         return self.model.config
 
@@ -286,7 +287,7 @@ _TEXT_PART = {
 }
 
 
-def _text_part(config: Any, kind: str) -> tuple[Any, dict[str, str]]:
+def _text_part(config: Configuration, kind: str) -> tuple[Any, dict[str, str]]:
     """Choose the text part of a model for texts and pictures where a text task asks for it, with the names of
     its tensors.
     """
@@ -299,7 +300,7 @@ def _text_part(config: Any, kind: str) -> tuple[Any, dict[str, str]]:
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "*spm*", "added_tokens.json")
 
 
-def _tokenizer(name: str, folder: str, options: dict[str, Any]) -> Any:
+def _tokenizer(name: str, folder: str, options: dict[str, Any]) -> ModelTokenizer:
     """Load the tokenizer beside a model.
 
     Raises:
@@ -324,7 +325,7 @@ def _from_scratch(backbone: Backbone, seed: int) -> Backbone:
     )
 
 
-def _model_class(folder: str, config: Any, kind: str) -> Any:
+def _model_class(folder: str, config: Configuration, kind: str) -> LibraryObject:
     """Choose the class: a sentence encoder of BERT layout gets the mean-pooling head it was trained with."""
     pooling = Path(folder) / "1_Pooling" / "config.json"
     if kind != "text_classification" or config.model_type != "bert" or not pooling.is_file():
@@ -395,16 +396,16 @@ def _start_as_identity(model: nn.Module, fresh: tuple[str, ...]) -> None:
 
 def _finish(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: ModelTokenizer,
     *,
     name: str,
     kind: str,
     folder: str | None,
     fresh: tuple[str, ...],
-    notes: Any,
+    notes: LibraryObject,
 ) -> Backbone:
     model.eval().requires_grad_(False)
-    config: Any = model.config
+    config: Configuration = model.config
     if kind.endswith("classification") and fresh:
         notes = (*notes, f"new classification head for {config.num_labels} labels, drawn from the seed")
     if tokenizer is not None:
@@ -434,7 +435,7 @@ def _finish(
     )
 
 
-def _positions(config: Any) -> int | None:
+def _positions(config: Configuration) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
         return None
@@ -445,7 +446,7 @@ def _positions(config: Any) -> int | None:
     return int(positions) - offset
 
 
-def _settle_padding(name: str, tokenizer: Any, config: Any, model: nn.Module) -> None:
+def _settle_padding(name: str, tokenizer: ModelTokenizer, config: Configuration, model: nn.Module) -> None:
     """Give tokenizer and model one padding token; padding is masked, so any token of the vocabulary will do.
 
     The tokenizer's own wins, then a valid one of the configuration: a classifier that looks for the last word
@@ -484,7 +485,7 @@ def end_once(
     happens to another depends on it alone.
     """
     tokens, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    config: Any = model.config
+    config: Configuration = model.config
     if isinstance(config.eos_token_id, list):
         end = config.eos_token_id[0]
     else:
@@ -498,7 +499,7 @@ def end_once(
     return args, {**kwargs, "input_ids": single}
 
 
-def _width(config: Any) -> int:
+def _width(config: Configuration) -> int:
     """Return how wide the vectors of the body are; convolutional networks widen from stage to stage, the last
     one counts.
     """
@@ -507,7 +508,7 @@ def _width(config: Any) -> int:
     return int(width or (stages[-1] if stages else _of_pictures(config, "hidden_size", 0)))
 
 
-def _of_pictures(config: Any, name: str, otherwise: int) -> Any:
+def _of_pictures(config: Configuration, name: str, otherwise: int) -> JsonValue:
     """Read a number of a picture model, which two-sided models keep in a configuration of their picture
     tower.
     """
@@ -516,7 +517,7 @@ def _of_pictures(config: Any, name: str, otherwise: int) -> Any:
     return value or (getattr(tower, name, None) if tower is not None else None) or otherwise
 
 
-def _picture_side(config: Any, folder: str | None) -> int:
+def _picture_side(config: Configuration, folder: str | None) -> int:
     """Return the side of the squares a model is given:
     its own, or that of its preparation, or the usual 224.
     """
@@ -525,7 +526,7 @@ def _picture_side(config: Any, folder: str | None) -> int:
     return _side(_of_pictures(config, "image_size", 0) or sides)
 
 
-def _side(size: Any) -> int:
+def _side(size: JsonValue) -> int:
     if isinstance(size, dict):
         return int(min(size.values()))
     return int(size if isinstance(size, int) else min(size))
@@ -550,11 +551,11 @@ def _normalisation(folder: str | None, channels: int) -> Normalisation:
     return Normalisation(mean=mean, std=std)
 
 
-def _keep(config: Any) -> Any:
+def _keep(config: Configuration) -> Configuration:
     return config
 
 
-def _without_dropout(config: Any) -> Any:
+def _without_dropout(config: Configuration) -> Configuration:
     """Set every dropout rate of a configuration to 0:
     a federated step then depends on data and seed alone.
     """

@@ -31,6 +31,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.bert.modeling_bert import BertModel, BertPreTrainedModel
 
+from ffm_secure.foreign import Configuration
+
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _WORDS = """
 a about after again all also an and any are as at back be because been before being but by can care case chest
@@ -53,7 +55,7 @@ class MeanPoolClassifier(BertPreTrainedModel):  # type: ignore[no-untyped-call]
     on it. Soft prompt tokens are part of the mean, as PEFT's own prompt tuning has it.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Configuration) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bert = BertModel(config, add_pooling_layer=False)
@@ -68,7 +70,7 @@ class MeanPoolClassifier(BertPreTrainedModel):  # type: ignore[no-untyped-call]
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **unused: Any,
+        **unused: object,
     ) -> SequenceClassifierOutput:
         """Return logits [B, labels]; positions the attention mask hides do not count."""
         hidden = self.bert(

@@ -16,7 +16,6 @@ import transformers
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import fingerprint, quiet
 
-
 # What writing a model notes in its configuration, which says nothing about what the model is.
 _NOTED = frozenset(("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"))
 

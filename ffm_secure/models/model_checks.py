@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import Configuration
 
 if TYPE_CHECKING:
     from ffm_secure.models.backbone import Backbone
@@ -55,7 +56,7 @@ def refuse_if_padding_matters(name: str, backbone: Backbone) -> None:
         )
 
 
-def _marks(config: Any) -> set[Any]:
+def _marks(config: Configuration) -> set[Any]:
     """Collect the tokens that begin, end or pad a text."""
     marks: set[Any] = set()
     for part in ("pad", "bos", "eos", "sep", "cls"):

@@ -5,15 +5,35 @@ never by a path alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from defenses.dp import Ledger
+from ffm_secure.foreign import Cells
 
 
-def dataset_fingerprint(name: str, examples: Any, parts: Sequence[np.ndarray]) -> str:
+class Rows(Protocol):
+    """What a fingerprint needs of a table of rows."""
+
+    @property
+    def columns(self) -> Mapping[str, Cells]:
+        """Return the columns by name."""
+
+    def __len__(self) -> int:
+        """Count the rows."""
+
+
+class RowSet(Protocol):
+    """What a fingerprint needs of a data set."""
+
+    @property
+    def validation(self) -> Rows:
+        """Return the rows that a run is evaluated on."""
+
+
+def dataset_fingerprint(name: str, examples: Rows, parts: Sequence[np.ndarray]) -> str:
     """Return the ledger's name for these training rows dealt in this way.
 
     Guarantee: a copy, another path or a link to the same rows gives the same data digest; another split of
@@ -25,12 +45,14 @@ def dataset_fingerprint(name: str, examples: Any, parts: Sequence[np.ndarray]) -
     return f"{name[-120:]} data:{_data_digest(examples)[:16]} split:{split.hexdigest()[:16]}"
 
 
-def contents_fingerprint(account: str, dataset: Any, other: Any = None) -> str:
+def contents_fingerprint(account: str, dataset: RowSet, other: Rows | None = None) -> str:
     """Name all rows a run reads: the training rows by their digest in an account, the validation rows,
     another set's public rows.
     """
     parts = [_data_word(account), f"validation:{_data_digest(dataset.validation)[:16]}"]
-    return " ".join([*parts, *([f"public:{_data_digest(other)[:16]}"] if other is not None else [])])
+    if other is not None:
+        parts.append(f"public:{_data_digest(other)[:16]}")
+    return " ".join(parts)
 
 
 def holds_other_rows(ledger: Ledger, account: str) -> bool:
@@ -45,7 +67,7 @@ def _data_word(account: str) -> str:
     return account.split()[-2]  # the name before it may hold spaces
 
 
-def _data_digest(examples: Any) -> str:
+def _data_digest(examples: Rows) -> str:
     digest = hashlib.sha256(str(len(examples)).encode())
     for name in sorted(examples.columns):
         column = examples.columns[name]

@@ -17,7 +17,6 @@ from ffm_secure.records import Observer, Point, RecordedObservation, RoundPlan, 
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.storage.observations import ObservationStore
 
-
 OF_THE_SERVER: tuple[Observer, ...] = ("server", "colluding_server")
 """Who sees what reaches the server; colluders' own updates are taken off when the observation is read."""
 

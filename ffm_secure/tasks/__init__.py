@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
@@ -20,7 +19,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def build_task(
-    kind: str, *, backbone: Backbone, dataset: Any, max_length: int = 64, fixed_length: bool = False
+    kind: str, *, backbone: Backbone, dataset: object, max_length: int = 64, fixed_length: bool = False
 ) -> Task:
     """Build a task for a backbone and a data set:
     anything with text_columns, label_column and image_column.

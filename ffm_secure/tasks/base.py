@@ -6,16 +6,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import Cells
 from ffm_secure.models.backbone import Backbone
-from ffm_secure.tasks.encoded import Encoded
+from ffm_secure.tasks.encoded import Encoded, EncodedText
 
 
 class Columns(Protocol):
@@ -24,7 +25,7 @@ class Columns(Protocol):
     def __len__(self) -> int:
         """Count the rows."""
 
-    def column(self, name: str) -> Any:
+    def column(self, name: str) -> Cells:
         """Return one column."""
 
 
@@ -93,7 +94,7 @@ class Task:
         return None
 
     def batch(
-        self, encoded: Any, indices: Any, *, device: str, generator: torch.Generator | None = None
+        self, encoded: Encoded, indices: ArrayLike, *, device: str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """Pad the chosen examples into tensors;
         `generator` draws what a task draws anew each time (masks).
@@ -105,7 +106,7 @@ class Task:
         raise NotImplementedError
 
     def evaluate(
-        self, model: nn.Module, encoded: Any, *, batch_size: int = 64, device: str = "cpu"
+        self, model: nn.Module, encoded: Encoded, *, batch_size: int = 64, device: str = "cpu"
     ) -> Evaluation:
         """Return mean loss and metric over a set;
         the order and the batch size do not matter beyond rounding.
@@ -126,7 +127,9 @@ class Task:
         """
         return None
 
-    def evaluation_batch(self, encoded: Any, indices: NDArray[np.int64], device: str) -> dict[str, Tensor]:
+    def evaluation_batch(
+        self, encoded: Encoded, indices: NDArray[np.int64], device: str
+    ) -> dict[str, Tensor]:
         """Pad the chosen examples; what a task draws depends on each example alone, so it is the same in any
         batch.
         """
@@ -146,8 +149,10 @@ class Classification(Task):
     metric_name = "accuracy"
     higher_is_better = True
 
-    def __init__(self, backbone: Backbone, data: TaskData, **options: Any) -> None:
-        super().__init__(backbone, data, **options)
+    def __init__(
+        self, backbone: Backbone, data: TaskData, *, max_length: int = 64, fixed_length: bool = False
+    ) -> None:
+        super().__init__(backbone, data, max_length=max_length, fixed_length=fixed_length)
         config = backbone.config
         if (
             len(data.label_names) == config.num_labels
@@ -191,7 +196,7 @@ def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return scores
 
 
-def as_indices(indices: Any) -> NDArray[np.int64]:
+def as_indices(indices: ArrayLike) -> NDArray[np.int64]:
     """Turn a list, slice-free array or tensor of row numbers into int64."""
     return np.asarray(indices, dtype=np.int64).reshape(-1)
 
@@ -215,9 +220,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _by_length(encoded: Any, batch_size: int) -> Iterator[NDArray[np.int64]]:
+def _by_length(encoded: Encoded, batch_size: int) -> Iterator[NDArray[np.int64]]:
     """Yield batches of similar length, longest first, so that little is padded and memory peaks at once."""
-    if hasattr(encoded, "lengths"):
+    if isinstance(encoded, EncodedText):
         lengths = encoded.lengths()
     else:
         lengths = np.zeros(len(encoded), dtype=np.int64)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import ModelTokenizer
 
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -22,12 +22,12 @@ class Rendered:
     answers: tuple[Span, ...]
 
 
-def has_template(tokenizer: Any) -> bool:
+def has_template(tokenizer: ModelTokenizer) -> bool:
     """Tell whether a tokenizer knows how its model writes chats."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render_all(tokenizer: Any, packed: Sequence[str]) -> list[Rendered]:
+def render_all(tokenizer: ModelTokenizer, packed: Sequence[str]) -> list[Rendered]:
     """Write packed chats (JSON lists of [role, content]) as texts.
 
     Raises:
@@ -63,7 +63,7 @@ def _plain(messages: Sequence[Mapping[str, str]]) -> Rendered:
     return Rendered(text=text, answers=tuple(answers))
 
 
-def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> Rendered:
+def _templated(tokenizer: ModelTokenizer, messages: list[dict[str, str]]) -> Rendered:
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     answers = []
     cursor = 0
@@ -75,7 +75,9 @@ def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> Rendered:
     return Rendered(text=text, answers=tuple(answers))
 
 
-def _by_prefix(tokenizer: Any, messages: list[dict[str, str]], number: int, text: str) -> Span | None:
+def _by_prefix(
+    tokenizer: ModelTokenizer, messages: list[dict[str, str]], number: int, text: str
+) -> Span | None:
     """Find a turn between the chat before it, with the words that open an answer, and the chat after it.
 
     Templates that rewrite earlier turns, or refuse a chat that is cut there, give None.

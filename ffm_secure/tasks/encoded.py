@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from ffm_secure.foreign import ModelTokenizer
 
 IGNORED = -100  # target of a position that is not predicted
 _CHUNK = 4096  # texts tokenised at a time: Python lists of token numbers never exist for the whole set
@@ -45,7 +46,7 @@ class EncodedText:
         real = steps < lengths[:, None]
         return np.where(real, starts[:, None] + steps, 0), real
 
-    def take(self, indices: Any) -> EncodedText:
+    def take(self, indices: ArrayLike) -> EncodedText:
         """Choose sequences."""
         chosen = np.asarray(indices, dtype=np.int64)
         places, real = self.positions(chosen)
@@ -77,7 +78,7 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, indices: Any) -> EncodedImages:
+    def take(self, indices: ArrayLike) -> EncodedImages:
         """Choose pictures."""
         chosen = np.asarray(indices, dtype=np.int64)
         return EncodedImages(pixels=self.pixels[torch.from_numpy(chosen)], labels=self.labels[chosen])
@@ -87,7 +88,11 @@ Encoded = EncodedText | EncodedImages
 
 
 def encode_texts(
-    tokenizer: Any, columns: Sequence[Sequence[str]], *, max_length: int, labels: NDArray[np.int64] | None
+    tokenizer: ModelTokenizer,
+    columns: Sequence[Sequence[str]],
+    *,
+    max_length: int,
+    labels: NDArray[np.int64] | None,
 ) -> EncodedText:
     """Tokenise one or two columns of text, cut to `max_length` tokens. An empty text becomes one unknown
     token.
@@ -133,7 +138,7 @@ def encode_texts(
 
 
 def encode_answered(
-    tokenizer: Any,
+    tokenizer: ModelTokenizer,
     texts: Sequence[str],
     answers: Sequence[Sequence[tuple[int, int]]],
     *,
@@ -176,7 +181,7 @@ def _overlaps(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
     return end > first and any(end > start and first < stop for start, stop in spans)
 
 
-def _spare(tokenizer: Any) -> int:
+def _spare(tokenizer: ModelTokenizer) -> int:
     for candidate in (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)

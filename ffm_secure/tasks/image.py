@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import Cells
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.tasks.base import Classification, Columns, TaskData, as_indices
-from ffm_secure.tasks.encoded import EncodedImages
+from ffm_secure.tasks.encoded import Encoded, EncodedImages
 
 _CHUNK = 512
 
@@ -21,8 +21,10 @@ class ImageClassification(Classification):
 
     kind = "image_classification"
 
-    def __init__(self, backbone: Backbone, data: TaskData, **options: Any) -> None:
-        super().__init__(backbone, data, **options)
+    def __init__(
+        self, backbone: Backbone, data: TaskData, *, max_length: int = 64, fixed_length: bool = False
+    ) -> None:
+        super().__init__(backbone, data, max_length=max_length, fixed_length=fixed_length)
         if backbone.image_size is None or backbone.normalisation is None:
             raise ModelError(f"image_classification: the model {backbone.source} takes no pictures")
         if data.image_column is None:
@@ -44,15 +46,16 @@ class ImageClassification(Classification):
         return EncodedImages(pixels=pixels, labels=self.labels(examples))
 
     def batch(
-        self, encoded: EncodedImages, indices: Any, *, device: str, generator: torch.Generator | None = None
+        self, encoded: Encoded, indices: ArrayLike, *, device: str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """Build `pixel_values` float32 [B, C, S, S] and `labels` [B]."""
+        assert isinstance(encoded, EncodedImages)
         chosen = torch.from_numpy(as_indices(indices))
         pixels = (encoded.pixels[chosen].float() / 255.0 - self.mean) / self.std
         labels = torch.from_numpy(encoded.labels)[chosen]
         return {"pixel_values": pixels.to(device), "labels": labels.to(device)}
 
-    def _fit(self, pictures: Any) -> Tensor:
+    def _fit(self, pictures: Cells) -> Tensor:
         if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4):
             raise ModelError(
                 f"pictures are {pictures.dtype} {list(pictures.shape)}; they must be uint8 [n, H, W, C]"

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.tasks.base import Classification, Columns, Task, TaskData, as_indices, logits, text_columns
 from ffm_secure.tasks.chat import NO_TEMPLATE, has_template, render_all
-from ffm_secure.tasks.encoded import IGNORED, EncodedText, encode_answered, encode_texts, pad_texts
+from ffm_secure.tasks.encoded import IGNORED, Encoded, EncodedText, encode_answered, encode_texts, pad_texts
 
 
 class _Text(Task):
     """What the text tasks share: the tokenizer and padding."""
 
-    def __init__(self, backbone: Backbone, data: TaskData, **options: Any) -> None:
-        super().__init__(backbone, data, **options)
+    def __init__(
+        self, backbone: Backbone, data: TaskData, *, max_length: int = 64, fixed_length: bool = False
+    ) -> None:
+        super().__init__(backbone, data, max_length=max_length, fixed_length=fixed_length)
         if backbone.tokenizer is None:
             raise ModelError(f"{self.kind}: the model {backbone.source} has no tokenizer")
         if not 1 <= len(data.text_columns) <= (2 if self.kind == "text_classification" else 1):
@@ -51,9 +52,10 @@ class _Text(Task):
         return [list(map(str, column)) for column in text_columns(examples, self.data.text_columns)]
 
     def batch(
-        self, encoded: EncodedText, indices: Any, *, device: str, generator: torch.Generator | None = None
+        self, encoded: Encoded, indices: ArrayLike, *, device: str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """Build `input_ids` and `attention_mask` [B, T], and `labels` [B] where there are any."""
+        assert isinstance(encoded, EncodedText)
         chosen = as_indices(indices)
         return pad_texts(encoded, chosen, pad=self.tokenizer.pad_token_id, device=device, length=self.length)
 
@@ -81,8 +83,10 @@ class CausalLM(_Text):
     metric_name = "perplexity"
     higher_is_better = False
 
-    def __init__(self, backbone: Backbone, data: TaskData, **options: Any) -> None:
-        super().__init__(backbone, data, **options)
+    def __init__(
+        self, backbone: Backbone, data: TaskData, *, max_length: int = 64, fixed_length: bool = False
+    ) -> None:
+        super().__init__(backbone, data, max_length=max_length, fixed_length=fixed_length)
         if data.answers_only and (data.is_chat or data.answered) and not self.tokenizer.is_fast:
             raise ModelError(
                 f"causal_lm: the tokenizer of {backbone.source} does not say where its tokens stand in the "
@@ -172,8 +176,10 @@ class MaskedLM(_Text):
     rate = 0.15
     evaluation_seed = 20_190_524
 
-    def __init__(self, backbone: Backbone, data: TaskData, **options: Any) -> None:
-        super().__init__(backbone, data, **options)
+    def __init__(
+        self, backbone: Backbone, data: TaskData, *, max_length: int = 64, fixed_length: bool = False
+    ) -> None:
+        super().__init__(backbone, data, max_length=max_length, fixed_length=fixed_length)
         if self.tokenizer.mask_token_id is None:
             raise ModelError(
                 f"masked_lm: the tokenizer of {backbone.source} has no mask token; try 'causal_lm'"
@@ -182,7 +188,7 @@ class MaskedLM(_Text):
         self.special[list(self.tokenizer.all_special_ids)] = True
 
     def batch(
-        self, encoded: EncodedText, indices: Any, *, device: str, generator: torch.Generator | None = None
+        self, encoded: Encoded, indices: ArrayLike, *, device: str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """Build `input_ids` with hidden tokens, `attention_mask`, and `targets` [B, T] (-100 where nothing is
         asked).
@@ -202,9 +208,10 @@ class MaskedLM(_Text):
         return nats.sum(dim=1) / (targets != IGNORED).sum(dim=1).clamp(min=1)
 
     def evaluation_batch(
-        self, encoded: EncodedText, indices: NDArray[np.int64], device: str
+        self, encoded: Encoded, indices: NDArray[np.int64], device: str
     ) -> dict[str, Tensor]:
         """Hide tokens by a stream of each example's own."""
+        assert isinstance(encoded, EncodedText)
         batch = super().batch(encoded, indices, device="cpu")
         shape = tuple(batch["input_ids"].shape)
         draws = np.ones((3, *shape))

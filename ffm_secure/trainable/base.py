@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import Configuration, LibraryModel
 from ffm_secure.models.backbone import Backbone
 
 FORMAT_VERSION = 1
@@ -161,7 +162,7 @@ def replicate(trainable: TrainableModel) -> TrainableModel:
     return copy.deepcopy(trainable, memo)
 
 
-def sharing_copy(model: nn.Module, *, own: Iterable[nn.Parameter] = ()) -> Any:
+def sharing_copy(model: nn.Module, *, own: Iterable[nn.Parameter] = ()) -> LibraryModel:
     """Copy a model's modules but share its tensors, except for the parameters in `own`, which are copied."""
     mine = set()
     for parameter in own:
@@ -170,7 +171,9 @@ def sharing_copy(model: nn.Module, *, own: Iterable[nn.Parameter] = ()) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared if id(tensor) not in mine})
 
 
-def write_peft(folder: Path, config: Any, tensors: Mapping[str, Tensor], base_model_name: str) -> None:
+def write_peft(
+    folder: Path, config: Configuration, tensors: Mapping[str, Tensor], base_model_name: str
+) -> None:
     """Write an adapter in PEFT's own two files."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(config)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ffm_secure.foreign import Configuration
+
 _FLAT = {
     "opt": ("OPTDecoderLayer", ("final_layer_norm", "fc1", "fc2"))
 }  # families that merge the axes, and where
@@ -19,7 +21,7 @@ def restore_batch_axis(model: nn.Module) -> None:
 
     The hooks keep nothing but a number on each module, so that copies of the model work on their own.
     """
-    config: Any = getattr(model, "config", None)
+    config: Configuration = getattr(model, "config", None)
     kind, names = _FLAT.get(str(getattr(config, "model_type", "")), ("", ()))
     for layer in model.modules():
         if type(layer).__name__ != kind:

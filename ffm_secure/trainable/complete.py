@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import JsonValue, LibraryModel, ModelTokenizer
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.models.builtin import MeanPoolClassifier
 from ffm_secure.models.stock_mean import as_stock_classifier
@@ -34,7 +35,7 @@ SOFT = (
 )  # prompts that are the same for every text and stand in front of it as words would
 
 
-def complete_model(trainable: TrainableModel) -> Any:
+def complete_model(trainable: TrainableModel) -> LibraryModel:
     """Build the transformers model that computes what `trainable` computes, with everything trained inside.
 
     A soft prompt becomes words of the vocabulary (see `with_prompt_words` for the tokenizer) or, for a ViT,
@@ -44,7 +45,7 @@ def complete_model(trainable: TrainableModel) -> Any:
     Raises:
       ModelError: no class of transformers computes this kind of prompt.
     """
-    plain: Any = copy.deepcopy(trainable.backbone.model)
+    plain: LibraryModel = copy.deepcopy(trainable.backbone.model)
     with torch.no_grad():
         _put_trained(trainable, plain)
         _merge_products(trainable, plain)
@@ -70,7 +71,7 @@ def soft_prompt(trainable: TrainableModel) -> Tensor:
     return tokens[0].detach().clone()
 
 
-def with_prompt_words(tokenizer: Any, length: int) -> Any:
+def with_prompt_words(tokenizer: ModelTokenizer, length: int) -> ModelTokenizer:
     """Copy a tokenizer so that it puts `length` prompt words in front of every text; their numbers follow its
     own.
 
@@ -103,7 +104,7 @@ def with_prompt_words(tokenizer: Any, length: int) -> Any:
     return extended
 
 
-def _in_front(processor: Any, words: Sequence[str], first: int) -> dict[str, Any]:
+def _in_front(processor: ModelTokenizer, words: Sequence[str], first: int) -> dict[str, Any]:
     """Return a post-processor, as tokenizers writes it down, that also puts words in front."""
     kind = ""
     if processor is not None:
@@ -123,7 +124,7 @@ def _in_front(processor: Any, words: Sequence[str], first: int) -> dict[str, Any
     return {"type": "Sequence", "processors": [processor, template]}
 
 
-def _template_in_front(template: Any, words: Sequence[str], first: int) -> dict[str, Any]:
+def _template_in_front(template: JsonValue, words: Sequence[str], first: int) -> dict[str, Any]:
     front = []
     for word in words:
         front.append(_special(word))
@@ -135,7 +136,7 @@ def _template_in_front(template: Any, words: Sequence[str], first: int) -> dict[
     )
 
 
-def _as_template(processor: Any) -> dict[str, Any]:
+def _as_template(processor: ModelTokenizer) -> dict[str, Any]:
     """Write the fixed forms of BERT and RoBERTa as templates."""
     begin, end = processor["cls"], processor["sep"]
     if processor["type"] == "RobertaProcessing":
@@ -176,13 +177,13 @@ def head_tensors(trainable: TrainableModel) -> Mapping[str, Tensor]:
     return {name: parameter for name, parameter in named if name in own}
 
 
-def _put_trained(trainable: TrainableModel, plain: Any) -> None:
+def _put_trained(trainable: TrainableModel, plain: LibraryModel) -> None:
     target = dict(plain.named_parameters())
     for name, value in head_tensors(trainable).items():
         target[name].copy_(value)
 
 
-def _merge_products(trainable: TrainableModel, plain: Any) -> None:
+def _merge_products(trainable: TrainableModel, plain: LibraryModel) -> None:
     """Add each product of LoRA factors to the weight beside it."""
     for path, layer in lora_layers(trainable.model):
         weight = plain.get_submodule(path).weight
@@ -200,7 +201,7 @@ def _outer(module: nn.Module) -> Tensor:
     return module.weight  # type: ignore[return-value]
 
 
-def _add_words(plain: Any, prompt: Tensor, *, first: int) -> None:
+def _add_words(plain: LibraryModel, prompt: Tensor, *, first: int) -> None:
     """Put a prompt behind the words the tokenizer knows; rows of the table beyond them are used first."""
     table: nn.Embedding = plain.get_input_embeddings()
     rows = max(table.weight.shape[0], first + len(prompt))
@@ -216,7 +217,7 @@ def _scale(table: nn.Embedding) -> float:
     return float(getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", 1.0)))
 
 
-def _vit_with_registers(vit: Any, prompt: Tensor) -> Dinov2WithRegistersForImageClassification:
+def _vit_with_registers(vit: LibraryModel, prompt: Tensor) -> Dinov2WithRegistersForImageClassification:
     """Write a ViT with virtual tokens behind its class token as a DINOv2: those are its registers, placed the
     same way.
     """

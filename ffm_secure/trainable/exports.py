@@ -15,6 +15,7 @@ from peft import PrefixTuningConfig, PromptTuningConfig, TaskType
 from torch import Tensor
 
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import LibraryModel, ModelOutput
 from ffm_secure.models.backbone import Backbone, fingerprint, quiet
 from ffm_secure.records import ModelExport
 from ffm_secure.trainable.base import TrainableModel
@@ -179,10 +180,12 @@ def _cache_of(trainable: TrainableModel) -> list[tuple[Tensor, Tensor]]:
     layer.
     """
     caches: list[Any] = []
-    model: Any = trainable.model
+    model: LibraryModel = trainable.model
     body = attending(model.model)
 
-    def remember(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def remember(
+        module: LibraryModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: ModelOutput
+    ) -> None:
         caches.append(output.past_key_values)
 
     handle = body.register_forward_hook(remember, with_kwargs=True)

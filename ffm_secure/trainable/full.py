@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import Configuration, LibraryModel
 from ffm_secure.models.backbone import Backbone, quiet
 from ffm_secure.trainable.base import TrainableModel, sharing_copy
 from ffm_secure.trainable.batch_axis import restore_batch_axis
@@ -41,7 +42,7 @@ class Full(TrainableModel):
 
     def import_(self, folder: Path) -> None:
         """Read a transformers folder of the same architecture."""
-        kind: Any = type(self.backbone.model)
+        kind: LibraryModel = type(self.backbone.model)
         try:
             with quiet():
                 other, report = kind.from_pretrained(
@@ -64,7 +65,7 @@ def attach_full(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, 
     """Train everything; a parameter that is fed once for the whole batch is expanded to a view per sample."""
     model = sharing_copy(backbone.model, own=list(backbone.model.parameters()))
     parameters = dict(model.named_parameters())
-    config: Any = model.config
+    config: Configuration = model.config
     if config.model_type == "vit":
         model.vit.embeddings = PerSampleViTEmbeddings(model.vit.embeddings)
     if config.model_type in _LEARNED_POSITIONS:
@@ -110,13 +111,13 @@ def give_positions(
 class PerSampleViTEmbeddings(nn.Module):
     """The patch, class-token and position embeddings of a ViT with the last two expanded per sample."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: LibraryModel) -> None:
         super().__init__()
         self.patch_embeddings = inner.patch_embeddings
         self.cls_token = _expanded(inner.cls_token)
         self.position_embeddings = _expanded(inner.position_embeddings)
 
-    def forward(self, pixel_values: Tensor, **unused: Any) -> Tensor:
+    def forward(self, pixel_values: Tensor, **unused: object) -> Tensor:
         """Return token embeddings [B, 1 + patches, d]."""
         count = pixel_values.shape[0]
         patches = self.patch_embeddings(pixel_values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import LibraryModel
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import (
     OWN_TENSORS,
@@ -45,8 +46,16 @@ _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter that only
 class PeftAdapter(TrainableModel):
     """A trained part that PEFT loads back: names are those of PEFT's files."""
 
-    def __init__(self, *, config: LoraConfig, **rest: Any) -> None:
-        super().__init__(**rest)
+    def __init__(
+        self,
+        *,
+        config: LoraConfig,
+        backbone: Backbone,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        description: Iterable[str],
+    ) -> None:
+        super().__init__(backbone=backbone, model=model, parameters=parameters, description=description)
         self.config = config
 
     def export(self, folder: Path, base_model_name: str) -> None:
@@ -93,8 +102,16 @@ class LoraXs(TrainableModel):
 
     kind = "lora_xs"
 
-    def __init__(self, *, config: LoraConfig, **rest: Any) -> None:
-        super().__init__(**rest)
+    def __init__(
+        self,
+        *,
+        config: LoraConfig,
+        backbone: Backbone,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        description: Iterable[str],
+    ) -> None:
+        super().__init__(backbone=backbone, model=model, parameters=parameters, description=description)
         self.config = config
 
     def export(self, folder: Path, base_model_name: str) -> None:
@@ -204,7 +221,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return lora_layers
 
 
-def _adapter(path: str, layer: Any, folded: bool) -> Adapter:
+def _adapter(path: str, layer: LibraryModel, folded: bool) -> Adapter:
     name = f"base_model.model.{path}"
     return Adapter(
         a=f"{name}.lora_A.weight",
@@ -215,7 +232,7 @@ def _adapter(path: str, layer: Any, folded: bool) -> Adapter:
     )
 
 
-def _put_core(path: str, layer: Any) -> nn.Parameter:
+def _put_core(path: str, layer: LibraryModel) -> nn.Parameter:
     """Set A and B from the weight and put a core of zeros between them."""
     a, b = layer.lora_A["default"], layer.lora_B["default"]
     rank, weight = a.weight.shape[0], layer.get_base_layer().weight.detach().float()
@@ -281,7 +298,9 @@ def _wrap(
     return wrapped, config, lines
 
 
-def _copy_for(backbone: Backbone, targets: tuple[str, ...], heads: tuple[str, ...], folded: bool) -> Any:
+def _copy_for(
+    backbone: Backbone, targets: tuple[str, ...], heads: tuple[str, ...], folded: bool
+) -> LibraryModel:
     """Copy the model; with `folded` the weights of the adapted modules are its own."""
     model = backbone.model
     if not folded:

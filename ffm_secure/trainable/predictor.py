@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import Cells
 from ffm_secure.models.backbone import load_backbone
 from ffm_secure.records import ModelExport
 from ffm_secure.tasks import Task, build_task
@@ -53,7 +54,7 @@ class _Columns:
     def __len__(self) -> int:
         return self.count
 
-    def column(self, name: str) -> Any:
+    def column(self, name: str) -> Cells:
         return self.columns[name]
 
 

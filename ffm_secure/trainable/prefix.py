@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import Configuration, LibraryModel, ModelOutput
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import stored_tensors, write_own
 from ffm_secure.trainable.lora import peft_task
@@ -33,13 +34,13 @@ class PrefixedModel(nn.Module):
     their keys and values are trained, layer by layer.
     """
 
-    def __init__(self, model: Any, prefix: Tensor, *, heads: int, max_positions: int | None) -> None:
+    def __init__(self, model: LibraryModel, prefix: Tensor, *, heads: int, max_positions: int | None) -> None:
         super().__init__()
         self.model, self.heads, self.max_positions = model, heads, max_positions
         self.prefix = ExpandedParameter(prefix)
         self.config = model.config
 
-    def forward(self, **batch: Any) -> Any:
+    def forward(self, **batch: Tensor) -> ModelOutput:
         """Return the model's output for one batch; its logits are those of the real tokens."""
         tokens, mask = batch["input_ids"], batch["attention_mask"]
         count, length = tokens.shape[0], self.prefix.value.shape[0]
@@ -50,7 +51,9 @@ class PrefixedModel(nn.Module):
             )
         longer, cache = torch.cat((mask.new_ones(count, length), mask), dim=1), self.cache(count)
 
-        def hand_over(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def hand_over(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[Any, dict[str, Any]]:
             return args, {**kwargs, "attention_mask": longer, "past_key_values": cache}
 
         # The head never sees the prefix: classifiers that pool over the mask go on pooling over the real
@@ -93,12 +96,12 @@ class Prefix(PromptTrainable):
         self.load_tensors(stored_tensors(folder))
 
 
-def attending(model: Any) -> nn.Module:
+def attending(model: LibraryModel) -> nn.Module:
     """Return the module that hands keys and values to the layers: OPT's language model calls the decoder in
     its base model itself.
     """
     body: nn.Module = getattr(model, "base_model", model)
-    inner = getattr(body, "decoder", None)
+    inner: object = getattr(body, "decoder", None)
     if isinstance(inner, nn.Module) and not model.config.is_encoder_decoder:
         return inner
     return body
@@ -106,7 +109,7 @@ def attending(model: Any) -> nn.Module:
 
 def cache_shape(backbone: Backbone) -> tuple[int, int]:
     """Return how many heads keys have, and how wide each is."""
-    config: Any = backbone.model.config
+    config: Configuration = backbone.model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     if config.model_type == "falcon":  # the newer kind repeats shared keys before it keeps them
         if config.multi_query and not config.new_decoder_architecture:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import Configuration, LibraryModel, ModelOutput
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import (
     TrainableModel,
@@ -22,7 +23,7 @@ from ffm_secure.trainable.base import (
     write_own,
     write_peft,
 )
-from ffm_secure.trainable.lora import peft_task, named_inside
+from ffm_secure.trainable.lora import named_inside, peft_task
 from ffm_secure.trainable.targets import head_modules
 
 PROMPT = "prompt_embeddings"
@@ -36,7 +37,7 @@ class PromptedModel(nn.Module):
     class token and the patches (Jia et al. 2022, arXiv:2203.12119, the shallow form).
     """
 
-    def __init__(self, model: Any, prompt: Tensor, *, kind: str, max_positions: int | None) -> None:
+    def __init__(self, model: LibraryModel, prompt: Tensor, *, kind: str, max_positions: int | None) -> None:
         super().__init__()
         self.model, self.kind, self.max_positions = model, kind, max_positions
         self.prompt = ExpandedParameter(prompt)
@@ -54,7 +55,7 @@ class PromptedModel(nn.Module):
         tokens: Tensor = self.prompt(len(next(iter(batch.values()))))
         return tokens
 
-    def forward(self, **batch: Any) -> Any:
+    def forward(self, **batch: Tensor) -> ModelOutput:
         """Return the model's output for one batch."""
         if self.kind == "image_classification":
             return self._pictures(batch["pixel_values"])
@@ -80,7 +81,7 @@ class PromptedModel(nn.Module):
             out.logits = out.logits[:, length:]
         return out
 
-    def _last_token(self, inputs: dict[str, Any]) -> Any:
+    def _last_token(self, inputs: dict[str, Any]) -> ModelOutput:
         """Classify from the last real token. Given embeddings, decoders would take the last padded place
         instead.
         """
@@ -91,10 +92,10 @@ class PromptedModel(nn.Module):
         hidden = out.last_hidden_state[torch.arange(len(last), device=mask.device), last]
         return _Logits(self.model.score(hidden))
 
-    def _pictures(self, pixels: Tensor) -> Any:
+    def _pictures(self, pixels: Tensor) -> ModelOutput:
         prompt = self.virtual_tokens({"pixel_values": pixels})
 
-        def insert(module: nn.Module, args: Any, tokens: Tensor) -> Tensor:
+        def insert(module: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> Tensor:
             return torch.cat((tokens[:, :1], prompt.to(tokens.dtype), tokens[:, 1:]), dim=1)
 
         handle = self.model.vit.embeddings.register_forward_hook(insert)
@@ -114,7 +115,7 @@ class _Logits:
 class PromptTrainable(TrainableModel):
     """What every kind of prompt shares: the head is trained along where there is one."""
 
-    def write_prompt(self, folder: Path, base_model_name: str, config: Any, prompt: Tensor) -> None:
+    def write_prompt(self, folder: Path, base_model_name: str, config: Configuration, prompt: Tensor) -> None:
         """Write a PEFT prompt of one tensor, with the head."""
         heads = head_modules(self.backbone)
         if heads:
@@ -151,7 +152,7 @@ class Prompt(PromptTrainable):
 
 def peft_sizes(backbone: Backbone, width: int) -> dict[str, Any]:
     """Return what PEFT wants to know of the model behind a prompt of `width` numbers a token."""
-    config: Any = backbone.model.config
+    config: Configuration = backbone.model.config
     return {
         "token_dim": width,
         "num_transformer_submodules": 1,
@@ -191,7 +192,7 @@ def checked_length(backbone: Backbone, spec: Mapping[str, Any]) -> int:
     return length
 
 
-def with_own_head(backbone: Backbone) -> Any:
+def with_own_head(backbone: Backbone) -> LibraryModel:
     """Copy the model so that only its head is owned; the frozen rest stays shared."""
     owned = []
     for _, p in named_inside(backbone.model, head_modules(backbone)):
@@ -199,7 +200,7 @@ def with_own_head(backbone: Backbone) -> Any:
     return sharing_copy(backbone.model, own=owned)
 
 
-def head_parameters(backbone: Backbone, model: Any) -> dict[str, nn.Parameter]:
+def head_parameters(backbone: Backbone, model: LibraryModel) -> dict[str, nn.Parameter]:
     """Name the parameters of the head as PEFT's files do."""
     head_parameters: dict[str, nn.Parameter] = {}
     for name, p in named_inside(model, head_modules(backbone)):
@@ -218,7 +219,7 @@ def head_lines(backbone: Backbone, parameters: Mapping[str, nn.Parameter]) -> li
 
 def start_prompt(backbone: Backbone, length: int, seed: int) -> Tensor:
     """Draw where the prompt starts: rows of the vocabulary, or small numbers for pictures."""
-    model: Any = backbone.model
+    model: LibraryModel = backbone.model
     stream = torch.Generator().manual_seed(seed)
     if backbone.kind == "image_classification":
         if model.config.model_type != "vit":

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from defenses.dp.expanded import ExpandedParameter
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import LibraryModel, ModelOutput
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import OWN_TENSORS, TrainableModel, read_tensors, write_own
 from ffm_secure.trainable.lora import peft_task
@@ -56,7 +57,7 @@ class EncodedPrompt(PromptedModel):
     """A prompt that a small network makes of trained inputs; every sample runs it for itself."""
 
     def __init__(
-        self, model: Any, prompt: Tensor, *, hidden: int, kind: str, max_positions: int | None
+        self, model: LibraryModel, prompt: Tensor, *, hidden: int, kind: str, max_positions: int | None
     ) -> None:
         super().__init__(model, prompt, kind=kind, max_positions=max_positions)
         width = prompt.shape[1]
@@ -88,7 +89,7 @@ class PTuning(OwnFormat):
         task = peft_task(self.backbone)
         if task is None:
             return
-        model: Any = self.model
+        model: LibraryModel = self.model
         with torch.no_grad():
             prompt = model.encoder(model.prompt.value)
         length, width = prompt.shape
@@ -124,12 +125,12 @@ class DeepPromptedModel(PromptedModel):
     """
 
     def __init__(
-        self, model: Any, prompt: Tensor, deeper: Tensor, *, kind: str, max_positions: int | None
+        self, model: LibraryModel, prompt: Tensor, deeper: Tensor, *, kind: str, max_positions: int | None
     ) -> None:
         super().__init__(model, prompt, kind=kind, max_positions=max_positions)
         self.deeper = ExpandedParameter(deeper)
 
-    def forward(self, **batch: Any) -> Any:
+    def forward(self, **batch: Tensor) -> ModelOutput:
         """Return the model's output for one batch."""
         later = self.deeper(len(next(iter(batch.values()))))  # [B, layers - 1, length, d]
         first = 0
@@ -148,7 +149,7 @@ def _replace(first: int, prompt: Tensor, layer: nn.Module, inputs: tuple[Any, ..
     return (torch.cat((hidden[:, :first], prompt.to(hidden.dtype), rest), dim=1), *inputs[1:])
 
 
-def layers_of(model: Any) -> list[nn.Module]:
+def layers_of(model: LibraryModel) -> list[nn.Module]:
     """Return the transformer layers of a model, in order.
 
     Raises:
@@ -211,7 +212,7 @@ class GeneratedPrompt(PromptedModel):
 
     def __init__(
         self,
-        model: Any,
+        model: LibraryModel,
         prompt: Tensor,
         *,
         hidden: int,
@@ -313,8 +314,12 @@ def attach_prompt_generator(
 
 
 def _finish(
-    kind: Callable[..., Any], backbone: Backbone, wrapped: Any, own: dict[str, nn.Parameter], line: str
-) -> Any:
+    kind: Callable[..., Any],
+    backbone: Backbone,
+    wrapped: LibraryModel,
+    own: dict[str, nn.Parameter],
+    line: str,
+) -> LibraryModel:
     parameters = {**own, **head_parameters(backbone, wrapped.model)}
     wrapped.to(next(iter(backbone.model.parameters())).dtype)
     lines = [line, *head_lines(backbone, parameters)]
@@ -324,7 +329,7 @@ def _finish(
     return trainable
 
 
-def _seeded(build: Callable[..., Any], *inputs: Any, seed: int) -> Any:
+def _seeded(build: Callable[..., Any], *inputs: object, seed: int) -> LibraryModel:
     """Build a module whose random start depends on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

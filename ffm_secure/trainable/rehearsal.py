@@ -5,7 +5,6 @@ every tensor?
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from defenses.dp import Clipping, PerSampleEngine
 from ffm_secure.config.run_file import ClippingKind
 from ffm_secure.errors import ModelError
+from ffm_secure.foreign import Configuration, LibraryModel
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.trainable.base import TrainableModel
 
@@ -87,7 +87,7 @@ def rehearse_per_sample(
         raise ModelError(f"{_refusal(trainable, reason)}, or the client unit") from error
 
 
-def tiny_batch(backbone: Backbone, model: Any) -> dict[str, Tensor] | None:
+def tiny_batch(backbone: Backbone, model: LibraryModel) -> dict[str, Tensor] | None:
     """Invent two inputs of the model's kind: three words, of which the last ends the text, or a picture; None
     for neither.
     """
@@ -104,7 +104,7 @@ def tiny_batch(backbone: Backbone, model: Any) -> dict[str, Tensor] | None:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def _words(config: Any) -> tuple[tuple[int, int], int]:
+def _words(config: Configuration) -> tuple[tuple[int, int], int]:
     """Return two ordinary tokens and the one that ends a text;
     classifiers of encoder-decoders look for it.
     """

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +120,7 @@ _TAILS = (
     "Record {record}",
 )
 
+Item = TypeVar("Item")
 Unit = Callable[[], float]
 
 
@@ -186,14 +187,14 @@ def _checked(options: Mapping[str, int]) -> dict[str, int]:
     return chosen
 
 
-def _pick(items: Sequence[Any], unit: Unit) -> Any:
+def _pick(items: Sequence[Item], unit: Unit) -> Item:
     return items[int(unit() * len(items))]
 
 
-def _some(items: Sequence[Any], mean: float, unit: Unit) -> list[Any]:
+def _some(items: Sequence[Item], mean: float, unit: Unit) -> list[Item]:
     """Draw different items, in number the whole number below or above `mean`, so that the mean is right."""
     count = min(int(mean + unit()), len(items))
-    chosen: dict[Any, None] = {}
+    chosen: dict[Item, None] = {}
     while len(chosen) < count:
         chosen[_pick(items, unit)] = None
     return list(chosen)
