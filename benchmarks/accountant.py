@@ -45,8 +45,8 @@ def main() -> None:
         _work(options.worker[0], options.worker[1:], options.limit)
         return
     vectors = [v for v in json.loads(VECTORS.read_text())["vectors"] if not options.quick or v["id"] in QUICK]
-    found = {name: _in_process(name, [v["id"] for v in vectors], options.limit) for name in ACCOUNTANTS}
-    rows = [_row(vector, {name: found[name][vector["id"]] for name in ACCOUNTANTS}) for vector in vectors]
+    measured = {name: _in_process(name, [v["id"] for v in vectors], options.limit) for name in ACCOUNTANTS}
+    rows = [_row(vector, {name: measured[name][vector["id"]] for name in ACCOUNTANTS}) for vector in vectors]
     running = _running(100 if options.quick else 1000)
     ledger = _ledger(20 if options.quick else 1000)
     calibration = _calibration()
@@ -61,9 +61,14 @@ def main() -> None:
     print(json.dumps(summary))
 
 
-def _row(vector: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": vector["id"], "delta": vector["delta"], "reference": vector["eps"], **found}
-    for cell in found.values():
+def _row(vector: dict[str, Any], measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "id": vector["id"],
+        "delta": vector["delta"],
+        "reference": vector["eps"],
+        **measured,
+    }
+    for cell in measured.values():
         value = cell.get("epsilon")
         if value is not None:
             cell["relative"] = value / vector["eps"] - 1
@@ -75,7 +80,7 @@ def _in_process(name: str, vectors: list[str], limit: float) -> dict[str, dict[s
     """Let one accountant answer every vector in a process of its own; progress goes to the error stream."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.accountant"]
     command += ["--limit", str(limit), "--worker", name, *vectors]
-    found = {}
+    values = {}
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as worker:
@@ -83,9 +88,9 @@ def _in_process(name: str, vectors: list[str], limit: float) -> dict[str, dict[s
         for line in worker.stdout:
             if line.startswith('{"vector"'):
                 answer = json.loads(line)
-                found[answer.pop("vector")] = answer
+                values[answer.pop("vector")] = answer
                 print(name, line.strip(), file=sys.stderr, flush=True)
-    return found
+    return values
 
 
 def _work(name: str, vectors: list[str], limit: float) -> None:

@@ -74,7 +74,7 @@ def observed(
         torch.manual_seed(seed)
         model.train()
     if update.startswith("sum"):
-        seen = models.observe_sum(model, draws, data.loss, batch_size=count)
+        observation = models.observe_sum(model, draws, data.loss, batch_size=count)
     elif update.startswith("delta"):
         sgd = "SGD" in update
         facts = {
@@ -82,11 +82,13 @@ def observed(
             "optimiser": "sgd" if sgd else "adamw",
             "weight_decay": 0.0 if sgd else 0.01,
         }
-        seen = models.observe_delta(model, draws, data.loss, **facts)
-        seen = seen.replace_tensors(seen.tensors, batch_size=count)
+        observation = models.observe_delta(model, draws, data.loss, **facts)
+        observation = observation.replace_tensors(observation.tensors, batch_size=count)
     else:
-        seen = models.observe(model, draws[0], data.loss, batch_size=count)
-        seen = models.noised(seen, 1.0, seed=seed) if update.startswith("noised") else seen
+        observation = models.observe(model, draws[0], data.loss, batch_size=count)
+        observation = (
+            models.noised(observation, 1.0, seed=seed) if update.startswith("noised") else observation
+        )
     model.eval()
     inputs = torch.cat([draw["images" if data.image else "input_ids"] for draw in draws])
     labels = torch.cat([draw["labels"] for draw in draws])
@@ -97,12 +99,12 @@ def observed(
         local_epochs=1,
         dropout=data.dropout,
     )
-    seen = Observation(
-        kind=seen.kind,
-        tensors=seen.tensors,
-        contributors=seen.contributors,
-        metadata=seen.metadata,
-        broadcast=seen.broadcast,
+    observation = Observation(
+        kind=observation.kind,
+        tensors=observation.tensors,
+        contributors=observation.contributors,
+        metadata=observation.metadata,
+        broadcast=observation.broadcast,
         knowledge=granted,
     )
     prior, members = data.tested(torch.cat(chosen))
@@ -115,7 +117,7 @@ def observed(
         vocabulary=vocabulary_of(model),
         others=() if data.image else data.unused(torch.cat(chosen)),
     )
-    return seen, truth, prior
+    return observation, truth, prior
 
 
 def cell(group: Group, attack: str, update: str, count: int, *, seeds: int, budget: Budget) -> Cell:
@@ -123,8 +125,8 @@ def cell(group: Group, attack: str, update: str, count: int, *, seeds: int, budg
 
     def setting(seed: int) -> Case:
         model = group.data.model()
-        seen, truth, prior = observed(group.data, model, update, count, seed)
-        return Case(seen=seen, model=model, truth=truth, prior=prior)
+        observation, truth, prior = observed(group.data, model, update, count, seed)
+        return Case(seen=observation, model=model, truth=truth, prior=prior)
 
     kind = f"{group.part}, {update}" if group.part else update
     return measured_cell(setting, attack, group.name, kind, count, seeds=seeds, budget=budget)
@@ -143,14 +145,14 @@ def measured_cell(
     """Run one attack on a setting a seed and sum the scores up."""
     runs, reason = [], ""
     for seed in range(seeds):
-        made = setting(seed)
-        found = build(attack).run(made.seen, made.model, made.prior, budget, seed)
-        reason = reason or found.reason
-        pictures = bool(found.of("image"))
+        case = setting(seed)
+        reconstruction = build(attack).run(case.seen, case.model, case.prior, budget, seed)
+        reason = reason or reconstruction.reason
+        pictures = bool(reconstruction.of("image"))
         judged = (
-            replace(made.truth, labels=None) if pictures else made.truth
+            replace(case.truth, labels=None) if pictures else case.truth
         )  # labels were granted, pictures were not
-        runs.append((found, score(found, judged) if found.applicable else None))
+        runs.append((reconstruction, score(reconstruction, judged) if reconstruction.applicable else None))
     scored = [result for _, result in runs if result is not None]
     interval = bootstrap_interval([result.value for result in scored]) if scored else None
     return Cell(
@@ -164,7 +166,7 @@ def measured_cell(
         high=None if interval is None else interval.high,
         guessing=sum(result.baseline for result in scored) / len(scored) if scored else None,
         succeeded=f"{sum(result.succeeded for result in scored)}/{seeds}",
-        seconds=sum(found.seconds for found, _ in runs) / seeds,
+        seconds=sum(reconstruction.seconds for reconstruction, _ in runs) / seeds,
         reason=reason,
     )
 
@@ -221,21 +223,21 @@ def _print(line: Cell) -> None:
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Run the chosen parts one after another; each states its CPU seconds."""
-    found: dict[str, Any] = {}
+    measured_cells: dict[str, Any] = {}
     for part in options.parts:
         began = time.process_time()
         print(f"\n{part}", flush=True)
         if part == "table":
-            found["cells"] = [asdict(line) for line in cells(options)]
+            measured_cells["cells"] = [asdict(line) for line in cells(options)]
         elif part == "conformance":
             lines = list(attacks_conformance.lines(quick=options.quick))
-            found["conformance"] = [asdict(line) | {"within": line.within} for line in lines]
+            measured_cells["conformance"] = [asdict(line) | {"within": line.within} for line in lines]
         elif part == "span":
-            found["span"] = attacks_span.side_by_side(options.span_peer, quick=options.quick)
+            measured_cells["span"] = attacks_span.side_by_side(options.span_peer, quick=options.quick)
         elif options.peer is not None:
-            found["side_by_side"] = attacks_peer.side_by_side(options.peer, quick=options.quick)
-        found[f"{part}_seconds"] = round(time.process_time() - began, 1)
-    return found
+            measured_cells["side_by_side"] = attacks_peer.side_by_side(options.peer, quick=options.quick)
+        measured_cells[f"{part}_seconds"] = round(time.process_time() - began, 1)
+    return measured_cells
 
 
 def main() -> None:

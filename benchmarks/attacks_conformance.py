@@ -58,11 +58,11 @@ class Line:
 
 
 def run(
-    name: str, seen: Observation, model: nn.Module, prior: Prior | None = None, *, iterations: int = 0
+    name: str, observation: Observation, model: nn.Module, prior: Prior | None = None, *, iterations: int = 0
 ) -> Reconstruction:
     """Run one attack with seed 0."""
     budget = Budget(seconds=120.0, iterations=iterations, restarts=1) if iterations else BUDGET
-    return build(name).run(seen, model, prior or Prior(), budget, 0)
+    return build(name).run(observation, model, prior or Prior(), budget, 0)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -75,19 +75,19 @@ def labelled(ids: Tensor) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": torch.arange(len(ids)) % 2}
 
 
-def without_rows(seen: Observation) -> Observation:
+def without_rows(observation: Observation) -> Observation:
     """Return the observation without token and position rows."""
-    return seen.replace_tensors(
-        {n: t for n, t in seen.tensors.items() if not any(part in n for part in (*ROWS, "wpe"))}
+    return observation.replace_tensors(
+        {n: t for n, t in observation.tensors.items() if not any(part in n for part in (*ROWS, "wpe"))}
     )
 
 
-def share(found: Reconstruction, truth: Tensor, floor: float) -> float:
+def share(reconstruction: Reconstruction, truth: Tensor, floor: float) -> float:
     """Return the share of true images that a one-to-one matching finds above a PSNR."""
-    kind = "inputs" if found.of("inputs") and not found.of("image") else "image"
-    if not found.items:
+    kind = "inputs" if reconstruction.of("inputs") and not reconstruction.of("image") else "image"
+    if not reconstruction.items:
         return 0.0
-    flat = [value.flatten().double() for value in found.of(kind)]
+    flat = [value.flatten().double() for value in reconstruction.of(kind)]
     table = similarity_matrix(flat, [image.flatten().double() for image in truth], psnr)
     return sum(table[row, column] > floor for row, column in match_one_to_one(table)) / len(truth)
 
@@ -113,14 +113,14 @@ def spans(seeds: int) -> Iterator[Line]:
             model = models.gpt2(vocabulary=600, seed=seed).double()
             ids = models.sentences(batch * clients, 8, 600, seed=seed)
             parts = [labelled(rows) for rows in ids.split(batch)]
-            seen = (
+            observation = (
                 models.observe(model, parts[0], models.text_loss)
                 if clients == 1
                 else models.observe_sum(model, parts, models.text_loss)
             )
-            found = run("span_exact", without_rows(seen), model)
+            reconstruction = run("span_exact", without_rows(observation), model)
             rates.append(
-                exact_sequence_rate([value.tolist() for value in found.of("sequence")], ids.tolist())
+                exact_sequence_rate([value.tolist() for value in reconstruction.of("sequence")], ids.tolist())
             )
         below = batch * clients * 8 < 128
         who = f"batch of {batch}" if clients == 1 else f"sum of {clients} clients"
@@ -144,10 +144,12 @@ def language(seeds: int) -> Iterator[Line]:
         for seed in range(seeds):
             model = models.gpt2(classes=None, vocabulary=600, seed=seed)
             ids = models.sentences(batch, 8, 600, seed=seed)
-            seen = models.observe(model, {"input_ids": ids, "labels": ids}, models.text_loss)
-            found = run("span", without_rows(seen), model)
+            observation = models.observe(model, {"input_ids": ids, "labels": ids}, models.text_loss)
+            reconstruction = run("span", without_rows(observation), model)
             rates.append(
-                exact_sequence_rate([value.tolist() for value in found.of("sequence")], ids[:, :-1].tolist())
+                exact_sequence_rate(
+                    [value.tolist() for value in reconstruction.of("sequence")], ids[:, :-1].tolist()
+                )
             )
         yield Line(
             attack="span",
@@ -175,9 +177,11 @@ def lora_laws(seeds: int) -> Iterator[Line]:
                     )
                     count = max(1, tokens // 8)
                     ids = models.sentences(count, tokens // count, 400, seed=seed)
-                    found = run("span_exact", models.observe(model, labelled(ids), models.text_loss), model)
+                    reconstruction = run(
+                        "span_exact", models.observe(model, labelled(ids), models.text_loss), model
+                    )
                     rate = exact_sequence_rate(
-                        [value.tolist() for value in found.of("sequence")], ids.tolist()
+                        [value.tolist() for value in reconstruction.of("sequence")], ids.tolist()
                     )
                     right += rate == float(tokens < rank if first_step else tokens <= rank)
                     cells += 1
@@ -203,9 +207,13 @@ def placed(seeds: int) -> Iterator[Line]:
             for seed in range(seeds):
                 model = make(width=128, vocabulary=2000, seed=seed)
                 ids = models.sentences(batch, 8, 2000, seed=seed, distinct=batch < 20)
-                found = run("position_text", models.observe(model, labelled(ids), models.text_loss), model)
+                reconstruction = run(
+                    "position_text", models.observe(model, labelled(ids), models.text_loss), model
+                )
                 true = {(place, token) for row in ids.tolist() for place, token in enumerate(row)}
-                pairs = {tuple(pair) for value in found.of("placed_tokens") for pair in value.tolist()}
+                pairs = {
+                    tuple(pair) for value in reconstruction.of("placed_tokens") for pair in value.tolist()
+                }
                 recalls.append(len(pairs & true) / len(true))
             yield Line(
                 attack="position_text",
@@ -225,11 +233,11 @@ def presence(seeds: int) -> Iterator[Line]:
     began, rates = time.process_time(), []
     for seed in range(seeds):
         model, ids = models.gpt2(tied=False, seed=seed), models.sentences(4, 8, 2000, seed=seed)
-        seen = models.observe_delta(
+        observation = models.observe_delta(
             model, [labelled(ids)], models.text_loss, learning_rate=1e-3, optimiser="adamw", weight_decay=0.01
         )
-        found = run("token_presence", seen, model)
-        rates.append(float(set(found.of("token_set")[0].tolist()) == set(ids.flatten().tolist())))
+        reconstruction = run("token_presence", observation, model)
+        rates.append(float(set(reconstruction.of("token_set")[0].tolist()) == set(ids.flatten().tolist())))
     yield Line(
         attack="token_presence",
         setting="GPT-2, one AdamW step with decay, 32 tokens of 2000",
@@ -257,11 +265,15 @@ def matched_text(seeds: int) -> Iterator[Line]:
         for seed in range(min(seeds, 2)):
             model, ids = make(seed), models.sentences(batch, 8, 1000, seed=seed)
             known = Knowledge(labels=tuple(range(batch)), sequence_length=8)
-            seen = models.observe(model, labelled(ids), models.text_loss, knowledge=known, batch_size=batch)
-            seen = seen.replace_tensors({n: t for n, t in seen.tensors.items() if not n.endswith(rows)})
-            found = run("text_matching", seen, model, iterations=iterations)
+            observation = models.observe(
+                model, labelled(ids), models.text_loss, knowledge=known, batch_size=batch
+            )
+            observation = observation.replace_tensors(
+                {n: t for n, t in observation.tensors.items() if not n.endswith(rows)}
+            )
+            reconstruction = run("text_matching", observation, model, iterations=iterations)
             table = similarity_matrix(
-                [x.tolist() for x in found.of("sequence")], ids.tolist(), positional_accuracy
+                [x.tolist() for x in reconstruction.of("sequence")], ids.tolist(), positional_accuracy
             )
             rates.append(sum(table[row, column] for row, column in match_one_to_one(table)) / batch)
         low, high = counted(right, of, 8 * batch * len(rates))
@@ -307,14 +319,18 @@ def _vision(
         if known:
             _own_initial_weights(model, seed)
         # Squares of both photographs in turn; the first alone where patches are to look alike.
-        drawn = crops(batch + 1, 32, seed, cut=(300, 427) if known else (96, 256)).double()
-        images = drawn[seed % 2 if known else 0 :][:batch]
+        pictures = crops(batch + 1, 32, seed, cut=(300, 427) if known else (96, 256)).double()
+        images = pictures[seed % 2 if known else 0 :][:batch]
         data = {"images": images, "labels": torch.arange(batch)}
-        seen = models.observe(model, data, models.image_loss, knowledge=Knowledge(image_shape=(3, 32, 32)))
+        observation = models.observe(
+            model, data, models.image_loss, knowledge=Knowledge(image_shape=(3, 32, 32))
+        )
         if noise:
             generator = torch.Generator().manual_seed(seed)
-            seen = seen.replace_tensors({n: _shaken(t, noise, generator) for n, t in seen.tensors.items()})
-        values.append(psnr(run("position_vision", seen, model).of("image")[0].clamp(0, 1), images[0]))
+            observation = observation.replace_tensors(
+                {n: _shaken(t, noise, generator) for n, t in observation.tensors.items()}
+            )
+        values.append(psnr(run("position_vision", observation, model).of("image")[0].clamp(0, 1), images[0]))
     how = (
         "4 heads, torch's initial weights, wide squares"
         if known
@@ -368,8 +384,8 @@ def dense(seeds: int) -> Iterator[Line]:
             images = images if name == "spear" else 0.5 * (images + 1)
             known = Knowledge(batch_size=batch, image_shape=(3, 16, 16))
             data = {"images": images, "labels": torch.arange(batch) % 10}
-            found = run(name, models.observe(model, data, models.image_loss, knowledge=known), model)
-            shares.append(share(found, images, EXACT_DB))
+            reconstruction = run(name, models.observe(model, data, models.image_loss, knowledge=known), model)
+            shares.append(share(reconstruction, images, EXACT_DB))
         right, of = counts.get(batch, (0, 0)) if name == "linear_readout" else (0, 0)
         low, high = counted(right, of, batch * runs) if of else (1.0, 1.0)
         yield Line(
@@ -399,12 +415,12 @@ def imprints(seeds: int) -> Iterator[Line]:
                 models.mlp(), images[public], bins=512, direction=active.measurement(64, "random", seed=seed)
             )
             parts = [{"images": images[part], "labels": labels[part]} for part in private.split(batch)]
-            seen = models.observe_sum(model, parts, models.image_loss)
-            seen = Observation(
-                kind="sum", tensors=seen.tensors, contributors=clients, metadata=dict(seen.metadata),
+            observation = models.observe_sum(model, parts, models.image_loss)
+            observation = Observation(
+                kind="sum", tensors=observation.tensors, contributors=clients, metadata=dict(observation.metadata),
                 knowledge=Knowledge(image_shape=(1, 8, 8)),
             )  # fmt: skip
-            shares.append(share(run("imprint", seen, model), images[private], 40.0))
+            shares.append(share(run("imprint", observation, model), images[private], 40.0))
         low, high = counted(right, of, clients * batch * len(shares))
         yield Line(
             attack="imprint", setting=f"512 bins, {clients} clients x {batch}", unit="images exact",
@@ -422,16 +438,16 @@ def label_counts(seeds: int) -> Iterator[Line]:
             chosen = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))[:batch]
             model = models.mlp(seed=seed)
             data = {"images": images[chosen], "labels": labels[chosen]}
-            seen = models.observe(
+            observation = models.observe(
                 model, data, models.image_loss, batch_size=batch, knowledge=Knowledge(image_shape=(1, 8, 8))
             )
-            found = run(
+            reconstruction = run(
                 "label_identity",
-                seen,
+                observation,
                 model,
                 Prior(examples={"images": images[1000:1200], "labels": labels[1000:1200]}),
             )
-            counts = found.of("label_counts")[0].double()
+            counts = reconstruction.of("label_counts")[0].double()
             true = labels[chosen].bincount(minlength=10).double()
             rates.append(1.0 - float((counts - true).abs().sum()) / (2 * batch))
         yield Line(
@@ -499,12 +515,12 @@ def natural_members(seeds: int) -> Iterator[Line]:
             model = models.mlp(width=32, seed=seed)
             order = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
             data = {"images": images[order[:6]], "labels": labels[order[:6]]}
-            seen = models.noised(models.observe(model, data, models.image_loss), multiplier, seed=seed)
+            observation = models.noised(models.observe(model, data, models.image_loss), multiplier, seed=seed)
             both = {"images": images[order[:12]], "labels": labels[order[:12]]}
             prior = Prior(
                 candidates=both, examples={"images": images[1200:1250], "labels": labels[1200:1250]}
             )
-            scores = run("matched_filter", seen, model, prior).of("scores")[0].tolist()
+            scores = run("matched_filter", observation, model, prior).of("scores")[0].tolist()
             inside += scores[:6]
             outside += scores[6:]
         expected = gaussian_auc(multiplier)

@@ -62,9 +62,9 @@ class Data:
 
     def unused(self, used: Tensor) -> tuple[tuple[int, ...], ...]:
         """Return the texts that no client used: what guessing goes by."""
-        kept = torch.ones(len(self.inputs), dtype=torch.bool)
-        kept[used] = False
-        return tuple(map(tuple, self.inputs[kept].tolist()))
+        unused_rows = torch.ones(len(self.inputs), dtype=torch.bool)
+        unused_rows[used] = False
+        return tuple(map(tuple, self.inputs[unused_rows].tolist()))
 
     def tested(self, members: Tensor) -> tuple[Prior, tuple[bool, ...] | None]:
         """Return what the attacker is given, and which of its candidates were used; None where none is
@@ -77,9 +77,9 @@ class Data:
             : self.candidates
         ]
         rows = self.rows(torch.cat([used, others]))
-        given = {("images" if self.image else "token_ids"): rows["images" if self.image else "input_ids"]}
-        given["labels"] = rows["labels"]
-        return replace(self.prior, candidates=given), (True,) * len(used) + (False,) * len(others)
+        inputs = {("images" if self.image else "token_ids"): rows["images" if self.image else "input_ids"]}
+        inputs["labels"] = rows["labels"]
+        return replace(self.prior, candidates=inputs), (True,) * len(used) + (False,) * len(others)
 
     def rows(self, chosen: Tensor) -> dict[str, Tensor]:
         """Return the chosen examples as the model takes them."""
@@ -393,9 +393,11 @@ def _small_text(folder: Path) -> list[Group]:
         if len(words) >= 8 and all(word in known for word in words[:8])
     ]
     ids = torch.tensor([[known[word] for word in words[:8]] for words, _ in rows])
-    kept = labels[[index for _, index in rows]]
-    private = functools.partial(Data, inputs=ids[:PRIVATE], labels=kept[:PRIVATE], classes=2, image=False)
-    rest = functools.partial(Data, inputs=ids[PRIVATE:], labels=kept[PRIVATE:], classes=2, image=False)
+    own_labels = labels[[index for _, index in rows]]
+    private = functools.partial(
+        Data, inputs=ids[:PRIVATE], labels=own_labels[:PRIVATE], classes=2, image=False
+    )
+    rest = functools.partial(Data, inputs=ids[PRIVATE:], labels=own_labels[PRIVATE:], classes=2, image=False)
     gpt2 = _trained(rest(model=lambda: models.gpt2(classes=None)), generative=True)
     bert = _trained(rest(model=lambda: models.bert(vocabulary=2_000)))
     lora = functools.cache(lambda: adapted(_trained_copy(bert), 16, "query", "value", head="classifier"))

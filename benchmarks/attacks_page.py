@@ -19,19 +19,19 @@ PARTS = ("side_by_side", "span", "conformance", "cells")
 
 def main() -> None:
     """Read the outputs and print the page."""
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for name in sys.argv[1:]:
         more = json.loads(Path(name).read_text(encoding="utf-8").strip().splitlines()[-1])
-        found |= more | {"cells": [*found.get("cells", []), *more.get("cells", [])]}
-    print("\n".join(page(found)))
+        measured |= more | {"cells": [*measured.get("cells", []), *more.get("cells", [])]}
+    print("\n".join(page(measured)))
 
 
-def page(found: dict[str, Any]) -> Iterator[str]:
+def page(measured: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of the page, one section for each part that was run."""
     yield "# What the attacks read: tables"
     yield ""
     yield (
-        f"Measured with Python {found['python']} and torch {found['torch']} on one {found['machine']} "
+        f"Measured with Python {measured['python']} and torch {measured['torch']} on one {measured['machine']} "
         "core; seconds are CPU seconds of"
     )
     yield (
@@ -40,9 +40,9 @@ def page(found: dict[str, Any]) -> Iterator[str]:
     )
     sections = {"side_by_side": _peer, "span": _span, "conformance": _conformance, "cells": _table}
     for part in PARTS:
-        if found.get(part):
+        if measured.get(part):
             yield ""
-            yield from sections[part](found[part])
+            yield from sections[part](measured[part])
 
 
 def _rows(head: str, rows: Iterator[str]) -> Iterator[str]:
@@ -51,8 +51,8 @@ def _rows(head: str, rows: Iterator[str]) -> Iterator[str]:
     yield from rows
 
 
-def _peer(found: dict[str, Any]) -> Iterator[str]:
-    rows, lines = found["cases"], found["summary"]
+def _peer(measured: dict[str, Any]) -> Iterator[str]:
+    rows, lines = measured["cases"], measured["summary"]
     good = sum(row["ours"]["psnr"] >= row["peer"]["psnr"] for row in rows)
     quick = sum(row["ours"]["seconds"] <= row["peer"]["seconds"] for row in rows)
     ratio = sum(row["ours"]["seconds"] for row in rows) / sum(row["peer"]["seconds"] for row in rows)
@@ -69,9 +69,9 @@ def _peer(found: dict[str, Any]) -> Iterator[str]:
     )
     yield (
         f"better at {ratio:.2f} times the CPU seconds. Both know labels and shape. breaching runs "
-        f"{found['iterations']} iterations with its recommended"
+        f"{measured['iterations']} iterations with its recommended"
     )
-    yield f"settings for this attack, ours {found['our_iterations']}; its recommended number is 24,000."
+    yield f"settings for this attack, ours {measured['our_iterations']}; its recommended number is 24,000."
     yield ""
     head = "| batch | side | breaching dB | s | ours dB | s | as good | no slower |"
     yield from _rows(
@@ -97,14 +97,14 @@ def _peer(found: dict[str, Any]) -> Iterator[str]:
     yield "its number of iterations after times seen on some of these."
 
 
-def _span(found: dict[str, Any]) -> Iterator[str]:
-    cases = found["cases"]
+def _span(measured: dict[str, Any]) -> Iterator[str]:
+    cases = measured["cases"]
     yield "## Tokens by the span check, published and ours"
     yield ""
-    same, faster, of = found["same_tokens"], found["faster"], found["of"]
+    same, faster, of = measured["same_tokens"], measured["faster"], measured["of"]
     yield (
         "Random sentences of 16 tokens, GPT-2 with a vocabulary of 10,000 and width 256 "
-        f"({found['reference']}). Every true token at its"
+        f"({measured['reference']}). Every true token at its"
     )
     yield (
         f"place and no other was found by both in {same} of {of} runs; ours took "
@@ -169,7 +169,7 @@ def _table(cells: list[dict[str, Any]]) -> Iterator[str]:
     noised = [cell for cell in scored if "noised" in cell["update"]]
     labels = [cell for cell in noised if cell["measure"].startswith("label")]
     won, runs = _won([cell for cell in noised if cell not in labels])
-    lucky, drawn = _won(labels)
+    lucky, undecided = _won(labels)
     yield "## Attack, update type, batch size"
     yield ""
     yield (
@@ -178,7 +178,7 @@ def _table(cells: list[dict[str, Any]]) -> Iterator[str]:
     )
     yield (
         f"update {won} of {runs} runs that read data or membership beat guessing clearly, and {lucky} "
-        f"of {drawn} that count labels: guessing wins there"
+        f"of {undecided} that count labels: guessing wins there"
     )
     yield (
         "often, too, with few records of few classes. A cell is the mean score with its 95 % bootstrap "

@@ -52,7 +52,7 @@ def crops(count: int, side: int, seed: int, *, cut: tuple[int, int] = (96, 256))
     photographs = [
         torch.tensor(photo).permute(2, 0, 1).float() / 255 for photo in load_sample_images().images
     ]
-    found = []
+    pictures = []
     for index in range(count):
         photo = photographs[index % len(photographs)]
         size = int(torch.randint(*cut, (1,), generator=generator))
@@ -60,8 +60,8 @@ def crops(count: int, side: int, seed: int, *, cut: tuple[int, int] = (96, 256))
             int(torch.randint(0, photo.shape[axis] - size, (1,), generator=generator)) for axis in (1, 2)
         )
         square = photo[:, top : top + size, left : left + size]
-        found.append(nn.functional.interpolate(square[None], size=(side, side), mode="area")[0])
-    return torch.stack(found)
+        pictures.append(nn.functional.interpolate(square[None], size=(side, side), mode="area")[0])
+    return torch.stack(pictures)
 
 
 def quality(images: Tensor, truth: Tensor) -> float:
@@ -86,11 +86,11 @@ def ours(case: dict[str, Tensor], name: str, iterations: int, seed: int) -> tupl
     known = Knowledge(
         labels=tuple(labels.tolist()), image_shape=tuple(images.shape[1:]), batch_size=len(labels)
     )
-    seen = Observation(kind="gradient", tensors=gradients, knowledge=known)
+    observation = Observation(kind="gradient", tensors=gradients, knowledge=known)
     for count in (WARM_UP, iterations):
         budget = Budget(seconds=600.0, iterations=count, restarts=1)
-        found = build(name).run(seen, network(), Prior(), budget, seed)
-    return torch.stack(found.of("image")), found.seconds
+        reconstruction = build(name).run(observation, network(), Prior(), budget, seed)
+    return torch.stack(reconstruction.of("image")), reconstruction.seconds
 
 
 def theirs(case: dict[str, Tensor], iterations: int, seed: int) -> tuple[Tensor, float]:
@@ -123,9 +123,9 @@ def theirs(case: dict[str, Tensor], iterations: int, seed: int) -> tuple[Tensor,
         attacker = breaching.attacks.prepare_attack(model, nn.CrossEntropyLoss(), config, setup)
         torch.manual_seed(seed)
         began = time.process_time()
-        found, _ = attacker.reconstruct(payload, shared, {}, dryrun=False)
+        reconstruction, _ = attacker.reconstruct(payload, shared, {}, dryrun=False)
         seconds = time.process_time() - began
-    return found["data"].detach(), seconds
+    return reconstruction["data"].detach(), seconds
 
 
 def _without_data_sets() -> None:
@@ -184,16 +184,16 @@ def _case(python: Path, batch: int, side: int, seed: int, iterations: int) -> di
     with tempfile.TemporaryDirectory() as place:
         case = stored_case(Path(place), batch, side, seed)
         command = [str(python), str(Path(__file__)), place, str(iterations), str(seed)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return {"error": done.stderr.strip().splitlines()[-1:]}
+        completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if completed.returncode != 0:
+        return {"error": completed.stderr.strip().splitlines()[-1:]}
     images, seconds = ours(case, "inverting_gradients", int(OUR_SHARE * iterations), seed)
     own = {"psnr": quality(images, case["images"]), "seconds": seconds}
     return {
         "batch": batch,
         "side": side,
         "seed": seed,
-        "peer": json.loads(done.stdout.splitlines()[-1]),
+        "peer": json.loads(completed.stdout.splitlines()[-1]),
         "ours": own,
     }
 

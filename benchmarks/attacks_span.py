@@ -78,7 +78,7 @@ def from_folder(folder: Path) -> Published:
 def published_tokens(how: Published, model: nn.Module, observation: Observation) -> tuple[Pairs, float]:
     """Return the tokens the published check accepts at each position, and its CPU seconds."""
     began = time.process_time()
-    block, found = model.transformer.h[0], set()
+    block, pairs = model.transformer.h[0], set()
     with torch.no_grad():
         gradient = observation.tensors["transformer.h.0.attn.c_attn.weight"].T
         rank = min(int(np.linalg.matrix_rank(gradient.numpy())), gradient.shape[1] - SPARE)
@@ -88,8 +88,8 @@ def published_tokens(how: Published, model: nn.Module, observation: Observation)
             chosen = how.inside(basis, vectors).tolist()
             if not chosen:
                 break
-            found |= {(place, token) for token in chosen}
-    return frozenset(found), time.process_time() - began
+            pairs |= {(place, token) for token in chosen}
+    return frozenset(pairs), time.process_time() - began
 
 
 def our_tokens(model: nn.Module, observation: Observation) -> tuple[Pairs, float]:
@@ -98,10 +98,12 @@ def our_tokens(model: nn.Module, observation: Observation) -> tuple[Pairs, float
     budget = Budget(seconds=600.0, iterations=1, restarts=1)
     structure = study(observation, working_copy(model, observation).double(), context=False)
     present = present_tokens(observation, structure.model)
-    found = find_candidates(
+    candidates = find_candidates(
         structure, token_pool(structure.vocabulary, present), deadline=budget.start(), allowed=present
     )
-    pairs = () if found is None else ((p, t) for p, options in enumerate(found[1].ids) for t in options)
+    pairs = (
+        () if candidates is None else ((p, t) for p, options in enumerate(candidates[1].ids) for t in options)
+    )
     return frozenset(pairs), time.process_time() - began
 
 
@@ -128,17 +130,17 @@ def _case(how: Published, update: str, batch: int, seed: int) -> dict[str, Any]:
     model = models.gpt2(vocabulary=VOCABULARY, width=WIDTH, length=LENGTH)
     ids = models.sentences(batch, LENGTH, VOCABULARY, seed=seed)
     labels = torch.arange(batch) % 2
-    seen = models.observe(model, {"input_ids": ids, "labels": labels}, models.text_loss)
-    kept = {
+    observation = models.observe(model, {"input_ids": ids, "labels": labels}, models.text_loss)
+    tensors = {
         name: tensor
-        for name, tensor in seen.tensors.items()
+        for name, tensor in observation.tensors.items()
         if update == "all parameters" or name.startswith("transformer.h.0.")
     }
-    seen = Observation(kind="gradient", tensors=kept, knowledge=Knowledge(sequence_length=LENGTH))
+    observation = Observation(kind="gradient", tensors=tensors, knowledge=Knowledge(sequence_length=LENGTH))
     true = {(place, token) for row in ids.tolist() for place, token in enumerate(row)}
     order = [
-        ("published", lambda: published_tokens(how, model, seen)),
-        ("ours", lambda: our_tokens(model, seen)),
+        ("published", lambda: published_tokens(how, model, observation)),
+        ("ours", lambda: our_tokens(model, observation)),
     ]
     row: dict[str, Any] = {"update": update, "batch": batch, "seed": seed, "true": len(true)}
     for name, run in order if seed % 2 else reversed(order):

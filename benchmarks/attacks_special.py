@@ -68,11 +68,13 @@ def pooled(seed: int, *, noise: float) -> Case:
     targets = images[places]
     keys, _ = active_adapters.craft_prompt_keys(start, targets.flatten(1), images[:600].flatten(1))
     rows = _digits(torch.cat([others, places[:8]]))
-    seen = models.observe(Pool(keys), rows, models.image_loss)
-    seen = models.noised(seen, noise, seed=seed) if noise else seen
-    seen = Observation(kind="gradient", tensors=seen.tensors, broadcast={"keys": keys})
+    observation = models.observe(Pool(keys), rows, models.image_loss)
+    observation = models.noised(observation, noise, seed=seed) if noise else observation
+    observation = Observation(kind="gradient", tensors=observation.tensors, broadcast={"keys": keys})
     truth = Truth(members=(True,) * 8 + (False,) * 8)
-    return Case(seen=seen, model=None, truth=truth, prior=Prior(candidates={"queries": targets.flatten(1)}))
+    return Case(
+        seen=observation, model=None, truth=truth, prior=Prior(candidates={"queries": targets.flatten(1)})
+    )
 
 
 @functools.cache
@@ -102,19 +104,21 @@ def released(seed: int, *, trained: bool) -> Case:
     prior = Prior(
         candidates=_memorised(first, first + 80), examples=_memorised(160, 240), reference_models=references
     )
-    seen = Observation(kind="gradient", tensors={"3.bias": torch.zeros(10)})
-    return Case(seen=seen, model=model, truth=Truth(members=(True,) * 40 + (False,) * 40), prior=prior)
+    observation = Observation(kind="gradient", tensors={"3.bias": torch.zeros(10)})
+    return Case(seen=observation, model=model, truth=Truth(members=(True,) * 40 + (False,) * 40), prior=prior)
 
 
 def _lines() -> tuple[Line, ...]:
-    made: list[Line] = []
+    lines: list[Line] = []
     for update, noise in (("gradient", 0.0), ("noised, z = 1", 1.0)):
         for batch in (2, 4, 8):
             one = functools.partial(fished, batch=batch, noise=noise)
-            made.append(Line(attack="fishing", model="crafted head", update=update, batch=batch, setting=one))
+            lines.append(
+                Line(attack="fishing", model="crafted head", update=update, batch=batch, setting=one)
+            )
         for batch in (1, 4):
             one = functools.partial(simulated, batch=batch, noise=noise)
-            made.append(
+            lines.append(
                 Line(
                     attack="learned_inversion",
                     model="network of two layers",
@@ -126,7 +130,7 @@ def _lines() -> tuple[Line, ...]:
         summed = update.replace("gradient", "sum of clients of one each")
         for clients in (4, 16):
             one = functools.partial(silenced, clients=clients, noise=noise)
-            made.append(
+            lines.append(
                 Line(
                     attack="model_inconsistency",
                     model="others silenced",
@@ -136,7 +140,7 @@ def _lines() -> tuple[Line, ...]:
                 )
             )
         one = functools.partial(pooled, noise=noise)
-        made.append(
+        lines.append(
             Line(
                 attack="prompt_membership",
                 model="planted prompt pool",
@@ -149,7 +153,7 @@ def _lines() -> tuple[Line, ...]:
     for attack in ("lira", "rmia"):
         for trained, update in ((True, "released, labels memorised"), (False, "released, members not seen")):
             one = functools.partial(released, trained=trained)
-            made.append(
+            lines.append(
                 Line(
                     attack=attack,
                     model="network of two layers",
@@ -159,7 +163,7 @@ def _lines() -> tuple[Line, ...]:
                     seeds=4,
                 )
             )
-    return tuple(made)
+    return tuple(lines)
 
 
 LINES = _lines()

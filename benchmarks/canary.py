@@ -138,18 +138,18 @@ class CanaryGradient(PrivateGradient):
         """Draw again what the observer can draw again."""
         replayed, nothing = RandomSource.seeded(self.round), self.engine.empty(self.mechanism.bound)
         for _ in range(self.mechanism.steps):
-            drawn = self.mechanism.privatise(nothing, replayed)
-            self.planted.known_noise = self.planted.known_noise + _flat(drawn)
+            noise = self.mechanism.privatise(nothing, replayed)
+            self.planted.known_noise = self.planted.known_noise + _flat(noise)
 
     def _sum(self, indices: np.ndarray, bound: Clipping) -> ClippedSum:
         """Return the clipped sum over records and canaries, by the run's own clipping."""
         flaw, real = self.planted.flaw, len(self.encoded)
         unclipped = flaw in ("no clipping", "batch clipping")
         total = self._clipped_sum(indices[indices < real], Clipping(clip_norm=1e30) if unclipped else bound)
-        drawn = self.planted.present[torch.from_numpy(indices[indices >= real] - real)]
-        norms = torch.full((len(drawn),), LENGTH * bound.clip_norm)
+        present = self.planted.present[torch.from_numpy(indices[indices >= real] - real)]
+        norms = torch.full((len(present),), LENGTH * bound.clip_norm)
         factors = torch.ones_like(norms) if unclipped else bound.factors({"canary": norms.square()})["canary"]
-        flat = torch.zeros(self.trainable.size).index_add_(0, drawn, norms * factors)
+        flat = torch.zeros(self.trainable.size).index_add_(0, present, norms * factors)
         joined = _flat(total.gradients) + flat
         if flaw == "batch clipping":
             mean = joined / max(1, len(indices))
@@ -208,13 +208,15 @@ class CanaryTrainer(SiteTrainer):
 class ColludingServer:
     """Run the rounds as shipped; keep what the opened sums say about the audited client."""
 
-    def __init__(self, made: simulation.Simulation, planted: Planted) -> None:
-        self.made, self.planted = made, planted
+    def __init__(self, built: simulation.Simulation, planted: Planted) -> None:
+        self.made, self.planted = built, planted
         self.sent: dict[int, np.ndarray] = {}
-        self.seen = np.zeros(made.trainable.size)
-        trainer = CanaryTrainer(spec=made.spec, trainable=made.trainable, task=made.task, states=made.states)
+        self.seen = np.zeros(built.trainable.size)
+        trainer = CanaryTrainer(
+            spec=built.spec, trainable=built.trainable, task=built.task, states=built.states
+        )
         trainer.planted, trainer.sent = planted, self.sent
-        made.courier.trainers.replace([trainer])
+        built.courier.trainers.replace([trainer])
 
     def run(self, store: Store) -> tuple[RoundRecord, ...]:
         """Do what the loop does, and look at every sum it opens."""
@@ -223,7 +225,7 @@ class ColludingServer:
         while len(records) < server.spec.config.federation.rounds:
             began = time.perf_counter()
             plan = rounds.plan_round(server, len(records) + 1, state, records)
-            result = rounds.collect(server, plan, state, courier, lambda done, total: None)
+            result = rounds.collect(server, plan, state, courier, lambda finished, total: None)
             assert result.sum is not None
             self.add(result.sum)
             state, result = rounds.advance(server, plan, state, result)
@@ -248,14 +250,14 @@ def audited_run(flaw: str, *, quick: bool, seeded: bool) -> dict[str, Any]:
     checked = config.from_table(run_file(quick=quick, seeded=seeded))
     began = time.process_time()
     with tempfile.TemporaryDirectory() as place, Store.open(Path(place) / "run", checked) as store:
-        made = simulation.build(simulation.prepare(checked, Path(place)), Path(place) / "run")
-        size, mechanism = made.trainable.size, made.mechanism
+        built = simulation.build(simulation.prepare(checked, Path(place)), Path(place) / "run")
+        size, mechanism = built.trainable.size, built.mechanism
         coins = Canaries(
             count=min(12_000, size // 2), dimension=size, norm=mechanism.clip_norm, seed=11, kind="dirac"
         )
-        server = ColludingServer(made, Planted(coins=coins, flaw=flaw))
+        server = ColludingServer(built, Planted(coins=coins, flaw=flaw))
         records = server.run(store)
-        account = made.sites[VICTIM].ledger
+        account = built.sites[VICTIM].ledger
         spent, events = account.epsilon(), account.events()
     # SGD turned the sum of all noisy gradients into a change; undo its factor, and take off what is known.
     released = torch.from_numpy(server.seen / -checked.federation.lifecycle.learning_rate).float()

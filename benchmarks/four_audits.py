@@ -52,10 +52,10 @@ def audits(tasks: tuple[str, ...], defences: tuple[str, ...], budget: str) -> It
                 run = ffm.load(EXAMPLES / f"{task}.toml", DEFENCES[defence], runs=Path(folder))
                 trained = run.start()
                 began = time.perf_counter()
-                found = audit_run(trained.folder, budget=budget).audit
-                assert found is not None
+                audit = audit_run(trained.folder, budget=budget).audit
+                assert audit is not None
                 wall = time.perf_counter() - began
-            yield from rows(found, task=task, defence=defence, wall=wall)
+            yield from rows(audit, task=task, defence=defence, wall=wall)
 
 
 def joined(files: list[Path]) -> Iterator[dict[str, Any]]:
@@ -64,18 +64,18 @@ def joined(files: list[Path]) -> Iterator[dict[str, Any]]:
         yield from json.loads(file.read_text(encoding="utf-8").strip().splitlines()[-1])["rows"]
 
 
-def rows(found: AuditSummary, *, task: str, defence: str, wall: float) -> Iterator[dict[str, Any]]:
+def rows(audit: AuditSummary, *, task: str, defence: str, wall: float) -> Iterator[dict[str, Any]]:
     """Sum up an audit: for each observer what leaked, what did not with a passed control, and what stayed
     open.
     """
-    for observer in dict.fromkeys(item.observer for item in found.findings):
-        mine = [item for item in found.findings if item.observer == observer]
+    for observer in dict.fromkeys(item.observer for item in audit.findings):
+        mine = [item for item in audit.findings if item.observer == observer]
         yield {
             "task": task,
             "defence": defence,
             "observer": observer,
             "point": mine[0].point,
-            "budget": found.budget,
+            "budget": audit.budget,
             "leaked": [_told(item) for item in mine if item.verdict == "leaked"],
             "not_leaked": [_told(item) for item in mine if item.verdict == "not leaked"],
             "inconclusive": sum(
@@ -83,8 +83,8 @@ def rows(found: AuditSummary, *, task: str, defence: str, wall: float) -> Iterat
             ),
             "not_run": sum(item.measure == "not run" for item in mine),
             "not_applicable": sum(item.verdict == "not applicable" for item in mine),
-            "epsilon_lower": found.epsilon_lower,
-            "cpu_seconds": round(found.cpu_seconds, 1),
+            "epsilon_lower": audit.epsilon_lower,
+            "cpu_seconds": round(audit.cpu_seconds, 1),
             "wall_seconds": round(wall, 1),
         }
 
@@ -127,11 +127,11 @@ only counted. Seconds are those of the audit alone, which both observers share.
 """
 
 
-def page(found: list[dict[str, Any]]) -> str:
+def page(table: list[dict[str, Any]]) -> str:
     """Write the documentation's page: one table a budget."""
     parts = [INTRODUCTION]
-    for budget in dict.fromkeys(row["budget"] for row in found):
-        own = [row for row in found if row["budget"] == budget]
+    for budget in dict.fromkeys(row["budget"] for row in table):
+        own = [row for row in table if row["budget"] == budget]
         slowest = max(row["wall_seconds"] for row in own)
         parts += [
             f"## Budget {budget}",
@@ -171,14 +171,14 @@ def main() -> None:
     tasks = tuple(options.task or (("text",) if options.quick else ("text", "picture")))
     defences = tuple(options.defence or (("none", "both") if options.quick else DEFENCES))
     print(HEAD, flush=True)
-    found = []
+    table = []
     for row in joined(options.join) if options.join else audits(tasks, defences, options.budget):
-        found.append(row)
+        table.append(row)
         print(line(row), flush=True)
     if options.page is not None:
-        options.page.write_text(page(found))
+        options.page.write_text(page(table))
     if options.json:
-        print(json.dumps({"rows": found, "torch": torch.__version__, "machine": platform.machine()}))
+        print(json.dumps({"rows": table, "torch": torch.__version__, "machine": platform.machine()}))
 
 
 if __name__ == "__main__":

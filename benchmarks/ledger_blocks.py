@@ -49,8 +49,10 @@ def main() -> None:
 
 def _in_process(folder: str, step: str, count: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.ledger_blocks", "--records", str(count)]
-    done = subprocess.run([*command, "--worker", folder, step], check=True, capture_output=True, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    completed = subprocess.run(
+        [*command, "--worker", folder, step], check=True, capture_output=True, text=True
+    )
+    return dict(json.loads(completed.stdout.splitlines()[-1]))
 
 
 def _rows(count: int) -> Records:

@@ -55,17 +55,17 @@ def misses(config: Any, *, base: Path, rounds: int) -> Iterator[tuple[float, flo
     largest entry of it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        made = simulation.build(place(config, base=base, runs=Path(folder)).prepared(), Path(folder))
+        built = simulation.build(place(config, base=base, runs=Path(folder)).prepared(), Path(folder))
         trainer = SiteTrainer(
-            spec=made.spec, trainable=replicate(made.trainable), task=made.task, states=made.states
+            spec=built.spec, trainable=replicate(built.trainable), task=built.task, states=built.states
         )
-        strategy, factors = made.prepared.strategy, Factors(Strategy(), made.trainable)
-        state = strategy.start(made.trainable.flatten().cpu())
+        strategy, factors = built.prepared.strategy, Factors(Strategy(), built.trainable)
+        state = strategy.start(built.trainable.flatten().cpu())
         for number in range(1, rounds + 1):
-            plan = plan_round(made.server, number, state)
+            plan = plan_round(built.server, number, state)
             messages, own = [], []
             for client in plan.cohort:
-                site = made.sites[client]
+                site = built.sites[client]
                 learned = trainer.learn(site.data, plan, state.vector, site.source(plan))
                 messages.append(learned.vector.double())
                 own.append(weights(factors, trainer.trainable.flatten().cpu()))
@@ -84,12 +84,12 @@ def rows(*, quick: bool) -> Iterator[dict[str, Any]]:
         if cell.seed != cells[0].seed or not factored:
             continue
         rounds = min(config.federation.rounds, 2)
-        found = list(misses(config, base=GRID.parent, rounds=rounds))
+        differences = list(misses(config, base=GRID.parent, rounds=rounds))
         yield {
             **dict(cell.labels),
             "rounds": rounds,
-            "relative": max(relative for relative, _ in found),
-            "largest": max(largest for _, largest in found),
+            "relative": max(relative for relative, _ in differences),
+            "largest": max(largest for _, largest in differences),
         }
 
 
@@ -108,13 +108,13 @@ def main() -> None:
         "| privacy | split | rule | missed, share of the mean change | "
         "largest entry missed |\n|---|---|---|---|---|"
     )
-    found = []
+    table = []
     for row in rows(quick=options.quick):
-        found.append(row)
+        table.append(row)
         words = (row["privacy"], row["split"], row["rule"], f"{row['relative']:.1e}", f"{row['largest']:.1e}")
         print(f"| {' | '.join(words)} |", flush=True)
     if options.json:
-        print(json.dumps({"rows": found, "torch": torch.__version__, "machine": platform.machine()}))
+        print(json.dumps({"rows": table, "torch": torch.__version__, "machine": platform.machine()}))
 
 
 if __name__ == "__main__":

@@ -312,7 +312,7 @@ def prepared_uploads(
         neighbours=None,
         threshold=None,
     )
-    found = []
+    uploads = []
     for number in range(rounds):
         fresh = [Identity(person.seed(), guard=ReplayGuard.in_memory()) for person in people]
         clients = [
@@ -324,8 +324,8 @@ def prepared_uploads(
             server.receive_advertisement(one.advertise())
         for one in clients:
             server.receive_shares(one.share(server.roster_message()))
-        found.append((clients[0], server.delivery_for(clients[0].id)))
-    return found
+        uploads.append((clients[0], server.delivery_for(clients[0].id)))
+    return uploads
 
 
 def measure_peer(python: str, length: int, neighbours: int, repeats: int) -> dict[str, Any]:

@@ -123,10 +123,10 @@ def noise_audits(count: int) -> Iterator[Audit]:
         model, generator = classifier(make, classes, seed), torch.Generator().manual_seed(seed)
         shapes = dict(model.named_parameters())
         tensors = {name: 1e-3 * _noise(value, kind, generator) for name, value in shapes.items()}
-        seen = Observation(kind="gradient", tensors=tensors, knowledge=granted(make, size))
+        observation = Observation(kind="gradient", tensors=tensors, knowledge=granted(make, size))
         truth = truth_of(make, size, classes, seed) if seed % 2 else None
         unused = truth_of(make, 64, classes, seed + WARM) if seed % 3 == 0 else None
-        yield Audit(name=f"{kind} noise, {make}", seen=seen, model=model, truth=truth, unused=unused)
+        yield Audit(name=f"{kind} noise, {make}", seen=observation, model=model, truth=truth, unused=unused)
 
 
 # --------------------------------------------------------------------------------------------------- guessing
@@ -198,9 +198,9 @@ def guessing_audits(count: int) -> Iterator[tuple[Audit, tuple[Attack, ...]]]:
         size = (1, 4, 16, 64)[seed // 2 % 4]
         model, truth = classifier(make, classes, 0), truth_of(make, size, classes, seed)
         tensors = {name: torch.randn_like(value) for name, value in model.named_parameters()}
-        seen = Observation(kind="gradient", tensors=tensors, knowledge=granted(make, size))
+        observation = Observation(kind="gradient", tensors=tensors, knowledge=granted(make, size))
         unused = truth_of(make, 64, classes, seed + 2 * WARM) if seed % 2 else None
-        audit = Audit(name=f"guesses, {make}", seen=seen, model=model, truth=truth, unused=unused)
+        audit = Audit(name=f"guesses, {make}", seen=observation, model=model, truth=truth, unused=unused)
         yield audit, guessers(make, size, classes, seed)
 
 
@@ -228,9 +228,9 @@ def _undefended(make: str, sent: str, seed: int) -> Audit:
         model = models.add_lora(model, 16, ("c_attn",), zero_b=False, seed=seed)
     truth = truth_of(kind, size, classes, seed)
     loss = models.image_loss if make == "vision" else models.text_loss
-    seen, truth = _sent(model, truth, loss, sent, seed, classes, kind)
+    observation, truth = _sent(model, truth, loss, sent, seed, classes, kind)
     unused = truth_of(kind, 64, classes, seed + WARM)
-    return Audit(name=f"{make}, {sent}", seen=seen, model=model, truth=truth, unused=unused)
+    return Audit(name=f"{make}, {sent}", seen=observation, model=model, truth=truth, unused=unused)
 
 
 def _batch(truth: Truth) -> dict[str, Tensor]:
@@ -247,13 +247,13 @@ def _sent(
     knowledge = granted(kind, size)
     if sent == "sum":
         others = [truth, *(truth_of(kind, size, classes, seed + 50_000 * n) for n in (1, 2))]
-        seen = models.observe_sum(model, [_batch(one) for one in others], loss)
+        observation = models.observe_sum(model, [_batch(one) for one in others], loss)
         whole = replace(
             truth,
             sequences=tuple(row for one in others for row in one.sequences or ()),
             labels=tuple(label for one in others for label in one.labels or ()),
         )
-        return replace(seen, knowledge=knowledge), whole
+        return replace(observation, knowledge=knowledge), whole
     if sent == "gradient":
         return models.observe(model, _batch(truth), loss, knowledge=knowledge), truth
     steps = [_batch(truth)] * (2 if sent == "SGD steps" else 1)
@@ -308,9 +308,9 @@ def _rounds(seed: int, noise: float) -> tuple[list[OpenedSum], dict[int, int], l
         cohort = sorted(rng.choice(CLIENTS, 5, replace=False).tolist())
         rows = [held[client][rng.permutation(16)[:8]] for client in cohort]
         batches = [{"input_ids": part, "labels": torch.zeros(len(part), dtype=torch.long)} for part in rows]
-        seen = models.observe_sum(model, batches, models.text_loss, batch_size=8)
-        seen = models.noised(seen, noise, seed=number) if noise else seen
-        reading = build("token_presence").run(seen, model, Prior(), Budget.quick(), 0)
+        observation = models.observe_sum(model, batches, models.text_loss, batch_size=8)
+        observation = models.noised(observation, noise, seed=number) if noise else observation
+        reading = build("token_presence").run(observation, model, Prior(), Budget.quick(), 0)
         tokens = read_tokens(reading) or set()
         true = {token for part in rows for token in part.flatten().tolist()}
         scores.append(token_set_score(tokens, true).f1)
@@ -383,13 +383,13 @@ def outcome(name: str, audits: Iterable[tuple[Audit, tuple[Attack, ...]]], *, sh
     """Make audits and count those that hold a leak."""
     began, names, count, held = time.process_time(), Counter[str](), 0, 0
     for audit, attacks in audits:
-        told = list(leaks(audited(audit, attacks)))
-        count, held = count + 1, held + bool(told)
-        names.update(one.attack for one in told)
-        if show and bool(told) != name.startswith("undefended"):
+        findings = list(leaks(audited(audit, attacks)))
+        count, held = count + 1, held + bool(findings)
+        names.update(one.attack for one in findings)
+        if show and bool(findings) != name.startswith("undefended"):
             print(
                 f"# {name} {count - 1}: {audit.name}, truth {audit.truth is not None}:",
-                *(f"{one.attack} {one.judgement}" for one in told),
+                *(f"{one.attack} {one.judgement}" for one in findings),
             )
     return Outcome(name=name, audits=count, leaked=held, names=names, seconds=time.process_time() - began)
 

@@ -174,6 +174,7 @@ class Site:
         plan = broadcast.plan
         if self._run_id not in (None, plan.run_id) or plan.fingerprint != broadcast.fingerprint:
             raise ProtocolError
+        assert self._evaluation is not None, "a site is asked to evaluate where it was given public rows"
         with self._borrow_trainer() as trainer:
             own = trainer.states.load(
                 self.data.index, broadcast.vector, run_id=plan.run_id, before=plan.round

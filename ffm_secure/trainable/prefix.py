@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PrefixTuningConfig
@@ -100,7 +100,7 @@ def attending(model: LibraryModel) -> nn.Module:
     """Return the module that hands keys and values to the layers: OPT's language model calls the decoder in
     its base model itself.
     """
-    body: nn.Module = getattr(model, "base_model", model)
+    body = cast(nn.Module, getattr(model, "base_model", model))
     inner: object = getattr(body, "decoder", None)
     if isinstance(inner, nn.Module) and not model.config.is_encoder_decoder:
         return inner
