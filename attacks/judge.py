@@ -86,7 +86,7 @@ class Question:
 
 def tried(
     attack: Attack,
-    seen: Observation,
+    observation: Observation,
     model: nn.Module | None,
     prior: Prior,
     budget: Budget,
@@ -94,7 +94,7 @@ def tried(
 ) -> Result:
     """Run an attack and score it; an error ends the attack, not the audit, and proves nothing."""
     try:
-        reading = attack.run(seen, model, prior, budget, 0)
+        reading = attack.run(observation, model, prior, budget, 0)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else "no message"
         return Reconstruction(
@@ -114,7 +114,7 @@ def failed(reading: Reconstruction) -> bool:
     return _FAILED in reading.details
 
 
-# ------------------------------------------------------------------------------------------------------------------ luck
+# ------------------------------------------------------------------------------------------------------- luck
 
 
 def against_noise(scored: Score, noise: Sequence[float]) -> Score:
@@ -171,7 +171,7 @@ def noise_values(readings: Sequence[Reconstruction], scored: Score, truth: Truth
 
 
 def confidences(
-    seen: Reconstruction, rehearsals: Sequence[Result], noise: Sequence[float]
+    reconstruction: Reconstruction, rehearsals: Sequence[Result], noise: Sequence[float]
 ) -> tuple[Score, Score | None]:
     """Return the confidence of an attack as a score, and that of its control: what there is to judge without
     a truth.
@@ -180,7 +180,7 @@ def confidences(
     noise.
     What is reported is calibrated: how right the attack was when it was as sure on rehearsals and on noise.
     """
-    confidence = seen.confidence if seen.items else 0.0
+    confidence = reconstruction.confidence if reconstruction.items else 0.0
     ceiling, mean = max(noise, default=0.0), sum(noise) / max(1, len(noise))
     right = [reading.confidence for reading, result in rehearsals if result is not None and result.proven]
     usual = sorted(right)[len(right) // 2] if right else 0.0
@@ -231,7 +231,7 @@ def calibrated(confidence: float, pairs: Sequence[tuple[float, float]]) -> float
     return level
 
 
-# -------------------------------------------------------------------------------------------------------------- verdicts
+# --------------------------------------------------------------------------------------------------- verdicts
 
 
 def decide(questions: Sequence[Question]) -> tuple[Judgement, ...]:
@@ -287,10 +287,13 @@ def _judged(question: Question, chance: float | None) -> Judgement:
     if scored is not None:
         return _silent(question, scored, control[1], 1.0 if chance is None else chance)
     if not reading.applicable or reading.items:
-        told = f"works on the undefended update, but does not fit this one: {reading.reason or 'nothing to score'}"
-        return _beside(None, control[1], "not applicable", told)
-    told = f"control passed, here it finds nothing: {reading.reason or 'no reason given'}"
-    return _doubted(_beside(None, control[1], "not leaked", told), question.doubt)
+        reason = (
+            "works on the undefended update, but does not fit this one: "
+            f"{reading.reason or 'nothing to score'}"
+        )
+        return _beside(None, control[1], "not applicable", reason)
+    reason = f"control passed, here it finds nothing: {reading.reason or 'no reason given'}"
+    return _doubted(_beside(None, control[1], "not leaked", reason), question.doubt)
 
 
 def _matters(scored: Score) -> bool:
@@ -307,9 +310,9 @@ def _silent(question: Question, scored: Score, control: Score, chance: float) ->
     if scored.luck > LUCK and scored.value > scored.baseline and share > NEAR:
         return _scored("inconclusive", scored, question.control, _lucky(scored))
     if share > NEAR or control.value <= bottom:
-        told = "between luck and the control" if share < 1 - NEAR else "as good as on the undefended update"
+        reason = "between luck and the control" if share < 1 - NEAR else "as good as on the undefended update"
         number = f", but among all questions of this audit luck does as well in {chance:.1%} of cases"
-        return _scored("inconclusive", scored, question.control, told + number)
+        return _scored("inconclusive", scored, question.control, reason + number)
     return _doubted(_scored("not leaked", scored, question.control, "control passed"), question.doubt)
 
 
@@ -320,18 +323,20 @@ def _doubted(judgement: Judgement, doubt: str) -> Judgement:
 
 def _unproven(control: Result) -> Judgement:
     reading, reference = control
-    told = "the same attack fails even on the undefended update, so its silence proves nothing"
+    reason = "the same attack fails even on the undefended update, so its silence proves nothing"
     if failed(reading):
-        told = f"on the undefended update it {reading.reason}"
+        reason = f"on the undefended update it {reading.reason}"
     if reference is None:
-        return Judgement(verdict="inconclusive", reason=told)
+        return Judgement(verdict="inconclusive", reason=reason)
     if reference.measure == CONFIDENCE:
-        told = (
+        reason = (
             "its confidence does not tell an update from noise; name what the client trained on with --truth"
         )
     elif reference.succeeded:
-        told = f"on the undefended update {_lucky(reference)}"
-    return Judgement(verdict="inconclusive", measure=reference.measure, control=reference.value, reason=told)
+        reason = f"on the undefended update {_lucky(reference)}"
+    return Judgement(
+        verdict="inconclusive", measure=reference.measure, control=reference.value, reason=reason
+    )
 
 
 def _lucky(result: Score) -> str:
@@ -344,9 +349,9 @@ def _over(scored: Score | None) -> tuple[str, ...]:
     """
     if scored is None or scored.draws <= 1:
         return ()
-    told = f"mean of {scored.draws} draws of records and noise"
+    words = f"mean of {scored.draws} draws of records and noise"
     shown = ", ".join(f"{value:.2f}" for value in scored.values)
-    return (f"{told}: {shown}" if scored.values and scored.low is None else told,)
+    return (f"{words}: {shown}" if scored.values and scored.low is None else words,)
 
 
 def _beside(scored: Score | None, reference: Score | None, verdict: Verdict, reason: str) -> Judgement:

@@ -417,9 +417,12 @@ def imprints(seeds: int) -> Iterator[Line]:
             parts = [{"images": images[part], "labels": labels[part]} for part in private.split(batch)]
             observation = models.observe_sum(model, parts, models.image_loss)
             observation = Observation(
-                kind="sum", tensors=observation.tensors, contributors=clients, metadata=dict(observation.metadata),
+                kind="sum",
+                tensors=observation.tensors,
+                contributors=clients,
+                metadata=dict(observation.metadata),
                 knowledge=Knowledge(image_shape=(1, 8, 8)),
-            )  # fmt: skip
+            )
             shares.append(share(run("imprint", observation, model), images[private], 40.0))
         low, high = counted(right, of, clients * batch * len(shares))
         yield Line(

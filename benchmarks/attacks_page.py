@@ -31,8 +31,8 @@ def page(measured: dict[str, Any]) -> Iterator[str]:
     yield "# What the attacks read: tables"
     yield ""
     yield (
-        f"Measured with Python {measured['python']} and torch {measured['torch']} on one {measured['machine']} "
-        "core; seconds are CPU seconds of"
+        f"Measured with Python {measured['python']} and torch {measured['torch']} on one "
+        f"{measured['machine']} core; seconds are CPU seconds of"
     )
     yield (
         "the process. Written by `python -m benchmarks.attacks_page` from what `python -m "

@@ -210,3 +210,118 @@ def test_the_loop_fits_on_a_page() -> None:
     tree = ast.parse((ROOT / "ffm_secure" / "federation.py").read_text())
     loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "run")
     assert (loop.end_lineno or 0) - loop.lineno < 60
+
+
+# ------------------------------------------------------------------------------------- how a page reads
+
+LONGEST_LINE = 110
+# words for what happened to a value; a local name says what the value is
+SAID_OF_EVERYTHING = {"done", "drawn", "found", "given", "got", "kept", "made", "obj"}
+SAID_OF_EVERYTHING |= {"res", "ret", "said", "seen", "taken", "tmp", "told", "tried"}
+DENSEST = {"ffm_secure": 5.0, "attacks": 5.0, "defenses": 5.0}  # nests per 100 statements
+NESTS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.IfExp
+
+
+def long_lines(text: str) -> list[int]:
+    return [number for number, line in enumerate(text.splitlines(), start=1) if len(line) > LONGEST_LINE]
+
+
+def empty_names(tree: ast.AST) -> list[str]:
+    """List the local names and arguments that say nothing of their value."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.append(node.id)
+        elif isinstance(node, ast.arg):
+            names.append(node.arg)
+    return sorted(SAID_OF_EVERYTHING.intersection(names))
+
+
+def nests_per_100_statements(trees: list[ast.Module]) -> float:
+    """Count comprehensions and ternaries: what stands inside a statement and has to be read inside out."""
+    nests = statements = 0
+    for tree in trees:
+        for node in ast.walk(tree):
+            nests += isinstance(node, NESTS)
+            statements += isinstance(node, ast.stmt)
+    return 100 * nests / statements
+
+
+def is_bare(annotation: ast.expr | None) -> bool:
+    """Say whether an annotation is `Any`, alone or as one side of a union."""
+    if isinstance(annotation, ast.BinOp):
+        return is_bare(annotation.left) or is_bare(annotation.right)
+    return isinstance(annotation, ast.Name) and annotation.id == "Any"
+
+
+def bare_annotations(tree: ast.AST) -> list[int]:
+    """List the lines that annotate something with nothing but `Any`."""
+    lines = []
+    for node in ast.walk(tree):
+        annotation = None
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            annotation = node.returns
+        elif isinstance(node, ast.arg | ast.AnnAssign):
+            annotation = node.annotation
+        if is_bare(annotation):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_every_line_fits_beside_another_page() -> None:
+    wrong = []
+    for folder in (*PACKAGES, "tests", "benchmarks", "docs", "examples"):
+        for path in files(folder):
+            wrong += [f"{path.relative_to(ROOT)}:{number}" for number in long_lines(path.read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "benchmarks"])
+def test_a_local_name_says_what_its_value_is(package: str) -> None:
+    wrong = {}
+    for path in files(package):
+        if names := empty_names(ast.parse(path.read_text())):
+            wrong[path.relative_to(ROOT).as_posix()] = names
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_statements_are_read_from_left_to_right(package: str) -> None:
+    trees = [ast.parse(path.read_text()) for path in files(package)]
+    assert nests_per_100_statements(trees) <= DENSEST[package]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_any_stands_alone_in_one_list_only(package: str) -> None:
+    """`foreign.py` names what libraries hand over without a type, each with its reason."""
+    wrong = []
+    for path in files(package):
+        wrong += [
+            f"{path.relative_to(ROOT)}:{line}" for line in bare_annotations(ast.parse(path.read_text()))
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_name_for_any_has_its_reason(package: str) -> None:
+    aliases = 0
+    for path in files(package):
+        for line in path.read_text().splitlines():
+            if line.replace(": TypeAlias", "").split("#")[0].rstrip().endswith(" = Any"):
+                aliases += 1
+                assert "  # " in line, f"{path.relative_to(ROOT)}: {line} has no reason"
+    assert aliases <= 12
+
+
+def test_planted_pages_are_caught() -> None:
+    assert long_lines("x" * 111) == [1]
+    assert not long_lines("x" * 110)
+    assert empty_names(ast.parse("def f(seen):\n    for kept in seen:\n        found = kept")) == [
+        "found",
+        "kept",
+        "seen",
+    ]
+    assert not empty_names(ast.parse("def f(rows):\n    gradients = rows"))
+    assert nests_per_100_statements([ast.parse("x = [a if b else c for a in d]")]) == 200
+    assert bare_annotations(ast.parse("def f(a: Any, b: dict[str, Any]) -> Any | None: ...")) == [1, 1]
+    assert not bare_annotations(ast.parse("def f(a: dict[str, Any]) -> None: ..."))

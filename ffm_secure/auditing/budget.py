@@ -74,7 +74,10 @@ class AuditBudget:
         """Say why an attack is not run."""
         if self.name == "quick" and attack.family in HEAVY:
             return "not tried: it searches for minutes; run the audit with --budget standard"
-        return f"not tried: the attacks before it used up the {SECONDS[self.name][1]:.0f} CPU seconds of this audit"
+        return (
+            "not tried: the attacks before it used up the "
+            f"{SECONDS[self.name][1]:.0f} CPU seconds of this audit"
+        )
 
 
 def not_run(observer: Observer, attack: str, point: Point, reason: str) -> AuditFinding:

@@ -1,4 +1,6 @@
-"""Send canaries through a run's own mechanism, round after round: what an auditor scores is the running sum."""
+"""Send canaries through a run's own mechanism, round after round:
+what an auditor scores is the running sum.
+"""
 
 from __future__ import annotations
 

@@ -63,8 +63,8 @@ def read_rounds(
             break
         totals = _totals(prepared, cohort, number, brought)
         for content, tensors in totals.items():
-            seen = _seen(prepared, tensors, len(cohort), content)
-            reading = build(READ_BY).run(seen, model, Prior(), Budget.quick(), 0)
+            observation = _seen(prepared, tensors, len(cohort), content)
+            reading = build(READ_BY).run(observation, model, Prior(), Budget.quick(), 0)
             if not reading.applicable:
                 return ReadRounds(sent=(), raw=(), owners={}, clients=0, recorded=0, refused=reading.reason)
             tokens = read_tokens(reading) or set()
@@ -151,12 +151,12 @@ def attribution_question(rounds: ReadRounds) -> Question:
         silent = _result(None, "no word was read off any sum")
         return Question(seen=silent, control=_result(_read_undefended(rounds.raw)))
     control = attribution_score(rounds.raw, rounds.owners, rounds.clients)
-    seen = _attributed(rounds, rounds.sent[:count])
+    attributed = _attributed(rounds, rounds.sent[:count])
     cohorts = {one.cohort for one in rounds.sent[:count]}
-    told = f"over {min(count, len(rounds.sent))} rounds, by who took part"
+    note = f"over {min(count, len(rounds.sent))} rounds, by who took part"
     if len(cohorts) == 1:
-        told = "the same clients took part in every round, so no round tells them apart"
-    return Question(seen=seen, control=_result(control), notes=(told,))
+        note = "the same clients took part in every round, so no round tells them apart"
+    return Question(seen=attributed, control=_result(control), notes=(note,))
 
 
 def _attributed(rounds: ReadRounds, sums: Sequence[OpenedSum]) -> Result:

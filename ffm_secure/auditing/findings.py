@@ -55,12 +55,12 @@ Ran = dict[tuple[str, int, str], Result]  # by attack, records, and point or wha
 
 
 def finding_of(
-    observer: Observer, point: Point, seen: Result, judged: Judgement, decode: Decode
+    observer: Observer, point: Point, result: Result, judged: Judgement, decode: Decode
 ) -> AuditFinding:
     """Write a judgement as a finding of the report."""
     return AuditFinding(
         observer=observer,
-        attack=seen[0].attack,
+        attack=result[0].attack,
         point=point,
         verdict=judged.verdict,
         measure=judged.measure,
@@ -70,8 +70,8 @@ def finding_of(
         baseline=judged.baseline,
         control=judged.control,
         luck=judged.luck,
-        seconds=seen[0].seconds,
-        knowledge=seen[0].knowledge_used,
+        seconds=result[0].seconds,
+        knowledge=result[0].knowledge_used,
         reason=judged.reason,
         pairs=tuple(
             RecoveredPair(truth=decode(true), recovered=decode(guess)) for true, guess in judged.pairs
@@ -81,7 +81,9 @@ def finding_of(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One question of an audit: an attack at one point of a step's way, for the observers who see that point."""
+    """One question of an audit: an attack at one point of a step's way,
+    for the observers who see that point.
+    """
 
     attack: Attack
     point: Point
@@ -131,7 +133,9 @@ def _ask(
     ran: Ran,
     before: Sequence[Asked],
 ) -> Iterator[Asked]:
-    """Run an attack at every point an observer sees, all of them together, so that its control is run once."""
+    """Run an attack at every point an observer sees, all of them together,
+    so that its control is run once.
+    """
     several = stages[1:] if attack.family in HEAVY else stages[:1]
     places: dict[Point, list[Observer]] = {}
     for observer in observers:
@@ -154,11 +158,11 @@ def _ask(
     for point, who in places.items():
         proven = control is not None and control[1] is not None and control[1].proven
         # Where the control failed nothing would be proven, so the attack is not run a second time.
-        seen = repeated(attack, stage, point, purse, ran, like=control, noise=True) if proven else control
+        observed = repeated(attack, stage, point, purse, ran, like=control, noise=True) if proven else control
         question = None
-        if seen is not None and control is not None:
+        if observed is not None and control is not None:
             never = UNCRAFTED if attack.family == "active" else ""
-            question = Question(seen=seen, control=control, never=never)
+            question = Question(seen=observed, control=control, never=never)
         yield Asked(
             attack=attack,
             point=point,
@@ -246,10 +250,10 @@ def repeated(
     for number in range(1, (DRAWS_OF_ONE if stage.records == 1 else DRAWS) if cheap else 1):
         other = purse.draw(stage, number, point)
         place = f"{point}, draw {number}"
-        done = None if other is None else run_once(attack, other, other.at(point), purse, ran, key=place)
-        if other is None or done is None:
+        attempt = None if other is None else run_once(attack, other, other.at(point), purse, ran, key=place)
+        if other is None or attempt is None:
             break
-        draws.append((done[1] or guess, other.at(point).truth))
+        draws.append((attempt[1] or guess, other.at(point).truth))
     scores = [scored for scored, _ in draws]
     if all(one is guess for one in scores):
         return first
@@ -287,23 +291,23 @@ def _granted_words(stage: ReplayedStep) -> tuple[str, ...]:
 
 
 def _beside_the_wire(
-    found: AuditFinding, attack: Attack, stage: ReplayedStep, purse: AuditBudget, ran: Ran
+    finding: AuditFinding, attack: Attack, stage: ReplayedStep, purse: AuditBudget, ran: Ran
 ) -> AuditFinding:
     """Put beside a leak how the attack fares on what the protocol really sends; where nothing leaked at
     worst, that is less.
     """
-    if found.verdict != "leaked":
-        return found
-    clients = stage.at(found.point).observation.contributors
+    if finding.verdict != "leaked":
+        return finding
+    clients = stage.at(finding.point).observation.contributors
     if purse.budget(attack) is None:
-        return replace(found, observed_reason=purse.refusal(attack))
+        return replace(finding, observed_reason=purse.refusal(attack))
     try:
-        done = run_once(attack, stage, stage.wire(clients), purse, ran, key=f"wire of {clients}")
+        attempt = run_once(attack, stage, stage.wire(clients), purse, ran, key=f"wire of {clients}")
     except ValueError as error:
-        return replace(found, observed_reason=str(error))
-    result, scored = cast(Result, done)
-    told = f"{clients} client{'s' if clients > 1 else ''} in one whole round, nothing granted"
+        return replace(finding, observed_reason=str(error))
+    result, scored = cast(Result, attempt)
+    note = f"{clients} client{'s' if clients > 1 else ''} in one whole round, nothing granted"
     value = None if scored is None else scored.value
     return replace(
-        found, observed=value, observed_reason=told if value is not None else f"{told}: {result.reason}"
+        finding, observed=value, observed_reason=note if value is not None else f"{note}: {result.reason}"
     )

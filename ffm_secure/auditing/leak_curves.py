@@ -23,10 +23,10 @@ def leak_curves(stage: ReplayedStep, ran: Ran, budget: str) -> Iterator[curves.C
     its kind.
     """
     best: dict[str, tuple[tuple[int, float, float], Attack]] = {}
-    for (name, records, point), (found, scored) in ran.items():
+    for (name, records, point), (result, scored) in ran.items():
         attack = ATTACKS[name]()
         if point == "raw" and scored is not None and scored.succeeded and attack.family in CLOSED:
-            rated = (records, scored.value, -found.seconds)
+            rated = (records, scored.value, -result.seconds)
             if attack.family not in best or rated > best[attack.family][0]:
                 best[attack.family] = rated, attack
     chosen = sorted(((attack, -rated[2]) for rated, attack in best.values()), key=lambda pair: pair[1])
@@ -42,7 +42,7 @@ def mean_length(stage: ReplayedStep) -> int:
 
 
 def place_on_curves(
-    drawn: Iterator[curves.Curve], stage: ReplayedStep, prepared: simulation.Prepared
+    leaks: Iterator[curves.Curve], stage: ReplayedStep, prepared: simulation.Prepared
 ) -> Iterator[LeakCurve]:
     """Mark on each curve where the run lies: what the server sees of one step."""
     config, width = prepared.config, curves.width_of(stage.control.observation, stage.model)
@@ -56,5 +56,5 @@ def place_on_curves(
         "tokens per width": tokens,
         "tokens per rank": tokens,
     }
-    for one in drawn:
+    for one in leaks:
         yield LeakCurve(**{item.name: getattr(one, item.name) for item in fields(one)}, here=here[one.axis])

@@ -59,7 +59,7 @@ def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[
     coins = canary.Canaries(
         count=CANARIES, dimension=dimension, norm=mechanism.clip_norm, seed=seed, kind="dirac"
     )
-    totals, seen = _totals(mechanism, coins), {}
+    totals, bounds = _totals(mechanism, coins), {}
     for number in range(1, rounds + 1):
         total = next(totals)
         if number == rounds or number & (number - 1) == 0:
@@ -67,10 +67,10 @@ def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[
             # A record that is sampled gives scores of two variances; a client's is there in every round it is
             # counted for.
             gaussian = mechanism.record_level is None
-            seen[number] = canary.bounds(
+            bounds[number] = canary.bounds(
                 scores[included], scores[~included], config.privacy.delta, gaussian=gaussian
             )
-    return seen
+    return bounds
 
 
 def curve_over_rounds(bounds: Mapping[int, Bounds]) -> Iterator[LeakCurve]:
@@ -96,7 +96,10 @@ def measured_how(bounds: Bounds, summary: RunSummary) -> str:
     """
     promise = next(statement for statement in summary.statements if statement.observer == "server")
     each = "; ".join(
-        f"{bound.method} {bound.epsilon:.3g}, confidence {100 * (1 - bound.significance):.4g} %, {bound.assumes}"
+        (
+            f"{bound.method} {bound.epsilon:.3g}, confidence "
+            f"{100 * (1 - bound.significance):.4g} %, {bound.assumes}"
+        )
         for bound in bounds
     )
     return (

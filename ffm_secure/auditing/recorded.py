@@ -126,15 +126,17 @@ def _truth(model: LoadedModel, folder: Path, description: RecordedObservation) -
 def audit_recorded(
     model: LoadedModel, folder: Path, budget: AuditBudget, attacks: Sequence[Attack], decode: Decode
 ) -> Iterator[AuditFinding]:
-    """Run attacks on every recorded observation; of many clients in the clear the first one stands for all."""
+    """Run attacks on every recorded observation;
+    of many clients in the clear the first one stands for all.
+    """
     attacker_model = attackable(model)
-    done: set[tuple[str, int]] = set()
+    asked: set[tuple[str, int]] = set()
     for one in recorded(model, folder):
         description = one.description
         place = (description.observer, description.round)
-        if place in done:
+        if place in asked:
             continue
-        done.add(place)
+        asked.add(place)
         start = model.trainable.flatten()
         scene = study(one.observation, attacker_model, one.truth, null_seconds=NULL_SECONDS[budget.name])
         for result in examine(scene, budget.budget, budget.refusal, attacks):

@@ -65,11 +65,11 @@ def gradients(
     """
     strategy = prepared.strategy
     with prepared.trainable.training_only(strategy.trains(0)):
-        found = _points(prepared, batch, sent_only=sent_only)
+        points = _points(prepared, batch, sent_only=sent_only)
     sent = strategy.sends(0)
     return {
         point: {name: value for name, value in tensors.items() if sent is None or name in sent}
-        for point, tensors in found.items()
+        for point, tensors in points.items()
     }
 
 
@@ -78,24 +78,26 @@ def _points(
 ) -> dict[str, dict[str, Tensor]]:
     trained, task = prepared.trainable, prepared.task
     record_level, client_level = prepared.mechanism.record_level, prepared.mechanism.client_level
-    active, found = trained.active, {}
+    active, points = trained.active, {}
     if not (sent_only and record_level is not None):
         losses = task.losses(trained.model, batch)
         raw = torch.autograd.grad(losses.mean(), list(active.values()), allow_unused=True)
         pairs = zip(active.items(), raw, strict=True)
-        found["raw"] = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+        points["raw"] = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
     if record_level is not None:
         with PerSampleEngine(trained.model, parameters=active) as engine:
             clipping = Clipping(kind=prepared.config.privacy.clipping, clip_norm=record_level.clip_norm)
             clipped = engine.clipped_sum(lambda: task.losses(trained.model, batch), clip=clipping).gradients
-        found["clipped"] = {name: value / record_level.expected_batch_size for name, value in clipped.items()}
-        found["noised"] = record_level.privatise(clipped, RandomSource.system())
+        points["clipped"] = {
+            name: value / record_level.expected_batch_size for name, value in clipped.items()
+        }
+        points["noised"] = record_level.privatise(clipped, RandomSource.system())
     if client_level is not None:
-        vector = torch.cat([value.reshape(-1) for value in found["raw"].values()])
-        found["clipped"] = unflatten(client_level.inner.clip(vector.cpu()), found["raw"])
+        vector = torch.cat([value.reshape(-1) for value in points["raw"].values()])
+        points["clipped"] = unflatten(client_level.inner.clip(vector.cpu()), points["raw"])
         share = client_level.noisy_integers(vector, RandomSource.system()) / client_level.scale
-        found["noised"] = unflatten(torch.from_numpy(share).float(), found["raw"])
-    return found
+        points["noised"] = unflatten(torch.from_numpy(share).float(), points["raw"])
+    return points
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,13 +186,13 @@ def wire_change(
     rows = {other.client: other.rows for other in others}
     chosen = [client, *rows]
     trainer = SiteTrainer(spec=prepared.spec, trainable=prepared.trainable, task=prepared.task)
-    told = RoundPlan(run_id=bytes(16), round=1, cohort=tuple(chosen), fingerprint="", mechanism="")
+    plan = RoundPlan(run_id=bytes(16), round=1, cohort=tuple(chosen), fingerprint="", mechanism="")
     total = None
     for index in chosen:
         own = index == client
         examples = members if own else prepared.task.encode(prepared.data.rows(index).take(rows[index]))
         data = SiteData(index=index, name="", examples=examples)
-        sent = trainer.run_round(data, told, vector.to(prepared.device), RandomSource.system())
+        sent = trainer.run_round(data, plan, vector.to(prepared.device), RandomSource.system())
         if total is None:
             total = sent
         else:
@@ -200,7 +202,7 @@ def wire_change(
     prepared.trainable.load_vector(vector)
     values = torch.from_numpy(prepared.codec.open(total, round=1, survivors=chosen).values).float()
     parameters = prepared.trainable.parameters
-    like = {name: parameters[name] for name in prepared.strategy.sends(told.step) or parameters}
+    like = {name: parameters[name] for name in prepared.strategy.sends(plan.step) or parameters}
     return unflatten(values[: sum(p.numel() for p in like.values())], like)  # half a vector is padded
 
 

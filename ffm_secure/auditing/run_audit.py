@@ -1,4 +1,6 @@
-"""Play each observer against a run: the same update at every point of its way, each attack with its control."""
+"""Play each observer against a run:
+the same update at every point of its way, each attack with its control.
+"""
 
 from __future__ import annotations
 

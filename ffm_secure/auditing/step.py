@@ -104,16 +104,16 @@ def build_stage(
         *,
         content: str = "gradient",
         whole: Truth | None = None,
-        **told: Any,
+        **known_facts: Any,
     ) -> ObservationPoint:
         summed = {"summand": content} if clients > 1 else {}
-        hidden = client_replay.noise_facts(prepared, point, clients, steps=told.get("local_steps", 0))
+        hidden = client_replay.noise_facts(prepared, point, clients, steps=known_facts.get("local_steps", 0))
         observation = Observation(
             kind="sum" if clients > 1 else cast(Literal["gradient", "delta"], content),
             tensors={names[name]: tensor.detach().cpu() for name, tensor in tensors.items()},
             contributors=clients,
-            metadata={"point": point, **(told or facts), **summed, **hidden},
-            knowledge=public if told else knowledge,
+            metadata={"point": point, **(known_facts or facts), **summed, **hidden},
+            knowledge=public if known_facts else knowledge,
         )
         return ObservationPoint(point=point, observation=observation, truth=whole or truth)
 
@@ -162,14 +162,16 @@ def with_draws(prepared: simulation.Prepared, vector: Tensor, records: int) -> R
 def _candidates(prepared: simulation.Prepared, encoded: Any, rows: list[int]) -> dict[str, Tensor]:
     batch = prepared.task.batch(encoded, np.asarray(rows), device="cpu")
     renamed = {"input_ids": "token_ids", "pixel_values": "images", "labels": "labels"}
-    found = {renamed[name]: value for name, value in batch.items() if name in renamed}
+    candidates = {renamed[name]: value for name, value in batch.items() if name in renamed}
     if prepared.config.task.kind in ("causal_lm", "masked_lm"):
-        found.pop("labels", None)
-    return found
+        candidates.pop("labels", None)
+    return candidates
 
 
 def _assumed(task: str, truth: Truth, records: int) -> tuple[Knowledge, Knowledge]:
-    """Return what everyone knows of a round's update, and what the observer of one step is granted at worst."""
+    """Return what everyone knows of a round's update,
+    and what the observer of one step is granted at worst.
+    """
     shape = (
         None if truth.images is None else tuple(truth.images.shape[1:])
     )  # the model itself says what it takes

@@ -35,7 +35,9 @@ _OF_A_SUM = {
 
 
 def sentence(findings: Sequence[AuditFinding]) -> str:
-    """Say the outcome in one line a manager understands; an attack tried for several observers counts once."""
+    """Say the outcome in one line a manager understands;
+    an attack tried for several observers counts once.
+    """
     worst: dict[str, int] = {}
     for item in findings:
         rank = _WORST_FIRST.index("not tried" if item.measure == "not run" else item.verdict)

@@ -158,10 +158,10 @@ def audit(
 ) -> None:
     """Attack what each observer of a finished run saw."""
     commands = _commands()
-    seen = commands.Seen(
+    observed = commands.Seen(
         observation=observation, model=model, adapter=adapter, truth=truth, unused=unused, out=out
     )
-    commands.audit(folder, seen, budget=budget, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
+    commands.audit(folder, observed, budget=budget, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
 
 
 class _ShowsByDefault(TyperGroup):
@@ -247,7 +247,8 @@ def predict(
     file: Annotated[
         Path | None,
         typer.Option(
-            help="Texts (.txt: one a line; .csv, .jsonl, .parquet: the run's columns), a picture, a folder of them."
+            help="Texts (.txt: one a line; .csv, .jsonl, .parquet: the run's "
+            "columns), a picture, a folder of them."
         ),
     ] = None,
     json: Json = False,
@@ -278,7 +279,8 @@ def epsilon(
         str,
         typer.Option(
             metavar="LAW:NUMBER",
-            help="Only the best of a random number of such runs is released: poisson:MEAN or geometric:STOPPING.",
+            help="Only the best of a random number of such runs is released: "
+            "poisson:MEAN or geometric:STOPPING.",
         ),
     ] = "",
     json: Json = False,

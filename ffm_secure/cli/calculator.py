@@ -24,8 +24,8 @@ def epsilon(
             raise ConfigError(
                 "epsilon", ["give --q, --sigma and --steps, or at least one --segment q,sigma,steps"]
             )
-        found = tuned_report(parts, delta, *_law(best_of)) if best_of else epsilon_report(parts, delta)
-    say(found, [f"{name}: {number(value)}" for name, value in found.items()], json=json)
+        report = tuned_report(parts, delta, *_law(best_of)) if best_of else epsilon_report(parts, delta)
+    say(report, [f"{name}: {number(value)}" for name, value in report.items()], json=json)
 
 
 def sigma(
@@ -33,14 +33,14 @@ def sigma(
 ) -> None:
     """Print the noise multiplier for a target epsilon."""
     with clear_errors():
-        found = sigma_report(
+        report = sigma_report(
             epsilon=epsilon,
             delta=delta,
             sampling_rate=q,
             steps=steps,
             history=[_segment(text) for text in segments],
         )
-    say(found, [f"{name}: {number(value)}" for name, value in found.items()], json=json)
+    say(report, [f"{name}: {number(value)}" for name, value in report.items()], json=json)
 
 
 def _law(text: str) -> tuple[str, float]:
@@ -58,10 +58,10 @@ def _law(text: str) -> tuple[str, float]:
 
 
 def _first_segment(q: float | None, sigma: float | None, steps: int | None) -> list[tuple[float, float, int]]:
-    given = {"--q": q, "--sigma": sigma, "--steps": steps}
-    if all(value is None for value in given.values()):
+    options = {"--q": q, "--sigma": sigma, "--steps": steps}
+    if all(value is None for value in options.values()):
         return []
-    missing = [f"{name}: missing" for name, value in given.items() if value is None]
+    missing = [f"{name}: missing" for name, value in options.items() if value is None]
     if missing:
         raise ConfigError("epsilon", missing)
     assert q is not None

@@ -26,8 +26,8 @@ from ffm_secure.report import outcome
 from ffm_secure.storage.run_directory import Store
 
 _KNOWN = (
-    "this run is complete: {rounds} rounds; nothing was trained or charged. To go on: --set federation.rounds=N with "
-    "a larger N; to attack it again: ffm-secure audit {folder}"
+    "this run is complete: {rounds} rounds; nothing was trained or charged. To go on: --set "
+    "federation.rounds=N with a larger N; to attack it again: ffm-secure audit {folder}"
 )
 
 
@@ -83,10 +83,10 @@ def experiment(file: Path, *, out: Path, quick: bool, jobs: int, json: bool, qui
 
     shown = (lambda line: None) if json or quiet else console.print
     with clear_errors():
-        html, found = experiments.run(file, out=out, quick=quick, jobs=jobs, say=shown)
-    say(found, [f"table and curves: {html}"], json=json, quiet=quiet)
-    if found["stopped"]:
-        names = ", ".join(item["run"] for item in found["stopped"])
+        html, summary = experiments.run(file, out=out, quick=quick, jobs=jobs, say=shown)
+    say(summary, [f"table and curves: {html}"], json=json, quiet=quiet)
+    if summary["stopped"]:
+        names = ", ".join(item["run"] for item in summary["stopped"])
         raise BudgetExhausted(
             f"not complete: {names}; run the grid anew with another --out, or with more budget"
         )
@@ -105,23 +105,23 @@ class Seen:
 
 
 def audit(
-    folder: Path | None, seen: Seen, *, budget: str, fail_on_leak: bool, json: bool, quiet: bool
+    folder: Path | None, observed: Seen, *, budget: str, fail_on_leak: bool, json: bool, quiet: bool
 ) -> None:
     """Attack a run, or a stored observation of any system."""
     from ffm_secure.auditing.run_audit import audit_run
     from ffm_secure.auditing.standalone import audit_observation
     from ffm_secure.report.document import write_audit
 
-    if (folder is None) == (seen.observation is None):
+    if (folder is None) == (observed.observation is None):
         raise ConfigError("audit", ["give a run directory or --observation FOLDER, exactly one of them"])
-    if folder is not None and (seen.model or seen.adapter or seen.truth or seen.unused):
+    if folder is not None and (observed.model or observed.adapter or observed.truth or observed.unused):
         belong = "--model, --adapter, --truth and --unused belong to --observation; a run knows its own"
         raise ConfigError("audit", [belong])
-    if folder is not None and seen.out is not None:
+    if folder is not None and observed.out is not None:
         raise ConfigError("audit", ["--out belongs to --observation; a run's report lies in its directory"])
-    if seen.out is not None and seen.out.exists():
-        raise ConfigError("audit", [f"--out = {seen.out}: exists, must be a new folder"])
-    if seen.adapter is not None and seen.model is None:
+    if observed.out is not None and observed.out.exists():
+        raise ConfigError("audit", [f"--out = {observed.out}: exists, must be a new folder"])
+    if observed.adapter is not None and observed.model is None:
         raise ConfigError("audit", ["--adapter needs --model, the model it adapts"])
     if budget not in ("quick", "standard", "exhaustive"):
         raise ConfigError(
@@ -129,23 +129,23 @@ def audit(
         )
     with clear_errors():
         if folder is not None:
-            found = audit_run(folder, budget=budget).audit
+            summary = audit_run(folder, budget=budget).audit
         else:
-            assert seen.observation is not None
-            found = audit_observation(
-                seen.observation,
-                model=seen.model,
-                adapter=seen.adapter,
-                truth=seen.truth,
-                unused=seen.unused,
+            assert observed.observation is not None
+            summary = audit_observation(
+                observed.observation,
+                model=observed.model,
+                adapter=observed.adapter,
+                truth=observed.truth,
+                unused=observed.unused,
                 budget=budget,
             )
-    assert found is not None
-    if seen.out is not None and seen.observation is not None:
+    assert summary is not None
+    if observed.out is not None and observed.observation is not None:
         with clear_errors():
-            write_audit(found, seen.out, name=seen.observation.name, notes=found.notes)
-    say(found, _audit_lines(found), json=json, quiet=quiet)
-    if fail_on_leak and any(item.verdict == "leaked" for item in found.findings):
+            write_audit(summary, observed.out, name=observed.observation.name, notes=summary.notes)
+    say(summary, _audit_lines(summary), json=json, quiet=quiet)
+    if fail_on_leak and any(item.verdict == "leaked" for item in summary.findings):
         raise LeakFound("at least one attack recovered private data; see the findings above")
 
 
@@ -187,15 +187,15 @@ def report(folder: Path, *, json: bool) -> None:
 
 def doctor(*, json: bool) -> None:
     """Print what this machine offers."""
-    found = checkup.examine()
+    examination = checkup.examine()
     if json:
-        print_json(found)
+        print_json(examination)
         return
     table = Table("what", "found", "", box=None, pad_edge=False)
-    for item in found["checks"]:
+    for item in examination["checks"]:
         table.add_row(item["name"], item["found"], "ok" if item["ok"] else item["advice"])
     console.print(table)
-    if not found["ok"]:
+    if not examination["ok"]:
         raise FfmError("something this machine needs is missing; see above")
 
 
@@ -208,8 +208,8 @@ def _plan_lines(described: PlanSummary) -> list[str]:
         f"  spends   {described.spends}",
     ]
     lines += [
-        f"  {'sees' if index == 0 else '':<8} {observer:<17} {seen}"
-        for index, (observer, seen) in enumerate(described.reveals.items())
+        f"  {'sees' if index == 0 else '':<8} {observer:<17} {content}"
+        for index, (observer, content) in enumerate(described.reveals.items())
     ]
     lines += [
         f"  breaks   {described.breaks}",
@@ -276,8 +276,8 @@ def _result_lines(result: Result) -> list[str]:
     ]
     best = outcome.best_round(summary)
     if best is not None:
-        kept = f"kept in {result.folder / 'best' / 'adapter'}; adapter/ holds the last"
-        lines.append(f"  best     {summary.metric_name} {best.metric:.4f} after round {best.round}, {kept}")
+        place = f"kept in {result.folder / 'best' / 'adapter'}; adapter/ holds the last"
+        lines.append(f"  best     {summary.metric_name} {best.metric:.4f} after round {best.round}, {place}")
     lines += _audit_lines(summary.audit) if summary.audit else []
     return [*lines, f"  report   {result.folder / 'report.html'}"]
 
@@ -301,20 +301,20 @@ def _finding_line(item: AuditFinding) -> str:
     return f"{item.observer:<17} {item.attack:<22} {item.point:<11} {item.verdict:<11} {words}"
 
 
-def _audit_lines(found: AuditSummary) -> list[str]:
+def _audit_lines(summary: AuditSummary) -> list[str]:
     """Show what leaked, then what did not with its control; the rest as counts."""
-    lines = [f"  audit    {found.sentence}"]
-    told = [
-        item for verdict in ("leaked", "not leaked") for item in found.findings if item.verdict == verdict
+    lines = [f"  audit    {summary.sentence}"]
+    written = [
+        item for verdict in ("leaked", "not leaked") for item in summary.findings if item.verdict == verdict
     ]
-    lines += [f"           {_finding_line(item)}" for item in told]
-    silent = Counter((item.observer, item.verdict) for item in found.findings if item not in told)
+    lines += [f"           {_finding_line(item)}" for item in written]
+    silent = Counter((item.observer, item.verdict) for item in summary.findings if item not in written)
     lines += [
         f"           {observer:<17} {count} {verdict}; reasons in the report"
         for (observer, verdict), count in silent.items()
     ]
-    if found.epsilon_lower is not None:
+    if summary.epsilon_lower is not None:
         lines.append(
-            f"           lower bound on epsilon {found.epsilon_lower:.3f} ({found.epsilon_lower_method})"
+            f"           lower bound on epsilon {summary.epsilon_lower:.3f} ({summary.epsilon_lower_method})"
         )
     return lines

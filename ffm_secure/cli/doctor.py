@@ -46,8 +46,8 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _check(name: str, found: str, ok: bool, advice: str) -> dict[str, Any]:
-    return {"name": name, "found": found, "ok": ok, "advice": advice}
+def _check(name: str, state: str, ok: bool, advice: str) -> dict[str, Any]:
+    return {"name": name, "found": state, "ok": ok, "advice": advice}
 
 
 def _optional(name: str, package: str, advice: str) -> dict[str, Any]:

@@ -104,7 +104,10 @@ def _rounded(count: int) -> int:
 
 def _head(name: str) -> list[str]:
     return [
-        "# Written by `ffm-secure init`. Read it, change what you like; `ffm-secure plan` says what it means before anything runs.",
+        (
+            "# Written by `ffm-secure init`. Read it, change what you like; `ffm-secure plan` says what it "
+            "means before anything runs."
+        ),
         "format = 1",
         f"name = {_quoted(name)}          # the folder under runs/",
         "seed = 7                # deals the rows; privacy noise never comes from it",
@@ -135,7 +138,8 @@ def _task(suggestion: Suggestion, data: str, clients: int, nominal: int) -> list
         lines.append(f'split = {{ kind = "natural", column = {_quoted(suggestion.owner)} }}')
     else:
         lines.append(
-            f"clients = {clients}             # no column names the owners: rows are dealt out evenly, as in a simulation"
+            f"clients = {clients}             # no column names the owners: rows are dealt "
+            "out evenly, as in a simulation"
         )
         lines.append('split = { kind = "iid" }')
     if suggestion.kind != "image_classification":
@@ -143,7 +147,8 @@ def _task(suggestion: Suggestion, data: str, clients: int, nominal: int) -> list
     lines.append(f"nominal_examples = {nominal}   # public size of one owner's data, rounded")
     if not suggestion.has_validation:
         lines.append(
-            "# A tenth of the rows becomes public for good: give validation rows of your own where that must not be."
+            "# A tenth of the rows becomes public for good: give validation rows of "
+            "your own where that must not be."
         )
         lines.append('validation = "hold_out"')
     return lines
@@ -178,7 +183,10 @@ def _federation(clients: int, nominal: int) -> list[str]:
         "[federation]",
         "rounds = 6",
         f"cohort = {min(clients, _MOST_AT_ONCE)}              # owners a round",
-        f'lifecycle = {{ kind = "finetune", local_steps = 3, batch_size = {batch}, learning_rate = 9e-3, optimizer = "adam" }}',
+        (
+            f'lifecycle = {{ kind = "finetune", local_steps = 3, batch_size = {batch}, learning_rate = '
+            '9e-3, optimizer = "adam" }'
+        ),
         'strategy = { kind = "average" }',
     ]
 
@@ -187,7 +195,10 @@ def _privacy(nominal: int) -> list[str]:
     delta = 10.0 ** -max(5, math.floor(math.log10(nominal)) + 1)
     return [
         "[privacy]               # this table, and only this one, decides epsilon",
-        'unit = "record"         # one row is protected; "person" where people have several, "client" for a whole owner',
+        (
+            'unit = "record"         # one row is protected; "person" where people have '
+            'several, "client" for a whole owner'
+        ),
         "epsilon = 8.0           # the budget of each owner: smaller protects more and learns less",
         f"delta = {delta:g}           # below 1 / rows of an owner",
         "clip_norm = 0.5",
@@ -198,7 +209,10 @@ def _protection(cohort: int) -> list[str]:
     if cohort < 3:
         return [
             "[protection]",
-            f'kind = "none"           # sums hide one owner only among three or more; here are {cohort}, so the server sees each noised update',
+            (
+                'kind = "none"           # sums hide one owner only among three or more; here are '
+                f"{cohort}, so the server sees each noised update"
+            ),
         ]
     return [
         "[protection]",

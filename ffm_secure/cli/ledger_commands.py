@@ -30,13 +30,17 @@ def init(path: Path | None, *, epsilon: float, delta: float, unit: str, json: bo
             known = ledger.lifetime(unit) if existing and not implied else None
             if known is not None:
                 raise StoreError(
-                    f"{place}: holds a lifetime budget of {known.epsilon:g} at delta {known.delta:g} per {unit} already; "
-                    "raise it with: ffm-secure ledger budget raise"
+                    f"{place}: holds a lifetime budget of {known.epsilon:g} at delta {known.delta:g} per "
+                    f"{unit} already; raise it with: ffm-secure ledger budget raise"
                 )
             _granting(ledger, unit, epsilon, delta, because="set by its owner" if implied else "")
             ledger.record_key()
-    said = {"ledger": str(place), "unit": unit, "epsilon": epsilon, "delta": delta}
-    say(said, [f"{place}: lifetime budget of every row {epsilon:g} at delta {delta:g} per {unit}"], json=json)
+    answer = {"ledger": str(place), "unit": unit, "epsilon": epsilon, "delta": delta}
+    say(
+        answer,
+        [f"{place}: lifetime budget of every row {epsilon:g} at delta {delta:g} per {unit}"],
+        json=json,
+    )
 
 
 def raise_budget(path: Path | None, *, epsilon: float, because: str, unit: str, json: bool) -> None:
@@ -50,8 +54,8 @@ def raise_budget(path: Path | None, *, epsilon: float, because: str, unit: str, 
             if known is None:
                 raise StoreError(f"{place}: holds no budget per {unit}; set one with: ffm-secure ledger init")
             _granting(ledger, unit, epsilon, known.delta, because=because)
-    said = {"ledger": str(place), "unit": unit, "before": known.epsilon, "epsilon": epsilon}
-    say(said, [f"{place}: lifetime budget per {unit} was {known.epsilon:g}, is {epsilon:g}"], json=json)
+    answer = {"ledger": str(place), "unit": unit, "before": known.epsilon, "epsilon": epsilon}
+    say(answer, [f"{place}: lifetime budget per {unit} was {known.epsilon:g}, is {epsilon:g}"], json=json)
 
 
 def verify(path: Path | None, *, anchor: str, json: bool) -> None:

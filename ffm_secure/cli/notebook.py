@@ -22,10 +22,10 @@ class Callbacks:
         for callback in self.callbacks:
             callback.round_started(plan, total)
 
-    def client_finished(self, done: int, total: int) -> None:
+    def client_finished(self, finished: int, total: int) -> None:
         """One more client of the round has contributed or was lost."""
         for callback in self.callbacks:
-            callback.client_finished(done, total)
+            callback.client_finished(finished, total)
 
     def round_finished(self, record: RoundRecord) -> None:
         """A round is durable."""

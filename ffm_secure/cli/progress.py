@@ -40,7 +40,7 @@ def round_line(record: RoundRecord, *, rounds: int, budget: float) -> str:
 class Bars:
     """Show two bars, rounds and clients, and print a line as each round ends."""
 
-    def __init__(self, *, rounds: int, budget: float, quiet: bool, done: int = 0) -> None:
+    def __init__(self, *, rounds: int, budget: float, quiet: bool, finished: int = 0) -> None:
         self.rounds, self.budget, self.quiet = rounds, budget, quiet
         console = SafeConsole(
             file=sys.stderr if not sys.stdout.isatty() else sys.stdout, highlight=False, soft_wrap=True
@@ -57,7 +57,7 @@ class Bars:
             transient=True,
             disable=quiet or not console.is_terminal,
         )
-        self.of_rounds = self.progress.add_task("rounds", total=rounds, completed=done)
+        self.of_rounds = self.progress.add_task("rounds", total=rounds, completed=finished)
         self.of_clients = self.progress.add_task("clients", total=None)
 
     def __enter__(self) -> Bars:
@@ -72,9 +72,9 @@ class Bars:
         self.progress.update(self.of_rounds, completed=plan.round - 1)
         self.progress.reset(self.of_clients, total=len(plan.cohort))
 
-    def client_finished(self, done: int, total: int) -> None:
+    def client_finished(self, finished: int, total: int) -> None:
         """Advance the bar of clients."""
-        self.progress.update(self.of_clients, completed=done, total=total)
+        self.progress.update(self.of_clients, completed=finished, total=total)
 
     def round_finished(self, record: RoundRecord) -> None:
         """Print the round's line."""

@@ -36,7 +36,8 @@ class Extension:
         left = max(0.0, epsilon - self.spent)
         return (
             f"goes on after round {self.rounds}: {self.spent:.4g} of {epsilon:g} spent at noise "
-            f"{self.noise_multiplier:.3f} x clip, {left:.4g} left for the rest at noise {noise_multiplier:.3f} x clip"
+            f"{self.noise_multiplier:.3f} x clip, {left:.4g} left for the rest at noise "
+            f"{noise_multiplier:.3f} x clip"
         )
 
 
@@ -51,8 +52,8 @@ def extension_of(config: RunConfig, folder: Path | None) -> Extension | None:
     if resumed is None:
         return None
     _, records, run_id = resumed
-    done = sum(record.phase == "private" for record in records)
-    turns = Counter(client for cohort in schedule_of(config)[done:] for client in cohort)
+    finished = sum(record.phase == "private" for record in records)
+    turns = Counter(client for cohort in schedule_of(config)[finished:] for client in cohort)
     charged = _charged(config, folder, run_id.hex())
     delta = config.privacy.delta or 1e-5
     return Extension(

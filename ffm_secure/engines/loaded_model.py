@@ -1,4 +1,6 @@
-"""The model of a run and what everybody agrees on about it: no data is needed, so an audit can do it alone."""
+"""The model of a run and what everybody agrees on about it:
+no data is needed, so an audit can do it alone.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ _PUBLIC_FACTS = "public_facts.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublicFacts:
-    """What a run takes to be public about its data: the size of one client, the classes, and who takes part."""
+    """What a run takes to be public about its data:
+    the size of one client, the classes, and who takes part.
+    """
 
     format: int = 1
     public_client_size: int

@@ -100,14 +100,17 @@ def part_in_public(config: RunConfig, dataset: Dataset, base: Path) -> tuple[Dat
     left = len(dataset.train) - spec.public_examples
     if left < config.task.clients:
         raise DataError(
-            f"federation.lifecycle.public_examples = {spec.public_examples}: leaves {left} private rows of {config.task.data}"
+            f"federation.lifecycle.public_examples = {spec.public_examples}: leaves {left} "
+            f"private rows of {config.task.data}"
         )
-    taken, kept = _public_rows(dataset.train, spec.public_examples, config)
-    return replace(dataset, train=dataset.train.take(kept)), dataset.train.take(taken)
+    public_part, private = _public_rows(dataset.train, spec.public_examples, config)
+    return replace(dataset, train=dataset.train.take(private)), dataset.train.take(public_part)
 
 
 def _public_rows(examples: Examples, count: int, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Part off the rows with the smallest lots, so that a row private in one run is not public in the next."""
+    """Part off the rows with the smallest lots,
+    so that a row private in one run is not public in the next.
+    """
     named_rows = examples.contents
     assert named_rows is not None
     key = record_key(config.privacy, None)

@@ -166,8 +166,9 @@ def _load_model(
         return load_model(config, base, facts, history=extension.history, turns=extension.turns)
     except BudgetExceeded:
         raise BudgetExhausted(
-            f"{extension.rounds} rounds have spent {extension.spent:.4g} of epsilon {config.privacy.epsilon:g}, which "
-            "leaves nothing for more; give the run more with --set privacy.epsilon=..."
+            f"{extension.rounds} rounds have spent {extension.spent:.4g} of epsilon "
+            f"{config.privacy.epsilon:g}, which leaves nothing for more; give the run more "
+            "with --set privacy.epsilon=..."
         ) from None
 
 
@@ -295,8 +296,8 @@ class Simulation:
         if missing:
             first, owner = min(missing)
             raise StoreError(
-                f"the ledger lacks {len(missing)} charges of finished rounds (first: round {first} of {owner}); "
-                "restore it, or start a new run: what was spent cannot be forgotten"
+                f"the ledger lacks {len(missing)} charges of finished rounds (first: round {first} of "
+                f"{owner}); restore it, or start a new run: what was spent cannot be forgotten"
             )
 
     def epsilon(self) -> float:
@@ -364,7 +365,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         public=prepared.task.encode(prepared.data.public) if prepared.data.public is not None else None,
         protection=enrolment.server,
         run_id=os.urandom(16),
-        transcript=_transcript(spec, folder, kept) if kept else None,
+        transcript=_transcript(spec, folder, recorded) if recorded else None,
     )
     pool = TrainerPool([_trainer(prepared, states, number) for number in range(config.speed.workers)])
     broadcasts = BroadcastReader(BroadcastGuard(prepared.trainable), prepared.trainable.size)
@@ -486,8 +487,8 @@ def _probe_rows(prepared: Prepared) -> Encoded:
     validation = prepared.dataset.validation
     if prepared.mechanism.record_level is not None and len(validation) < PROBED:
         raise DataError(
-            f"{prepared.config.task.data}: has {len(validation)} validation rows, and the bound on one record is tried on "
-            f"{PROBED} before any private row is read; add public rows"
+            f"{prepared.config.task.data}: has {len(validation)} validation rows, and the bound on one "
+            f"record is tried on {PROBED} before any private row is read; add public rows"
         )
     return prepared.task.encode(validation.take(range(min(PROBED, len(validation)))))
 

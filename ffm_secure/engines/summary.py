@@ -55,12 +55,15 @@ def describe(prepared: Prepared) -> PlanSummary:
         "ckks": "encrypted (CKKS)",
     }[config.protection.kind]
     return PlanSummary(
-        headline=f"{config.name}: {federation.rounds} rounds, {config.task.clients} clients, {federation.cohort} a round, "
-        f"each at most {compatibility.participation_cap(config)} times",
-        trains=f"{'; '.join(trained.description)}: {trained.size:,} of {prepared.backbone.total_parameters:,} numbers ({share:.2%})",
+        headline=f"{config.name}: {federation.rounds} rounds, {config.task.clients} clients, "
+        f"{federation.cohort} a round, each at most "
+        f"{compatibility.participation_cap(config)} times",
+        trains=f"{'; '.join(trained.description)}: {trained.size:,} of "
+        f"{prepared.backbone.total_parameters:,} numbers ({share:.2%})",
         trainable_parameters=trained.size,
         total_parameters=prepared.backbone.total_parameters,
-        sends=f"{compatibility.describe_bytes(up)} per client and round, {sealed}, {prepared.codec.modulus_bits}-bit ring; "
+        sends=f"{compatibility.describe_bytes(up)} per client and round, {sealed}, "
+        f"{prepared.codec.modulus_bits}-bit ring; "
         f"{compatibility.describe_bytes(4 * trained.size)} down",
         bytes_up_per_client_round=up,
         bytes_down_per_client_round=4 * trained.size,
@@ -115,13 +118,13 @@ def summarise(
 
 def software() -> Mapping[str, str]:
     """Return the versions a figure depends on."""
-    found = {"python": platform.python_version(), "system": platform.system()}
+    versions = {"python": platform.python_version(), "system": platform.system()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def _spends(prepared: Prepared) -> str:
@@ -132,15 +135,18 @@ def _spends(prepared: Prepared) -> str:
         return f"nothing is guaranteed, epsilon infinite: {SEEDED}"
     unit = f"person ({privacy.records_per_person} records)" if privacy.unit == "person" else privacy.unit
     spends = (
-        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} per {unit} and data owner; clip {privacy.clip_norm:g}, "
-        f"noise {prepared.mechanism.noise_multiplier:.3f} x clip"
+        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} per {unit} and data owner; clip "
+        f"{privacy.clip_norm:g}, noise {prepared.mechanism.noise_multiplier:.3f} x clip"
     )
     if prepared.extension is not None:
         noise = prepared.mechanism.noise_multiplier
         spends = f"{spends}; {prepared.extension.words(privacy.epsilon, noise)}"
     if prepared.outlook is not None:
         return f"{spends}; {prepared.outlook.words()}"
-    return f"{spends}; the ledger lies in the run, as the run file asks: what rows spend elsewhere is not counted"
+    return (
+        f"{spends}; the ledger lies in the run, as the run file asks: what rows "
+        "spend elsewhere is not counted"
+    )
 
 
 def _planned(prepared: Prepared) -> tuple[Event, ...] | None:
@@ -202,47 +208,51 @@ def _breaks(config: RunConfig) -> str:
 
 
 def _warnings(prepared: Prepared) -> list[str]:
-    config, found = prepared.config, []
+    config, warnings = prepared.config, []
     if config.privacy.noise == "seeded":
-        found.append(SEEDED)
+        warnings.append(SEEDED)
     if config.privacy.unit != "none":
         declared = (
             "declared"
             if config.task.nominal_examples
             else "taken from the data; declare it with task.nominal_examples"
         )
-        found.append(
-            f"taken to be public: validation rows, class names, and {prepared.spec.public_client_size} examples a client ({declared})"
+        warnings.append(
+            f"taken to be public: validation rows, class names, and {prepared.spec.public_client_size} "
+            f"examples a client ({declared})"
         )
         if prepared.dataset.held_out:
-            found.append(
-                f"{config.task.data} has no validation part: {prepared.dataset.held_out:,} of its rows leave the clients, are "
-                "taken to be public and are not protected by any epsilon; give validation rows that may be public"
+            warnings.append(
+                f"{config.task.data} has no validation part: {prepared.dataset.held_out:,} of its rows "
+                "leave the clients, are taken to be public and are not protected by any epsilon; give "
+                "validation rows that may be public"
             )
     if config.privacy.unit == "person":
-        found.append(
-            f"that no person has more than {config.privacy.records_per_person} records is assumed, not checked"
+        warnings.append(
+            f"that no person has more than {config.privacy.records_per_person} "
+            "records is assumed, not checked"
         )
     if (
         config.privacy.unit in ("record", "person")
         and config.privacy.delta > 1 / prepared.spec.public_client_size
     ):
-        found.append(
-            f"privacy.delta = {config.privacy.delta:g} is above 1 / {prepared.spec.public_client_size} examples of a client; choose a smaller one"
+        warnings.append(
+            f"privacy.delta = {config.privacy.delta:g} is above 1 / {prepared.spec.public_client_size} "
+            "examples of a client; choose a smaller one"
         )
     record_level = prepared.mechanism.record_level
     if record_level is not None and record_level.sampling_rate == 1.0:
-        found.append("batch_size reaches a client's whole data: sampling does not amplify privacy")
-    found += bound_warnings(config, record_level)
-    found += noise_warnings(config, record_level, size=prepared.trainable.size)
+        warnings.append("batch_size reaches a client's whole data: sampling does not amplify privacy")
+    warnings += bound_warnings(config, record_level)
+    warnings += noise_warnings(config, record_level, size=prepared.trainable.size)
     if config.protection.kind != "none" and config.privacy.unit == "none":
-        found.append("hiding single updates is not differential privacy: no epsilon is claimed")
-    found += (
+        warnings.append("hiding single updates is not differential privacy: no epsilon is claimed")
+    warnings += (
         [f"{config.task.data}: {prepared.dataset.license_note}"]
         if getattr(prepared.dataset, "license_note", "")
         else []
     )
-    return found
+    return warnings
 
 
 def outcomes(

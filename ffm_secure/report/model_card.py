@@ -118,9 +118,8 @@ def _base_words(export: ModelExport) -> str:
 def _opening(export: ModelExport, summary: RunSummary) -> str:
     stamps = "".join(f"**{stamp}**\n\n" for stamp in summary.stamps)
     return (
-        f"{stamps}`{_base_words(export)}` adapted by {_setting(summary, 'task', 'clients')} data owners together, "
-        f"for {export.task.replace('_', ' ')}; "
-        f"trained: {summary.plan.trains}."
+        f"{stamps}`{_base_words(export)}` adapted by {_setting(summary, 'task', 'clients')} data owners "
+        f"together, for {export.task.replace('_', ' ')}; trained: {summary.plan.trains}."
     )
 
 
@@ -132,8 +131,8 @@ def _setting(summary: RunSummary, section: str, key: str) -> Any:
 def _loading(export: ModelExport) -> str:
     if export.form == "own":
         return (
-            f"No class of transformers or PEFT computes a {export.trainable.replace('_', ' ')} before this model, so nothing loads it by "
-            "mistake: `ffm-secure predict RUN --text '...'` answers with it."
+            f"No class of transformers or PEFT computes a {export.trainable.replace('_', ' ')} before this "
+            "model, so nothing loads it by mistake: `ffm-secure predict RUN --text '...'` answers with it."
         )
     folder = (
         "folder"
@@ -215,7 +214,10 @@ def _kind(summary: RunSummary, section: str) -> Any:
 def _data(export: ModelExport, summary: RunSummary) -> str:
     labels = ", ".join(export.labels) if export.labels else "none"
     lines = [
-        f"- data set: `{PurePath(str(_setting(summary, 'task', 'data'))).name}`, {_setting(summary, 'task', 'clients')} owners",
+        (
+            f"- data set: `{PurePath(str(_setting(summary, 'task', 'data'))).name}`, "
+            f"{_setting(summary, 'task', 'clients')} owners"
+        ),
         f"- labels: {labels}",
     ]
     if export.task != "image_classification":

@@ -212,7 +212,9 @@ def _read(kind: type[T], content: bytes | memoryview) -> T | None:
 def advance(
     server: ServerContext, plan: RoundPlan, state: ServerState, result: RoundResult
 ) -> tuple[ServerState, RoundResult]:
-    """Return the state after a round, and the result: an aborted one where the new model would not be finite."""
+    """Return the state after a round, and the result:
+    an aborted one where the new model would not be finite.
+    """
     after = _step(server, plan, state, result)
     if bool(torch.isfinite(after.vector).all()):
         return after, result

@@ -38,7 +38,10 @@ def why_too_large(opened: RoundSum, spec: RunSpec, start: Tensor) -> str:
         return "the opened sum is not finite"
     if norm <= bound.norm:
         return ""
-    return f"the opened sum has norm {norm:.4g}; {survivors} honest clients send at most {bound.norm:.4g} ({bound.because})"
+    return (
+        f"the opened sum has norm {norm:.4g}; {survivors} honest clients send at most "
+        f"{bound.norm:.4g} ({bound.because})"
+    )
 
 
 def honest_bound(spec: RunSpec, survivors: int, start_norm: float) -> HonestBound:

@@ -49,27 +49,30 @@ class Outlook:
         """Say it in one line."""
         origin = "lifetime, implied by runs: no ledger init yet" if self.implied else "lifetime"
         return (
-            f"spent before {_number(self.before)}, this run {_number(self.run)}, together {_number(self.together)}; "
-            f"left {_number(max(0.0, self.left))} of {_number(self.budget)} ({origin}) in {self.ledger}"
+            f"spent before {_number(self.before)}, this run {_number(self.run)}, together "
+            f"{_number(self.together)}; left {_number(max(0.0, self.left))} of {_number(self.budget)} "
+            f"({origin}) in {self.ledger}"
         )
 
     def refusal(self, unit: str) -> str:
         """Say why the run cannot be paid, and what to do."""
         if self.other_units and math.isfinite(self.before):
             return (
-                f"privacy.unit = '{unit}': {self.ledger} holds charges per {', '.join(self.other_units)} for these rows; a "
-                f"budget per {unit} beside them would forget them"
+                f"privacy.unit = '{unit}': {self.ledger} holds charges per {', '.join(self.other_units)} "
+                f"for these rows; a budget per {unit} beside them would forget them"
             )
         if math.isinf(self.before):
             return (
-                f"the rows of this run were used without any bound before (see {self.ledger}): nothing can protect them "
-                "any more; take other rows, or say privacy.ledger = 'run' if they are fictitious or public"
+                f"the rows of this run were used without any bound before (see {self.ledger}): nothing can "
+                "protect them any more; take other rows, or say privacy.ledger = 'run' if they are "
+                "fictitious or public"
             )
         return (
-            f"privacy.epsilon = {self.run:.4g}: these rows have spent {self.before:.4g} before, together {self.together:.4g}, "
-            f"above the lifetime budget of {self.budget:g} per {unit} in {self.ledger}; spend less, take other rows, raise it "
-            f"(ffm-secure ledger budget raise {self.ledger} --epsilon {_rounded_up(self.together):g} --because '...'), or "
-            "say privacy.ledger = 'run' if the rows are fictitious or public"
+            f"privacy.epsilon = {self.run:.4g}: these rows have spent {self.before:.4g} before, together "
+            f"{self.together:.4g}, above the lifetime budget of {self.budget:g} per {unit} in "
+            f"{self.ledger}; spend less, take other rows, raise it (ffm-secure ledger budget raise "
+            f"{self.ledger} --epsilon {_rounded_up(self.together):g} --because '...'), or say "
+            "privacy.ledger = 'run' if the rows are fictitious or public"
         )
 
 

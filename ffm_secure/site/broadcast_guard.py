@@ -1,4 +1,6 @@
-"""What a client looks at before it trains: does the broadcast it was sent carry the marks of a crafted model?"""
+"""What a client looks at before it trains:
+does the broadcast it was sent carry the marks of a crafted model?
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ class BroadcastGuard:
         """
         if vector is self.accepted:
             return
-        found = check_broadcast(self._tensors(vector.detach().cpu()), self.reference)
-        reasons = [str(reason) for reason in found if self._new(reason)]
+        marks = check_broadcast(self._tensors(vector.detach().cpu()), self.reference)
+        reasons = [str(reason) for reason in marks if self._new(reason)]
         if reasons:
             raise BroadcastRefused(reasons)
         self.accepted = vector

@@ -44,9 +44,9 @@ class ClientStateStore:
         if not self.places:
             return vector
         for path in reversed(self._files(client)):
-            kept = _read(path, run_id) if _round(path) < before else None
-            if kept is not None:
-                return self._put(vector, kept, path)
+            own = _read(path, run_id) if _round(path) < before else None
+            if own is not None:
+                return self._put(vector, own, path)
         return vector
 
     def save(self, client: int, vector: Tensor, *, run_id: bytes, round: int) -> None:
@@ -55,9 +55,9 @@ class ClientStateStore:
             return
         path = self._path(client, round)
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = torch.cat([vector[place] for place in self.places]).detach().cpu().contiguous()
+        own = torch.cat([vector[place] for place in self.places]).detach().cpu().contiguous()
         metadata = {"format": str(FORMAT), "run": run_id.hex(), "round": str(round)}
-        write_atomic(path, safetensors.torch.save({"kept": kept}, metadata=metadata))
+        write_atomic(path, safetensors.torch.save({"kept": own}, metadata=metadata))
         for old in [item for item in self._files(client) if _round(item) <= round][:-KEPT]:
             old.unlink(missing_ok=True)
 
@@ -85,12 +85,12 @@ class ClientStateStore:
         """Return the folder of one client."""
         return self.folder / folder_name(self.owners[client])
 
-    def _put(self, vector: Tensor, kept: Tensor, path: Path) -> Tensor:
+    def _put(self, vector: Tensor, stored: Tensor, path: Path) -> Tensor:
         sizes = [place.stop - place.start for place in self.places]
-        if kept.numel() != sum(sizes):
-            raise StoreError(f"{path}: holds {kept.numel()} numbers, this run keeps {sum(sizes)}")
+        if stored.numel() != sum(sizes):
+            raise StoreError(f"{path}: holds {stored.numel()} numbers, this run keeps {sum(sizes)}")
         own = vector.clone()
-        for place, part in zip(self.places, torch.split(kept, sizes), strict=True):
+        for place, part in zip(self.places, torch.split(stored, sizes), strict=True):
             own[place] = part.to(own.device)
         return own
 
@@ -118,11 +118,11 @@ def _read(path: Path, run_id: bytes) -> Tensor | None:
     """Return what a file holds; None if another run left it there."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata, kept = file.metadata() or {}, file.get_tensor("kept")
-        if metadata.get("format") != str(FORMAT) or kept.dtype != torch.float32 or kept.dim() != 1:
+            metadata, own = file.metadata() or {}, file.get_tensor("kept")
+        if metadata.get("format") != str(FORMAT) or own.dtype != torch.float32 or own.dim() != 1:
             raise ValueError
-        if not bool(torch.isfinite(kept).all()) or metadata.get("round") != str(_round(path)):
+        if not bool(torch.isfinite(own).all()) or metadata.get("round") != str(_round(path)):
             raise ValueError
     except (OSError, ValueError, safetensors.SafetensorError):
         raise StoreError(f"{path}: is damaged; restore it, or start the run under another name") from None
-    return kept if metadata.get("run") == run_id.hex() else None
+    return own if metadata.get("run") == run_id.hex() else None

@@ -36,13 +36,13 @@ def without_locals(function: Callable[Arguments, Result]) -> Callable[Arguments,
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and all it came from, each once."""
-    seen: set[int] = set()
+    visited: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
         cause = waiting.pop()
-        if cause is None or id(cause) in seen:
+        if cause is None or id(cause) in visited:
             continue
-        seen.add(id(cause))
+        visited.add(id(cause))
         yield cause
         waiting += [cause.__cause__, cause.__context__]
         if isinstance(cause, BaseExceptionGroup):

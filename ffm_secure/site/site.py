@@ -186,7 +186,9 @@ class Site:
         return record_codec.canonical_bytes(evaluation)
 
     def source(self, plan: RoundPlan) -> RandomSource:
-        """Return the randomness of one round: the system's, or a replayable stream where nothing is claimed."""
+        """Return the randomness of one round:
+        the system's, or a replayable stream where nothing is claimed.
+        """
         config = self.spec.config
         if config.privacy.unit == "none" or config.privacy.noise == "seeded":
             return RandomSource.seeded(config.seed).derive("client", plan.round, self.data.index)

@@ -71,7 +71,8 @@ class SiteLedger:
         if not within_run(charged, self.event, self.privacy):
             rounds = sum(count for _, count in charged) + 1
             raise BudgetExceeded(
-                f"{self.owner}: {rounds} rounds of this run cost more than its epsilon {self.privacy.epsilon:g}"
+                f"{self.owner}: {rounds} rounds of this run cost more than its epsilon "
+                f"{self.privacy.epsilon:g}"
             )
 
     def spend(self, reservations: Sequence[Reservation]) -> None:

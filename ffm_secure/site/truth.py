@@ -19,8 +19,11 @@ from ffm_secure.tasks.encoded import Encoded
 
 MOST_ROWS = 256
 _RENAMED = {
-    "input_ids": "token_ids", "attention_mask": "attention_mask", "pixel_values": "images", "labels": "labels",
-}  # fmt: skip
+    "input_ids": "token_ids",
+    "attention_mask": "attention_mask",
+    "pixel_values": "images",
+    "labels": "labels",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

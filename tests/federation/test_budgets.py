@@ -289,7 +289,9 @@ def test_promises_that_promise_nothing_are_refused(
 
 
 def test_other_rows_are_not_held_to_the_budget_of_the_first_run(tmp_path: Path) -> None:
-    """A ledger that no owner has given a budget grows with what runs ask for; the same rows still pay in all."""
+    """A ledger that no owner has given a budget grows with what runs ask for;
+    the same rows still pay in all.
+    """
     ledger = tmp_path / "shared.sqlite"
     train(config(write(tmp_path / "a", plain()), ledger, privacy={"epsilon": 1.0}), tmp_path / "first")
     others = [{**row, "text": f"Another {row['text']}"} for row in plain()]

@@ -1,4 +1,6 @@
-"""A message between coordinator and site: one byte changed, another key, another site or version, and it is refused."""
+"""A message between coordinator and site:
+one byte changed, another key, another site or version, and it is refused.
+"""
 
 from __future__ import annotations
 
