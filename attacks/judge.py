@@ -81,7 +81,9 @@ class Question:
         scored = self.seen[1]
         if scored is None:
             return None
-        return scored.luck if scored.value > scored.baseline else 1.0
+        if scored.value > scored.baseline:
+            return scored.luck
+        return 1.0
 
 
 def tried(
@@ -96,7 +98,9 @@ def tried(
     try:
         reading = attack.run(observation, model, prior, budget, 0)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else "no message"
+        first = "no message"
+        if str(error):
+            first = str(error).splitlines()[0]
         return Reconstruction(
             attack=attack.name, items=(), confidence=0.0, seconds=0.0, knowledge_used=(), applicable=True,
             reason=f"failed with {type(error).__name__}: {first}", details={_FAILED: 1},
@@ -142,7 +146,9 @@ def noise_scores(
     scores: list[float] = []
     for number in range(count):
         reading, result = run(number)
-        floor = 0.0 if truth is None else min(scored.baseline, scored.value)
+        floor = 0.0
+        if truth is not None:
+            floor = min(scored.baseline, scored.value)
         if truth is None:
             scores.append(reading.confidence if reading.items else floor)
         else:
@@ -163,7 +169,9 @@ def noise_values(readings: Sequence[Reconstruction], scored: Score, truth: Truth
     """Return what readings of noise score against a truth, by the measure of a score; one that finds nothing
     scores guessing.
     """
-    others = [score(reading, truth, with_luck=False) for reading in readings]
+    others = []
+    for reading in readings:
+        others.append(score(reading, truth, with_luck=False))
     floor = min(scored.baseline, scored.value)
     return tuple(
         other.value if other is not None and other.measure == scored.measure else floor for other in others
@@ -180,12 +188,22 @@ def confidences(
     noise.
     What is reported is calibrated: how right the attack was when it was as sure on rehearsals and on noise.
     """
-    confidence = reconstruction.confidence if reconstruction.items else 0.0
+    confidence = 0.0
+    if reconstruction.items:
+        confidence = reconstruction.confidence
     ceiling, mean = max(noise, default=0.0), sum(noise) / max(1, len(noise))
-    right = [reading.confidence for reading, result in rehearsals if result is not None and result.proven]
-    usual = sorted(right)[len(right) // 2] if right else 0.0
-    pairs = [(reading.confidence, _rightness(result)) for reading, result in rehearsals]
-    pairs += [(one, 0.0) for one in noise]
+    right = []
+    for reading, result in rehearsals:
+        if result is not None and result.proven:
+            right.append(reading.confidence)
+    usual = 0.0
+    if right:
+        usual = sorted(right)[len(right) // 2]
+    pairs = []
+    for reading, result in rehearsals:
+        pairs.append((reading.confidence, _rightness(result)))
+    for one in noise:
+        pairs.append((one, 0.0))
     telling = bool(right) and usual - ceiling >= TELLING
     own = Score(
         measure=CONFIDENCE,
@@ -195,7 +213,8 @@ def confidences(
         luck=0.0 if telling and confidence > 0.5 * (ceiling + usual) else 1.0,
         calibrated=calibrated(confidence, pairs),
     )
-    own = against_noise(own, noise) if noise else own
+    if noise:
+        own = against_noise(own, noise)
     if not rehearsals:
         return own, None
     control = Score(
@@ -208,7 +227,9 @@ def _rightness(result: Score | None) -> float:
     """Return how right a rehearsed attack was, from 0 for guessing to 1."""
     if result is None or not result.succeeded:
         return 0.0
-    return 1.0 if result.measure == "PSNR dB" else max(0.0, min(1.0, result.value))
+    if result.measure == "PSNR dB":
+        return 1.0
+    return max(0.0, min(1.0, result.value))
 
 
 def calibrated(confidence: float, pairs: Sequence[tuple[float, float]]) -> float:
@@ -240,7 +261,10 @@ def decide(questions: Sequence[Question]) -> tuple[Judgement, ...]:
     Guarantee: of an audit in which every success is luck, at most a share of `LEVEL` holds a *leaked*, as far
     as the lucks are right. *Not leaked* is said only beside a control of the same setting that passed.
     """
-    asked = [place for place, question in enumerate(questions) if question.luck is not None]
+    asked = []
+    for place, question in enumerate(questions):
+        if question.luck is not None:
+            asked.append(place)
     corrected = luck.holm([questions[place].luck or 0.0 for place in asked])
     levels = dict(zip(asked, corrected, strict=True))
     return tuple(
@@ -254,7 +278,10 @@ def judge(question: Question, *, corrected: float | None = None, questions: int 
     for none.
     """
     scored, control = question.seen[1], question.control
-    chance = question.luck if corrected is None else corrected
+    if corrected is None:
+        chance = question.luck
+    else:
+        chance = corrected
     judgement = _judged(question, chance)
     words = [judgement.reason, *_over(scored), *question.notes]
     if judgement.verdict == "leaked" and control is None:
@@ -305,12 +332,17 @@ def _matters(scored: Score) -> bool:
 
 def _silent(question: Question, scored: Score, control: Score, chance: float) -> Judgement:
     """Judge an attack that did not beat luck although its control passed."""
-    bottom = scored.baseline if scored.noise is None else max(scored.baseline, scored.noise)
+    if scored.noise is None:
+        bottom = scored.baseline
+    else:
+        bottom = max(scored.baseline, scored.noise)
     share = (scored.value - bottom) / max(control.value - bottom, 1e-12)
     if scored.luck > LUCK and scored.value > scored.baseline and share > NEAR:
         return _scored("inconclusive", scored, question.control, _lucky(scored))
     if share > NEAR or control.value <= bottom:
-        reason = "between luck and the control" if share < 1 - NEAR else "as good as on the undefended update"
+        reason = "as good as on the undefended update"
+        if share < 1 - NEAR:
+            reason = "between luck and the control"
         number = f", but among all questions of this audit luck does as well in {chance:.1%} of cases"
         return _scored("inconclusive", scored, question.control, reason + number)
     return _doubted(_scored("not leaked", scored, question.control, "control passed"), question.doubt)
@@ -318,7 +350,9 @@ def _silent(question: Question, scored: Score, control: Score, chance: float) ->
 
 def _doubted(judgement: Judgement, doubt: str) -> Judgement:
     """Take "not leaked" back where the rehearsal behind it may have been easier than the update."""
-    return replace(judgement, verdict="inconclusive", reason=doubt) if doubt else judgement
+    if doubt:
+        return replace(judgement, verdict="inconclusive", reason=doubt)
+    return judgement
 
 
 def _unproven(control: Result) -> Judgement:
@@ -356,7 +390,9 @@ def _over(scored: Score | None) -> tuple[str, ...]:
 
 def _beside(scored: Score | None, reference: Score | None, verdict: Verdict, reason: str) -> Judgement:
     if scored is not None:
-        control = None if reference is None else reference.value
+        control = None
+        if reference is not None:
+            control = reference.value
         return replace(_numbers(verdict, scored, control), reason=reason)
     if reference is None:
         return Judgement(verdict=verdict, reason=reason)
@@ -370,7 +406,10 @@ def _beside(scored: Score | None, reference: Score | None, verdict: Verdict, rea
 
 
 def _scored(verdict: Verdict, scored: Score, control: Result | None, reason: str) -> Judgement:
-    reference = None if control is None or control[1] is None else control[1].value
+    if control is None or control[1] is None:
+        reference = None
+    else:
+        reference = control[1].value
     if verdict == "leaked" and scored.measure == CONFIDENCE:
         reason = "as sure as on a rehearsal with invented data"
     return replace(_numbers(verdict, scored, reference), reason=reason)

@@ -31,7 +31,15 @@ FROM_ROOT = {
 SECTIONS: dict[str, list[str]] = {
     "Start": ["index.md", "tutorial.md", "your_own_csv.md", "run_file.md"],
     "Use": ["data.md", "models.md", "prompts.md", "lora.md", "pretraining.md", "experiments.md"],
-    "Trust": ["threat_model.md", "mistakes.md", "shared_noise.md", "attacks.md", "secagg.md", "he.md", "security.md"],
+    "Trust": [
+        "threat_model.md",
+        "mistakes.md",
+        "shared_noise.md",
+        "attacks.md",
+        "secagg.md",
+        "he.md",
+        "security.md",
+    ],
     "Inside": ["architecture.md", "rooms.md", "extending.md", "contributing.md"],
 }
 Navigation = list[dict[str, object] | str]

@@ -1,4 +1,6 @@
-"""Noise in shares for a sum that is bounded per record: every site adds a part, the opened sum holds the whole."""
+"""Noise in shares for a sum that is bounded per record:
+every site adds a part, the opened sum holds the whole.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from defenses.random_source import RandomSource
 
 Reals = npt.NDArray[np.float64]
 
-# Sums of float32 gradients depend on their order; up to some hundred records a site that stays far below this.
+# Sums of float32 gradients depend on their order; up to some hundred records a site that stays far below
+# this.
 FLOAT_ROOM = 1e-3
 _FINE_BITS = 16  # rows are summed exactly, on a grid finer than the released one by this many bits
 _LARGEST_EXACT = 2.0**62
@@ -76,7 +79,8 @@ class SumMechanism:
             problems.append(f"sampling_rate = {self.sampling_rate}: must lie in (0, 1]")
         if self.whole_numbers and (self.bound < 1 or self.scale != int(self.scale)):
             problems.append(
-                f"bound = {self.bound}, scale = {self.scale}: whole numbers need a bound of at least 1 and a whole scale"
+                f"bound = {self.bound}, scale = {self.scale}: whole numbers need a bound "
+                "of at least 1 and a whole scale"
             )
         if problems:
             raise ParameterError("; ".join(problems))
@@ -131,7 +135,9 @@ class SumMechanism:
         )
 
     def share(self, total: Reals, source: RandomSource) -> Integers:
-        """Return one site's sum [d] of bounded rows on the grid, with this site's share of the noise, int64."""
+        """Return one site's sum [d] of bounded rows on the grid,
+        with this site's share of the noise, int64.
+        """
         values = np.asarray(total, dtype=np.float64).reshape(-1)
         if len(values) != self.dimension:
             raise ParameterError(f"total: has {len(values)} numbers, the mechanism states {self.dimension}")
@@ -159,7 +165,9 @@ class SumMechanism:
         return self._noised(np.clip(rounded, -self.largest, self.largest), source)
 
     def bounded(self, rows: Reals) -> Reals:
-        """Return the rows [n, d] within the bound: scaled down, or left out where whole numbers are beyond it."""
+        """Return the rows [n, d] within the bound:
+        scaled down, or left out where whole numbers are beyond it.
+        """
         values = np.asarray(rows, dtype=np.float64)
         if values.ndim != 2 or values.shape[1] != self.dimension:
             raise ParameterError(f"rows: shape {values.shape}, must be [n, {self.dimension}]")
@@ -197,7 +205,8 @@ def smallest_multiplier(
     count: int = 1,
     history: Sequence[Event] = (),
 ) -> float:
-    """Return the smallest noise multiplier, rounded up, with which `count` events keep epsilon on top of a history.
+    """Return the smallest noise multiplier, rounded up, with which `count` events keep epsilon on top of a
+    history.
 
     Raises:
       BudgetExceeded: the history leaves nothing.

@@ -55,7 +55,10 @@ class AuditBudget:
         if left <= 0 or (self.name == "quick" and attack.family in HEAVY):
             return None
         preset = Budget.named(self.name)
-        restarts = 2 if self.name == "standard" and attack.family in HEAVY else preset.restarts
+        if self.name == "standard" and attack.family in HEAVY:
+            restarts = 2
+        else:
+            restarts = preset.restarts
         return replace(preset, seconds=min(each, left), restarts=restarts)
 
     def draw(self, stage: ReplayedStep, number: int, point: Point) -> ReplayedStep | None:

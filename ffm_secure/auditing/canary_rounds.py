@@ -31,7 +31,9 @@ class Coins(Protocol):
 def record_canaries(mechanism: RecordMechanism, coins: Coins, source: RandomSource) -> Iterator[Tensor]:
     """Yield the sum of all updates after each round."""
     included = coins.included.nonzero().flatten()
-    vectors = [coins.direction(int(index)) for index in included]
+    vectors = []
+    for index in included:
+        vectors.append(coins.direction(int(index)))
     total = torch.zeros(coins.dimension)
     while True:
         for _ in range(mechanism.steps):

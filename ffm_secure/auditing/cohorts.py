@@ -57,7 +57,10 @@ def read_rounds(
     stop = time.process_time() + SECONDS[budget]
     brought: dict[int, set[int]] = {}
     sums: dict[Content, list[OpenedSum]] = {"sent": [], "raw": []}
-    recorded = [record.survivors for record in records if record.phase == "private" and not record.aborted]
+    recorded = []
+    for record in records:
+        if record.phase == "private" and not record.aborted:
+            recorded.append(record.survivors)
     for number, cohort in enumerate(_cohorts(prepared, recorded)):
         if time.process_time() > stop and number >= min(len(recorded), ROUNDS[0]):
             break
@@ -91,9 +94,18 @@ def _cohorts(prepared: simulation.Prepared, recorded: Sequence[Sequence[int]]) -
     """
     yield from recorded[: ROUNDS[-1]]
     order = np.random.default_rng(0)
-    able = [index for index, part in enumerate(prepared.parts) if len(part)]
-    size = len(recorded[-1]) if recorded else prepared.config.federation.cohort
-    size = size if size < len(able) else max(1, len(able) // 2)
+    able = []
+    for index, part in enumerate(prepared.parts):
+        if len(part):
+            able.append(index)
+    if recorded:
+        size = len(recorded[-1])
+    else:
+        size = prepared.config.federation.cohort
+    if size < len(able):
+        size = size
+    else:
+        size = max(1, len(able) // 2)
     for _ in range(len(recorded), ROUNDS[-1]):
         yield sorted(order.choice(able, size=size, replace=False).tolist())
 
@@ -123,14 +135,19 @@ def _totals(
 def _records(prepared: simulation.Prepared) -> int:
     """Return how many records a client learns from in one round, all of them at once here."""
     spec = prepared.config.federation.lifecycle
-    return min(_MOST, spec.local_steps * spec.batch_size) if spec.local_steps else _MOST
+    if spec.local_steps:
+        return min(_MOST, spec.local_steps * spec.batch_size)
+    return _MOST
 
 
 def _seen(
     prepared: simulation.Prepared, tensors: dict[str, Tensor], clients: int, content: Content
 ) -> Observation:
     names = replayed.own_names(prepared)
-    facts = replayed.noise_facts(prepared, "aggregated", clients) if content == "sent" else {}
+    if content == "sent":
+        facts = replayed.noise_facts(prepared, "aggregated", clients)
+    else:
+        facts = {}
     return Observation(
         kind="sum" if clients > 1 else "gradient",
         tensors={names[name]: tensor.detach().cpu() for name, tensor in tensors.items()},
@@ -152,7 +169,9 @@ def attribution_question(rounds: ReadRounds) -> Question:
         return Question(seen=silent, control=_result(_read_undefended(rounds.raw)))
     control = attribution_score(rounds.raw, rounds.owners, rounds.clients)
     attributed = _attributed(rounds, rounds.sent[:count])
-    cohorts = {one.cohort for one in rounds.sent[:count]}
+    cohorts = set()
+    for one in rounds.sent[:count]:
+        cohorts.add(one.cohort)
     note = f"over {min(count, len(rounds.sent))} rounds, by who took part"
     if len(cohorts) == 1:
         note = "the same clients took part in every round, so no round tells them apart"
@@ -160,9 +179,9 @@ def attribution_question(rounds: ReadRounds) -> Question:
 
 
 def _attributed(rounds: ReadRounds, sums: Sequence[OpenedSum]) -> Result:
-    scored = (
-        attribution_score(sums, rounds.owners, rounds.clients) if any(one.tokens for one in sums) else None
-    )
+    scored = None
+    if any(one.tokens for one in sums):
+        scored = attribution_score(sums, rounds.owners, rounds.clients)
     return _result(scored)
 
 
@@ -189,9 +208,16 @@ def _result(scored: Score | None, reason: str = "no word is one client's alone")
 
 def attribution_curve(rounds: ReadRounds) -> LeakCurve:
     """Draw how attribution grows with the rounds an observer sees."""
-    places = [count for count in ROUNDS if count <= len(rounds.sent)]
-    scores = [_attributed(rounds, rounds.sent[:count])[1] for count in places]
-    chance = 1 / rounds.clients if rounds.clients else None
+    places = []
+    for count in ROUNDS:
+        if count <= len(rounds.sent):
+            places.append(count)
+    scores = []
+    for count in places:
+        scores.append(_attributed(rounds, rounds.sent[:count])[1])
+    chance = None
+    if rounds.clients:
+        chance = 1 / rounds.clients
     values = tuple(chance or 0.0 if one is None else one.value for one in scores)
     reason = rounds.refused or (
         "" if len(places) == len(ROUNDS) else "the seconds of this budget were used up"
@@ -210,4 +236,6 @@ def attribution_curve(rounds: ReadRounds) -> LeakCurve:
 
 def with_curve(rounds: ReadRounds | None) -> tuple[LeakCurve, ...]:
     """Return the curve of attribution where sums were read."""
-    return () if rounds is None else (attribution_curve(rounds),)
+    if rounds is None:
+        return ()
+    return (attribution_curve(rounds),)

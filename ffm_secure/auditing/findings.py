@@ -107,8 +107,13 @@ def run_attacks(
 
     `whose` asks, for each observer of sums, whether what they hold can be given to its client.
     """
-    names = [name for name in ATTACKS if {"all", name} & set(config.audit.attacks)]
-    attacks = [ATTACKS[name]() for name in names]
+    names = []
+    for name in ATTACKS:
+        if {"all", name} & set(config.audit.attacks):
+            names.append(name)
+    attacks = []
+    for name in names:
+        attacks.append(ATTACKS[name]())
     asked: list[Asked] = []
     # Closed forms come first, so that a search for what they have read exactly is skipped.
     for attack in sorted(attacks, key=lambda one: (one.family in HEAVY, one.name in LATE)):
@@ -136,14 +141,22 @@ def _ask(
     """Run an attack at every point an observer sees, all of them together,
     so that its control is run once.
     """
-    several = stages[1:] if attack.family in HEAVY else stages[:1]
+    if attack.family in HEAVY:
+        several = stages[1:]
+    else:
+        several = stages[:1]
     places: dict[Point, list[Observer]] = {}
     for observer in observers:
         places.setdefault(client_replay.seen_by(observer, config, several[0].points), []).append(observer)
-    better = {point: _dominator(attack, point, before) for point in places}
+    better = {}
+    for point in places:
+        better[point] = _dominator(attack, point, before)
     if all(better.values()):
         for point, who in places.items():
-            reason = purse.refusal(attack) if purse.budget(attack) is None else dominated(better[point])
+            if purse.budget(attack) is None:
+                reason = purse.refusal(attack)
+            else:
+                reason = dominated(better[point])
             yield Asked(
                 attack=attack,
                 point=point,
@@ -158,10 +171,15 @@ def _ask(
     for point, who in places.items():
         proven = control is not None and control[1] is not None and control[1].proven
         # Where the control failed nothing would be proven, so the attack is not run a second time.
-        observed = repeated(attack, stage, point, purse, ran, like=control, noise=True) if proven else control
+        if proven:
+            observed = repeated(attack, stage, point, purse, ran, like=control, noise=True)
+        else:
+            observed = control
         question = None
         if observed is not None and control is not None:
-            never = UNCRAFTED if attack.family == "active" else ""
+            never = ""
+            if attack.family == "active":
+                never = UNCRAFTED
             question = Question(seen=observed, control=control, never=never)
         yield Asked(
             attack=attack,
@@ -178,7 +196,9 @@ def _dominator(attack: Attack, point: Point, before: Sequence[Asked]) -> str:
     if attack.family not in HEAVY:
         return ""
     for one in before:
-        scored = None if one.question is None else one.question.seen[1]
+        scored = None
+        if one.question is not None:
+            scored = one.question.seen[1]
         if one.point == point and scored is not None and scored.exact and scored.measure in SEARCHED:
             return one.attack.name
     return ""
@@ -192,7 +212,10 @@ def _findings_of(
             yield not_run(observer, asked.attack.name, asked.point, asked.refused)
             continue
         scored = asked.question.seen[1]
-        shown = scored.pictures if scored is not None and judged.verdict in ("leaked", "not leaked") else ()
+        if scored is not None and judged.verdict in ("leaked", "not leaked"):
+            shown = scored.pictures
+        else:
+            shown = ()
         prior = asked.stage.prior
         pictures = side_by_side(shown[:SHOWN_PICTURES], prior.image_mean, prior.image_std)
         finding = finding_of(observer, asked.point, asked.question.seen, judged, decode)
@@ -204,11 +227,19 @@ def _stage_for(attack: Attack, stages: Sequence[ReplayedStep], purse: AuditBudge
     """Return the first stage on which the control passes; a step on one record is the second chance of a
     cheap attack.
     """
-    several = stages[1:] if attack.family in HEAVY else stages if attack.family in CLOSED else stages[:1]
+    if attack.family in HEAVY:
+        several = stages[1:]
+    else:
+        if attack.family in CLOSED:
+            several = stages
+        else:
+            several = stages[:1]
     for stage in several:
         control = run_once(attack, stage, stage.control, purse, ran)
         if control is None or control[0].seconds > DEAR or (control[1] is not None and control[1].succeeded):
-            return stage if control is not None and control[1] is not None else several[0]
+            if control is not None and control[1] is not None:
+                return stage
+            return several[0]
     return several[0]
 
 
@@ -239,7 +270,12 @@ def repeated(
     the update.
     """
     first = run_once(attack, stage, stage.at(point), purse, ran)
-    known = first[1] if first is not None and first[1] is not None else None if like is None else like[1]
+    if first is not None and first[1] is not None:
+        known = first[1]
+    else:
+        known = None
+        if like is not None:
+            known = like[1]
     if first is None or known is None:
         return first
     guess = replace(
@@ -250,11 +286,15 @@ def repeated(
     for number in range(1, (DRAWS_OF_ONE if stage.records == 1 else DRAWS) if cheap else 1):
         other = purse.draw(stage, number, point)
         place = f"{point}, draw {number}"
-        attempt = None if other is None else run_once(attack, other, other.at(point), purse, ran, key=place)
+        attempt = None
+        if other is not None:
+            attempt = run_once(attack, other, other.at(point), purse, ran, key=place)
         if other is None or attempt is None:
             break
         draws.append((attempt[1] or guess, other.at(point).truth))
-    scores = [scored for scored, _ in draws]
+    scores = []
+    for scored, _ in draws:
+        scores.append(scored)
     if all(one is guess for one in scores):
         return first
     if noise and pooled(scores).luck <= LEVEL:
@@ -307,7 +347,9 @@ def _beside_the_wire(
         return replace(finding, observed_reason=str(error))
     result, scored = cast(Result, attempt)
     note = f"{clients} client{'s' if clients > 1 else ''} in one whole round, nothing granted"
-    value = None if scored is None else scored.value
+    value = None
+    if scored is not None:
+        value = scored.value
     return replace(
         finding, observed=value, observed_reason=note if value is not None else f"{note}: {result.reason}"
     )

@@ -49,7 +49,9 @@ def place_on_curves(
     clients = stage.at(client_replay.seen_by("server", config, stage.points)).observation.contributors
     records = float(config.federation.lifecycle.batch_size * clients)
     noise = float(prepared.mechanism.noise_multiplier)
-    tokens = records * mean_length(stage) / width.size if width else None
+    tokens = None
+    if width:
+        tokens = records * mean_length(stage) / width.size
     here = {
         "records": records,
         "noise multiplier": noise,

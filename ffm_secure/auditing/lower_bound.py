@@ -30,7 +30,9 @@ def mechanism_lower_bound(prepared: simulation.Prepared, *, seed: int = 1) -> ca
     upper bound.
     """
     rounds = bounds_over_rounds(prepared, seed=seed)
-    return strongest(rounds[max(rounds)]) if rounds else None
+    if rounds:
+        return strongest(rounds[max(rounds)])
+    return None
 
 
 def _totals(mechanism: Mechanism, coins: canary.Canaries) -> Iterator[Tensor]:
@@ -76,8 +78,12 @@ def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[
 def curve_over_rounds(bounds: Mapping[int, Bounds]) -> Iterator[LeakCurve]:
     """Show how the proven lower bound on epsilon grows over the rounds one client takes part in."""
     epsilons = tuple(strongest(one).epsilon for one in bounds.values())
-    reason = "" if bounds else "no noise hides what one round tells, so more rounds add nothing to it"
-    here = float(max(bounds)) if bounds else None
+    reason = "no noise hides what one round tells, so more rounds add nothing to it"
+    if bounds:
+        reason = ""
+    here = None
+    if bounds:
+        here = float(max(bounds))
     x = tuple(map(float, bounds))
     yield LeakCurve(
         attack="canaries",

@@ -53,8 +53,12 @@ def side_by_side(
     pairs: Iterable[_Pair], mean: Tensor | None = None, deviation: Tensor | None = None
 ) -> tuple[RecoveredPicture, ...]:
     """Turn true and recovered images as the model takes them into pictures as a person sees them."""
-    shift = 0.0 if mean is None else mean.view(-1, 1, 1)
-    scale = 1.0 if deviation is None else deviation.view(-1, 1, 1)
+    shift = torch.zeros(())
+    if mean is not None:
+        shift = mean.view(-1, 1, 1)
+    scale = torch.ones(())
+    if deviation is not None:
+        scale = deviation.view(-1, 1, 1)
 
     def address(image: Tensor) -> str:
         return png_address(image * scale + shift)

@@ -65,7 +65,9 @@ def _without_colluders(
             values = values - torch.from_numpy(safetensors.numpy.load_file(path)["values"])
         else:
             honest.append(site)
-    own = honest[0] if len(honest) == 1 else -1
+    own = -1
+    if len(honest) == 1:
+        own = honest[0]
     return values, replace(description, sites=tuple(honest), own=own)
 
 
@@ -77,7 +79,9 @@ def _observation(
     sent = spec.strategy.sends(description.step) or tuple(trained.parameters)
     if description.observer in ("client", "public"):
         sent = tuple(trained.parameters)
-    like = {name: trained.parameters[name] for name in sent}
+    like = {}
+    for name in sent:
+        like[name] = trained.parameters[name]
     length = sum(parameter.numel() for parameter in like.values())
     tensors = unflatten(values[:length], like)
     clients = max(1, len(description.sites))
@@ -88,7 +92,9 @@ def _observation(
     start = None
     if broadcast is not None:
         whole = unflatten(broadcast, trained.parameters)
-        start = {names[name]: tensor for name, tensor in whole.items()}
+        start = {}
+        for name, tensor in whole.items():
+            start[names[name]] = tensor
     return Observation(
         kind="sum" if clients > 1 else "delta",
         tensors={names[name]: tensor for name, tensor in tensors.items()},
@@ -112,9 +118,18 @@ def _truth(model: LoadedModel, folder: Path, description: RecordedObservation) -
             parts.append(load_truth(path))
     if not parts or (description.observer == "public" and model.spec.config.federation.rounds > 1):
         return None
-    images = [part.images for part in parts if part.images is not None]
-    sequences = [text for part in parts for text in part.sequences or ()]
-    labels = [label for part in parts for label in part.labels or ()]
+    images = []
+    for part in parts:
+        if part.images is not None:
+            images.append(part.images)
+    sequences = []
+    for part in parts:
+        for text in part.sequences or ():
+            sequences.append(text)
+    labels = []
+    for part in parts:
+        for label in part.labels or ():
+            labels.append(label)
     return Truth(
         sequences=tuple(sequences) or None,
         images=torch.cat(images) if images else None,

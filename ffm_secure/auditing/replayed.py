@@ -22,10 +22,12 @@ from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines import simulation
 from ffm_secure.engines.loaded_model import LoadedModel
+from ffm_secure.foreign import ModelOutput
 from ffm_secure.records import Observer, Point, RoundPlan, RoundRecord
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.strategies import ServerState
+from ffm_secure.tasks.encoded import Encoded
 
 Ints = NDArray[np.int64]
 _STRANGERS = 8  # records of each other client that guessing may go by
@@ -67,10 +69,10 @@ def gradients(
     with prepared.trainable.training_only(strategy.trains(0)):
         points = _points(prepared, batch, sent_only=sent_only)
     sent = strategy.sends(0)
-    return {
-        point: {name: value for name, value in tensors.items() if sent is None or name in sent}
-        for point, tensors in points.items()
-    }
+    gradients: dict[str, dict[str, Tensor]] = {}
+    for point, tensors in points.items():
+        gradients[point] = {name: value for name, value in tensors.items() if sent is None or name in sent}
+    return gradients
 
 
 def _points(
@@ -140,10 +142,14 @@ def aggregate(
     noise.
     """
     own = points.get("noised", points["raw"])
-    total = {name: value.clone() for name, value in own.items()}
+    total = {}
+    for name, value in own.items():
+        total[name] = value.clone()
     for other in others:
         own_batch = records_of(prepared, other.client, other.rows)
-        batch = {name: value.to(prepared.device) for name, value in own_batch.items()}
+        batch = {}
+        for name, value in own_batch.items():
+            batch[name] = value.to(prepared.device)
         sent = gradients(prepared, batch, sent_only=True)
         for name, value in (sent.get("noised") or sent["raw"]).items():
             total[name] += value
@@ -161,17 +167,27 @@ def seen_by(observer: Observer, config: RunConfig, points: Collection[Point]) ->
     """Return at which point of its way an observer sees an update; seeded noise hides nothing, so it is taken
     off.
     """
-    alone: Point = "clipped" if config.privacy.noise == "seeded" else "noised"
-    single: Point = alone if alone in points else "raw"
+    alone: Point = "noised"
+    if config.privacy.noise == "seeded":
+        alone = "clipped"
+    single: Point = "raw"
+    if alone in points:
+        single = alone
     if observer == "server" and config.protection.kind == "none":
         return single
     if observer == "colluding_server" and config.protection.kind != "secagg":
         return single
-    return single if config.privacy.noise == "seeded" else "aggregated"
+    if config.privacy.noise == "seeded":
+        return single
+    return "aggregated"
 
 
 def wire_change(
-    prepared: simulation.Prepared, vector: Tensor, members: Any, client: int, others: Sequence[Companion] = ()
+    prepared: simulation.Prepared,
+    vector: Tensor,
+    members: Encoded,
+    client: int,
+    others: Sequence[Companion] = (),
 ) -> dict[str, Tensor]:
     """Return the opened sum of what a cohort really sends in one round; its first client has nothing but
     `members`.
@@ -183,14 +199,19 @@ def wire_change(
     """
     if prepared.strategy.merges_into_base:
         raise ValueError("products are sent, not the change of the trained tensors themselves")
-    rows = {other.client: other.rows for other in others}
+    rows = {}
+    for other in others:
+        rows[other.client] = other.rows
     chosen = [client, *rows]
     trainer = SiteTrainer(spec=prepared.spec, trainable=prepared.trainable, task=prepared.task)
     plan = RoundPlan(run_id=bytes(16), round=1, cohort=tuple(chosen), fingerprint="", mechanism="")
     total = None
     for index in chosen:
         own = index == client
-        examples = members if own else prepared.task.encode(prepared.data.rows(index).take(rows[index]))
+        if own:
+            examples = members
+        else:
+            examples = prepared.task.encode(prepared.data.rows(index).take(rows[index]))
         data = SiteData(index=index, name="", examples=examples)
         sent = trainer.run_round(data, plan, vector.to(prepared.device), RandomSource.system())
         if total is None:
@@ -202,7 +223,9 @@ def wire_change(
     prepared.trainable.load_vector(vector)
     values = torch.from_numpy(prepared.codec.open(total, round=1, survivors=chosen).values).float()
     parameters = prepared.trainable.parameters
-    like = {name: parameters[name] for name in prepared.strategy.sends(plan.step) or parameters}
+    like = {}
+    for name in prepared.strategy.sends(plan.step) or parameters:
+        like[name] = parameters[name]
     return unflatten(values[: sum(p.numel() for p in like.values())], like)  # half a vector is padded
 
 
@@ -257,7 +280,11 @@ def noise_facts(prepared: LoadedModel, point: Point, clients: int, *, steps: int
 
 
 def _others(prepared: simulation.Prepared, client: int) -> list[int]:
-    return [index for index in range(len(prepared.parts)) if index != client and len(prepared.parts[index])]
+    others: list[int] = []
+    for index in range(len(prepared.parts)):
+        if index != client and len(prepared.parts[index]):
+            others.append(index)
+    return others
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -267,8 +294,13 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def own_names(prepared: LoadedModel) -> dict[str, str]:
     """Map the canonical names of what is trained to the names the model itself uses."""
-    own = {id(parameter): name for name, parameter in prepared.trainable.model.named_parameters()}
-    return {name: own[id(parameter)] for name, parameter in prepared.trainable.parameters.items()}
+    own = {}
+    for name, parameter in prepared.trainable.model.named_parameters():
+        own[id(parameter)] = name
+    own_names: dict[str, str] = {}
+    for name, parameter in prepared.trainable.parameters.items():
+        own_names[name] = own[id(parameter)]
+    return own_names
 
 
 def attackable(prepared: LoadedModel) -> nn.Module:
@@ -281,7 +313,7 @@ def attackable(prepared: LoadedModel) -> nn.Module:
         return model
     kind = type(model)
 
-    def forward(self: nn.Module, input_ids: Tensor, **rest: Any) -> Any:
+    def forward(self: nn.Module, input_ids: Tensor, **rest: object) -> ModelOutput:
         mask = rest.pop("attention_mask", (input_ids != pad).long())
         return kind.forward(self, input_ids=input_ids, attention_mask=mask, **rest)
 

@@ -61,7 +61,10 @@ def audit_run(folder: Path, *, budget: str = "quick", rows: Memory | None = None
     observed = _recorded(folder, config, purse)
     replay = _replayed(folder, config, resumed, purse, rows)
     findings = (*observed, *replay.findings)
-    last = replay.bounds[max(replay.bounds)] if replay.bounds else ()
+    if replay.bounds:
+        last = replay.bounds[max(replay.bounds)]
+    else:
+        last = ()
     audit = AuditSummary(
         budget=budget,
         cpu_seconds=time.process_time() - began,
@@ -82,7 +85,10 @@ def _recorded(folder: Path, config: RunConfig, purse: AuditBudget) -> tuple[Audi
     if not (folder / "observations").is_dir() or not any((folder / "observations").iterdir()):
         return ()
     model = load_model(config, Path.cwd(), read_facts(folder), multiplier=stored_noise(folder))
-    wanted = [ATTACKS[name]() for name in ATTACKS if {"all", name} & set(config.audit.attacks)]
+    wanted = []
+    for name in ATTACKS:
+        if {"all", name} & set(config.audit.attacks):
+            wanted.append(ATTACKS[name]())
     return tuple(audit_recorded(model, folder, purse, wanted, decoder(model.backbone.tokenizer)))
 
 
@@ -112,20 +118,28 @@ def _replayed(
             raise
         return Replay(note=f"The worst case of one step was not played again: {error}")
     vector = client_replay.next_start(prepared, folder, *resumed)
-    stages = [with_draws(prepared, vector, records) for records in (CANDIDATES, 1)]
+    stages = []
+    for records in (CANDIDATES, 1):
+        stages.append(with_draws(prepared, vector, records))
     observers = cast("tuple[Observer, ...]", config.audit.observers or ("server", "public"))
     decode, ran = decoder(prepared.backbone.tokenizer), Ran()
-    witnesses = [
-        observer
-        for observer in observers
-        if observer in cohorts.WITNESSES
-        and client_replay.seen_by(observer, config, stages[0].points) == "aggregated"
-    ]
+    witnesses = []
+    for observer in observers:
+        if (
+            observer in cohorts.WITNESSES
+            and client_replay.seen_by(observer, config, stages[0].points) == "aggregated"
+        ):
+            witnesses.append(observer)
     # Who sees each update alone needs no rounds to tell whose it is.
     text = config.task.kind != "image_classification" and "all" in config.audit.attacks
     asked = bool(witnesses) and text
-    read = cohorts.read_rounds(prepared, stages[0].model, resumed[1], purse.name) if asked else None
-    whose = {} if read is None else dict.fromkeys(witnesses[:1], cohorts.attribution_question(read))
+    read = None
+    if asked:
+        read = cohorts.read_rounds(prepared, stages[0].model, resumed[1], purse.name)
+    if read is not None:
+        whose = dict.fromkeys(witnesses[:1], cohorts.attribution_question(read))
+    else:
+        whose = {}
     findings, questions = run_attacks(stages, observers, config, purse, decode, ran, whose)
     bounds = bounds_over_rounds(prepared)
     curves = (

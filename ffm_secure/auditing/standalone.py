@@ -60,9 +60,15 @@ def audit_observation(
     began = time.process_time()
     try:
         observation = load_observation(folder)
-        loaded = None if model is None else load_model(model, adapter=adapter)
-        known = None if truth is None else load_truth(truth)
-        others = None if unused is None else load_truth(unused)
+        loaded = None
+        if model is not None:
+            loaded = load_model(model, adapter=adapter)
+        known = None
+        if truth is not None:
+            known = load_truth(truth)
+        others = None
+        if unused is not None:
+            others = load_truth(unused)
     except (ObservationError, OSError, ValueError) as error:
         raise StoreError(f"{folder}: {error}") from None
     fitted = _fitted(folder, observation, loaded)
@@ -71,7 +77,10 @@ def audit_observation(
     purse = AuditBudget(name=budget)
     scene = study(observation, loaded, known, unused=others, null_seconds=NULL_SECONDS[budget])
     results = examine(scene, purse.budget, purse.refusal, [ATTACKS[name]() for name in attacks])
-    shift, scale = ((), ()) if model is None else normalisation(model)
+    shift: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+    if model is not None:
+        shift, scale = normalisation(model)
     findings = _findings(results, observation, decode, _Colours(shift=shift, scale=scale))
     return AuditSummary(
         budget=budget,
@@ -93,11 +102,16 @@ class _Colours:
 
     def beside(self, shown: Sequence[Pictured]) -> tuple[RecoveredPicture, ...]:
         """Return true and recovered pictures as a person sees them."""
-        channels = shown[0].truth.shape[0] if shown else 0
+        channels = 0
+        if shown:
+            channels = shown[0].truth.shape[0]
         if channels not in (1, 3):
             return ()
         stated = len(self.shift) == len(self.scale) == channels
-        mean, deviation = (torch.tensor(self.shift), torch.tensor(self.scale)) if stated else (None, None)
+        if stated:
+            mean, deviation = (torch.tensor(self.shift), torch.tensor(self.scale))
+        else:
+            mean, deviation = (None, None)
         return side_by_side(shown[:SHOWN_PICTURES], mean, deviation)
 
 
@@ -113,7 +127,9 @@ def _observer(observation: Observation) -> Observer:
     sees.
     """
     named = observation.observer
-    return cast(Observer, named) if named in get_args(Observer) else "server"
+    if named in get_args(Observer):
+        return cast(Observer, named)
+    return "server"
 
 
 def _renamed(observation: Observation) -> tuple[str, ...]:

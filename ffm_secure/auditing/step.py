@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Prior
+from attacks.foreign import StatedFact
 from attacks.inversion.tokens import vocabulary_of
 from attacks.observation import Knowledge, Observation
 from attacks.truth import Truth
@@ -104,9 +105,12 @@ def build_stage(
         *,
         content: str = "gradient",
         whole: Truth | None = None,
-        **known_facts: Any,
+        **known_facts: StatedFact,
     ) -> ObservationPoint:
-        summed = {"summand": content} if clients > 1 else {}
+        if clients > 1:
+            summed = {"summand": content}
+        else:
+            summed = {}
         hidden = client_replay.noise_facts(prepared, point, clients, steps=known_facts.get("local_steps", 0))
         observation = Observation(
             kind="sum" if clients > 1 else cast(Literal["gradient", "delta"], content),
@@ -126,8 +130,13 @@ def build_stage(
     def wire(clients: int) -> ObservationPoint:
         others, whole = cohort(clients)
         sent = client_replay.wire_change(prepared, vector, encoded.take(members), client, others)
-        alone: Point = "noised" if prepared.mechanism.noise_multiplier else "raw"
-        point: Point = "aggregated" if clients > 1 else alone
+        alone: Point = "raw"
+        if prepared.mechanism.noise_multiplier:
+            alone = "noised"
+        if clients > 1:
+            point: Point = "aggregated"
+        else:
+            point = alone
         facts = client_replay.wire_facts(prepared, size)
         return scene(point, sent, clients, content="delta", whole=whole, **facts)
 
@@ -159,10 +168,13 @@ def with_draws(prepared: simulation.Prepared, vector: Tensor, records: int) -> R
     return replace(first, again=again)
 
 
-def _candidates(prepared: simulation.Prepared, encoded: Any, rows: list[int]) -> dict[str, Tensor]:
+def _candidates(prepared: simulation.Prepared, encoded: Encoded, rows: list[int]) -> dict[str, Tensor]:
     batch = prepared.task.batch(encoded, np.asarray(rows), device="cpu")
     renamed = {"input_ids": "token_ids", "pixel_values": "images", "labels": "labels"}
-    candidates = {renamed[name]: value for name, value in batch.items() if name in renamed}
+    candidates = {}
+    for name, value in batch.items():
+        if name in renamed:
+            candidates[renamed[name]] = value
     if prepared.config.task.kind in ("causal_lm", "masked_lm"):
         candidates.pop("labels", None)
     return candidates
@@ -172,11 +184,15 @@ def _assumed(task: str, truth: Truth, records: int) -> tuple[Knowledge, Knowledg
     """Return what everyone knows of a round's update,
     and what the observer of one step is granted at worst.
     """
-    shape = (
-        None if truth.images is None else tuple(truth.images.shape[1:])
-    )  # the model itself says what it takes
+    # the model itself says what it takes
+    shape = None
+    if truth.images is not None:
+        shape = tuple(truth.images.shape[1:])
     public = Knowledge(task=task, image_shape=shape)
-    granted = _granted(truth) if records == 1 else {}
+    if records == 1:
+        granted = _granted(truth)
+    else:
+        granted = {}
     return public, replace(public, batch_size=records, local_steps=1, **granted)
 
 
@@ -191,7 +207,9 @@ def _granted(truth: Truth) -> dict[str, Any]:
 def _pixels(prepared: simulation.Prepared) -> dict[str, Any]:
     """Return the public normalisation of pictures."""
     mean, std = getattr(prepared.task, "mean", None), getattr(prepared.task, "std", None)
-    return {} if mean is None or std is None else {"image_mean": mean.flatten(), "image_std": std.flatten()}
+    if mean is None or std is None:
+        return {}
+    return {"image_mean": mean.flatten(), "image_std": std.flatten()}
 
 
 def _truth(
@@ -215,13 +233,17 @@ def _cohort_truth(
     """Return what a whole cohort trained on: an observer of its sum learns that, not what one client of it
     holds.
     """
-    batches = [client_replay.records_of(prepared, other.client, other.rows) for other in others]
-    strangers = [
-        client_replay.records_of(prepared, other.client, other.unused)
-        for other in others
-        if len(other.unused)
-    ]
-    images = [batch["pixel_values"] for batch in batches if "pixel_values" in batch]
+    batches = []
+    for other in others:
+        batches.append(client_replay.records_of(prepared, other.client, other.rows))
+    strangers = []
+    for other in others:
+        if len(other.unused):
+            strangers.append(client_replay.records_of(prepared, other.client, other.unused))
+    images = []
+    for batch in batches:
+        if "pixel_values" in batch:
+            images.append(batch["pixel_values"])
     return replace(
         own,
         sequences=(*(own.sequences or ()), *(text for batch in batches for text in tokens_of(batch))) or None,
@@ -237,7 +259,9 @@ def _cohort_truth(
 def _flat(batch: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Return the labels of whole records."""
     labels = batch.get("labels")
-    return tuple(labels.tolist()) if labels is not None and labels.dim() == 1 else ()
+    if labels is not None and labels.dim() == 1:
+        return tuple(labels.tolist())
+    return ()
 
 
 def tokens_of(batch: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:

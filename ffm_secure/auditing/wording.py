@@ -5,8 +5,8 @@ on a curve.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+from ffm_secure.foreign import ModelTokenizer
 from ffm_secure.records import AuditFinding, Observer
 
 Decode = Callable[[str], str]
@@ -52,7 +52,9 @@ def sentence(findings: Sequence[AuditFinding]) -> str:
         )
     if not passed:
         return "Nothing was proven: no attack worked even on the undefended update."
-    rest = f", {untried} {'was' if untried == 1 else 'were'} not tried under this budget" if untried else ""
+    rest = ""
+    if untried:
+        rest = f", {untried} {'was' if untried == 1 else 'were'} not tried under this budget"
     return (
         f"No leak found: {_attacks(passed)} that read the undefended update failed on what observers see; "
         f"{open_} {'was' if open_ == 1 else 'were'} inconclusive{rest}."
@@ -60,7 +62,9 @@ def sentence(findings: Sequence[AuditFinding]) -> str:
 
 
 def _attacks(count: int) -> str:
-    return f"{count} attack" if count == 1 else f"{count} attacks"
+    if count == 1:
+        return f"{count} attack"
+    return f"{count} attacks"
 
 
 def _exposed(findings: Sequence[AuditFinding]) -> str:
@@ -69,7 +73,10 @@ def _exposed(findings: Sequence[AuditFinding]) -> str:
     """
     learned: dict[tuple[str, ...], list[str]] = {}
     for observer, who in _WHO.items():
-        own = [item for item in findings if item.observer == observer]
+        own = []
+        for item in findings:
+            if item.observer == observer:
+                own.append(item)
         parts = tuple(sorted({_learned(item) for item in own if item.verdict == "leaked"}))
         if parts:
             learned.setdefault((_listed(parts) + _whose(own),), []).append(who)
@@ -77,7 +84,10 @@ def _exposed(findings: Sequence[AuditFinding]) -> str:
 
 
 def _learned(item: AuditFinding) -> str:
-    words = _OF_A_SUM if item.point == "aggregated" else _WHAT
+    if item.point == "aggregated":
+        words = _OF_A_SUM
+    else:
+        words = _WHAT
     return words.get(item.measure, _WHAT.get(item.measure, item.attack))
 
 
@@ -85,20 +95,30 @@ def _whose(findings: Sequence[AuditFinding]) -> str:
     """Say what an observer of sums knows of whose it is; nothing where it sees single updates or rounds gave
     it away.
     """
-    held = [item for item in findings if item.verdict == "leaked" and item.measure in _OF_A_SUM]
+    held = []
+    for item in findings:
+        if item.verdict == "leaked" and item.measure in _OF_A_SUM:
+            held.append(item)
     if not held or any(item.point != "aggregated" for item in held):
         return ""
-    verdicts = {item.verdict for item in findings if item.measure == ATTRIBUTION}
+    verdicts = set()
+    for item in findings:
+        if item.measure == ATTRIBUTION:
+            verdicts.add(item.verdict)
     if "leaked" in verdicts:
         return ""
-    return ", whose they are is open" if "inconclusive" in verdicts else ", not whose they are"
+    if "inconclusive" in verdicts:
+        return ", whose they are is open"
+    return ", not whose they are"
 
 
 def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def decoder(tokenizer: Any) -> Decode:
+def decoder(tokenizer: ModelTokenizer) -> Decode:
     """Return a function from token ids, separated by blanks, to readable tokens, separated by blanks."""
 
     def decode(ids: str) -> str:
@@ -107,4 +127,6 @@ def decoder(tokenizer: Any) -> Decode:
         except (ValueError, TypeError, IndexError, OverflowError):
             return ids
 
-    return (lambda ids: ids) if tokenizer is None else decode
+    if tokenizer is None:
+        return lambda ids: ids
+    return decode

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -17,6 +17,7 @@ from ffm_secure.cli import calculator
 from ffm_secure.cli.printable import printable
 from ffm_secure.config import compatibility, locate, run_file
 from ffm_secure.errors import FfmError
+from ffm_secure.foreign import LazyName
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,12 +54,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for ma
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 
 
-def _commands() -> Any:
+def _commands() -> LazyName:
     """Load the commands on runs, and with them the model libraries, only when one is called."""
     return importlib.import_module("ffm_secure.cli.commands")
 
 
-def _checked(file: Path, overrides: tuple[str, ...]) -> Any:
+def _checked(file: Path, overrides: tuple[str, ...]) -> LazyName:
     """Check a run file, then load the commands: a typo is said before anything heavy is imported."""
     config = run_file.load(file, overrides)
     compatibility.check(config)
@@ -182,7 +183,7 @@ LedgerFile = Annotated[Path | None, typer.Argument(help="Ledger file; without on
 Unit = Annotated[str, typer.Option(help="record, person or client.")]
 
 
-def _ledger_commands() -> Any:
+def _ledger_commands() -> LazyName:
     return importlib.import_module("ffm_secure.cli.ledger_commands")
 
 
@@ -330,6 +331,8 @@ def main() -> None:
 def _unexpected(error: Exception) -> str:
     """Say where an unforeseen error arose; its message may be private and is not shown."""
     frames = traceback.extract_tb(error.__traceback__)
-    places = [f"  {Path(frame.filename).name}:{frame.lineno} in {frame.name}" for frame in frames]
+    places = []
+    for frame in frames:
+        places.append(f"  {Path(frame.filename).name}:{frame.lineno} in {frame.name}")
     advice = "its message may hold private data and is not shown; `python -X dev -m ffm_secure ...` shows it"
     return printable("\n".join([f"error: unexpected {type(error).__name__}; {advice}", *places]))

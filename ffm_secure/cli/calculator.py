@@ -24,7 +24,10 @@ def epsilon(
             raise ConfigError(
                 "epsilon", ["give --q, --sigma and --steps, or at least one --segment q,sigma,steps"]
             )
-        report = tuned_report(parts, delta, *_law(best_of)) if best_of else epsilon_report(parts, delta)
+        if best_of:
+            report = tuned_report(parts, delta, *_law(best_of))
+        else:
+            report = epsilon_report(parts, delta)
     say(report, [f"{name}: {number(value)}" for name, value in report.items()], json=json)
 
 
@@ -61,7 +64,10 @@ def _first_segment(q: float | None, sigma: float | None, steps: int | None) -> l
     options = {"--q": q, "--sigma": sigma, "--steps": steps}
     if all(value is None for value in options.values()):
         return []
-    missing = [f"{name}: missing" for name, value in options.items() if value is None]
+    missing = []
+    for name, value in options.items():
+        if value is None:
+            missing.append(f"{name}: missing")
     if missing:
         raise ConfigError("epsilon", missing)
     assert q is not None

@@ -81,7 +81,10 @@ def experiment(file: Path, *, out: Path, quick: bool, jobs: int, json: bool, qui
     """Run what is missing of a grid; write its table and curves."""
     from ffm_secure.experiments import grid as experiments
 
-    shown = (lambda line: None) if json or quiet else console.print
+    if json or quiet:
+        shown = lambda line: None
+    else:
+        shown = console.print
     with clear_errors():
         html, summary = experiments.run(file, out=out, quick=quick, jobs=jobs, say=shown)
     say(summary, [f"table and curves: {html}"], json=json, quiet=quiet)
@@ -207,23 +210,24 @@ def _plan_lines(described: PlanSummary) -> list[str]:
         f"  sends    {described.sends}",
         f"  spends   {described.spends}",
     ]
-    lines += [
-        f"  {'sees' if index == 0 else '':<8} {observer:<17} {content}"
-        for index, (observer, content) in enumerate(described.reveals.items())
-    ]
+    for index, (observer, content) in enumerate(described.reveals.items()):
+        lines.append(f"  {'sees' if index == 0 else '':<8} {observer:<17} {content}")
     lines += [
         f"  breaks   {described.breaks}",
         *(f"  {_statement_line(item)}" for item in described.statements),
     ]
-    lines += [f"  warning  {warning}" for warning in described.warnings]
+    for warning in described.warnings:
+        lines.append(f"  warning  {warning}")
     return lines
 
 
 def _statement_line(statement: PrivacyStatement) -> str:
-    amount = (
-        f"{statement.epsilon:.4g} at delta {statement.delta:g}" if statement.finite else "none (infinite)"
-    )
-    note = f" ({statement.note})" if statement.note else ""
+    amount = "none (infinite)"
+    if statement.finite:
+        amount = f"{statement.epsilon:.4g} at delta {statement.delta:g}"
+    note = ""
+    if statement.note:
+        note = f" ({statement.note})"
     return (
         f"epsilon  {statement.observer:<17} {amount}; unit {statement.unit}; adjacency "
         f"{statement.adjacency}; "
@@ -265,7 +269,9 @@ def _result_table(result: Result) -> dict[str, Any]:
 
 def _result_lines(result: Result) -> list[str]:
     summary = result.summary
-    majority = "" if summary.metric_majority is None else f", majority {summary.metric_majority:.4f}"
+    majority = ""
+    if summary.metric_majority is not None:
+        majority = f", majority {summary.metric_majority:.4f}"
     lines = [
         "",
         *(f"  {stamp}" for stamp in summary.stamps),
@@ -284,7 +290,9 @@ def _result_lines(result: Result) -> list[str]:
 
 def _finding_line(item: AuditFinding) -> str:
     """Write one verdict with its score, its baseline and its control."""
-    score = "" if item.score is None else f"{item.measure} {item.score:.3f}"
+    score = ""
+    if item.score is not None:
+        score = f"{item.measure} {item.score:.3f}"
     numbers = [
         score,
         *(
@@ -304,15 +312,16 @@ def _finding_line(item: AuditFinding) -> str:
 def _audit_lines(summary: AuditSummary) -> list[str]:
     """Show what leaked, then what did not with its control; the rest as counts."""
     lines = [f"  audit    {summary.sentence}"]
-    written = [
-        item for verdict in ("leaked", "not leaked") for item in summary.findings if item.verdict == verdict
-    ]
-    lines += [f"           {_finding_line(item)}" for item in written]
+    written = []
+    for verdict in ("leaked", "not leaked"):
+        for item in summary.findings:
+            if item.verdict == verdict:
+                written.append(item)
+    for item in written:
+        lines.append(f"           {_finding_line(item)}")
     silent = Counter((item.observer, item.verdict) for item in summary.findings if item not in written)
-    lines += [
-        f"           {observer:<17} {count} {verdict}; reasons in the report"
-        for (observer, verdict), count in silent.items()
-    ]
+    for (observer, verdict), count in silent.items():
+        lines.append(f"           {observer:<17} {count} {verdict}; reasons in the report")
     if summary.epsilon_lower is not None:
         lines.append(
             f"           lower bound on epsilon {summary.epsilon_lower:.3f} ({summary.epsilon_lower_method})"

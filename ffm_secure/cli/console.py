@@ -6,7 +6,6 @@ import json as json_module
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -15,12 +14,13 @@ from defenses.errors import BudgetExceeded, DefenseError, ParameterError, Tamper
 from ffm_secure import record_codec
 from ffm_secure.cli.printable import printable
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, StoreError
+from ffm_secure.foreign import LibraryObject
 
 
 class SafeConsole(Console):
     """Print every text, in a line or in a table's cell, with what a terminal would obey written out."""
 
-    def render_str(self, text: str, **options: Any) -> Text:
+    def render_str(self, text: str, **options: LibraryObject) -> Text:
         """Turn a text into what is printed."""
         return super().render_str(printable(text), **options)
 
@@ -67,4 +67,6 @@ def print_json(value: object) -> None:
 
 def number(value: object) -> str:
     """Return a value as people read it."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)

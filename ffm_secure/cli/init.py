@@ -79,7 +79,10 @@ def _seen(suggestion: Suggestion) -> list[str]:
 def write(suggestion: Suggestion, *, data: str, name: str) -> str:
     """Write the run file of a suggestion."""
     clients = len(suggestion.owners) or _IID_CLIENTS
-    private = suggestion.rows if suggestion.has_validation else int(0.9 * suggestion.rows)
+    if suggestion.has_validation:
+        private = suggestion.rows
+    else:
+        private = int(0.9 * suggestion.rows)
     nominal = _rounded(max(1, private // clients))
     sections = (
         _head(name),
@@ -131,7 +134,8 @@ def _task(suggestion: Suggestion, data: str, clients: int, nominal: int) -> list
             f"class_names = [{names}]",
         ]
     if suggestion.clean:
-        lines += [f"# {cleaner}: {_CLEANERS[cleaner]}" for cleaner in suggestion.clean]
+        for cleaner in suggestion.clean:
+            lines.append(f"# {cleaner}: {_CLEANERS[cleaner]}")
         lines.append(f"clean = [{', '.join(map(_quoted, suggestion.clean))}]")
     if suggestion.owner:
         lines.append(f"clients = {clients}             # one data owner each: the values of the column below")
@@ -156,7 +160,9 @@ def _task(suggestion: Suggestion, data: str, clients: int, nominal: int) -> list
 
 def _length(suggestion: Suggestion) -> int:
     tiny = _model_name(suggestion) != "builtin:minilm"
-    return min(2 * suggestion.max_length, _TINY_LENGTH) if tiny else suggestion.max_length
+    if tiny:
+        return min(2 * suggestion.max_length, _TINY_LENGTH)
+    return suggestion.max_length
 
 
 def _model_name(suggestion: Suggestion) -> str:
@@ -169,7 +175,9 @@ def _model_name(suggestion: Suggestion) -> str:
 
 def _model(suggestion: Suggestion) -> list[str]:
     name = _model_name(suggestion)
-    tiny = "a tiny model to try with; for real work " if name != "builtin:minilm" else "or "
+    tiny = "or "
+    if name != "builtin:minilm":
+        tiny = "a tiny model to try with; for real work "
     return [
         "[model]",
         f"name = {_quoted(name)}   # {tiny}the folder or hub name of a model of yours",

@@ -17,7 +17,9 @@ from ffm_secure.site.ledger_place import FILE, data_home, open_ledger
 
 def place_of(path: Path | None) -> Path:
     """Return the ledger a command means: the named one, or this user's own."""
-    return path.expanduser() if path is not None else data_home() / FILE
+    if path is not None:
+        return path.expanduser()
+    return data_home() / FILE
 
 
 def init(path: Path | None, *, epsilon: float, delta: float, unit: str, json: bool) -> None:
@@ -27,7 +29,9 @@ def init(path: Path | None, *, epsilon: float, delta: float, unit: str, json: bo
         existing = place.is_file()
         with open_ledger(place) as ledger:
             implied = existing and ledger.is_implied(unit)
-            known = ledger.lifetime(unit) if existing and not implied else None
+            known = None
+            if existing and not implied:
+                known = ledger.lifetime(unit)
             if known is not None:
                 raise StoreError(
                     f"{place}: holds a lifetime budget of {known.epsilon:g} at delta {known.delta:g} per "
@@ -64,7 +68,9 @@ def verify(path: Path | None, *, anchor: str, json: bool) -> None:
     with clear_errors():
         if not place.is_file():
             raise StoreError(f"{place}: is not a ledger")
-        held_against = read_anchor(anchor) if anchor else None
+        held_against = None
+        if anchor:
+            held_against = read_anchor(anchor)
         with Ledger.open(place, create=False) as ledger:
             ledger.verify(held_against)
             head = ledger.head()

@@ -42,8 +42,14 @@ def ledger_table(ledger: Ledger, *, owner: str) -> dict[str, Any]:
     owners = sorted({entry.owner for entry in entries} - {EVERYBODY})
     if owner and owner not in owners:
         raise StoreError(f"owner = {owner!r}: the ledger knows {', '.join(owners) or 'nobody'}")
-    chosen = [entry for entry in entries if not owner or entry.owner == owner]
-    charges = [entry for entry in chosen if entry.kind == "reserve"]
+    chosen = []
+    for entry in entries:
+        if not owner or entry.owner == owner:
+            chosen.append(entry)
+    charges = []
+    for entry in chosen:
+        if entry.kind == "reserve":
+            charges.append(entry)
     head = ledger.head()
     return {
         "verified": True,
@@ -69,36 +75,40 @@ def ledger_table(ledger: Ledger, *, owner: str) -> dict[str, Any]:
 
 
 def _lifetimes(ledger: Ledger) -> dict[str, dict[str, float]]:
-    budgets = {unit: ledger.lifetime(unit) for unit in UNITS}
-    return {
-        unit: {"epsilon": budget.epsilon, "delta": budget.delta}
-        for unit, budget in budgets.items()
-        if budget is not None
-    }
+    budgets = {}
+    for unit in UNITS:
+        budgets[unit] = ledger.lifetime(unit)
+    lifetimes: dict[str, dict[str, float]] = {}
+    for unit, budget in budgets.items():
+        if budget is not None:
+            lifetimes[unit] = {"epsilon": budget.epsilon, "delta": budget.delta}
+    return lifetimes
 
 
 def _accounts(ledger: Ledger, entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Add up what every owner was charged for its rows: the row that has spent most counts."""
-    charges = [entry for entry in entries if entry.kind == "reserve"]
-    named = {
-        (entry.owner, entry.dataset, entry.unit)
-        for entry in entries
-        if entry.kind == "budget" and entry.owner != EVERYBODY
-    }
+    charges = []
+    for entry in entries:
+        if entry.kind == "reserve":
+            charges.append(entry)
+    named = set()
+    for entry in entries:
+        if entry.kind == "budget" and entry.owner != EVERYBODY:
+            named.add((entry.owner, entry.dataset, entry.unit))
     keys = sorted({(entry.owner, entry.dataset, entry.unit) for entry in charges} | named)
     accounts = []
     for owner, dataset, unit in keys:
-        own = [
-            entry for entry in charges if (entry.owner, entry.dataset, entry.unit) == (owner, dataset, unit)
-        ]
+        own = []
+        for entry in charges:
+            if (entry.owner, entry.dataset, entry.unit) == (owner, dataset, unit):
+                own.append(entry)
         blocks = sorted({block for entry in own for block in entry.blocks})
         budget = _budget(ledger, (owner, dataset, unit), blocks)
         delta = budget.delta
-        spent = (
-            ledger.epsilon_of(blocks, "record" if unit == ANY_UNIT else unit, delta)
-            if blocks
-            else ledger.epsilon(owner, dataset, unit, delta)
-        )
+        if blocks:
+            spent = ledger.epsilon_of(blocks, "record" if unit == ANY_UNIT else unit, delta)
+        else:
+            spent = ledger.epsilon(owner, dataset, unit, delta)
         accounts.append(
             {
                 "owner": owner,
@@ -116,7 +126,9 @@ def _accounts(ledger: Ledger, entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 def _budget(ledger: Ledger, account: tuple[str, str, str], blocks: Sequence[int]) -> Budget:
     if blocks:
-        lifetime = ledger.lifetime(account[2]) if account[2] != ANY_UNIT else None
+        lifetime = None
+        if account[2] != ANY_UNIT:
+            lifetime = ledger.lifetime(account[2])
         return lifetime or Budget(epsilon=math.inf, delta=1e-5)
     return ledger.budget(*account)
 
@@ -128,19 +140,22 @@ def ledger_lines(table: dict[str, Any]) -> list[str]:
     if len(charges) > _SHOWN:
         lines.append(f"(the first {len(charges) - _SHOWN} charges are left out; --export csv prints all)")
     for charge in charges[-_SHOWN:]:
-        state = "spent" if charge["spent"] else "reserved, counts as spent"
+        state = "reserved, counts as spent"
+        if charge["spent"]:
+            state = "spent"
         lines.append(
             f"{charge['sequence']:>6}  {charge['owner']:<14} round {charge['round']:>4}  "
             f"{_event_words(charge['event'])}  {state}"
         )
     lines.append("")
     for account in table["accounts"]:
-        spent = "infinite" if math.isinf(account["epsilon"]) else f"{account['epsilon']:.4f}"
-        budget = (
-            "no budget"
-            if account["budget"] is None or math.isinf(account["budget"])
-            else f"of {account['budget']:g} at delta {account['delta']:g}"
-        )
+        spent = "infinite"
+        if not math.isinf(account["epsilon"]):
+            spent = f"{account['epsilon']:.4f}"
+        if account["budget"] is None or math.isinf(account["budget"]):
+            budget = "no budget"
+        else:
+            budget = f"of {account['budget']:g} at delta {account['delta']:g}"
         lines.append(
             f"{account['owner']:<14} {account['dataset']}  per {account['unit']}: epsilon {spent} "
             f"{budget}, {account['charges']} charges"

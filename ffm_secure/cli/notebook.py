@@ -36,7 +36,9 @@ class Callbacks:
 def in_notebook() -> bool:
     """Tell whether a kernel with a page to draw on runs this code."""
     shell = sys.modules.get("IPython")
-    running = shell.get_ipython() if shell is not None and hasattr(shell, "get_ipython") else None
+    running = None
+    if shell is not None and hasattr(shell, "get_ipython"):
+        running = shell.get_ipython()
     return type(running).__name__ == "ZMQInteractiveShell"
 
 
@@ -49,11 +51,9 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
     """Return what a run reached and spent, for people; every number in it is in the report."""
     statement = summary.statements[0]
-    spent = (
-        f"{statement.epsilon:.4g} at delta {statement.delta:g}"
-        if math.isfinite(statement.epsilon)
-        else "infinite"
-    )
+    spent = "infinite"
+    if math.isfinite(statement.epsilon):
+        spent = f"{statement.epsilon:.4g} at delta {statement.delta:g}"
     rows = [
         ("run", f"{summary.name}, {summary.status}"),
         ("rounds", str(len(summary.rounds))),

@@ -21,7 +21,10 @@ def predict(folder: Path, *, texts: Sequence[str], file: Path | None, json: bool
         raise ConfigError("predict", ["give --text (once or more) or --file, exactly one of them"])
     with clear_errors():
         predictor = load_predictor(folder)
-        answers = _answer_file(predictor, file) if file is not None else _answer_texts(predictor, texts)
+        if file is not None:
+            answers = _answer_file(predictor, file)
+        else:
+            answers = _answer_texts(predictor, texts)
     say(answers, [_line(item) for item in answers], json=json)
 
 
@@ -53,7 +56,9 @@ def _answer_texts(predictor: Predictor, texts: Sequence[str]) -> list[Prediction
     pairs = len(predictor.export.text_columns) == 2
     if not pairs:
         return predictor.texts([list(texts)])
-    parts = [text.split("\t") for text in texts]
+    parts = []
+    for text in texts:
+        parts.append(text.split("\t"))
     if any(len(part) != 2 for part in parts):
         raise ConfigError(
             "predict", ["the model reads pairs; give the two texts of --text with a tab between them"]
@@ -71,24 +76,28 @@ def _answer_file(predictor: Predictor, file: Path) -> list[Prediction]:
     from ffm_secure.data.files import read_table
 
     table = read_table(file)
-    absent = [name for name in predictor.export.text_columns if name not in table.columns]
+    absent = []
+    for name in predictor.export.text_columns:
+        if name not in table.columns:
+            absent.append(name)
     if absent:
         known = ", ".join(table.columns)
         raise ConfigError(
             "predict", [f"{file}: has no column {absent[0]!r}, which the model reads; it has {known}"]
         )
-    columns = [[str(text) for text in table.columns[name]] for name in predictor.export.text_columns]
+    columns = []
+    for name in predictor.export.text_columns:
+        columns.append([str(text) for text in table.columns[name]])
     return predictor.texts(columns)
 
 
 def _answer_pictures(predictor: Predictor, file: Path) -> list[Prediction]:
     from ffm_secure.data.images import decode
 
-    paths = (
-        sorted(path for path in file.iterdir() if path.suffix.lower() in _PICTURES)
-        if file.is_dir()
-        else [file]
-    )
+    if file.is_dir():
+        paths = sorted(path for path in file.iterdir() if path.suffix.lower() in _PICTURES)
+    else:
+        paths = [file]
     if not paths:
         raise ConfigError("predict", [f"--file = {str(file)!r}: holds no picture ({', '.join(_PICTURES)})"])
     side = predictor.trainable.backbone.image_size
@@ -96,4 +105,6 @@ def _answer_pictures(predictor: Predictor, file: Path) -> list[Prediction]:
 
 
 def _line(item: Prediction) -> str:
-    return item.answer if item.score is None else f"{item.answer}\t{item.score:.4f}"
+    if item.score is None:
+        return item.answer
+    return f"{item.answer}\t{item.score:.4f}"

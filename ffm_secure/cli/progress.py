@@ -21,13 +21,15 @@ from ffm_secure.records import RoundPlan, RoundRecord
 
 def round_line(record: RoundRecord, *, rounds: int, budget: float) -> str:
     """Say one round in one line."""
-    spent = (
-        "none (infinite)" if math.isinf(record.epsilon_spent) else f"{record.epsilon_spent:.3f} / {budget:g}"
-    )
-    answered = (
-        f"{len(record.survivors)}/{len(record.cohort)}" if record.phase == "private" else "none, public phase"
-    )
-    note = f"  ABORTED: {record.aborted}" if record.aborted else ""
+    spent = "none (infinite)"
+    if not math.isinf(record.epsilon_spent):
+        spent = f"{record.epsilon_spent:.3f} / {budget:g}"
+    answered = "none, public phase"
+    if record.phase == "private":
+        answered = f"{len(record.survivors)}/{len(record.cohort)}"
+    note = ""
+    if record.aborted:
+        note = f"  ABORTED: {record.aborted}"
     return (
         f"round {record.round:>{len(str(rounds))}}/{rounds}  loss {record.loss:7.4f}  "
         f"{record.metric_name} {record.metric:8.4f}  "

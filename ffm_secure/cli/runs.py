@@ -41,13 +41,19 @@ def runs(folders: tuple[Path, ...], *, under: Path, json: bool) -> None:
     chosen = folders or tuple(sorted(path.parent for path in under.glob("*/run.toml")))
     if not chosen:
         raise StoreError(f"{under}: holds no runs; name the folder with --runs")
-    read = [read_run(folder) for folder in chosen]
-    different = differences([line.settings for line in read]) if folders else {}
+    read = []
+    for folder in chosen:
+        read.append(read_run(folder))
+    if folders:
+        different = differences([line.settings for line in read])
+    else:
+        different = {}
     if json:
-        shown = [
-            {key: getattr(line, key) for key in RunLine.__dataclass_fields__ if key != "settings"}
-            for line in read
-        ]
+        shown = []
+        for line in read:
+            shown.append(
+                {key: getattr(line, key) for key in RunLine.__dataclass_fields__ if key != "settings"}
+            )
         print_json({"runs": shown, "differences": different})
         return
     console.print(_table(read))
@@ -68,7 +74,10 @@ def read_run(folder: Path) -> RunLine:
     except ConfigError as error:
         raise StoreError(f"{folder}: run.toml is damaged\n{error}") from None
     rounds = _rounds(folder / "rounds.jsonl")
-    metrics = [float(item["metric"]) for item in rounds if _is_number(item.get("metric"))]
+    metrics = []
+    for item in rounds:
+        if _is_number(item.get("metric")):
+            metrics.append(float(item["metric"]))
     report = _report(folder / "report.json")
     worse = report.get("higher_is_better") is False
     statements = report.get("statements") or [{}]
@@ -90,7 +99,11 @@ def _rounds(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return [json_module.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rounds: list[dict[str, Any]] = []
+        for line in path.read_text().splitlines():
+            if line.strip():
+                rounds.append(json_module.loads(line))
+        return rounds
     except (OSError, ValueError):
         raise StoreError(f"{path}: is damaged") from None
 
@@ -102,7 +115,9 @@ def _report(path: Path) -> dict[str, Any]:
         value = json_module.loads(path.read_text())
     except (OSError, ValueError):
         raise StoreError(f"{path}: is damaged; write it anew with ffm-secure report") from None
-    return value if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        return value
+    return {}
 
 
 def _is_number(value: object) -> bool:
@@ -127,8 +142,15 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the settings that are not the same in all runs, with the value of each; names are no setting."""
     names = dict.fromkeys(name for run in settings for name in run)
-    values = {name: [run.get(name) for run in settings] for name in names if name != "name"}
-    return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
+    values = {}
+    for name in names:
+        if name != "name":
+            values[name] = [run.get(name) for run in settings]
+    differences: dict[str, list[Any]] = {}
+    for name, each in values.items():
+        if any(value != each[0] for value in each):
+            differences[name] = each
+    return differences
 
 
 def _table(read: Sequence[RunLine]) -> Table:
@@ -148,4 +170,6 @@ def _differences(read: Sequence[RunLine], different: Mapping[str, Sequence[Any]]
 
 
 def _number(value: float | str | None) -> str:
-    return f"{value:.4g}" if _is_number(value) else str(value or "")
+    if _is_number(value):
+        return f"{value:.4g}"
+    return str(value or "")

@@ -112,7 +112,10 @@ def examine(
     contents = _contents(dataset, dataset.train)
     public = set(_contents(dataset, dataset.validation))
     texts = _texts(dataset, dataset.train)
-    present = [item for item in classes if item.rows]
+    present = []
+    for item in classes:
+        if item.rows:
+            present.append(item)
     cut = None
     if lengths is not None and len(lengths):
         cut = float(np.mean(lengths > max_length))

@@ -72,6 +72,11 @@ def _charged(config: RunConfig, folder: Path, run: str) -> tuple[tuple[Event, in
         return ()
     with Ledger.open(path, create=False) as ledger:
         entries = ledger.entries()
-        owners = {entry.owner for entry in entries if entry.kind == "reserve" and entry.run == run}
-        charged = [ledger.charged(owner, run) for owner in sorted(owners)]
+        owners = set()
+        for entry in entries:
+            if entry.kind == "reserve" and entry.run == run:
+                owners.add(entry.owner)
+        charged = []
+        for owner in sorted(owners):
+            charged.append(ledger.charged(owner, run))
     return max(charged, key=lambda events: composed(events, config.privacy.delta), default=())

@@ -197,7 +197,9 @@ def read_facts(folder: Path) -> PublicFacts:
 
 def stored_noise(folder: Path | None) -> float:
     """Return the noise multiplier a run began with, 0 if it has not begun."""
-    path = folder / "noise.json" if folder is not None else None
+    path = None
+    if folder is not None:
+        path = folder / "noise.json"
     if path is None or not path.is_file():
         return 0.0
     try:
@@ -215,4 +217,6 @@ def choose_device(wanted: str) -> str:
         return wanted
     if torch.cuda.is_available():
         return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"

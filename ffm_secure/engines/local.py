@@ -96,7 +96,9 @@ class LocalEngine:
         here.
         """
         message = next(iter(messages.values()), b"")
-        plan = self._sites[0].read_plan(message) if message else None
+        plan = None
+        if message:
+            plan = self._sites[0].read_plan(message)
         self._lost = {} if plan is None else lost_clients(self._config, plan.round, plan.cohort)
 
     def _ask(self, stage: str, site: int, message: bytes) -> Reply:
@@ -139,8 +141,8 @@ def lost_clients(config: RunConfig, round: int, cohort: Sequence[int]) -> dict[i
         return {}
     draw = RandomSource.seeded(config.seed).derive("dropout", round)
     chances = draw.uniform(len(cohort))
-    return {
-        client: dropout.stages[draw.below(len(dropout.stages))]
-        for client, chance in zip(cohort, np.asarray(chances), strict=True)
-        if chance < dropout.rate
-    }
+    lost_clients: dict[int, str] = {}
+    for client, chance in zip(cohort, np.asarray(chances), strict=True):
+        if chance < dropout.rate:
+            lost_clients[client] = dropout.stages[draw.below(len(dropout.stages))]
+    return lost_clients

@@ -68,7 +68,9 @@ def load(
     account = dataset_fingerprint(
         dataset.name, whole.train, parts
     )  # of all rows: taking some out is no new account
-    other = public if config.federation.lifecycle.public_data else None
+    other = None
+    if config.federation.lifecycle.public_data:
+        other = public
     return SimulatedData(
         dataset=dataset,
         config=config,
@@ -155,7 +157,9 @@ class Contents:
 def contents(config: RunConfig, base: Path) -> Contents:
     """Read the data of a run file and name its rows, without a model."""
     whole = _named_rows(config, base, record_key(config.privacy, None))
-    other = _other_set(config, base) if config.federation.lifecycle.public_data else None
+    other = None
+    if config.federation.lifecycle.public_data:
+        other = _other_set(config, base)
     account = dataset_fingerprint(whole.name, whole.train, ())
     digests = contents_fingerprint(account, whole, other.train if other is not None else None)
     return Contents(account=account, digests=digests)

@@ -116,7 +116,9 @@ def prepare(
         torch.set_num_threads(config.speed.threads)
     data = simulated_data.load(config, base, folder, rows)
     extension = extension_of(config, folder)
-    begun = stored_noise(folder) if extension is None else 0.0
+    begun = 0.0
+    if extension is None:
+        begun = stored_noise(folder)
     loaded = _load_model(config, base, _public_facts(config, data, folder), begun, extension)
     task = tasks.build_task(
         config.task.kind, backbone=loaded.backbone, dataset=data.dataset, max_length=config.task.max_length
@@ -192,14 +194,21 @@ def ledger_names(config: RunConfig, data: SimulatedData, folder: Path | None) ->
     if path is None or not path.is_file():
         return data.owners
     ledger = Ledger.open(path, create=False)
-    held = {owner for owner, dataset, _ in ledger.accounts() if dataset == data.account}
+    held = set()
+    for owner, dataset, _ in ledger.accounts():
+        if dataset == data.account:
+            held.add(owner)
     ledger.close()
     numbers = numbered_names(len(data.owners))
-    return numbers if held and held <= set(numbers) else data.owners
+    if held and held <= set(numbers):
+        return numbers
+    return data.owners
 
 
 def _described(spec: RunSpec, data: SimulatedData) -> str:
-    return spec.algorithm.describe(spec.config, len(data.public)) if data.public is not None else ""
+    if data.public is not None:
+        return spec.algorithm.describe(spec.config, len(data.public))
+    return ""
 
 
 def _outlook(
@@ -290,9 +299,10 @@ class Simulation:
         return state, records
 
     def _require_charges(self, records: Sequence[RoundRecord], run_id: bytes) -> None:
-        missing = [
-            (number, site.data.name) for site in self.sites for number in site.ledger.missing(records, run_id)
-        ]
+        missing = []
+        for site in self.sites:
+            for number in site.ledger.missing(records, run_id):
+                missing.append((number, site.data.name))
         if missing:
             first, owner = min(missing)
             raise StoreError(
@@ -327,9 +337,14 @@ def _binding(prepared: Prepared) -> SessionBinding | None:
     """
     if prepared.config.protection.kind != "secagg":
         return None
-    trained = {id(parameter) for parameter in prepared.trainable.parameters.values()}
+    trained = set()
+    for parameter in prepared.trainable.parameters.values():
+        trained.add(id(parameter))
     named = prepared.trainable.model.named_parameters()
-    frozen = {name: value for name, value in named if id(value) not in trained}
+    frozen = {}
+    for name, value in named:
+        if id(value) not in trained:
+            frozen[name] = value
     return SessionBinding(
         backbone=fingerprint(frozen),
         layout=prepared.spec.layout_digest,
@@ -416,7 +431,10 @@ def _trainer(prepared: Prepared, states: ClientStateStore, number: int) -> SiteT
     """Return one replica for the sites; the first shares the server's tensors, for they take turns in one
     process.
     """
-    own = prepared.trainable if number == 0 else replicate(prepared.trainable)
+    if number == 0:
+        own = prepared.trainable
+    else:
+        own = replicate(prepared.trainable)
     return SiteTrainer(spec=prepared.spec, trainable=own, task=prepared.task, states=states)
 
 
@@ -440,7 +458,9 @@ def open_granted(prepared: Prepared, path: Path) -> Ledger:
     """Open the ledger; where no owner has set a lifetime budget for this unit, the run's own is implied."""
     privacy = prepared.config.privacy
     ledger = open_ledger(path)
-    lifetime = ledger.lifetime(privacy.unit) if privacy.unit != "none" else None
+    lifetime = None
+    if privacy.unit != "none":
+        lifetime = ledger.lifetime(privacy.unit)
     if prepared.extension is not None and privacy.ledger == IN_RUN and lifetime is not None:
         reason = f"the run was given more rounds: {prepared.config.federation.rounds}"
         ledger.grant(

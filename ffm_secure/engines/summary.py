@@ -87,10 +87,16 @@ def summarise(
 ) -> RunSummary:
     """Collect a run into what its report shows."""
     prepared, config = ready.prepared, ready.config
-    spent = ready.largest_history() if config.privacy.unit != "none" else ()
+    if config.privacy.unit != "none":
+        spent = ready.largest_history()
+    else:
+        spent = ()
     public = evaluation_examples(prepared)  # the commonest private label would be a release
     majority = prepared.task.majority(public, public)
-    last = trained.records[-1].metric if trained.records else zero_metric
+    if trained.records:
+        last = trained.records[-1].metric
+    else:
+        last = zero_metric
     head = ready.ledger.head()
     return RunSummary(
         name=config.name,
@@ -133,7 +139,10 @@ def _spends(prepared: Prepared) -> str:
         return f"nothing is guaranteed, epsilon infinite; reason given: {privacy.reason}"
     if privacy.noise == "seeded":
         return f"nothing is guaranteed, epsilon infinite: {SEEDED}"
-    unit = f"person ({privacy.records_per_person} records)" if privacy.unit == "person" else privacy.unit
+    if privacy.unit == "person":
+        unit = f"person ({privacy.records_per_person} records)"
+    else:
+        unit = privacy.unit
     spends = (
         f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} per {unit} and data owner; clip "
         f"{privacy.clip_norm:g}, noise {prepared.mechanism.noise_multiplier:.3f} x clip"
@@ -164,12 +173,16 @@ def _planned(prepared: Prepared) -> tuple[Event, ...] | None:
 
 
 def _reveals(config: RunConfig, observer: Observer) -> str:
-    noised = "already noised" if config.privacy.unit in ("record", "person") else "not noised"
+    noised = "not noised"
+    if config.privacy.unit in ("record", "person"):
+        noised = "already noised"
     least = compatibility.minimum_survivors(config)
     if observer == "public":
         return "the final model"
     if observer == "client":
-        extra = " and, as a key holder, every sum" if config.protection.kind in ("bfv", "ckks") else ""
+        extra = ""
+        if config.protection.kind in ("bfv", "ckks"):
+            extra = " and, as a key holder, every sum"
         return f"the global model of every round{extra}"
     if observer == "server":
         return {
@@ -201,7 +214,9 @@ def _breaks(config: RunConfig) -> str:
         if graph.kind == "harary":  # beyond what was provided for it depends on where on the ring they sit
             tolerated = config.protection.colluding
         tolerated = max(0, min(tolerated, fewest - 2))  # so many leave two honest clients in every sum
-        answer = "This holds even if" if active else "Not protected if"
+        answer = "Not protected if"
+        if active:
+            answer = "This holds even if"
         lies = f" {answer} the server lies about who dropped out."
     stated = collusion(_BACKENDS[kind], parties=cohort, fewest=min(fewest, cohort), tolerated=tolerated)
     return f"{stated.who_can_decrypt} {stated.broken_by}{lies}"
@@ -212,11 +227,9 @@ def _warnings(prepared: Prepared) -> list[str]:
     if config.privacy.noise == "seeded":
         warnings.append(SEEDED)
     if config.privacy.unit != "none":
-        declared = (
-            "declared"
-            if config.task.nominal_examples
-            else "taken from the data; declare it with task.nominal_examples"
-        )
+        declared = "taken from the data; declare it with task.nominal_examples"
+        if config.task.nominal_examples:
+            declared = "declared"
         warnings.append(
             f"taken to be public: validation rows, class names, and {prepared.spec.public_client_size} "
             f"examples a client ({declared})"
@@ -265,8 +278,12 @@ def outcomes(
     """
     participations = Counter(client for record in trained.records for client in record.cohort)
     share = max(8, rows // len(ready.sites))
-    shares = [site.data.examples.take(range(min(len(site.data.examples), share))) for site in ready.sites]
-    before = [ready.evaluate(start, examples).metric for examples in shares]
+    shares = []
+    for site in ready.sites:
+        shares.append(site.data.examples.take(range(min(len(site.data.examples), share))))
+    before = []
+    for examples in shares:
+        before.append(ready.evaluate(start, examples).metric)
     last = len(trained.records) + 1
     after = []
     for site, examples in zip(ready.sites, shares, strict=True):

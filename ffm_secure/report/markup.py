@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any
 
+from ffm_secure.foreign import Value
 from ffm_secure.records import Observer, PrivacyStatement, RoundRecord
 
 INFINITE = "none (infinite)"
@@ -272,7 +273,7 @@ def _head(column: Column) -> Html:
     )
 
 
-def _row(columns: Sequence[Column], row: Any, *, labelled: bool) -> Html:
+def _row(columns: Sequence[Column], row: Value, *, labelled: bool) -> Html:
     cells = []
     for place, column in enumerate(columns):
         name, scope = ("th", "row") if place == 0 else ("td", None)

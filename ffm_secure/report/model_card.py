@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path, PurePath
-from typing import Any
 
+from ffm_secure.foreign import JsonValue
 from ffm_secure.records import ModelExport, PrivacyStatement, RunSummary
 
 _PIPELINES = {
@@ -123,7 +123,7 @@ def _opening(export: ModelExport, summary: RunSummary) -> str:
     )
 
 
-def _setting(summary: RunSummary, section: str, key: str) -> Any:
+def _setting(summary: RunSummary, section: str, key: str) -> JsonValue:
     table = summary.config.get(section, {})
     return table.get(key, "unknown") if isinstance(table, dict) else "unknown"
 
@@ -207,7 +207,7 @@ def _training(export: ModelExport, summary: RunSummary) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _kind(summary: RunSummary, section: str) -> Any:
+def _kind(summary: RunSummary, section: str) -> JsonValue:
     return _setting(summary, section, "kind")
 
 

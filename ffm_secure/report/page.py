@@ -102,9 +102,8 @@ def render_audit_html(audit: AuditSummary, name: str, notes: Sequence[str]) -> s
         tag("main", notices, _section("audit", "What was exposed", audit_body(audit))),
         tag("footer", tag("p", "Written by ffm-secure. The same figures, exact, are in report.json.")),
     )
-    return (
-        "<!doctype html>\n" + tag("html", _head(f"{name} – ffm-secure audit", audit), body, lang="en") + "\n"
-    )
+    page = tag("html", _head(f"{name} – ffm-secure audit", audit), body, lang="en")
+    return "<!doctype html>\n" + page + "\n"
 
 
 def _head(title: str, audit: AuditSummary | None) -> Html:

@@ -149,7 +149,10 @@ def _aggregate(
             messages = session.messages(stage)
         except ProtocolError:
             break  # too few are left, or the sum cannot be opened: `close` says which
-        asked = {site: message for site, message in messages.items() if site not in lost}
+        asked = {}
+        for site, message in messages.items():
+            if site not in lost:
+                asked[site] = message
         for number, reply in enumerate(courier.send(stage, asked), start=1):
             if isinstance(reply.content, Lost):
                 lost[reply.site] = reply.content.stage
@@ -187,7 +190,10 @@ def _finish(
     server: ServerContext, courier: Courier, plan: RoundPlan, lost: Mapping[int, str], *, opened: bool
 ) -> None:
     """Tell every site that paid how the round ended, and keep its receipt."""
-    paid = [site for site in plan.cohort if lost.get(site) != DECLINED]
+    paid = []
+    for site in plan.cohort:
+        if lost.get(site) != DECLINED:
+            paid.append(site)
     messages = dict.fromkeys(paid, OPENED if opened else CLOSED)
     receipts: dict[int, Receipt] = {}
     for reply in courier.send(FINISH, messages):
@@ -315,7 +321,10 @@ def evaluate(server: ServerContext, plan: RoundPlan, state: ServerState, courier
     message = join_plan(record_codec.canonical_bytes(after), encode_vector(state.vector))
     everybody = dict.fromkeys(range(len(server.spec.owners)), message)
     answers = list(_evaluations(courier, everybody))
-    finite = [item for item in answers if math.isfinite(item.loss) and math.isfinite(item.metric)]
+    finite = []
+    for item in answers:
+        if math.isfinite(item.loss) and math.isfinite(item.metric):
+            finite.append(item)
     evaluations = finite or answers  # one site's nonsense must not stand for all
     if not evaluations:
         raise FfmError("no site answered the evaluation")
@@ -335,7 +344,10 @@ def _evaluations(courier: Courier, messages: Mapping[int, bytes]) -> Iterator[Ev
 
 def is_best(earlier: Sequence[RoundRecord], record: RoundRecord, *, higher: bool) -> bool:
     """Tell whether a round's public metric is better than that of every round before it."""
-    measured = [item.metric for item in earlier if not item.aborted and math.isfinite(item.metric)]
+    measured = []
+    for item in earlier:
+        if not item.aborted and math.isfinite(item.metric):
+            measured.append(item.metric)
     if record.aborted or not math.isfinite(record.metric):
         return False
     return all(record.metric > metric if higher else record.metric < metric for metric in measured)

@@ -70,7 +70,10 @@ def _rounding(spec: RunSpec, survivors: int) -> float:
     """Return the most that rounding to the grid adds: one level a coordinate and client."""
     codec = spec.codec
     quantizer = codec.quantizer
-    level = 1.0 / codec.grid_scale if codec.grid_scale else quantizer.coordinate_bound / quantizer.largest
+    if codec.grid_scale:
+        level = 1.0 / codec.grid_scale
+    else:
+        level = quantizer.coordinate_bound / quantizer.largest
     return survivors * level * math.sqrt(codec.size) * codec.max_weight
 
 

@@ -83,7 +83,9 @@ class Transcript:
             self.store.write(description, final - start, broadcast=start)
 
     def _own_point(self) -> Point:
-        return "noised" if self.spec.mechanism.noise_multiplier else "raw"
+        if self.spec.mechanism.noise_multiplier:
+            return "noised"
+        return "raw"
 
     def _keep(
         self, plan: RoundPlan, observer: Observer, opened: RoundSum, *, point: Point, own: int = -1

@@ -47,7 +47,9 @@ class Outlook:
 
     def words(self) -> str:
         """Say it in one line."""
-        origin = "lifetime, implied by runs: no ledger init yet" if self.implied else "lifetime"
+        origin = "lifetime"
+        if self.implied:
+            origin = "lifetime, implied by runs: no ledger init yet"
         return (
             f"spent before {_number(self.before)}, this run {_number(self.run)}, together "
             f"{_number(self.together)}; left {_number(max(0.0, self.left))} of {_number(self.budget)} "
@@ -106,7 +108,10 @@ def lifetime_budget(ledger: Ledger, privacy: Privacy) -> tuple[Budget, bool]:
         return known, False
     if known is not None:
         return Budget(epsilon=max(known.epsilon, privacy.epsilon), delta=known.delta), True
-    named = [ledger.budget(*account) for account in ledger.accounts() if account[2] == privacy.unit]
+    named = []
+    for account in ledger.accounts():
+        if account[2] == privacy.unit:
+            named.append(ledger.budget(*account))
     if named:
         return min(named, key=lambda budget: budget.epsilon), False
     return Budget(epsilon=privacy.epsilon, delta=privacy.delta), True
@@ -139,7 +144,9 @@ def composed(events: tuple[tuple[Event, int], ...], delta: float) -> float:
         if isinstance(event, NonPrivateEvent):
             return math.inf
         accountant.compose(event, count)
-    return accountant.epsilon(delta).epsilon if events else 0.0
+    if events:
+        return accountant.epsilon(delta).epsilon
+    return 0.0
 
 
 def within_run(charged: Sequence[tuple[Event, int]], event: Event, privacy: Privacy) -> bool:
@@ -160,4 +167,6 @@ def _rounded_up(value: float) -> float:
 
 
 def _number(value: float) -> str:
-    return "infinite" if math.isinf(value) else f"{value:.4g}"
+    if math.isinf(value):
+        return "infinite"
+    return f"{value:.4g}"

@@ -40,7 +40,10 @@ class BroadcastGuard:
         if vector is self.accepted:
             return
         marks = check_broadcast(self._tensors(vector.detach().cpu()), self.reference)
-        reasons = [str(reason) for reason in marks if self._new(reason)]
+        reasons = []
+        for reason in marks:
+            if self._new(reason):
+                reasons.append(str(reason))
         if reasons:
             raise BroadcastRefused(reasons)
         self.accepted = vector
@@ -51,6 +54,11 @@ class BroadcastGuard:
         return (reason.rule, reason.tensor) not in self.familiar
 
     def _tensors(self, vector: Tensor) -> dict[str, Tensor]:
-        sizes = [math.prod(shape) for _, shape in self.layout]
+        sizes = []
+        for _, shape in self.layout:
+            sizes.append(math.prod(shape))
         parts = torch.split(vector.float(), sizes)
-        return {name: part.view(shape) for (name, shape), part in zip(self.layout, parts, strict=True)}
+        tensors: dict[str, Tensor] = {}
+        for (name, shape), part in zip(self.layout, parts, strict=True):
+            tensors[name] = part.view(shape)
+        return tensors

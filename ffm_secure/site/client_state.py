@@ -44,7 +44,9 @@ class ClientStateStore:
         if not self.places:
             return vector
         for path in reversed(self._files(client)):
-            own = _read(path, run_id) if _round(path) < before else None
+            own = None
+            if _round(path) < before:
+                own = _read(path, run_id)
             if own is not None:
                 return self._put(vector, own, path)
         return vector
@@ -67,9 +69,13 @@ class ClientStateStore:
         Raises:
           StoreError: a client's numbers of its last round are missing.
         """
-        last = (
-            {client: record.round for record in records for client in record.survivors} if self.places else {}
-        )
+        if self.places:
+            last = {}
+            for record in records:
+                for client in record.survivors:
+                    last[client] = record.round
+        else:
+            last = {}
         for client, round in last.items():
             path = self._path(client, round)
             if not path.is_file() or _read(path, run_id) is None:
@@ -86,7 +92,9 @@ class ClientStateStore:
         return self.folder / folder_name(self.owners[client])
 
     def _put(self, vector: Tensor, stored: Tensor, path: Path) -> Tensor:
-        sizes = [place.stop - place.start for place in self.places]
+        sizes = []
+        for place in self.places:
+            sizes.append(place.stop - place.start)
         if stored.numel() != sum(sizes):
             raise StoreError(f"{path}: holds {stored.numel()} numbers, this run keeps {sum(sizes)}")
         own = vector.clone()
@@ -111,18 +119,23 @@ def folder_name(owner: str) -> str:
 
 def _round(path: Path) -> int:
     digits = path.name.removeprefix("round-").removesuffix(".safetensors")
-    return int(digits) if digits.isdecimal() else -1
+    if digits.isdecimal():
+        return int(digits)
+    return -1
 
 
 def _read(path: Path, run_id: bytes) -> Tensor | None:
     """Return what a file holds; None if another run left it there."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata, own = file.metadata() or {}, file.get_tensor("kept")
+            metadata = file.metadata() or {}
+            own: Tensor = file.get_tensor("kept")
         if metadata.get("format") != str(FORMAT) or own.dtype != torch.float32 or own.dim() != 1:
             raise ValueError
         if not bool(torch.isfinite(own).all()) or metadata.get("round") != str(_round(path)):
             raise ValueError
     except (OSError, ValueError, safetensors.SafetensorError):
         raise StoreError(f"{path}: is damaged; restore it, or start the run under another name") from None
-    return own if metadata.get("run") == run_id.hex() else None
+    if metadata.get("run") == run_id.hex():
+        return own
+    return None

@@ -29,12 +29,16 @@ def ledger_path(privacy: Privacy, folder: Path | None) -> Path | None:
 
     A run of earlier software, which kept its ledger inside, is continued with that one.
     """
-    inside = folder / FILE if folder is not None else None
+    inside = None
+    if folder is not None:
+        inside = folder / FILE
     if privacy.ledger == IN_RUN:
         return inside
     if not privacy.ledger and inside is not None and inside.is_file():
         return inside
-    return Path(privacy.ledger).expanduser() if privacy.ledger else data_home() / FILE
+    if privacy.ledger:
+        return Path(privacy.ledger).expanduser()
+    return data_home() / FILE
 
 
 def open_ledger(path: Path) -> Ledger:

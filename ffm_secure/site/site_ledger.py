@@ -86,7 +86,10 @@ class SiteLedger:
         if self.replay_key or not self.blocks:
             return ()
         entries = self.ledger.entries(owner=self.owner)
-        charged = {entry.round for entry in entries if entry.kind == "reserve" and entry.run == run_id.hex()}
+        charged = set()
+        for entry in entries:
+            if entry.kind == "reserve" and entry.run == run_id.hex():
+                charged.add(entry.round)
         taken_part = (
             record.round
             for record in records
@@ -96,7 +99,9 @@ class SiteLedger:
 
     def epsilon(self) -> float:
         """Return what the row of this owner that has spent most has spent, in all runs."""
-        return self.ledger.epsilon_of(self.blocks, self.unit, self.delta) if self.blocks else 0.0
+        if self.blocks:
+            return self.ledger.epsilon_of(self.blocks, self.unit, self.delta)
+        return 0.0
 
     def events(self) -> tuple[Event, ...]:
         """Return what that row went through, equal events together."""
@@ -105,7 +110,9 @@ class SiteLedger:
     def receipt(self) -> Receipt:
         """Return what the server may know of the ledger."""
         head = self.ledger.head()
-        epsilon = self.epsilon() if self.guaranteed else math.inf
+        epsilon = math.inf
+        if self.guaranteed:
+            epsilon = self.epsilon()
         return Receipt(epsilon=epsilon, entries=head.sequence, head=head.hash)
 
     def _charge(self, plan: RoundPlan) -> Charge:

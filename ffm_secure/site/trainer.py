@@ -64,7 +64,8 @@ class SiteTrainer:
         """
         spec, strategy = self.spec, self.spec.strategy
         mask = strategy.mask(data.index)
-        start = start if mask is None else start * mask
+        if mask is not None:
+            start = start * mask
         start = self.states.load(data.index, start, run_id=plan.run_id, before=plan.round)
         rule: GradientRule
         with self.trainable.training_only(strategy.trains(plan.step)):
@@ -115,6 +116,10 @@ class SiteTrainer:
 
     def protect(self, update: ModelUpdate, data: SiteData, source: RandomSource) -> Noisy:
         """Bound and noise the update as the mechanism says."""
-        weight = max(1, len(data.examples)) if self.spec.config.federation.weighting == "examples" else 1
-        loss = 0.0 if np.isnan(update.loss) else float(update.loss)
+        weight = 1
+        if self.spec.config.federation.weighting == "examples":
+            weight = max(1, len(data.examples))
+        loss = 0.0
+        if not np.isnan(update.loss):
+            loss = float(update.loss)
         return self.spec.mechanism.protect(update.vector.detach(), loss=loss, weight=weight, source=source)

@@ -42,11 +42,10 @@ class TruthKeeper:
         if round not in self.rounds or len(chosen) == 0:
             return
         batch = self.task.evaluation_batch(examples, chosen, "cpu")
-        tensors = {
-            _RENAMED[name]: value.contiguous()
-            for name, value in batch.items()
-            if name in _RENAMED and (name != "labels" or value.dim() == 1)
-        }
+        tensors = {}
+        for name, value in batch.items():
+            if name in _RENAMED and (name != "labels" or value.dim() == 1):
+                tensors[_RENAMED[name]] = value.contiguous()
         create_folder(self.folder / owner)
         create_folder(self.folder / owner / "truth")
         path = truth_path(self.folder, owner, round)

@@ -1,4 +1,6 @@
-"""Sampled Skellam noise: the charged epsilon is never below what exact distributions say, in both directions."""
+"""Sampled Skellam noise: the charged epsilon is never below what exact distributions say,
+in both directions.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def joint(outputs: list[npt.NDArray[np.int64]], variance: float) -> Floats:
 
 
 def lower_delta(own: Floats, other: Floats, steps: int, epsilons: Floats) -> Floats:
-    """Return a lower bound of delta of `steps` steps: losses are rounded down, lost tails count as nothing."""
+    """Return a lower bound of delta of `steps` steps:
+    losses are rounded down, lost tails count as nothing.
+    """
     used = (own > 1e-250) & (other > 1e-250)
     losses, masses = np.log(own[used] / other[used]), own[used]
     kept = losses > -WINDOW

@@ -26,7 +26,9 @@ def mechanism(**changes: object) -> SumMechanism:
 
 @pytest.mark.parametrize("survivors", [6, 9, 20])
 def test_the_opened_sum_holds_the_charged_noise_and_never_less(survivors: int) -> None:
-    """With exactly the honest survivors the deviation is the charged one within 1 %; with more it is larger."""
+    """With exactly the honest survivors the deviation is the charged one within 1 %;
+    with more it is larger.
+    """
     sums = mechanism(dimension=20_000)
     zeros = np.zeros(sums.dimension)
     source = RandomSource.seeded(5)
