@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ffm_secure.records import RecoveredPicture

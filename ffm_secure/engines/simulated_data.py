@@ -183,10 +183,10 @@ def load_dataset(
         person_column=privacy.person_column,
     )
     if loaded.held_out and privacy.unit != "none" and config.task.validation != "hold_out":
-        rows = len(loaded.train) + len(loaded.validation)
+        total = len(loaded.train) + len(loaded.validation)
         raise DataError(
-            f"{config.task.data}: its {rows:,} rows were read; it has no public validation part; give one, or say "
-            "task.validation = 'hold_out': then "
-            f"{loaded.held_out:,} of its rows leave the private part and are public for good"
+            f"{config.task.data}: its {total:,} rows were read; it has no public validation part; give one, "
+            f"or say task.validation = 'hold_out': then {loaded.held_out:,} of its rows leave the private "
+            "part and are public for good"
         )
     return loaded

@@ -370,8 +370,10 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
     enrolment = enrol(
         config, spec.codec, spec.owners, _binding(prepared), _identities(prepared, states, folder)
     )
-    kept = recorded_rounds(config)
-    truth = TruthKeeper(folder=folder / "home", rounds=kept, task=prepared.task) if kept else None
+    recorded = recorded_rounds(config)
+    truth = None
+    if recorded:
+        truth = TruthKeeper(folder=folder / "home", rounds=recorded, task=prepared.task)
     server = ServerContext(
         spec=spec,
         trainable=prepared.trainable,

@@ -55,8 +55,8 @@ class GridCost:
         )
         if self.best_only is not None and self.runs > 1:
             line += (
-                f"; releasing only the best of a random number of them, {self.runs} on average (Poisson, drawn "
-                f"beforehand), would cost {self.best_only:.3g}"
+                f"; releasing only the best of a random number of them, {self.runs} on average (Poisson, "
+                f"drawn beforehand), would cost {self.best_only:.3g}"
             )
         if self.without:
             line += f"; with {_some(self.without)}, which read them without a bound, nothing is promised"
@@ -65,10 +65,13 @@ class GridCost:
 
 def costs_of(cells: Sequence[Cell], base: Path) -> tuple[GridCost, ...]:
     """Return what the runs of a grid cost together; nothing where fewer than two of them promise anything."""
-    private = [
-        cell for cell in cells if cell.config.privacy.unit != "none" and cell.config.privacy.noise == "system"
-    ]
-    return grid_costs(cost_of_cells(cells, base)) if len(private) > 1 else ()
+    private = []
+    for cell in cells:
+        if cell.config.privacy.unit != "none" and cell.config.privacy.noise == "system":
+            private.append(cell)
+    if len(private) > 1:
+        return grid_costs(cost_of_cells(cells, base))
+    return ()
 
 
 def cost_of_cells(cells: Iterable[Cell], base: Path) -> tuple[CellCost, ...]:
@@ -123,7 +126,10 @@ def grid_costs(costs: Sequence[CellCost]) -> tuple[GridCost, ...]:
     for group in _by_rows(costs):
         without = tuple(cost.run for cost in group if not cost.guaranteed)
         for unit in sorted({cost.unit for cost in group if cost.guaranteed}):
-            private = [cost for cost in group if cost.guaranteed and cost.unit == unit]
+            private = []
+            for cost in group:
+                if cost.guaranteed and cost.unit == unit:
+                    private.append(cost)
             stated.append(_composed(private, without))
     return tuple(stated)
 
@@ -133,7 +139,9 @@ def _composed(private: Sequence[CellCost], without: tuple[str, ...]) -> GridCost
     counts: Counter[Event] = Counter()
     for cost in private:
         counts[cost.event] += cost.rounds
-    alone = [composed(((cost.event, cost.rounds),), delta) for cost in private]
+    alone = []
+    for cost in private:
+        alone.append(composed(((cost.event, cost.rounds),), delta))
     alike = len({(cost.event, cost.rounds) for cost in private}) == 1
     return GridCost(
         runs=len(private),
@@ -167,7 +175,10 @@ def _by_rows(costs: Sequence[CellCost]) -> list[list[CellCost]]:
     """Put runs together that share a row, or a data set's name, directly or through others."""
     groups: list[list[CellCost]] = []
     for cost in costs:
-        related = [group for group in groups if any(_share(cost, other) for other in group)]
+        related = []
+        for group in groups:
+            if any(_share(cost, other) for other in group):
+                related.append(group)
         groups = [group for group in groups if group not in related]
         groups.append([*(item for group in related for item in group), cost])
     return groups
@@ -180,7 +191,9 @@ def _share(one: CellCost, other: CellCost) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} and {len(names) - 1} more"
 
 
 def as_table(cost: GridCost) -> dict[str, object]:

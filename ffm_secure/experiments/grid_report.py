@@ -213,7 +213,13 @@ def to_html(summary: Mapping[str, Any]) -> str:
     ]
     body = tag(
         "body",
-        tag("header", tag("h1", summary["name"]), tag("p", intro.strip()), *_costs(summary), *_stopped(summary)),
+        tag(
+            "header",
+            tag("h1", summary["name"]),
+            tag("p", intro.strip()),
+            *_costs(summary),
+            *_stopped(summary),
+        ),
         tag("main", *main),
         tag(
             "footer",
@@ -244,11 +250,17 @@ def stopped_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def cost_lines(summary: Mapping[str, Any]) -> list[str]:
     """Say what the runs of a grid cost the rows they share, all of them together."""
-    return [f"Privacy of the whole grid: {cost['words']}." for cost in summary.get("costs", ())]
+    cost_lines: list[str] = []
+    for cost in summary.get("costs", ()):
+        cost_lines.append(f"Privacy of the whole grid: {cost['words']}.")
+    return cost_lines
 
 
 def _costs(summary: Mapping[str, Any]) -> list[Html]:
-    return [tag("p", line) for line in cost_lines(summary)]
+    costs: list[Html] = []
+    for line in cost_lines(summary):
+        costs.append(tag("p", line))
+    return costs
 
 
 LEFT_OUT = "Left out of means and differences, because they ended before their last round"

@@ -209,7 +209,10 @@ def named_parts(trainable: TrainableModel, vector: Tensor) -> dict[str, Tensor]:
     for p in trainable.parameters.values():
         sizes.append(p.numel())
     parts = zip(trainable.parameters.items(), torch.split(vector, sizes), strict=True)
-    return {name: part.view(p.shape).to(p.device, p.dtype) for (name, p), part in parts}
+    named_parts: dict[str, Tensor] = {}
+    for (name, p), part in parts:
+        named_parts[name] = part.view(p.shape).to(p.device, p.dtype)
+    return named_parts
 
 
 def _optimizer(spec: Lifecycle, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

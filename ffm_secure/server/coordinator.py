@@ -29,9 +29,7 @@ class Coordinator:
         """
         resumed = self.store.resume()
         state = self.server.spec.strategy.start(self.server.trainable.flatten().cpu())
-        start: tuple[ServerState, tuple[RoundRecord, ...]] = (state, ())
-        if resumed is not None:
-            start = resumed[:2]
+        start = (state, ()) if resumed is None else resumed[:2]
         return federation.run(
             self.server,
             courier,

@@ -34,8 +34,8 @@ def open_identity(folder: Path, source: RandomSource) -> Identity:
     except (OSError, ParameterError, TamperedError) as error:
         reason = str(error) or "is damaged"
         raise StoreError(
-            f"{folder}: the site's identity or its memory of past rounds cannot be used ({reason}); restore both "
-            "files, or start the run under another name"
+            f"{folder}: the site's identity or its memory of past rounds cannot be used ({reason}); "
+            "restore both files, or start the run under another name"
         ) from None
 
 

@@ -151,7 +151,9 @@ class Store:
         """
         earlier = self._attempt()
         same = earlier is not None and earlier[:2] == (run_id.hex(), number)
-        attempt = earlier[2] + 1 if earlier is not None and same else 0
+        attempt = 0
+        if earlier is not None and same:
+            attempt = earlier[2] + 1
         content = {"format": FORMAT, "run": run_id.hex(), "round": number, "attempt": attempt}
         write_atomic(self.folder / ATTEMPT, (json.dumps(content) + "\n").encode())
         return attempt
@@ -159,7 +161,9 @@ class Store:
     def run_begun(self) -> bytes | None:
         """Return the id of the run whose first round was begun here; None before that."""
         earlier = self._attempt()
-        return None if earlier is None else bytes.fromhex(earlier[0])
+        if earlier is None:
+            return None
+        return bytes.fromhex(earlier[0])
 
     def _attempt(self) -> tuple[str, int, int] | None:
         """Return run, round and attempt of the round begun last."""

@@ -1,4 +1,6 @@
-"""A grid of private runs on the same rows says what they cost together, before the first and in its report."""
+"""A grid of private runs on the same rows says what they cost together,
+before the first and in its report.
+"""
 
 from __future__ import annotations
 

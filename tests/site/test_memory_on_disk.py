@@ -1,4 +1,6 @@
-"""What a site never does twice outlives its process: rounds, attempts and updates, on disk before a mask leaves."""
+"""What a site never does twice outlives its process:
+rounds, attempts and updates, on disk before a mask leaves.
+"""
 
 from __future__ import annotations
 
