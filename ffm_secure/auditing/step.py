@@ -107,10 +107,7 @@ def build_stage(
         whole: Truth | None = None,
         **known_facts: StatedFact,
     ) -> ObservationPoint:
-        if clients > 1:
-            summed = {"summand": content}
-        else:
-            summed = {}
+        summed = {"summand": content} if clients > 1 else {}
         hidden = client_replay.noise_facts(prepared, point, clients, steps=known_facts.get("local_steps", 0))
         observation = Observation(
             kind="sum" if clients > 1 else cast(Literal["gradient", "delta"], content),
@@ -130,13 +127,8 @@ def build_stage(
     def wire(clients: int) -> ObservationPoint:
         others, whole = cohort(clients)
         sent = client_replay.wire_change(prepared, vector, encoded.take(members), client, others)
-        alone: Point = "raw"
-        if prepared.mechanism.noise_multiplier:
-            alone = "noised"
-        if clients > 1:
-            point: Point = "aggregated"
-        else:
-            point = alone
+        alone: Point = "noised" if prepared.mechanism.noise_multiplier else "raw"
+        point: Point = "aggregated" if clients > 1 else alone
         facts = client_replay.wire_facts(prepared, size)
         return scene(point, sent, clients, content="delta", whole=whole, **facts)
 

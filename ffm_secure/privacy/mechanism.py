@@ -28,8 +28,8 @@ _HEADROOM = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Noisy:
-    """An update that may be sealed: its bound and noise were applied, or the run says that it has none.
+class MechanismOutput:
+    """What a mechanism lets out of an update: bounded and noised, or plain where the run promises no privacy.
 
     `values` is float64 [d] for an update that was privatised while learning (or not at all), int64 [d] on the
     grid where the noise is discrete. Made by a mechanism's `protect` alone; `VectorCodec.quantise` accepts
@@ -70,7 +70,7 @@ class Mechanism(Protocol):
     def digest(self) -> str:
         """Return the hash of everything that decides epsilon."""
 
-    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> Noisy:
+    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> MechanismOutput:
         """Return an update [d] that may be sealed, with the bound and noise that belong to a whole update."""
 
     def words(self, rounds: int) -> str:
@@ -97,9 +97,9 @@ class NoMechanism:
         """Return the hash of nothing."""
         return hashlib.sha256(b"no mechanism").hexdigest()
 
-    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> Noisy:
+    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> MechanismOutput:
         """Pass the update on as it is."""
-        return Noisy(values=_float64(update), loss=0.0 if math.isnan(loss) else loss, weight=weight)
+        return MechanismOutput(values=_float64(update), loss=0.0 if math.isnan(loss) else loss, weight=weight)
 
     def words(self, rounds: int) -> str:
         """Say that there is none."""
@@ -145,9 +145,9 @@ class RecordNoise:
         """Return the hash of everything that decides epsilon."""
         return self.inner.digest()
 
-    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> Noisy:
+    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> MechanismOutput:
         """Pass on what is private already; loss and count would be releases of their own and stay."""
-        return Noisy(values=_float64(update), loss=0.0, weight=1)
+        return MechanismOutput(values=_float64(update), loss=0.0, weight=1)
 
     def words(self, rounds: int) -> str:
         """Describe the steps, their sampling and their noise."""
@@ -208,9 +208,9 @@ class ClientNoise:
         """Return the hash of everything that decides epsilon."""
         return hashlib.sha256(f"{self.inner.digest()}|{self.scale!r}|{self.dimension}".encode()).hexdigest()
 
-    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> Noisy:
+    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> MechanismOutput:
         """Bound and noise the whole update on the integer grid."""
-        return Noisy(values=self.noisy_integers(update, source), loss=0.0, weight=1)
+        return MechanismOutput(values=self.noisy_integers(update, source), loss=0.0, weight=1)
 
     def words(self, rounds: int) -> str:
         """Describe the noise of the opened sum."""

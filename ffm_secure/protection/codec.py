@@ -15,7 +15,7 @@ from defenses.random_source import RandomSource
 from defenses.secagg import ring
 from defenses.secagg.masks import RingVector
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.privacy.mechanism import Mechanism, Noisy
+from ffm_secure.privacy.mechanism import Mechanism, MechanismOutput
 from ffm_secure.records import RoundSum
 
 _LARGEST_LOSS = 64.0  # nats; a larger mean loss is reported as this
@@ -54,16 +54,19 @@ class VectorCodec:
         """Bind everything that shapes the integers; both ends of a secure session must agree on it."""
         return hashlib.sha256(f"ffm-secure vector 1 {self!r}".encode()).digest()
 
-    def quantise(self, update: Noisy, *, source: RandomSource) -> RingVector:
+    def quantise(self, update: MechanismOutput, *, source: RandomSource) -> RingVector:
         """Return the ring vector of one client; real values are rounded at random, without bias.
 
         Raises:
-          TypeError: anything but a `Noisy`: only a mechanism makes one, so nothing unprotected can be sealed.
+          TypeError: anything but what a mechanism let out; on a grid, where the noise is discrete, real
+            numbers too: they bear none.
         """
-        if not isinstance(update, Noisy):
+        if not isinstance(update, MechanismOutput):
             raise TypeError("only an update that a mechanism protected can be sealed")
         values = update.values
         if self.grid_scale:
+            if values.dtype != np.int64:
+                raise TypeError("only whole numbers bear the noise of a grid")
             payload = ring.from_signed(values.astype(np.int64, copy=False), self.modulus_bits)
             return ring.frame(payload, weight=1, modulus_bits=self.modulus_bits)
         weight = min(update.weight, self.max_weight)

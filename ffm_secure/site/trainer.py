@@ -15,7 +15,7 @@ from defenses.secagg.masks import RingVector
 from ffm_secure.lifecycle import ModelUpdate, SiteRound
 from ffm_secure.lifecycle.finetune import GradientRule, PlainGradient, PrivateGradient
 from ffm_secure.models.backbone import vector_fingerprint
-from ffm_secure.privacy.mechanism import Noisy
+from ffm_secure.privacy.mechanism import MechanismOutput
 from ffm_secure.records import RoundPlan
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.site.client_state import ClientStateStore
@@ -114,7 +114,7 @@ class SiteTrainer:
             self.engines[names] = PerSampleEngine(self.trainable.model, parameters=active)
         return self.engines[names]
 
-    def protect(self, update: ModelUpdate, data: SiteData, source: RandomSource) -> Noisy:
+    def protect(self, update: ModelUpdate, data: SiteData, source: RandomSource) -> MechanismOutput:
         """Bound and noise the update as the mechanism says."""
         weight = 1
         if self.spec.config.federation.weighting == "examples":
