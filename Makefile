@@ -55,11 +55,11 @@ dist: .venv/.installed-test
 	@touch $@
 
 .venv/.installed-test: .venv/.installed-base
-	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks]'
+	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,nvflare]'
 	@touch $@
 
 .venv/.installed-docs: .venv/.installed-test
-	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,docs]'
+	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,nvflare,docs]'
 	@touch $@
 
 clean:

@@ -14,6 +14,7 @@ INDEPENDENT = ("dp", "secagg", "he")
 SHARED = ("defenses.random_source", "defenses.errors")
 HEAVY = {  # optional or heavy packages and the only places that may import them
     "tenseal": ("defenses/he/",),
+    "nvflare": ("ffm_secure/engines/nvflare/",),
     "opacus": (),  # tests and benchmarks compare with it; nothing here runs on it
     "peft": ("ffm_secure/trainable/", "ffm_secure/models/backbone.py", "attacks/command.py"),
     "transformers": (

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
+
+Deadline = Callable[[bytes], float]
+"""Read off a message when its answer comes too late, in seconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,3 +40,23 @@ class Courier(Protocol):
 
     def close(self) -> None:
         """Let go of threads, processes and connections."""
+
+
+class MachineCourier(Courier, Protocol):
+    """A courier to sites that run by themselves, and may be away.
+
+    Guarantee: a site that refuses, dies or is slow is lost to that stage alone, and an answer after the
+    deadline is none; a site that comes back is reached by the next plan. The suite that every engine joins is
+    `tests/engines/courier_contract.py`.
+    """
+
+    def sites(self) -> frozenset[int]:
+        """Return the sites that can be written to now."""
+
+    def send(
+        self, stage: str, messages: Mapping[int, bytes], deadline: float | None = None
+    ) -> Iterator[Reply]:
+        """Send each site its message; yield each answer.
+
+        `deadline` is in seconds since 1970; without one, the messages' own deadlines hold.
+        """

@@ -1,0 +1,1 @@
+"""NVFlare as an engine: mutual TLS between machines, one job after another, and no code or row in it."""

@@ -1,0 +1,115 @@
+"""Start the engine's long-lived processes, so that none outlives the process that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import ffm_secure
+from ffm_secure.engines.nvflare.folders import HEARTBEAT_SECONDS
+
+_SERVER: Final = "nvflare.private.fed.app.server.server_train"
+_CLIENT: Final = "nvflare.private.fed.app.client.client_train"
+_DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
+_CONTROL: Final = ctypes.CDLL(None, use_errno=True).prctl
+
+
+class Process:
+    """One process of the engine, started again when it ends by itself."""
+
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        self._command, self._folder = tuple(command), folder
+        self._started = 0.0
+        self._process = self._start()
+
+    @property
+    def number(self) -> int:
+        """Return the process's number."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Tell whether it runs."""
+        return self._process.poll() is None
+
+    def keep_alive(self, *, pause: float = 5.0) -> None:
+        """Start it again if it has ended, `pause` seconds after its last start at the earliest."""
+        if not self.alive and time.monotonic() - self._started > pause:
+            self._process = self._start()
+
+    def kill(self) -> None:
+        """End it and everything it started, at once: nothing in it is worth a farewell."""
+        for number in (self._process.pid, *_descendants(self._process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        self._process.wait(5.0)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self._started = time.monotonic()
+        environment = {**os.environ, "PYTHONPATH": _import_path(), "MALLOC_ARENA_MAX": "4"}
+        with open(self._folder / "output.txt", "ab", opener=_private) as output:
+            return subprocess.Popen(
+                self._command,
+                cwd=self._folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                umask=0o077,
+                preexec_fn=_die_with_parent,
+            )
+
+
+def start_server(folder: Path) -> Process:
+    """Start the coordinator's server, which listens on the federation's port."""
+    return Process(_command(_SERVER, folder, "fed_server.json", "org=ffm-secure"), folder)
+
+
+def start_site(folder: Path, *, name: str) -> Process:
+    """Start a site's relay, which connects outwards alone."""
+    words = (f"uid={name}", "org=ffm-secure", f"heart_beat_interval={HEARTBEAT_SECONDS}")
+    return Process(_command(_CLIENT, folder, "fed_client.json", *words), folder)
+
+
+def _command(module: str, folder: Path, words: str, *settings: str) -> tuple[str, ...]:
+    common = ("-m", str(folder), "-s", words, "--set", "secure_train=true", "config_folder=")
+    return (sys.executable, "-u", "-m", module, *common, *settings)
+
+
+def _import_path() -> str:
+    """Let the engine's processes import the installation that this process runs."""
+    places = (str(Path(ffm_secure.__file__).parents[1]), os.environ.get("PYTHONPATH", ""))
+    return os.pathsep.join(place for place in places if place)
+
+
+def _descendants(number: int) -> list[int]:
+    """Return the processes that a process started, and those that they started."""
+    children: dict[int, list[int]] = {}
+    for place in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(place.name))
+    everybody, waiting = [], [number]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        everybody += below
+        waiting += below
+    return everybody
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def _die_with_parent() -> None:
+    """Ask the system to end this process when the one that started it ends, however that happens."""
+    _CONTROL(_DIE_WITH_PARENT, signal.SIGKILL)
