@@ -1,6 +1,7 @@
 """Canaries: known contributions put into a run by coin flips, and the lower bound on epsilon that their
 traces prove.
- A mechanism that claims (epsilon, delta) makes it hard to tell included canaries from left-out ones. When
+
+A mechanism that claims (epsilon, delta) makes it hard to tell included canaries from left-out ones. When
 they are told apart too well the claim is false, with a stated confidence: `lower_bound` turns scores into the
 largest epsilon the data still reject. Compare with the ledger's upper bound; a lower bound above it is an
 alarm.

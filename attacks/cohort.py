@@ -1,5 +1,6 @@
 """Whose it is: give what several opened sums hold to the clients that took part in them.
- One sum says what a cohort holds and not who brought it. The server knows who took part in each round, and a
+
+One sum says what a cohort holds and not who brought it. The server knows who took part in each round, and a
 word that is there whenever one client is, and gone when it is not, is that client's.
 """
 

@@ -1,5 +1,6 @@
 """The one shape every attack has: `run(observation, model, prior, budget, seed) -> Reconstruction`.
- An attack is a pure function that either returns a `Finding` or raises `NotApplicable` with the reason;
+
+An attack is a pure function that either returns a `Finding` or raises `NotApplicable` with the reason;
 `PlainAttack` wraps it into the contract: requirements are checked, time is measured, the knowledge that was
 really read is recorded, and global random state is left alone.
 """

@@ -1,5 +1,6 @@
 """The one place that judges: what an audit may say of every attack it ran, all its questions taken together.
- A verdict rests on three comparisons. Luck: the attack against itself on noise in the shape of the update,
+
+A verdict rests on three comparisons. Luck: the attack against itself on noise in the shape of the update,
 and against guessing. Number: an audit asks many questions, so luck is corrected for all of them. Control: the
 same attack on an undefended rehearsal of the same setting. *Leaked* is clearly above luck after the
 correction; *not leaked* is near luck and clearly below a control that passed; everything between proves

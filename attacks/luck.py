@@ -1,6 +1,7 @@
 """How likely chance does as well: one definition for every measure, over several draws, and over all
 questions of an audit.
- A luck is a p-value: of an attack that knows nothing it lies below x with probability at most x, as far as
+
+A luck is a p-value: of an attack that knows nothing it lies below x with probability at most x, as far as
 its null holds.
 """
 

@@ -1,5 +1,6 @@
 """Membership: was this candidate part of what was observed? Scores for updates and for released models.
- Candidates come in `prior.candidates`: {"images", "labels"} or {"token_ids"[, "labels"]}. Every attack
+
+Candidates come in `prior.candidates`: {"images", "labels"} or {"token_ids"[, "labels"]}. Every attack
 returns one score per candidate, higher for members; `attacks.metrics` turns scores and truth into AUC and
 rates at low false- positive rates. Sources: matched filter, Pyrgelis-style and Nasr et al., "Adversary
 Instantiation", 2021; projection residual, ProjRes, 2026; LiRA, Carlini et al., 2022, section 5 (offline

@@ -1,6 +1,7 @@
 """Match the tensor names of an update with the parameter names of a model: a pure function of names and
 shapes.
- Training libraries wrap a model before they train it, and every wrapper leaves its mark in the names:
+
+Training libraries wrap a model before they train it, and every wrapper leaves its mark in the names:
 `_module.` (Opacus), `module.` (data parallel), `_orig_mod.` (compiled), `base_model.model.` and an adapter's
 name (PEFT). Some frameworks send no names at all, but a list in the order of the model's tensors, and some
 store matrices transposed.

@@ -1,5 +1,6 @@
 """Noise in the shape of an observation: what an attack makes of an update that holds nobody's data.
- Noise that is denser, of higher rank or less rounded than the update would be told from it for that reason
+
+Noise that is denser, of higher rank or less rounded than the update would be told from it for that reason
 alone, so it keeps the zeros, the rank, the length and the rounding of every tensor.
 """
 

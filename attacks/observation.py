@@ -1,5 +1,6 @@
 """What one observer really saw of one round, and what it is assumed to know beyond that.
- An `Observation` holds the tensors that crossed the wire, the facts the protocol reveals (`metadata`) and the
+
+An `Observation` holds the tensors that crossed the wire, the facts the protocol reveals (`metadata`) and the
 model that was broadcast. `Knowledge` is the list of assumptions granted on top; every field left at None is
 unknown to the attack. Ground truth lives in `attacks.truth`, which no attack imports.
 """

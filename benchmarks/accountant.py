@@ -2,7 +2,8 @@
 for.
 
     python -m benchmarks.accountant --json [--quick]
- Every accountant gets the same vectors, one after the other, each in its own process with a limit on CPU
+
+Every accountant gets the same vectors, one after the other, each in its own process with a limit on CPU
 time; processes are forked from one that has imported the accountant, so times are CPU seconds without
 imports. `declined` means it raised or returned no finite number, `over limit` that it was stopped.
 """

@@ -2,7 +2,8 @@
 
     python -m benchmarks.attacks [--quick] [--assets ../shared] [--peer PYTHON] [--span-peer FOLDER] [--parts
     ...] [--json]
- Four parts. `table`: a cell is one attack on one update type at one batch size, the mean score over seeds
+
+Four parts. `table`: a cell is one attack on one update type at one batch size, the mean score over seeds
 with its bootstrap interval, the score of guessing, how many runs beat guessing clearly, and CPU seconds.
 `conformance`: figures known for an attack, held against a repetition. `span`: the published span check beside
 ours. `peer`, with the interpreter of an environment that holds breaching 0.1.2: inverting gradients beside

@@ -1,6 +1,7 @@
 """Repeat the figures known for each attack, published or measured by an earlier independent rendering, and
 compare.
- A line states the reference, the range a repetition must fall into, what was measured here and over how many
+
+A line states the reference, the range a repetition must fall into, what was measured here and over how many
 runs. Ranges are exact where theory is exact; where the reference is a count, 99 % of the sampling of both;
 where it is an AUC, 99 % of its sampling law around the Gaussian prediction; where it is a PSNR under noise, 4
 dB either way.

@@ -1,7 +1,8 @@
 """Write the page of results from what the benchmark of attacks printed.
 
     python -m benchmarks.attacks_page OUTPUT [OUTPUT ...] > docs/results/attacks.md
- Each file holds what one run printed; its last line is the JSON object. Parts of later files replace those of
+
+Each file holds what one run printed; its last line is the JSON object. Parts of later files replace those of
 earlier ones; the cells of several shares of the table are put together.
 """
 

@@ -1,6 +1,7 @@
 """Run inverting gradients of this package and of breaching 0.1.2 on the same gradients, each in its own
 environment.
- The parent draws pictures, takes gradients of one small network and runs our attack; the same file, run by
+
+The parent draws pictures, takes gradients of one small network and runs our attack; the same file, run by
 the other environment's Python, rebuilds the network and runs breaching's with the settings its configuration
 recommends. Both know labels and shape and are timed by their own process's CPU clock after a short warm-up.
 The number of iterations is set for both: ours takes four fifths of the other's, because a step that sees

@@ -1,6 +1,7 @@
 """Find tokens by the published span check and by ours, on the same gradients: the same tokens, and the time
 of each.
- The published check (DAGER, 2405.15586, section 4 and appendix B) decomposes the gradient of a query
+
+The published check (DAGER, 2405.15586, section 4 and appendix B) decomposes the gradient of a query
 projection by a randomised SVD at its numerical rank, forms the layer input of every vocabulary entry at every
 position, and accepts those near the span. `restated` says it in our own words, in single precision; with a
 folder that holds the published repository, its own two functions are called instead, unchanged. Both get the

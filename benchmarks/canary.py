@@ -1,14 +1,16 @@
 """Audit a whole federated run with canaries, and the same run with one mistake in it.
 
     python -m benchmarks.canary --json [--quick] [--seeded]
- Four clients train a small text model under record-level privacy and secure aggregation; the ledger allows
+
+Four clients train a small text model under record-level privacy and secure aggregation; the ledger allows
 epsilon 8.
 One client also holds canaries: records whose gradient is one coordinate, ten times as long as the clipping
 bound, each put among its records by its own fair coin. They take the run's own way: its sampler, clipping,
 noise, divisor, rounding, mask and sum. The observer is a server that colludes with the other clients: it
 takes their updates off every opened sum and adds up, over the rounds, what is left at each canary's
 coordinate.
- A bound above the ledger's epsilon refutes the claim; each is wrong with probability at most 2.5 %. "one-run"
+
+A bound above the ledger's epsilon refutes the claim; each is wrong with probability at most 2.5 %. "one-run"
 holds for any mechanism, "f-DP" refutes Gaussian trade-off curves and is compared with the Gaussian curve that
 covers the ledger's claim, "Gaussian" is the sharpest and takes the scores for Gaussian. The broken runs
 charge the ledger what the honest one does, and differ from it in one place.

@@ -1,7 +1,8 @@
 """Measure one differentially private training step beside the same step without privacy.
 
     python -m benchmarks.dp_step [--quick] [--json]
- MiniLM (6 layers, width 384), batch 32 x 64 tokens, rank-8 LoRA and a classifier head, or 16 soft-prompt
+
+MiniLM (6 layers, width 384), batch 32 x 64 tokens, rank-8 LoRA and a classifier head, or 16 soft-prompt
 tokens; every step is forward, backward, clipping, noise and an SGD update. CPU seconds of one thread; methods
 take turns within each repeat, and a ratio is the median over repeats of that method's time over the plain
 step's in the same repeat. Peak memory is what a fresh process needs beyond the loaded model. The last line is

@@ -2,7 +2,8 @@
 
     python -m benchmarks.four_audits --json [--quick] [--budget quick|standard] [--task text|picture] [--page
     FILE] python -m benchmarks.four_audits --join OUTPUT [OUTPUT ...] --page FILE
- Each run of `examples/audit/` is trained and audited with the command's own functions. The table names, for
+
+Each run of `examples/audit/` is trained and audited with the command's own functions. The table names, for
 every observer, the attacks that leaked, those that did not although their control passed, and counts the
 rest; beside it the processor and wall seconds of the audit alone. `--page` writes the same as a page of the
 documentation.

@@ -2,7 +2,8 @@
 sets.
 
     python -m benchmarks.he [--quick] [--json]
- The first table runs on the same integers, interleaved, CPU seconds of this process per million parameters
+
+The first table runs on the same integers, interleaved, CPU seconds of this process per million parameters
 (best of the repeats), three parties' ciphertexts added. In our rows `enc+save` and `decrypt` include packing,
 tags, checks and chunk headers; the reference row is TenSEAL alone, which checks nothing. A second part runs
 all four backends on random cases and counts the sums that differ. The last line is one JSON object.

@@ -1,7 +1,8 @@
 """What a ledger of a million records costs: opening it, finding every record of a run, and charging a round.
 
     python -m benchmarks.ledger_blocks [--records 1000000] [--quick]
- Times are CPU seconds of one process on a ledger that exists; memory is the growth of the process beyond what
+
+Times are CPU seconds of one process on a ledger that exists; memory is the growth of the process beyond what
 it had after imports. The last line is one JSON object.
 """
 

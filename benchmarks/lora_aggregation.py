@@ -1,7 +1,8 @@
 """Hold what each rule for averaging LoRA makes of a round against the dense mean of the clients' products.
 
     python -m benchmarks.lora_aggregation [--quick] [--json]
- The runs of `experiments/lora-aggregation.toml` with one seed, their clients trained for real. After every
+
+The runs of `experiments/lora-aggregation.toml` with one seed, their clients trained for real. After every
 round the adapted weights of the new model are compared with the mean of what the clients' own weights were:
 the distance, divided by how far that mean moved. Exact rules miss it by rounding; plain averaging of A and of
 B misses it by its bias. Left out are FedSA, whose clients each have a model of their own, none of which is

@@ -1,7 +1,8 @@
 """Measure how fast cryptographic noise is drawn, beside the usual non-cryptographic samplers.
 
     python -m benchmarks.noise [--quick] [--json]
- Millions of samples per CPU second of one thread, best of the repeats. "released" adds the noise to a vector
+
+Millions of samples per CPU second of one thread, best of the repeats. "released" adds the noise to a vector
 and rounds to the public grid. The last line is one JSON object.
 """
 

@@ -2,7 +2,8 @@
 by side.
 
     python -m benchmarks.secagg [--quick] [--large] [--peer PYTHON] [--json]
- All times are CPU seconds of one process. Masking is measured interleaved with the bare AES-256-CTR keystream
+
+All times are CPU seconds of one process. Masking is measured interleaved with the bare AES-256-CTR keystream
 of the same length, written in place over the same memory. Sessions are played in process with every party's
 time booked to it. `--large` adds 1,000 clients on a ring of 142 neighbours (minutes). `--peer` names a Python
 interpreter of an environment with Flower installed; its published SecAgg+ functions then do the same work,

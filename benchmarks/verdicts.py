@@ -2,7 +2,8 @@
 reach.
 
 python -m benchmarks.verdicts [--noise 200] [--guessing 200] [--undefended 100] [--bounds 1000]
- Prints docs/results/verdicts.md. Everything is built in code from seeds; all verdicts come from
+
+Prints docs/results/verdicts.md. Everything is built in code from seeds; all verdicts come from
 `attacks.examine`.
 """
 

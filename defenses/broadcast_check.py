@@ -1,10 +1,12 @@
 """What a client checks before it trains on a broadcast model: signs that the model was crafted to read data.
- A malicious server can change what it sends so that honest answers hold the inputs (imprint blocks, trap
+
+A malicious server can change what it sends so that honest answers hold the inputs (imprint blocks, trap
 weights, fishing, silenced clients, crafted adapters). Most of those leave marks in the weights: parallel
 rows, evenly sorted biases, blocks of zeros or identities, huge scales, an unexpected layout. The strongest
 checks need memory: frozen tensors must not change, trained ones change little in a round, and all clients
 must see one digest.
- Not detected by the marks alone, without `previous` or an agreed digest: trap weights and planted prompt
+
+Not detected by the marks alone, without `previous` or an agreed digest: trap weights and planted prompt
 keys, which look like ordinary matrices, and models trained together with a secret decoder (Garov et al.,
 "Hiding in Plain Sight", 2024), whose whole point is to look ordinary. Per-record clipping and noise hold
 against those; this check does not.

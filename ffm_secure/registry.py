@@ -1,6 +1,7 @@
 """Every kind of strategy, trainable, algorithm and engine by name, in one line each; nothing heavy is
 imported for it.
- A line names the kind and where its class or function is; that module is imported when a run names the kind,
+
+A line names the kind and where its class or function is; that module is imported when a run names the kind,
 so that a mistake in a run file costs no import of a model library. `refuses` is the kind's position towards
 choices on other axes: none given means that every other choice was considered and is sound.
 """

@@ -1,6 +1,7 @@
 """Malicious server on image and plain networks: broadcasts crafted so that the honest answer holds the
 inputs.
- Each `craft_*` function returns a modified copy of a model, to be broadcast instead of the honest one; each
+
+Each `craft_*` function returns a modified copy of a model, to be broadcast instead of the honest one; each
 attack reads the answer, alone or as a sum over clients. Crafting needs public examples at most, never the
 client's data.
 Sources: Fowl et al., "Robbing the Fed", 2022 (imprint); Boenisch et al., "When the Curious Abandon Honesty",

@@ -1,6 +1,7 @@
 """Malicious server on decoders: parameters alone are changed, and the first feed-forward layer stores token
 states.
- The first attention block writes a code of the sentence's first token into reserved coordinates of every
+
+The first attention block writes a code of the sentence's first token into reserved coordinates of every
 place; the rows of the first feed-forward layer are bins over one measurement of the state. Adjacent
 differences of its gradient give single states; each is decoded to a token and a place, and equal codes group
 them into sentences. Source: Fowl et al., "Decepticons", 2023, sections 3 and 4, in a short form: one block

@@ -1,5 +1,6 @@
 """Adapters: inputs of every biased down-projection, and tokens where the adapter sees them unmixed.
- A bottleneck adapter h + U relu(D h + b) has the same gradient identity as any linear layer: dD_i / db_i is
+
+A bottleneck adapter h + U relu(D h + b) has the same gradient identity as any linear layer: dD_i / db_i is
 the hidden state of a position that fires unit i alone. Where the adapter sits in front of any attention,
 hidden states are matched with the vocabulary.
 """

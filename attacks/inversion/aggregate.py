@@ -1,6 +1,7 @@
 """Blind source separation: a first linear layer's gradient is a mixture of its inputs, for one batch or a sum
 of many.
- dW = sum_i delta_i x_i^T holds the b inputs as linear mixtures. They are pulled apart by what natural inputs
+
+dW = sum_i delta_i x_i^T holds the b inputs as linear mixtures. They are pulled apart by what natural inputs
 have and mixtures lack: far-from-Gaussian values, smoothness, and being unlike each other. Source: Kariyappa
 et al., "Cocktail Party Attack", 2023, section 4 (own objective and code); scale and sign follow from the bias
 gradient, as in SPEAR.

@@ -1,6 +1,7 @@
 """What a client in training mode gives away in its running statistics: the means and variances of its own
 batches.
- A batch normalisation in training mode moves its buffers to (1 - m) old + m batch, with m the public
+
+A batch normalisation in training mode moves its buffers to (1 - m) old + m batch, with m the public
 momentum. The change of the buffers over one step is therefore the batch's statistics, to rounding; over
 several, their average, later steps counting more. Behind a first convolution the mean over all places is
 linear in the mean colour of the pictures.

@@ -1,5 +1,6 @@
 """Linear channels: every gradient of a linear layer holds its inputs in its row space.
- For z = W x + b over rows t, dW = sum_t delta_t x_t^T. One module covers ordinary linear layers, GPT-2's
+
+For z = W x + b over rows t, dW = sum_t delta_t x_t^T. One module covers ordinary linear layers, GPT-2's
 transposed ones, and both LoRA factors: the gradient of A holds the layer's inputs, the gradient of B holds A
 x.
 """

@@ -1,6 +1,7 @@
 """Gradient matching on text: dummy embeddings stand in for the tokens, and are read back as the nearest
 vocabulary rows.
- The token embedding's output is replaced by the dummies, so one engine attacks any model that looks its
+
+The token embedding's output is replaced by the dummies, so one engine attacks any model that looks its
 tokens up in a
 table: encoders, decoders, and both with LoRA, adapters, prefixes or soft prompts in front. For language
 models the targets are the dummies' own soft tokens. Sources: Deng et al., "TAG", 2021; Balunovic et al.,

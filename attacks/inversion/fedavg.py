@@ -1,6 +1,7 @@
 """Inversion of several local steps: an unrolled simulation of the client, and the surrogate of one point on
 its path.
- The simulation runs the client's own steps on dummies and differentiates through them; it needs the
+
+The simulation runs the client's own steps on dummies and differentiates through them; it needs the
 optimiser's facts and costs one backward pass per step. The surrogate matches the direction of the whole
 update with one gradient at a point between the old and the new weights, found together with the dummies.
 Sources: Dimitrov et al., "Data Leakage in Federated Averaging", 2022, section 4; Zhu et al., "Surrogate Model

@@ -1,5 +1,6 @@
 """Let the derivative of a gradient see the kinks of rectifiers.
- A gradient jumps where a rectified unit switches. Automatic differentiation of that gradient leaves the jumps
+
+A gradient jumps where a rectified unit switches. Automatic differentiation of that gradient leaves the jumps
 out, so that matching on a ReLU network descends on a part of its objective only. Here values and gradients
 stay exact and only the derivative of the switch is replaced: by a bump of stated width around zero, as
 spiking networks are trained.

@@ -1,5 +1,6 @@
 """Label counts from the last layer's gradient: the exact identity, iDLG, LLG and iLRG.
- For cross-entropy averaged over K examples the bias gradient of class c is mean p_c - n_c / K, so n_c = K
+
+For cross-entropy averaged over K examples the bias gradient of class c is mean p_c - n_c / K, so n_c = K
 (mean p_c
 - db_c): only the mean predicted probability is unknown, and public or random probes estimate it. Without any
 probe the identity bounds the counts, for no probability is negative, and the column space of a small batch

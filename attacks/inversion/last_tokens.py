@@ -1,5 +1,6 @@
 """The last token of every sentence: no layer reads it, but it is a target, and the head's rows hold it.
- With every other token known, what the client's loss does to the head is known but for the last targets v_s.
+
+With every other token known, what the client's loss does to the head is known but for the last targets v_s.
 The head's gradient is w sum_t (p_t - e_target) h_t^T, so the part that is left over is -w sum_s e_{v_s} h_s^T
 with known h_s. Tied to the embedding, the same holds up to what flows back to the input rows, which
 candidates are then tried for.

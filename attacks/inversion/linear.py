@@ -1,5 +1,6 @@
 """Inputs of one linear layer, read from its gradient: the bias trick and SPEAR.
- For z = W x + b followed by ReLU, dW = sum_t delta_t x_t^T and db = sum_t delta_t; a neuron that only one
+
+For z = W x + b followed by ReLU, dW = sum_t delta_t x_t^T and db = sum_t delta_t; a neuron that only one
 example activates shows that example as dW_i / db_i. SPEAR recovers a whole batch because each example leaves
 about half of the neurons silent. Sources: Phong et al., 2017, and Geiping et al., "Inverting Gradients",
 2020, proposition 3.1; Dimitrov et al., "SPEAR: Exact Gradient Inversion of Batches in Federated Learning",

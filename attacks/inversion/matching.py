@@ -1,5 +1,6 @@
 """Gradient matching on images: DLG, iDLG, inverting gradients and its successors, as presets of one engine.
- Images are recovered in the units the model takes. With `prior.image_mean` and `image_std` the valid range is
+
+Images are recovered in the units the model takes. With `prior.image_mean` and `image_std` the valid range is
 that of normalised pixels, otherwise [0, 1].
 """
 

@@ -1,5 +1,6 @@
 """Gradient matching: move dummy inputs until the update they would cause equals the observed one.
- One engine for every published variant. A `Problem` holds the model, the observed tensors (whatever subset of
+
+One engine for every published variant. A `Problem` holds the model, the observed tensors (whatever subset of
 the parameters was shared: full, LoRA, adapter, prefix, prompt, head) and the loss of dummy inputs; `Settings`
 holds what the variants differ in; `solve` runs restarts and keeps the one whose update fits best. Sources:
 Zhu et al., "Deep Leakage from Gradients", 2019; Zhao et al., "iDLG", 2020; Geiping et al., "Inverting

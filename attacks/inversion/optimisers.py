@@ -1,5 +1,6 @@
 """What an optimiser does to rows that got no gradient, so that the rows that did stand out.
- Decay moves every row. Under plain SGD, under momentum and under AdamW it multiplies a row without gradient
+
+Decay moves every row. Under plain SGD, under momentum and under AdamW it multiplies a row without gradient
 by one number, whatever the rates and the schedule: that number shows itself as the most frequent ratio of a
 row's change to the row. Adam's own decay passes through its moments and is simulated, with the optimiser
 itself on gradients of zero.

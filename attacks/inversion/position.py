@@ -1,6 +1,7 @@
 """Position embeddings give the input away: least squares for text and for standard vision transformers, and
 APRIL.
- The gradient of position i is the sum of the gradients that reach that place, and the gradient of a token's
+
+The gradient of position i is the sum of the gradients that reach that place, and the gradient of a token's
 row is the sum over its occurrences: so the position gradient is a 0/1 mixture of the rows of the token
 gradient. In a vision transformer and a batch of one the patch projection's gradient is sum_i g_i x_i^T with
 g_i standing in the position gradient: one linear solve returns the image, whatever follows. Source: own

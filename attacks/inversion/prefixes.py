@@ -1,5 +1,6 @@
 """Sentences of a decoder without absolute positions, token by token, where the row spaces end in a clean gap.
- Rotary models see the same first layer input wherever a token stands, so a repeated word adds nothing to the
+
+Rotary models see the same first layer input wherever a token stands, so a repeated word adds nothing to the
 rank there, and every place may hold every token. What tells them apart are the layers behind the first
 attention: their row spaces hold one direction for each distinct beginning of a sentence. While these are
 fewer than the width, a true beginning fits to rounding and no other does. Keys and values of grouped heads

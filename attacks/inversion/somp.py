@@ -1,6 +1,7 @@
 """Matching pursuit on text: an observed gradient as a sum of few sentences' gradients, for batches as wide as
 the layer.
- Once a batch holds as many tokens as the layer is wide, its row space is everything and no token stands out
+
+Once a batch holds as many tokens as the layer is wide, its row space is everything and no token stands out
 for certain. The row spaces of single attention heads still rank the tokens of each place, and the gradients
 of whole sentences are far from one another: a beam over ranked tokens proposes sentences, exchanges of single
 tokens improve them, and orthogonal matching pursuit picks one after the other and fits all weights anew each

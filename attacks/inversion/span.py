@@ -1,6 +1,7 @@
 """Span attacks on text: tokens, positions and whole sentences whose layer inputs lie in the row space of an
 observed gradient.
- A layer that saw b tokens has a gradient of rank b; while b is below the width, the right token at the right
+
+A layer that saw b tokens has a gradient of rank b; while b is below the width, the right token at the right
 place lies in that space and no other does. The same holds for a sum over clients (b counts all their tokens),
 for both LoRA factors (the width of B is the rank r) and, with a wider tolerance, for an update of several SGD
 steps. Decoders are extended token by token; encoders are searched as wholes.

@@ -1,6 +1,7 @@
 """Row spaces as a test for tokens: which layers see a token alone, which see it in context, and who stands
 out.
- The model is probed, not parsed: a layer sees a token alone when changing any other token leaves its input as
+
+The model is probed, not parsed: a layer sees a token alone when changing any other token leaves its input as
 it was. Works on any model that takes `input_ids`, and on every linear layer whose gradient was observed, LoRA
 factors included.
 """

@@ -1,5 +1,6 @@
 """Discrete text search on top of gradient matching: LAMP's moves, FILM's beam, GRAB's dropout masks.
- All three score real tokens by the update they would cause, plus what a language model thinks of them when
+
+All three score real tokens by the update they would cause, plus what a language model thinks of them when
 the user supplies one. Sources: Balunovic et al., "LAMP", 2022, algorithm 1; Gupta et al., "FILM", 2022,
 sections 4.2 and 4.3; Feng et al., "GRAB", 2024 (dropout masks as variables, beam over orderings).
 """

@@ -1,6 +1,7 @@
 """Descent towards row spaces: soft tokens whose inputs to every observed layer come to lie in that layer's
 gradient.
- The span attack asks of each token whether it fits, and loses tokens whose trace noise has covered. Here a
+
+The span attack asks of each token whether it fits, and loses tokens whose trace noise has covered. Here a
 whole sentence moves at once: the summed distance of its inputs to the row spaces of all observed layers is
 differentiable, so strong places pull weak ones through attention, in both directions, and every direction of
 a row space counts as much as it stands out of the noise.

@@ -1,6 +1,7 @@
 """Gradients of many sentences at once, never formed: the inputs of linear layers and what flows back to their
 outputs.
- The gradient of a linear layer is sum_t delta_t x_t^T, so inner products with the observed gradient, norms
+
+The gradient of a linear layer is sum_t delta_t x_t^T, so inner products with the observed gradient, norms
 and inner products of two sentences' gradients need x and delta alone. All are taken in a whitened space:
 inputs and output gradients of random sentences have unit covariance there, so that what every sentence does
 to the model (the mean input, the one direction in which a classifier's loss pulls) does not drown what tells

@@ -1,6 +1,7 @@
 """Blocks: records with one and the same history, parted and joined so that every run pays for exactly the
 rows it reads.
- A ledger partitions all records it knows into blocks. A run that reads some of them parts the blocks it cuts
+
+A ledger partitions all records it knows into blocks. A run that reads some of them parts the blocks it cuts
 through, joins pieces whose histories are equal, and opens a block for records nobody knew. A new block starts
 with the largest history of any block it comes from, event by event, so no record's account is ever below what
 that record went through.

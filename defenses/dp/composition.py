@@ -1,5 +1,6 @@
 """Composition of privacy-loss distributions by one exponentially tilted, bounded Fourier transform.
- Every mass is multiplied by e^(tilt * loss) and renormalised before the transform, so that rounding errors
+
+Every mass is multiplied by e^(tilt * loss) and renormalised before the transform, so that rounding errors
 are relative to the losses that decide delta, not to the bulk. What could make the result too small is bounded
 and added to it:
 

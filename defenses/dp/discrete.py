@@ -1,11 +1,13 @@
 """Integer noise for the secure-aggregation ring: discrete Gaussian and Skellam, from cryptographic bits.
- Small scales are drawn from a table whose probabilities are computed in 60-digit decimals. A table cell is
+
+Small scales are drawn from a table whose probabilities are computed in 60-digit decimals. A table cell is
 chosen with 64 random bits (Walker's alias method in exact integers); what 64 bits cannot represent, rounding
 remainders and far tails alike, is one more outcome of the table and leads to a second draw with 192 bits.
 Large scales are sums of small ones:
 
     X = k X1 + X2,  X1 ~ DG(s1), X2 ~ DG(s2)   is   DG(sqrt(k^2 s1^2 + s2^2))
- up to a factor 1 +- 4 exp(-2 pi^2 t^2) on every probability, t = s1 s2 / sqrt(k^2 s1^2 + s2^2); k keeps t >=
+
+up to a factor 1 +- 4 exp(-2 pi^2 t^2) on every probability, t = s1 s2 / sqrt(k^2 s1^2 + s2^2); k keeps t >=
 3, so the factor is 1 +- 1e-76. Skellam beyond the table is the discrete Gaussian of equal variance, corrected
 by rejection with the uniform asymptotic expansion of the Bessel function; almost every proposal is accepted.
 

@@ -1,5 +1,6 @@
 """How each kind of trainable layer tells one sample's gradient from another's, in the one backward pass.
- While the engine records, a covered module runs a custom autograd function in place of its own forward. The
+
+While the engine records, a covered module runs a custom autograd function in place of its own forward. The
 function returns no gradient for the parameters, so autograd never forms the batch sum that differential
 privacy cannot use; it records what the per-sample gradient is made of instead. Inputs must have samples along
 their first axis.

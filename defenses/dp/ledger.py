@@ -1,6 +1,7 @@
 """A privacy ledger nobody can overspend: append-only, hash-chained, reserve before release, crash counts as
 spent.
- One SQLite file holds one data owner, or many in a simulation. Rows are budgets, reservations and spends,
+
+One SQLite file holds one data owner, or many in a simulation. Rows are budgets, reservations and spends,
 each with the hash of its predecessor; events are truth, epsilon is derived from them. After every change the
 last row's number and hash are written to `<ledger>.head`, so that a shortened file is noticed.
 

@@ -1,6 +1,7 @@
 """The files under the ledger: an append-only SQLite table whose rows are chained by hashes, its anchor, and
 its key.
- Blocks of records lie in a second table, bound to their rows by a digest; digests of records are keyed, and
+
+Blocks of records lie in a second table, bound to their rows by a digest; digests of records are keyed, and
 the key has a file of its own (`<ledger>.key`), so that neither the table nor an export tells who is in it.
 """
 

@@ -1,6 +1,7 @@
 """Correlated noise by banded matrix factorisation: client-level runs that cannot claim amplification by
 sampling.
- The server releases prefix sums A x of the per-round sums x. With A = B C the noise B z equals noise C^-1 z
+
+The server releases prefix sums A x of the per-round sums x. With A = B C the noise B z equals noise C^-1 z
 on every round, where z is fresh. A client that takes part at most `participations` times, at least
 `min_separation` rounds apart, touches columns of C whose supports do not meet when C has at most
 `min_separation` bands, so the sensitivity is the root of a sum of squared column norms and the whole run is

@@ -1,5 +1,6 @@
 """Which one-dimensional pair of distributions dominates one step of a mechanism.
- Why the pairs are enough. For fixed other records the released sum is Gaussian around a centre that depends
+
+Why the pairs are enough. For fixed other records the released sum is Gaussian around a centre that depends
 on which of the person's records joined. For a test function f with E f = s under the centre without the
 person, the Neyman-Pearson lemma gives E f <= F(F^-1(s) + |u|) under a centre moved by u and E f >= F(F^-1(s)
 - |v|) under one moved by v (F the normal distribution function). So P(f) - a Q(f) is largest, for every a >

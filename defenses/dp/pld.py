@@ -1,5 +1,6 @@
 """The privacy-loss distribution of one step on a grid, without losing privacy.
- Why the grid is safe. Each interval of losses keeps its mass under P and under Q exactly; both are given to
+
+Why the grid is safe. Each interval of losses keeps its mass under P and under Q exactly; both are given to
 the two end points of the interval. The hockey-stick curve of the result is the piecewise linear interpolation
 (in e^epsilon) of a convex curve, hence above it everywhere, and domination is kept under composition. The
 excess is of second order.

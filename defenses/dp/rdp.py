@@ -1,6 +1,7 @@
 """Renyi differential privacy: log-moments of every event, conversion, and the price of choosing the best of
 many runs.
- Used for what has no loss distribution here (Skellam noise, random stopping), as a fallback and as a
+
+Used for what has no loss distribution here (Skellam noise, random stopping), as a fallback and as a
 cross-check. All curves are log E exp(order * loss) = order * D_(1 + order), at the common `ORDERS`.
 """
 

@@ -1,6 +1,7 @@
 """Keyed digests of single records: how a ledger knows a row again, whatever file, order, split or format it
 comes in.
- A record is named by 64 bits: 52 of a keyed digest of its content, and the number of the copy where the same
+
+A record is named by 64 bits: 52 of a keyed digest of its content, and the number of the copy where the same
 content stands in several rows. Rows of equal content are different records, each with an account of its own,
 but nobody can tell later which copy was which: `defenses.dp.blocks` lets all copies inherit the largest
 history of any.

@@ -1,5 +1,6 @@
 """Renyi moments of a sum with Skellam noise in which every record joins by chance, for both directions.
- With the record the release is P = (1 - q) P0 + q P1, without it Q = P0, where P1 is P0 moved by an integer
+
+With the record the release is P = (1 - q) P0 + q P1, without it Q = P0, where P1 is P0 moved by an integer
 vector within the bounds. At an integer order a the binomial theorem gives
 
     E_Q (P/Q)^a = sum_k C(a, k) (1 - q)^(a - k) q^k E_P0 (P1/P0)^k,

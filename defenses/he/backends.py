@@ -1,5 +1,6 @@
 """Four ways to carry integer vectors to a sum, in one shape and with bit-identical results.
- A client object has `encrypt(values) -> chunks` and `decrypt_sum(chunks, parties) -> int64 sum`; a server
+
+A client object has `encrypt(values) -> chunks` and `decrypt_sum(chunks, parties) -> int64 sum`; a server
 object has `add(chunks)` and `sum_chunks()`. What differs is who can read what lies between, which
 `defenses.he.collusion` states.
 

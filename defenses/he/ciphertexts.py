@@ -1,6 +1,7 @@
 """Ciphertexts on the wire: bit-packed coefficients we check ourselves, so that no foreign parser sees hostile
 bytes.
- SEAL's stream of one ciphertext is a 16-byte header and, uncompressed, the fields below. We send only what a
+
+SEAL's stream of one ciphertext is a 16-byte header and, uncompressed, the fields below. We send only what a
 receiver cannot know: the coefficients, at the width of their prime, and the seed of the uniform half. The
 receiver checks every coefficient against its prime and writes a fresh, uncompressed SEAL stream around them.
 

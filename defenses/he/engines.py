@@ -1,7 +1,9 @@
 """The only module that imports TenSEAL: slots to ciphertext bytes and back.
- Received bytes are decoded and checked in `defenses.he.ciphertexts`; SEAL only ever parses streams written
+
+Received bytes are decoded and checked in `defenses.he.ciphertexts`; SEAL only ever parses streams written
 here.
- Two engines share one shape. `SealEngine` uses the SEAL bindings below TenSEAL: one prime, seeded symmetric
+
+Two engines share one shape. `SealEngine` uses the SEAL bindings below TenSEAL: one prime, seeded symmetric
 ciphertexts, secret key expanded from a seed. `VectorEngine` uses TenSEAL's high-level vectors, for builds
 whose SEAL bindings do not work; its ciphertexts are about twice as large.
 """

@@ -1,5 +1,6 @@
 """Who may open a sum: the key holder, and how its key reaches the other clients without the server.
- One client generates the key of a run and wraps it to each roster identity. Symmetric encryption needs the
+
+One client generates the key of a run and wraps it to each roster identity. Symmetric encryption needs the
 secret key at every client that encrypts, so every client can also decrypt: this protects from the server and
 the network, not from a client that works with the server. `defenses.he.collusion` says so in the report.
 """

@@ -1,11 +1,13 @@
 """A homomorphic one-time tag: it tells whether an opened sum is the sum of exactly the named parties'
 vectors.
- Ciphertexts can be added by anyone, so the server could scale, replay, reorder or shift them and have the
+
+Ciphertexts can be added by anyone, so the server could scale, replay, reorder or shift them and have the
 holders open one party's vector as "the sum". Every vector x of party i therefore carries, inside the
 encryption,
 
     tag_i = <r, x> + pad_i   modulo p, for each of three primes p just below 2^31,
- with r fresh for every agreement and pad_i fresh for every agreement and party, both derived from a key the
+
+with r fresh for every agreement and pad_i fresh for every agreement and party, both derived from a key the
 server does not have. Tags add up like the vectors; the opened sum must satisfy tag = <r, sum> + sum of the
 named pads.
 

@@ -1,5 +1,6 @@
 """Threshold encryption as a plug-in: a key nobody holds whole. An openfhe adapter where its wheel imports.
- With a shared key the server and any one client break everyone (`defenses.he.collusion`). Threshold
+
+With a shared key the server and any one client break everyone (`defenses.he.collusion`). Threshold
 encryption removes that; its price is an extra round in which every key-share owner answers. The interface is
 what a federation needs; `open_threshold("openfhe", ...)` gives the n-of-n BFV scheme of OpenFHE, or refuses
 with the reason.

@@ -1,4 +1,8 @@
-"""Secure aggregation, ffm-secagg: the server learns the sum and who is in it."""
+"""Secure aggregation, ffm-secagg: the server learns the sum and who is in it.
+
+`open_sum` of the server's half hands the opened sum on; the unmasking itself stands in
+`defenses/secagg/server.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What clients send, and how the mean of it becomes the next global model: pure functions of vectors."""
+"""What clients send, and how the mean of it becomes the next global model: pure functions of vectors.
+
+A strategy of its own is one file with a subclass of `Strategy` and one line in `registry.STRATEGIES`; a whole
+one stands in docs/extending.md.
+"""
 
 from __future__ import annotations
 

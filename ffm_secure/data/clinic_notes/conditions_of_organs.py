@@ -1,7 +1,8 @@
 """The vocabulary of `builtin:clinic_notes`, first half: the specialties of the inner organs.
 
 What each specialty sees, finds, gives and plans.
- Every list is written as "first | second | third". `{3-14}` draws a whole number, `{52-64/10}` one between
+
+Every list is written as "first | second | third". `{3-14}` draws a whole number, `{52-64/10}` one between
 5.2 and 6.4, `<lab>` a laboratory value in the units of the hospital. `13# item` belongs to the first and the
 third name only. Spelling here is British; hospitals rewrite it.
 """

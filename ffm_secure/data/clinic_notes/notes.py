@@ -1,6 +1,7 @@
 """`builtin:clinic_notes`: short clinical-style notes of several hospitals, with planted fictitious personal
 facts.
- Everything is drawn from a seed and nothing from real records. Names are made of words for pretence,
+
+Everything is drawn from a seed and nothing from real records. Names are made of words for pretence,
 telephone numbers lie in ranges set aside for fiction, birth years end in 1899, record numbers begin with ZX,
 streets and towns do not exist.
 """
