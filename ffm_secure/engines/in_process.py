@@ -1,4 +1,6 @@
-"""Sites of machines' making in one process, a thread for every message: for trials, and to compare engines with."""
+"""Sites of machines' making in one process, a thread for every message:
+for trials, and to compare engines with.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A federation over NVFlare on this machine: an operator, a coordinator's server and sites, each in a folder."""
+"""A federation over NVFlare on this machine:
+an operator, a coordinator's server and sites, each in a folder.
+"""
 
 from __future__ import annotations
 

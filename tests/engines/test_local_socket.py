@@ -1,4 +1,6 @@
-"""Frames between two processes of one party: whole, in order, private, and never longer than is waited for."""
+"""Frames between two processes of one party:
+whole, in order, private, and never longer than is waited for.
+"""
 
 from __future__ import annotations
 

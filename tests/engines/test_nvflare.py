@@ -1,4 +1,6 @@
-"""Four sites over NVFlare: mutual TLS on loopback, a process of its own for everybody, the contract of all couriers."""
+"""Four sites over NVFlare: mutual TLS on loopback, a process of its own for everybody,
+the contract of all couriers.
+"""
 
 from __future__ import annotations
 

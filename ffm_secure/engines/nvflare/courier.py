@@ -31,8 +31,9 @@ class _Asked:
 class NVFlareCourier:
     """Carry messages to sites by their number in `sites`, in as many jobs as it takes.
 
-    A job is begun with the sites that are connected. A site that lost its process, or came late, is lost until
-    another job has been begun for it, which happens by itself; so does the one after a fall of the server.
+    A job is begun with the sites that are connected. A site that lost its process, or came late, is lost
+    until another job has been begun for it, which happens by itself; so does the one after a fall of the
+    server.
 
     Guarantee: every site that was written to is answered for once, with its bytes or as lost; an answer that
     comes after the deadline is dropped, by the engine and by its number. Safe to call from several threads.

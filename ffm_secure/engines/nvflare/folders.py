@@ -1,4 +1,6 @@
-"""What the engine reads in a participant's folder: where the server is, who may do what, which code may run."""
+"""What the engine reads in a participant's folder:
+where the server is, who may do what, which code may run.
+"""
 
 from __future__ import annotations
 

@@ -92,15 +92,15 @@ class _Relay:
 
     def _greet(self, name: str) -> None:
         """Ask a site for a word until it answers, then say that it has joined."""
-        told = False
+        reported = False
         while not self._over.is_set():
             code = self._hello(name, 1.0)
             if code == ReturnCode.OK:
                 self._frames.write({"say": "joined", "site": name})
                 return
-            if code == ReturnCode.SERVICE_UNAVAILABLE and not told:
+            if code == ReturnCode.SERVICE_UNAVAILABLE and not reported:
                 self._frames.write({"say": "waits", "site": name})
-                told = True
+                reported = True
             self._over.wait(0.2)
 
     def _carry(self, words: Words, content: bytes) -> None:

@@ -1,4 +1,5 @@
-"""What runs inside the engine's processes at a site: it sees bytes and a socket, no rows, no ledger, no policy.
+"""What runs inside the engine's processes at a site: it sees bytes and a socket, no rows, no ledger, no
+policy.
 
 The classes here are named in the site's own `resources.json` and in its list of allowed classes; a job names
 the executor and can name nothing else.
@@ -80,8 +81,8 @@ class RelayExecutor(Executor):  # type: ignore[misc]
 class SiteLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
     """Start a job's process where this site allowed the run, and tell nobody how it ended.
 
-    The engine ends a job for everybody when one site reports that its process was killed; a federation goes on
-    with those who are left, so a site reports success or nothing.
+    The engine ends a job for everybody when one site reports that its process was killed; a federation goes
+    on with those who are left, so a site reports success or nothing.
 
     Guarantee: no process starts for a run that the site's service does not allow, nor for a job that carries
     code, whatever the server sends or leaves out: this is the last gate, and it is local.
@@ -116,7 +117,9 @@ class _QuietHandle(JobHandleSpec):  # type: ignore[misc]
 
 
 class RunApproval(Widget):  # type: ignore[misc]
-    """Say early, while a job is planned, that nobody at this site has allowed its run: the others start without it."""
+    """Say early, while a job is planned, that nobody at this site has allowed its run:
+    the others start without it.
+    """
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Answer the engine's question whether a command may be executed here."""
