@@ -86,7 +86,12 @@ class LedgerFile:
             raise ParameterError(f"path = {str(path)!r}: there is no ledger here")
         if create:
             _create_private(path)
-        self._connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        self._connection = sqlite3.connect(
+            path,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,  # whoever shares a ledger among threads lets them take turns
+        )
         try:
             self._prepare()
         except BaseException as error:

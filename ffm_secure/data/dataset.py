@@ -100,6 +100,12 @@ class Examples:
         return replace(self, columns=columns, records=records, contents=contents)
 
 
+def for_evaluation(public: Examples, count: int, *, seed: int) -> Examples:
+    """Return the `count` public rows that a run is evaluated on: the same for everybody who has them all."""
+    order = np.random.default_rng(seed).permutation(len(public))
+    return public.take(np.sort(order[: min(count, len(public))]))
+
+
 def _take(values: Cells, chosen: Indices) -> Cells:
     if isinstance(values, np.ndarray):
         return values[chosen]
@@ -307,6 +313,15 @@ def _load_hub(name: str, path: Path) -> tuple[Table, Table | None]:
     if validation is not None:
         held_out = arrow_table(validation, origin=f"{name} (validation)")
     return arrow_table(train, origin=f"{name} (train)"), held_out
+
+
+def builtin_table(source: str) -> Table:
+    """Return the public rows of a builtin data set, `builtin:<name>`.
+
+    Raises:
+      DataError: there is no such set.
+    """
+    return _load_builtin(source.removeprefix("builtin:"))[1]
 
 
 def _load_builtin(text: str) -> tuple[Table, Table, str]:

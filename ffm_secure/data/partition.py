@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ffm_secure.config.owners import numbered_names
 from ffm_secure.config.run_file import Split
 from ffm_secure.config.schema import did_you_mean
 from ffm_secure.data.dataset import Examples
@@ -261,12 +262,6 @@ def owner_names(
         alike = sum(name == written or name.startswith(f"{written} (") for name in names)
         names.append(f"{written} ({alike + 1})" if alike else written)
     return tuple(names)
-
-
-def numbered_names(count: int) -> tuple[str, ...]:
-    """Name owners whom no column names."""
-    width = len(str(count))
-    return tuple(f"client-{index + 1:0{width}d}" for index in range(count))
 
 
 def _printable(name: str) -> str:

@@ -5,40 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from defenses.dp import Event, Ledger, PerSampleEngine, probe_sensitivity
+from defenses.dp import Event, Ledger
 from defenses.errors import BudgetExceeded
 from defenses.random_source import RandomSource
 from defenses.secagg import Identity
 from ffm_secure import tasks, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.data.dataset import Dataset, Examples
+from ffm_secure.config.owners import numbered_names
+from ffm_secure.data.dataset import Dataset, Examples, for_evaluation
 from ffm_secure.data.memory import Memory
-from ffm_secure.data.partition import numbered_names
 from ffm_secure.engines import simulated_data
 from ffm_secure.engines.extension import Extension, extension_of
-from ffm_secure.engines.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
+from ffm_secure.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
 from ffm_secure.engines.local import LocalEngine, TrainerPool
 from ffm_secure.engines.simulated_data import Contents, SimulatedData, contents, load_dataset, part_in_public
 from ffm_secure.errors import BudgetExhausted, DataError, PlanRefused, StoreError
-from ffm_secure.models.backbone import fingerprint
 from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.protection.enrolment import enrol
-from ffm_secure.protection.masked import SessionBinding
 from ffm_secure.records import RoundRecord
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.transcript import Transcript, recorded_rounds
 from ffm_secure.site.allowance import Outlook, grant_lifetime, look_ahead
+from ffm_secure.site.bound_probe import PROBED, probe_bound
 from ffm_secure.site.broadcast import BroadcastReader
 from ffm_secure.site.broadcast_guard import BroadcastGuard
 from ffm_secure.site.client_state import ClientStateStore
@@ -67,9 +65,6 @@ __all__ = [
     "prepare",
     "probe",
 ]
-
-
-PROBED = 3  # public rows the bound on one record is tried on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,27 +326,6 @@ class Simulation:
         return self.task.evaluate(self.trainable.model, examples, device=self.spec.device)
 
 
-def _binding(prepared: Prepared) -> SessionBinding | None:
-    """Bind what sites of secure aggregation hold a session to; None without it, as hashing a backbone takes a
-    while.
-    """
-    if prepared.config.protection.kind != "secagg":
-        return None
-    trained = set()
-    for parameter in prepared.trainable.parameters.values():
-        trained.add(id(parameter))
-    named = prepared.trainable.model.named_parameters()
-    frozen = {}
-    for name, value in named:
-        if id(value) not in trained:
-            frozen[name] = value
-    return SessionBinding(
-        backbone=fingerprint(frozen),
-        layout=prepared.spec.layout_digest,
-        mechanism=prepared.spec.mechanism_digest,
-    )
-
-
 def build(prepared: Prepared, folder: Path) -> Simulation:
     """Encode the owners' rows, open the ledger, enrol everybody; after this the run can start."""
     config, spec = prepared.config, prepared.spec
@@ -368,7 +342,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         write_facts(folder, prepared.facts)
     states = ClientStateStore(folder=folder / "home", owners=spec.owners, places=spec.strategy.home)
     enrolment = enrol(
-        config, spec.codec, spec.owners, _binding(prepared), _identities(prepared, states, folder)
+        config, spec.codec, spec.owners, prepared.binding(), _identities(prepared, states, folder)
     )
     recorded = recorded_rounds(config)
     truth = None
@@ -447,13 +421,11 @@ def evaluation_examples(prepared: Prepared) -> Examples:
       DataError: there are none.
     """
     config, validation = prepared.config, prepared.dataset.validation
-    rows = min(config.task.evaluation_examples, len(validation))
-    if rows == 0:
+    if len(validation) == 0:
         raise DataError(
             f"{config.task.data}: has no validation rows; a run is evaluated on public rows after each round"
         )
-    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(validation))[:rows])
-    return validation.take(chosen)
+    return for_evaluation(validation, config.task.evaluation_examples, seed=config.seed)
 
 
 def open_granted(prepared: Prepared, path: Path) -> Ledger:
@@ -522,28 +494,4 @@ def probe(prepared: Prepared, public: Encoded, *, samples: int = PROBED) -> None
     Raises:
       NotPrivateError: it does, or samples are coupled; the message names the module or the loss at fault.
     """
-    mechanism = prepared.mechanism.record_level
-    if mechanism is None:
-        return
-    trained, task = prepared.trainable, prepared.task
-
-    def losses_of(rows: Sequence[int]) -> Callable[[], Tensor]:
-        batch = task.evaluation_batch(
-            public, np.asarray(rows), prepared.device
-        )  # a row's masks do not depend on the others
-        return partial(task.losses, trained.model, batch)
-
-    exact = prepared.config.model.dtype == "float32"
-    with (
-        trained.training_only(prepared.strategy.trains(0)),
-        PerSampleEngine(trained.model, parameters=trained.active) as engine,
-    ):
-        probe_sensitivity(
-            engine,
-            losses_of,
-            samples=samples,
-            clip_norm=mechanism.clip_norm,
-            clip=mechanism.bound,
-            tolerance=1e-5 if exact else 1e-2,
-            coupling_tolerance=1e-3 if exact else 0.1,
-        )
+    probe_bound(prepared.spec, prepared.trainable, prepared.task, public, samples=samples)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -79,6 +80,18 @@ def encrypted_terms(config: RunConfig, codec: VectorCodec, roster: Sequence[byte
     return EncryptedTerms(config=config, codec=codec, parameters=parameters, roster=tuple(roster))
 
 
+class Key(Protocol):
+    """The key of a run, as a site's round uses it."""
+
+    def holder(self, run_id: bytes) -> he.KeyHolder:
+        """Return the key."""
+
+    def open(
+        self, client: he.EncryptedClient, plan: RoundPlan, chunks: Iterable[bytes], parties: Sequence[bytes]
+    ) -> NDArray[np.int64]:
+        """Return the opened sum of a round."""
+
+
 class SharedKey:
     """The key of a run, as its sites hold it; in a simulation one object stands for all of theirs.
 
@@ -112,7 +125,7 @@ class SharedKey:
 class EncryptedClientRound:
     """Encrypt, open with the others, compare."""
 
-    def __init__(self, plan: RoundPlan, terms: EncryptedTerms, key: SharedKey, identity: Identity) -> None:
+    def __init__(self, plan: RoundPlan, terms: EncryptedTerms, key: Key, identity: Identity) -> None:
         self._plan, self._terms, self._key, self._guard = plan, terms, key, identity.guard
         holder, agreement = key.holder(plan.run_id), terms.agreement(plan)
         signing = Ed25519PrivateKey.from_private_bytes(identity.seed())
@@ -126,7 +139,7 @@ class EncryptedClientRound:
         if stage == _PARTIES:
             return self._open(message)
         if stage == "confirm" and self._total is not None:
-            self._client.check_confirmations(self._total, self._parties, _split(message))
+            self._client.check_confirmations(self._total, self._parties, split_parts(message))
             return b""
         if stage == _TOTAL and self._total is not None:
             bits = self._terms.codec.modulus_bits
@@ -134,7 +147,7 @@ class EncryptedClientRound:
         raise ProtocolError
 
     def _open(self, message: bytes) -> bytes:
-        parts = _split(message)
+        parts = split_parts(message)
         if not parts:
             raise ProtocolError
         names, *chunks = parts
@@ -147,7 +160,7 @@ class EncryptedClientRound:
         values = ring.signed(vector, self._terms.codec.modulus_bits)
         # As under masks: an aborted round leaves the model as it is, and the next one is about it again.
         self._guard.spend(update, model=bytes.fromhex(self._plan.fingerprint), repeat=True)
-        return _join(self._client.encrypt(values))
+        return join_parts(self._client.encrypt(values))
 
 
 class EncryptedServerRound:
@@ -176,7 +189,7 @@ class EncryptedServerRound:
         if stage == "confirm":
             compared = sum(len(message) for message in self._confirmations.values())
             self._up, self._down = self._up + compared, self._down + compared * len(self._arrived)
-            return dict.fromkeys(self._arrived, _join(self._confirmations.values()))
+            return dict.fromkeys(self._arrived, join_parts(self._confirmations.values()))
         self._require(len(self._agreed) == len(self._arrived), "protocol aborted")
         return dict.fromkeys(self._arrived, b"")
 
@@ -185,12 +198,12 @@ class EncryptedServerRound:
         self._require(len(arrived) >= minimum, too_few(len(arrived), minimum))
         chunks = list(self._adder.sum_chunks())
         self._down = sum(len(chunk) for chunk in chunks) * len(arrived)
-        return dict.fromkeys(arrived, _join([b"".join(self._adder.parties), *chunks]))
+        return dict.fromkeys(arrived, join_parts([b"".join(self._adder.parties), *chunks]))
 
     def receive(self, stage: str, site: int, reply: bytes | memoryview) -> None:
         """Take in one answer."""
         if stage == UPLOAD:
-            chunks = _split(bytes(reply))
+            chunks = split_parts(bytes(reply))
             self._up += sum(len(chunk) for chunk in chunks)
             self._adder.add(chunks, sender=self._terms.roster[site])
             self._arrived.append(site)
@@ -257,14 +270,15 @@ class EncryptedServer:
         return EncryptedServerRound(plan, self.terms)
 
 
-def _join(parts: Iterable[bytes]) -> bytes:
+def join_parts(parts: Iterable[bytes]) -> bytes:
+    """Put parts into one message, each behind its length."""
     joined = bytearray()
     for part in parts:
         joined += _LENGTH.pack(len(part)) + part
     return bytes(joined)
 
 
-def _split(message: bytes) -> list[bytes]:
+def split_parts(message: bytes) -> list[bytes]:
     """Cut a message into its parts.
 
     Raises:

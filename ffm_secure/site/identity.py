@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from defenses.errors import ParameterError, TamperedError
@@ -27,10 +29,26 @@ def open_identity(folder: Path, source: RandomSource) -> Identity:
       StoreError: one of the two is missing, damaged, or readable by others.
     """
     create_folder(folder)
-    try:
+    with _problems(folder):
         if os.path.lexists(folder / KEY):
             return _read(folder)
         return _create(folder, source)
+
+
+def read_identity(folder: Path) -> Identity:
+    """Return the identity kept in a site's folder, with its memory.
+
+    Raises:
+      StoreError: one of the two is missing, damaged, or readable by others.
+    """
+    with _problems(folder):
+        return _read(folder)
+
+
+@contextmanager
+def _problems(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ParameterError, TamperedError) as error:
         reason = str(error) or "is damaged"
         raise StoreError(

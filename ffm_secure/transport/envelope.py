@@ -76,7 +76,7 @@ def unseal(message: bytes, coordinator: bytes) -> Request:
     header, words, start = _read(message)
     signature, content = message[start : start + SIGNATURE_BYTES], message[start + SIGNATURE_BYTES :]
     verify_signature(coordinator, signature, _REQUEST + words + hashlib.sha256(content).digest())
-    return Request(header=header, content=content, digest=hashlib.sha256(message).digest())
+    return Request(header=header, content=content, digest=digest_of(message))
 
 
 def header_of(message: bytes) -> Header:
@@ -125,3 +125,8 @@ def unseal_answer(answer: bytes | memoryview, request: bytes, site: bytes) -> me
     content = view[start:]
     verify_signature(site, bytes(view[1:start]), _REPLY + request + hashlib.sha256(content).digest())
     return content
+
+
+def digest_of(message: bytes) -> bytes:
+    """Return the digest by which an answer names the message it answers."""
+    return hashlib.sha256(message).digest()

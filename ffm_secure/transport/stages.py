@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from defenses.errors import ProtocolError
 
+JOIN = "join"
+"""Between machines: a run is proposed; a site's signed word comes back."""
 PLAN = "plan"
 """The plan and the broadcast go out; an `Acceptance` comes back."""
 BEGIN = "begin"
@@ -20,6 +23,7 @@ OPENED, CLOSED = b"\x01", b"\x00"
 """What `FINISH` says: the sum was opened, or stayed closed."""
 
 _LENGTH = struct.Struct("<I")
+_LONGEST_ACCEPTANCE = 1024
 
 
 def encode_vector(vector: Tensor) -> bytes:
@@ -45,3 +49,28 @@ def split_plan(message: bytes) -> tuple[bytes, bytes]:
     if start > len(message):
         raise ProtocolError
     return message[_LENGTH.size : start], message[start:]
+
+
+def join_acceptances(acceptances: Sequence[bytes], plan: bytes) -> bytes:
+    """Put the signed words of all who take part before a message of `join_plan`."""
+    parts = [_LENGTH.pack(len(acceptances))]
+    for item in acceptances:
+        parts += [_LENGTH.pack(len(item)), item]
+    return b"".join((*parts, plan))
+
+
+def split_acceptances(message: bytes) -> tuple[list[bytes], bytes]:
+    """Take a message of `join_acceptances` apart.
+
+    Raises:
+      ProtocolError: it is none.
+    """
+    if len(message) < _LENGTH.size:
+        raise ProtocolError
+    (count,) = _LENGTH.unpack_from(message)
+    start, acceptances = _LENGTH.size, []
+    for _ in range(count):
+        item, _ = split_plan(message[start : start + _LENGTH.size + _LONGEST_ACCEPTANCE])
+        acceptances.append(item)
+        start += _LENGTH.size + len(item)
+    return acceptances, message[start:]

@@ -17,12 +17,13 @@ from ffm_secure import record_codec, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.schema import to_table
-from ffm_secure.data.partition import numbered_names
+from ffm_secure.config.owners import numbered_names
 from ffm_secure.errors import StoreError
 from ffm_secure.models import backbone as models
-from ffm_secure.models.backbone import Backbone
+from ffm_secure.models.backbone import Backbone, fingerprint
 from ffm_secure.privacy.mechanism import Mechanism, calibrate
 from ffm_secure.protection.codec import VectorCodec, codec_for
+from ffm_secure.protection.masked import SessionBinding
 from ffm_secure.registry import LIFECYCLES
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.storage.durable import write_atomic
@@ -79,6 +80,27 @@ class LoadedModel:
     def device(self) -> str:
         """Return where tensors live."""
         return self.spec.device
+
+    def binding(self) -> SessionBinding | None:
+        """Bind what sites of secure aggregation hold a session to; None without it, as hashing a backbone
+        takes a while.
+        """
+        if self.config.protection.kind != "secagg":
+            return None
+        return SessionBinding(
+            backbone=self.backbone_digest(),
+            layout=self.spec.layout_digest,
+            mechanism=self.spec.mechanism_digest,
+        )
+
+    def backbone_digest(self) -> str:
+        """Return the fingerprint of the tensors that are not trained."""
+        trained = {id(parameter) for parameter in self.trainable.parameters.values()}
+        frozen = {}
+        for name, value in self.trainable.model.named_parameters():
+            if id(value) not in trained:
+                frozen[name] = value
+        return fingerprint(frozen)
 
 
 def load_model(

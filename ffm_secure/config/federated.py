@@ -1,0 +1,42 @@
+"""What a run file must declare before parties run it who never see each other's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ffm_secure.config import compatibility
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.errors import PlanRefused
+
+
+def shared_objections(config: RunConfig, *, sites: int) -> tuple[str, ...]:
+    """Return what keeps a run file from being run among machines, where nobody sees another's rows."""
+    return tuple(_shared(config, sites))
+
+
+def _shared(config: RunConfig, sites: int) -> Iterator[str]:
+    task = config.task
+    try:
+        compatibility.check(config)
+    except PlanRefused as refused:
+        yield from refused.reasons
+    if task.clients != sites:
+        yield f"task.clients = {task.clients}: must be {sites}, the number of sites on the roster"
+    if task.nominal_examples == 0:
+        yield "task.nominal_examples = 0: say a public size of one site's data; nobody counts another's rows"
+    if task.kind.endswith("_classification") and not task.class_names:
+        yield (
+            "task.class_names = []: declare the classes in order; no site may learn them from another's rows"
+        )
+    if task.kind.endswith("_classification") and not task.label_column:
+        yield "task.label_column = '': name it, so that every site reads the same column"
+    if task.kind == "image_classification" and not task.image_column:
+        yield "task.image_column = '': name it, so that every site reads the same column"
+    if task.kind != "image_classification" and not task.text_column:
+        yield "task.text_column = '': name it, so that every site reads the same column"
+    if task.validation == "hold_out":
+        yield "task.validation = 'hold_out': a site parts nothing off; public rows are the coordinator's"
+    if config.federation.dropout.rate:
+        yield "federation.dropout.rate: losses are not simulated among machines; leave it at 0"
+    if config.federation.lifecycle.public_examples:
+        yield "federation.lifecycle.public_examples: give public_data; no site's rows become public"

@@ -1,0 +1,182 @@
+"""What a site has ready for one allowed run: rows, model, ledger and its half of the protection."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from defenses.dp import Ledger
+from defenses.secagg import Identity
+from ffm_secure import tasks, trainable
+from ffm_secure.agreement import RunTerms, public_facts, terms_of
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.data.dataset import Dataset, for_evaluation
+from ffm_secure.errors import DataError, PlanRefused
+from ffm_secure.loaded_model import LoadedModel, load_model
+from ffm_secure.privacy.accounts import dataset_fingerprint
+from ffm_secure.protection.base import ClientSide
+from ffm_secure.protection.halves import Terms, site_half
+from ffm_secure.protection.masked import SessionBinding
+from ffm_secure.site.bound_probe import PROBED, probe_bound
+from ffm_secure.site.broadcast import BroadcastReader
+from ffm_secure.site.broadcast_guard import BroadcastGuard
+from ffm_secure.site.client_state import ClientStateStore
+from ffm_secure.site.folder import HOME
+from ffm_secure.site.lifetime import grant
+from ffm_secure.site.own_rows import load_rows
+from ffm_secure.site.policy import objections
+from ffm_secure.site.site import Site
+from ffm_secure.site.site_file import SiteFile
+from ffm_secure.site.site_ledger import SiteLedger
+from ffm_secure.site.trainer import SiteData, SiteTrainer
+from ffm_secure.tasks.base import Task
+from ffm_secure.transport.roster import FederationRoster
+
+
+@dataclass(slots=True, kw_only=True)
+class Workplace:
+    """Hold a run file as one site sees it: rows and model are loaded once, whatever the number of runs."""
+
+    make_site: Callable[[], Site]
+    terms: RunTerms
+    digest: str  # of the run file
+    largest_message: int  # bytes the coordinator can have reason to send
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Belongings:
+    """What a site brings to every run: all of it is its own."""
+
+    file: SiteFile
+    base: Path
+    identity: Identity
+    roster: FederationRoster
+    ledger: Ledger
+    clock: Callable[[], float]
+    anchor: Callable[[], None] = lambda: None  # notes where the ledger stands
+
+    @property
+    def index(self) -> int:
+        """Return this site's number."""
+        return self.roster.names.index(self.file.name)
+
+
+def require_no_objection(config: RunConfig, file: SiteFile, roster: FederationRoster) -> None:
+    """Refuse a run that this site's policy does not admit.
+
+    Raises:
+      PlanRefused: with every objection.
+    """
+    refused = objections(config, file, sites=len(roster.names))
+    if refused:
+        raise PlanRefused(refused)
+
+
+def open_workplace(config: RunConfig, own: Belongings) -> Workplace:
+    """Load rows and model for an allowed run; nothing is charged.
+
+    Raises:
+      PlanRefused, DataError, ModelError: every objection of the policy, or what is wrong and what to do.
+    """
+    require_no_objection(config, own.file, own.roster)
+    if config.speed.threads:
+        torch.set_num_threads(config.speed.threads)
+    if config.privacy.unit != "none":
+        grant(own.ledger, own.file)
+    dataset = load_rows(own.file, config, own.base, own.ledger.record_key())
+    loaded = load_model(config, own.base, public_facts(config, own.roster.names))
+    terms = terms_of(loaded, own.roster.digest)
+    backbones = own.file.policy.backbones
+    if backbones and terms.backbone not in backbones:
+        raise PlanRefused([f"the backbone {terms.backbone} is not among policy.backbones"])
+    if loaded.mechanism.record_level is not None:
+        trainable.rehearse_per_sample(
+            loaded.trainable, loaded.strategy.trains(0), clipping=config.privacy.clipping
+        )
+    largest = (1 << 20) + 64 * 8 * loaded.codec.length + 4 * loaded.trainable.size
+    return Workplace(
+        make_site=_sites(config, own, dataset, loaded, terms),
+        terms=terms,
+        digest=terms.run_file,
+        largest_message=largest,
+    )
+
+
+def _sites(
+    config: RunConfig, own: Belongings, dataset: Dataset, loaded: LoadedModel, terms: RunTerms
+) -> Callable[[], Site]:
+    """Return what makes a site; its rows are encoded and its guard sees the start once, here."""
+    task = tasks.build_task(
+        config.task.kind, backbone=loaded.backbone, dataset=dataset, max_length=config.task.max_length
+    )
+    _probe(dataset, loaded, task)
+    states = ClientStateStore(folder=own.base / HOME, owners=own.roster.names, places=loaded.strategy.home)
+    trainer = SiteTrainer(spec=loaded.spec, trainable=loaded.trainable, task=task, states=states)
+
+    @contextmanager
+    def borrow() -> Iterator[SiteTrainer]:
+        yield trainer
+
+    chosen = for_evaluation(dataset.validation, config.task.evaluation_examples, seed=config.seed)
+    data = SiteData(index=own.index, name=own.file.name, examples=task.encode(dataset.train))
+    ledger, evaluation = _site_ledger(config, own, dataset, loaded), task.encode(chosen)
+    broadcasts = BroadcastReader(BroadcastGuard(loaded.trainable), loaded.trainable.size)
+
+    def make() -> Site:
+        return Site(
+            spec=loaded.spec,
+            data=data,
+            ledger=ledger,
+            protection=_half(config, own, loaded, terms),
+            broadcasts=broadcasts,
+            borrow_trainer=borrow,
+            evaluation=evaluation,
+        )
+
+    return make
+
+
+def _probe(dataset: Dataset, loaded: LoadedModel, task: Task) -> None:
+    public = dataset.validation
+    if loaded.mechanism.record_level is not None and len(public) < PROBED:
+        raise DataError(
+            f"public: {len(public)} rows, and the bound on one record is tried on {PROBED} before any "
+            "private row "
+            "is read; ask the coordinator for more"
+        )
+    rows = task.encode(public.take(range(min(PROBED, len(public)))))
+    probe_bound(loaded.spec, loaded.trainable, task, rows)
+
+
+def _half(config: RunConfig, own: Belongings, loaded: LoadedModel, terms: RunTerms) -> ClientSide:
+    binding = SessionBinding(
+        backbone=terms.backbone, layout=loaded.spec.layout_digest, mechanism=loaded.spec.mechanism_digest
+    )
+    shared = Terms(config=config, codec=loaded.codec, roster=own.roster, binding=binding)
+    return site_half(shared, own.identity, own.clock)
+
+
+def _site_ledger(config: RunConfig, own: Belongings, dataset: Dataset, loaded: LoadedModel) -> SiteLedger:
+    records, privacy = dataset.train.records, config.privacy
+    assert records is not None
+    promises = privacy.unit != "none"
+    account = dataset_fingerprint(dataset.name, dataset.train, ())
+    replay = hashlib.sha256(repr((config, account)).encode()).digest()
+    return SiteLedger(
+        ledger=own.ledger,
+        owner=own.file.name,
+        index=own.index,
+        dataset=dataset.name[-120:],
+        blocks=own.ledger.blocks_for([records])[0],
+        privacy=privacy,
+        unit=privacy.unit if promises else "record",
+        delta=privacy.delta if promises else 1e-5,
+        event=loaded.mechanism.event(release="update of one round"),
+        guaranteed=loaded.spec.has_dp_guarantee,
+        replay_key=replay if privacy.noise == "seeded" else b"",
+    )

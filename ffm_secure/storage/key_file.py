@@ -1,0 +1,49 @@
+"""A signing key in a file of its own, its owner's alone: the operator's, or a coordinator's."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from defenses.random_source import RandomSource
+from defenses.replay_guard import ReplayGuard
+from defenses.secagg import Identity
+from ffm_secure.errors import StoreError
+from ffm_secure.storage.durable import write_synced
+
+_SEED_BYTES: Final = 32
+
+
+def create_key(path: Path, source: RandomSource) -> Identity:
+    """Make a key in a file that must not exist.
+
+    Raises:
+      StoreError: it does.
+    """
+    if os.path.lexists(path):
+        raise StoreError(f"{path}: exists; a key is made once")
+    seed = source.random_bytes(_SEED_BYTES)
+    write_synced(path, seed)
+    return Identity(seed, guard=ReplayGuard.in_memory())
+
+
+def read_key_file(path: Path) -> Identity:
+    """Read a key.
+
+    Raises:
+      StoreError: it is missing, damaged, or readable by others.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            about = os.fstat(file.fileno())
+            seed = file.read(_SEED_BYTES + 1)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}; restore it from your backup") from None
+    if about.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or about.st_uid != os.geteuid():
+        raise StoreError(f"{path}: must belong to this user and be readable by nobody else (0600)")
+    if len(seed) != _SEED_BYTES:
+        raise StoreError(f"{path}: is damaged; restore it from your backup")
+    return Identity(seed, guard=ReplayGuard.in_memory())
