@@ -1,6 +1,4 @@
-"""Sites of machines' making in one process, a thread for every message:
-for trials, and to compare engines with.
-"""
+"""Sites of a federation of machines in one process: for trials, and to compare engines with."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Frames between two processes of one party on one machine:
-a header and bytes, over a socket in its folder.
-"""
+"""Frames between two processes of one party on one machine, over a socket in its folder."""
 
 from __future__ import annotations
 

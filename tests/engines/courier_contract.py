@@ -1,8 +1,6 @@
-"""What every engine must do, whatever carries its bytes. An engine joins by giving a federation of four
-sites.
+"""What every engine must do, whatever carries its bytes; one joins by giving a federation of four sites.
 
-A site answers by what a message says: `echo` returns it, `slow` waits for so many seconds first, `fail`
-raises.
+A site answers by the stage: `echo` returns the message, `slow` waits first, `fail` raises.
 """
 
 from __future__ import annotations

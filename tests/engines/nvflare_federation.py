@@ -1,6 +1,4 @@
-"""A federation over NVFlare on this machine:
-an operator, a coordinator's server and sites, each in a folder.
-"""
+"""A federation over NVFlare on this machine: operator, coordinator and sites, each in a folder."""
 
 from __future__ import annotations
 
@@ -10,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ffm_secure.engines.nvflare import certificates, folders, processes
+from defenses.random_source import RandomSource
+from defenses.secagg import Identity
+from ffm_secure.engines.nvflare import enrolment, processes
 from ffm_secure.engines.nvflare.courier import NVFlareCourier, Patience
-from ffm_secure.engines.nvflare.folders import Endpoint
+from ffm_secure.engines.nvflare.enrolment import COORDINATOR, ENGINE, SUBMITTER_NAME, relay_name
 from ffm_secure.engines.nvflare.processes import Process
 
-SUBMITTER = "coordinator@ffm-secure.example"
 HOST = "localhost"
 
 
@@ -24,30 +23,29 @@ class Machines:
     """The folders of everybody, and the processes that run."""
 
     folder: Path
-    endpoint: Endpoint
     sites: tuple[str, ...]
     server: Process | None = None
     relays: dict[str, Process] = field(default_factory=dict)
 
     def engine_folder(self, name: str) -> Path:
-        return self.folder / name / "nvflare"
+        return self.folder / name / ENGINE
 
     def start(self) -> None:
-        self.server = processes.start_server(self.engine_folder("server"))
+        self.server = processes.start_server(self.engine_folder(COORDINATOR) / "server")
         for name in self.sites:
             self.start_site(name)
 
     def start_site(self, name: str) -> None:
-        self.relays[name] = processes.start_site(self.engine_folder(name), name=name)
+        self.relays[name] = processes.start_site(self.engine_folder(name), name=relay_name(name))
 
     def kill(self, name: str) -> None:
         self.relays.pop(name).kill()
 
     def courier(self, run: str, patience: Patience | None = None) -> NVFlareCourier:
         return NVFlareCourier(
-            server=self.engine_folder("server"),
-            submitter=self.engine_folder("submitter"),
-            submitter_name=SUBMITTER,
+            server=self.engine_folder(COORDINATOR) / "server",
+            submitter=self.engine_folder(COORDINATOR) / "submitter",
+            submitter_name=SUBMITTER_NAME,
             sites=self.sites,
             run=run,
             patience=patience,
@@ -65,28 +63,24 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def identities(names: Sequence[str]) -> dict[str, Identity]:
+    return {name: Identity.generate(RandomSource.system()) for name in names}
+
+
 def enrol(folder: Path, sites: Sequence[str]) -> Machines:
     """Let everybody make a key, the operator sign it, and everybody write the engine's folder."""
-    endpoint = Endpoint(federation="wards", host=HOST, port=free_port())
+    people = identities(("operator", COORDINATOR, *sites))
+    operator = people.pop("operator")
     now = datetime.datetime.now(datetime.UTC)
-    authority = folder / "operator"
-    root_digest = certificates.create_authority(authority, endpoint.federation, now=now)
-    kinds = {
-        "server": (HOST, certificates.SERVER),
-        "submitter": (SUBMITTER, certificates.SUBMITTER),
-        **{name: (name, certificates.SITE) for name in sites},
-    }
-    for place, (name, kind) in kinds.items():
-        keys = folder / place / "keys"
-        asked = certificates.request(keys, name)
-        approval = certificates.approve(
-            authority, asked, name=name, kind=kind, now=now, hosts=("127.0.0.1",) if kind == "server" else ()
+    enrolment.create_authority(folder / "operator", "wards", now=now)
+    keys = {name: identity.public_key for name, identity in people.items()}
+    for name, identity in people.items():
+        if name == COORDINATOR:
+            asked = enrolment.request_coordinator(folder / name, (HOST, free_port()), identity.sign)
+        else:
+            asked = enrolment.request_site(folder / name, name, identity.sign)
+        _, approved = enrolment.approve(
+            folder / "operator", asked.read_bytes(), keys=keys, sign=operator.sign, now=now
         )
-        certificates.accept(keys, approval.joined(), root_digest)
-    folders.write_server_folder(folder / "server" / "nvflare", folder / "server" / "keys", endpoint)
-    folders.write_submitter_folder(
-        folder / "submitter" / "nvflare", folder / "submitter" / "keys", endpoint, name=SUBMITTER
-    )
-    for name in sites:
-        folders.write_site_folder(folder / name / "nvflare", folder / name / "keys", endpoint, name=name)
-    return Machines(folder=folder, endpoint=endpoint, sites=tuple(sites))
+        enrolment.accept(folder / name, approved, name=name, operator=operator.public_key)
+    return Machines(folder=folder, sites=tuple(sites))

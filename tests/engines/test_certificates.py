@@ -1,6 +1,4 @@
-"""Keys stay where they are made; the operator signs a name for a key;
-what was changed on its way is refused.
-"""
+"""Keys stay where they are made; the operator signs a name for a key; what was changed is refused."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Frames between two processes of one party:
-whole, in order, private, and never longer than is waited for.
-"""
+"""Frames between two processes of one party: whole, in order, private, and not waited for too long."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Four sites over NVFlare: mutual TLS on loopback, a process of its own for everybody,
-the contract of all couriers.
-"""
+"""Four sites over NVFlare, with mutual TLS on loopback: the contract of all couriers, and its own."""
 
 from __future__ import annotations
 

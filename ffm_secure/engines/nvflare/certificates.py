@@ -93,7 +93,7 @@ def approve(
         raise ValueError(f"kind = {kind!r}: one of {', '.join(KINDS)}")
     wanted = _load_request(asked, name)
     root = x509.load_pem_x509_certificate((authority / ROOT).read_bytes())
-    federation = str(root.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+    federation = federation_of(authority)
     subject = x509.Name(
         [
             x509.NameAttribute(NameOID.COMMON_NAME, name),
@@ -132,6 +132,12 @@ def accept(folder: Path, approved: bytes, root_digest: str) -> Approval:
     write_atomic(folder / CERTIFICATE, approval.certificate)
     write_atomic(folder / ROOT, approval.root)
     return approval
+
+
+def federation_of(authority: Path) -> str:
+    """Return the name of the federation that an operator's root certificate is for."""
+    root = x509.load_pem_x509_certificate((authority / ROOT).read_bytes())
+    return str(root.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
 
 
 def digest(root: bytes) -> str:

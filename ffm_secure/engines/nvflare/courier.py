@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ffm_secure.engines.nvflare.desk import Desk
+from ffm_secure.engines.nvflare.enrolment import relay_name
 from ffm_secure.engines.nvflare.folders import COURIER_SOCKET
 from ffm_secure.engines.nvflare.jobs import Arrived, Job, JobKeeper, Patience
 from ffm_secure.errors import FfmError
@@ -32,8 +33,7 @@ class NVFlareCourier:
     """Carry messages to sites by their number in `sites`, in as many jobs as it takes.
 
     A job is begun with the sites that are connected. A site that lost its process, or came late, is lost
-    until another job has been begun for it, which happens by itself; so does the one after a fall of the
-    server.
+    until another job has been begun for it, which happens by itself; so it does after a fall of the server.
 
     Guarantee: every site that was written to is answered for once, with its bytes or as lost; an answer that
     comes after the deadline is dropped, by the engine and by its number. Safe to call from several threads.
@@ -51,11 +51,12 @@ class NVFlareCourier:
         deadline: Deadline | None = None,
     ) -> None:
         self._sites = tuple(sites)
+        self._relays = tuple(relay_name(name) for name in sites)
         self._patience = patience or Patience()
         self._deadline = deadline
         self._numbers = itertools.count(1)
         self._keeper = JobKeeper(
-            Desk(submitter, submitter_name), Door(server / COURIER_SOCKET), sites, run, self._patience
+            Desk(submitter, submitter_name), Door(server / COURIER_SOCKET), self._relays, run, self._patience
         )
 
     @property
@@ -67,7 +68,7 @@ class NVFlareCourier:
         """Return the sites that can be written to now."""
         job = self._keeper.current
         joined = set() if job is None or job.over else job.joined
-        return frozenset(number for number, name in enumerate(self._sites) if name in joined)
+        return frozenset(number for number, name in enumerate(self._relays) if name in joined)
 
     def open(self, *, smallest: int, seconds: float) -> None:
         """Wait until so many sites have joined.
@@ -133,7 +134,7 @@ class NVFlareCourier:
         words: Words = {
             "say": "send",
             "number": number,
-            "site": self._sites[site],
+            "site": self._relays[site],
             "stage": stage,
             "deadline": closes,
         }

@@ -1,6 +1,4 @@
-"""What the engine reads in a participant's folder:
-where the server is, who may do what, which code may run.
-"""
+"""What the engine reads in a participant's folder: the server's address, who may do what, which code."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -18,42 +18,53 @@ from ffm_secure.engines.nvflare.folders import HEARTBEAT_SECONDS
 
 _SERVER: Final = "nvflare.private.fed.app.server.server_train"
 _CLIENT: Final = "nvflare.private.fed.app.client.client_train"
+_PAUSE: Final = 2.0  # seconds before a process that ended is started again
 _DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 _CONTROL: Final = ctypes.CDLL(None, use_errno=True).prctl
 
 
 class Process:
-    """One process of the engine, started again when it ends by itself."""
+    """One process of the engine, started again when it ends by itself.
+
+    Guarantee: it ends when this process ends, however that happens; a thread of its own starts it, because
+    the system watches the thread that did.
+    """
 
     def __init__(self, command: Sequence[str], folder: Path) -> None:
         self._command, self._folder = tuple(command), folder
-        self._started = 0.0
-        self._process = self._start()
+        self._stopping = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._begun = threading.Event()
+        self._guard = threading.Thread(target=self._keep, name=f"process in {folder.name}", daemon=True)
+        self._guard.start()
+        self._begun.wait()
 
     @property
     def number(self) -> int:
         """Return the process's number."""
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        """Tell whether it runs."""
-        return self._process.poll() is None
-
-    def keep_alive(self, *, pause: float = 5.0) -> None:
-        """Start it again if it has ended, `pause` seconds after its last start at the earliest."""
-        if not self.alive and time.monotonic() - self._started > pause:
-            self._process = self._start()
+        return 0 if self._process is None else self._process.pid
 
     def kill(self) -> None:
         """End it and everything it started, at once: nothing in it is worth a farewell."""
-        for number in (self._process.pid, *_descendants(self._process.pid)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-        self._process.wait(5.0)
+        self._stopping.set()
+        process = self._process
+        if process is not None:
+            for number in (process.pid, *_descendants(process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+        self._guard.join(10.0)
+
+    def _keep(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._process = self._start()
+                self._begun.set()
+                self._process.wait()
+                self._stopping.wait(_PAUSE)
+        finally:
+            self._begun.set()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self._started = time.monotonic()
         environment = {**os.environ, "PYTHONPATH": _import_path(), "MALLOC_ARENA_MAX": "4"}
         with open(self._folder / "output.txt", "ab", opener=_private) as output:
             return subprocess.Popen(

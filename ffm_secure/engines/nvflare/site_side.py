@@ -1,5 +1,4 @@
-"""What runs inside the engine's processes at a site: it sees bytes and a socket, no rows, no ledger, no
-policy.
+"""What runs inside the engine's processes at a site: it sees bytes and a socket, no row, no ledger.
 
 The classes here are named in the site's own `resources.json` and in its list of allowed classes; a job names
 the executor and can name nothing else.
@@ -117,9 +116,7 @@ class _QuietHandle(JobHandleSpec):  # type: ignore[misc]
 
 
 class RunApproval(Widget):  # type: ignore[misc]
-    """Say early, while a job is planned, that nobody at this site has allowed its run:
-    the others start without it.
-    """
+    """Say early that nobody at this site has allowed a run: then the others start without it."""
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Answer the engine's question whether a command may be executed here."""

@@ -1,0 +1,62 @@
+"""A site's service with its relay, and a coordinator's courier with its server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ffm_secure.engines.nvflare import processes
+from ffm_secure.engines.nvflare.courier import NVFlareCourier, Patience
+from ffm_secure.engines.nvflare.enrolment import ENGINE, SUBMITTER_NAME, relay_name
+from ffm_secure.engines.nvflare.site_service import Allows, Handle, serve
+from ffm_secure.transport.courier import Deadline
+
+_LOOK_EVERY = 1.0  # seconds
+
+
+def serve_site(
+    place: Path, name: str, handle: Handle, allows: Allows, *, should_stop: Callable[[], bool]
+) -> None:
+    """Answer for a site until `should_stop`: its service in this process, its relay in another."""
+    engine, pause = place / ENGINE, threading.Event()
+    door = serve(engine, handle, allows)
+    try:
+        relay = processes.start_site(engine, name=relay_name(name))
+        try:
+            while not should_stop():
+                pause.wait(_LOOK_EVERY)
+        finally:
+            relay.kill()
+    finally:
+        door.close()
+
+
+@contextmanager
+def open_courier(
+    place: Path,
+    sites: Sequence[str],
+    run: str,
+    *,
+    deadline: Deadline,
+    patience: Patience | None = None,
+) -> Iterator[NVFlareCourier]:
+    """Start a coordinator's server and carry for one run, by the digest that sites have allowed."""
+    server = processes.start_server(place / ENGINE / "server")
+    try:
+        courier = NVFlareCourier(
+            server=place / ENGINE / "server",
+            submitter=place / ENGINE / "submitter",
+            submitter_name=SUBMITTER_NAME,
+            sites=sites,
+            run=run,
+            patience=patience,
+            deadline=deadline,
+        )
+        try:
+            yield courier
+        finally:
+            courier.close()
+    finally:
+        server.kill()
