@@ -14,8 +14,10 @@ from ffm_secure.engines.nvflare import enrolment, processes
 from ffm_secure.engines.nvflare.courier import NVFlareCourier, Patience
 from ffm_secure.engines.nvflare.enrolment import COORDINATOR, ENGINE, SUBMITTER_NAME, relay_name
 from ffm_secure.engines.nvflare.processes import Process
+from ffm_secure.transport.courier import Deadline
 
 HOST = "localhost"
+NAMES = ("north", "south", "east", "west")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,7 +43,9 @@ class Machines:
     def kill(self, name: str) -> None:
         self.relays.pop(name).kill()
 
-    def courier(self, run: str, patience: Patience | None = None) -> NVFlareCourier:
+    def courier(
+        self, run: str, patience: Patience | None = None, deadline: Deadline | None = None
+    ) -> NVFlareCourier:
         return NVFlareCourier(
             server=self.engine_folder(COORDINATOR) / "server",
             submitter=self.engine_folder(COORDINATOR) / "submitter",
@@ -49,6 +53,7 @@ class Machines:
             sites=self.sites,
             run=run,
             patience=patience,
+            deadline=deadline,
         )
 
     def stop(self) -> None:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-
-if importlib.util.find_spec("nvflare") is None:
-    pytest.skip("the extra 'nvflare' is not installed", allow_module_level=True)
 
 from ffm_secure.engines.nvflare.courier import NVFlareCourier, Patience
 from ffm_secure.engines.nvflare.site_service import serve
 from ffm_secure.errors import FfmError
 from ffm_secure.transport.courier import Lost
 from ffm_secure.transport.local_socket import Answering, wait_until
-from tests.engines import nvflare_federation
+from tests.engines.nvflare_federation import NAMES, Machines
 from tests.engines.courier_contract import (
     ALL,
     CourierContract,
@@ -26,7 +21,6 @@ from tests.engines.courier_contract import (
     content,
 )
 
-NAMES = ("north", "south", "east", "west")
 RUN = "ab" * 32
 
 
@@ -34,14 +28,13 @@ class NVFlareFederation:
     notice = 20.0
     rejoin = 60.0
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, machines: Machines) -> None:
         self.sites = {site: EchoSite() for site in ALL}
-        self.machines = nvflare_federation.enrol(folder, NAMES)
+        self.machines = machines
         self.doors: dict[int, Answering] = {site: self.serve(site) for site in ALL}
         self.courier: NVFlareCourier = self.machines.courier(RUN)
 
     def open(self) -> None:
-        self.machines.start()
         self.courier.open(smallest=len(NAMES), seconds=90.0)
 
     def serve(self, site: int) -> Answering:
@@ -61,14 +54,13 @@ class NVFlareFederation:
 
     def close(self) -> None:
         self.courier.close()
-        self.machines.stop()
         for door in self.doors.values():
             door.close()
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NVFlareFederation]:
-    federation = NVFlareFederation(tmp_path_factory.mktemp("nvflare"))
+def federation(machines: Machines) -> Iterator[NVFlareFederation]:
+    federation = NVFlareFederation(machines)
     try:
         federation.open()
         yield federation

@@ -1,0 +1,23 @@
+"""One federation's machines for all tests of an engine: starting them costs more than any test."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+
+from tests.engines.nvflare_federation import NAMES, Machines, enrol
+
+
+@pytest.fixture(scope="session")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    """Start a server and four relays; they wait for services and jobs."""
+    if importlib.util.find_spec("nvflare") is None:
+        pytest.skip("the extra 'nvflare' is not installed")
+    started = enrol(tmp_path_factory.mktemp("nvflare"), NAMES)
+    try:
+        started.start()
+        yield started
+    finally:
+        started.stop()
