@@ -4,10 +4,10 @@ private.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ from ffm_secure.config.run_file import Lifecycle
 from ffm_secure.tasks.base import Task
 from ffm_secure.tasks.encoded import Encoded, EncodedText
 from ffm_secure.trainable.base import TrainableModel
+
+
+MACHINE_ERRORS = (MemoryError, torch.OutOfMemoryError)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +59,10 @@ class PlainGradient:
         seed: tuple[int, ...],
         device: str,
         microbatch: int,
+        contained: bool = False,
     ) -> None:
         self.trainable, self.task, self.encoded, self.spec = trainable, task, encoded, spec
+        self.contained = contained  # an error on one row counts as a row that teaches nothing
         self.order = np.random.default_rng(list(seed))
         self.task_draws = torch.Generator().manual_seed(int(self.order.integers(2**62)))
         self.device, self.microbatch = device, microbatch
@@ -84,15 +90,32 @@ class PlainGradient:
         for parameter in parameters.values():
             parameter.grad = None
         for part in similar_lengths(self.encoded, indices, self.microbatch):
-            batch = self.task.batch(self.encoded, part, device=self.device, generator=self.task_draws)
-            losses = self.task.losses(self.trainable.model, batch)
-            torch.autograd.backward(losses.sum() / len(indices))
-            self.loss_sum += float(losses.detach().sum())
+            if self.contained:
+                one_by_one_if_needed(lambda rows: self._add_or_leave(rows, len(indices)), part)
+            else:
+                self._add(part, len(indices))
         self.rows_read += len(indices)
         gradients = {}
         for name, parameter in parameters.items():
             gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         return gradients
+
+    def _add(self, rows: np.ndarray, divisor: int) -> None:
+        batch = self.task.batch(self.encoded, rows, device=self.device, generator=self.task_draws)
+        losses = self.task.losses(self.trainable.model, batch)
+        torch.autograd.backward(losses.sum() / divisor)
+        self.loss_sum += float(losses.detach().sum())
+
+    def _add_or_leave(self, rows: np.ndarray, divisor: int) -> None:
+        """Add the gradient of some rows, or leave the sum as it was."""
+        parameters = self.trainable.active
+        before = {name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()}
+        try:
+            self._add(rows, divisor)
+        except BaseException:
+            for name, parameter in parameters.items():
+                parameter.grad = before[name]
+            raise
 
     def loss(self) -> float:
         """Return the mean loss over the samples used."""
@@ -106,7 +129,7 @@ class PrivateGradient:
     alone.
 
     Guarantee: each step is one use of the mechanism; nothing else of the client's data reaches the yielded
-    gradients.
+    gradients. A row on which the model fails contributes zero, and no error says that it was drawn.
     """
 
     def __init__(
@@ -139,14 +162,42 @@ class PrivateGradient:
     def _clipped_sum(self, indices: np.ndarray, bound: Clipping) -> ClippedSum:
         total = self.engine.empty(bound)
         for part in similar_lengths(self.encoded, indices, self.microbatch):
-            batch = self.task.batch(self.encoded, part, device=self.device, generator=self.task_draws)
-            losses = partial(self.task.losses, self.trainable.model, batch)
-            total = total + self.engine.clipped_sum(losses, clip=bound)
+            for clipped in one_by_one_if_needed(lambda rows: self._clipped(rows, bound), part):
+                total = total + clipped
         return total
+
+    def _clipped(self, rows: np.ndarray, bound: Clipping) -> ClippedSum:
+        batch = self.task.batch(self.encoded, rows, device=self.device, generator=self.task_draws)
+        losses = partial(self.task.losses, self.trainable.model, batch)
+        return self.engine.clipped_sum(losses, clip=bound)
 
     def loss(self) -> float:
         """Return nan: the private loss is not measured, so that it cannot leak."""
         return float("nan")
+
+
+def one_by_one_if_needed(work: Callable[[np.ndarray], Result], rows: np.ndarray) -> list[Result]:
+    """Do some work on rows together; if that fails, on each alone, leaving out those on which it fails.
+
+    That the model can be trained at all was tried on public rows before (`site` and `engines`): what fails
+    here fails because of one private row, and an error would say that the row was drawn. Memory is another
+    matter: no row is longer than `max_length`.
+    """
+    try:
+        return [work(rows)]
+    except MACHINE_ERRORS:
+        raise
+    except Exception:  # whatever it is, it may not leave the site
+        pass
+    results = []
+    for row in rows if len(rows) > 1 else ():
+        try:
+            results.append(work(np.array([row])))
+        except MACHINE_ERRORS:
+            raise
+        except Exception:
+            continue
+    return results
 
 
 def similar_lengths(encoded: Encoded, indices: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -105,6 +105,7 @@ class SiteTrainer:
             seed=(config.seed, plan.round, data.index),
             device=self.spec.device,
             microbatch=config.speed.microbatch,
+            contained=config.privacy.unit != "none",
         )
 
     def _engine(self) -> PerSampleEngine:

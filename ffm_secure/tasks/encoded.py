@@ -106,7 +106,7 @@ def encode_texts(
     for start in range(0, count, _CHUNK):
         texts = []
         for column in columns:
-            texts.append([str(text) for text in column[start : start + _CHUNK]])
+            texts.append([readable(str(text)) for text in column[start : start + _CHUNK]])
         out = tokenizer(
             *texts,
             truncation=True,
@@ -156,7 +156,7 @@ def encode_answered(
     lengths: list[int] = []
     for start in range(0, len(texts), _CHUNK):
         out = tokenizer(
-            list(texts[start : start + _CHUNK]),
+            [readable(text) for text in texts[start : start + _CHUNK]],
             truncation=True,
             max_length=max_length,
             padding=False,
@@ -179,6 +179,19 @@ def encode_answered(
 def _overlaps(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
     first, end = place
     return end > first and any(end > start and first < stop for start, stop in spans)
+
+
+def readable(text: str) -> str:
+    """Return a text that has a Unicode form: half of a surrogate pair becomes the mark of a lost character.
+
+    A tokenizer raises for it, and an error about one private row would tell of it.
+
+    >>> readable("a\\ud800b")
+    'a\ufffdb'
+    """
+    if text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text):
+        return text
+    return "".join("\ufffd" if "\ud800" <= letter <= "\udfff" else letter for letter in text)
 
 
 def _spare(tokenizer: ModelTokenizer) -> int:

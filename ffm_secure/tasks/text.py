@@ -14,7 +14,15 @@ from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
 from ffm_secure.tasks.base import Classification, Columns, Task, TaskData, as_indices, logits, text_columns
 from ffm_secure.tasks.chat import NO_TEMPLATE, has_template, render_all
-from ffm_secure.tasks.encoded import IGNORED, Encoded, EncodedText, encode_answered, encode_texts, pad_texts
+from ffm_secure.tasks.encoded import (
+    IGNORED,
+    Encoded,
+    EncodedText,
+    encode_answered,
+    encode_texts,
+    pad_texts,
+    readable,
+)
 
 
 class _Text(Task):
@@ -41,7 +49,7 @@ class _Text(Task):
 
     def full_lengths(self, examples: Columns) -> NDArray[np.int64] | None:
         """Count the tokens of each text before it is cut, int64 [n]."""
-        columns = self.written(examples)
+        columns = [[readable(text) for text in column] for column in self.written(examples)]
         out = self.tokenizer(
             *columns, truncation=False, padding=False, return_attention_mask=False, verbose=False
         )
