@@ -136,7 +136,7 @@ class Run:
         prepared = self.prepared()
         initial = prepared.trainable.flatten().cpu()
         with Store.open(self.folder, self.config) as store:
-            store.require_contents(prepared.contents)
+            store.require_contents(prepared.contents, bare=prepared.data.bare_contents)
             known = self._known(store)
             if known is not None:
                 return Result(folder=self.folder, summary=known, known=True)

@@ -84,10 +84,10 @@ def run(
             plan = rounds.plan_round(server, len(records) + 1, state, records, attempt=attempt)
             callback.round_started(plan, total)
             result = rounds.collect(server, plan, state, courier, callback.client_finished)
-            if result.over_budget:
-                return TrainingResult(
-                    state=state, records=records, status="budget exhausted", reason=OVER_BUDGET
-                )
+            if result.cannot_pay:
+                names = ", ".join(server.spec.owners[site] for site in result.cannot_pay)
+                reason = f"{OVER_BUDGET}, by what they say: {names}"
+                return TrainingResult(state=state, records=records, status="budget exhausted", reason=reason)
             state, result = rounds.advance(server, plan, state, result)
             record = rounds.record(server, plan, result, state, records, courier, began=began)
             best = rounds.is_best(records, record, higher=server.task.higher_is_better)

@@ -115,6 +115,8 @@ class RoundRecord:
     alignment: float | None = (
         None  # cosine between the newest public and the newest private change, where two can be compared
     )
+    # SHA-256 of the signed uploads behind a sum that was refused, by client; they lie in evidence/
+    evidence: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from defenses.dp.blocks import Arrangement, NewBlock, arrange
+from defenses.dp.blocks import Arrangement, Indices, NewBlock, arrange
 from defenses.dp.events import UNITS, Event, NonPrivateEvent, from_dict, price_of, statement_of
 from defenses.dp.ledger_blocks import NAMED_ACCOUNTS, BlockBook, block_body, resolved, to_bytes
 from defenses.dp.ledger_books import Books, History
@@ -44,11 +44,12 @@ from defenses.dp.ledger_entries import (
     entry_of,
     label,
     number,
+    payers_of,
     to_csv,
     unit_of,
 )
 from defenses.dp.ledger_file import Head, LedgerFile, Row
-from defenses.dp.records import RecordKey, Records
+from defenses.dp.records import Keys, RecordKey, Records
 from defenses.errors import BudgetExceeded, ParameterError, TamperedError
 
 
@@ -241,6 +242,11 @@ class Ledger:
         self._refresh()
         standing = set(self._standing(blocks))
         return tuple(unit for unit in UNITS if self._largest(standing, unit).counts)
+
+    def blocks_of_contents(self, contents: Keys) -> Indices:
+        """Return the block whose record says just this, for every content; 0 for none. Nothing is written."""
+        self._refresh()
+        return self._blocks.of_contents(contents, self._file.load_block)
 
     def known_blocks(self, requests: Sequence[Records]) -> tuple[int, ...]:
         """Return every block whose history records of these may share; nothing is written.
@@ -472,7 +478,7 @@ class Ledger:
             self._paid.setdefault((row.owner, body["run"]), Counter())[event] += 1
             if body["commitment"]:
                 self._commitments[(row.owner, row.dataset, body["commitment"])] = row
-            for payer in _payers(account, body.get("blocks", ())):
+            for payer in payers_of(account, body.get("blocks", ())):
                 self._books.charge(payer, event)
         elif row.kind == "spend":
             self._spent.add(body["reservation"])
@@ -508,7 +514,7 @@ class Ledger:
     def _paying(self, charge: Charge) -> list[Account]:
         """Return the accounts whose budgets a charge is held against."""
         account = Account(charge.owner, charge.dataset, unit_of(charge.event))
-        payers = _payers(account, self._standing(charge.blocks))
+        payers = payers_of(account, self._standing(charge.blocks))
         if charge.blocks:
             return payers
         return [payer for payer in payers if payer in self._budgets] or [account]
@@ -576,14 +582,6 @@ class Ledger:
         body = json.loads(row.body)
         reserved = self._reserved[body["reservation"]] if "reservation" in body else row
         return entry_of(row, reserved, spent=reserved.sequence in self._spent)
-
-
-def _payers(account: Account, blocks: Sequence[int]) -> list[Account]:
-    """Return who is charged: blocks or a named account; for a release that nothing bounds, in every unit."""
-    units = UNITS if account.unit == ANY_UNIT else (account.unit,)
-    if blocks:
-        return [account_of_block(block, unit) for block in blocks for unit in units]
-    return [Account(account.owner, account.dataset, unit) for unit in units]
 
 
 def _reservation(row: Row, account: Account, *, replayed: bool) -> Reservation:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from defenses.dp.blocks import Directory, Members, NewBlock
 from defenses.dp.records import Keys
@@ -69,6 +70,16 @@ class BlockBook:
             blocks = {number: self.members(number, load) for number in sorted(self._standing)}
             self._directory = Directory(blocks)
         return self._directory
+
+    def of_contents(self, contents: Keys, load: Load) -> npt.NDArray[np.int64]:
+        """Return for every content the block of a record that says just this, `[n]`; 0 where there is none."""
+        directory = self.directory(load)
+        places = np.searchsorted(directory.contents, contents)
+        result = np.zeros(len(contents), dtype=np.int64)
+        inside = np.flatnonzero(places < len(directory.contents))
+        held = inside[directory.contents[places[inside]] == contents[inside]]
+        result[held] = directory.blocks[places[held]]
+        return result
 
     def members(self, number: int, load: Load) -> Members:
         """Read what a block is made of.

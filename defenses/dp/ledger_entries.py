@@ -99,6 +99,14 @@ def account_of_block(number: int, unit: str) -> Account:
     return Account("", f"block {number}", unit)
 
 
+def payers_of(account: Account, blocks: Sequence[int]) -> list[Account]:
+    """Return who is charged: blocks or a named account; for a release that nothing bounds, in every unit."""
+    units = UNITS if account.unit == ANY_UNIT else (account.unit,)
+    if blocks:
+        return [account_of_block(block, unit) for block in blocks for unit in units]
+    return [Account(account.owner, account.dataset, unit) for unit in units]
+
+
 def unit_of(event: Event) -> str:
     """Return the unit an event is charged to; a release that nothing bounds is charged to all."""
     statement = statement_of(event)

@@ -61,6 +61,10 @@ class RecordKey:
         """
         return self._digests(values, b"lot")
 
+    def digest(self, value: bytes) -> str:
+        """Return a keyed digest in words, 32 characters: nobody without the key can try a guess on it."""
+        return hashlib.blake2b(value, key=self._secret, person=b"digest", digest_size=16).hexdigest()
+
     def check(self) -> str:
         """Return what tells whether a key is the one a ledger was opened with."""
         return hashlib.blake2b(b"", key=self._secret, person=b"check", digest_size=16).hexdigest()

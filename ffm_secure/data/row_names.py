@@ -42,6 +42,22 @@ def _named(examples: Examples, dataset: Dataset, key: RecordKey, person_column: 
     return replace(examples, records=name_records(contents, cells), contents=contents)
 
 
+def sayings(examples: Examples, dataset: Dataset, key: RecordKey) -> list[Keys]:
+    """Return what rows say, in every way a run may read them: as this one does, and each text column alone
+    where its cells tell rows apart.
+
+    Each is one digest a row, `[n]`, as a ledger knows records by; 0 for none.
+    """
+    alone = []
+    for values in examples.columns.values():
+        if _is_text(values):
+            texts = _telling([canonical_text(value) for value in values])
+            contents = key.contents(texts)
+            contents[[not text for text in texts]] = 0
+            alone.append(contents)
+    return [_contents(examples, dataset, key), *alone]
+
+
 def row_contents(columns: Sequence[Sequence[str]]) -> list[bytes]:
     """Return what each row says in these text columns together."""
     row_contents: list[bytes] = []

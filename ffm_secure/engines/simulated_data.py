@@ -16,11 +16,11 @@ from ffm_secure.data.checks import require_sound
 from ffm_secure.data.dataset import Dataset, Examples, load_task
 from ffm_secure.data.memory import Memory
 from ffm_secure.data.persons import bounded, reunited
-from ffm_secure.data.row_names import named
+from ffm_secure.data.row_names import named, sayings
 from ffm_secure.errors import DataError
-from ffm_secure.privacy.accounts import contents_fingerprint, dataset_fingerprint
+from ffm_secure.privacy.accounts import contents_fingerprint, dataset_fingerprint, keyed_fingerprint
 from ffm_secure.registry import LIFECYCLES
-from ffm_secure.site.ledger_place import record_key
+from ffm_secure.site.ledger_place import IN_RUN, ledger_path, open_ledger, record_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,8 @@ class SimulatedData:
     parts: tuple[np.ndarray, ...]  # the row numbers of every owner
     public: Examples | None  # rows that phases of the server's own learn from
     account: str  # the ledger's name for these rows, dealt in this way
-    contents: str  # digests of all rows the run reads
+    contents: str  # keyed digests of all rows the run reads
+    bare_contents: str  # the same without the key, as older runs noted them
     owners: tuple[str, ...]  # as people call them
 
     def names(self) -> tuple[Records, ...]:
@@ -60,6 +61,8 @@ def load(
     privacy = config.privacy
     whole = _named_rows(config, base, key, rows)
     require_sound(whole, config)
+    if whole.held_out:
+        _refuse_private_validation(config, whole, key, folder)
     dataset, public = part_in_public(config, whole, base)
     task = config.task
     parts = partition.partition(dataset.train, clients=task.clients, split=task.split, seed=config.seed)
@@ -71,13 +74,15 @@ def load(
     other = None
     if config.federation.lifecycle.public_data:
         other = public
+    bare = contents_fingerprint(account, whole, other)
     return SimulatedData(
         dataset=dataset,
         config=config,
         parts=tuple(parts),
         public=public,
         account=account,
-        contents=contents_fingerprint(account, whole, other),
+        contents=keyed_fingerprint(bare, key),
+        bare_contents=bare,
         owners=partition.owner_names(dataset.train, clients=task.clients, split=task.split, seed=config.seed),
     )
 
@@ -141,6 +146,30 @@ def _bounded(dataset: Dataset, config: RunConfig, key: RecordKey) -> Dataset:
     return replace(dataset, train=train, notes=(*dataset.notes, *([note] if note else [])))
 
 
+def _refuse_private_validation(
+    config: RunConfig, dataset: Dataset, key: RecordKey, folder: Path | None
+) -> None:
+    """Refuse to make rows public that a ledger charged for: a lot follows what is read of a row, a promise
+    follows the row.
+
+    Raises:
+      DataError: with their number, and what to do.
+    """
+    path = ledger_path(config.privacy, folder)
+    if config.privacy.ledger == IN_RUN or path is None or not path.is_file():
+        return
+    with open_ledger(path) as ledger:
+        blocks = [ledger.blocks_of_contents(keys) for keys in sayings(dataset.validation, dataset, key)]
+        charged = {block for block in np.unique(blocks).tolist() if block and ledger.charged_units((block,))}
+    private = np.isin(np.stack(blocks), sorted(charged)).any(axis=0)
+    if private.any():
+        raise DataError(
+            f"{config.task.data}: {int(private.sum()):,} of the rows that would become public for want of a validation part "
+            f"were used as private ones before ({path}); read the columns that were read then, or give a public "
+            "validation part"
+        )
+
+
 def _other_set(config: RunConfig, base: Path) -> Dataset:
     named = replace(config, task=replace(config.task, data=config.federation.lifecycle.public_data))
     return load_task(named.task, base=base, seed=config.seed)  # all of it is public
@@ -151,18 +180,20 @@ class Contents:
     """Name the rows that a run file means now."""
 
     account: str  # of the training rows, not dealt to anybody
-    digests: str  # of all rows, as the run itself notes them
+    digests: str  # of all rows, keyed, as the run itself notes them
+    bare: str  # without the key, as older runs noted them
 
 
 def contents(config: RunConfig, base: Path) -> Contents:
     """Read the data of a run file and name its rows, without a model."""
-    whole = _named_rows(config, base, record_key(config.privacy, None))
+    key = record_key(config.privacy, None)
+    whole = _named_rows(config, base, key)
     other = None
     if config.federation.lifecycle.public_data:
         other = _other_set(config, base)
     account = dataset_fingerprint(whole.name, whole.train, ())
-    digests = contents_fingerprint(account, whole, other.train if other is not None else None)
-    return Contents(account=account, digests=digests)
+    bare = contents_fingerprint(account, whole, other.train if other is not None else None)
+    return Contents(account=account, digests=keyed_fingerprint(bare, key), bare=bare)
 
 
 def load_dataset(

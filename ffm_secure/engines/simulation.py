@@ -34,6 +34,7 @@ from ffm_secure.protection.enrolment import enrol
 from ffm_secure.records import RoundRecord
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.server.context import ServerContext
+from ffm_secure.server.evidence import Evidence
 from ffm_secure.server.transcript import Transcript, recorded_rounds
 from ffm_secure.site.allowance import Outlook, grant_lifetime, look_ahead
 from ffm_secure.site.bound_probe import PROBED, probe_bound
@@ -93,7 +94,7 @@ class Prepared(LoadedModel):
 
     @property
     def contents(self) -> str:
-        """Return the digests of all rows the run reads."""
+        """Return the keyed digests of all rows the run reads."""
         return self.data.contents
 
 
@@ -357,6 +358,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         protection=enrolment.server,
         run_id=os.urandom(16),
         transcript=_transcript(spec, folder, recorded) if recorded else None,
+        evidence=_evidence(spec, folder),
     )
     pool = TrainerPool([_trainer(prepared, states, number) for number in range(config.speed.workers)])
     broadcasts = BroadcastReader(BroadcastGuard(prepared.trainable), prepared.trainable.size)
@@ -395,6 +397,12 @@ def _identities(prepared: Prepared, states: ClientStateStore, folder: Path) -> t
         return None
     source = RandomSource.system()
     return tuple(open_identity(states.place(index), source) for index in range(len(prepared.spec.owners)))
+
+
+def _evidence(spec: RunSpec, folder: Path) -> Evidence | None:
+    if spec.config.protection.kind == "none" or not folder.is_dir():
+        return None
+    return Evidence(folder=folder / "evidence", owners=spec.owners)
 
 
 def _transcript(spec: RunSpec, folder: Path, rounds: frozenset[int]) -> Transcript:

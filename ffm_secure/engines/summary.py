@@ -240,10 +240,11 @@ def _warnings(prepared: Prepared) -> list[str]:
                 "leave the clients, are taken to be public and are not protected by any epsilon; give "
                 "validation rows that may be public"
             )
-    if config.privacy.unit == "person":
+    if compatibility.minimum_survivors(config) == config.federation.cohort > 1:
         warnings.append(
-            f"that no person has more than {config.privacy.records_per_person} "
-            "records is assumed, not checked"
+            f"a sum needs all {config.federation.cohort} clients of a cohort: any one of them that is lost gives up "
+            "the round, and one that says its budget does not pay ends the run; set protection.threshold below "
+            "federation.cohort"
         )
     if (
         config.privacy.unit in ("record", "person")

@@ -212,7 +212,7 @@ class Rows:
         A run of before digests were noted is known by its own ledger, which names the training rows alone.
         """
         stored, now = Store.read(run.folder).contents(), self._of(run)
-        if stored and stored != now.digests:
+        if stored and stored not in (now.digests, now.bare):
             raise StoreError(f"{run.folder}: {changed_rows(stored, now.digests)}")
         own = run.folder / "ledger.sqlite"
         if not stored and own.is_file():

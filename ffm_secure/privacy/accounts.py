@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from defenses.dp import Ledger
+from defenses.dp.records import RecordKey
 from ffm_secure.foreign import Cells
 
 
@@ -53,6 +54,15 @@ def contents_fingerprint(account: str, dataset: RowSet, other: Rows | None = Non
     if other is not None:
         parts.append(f"public:{_data_digest(other)[:16]}")
     return " ".join(parts)
+
+
+def keyed_fingerprint(fingerprint: str, key: RecordKey) -> str:
+    """Return a contents fingerprint that only the holder of a ledger's key can compute: what is written down.
+
+    Whoever knew all rows but one could try guesses of that one on the bare digests.
+    """
+    words = (word.partition(":") for word in fingerprint.split())
+    return " ".join(f"{name}:{key.digest(value.encode())}" for name, _, value in words)
 
 
 def holds_other_rows(ledger: Ledger, account: str) -> bool:

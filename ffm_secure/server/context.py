@@ -13,6 +13,7 @@ from torch import Tensor
 from ffm_secure.protection.base import ServerSide
 from ffm_secure.records import Receipt
 from ffm_secure.run_spec import RunSpec
+from ffm_secure.server.evidence import Evidence
 from ffm_secure.server.transcript import Transcript
 from ffm_secure.tasks.base import Evaluation, Task
 from ffm_secure.tasks.encoded import Encoded
@@ -35,6 +36,7 @@ class ServerContext:
     protection: ServerSide
     run_id: bytes
     transcript: Transcript | None = None  # what observers see, where the run file asks for it
+    evidence: Evidence | None = None  # uploads of rounds whose sum is impossible, where uploads are signed
     receipts: dict[int, Receipt] = field(default_factory=dict)  # the newest of every site that sent one
 
     def epsilon(self) -> float:

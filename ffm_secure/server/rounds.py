@@ -47,10 +47,11 @@ class RoundResult:
     sum: RoundSum | None
     dropped: Mapping[int, str] = field(default_factory=dict)
     aborted: str = ""
-    over_budget: bool = False  # too few sites could pay, so the round was never begun
+    cannot_pay: tuple[int, ...] = ()  # who says so, where that left too few to begin the round
     bytes_up: int = 0
     bytes_down: int = 0
     client_seconds: float = 0.0
+    evidence: Mapping[int, str] = field(default_factory=dict)  # site -> SHA-256 of the upload that is kept
 
 
 def plan_round(
@@ -97,16 +98,17 @@ def collect(
     if server.transcript is not None:
         server.transcript.begin(plan, state.vector)
     lost: dict[int, str] = {}
-    over_budget = _ask(server, courier, PLAN, dict.fromkeys(plan.cohort, message), lost)
+    cannot_pay = _ask(server, courier, PLAN, dict.fromkeys(plan.cohort, message), lost)
     members = tuple(site for site in plan.cohort if site not in lost)
     if len(members) < server.spec.minimum_survivors:  # nobody has paid yet, so nothing is lost
         reason = too_few(len(members), server.spec.minimum_survivors)
         return RoundResult(
-            sum=None, dropped=lost, aborted=reason, over_budget=over_budget, bytes_down=broadcast_bytes
+            sum=None, dropped=lost, aborted=reason, cannot_pay=cannot_pay, bytes_down=broadcast_bytes
         )
     _ask(server, courier, BEGIN, dict.fromkeys(members, b""), lost)
     result = _aggregate(server, plan, courier, lost, finished)
     opened, reason = _decode_sum(server, plan, state, result)
+    impossible = opened is None and result.ring_sum is not None
     _finish(server, courier, plan, lost, opened=opened is not None)
     return RoundResult(
         sum=opened,
@@ -115,14 +117,20 @@ def collect(
         bytes_up=result.bytes_up,
         bytes_down=result.bytes_down + broadcast_bytes,
         client_seconds=courier.seconds_at_sites(),
+        evidence=_kept(server, plan, reason) if impossible else {},
     )
+
+
+def _kept(server: ServerContext, plan: RoundPlan, reason: str) -> Mapping[int, str]:
+    """Keep the signed uploads behind a sum that was refused; nothing where uploads are not signed."""
+    return {} if server.evidence is None else server.evidence.keep(plan, reason)
 
 
 def _ask(
     server: ServerContext, courier: Courier, stage: str, messages: Mapping[int, bytes], lost: dict[int, str]
-) -> bool:
-    """Put a question that is answered by an `Acceptance`; tell whether some site's budget does not pay."""
-    over_budget = False
+) -> tuple[int, ...]:
+    """Put a question that is answered by an `Acceptance`; return the sites that say their budget does not pay."""
+    cannot_pay: list[int] = []
     for reply in courier.send(stage, messages):
         if isinstance(reply.content, Lost):
             lost[reply.site] = DECLINED
@@ -135,8 +143,8 @@ def _ask(
             server.note({reply.site: answer.receipt})
         if not answer.accepted:
             lost[reply.site] = DECLINED
-            over_budget = over_budget or not answer.affordable
-    return over_budget
+            cannot_pay += [] if answer.affordable else [reply.site]
+    return tuple(cannot_pay)
 
 
 def _aggregate(
@@ -144,6 +152,8 @@ def _aggregate(
 ) -> AggregationResult:
     """Carry the protocol of one round, stage by stage."""
     session = server.protection.open_round(plan)
+    if server.evidence is not None:
+        server.evidence.begin()
     for stage in session.stages:
         try:
             messages = session.messages(stage)
@@ -165,6 +175,8 @@ def _aggregate(
                 finished(number, len(asked))
                 if server.transcript is not None and reply.site not in lost:
                     server.transcript.upload(plan, reply.site, reply.content)
+                if server.evidence is not None and reply.site not in lost:
+                    server.evidence.upload(reply.site, reply.content)
     return session.open_sum(lost)
 
 
@@ -223,8 +235,11 @@ def advance(
     """
     after = _step(server, plan, state, result)
     if bool(torch.isfinite(after.vector).all()):
+        if server.evidence is not None:
+            server.evidence.begin()
         return after, result
-    return state, replace(result, sum=None, aborted=NOT_FINITE)
+    evidence = _kept(server, plan, NOT_FINITE) if plan.phase == "private" else {}
+    return state, replace(result, sum=None, aborted=NOT_FINITE, evidence=evidence)
 
 
 NOT_FINITE = "the new model would hold numbers that are not finite"
@@ -299,6 +314,7 @@ def record(
         norm=_norm(result),
         alignment=spec.algorithm.alignment(spec.strategy, state),
         seconds=time.perf_counter() - began,
+        evidence=result.evidence,
     )
 
 

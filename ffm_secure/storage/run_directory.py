@@ -129,14 +129,16 @@ class Store:
             raise StoreError(f"{path}: is damaged")
         return str(stored["rows"])
 
-    def require_contents(self, digests: str) -> None:
+    def require_contents(self, digests: str, *, bare: str = "") -> None:
         """Note the rows a run reads when it begins, and refuse to go on with others.
+
+        `digests` are keyed; `bare` ones are what runs of earlier software noted.
 
         Raises:
           StoreError: the rows have changed since.
         """
         stored = self.contents()
-        if stored and stored != digests:
+        if stored and stored not in (digests, bare):
             raise StoreError(f"{self.folder}: {changed_rows(stored, digests)}")
         if not stored and self._newest() is None:
             write_atomic(

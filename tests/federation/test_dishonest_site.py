@@ -4,6 +4,8 @@ and the run goes on.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ffm_secure.engines import simulation
 from ffm_secure.federation import TrainingResult
 from ffm_secure.records import RoundPlan, RoundSum
 from ffm_secure.server import rounds
+from ffm_secure.server.evidence import Evidence
 from ffm_secure.server.rounds import NOT_FINITE, RoundResult
 from ffm_secure.server.sum_check import why_too_large
 from ffm_secure.site.trainer import SiteData, SiteTrainer
@@ -75,6 +78,20 @@ def run_with(lie: Lie, folder: Path, **sections: Any) -> tuple[simulation.Simula
     return ready, finish(ready, folder)
 
 
+def check_evidence(folder: Path, trained: TrainingResult, protection: str) -> None:
+    """The signed uploads of the refused round, and of no other, are named and kept."""
+    named = [set(record.evidence) for record in trained.records]
+    assert named == [set(), set() if protection == "none" else {0, 1, 2, 3}, set()]
+    kept = sorted(path.name for path in (folder / "evidence").glob("*"))
+    assert kept == ([] if protection == "none" else ["round-000002"])
+    for site, digest in trained.records[1].evidence.items():
+        upload = (folder / "evidence" / "round-000002" / f"{site}.upload").read_bytes()
+        assert hashlib.sha256(upload).hexdigest() == digest
+        index = json.loads((folder / "evidence" / "round-000002" / "index.json").read_text())
+        assert index["uploads"][site]["sha256"] == digest
+        assert index["reason"] == trained.records[1].aborted
+
+
 @pytest.mark.parametrize("protection", ["none", "secagg", "bfv"])
 @pytest.mark.parametrize("lie", [counted(-3), counted(-2), counted(2), two_of_itself])
 def test_a_false_count_or_weight_ends_the_round_alone(lie: Lie, protection: str, tmp_path: Path) -> None:
@@ -84,6 +101,7 @@ def test_a_false_count_or_weight_ends_the_round_alone(lie: Lie, protection: str,
     kind = SECAGG if protection == "secagg" else {"kind": protection, "threshold": 3}
     _, trained = run_with(lie, tmp_path, privacy=RECORD, protection=kind)
     assert trained.status == "complete"
+    check_evidence(tmp_path, trained, protection)
     reasons = [record.aborted for record in trained.records]
     assert reasons == ["", "the opened sum is impossible for its survivors", ""]
     assert bool(torch.isfinite(trained.state.vector).all())
@@ -141,3 +159,28 @@ def test_a_sum_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     for value in (np.inf, np.nan):
         opened = RoundSum(round=1, survivors=(0, 1), values=np.full(3, value), loss_sum=None, weight_sum=2.0)
         assert "not finite" in why_too_large(opened, ready.spec, torch.zeros(3))
+
+
+def test_of_large_uploads_the_digests_are_kept(tmp_path: Path) -> None:
+    evidence = Evidence(folder=tmp_path / "evidence", owners=("a", "b"), limit=10)
+    plan = RoundPlan(run_id=bytes(16), round=7, cohort=(0, 1), fingerprint="aa" * 32, mechanism="")
+    evidence.begin()
+    evidence.upload(0, b"12345678")
+    evidence.upload(1, b"12345678")
+    assert set(evidence.keep(plan, "why")) == {0, 1}
+    index = json.loads((tmp_path / "evidence" / "round-000007" / "index.json").read_text())
+    assert [(item["owner"], item["file"], item["bytes"]) for item in index["uploads"]] == [
+        ("a", "0.upload", 8),
+        ("b", "", 8),
+    ]
+    evidence.begin()
+    assert [path.name for path in (tmp_path / "evidence").iterdir()] == ["round-000007"]
+
+
+def test_what_is_kept_bears_its_senders_name_and_signature(tmp_path: Path) -> None:
+    ready, trained = run_with(counted(-2), tmp_path, privacy=RECORD, protection=SECAGG)
+    terms = ready.server.protection.terms  # type: ignore[attr-defined]
+    for site in trained.records[1].evidence:
+        upload = (tmp_path / "evidence" / "round-000002" / f"{site}.upload").read_bytes()
+        assert upload[2:34] == terms.members[site], "it bears its sender's name"
+        assert any(upload[34:98]), "and its signature"

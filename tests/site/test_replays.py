@@ -13,7 +13,7 @@ import pytest
 
 from defenses.errors import ProtocolError
 from ffm_secure import record_codec
-from ffm_secure.engines import simulation
+from ffm_secure.engines import simulation, summary
 from ffm_secure.engines.local import LocalEngine
 from ffm_secure.records import Acceptance, Receipt
 from ffm_secure.tasks.base import Evaluation
@@ -160,3 +160,16 @@ def test_one_site_does_not_dictate_an_encrypted_sum(tmp_path: Path) -> None:
         built, tmp_path, courier=Lying(built, "total", bytes(codec.length * codec.modulus_bits // 8))
     )
     assert {record.aborted for record in trained.records} == {"the sites say they opened different sums"}
+
+
+def test_a_run_that_budgets_end_says_who_said_so(tmp_path: Path) -> None:
+    """Where every client is needed one false word ends the run: nobody has paid, and the word has an author."""
+    built = ready(tmp_path, privacy=REAL, protection={"kind": "secagg", "threshold": 4})
+    refusal = record_codec.canonical_bytes(Acceptance(accepted=False, affordable=False))
+    trained = finish(built, tmp_path, courier=Lying(built, PLAN, refusal))
+    assert trained.status == "budget exhausted"
+    assert trained.reason.endswith(f"by what they say: {built.spec.owners[1]}")
+    assert reservations(built) == 0
+    assert any("a sum needs all 4 clients" in line for line in summary.describe(built.prepared).warnings)
+    other = ready(tmp_path / "b", privacy=REAL, protection=SECAGG)
+    assert finish(other, tmp_path / "b", courier=Lying(other, PLAN, refusal)).status == "complete"

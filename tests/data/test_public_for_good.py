@@ -1,0 +1,87 @@
+"""A row that was private in one run does not become public in another, whatever columns that one reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from defenses.dp import Ledger
+from defenses.dp.records import RecordKey
+from ffm_secure.config.run_file import RunConfig
+from ffm_secure.engines import simulated_data, simulation
+from ffm_secure.errors import DataError, StoreError
+from ffm_secure.privacy.accounts import keyed_fingerprint
+from ffm_secure.storage.run_directory import Store
+from tests.federation.helpers import RECORD, make, prepared, train
+
+ROWS = [
+    {
+        "note": f"Patient number {i} coughs since {i % 9} days",
+        "summary": f"An account of visit {i} on ward {i % 4}, in other words",
+        "label": "ab"[i % 2],
+    }
+    for i in range(240)
+]
+
+
+def config(folder: Path, ledger: str, *, column: str = "note", **changes: Any) -> RunConfig:
+    folder.mkdir(exist_ok=True)
+    file = folder / "notes.jsonl"
+    if not file.exists():
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    task = {
+        "kind": "text_classification", "data": str(file), "clients": 3, "evaluation_examples": 4, "max_length": 12,
+        "text_column": column, "label_column": "label", "validation": "hold_out", "class_names": ["a", "b"],
+    }  # fmt: skip
+    privacy = {**RECORD, "noise": "system", "epsilon": 2.0, "ledger": ledger, **changes}
+    model = {"name": "builtin:tiny-bert", "trainable": {"kind": "head"}}
+    return make(task=task, model=model, federation={"rounds": 1, "cohort": 3}, privacy=privacy)
+
+
+def test_reading_another_column_makes_no_private_row_public(tmp_path: Path) -> None:
+    """Most of the rows that were held out by their note were private when the summary was read, and the reverse."""
+    ledger = str(tmp_path / "owner.sqlite")
+    first = config(tmp_path, ledger)
+    train(first, tmp_path / "run")
+    with Ledger.open(Path(ledger), create=False) as opened:
+        opened.grant("record", 8.0, 1e-5, raise_because="a second run")
+    with pytest.raises(
+        DataError, match=r"of the rows that would become public .* were used as private ones before"
+    ):
+        prepared(config(tmp_path, ledger, column="summary"))
+    assert prepared(first).outlook is not None, "the same columns part the same rows"
+
+
+def test_rows_that_no_run_was_charged_for_may_become_public(tmp_path: Path) -> None:
+    ledger = str(tmp_path / "owner.sqlite")
+    simulation.build(prepared(config(tmp_path, ledger)), tmp_path / "run")  # built, never begun
+    prepared(config(tmp_path, ledger, column="summary"))
+    train(config(tmp_path, ledger), tmp_path / "run")
+    prepared(config(tmp_path, str(tmp_path / "other.sqlite"), column="summary"))
+    prepared(config(tmp_path, "run", column="summary"))  # fictitious rows
+
+
+def test_what_a_run_notes_of_its_rows_is_no_membership_oracle(tmp_path: Path) -> None:
+    """Whoever knew all rows but one could try guesses of that one on the bare digests."""
+    made = config(tmp_path, str(tmp_path / "owner.sqlite"))
+    data = simulated_data.load(made, tmp_path)
+    bare, keyed = (text.replace(":", " ").split()[1::2] for text in (data.bare_contents, data.contents))
+    assert len(bare) == len(keyed) == 2
+    assert not any(value in data.contents for value in bare)
+    assert keyed_fingerprint(data.bare_contents, RecordKey(bytes(32))) != data.contents
+    key = RecordKey.public()
+    assert keyed_fingerprint("data:1 validation:2", key) == keyed_fingerprint("data:1 validation:2", key)
+    assert keyed_fingerprint("data:1", key) != keyed_fingerprint("data:2", key)
+
+
+def test_a_run_that_noted_bare_digests_goes_on(tmp_path: Path) -> None:
+    made = config(tmp_path, "run")
+    data = simulated_data.load(made, tmp_path)
+    with Store.open(tmp_path / "run", made) as store:
+        store.require_contents(data.bare_contents)  # as an earlier version did
+        store.require_contents(data.contents, bare=data.bare_contents)
+        with pytest.raises(StoreError, match="training rows have changed"):
+            store.require_contents(data.contents.replace("data:", "data:f"), bare="")
