@@ -72,7 +72,7 @@ class BlockBook:
         return self._directory
 
     def of_contents(self, contents: Keys, load: Load) -> npt.NDArray[np.int64]:
-        """Return for every content the block of a record that says just this, `[n]`; 0 where there is none."""
+        """Return for every content the block of a record that says just this, `[n]`; 0 for none."""
         directory = self.directory(load)
         places = np.searchsorted(directory.contents, contents)
         result = np.zeros(len(contents), dtype=np.int64)

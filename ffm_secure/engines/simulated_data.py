@@ -164,9 +164,9 @@ def _refuse_private_validation(
     private = np.isin(np.stack(blocks), sorted(charged)).any(axis=0)
     if private.any():
         raise DataError(
-            f"{config.task.data}: {int(private.sum()):,} of the rows that would become public for want of a validation part "
-            f"were used as private ones before ({path}); read the columns that were read then, or give a public "
-            "validation part"
+            f"{config.task.data}: {int(private.sum()):,} of the rows that would become public for want of a "
+            f"validation part were used as private ones before ({path}); read the columns that were read "
+            "then, or give a public validation part"
         )
 
 

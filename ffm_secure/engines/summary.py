@@ -242,9 +242,8 @@ def _warnings(prepared: Prepared) -> list[str]:
             )
     if compatibility.minimum_survivors(config) == config.federation.cohort > 1:
         warnings.append(
-            f"a sum needs all {config.federation.cohort} clients of a cohort: any one of them that is lost gives up "
-            "the round, and one that says its budget does not pay ends the run; set protection.threshold below "
-            "federation.cohort"
+            f"a sum needs all {config.federation.cohort} clients of a cohort: any one that is lost gives up "
+            "the round, and one that says its budget does not pay ends the run; lower protection.threshold"
         )
     if (
         config.privacy.unit in ("record", "person")

@@ -1,6 +1,4 @@
-"""The signed uploads of a round whose sum no honest cohort can have sent: kept for whoever has to find out who
-it was.
-"""
+"""The signed uploads of a round whose sum no honest cohort can have sent: kept to find out who it was."""
 
 from __future__ import annotations
 

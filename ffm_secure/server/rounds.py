@@ -129,7 +129,7 @@ def _kept(server: ServerContext, plan: RoundPlan, reason: str) -> Mapping[int, s
 def _ask(
     server: ServerContext, courier: Courier, stage: str, messages: Mapping[int, bytes], lost: dict[int, str]
 ) -> tuple[int, ...]:
-    """Put a question that is answered by an `Acceptance`; return the sites that say their budget does not pay."""
+    """Put a question that is answered by an `Acceptance`; return who says its budget does not pay."""
     cannot_pay: list[int] = []
     for reply in courier.send(stage, messages):
         if isinstance(reply.content, Lost):

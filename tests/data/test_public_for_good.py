@@ -33,8 +33,10 @@ def config(folder: Path, ledger: str, *, column: str = "note", **changes: Any) -
     if not file.exists():
         file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     task = {
-        "kind": "text_classification", "data": str(file), "clients": 3, "evaluation_examples": 4, "max_length": 12,
-        "text_column": column, "label_column": "label", "validation": "hold_out", "class_names": ["a", "b"],
+        "kind": "text_classification", "data": str(file), "clients": 3, "evaluation_examples": 4,
+        "max_length": 12,
+        "text_column": column, "label_column": "label", "validation": "hold_out",
+        "class_names": ["a", "b"],
     }  # fmt: skip
     privacy = {**RECORD, "noise": "system", "epsilon": 2.0, "ledger": ledger, **changes}
     model = {"name": "builtin:tiny-bert", "trainable": {"kind": "head"}}
@@ -42,7 +44,7 @@ def config(folder: Path, ledger: str, *, column: str = "note", **changes: Any) -
 
 
 def test_reading_another_column_makes_no_private_row_public(tmp_path: Path) -> None:
-    """Most of the rows that were held out by their note were private when the summary was read, and the reverse."""
+    """Most rows that were held out by their note were private when the summary was read."""
     ledger = str(tmp_path / "owner.sqlite")
     first = config(tmp_path, ledger)
     train(first, tmp_path / "run")

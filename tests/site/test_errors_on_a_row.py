@@ -1,4 +1,4 @@
-"""An error on one private row is a row that teaches nothing: no message, no lost round, no other charge says it was drawn."""
+"""An error on one private row is a row that teaches nothing: nothing else says that it was drawn."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_one_site_does_not_dictate_an_encrypted_sum(tmp_path: Path) -> None:
 
 
 def test_a_run_that_budgets_end_says_who_said_so(tmp_path: Path) -> None:
-    """Where every client is needed one false word ends the run: nobody has paid, and the word has an author."""
+    """Where every client is needed one false word ends the run; nobody has paid, and it has an author."""
     built = ready(tmp_path, privacy=REAL, protection={"kind": "secagg", "threshold": 4})
     refusal = record_codec.canonical_bytes(Acceptance(accepted=False, affordable=False))
     trained = finish(built, tmp_path, courier=Lying(built, PLAN, refusal))
