@@ -429,6 +429,17 @@ class Accumulator:
             self._broken = True
             raise
 
+    def accept_confirmation(self, message: bytes, *, sender: bytes) -> None:
+        """Check that a confirmation is one, of a party in the sum and signed by it; what it confirms only the
+        holders of the key can tell.
+
+        Raises:
+            ProtocolError: it is not.
+        """
+        party, _ = read_confirmation(message, digest=self._digest)
+        if party != sender or party not in self._parties:
+            raise ProtocolError
+
     def sum_chunks(self) -> Iterator[bytes]:
         """Yield the chunks of the sum; refused while fewer parties were added than may be opened."""
         if self._broken or len(self._parties) < self._agreement.fewest:

@@ -185,13 +185,19 @@ class EncryptedServerRound:
             return dict.fromkeys(self._plan.cohort, b"")
         if stage == _PARTIES:
             return self._sums()
-        self._require(len(self._confirmations) == len(self._arrived), "protocol aborted")
+        self._require(len(self._confirmations) >= self._needed, "protocol aborted")
         if stage == "confirm":
             compared = sum(len(message) for message in self._confirmations.values())
-            self._up, self._down = self._up + compared, self._down + compared * len(self._arrived)
-            return dict.fromkeys(self._arrived, join_parts(self._confirmations.values()))
-        self._require(len(self._agreed) == len(self._arrived), "protocol aborted")
-        return dict.fromkeys(self._arrived, b"")
+            asked = tuple(self._confirmations)
+            self._up, self._down = self._up + compared, self._down + compared * len(asked)
+            return dict.fromkeys(asked, join_parts(self._confirmations.values()))
+        self._require(len(self._agreed) >= self._needed, "protocol aborted")
+        return dict.fromkeys(self._agreed, b"")
+
+    @property
+    def _needed(self) -> int:
+        """Return how many of those in the sum must have opened the same: as many as clients insist on."""
+        return min(len(self._arrived), len(self._plan.cohort) // 2 + 1)
 
     def _sums(self) -> Mapping[int, bytes]:
         arrived, minimum = self._arrived, self._terms.minimum
@@ -208,6 +214,7 @@ class EncryptedServerRound:
             self._adder.add(chunks, sender=self._terms.roster[site])
             self._arrived.append(site)
         elif stage == _PARTIES:
+            self._adder.accept_confirmation(bytes(reply), sender=self._terms.roster[site])
             self._confirmations[site] = bytes(reply)
         elif stage == "confirm":
             self._agreed.append(site)

@@ -14,6 +14,7 @@ import safetensors.torch
 from numpy.typing import NDArray
 
 from ffm_secure.lifecycle.finetune import one_by_one_if_needed
+from ffm_secure.site.client_state import folder_name
 from ffm_secure.storage.durable import create_folder, write_atomic
 from ffm_secure.tasks.base import Task
 from ffm_secure.tasks.encoded import Encoded
@@ -49,25 +50,24 @@ class TruthKeeper:
         for name, value in batches[0].items():
             if name in _RENAMED and (name != "labels" or value.dim() == 1):
                 tensors[_RENAMED[name]] = value.contiguous()
-        create_folder(self.folder / owner)
-        create_folder(self.folder / owner / "truth")
         path = truth_path(self.folder, owner, round)
+        create_folder(path.parent)
         write_atomic(path, safetensors.torch.save(tensors))
 
     def keep_update(self, owner: str, round: int, values: NDArray[np.float64]) -> None:
         """Write what this site sent, as a colluder would tell the server."""
         if round not in self.rounds:
             return
-        create_folder(self.folder / owner / "sent")
+        create_folder(update_path(self.folder, owner, round).parent)
         content = safetensors.numpy.save({"values": np.ascontiguousarray(values)})
         write_atomic(update_path(self.folder, owner, round), content)
 
 
 def update_path(folder: Path, owner: str, round: int) -> Path:
     """Return where a colluder keeps what it sent in a round."""
-    return folder / owner / "sent" / f"round-{round:06d}.safetensors"
+    return folder / folder_name(owner) / "sent" / f"round-{round:06d}.safetensors"
 
 
 def truth_path(folder: Path, owner: str, round: int) -> Path:
     """Return where a site keeps what one round was learned from."""
-    return folder / owner / "truth" / f"round-{round:06d}.safetensors"
+    return folder / folder_name(owner) / "truth" / f"round-{round:06d}.safetensors"

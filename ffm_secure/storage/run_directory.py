@@ -139,7 +139,9 @@ class Store:
         """
         stored = self.contents()
         if stored and stored not in (digests, bare):
-            raise StoreError(f"{self.folder}: {changed_rows(stored, digests)}")
+            held = set(stored.split())
+            nearest = max((digests, bare), key=lambda rows: len(held.intersection(rows.split())))
+            raise StoreError(f"{self.folder}: {changed_rows(stored, nearest)}")
         if not stored and self._newest() is None:
             write_atomic(
                 self.folder / "data.json", (json.dumps({"format": FORMAT, "rows": digests}) + "\n").encode()

@@ -86,4 +86,4 @@ def test_a_run_that_noted_bare_digests_goes_on(tmp_path: Path) -> None:
         store.require_contents(data.bare_contents)  # as an earlier version did
         store.require_contents(data.contents, bare=data.bare_contents)
         with pytest.raises(StoreError, match="training rows have changed"):
-            store.require_contents(data.contents.replace("data:", "data:f"), bare="")
+            store.require_contents("data:1 validation:2", bare=data.bare_contents.replace("data:", "data:f"))

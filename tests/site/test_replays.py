@@ -17,7 +17,7 @@ from ffm_secure.engines import simulation, summary
 from ffm_secure.engines.local import LocalEngine
 from ffm_secure.records import Acceptance, Receipt
 from ffm_secure.tasks.base import Evaluation
-from ffm_secure.transport.courier import Reply
+from ffm_secure.transport.courier import Lost, Reply
 from ffm_secure.transport.stages import BEGIN, EVALUATE, FINISH, OPENED, PLAN, encode_vector, join_plan
 from tests.federation.helpers import RECORD, SECAGG, finish, first_plan, make, prepared
 
@@ -173,3 +173,39 @@ def test_a_run_that_budgets_end_says_who_said_so(tmp_path: Path) -> None:
     assert any("a sum needs all 4 clients" in line for line in summary.describe(built.prepared).warnings)
     other = ready(tmp_path / "b", privacy=REAL, protection=SECAGG)
     assert finish(other, tmp_path / "b", courier=Lying(other, PLAN, refusal)).status == "complete"
+
+
+@pytest.mark.parametrize("stage", ["open", "confirm"])
+def test_one_site_that_confirms_nothing_ends_no_encrypted_round(stage: str, tmp_path: Path) -> None:
+    """Every round waited for the word of every site in the sum; a majority is what clients insist on."""
+    pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+    built = ready(tmp_path, protection={"kind": "bfv", "threshold": 3})
+
+    class Silent(LocalEngine):
+        def send(self, asked: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:
+            for reply in super().send(asked, messages):
+                away = asked == stage and reply.site == 1
+                yield Reply(site=1, content=Lost(stage=asked)) if away else reply
+
+    silent = Silent(built.config, built.sites, built.courier.trainers)
+    trained = finish(built, tmp_path, courier=silent)
+    assert [record.aborted for record in trained.records] == ["", "", ""]
+    assert all(record.survivors == (0, 1, 2, 3) for record in trained.records), "its upload is in the sum"
+    assert all(record.dropped == {1: stage} for record in trained.records)
+
+
+def test_a_confirmation_in_anothers_name_is_none(tmp_path: Path) -> None:
+    pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+    built = ready(tmp_path, protection={"kind": "bfv", "threshold": 3})
+
+    class Copying(LocalEngine):
+        def send(self, asked: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:
+            first = None
+            for reply in super().send(asked, messages):
+                first = reply.content if first is None else first
+                copied = asked == "open" and reply.site == 1
+                yield Reply(site=1, content=first) if copied else reply
+
+    copying = Copying(built.config, built.sites, built.courier.trainers)
+    trained = finish(built, tmp_path, courier=copying)
+    assert all(record.dropped == {1: "open"} and not record.aborted for record in trained.records)

@@ -8,7 +8,9 @@ import os
 import stat
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +18,9 @@ from attacks.observation import Observation, save_observation
 from defenses.dp import Ledger
 from ffm_secure.errors import StoreError
 from ffm_secure.report import document
+from ffm_secure.site.truth import TruthKeeper, truth_path, update_path
 from ffm_secure.storage.run_directory import Store
+from ffm_secure.tasks.encoded import EncodedText
 from tests.federation.helpers import ROOT, call, make
 from tests.federation.test_store import RUN, record, state
 from tests.report import samples
@@ -83,6 +87,27 @@ def test_everything_a_whole_run_leaves_is_private(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "tiny" / "ledger.sqlite").is_file()
     assert too_open(tmp_path / "runs") == []
     assert os.umask(0) == 0, "the command line gives the machine's own rights back"
+
+
+@pytest.mark.parametrize("name", ["../../outside", "..", "a/b", "/absolute", "new\nline"])
+def test_no_name_of_an_owner_leaves_the_run_folder(name: str, tmp_path: Path) -> None:
+    """A hospital column that says ../../outside had an audit's private rows written outside of the run."""
+    truth = TruthKeeper(folder=tmp_path / "run" / "home", rounds=frozenset({1}), task=Reading())
+    truth.keep(name, 1, EncodedText(tokens=np.zeros(3, "i4"), offsets=np.arange(4)), {0, 1})
+    truth.keep_update(name, 1, np.zeros(2))
+    written = list(tmp_path.rglob("*.safetensors"))
+    assert len(written) == 2
+    for path in written:
+        assert path.parent.parent.parent == tmp_path / "run" / "home"
+        assert path == path.resolve()
+    assert {truth_path(truth.folder, name, 1), update_path(truth.folder, name, 1)} == set(written)
+
+
+class Reading:
+    """A task that turns every row into its number."""
+
+    def evaluation_batch(self, encoded: EncodedText, indices: Any, device: str) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.as_tensor(indices).reshape(-1, 1)}
 
 
 def test_a_planted_lock_empties_no_file_elsewhere(tmp_path: Path) -> None:
