@@ -35,6 +35,7 @@ SECTIONS: dict[str, list[str]] = {
         "threat_model.md",
         "mistakes.md",
         "shared_noise.md",
+        "queries.md",
         "attacks.md",
         "secagg.md",
         "he.md",

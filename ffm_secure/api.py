@@ -21,6 +21,7 @@ from ffm_secure.engines import simulation, summary
 from ffm_secure.errors import StoreError
 from ffm_secure.models.in_memory import held_model
 from ffm_secure.records import PlanSummary, RunSummary
+from ffm_secure.queries import agenda
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
 from ffm_secure.server import rounds
@@ -177,7 +178,7 @@ class Run:
             stored = report.from_json(path.read_text(encoding="utf-8"))
         except (StoreError, OSError, UnicodeError):
             return None  # it is written anew from the checkpoints
-        whole = stored.status == "complete" and len(stored.rounds) >= self.config.federation.rounds
+        whole = stored.status == "complete" and agenda.next_turn(self.config, stored.rounds) is None
         if whole and store.records() == stored.rounds:
             return stored
         return None
@@ -191,7 +192,7 @@ class Run:
             yield notebook.Callbacks(callback)
         elif callback is None and notebook.in_notebook():
             with Bars(
-                rounds=self.config.federation.rounds, budget=self.config.privacy.epsilon, quiet=False
+                rounds=agenda.rounds(self.config), budget=self.config.privacy.epsilon, quiet=False
             ) as bars:
                 yield bars
         else:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ffm_secure.errors import Interrupted
+from ffm_secure.queries import agenda
 from ffm_secure.records import RoundPlan, RoundRecord, RunStatus
 from ffm_secure.server import rounds
 from ffm_secure.server.context import ServerContext
@@ -76,9 +77,10 @@ def run(
     """
     callback = callback or NullCallback()
     state, records = start
-    total = server.spec.config.federation.rounds
+    config = server.spec.config
+    total = agenda.rounds(config)
     try:
-        while len(records) < total:
+        while agenda.next_turn(config, records) is not None:
             began = time.perf_counter()
             attempt = store.begin_attempt(len(records) + 1, server.run_id)
             plan = rounds.plan_round(server, len(records) + 1, state, records, attempt=attempt)
@@ -94,7 +96,7 @@ def run(
             store.commit(state, record, run_id=server.run_id, best=best)
             records = (*records, record)
             callback.round_finished(record)
-            if should_stop() and len(records) < total:
+            if should_stop() and agenda.next_turn(config, records) is not None:
                 raise Interrupted(
                     f"stopped after round {len(records)}, which cost nothing beyond it; run the same "
                     "command again to continue"

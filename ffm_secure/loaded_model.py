@@ -5,7 +5,7 @@ no data is needed, so an audit can do it alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,13 @@ from ffm_secure.errors import StoreError
 from ffm_secure.models import backbone as models
 from ffm_secure.models.backbone import Backbone, fingerprint
 from ffm_secure.privacy.mechanism import Mechanism, calibrate
-from ffm_secure.protection.codec import VectorCodec, codec_for
+from ffm_secure.privacy.query_noise import answers_paid, calibrate_query
+from ffm_secure.protection.codec import VectorCodec, codec_for, grid_codec
 from ffm_secure.protection.masked import SessionBinding
-from ffm_secure.registry import LIFECYCLES
-from ffm_secure.run_spec import RunSpec
+from ffm_secure.queries import agenda
+from ffm_secure.queries.base import Setting
+from ffm_secure.registry import LIFECYCLES, QUERIES
+from ffm_secure.run_spec import Question, RunSpec
 from ffm_secure.storage.durable import write_atomic
 from ffm_secure.strategies import Strategy, merges_into_base
 from ffm_secure.strategies import build as build_strategy
@@ -81,16 +84,16 @@ class LoadedModel:
         """Return where tensors live."""
         return self.spec.device
 
-    def binding(self) -> SessionBinding | None:
-        """Bind what sites of secure aggregation hold a session to; None without it, as hashing a backbone
-        takes a while.
+    def binding(self, question: Question | None = None) -> SessionBinding | None:
+        """Bind what sites of secure aggregation hold a session to, about an update or an answer; None without
+        it, as hashing a backbone takes a while.
         """
         if self.config.protection.kind != "secagg":
             return None
         return SessionBinding(
             backbone=self.backbone_digest(),
-            layout=self.spec.layout_digest,
-            mechanism=self.spec.mechanism_digest,
+            layout=self.spec.layout_digest if question is None else question.layout_digest,
+            mechanism=self.spec.mechanism_digest if question is None else question.mechanism.digest(),
         )
 
     def backbone_digest(self) -> str:
@@ -132,15 +135,20 @@ def load_model(
     trained = _attach(config, backbone)
     strategy = build_strategy(config.federation.strategy, trained, seed=config.seed)
     size = strategy.size(trained.size)
-    mechanism = calibrate(
-        config,
-        size=size,
-        public_client_size=facts.public_client_size,
-        multiplier=multiplier,
-        history=history,
-        turns=turns,
-    )
-    spec = _agree(config, trained, strategy, mechanism, facts)
+    questions = {item.query: _question(config, item, trained, facts) for item in agenda.queries(config)}
+    if LIFECYCLES.has(config.federation.lifecycle.kind, "one_shot"):
+        mechanism: Mechanism = questions[config.federation.lifecycle.kind].mechanism
+    else:
+        asked = () if history else _asked(config, questions)
+        mechanism = calibrate(
+            config,
+            size=size,
+            public_client_size=facts.public_client_size,
+            multiplier=multiplier,
+            history=(*history, *asked),
+            turns=turns,
+        )
+    spec = _agree(config, trained, strategy, mechanism, facts, questions)
     trained.model.to(spec.device)
     return LoadedModel(config=config, backbone=backbone, trainable=trained, spec=spec, facts=facts)
 
@@ -157,12 +165,58 @@ def _attach(config: RunConfig, backbone: Backbone) -> TrainableModel:
     return attached
 
 
+def _question(config: RunConfig, item: agenda.Item, trained: TrainableModel, facts: PublicFacts) -> Question:
+    """Build one query of a run, with the noise and the code of its answer."""
+    setting = Setting(config=config, trainable=trained, classes=facts.classes)
+    query = QUERIES.load(item.query)(setting)
+    noise = calibrate_query(config, query, epsilon=item.epsilon, public_client_size=facts.public_client_size)
+    codec = grid_codec(
+        size=query.size,
+        clients=config.federation.cohort,
+        value_bits=noise.value_bits,
+        bound=((1 << (noise.value_bits - 1)) - 1) / noise.scale,
+        grid_scale=noise.scale,
+        noise_bound=noise.noise_bound,
+    )
+    schedule = question_schedule(config, item)
+    return Question(item=item, query=query, mechanism=noise, codec=codec, schedule=schedule)
+
+
+def _asked(config: RunConfig, questions: Mapping[str, Question]) -> tuple[Event, ...]:
+    """Return what the questions put to the rows that are learned from cost one owner, one event an answer."""
+    if config.privacy.unit == "none":
+        return ()
+    return tuple(
+        question.mechanism.event(release=name)
+        for name, question in questions.items()
+        if not question.item.held_back
+        for _ in range(answers_paid(config))
+    )
+
+
+def question_schedule(config: RunConfig, item: agenda.Item) -> tuple[tuple[int, ...], ...]:
+    """Return the cohort of every time a question is put; no owner is in two of them."""
+    schedule = balanced_schedule(
+        config.task.clients,
+        rounds=item.asks,
+        cohort=config.federation.cohort,
+        source=RandomSource.seeded(config.seed).derive("schedule", item.query),
+    )
+    return tuple(tuple(int(client) for client in cohort) for cohort in schedule)
+
+
 def _agree(
-    config: RunConfig, trained: TrainableModel, strategy: Strategy, mechanism: Mechanism, facts: PublicFacts
+    config: RunConfig,
+    trained: TrainableModel,
+    strategy: Strategy,
+    mechanism: Mechanism,
+    facts: PublicFacts,
+    questions: Mapping[str, Question],
 ) -> RunSpec:
     """Work out what the server and every site agree on."""
     size, public_client_size = strategy.size(trained.size), facts.public_client_size
     largest_weight = _largest_weight(config, public_client_size)
+    only = questions.get(config.federation.lifecycle.kind)
     return RunSpec(
         config=config,
         owners=facts.owners or numbered_names(config.task.clients),
@@ -171,9 +225,12 @@ def _agree(
         algorithm=LIFECYCLES.load(config.federation.lifecycle.kind)(),
         strategy=strategy,
         mechanism=mechanism,
-        codec=codec_for(config, mechanism, size=size, largest_weight=largest_weight),
-        schedule=schedule_of(config),
+        codec=only.codec
+        if only is not None
+        else codec_for(config, mechanism, size=size, largest_weight=largest_weight),
+        schedule=only.schedule if only is not None else schedule_of(config),
         device=choose_device(config.speed.device),
+        questions=questions,
     )
 
 

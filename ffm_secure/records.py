@@ -16,6 +16,8 @@ Point = Literal["raw", "clipped", "noised", "aggregated"]  # where on its way an
 RunStatus = Literal["complete", "interrupted", "budget exhausted"]
 # in `RoundRecord.dropped`: the site refused the plan, or its ledger does not pay; it was not charged
 DECLINED = "declined"
+# in `RoundPlan.query` and `RoundRecord.query`: the round learns; anything else is a query of the registry
+LEARN = "learn"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,7 @@ class RoundPlan:
     turn: int = 0  # place of the cohort in the public schedule: private rounds before this one
     attempt: int = 0  # how often the round was begun before; grows when one that a kill ended is tried again
     layout: str = ""  # digest of names, shapes and codec of what is sent
+    query: str = LEARN  # what is asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +120,7 @@ class RoundRecord:
     )
     # SHA-256 of the signed uploads behind a sum that was refused, by client; they lie in evidence/
     evidence: Mapping[int, str] = field(default_factory=dict)
+    query: str = LEARN  # what was asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +234,20 @@ class AuditSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedQuery:
+    """Say what one question of a run sends and costs, beside learning."""
+
+    query: str
+    asks: int
+    words: str
+    rows: str  # "learned from" or "held back"
+    numbers: int
+    bytes_up: int  # one client, one round
+    epsilon: float  # of this question alone, for one owner; infinity without a guarantee
+    noise_multiplier: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSummary:
     """Say what a run would train, send, spend and reveal; trains nothing."""
 
@@ -246,6 +264,7 @@ class PlanSummary:
     reveals: Mapping[Observer, str]
     breaks: str  # the collusion statement
     warnings: tuple[str, ...] = ()
+    queries: tuple[PlannedQuery, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Every kind of strategy, trainable, algorithm and engine by name, in one line each; nothing heavy is
+"""Every kind of strategy, trainable, algorithm, query and engine by name, in one line each; nothing heavy is
 imported for it.
 
 A line names the kind and where its class or function is; that module is imported when a run names the kind,
@@ -77,12 +77,31 @@ class Axis:
         return len(self.kinds)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrNone:
+    """The word "none" and the kinds of an axis that have a trait, also those registered later."""
+
+    axis: Axis
+    trait: str
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("none", *self.axis.with_trait(self.trait)))
+
+    def __contains__(self, name: object) -> bool:
+        return name == "none" or (isinstance(name, str) and self.axis.has(name, self.trait))
+
+    def __len__(self) -> int:
+        return 1 + len(self.axis.with_trait(self.trait))
+
+
 STRATEGIES = Axis("strategy")
 TRAINABLES = Axis("trainable")
 LIFECYCLES = Axis("lifecycle")
 ENGINES = Axis("engine")
+QUERIES = Axis("query")
+STARTS = OrNone(axis=QUERIES, trait="start")
 AXES: Mapping[str, Axis] = MappingProxyType(
-    {axis.name: axis for axis in (STRATEGIES, TRAINABLES, LIFECYCLES, ENGINES)}
+    {axis.name: axis for axis in (STRATEGIES, TRAINABLES, LIFECYCLES, ENGINES, QUERIES)}
 )
 
 STRATEGIES.register("average", "ffm_secure.strategies.average:Average")
@@ -111,5 +130,10 @@ TRAINABLES.register(
 
 LIFECYCLES.register("finetune", "ffm_secure.lifecycle.base:Algorithm")
 LIFECYCLES.register("pretrain", "ffm_secure.lifecycle.pretrain:PreTrain", traits=("public_phases",))
+LIFECYCLES.register("class_sums", "ffm_secure.lifecycle.one_shot:OneShot", traits=("one_shot",))
+LIFECYCLES.register("ridge_sums", "ffm_secure.lifecycle.one_shot:OneShot", traits=("one_shot",))
+
+QUERIES.register("class_sums", "ffm_secure.queries.class_sums:build", traits=("start",))
+QUERIES.register("ridge_sums", "ffm_secure.queries.ridge_sums:build", traits=("start",))
 
 ENGINES.register("local", "ffm_secure.engines.local:LocalEngine")

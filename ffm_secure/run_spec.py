@@ -5,16 +5,52 @@ no data is in it.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.lifecycle.base import Algorithm
 from ffm_secure.privacy.mechanism import Mechanism
+from defenses.dp import Event
+from ffm_secure.privacy.query_noise import QueryNoise, answers_paid
 from ffm_secure.protection.codec import VectorCodec
+from ffm_secure.queries import agenda
+from ffm_secure.queries.base import Query
+from ffm_secure.records import LEARN
 from ffm_secure.strategies import Strategy
 
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a query of a run is under: its own noise, code and schedule.
+
+    Guarantee: its event, like that of learning, comes from the one object that bounds and noises the answer.
+    """
+
+    item: agenda.Item
+    query: Query
+    mechanism: QueryNoise
+    codec: VectorCodec
+    schedule: tuple[tuple[int, ...], ...]  # the cohort of every time it is put
+
+    @property
+    def layout_digest(self) -> str:
+        """Return the hash of what is sent."""
+        layout = repr((self.query.name, self.query.size)).encode()
+        return hashlib.sha256(layout + self.codec.digest()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What a plan has to name of one kind of message, and what its sum is opened by."""
+
+    mechanism: str
+    layout: str
+    codec: VectorCodec
+    schedule: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +71,51 @@ class RunSpec:
     codec: VectorCodec
     schedule: tuple[tuple[int, ...], ...]  # the cohort of every private round
     device: str
+    questions: Mapping[str, Question] = field(default_factory=dict)  # by name; learning is none of them
+
+    def message(self, query: str) -> Message:
+        """Return what a kind of message is under: learning, or a question of this run.
+
+        Raises:
+          KeyError: nobody agreed on such a question.
+        """
+        if query == LEARN and self.learns:
+            return Message(
+                mechanism=self.mechanism_digest,
+                layout=self.layout_digest,
+                codec=self.codec,
+                schedule=self.schedule,
+            )
+        question = self.questions[query]
+        return Message(
+            mechanism=question.mechanism.digest(),
+            layout=question.layout_digest,
+            codec=question.codec,
+            schedule=question.schedule,
+        )
+
+    def answer_events(self) -> dict[str, Event]:
+        """Return what one answer to each question is charged as."""
+        return {name: asked.mechanism.event(release=name) for name, asked in self.questions.items()}
+
+    def answers_planned(self, *, held_back: bool) -> tuple[Event, ...]:
+        """Return what one owner pays at most for answers, of rows learned from or of those held back."""
+        return tuple(
+            question.mechanism.event(release=name)
+            for name, question in self.questions.items()
+            if question.item.held_back == held_back
+            for _ in range(answers_paid(self.config))
+        )
+
+    @property
+    def learns(self) -> bool:
+        """Tell whether the run takes steps at all."""
+        return any(item.query == LEARN for item in agenda.agenda(self.config))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Return every kind of message of this run."""
+        return ((LEARN,) if self.learns else ()) + tuple(self.questions)
 
     @property
     def has_dp_guarantee(self) -> bool:

@@ -18,10 +18,12 @@ from ffm_secure.cli.console import clear_errors, console, print_json, print_line
 from ffm_secure.cli.data_check import data_check
 from ffm_secure.cli.patience import patience
 from ffm_secure.cli.progress import Bars
+from ffm_secure.config.compatibility import describe_bytes
 from ffm_secure.data import checks
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound, StoreError
 from ffm_secure.privacy.statements import SEEDED
-from ffm_secure.records import AuditFinding, AuditSummary, PlanSummary, PrivacyStatement
+from ffm_secure.queries import agenda
+from ffm_secure.records import AuditFinding, AuditSummary, PlannedQuery, PlanSummary, PrivacyStatement
 from ffm_secure.report import outcome
 from ffm_secure.storage.run_directory import Store
 
@@ -52,7 +54,7 @@ def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet
         budget = started.config.privacy.epsilon
         with (
             patience() as should_stop,
-            Bars(rounds=started.config.federation.rounds, budget=budget, quiet=silent) as bars,
+            Bars(rounds=agenda.rounds(started.config), budget=budget, quiet=silent) as bars,
         ):
             result = started.start(callback=bars, should_stop=should_stop)
         if result.known and not silent:
@@ -209,6 +211,7 @@ def _plan_lines(described: PlanSummary) -> list[str]:
         f"  trains   {described.trains}",
         f"  sends    {described.sends}",
         f"  spends   {described.spends}",
+        *(f"  asks     {asked_line(item)}" for item in described.queries),
     ]
     for index, (observer, content) in enumerate(described.reveals.items()):
         lines.append(f"  {'sees' if index == 0 else '':<8} {observer:<17} {content}")
@@ -219,6 +222,16 @@ def _plan_lines(described: PlanSummary) -> list[str]:
     for warning in described.warnings:
         lines.append(f"  warning  {warning}")
     return lines
+
+
+def asked_line(item: PlannedQuery) -> str:
+    """Say what one question sends and costs."""
+    cost = f"epsilon {item.epsilon:.4g}" if math.isfinite(item.epsilon) else "no guarantee"
+    times = "once" if item.asks == 1 else f"of {item.asks} cohorts, each once"
+    return (
+        f"{item.query} {times}: {item.words}; {item.numbers:,} numbers, {describe_bytes(item.bytes_up)} up; "
+        f"{cost}, noise {item.noise_multiplier:.3f} x bound, of rows {item.rows}"
+    )
 
 
 def _statement_line(statement: PrivacyStatement) -> str:

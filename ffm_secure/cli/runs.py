@@ -14,6 +14,7 @@ from ffm_secure.cli.console import console, print_json
 from ffm_secure.config import run_file
 from ffm_secure.config.schema import to_table
 from ffm_secure.errors import ConfigError, StoreError
+from ffm_secure.queries import agenda
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ def read_run(folder: Path) -> RunLine:
         folder=str(folder),
         status=str(report.get("status", "unfinished")),
         rounds=len(rounds),
-        planned_rounds=config.federation.rounds,
+        planned_rounds=agenda.rounds(config),
         metric_name=str(rounds[-1].get("metric_name", "")) if rounds else "",
         metric=metrics[-1] if metrics else None,
         best=(min if worse else max)(metrics, default=None),

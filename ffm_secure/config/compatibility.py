@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterator, Mapping
 
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import PlanRefused
-from ffm_secure.registry import AXES, LIFECYCLES, STRATEGIES, TRAINABLES
+from ffm_secure.registry import AXES, LIFECYCLES, STARTS, STRATEGIES, TRAINABLES
 
 LORA_RULES = STRATEGIES.with_trait("lora")
 PROMPTS = TRAINABLES.with_trait("prompt")
+ONE_SHOT = LIFECYCLES.with_trait("one_shot")
 
 _PRIVATE = ("record", "person", "client")
 _WEIGHTS = (
@@ -50,6 +51,9 @@ _HOME_PUBLIC = (
 _CLIP_UNIT = "clips single records; the client unit clips whole updates: use clipping = 'flat'"
 _CLIP_NONE = "there is nothing to clip without a privacy unit: leave clipping at 'flat'"
 _SEEDED_NONE = "a run without privacy unit draws no privacy noise: leave noise at 'system'"
+_NO_CLASSES = "sums by class need classes: choose a classification task"
+_NO_STEPS = "takes no step, so nothing is there for it to steer"
+_ONE_MODEL = "makes one head for everybody from one sum: use strategy average"
 
 LARGEST_RECORD_DELTA = 1e-2
 LARGEST_EPSILON = 1000.0
@@ -65,7 +69,19 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("trainable", "strategy"): {
         (kind, rule): _NOT_FACTORS for kind in ("full", "head", "lora_xs", *PROMPTS) for rule in LORA_RULES
     },
-    ("lifecycle", "strategy"): {("pretrain", "fedsa"): _HOME_PUBLIC},
+    ("task", "lifecycle"): {
+        (task, kind): _NO_CLASSES for task in ("causal_lm", "masked_lm") for kind in ONE_SHOT
+    },
+    ("task", "start"): {
+        (task, kind): _NO_CLASSES for task in ("causal_lm", "masked_lm") for kind in STARTS if kind != "none"
+    },
+    ("lifecycle", "strategy"): {
+        ("pretrain", "fedsa"): _HOME_PUBLIC,
+        **{(kind, rule): _ONE_MODEL for kind in ONE_SHOT for rule in STRATEGIES if rule != "average"},
+    },
+    ("lifecycle", "start"): {
+        (kind, start): _NO_STEPS for kind in ONE_SHOT for start in STARTS if start != "none"
+    },
     ("strategy", "unit"): {("fedsa", "client"): _HOME_CLIENT},
     ("cost", "unit"): {("epsilon", "none"): _NO_EPSILON, **{("seconds", unit): _CLOCK for unit in _PRIVATE}},
     ("cost", "noise"): {("epsilon", "seeded"): _NO_EPSILON},
@@ -85,6 +101,7 @@ REVIEWED: Mapping[str, Collection[str]] = {
     "task": ("text_classification", "causal_lm", "masked_lm", "image_classification"),
     "trainable": TRAINABLES,
     "lifecycle": LIFECYCLES,
+    "start": STARTS,
     "controller": ("fixed", "plateau", "gain_per_cost"),
     "cost": ("epsilon", "bytes", "seconds"),
     "optimizer": ("sgd", "adam", "adamw"),
@@ -132,6 +149,7 @@ def choices(config: RunConfig) -> dict[str, str]:
         "task": config.task.kind,
         "trainable": config.model.trainable.kind,
         "lifecycle": lifecycle.kind,
+        "start": lifecycle.start,
         "controller": lifecycle.controller.kind,
         "cost": lifecycle.controller.cost,
         "optimizer": lifecycle.optimizer,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
 from ffm_secure.errors import ConfigError
 from ffm_secure.records import Observer
-from ffm_secure.registry import LIFECYCLES, STRATEGIES, TRAINABLES
+from ffm_secure.registry import LIFECYCLES, STARTS, STRATEGIES, TRAINABLES
 
 TASKS = ("text_classification", "causal_lm", "masked_lm", "image_classification")
 ClippingKind = Literal["flat", "per_layer", "automatic"]
@@ -176,12 +176,26 @@ class Lifecycle:
     kind: str = option(choices=LIFECYCLES)
     local_steps: int = option(0, minimum=0, maximum=1_000_000, help="steps a round; or give local_epochs")
     local_epochs: int = option(0, minimum=0, maximum=10_000)
-    batch_size: int = option(minimum=1, maximum=1_000_000, help="expected size under Poisson sampling")
-    learning_rate: float = option(above=0.0, maximum=1e3)
+    batch_size: int = option(
+        0,
+        minimum=0,
+        maximum=1_000_000,
+        help="expected size under Poisson sampling; required where steps are taken",
+    )
+    learning_rate: float = option(0.0, minimum=0.0, maximum=1e3, help="required where steps are taken")
     optimizer: str = option("sgd", choices=("sgd", "adam", "adamw"))
     momentum: float = option(0.0, minimum=0.0, maximum=0.999)
     weight_decay: float = option(0.0, minimum=0.0, maximum=1.0)
     proximal: float = option(0.0, minimum=0.0, help="FedProx mu")
+    start: str = option(
+        "none", choices=STARTS, help="make the head from these sums first, in one round a cohort"
+    )
+    start_epsilon: float = option(
+        0.0,
+        minimum=0.0,
+        maximum=1e6,
+        help="what the start may cost, of privacy.epsilon; 0: a quarter of it",
+    )
     public_data: str = option(
         "", help="as task.data; empty: public_examples rows of task.data", only_for=("pretrain",)
     )
@@ -392,17 +406,9 @@ def dump(config: RunConfig) -> str:
 def _check_across(config: RunConfig, problems: Problems) -> None:
     """Check what no single field can: bounds that depend on another field."""
     task, federation, privacy, protection = config.task, config.federation, config.privacy, config.protection
-    lifecycle = federation.lifecycle
     if federation.cohort > task.clients:
         problems.add("federation.cohort", federation.cohort, f"must be at most task.clients = {task.clients}")
-    if (lifecycle.local_steps > 0) == (lifecycle.local_epochs > 0):
-        problems.add(
-            "federation.lifecycle.local_steps",
-            lifecycle.local_steps,
-            "give local_steps or local_epochs, exactly one above 0",
-        )
-    if LIFECYCLES.has(lifecycle.kind, "public_phases"):
-        _check_pretraining(lifecycle, problems)
+    _check_lifecycle(config, problems)
     if protection.threshold > federation.cohort:
         problems.add(
             "protection.threshold",
@@ -465,6 +471,62 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
             "privacy.records_per_person",
             privacy.records_per_person,
             "only privacy.unit = 'person' reads it; set that unit",
+        )
+
+
+def _check_lifecycle(config: RunConfig, problems: Problems) -> None:
+    """Check what a kind of lifecycle needs, and what it does not read."""
+    lifecycle, privacy = config.federation.lifecycle, config.privacy
+    if LIFECYCLES.has(lifecycle.kind, "one_shot"):
+        _check_one_shot(config, problems)
+    else:
+        _check_steps(lifecycle, problems)
+    if lifecycle.start_epsilon and lifecycle.start == "none":
+        problems.add(
+            "federation.lifecycle.start_epsilon", lifecycle.start_epsilon, "is not read without a start"
+        )
+    if lifecycle.start_epsilon >= privacy.epsilon and privacy.unit != "none" and lifecycle.start_epsilon:
+        problems.add(
+            "federation.lifecycle.start_epsilon",
+            lifecycle.start_epsilon,
+            f"must be below privacy.epsilon = {privacy.epsilon:g}, which it is a part of",
+        )
+    if LIFECYCLES.has(lifecycle.kind, "public_phases"):
+        _check_pretraining(lifecycle, problems)
+
+
+def _check_steps(lifecycle: Lifecycle, problems: Problems) -> None:
+    """Check what a run needs that learns by steps."""
+    if (lifecycle.local_steps > 0) == (lifecycle.local_epochs > 0):
+        problems.add(
+            "federation.lifecycle.local_steps",
+            lifecycle.local_steps,
+            "give local_steps or local_epochs, exactly one above 0",
+        )
+    for name, least in (("batch_size", "at least 1"), ("learning_rate", "above 0")):
+        if not getattr(lifecycle, name):
+            problems.add(f"federation.lifecycle.{name}", getattr(lifecycle, name), f"must be {least}")
+
+
+def _check_one_shot(config: RunConfig, problems: Problems) -> None:
+    """Check a run that asks for sums and takes no step: what steps need is not read, and nobody is asked
+    twice.
+    """
+    federation, lifecycle = config.federation, config.federation.lifecycle
+    for name in ("local_steps", "local_epochs", "batch_size", "learning_rate", "momentum", "proximal"):
+        if getattr(lifecycle, name):
+            problems.add(
+                f"federation.lifecycle.{name}",
+                getattr(lifecycle, name),
+                f"is not read with kind = '{lifecycle.kind}', which takes no steps",
+            )
+    cohorts = config.task.clients // max(1, federation.cohort)
+    if not 1 <= federation.rounds <= max(1, cohorts):
+        problems.add(
+            "federation.rounds",
+            federation.rounds,
+            f"must be from 1 to {max(1, cohorts)} with kind = '{lifecycle.kind}': each round asks another "
+            "cohort, so that no owner answers twice",
         )
 
 

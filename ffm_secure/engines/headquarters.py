@@ -27,6 +27,7 @@ from ffm_secure.federation import Callback
 from ffm_secure.loaded_model import LoadedModel, load_model
 from ffm_secure.protection.halves import Terms, server_half
 from ffm_secure.server import coordinator_file
+from ffm_secure.queries import agenda
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.coordinator import Coordinator
 from ffm_secure.server.coordinator_file import CoordinatorFile
@@ -201,9 +202,7 @@ def prepare_run(
         terms=terms_of(loaded, roster.digest),
         sign=key.sign,
         timetable=own.deadlines,
-        watch=StatusWatch(
-            status=StatusFile(quarters.place), run=config.name, rounds=config.federation.rounds
-        ),
+        watch=StatusWatch(status=StatusFile(quarters.place), run=config.name, rounds=agenda.rounds(config)),
         callback=callback,
         should_stop=should_stop,
         clock=clock,
@@ -221,6 +220,10 @@ def _server(
     if other:
         named = replace(config.task, data=other)
         public = task.encode(load_task(named, base=base, seed=config.seed).train)
+    answers = {}
+    for name, question in loaded.spec.questions.items():
+        asked = Terms(config=config, codec=question.codec, roster=roster, binding=loaded.binding(question))
+        answers[name] = server_half(asked)
     return ServerContext(
         spec=loaded.spec,
         trainable=loaded.trainable,
@@ -228,6 +231,7 @@ def _server(
         evaluation=task.encode(evaluation),
         public=public,
         protection=server_half(terms),
+        answers=answers,
         run_id=os.urandom(16),
     )
 

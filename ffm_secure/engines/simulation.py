@@ -202,9 +202,7 @@ def ledger_names(config: RunConfig, data: SimulatedData, folder: Path | None) ->
 
 
 def _described(spec: RunSpec, data: SimulatedData) -> str:
-    if data.public is not None:
-        return spec.algorithm.describe(spec.config, len(data.public))
-    return ""
+    return spec.algorithm.describe(spec.config, len(data.public) if data.public is not None else 0)
 
 
 def _outlook(
@@ -222,8 +220,9 @@ def _outlook(
         return None
     with open_ledger(path) as ledger:
         event = spec.mechanism.event(release="update of one round")
-        rounds = compatibility.paid_rounds(config, turns)
-        outlook = look_ahead(ledger, path, data.names(), config.privacy, event, rounds)
+        rounds = compatibility.paid_rounds(config, turns) if spec.learns else 0
+        answers = spec.answers_planned(held_back=False)
+        outlook = look_ahead(ledger, path, data.names(), config.privacy, event, rounds, answers)
     if not outlook.pays and not begun:
         raise PlanRefused([outlook.refusal(config.privacy.unit)])
     return outlook
@@ -342,9 +341,12 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
     if folder.is_dir():
         write_facts(folder, prepared.facts)
     states = ClientStateStore(folder=folder / "home", owners=spec.owners, places=spec.strategy.home)
-    enrolment = enrol(
-        config, spec.codec, spec.owners, prepared.binding(), _identities(prepared, states, folder)
-    )
+    identities = _identities(prepared, states, folder)
+    enrolment = enrol(config, spec.codec, spec.owners, prepared.binding(), identities)
+    answering = {
+        name: enrol(config, question.codec, spec.owners, prepared.binding(question), identities)
+        for name, question in spec.questions.items()
+    }
     recorded = recorded_rounds(config)
     truth = None
     if recorded:
@@ -356,6 +358,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         evaluation=evaluation,
         public=prepared.task.encode(prepared.data.public) if prepared.data.public is not None else None,
         protection=enrolment.server,
+        answers={name: halves.server for name, halves in answering.items()},
         run_id=os.urandom(16),
         transcript=_transcript(spec, folder, recorded) if recorded else None,
         evidence=_evidence(spec, folder),
@@ -368,6 +371,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
             data=SiteData(index=index, name=name, examples=prepared.task.encode(prepared.data.rows(index))),
             ledger=_site_ledger(prepared, ledger, index, blocks[index]),
             protection=enrolment.sites[index],
+            answers={name: halves.sites[index] for name, halves in answering.items()},
             broadcasts=broadcasts,
             borrow_trainer=pool.borrow,
             evaluation=evaluation,
@@ -476,6 +480,9 @@ def _site_ledger(prepared: Prepared, ledger: Ledger, index: int, blocks: tuple[i
         delta=delta,
         event=prepared.mechanism.event(release="update of one round"),
         guaranteed=prepared.spec.has_dp_guarantee,
+        answers={
+            name: question.mechanism.event(release=name) for name, question in prepared.spec.questions.items()
+        },
         replay_key=replay if config.privacy.noise == "seeded" else b"",
     )
 

@@ -18,12 +18,15 @@ from ffm_secure.config.schema import to_table
 from ffm_secure.engines.simulation import Prepared, Simulation, evaluation_examples
 from ffm_secure.federation import TrainingResult
 from ffm_secure.privacy.expectations import bound_warnings, noise_warnings
+from ffm_secure.privacy.query_noise import answers_paid
 from ffm_secure.privacy.statements import SEEDED, statements
+from ffm_secure.site.allowance import composed
 from ffm_secure.protection.masked import sharing_graph
 from ffm_secure.records import (
     AuditSummary,
     ClientOutcome,
     Observer,
+    PlannedQuery,
     PlanSummary,
     RunSummary,
 )
@@ -73,7 +76,31 @@ def describe(prepared: Prepared) -> PlanSummary:
         reveals={observer: _reveals(config, observer) for observer in OBSERVERS},
         breaks=_breaks(config),
         warnings=tuple(_warnings(prepared)),
+        queries=_planned_queries(prepared),
     )
+
+
+def _planned_queries(prepared: Prepared) -> tuple[PlannedQuery, ...]:
+    """Say what each question beside learning sends and costs."""
+    spec = prepared.spec
+    planned = []
+    for name, question in spec.questions.items():
+        codec, noise = question.codec, question.mechanism
+        events = tuple(noise.event(release=name) for _ in range(answers_paid(spec.config)))
+        epsilon = composed(tuple(Counter(events).items()), spec.config.privacy.delta or 1e-5)
+        planned.append(
+            PlannedQuery(
+                query=name,
+                asks=question.item.asks,
+                words=question.query.words,
+                rows="held back" if question.item.held_back else "learned from",
+                numbers=question.query.size,
+                bytes_up=codec.length * codec.modulus_bits // 8,
+                epsilon=epsilon if spec.has_dp_guarantee else math.inf,
+                noise_multiplier=noise.noise_multiplier,
+            )
+        )
+    return tuple(planned)
 
 
 def summarise(
@@ -162,10 +189,14 @@ def _planned(prepared: Prepared) -> tuple[Event, ...] | None:
     """Return what one owner will have gone through at the end of an extended run; None where a run has one
     noise.
     """
-    extension = prepared.extension
-    if extension is None or not prepared.spec.has_dp_guarantee:
+    extension, spec = prepared.extension, prepared.spec
+    answers = spec.answers_planned(held_back=False)
+    if not spec.has_dp_guarantee or (extension is None and not answers):
         return None
     event = prepared.mechanism.event(release="update of one round")
+    if extension is None:
+        rounds = compatibility.paid_rounds(prepared.config) if spec.learns else 0
+        return (*answers, *(event for _ in range(rounds)))
     return (
         *extension.history,
         *(event for _ in range(compatibility.paid_rounds(prepared.config, extension.turns))),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from defenses.dp import Ledger
+from ffm_secure.queries import agenda
 from ffm_secure.api import Run, place
 from ffm_secure.config import run_file
 from ffm_secure.engines import simulation
@@ -75,7 +76,7 @@ def run(
             f"{len(rows)}/{len(cells)} {name}: {shown}{' (known)' if known else f', {summary.seconds:.0f} s'}"
         )
         if not rows[number].whole:
-            say(_stopped(rows[number], rounds=cells[number].config.federation.rounds))
+            say(_stopped(rows[number], rounds=agenda.rounds(cells[number].config)))
         results = page.results(
             name=experiment.name,
             about=experiment.about,

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 
-from ffm_secure.records import AuditSummary, RunSummary
+from ffm_secure.records import AuditSummary, PlanSummary, RunSummary
 from ffm_secure.report import outcome
 from ffm_secure.report.charts import sparkline
 from ffm_secure.report.markup import (
     INFINITE,
     OBSERVERS,
     Child,
+    Column,
     Html,
     amount,
     bound,
@@ -28,6 +29,7 @@ from ffm_secure.report.markup import (
     number,
     promises,
     size,
+    table,
     tag,
 )
 from ffm_secure.report.sections.audit import audit_body, tally
@@ -380,10 +382,31 @@ def _plan_body(summary: RunSummary) -> Html:
             tag("article", tag("h3", "What breaks it"), tag("p", plan.breaks), class_="card plain"),
             class_="cards two",
         ),
+        _asked(plan) if plan.queries else None,
         folded("The epsilon that was planned", statements_body(plan.statements, of="plan.statements"))
         if plan.statements
         else None,
     )
+
+
+def _asked(plan: PlanSummary) -> Html:
+    """Show what is asked of the rows beside learning, and what each answer costs."""
+    columns: list[Column] = [
+        Column(heading="Question", cell=lambda item: item.query, field="query"),
+        Column(heading="Answer", cell=lambda item: item.words, field="words"),
+        Column(heading="Of rows", cell=lambda item: item.rows, field="rows"),
+        Column(heading="Numbers", cell=lambda item: f"{item.numbers:,}", field="numbers"),
+        Column(
+            heading="Noise over bound",
+            cell=lambda item: figure(item.noise_multiplier),
+            field="noise_multiplier",
+        ),
+        Column(heading="Epsilon alone", cell=lambda item: bound(item.epsilon), field="epsilon"),
+    ]
+    caption = (
+        "What the run asks beside learning; learning is calibrated for what the answers leave of the budget."
+    )
+    return table(columns, plan.queries, caption=caption, of="plan.queries")
 
 
 def _plan_card(heading: str, words: str, under: Html) -> Html:

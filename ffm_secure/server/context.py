@@ -35,9 +35,14 @@ class ServerContext:
     public: Encoded | None  # public rows of phases of the server's own
     protection: ServerSide
     run_id: bytes
+    answers: Mapping[str, ServerSide] = field(default_factory=dict)  # what queries travel by
     transcript: Transcript | None = None  # what observers see, where the run file asks for it
     evidence: Evidence | None = None  # uploads of rounds whose sum is impossible, where uploads are signed
     receipts: dict[int, Receipt] = field(default_factory=dict)  # the newest of every site that sent one
+
+    def protection_of(self, query: str) -> ServerSide:
+        """Return the server's half of what a kind of message travels by."""
+        return self.answers.get(query, self.protection)
 
     def epsilon(self) -> float:
         """Return the largest epsilon any receipt states, 0 before the first; infinity without a guarantee."""

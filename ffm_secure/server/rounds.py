@@ -20,9 +20,12 @@ from ffm_secure.errors import FfmError, RecordError
 from ffm_secure.lifecycle.base import ServerPhase
 from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.protection.base import UPLOAD, AggregationResult, too_few
-from ffm_secure.records import DECLINED, Acceptance, Receipt, RoundPlan, RoundRecord, RoundSum
+from ffm_secure.queries import agenda
+from ffm_secure.queries.base import Opened, keep_answers, remember
+from ffm_secure.records import DECLINED, LEARN, Acceptance, Receipt, RoundPlan, RoundRecord, RoundSum
+from ffm_secure.run_spec import Question
 from ffm_secure.server.context import ServerContext
-from ffm_secure.server.sum_check import why_too_large
+from ffm_secure.server.sum_check import why_answer_too_large, why_too_large
 from ffm_secure.strategies import ServerState
 from ffm_secure.tasks.base import Evaluation
 from ffm_secure.transport.courier import Courier, Lost
@@ -67,19 +70,24 @@ def plan_round(
     `attempt` counts how often the round was begun before: sites enter none of them twice.
     """
     spec = server.spec
-    phase = spec.algorithm.next_phase(records, spec.config)
-    turn = sum(record.phase == "private" for record in records)
+    turn = agenda.next_turn(spec.config, records)
+    assert turn is not None, "the run is over"
+    query = turn.item.query
+    learns = query == LEARN
+    phase = spec.algorithm.next_phase(agenda.learned(records), spec.config) if learns else "private"
+    agreed = spec.message(query)
     return RoundPlan(
         run_id=server.run_id,
         round=number,
-        cohort=spec.schedule[turn] if phase == "private" else (),
+        cohort=agreed.schedule[turn.turn] if phase == "private" else (),
         phase=phase,
         fingerprint=vector_fingerprint(state.vector),
-        mechanism=spec.mechanism_digest,
+        mechanism=agreed.mechanism,
         step=state.round,
-        turn=turn,
-        layout=spec.layout_digest,
+        turn=turn.turn,
+        layout=agreed.layout,
         attempt=attempt,
+        query=query,
     )
 
 
@@ -151,7 +159,7 @@ def _aggregate(
     server: ServerContext, plan: RoundPlan, courier: Courier, lost: dict[int, str], finished: ClientFinished
 ) -> AggregationResult:
     """Carry the protocol of one round, stage by stage."""
-    session = server.protection.open_round(plan)
+    session = server.protection_of(plan.query).open_round(plan)
     if server.evidence is not None:
         server.evidence.begin()
     for stage in session.stages:
@@ -187,10 +195,14 @@ def _decode_sum(
     if result.ring_sum is None:
         return None, result.aborted
     try:
-        opened = server.spec.codec.open(result.ring_sum, round=plan.round, survivors=result.survivors)
+        codec = server.spec.message(plan.query).codec
+        opened = codec.open(result.ring_sum, round=plan.round, survivors=result.survivors)
     except ProtocolError:
         return None, "the opened sum is impossible for its survivors"
-    too_large = why_too_large(opened, server.spec, state.vector)
+    if plan.query == LEARN:
+        too_large = why_too_large(opened, server.spec, state.vector)
+    else:
+        too_large = why_answer_too_large(opened, server.spec.questions[plan.query], server.spec)
     if too_large:
         return None, too_large
     if server.transcript is not None:
@@ -252,11 +264,25 @@ def _step(server: ServerContext, plan: RoundPlan, state: ServerState, result: Ro
         after = _learn_in_public(server, plan, state)
     elif result.sum is None:
         return state
+    elif plan.query != LEARN:
+        return _use_answer(spec.questions[plan.query], state, result.sum)
     else:
         after = spec.strategy.step(state, aggregate_of(spec.config, [result.sum]))
         if server.transcript is not None:
             server.transcript.stepped(plan, result.sum, after.vector)
-    return spec.algorithm.remember(spec.strategy, state, after, plan.phase)
+    return keep_answers(state, spec.algorithm.remember(spec.strategy, state, after, plan.phase))
+
+
+def _use_answer(question: Question, state: ServerState, opened: RoundSum) -> ServerState:
+    """Add an opened answer to those of earlier cohorts, and let the query make something of the whole."""
+    survivors = len(opened.survivors)
+    answer = Opened(
+        values=opened.values,
+        deviation=question.mechanism.deviation(survivors),
+        sites=survivors,
+    )
+    remembering, whole = remember(state, question.query.name, answer)
+    return question.query.use(remembering, whole)
 
 
 def _learn_in_public(server: ServerContext, plan: RoundPlan, state: ServerState) -> ServerState:
@@ -290,7 +316,9 @@ def record(
     evaluation_began = time.perf_counter()
     closed = result.sum is None and plan.phase == "private"
     skipped = plan.round % federation.evaluate_every or closed
-    if earlier and plan.round != federation.rounds and skipped:
+    this = agenda.Asked(query=plan.query, phase=plan.phase, aborted=result.aborted)
+    over = agenda.next_turn(spec.config, (*earlier, this)) is None
+    if earlier and not over and skipped:
         loss, metric = earlier[-1].loss, earlier[-1].metric
     else:
         evaluation = evaluate(server, plan, state, courier)
@@ -313,6 +341,7 @@ def record(
         evaluation_seconds=evaluated,
         norm=_norm(result),
         alignment=spec.algorithm.alignment(spec.strategy, state),
+        query=plan.query,
         seconds=time.perf_counter() - began,
         evidence=result.evidence,
     )

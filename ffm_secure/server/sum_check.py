@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ffm_secure.records import RoundSum
-from ffm_secure.run_spec import RunSpec
+from ffm_secure.run_spec import Question, RunSpec
 
 _TAIL = 8.0  # standard deviations; an honest sum exceeds it with probability below 1e-14
 _LARGEST_SITE = 16.0  # how many times the public size of a client an honest site's data may be
@@ -41,6 +41,20 @@ def why_too_large(opened: RoundSum, spec: RunSpec, start: Tensor) -> str:
     return (
         f"the opened sum has norm {norm:.4g}; {survivors} honest clients send at most "
         f"{bound.norm:.4g} ({bound.because})"
+    )
+
+
+def why_answer_too_large(opened: RoundSum, question: Question, spec: RunSpec) -> str:
+    """Return why the opened answer to a query is refused, or an empty string; the same guarantee holds."""
+    survivors, query = len(opened.survivors), question.query
+    records = 1.0 if spec.config.privacy.unit == "client" else _LARGEST_SITE * spec.public_client_size
+    signal = survivors * records * query.bound
+    most = _with_noise(signal, question.mechanism.deviation(survivors), query.size)
+    norm = float(np.linalg.norm(opened.values))
+    if math.isfinite(norm) and norm <= most:
+        return ""
+    return (
+        f"the answer to {query.name} has norm {norm:.4g}; {survivors} honest clients send at most {most:.4g}"
     )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from defenses.errors import ProtocolError
 from defenses.secagg import ring
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.records import Observer, Point, RecordedObservation, RoundPlan, RoundSum
+from ffm_secure.queries import agenda
+from ffm_secure.records import LEARN, Observer, Point, RecordedObservation, RoundPlan, RoundSum
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.storage.observations import ObservationStore
 
@@ -26,10 +27,11 @@ def recorded_rounds(config: RunConfig) -> frozenset[int]:
     rounds, wanted = config.federation.rounds, config.audit.record_rounds
     if not config.audit.observers or wanted == 0:
         return frozenset()
+    first = 1 + agenda.before_learning(config)
     if wanted == 1 or rounds == 1:
-        return frozenset({1})
+        return frozenset({first})
     count = min(wanted, rounds)
-    return frozenset(1 + round(step * (rounds - 1) / (count - 1)) for step in range(count))
+    return frozenset(first + round(step * (rounds - 1) / (count - 1)) for step in range(count))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,7 +50,8 @@ class Transcript:
 
     def begin(self, plan: RoundPlan, vector: Tensor) -> None:
         """Note the broadcast of a round."""
-        self._start = vector if plan.round in self.rounds and plan.phase == "private" else None
+        learns = plan.phase == "private" and plan.query == LEARN
+        self._start = vector if plan.round in self.rounds and learns else None
 
     def upload(self, plan: RoundPlan, site: int, reply: bytes | memoryview) -> None:
         """Keep an upload that anybody can read: only without protection is it a client's own update."""

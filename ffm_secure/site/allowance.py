@@ -79,16 +79,26 @@ class Outlook:
 
 
 def look_ahead(
-    ledger: Ledger, path: Path, rows: Sequence[Records], privacy: Privacy, event: Event, rounds: int
+    ledger: Ledger,
+    path: Path,
+    rows: Sequence[Records],
+    privacy: Privacy,
+    event: Event,
+    rounds: int,
+    answers: Sequence[Event] = (),
 ) -> Outlook:
-    """Return the outlook of a run whose owners take part `rounds` times at most; nothing is written."""
+    """Return the outlook of a run whose owners take part `rounds` times at most, and give these answers
+    beside; nothing is written.
+    """
     known = ledger.known_blocks(rows)
     budget, implied = lifetime_budget(ledger, privacy)
-    events = [event] * rounds
+    events = [*answers, *[event] * rounds]
     return Outlook(
         ledger=str(path),
         before=ledger.epsilon_of(known, privacy.unit, budget.delta),
-        run=run_epsilon(event, rounds, budget.delta),
+        run=composed(tuple(Counter(events).items()), budget.delta)
+        if answers
+        else run_epsilon(event, rounds, budget.delta),
         together=ledger.epsilon_of(known, privacy.unit, budget.delta, after=events),
         budget=budget.epsilon,
         delta=budget.delta,
@@ -149,17 +159,20 @@ def composed(events: tuple[tuple[Event, int], ...], delta: float) -> float:
     return 0.0
 
 
-def within_run(charged: Sequence[tuple[Event, int]], event: Event, privacy: Privacy) -> bool:
+def within_run(
+    charged: Sequence[tuple[Event, int]], event: Event, privacy: Privacy, *, epsilon: float | None = None
+) -> bool:
     """Tell whether a run may charge one owner one more round: its own epsilon bounds it, whatever the
     lifetime allows.
 
-    `charged` is what the owner has paid for in this run, which has other events where the run was extended.
+    `epsilon` is another bound than the run's, for rows of their own. `charged` is what the owner has paid for
+    in this run, which has other events where the run was extended.
     """
     if privacy.unit == "none":
         return True
     counts = Counter(dict(charged))
     counts[event] += 1
-    return composed(tuple(counts.items()), privacy.delta) <= privacy.epsilon * (1 + _ROUNDING)
+    return composed(tuple(counts.items()), privacy.delta) <= (epsilon or privacy.epsilon) * (1 + _ROUNDING)
 
 
 def _rounded_up(value: float) -> float:

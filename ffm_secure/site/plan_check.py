@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ffm_secure.queries import agenda
 from ffm_secure.records import RoundPlan
 from ffm_secure.run_spec import RunSpec
 
@@ -25,23 +26,28 @@ def differences(plan: RoundPlan, spec: RunSpec, *, site: int, fingerprint: str) 
 def _differences(plan: RoundPlan, spec: RunSpec, site: int, fingerprint: str) -> Iterator[str]:
     if len(plan.run_id) != RUN_BYTES:
         yield f"the run's id has {len(plan.run_id)} bytes, not {RUN_BYTES}"
+    if plan.query not in spec.kinds:
+        yield f"query = {plan.query[:40]!a}: this run asks {', '.join(spec.kinds)} alone"
+        return
+    agreed = spec.message(plan.query)
     if plan.phase != "private":
         yield f"phase = {plan.phase!r}: a site takes part in private rounds alone"
-    if not 0 <= plan.turn < len(spec.schedule):
-        yield f"turn = {plan.turn}: the schedule has {len(spec.schedule)} rounds"
-    elif plan.cohort != spec.schedule[plan.turn]:
+    if not 0 <= plan.turn < len(agreed.schedule):
+        yield f"turn = {plan.turn}: the schedule has {len(agreed.schedule)} rounds"
+    elif plan.cohort != agreed.schedule[plan.turn]:
         yield f"cohort of turn {plan.turn} is not the schedule's"
     if site not in plan.cohort:
         yield "this site is not in the cohort"
-    if plan.round < plan.turn + 1 or plan.round > spec.config.federation.rounds:
-        yield f"round = {plan.round}: must be from {plan.turn + 1} to {spec.config.federation.rounds}"
+    last = agenda.last_round(spec.config)
+    if plan.round < plan.turn + 1 or plan.round > last:
+        yield f"round = {plan.round}: must be from {plan.turn + 1} to {last}"
     if not 0 <= plan.attempt < MOST_ATTEMPTS:
         yield f"attempt = {plan.attempt}: must be from 0 to {MOST_ATTEMPTS - 1}"
     if not 0 <= plan.step <= plan.round:
         yield f"step = {plan.step}: must be from 0 to the round"
     if plan.fingerprint != fingerprint:
         yield "the broadcast model is not the one the plan names"
-    if plan.mechanism != spec.mechanism_digest:
+    if plan.mechanism != agreed.mechanism:
         yield "the mechanism is not the one that was agreed on"
-    if plan.layout != spec.layout_digest:
+    if plan.layout != agreed.layout:
         yield "names, shapes or codec of what is sent are not those that were agreed on"

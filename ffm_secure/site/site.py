@@ -5,7 +5,7 @@ part.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from defenses.random_source import RandomSource
 from defenses.secagg.masks import RingVector
 from ffm_secure import record_codec
 from ffm_secure.protection.base import UPLOAD, ClientRound, ClientSide, update_name
-from ffm_secure.records import Acceptance, RoundPlan
+from ffm_secure.records import LEARN, Acceptance, RoundPlan
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.site.broadcast import BroadcastReader
 from ffm_secure.site.plan_check import differences
@@ -59,6 +59,7 @@ class Site:
         data: SiteData,
         ledger: SiteLedger,
         protection: ClientSide,
+        answers: Mapping[str, ClientSide] | None = None,
         broadcasts: BroadcastReader,
         borrow_trainer: Callable[[], AbstractContextManager[SiteTrainer]],
         evaluation: Encoded | None = None,
@@ -66,6 +67,7 @@ class Site:
     ) -> None:
         self.spec, self.data, self.ledger = spec, data, ledger
         self._protection, self._broadcasts, self._borrow_trainer = protection, broadcasts, borrow_trainer
+        self._answers = answers or {}  # the halves of the protection that queries travel by
         self._evaluation = evaluation  # public rows
         self._truth = truth
         self._round: _Round | None = None
@@ -125,7 +127,8 @@ class Site:
             raise ProtocolError
         current.begun = True
         try:
-            client_round = self._protection.join(current.plan)
+            side = self._answers.get(current.plan.query, self._protection)
+            client_round = side.join(current.plan)
         except ParameterError:
             raise ProtocolError from None
         try:
@@ -147,7 +150,7 @@ class Site:
             rows = trainer.rows_used
             charged_anew = self.spec.config.privacy.unit != "none"
             update = update_name(current.plan, trainer.learned, fresh_noise=charged_anew)
-        if self._truth is not None:
+        if self._truth is not None and current.plan.query == LEARN:
             self._keep(self._truth, current.plan, vector, rows)
         return client_round.seal(message, vector, update=update)
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from defenses.dp import Charge, Event, Ledger, Reservation
 from defenses.errors import BudgetExceeded
 from ffm_secure.config.run_file import Privacy
-from ffm_secure.records import DECLINED, Receipt, RoundPlan, RoundRecord
+from ffm_secure.records import DECLINED, LEARN, Receipt, RoundPlan, RoundRecord
 from ffm_secure.site.allowance import within_run
 
 
@@ -37,13 +37,18 @@ class SiteLedger:
     event: Event
     guaranteed: bool  # whether the run promises anything, so that epsilon means something
     replay_key: bytes = b""  # empty for real noise; a digest of seed and run for seeded noise
+    answers: Mapping[str, Event] = field(default_factory=dict)  # what an answer to each query is charged as
+    held_back: Mapping[str, float] = field(
+        default_factory=dict
+    )  # queries of rows never learned from: their epsilon
+    held_back_blocks: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         return f"SiteLedger(owner={self.owner!r})"
 
     def affords(self, plan: RoundPlan) -> bool:
         """Tell whether the budget pays for a round; nothing is written."""
-        if not self.blocks:
+        if not self._blocks_of(plan):
             return True
         try:
             self._check_run(plan)
@@ -58,7 +63,7 @@ class SiteLedger:
         Raises:
           BudgetExceeded: the owner cannot pay; nothing was charged.
         """
-        if not self.blocks:
+        if not self._blocks_of(plan):
             return ()
         self._check_run(plan)
         return self.ledger.reserve([self._charge(plan)])
@@ -67,13 +72,25 @@ class SiteLedger:
         """Refuse a round beyond this run's own epsilon; aborted attempts count."""
         if self.replay_key:
             return
-        charged = self.ledger.charged(self.owner, plan.run_id.hex())
-        if not within_run(charged, self.event, self.privacy):
+        apart = {self.answers[query] for query in self.held_back}
+        there = plan.query in self.held_back
+        charged = [
+            (event, count)
+            for event, count in self.ledger.charged(self.owner, plan.run_id.hex())
+            if (event in apart) == there
+        ]
+        epsilon = sum(self.held_back.values()) if there else self.privacy.epsilon
+        if not within_run(charged, self._event_of(plan), self.privacy, epsilon=epsilon):
             rounds = sum(count for _, count in charged) + 1
             raise BudgetExceeded(
-                f"{self.owner}: {rounds} rounds of this run cost more than its epsilon "
-                f"{self.privacy.epsilon:g}"
+                f"{self.owner}: {rounds} rounds of this run cost more than its epsilon {epsilon:g}"
             )
+
+    def _event_of(self, plan: RoundPlan) -> Event:
+        return self.event if plan.query == LEARN else self.answers[plan.query]
+
+    def _blocks_of(self, plan: RoundPlan) -> tuple[int, ...]:
+        return self.held_back_blocks if plan.query in self.held_back else self.blocks
 
     def spend(self, reservations: Sequence[Reservation]) -> None:
         """Note that the reserved round was released."""
@@ -83,7 +100,7 @@ class SiteLedger:
         """Return the rounds this site was charged for and its ledger does not hold: a lost or foreign ledger
         undercounts.
         """
-        if self.replay_key or not self.blocks:
+        if self.replay_key or not (self.blocks or self.held_back_blocks):
             return ()
         entries = self.ledger.entries(owner=self.owner)
         charged = set()
@@ -99,13 +116,14 @@ class SiteLedger:
 
     def epsilon(self) -> float:
         """Return what the row of this owner that has spent most has spent, in all runs."""
-        if self.blocks:
-            return self.ledger.epsilon_of(self.blocks, self.unit, self.delta)
+        everything = (*self.blocks, *self.held_back_blocks)
+        if everything:
+            return self.ledger.epsilon_of(everything, self.unit, self.delta)
         return 0.0
 
     def events(self) -> tuple[Event, ...]:
         """Return what that row went through, equal events together."""
-        return self.ledger.events_of(self.blocks, self.unit, self.delta)
+        return self.ledger.events_of((*self.blocks, *self.held_back_blocks), self.unit, self.delta)
 
     def receipt(self) -> Receipt:
         """Return what the server may know of the ledger."""
@@ -119,12 +137,12 @@ class SiteLedger:
         return Charge(
             owner=self.owner,
             dataset=self.dataset,
-            event=self.event,
+            event=self._event_of(plan),
             run=plan.run_id.hex(),
             round=plan.round,
-            release="update",
+            release="update" if plan.query == LEARN else plan.query,
             commitment=self._commitment(plan),
-            blocks=self.blocks,
+            blocks=self._blocks_of(plan),
         )
 
     def _commitment(self, plan: RoundPlan) -> bytes:

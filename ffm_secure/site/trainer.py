@@ -4,6 +4,8 @@ rows to a rule.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,12 +18,16 @@ from ffm_secure.lifecycle import ModelUpdate, SiteRound
 from ffm_secure.lifecycle.finetune import GradientRule, PlainGradient, PrivateGradient
 from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.privacy.mechanism import MechanismOutput
-from ffm_secure.records import RoundPlan
+from ffm_secure.queries.base import Query, Rows, Viewed, by_length
+from ffm_secure.records import LEARN, RoundPlan
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.tasks.base import Task
 from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.trainable import TrainableModel
+
+_NUMBERS_AT_ONCE = 1 << 22
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +37,7 @@ class SiteData:
     index: int
     name: str
     examples: Encoded
+    held_back: Rows | None = None  # rows that are never learned from, only asked about
 
     def __repr__(self) -> str:
         return f"SiteData(index={self.index}, name={self.name!r})"
@@ -53,10 +60,38 @@ class SiteTrainer:
 
         Assumes: the site's ledger has reserved the round's event, before this call touches its rows.
         """
+        if plan.query != LEARN:
+            return self.answer(data, plan, start, source)
         update = self.learn(data, plan, start, source.derive("learn"))
         self.learned = bytes.fromhex(vector_fingerprint(update.vector))
         protected = self.protect(update, data, source.derive("protect"))
         return self.spec.codec.quantise(protected, source=source.derive("round"))
+
+    def answer(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> RingVector:
+        """Return this site's noisy answer to a query about the broadcast model, as integers modulo 2^m."""
+        question = self.spec.questions[plan.query]
+        rows = Rows(encoded=data.examples)
+        if question.item.held_back:
+            rows = data.held_back or Rows(encoded=data.examples.take([]))
+        self.trainable.load_vector(start)
+        total = question.mechanism.total(self._answers(question.query, rows))
+        self.learned = hashlib.sha256(question.query.name.encode() + total.values.tobytes()).digest()
+        protected = question.mechanism.protect_total(total, source.derive("protect"))
+        self.rows_used = frozenset() if question.item.held_back else frozenset(range(len(rows)))
+        return question.codec.quantise(protected, source=source.derive("round"))
+
+    def _answers(self, query: Query, rows: Rows) -> Iterator[Tensor]:
+        """Answer part by part, so that no more than some million numbers exist at a time."""
+        model = Viewed(
+            trainable=self.trainable,
+            task=self.task,
+            device=self.spec.device,
+            batch_size=self.spec.config.speed.microbatch,
+        )
+        step = max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // query.size))
+        order = by_length(rows.encoded)
+        for first in range(0, len(rows), step):
+            yield query.answer(rows.take(order[first : first + step]), model)
 
     def learn(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> ModelUpdate:
         """Run the local steps and say what is sent of them; record-level noise is drawn here, inside every

@@ -98,7 +98,9 @@ def open_workplace(config: RunConfig, own: Belongings) -> Workplace:
         trainable.rehearse_per_sample(
             loaded.trainable, loaded.strategy.trains(0), clipping=config.privacy.clipping
         )
-    largest = (1 << 20) + 64 * 8 * loaded.codec.length + 4 * loaded.trainable.size
+    codecs = (loaded.codec, *(question.codec for question in loaded.spec.questions.values()))
+    longest = max(codec.length for codec in codecs)
+    largest = (1 << 20) + 64 * 8 * longest + 4 * loaded.trainable.size
     return Workplace(
         make_site=_sites(config, own, dataset, loaded, terms),
         terms=terms,
@@ -133,6 +135,7 @@ def _sites(
             data=data,
             ledger=ledger,
             protection=_half(config, own, loaded, terms),
+            answers=_halves_of_questions(config, own, loaded, terms),
             broadcasts=broadcasts,
             borrow_trainer=borrow,
             evaluation=evaluation,
@@ -161,6 +164,20 @@ def _half(config: RunConfig, own: Belongings, loaded: LoadedModel, terms: RunTer
     return site_half(shared, own.identity, own.clock)
 
 
+def _halves_of_questions(
+    config: RunConfig, own: Belongings, loaded: LoadedModel, terms: RunTerms
+) -> dict[str, ClientSide]:
+    """Return this site's half of what each query travels by."""
+    halves = {}
+    for name, question in loaded.spec.questions.items():
+        binding = SessionBinding(
+            backbone=terms.backbone, layout=question.layout_digest, mechanism=question.mechanism.digest()
+        )
+        shared = Terms(config=config, codec=question.codec, roster=own.roster, binding=binding)
+        halves[name] = site_half(shared, own.identity, own.clock)
+    return halves
+
+
 def _site_ledger(config: RunConfig, own: Belongings, dataset: Dataset, loaded: LoadedModel) -> SiteLedger:
     records, privacy = dataset.train.records, config.privacy
     assert records is not None
@@ -178,5 +195,6 @@ def _site_ledger(config: RunConfig, own: Belongings, dataset: Dataset, loaded: L
         delta=privacy.delta if promises else 1e-5,
         event=loaded.mechanism.event(release="update of one round"),
         guaranteed=loaded.spec.has_dp_guarantee,
+        answers=loaded.spec.answer_events(),
         replay_key=replay if privacy.noise == "seeded" else b"",
     )

@@ -28,6 +28,7 @@ def _choices(kind: type, field: str) -> tuple[str, ...]:
         ("task", config.Task, "kind"),
         ("trainable", config.TrainableSpec, "kind"),
         ("lifecycle", config.Lifecycle, "kind"),
+        ("start", config.Lifecycle, "start"),
         ("controller", config.Controller, "kind"),
         ("cost", config.Controller, "cost"),
         ("optimizer", config.Lifecycle, "optimizer"),

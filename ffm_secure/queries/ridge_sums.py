@@ -1,0 +1,68 @@
+"""Ridge sums: the features' second moments and their sums by class, which solve for a linear head in one
+round.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ffm_secure.queries.base import Opened, Query, Rows, Setting, Viewed, head_of, with_head
+from ffm_secure.queries.class_sums import spread, unit_rows
+from ffm_secure.strategies.base import ServerState
+
+NAME = "ridge_sums"
+_SHARPNESS = 10.0  # regression answers with 0 and 1; a softmax needs scores further apart
+
+
+def build(setting: Setting) -> Query:
+    """Return the query for the head of a model.
+
+    One record adds x x' and x y' for its unit-length features x and its class y: bound sqrt(2), size
+    width (width + 1) / 2 + classes x width. Of the symmetric matrix one half is sent, its sides times
+    sqrt(2), so that the vector is as long as the matrix.
+    """
+    head = head_of(setting.trainable)
+    corners = torch.triu_indices(head.width, head.width)
+    scale = torch.where(corners[0] == corners[1], 1.0, math.sqrt(2.0)).double()
+
+    def answer(rows: Rows, model: Viewed) -> Tensor:
+        features = unit_rows(model.features(rows))
+        if not len(features):
+            return torch.zeros((0, 1), dtype=torch.float64)
+        moments = features[:, corners[0]] * features[:, corners[1]] * scale
+        return torch.cat((moments, spread(features, rows.labels(), head.classes)), dim=1)
+
+    def use(state: ServerState, opened: Opened) -> ServerState:
+        values = torch.from_numpy(opened.values)
+        moments = torch.zeros((head.width, head.width), dtype=torch.float64)
+        moments[corners[0], corners[1]] = values[: corners.shape[1]] / scale
+        moments = moments + moments.triu(1).T
+        targets = values[corners.shape[1] :].view(head.classes, head.width)
+        return with_head(state, head, ridge_head(moments, targets, deviation=opened.deviation))
+
+    return Query(
+        name=NAME,
+        size=int(corners.shape[1]) + head.classes * head.width,
+        bound=math.sqrt(2.0),
+        answer=answer,
+        use=use,
+        words=f"second moments of {head.width} features and their sums by class",
+    )
+
+
+def ridge_head(moments: Tensor, targets: Tensor, *, deviation: float) -> Tensor:
+    """Return the weights [classes, width] of ridge regression from noisy sums.
+
+    The penalty follows from the noise, which is public: about the largest singular value that noise of this
+    deviation alone has, so that no direction is divided by noise. Negative eigenvalues are noise and count as
+    0.
+    """
+    width = moments.shape[0]
+    penalty = 1.0 + 2.0 * deviation * math.sqrt(width)
+    values, vectors = torch.linalg.eigh(moments)
+    inverse = 1.0 / (values.clamp(min=0.0) + penalty)
+    weight: Tensor = _SHARPNESS * (targets @ vectors * inverse) @ vectors.T
+    return weight
