@@ -16,7 +16,8 @@ once, with name, value, bound and a suggestion. `--set section.key=value` overri
 like the file. The effective file is stored with the run.
 
 `[privacy]` and `[protection]` have no default: what protects people is said, never assumed. `[speed]`
-cannot change epsilon.
+cannot change epsilon. `[document]` stands in the report: who answers for the run, what it is for, whom to
+ask, on which legal basis. It may change at any time: `run` on a finished run writes its report anew.
 """
 
 

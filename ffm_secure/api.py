@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from ffm_secure.cli import notebook
 from ffm_secure.cli.progress import Bars
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
+from ffm_secure.config.schema import to_table
 from ffm_secure.data.memory import IN_MEMORY, from_memory
 from ffm_secure.engines import simulation, summary
 from ffm_secure.errors import StoreError
@@ -140,7 +142,7 @@ class Run:
             store.require_contents(prepared.contents, bare=prepared.data.bare_contents)
             known = self._known(store)
             if known is not None:
-                return Result(folder=self.folder, summary=known, known=True)
+                return Result(folder=self.folder, summary=self._renamed(store, known), known=True)
             ready = simulation.build(prepared, self.folder)
             store.adopt(self.config)
             zero = ready.server.evaluate(initial).metric
@@ -163,7 +165,14 @@ class Run:
             else:
                 outcomes = ()
             seconds = time.perf_counter() - began
-            result = summary.summarise(ready, trained, zero_metric=zero, outcomes=outcomes, seconds=seconds)
+            result = summary.summarise(
+                ready,
+                trained,
+                zero_metric=zero,
+                outcomes=outcomes,
+                seconds=seconds,
+                ended=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
             self._finish(store, ready, trained, result, complete=complete)
         return Result(folder=self.folder, summary=result)
 
@@ -171,17 +180,26 @@ class Run:
         """Return the summary of a run that has done all its rounds and left what it should; None if work is
         left.
         """
-        path = self.folder / "report.json"
-        if not path.is_file() or not (self.folder / "adapter").is_dir():
+        if not (self.folder / "adapter").is_dir():
             return None
         try:
-            stored = report.from_json(path.read_text(encoding="utf-8"))
-        except (StoreError, OSError, UnicodeError):
+            stored = report.read(self.folder)
+        except StoreError:
             return None  # it is written anew from the checkpoints
         whole = stored.status == "complete" and agenda.next_turn(self.config, stored.rounds) is None
         if whole and store.records() == stored.rounds:
             return stored
         return None
+
+    def _renamed(self, store: Store, known: RunSummary) -> RunSummary:
+        """Follow what a complete run's file says of the people behind it now."""
+        document = to_table(self.config)["document"]
+        if known.config.get("document", document) == document:
+            return known
+        store.adopt(self.config)
+        followed = dataclasses.replace(known, config={**known.config, "document": document})
+        report.write(followed, self.folder)
+        return followed
 
     @contextmanager
     def _listening(

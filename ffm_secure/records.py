@@ -14,6 +14,7 @@ Observer = Literal["public", "client", "server", "colluding_server"]
 Verdict = Literal["leaked", "not leaked", "inconclusive", "not applicable"]
 Point = Literal["raw", "clipped", "noised", "aggregated"]  # where on its way an update is seen
 RunStatus = Literal["complete", "interrupted", "budget exhausted"]
+View = Literal["internal", "public"]  # of a report: everything there is, or releases alone
 # in `RoundRecord.dropped`: the site refused the plan, or its ledger does not pay; it was not charged
 DECLINED = "declined"
 # in `RoundPlan.query` and `RoundRecord.query`: the round learns; anything else is a query of the registry
@@ -268,8 +269,25 @@ class PlanSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DataRelease:
+    """Say of the data what may be said to anyone: public rows, declared names; no private row is counted."""
+
+    source: str
+    public_rows: int
+    held_out: int  # public rows that were taken from the owners' rows and are protected by nothing
+    classes: tuple[str, ...] = ()
+    classes_from: str = ""  # who named them
+    max_length: int = 0  # tokens kept of a text; 0 where there is no text
+    cut: float | None = None  # share of the public texts that are longer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """Hold everything a report shows; a pure function turns it into a page."""
+    """Hold everything a report shows; a pure function turns it into a page.
+
+    What `view` calls internal stays with whoever ran the audit or the simulation; `report.release` makes the
+    public one of it.
+    """
 
     format: int = 1
     name: str
@@ -292,6 +310,13 @@ class RunSummary:
     ledger_head: str
     software: Mapping[str, str]
     seconds: float
+    view: View = "internal"
+    owners: tuple[str, ...] = ()  # names of the data owners, where the data name them
+    round_best: int | None = None  # first round with the best public metric, which `best/` keeps
+    metric_best: float | None = None
+    ended: str = ""  # ISO 8601, UTC
+    digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of what was run and what came of it
+    data: DataRelease | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,7 @@ def audit_run(folder: Path, *, budget: str = "quick", rows: Memory | None = None
       StoreError: the folder holds no finished run.
       ConfigError: the run file names an attack that does not exist.
     """
-    summary = _read_summary(folder)
+    summary = report.read(folder)
     config = Store.read(folder).config()
     if unknown := sorted(set(config.audit.attacks) - {"all", *ATTACKS}):
         raise ConfigError(
@@ -75,7 +75,7 @@ def audit_run(folder: Path, *, budget: str = "quick", rows: Memory | None = None
         questions=replay.questions,
         curves=replay.curves,
     )
-    audited = replace(summary, audit=audit)
+    audited = replace(summary, audit=audit, view="internal")
     report.write(audited, folder)
     return audited
 
@@ -148,12 +148,3 @@ def _replayed(
         *cohorts.with_curve(read),
     )
     return Replay(findings=findings, bounds=bounds, questions=questions, curves=curves)
-
-
-def _read_summary(folder: Path) -> RunSummary:
-    try:
-        return report.from_json((folder / "report.json").read_text())
-    except OSError:
-        raise StoreError(f"{folder}: has no report.json yet; finish the run first (ffm-secure run)") from None
-    except ValueError as error:
-        raise StoreError(f"{folder / 'report.json'}: is damaged: {error}") from None

@@ -150,7 +150,9 @@ def audit(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="New folder for report.html, report.json and pictures of --observation."),
+        typer.Option(
+            help="New folder for the report of --observation; files named internal* must not leave."
+        ),
     ] = None,
     budget: Annotated[str, typer.Option(help="quick, standard or exhaustive.")] = "quick",
     fail_on_leak: Annotated[bool, typer.Option(help="Exit with 6 if anything leaked.")] = False,
@@ -233,9 +235,19 @@ def ledger_budget_raise(
 
 
 @app.command()
-def report(folder: RunFolder, json: Json = False) -> None:
-    """Write report.html and report.json of a run anew: one file each, no network."""
-    _commands().report(folder, json=json)
+def report(
+    folder: RunFolder,
+    internal: Annotated[
+        bool,
+        typer.Option(
+            "--internal/--public",
+            help="--public: what may leave. --internal: also figures of private rows and what was recovered.",
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Write the report of a run anew: report.html, details.html and report.json, no network."""
+    _commands().report(folder, internal=internal, json=json)
 
 
 @app.command()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,17 @@ from rich.table import Table
 from ffm_secure import record_codec
 from ffm_secure.api import Result, load
 from ffm_secure.cli import doctor as checkup
+from ffm_secure.cli.audit_table import audit_lines
 from ffm_secure.cli.console import clear_errors, console, print_json, print_lines, say
 from ffm_secure.cli.data_check import data_check
 from ffm_secure.cli.patience import patience
 from ffm_secure.cli.progress import Bars
-from ffm_secure.config.compatibility import describe_bytes
 from ffm_secure.data import checks
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound, StoreError
 from ffm_secure.privacy.statements import SEEDED
+from ffm_secure.quantities import INFINITE, bound, metric, size, small
 from ffm_secure.queries import agenda
-from ffm_secure.records import AuditFinding, AuditSummary, PlannedQuery, PlanSummary, PrivacyStatement
+from ffm_secure.records import PlannedQuery, PlanSummary, PrivacyStatement
 from ffm_secure.report import outcome
 from ffm_secure.storage.run_directory import Store
 
@@ -149,9 +149,17 @@ def audit(
     if observed.out is not None and observed.observation is not None:
         with clear_errors():
             write_audit(summary, observed.out, name=observed.observation.name, notes=summary.notes)
-    say(summary, _audit_lines(summary), json=json, quiet=quiet)
+    say(summary, [*audit_lines(summary), *_places(folder, observed)], json=json, quiet=quiet)
     if fail_on_leak and any(item.verdict == "leaked" for item in summary.findings):
         raise LeakFound("at least one attack recovered private data; see the findings above")
+
+
+def _places(folder: Path | None, observed: Seen) -> list[str]:
+    """Say where the report lies and which part of it must not leave."""
+    place = folder or observed.out
+    if place is None:
+        return []
+    return [f"  report   {place / 'report.html'}; scores and what was recovered: {place / 'internal.html'}"]
 
 
 def ledger(folder: Path, *, owner: str, export: str, json: bool) -> None:
@@ -172,22 +180,26 @@ def ledger(folder: Path, *, owner: str, export: str, json: bool) -> None:
     say(table, [*ledger_lines(table), *([table["stamp"]] if "stamp" in table else [])], json=json)
 
 
-def report(folder: Path, *, json: bool) -> None:
-    """Write the report of a run anew from its report.json."""
+def report(folder: Path, *, internal: bool, json: bool) -> None:
+    """Write the report of a run anew: what may leave, and if asked also what must not."""
     from ffm_secure.report import document as page
 
     with clear_errors():
         Store.read(folder).config()
-        try:
-            summary = page.from_json((folder / "report.json").read_text())
-        except OSError:
-            raise StoreError(
-                f"{folder}: has no report.json yet; finish the run first (ffm-secure run)"
-            ) from None
-        except ValueError as error:
-            raise StoreError(f"{folder / 'report.json'}: is damaged: {error}") from None
-        html, data = page.write(summary, folder)
-    say({"html": str(html), "json": str(data)}, [str(html), str(data)], json=json)
+        summary = page.read(folder)
+        if internal and summary.view != "internal":
+            raise StoreError(f"{folder}: holds only what was released; internal.json is not there")
+        older = (
+            summary.view == "internal" and not (folder / page.INTERNAL_DATA).is_file()
+        )  # keep all it holds
+        files = page.write(summary, folder, internal=internal or older)
+    written = {path.name: str(path) for path in files}
+    answer = {"html": written["report.html"], "json": written["report.json"], "files": list(written.values())}
+    say(answer, [_file_line(name, path) for name, path in written.items()], json=json)
+
+
+def _file_line(name: str, path: str) -> str:
+    return f"{path}  INTERNAL: must not leave" if name.startswith("internal") else path
 
 
 def doctor(*, json: bool) -> None:
@@ -226,21 +238,17 @@ def _plan_lines(described: PlanSummary) -> list[str]:
 
 def asked_line(item: PlannedQuery) -> str:
     """Say what one question sends and costs."""
-    cost = f"epsilon {item.epsilon:.4g}" if math.isfinite(item.epsilon) else "no guarantee"
+    cost = f"epsilon {bound(item.epsilon)}" if math.isfinite(item.epsilon) else "no guarantee"
     times = "once" if item.asks == 1 else f"of {item.asks} cohorts, each once"
     return (
-        f"{item.query} {times}: {item.words}; {item.numbers:,} numbers, {describe_bytes(item.bytes_up)} up; "
+        f"{item.query} {times}: {item.words}; {item.numbers:,} numbers, {size(item.bytes_up)} up; "
         f"{cost}, noise {item.noise_multiplier:.3f} x bound, of rows {item.rows}"
     )
 
 
 def _statement_line(statement: PrivacyStatement) -> str:
-    amount = "none (infinite)"
-    if statement.finite:
-        amount = f"{statement.epsilon:.4g} at delta {statement.delta:g}"
-    note = ""
-    if statement.note:
-        note = f" ({statement.note})"
+    amount = f"{bound(statement.epsilon)} at delta {small(statement.delta)}" if statement.finite else INFINITE
+    note = f" ({statement.note})" if statement.note else ""
     return (
         f"epsilon  {statement.observer:<17} {amount}; unit {statement.unit}; adjacency "
         f"{statement.adjacency}; "
@@ -282,61 +290,20 @@ def _result_table(result: Result) -> dict[str, Any]:
 
 def _result_lines(result: Result) -> list[str]:
     summary = result.summary
-    majority = ""
-    if summary.metric_majority is not None:
-        majority = f", majority {summary.metric_majority:.4f}"
+    majority = "" if summary.metric_majority is None else f", majority {metric(summary.metric_majority)}"
     lines = [
         "",
         *(f"  {stamp}" for stamp in summary.stamps),
         *(f"  {warning}" for warning in outcome.warnings(summary)),
-        f"  {summary.metric_name} {summary.metric_final:.4f} (before training "
-        f"{summary.metric_zero_round:.4f}{majority})",
+        f"  {summary.metric_name} {metric(summary.metric_final)} (before training "
+        f"{metric(summary.metric_zero_round)}{majority})",
         f"  {_statement_line(summary.statements[0])}",
     ]
     best = outcome.best_round(summary)
     if best is not None:
         place = f"kept in {result.folder / 'best' / 'adapter'}; adapter/ holds the last"
-        lines.append(f"  best     {summary.metric_name} {best.metric:.4f} after round {best.round}, {place}")
-    lines += _audit_lines(summary.audit) if summary.audit else []
-    return [*lines, f"  report   {result.folder / 'report.html'}"]
-
-
-def _finding_line(item: AuditFinding) -> str:
-    """Write one verdict with its score, its baseline and its control."""
-    score = ""
-    if item.score is not None:
-        score = f"{item.measure} {item.score:.3f}"
-    numbers = [
-        score,
-        *(
-            f"{name} {value:.3f}"
-            for name, value in (
-                ("as observed", item.observed),
-                ("baseline", item.baseline),
-                ("control", item.control),
-            )
-            if value is not None
-        ),
-    ]
-    words = ", ".join(filter(None, numbers))
-    return f"{item.observer:<17} {item.attack:<22} {item.point:<11} {item.verdict:<11} {words}"
-
-
-def _audit_lines(summary: AuditSummary) -> list[str]:
-    """Show what leaked, then what did not with its control; the rest as counts."""
-    lines = [f"  audit    {summary.sentence}"]
-    written = []
-    for verdict in ("leaked", "not leaked"):
-        for item in summary.findings:
-            if item.verdict == verdict:
-                written.append(item)
-    for item in written:
-        lines.append(f"           {_finding_line(item)}")
-    silent = Counter((item.observer, item.verdict) for item in summary.findings if item not in written)
-    for (observer, verdict), count in silent.items():
-        lines.append(f"           {observer:<17} {count} {verdict}; reasons in the report")
-    if summary.epsilon_lower is not None:
         lines.append(
-            f"           lower bound on epsilon {summary.epsilon_lower:.3f} ({summary.epsilon_lower_method})"
+            f"  best     {summary.metric_name} {metric(best.metric)} after round {best.round}, {place}"
         )
-    return lines
+    lines += audit_lines(summary.audit) if summary.audit else []
+    return [*lines, f"  report   {result.folder / 'report.html'}"]

@@ -91,6 +91,7 @@ def write(suggestion: Suggestion, *, data: str, name: str) -> str:
         _federation(clients, nominal),
         _privacy(nominal),
         _protection(min(clients, _MOST_AT_ONCE)),
+        _document(),
     )
     return "\n\n".join("\n".join(section) for section in sections) + "\n"
 
@@ -226,6 +227,16 @@ def _protection(cohort: int) -> list[str]:
         "[protection]",
         'kind = "secagg"         # the server sees sums of at least so many owners, never one alone',
         f"threshold = {max(3, math.ceil(2 * cohort / 3))}",
+    ]
+
+
+def _document() -> list[str]:
+    return [
+        "[document]              # stands in the report; nothing is computed from it",
+        'controller = ""         # who answers for the processing',
+        'purpose = ""            # what the model is for',
+        'contact = ""            # whom a person may ask',
+        'legal_basis = ""        # why the rows may be used',
     ]
 
 

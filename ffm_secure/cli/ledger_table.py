@@ -11,6 +11,7 @@ from defenses.dp import Budget, Entry, Ledger
 from defenses.dp.events import UNITS
 from defenses.dp.ledger_entries import ANY_UNIT, EVERYBODY
 from ffm_secure.errors import StoreError
+from ffm_secure.quantities import bound, small
 from ffm_secure.site.ledger_place import ledger_path
 from ffm_secure.storage.run_directory import Store
 
@@ -149,20 +150,19 @@ def ledger_lines(table: dict[str, Any]) -> list[str]:
         )
     lines.append("")
     for account in table["accounts"]:
-        spent = "infinite"
-        if not math.isinf(account["epsilon"]):
-            spent = f"{account['epsilon']:.4f}"
-        if account["budget"] is None or math.isinf(account["budget"]):
-            budget = "no budget"
-        else:
-            budget = f"of {account['budget']:g} at delta {account['delta']:g}"
+        spent = bound(account["epsilon"])
+        budget = (
+            "no budget"
+            if account["budget"] is None or math.isinf(account["budget"])
+            else f"of {account['budget']:g} at delta {small(account['delta'])}"
+        )
         lines.append(
             f"{account['owner']:<14} {account['dataset']}  per {account['unit']}: epsilon {spent} "
             f"{budget}, {account['charges']} charges"
             + (f", {account['unconfirmed']} of them never confirmed" if account["unconfirmed"] else "")
         )
     lines += [
-        f"lifetime budget of every row, per {unit}: {budget['epsilon']:g} at delta {budget['delta']:g}"
+        f"lifetime budget of every row, per {unit}: {budget['epsilon']:g} at delta {small(budget['delta'])}"
         for unit, budget in table["lifetime"].items()
     ]
     return [*lines, f"verified: {table['entries']} entries, head {table['head'][:16]}"]

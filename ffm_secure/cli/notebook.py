@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ffm_secure.federation import Callback
+from ffm_secure.quantities import INFINITE, bound, metric, small
 from ffm_secure.records import RoundPlan, RoundRecord, RunSummary
 
 
@@ -51,18 +52,20 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
 def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
     """Return what a run reached and spent, for people; every number in it is in the report."""
     statement = summary.statements[0]
-    spent = "infinite"
-    if math.isfinite(statement.epsilon):
-        spent = f"{statement.epsilon:.4g} at delta {statement.delta:g}"
+    spent = (
+        f"{bound(statement.epsilon)} at delta {small(statement.delta)}"
+        if math.isfinite(statement.epsilon)
+        else INFINITE
+    )
     rows = [
         ("run", f"{summary.name}, {summary.status}"),
         ("rounds", str(len(summary.rounds))),
         (
             summary.metric_name,
-            f"{summary.metric_final:.4f} (before training {summary.metric_zero_round:.4f})",
+            f"{metric(summary.metric_final)} (before training {metric(summary.metric_zero_round)})",
         ),
         ("epsilon", f"{spent}, per {statement.unit}"),
     ]
     if summary.metric_majority is not None:
-        rows.insert(3, ("always the commonest class", f"{summary.metric_majority:.4f}"))
+        rows.insert(3, ("always the commonest class", metric(summary.metric_majority)))
     return [*rows, *(("note", stamp) for stamp in summary.stamps)]

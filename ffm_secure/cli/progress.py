@@ -15,26 +15,24 @@ from rich.progress import (
 )
 
 from ffm_secure.cli.console import SafeConsole
-from ffm_secure.config.compatibility import describe_bytes
+from ffm_secure.quantities import bound, metric, size
 from ffm_secure.records import RoundPlan, RoundRecord
 
 
 def round_line(record: RoundRecord, *, rounds: int, budget: float) -> str:
     """Say one round in one line."""
-    spent = "none (infinite)"
-    if not math.isinf(record.epsilon_spent):
-        spent = f"{record.epsilon_spent:.3f} / {budget:g}"
-    answered = "none, public phase"
-    if record.phase == "private":
-        answered = f"{len(record.survivors)}/{len(record.cohort)}"
-    note = ""
-    if record.aborted:
-        note = f"  ABORTED: {record.aborted}"
+    spent = bound(record.epsilon_spent)
+    if math.isfinite(record.epsilon_spent):
+        spent = f"{spent:<5} / {budget:g}"
+    answered = (
+        f"{len(record.survivors)}/{len(record.cohort)}" if record.phase == "private" else "none, public phase"
+    )
+    note = f"  ABORTED: {record.aborted}" if record.aborted else ""
     return (
         f"round {record.round:>{len(str(rounds))}}/{rounds}  loss {record.loss:7.4f}  "
-        f"{record.metric_name} {record.metric:8.4f}  "
-        f"epsilon {spent}  clients {answered}  up {describe_bytes(record.bytes_up)}  down "
-        f"{describe_bytes(record.bytes_down)}  "
+        f"{record.metric_name} {metric(record.metric):>8}  "
+        f"epsilon {spent}  clients {answered}  up {size(record.bytes_up)}  down "
+        f"{size(record.bytes_down)}  "
         f"{record.seconds:.1f} s{note}"
     )
 

@@ -14,6 +14,7 @@ from ffm_secure.cli.console import console, print_json
 from ffm_secure.config import run_file
 from ffm_secure.config.schema import to_table
 from ffm_secure.errors import ConfigError, StoreError
+from ffm_secure.quantities import bound, metric
 from ffm_secure.queries import agenda
 
 
@@ -158,7 +159,8 @@ def _table(read: Sequence[RunLine]) -> Table:
     table = Table("run", "status", "rounds", "metric", "last", "best", "epsilon", box=None, pad_edge=False)
     for line in read:
         progress = f"{line.rounds} of {line.planned_rounds}"
-        numbers = (_number(line.metric), _number(line.best), _number(line.epsilon))
+        spent = bound(line.epsilon) if isinstance(line.epsilon, float) else str(line.epsilon or "")
+        numbers = (metric(line.metric), metric(line.best), spent)
         table.add_row(line.name, line.status, progress, line.metric_name, *numbers)
     return table
 
@@ -168,9 +170,3 @@ def _differences(read: Sequence[RunLine], different: Mapping[str, Sequence[Any]]
     for name, values in different.items():
         table.add_row(name, *map(str, values))
     return table
-
-
-def _number(value: float | str | None) -> str:
-    if _is_number(value):
-        return f"{value:.4g}"
-    return str(value or "")

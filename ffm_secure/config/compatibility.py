@@ -310,18 +310,3 @@ def local_steps(config: RunConfig, nominal: int) -> int:
 def sampling_rate(config: RunConfig, nominal: int) -> float:
     """Return the Poisson rate of one local step from public constants only."""
     return min(1.0, config.federation.lifecycle.batch_size / nominal)
-
-
-def describe_bytes(count: float) -> str:
-    """Say a number of bytes in words.
-
-    >>> describe_bytes(2_936_012)
-    '2.8 MiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            if unit == "B":
-                return f"{count:.0f} {unit}"
-            return f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

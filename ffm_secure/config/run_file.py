@@ -355,6 +355,18 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """What the report says of the people behind a run; nothing is computed from it."""
+
+    controller: str = option("", help="who answers for the processing")
+    purpose: str = option("", help="what the model is for")
+    contact: str = option(
+        "", help="whom a person may ask, for instance an address of the data protection officer"
+    )
+    legal_basis: str = option("", help="why the rows may be used, for instance the article of a law")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One run, complete: two equal values describe the same run."""
 
@@ -370,6 +382,7 @@ class RunConfig:
     protection: Protection
     audit: Audit = option(Audit())
     speed: Speed = option(Speed())
+    document: Document = option(Document())
 
     MUST_BE_EXPLICIT: ClassVar[tuple[str, ...]] = ("privacy", "protection")
 
@@ -549,6 +562,7 @@ __all__ = [
     "TASKS",
     "Audit",
     "Controller",
+    "Document",
     "Dropout",
     "Federation",
     "Lifecycle",

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import math
 import platform
 from collections import Counter
 from collections.abc import Mapping
 
+import numpy as np
 from torch import Tensor
 
 from defenses.dp import Event
 from defenses.he.collusion import Kind, collusion
-from ffm_secure.config import compatibility
+from ffm_secure.config import compatibility, run_file
 from ffm_secure.config.run_file import OBSERVERS, RunConfig
 from ffm_secure.config.schema import to_table
 from ffm_secure.engines.simulation import Prepared, Simulation, evaluation_examples
 from ffm_secure.federation import TrainingResult
+from ffm_secure.models.backbone import fingerprint, vector_fingerprint
 from ffm_secure.privacy.expectations import bound_warnings, noise_warnings
 from ffm_secure.privacy.query_noise import answers_paid
 from ffm_secure.privacy.statements import SEEDED, statements
 from ffm_secure.site.allowance import composed
 from ffm_secure.protection.masked import sharing_graph
+from ffm_secure.quantities import size, small
 from ffm_secure.records import (
     AuditSummary,
     ClientOutcome,
+    DataRelease,
     Observer,
     PlannedQuery,
     PlanSummary,
     RunSummary,
 )
+from ffm_secure.report.outcome import best_of
 
 _BACKENDS: Mapping[str, Kind] = {"none": "plain", "secagg": "masking", "bfv": "bfv", "ckks": "ckks"}
 _PACKAGES = (
@@ -65,9 +71,8 @@ def describe(prepared: Prepared) -> PlanSummary:
         f"{prepared.backbone.total_parameters:,} numbers ({share:.2%})",
         trainable_parameters=trained.size,
         total_parameters=prepared.backbone.total_parameters,
-        sends=f"{compatibility.describe_bytes(up)} per client and round, {sealed}, "
-        f"{prepared.codec.modulus_bits}-bit ring; "
-        f"{compatibility.describe_bytes(4 * trained.size)} down",
+        sends=f"{size(up)} per client and round, {sealed}, {prepared.codec.modulus_bits}-bit ring; "
+        f"{size(4 * trained.size)} down",
         bytes_up_per_client_round=up,
         bytes_down_per_client_round=4 * trained.size,
         spends=_spends(prepared),
@@ -110,9 +115,10 @@ def summarise(
     zero_metric: float,
     outcomes: tuple[ClientOutcome, ...],
     seconds: float,
+    ended: str,
     audit: AuditSummary | None = None,
 ) -> RunSummary:
-    """Collect a run into what its report shows."""
+    """Collect a run into what its report shows; `ended` is a time of day, ISO 8601, UTC."""
     prepared, config = ready.prepared, ready.config
     if config.privacy.unit != "none":
         spent = ready.largest_history()
@@ -120,10 +126,9 @@ def summarise(
         spent = ()
     public = evaluation_examples(prepared)  # the commonest private label would be a release
     majority = prepared.task.majority(public, public)
-    if trained.records:
-        last = trained.records[-1].metric
-    else:
-        last = zero_metric
+    last = trained.records[-1].metric if trained.records else zero_metric
+    best = best_of(trained.records, higher_is_better=ready.task.higher_is_better)
+    named = config.task.split.kind == "natural"
     head = ready.ledger.head()
     return RunSummary(
         name=config.name,
@@ -146,6 +151,40 @@ def summarise(
         ledger_head=head.hash,
         software=software(),
         seconds=seconds,
+        owners=tuple(site.data.name for site in ready.sites) if named else (),
+        round_best=None if best is None else best.round,
+        metric_best=None if best is None else best.metric,
+        ended=ended,
+        digests=_digests(ready, trained),
+        data=_data_release(prepared),
+    )
+
+
+def _digests(ready: Simulation, trained: TrainingResult) -> dict[str, str]:
+    """Return SHA-256 of what was run and what came of it."""
+    trained_here = {id(parameter) for parameter in ready.trainable.parameters.values()}
+    named = ready.trainable.model.named_parameters()
+    frozen = {name: value for name, value in named if id(value) not in trained_here}
+    return {
+        "frozen model": fingerprint(frozen),
+        "run file": hashlib.sha256(run_file.dump(ready.config).encode()).hexdigest(),
+        "trained numbers": vector_fingerprint(trained.state.vector),
+    }
+
+
+def _data_release(prepared: Prepared) -> DataRelease:
+    """Say of the data what may be said to anyone; lengths are those of the public rows evaluated on."""
+    config, data = prepared.config, prepared.dataset
+    lengths = prepared.task.full_lengths(evaluation_examples(prepared))
+    cut = None if lengths is None or not len(lengths) else float(np.mean(lengths > config.task.max_length))
+    return DataRelease(
+        source=config.task.data,
+        public_rows=len(data.validation),
+        held_out=data.held_out,
+        classes=data.label_names or (),
+        classes_from=data.names_from if data.label_names else "",
+        max_length=0 if lengths is None else config.task.max_length,
+        cut=cut,
     )
 
 
@@ -171,7 +210,7 @@ def _spends(prepared: Prepared) -> str:
     else:
         unit = privacy.unit
     spends = (
-        f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} per {unit} and data owner; clip "
+        f"epsilon {privacy.epsilon:g} at delta {small(privacy.delta)} per {unit} and data owner; clip "
         f"{privacy.clip_norm:g}, noise {prepared.mechanism.noise_multiplier:.3f} x clip"
     )
     if prepared.extension is not None:

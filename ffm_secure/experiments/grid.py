@@ -188,15 +188,14 @@ def finished(run: Run, rows: Rows) -> RunSummary | None:
     Raises:
       StoreError: its folder holds a run of other settings, or of rows that have changed.
     """
-    if not (run.folder / "report.json").is_file():
+    if not report.is_there(run.folder):
         return None
-    if replace(Store.read(run.folder).config(), speed=run.config.speed) != run.config:
+    stored = Store.read(run.folder).config()
+    if replace(stored, speed=run.config.speed, document=run.config.document) != run.config:
         raise StoreError(f"{run.folder}: holds a run with other settings; give another --out")
     rows.require(run)
-    summary = report.from_json((run.folder / "report.json").read_text())
-    if summary.status != "interrupted":
-        return summary
-    return None
+    summary = report.read(run.folder)
+    return summary if summary.status != "interrupted" else None
 
 
 class Rows:

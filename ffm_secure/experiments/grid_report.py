@@ -17,7 +17,8 @@ from scipy import stats
 
 from ffm_secure import record_codec
 from ffm_secure.report.charts import Series, line_chart
-from ffm_secure.report.markup import Column, Html, figure, size, table, tag
+from ffm_secure.quantities import figure, size
+from ffm_secure.report.markup import Column, Html, table, tag
 
 Labels = tuple[tuple[str, str], ...]  # (axis, label)
 FORMAT = 1

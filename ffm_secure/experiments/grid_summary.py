@@ -8,7 +8,8 @@ from typing import Any
 
 from ffm_secure.experiments.grid_report import LEFT_OUT, cost_lines, stopped_lines
 from ffm_secure.report.charts import nice_ticks
-from ffm_secure.report.markup import Html, size, tag
+from ffm_secure.quantities import size
+from ffm_secure.report.markup import Html, tag
 
 _WIDTH, _LEFT, _RIGHT, _LINE, _TOP, _GAP = 760.0, 330.0, 24.0, 20.0, 12.0, 12.0
 _COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568", "#975a16", "#2c7a7b")

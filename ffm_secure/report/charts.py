@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ffm_secure.report.markup import Html, figure, join, tag
+from ffm_secure.quantities import metric
+from ffm_secure.report.markup import Html, join, tag
 
 WIDTH, HEIGHT = 420.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 128.0, 14.0, 34.0
@@ -46,7 +47,7 @@ class Axis:
 def short(value: float) -> str:
     """Write a value beside a line, where little room is."""
     if not math.isfinite(value) or value == 0 or abs(value) >= 1e-3:
-        return figure(value, 3)
+        return metric(value)
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
 

@@ -10,10 +10,15 @@ from pathlib import Path
 from ffm_secure import record_codec
 from ffm_secure.errors import RecordError, StoreError
 from ffm_secure.records import AuditSummary, RunSummary
-from ffm_secure.report.page import render_audit_html, render_html
+from ffm_secure.report.details import render_audit_html, render_details_html, render_internal_html
+from ffm_secure.report.page import render_html
+from ffm_secure.report.release import released, released_audit
+
 from ffm_secure.storage.durable import create_folder, write_atomic
 
-__all__ = ["from_json", "render_html", "render_json", "write", "write_audit"]
+__all__ = ["from_json", "is_there", "read", "render_html", "render_json", "write", "write_audit"]
+
+PUBLIC_DATA, INTERNAL_DATA = "report.json", "internal.json"
 
 
 def render_json(summary: RunSummary) -> str:
@@ -46,8 +51,10 @@ def from_json(text: str) -> RunSummary:
 
 
 def write_audit(audit: AuditSummary, folder: Path, *, name: str, notes: Sequence[str] = ()) -> Path:
-    """Write the audit of one update to a new folder: report.html, report.json, and its pictures as PNG;
-    return the page.
+    """Write the audit of one update to a new folder and return the page that may leave.
+
+    report.html and report.json say how each attack ended; internal.html and internal.json show scores and
+    what was recovered, pictures beside them as PNG.
 
     Raises:
       StoreError: the folder exists, so that no earlier audit is written over.
@@ -55,14 +62,21 @@ def write_audit(audit: AuditSummary, folder: Path, *, name: str, notes: Sequence
     if folder.exists():
         raise StoreError(f"{folder} exists: --out names a new folder")
     create_folder(folder)
-    plain = json.dumps(record_codec.to_plain(audit), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
-    contents = _pictures(audit) | {
-        Path("report.json"): plain.encode("utf-8"),
-        Path("report.html"): render_audit_html(audit, name, notes).encode("utf-8"),
+    public = released_audit(audit)
+    texts = {
+        INTERNAL_DATA: _audit_json(audit),
+        PUBLIC_DATA: _audit_json(public),
+        "internal.html": render_audit_html(audit, name, notes, internal=True),
+        "report.html": render_audit_html(public, name, notes),
     }
+    contents = _pictures(audit) | {Path(file): text.encode("utf-8") for file, text in texts.items()}
     for path, content in contents.items():
         write_atomic(folder / path, content)
     return folder / "report.html"
+
+
+def _audit_json(audit: AuditSummary) -> str:
+    return json.dumps(record_codec.to_plain(audit), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
 
 
 def _pictures(audit: AuditSummary) -> dict[Path, bytes]:
@@ -72,18 +86,50 @@ def _pictures(audit: AuditSummary) -> dict[Path, bytes]:
         for number, pair in enumerate(finding.pictures, start=1):
             for kind, address in (("truth", pair.truth), ("recovered", pair.recovered)):
                 content = base64.b64decode(address.partition(",")[2])
-                files[Path(f"{finding.attack}_{number}_{kind}.png")] = content
+                files[Path(f"internal_{finding.attack}_{number}_{kind}.png")] = content
     return files
 
 
-def write(summary: RunSummary, folder: Path) -> tuple[Path, Path]:
-    """Write report.html and report.json into `folder` and return their paths.
+def write(summary: RunSummary, folder: Path, *, internal: bool = True) -> tuple[Path, ...]:
+    """Write the report into `folder`: what may leave as report.html, details.html and report.json, and unless
+    told not to everything as internal.html and internal.json. Return their paths, the public page first.
 
-    Guarantee: a reader, or a crash at any moment, sees the old file or the new one, never a part of one.
+    Guarantee: a reader, or a crash at any moment, sees the old file or the new one, never a part of one. A
+    summary that is public already writes nothing internal.
     """
     create_folder(folder)
-    page, data = folder / "report.html", folder / "report.json"
-    contents = {data: render_json(summary), page: render_html(summary)}
-    for path, text in contents.items():
-        write_atomic(path, text.encode("utf-8"))
-    return page, data
+    public = released(summary)
+    contents = {
+        PUBLIC_DATA: render_json(public),
+        "details.html": render_details_html(public),
+        "report.html": render_html(public),
+    }
+    if internal and summary.view == "internal":
+        everything = {
+            INTERNAL_DATA: render_json(summary),
+            "internal.html": render_internal_html(summary),
+        }
+        contents = everything | contents
+    for name, text in contents.items():
+        write_atomic(folder / name, text.encode("utf-8"))
+    return tuple(folder / name for name in reversed(contents))
+
+
+def is_there(folder: Path) -> bool:
+    """Tell whether a run has left a report."""
+    return (folder / INTERNAL_DATA).is_file() or (folder / PUBLIC_DATA).is_file()
+
+
+def read(folder: Path) -> RunSummary:
+    """Read the summary of a run: all of it where its internal part lies there, else what was released.
+
+    Raises:
+      StoreError: there is none, or it is damaged.
+    """
+    path = folder / (INTERNAL_DATA if (folder / INTERNAL_DATA).is_file() else PUBLIC_DATA)
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise StoreError(f"{folder}: has no report yet; finish the run first (ffm-secure run)") from None
+    except ValueError as error:
+        raise StoreError(f"{path}: is damaged: {error}") from None

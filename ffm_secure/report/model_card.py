@@ -5,10 +5,10 @@ loads it.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path, PurePath
 
 from ffm_secure.foreign import JsonValue
+from ffm_secure.quantities import bound, metric, small
 from ffm_secure.records import ModelExport, PrivacyStatement, RunSummary
 
 _PIPELINES = {
@@ -160,7 +160,9 @@ def _metrics(summary: RunSummary) -> str:
         ("always the commonest label", summary.metric_majority),
     ]
     lines = [f"| {summary.metric_name} on public validation rows | |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {value:.4f} |" for name, value in rows if value is not None)])
+    return "\n".join(
+        [*lines, *(f"| {name} | {metric(value)} |" for name, value in rows if value is not None)]
+    )
 
 
 def _promise(summary: RunSummary) -> str:
@@ -178,12 +180,12 @@ def _promise(summary: RunSummary) -> str:
 
 
 def _statement(item: PrivacyStatement) -> str:
-    amount = f"{item.epsilon:.4g}" if math.isfinite(item.epsilon) else "none (infinite)"
+    amount = bound(item.epsilon)
     mechanism = "; ".join(item.mechanism)
     cells = (
         item.observer.replace("_", " "),
         amount,
-        f"{item.delta:g}",
+        small(item.delta),
         item.unit,
         item.adjacency,
         mechanism,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ffm_secure.records import RoundRecord, RunSummary
-from ffm_secure.report.markup import figure
+from ffm_secure.quantities import figure
 
 
 def warnings(summary: RunSummary) -> list[str]:
@@ -39,12 +40,17 @@ def best_round(summary: RunSummary) -> RoundRecord | None:
     """Return the first round with the best public metric; None where that is the last one, or none was
     opened.
     """
-    opened = [record for record in summary.rounds if not record.aborted and math.isfinite(record.metric)]
+    best = best_of(summary.rounds, higher_is_better=summary.higher_is_better)
+    return None if best is None or best.metric == summary.metric_final else best
+
+
+def best_of(rounds: Sequence[RoundRecord], *, higher_is_better: bool) -> RoundRecord | None:
+    """Return the first of the opened rounds with the best metric; None where no round was opened."""
+    opened = [record for record in rounds if not record.aborted and math.isfinite(record.metric)]
     if not opened:
         return None
-    choose = max if summary.higher_is_better else min
-    best = choose(opened, key=lambda record: record.metric)
-    return None if best.metric == summary.metric_final else best
+    choose = max if higher_is_better else min
+    return choose(opened, key=lambda record: record.metric)
 
 
 def all_aborted(summary: RunSummary) -> bool:

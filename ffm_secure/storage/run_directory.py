@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 ATTEMPT = "attempt.json"
+_MAY_CHANGE = ("speed", "audit", "document")  # what shapes no result
 
 
 class Store:
@@ -45,8 +46,8 @@ class Store:
     Layout: `run.toml` effective config, `rounds.jsonl` one record a line, `attempt.json` the round begun last
     and how often, `checkpoints/round-NNNNNN/` global tensors and server state (the two newest are kept),
     `home/<client>/` what a simulated client keeps to itself, `adapter/` the final model, `best/` the best
-    round, `data.json` digests of the rows the run reads, `ledger.sqlite`, `observations/`, `report.html`,
-    `report.json`.
+    round, `data.json` digests of the rows the run reads, `ledger.sqlite`, `observations/`; `report.html`,
+    `details.html` and `report.json` may leave, `internal.html` and `internal.json` stay.
     Guarantee: killed at any moment, `resume` returns the last finished round and the records up to it.
     """
 
@@ -108,8 +109,11 @@ class Store:
         write_atomic(path, run_file.dump(config).encode())
 
     def adopt(self, config: RunConfig) -> None:
-        """Note that the run goes on beyond its last round, once the noise for the rest is on disk."""
-        if extends(self.config(), config):
+        """Note that the run goes on beyond its last round, once the noise for the rest is on disk, or that
+        other words stand in its report.
+        """
+        stored = self.config()
+        if extends(stored, config) or dataclasses.replace(stored, document=config.document) == config:
             write_atomic(self.folder / "run.toml", run_file.dump(config).encode())
 
     def config(self) -> RunConfig:
@@ -316,8 +320,8 @@ def changed_rows(stored: str, present: str) -> str:
 
 
 def _same_run(stored: RunConfig, asked: RunConfig) -> bool:
-    """Compare everything that shapes the result; speed and audit may change between two starts of one run."""
-    return dataclasses.replace(asked, speed=stored.speed, audit=stored.audit) == stored
+    """Compare everything that shapes the result; the rest may change between two starts of one run."""
+    return dataclasses.replace(asked, **{name: getattr(stored, name) for name in _MAY_CHANGE}) == stored
 
 
 def extends(stored: RunConfig, asked: RunConfig) -> bool:
@@ -336,7 +340,7 @@ def _differences(stored: DataclassInstance, asked: DataclassInstance, where: str
         name = f"{where}{field.name}"
         if _is_record(old) and _is_record(new) and type(old) is type(new):
             differences += _differences(old, new, f"{name}.")
-        elif old != new and field.name not in ("speed", "audit"):
+        elif old != new and field.name not in _MAY_CHANGE:
             differences.append(f"{name}: {old!r} there, {new!r} asked")
     return differences
 

@@ -62,7 +62,7 @@ def test_a_finished_run_that_lost_its_model_writes_it_again(tmp_path: Path) -> N
     for path in (tmp_path / "runs" / "test" / "adapter").rglob("*"):
         if path.is_file():
             path.unlink()
-    (tmp_path / "runs" / "test" / "report.json").write_text("{")
+    (tmp_path / "runs" / "test" / "internal.json").write_text("{")
     assert start(tmp_path).returncode == 0
     assert contents(tmp_path / "runs" / "test" / "adapter").keys() == before.keys()
 

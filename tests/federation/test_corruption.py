@@ -161,11 +161,7 @@ def _ledger(folder: Path) -> None:
 
 
 def _report(folder: Path) -> None:
-    try:
-        text = (folder / "report.json").read_text()
-    except UnicodeDecodeError:
-        return
-    report.write(report.from_json(text), folder)
+    report.write(report.read(folder), folder)
 
 
 def check_command(*words: str, cwd: Path) -> int:
@@ -214,7 +210,7 @@ def test_a_thousand(finished: Path, tmp_path: Path) -> None:
             check_command("report", folder.name, cwd=tmp_path),
         ]
         after = snapshot(folder)
-        kept = [name for name in before if name not in ("report.html", "report.json")]
+        kept = [name for name in before if name not in ("report.html", "details.html", "report.json")]
         assert {name: before[name] for name in kept} == {name: after.get(name) for name in kept}, (
             "data were changed"
         )

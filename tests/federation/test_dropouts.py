@@ -32,7 +32,7 @@ from ffm_secure.protection.enrolment import Enrolment, enrol
 from ffm_secure.protection.masked import MaskedClient, sharing_graph
 from ffm_secure.records import RoundPlan, RoundRecord, RunSummary
 from ffm_secure.report.document import render_html
-from ffm_secure.report.markup import size
+from ffm_secure.quantities import size
 from ffm_secure.transport.courier import Reply
 from ffm_secure.transport.stages import PLAN, split_plan
 from tests.federation.helpers import RECORD, finish, make, prepared, train

@@ -13,6 +13,7 @@ import pytest
 from ffm_secure.api import Run
 from ffm_secure.config import run_file
 from ffm_secure.report.document import from_json
+from ffm_secure.report.release import released
 from ffm_secure.storage.run_directory import Store
 from tests.federation.helpers import call
 
@@ -43,8 +44,11 @@ def test_an_older_run_that_finished_is_reported_anew(runs: Path) -> None:
     outcome = call("report", str(folder))
     assert outcome.returncode == 0, outcome.stderr
     assert (folder / "report.html").read_text().count("<h1") == 1
-    older, newer = (place / "finished" / "report.json" for place in (FIXTURES, runs))
-    assert from_json(newer.read_text()) == from_json(older.read_text())
+    older = from_json((FIXTURES / "finished" / "report.json").read_text())
+    assert from_json((folder / "internal.json").read_text()) == older  # nothing of it is lost
+    assert from_json((folder / "report.json").read_text()) == released(older)
+    assert call("report", str(folder)).returncode == 0
+    assert from_json((folder / "internal.json").read_text()) == older
 
 
 def test_an_older_run_that_finished_is_audited(runs: Path) -> None:
@@ -55,7 +59,9 @@ def test_an_older_run_that_finished_is_audited(runs: Path) -> None:
     assert outcome.returncode == 0, outcome.stderr
     findings = json.loads(outcome.stdout)["findings"]
     assert {finding["attack"] for finding in findings} == {"label_identity"}
-    assert json.loads((folder / "report.json").read_text())["audit"]["findings"] == findings
+    assert json.loads((folder / "internal.json").read_text())["audit"]["findings"] == findings
+    public = json.loads((folder / "report.json").read_text())["audit"]["findings"]
+    assert [item["verdict"] for item in public] == [item["verdict"] for item in findings]
 
 
 def test_the_ledger_of_an_older_run_is_verified(runs: Path) -> None:

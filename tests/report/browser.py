@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -145,4 +146,10 @@ class Browser:
 
     def pdf(self, path: Path) -> None:
         """Print the page."""
-        path.write_bytes(base64.b64decode(self.page("Page.printToPDF", printBackground=True)["data"]))
+        printed = self.page("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
+        path.write_bytes(base64.b64decode(printed["data"]))
+
+
+def pages(path: Path) -> int:
+    """Count the pages of a printed file."""
+    return len(re.findall(rb"/Type\s*/Page\b(?!s)", path.read_bytes()))

@@ -12,6 +12,7 @@ from ffm_secure.records import (
     AuditFinding,
     AuditSummary,
     ClientOutcome,
+    DataRelease,
     LeakCurve,
     PlanSummary,
     PrivacyStatement,
@@ -20,6 +21,7 @@ from ffm_secure.records import (
     RoundRecord,
     RunSummary,
 )
+from ffm_secure.report.outcome import best_of
 
 LONG_WORD = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 2
 INFINITY = math.inf
@@ -393,6 +395,12 @@ def private(**changes: Any) -> RunSummary:
             "protection": {"kind": "secagg", "threshold": 7},
             "audit": {"observers": ["server", "public"], "attacks": "all"},
             "speed": {"device": "auto"},
+            "document": {
+                "controller": "Carrow Regional Hospitals",
+                "purpose": "sort clinic notes by speciality",
+                "contact": "privacy@carrow.example",
+                "legal_basis": "",
+            },
         },
         "plan": plan(statements(7.9971)),
         "rounds": rounds(20),
@@ -417,8 +425,26 @@ def private(**changes: Any) -> RunSummary:
             "platform": "Linux x86_64",
         },
         "seconds": 432.7,
+        "owners": HOSPITALS,
+        "ended": "2026-11-30T14:55:16+00:00",
+        "digests": {
+            "frozen model": "2428982d5144fbc8d61c405bc0e9f2e664addc2c72cd7284edb0e0543f4635eb",
+            "trained numbers": "ec03cfcc1dc87fbc07d1723470430c3864010845944d5182780454d0749f5125",
+        },
+        "data": DataRelease(
+            source="builtin:clinic_notes",
+            public_rows=2400,
+            held_out=0,
+            classes=("cardiology", "neurology", "nephrology"),
+            classes_from="stored",
+            max_length=64,
+            cut=0.0317,
+        ),
     }
     values |= changes
+    best = best_of(values["rounds"], higher_is_better=values["higher_is_better"])
+    if best is not None:
+        values = {"round_best": best.round, "metric_best": best.metric} | values
     values.setdefault(
         "metric_final", values["rounds"][-1].metric if values["rounds"] else values["metric_zero_round"]
     )
@@ -550,9 +576,18 @@ def contradicted() -> RunSummary:
 
 def every_text(summary: RunSummary, change: Callable[[str], str]) -> RunSummary:
     """Replace every free text of a summary, keys of free mappings included."""
-    fixed = {"observer", "verdict", "point", "phase", "status", "axis", "source"}
+    fixed = {"observer", "verdict", "point", "phase", "status", "axis", "source", "view"}
 
     def walk(value: Any, name: str = "") -> Any:
+        if isinstance(
+            value, DataRelease
+        ):  # where the rows come from is a free text, unlike a finding's source
+            return dataclasses.replace(
+                value,
+                source=change(value.source),
+                classes=walk(value.classes),
+                classes_from=change(value.classes_from),
+            )
         if isinstance(value, str):
             return value if name in fixed else change(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

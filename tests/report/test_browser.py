@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from ffm_secure.report.document import render_html
+from ffm_secure.records import RunSummary
+from ffm_secure.report.details import render_audit_html, render_details_html, render_internal_html
+from ffm_secure.report.page import render_html
+from ffm_secure.report.release import released, released_audit
 
 from . import samples
-from .browser import Browser, find_browser
+from .browser import Browser, find_browser, pages
+
+MOST_PAGES = 4  # of A4, which is what an officer prints
 
 pytestmark = pytest.mark.browser
 WIDTHS = (390, 1280)
@@ -29,15 +34,27 @@ def browser() -> Iterator[Browser]:
         yield running
 
 
-def stored(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "report.html"
+def public(summary: RunSummary) -> str:
+    return render_html(released(summary))
+
+
+def details(summary: RunSummary) -> str:
+    return render_details_html(released(summary))
+
+
+DRAWN = {"report": public, "details": details, "internal": render_internal_html}
+
+
+def stored(tmp_path: Path, text: str, name: str = "report.html") -> Path:
+    path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     return path
 
 
+@pytest.mark.parametrize("page", DRAWN)
 @pytest.mark.parametrize("name", [name for name in samples.ALL if name != "thousand"])
-def test_the_layout_has_no_fault(name: str, browser: Browser, tmp_path: Path) -> None:
-    path = stored(tmp_path, render_html(samples.ALL[name]()))
+def test_the_layout_has_no_fault(name: str, page: str, browser: Browser, tmp_path: Path) -> None:
+    path = stored(tmp_path, DRAWN[page](samples.ALL[name]()))
     for width in WIDTHS:
         for dark in (False, True):
             browser.open(path, width=width, dark=dark)
@@ -46,10 +63,23 @@ def test_the_layout_has_no_fault(name: str, browser: Browser, tmp_path: Path) ->
 
 
 def test_a_thousand_rounds_and_clients_have_no_fault(browser: Browser, tmp_path: Path) -> None:
-    path = stored(tmp_path, render_html(samples.thousand()))
-    for width in WIDTHS:
-        browser.open(path, width=width)
-        assert browser.faults(unfold=False) == []
+    for draw in DRAWN.values():
+        path = stored(tmp_path, draw(samples.thousand()))
+        for width in WIDTHS:
+            browser.open(path, width=width)
+            assert browser.faults(unfold=False) == []
+
+
+def test_the_audit_of_one_update_has_no_fault(browser: Browser, tmp_path: Path) -> None:
+    audit = samples.pictured().audit
+    assert audit is not None
+    notes = ("the update names its tensors with 'module.' in front: read without it",)
+    for internal, shown in ((True, audit), (False, released_audit(audit))):
+        path = stored(tmp_path, render_audit_html(shown, "seen", notes, internal=internal))
+        for width in WIDTHS:
+            for dark in (False, True):
+                browser.open(path, width=width, dark=dark)
+                assert browser.faults() == [], (internal, width, dark)
 
 
 @pytest.mark.parametrize(
@@ -70,13 +100,16 @@ def test_a_planted_fault_is_caught(rule: str, expected: str, browser: Browser, t
     summary = samples.private(
         name="a name that is rather long, as the names of studies in hospitals often are"
     )
-    path = stored(tmp_path, render_html(summary).replace("</style>", rule + "</style>"))
-    browser.open(path, width=390)
-    assert any(expected in fault for fault in browser.faults()), browser.faults()[:5]
+    faults = []
+    for draw in DRAWN.values():
+        path = stored(tmp_path, draw(summary).replace("</style>", rule + "</style>"))
+        browser.open(path, width=390)
+        faults += browser.faults()
+    assert any(expected in fault for fault in faults), faults[:5]
 
 
 def test_light_and_dark_differ_and_pictures_have_the_right_width(browser: Browser, tmp_path: Path) -> None:
-    path = stored(tmp_path, render_html(samples.aborted_with_audit()))
+    path = stored(tmp_path, public(samples.aborted_with_audit()))
     pictures = {}
     for width in WIDTHS:
         for dark in (False, True):
@@ -92,7 +125,7 @@ def test_light_and_dark_differ_and_pictures_have_the_right_width(browser: Browse
 def test_only_the_file_itself_is_asked_for(browser: Browser, tmp_path: Path) -> None:
     hostile = '<img src="http://127.0.0.1:9/x"><script>document.title="owned"</script>'
     path = stored(
-        tmp_path, render_html(samples.every_text(samples.aborted_with_audit(), lambda text: text + hostile))
+        tmp_path, public(samples.every_text(samples.aborted_with_audit(), lambda text: text + hostile))
     )
     browser.open(path, width=1280)
     assert browser.evaluate("document.title").startswith("unreliable-network")
@@ -108,9 +141,18 @@ def test_only_the_file_itself_is_asked_for(browser: Browser, tmp_path: Path) -> 
     ]
 
 
-def test_the_page_prints(browser: Browser, tmp_path: Path) -> None:
-    path = stored(tmp_path, render_html(samples.private()))
+@pytest.mark.parametrize("name", [name for name in samples.ALL if name != "long_words"])
+def test_the_page_prints_on_few_sheets(name: str, browser: Browser, tmp_path: Path) -> None:
+    path = stored(tmp_path, public(samples.ALL[name]()))
     browser.open(path, width=1280, media="print")
     assert browser.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
     browser.pdf(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+    assert 1 <= pages(tmp_path / "report.pdf") <= MOST_PAGES
+
+
+def test_the_count_of_sheets_counts(browser: Browser, tmp_path: Path) -> None:
+    sheets = "<p style='break-after:page'>sheet</p>" * 6
+    browser.open(stored(tmp_path, sheets), width=1280, media="print")
+    browser.pdf(tmp_path / "six.pdf")
+    assert pages(tmp_path / "six.pdf") in (6, 7)

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from ffm_secure.errors import StoreError
 from ffm_secure.records import RunSummary
-from ffm_secure.report.document import from_json, render_html, render_json, write
+from ffm_secure.report.details import render_details_html, render_internal_html
+from ffm_secure.report.document import from_json, read, render_html, render_json, write
+from ffm_secure.report.release import released
 
 from . import samples
 
@@ -29,6 +31,7 @@ SMALL = [name for name in samples.ALL if name != "thousand"]
 @pytest.mark.parametrize("name", samples.ALL)
 def test_schema_accepts_every_summary(name: str) -> None:
     CHECK.validate(json.loads(render_json(samples.ALL[name]())))
+    CHECK.validate(json.loads(render_json(released(samples.ALL[name]()))))
 
 
 def test_schema_names_exactly_the_fields_of_every_record() -> None:
@@ -53,7 +56,8 @@ def test_round_trip_gives_the_same_summary_and_the_same_bytes(name: str) -> None
     text = render_json(summary)
     again = from_json(text)
     assert render_json(again) == text
-    assert render_html(again) == render_html(summary)
+    for draw in (render_html, render_details_html, render_internal_html):
+        assert draw(again) == draw(summary)
     if name != "diverged":  # not-a-number is unequal to itself
         assert dataclasses.replace(again, config={}) == dataclasses.replace(summary, config={})
     assert again.config == json.loads(text)["config"]
@@ -69,7 +73,8 @@ def test_equal_summaries_give_equal_bytes_in_any_order_of_their_mappings(name: s
         plan=dataclasses.replace(second.plan, reveals=dict(reversed(second.plan.reveals.items()))),
     )
     assert render_json(first) == render_json(turned)
-    assert render_html(first) == render_html(turned)
+    for draw in (render_html, render_details_html, render_internal_html):
+        assert draw(first) == draw(turned)
 
 
 def test_infinity_and_not_a_number_are_words() -> None:
@@ -176,20 +181,44 @@ def test_random_corruption_never_escapes_as_anything_but_a_store_error(data: st.
     assert "<script" not in render_html(summary).lower()
 
 
-def test_write_leaves_two_whole_files_and_nothing_else(tmp_path: Any) -> None:
+FILES = ["details.html", "internal.html", "internal.json", "report.html", "report.json"]
+
+
+def test_write_leaves_whole_files_and_nothing_else(tmp_path: Any) -> None:
     folder = tmp_path / "runs" / "one"
-    page, data = write(samples.private(), folder)
-    assert (page.name, data.name) == ("report.html", "report.json")
-    assert page.read_text(encoding="utf-8") == render_html(samples.private())
-    assert data.read_text(encoding="utf-8") == render_json(samples.private())
+    written = write(samples.private(), folder)
+    assert written[0].name == "report.html"
+    public = released(samples.private())
+    assert (folder / "report.html").read_text(encoding="utf-8") == render_html(public)
+    assert (folder / "details.html").read_text(encoding="utf-8") == render_details_html(public)
+    assert (folder / "report.json").read_text(encoding="utf-8") == render_json(public)
+    assert (folder / "internal.json").read_text(encoding="utf-8") == render_json(samples.private())
+    assert (folder / "internal.html").read_text(encoding="utf-8") == render_internal_html(samples.private())
     write(samples.non_private(), folder)
-    assert data.read_text(encoding="utf-8") == render_json(samples.non_private())
-    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "report.json"]
+    assert read(folder) == from_json(render_json(samples.non_private()))
+    assert sorted(p.name for p in folder.iterdir()) == FILES == sorted(p.name for p in written)
+
+
+def test_only_what_may_leave_is_written_where_that_is_asked_for(tmp_path: Any) -> None:
+    public = ["details.html", "report.html", "report.json"]
+    write(samples.private(), tmp_path / "asked", internal=False)
+    assert sorted(p.name for p in (tmp_path / "asked").iterdir()) == public
+    write(
+        read(tmp_path / "asked"), tmp_path / "again"
+    )  # of a folder that was sent on, there is nothing internal
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == public
+    assert read(tmp_path / "again") == read(tmp_path / "asked")
+
+
+def test_a_release_of_a_release_is_itself() -> None:
+    for name in SMALL:
+        once = released(samples.ALL[name]())
+        assert render_json(released(once)) == render_json(once)
 
 
 def test_a_summary_that_cannot_be_written_leaves_the_old_files(tmp_path: Any) -> None:
     write(samples.private(), tmp_path)
     with pytest.raises(StoreError):
         write(samples.private(metric_final="broken"), tmp_path)
-    assert (tmp_path / "report.json").read_text(encoding="utf-8") == render_json(samples.private())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert (tmp_path / "internal.json").read_text(encoding="utf-8") == render_json(samples.private())
+    assert sorted(p.name for p in tmp_path.iterdir()) == FILES

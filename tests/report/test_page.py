@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 
+from ffm_secure.records import RunSummary
+from ffm_secure.report.details import render_details_html, render_internal_html
 from ffm_secure.report.document import render_html, render_json
-from ffm_secure.report.markup import INFINITE, OBSERVERS, bound, figure, size, small
+from ffm_secure.report.release import released
+from ffm_secure.quantities import INFINITE, bound, figure, size, small
+from ffm_secure.report.markup import OBSERVERS
 
 from . import samples
 
 VOID = {"meta", "br", "img"}
+BESIDE = {"report.html", "details.html"}  # pages in the same folder that a reader may click on
 PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 HOSTILE = (
     "\"'><script>alert(1)</script><img src=http://evil.example/x onerror=alert(1)> &amp; {{7*7}} "
@@ -73,8 +78,29 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def page(summary: Any) -> Page:
-    return Page(render_html(summary))
+def page(summary: RunSummary) -> Page:
+    """Return the page that an officer reads."""
+    return Page(render_html(released(summary)))
+
+
+def details(summary: RunSummary) -> Page:
+    return Page(render_details_html(released(summary)))
+
+
+def internal(summary: RunSummary) -> Page:
+    return Page(render_internal_html(summary))
+
+
+def documents(summary: RunSummary) -> list[tuple[str, RunSummary]]:
+    """Return every page with the summary that its figures are of."""
+    public = released(summary)
+    pages = [(render_html(public), public), (render_details_html(public), public)]
+    return [*pages, (render_internal_html(summary), summary)]
+
+
+def everything(summary: RunSummary) -> Page:
+    """Return all pages, one after another."""
+    return Page("".join(text for text, _ in documents(summary)))
 
 
 def at(tree: Any, place: str) -> Any:
@@ -108,8 +134,11 @@ def agree(shown: str, exact: Any) -> bool:
 
 @pytest.mark.parametrize("name", samples.ALL)
 def test_every_number_is_the_one_of_report_json(name: str) -> None:
-    summary = samples.ALL[name]()
-    tree, seen = json.loads(render_json(summary)), page(summary)
+    for text, summary in documents(samples.ALL[name]()):
+        check_numbers(Page(text), json.loads(render_json(summary)))
+
+
+def check_numbers(seen: Page, tree: Any) -> None:
     for place, exact, shown in seen.numbers:
         found = at(tree, place)
         assert exact == (found if isinstance(found, str) else repr(found)), place
@@ -141,7 +170,7 @@ def test_the_check_of_numbers_catches_a_wrong_number() -> None:
 @pytest.mark.parametrize("name", samples.ALL)
 def test_every_table_and_epsilon_is_there(name: str) -> None:
     summary = samples.ALL[name]()
-    seen = page(summary)
+    seen = details(summary)
     places = {place for place, _, _ in seen.numbers}
     assert {f"statements.{i}.epsilon" for i in range(len(summary.statements))} <= places
     fields = {field for of, names, _ in seen.tables if of == "rounds" for field in names}
@@ -163,32 +192,32 @@ def test_every_table_and_epsilon_is_there(name: str) -> None:
     assert not charts or folds
 
 
+def sections(seen: Page) -> list[str | None]:
+    return [values.get("id") or values.get("aria-label") for tag, values in seen.tags if tag == "section"]
+
+
 def test_sections_come_in_order_after_the_warnings() -> None:
-    seen = page(samples.aborted_with_audit())
-    found = [values.get("id") or values.get("aria-label") for tag, values in seen.tags if tag == "section"]
-    assert found == [
+    summary = samples.aborted_with_audit()
+    assert sections(page(summary)) == [
         "Warnings",
         "summary",
-        "plan",
-        "utility",
-        "spent",
-        "statements",
-        "bounds",
-        "cost",
-        "participation",
-        "clients",
-        "audit",
-        "configuration",
-        "software",
-        "ledger",
+        "promise",
+        "attacks",
+        "limits",
+        "refused",
+        "data",
+        "people",
     ]
+    beside = "plan utility spent statements bounds cost participation attacks configuration software ledger"
+    assert sections(details(summary)) == ["Warnings", *beside.split()]
+    assert sections(internal(summary)) == ["Warnings", "audit", "clients"]
 
 
 @pytest.mark.parametrize("name", ["private", "aborted", "non_private", "contradicted"])
 def test_five_fields_stand_beside_every_epsilon(name: str) -> None:
     summary = samples.ALL[name]()
-    text = render_html(summary)
-    for heading in ("spent", "statements", "bounds"):
+    text = render_details_html(released(summary)) + render_html(released(summary))
+    for heading in ("spent", "statements", "bounds", "promise"):
         section = re.search(rf'<section id="{heading}".*?</section>', text, re.S)
         assert section is not None
         seen = Page(section.group()).text
@@ -208,7 +237,7 @@ def test_five_fields_stand_beside_every_epsilon(name: str) -> None:
 
 
 def test_infinity_is_a_word_with_its_reason_never_zero_or_blank() -> None:
-    seen = page(samples.non_private()).text
+    seen = everything(samples.non_private()).text
     assert seen.count(INFINITE) > 8
     assert "the owner waived protection" in seen
     assert "No mechanism bounds what this observer learns." in seen
@@ -237,13 +266,13 @@ def test_a_lower_bound_above_the_upper_bound_raises_an_alarm() -> None:
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("private", ("Accuracy rose from 0.131 to 0.831 in 20 rounds (always guessing the most common class "
-            "scores 0.225); the privacy budget was kept against every observer; audit: no attack "
-            "recovered more than guessing would.")),
-        ("fresh", ("No round has finished, so nothing was learned yet; no privacy is guaranteed against "
-            "anyone; no attack was run")),
+        ("private", "Accuracy rose from 0.1308 to 0.8312 in 20 rounds (always guessing the most common class "
+                    "scores 0.2251); the privacy budget was kept against every observer; audit: no attack "
+                    "recovered more than guessing would."),
+        ("fresh", "No round has finished, so nothing was learned yet; no privacy is guaranteed "
+                  "against anyone; no attack was run"),
         ("diverged", "After 20 rounds the accuracy is not a number: training diverged"),
-        ("perplexity", "Perplexity fell from 403 to 45.3 in 20 rounds;"),
+        ("perplexity", "Perplexity fell from 402.9 to 45.27 in 20 rounds;"),
         ("aborted", "in 11 of 14 rounds"),
         ("aborted", "other clients and the server, but nothing is guaranteed against a server with "
             "colluding"),
@@ -265,19 +294,19 @@ def test_no_gain_over_a_baseline_is_said_first() -> None:
 
 def test_client_figures_are_marked_with_their_source() -> None:
     for source in ("simulation's own view, never released", "charged release"):
-        assert page(samples.private(clients_source=source)).text.count(source) >= 2
+        assert internal(samples.private(clients_source=source)).text.count(source) >= 2
 
 
 @pytest.mark.parametrize("total, distribution", [(8, False), (24, False), (25, True), (200, True)])
 def test_many_clients_become_a_distribution_with_a_folded_table(total: int, distribution: bool) -> None:
     summary = samples.private(clients=samples.clients(total))
-    seen = page(summary)
+    seen = internal(summary)
     assert any("bin" in (values.get("class") or "") for _, values in seen.tags) is distribution
     assert sum(len(rows) for of, _, rows in seen.tables if of == "clients") == total
 
 
 def test_recovered_words_are_marked_on_both_sides() -> None:
-    text = render_html(samples.non_private())
+    text = render_internal_html(samples.non_private())
     assert "<mark>K-4471,</mark>" in text
     assert "10 of 15 words recovered" in text
     assert "<mark>Carrow</mark>" not in text
@@ -293,10 +322,10 @@ def test_hostile_text_in_every_field_stays_text() -> None:
         return f"{text[:8]}{HOSTILE}{marked}"
 
     summary = samples.every_text(samples.aborted_with_audit(), hostile)
-    text = render_html(summary)
+    text = "".join(text for text, _ in documents(summary))
     seen = Page(text)
-    clean = page(samples.aborted_with_audit())
-    known = {tag for tag, _ in clean.tags} | {tag for tag, _ in page(samples.private()).tags}
+    clean = everything(samples.aborted_with_audit())
+    known = {tag for tag, _ in clean.tags} | {tag for tag, _ in everything(samples.private()).tags}
     assert {tag for tag, _ in seen.tags} <= known | {"details", "summary"}
     assert not [name for _, values in seen.tags for name in values if name.startswith("on")]
     assert "<script" not in text.lower()
@@ -309,14 +338,18 @@ def test_hostile_text_in_every_field_stays_text() -> None:
 
 @pytest.mark.parametrize("name", samples.ALL)
 def test_nothing_is_fetched_and_nothing_runs(name: str) -> None:
-    text = render_html(samples.ALL[name]())
+    for place, (text, _) in enumerate(documents(samples.ALL[name]())):
+        check_inert(text, pictured=name == "pictured" and place == 2)
+
+
+def check_inert(text: str, *, pictured: bool) -> None:
     seen = Page(text)
     for tag, values in seen.tags:
         assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form", "image", "use"}
         assert (tag == "img") == ("src" in values)
         assert PICTURE.fullmatch(values.get("src") or "data:image/png;base64,A")
         assert all(not name.startswith("on") for name in values)
-        assert (values.get("href") or "#").startswith("#")
+        assert (values.get("href") or "#").startswith("#") or (values["href"] or "").split("#")[0] in BESIDE
     style = re.findall(r"<style>(.*?)</style>", text, re.S)
     assert len(style) == 1
     assert "url(" not in style[0]
@@ -326,7 +359,7 @@ def test_nothing_is_fetched_and_nothing_runs(name: str) -> None:
         for tag, values in seen.tags
         if values.get("http-equiv") == "Content-Security-Policy"
     ]
-    pictures = "img-src data:; " if name == "pictured" else ""
+    pictures = "img-src data:; " if pictured else ""
     assert policy == [
         f"default-src 'none'; {pictures}style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     ]
@@ -334,19 +367,19 @@ def test_nothing_is_fetched_and_nothing_runs(name: str) -> None:
 
 def test_pictures_stand_beside_the_truth_and_no_other_address_is_drawn() -> None:
     summary = samples.pictured()
-    seen = page(summary)
+    seen = internal(summary)
     assert [values["alt"] for tag, values in seen.tags if tag == "img"] == [
         "true picture",
         "recovered picture",
     ] * 2
-    assert "PSNR 200 dB, SSIM 1.00" in seen.text
-    hostile = page(samples.every_text(summary, lambda text: text + '" onerror="alert(1)'))
+    assert "PSNR 200.0 dB, SSIM 1.0000" in seen.text
+    hostile = internal(samples.every_text(summary, lambda text: text + '" onerror="alert(1)'))
     assert not [tag for tag, _ in hostile.tags if tag == "img"]
     assert "not a PNG" in hostile.text
 
 
 def test_curves_mark_where_the_run_lies_and_say_what_is_missing() -> None:
-    seen = page(samples.pictured())
+    seen = internal(samples.pictured())
     marks = [values for tag, values in seen.tags if tag == "path" and values.get("class") == "here"]
     assert len(marks) == 3  # 240 tokens per rank lie beyond their curve
     assert "This run: 240 , beyond the curve. Stopped after 8 CPU seconds." in seen.text
@@ -357,20 +390,26 @@ def test_curves_mark_where_the_run_lies_and_say_what_is_missing() -> None:
 
 
 def test_everything_granted_stands_beside_what_was_used_and_what_is_left_without_it() -> None:
-    text = page(samples.pictured()).text
+    text = internal(samples.pictured()).text
     assert "Granted at worst batch_size, task, labels, image_shape, one step" in text
     assert "Made use of none of it" in text
     assert "As observed 1 client in one whole round, nothing granted" in text
-    assert "as observed 11.3" in text
+    assert "as observed 11.30" in text
 
 
-def test_the_page_has_landmarks_names_and_targets() -> None:
-    seen = page(samples.aborted_with_audit())
+def test_every_page_has_landmarks_names_and_targets() -> None:
+    for text, _ in documents(samples.aborted_with_audit()):
+        check_landmarks(Page(text))
+
+
+def check_landmarks(seen: Page) -> None:
     names = [tag for tag, _ in seen.tags]
     assert all(names.count(landmark) == 1 for landmark in ("header", "nav", "main", "footer", "h1"))
     ids = [values["id"] for _, values in seen.tags if "id" in values]
     assert len(ids) == len(set(ids))
-    assert {(values["href"] or "")[1:] for tag, values in seen.tags if tag == "a"} <= set(ids)
+    links = {values["href"] or "" for tag, values in seen.tags if tag == "a"}
+    inside = {link for link in links if link.split("#")[0] not in BESIDE}
+    assert {link[1:] for link in inside} <= set(ids)
     assert all(values["aria-labelledby"] in ids for tag, values in seen.tags if "aria-labelledby" in values)
     assert all(
         values.get("aria-label") or values.get("aria-hidden") for tag, values in seen.tags if tag == "svg"
@@ -383,7 +422,7 @@ def test_an_upper_bound_is_never_shown_smaller_and_a_lower_bound_never_larger() 
         assert shown_value(bound(value)) >= value
         assert shown_value(bound(value, upper=False)) <= value
         assert agree(bound(value), value)
-    assert 'data-at="audit.findings.3.score">0.421</data>' in render_html(samples.private())
+    assert 'data-at="audit.findings.3.score">0.4217</data>' in render_internal_html(samples.private())
     assert bound(8.0) == "8"
     assert bound(math.inf) == INFINITE
 
@@ -400,5 +439,5 @@ def test_epsilon_is_drawn_over_rounds_where_accountants_agree(share: float, draw
     traced = [
         dataclasses.replace(record, epsilon_spent=record.epsilon_spent * share) for record in whole.rounds
     ]
-    text = render_html(dataclasses.replace(whole, rounds=tuple(traced)))
+    text = render_details_html(released(dataclasses.replace(whole, rounds=tuple(traced))))
     assert ("this is the value at the end" not in text) is drawn

@@ -181,7 +181,7 @@ def test_a_planted_part_of_a_report_is_replaced_and_not_written_through(tmp_path
     precious, folder = tmp_path / "precious", tmp_path / "run"
     precious.write_text("mine")
     folder.mkdir(mode=0o700)
-    for name in (f".report.json.{os.getpid()}.new", "report.json", "report.html"):
+    for name in (f".report.json.{os.getpid()}.new", "report.json", "report.html", "internal.json"):
         (folder / name).symlink_to(precious)
     document.write(samples.private(), folder)
     assert precious.read_text() == "mine"

@@ -9,23 +9,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ffm_secure.records import AuditFinding, AuditSummary, LeakCurve, RecoveredPair, RecoveredPicture, Verdict
+from ffm_secure.report.sections.attacks import badge, tally
 from ffm_secure.report.charts import Axis, Bar, Level, Series, bars, line_chart
-from ffm_secure.report.markup import (
-    OBSERVERS,
-    Html,
-    amount,
-    bound,
-    duration,
-    escape,
-    facts,
-    figure,
-    folded,
-    join,
-    number,
-    tag,
-)
+from ffm_secure.quantities import metric, amount, bound, duration
+from ffm_secure.report.markup import OBSERVERS, Html, escape, facts, folded, join, number, tag
 
-_ORDER: tuple[Verdict, ...] = ("leaked", "inconclusive", "not leaked", "not applicable")
+_ORDER: tuple[Verdict, ...] = ("leaked", "not leaked", "inconclusive", "not applicable")
 _KIND: dict[Verdict, tuple[str, str]] = {
     "leaked": ("bad", "✕"),
     "inconclusive": ("unsure", "?"),
@@ -76,23 +65,11 @@ def audit_body(audit: AuditSummary | None) -> Html:
         tally(audit),
         tag("p", spent, class_="under"),
         tag("div", *ran, class_="cards") if ran else None,
-        _curves(audit.curves) if audit.curves else None,
+        curves_body(audit.curves) if audit.curves else None,
         folded(f"{len(skipped)} not applicable, and why", tag("ul", *skipped, class_="plain"))
         if skipped
         else None,
     )
-
-
-def tally(audit: AuditSummary) -> Html | None:
-    """Count the verdicts, worst first."""
-    found = [(verdict, sum(finding.verdict == verdict for finding in audit.findings)) for verdict in _ORDER]
-    parts = [tag("span", _badge(verdict), f" {total}", class_="tally") for verdict, total in found if total]
-    return tag("p", *parts, class_="tallies") if parts else None
-
-
-def _badge(verdict: Verdict) -> Html:
-    kind, sign = _KIND[verdict]
-    return tag("span", tag("span", f"{sign} ", aria_hidden="true"), verdict, class_=f"badge {kind}")
 
 
 def _skipped(finding: AuditFinding) -> Html:
@@ -108,7 +85,7 @@ def _finding(place: int, finding: AuditFinding) -> Html:
     rows = [*_ledger(finding), *rows]
     told = tag(
         "div",
-        tag("p", _badge(finding.verdict), class_="verdict"),
+        tag("p", badge(finding.verdict), class_="verdict"),
         tag("h3", finding.attack),
         tag("p", f"by {OBSERVERS[finding.observer]}, on the {_POINTS[finding.point]}", class_="under"),
         tag("p", finding.reason) if finding.reason else None,
@@ -139,8 +116,8 @@ def _scores(finding: AuditFinding, at: str) -> Html:
         return tag("p", f"{finding.measure}: no score", class_="under")
     is_epsilon = "epsilon" in finding.measure.casefold()
 
-    def written(value: float, digits: int = 3) -> str:
-        return bound(value, upper=False) if is_epsilon else figure(value, digits)
+    def written(value: float) -> str:
+        return bound(value, upper=False) if is_epsilon else metric(value)
 
     known = (finding.score, finding.low, finding.high, finding.baseline, finding.control, finding.observed)
     values = [v for v in known if v is not None]
@@ -152,8 +129,8 @@ def _scores(finding: AuditFinding, at: str) -> Html:
     interval: list[Html | str] = []
     if finding.low is not None and finding.high is not None:
         low, high = (
-            number(finding.low, written(finding.low, 2), f"{at}.low"),
-            number(finding.high, written(finding.high, 2), f"{at}.high"),
+            number(finding.low, written(finding.low), f"{at}.low"),
+            number(finding.high, written(finding.high), f"{at}.high"),
         )
         interval = [tag("span", " (", low, " to ", high, ")", class_="range")]
     shown = join([number(finding.score, written(finding.score), f"{at}.score"), *interval])
@@ -188,7 +165,7 @@ def _scores(finding: AuditFinding, at: str) -> Html:
         class_="measure",
     )
     about = (
-        tag("p", tag("a", "What this epsilon is about", href="#bounds"), class_="under")
+        tag("p", tag("a", "What this epsilon is about", href="details.html#bounds"), class_="under")
         if is_epsilon
         else None
     )
@@ -244,9 +221,9 @@ def _pictured(place: int, one: RecoveredPicture, at: str) -> Html:
     quality = join(
         [
             "PSNR ",
-            number(one.psnr, figure(one.psnr, 3), f"{where}.psnr"),
+            number(one.psnr, metric(one.psnr), f"{where}.psnr"),
             " dB, SSIM ",
-            number(one.ssim, figure(one.ssim, 3), f"{where}.ssim"),
+            number(one.ssim, metric(one.ssim), f"{where}.ssim"),
         ]
     )
     both = [_picture(one.truth, "true picture"), _picture(one.recovered, "recovered picture")]
@@ -259,7 +236,7 @@ def _picture(address: str, words: str) -> Html:
     return tag("img", src=address, alt=words)
 
 
-def _curves(curves: Sequence[LeakCurve]) -> Html:
+def curves_body(curves: Sequence[LeakCurve]) -> Html:
     """Draw how each leak grows and falls; one point alone is no audit."""
     drawn = [_curve(place, one) for place, one in enumerate(curves) if one.x]
     missing = [

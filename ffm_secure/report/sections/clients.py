@@ -7,19 +7,8 @@ from collections.abc import Sequence
 
 from ffm_secure.records import ClientOutcome, RunSummary
 from ffm_secure.report.charts import Change, changes, histogram
-from ffm_secure.report.markup import (
-    Column,
-    Html,
-    amount,
-    bound,
-    count,
-    facts,
-    figure,
-    five_fields,
-    folded,
-    table,
-    tag,
-)
+from ffm_secure.quantities import metric, amount, bound, count
+from ffm_secure.report.markup import Column, Html, facts, five_fields, folded, table, tag
 from ffm_secure.report.sections.privacy import budget_words, worst
 
 MOST_ROWS = 24
@@ -63,9 +52,9 @@ def _spread(summary: RunSummary) -> Html | None:
     ordered = values if summary.higher_is_better else values[::-1]
     worse = sum(_worse(summary, client) for client in summary.clients)
     rows: list[tuple[str, str]] = [
-        ("Worst client", figure(ordered[0])),
-        ("Median", figure(_quantile(ordered, 0.5))),
-        ("Best client", figure(ordered[-1])),
+        ("Worst client", metric(ordered[0])),
+        ("Median", metric(_quantile(ordered, 0.5))),
+        ("Best client", metric(ordered[-1])),
         ("Worse than before", f"{count(worse)} of {count(len(summary.clients))}"),
     ]
     if len(values) > MOST_ROWS:
@@ -73,7 +62,7 @@ def _spread(summary: RunSummary) -> Html | None:
             1,
             (
                 "A tenth is at or below" if summary.higher_is_better else "A tenth is at or above",
-                figure(_quantile(ordered, 0.1)),
+                metric(_quantile(ordered, 0.1)),
             ),
         )
     return facts(rows, "facts row")
@@ -90,7 +79,7 @@ def _few(summary: RunSummary) -> Html:
             label=c.client,
             before=c.metric_before,
             after=c.metric,
-            shown=f"{figure(c.metric_before, 3)} → {figure(c.metric, 3)}",
+            shown=f"{metric(c.metric_before)} → {metric(c.metric)}",
         )
         for c in _ordered(summary)
     ]
@@ -109,7 +98,7 @@ def _many(summary: RunSummary) -> Html:
     figures = []
     for values, role, heading in ((before, "quiet", "Before training"), (after, "first", "After")):
         known = sorted(value for value in values if math.isfinite(value))
-        median = figure(_quantile(known, 0.5)) if known else "unknown"
+        median = metric(_quantile(known, 0.5)) if known else "unknown"
         words = f"{heading}: {summary.metric_name} of {amount(len(known), 'client')}, median {median}"
         chart = histogram(
             values, description=words, low=min(finite), high=max(finite), role=role, note=f"median {median}"
@@ -130,8 +119,8 @@ def _table(summary: RunSummary) -> Html:
             Column(heading="Client", cell=lambda c: c.client, field="client", text=True),
             Column(heading="Examples", cell=lambda c: count(c.examples), field="examples"),
             Column(heading="Rounds", cell=lambda c: count(c.participations), field="participations"),
-            Column(heading="Before", cell=lambda c: figure(c.metric_before), field="metric_before"),
-            Column(heading="After", cell=lambda c: figure(c.metric), field="metric"),
+            Column(heading="Before", cell=lambda c: metric(c.metric_before), field="metric_before"),
+            Column(heading="After", cell=lambda c: metric(c.metric), field="metric"),
             Column(heading="Epsilon", cell=lambda c: bound(c.epsilon), field="epsilon"),
             Column(heading="Budget", cell=lambda c: budget_words(c.budget), field="budget"),
         ],

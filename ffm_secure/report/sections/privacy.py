@@ -8,21 +8,19 @@ from dataclasses import dataclass
 
 from ffm_secure.records import PrivacyStatement, RoundRecord, RunSummary
 from ffm_secure.report.charts import Bar, Level, Series, bars, line_chart
+from ffm_secure.quantities import INFINITE, bound, small
 from ffm_secure.report.markup import (
-    INFINITE,
     OBSERVERS,
     Child,
     Column,
     Html,
     Promise,
-    bound,
     five_facts,
     five_fields,
     folded,
     number,
     phase_column,
     promises,
-    small,
     table,
     tag,
 )
@@ -178,7 +176,7 @@ def _events(statement: PrivacyStatement) -> Child:
 
 
 def _accountant(statement: PrivacyStatement) -> Child:
-    slack = f"numeric slack {small(statement.slack)} (inside the epsilon)"
+    slack = f"numeric slack {bound(statement.slack, digits=2)} (inside the epsilon)"
     return f"delta {small(statement.delta)}, {statement.accountant}, {slack}"
 
 

@@ -7,20 +7,8 @@ from collections.abc import Sequence
 
 from ffm_secure.records import RoundRecord, RunSummary
 from ffm_secure.report.charts import Level, Series, line_chart, seconds
-from ffm_secure.report.markup import (
-    Column,
-    Html,
-    amount,
-    duration,
-    facts,
-    figure,
-    folded,
-    number,
-    phase_column,
-    size,
-    table,
-    tag,
-)
+from ffm_secure.quantities import metric, amount, duration, figure, size
+from ffm_secure.report.markup import Column, Html, facts, folded, number, phase_column, table, tag
 
 _NO_ROUNDS = "No round has finished yet."
 
@@ -43,9 +31,9 @@ def _described(name: str, rounds: Sequence[RoundRecord], values: Sequence[float]
     if not finite:
         return f"{name}: no finite value in {amount(len(rounds), 'round')}."
     return (
-        f"{name} over {amount(len(rounds), 'round')}: starts at {figure(values[0])}, ends at "
-        f"{figure(values[-1])}, "
-        f"lowest {figure(min(finite))}, highest {figure(max(finite))}."
+        f"{name} over {amount(len(rounds), 'round')}: starts at {metric(values[0])}, ends at "
+        f"{metric(values[-1])}, "
+        f"lowest {metric(min(finite))}, highest {metric(max(finite))}."
     )
 
 
@@ -55,7 +43,7 @@ def utility_body(summary: RunSummary) -> Html:
     if not rounds:
         return tag("p", _NO_ROUNDS, class_="empty")
     x = [record.round for record in rounds]
-    metric, loss = [record.metric for record in rounds], [record.loss for record in rounds]
+    scores, loss = [record.metric for record in rounds], [record.loss for record in rounds]
     levels = (
         [Level(label="before", value=summary.metric_zero_round)]
         if math.isfinite(summary.metric_zero_round)
@@ -64,11 +52,11 @@ def utility_body(summary: RunSummary) -> Html:
     if summary.metric_majority is not None and math.isfinite(summary.metric_majority):
         levels.append(Level(label="majority", value=summary.metric_majority, role="second"))
     direction = "Higher is better." if summary.higher_is_better else "Lower is better."
-    lost = sum(not math.isfinite(value) for value in metric)
+    lost = sum(not math.isfinite(value) for value in scores)
     gaps = f" Not a finite number in {amount(lost, 'round')}: gaps in the line." if lost else ""
     metric_chart = line_chart(
-        [Series(label="after", x=x, y=metric)],
-        description=_described(summary.metric_name, rounds, metric),
+        [Series(label="after", x=x, y=scores)],
+        description=_described(summary.metric_name, rounds, scores),
         levels=levels,
     )
     loss_chart = line_chart(
@@ -77,7 +65,7 @@ def utility_body(summary: RunSummary) -> Html:
     numbers = table(
         [
             Column(heading="Round", cell=lambda r: str(r.round), field="round"),
-            Column(heading=summary.metric_name, cell=lambda r: figure(r.metric), field="metric"),
+            Column(heading=summary.metric_name, cell=lambda r: metric(r.metric), field="metric"),
             Column(heading="Loss, nats", cell=lambda r: figure(r.loss), field="loss"),
             *phase_column(rounds, trained=summary.plan.trainable_parameters),
         ],
