@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ffm_secure.engines.nvflare import processes
 from ffm_secure.engines.nvflare.courier import NVFlareCourier, Patience
-from ffm_secure.engines.nvflare.enrolment import ENGINE, SUBMITTER_NAME, relay_name
+from ffm_secure.engines.nvflare.enrolment import ENGINE, SUBMITTER_NAME
+from ffm_secure.engines.nvflare.relay import serve_relay
 from ffm_secure.engines.nvflare.site_service import Allows, Handle, serve
 from ffm_secure.transport.courier import Deadline
 
@@ -17,18 +18,25 @@ _LOOK_EVERY = 1.0  # seconds
 
 
 def serve_site(
-    place: Path, name: str, handle: Handle, allows: Allows, *, should_stop: Callable[[], bool]
+    place: Path,
+    name: str,
+    handle: Handle,
+    allows: Allows,
+    *,
+    should_stop: Callable[[], bool],
+    with_relay: bool = True,
 ) -> None:
-    """Answer for a site until `should_stop`: its service in this process, its relay in another."""
+    """Answer for a site until `should_stop`: its service in this process, its relay in another.
+
+    Without a relay of its own, the service waits for one that somebody else runs (`relay.py`).
+    """
     engine, pause = place / ENGINE, threading.Event()
     door = serve(engine, handle, allows)
     try:
-        relay = processes.start_site(engine, name=relay_name(name))
-        try:
-            while not should_stop():
-                pause.wait(_LOOK_EVERY)
-        finally:
-            relay.kill()
+        if with_relay:
+            serve_relay(engine, should_stop=should_stop)
+        while not should_stop():
+            pause.wait(_LOOK_EVERY)
     finally:
         door.close()
 

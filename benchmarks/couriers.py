@@ -1,0 +1,245 @@
+"""What carrying a secure round costs: its wall seconds less the computing of server and slowest site, side by
+side over the couriers.
+
+    python -m benchmarks.couriers [--sites 4] [--numbers 1000000] [--rounds 5] [--json]
+
+A round is what a run sends: the model to every site, then ffm-secagg/2 in active mode, whose opened sum is
+compared with the plain one. Sites are threads of this process behind their couriers; over NVFlare every
+message crosses four processes and mutual TLS on loopback. Both couriers carry every round in turn, so that
+they meet the same weather. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.secagg import gather
+from defenses.random_source import RandomSource
+from defenses.secagg import ClientPolicy, ClientSession, Identity, ServerSession, SessionParameters
+from ffm_secure.engines.in_process import InProcessCourier
+from ffm_secure.engines.nvflare.site_service import serve
+from ffm_secure.transport.courier import Lost, MachineCourier
+from tests.engines.nvflare_federation import enrol
+
+RUN = "be" * 32
+
+
+@dataclass(slots=True, kw_only=True)
+class Parties:
+    """Everybody of the protocol."""
+
+    parameters: SessionParameters
+    policy: ClientPolicy
+    people: Sequence[Identity]
+    source: RandomSource
+
+
+@dataclass(slots=True)
+class SecureSite:
+    """A site that plays its half of one round after another, and notes its own seconds."""
+
+    parties: Parties
+    number: int
+    vector: np.ndarray
+    seconds: dict[str, float] = field(default_factory=dict)
+    session: ClientSession | None = None
+    round: int = 0
+
+    def handle(self, stage: str, message: bytes) -> bytes:
+        began = time.perf_counter()
+        answer = self._answer(stage, message)
+        self.seconds[stage] = time.perf_counter() - began
+        return answer
+
+    def _answer(self, stage: str, message: bytes) -> bytes:
+        if stage == "plan":
+            self.round = int.from_bytes(message[:4], "little")
+            parameters = _of_round(self.parties.parameters, self.round)
+            source = self.parties.source.derive("site", self.number, self.round)
+            self.session = ClientSession(
+                self.parties.people[self.number], parameters, self.parties.policy, source, now=0
+            )
+            return b"accepted"
+        assert self.session is not None
+        name = self.round.to_bytes(32, "little")
+        steps: dict[str, Callable[[], bytes | memoryview]] = {
+            "advertise": self.session.advertise,
+            "share": lambda: self.session.share(message),
+            "mask": lambda: self.session.mask(message, self.vector, update=name, model_hash=name),
+            "confirm": lambda: self.session.confirm(message),
+            "unmask": lambda: self.session.unmask(message),
+        }
+        return bytes(steps[stage]())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What one round took, in seconds."""
+
+    wall: float
+    sites: float  # the slowest site's of every stage, added up
+    server: float
+    stages: Mapping[str, float]
+
+    @property
+    def overhead(self) -> float:
+        """Return what carrying took."""
+        return self.wall - self.sites - self.server
+
+
+def _of_round(parameters: SessionParameters, number: int) -> SessionParameters:
+    """Return the parameters of a round about a model of its own: nobody answers for one twice."""
+    return replace(parameters, round=number, model_hash=number.to_bytes(32, "little"))
+
+
+def secure_round(courier: MachineCourier, sites: Sequence[SecureSite], number: int) -> Round:
+    """Carry one round and check the opened sum."""
+    parties = sites[0].parties
+    server = ServerSession(_of_round(parties.parameters, number))
+    people = {site: parties.people[site].id for site in range(len(sites))}
+    length = parties.parameters.length
+    model = number.to_bytes(4, "little") + bytes(4 * length)
+    steps: tuple[tuple[str, Callable[[bytes], bytes], Callable[[bytes], object]], ...] = (
+        ("plan", lambda who: model, lambda answer: None),
+        ("advertise", lambda who: b"", server.receive_advertisement),
+        ("share", server.roster_message, server.receive_shares),
+        ("mask", server.delivery_for, server.receive_masked_input),
+        ("confirm", server.survivors_message, server.receive_confirmation),
+        ("unmask", server.request_for, server.receive_response),
+    )
+    began, served, stages = time.perf_counter(), 0.0, {}
+    for stage, message_for, receive in steps:
+        opened, own = time.perf_counter(), time.thread_time()
+        messages = {site: message_for(who) for site, who in people.items()}
+        served += time.thread_time() - own
+        for reply in courier.send(stage, messages, deadline=time.time() + 300.0):
+            if isinstance(reply.content, Lost):
+                raise RuntimeError(f"site {reply.site} was lost at {stage}")
+            own = time.thread_time()
+            receive(bytes(reply.content))
+            served += time.thread_time() - own
+        stages[stage] = time.perf_counter() - opened
+    own = time.thread_time()
+    total = server.finish().vector
+    served += time.thread_time() - own
+    wall = time.perf_counter() - began
+    expected = sum((site.vector for site in sites), np.zeros(length, dtype=np.uint32))
+    if not (total == expected).all():
+        raise AssertionError("the opened sum is not the sum")
+    slowest = sum(max(site.seconds[stage] for site in sites) for stage in stages)
+    return Round(wall=wall, sites=slowest, server=served, stages=stages)
+
+
+def parties_of(sites: int, numbers: int) -> list[SecureSite]:
+    """Bring the parties together; they know each other for every round and courier."""
+    parameters, policy, people, source = gather(
+        sites, numbers, mode="active", modulus_bits=32, survivors=sites, neighbours=None, threshold=None
+    )
+    parties = Parties(parameters=parameters, policy=policy, people=people, source=source)
+    values = np.random.default_rng(3).integers(0, 1 << 20, size=(sites, numbers), dtype=np.uint32)
+    return [SecureSite(parties, number, values[number]) for number in range(sites)]
+
+
+@contextlib.contextmanager
+def over_nvflare(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCourier]:
+    """Start a federation of machines on loopback whose services are these sites."""
+    names = [f"s{number}" for number in range(len(sites))]
+    with contextlib.ExitStack() as stack:
+        machines = enrol(folder, names)
+        for name, site in zip(names, sites, strict=True):
+            stack.callback(serve(machines.engine_folder(name), site.handle, RUN.__eq__).close)
+        stack.callback(machines.stop)
+        machines.start()
+        courier = machines.courier(RUN)
+        stack.callback(courier.close)
+        courier.open(smallest=len(names), seconds=300.0)
+        yield courier
+
+
+def summary(name: str, rounds: Sequence[Round], load: float) -> dict[str, object]:
+    """Return the figures of one courier."""
+    return {
+        "courier": name,
+        "rounds": len(rounds),
+        "wall_seconds": statistics.median(item.wall for item in rounds),
+        "site_seconds": statistics.median(item.sites for item in rounds),
+        "server_seconds": statistics.median(item.server for item in rounds),
+        "overhead_seconds": statistics.median(item.overhead for item in rounds),
+        "overhead_least": min(item.overhead for item in rounds),
+        "overhead_most": max(item.overhead for item in rounds),
+        "stages": {
+            stage: statistics.median(item.stages[stage] for item in rounds) for stage in rounds[0].stages
+        },
+        "load": load,
+    }
+
+
+def measure(sites: int, numbers: int, rounds: int) -> list[dict[str, object]]:
+    """Carry rounds over every courier in turn."""
+    parties = parties_of(sites, numbers)
+    local = InProcessCourier({site.number: site.handle for site in parties})
+    results: dict[str, list[Round]] = {"local": [], "nvflare": []}
+    with tempfile.TemporaryDirectory() as folder, over_nvflare(parties, Path(folder)) as nvflare:
+        couriers: dict[str, MachineCourier] = {"local": local, "nvflare": nvflare}
+        number = 0
+        for turn in range(rounds + 1):
+            for name, courier in couriers.items():
+                number += 1
+                result = secure_round(courier, parties, number)
+                if turn:  # the first warms up
+                    results[name].append(result)
+    load = os.getloadavg()[0]
+    return [summary(name, items, load) for name, items in results.items()]
+
+
+def main() -> None:
+    """Print the table and one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sites", type=int, default=4)
+    parser.add_argument("--numbers", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print the JSON object alone")
+    words = parser.parse_args()
+    rows = measure(words.sites, words.numbers, words.rounds)
+    base = float(str(rows[0]["wall_seconds"]))
+    for row in rows:
+        row["wall_over_local"] = float(str(row["wall_seconds"])) / base
+    if not words.json:
+        print(f"{words.sites} sites, {words.numbers:,} numbers; seconds, median of {words.rounds} rounds")
+        print(
+            f"{'courier':>9} {'wall':>8} {'site':>8} {'server':>8} {'overhead':>9} {'least':>7} {'/local':>7}"
+        )
+        for row in rows:
+            figures = ("wall_seconds", "site_seconds", "server_seconds", "overhead_seconds")
+            cells = [f"{row[name]:>9.3f}" for name in (*figures, "overhead_least", "wall_over_local")]
+            print(f"{row['courier']:>9}", *cells)
+    print(
+        json.dumps(
+            {
+                "benchmark": "couriers",
+                "sites": words.sites,
+                "numbers": words.numbers,
+                "cores": os.cpu_count(),
+                "machine": platform.processor() or platform.machine(),
+                "threads": threading.active_count(),
+                "rows": rows,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
