@@ -42,9 +42,9 @@ def _named(examples: Examples, dataset: Dataset, key: RecordKey, person_column: 
     return replace(examples, records=name_records(contents, cells), contents=contents)
 
 
-def sayings(examples: Examples, dataset: Dataset, key: RecordKey) -> list[Keys]:
-    """Return what rows say, in every way a run may read them: as this one does, and each text column alone
-    where its cells tell rows apart.
+def sayings(examples: Examples, dataset: Dataset, key: RecordKey, *, person_column: str = "") -> list[Keys]:
+    """Return what rows say, in every way a run may read them: as this one does, each text column alone where
+    its cells tell rows apart, and the person.
 
     Each is one digest a row, `[n]`, as a ledger knows records by; 0 for none.
     """
@@ -55,6 +55,8 @@ def sayings(examples: Examples, dataset: Dataset, key: RecordKey) -> list[Keys]:
             contents = key.contents(texts)
             contents[[not text for text in texts]] = 0
             alone.append(contents)
+    if person_column and person_column in examples.columns:
+        alone.append(key.contents(person_content(value) for value in examples.column(person_column)))
     return [_contents(examples, dataset, key), *alone]
 
 

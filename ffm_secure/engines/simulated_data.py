@@ -61,9 +61,8 @@ def load(
     privacy = config.privacy
     whole = _named_rows(config, base, key, rows)
     require_sound(whole, config)
-    if whole.held_out:
-        _refuse_private_validation(config, whole, key, folder)
     dataset, public = part_in_public(config, whole, base)
+    _refuse_publishing(config, dataset, public, key, folder)
     task = config.task
     parts = partition.partition(dataset.train, clients=task.clients, split=task.split, seed=config.seed)
     if privacy.person_column:
@@ -146,28 +145,39 @@ def _bounded(dataset: Dataset, config: RunConfig, key: RecordKey) -> Dataset:
     return replace(dataset, train=train, notes=(*dataset.notes, *([note] if note else [])))
 
 
-def _refuse_private_validation(
-    config: RunConfig, dataset: Dataset, key: RecordKey, folder: Path | None
+def _refuse_publishing(
+    config: RunConfig, dataset: Dataset, public: Examples | None, key: RecordKey, folder: Path | None
 ) -> None:
-    """Refuse to make rows public that a ledger charged for: a lot follows what is read of a row, a promise
-    follows the row.
+    """Refuse to use as public what a ledger charged for as private: a lot or a file follows what is read of a
+    row, a promise follows the row.
 
+    Rows that say the same as a private row of this run count as that one.
     Raises:
       DataError: with their number, and what to do.
     """
-    path = ledger_path(config.privacy, folder)
-    if config.privacy.ledger == IN_RUN or path is None or not path.is_file():
+    privacy = config.privacy
+    path, person = ledger_path(privacy, folder), privacy.person_column
+    if privacy.unit == "none" or privacy.ledger == IN_RUN or path is None or not path.is_file():
         return
-    with open_ledger(path) as ledger:
-        blocks = [ledger.blocks_of_contents(keys) for keys in sayings(dataset.validation, dataset, key)]
-        charged = {block for block in np.unique(blocks).tolist() if block and ledger.charged_units((block,))}
-    private = np.isin(np.stack(blocks), sorted(charged)).any(axis=0)
-    if private.any():
-        raise DataError(
-            f"{config.task.data}: {int(private.sum()):,} of the rows that would become public for want of a "
-            f"validation part were used as private ones before ({path}); read the columns that were read "
-            "then, or give a public validation part"
-        )
+    parts = {"as validation rows": dataset.validation}
+    if public is not None:
+        parts["as rows of public phases"] = public
+    for use, rows in parts.items():
+        ways = sayings(rows, dataset, key, person_column=person)
+        with open_ledger(path) as ledger:
+            blocks = np.stack([ledger.blocks_of_contents(keys) for keys in ways])
+            known = [block for block in np.unique(blocks).tolist() if block]
+            charged = [block for block in known if ledger.charged_units((block,))]
+        published = np.isin(blocks, charged).any(axis=0)
+        if published.any():
+            ways_now = np.concatenate(sayings(dataset.train, dataset, key, person_column=person))
+            published &= ~np.isin(np.stack(ways), ways_now[ways_now != 0]).any(axis=0)
+        if published.any():
+            raise DataError(
+                f"{config.task.data}: {int(published.sum()):,} of the rows that would become public ({use}) "
+                f"were used as private ones before ({path}); read the columns and parts that were read then, "
+                "give other public rows, or say privacy.ledger = 'run' if all are fictitious or public"
+            )
 
 
 def _other_set(config: RunConfig, base: Path) -> Dataset:

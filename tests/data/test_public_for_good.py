@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,35 @@ def test_a_run_that_noted_bare_digests_goes_on(tmp_path: Path) -> None:
         store.require_contents(data.contents, bare=data.bare_contents)
         with pytest.raises(StoreError, match="training rows have changed"):
             store.require_contents("data:1 validation:2", bare=data.bare_contents.replace("data:", "data:f"))
+
+
+def test_rows_that_were_private_are_no_public_rows_of_another_kind(tmp_path: Path) -> None:
+    """All rows paid for a promise; then sixty were taken out for public phases, or made a validation file."""
+    ledger = str(tmp_path / "owner.sqlite")
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    lines = [json.dumps(row) + "\n" for row in ROWS]
+    (folder / "train.jsonl").write_text("".join(lines[:200]))
+    (folder / "validation.jsonl").write_text("".join(lines[200:]))
+    first = config(tmp_path, ledger)
+    first = replace(first, task=replace(first.task, data=str(folder), validation=""))
+    train(first, tmp_path / "run")
+    with Ledger.open(Path(ledger), create=False) as opened:
+        opened.grant("record", 8.0, 1e-5, raise_because="a second run")
+    prepared(first)  # the same parts again
+
+    lifecycle = replace(
+        first.federation.lifecycle, kind="pretrain", public_examples=60, local_steps=1, public_steps=1
+    )
+    phases = replace(first, federation=replace(first.federation, lifecycle=lifecycle))
+    with pytest.raises(DataError, match=r"60 of the rows .* \(as rows of public phases\)"):
+        prepared(phases)
+
+    (folder / "train.jsonl").write_text("".join(lines[40:]))
+    (folder / "validation.jsonl").write_text("".join(lines[:40]))
+    with pytest.raises(DataError, match=r"40 of the rows .* \(as validation rows\)"):
+        prepared(first)
+    (folder / "train.jsonl").write_text(
+        "".join(lines)
+    )  # what is private in the same run is not published by it
+    prepared(first)
