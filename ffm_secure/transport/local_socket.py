@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from ffm_secure.errors import StoreError
+
 Words = Mapping[str, str | int | float | bool | list[str]]
 """The header of a frame: inert words and numbers."""
 Answer = Callable[[Words, bytes], tuple[Words, bytes | memoryview]]
@@ -92,11 +94,15 @@ class Door:
     """A socket in a private folder at which one process of a party waits for another.
 
     Guarantee: only this user can connect; a socket that a killed process left behind is replaced.
+
+    Raises:
+      StoreError: another process waits there.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._closing = False
+        _require_nobody(path)
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with _reachable(path) as name:
@@ -126,6 +132,14 @@ class Door:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._path.unlink(missing_ok=True)
+
+
+def _require_nobody(path: Path) -> None:
+    try:
+        connect(path).close()
+    except Gone:
+        return
+    raise StoreError(f"{path}: another process serves this folder; stop that one first")
 
 
 def connect(path: Path) -> Frames:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ffm_secure.errors import StoreError
 from ffm_secure.transport.local_socket import Answering, Door, Gone, ask, connect
 
 
@@ -96,6 +97,15 @@ def test_a_door_is_its_owners_alone_and_may_lie_deep(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     assert ask(path, {"deep": True}, seconds=5.0)[0] == {"deep": True}
     answering.close()
+
+
+def test_a_door_where_somebody_waits_is_not_taken(tmp_path: Path) -> None:
+    answering = Answering(tmp_path / "door", lambda words, content: (words, content))
+    with pytest.raises(StoreError, match="stop that one first"):
+        Door(tmp_path / "door")
+    assert ask(tmp_path / "door", {"a": 1}, seconds=5.0)[0] == {"a": 1}
+    answering.close()
+    Door(tmp_path / "door").close()
 
 
 def test_a_socket_left_behind_is_replaced(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from ffm_secure.engines.nvflare.folders import HEARTBEAT_SECONDS
 _SERVER: Final = "nvflare.private.fed.app.server.server_train"
 _CLIENT: Final = "nvflare.private.fed.app.client.client_train"
 _PAUSE: Final = 2.0  # seconds before a process that ended is started again
+_JOB: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 _CONTROL: Final = ctypes.CDLL(None, use_errno=True).prctl
 
@@ -65,6 +68,7 @@ class Process:
             self._begun.set()
 
     def _start(self) -> subprocess.Popen[bytes]:
+        _sweep(self._folder)
         environment = {**os.environ, "PYTHONPATH": _import_path(), "MALLOC_ARENA_MAX": "4"}
         with open(self._folder / "output.txt", "ab", opener=_private) as output:
             return subprocess.Popen(
@@ -100,6 +104,13 @@ def _import_path() -> str:
     """Let the engine's processes import the installation that this process runs."""
     places = (str(Path(ffm_secure.__file__).parents[1]), os.environ.get("PYTHONPATH", ""))
     return os.pathsep.join(place for place in places if place)
+
+
+def _sweep(folder: Path) -> None:
+    """Take away what earlier jobs left: the engine never goes on with one, and nothing here reads them."""
+    left = [place for place in folder.iterdir() if place.is_dir() and _JOB.fullmatch(place.name)]
+    for place in (*left, folder / "jobs", folder / "snapshots"):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _descendants(number: int) -> list[int]:
