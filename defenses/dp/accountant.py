@@ -27,11 +27,15 @@ from defenses.dp.orders import ORDERS
 from defenses.dp.pairs import Floats, Mechanism, MixturePair, gaussian_pair, mechanism_of
 from defenses.dp.pld import LossTooLarge
 from defenses.dp.rdp import event_log_moments, renyi_epsilon, renyi_log_delta
+from defenses.dp.skellam_gap import gaussian_stand_in, log_gap
 from defenses.errors import ParameterError
 
 SMALLEST_DELTA, LARGEST_DELTA = 1e-30, 0.5
 ACCURACY = 1e-4
 _REMEMBERED_TARGETS = 3
+# Of delta, what the Gaussians get that integer noise is near to; and, of delta again, what the nearness may fail by.
+INTEGER_SHARE, INTEGER_TAIL = 0.99, 1e-30
+LARGEST_GAP = 5e-3
 # Share of delta that may have come round the window before a grid counts as outgrown; a fresh grid has half
 # of it at most.
 _WRAPPED_SHARE = 2.5 * composition.TAIL_SHARE
@@ -95,6 +99,7 @@ class Accountant:
         self._log: list[tuple[MixturePair, int]] = []
         self._mu_squared = 0.0
         self._renyi_only: dict[Event, int] = {}
+        self._integer: dict[SampledSkellamEvent, int] = {}  # accounted by Gaussians that they are near to
         self._events: dict[Event, int] = {}
         self._infinite = False
         self._statement: Statement | None = None
@@ -113,7 +118,9 @@ class Accountant:
         self._statement = self._statement or statement
         if isinstance(event, (GaussianEvent, MatrixFactorizationEvent)):
             self._compose_mechanism(mechanism_of(event), count)
-        elif isinstance(event, (SkellamEvent, SampledSkellamEvent, TuningEvent)):
+        elif isinstance(event, SampledSkellamEvent):
+            self._compose_integer(event, count)
+        elif isinstance(event, (SkellamEvent, TuningEvent)):
             self._renyi_only[event] = self._renyi_only.get(event, 0) + count
         elif isinstance(event, NonPrivateEvent):
             self._infinite = True
@@ -125,6 +132,14 @@ class Accountant:
             if trial_event == event and count == 1 and grown.included == len(self._log):
                 self._remember(delta, grown)
             self._trial = None
+
+    def _compose_integer(self, event: SampledSkellamEvent, count: int) -> None:
+        stand_in = gaussian_stand_in(event)
+        if stand_in is None:
+            self._renyi_only[event] = self._renyi_only.get(event, 0) + count
+            return
+        self._integer[event] = self._integer.get(event, 0) + count
+        self._compose_mechanism(mechanism_of(stand_in), count)
 
     def _compose_mechanism(self, mechanism: Mechanism, count: int) -> None:
         self._mu_squared += mechanism.mu_squared * count
@@ -146,6 +161,7 @@ class Accountant:
         twin._counts, twin._log = dict(self._counts), list(self._log)
         twin._mu_squared, twin._infinite, twin._statement = self._mu_squared, self._infinite, self._statement
         twin._renyi_only, twin._events = dict(self._renyi_only), dict(self._events)
+        twin._integer = dict(self._integer)
         twin._compositions = {
             delta: self._compositions[delta].copy() for delta in deltas if delta in self._compositions
         }
@@ -154,6 +170,31 @@ class Accountant:
     def epsilon(self, delta: float) -> EpsilonBound:
         """Return the upper bound of epsilon at delta for everything composed."""
         _check_delta(delta)
+        if self._integer and not self._renyi_only and not self._infinite:
+            return self._integer_epsilon(delta)
+        return self._plain_epsilon(delta)
+
+    def _integer_epsilon(self, delta: float) -> EpsilonBound:
+        """Return the smaller of two bounds: by Renyi moments, and by the Gaussians that integer noise is near to.
+
+        With every law at most e^gap times the other plus `tail`, (epsilon, d) of the Gaussians is
+        (epsilon + 2 gap, e^gap d + tail (1 + e^(epsilon + gap))) of the integers.
+        """
+        renyi = self._renyi_bound(delta)
+        tail = INTEGER_TAIL * delta
+        gap = log_gap(self._integer, tail)
+        if gap > LARGEST_GAP:
+            return renyi
+        near = self._plain_epsilon(INTEGER_SHARE * delta)
+        value = near.epsilon + 2 * gap
+        spent = INTEGER_SHARE * math.exp(gap) + INTEGER_TAIL * (1 + math.exp(min(value, 700.0)))
+        if spent > 1.0 or value >= renyi.epsilon:
+            return renyi
+        return EpsilonBound(
+            epsilon=value, delta=delta, accountant=near.accountant, slack=near.slack + 2 * gap
+        )
+
+    def _plain_epsilon(self, delta: float) -> EpsilonBound:
         simple = self._simple_epsilon(delta)
         if simple is not None:
             return simple
@@ -165,18 +206,20 @@ class Accountant:
     def epsilon_with(self, event: Event, delta: float) -> EpsilonBound:
         """Return what `epsilon` would say after one more event, without adding it."""
         _check_delta(delta)
-        known = self._compositions.get(delta)
-        if known is None and self._counts:
-            self.epsilon(delta)
+        integer = self._integer or isinstance(event, SampledSkellamEvent)
+        target = INTEGER_SHARE * delta if integer else delta
+        known = self._compositions.get(target)
+        if known is None and self._counts and not self._renyi_only:
+            self._plain_epsilon(target)
         if known is not None:
             self._catch_up(known)
-        trial = self._copy_for((delta,))
+        trial = self._copy_for((target,))
         trial.compose(event)
         result = trial.epsilon(delta)
-        grown = trial._compositions.get(delta)
+        grown = trial._compositions.get(target)
         if grown is not None and (known is None or grown.plan is not known.plan):
             # The trial needed a new grid; if this event is composed next, its transforms are taken over.
-            self._trial = (event, delta, grown)
+            self._trial = (event, target, grown)
         return result
 
     def delta(self, epsilon: float) -> float:
@@ -185,6 +228,20 @@ class Accountant:
             raise ParameterError(f"epsilon = {epsilon!r}: must be a number of at least 0")
         if self._infinite or math.isinf(epsilon):
             return 1.0 if self._infinite else 0.0
+        if self._integer and not self._renyi_only:
+            return self._integer_delta(epsilon)
+        return self._plain_delta(epsilon)
+
+    def _integer_delta(self, epsilon: float) -> float:
+        renyi = math.exp(max(renyi_log_delta(moments, epsilon) for moments in self._renyi_moments()))
+        tail = INTEGER_TAIL * math.exp(-min(epsilon, 600.0)) * SMALLEST_DELTA**0.25
+        gap = log_gap(self._integer, tail)
+        if gap > LARGEST_GAP or epsilon <= 2 * gap:
+            return min(1.0, renyi)
+        near = self._plain_delta(epsilon - 2 * gap)
+        return min(1.0, renyi, math.exp(gap) * near + tail * (1 + math.exp(min(epsilon, 600.0))))
+
+    def _plain_delta(self, epsilon: float) -> float:
         if not self._counts and not self._renyi_only:
             if self._mu_squared:
                 return gaussian_delta(math.sqrt(self._mu_squared), epsilon)

@@ -192,8 +192,8 @@ class SampledSkellamEvent(Event):
     """`steps` releases of an integer sum with Skellam noise, where every record joins on its own by chance.
 
     All values are in integer units. `l1_sensitivity` and `l2_sensitivity` bound the change by one record,
-    rounding included; a person owns up to `records_per_person` of them. Every record joins each step with
-    probability `sampling_rate`; 1 is a release of everybody's. Only the variance of guaranteed honest
+    rounding included, of a sum of `dimension` numbers; a person owns up to `records_per_person` of them. Every
+    record joins each step with probability `sampling_rate`; 1 is a release of everybody's. Only the variance of guaranteed honest
     survivors may be counted.
 
     Source: docs/shared_noise.md, where both directions are derived.
@@ -207,6 +207,7 @@ class SampledSkellamEvent(Event):
     l1_sensitivity: float
     l2_sensitivity: float
     variance: float
+    dimension: int
     scale: float
     steps: int
     release: str
@@ -219,6 +220,7 @@ class SampledSkellamEvent(Event):
             problems += _positive(name, getattr(self, name))
         problems += _positive("sampling_rate", self.sampling_rate, most=1.0)
         problems += _integer("records_per_person", self.records_per_person, 1, MOST_RECORDS)
+        problems += _integer("dimension", self.dimension, 1, MOST_STEPS)
         problems += _integer("steps", self.steps, 1, MOST_STEPS) + _text("release", self.release)
         if not problems and self.l1_sensitivity < self.l2_sensitivity:
             problems.append(f"l1_sensitivity = {self.l1_sensitivity}: an L1 norm is never below the L2 norm")

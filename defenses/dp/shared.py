@@ -129,6 +129,7 @@ class SumMechanism:
             l1_sensitivity=self.l1_sensitivity,
             l2_sensitivity=self.l2_sensitivity,
             variance=self.variance,
+            dimension=self.dimension,
             scale=self.scale,
             steps=steps,
             release=release,

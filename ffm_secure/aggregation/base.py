@@ -30,6 +30,7 @@ class Aggregate:
     """
 
     groups: tuple[GroupMean, ...]
+    noise_variance: float = 0.0  # of the noise in one coordinate of the mean, where it is known; else 0
 
     @property
     def mean(self) -> Tensor:
@@ -50,14 +51,18 @@ class Aggregate:
         return cls(groups=(GroupMean(survivors=survivors, mean=mean),))
 
 
-def aggregate_of(config: RunConfig, sums: Sequence[RoundSum]) -> Aggregate:
+def aggregate_of(
+    config: RunConfig, sums: Sequence[RoundSum], *, site_noise_variance: float = 0.0
+) -> Aggregate:
     """Divide each opened sum by what may be divided by.
+
+    `site_noise_variance` is the variance of the noise that every site's update holds in each coordinate.
 
     Guarantee: with a client unit the divisor is the public cohort size, never the number that answered;
     otherwise it is the public number of survivors, or the summed public weights of a run without privacy
     unit.
     """
-    groups = []
+    groups, sites, divided_by = [], 0, 0.0
     for opened in sums:
         cohort = float(config.federation.cohort)
         if config.privacy.unit == "client":
@@ -66,4 +71,6 @@ def aggregate_of(config: RunConfig, sums: Sequence[RoundSum]) -> Aggregate:
             divisor = opened.weight_sum
         mean = torch.from_numpy(opened.values) / divisor
         groups.append(GroupMean(survivors=opened.survivors, mean=mean))
-    return Aggregate(groups=tuple(groups))
+        sites, divided_by = sites + len(opened.survivors), divided_by + divisor
+    variance = site_noise_variance * sites / divided_by**2 if divided_by else 0.0
+    return Aggregate(groups=tuple(groups), noise_variance=variance)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defenses.dp import RecordMechanism
+from defenses.dp import RecordMechanism, poisson_sample
 from defenses.random_source import RandomSource
-from ffm_secure.privacy.mechanism import ClientNoise
+from ffm_secure.privacy.mechanism import ClientNoise, SumNoise
 
 
 class Coins(Protocol):
@@ -41,6 +41,28 @@ def record_canaries(mechanism: RecordMechanism, coins: Coins, source: RandomSour
             for row in mechanism.sample(len(vectors), source):
                 clipped += vectors[int(row)]
             total += mechanism.privatise({"canary": clipped}, source)["canary"]
+        yield total
+
+
+def sum_canaries(mechanism: SumNoise, coins: Coins, source: RandomSource) -> Iterator[Tensor]:
+    """Yield the sum of all opened sums after each round, in units of a sum of gradients over the expected batch.
+
+    One site holds the canaries; the other honest survivors that are counted on add their shares and nothing
+    else: what a server sees that knows every other record and every colluder's share.
+    """
+    included = coins.included.nonzero().flatten()
+    vectors = [coins.direction(int(index)) for index in included]
+    inner = replace(mechanism.inner, dimension=coins.dimension)
+    zeros = np.zeros(coins.dimension)
+    total = torch.zeros(coins.dimension, dtype=torch.float64)
+    while True:
+        gradients = torch.zeros(coins.dimension, dtype=torch.float64)
+        for row in poisson_sample(len(vectors), rate=inner.sampling_rate, source=source):
+            gradients += vectors[int(row)].double()
+        opened = inner.share(mechanism.update_of(gradients).numpy(), source)
+        for _ in range(inner.honest_survivors - 1):
+            opened = opened + inner.share(zeros, source)
+        total = total - torch.from_numpy(opened) / (inner.scale * mechanism.learning_rate)
         yield total
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from attacks import canary
 from defenses.random_source import RandomSource
 from ffm_secure.auditing.budget import CANARIES
-from ffm_secure.auditing.canary_rounds import client_canaries, record_canaries
+from ffm_secure.auditing.canary_rounds import client_canaries, record_canaries, sum_canaries
 from ffm_secure.config import compatibility
 from ffm_secure.engines import simulation
 from ffm_secure.privacy.mechanism import Mechanism
@@ -40,6 +40,8 @@ def _totals(mechanism: Mechanism, coins: canary.Canaries) -> Iterator[Tensor]:
     source = RandomSource.system()
     if mechanism.record_level is not None:
         return record_canaries(mechanism.record_level, coins, source)
+    if mechanism.sum_level is not None:
+        return sum_canaries(mechanism.sum_level, coins, source)
     assert mechanism.client_level is not None
     return client_canaries(mechanism.client_level, coins, source)
 
@@ -68,7 +70,7 @@ def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[
             scores, included = coins.scores(total).double().numpy(), coins.included.numpy()
             # A record that is sampled gives scores of two variances; a client's is there in every round it is
             # counted for.
-            gaussian = mechanism.record_level is None
+            gaussian = not mechanism.clips_records
             bounds[number] = canary.bounds(
                 scores[included], scores[~included], config.privacy.delta, gaussian=gaussian
             )

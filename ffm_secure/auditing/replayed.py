@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines import simulation
 from ffm_secure.loaded_model import LoadedModel
 from ffm_secure.foreign import ModelOutput
+from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.records import Observer, Point, RoundPlan, RoundRecord
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.site.trainer import SiteData, SiteTrainer
@@ -80,8 +81,9 @@ def _points(
 ) -> dict[str, dict[str, Tensor]]:
     trained, task = prepared.trainable, prepared.task
     record_level, client_level = prepared.mechanism.record_level, prepared.mechanism.client_level
+    shared = prepared.mechanism.sum_level
     active, points = trained.active, {}
-    if not (sent_only and record_level is not None):
+    if not (sent_only and prepared.mechanism.clips_records):
         losses = task.losses(trained.model, batch)
         raw = torch.autograd.grad(losses.mean(), list(active.values()), allow_unused=True)
         pairs = zip(active.items(), raw, strict=True)
@@ -94,6 +96,17 @@ def _points(
             name: value / record_level.expected_batch_size for name, value in clipped.items()
         }
         points["noised"] = record_level.privatise(clipped, RandomSource.system())
+    if shared is not None:
+        with PerSampleEngine(trained.model, parameters=active) as engine:
+            clipped = engine.clipped_sum(
+                lambda: task.losses(trained.model, batch), clip=shared.clipping
+            ).gradients
+        points["clipped"] = {name: value / shared.expected_batch_size for name, value in clipped.items()}
+        flat = torch.cat([clipped[name].reshape(-1).cpu().double() for name in active])
+        inner = replace(shared.inner, dimension=len(flat))
+        levels = inner.share(shared.update_of(flat).numpy(), RandomSource.system())
+        step = torch.from_numpy(levels / (-inner.scale * shared.learning_rate)).float()
+        points["noised"] = unflatten(step, {name: clipped[name] for name in active})
     if client_level is not None:
         vector = torch.cat([value.reshape(-1) for value in points["raw"].values()])
         points["clipped"] = unflatten(client_level.inner.clip(vector.cpu()), points["raw"])
@@ -258,25 +271,25 @@ def noise_facts(prepared: LoadedModel, point: Point, clients: int, *, steps: int
     facts: dict[str, Any] = {"clip_norm": mechanism.clip_norm}
     if point == "clipped":
         return facts
-    client_level, record_level = mechanism.client_level, mechanism.record_level
+    client_level = mechanism.client_level
     if client_level is not None:
-        levels = client_level.inner.integer_sensitivity(
-            scale=client_level.scale, dimension=client_level.dimension
-        )
-        deviation = (
-            client_level.noise_multiplier
-            * levels
-            / client_level.scale
-            / client_level.inner.honest_survivors**0.5
-        )
+        deviation = client_level.share_deviation
     else:
-        assert record_level is not None
-        deviation = record_level.noise_multiplier * record_level.clip_norm / record_level.expected_batch_size
+        deviation = _step_deviation(mechanism)
         spec = prepared.config.federation.lifecycle
         if steps and (spec.optimizer != "sgd" or spec.momentum):
             return facts
         deviation *= spec.learning_rate * steps**0.5 if steps else 1.0
     return {**facts, "noise_deviation": deviation * clients**0.5}
+
+
+def _step_deviation(mechanism: Mechanism) -> float:
+    """Return the deviation of the noise on one coordinate of one site's gradient step."""
+    shared, record_level = mechanism.sum_level, mechanism.record_level
+    if shared is not None:
+        return shared.share_deviation / shared.learning_rate
+    assert record_level is not None
+    return record_level.noise_multiplier * record_level.clip_norm / record_level.expected_batch_size
 
 
 def _others(prepared: simulation.Prepared, client: int) -> list[int]:

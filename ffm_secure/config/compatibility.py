@@ -55,6 +55,22 @@ _NO_CLASSES = "sums by class need classes: choose a classification task"
 _NO_STEPS = "takes no step, so nothing is there for it to steer"
 _ONE_MODEL = "makes one head for everybody from one sum: use strategy average"
 
+_SUM_NEEDS_RING = (
+    "a site that adds its share alone is protected by nobody: only a secure sum (secagg or bfv) hides its update; "
+    "use noise_shares = 'site'"
+)
+_SUM_CLIENT = "the client unit adds its noise in shares already: leave noise_shares at 'site'"
+_SUM_NONE = "without a privacy unit there is no noise to share: leave noise_shares at 'site'"
+_SUM_OPTIMIZER = (
+    "a local optimizer would reshape the sum of gradients, which has no noise before it is opened and is bounded per "
+    "record as it is only: use sgd, and an optimizer on the server (federation.strategy)"
+)
+_SUM_PROXIMAL = "one step from the broadcast model has nothing to be pulled back from: set proximal to 0"
+_SUM_RULE = (
+    "its messages are no sums of bounded gradients, so a share of the noise protects no record: use average or a "
+    "server optimizer"
+)
+
 LARGEST_RECORD_DELTA = 1e-2
 LARGEST_EPSILON = 1000.0
 
@@ -91,6 +107,11 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
         **{("client", kind): f"{kind} clipping {_CLIP_UNIT}" for kind in ("per_layer", "automatic")},
         **{("none", kind): _CLIP_NONE for kind in ("per_layer", "automatic")},
     },
+    ("optimizer", "noise_shares"): {(kind, "sum"): _SUM_OPTIMIZER for kind in ("adam", "adamw")},
+    ("proximal", "noise_shares"): {("on", "sum"): _SUM_PROXIMAL},
+    ("strategy", "noise_shares"): {(rule, "sum"): _SUM_RULE for rule in LORA_RULES},
+    ("unit", "noise_shares"): {("client", "sum"): _SUM_CLIENT, ("none", "sum"): _SUM_NONE},
+    ("noise_shares", "protection"): {("sum", "none"): _SUM_NEEDS_RING, ("sum", "ckks"): _CKKS_DISCRETE},
     ("unit", "noise"): {("none", "seeded"): _SEEDED_NONE},
 }
 
@@ -112,6 +133,7 @@ REVIEWED: Mapping[str, Collection[str]] = {
     "unit": ("record", "person", "client", "none"),
     "clipping": ("flat", "per_layer", "automatic"),
     "noise": ("system", "seeded"),
+    "noise_shares": ("site", "sum"),
     "protection": ("none", "secagg", "bfv", "ckks"),
 }
 
@@ -160,6 +182,7 @@ def choices(config: RunConfig) -> dict[str, str]:
         "unit": config.privacy.unit,
         "clipping": config.privacy.clipping,
         "noise": config.privacy.noise,
+        "noise_shares": config.privacy.noise_shares,
         "protection": config.protection.kind,
     }
 
@@ -170,7 +193,7 @@ def check(config: RunConfig) -> None:
     Raises:
       PlanRefused: at least one pair of choices, or one number, is unsound.
     """
-    reasons = [*_pair_reasons(choices(config)), *_number_reasons(config)]
+    reasons = [*_pair_reasons(choices(config)), *_number_reasons(config), *_sum_reasons(config)]
     if reasons:
         raise PlanRefused(reasons)
 
@@ -208,11 +231,8 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
                 f"'{protection.mode}' with {protection.colluding} colluding; raise threshold to "
                 f"{needed} or lower colluding"
             )
-    if (
-        privacy.unit == "client"
-        and protection.kind != "none"
-        and threshold - max(1, protection.colluding) < 1
-    ):
+    shared = privacy.unit == "client" or privacy.noise_shares == "sum"
+    if shared and protection.kind != "none" and honest_survivors(config) < 1:
         yield (
             f"protection.colluding = {protection.colluding}: leaves no honest noise among {threshold} "
             "survivors"
@@ -253,6 +273,31 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
                 f"federation.dropout.stages: '{stage}' does not exist with protection "
                 f"'{protection.kind}'; remove it"
             )
+
+
+def _sum_reasons(config: RunConfig) -> Iterator[str]:
+    """Refuse numbers with which one record's change of the sum has no bound of its own."""
+    if config.privacy.noise_shares != "sum":
+        return
+    lifecycle = config.federation.lifecycle
+    if lifecycle.local_steps != 1:
+        yield (
+            f"federation.lifecycle.local_steps = {lifecycle.local_steps} with privacy.noise_shares = 'sum': must be 1; after a "
+            "second step a record has moved the model at which all others are read, and no bound on its own gradient holds "
+            "for that; take more rounds of one step, or noise_shares = 'site'"
+        )
+    for name in ("momentum", "weight_decay"):
+        value = getattr(lifecycle, name)
+        if value:
+            yield (
+                f"federation.lifecycle.{name} = {value:g} with privacy.noise_shares = 'sum': must be 0, for nothing but the sum "
+                "of gradients is sent; use an optimizer on the server (federation.strategy)"
+            )
+
+
+def honest_survivors(config: RunConfig) -> int:
+    """Return how many shares of the noise count in every opened sum: a curious client knows its own, at least."""
+    return minimum_survivors(config) - max(1, config.protection.colluding)
 
 
 def minimum_survivors(config: RunConfig) -> int:

@@ -231,9 +231,11 @@ class Strategy:
 
     kind: str = option("average", choices=STRATEGIES)
     learning_rate: float = option(1.0, above=0.0, maximum=1e3)
-    momentum: float = option(0.9, minimum=0.0, maximum=0.9999, only_for=("avgm", "adam", "yogi"))
-    beta2: float = option(0.99, minimum=0.0, maximum=0.99999, only_for=("adam", "yogi"))
-    tau: float = option(1e-3, above=0.0, only_for=("adam", "yogi", "adagrad"))
+    momentum: float = option(
+        0.9, minimum=0.0, maximum=0.9999, only_for=("avgm", "adam", "yogi", "adam_debiased")
+    )
+    beta2: float = option(0.99, minimum=0.0, maximum=0.99999, only_for=("adam", "yogi", "adam_debiased"))
+    tau: float = option(1e-3, above=0.0, only_for=("adam", "yogi", "adagrad", "adam_debiased"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,6 +296,12 @@ class Privacy:
         "",
         help="SQLite file of the rows' owner; empty: this user's own, outside every run; 'run': inside the "
         "run directory, for rows that are fictitious or public",
+    )
+    noise_shares: str = option(
+        "site",
+        choices=("site", "sum"),
+        help="sum: every site adds a share of the noise and the opened sum holds the whole; for records and persons, one local "
+        "step a round, under masks or bfv",
     )
     noise: str = option(
         "system", choices=("system", "seeded"), help="seeded is for tests and stamps the run not private"

@@ -123,7 +123,7 @@ def prepare(
     notes = (spec.strategy.note, _described(spec, data))
     trained.description += tuple(note for note in notes if note)
     outlook = _outlook(config, data, spec, folder, begun=begun > 0, turns=extension.turns if extension else 0)
-    if spec.mechanism.record_level is not None:
+    if spec.mechanism.clips_records:
         trainable.rehearse_per_sample(trained, spec.strategy.trains(0), clipping=config.privacy.clipping)
     return Prepared(
         config=config,
@@ -494,7 +494,7 @@ def _probe_rows(prepared: Prepared) -> Encoded:
       DataError: there are too few to tell whether one of them moves the others.
     """
     validation = prepared.dataset.validation
-    if prepared.mechanism.record_level is not None and len(validation) < PROBED:
+    if prepared.mechanism.clips_records and len(validation) < PROBED:
         raise DataError(
             f"{prepared.config.task.data}: has {len(validation)} validation rows, and the bound on one "
             f"record is tried on {PROBED} before any private row is read; add public rows"

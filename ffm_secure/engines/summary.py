@@ -20,7 +20,7 @@ from ffm_secure.config.schema import to_table
 from ffm_secure.engines.simulation import Prepared, Simulation, evaluation_examples
 from ffm_secure.federation import TrainingResult
 from ffm_secure.models.backbone import fingerprint, vector_fingerprint
-from ffm_secure.privacy.expectations import bound_warnings, noise_warnings
+from ffm_secure.privacy.expectations import bound_warnings, noise_warnings, sum_warnings
 from ffm_secure.privacy.query_noise import answers_paid
 from ffm_secure.privacy.statements import SEEDED, statements
 from ffm_secure.site.allowance import composed
@@ -212,6 +212,7 @@ def _spends(prepared: Prepared) -> str:
     spends = (
         f"epsilon {privacy.epsilon:g} at delta {small(privacy.delta)} per {unit} and data owner; clip "
         f"{privacy.clip_norm:g}, noise {prepared.mechanism.noise_multiplier:.3f} x clip"
+        f"{_where_noise_is(prepared)}"
     )
     if prepared.extension is not None:
         noise = prepared.mechanism.noise_multiplier
@@ -222,6 +223,14 @@ def _spends(prepared: Prepared) -> str:
         f"{spends}; the ledger lies in the run, as the run file asks: what rows "
         "spend elsewhere is not counted"
     )
+
+
+def _where_noise_is(prepared: Prepared) -> str:
+    shared = prepared.mechanism.sum_level
+    if shared is None:
+        return ""
+    honest = shared.inner.honest_survivors
+    return f" in the opened sum, of which every site adds 1 part in {honest} of the variance"
 
 
 def _planned(prepared: Prepared) -> tuple[Event, ...] | None:
@@ -243,8 +252,12 @@ def _planned(prepared: Prepared) -> tuple[Event, ...] | None:
 
 
 def _reveals(config: RunConfig, observer: Observer) -> str:
+    shared = config.privacy.noise_shares == "sum"
+    whole = config.privacy.unit == "client" or shared
     noised = "not noised"
-    if config.privacy.unit in ("record", "person"):
+    if shared:
+        noised = "with a share of the noise"
+    elif config.privacy.unit in ("record", "person"):
         noised = "already noised"
     least = compatibility.minimum_survivors(config)
     if observer == "public":
@@ -258,7 +271,7 @@ def _reveals(config: RunConfig, observer: Observer) -> str:
         return {
             "none": f"every client's update, {noised}, and the global model of every round",
             "secagg": f"sums of at least {least} clients"
-            + (", noised as a whole" if config.privacy.unit == "client" else f", {noised}"),
+            + (", noised as a whole" if whole else f", {noised}"),
             "bfv": "ciphertexts, and the sum the key holders return",
             "ckks": "ciphertexts, and the rounded sum the key holders return",
         }[config.protection.kind]
@@ -323,11 +336,13 @@ def _warnings(prepared: Prepared) -> list[str]:
             f"privacy.delta = {config.privacy.delta:g} is above 1 / {prepared.spec.public_client_size} "
             "examples of a client; choose a smaller one"
         )
-    record_level = prepared.mechanism.record_level
-    if record_level is not None and record_level.sampling_rate == 1.0:
+    record_level, in_shares = prepared.mechanism.record_level, prepared.mechanism.sum_level
+    sampled = record_level or (in_shares.inner if in_shares is not None else None)
+    if sampled is not None and sampled.sampling_rate == 1.0:
         warnings.append("batch_size reaches a client's whole data: sampling does not amplify privacy")
     warnings += bound_warnings(config, record_level)
     warnings += noise_warnings(config, record_level, size=prepared.trainable.size)
+    warnings += sum_warnings(config, in_shares)
     if config.protection.kind != "none" and config.privacy.unit == "none":
         warnings.append("hiding single updates is not differential privacy: no epsilon is claimed")
     warnings += (

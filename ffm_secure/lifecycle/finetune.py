@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defenses.dp import ClippedSum, Clipping, PerSampleEngine, RecordMechanism
+from defenses.dp import ClippedSum, Clipping, PerSampleEngine, RecordMechanism, poisson_sample
 from defenses.random_source import RandomSource
 from ffm_secure.config.run_file import Lifecycle
 from ffm_secure.tasks.base import Task
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 class ModelUpdate:
     """Hold what one client learned. Private: it never leaves the client as it is."""
 
-    vector: Tensor  # float32 [d], new minus broadcast
+    vector: Tensor  # [d], new minus broadcast; float32, or float64 where it is a bounded sum
     loss: float  # mean training loss, nats; nan when the rule does not measure it
     steps: int
 
@@ -174,6 +174,54 @@ class PrivateGradient:
     def loss(self) -> float:
         """Return nan: the private loss is not measured, so that it cannot leak."""
         return float("nan")
+
+
+class BoundedSum:
+    """The sum of one Poisson sample's bounded gradients at the broadcast model, without noise.
+
+    Guarantee: one record adds at most the bound, one on which the model fails nothing; an empty sample is a
+    sum of zeros. Private until a share of the noise is on it: `SumNoise.protect` adds it, and nothing else
+    may take the sum.
+    """
+
+    def __init__(
+        self,
+        *,
+        trainable: TrainableModel,
+        task: Task,
+        encoded: Encoded,
+        sampling_rate: float,
+        clipping: Clipping,
+        engine: PerSampleEngine,
+        source: RandomSource,
+        device: str,
+        microbatch: int,
+    ) -> None:
+        self.trainable, self.task, self.encoded = trainable, task, encoded
+        self.sampling_rate, self.clipping, self.engine = sampling_rate, clipping, engine
+        self.sampling = source.derive("sampling")
+        self.task_draws = torch.Generator().manual_seed(source.derive("masks").below(2**62))
+        self.device, self.microbatch = device, microbatch
+        self.rows_used: set[int] = set()
+
+    def gradient_sum(self) -> Tensor:
+        """Return the sum [d] in the order of the vector, float64 on the processor; 0 for what is not trained."""
+        indices = poisson_sample(len(self.encoded), rate=self.sampling_rate, source=self.sampling)
+        self.rows_used.update(indices.tolist())
+        total = self.engine.empty(self.clipping)
+        for part in similar_lengths(self.encoded, indices, self.microbatch):
+            for clipped in one_by_one_if_needed(self._clipped, part):
+                total = total + clipped
+        parts = []
+        for name, parameter in self.trainable.parameters.items():
+            gradient = total.gradients.get(name)
+            parts.append(torch.zeros(parameter.numel()) if gradient is None else gradient.cpu())
+        return torch.cat([part.reshape(-1).double() for part in parts])
+
+    def _clipped(self, rows: np.ndarray) -> ClippedSum:
+        batch = self.task.batch(self.encoded, rows, device=self.device, generator=self.task_draws)
+        losses = partial(self.task.losses, self.trainable.model, batch)
+        return self.engine.clipped_sum(losses, clip=self.clipping)
 
 
 def one_by_one_if_needed(work: Callable[[np.ndarray], Result], rows: np.ndarray) -> list[Result]:

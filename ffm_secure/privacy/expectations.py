@@ -10,8 +10,24 @@ import numpy as np
 
 from defenses.dp import RecordMechanism
 from ffm_secure.config.run_file import Lifecycle, Protection, RunConfig
+from ffm_secure.privacy.mechanism import Mechanism, SumNoise
 
 ROOM = 4.0  # standard deviations of noise that a bound should leave room for
+
+
+def site_noise_variance(mechanism: Mechanism, lifecycle: Lifecycle) -> float:
+    """Return the variance of the noise in one coordinate of a site's update, from public numbers.
+
+    Exact for noise in shares and for plain steps; 0 where an optimizer at the sites mixes the noise with
+    gradients.
+    """
+    if mechanism.sum_level is not None:
+        return mechanism.sum_level.share_deviation**2
+    if mechanism.client_level is not None:
+        return mechanism.client_level.share_deviation**2
+    if mechanism.record_level is None or lifecycle.optimizer != "sgd":
+        return 0.0
+    return update_noise(mechanism.record_level, lifecycle) ** 2
 
 
 def update_noise(mechanism: RecordMechanism, lifecycle: Lifecycle) -> float:
@@ -65,6 +81,29 @@ def bound_warnings(config: RunConfig, mechanism: RecordMechanism | None) -> list
             )
         ]
     return []
+
+
+def sum_warnings(config: RunConfig, noise: SumNoise | None) -> list[str]:
+    """Warn where rounding is a large part of the bound on one record, and where noise in shares drowns the records."""
+    if noise is None:
+        return []
+    inner, found = noise.inner, []
+    rounding = inner.l2_sensitivity / (inner.bound * inner.scale)
+    if rounding > 1.05:
+        found.append(
+            f"protection.value_bits = {config.protection.value_bits}: rounding {inner.dimension:,} numbers makes the bound on one "
+            f"record {rounding:.2f} x as large, and the noise with it; raise value_bits"
+        )
+    steps = config.federation.rounds
+    signal = inner.bound * config.federation.lifecycle.batch_size * config.federation.cohort * steps
+    walk = noise.share_deviation * math.sqrt(inner.dimension * steps * config.federation.cohort)
+    if walk > signal:
+        found.append(
+            f"noise of {noise.noise_multiplier:.3g} x clip in the opened sum carries the {inner.dimension:,} trained numbers "
+            f"{walk / signal:.2g} x as far as all records could if every one agreed: expect to learn nothing; train fewer "
+            "numbers, in larger batches or cohorts, or give privacy.epsilon more"
+        )
+    return found
 
 
 def walk_ratio(mechanism: RecordMechanism, *, rounds: int, cohort: int, size: int) -> float:

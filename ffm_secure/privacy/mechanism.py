@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,9 +14,16 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from defenses.dp import Accountant, ClientMechanism, Event, NonPrivateEvent, RecordMechanism
+from defenses.dp import (
+    ClientMechanism,
+    Clipping,
+    Event,
+    NonPrivateEvent,
+    RecordMechanism,
+    SumMechanism,
+    smallest_multiplier,
+)
 from defenses.dp.calibration import noise_multiplier
-from defenses.errors import BudgetExceeded
 from defenses.random_source import RandomSource
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
@@ -61,6 +68,14 @@ class Mechanism(Protocol):
         """Return what clips and noises the whole update, where the client is the unit."""
 
     @property
+    def sum_level(self) -> SumNoise | None:
+        """Return what bounds every record and noises the sum of all sites in shares, where the run asks for it."""
+
+    @property
+    def clips_records(self) -> bool:
+        """Tell whether every record's gradient is bounded on its own."""
+
+    @property
     def adjacency(self) -> str:
         """Say between which neighbours the guarantee holds."""
 
@@ -87,6 +102,8 @@ class NoMechanism:
     clip_norm = math.inf
     record_level = None
     client_level = None
+    sum_level = None
+    clips_records = False
     adjacency = "none"
 
     def event(self, release: str) -> Event:
@@ -116,6 +133,8 @@ class RecordNoise:
     unit: str = "record"
 
     client_level = None
+    sum_level = None
+    clips_records = True
 
     @property
     def noise_multiplier(self) -> float:
@@ -170,6 +189,8 @@ class ClientNoise:
     dimension: int
 
     record_level = None
+    sum_level = None
+    clips_records = False
     adjacency = "zero out one client"
 
     @property
@@ -196,6 +217,12 @@ class ClientNoise:
         deviation = self.noise_multiplier * sensitivity
         return 2 + math.ceil(12 * deviation / math.sqrt(self.inner.honest_survivors))
 
+    @property
+    def share_deviation(self) -> float:
+        """Return the deviation of one client's share on one coordinate, in units of an update."""
+        levels = self.inner.integer_sensitivity(scale=self.scale, dimension=self.dimension)
+        return self.noise_multiplier * levels / self.scale / math.sqrt(self.inner.honest_survivors)
+
     def event(self, release: str) -> Event:
         """Return the event of one round."""
         return self.inner.integer_event(release, scale=self.scale, dimension=self.dimension)
@@ -218,6 +245,86 @@ class ClientNoise:
             f"up to {rounds} rounds of Skellam noise over the honest survivors, noise multiplier "
             f"{self.noise_multiplier:.4f}, clip {self.clip_norm:g}, every client of "
             "a cohort counted as taking part"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumNoise:
+    """The record- or person-level mechanism with noise in shares: a site sends the sum of its records' bounded
+    gradients at the broadcast model, times the learning rate, with a share of Skellam noise on the integer grid.
+
+    Guarantee: one record moves the sum of one round by at most `inner.bound`, rounding beside it; what is
+    opened holds the noise that `event` charges. One site's upload alone is protected by masks only.
+    """
+
+    inner: SumMechanism  # of one round, in units of a site's update
+    clipping: Clipping
+    learning_rate: float
+    expected_batch_size: float
+
+    record_level = None
+    client_level = None
+    clips_records = True
+
+    @property
+    def sum_level(self) -> SumNoise:
+        """Return what bounds every record and noises the sum."""
+        return self
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Return the noise of the opened sum over the bound on one record."""
+        return self.inner.noise_multiplier
+
+    @property
+    def clip_norm(self) -> float:
+        """Return the bound on one record's gradient."""
+        return self.clipping.clip_norm
+
+    @property
+    def scale(self) -> float:
+        """Return the integer levels in 1.0 of an update."""
+        return self.inner.scale
+
+    @property
+    def noise_bound(self) -> int:
+        """Return what one site's noise on one coordinate practically never exceeds, in levels."""
+        return self.inner.noise_bound
+
+    @property
+    def share_deviation(self) -> float:
+        """Return the deviation of one site's share on one coordinate, in units of an update."""
+        return math.sqrt(self.inner.share_variance) / self.scale
+
+    @property
+    def adjacency(self) -> str:
+        """Say between which neighbours the guarantee holds."""
+        return f"add or remove one {self.inner.unit}"
+
+    def event(self, release: str) -> Event:
+        """Return the event of one round."""
+        return self.inner.event(release)
+
+    def update_of(self, gradient_sum: Tensor) -> Tensor:
+        """Turn a sum of bounded gradients [d] into an update [d], both float64."""
+        return gradient_sum * (-self.learning_rate / self.expected_batch_size)
+
+    def digest(self) -> str:
+        """Return the hash of everything that decides epsilon."""
+        text = f"{self.inner.digest()}|{self.clipping!r}|{self.learning_rate!r}|{self.expected_batch_size!r}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> MechanismOutput:
+        """Round the site's sum to the grid and add this site's share of the noise."""
+        return MechanismOutput(values=self.inner.share(_float64(update), source), loss=0.0, weight=1)
+
+    def words(self, rounds: int) -> str:
+        """Describe the sampling, and the noise of the opened sum."""
+        inner = self.inner
+        return (
+            f"up to {rounds} rounds of one Poisson({inner.sampling_rate:.6g}) sampled sum with Skellam noise in shares of "
+            f"{inner.honest_survivors} honest survivors, noise multiplier {inner.noise_multiplier:.4f}, clip {self.clip_norm:g}, "
+            f"{self.clipping.kind} clipping"
         )
 
 
@@ -248,6 +355,8 @@ def calibrate(
         return NoMechanism(reason=config.privacy.reason)
     if config.privacy.unit == "client":
         return _client_noise(config, size, history, multiplier, _cap(config, turns))
+    if config.privacy.noise_shares == "sum":
+        return _sum_noise(config, size, public_client_size, history, multiplier, _cap(config, turns))
     return _record_noise(config, public_client_size, history, multiplier, _cap(config, turns))
 
 
@@ -290,41 +399,75 @@ def _client_noise(
     """Find the smallest noise on the grid that keeps the budget
     over every participation a client may have.
     """
-    privacy, protection = config.privacy, config.protection
-    scale = ((1 << (protection.value_bits - 1)) - 1) / privacy.clip_norm
-    # A curious client knows its own share of the noise, so at least one share is never counted.
-    honest = compatibility.minimum_survivors(config) - max(1, protection.colluding)
+    privacy = config.privacy
+    scale = _levels(config) / privacy.clip_norm
 
     def mechanism(multiplier: float) -> ClientNoise:
         inner = ClientMechanism(
             noise_multiplier=multiplier,
             clip_norm=privacy.clip_norm,
-            honest_survivors=honest,
+            honest_survivors=compatibility.honest_survivors(config),
             participations=1,
         )
         return ClientNoise(inner=inner, scale=scale, dimension=size)
 
-    def spent(multiplier: float) -> float:
-        accountant = Accountant()
-        for event in history:
-            accountant.compose(event)
-        accountant.compose(mechanism(multiplier).event("calibration"), count=cap)
-        return accountant.epsilon(privacy.delta).epsilon
+    return mechanism(multiplier or _smallest(config, lambda noise: mechanism(noise), history, cap))
 
-    if multiplier:
-        low, high = (multiplier, multiplier)
-    else:
-        low, high = (1e-3, 1.0)
-    while not multiplier and spent(high) > privacy.epsilon:
-        if high > 1e6:
-            raise BudgetExceeded(
-                f"what the ledger already holds leaves nothing of epsilon {privacy.epsilon:g}"
-            )
-        low, high = high, 2 * high
-    while high - low > 1e-4 * high:
-        middle = (low + high) / 2
-        if spent(middle) > privacy.epsilon:
-            low, high = (middle, high)
-        else:
-            low, high = (low, middle)
-    return mechanism(high)
+
+def _sum_noise(
+    config: RunConfig,
+    size: int,
+    public_client_size: int,
+    history: Sequence[Event],
+    multiplier: float,
+    cap: int,
+) -> SumNoise:
+    """Find the smallest noise of the opened sum that keeps the budget over every round an owner may pay for."""
+    privacy, lifecycle = config.privacy, config.federation.lifecycle
+    rate = compatibility.sampling_rate(config, public_client_size)
+    batch = float(lifecycle.batch_size)
+    bound = lifecycle.learning_rate * privacy.clip_norm / batch
+    levels = _levels(config)
+
+    def mechanism(multiplier: float) -> SumNoise:
+        inner = SumMechanism(
+            noise_multiplier=multiplier,
+            bound=bound,
+            scale=levels / bound,
+            dimension=size,
+            honest_survivors=compatibility.honest_survivors(config),
+            sampling_rate=rate,
+            unit="person" if privacy.unit == "person" else "record",
+            records_per_person=privacy.records_per_person,
+            largest=levels * largest_records(lifecycle.batch_size),
+        )
+        return SumNoise(
+            inner=inner,
+            clipping=Clipping(kind=privacy.clipping, clip_norm=privacy.clip_norm),
+            learning_rate=lifecycle.learning_rate,
+            expected_batch_size=batch,
+        )
+
+    return mechanism(multiplier or _smallest(config, lambda noise: mechanism(noise), history, cap))
+
+
+def largest_records(batch_size: int) -> int:
+    """Return how many records may push one coordinate of a site's sum all the way; beyond it is cut."""
+    return math.ceil(batch_size + 8 * math.sqrt(batch_size))
+
+
+def _levels(config: RunConfig) -> int:
+    """Return the integer levels that the bound on one unit is cut into."""
+    return (1 << (config.protection.value_bits - 1)) - 1
+
+
+def _smallest(
+    config: RunConfig, mechanism: Callable[[float], Mechanism], history: Sequence[Event], cap: int
+) -> float:
+    return smallest_multiplier(
+        lambda noise: mechanism(noise).event("calibration"),
+        epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+        count=cap,
+        history=history,
+    )

@@ -75,8 +75,13 @@ def _mechanism_words(
 
 def _for_observer(common: PrivacyStatement, config: RunConfig, observer: Observer) -> PrivacyStatement:
     common = replace(common, observer=observer)
-    colluding = observer == "colluding_server"
-    if config.privacy.unit != "client" or not colluding or not common.finite:
+    if not common.finite:
+        return common
+    if config.privacy.noise_shares == "sum":
+        common = replace(common, note=_rests_on(config))
+    elif config.privacy.unit != "client":
+        return common
+    if observer != "colluding_server":
         return common
     if config.protection.kind == "bfv":
         return replace(
@@ -85,6 +90,20 @@ def _for_observer(common: PrivacyStatement, config: RunConfig, observer: Observe
             note="a server that holds one client's key reads every upload, and one client's share of the "
             "noise protects nobody",
         )
+    known = f"noise of up to {config.protection.colluding} colluding clients is not counted"
+    if config.privacy.noise_shares != "sum":
+        return replace(common, note=known)
     return replace(
-        common, note=f"noise of up to {config.protection.colluding} colluding clients is not counted"
+        common,
+        note=f"{known}; with more of them epsilon is infinite, for a site's share alone protects nobody",
+    )
+
+
+def _rests_on(config: RunConfig) -> str:
+    """Say what an epsilon of noise in shares rests on."""
+    hidden = "masks" if config.protection.kind == "secagg" else "encryption"
+    least, honest = compatibility.minimum_survivors(config), compatibility.honest_survivors(config)
+    return (
+        f"rests on the {hidden} and on at least {honest} honest sites in every opened sum (no sum of fewer than {least} is "
+        "opened); an upload read alone holds a share of the noise only"
     )

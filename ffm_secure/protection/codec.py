@@ -15,7 +15,7 @@ from defenses.random_source import RandomSource
 from defenses.secagg import ring
 from defenses.secagg.masks import RingVector
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.privacy.mechanism import Mechanism, MechanismOutput
+from ffm_secure.privacy.mechanism import Mechanism, MechanismOutput, largest_records
 from ffm_secure.records import RoundSum
 
 _LARGEST_LOSS = 64.0  # nats; a larger mean loss is reported as this
@@ -119,8 +119,11 @@ class VectorCodec:
 def codec_for(config: RunConfig, mechanism: Mechanism, *, size: int, largest_weight: int = 1) -> VectorCodec:
     """Return the codec of a run for updates of `size` numbers, in the smallest ring that cannot overflow."""
     clients, protection = config.federation.cohort, config.protection
-    noise = mechanism.client_level
+    noise = mechanism.client_level or mechanism.sum_level
     if noise is not None:
+        one_site = (
+            1 if mechanism.sum_level is None else largest_records(config.federation.lifecycle.batch_size)
+        )
         return grid_codec(
             size=size,
             clients=clients,
@@ -128,6 +131,7 @@ def codec_for(config: RunConfig, mechanism: Mechanism, *, size: int, largest_wei
             bound=config.privacy.clip_norm,
             grid_scale=noise.scale,
             noise_bound=noise.noise_bound,
+            one_site=one_site,
         )
     return real_codec(
         size=size,
@@ -151,12 +155,19 @@ def real_codec(
 
 
 def grid_codec(
-    *, size: int, clients: int, value_bits: int, bound: float, grid_scale: float, noise_bound: int
+    *,
+    size: int,
+    clients: int,
+    value_bits: int,
+    bound: float,
+    grid_scale: float,
+    noise_bound: int,
+    one_site: int = 1,
 ) -> VectorCodec:
     """Return the codec for changes already on an integer grid with discrete noise of at most `noise_bound` (a
-    tail bound).
+    tail bound); one site's coordinate is at most `one_site` times the largest value.
     """
-    bits = ring.modulus_for(value_bits, clients, noise_bound=noise_bound)
+    bits = ring.modulus_for(value_bits, clients, max_weight=one_site, noise_bound=noise_bound)
     quantizer = ring.Quantizer(value_bits=value_bits, coordinate_bound=bound, modulus_bits=bits)
     return VectorCodec(
         size=size, clients=clients, quantizer=quantizer, grid_scale=grid_scale, noise_bound=noise_bound

@@ -19,6 +19,7 @@ from ffm_secure.aggregation import aggregate_of
 from ffm_secure.errors import FfmError, RecordError
 from ffm_secure.lifecycle.base import ServerPhase
 from ffm_secure.models.backbone import vector_fingerprint
+from ffm_secure.privacy.expectations import site_noise_variance
 from ffm_secure.protection.base import UPLOAD, AggregationResult, too_few
 from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Opened, keep_answers, remember
@@ -267,7 +268,9 @@ def _step(server: ServerContext, plan: RoundPlan, state: ServerState, result: Ro
     elif plan.query != LEARN:
         return _use_answer(spec.questions[plan.query], state, result.sum)
     else:
-        after = spec.strategy.step(state, aggregate_of(spec.config, [result.sum]))
+        known = site_noise_variance(spec.mechanism, spec.config.federation.lifecycle)
+        aggregate = aggregate_of(spec.config, [result.sum], site_noise_variance=known)
+        after = spec.strategy.step(state, aggregate)
         if server.transcript is not None:
             server.transcript.stepped(plan, result.sum, after.vector)
     return keep_answers(state, spec.algorithm.remember(spec.strategy, state, after, plan.phase))

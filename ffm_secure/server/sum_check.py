@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from ffm_secure.privacy.mechanism import SumNoise
 from ffm_secure.records import RoundSum
 from ffm_secure.run_spec import Question, RunSpec
 
@@ -74,6 +75,8 @@ def honest_bound(spec: RunSpec, survivors: int, start_norm: float) -> HonestBoun
         return HonestBound(
             norm=norm + _rounding(spec, survivors), because="clip and noise of the client unit"
         )
+    if spec.mechanism.sum_level is not None:
+        return _shared_bound(spec, spec.mechanism.sum_level, survivors)
     if spec.mechanism.record_level is not None and not spec.strategy.merges_into_base:
         norm = survivors * _record_update_norm(spec, start_norm) + _rounding(spec, survivors)
         return HonestBound(norm=norm, because="clip, noise and learning rate of the record unit")
@@ -94,11 +97,22 @@ def _rounding(spec: RunSpec, survivors: int) -> float:
 def _client_noise(spec: RunSpec, survivors: int) -> float:
     """Return the deviation of one coordinate's noise in a sum of the client unit; 0 for the other units."""
     noise = spec.mechanism.client_level
-    if noise is None:
-        return 0.0
-    levels = noise.inner.integer_sensitivity(scale=noise.scale, dimension=noise.dimension)
-    share = noise.noise_multiplier * levels / noise.scale / math.sqrt(noise.inner.honest_survivors)
-    return share * math.sqrt(survivors)
+    return noise.share_deviation * math.sqrt(survivors) if noise is not None else 0.0
+
+
+def _shared_bound(spec: RunSpec, noise: SumNoise, survivors: int) -> HonestBound:
+    """Return the bound for sums of bounded gradients with noise in shares."""
+    records = noise.expected_batch_size * _batches(noise.expected_batch_size)
+    signal = survivors * noise.inner.bound * records
+    norm = _with_noise(signal, noise.share_deviation * math.sqrt(survivors), spec.codec.size)
+    return HonestBound(
+        norm=norm + _rounding(spec, survivors), because="clip, noise in shares and learning rate"
+    )
+
+
+def _batches(expected: float) -> float:
+    """Return the most a realised batch may be, in expected batches."""
+    return _LARGEST_SITE + _TAIL * math.sqrt(_LARGEST_SITE / expected)
 
 
 def _with_noise(signal: float, deviation: float, size: int) -> float:
@@ -125,10 +139,7 @@ def _record_update_norm(spec: RunSpec, start_norm: float) -> float:
     if lifecycle.optimizer != "sgd":
         return 3.2 * rate * steps * math.sqrt(size) + 2 * decay
     expected = mechanism.expected_batch_size
-    batches = _LARGEST_SITE + _TAIL * math.sqrt(
-        _LARGEST_SITE / expected
-    )  # realised batch over the expected one
-    signal = mechanism.clip_norm * batches
+    signal = mechanism.clip_norm * _batches(expected)
     deviation = mechanism.noise_multiplier * mechanism.clip_norm / expected
     momentum = 1.0 / (1.0 - lifecycle.momentum)
     return momentum * rate * steps * _with_noise(signal, deviation, size) + 2 * decay

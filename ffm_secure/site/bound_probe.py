@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from defenses.dp import PerSampleEngine, probe_sensitivity
+from defenses.dp import Clipping, PerSampleEngine, probe_sensitivity
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.tasks.base import Task
 from ffm_secure.tasks.encoded import Encoded
@@ -25,9 +25,10 @@ def probe_bound(
     Raises:
       NotPrivateError: it does, or samples are coupled; the message names the module or the loss at fault.
     """
-    mechanism = spec.mechanism.record_level
-    if mechanism is None:
+    mechanism = spec.mechanism
+    if not mechanism.clips_records:
         return
+    bound = Clipping(kind=spec.config.privacy.clipping, clip_norm=mechanism.clip_norm)
 
     def losses_of(rows: Sequence[int]) -> Callable[[], Tensor]:
         batch = task.evaluation_batch(
@@ -45,7 +46,7 @@ def probe_bound(
             losses_of,
             samples=samples,
             clip_norm=mechanism.clip_norm,
-            clip=mechanism.bound,
+            clip=bound,
             tolerance=1e-5 if exact else 1e-2,
             coupling_tolerance=1e-3 if exact else 0.1,
         )

@@ -15,9 +15,9 @@ from defenses.dp import PerSampleEngine
 from defenses.random_source import RandomSource
 from defenses.secagg.masks import RingVector
 from ffm_secure.lifecycle import ModelUpdate, SiteRound
-from ffm_secure.lifecycle.finetune import GradientRule, PlainGradient, PrivateGradient
+from ffm_secure.lifecycle.finetune import BoundedSum, GradientRule, PlainGradient, PrivateGradient
 from ffm_secure.models.backbone import vector_fingerprint
-from ffm_secure.privacy.mechanism import MechanismOutput
+from ffm_secure.privacy.mechanism import MechanismOutput, SumNoise
 from ffm_secure.queries.base import Query, Rows, Viewed, by_length
 from ffm_secure.records import LEARN, RoundPlan
 from ffm_secure.run_spec import RunSpec
@@ -98,6 +98,8 @@ class SiteTrainer:
         step.
         """
         spec, strategy = self.spec, self.spec.strategy
+        if spec.mechanism.sum_level is not None:
+            return self.add_up(spec.mechanism.sum_level, data, plan, start, source)
         mask = strategy.mask(data.index)
         if mask is not None:
             start = start * mask
@@ -117,6 +119,30 @@ class SiteTrainer:
         learned = update.vector.cpu()
         self.states.save(data.index, start + learned, run_id=plan.run_id, round=plan.round)
         return replace(update, vector=strategy.message(start, learned, plan.step))
+
+    def add_up(
+        self, mechanism: SumNoise, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource
+    ) -> ModelUpdate:
+        """Return the step that one bounded sum of gradients at the broadcast model makes; it has no noise yet.
+
+        The sum does not pass through the model's float32 weights: their rounding would be outside the bound.
+        """
+        with self.trainable.training_only(self.spec.strategy.trains(plan.step)):
+            self.trainable.load_vector(start)
+            rule = BoundedSum(
+                trainable=self.trainable,
+                task=self.task,
+                encoded=data.examples,
+                sampling_rate=mechanism.inner.sampling_rate,
+                clipping=mechanism.clipping,
+                engine=self._engine(),
+                source=source,
+                device=self.spec.device,
+                microbatch=self.spec.config.speed.microbatch,
+            )
+            update = mechanism.update_of(rule.gradient_sum())
+        self.rows_used = frozenset(rule.rows_used)
+        return ModelUpdate(vector=update, loss=float("nan"), steps=1)
 
     def rule(self, data: SiteData, plan: RoundPlan, source: RandomSource) -> GradientRule:
         """Choose how gradients are taken: per sample with noise, or plain."""

@@ -94,7 +94,7 @@ def open_workplace(config: RunConfig, own: Belongings) -> Workplace:
     backbones = own.file.policy.backbones
     if backbones and terms.backbone not in backbones:
         raise PlanRefused([f"the backbone {terms.backbone} is not among policy.backbones"])
-    if loaded.mechanism.record_level is not None:
+    if loaded.mechanism.clips_records:
         trainable.rehearse_per_sample(
             loaded.trainable, loaded.strategy.trains(0), clipping=config.privacy.clipping
         )
@@ -146,7 +146,7 @@ def _sites(
 
 def _probe(dataset: Dataset, loaded: LoadedModel, task: Task) -> None:
     public = dataset.validation
-    if loaded.mechanism.record_level is not None and len(public) < PROBED:
+    if loaded.mechanism.clips_records and len(public) < PROBED:
         raise DataError(
             f"public: {len(public)} rows, and the bound on one record is tried on {PROBED} before any "
             "private row "

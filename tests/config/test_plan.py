@@ -37,6 +37,7 @@ def _choices(kind: type, field: str) -> tuple[str, ...]:
         ("unit", config.Privacy, "unit"),
         ("clipping", config.Privacy, "clipping"),
         ("noise", config.Privacy, "noise"),
+        ("noise_shares", config.Privacy, "noise_shares"),
         ("protection", config.Protection, "kind"),
     ],
 )
