@@ -18,7 +18,8 @@ from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.schema import to_table
 from ffm_secure.config.owners import numbered_names
-from ffm_secure.errors import StoreError
+from ffm_secure.errors import PlanRefused, StoreError
+from ffm_secure.lifecycle.base import Algorithm
 from ffm_secure.models import backbone as models
 from ffm_secure.models.backbone import Backbone, fingerprint
 from ffm_secure.privacy.mechanism import Mechanism, calibrate
@@ -215,6 +216,9 @@ def _agree(
 ) -> RunSpec:
     """Work out what the server and every site agree on."""
     size, public_client_size = strategy.size(trained.size), facts.public_client_size
+    algorithm = LIFECYCLES.load(config.federation.lifecycle.kind)()
+    if mechanism.sum_level is not None:
+        _require_plain_sums(config, strategy, algorithm)
     largest_weight = _largest_weight(config, public_client_size)
     only = questions.get(config.federation.lifecycle.kind)
     return RunSpec(
@@ -222,7 +226,7 @@ def _agree(
         owners=facts.owners or numbered_names(config.task.clients),
         public_client_size=public_client_size,
         layout=trained.layout,
-        algorithm=LIFECYCLES.load(config.federation.lifecycle.kind)(),
+        algorithm=algorithm,
         strategy=strategy,
         mechanism=mechanism,
         codec=only.codec
@@ -232,6 +236,29 @@ def _agree(
         device=choose_device(config.speed.device),
         questions=questions,
     )
+
+
+def _require_plain_sums(config: RunConfig, strategy: Strategy, algorithm: Algorithm) -> None:
+    """Refuse kinds, registered by whomever, that would send something else than the sum of bounded gradients.
+
+    Raises:
+      PlanRefused: noise in shares would not protect a record in what they send.
+    """
+    own = type(strategy)
+    sends_sums = own.message is Strategy.message and own.mask is Strategy.mask and not strategy.home
+    reasons = []
+    if not sends_sums or own.sends is not Strategy.sends:
+        reasons.append(
+            f"federation.strategy.kind = '{config.federation.strategy.kind}' with privacy.noise_shares = 'sum': it reworks what a "
+            "site sends, and a share of the noise protects a record only in a plain sum; use noise_shares = 'site'"
+        )
+    if type(algorithm).learn is not Algorithm.learn:
+        reasons.append(
+            f"federation.lifecycle.kind = '{config.federation.lifecycle.kind}' with privacy.noise_shares = 'sum': it makes sites do "
+            "something else than add up bounded gradients; use noise_shares = 'site'"
+        )
+    if reasons:
+        raise PlanRefused(reasons)
 
 
 def schedule_of(config: RunConfig) -> tuple[tuple[int, ...], ...]:

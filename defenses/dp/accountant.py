@@ -234,12 +234,12 @@ class Accountant:
 
     def _integer_delta(self, epsilon: float) -> float:
         renyi = math.exp(max(renyi_log_delta(moments, epsilon) for moments in self._renyi_moments()))
-        tail = INTEGER_TAIL * math.exp(-min(epsilon, 600.0)) * SMALLEST_DELTA**0.25
+        tail = math.sqrt(SMALLEST_DELTA) * INTEGER_TAIL * math.exp(-min(epsilon, 500.0))
         gap = log_gap(self._integer, tail)
         if gap > LARGEST_GAP or epsilon <= 2 * gap:
             return min(1.0, renyi)
         near = self._plain_delta(epsilon - 2 * gap)
-        return min(1.0, renyi, math.exp(gap) * near + tail * (1 + math.exp(min(epsilon, 600.0))))
+        return min(1.0, renyi, math.exp(gap) * near + tail * (1 + math.exp(min(epsilon, 500.0))))
 
     def _plain_delta(self, epsilon: float) -> float:
         if not self._counts and not self._renyi_only:

@@ -120,3 +120,50 @@ def test_shares_needed_match_the_table(cohort: int, colluding: int, mode: str, n
     changed["task"]["clients"], changed["federation"]["cohort"] = cohort, cohort
     changed["protection"] = {"kind": "secagg", "colluding": colluding, "mode": mode}
     assert compatibility.shamir_threshold(config.from_table(changed)) == needed
+
+
+SHARED = {"privacy": {"noise_shares": "sum"}, "protection": {"kind": "secagg"}}
+
+
+def test_noise_in_shares_goes_with_masks_and_encryption_and_one_plain_step() -> None:
+    for kind in ("secagg", "bfv"):
+        changed = table()
+        changed["privacy"] |= {"noise_shares": "sum"}
+        changed["protection"] = {"kind": kind}
+        compatibility.check(config.from_table(changed))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("protection", {"kind": "none"}, "only a secure sum"),
+        ("protection", {"kind": "ckks"}, "exact discrete noise"),
+        ("privacy", {"unit": "client"}, "in shares already"),
+        ("lifecycle", {"local_steps": 2}, "a second step"),
+        ("lifecycle", {"local_steps": 0, "local_epochs": 1}, "must be 1"),
+        ("lifecycle", {"optimizer": "adam"}, "no noise before it is opened"),
+        ("lifecycle", {"momentum": 0.5}, "momentum = 0.5"),
+        ("lifecycle", {"weight_decay": 0.1}, "weight_decay = 0.1"),
+        ("lifecycle", {"proximal": 0.1}, "set proximal to 0"),
+        ("federation", {"strategy": {"kind": "ffa"}}, "no sums of bounded gradients"),
+        ("protection", {"kind": "secagg", "threshold": 3, "colluding": 3}, "leaves no honest noise"),
+    ],
+)
+def test_what_would_leave_a_record_without_a_bound_or_without_noise_is_refused(
+    section: str, values: dict[str, object], words: str
+) -> None:
+    changed = {name: dict(given) for name, given in SHARED.items()}
+    if section == "lifecycle":
+        lifecycle = {"kind": "finetune", "local_steps": 1, "batch_size": 4, "learning_rate": 0.1}
+        changed["federation"] = {"lifecycle": {**lifecycle, **values}}
+    else:
+        changed[section] = {**changed.get(section, {}), **values}
+    assert words in refused(**changed)
+
+
+def test_without_a_unit_there_is_no_noise_to_share() -> None:
+    changed = table()
+    changed["privacy"] = {"unit": "none", "reason": "public", "noise_shares": "sum"}
+    changed["protection"] = {"kind": "secagg"}
+    with pytest.raises(PlanRefused, match="no noise to share"):
+        compatibility.check(config.from_table(changed))

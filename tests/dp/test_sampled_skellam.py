@@ -177,7 +177,9 @@ def test_skellam_is_as_near_to_the_discrete_gaussian_as_is_charged() -> None:
     for variance in (1e4, 1e5, 1e6):
         for reach in (2.0, 6.0, 11.0):
             outputs = np.arange(0, math.floor(reach * math.sqrt(variance)) + 1)
-            everywhere = np.arange(-math.ceil(30 * math.sqrt(variance)), math.ceil(30 * math.sqrt(variance)) + 1)
+            everywhere = np.arange(
+                -math.ceil(30 * math.sqrt(variance)), math.ceil(30 * math.sqrt(variance)) + 1
+            )
             gaussian = np.exp(-(everywhere.astype(np.float64) ** 2) / (2 * variance)).sum()
             logs = np.log(ive(outputs, variance)) + outputs.astype(np.float64) ** 2 / (2 * variance)
             furthest = float(np.abs(logs + math.log(gaussian)).max())
