@@ -249,12 +249,15 @@ def _require_plain_sums(config: RunConfig, strategy: Strategy, algorithm: Algori
     reasons = []
     if not sends_sums or own.sends is not Strategy.sends:
         reasons.append(
-            f"federation.strategy.kind = '{config.federation.strategy.kind}' with privacy.noise_shares = 'sum': it reworks what a "
-            "site sends, and a share of the noise protects a record only in a plain sum; use noise_shares = 'site'"
+            f"federation.strategy.kind = '{config.federation.strategy.kind}' with "
+            "privacy.noise_shares = 'sum': it reworks what a "
+            "site sends, and a share of the noise protects a record only in a plain sum; use "
+            "noise_shares = 'site'"
         )
     if type(algorithm).learn is not Algorithm.learn:
         reasons.append(
-            f"federation.lifecycle.kind = '{config.federation.lifecycle.kind}' with privacy.noise_shares = 'sum': it makes sites do "
+            f"federation.lifecycle.kind = '{config.federation.lifecycle.kind}' with "
+            "privacy.noise_shares = 'sum': it makes sites do "
             "something else than add up bounded gradients; use noise_shares = 'site'"
         )
     if reasons:

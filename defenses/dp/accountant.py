@@ -33,7 +33,8 @@ from defenses.errors import ParameterError
 SMALLEST_DELTA, LARGEST_DELTA = 1e-30, 0.5
 ACCURACY = 1e-4
 _REMEMBERED_TARGETS = 3
-# Of delta, what the Gaussians get that integer noise is near to; and, of delta again, what the nearness may fail by.
+# Of delta, what the Gaussians get that integer noise is near to; and, of delta again, what the nearness may
+# fail by.
 INTEGER_SHARE, INTEGER_TAIL = 0.99, 1e-30
 LARGEST_GAP = 5e-3
 # Share of delta that may have come round the window before a grid counts as outgrown; a fresh grid has half
@@ -175,7 +176,7 @@ class Accountant:
         return self._plain_epsilon(delta)
 
     def _integer_epsilon(self, delta: float) -> EpsilonBound:
-        """Return the smaller of two bounds: by Renyi moments, and by the Gaussians that integer noise is near to.
+        """Return the smaller of two bounds: by Renyi moments, and by Gaussians near to the integer noise.
 
         With every law at most e^gap times the other plus `tail`, (epsilon, d) of the Gaussians is
         (epsilon + 2 gap, e^gap d + tail (1 + e^(epsilon + gap))) of the integers.

@@ -192,8 +192,10 @@ class SampledSkellamEvent(Event):
     """`steps` releases of an integer sum with Skellam noise, where every record joins on its own by chance.
 
     All values are in integer units. `l1_sensitivity` and `l2_sensitivity` bound the change by one record,
-    rounding included, of a sum of `dimension` numbers; a person owns up to `records_per_person` of them. Every
-    record joins each step with probability `sampling_rate`; 1 is a release of everybody's. Only the variance of guaranteed honest
+    rounding included, of a sum of `dimension` numbers; a person owns up to `records_per_person` of them.
+    Every
+    record joins each step with probability `sampling_rate`; 1 is a release of everybody's. Only the
+    variance of guaranteed honest
     survivors may be counted.
 
     Source: docs/shared_noise.md, where both directions are derived.

@@ -1,11 +1,13 @@
-"""How far wide Skellam noise is from rounded Gaussian noise: near enough to be accounted by its loss distribution.
+"""How far wide Skellam noise is from rounded Gaussian noise: near enough for its loss distribution.
 
-Three laws stand behind one another: Skellam noise of variance V; the discrete Gaussian of the same V; and Gaussian noise
-of variance V - 9 rounded at random to the integers, which is post-processing of a Gaussian. Between |k| = 0 and
-B sqrt(V) the first two differ by a factor of exp(+-z), z about B^4 / (24 V): with 19 bits below the bound that is
-1e-8. Over n coordinates such factors add up like the square root of n. Derived in docs/shared_noise.md.
+Three laws stand behind one another: Skellam noise of variance V; the discrete Gaussian of the same V; and
+Gaussian noise of variance V - 9 rounded at random to the integers, which is post-processing of a Gaussian.
+For |k| up to B sqrt(V) the first two differ by a factor of exp(+-z), z about B^4 / (24 V): with 19 bits below
+the bound that is 1e-8. Over n coordinates such factors add up like the square root of n. Derived in
+docs/shared_noise.md.
 
-Source: Amos, Math. Comp. 28 (1974), p. 241, inequality 16 (ratios of Bessel functions); Hoeffding 1963, theorem 2.
+Source: Amos, Math. Comp. 28 (1974), p. 241, inequality 16 (ratios of Bessel functions); Hoeffding 1963,
+theorem 2.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def gaussian_stand_in(event: SampledSkellamEvent) -> GaussianEvent | None:
 
 
 def log_gap(events: Mapping[SampledSkellamEvent, int], tail: float) -> float:
-    """Return x such that, of all these releases together, each law is at most e^x times the other plus `tail`.
+    """Return x such that each law of all these releases is at most e^x times the other plus `tail`.
 
     It holds for Skellam noise against rounded Gaussian noise and the other way round.
     """
@@ -57,7 +59,9 @@ def log_gap(events: Mapping[SampledSkellamEvent, int], tail: float) -> float:
 
 
 def _reach(room: float, variance: float) -> float:
-    """Return how many deviations leave at most exp(-room) of either law on one side (Bernstein's inequality)."""
+    """Return how many deviations leave at most exp(-room) of either law on one side (Bernstein's
+    inequality).
+    """
     linear = room / (3 * math.sqrt(variance))
     return linear + math.sqrt(linear**2 + 2 * room)
 

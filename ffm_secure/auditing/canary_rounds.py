@@ -45,7 +45,7 @@ def record_canaries(mechanism: RecordMechanism, coins: Coins, source: RandomSour
 
 
 def sum_canaries(mechanism: SumNoise, coins: Coins, source: RandomSource) -> Iterator[Tensor]:
-    """Yield the sum of all opened sums after each round, in units of a sum of gradients over the expected batch.
+    """Yield the sum of all opened sums after each round, in gradients over the expected batch.
 
     One site holds the canaries; the other honest survivors that are counted on add their shares and nothing
     else: what a server sees that knows every other record and every colluder's share.

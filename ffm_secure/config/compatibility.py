@@ -56,18 +56,21 @@ _NO_STEPS = "takes no step, so nothing is there for it to steer"
 _ONE_MODEL = "makes one head for everybody from one sum: use strategy average"
 
 _SUM_NEEDS_RING = (
-    "a site that adds its share alone is protected by nobody: only a secure sum (secagg or bfv) hides its update; "
+    "a site that adds its share alone is protected by nobody: only a secure sum (secagg or bfv) "
+    "hides its update; "
     "use noise_shares = 'site'"
 )
 _SUM_CLIENT = "the client unit adds its noise in shares already: leave noise_shares at 'site'"
 _SUM_NONE = "without a privacy unit there is no noise to share: leave noise_shares at 'site'"
 _SUM_OPTIMIZER = (
-    "a local optimizer would reshape the sum of gradients, which has no noise before it is opened and is bounded per "
+    "a local optimizer would reshape the sum of gradients, which has no noise before it is opened "
+    "and is bounded per "
     "record as it is only: use sgd, and an optimizer on the server (federation.strategy)"
 )
 _SUM_PROXIMAL = "one step from the broadcast model has nothing to be pulled back from: set proximal to 0"
 _SUM_RULE = (
-    "its messages are no sums of bounded gradients, so a share of the noise protects no record: use average or a "
+    "its messages are no sums of bounded gradients, so a share of the noise protects no record: use "
+    "average or a "
     "server optimizer"
 )
 
@@ -282,21 +285,26 @@ def _sum_reasons(config: RunConfig) -> Iterator[str]:
     lifecycle = config.federation.lifecycle
     if lifecycle.local_steps != 1:
         yield (
-            f"federation.lifecycle.local_steps = {lifecycle.local_steps} with privacy.noise_shares = 'sum': must be 1; after a "
-            "second step a record has moved the model at which all others are read, and no bound on its own gradient holds "
+            f"federation.lifecycle.local_steps = {lifecycle.local_steps} with privacy.noise_shares = "
+            "'sum': must be 1; after a "
+            "second step a record has moved the model at which all others are read, and no bound on "
+            "its own gradient holds "
             "for that; take more rounds of one step, or noise_shares = 'site'"
         )
     for name in ("momentum", "weight_decay"):
         value = getattr(lifecycle, name)
         if value:
             yield (
-                f"federation.lifecycle.{name} = {value:g} with privacy.noise_shares = 'sum': must be 0, for nothing but the sum "
+                f"federation.lifecycle.{name} = {value:g} with privacy.noise_shares = 'sum': must be "
+                "0, for nothing but the sum "
                 "of gradients is sent; use an optimizer on the server (federation.strategy)"
             )
 
 
 def honest_survivors(config: RunConfig) -> int:
-    """Return how many shares of the noise count in every opened sum: a curious client knows its own, at least."""
+    """Return how many shares of the noise count in every opened sum: a curious client knows its own, at
+    least.
+    """
     return minimum_survivors(config) - max(1, config.protection.colluding)
 
 

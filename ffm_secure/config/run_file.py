@@ -300,8 +300,8 @@ class Privacy:
     noise_shares: str = option(
         "site",
         choices=("site", "sum"),
-        help="sum: every site adds a share of the noise and the opened sum holds the whole; for records and persons, one local "
-        "step a round, under masks or bfv",
+        help="sum: every site adds a share of the noise and the opened sum holds the whole; for records and "
+        "persons, one local step a round, under masks or bfv",
     )
     noise: str = option(
         "system", choices=("system", "seeded"), help="seeded is for tests and stamps the run not private"

@@ -205,7 +205,9 @@ class BoundedSum:
         self.rows_used: set[int] = set()
 
     def gradient_sum(self) -> Tensor:
-        """Return the sum [d] in the order of the vector, float64 on the processor; 0 for what is not trained."""
+        """Return the sum [d] in the order of the vector, float64 on the processor; 0 for what is not
+        trained.
+        """
         indices = poisson_sample(len(self.encoded), rate=self.sampling_rate, source=self.sampling)
         self.rows_used.update(indices.tolist())
         total = self.engine.empty(self.clipping)

@@ -84,26 +84,31 @@ def bound_warnings(config: RunConfig, mechanism: RecordMechanism | None) -> list
 
 
 def sum_warnings(config: RunConfig, noise: SumNoise | None) -> list[str]:
-    """Warn where rounding is a large part of the bound on one record, and where noise in shares drowns the records."""
+    """Warn where rounding is a large part of the bound on one record, and where noise in shares drowns
+    the records.
+    """
     if noise is None:
         return []
-    inner, found = noise.inner, []
+    inner, warnings = noise.inner, []
     rounding = inner.l2_sensitivity / (inner.bound * inner.scale)
     if rounding > 1.05:
-        found.append(
-            f"protection.value_bits = {config.protection.value_bits}: rounding {inner.dimension:,} numbers makes the bound on one "
+        warnings.append(
+            f"protection.value_bits = {config.protection.value_bits}: rounding {inner.dimension:,} "
+            "numbers makes the bound on one "
             f"record {rounding:.2f} x as large, and the noise with it; raise value_bits"
         )
     steps = config.federation.rounds
     signal = inner.bound * config.federation.lifecycle.batch_size * config.federation.cohort * steps
     walk = noise.share_deviation * math.sqrt(inner.dimension * steps * config.federation.cohort)
     if walk > signal:
-        found.append(
-            f"noise of {noise.noise_multiplier:.3g} x clip in the opened sum carries the {inner.dimension:,} trained numbers "
-            f"{walk / signal:.2g} x as far as all records could if every one agreed: expect to learn nothing; train fewer "
+        warnings.append(
+            f"noise of {noise.noise_multiplier:.3g} x clip in the opened sum carries the "
+            f"{inner.dimension:,} trained numbers "
+            f"{walk / signal:.2g} x as far as all records could if every one agreed: expect to learn "
+            "nothing; train fewer "
             "numbers, in larger batches or cohorts, or give privacy.epsilon more"
         )
-    return found
+    return warnings
 
 
 def walk_ratio(mechanism: RecordMechanism, *, rounds: int, cohort: int, size: int) -> float:

@@ -69,7 +69,9 @@ class Mechanism(Protocol):
 
     @property
     def sum_level(self) -> SumNoise | None:
-        """Return what bounds every record and noises the sum of all sites in shares, where the run asks for it."""
+        """Return what bounds every record and noises the sum of all sites in shares, where the run asks
+        for it.
+        """
 
     @property
     def clips_records(self) -> bool:
@@ -250,8 +252,10 @@ class ClientNoise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SumNoise:
-    """The record- or person-level mechanism with noise in shares: a site sends the sum of its records' bounded
-    gradients at the broadcast model, times the learning rate, with a share of Skellam noise on the integer grid.
+    """The record- or person-level mechanism with noise in shares.
+
+    A site sends the sum of its records' bounded gradients at the broadcast model, times the learning rate,
+    with a share of Skellam noise on the integer grid.
 
     Guarantee: one record moves the sum of one round by at most `inner.bound`, rounding beside it; what is
     opened holds the noise that `event` charges. One site's upload alone is protected by masks only.
@@ -322,8 +326,10 @@ class SumNoise:
         """Describe the sampling, and the noise of the opened sum."""
         inner = self.inner
         return (
-            f"up to {rounds} rounds of one Poisson({inner.sampling_rate:.6g}) sampled sum with Skellam noise in shares of "
-            f"{inner.honest_survivors} honest survivors, noise multiplier {inner.noise_multiplier:.4f}, clip {self.clip_norm:g}, "
+            f"up to {rounds} rounds of one Poisson({inner.sampling_rate:.6g}) sampled sum with "
+            "Skellam noise in shares of "
+            f"{inner.honest_survivors} honest survivors, noise multiplier "
+            f"{inner.noise_multiplier:.4f}, clip {self.clip_norm:g}, "
             f"{self.clipping.kind} clipping"
         )
 
@@ -422,7 +428,9 @@ def _sum_noise(
     multiplier: float,
     cap: int,
 ) -> SumNoise:
-    """Find the smallest noise of the opened sum that keeps the budget over every round an owner may pay for."""
+    """Find the smallest noise of the opened sum that keeps the budget over every round an owner may pay
+    for.
+    """
     privacy, lifecycle = config.privacy, config.federation.lifecycle
     rate = compatibility.sampling_rate(config, public_client_size)
     batch = float(lifecycle.batch_size)

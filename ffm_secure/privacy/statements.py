@@ -104,6 +104,7 @@ def _rests_on(config: RunConfig) -> str:
     hidden = "masks" if config.protection.kind == "secagg" else "encryption"
     least, honest = compatibility.minimum_survivors(config), compatibility.honest_survivors(config)
     return (
-        f"rests on the {hidden} and on at least {honest} honest sites in every opened sum (no sum of fewer than {least} is "
+        f"rests on the {hidden} and on at least {honest} honest sites in every opened sum (no sum of "
+        f"fewer than {least} is "
         "opened); an upload read alone holds a share of the noise only"
     )

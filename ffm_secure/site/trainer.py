@@ -123,7 +123,7 @@ class SiteTrainer:
     def add_up(
         self, mechanism: SumNoise, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource
     ) -> ModelUpdate:
-        """Return the step that one bounded sum of gradients at the broadcast model makes; it has no noise yet.
+        """Return the step that one bounded sum of gradients makes; it has no noise yet.
 
         The sum does not pass through the model's float32 weights: their rounding would be outside the bound.
         """

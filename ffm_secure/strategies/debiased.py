@@ -14,7 +14,8 @@ class DebiasedAdam(Strategy):
     """Step by the mean change over the root of its second moment *less the variance of the noise*.
 
     Noise of variance V makes every second moment V larger, and plain Adam then divides small gradients by the
-    noise: all coordinates move alike. Where a round's noise is known (`Aggregate.noise_variance`), its running
+    noise: all coordinates move alike. Where a round's noise is known (`Aggregate.noise_variance`), its
+    running
     mean is kept beside the second moment and subtracted, above a floor of tau^2. With no noise this is Adam
     with bias correction.
 

@@ -117,14 +117,17 @@ def test_a_second_local_step_moves_a_sites_sum_by_more_than_the_bound() -> None:
 
 
 def test_rounding_outside_the_bound_is_refuted() -> None:
-    """Rounding every coordinate up is no row's own length: a short dense row moves the sum by sqrt(d) levels."""
+    """Rounding every coordinate up is no row's own length: a short dense row moves the sum by sqrt(d)
+    levels.
+    """
     mechanism = honest(scale=20.0, noise_multiplier=6.0)
     unpaid = (mechanism.noise_multiplier * mechanism.bound * mechanism.scale) ** 2  # rounding left out
     row = np.full(DIMENSION, 1.0 / math.sqrt(DIMENSION))
     change = np.ceil(row * mechanism.scale) - np.ceil(np.zeros(DIMENSION))
     assert float(np.linalg.norm(change)) > 2 * mechanism.bound * mechanism.scale
     assert float(np.linalg.norm(change)) <= mechanism.l2_sensitivity
-    # The distance over the deviation is what a two-point test sees: its exact epsilon, against what was claimed.
+    # The distance over the deviation is what a two-point test sees: its exact epsilon, against what was
+    # claimed.
     separation = float(np.linalg.norm(change)) / math.sqrt(unpaid) * math.sqrt(ROUNDS)
     claimed = canary.gaussian_epsilon(math.sqrt(ROUNDS) / mechanism.noise_multiplier, DELTA)
     assert canary.gaussian_epsilon(separation, DELTA) > claimed
@@ -133,7 +136,9 @@ def test_rounding_outside_the_bound_is_refuted() -> None:
 
 
 def test_a_replayed_share_is_refuted() -> None:
-    """The same noise on two sums: their difference has none, and shows who was sampled in one and not the other."""
+    """The same noise on two sums: their difference has none, and shows who was sampled in one and not
+    the other.
+    """
     game = Game.start()
     mechanism = honest(sampling_rate=0.5, noise_multiplier=8.0)
     source = RandomSource.system()

@@ -56,7 +56,9 @@ class Setting:
 
 
 def random_setting(random: np.random.Generator, *, wide: bool = False) -> Setting:
-    """Draw a setting whose exact distribution fits a table; `wide` noise is accounted by loss distributions."""
+    """Draw a setting whose exact distribution fits a table; `wide` noise is accounted by loss
+    distributions.
+    """
     if wide:
         deviation = float(np.exp(random.uniform(math.log(3e3), math.log(6e3))))
         return Setting(
@@ -173,7 +175,9 @@ def test_wide_noise_accounted_by_its_loss_distribution_is_never_below_the_exact_
 
 
 def test_skellam_is_as_near_to_the_discrete_gaussian_as_is_charged() -> None:
-    """The log-ratio of both laws stays inside the bound over the whole range, and the bound is no caricature."""
+    """The log-ratio of both laws stays inside the bound over the whole range, and the bound is no
+    caricature.
+    """
     for variance in (1e4, 1e5, 1e6):
         for reach in (2.0, 6.0, 11.0):
             outputs = np.arange(0, math.floor(reach * math.sqrt(variance)) + 1)

@@ -41,7 +41,9 @@ def test_without_noise_it_is_adam() -> None:
 
 
 def test_known_noise_is_taken_out_of_the_second_moment() -> None:
-    """With noise ten times the gradient, the step is that of the gradient alone; plain Adam's is a tenth of it."""
+    """With noise ten times the gradient, the step is that of the gradient alone; plain Adam's is a
+    tenth of it.
+    """
     generator = torch.Generator().manual_seed(3)
     gradient = torch.full((20_000,), 0.1, dtype=torch.float64)
     gradient[::2] = 0.2
@@ -52,7 +54,8 @@ def test_known_noise_is_taken_out_of_the_second_moment() -> None:
     settings = {"momentum": 0.99, "beta2": 0.999, "tau": 0.03}
     debiased = steps(rule(**settings), changes, noise**2)
     plain = steps(rule(**settings), changes, 0.0)
-    # Adam moves by the signs: both halves alike once the noise is out; with it the halves differ by their size.
+    # Adam moves by the signs: both halves alike once the noise is out; with it the halves differ by their
+    # size.
     ratio = float(debiased[::2].mean() / debiased[1::2].mean())
     with_noise = float(plain[::2].mean() / plain[1::2].mean())
     assert with_noise > 1.6

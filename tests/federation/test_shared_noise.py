@@ -1,4 +1,6 @@
-"""Noise in shares, in whole runs: what is opened holds the charged noise, through masks and encryption, with losses."""
+"""Noise in shares, in whole runs: what is opened holds the charged noise, through masks and encryption,
+with losses.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,9 @@ def test_the_opened_sum_holds_the_charged_deviation(kind: str, rate: float, tmp_
 
 
 def test_a_run_charges_every_round_as_one_sampled_sum_and_ends_on_its_budget(tmp_path: Path) -> None:
-    """The ledger holds the event of the mechanism, once for every site and round, and never more than epsilon."""
+    """The ledger holds the event of the mechanism, once for every site and round, and never more than
+    epsilon.
+    """
     ready, result = train(shared_run(federation={"rounds": 3}), tmp_path)
     assert result.status == "complete"
     assert 7.9 < result.records[-1].epsilon_spent <= 8.0
@@ -141,7 +145,9 @@ def test_a_killed_run_goes_on_with_the_same_noise(tmp_path: Path) -> None:
 
 
 def test_too_few_survivors_close_the_sum_and_the_round_is_charged(tmp_path: Path) -> None:
-    """Below the honest survivors counted on nothing is opened, the model stays, and those who began have paid."""
+    """Below the honest survivors counted on nothing is opened, the model stays, and those who began
+    have paid.
+    """
     dropout = {"rate": 0.6, "stages": ["upload"]}
     made = shared_run(
         federation={"rounds": 1, "dropout": dropout}, protection={"kind": "secagg", "threshold": 5}
@@ -156,7 +162,9 @@ def test_too_few_survivors_close_the_sum_and_the_round_is_charged(tmp_path: Path
 
 @pytest.mark.parametrize("kind", ["secagg", "bfv"])
 def test_every_observer_is_told_what_the_epsilon_rests_on(kind: str) -> None:
-    """Masks and honest survivors are named; a key holder on the server's side is infinity, with the reason."""
+    """Masks and honest survivors are named; a key holder on the server's side is infinity, with the
+    reason.
+    """
     plan = summary.describe(prepared(shared_run(protection={"kind": kind, "threshold": 4})))
     told = {statement.observer: statement for statement in plan.statements}
     hidden = "masks" if kind == "secagg" else "encryption"
@@ -170,7 +178,9 @@ def test_every_observer_is_told_what_the_epsilon_rests_on(kind: str) -> None:
 
 
 def test_one_record_moves_a_site_by_at_most_the_bound_whatever_the_learning_rate(tmp_path: Path) -> None:
-    """With and without one row, the same sample and the same model: the updates differ by at most the bound."""
+    """With and without one row, the same sample and the same model: the updates differ by at most the
+    bound.
+    """
     ready = simulation.build(
         prepared(shared_run(task={"nominal_examples": 8}, federation={"rounds": 1})), tmp_path
     )
@@ -214,7 +224,9 @@ def test_the_server_knows_the_noise_it_may_take_out(tmp_path: Path) -> None:
 
 
 def test_debiased_adam_is_given_the_noise_of_a_round(tmp_path: Path) -> None:
-    """The run goes through, and the slot that holds the known noise is the variance of the mean over the sites."""
+    """The run goes through, and the slot that holds the known noise is the variance of the mean over
+    the sites.
+    """
     made = shared_run(
         federation={"rounds": 2, "strategy": {"kind": "adam_debiased", "beta2": 0.5, "learning_rate": 0.01}}
     )
