@@ -280,9 +280,9 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
 
 def _sum_reasons(config: RunConfig) -> Iterator[str]:
     """Refuse numbers with which one record's change of the sum has no bound of its own."""
-    if config.privacy.noise_shares != "sum":
-        return
     lifecycle = config.federation.lifecycle
+    if config.privacy.noise_shares != "sum" or LIFECYCLES.has(lifecycle.kind, "one_shot"):
+        return
     if lifecycle.local_steps != 1:
         yield (
             f"federation.lifecycle.local_steps = {lifecycle.local_steps} with privacy.noise_shares = "

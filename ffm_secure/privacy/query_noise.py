@@ -44,6 +44,8 @@ class QueryNoise(Protocol):
 
     record_level: None
     client_level: None
+    sum_level: None
+    clips_records: bool
 
     @property
     def noise_multiplier(self) -> float:
@@ -106,6 +108,8 @@ class RecordAnswers:
 
     record_level = None
     client_level = None
+    sum_level = None
+    clips_records = False
 
     @property
     def noise_multiplier(self) -> float:
@@ -183,6 +187,8 @@ class ClientAnswers:
 
     record_level = None
     client_level = None
+    sum_level = None
+    clips_records = False
     adjacency = "zero out one client"
 
     @property
@@ -302,9 +308,9 @@ def _scale(query: Query, rows: int) -> float:
 
 def honest_shares(config: RunConfig) -> int:
     """Return how many honest sites share the noise of a sum: one, where each adds the whole of it."""
-    if getattr(config.privacy, "noise_shares", "site") != "sum":
+    if config.privacy.noise_shares != "sum":
         return 1
-    return max(1, compatibility.minimum_survivors(config) - config.protection.colluding)
+    return max(1, compatibility.honest_survivors(config))
 
 
 def _client_answers(config: RunConfig, query: Query, epsilon: float) -> ClientAnswers:
