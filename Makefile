@@ -6,11 +6,16 @@ LOCK := requirements/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint doctest docs dist check clean
+.PHONY: demo federation test test-all lint doctest docs dist check clean
 
 demo: .venv/.installed-demo
 	$(BIN)/ffm-secure run examples/demo.toml
 	@echo "report: runs/demo/report.html"
+
+# An operator, a coordinator and four hospitals on this machine, with real TLS between them; docs/deploy.md step by step.
+federation: .venv/.installed-nvflare
+	rm -rf runs/federation
+	$(BIN)/python examples/federation.py runs/federation
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -n auto
@@ -52,6 +57,10 @@ dist: .venv/.installed-test
 	@touch $@
 
 .venv/.installed-demo: .venv/.installed-base
+	@touch $@
+
+.venv/.installed-nvflare: .venv/.installed-base
+	$(PIP) -c $(LOCK) -e '.[he,nvflare]'
 	@touch $@
 
 .venv/.installed-test: .venv/.installed-base

@@ -30,7 +30,7 @@ FROM_ROOT = {
 }
 SECTIONS: dict[str, list[str]] = {
     "Start": ["index.md", "tutorial.md", "your_own_csv.md", "run_file.md"],
-    "Use": ["data.md", "models.md", "prompts.md", "lora.md", "pretraining.md", "experiments.md"],
+    "Use": ["data.md", "models.md", "prompts.md", "lora.md", "pretraining.md", "experiments.md", "deploy.md"],
     "Trust": [
         "threat_model.md",
         "mistakes.md",

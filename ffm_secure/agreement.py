@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Final
 
 from defenses.errors import ProtocolError
 from defenses.signatures import verify_signature
 from ffm_secure import record_codec
-from ffm_secure.config import run_file
-from ffm_secure.config.run_file import Audit, RunConfig, Speed
+from ffm_secure.config.federated import release, run_digest
+from ffm_secure.config.run_file import RunConfig
 from ffm_secure.loaded_model import LoadedModel, PublicFacts
 from ffm_secure.models.backbone import vector_fingerprint
 
@@ -61,18 +60,6 @@ class SignedAcceptance:
 
     site: str
     signature: bytes
-
-
-def run_digest(config: RunConfig) -> str:
-    """Name a run file by everything in it that shapes a result; speed and audit are each party's own."""
-    shaping = replace(config, speed=Speed(), audit=Audit())
-    return hashlib.sha256(b"ffm-secure run 1" + run_file.dump(shaping).encode()).hexdigest()
-
-
-def release() -> str:
-    """Return the major and minor version of this software: what two parties of a run must share."""
-    version = importlib.metadata.version("ffm-secure")
-    return ".".join(version.split(".")[:2])
 
 
 def terms_of(loaded: LoadedModel, roster: str) -> RunTerms:

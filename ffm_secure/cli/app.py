@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from ffm_secure.cli import calculator
+from ffm_secure.cli import calculator, federation_app
 from ffm_secure.cli.printable import printable
 from ffm_secure.config import compatibility, locate, run_file
 from ffm_secure.errors import FfmError
@@ -232,6 +232,11 @@ def ledger_budget_raise(
 ) -> None:
     """Set the lifetime budget of a ledger's rows anew."""
     _ledger_commands().raise_budget(path, epsilon=epsilon, because=because, unit=unit, json=json)
+
+
+app.add_typer(federation_app.operator_app, name="operator")
+app.add_typer(federation_app.site_app, name="site")
+app.add_typer(federation_app.coordinator_app, name="coordinator")
 
 
 @app.command()

@@ -1,12 +1,27 @@
-"""What a run file must declare before parties run it who never see each other's rows."""
+"""What a run file is called, and must declare, among parties who never see each other's rows."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 from collections.abc import Iterator
+from dataclasses import replace
 
-from ffm_secure.config import compatibility
-from ffm_secure.config.run_file import RunConfig
+from ffm_secure.config import compatibility, run_file
+from ffm_secure.config.run_file import Audit, RunConfig, Speed
 from ffm_secure.errors import PlanRefused
+
+
+def run_digest(config: RunConfig) -> str:
+    """Name a run file by everything in it that shapes a result; speed and audit are each party's own."""
+    shaping = replace(config, speed=Speed(), audit=Audit())
+    return hashlib.sha256(b"ffm-secure run 1" + run_file.dump(shaping).encode()).hexdigest()
+
+
+def release() -> str:
+    """Return the major and minor version of this software: what two parties of a run must share."""
+    version = importlib.metadata.version("ffm-secure")
+    return ".".join(version.split(".")[:2])
 
 
 def shared_objections(config: RunConfig, *, sites: int) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A coordinator's folder: its key, its roster, its runs; and the coordinator of one run, made ready."""
+"""The coordinator of one run, made ready in its folder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
 
 import torch
+from torch import Tensor
 
-from defenses.random_source import RandomSource
-from defenses.secagg import Identity
 from ffm_secure import tasks
 from ffm_secure.agreement import public_facts, terms_of
 from ffm_secure.config import run_file
@@ -22,96 +20,18 @@ from ffm_secure.data.dataset import Dataset, builtin_table, for_evaluation, load
 from ffm_secure.data.files import read_source
 from ffm_secure.data.memory import Memory
 from ffm_secure.data.table import Table
-from ffm_secure.errors import DataError, PlanRefused, StoreError
+from ffm_secure.engines.coordinator_folder import Headquarters
+from ffm_secure.errors import DataError, PlanRefused
 from ffm_secure.federation import Callback
 from ffm_secure.loaded_model import LoadedModel, load_model
 from ffm_secure.protection.halves import Terms, server_half
-from ffm_secure.server import coordinator_file
 from ffm_secure.queries import agenda
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.coordinator import Coordinator
-from ffm_secure.server.coordinator_file import CoordinatorFile
-from ffm_secure.storage.durable import create_folder, require_own_folder, write_atomic
-from ffm_secure.storage.key_file import create_key, read_key_file
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.storage.status import StatusFile
 from ffm_secure.tasks.base import Task
-from ffm_secure.transport.roster import FederationRoster, expired, read_key
-
-FILE: Final = "coordinator.toml"
-KEY: Final = "coordinator.key"
-ROSTER: Final = "roster.json"
-RUNS: Final = "runs"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Headquarters:
-    """Name the places of a coordinator's folder."""
-
-    place: Path
-
-    def read(self) -> CoordinatorFile:
-        """Read the coordinator's file.
-
-        Raises:
-          ConfigError, StoreError: with every problem.
-        """
-        if not self.place.is_dir():
-            raise StoreError(
-                f"{self.place}: is no folder; make a coordinator with: ffm-secure coordinator init "
-                f"{self.place}"
-            )
-        require_own_folder(self.place)
-        return coordinator_file.load(self.place / FILE)
-
-    def key(self) -> Identity:
-        """Read the key the coordinator signs with."""
-        return read_key_file(self.place / KEY)
-
-    def roster(self, file: CoordinatorFile, *, now: float) -> FederationRoster:
-        """Read the roster.
-
-        Raises:
-          StoreError: there is none, it is not the operator's, has expired, or names another coordinator.
-        """
-        path = self.place / ROSTER
-        try:
-            content = path.read_bytes()
-        except OSError:
-            raise StoreError(
-                f"{path}: is missing; ask the operator for the roster and put it there"
-            ) from None
-        roster = FederationRoster.from_bytes(content, operator=read_key(file.operator))
-        if now >= roster.statement.expires:
-            raise StoreError(f"{path}: {expired(roster.statement.expires)}")
-        if roster.statement.coordinator != self.key().public_key:
-            raise StoreError(
-                f"{path}: names another coordinator; send the operator this one's key and ask again"
-            )
-        return roster
-
-    def run_folder(self, name: str) -> Path:
-        """Return where a run lies."""
-        return self.place / RUNS / name
-
-
-def create(place: Path, file: CoordinatorFile, source: RandomSource) -> Identity:
-    """Make a coordinator's folder with a new key; return the key.
-
-    Raises:
-      StoreError: there is one already, or the folder cannot be written.
-    """
-    try:
-        create_folder(place)
-        require_own_folder(place)
-        if os.path.lexists(place / FILE):
-            raise StoreError(f"{place / FILE}: exists; a coordinator is made once, in a folder of its own")
-        key = create_key(place / KEY, source)
-        create_folder(place / RUNS)
-        write_atomic(place / FILE, coordinator_file.dump(file).encode())
-    except OSError as error:
-        raise StoreError(f"{place}: cannot be written: {error.strerror}") from None
-    return key
+from ffm_secure.transport.roster import FederationRoster
 
 
 @dataclass(slots=True, kw_only=True)
@@ -121,8 +41,10 @@ class ReadyRun:
     coordinator: Coordinator
     loaded: LoadedModel
     task: Task
-    dataset: Dataset
+    dataset: Dataset  # public rows
     folder: Path
+    initial: Tensor  # [d], what training starts from
+    began: float
 
     def close(self) -> None:
         """Let go of the run's folder."""
@@ -207,7 +129,15 @@ def prepare_run(
         should_stop=should_stop,
         clock=clock,
     )
-    return ReadyRun(coordinator=coordinator, loaded=loaded, task=task, dataset=dataset, folder=folder)
+    return ReadyRun(
+        coordinator=coordinator,
+        loaded=loaded,
+        task=task,
+        dataset=dataset,
+        folder=folder,
+        initial=loaded.trainable.flatten().cpu(),
+        began=clock(),
+    )
 
 
 def _server(

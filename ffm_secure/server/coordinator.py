@@ -12,7 +12,7 @@ from ffm_secure.errors import StoreError
 from ffm_secure.federation import Callback, TrainingResult
 from ffm_secure.records import RoundRecord
 from ffm_secure.server.context import ServerContext
-from ffm_secure.server.sealed_courier import Proposer, SealedCourier, Watch
+from ffm_secure.server.sealed_courier import Proposer, SealedCourier, SignedReceipt, Watch
 from ffm_secure.server.timetable import Timetable
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.strategies import ServerState
@@ -37,6 +37,7 @@ class Coordinator:
     callback: Callback | None = None
     should_stop: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.time
+    receipts: dict[str, SignedReceipt] = field(default_factory=dict)  # the newest of every site
 
     def run(self, courier: Courier) -> TrainingResult:
         """Train over a courier until the rounds or the budgets end, from where the store stopped.
@@ -45,14 +46,18 @@ class Coordinator:
         answer by the deadline in a message's header (`transport.envelope.header_of`) is lost to that stage.
         """
         start = self.begin()
-        return federation.run(
-            self.server,
-            self.sealed(courier),
-            self.store,
-            start=start,
-            callback=self.callback,
-            should_stop=self.should_stop,
-        )
+        sealed = self.sealed(courier)
+        try:
+            return federation.run(
+                self.server,
+                sealed,
+                self.store,
+                start=start,
+                callback=self.callback,
+                should_stop=self.should_stop,
+            )
+        finally:
+            self.receipts.update(sealed.receipts)
 
     def begin(self) -> tuple[ServerState, tuple[RoundRecord, ...]]:
         """Return where the run begins, or where a stopped coordinator left it: under the same id.

@@ -15,7 +15,8 @@ from typing import Final, Protocol
 from defenses.errors import ProtocolError
 from defenses.signatures import SIGNATURE_BYTES
 from ffm_secure import record_codec
-from ffm_secure.agreement import Proposal, RunTerms, SignedAcceptance, check_acceptance, release
+from ffm_secure.agreement import Proposal, RunTerms, SignedAcceptance, check_acceptance
+from ffm_secure.config.federated import release
 from ffm_secure.errors import RecordError
 from ffm_secure.records import RoundPlan
 from ffm_secure.server.timetable import Timetable
@@ -23,7 +24,7 @@ from ffm_secure.transport import envelope
 from ffm_secure.transport.courier import Courier, Lost, Reply
 from ffm_secure.transport.envelope import REFUSAL, Header, Sign
 from ffm_secure.transport.roster import FederationRoster
-from ffm_secure.transport.stages import JOIN, PLAN, join_acceptances, split_plan
+from ffm_secure.transport.stages import FINISH, JOIN, PLAN, join_acceptances, split_plan
 
 GRACE: Final = 1.0  # seconds after a deadline until an engine that keeps none is left behind
 _AHEAD: Final = 4  # answers that may wait to be read
@@ -65,6 +66,16 @@ class Proposer:
     sleep: Callable[[float], None] = time.sleep
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignedReceipt:
+    """A site's receipt as it signed it; `envelope.unseal_answer` checks the three parts against its key."""
+
+    round: int
+    request: bytes  # digest of the message it answers
+    signature: bytes
+    content: bytes
+
+
 class _Sealed(Mapping[int, bytes]):
     """The messages of one stage, each signed when it is asked for: a broadcast is held once."""
 
@@ -101,6 +112,7 @@ class SealedCourier:
         self._round = 0
         self._sent = 0.0
         self._gathered = False
+        self.receipts: dict[str, SignedReceipt] = {}  # the newest of every site
 
     def send(self, stage: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:
         """Send each site its message; yield each answer whose sender is sure."""
@@ -238,6 +250,13 @@ class SealedCourier:
             self._watch.answered(name, "refused" if refused else "improper")
             return Reply(site=reply.site, content=Lost(stage=stage))
         self._watch.answered(name, "answered")
+        if stage == FINISH:
+            self.receipts[name] = SignedReceipt(
+                round=self._round,
+                request=digest,
+                signature=bytes(content[1 : 1 + SIGNATURE_BYTES]),
+                content=bytes(inner),
+            )
         return Reply(site=reply.site, content=inner)
 
 

@@ -13,7 +13,7 @@ from defenses.errors import DefenseError
 from defenses.random_source import RandomSource
 from defenses.replay_guard import ReplayGuard
 from defenses.secagg import Identity
-from ffm_secure.agreement import run_digest
+from ffm_secure.config.federated import run_digest
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import ConfigError, FfmError, StoreError

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from defenses.dp import Ledger
-from defenses.dp.ledger_file import Head
 from defenses.errors import ProtocolError, TamperedError
 from ffm_secure.errors import ConfigError, StoreError
 from ffm_secure.site.folder import LOG, SiteFolder, every_problem
@@ -18,9 +16,11 @@ from ffm_secure.site.session import SiteSession
 from ffm_secure.site.site_file import SiteFile
 from ffm_secure.site.site_log import SiteLog
 from ffm_secure.site.workplace import Belongings
-from ffm_secure.storage.durable import write_atomic
 
-ANCHOR = "ledger.anchor"
+_NOT_AUTHENTIC = (
+    "is an older copy, or was changed; a ledger never goes back: put the newest one in its place, "
+    "or make a new site for other rows"
+)
 
 
 def open_session(folder: Path, *, clock: Callable[[], float] = time.time) -> SiteSession:
@@ -50,13 +50,7 @@ def _open(place: SiteFolder, site: SiteFile, lock: int, clock: Callable[[], floa
             f"roster: serial {roster.statement.serial} is older than one this site had; ask the "
             "operator for the newest"
         ) from None
-    ledger = Ledger.open(place.ledger_path(site), create=True)
-    try:
-        require_budget(ledger, site)
-        check_anchor(place.place, ledger)
-    except BaseException:
-        ledger.close()
-        raise
+    ledger = open_ledger(place, site)
     log = SiteLog(place.place / LOG)
     own = Belongings(
         file=site,
@@ -65,7 +59,6 @@ def _open(place: SiteFolder, site: SiteFile, lock: int, clock: Callable[[], floa
         roster=roster,
         ledger=ledger,
         clock=clock,
-        anchor=lambda: write_anchor(place.place, ledger),
     )
 
     def release() -> None:
@@ -97,40 +90,31 @@ def require_ready(place: SiteFolder, site: SiteFile, *, now: float) -> None:
         raise ConfigError(str(place.place), problems)
 
 
+def open_ledger(place: SiteFolder, site: SiteFile) -> Ledger:
+    """Open the site's ledger, check every row of it, and its budget.
+
+    Raises:
+      StoreError: it was changed, is an older copy, or holds another budget than the site's file.
+    """
+    path = place.ledger_path(site)
+    try:
+        ledger = Ledger.open(path, create=True)
+    except TamperedError:
+        raise StoreError(f"{path}: {_NOT_AUTHENTIC}") from None
+    try:
+        ledger.verify()
+        require_budget(ledger, site)
+    except TamperedError:
+        ledger.close()
+        raise StoreError(f"{path}: {_NOT_AUTHENTIC}") from None
+    except BaseException:
+        ledger.close()
+        raise
+    return ledger
+
+
 def _require_data(place: SiteFolder, site: SiteFile) -> None:
     for setting, name in (("data", site.data), ("public", site.public)):
         path = place.place / Path(name).expanduser()
         if name and not path.exists():
             raise StoreError(f"{setting} = {name!r}: there is no {path}; correct it in site.toml")
-
-
-def write_anchor(folder: Path, ledger: Ledger) -> None:
-    """Note where the ledger stands, so that an older copy put in its place is seen."""
-    head = ledger.head()
-    content = {"format": 1, "sequence": head.sequence, "hash": head.hash}
-    write_atomic(folder / ANCHOR, json.dumps(content).encode() + b"\n")
-
-
-def check_anchor(folder: Path, ledger: Ledger) -> None:
-    """Refuse a ledger that holds less than it did.
-
-    Raises:
-      StoreError: it is an older copy, or was changed.
-    """
-    path = folder / ANCHOR
-    if not path.is_file():
-        ledger.verify()
-        return
-    try:
-        content = json.loads(path.read_bytes())
-        anchor = Head(sequence=int(content["sequence"]), hash=str(content["hash"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise StoreError(f"{path}: is damaged; compare the ledger with the newest receipt you have") from None
-    try:
-        ledger.verify(anchor)
-    except TamperedError:
-        raise StoreError(
-            "the ledger is older than this site's last round, or was changed: a ledger never goes "
-            "back; put the newest "
-            "one in its place, or make a new site for other rows"
-        ) from None

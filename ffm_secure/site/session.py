@@ -82,6 +82,10 @@ class SiteSession:
         """Return this site's number on the roster."""
         return self._own.index
 
+    def allows(self, run: str) -> bool:
+        """Tell whether a person here has allowed a run, by the digest of its file."""
+        return run in self._folder.allowed()
+
     def __repr__(self) -> str:
         return f"SiteSession({self.name!r})"
 
@@ -189,6 +193,7 @@ class SiteSession:
         if self._joined is None or self._joined.run != request.header.run:
             self._joined = _Joined(run=request.header.run, workplace=workplace, site=workplace.make_site())
             self._log.note(f"joined the run {proposal.name!r}")
+        self._joined.plan = None  # whatever round was under way is over: its coordinator has begun anew
         self._answers.clear()
         self._status.write(state="joined", run=proposal.name, round=request.header.round)
         signed = accept(request.header.run, workplace.terms, self.name, self._own.identity.sign)
@@ -208,22 +213,22 @@ class SiteSession:
             raise Refused(
                 "this site has not joined that run since it was started; it can join the next round"
             )
-        content = request.content
+        content, plan = request.content, joined.plan
         if stage == PLAN:
-            content = self._begin_plan(joined, content)
-        elif joined.plan is None or request.header.round != joined.plan.round:
-            raise Refused(f"round {request.header.round} is not the one this site is in")
+            content, plan = self._read_plan(joined, content)
+        elif stage != EVALUATE and (plan is None or request.header.round != plan.round):
+            raise Refused(f"this site takes no part in round {request.header.round} now")
         self._status.write(state="working", round=request.header.round, stage=stage)
         if stage == BEGIN:
             self._enter(joined)
         answer = joined.site.handle(stage, content)
-        if stage in (BEGIN, FINISH):
-            self._own.anchor()
+        if stage == PLAN:
+            joined.plan = plan if joined.site.takes_part else None
         if stage in (FINISH, EVALUATE):
             self._status.write(state="waiting", round=request.header.round)
         return answer
 
-    def _begin_plan(self, joined: _Joined, content: bytes) -> bytes:
+    def _read_plan(self, joined: _Joined, content: bytes) -> tuple[bytes, RoundPlan]:
         """Read a plan that comes with the word of everybody who takes part; nothing is charged."""
         acceptances, inner = split_acceptances(content)
         keys = dict(zip(self._own.roster.names, self._own.roster.keys, strict=True))
@@ -242,8 +247,8 @@ class SiteSession:
         if (plan.round, plan.attempt) <= self._rounds.rounds.get(joined.run, (0, 0)):
             raise Refused(f"round {plan.round} was begun before, and no round is begun twice")
         self._answers.clear()
-        joined.plan = plan
-        return inner
+        joined.plan = None
+        return inner, plan
 
     def _enter(self, joined: _Joined) -> None:
         """Note on disk that a round is begun, before anything is paid."""

@@ -76,6 +76,11 @@ class Site:
     def __repr__(self) -> str:
         return f"Site({self.data.name!r})"
 
+    @property
+    def takes_part(self) -> bool:
+        """Tell whether this site has accepted the newest plan and its round is not over."""
+        return self._round is not None
+
     def read_plan(self, message: bytes) -> RoundPlan:
         """Return the plan in a message, without acting on it."""
         return self._broadcasts.read(message).plan

@@ -45,6 +45,7 @@ class Workplace:
     make_site: Callable[[], Site]
     terms: RunTerms
     digest: str  # of the run file
+    rows: int  # of this site; private
     largest_message: int  # bytes the coordinator can have reason to send
 
 
@@ -58,7 +59,6 @@ class Belongings:
     roster: FederationRoster
     ledger: Ledger
     clock: Callable[[], float]
-    anchor: Callable[[], None] = lambda: None  # notes where the ledger stands
 
     @property
     def index(self) -> int:
@@ -105,6 +105,7 @@ def open_workplace(config: RunConfig, own: Belongings) -> Workplace:
         make_site=_sites(config, own, dataset, loaded, terms),
         terms=terms,
         digest=terms.run_file,
+        rows=len(dataset.train),
         largest_message=largest,
     )
 

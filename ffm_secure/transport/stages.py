@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from defenses.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JOIN = "join"
 """Between machines: a run is proposed; a site's signed word comes back."""

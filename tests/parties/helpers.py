@@ -16,8 +16,9 @@ from defenses.secagg import Identity
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.clinic_notes.notes import SPECIALTIES
-from ffm_secure.engines import headquarters, simulation
-from ffm_secure.engines.headquarters import Headquarters, ReadyRun
+from ffm_secure.engines import coordinator_folder, headquarters, simulated_data
+from ffm_secure.engines.coordinator_folder import Headquarters
+from ffm_secure.engines.headquarters import ReadyRun
 from ffm_secure.federation import TrainingResult
 from ffm_secure.server.coordinator_file import CoordinatorFile
 from ffm_secure.server.timetable import Timetable
@@ -129,13 +130,13 @@ def found(
     source = RandomSource.system()
     operator = Identity(source.random_bytes(32), guard=ReplayGuard.in_memory())
     federation = Federation(place=place, config=config, operator=operator)
-    headquarters.create(
+    coordinator_folder.create(
         place / "coordinator",
         CoordinatorFile(format=1, operator=key_words(operator.public_key), deadlines=timetable),
         source,
     )
     federation.run_file.write_text(run_file.dump(config))
-    parts = simulation.prepare(config, Path.cwd()).data
+    parts = simulated_data.load(config, Path.cwd())
     settings: dict[str, Any] = {
         "largest_epsilon": 8.0,
         "protections": ("secagg", "none", "bfv", "ckks"),

@@ -1,0 +1,137 @@
+"""What a coordinator's people do: make it, start a run, look at it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from defenses.random_source import RandomSource
+from ffm_secure.config.federated import run_digest
+from ffm_secure.cli.console import clear_errors, print_lines, say
+from ffm_secure.cli.machine_engines import enrolment, running
+from ffm_secure.engines import coordinator_folder
+from ffm_secure.engines.coordinator_folder import Headquarters
+from ffm_secure.errors import BudgetExhausted, ConfigError, StoreError
+from ffm_secure.server.coordinator_file import CoordinatorFile
+from ffm_secure.storage.status import StatusFile, read_status
+from ffm_secure.transport.envelope import header_of
+from ffm_secure.transport.roster import key_words, read_key
+
+if TYPE_CHECKING:
+    from ffm_secure.engines.headquarters import ReadyRun
+    from ffm_secure.federation import TrainingResult
+
+
+def init(folder: Path, *, operator: str, host: str, port: int) -> None:
+    """Make a coordinator."""
+    with clear_errors():
+        try:
+            read_key(operator)
+        except ValueError as error:
+            advice = f"--operator = {operator[:80]!r}: {error}; ask the operator for its key"
+            raise ConfigError("coordinator init", [advice]) from None
+        key = coordinator_folder.create(
+            folder, CoordinatorFile(format=1, operator=operator), RandomSource.system()
+        )
+        request = enrolment().request_coordinator(folder, (host, port), key.sign)
+    print_lines(
+        [
+            f"coordinator at {host}:{port}: that port must be reachable from every site, and no other",
+            "send the operator this line by a way you trust, and the file beside it:",
+            f"  coordinator {key_words(key.public_key)}",
+            f"  {request}",
+            f"the operator returns roster.json, which goes into {folder}, and an approval: "
+            f"ffm-secure coordinator enrol {folder} APPROVAL",
+        ]
+    )
+
+
+def enrol(folder: Path, approval: Path) -> None:
+    """Keep the certificates that came back."""
+    with clear_errors():
+        file = Headquarters(place=folder).read()
+        try:
+            content = approval.read_bytes()
+        except OSError as error:
+            raise StoreError(f"{approval}: cannot be read: {error.strerror}") from None
+        endpoint = enrolment().accept(folder, content, name="coordinator", operator=read_key(file.operator))
+    print_lines(
+        [
+            f"the federation meets at {endpoint.host}:{endpoint.port}",
+            f"runs start with: ffm-secure coordinator start {folder} RUN.toml",
+        ]
+    )
+
+
+def start(folder: Path, run: Path, engine: str, *, json: bool, quiet: bool) -> None:
+    """Run a run file among the sites."""
+    from ffm_secure.engines import coordinated, headquarters  # with the model libraries
+
+    with clear_errors():
+        carrier = running(engine)
+        if not enrolment(engine).is_enrolled(folder):
+            raise StoreError(
+                f"{folder}: has no certificates yet; send the operator tls-request.json, then: "
+                f"ffm-secure coordinator enrol {folder} APPROVAL"
+            )
+        ready = headquarters.prepare_run(folder, run)
+        try:
+            trained = _train(folder, ready, carrier, quiet=quiet or json)
+            summary = coordinated.finish(ready, trained)
+        finally:
+            ready.close()
+            StatusFile(folder).write(state="stopped", run=ready.loaded.config.name)
+    rounds, metric = len(trained.records), summary.metric_final
+    lines = [
+        f"{summary.name}: {trained.status} after {rounds} rounds",
+        f"  {summary.metric_name} {metric:.4f} (before training {summary.metric_zero_round:.4f})",
+        *coordinated.receipt_lines(ready),
+        f"  report   {ready.folder / 'report.html'}",
+    ]
+    words = {"folder": str(ready.folder), "status": trained.status, "rounds": rounds, "metric": metric}
+    say(words, lines, json=json, quiet=quiet)
+    if trained.status == "budget exhausted":
+        raise BudgetExhausted(trained.reason)
+
+
+def _train(folder: Path, ready: ReadyRun, carrier: ModuleType, *, quiet: bool) -> TrainingResult:
+    from ffm_secure.cli.progress import Bars
+
+    config, names = ready.loaded.config, ready.coordinator.roster.names
+
+    def deadline(message: bytes) -> float:
+        return header_of(message).deadline
+
+    with (
+        carrier.open_courier(folder.resolve(), names, run_digest(config), deadline=deadline) as courier,
+        Bars(rounds=config.federation.rounds, budget=config.privacy.epsilon, quiet=quiet) as bars,
+    ):
+        ready.coordinator.callback = bars
+        return ready.coordinator.run(courier)
+
+
+def status(folder: Path, *, json: bool) -> None:
+    """Say which stage is open."""
+    with clear_errors():
+        Headquarters(place=folder).read()
+    shown = dict(read_status(folder))
+    say(shown, _status_lines(shown), json=json)
+
+
+def _status_lines(shown: dict[str, object]) -> list[str]:
+    if shown.get("state") != "running":
+        return [f"no run is under way ({shown.get('state', 'none was started here')})"]
+    left = int(str(shown.get("deadline", 0))) - time.time()
+    lines = [
+        f"{shown.get('run')}: round {shown.get('round')} of {shown.get('rounds')}, "
+        f"stage {shown.get('stage')}, {shown.get('asked')} sites asked, {max(0, left):.0f} s left",
+        f"waits for: {shown.get('waiting') or 'nobody'}",
+    ]
+    for outcome in ("refused", "improper", "silent"):
+        if shown.get(outcome):
+            lines.append(f"{outcome}: {shown[outcome]}")
+    if shown.get("refused"):
+        lines.append("why a site refuses is in its own log: its people see it with ffm-secure site log")
+    return lines

@@ -1,0 +1,142 @@
+"""What a coordinator leaves behind: the model, a report, and every site's signed receipt."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from defenses.dp import Event
+from ffm_secure import record_codec
+from ffm_secure.config.schema import to_table
+from ffm_secure.engines.headquarters import ReadyRun
+from ffm_secure.engines.simulated_data import SimulatedData
+from ffm_secure.engines.simulation import Prepared
+from ffm_secure.engines.summary import describe, software
+from ffm_secure.federation import TrainingResult
+from ffm_secure.privacy.statements import SEEDED, statements
+from ffm_secure.records import DECLINED, Receipt, RunSummary
+from ffm_secure.report import document as report
+from ffm_secure.report import model_card
+from ffm_secure.server.sealed_courier import SignedReceipt
+from ffm_secure.storage.durable import write_atomic
+from ffm_secure.trainable import exports
+
+RECEIPTS: Final = "receipts.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipts:
+    """The newest receipt of every site, each under the site's own signature."""
+
+    format: int = 1
+    sites: Mapping[str, SignedReceipt]
+
+
+def finish(ready: ReadyRun, trained: TrainingResult) -> RunSummary:
+    """Write model, report and receipts of a run; return what the report shows."""
+    summary = summarise(ready, trained)
+    loaded, task = ready.loaded, ready.task
+    name = loaded.config.model.name
+    store = ready.coordinator.store
+
+    def export(folder: Path) -> None:
+        written = exports.export(
+            loaded.trainable,
+            folder,
+            name,
+            max_length=task.max_length,
+            text_columns=task.data.text_columns,
+        )
+        model_card.write_card(folder, written, summary)
+
+    loaded.trainable.load_vector(trained.state.vector)
+    store.replace_folder("adapter", export)
+    report.write(summary, ready.folder)
+    receipts = Receipts(sites=ready.coordinator.receipts)
+    write_atomic(ready.folder / RECEIPTS, record_codec.canonical_bytes(receipts) + b"\n")
+    return summary
+
+
+def summarise(ready: ReadyRun, trained: TrainingResult) -> RunSummary:
+    """Collect a run as its coordinator saw it: no ledger, and of single sites nothing but receipts."""
+    loaded, config, server = ready.loaded, ready.loaded.config, ready.coordinator.server
+    zero = server.evaluate(ready.initial).metric
+    rows = ready.dataset.validation
+    prepared = _as_planned(ready)
+    charged = config.privacy.unit != "none"
+    last = trained.records[-1].metric if trained.records else zero
+    return RunSummary(
+        name=config.name,
+        status=trained.status,
+        stamps=(SEEDED,) if config.privacy.noise == "seeded" else (),
+        config=to_table(config),
+        plan=describe(prepared),
+        rounds=trained.records,
+        statements=statements(config, loaded.mechanism, _charged(ready, trained) if charged else ()),
+        budget_epsilon=config.privacy.epsilon if charged else math.inf,
+        metric_name=ready.task.metric_name,
+        metric_final=last,
+        metric_zero_round=zero,
+        metric_majority=ready.task.majority(rows, rows),
+        higher_is_better=ready.task.higher_is_better,
+        clients=(),
+        clients_source="every site's own; the coordinator has receipts alone",
+        audit=None,
+        ledger_entries=0,
+        ledger_head="",
+        software=software(),
+        seconds=time.time() - ready.began,
+        owners=loaded.owners,
+        ended=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
+def _charged(ready: ReadyRun, trained: TrainingResult) -> tuple[Event, ...]:
+    """Return the events of the site that can have paid most, by the public schedule."""
+    turns: Counter[int] = Counter()
+    for record in trained.records:
+        for site in record.cohort:
+            turns[site] += record.dropped.get(site) != DECLINED
+    event = ready.loaded.mechanism.event(release="update of one round")
+    return (event,) * max(turns.values(), default=0)
+
+
+def _as_planned(ready: ReadyRun) -> Prepared:
+    """Return the run as a plan describes one; the rows in it are public."""
+    loaded = ready.loaded
+    data = SimulatedData(
+        dataset=ready.dataset,
+        config=loaded.config,
+        parts=(),
+        public=None,
+        account="",
+        contents="",
+        bare_contents="",
+        owners=loaded.owners,
+    )
+    return Prepared(
+        config=loaded.config,
+        data=data,
+        backbone=loaded.backbone,
+        trainable=loaded.trainable,
+        task=ready.task,
+        spec=loaded.spec,
+        facts=loaded.facts,
+    )
+
+
+def receipt_lines(ready: ReadyRun) -> list[str]:
+    """Say what every site's newest receipt states."""
+    lines = []
+    for name, signed in sorted(ready.coordinator.receipts.items()):
+        receipt = record_codec.from_bytes(Receipt, signed.content, "a receipt")
+        spent = "no guarantee" if math.isinf(receipt.epsilon) else f"epsilon {receipt.epsilon:.4g}"
+        lines.append(
+            f"  receipt  {name}: {spent}, {receipt.entries} ledger entries, head {receipt.head[:16]}"
+        )
+    return lines
