@@ -282,6 +282,31 @@ class DataRelease:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """State a share that was read from noisy counts, with its interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    rows: float  # noisy, so it may be below 0
+    deviation: float  # of the value, noise and chance together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleasedEvaluation:
+    """Hold what a charged evaluation of private rows released."""
+
+    accuracy: Estimate
+    classes: tuple[Estimate, ...]
+    groups: tuple[Estimate, ...]
+    confidences: tuple[Estimate, ...]  # share right, by the largest probability in tenths
+    gap: Estimate | None  # between the best and the worst group
+    deviation: float  # of the noise of one count
+    level: float  # of every interval
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
     """Hold everything a report shows; a pure function turns it into a page.
 
@@ -317,6 +342,7 @@ class RunSummary:
     ended: str = ""  # ISO 8601, UTC
     digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of what was run and what came of it
     data: DataRelease | None = None
+    evaluation: ReleasedEvaluation | None = None  # of held-back private rows, where the run file asks for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -100,6 +100,7 @@ LIFECYCLES = Axis("lifecycle")
 ENGINES = Axis("engine")
 QUERIES = Axis("query")
 STARTS = OrNone(axis=QUERIES, trait="start")
+FINISHES = OrNone(axis=QUERIES, trait="finish")
 AXES: Mapping[str, Axis] = MappingProxyType(
     {axis.name: axis for axis in (STRATEGIES, TRAINABLES, LIFECYCLES, ENGINES, QUERIES)}
 )
@@ -136,5 +137,7 @@ LIFECYCLES.register("ridge_sums", "ffm_secure.lifecycle.one_shot:OneShot", trait
 
 QUERIES.register("class_sums", "ffm_secure.queries.class_sums:build", traits=("start",))
 QUERIES.register("ridge_sums", "ffm_secure.queries.ridge_sums:build", traits=("start",))
+QUERIES.register("class_offsets", "ffm_secure.queries.class_offsets:build", traits=("finish",))
+QUERIES.register("evaluation", "ffm_secure.queries.evaluation:build")
 
 ENGINES.register("local", "ffm_secure.engines.local:LocalEngine")

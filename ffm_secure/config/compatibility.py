@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import PlanRefused
-from ffm_secure.registry import AXES, LIFECYCLES, STARTS, STRATEGIES, TRAINABLES
+from ffm_secure.registry import AXES, FINISHES, LIFECYCLES, STARTS, STRATEGIES, TRAINABLES
 
 LORA_RULES = STRATEGIES.with_trait("lora")
 PROMPTS = TRAINABLES.with_trait("prompt")
@@ -54,6 +54,15 @@ _SEEDED_NONE = "a run without privacy unit draws no privacy noise: leave noise a
 _NO_CLASSES = "sums by class need classes: choose a classification task"
 _NO_STEPS = "takes no step, so nothing is there for it to steer"
 _ONE_MODEL = "makes one head for everybody from one sum: use strategy average"
+_NO_CELLS = "counts by class need classes: choose a classification task, or evaluate on public rows"
+_TABLE_OF_CLIENT = (
+    "a client's counts would have to be one bounded table, which is not built: evaluate on public rows, or "
+    "use the record unit"
+)
+_PERSON_ON_BOTH_SIDES = (
+    "rows of a person may lie on both sides, and the person would pay twice: evaluate on public rows"
+)
+_OWN_MODELS = "every client has a model of its own, and the counts would be of none of them: use ffa"
 
 _SUM_NEEDS_RING = (
     "a site that adds its share alone is protected by nobody: only a secure sum (secagg or bfv) "
@@ -94,6 +103,15 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("task", "start"): {
         (task, kind): _NO_CLASSES for task in ("causal_lm", "masked_lm") for kind in STARTS if kind != "none"
     },
+    ("task", "finish"): {
+        (task, kind): _NO_CLASSES
+        for task in ("causal_lm", "masked_lm")
+        for kind in FINISHES
+        if kind != "none"
+    },
+    ("lifecycle", "finish"): {
+        (kind, finish): _NO_STEPS for kind in ONE_SHOT for finish in FINISHES if finish != "none"
+    },
     ("lifecycle", "strategy"): {
         ("pretrain", "fedsa"): _HOME_PUBLIC,
         **{(kind, rule): _ONE_MODEL for kind in ONE_SHOT for rule in STRATEGIES if rule != "average"},
@@ -105,6 +123,12 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("cost", "unit"): {("epsilon", "none"): _NO_EPSILON, **{("seconds", unit): _CLOCK for unit in _PRIVATE}},
     ("cost", "noise"): {("epsilon", "seeded"): _NO_EPSILON},
     ("weighting", "unit"): {("examples", unit): _WEIGHTS for unit in _PRIVATE},
+    ("task", "evaluation"): {(task, "held_back"): _NO_CELLS for task in ("causal_lm", "masked_lm")},
+    ("unit", "evaluation"): {
+        ("client", "held_back"): _TABLE_OF_CLIENT,
+        ("person", "held_back"): _PERSON_ON_BOTH_SIDES,
+    },
+    ("strategy", "evaluation"): {("fedsa", "held_back"): _OWN_MODELS},
     ("unit", "protection"): {("client", "none"): _CLIENT_NEEDS_RING, ("client", "ckks"): _CKKS_DISCRETE},
     ("unit", "clipping"): {
         **{("client", kind): f"{kind} clipping {_CLIP_UNIT}" for kind in ("per_layer", "automatic")},
@@ -126,6 +150,7 @@ REVIEWED: Mapping[str, Collection[str]] = {
     "trainable": TRAINABLES,
     "lifecycle": LIFECYCLES,
     "start": STARTS,
+    "finish": FINISHES,
     "controller": ("fixed", "plateau", "gain_per_cost"),
     "cost": ("epsilon", "bytes", "seconds"),
     "optimizer": ("sgd", "adam", "adamw"),
@@ -138,6 +163,7 @@ REVIEWED: Mapping[str, Collection[str]] = {
     "noise": ("system", "seeded"),
     "noise_shares": ("site", "sum"),
     "protection": ("none", "secagg", "bfv", "ckks"),
+    "evaluation": ("public", "held_back"),
 }
 
 
@@ -175,6 +201,7 @@ def choices(config: RunConfig) -> dict[str, str]:
         "trainable": config.model.trainable.kind,
         "lifecycle": lifecycle.kind,
         "start": lifecycle.start,
+        "finish": lifecycle.finish,
         "controller": lifecycle.controller.kind,
         "cost": lifecycle.controller.cost,
         "optimizer": lifecycle.optimizer,
@@ -187,6 +214,7 @@ def choices(config: RunConfig) -> dict[str, str]:
         "noise": config.privacy.noise,
         "noise_shares": config.privacy.noise_shares,
         "protection": config.protection.kind,
+        "evaluation": config.evaluation.rows,
     }
 
 

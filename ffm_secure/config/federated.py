@@ -49,6 +49,8 @@ def _shared(config: RunConfig, sites: int) -> Iterator[str]:
         yield "task.image_column = '': name it, so that every site reads the same column"
     if task.kind != "image_classification" and not task.text_column:
         yield "task.text_column = '': name it, so that every site reads the same column"
+    if config.evaluation.rows != "public":
+        yield "evaluation.rows = 'held_back': sites of their own hold no rows back yet; use public rows"
     if task.validation == "hold_out":
         yield "task.validation = 'hold_out': a site parts nothing off; public rows are the coordinator's"
     if config.federation.dropout.rate:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ffm_secure.config.lifecycle_checks import check_evaluation, check_lifecycle
 from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
 from ffm_secure.errors import ConfigError
 from ffm_secure.records import Observer
-from ffm_secure.registry import LIFECYCLES, STARTS, STRATEGIES, TRAINABLES
+from ffm_secure.registry import FINISHES, LIFECYCLES, STARTS, STRATEGIES, TRAINABLES
 
 TASKS = ("text_classification", "causal_lm", "masked_lm", "image_classification")
 ClippingKind = Literal["flat", "per_layer", "automatic"]
@@ -196,6 +197,15 @@ class Lifecycle:
         maximum=1e6,
         help="what the start may cost, of privacy.epsilon; 0: a quarter of it",
     )
+    finish: str = option(
+        "none", choices=FINISHES, help="correct the head by released counts after the last round"
+    )
+    finish_epsilon: float = option(
+        0.0,
+        minimum=0.0,
+        maximum=1e6,
+        help="what the finish may cost, of privacy.epsilon; 0: an eighth of it",
+    )
     public_data: str = option(
         "", help="as task.data; empty: public_examples rows of task.data", only_for=("pretrain",)
     )
@@ -353,6 +363,23 @@ class Audit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What the last model is evaluated on: public rows alone, or private rows that are never learned from."""
+
+    rows: str = option(
+        "public",
+        choices=("public", "held_back"),
+        help="held_back: counts of private rows are released once, with noise",
+    )
+    share: float = option(0.1, above=0.0, below=1.0, help="of each owner's rows that is held back")
+    epsilon: float = option(
+        0.0, minimum=0.0, maximum=1e6, help="of the rows held back, whose account is their own"
+    )
+    group_column: str = option("", help="column of the groups to compare; it stays with its owner")
+    groups: tuple[str, ...] = option((), help="the groups, declared public")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
     """What cannot change epsilon."""
 
@@ -389,6 +416,7 @@ class RunConfig:
     privacy: Privacy
     protection: Protection
     audit: Audit = option(Audit())
+    evaluation: Evaluation = option(Evaluation())
     speed: Speed = option(Speed())
     document: Document = option(Document())
 
@@ -429,7 +457,8 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
     task, federation, privacy, protection = config.task, config.federation, config.privacy, config.protection
     if federation.cohort > task.clients:
         problems.add("federation.cohort", federation.cohort, f"must be at most task.clients = {task.clients}")
-    _check_lifecycle(config, problems)
+    check_lifecycle(config, problems)
+    check_evaluation(config, problems)
     if protection.threshold > federation.cohort:
         problems.add(
             "protection.threshold",
@@ -495,76 +524,6 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
         )
 
 
-def _check_lifecycle(config: RunConfig, problems: Problems) -> None:
-    """Check what a kind of lifecycle needs, and what it does not read."""
-    lifecycle, privacy = config.federation.lifecycle, config.privacy
-    if LIFECYCLES.has(lifecycle.kind, "one_shot"):
-        _check_one_shot(config, problems)
-    else:
-        _check_steps(lifecycle, problems)
-    if lifecycle.start_epsilon and lifecycle.start == "none":
-        problems.add(
-            "federation.lifecycle.start_epsilon", lifecycle.start_epsilon, "is not read without a start"
-        )
-    if lifecycle.start_epsilon >= privacy.epsilon and privacy.unit != "none" and lifecycle.start_epsilon:
-        problems.add(
-            "federation.lifecycle.start_epsilon",
-            lifecycle.start_epsilon,
-            f"must be below privacy.epsilon = {privacy.epsilon:g}, which it is a part of",
-        )
-    if LIFECYCLES.has(lifecycle.kind, "public_phases"):
-        _check_pretraining(lifecycle, problems)
-
-
-def _check_steps(lifecycle: Lifecycle, problems: Problems) -> None:
-    """Check what a run needs that learns by steps."""
-    if (lifecycle.local_steps > 0) == (lifecycle.local_epochs > 0):
-        problems.add(
-            "federation.lifecycle.local_steps",
-            lifecycle.local_steps,
-            "give local_steps or local_epochs, exactly one above 0",
-        )
-    for name, least in (("batch_size", "at least 1"), ("learning_rate", "above 0")):
-        if not getattr(lifecycle, name):
-            problems.add(f"federation.lifecycle.{name}", getattr(lifecycle, name), f"must be {least}")
-
-
-def _check_one_shot(config: RunConfig, problems: Problems) -> None:
-    """Check a run that asks for sums and takes no step: what steps need is not read, and nobody is asked
-    twice.
-    """
-    federation, lifecycle = config.federation, config.federation.lifecycle
-    for name in ("local_steps", "local_epochs", "batch_size", "learning_rate", "momentum", "proximal"):
-        if getattr(lifecycle, name):
-            problems.add(
-                f"federation.lifecycle.{name}",
-                getattr(lifecycle, name),
-                f"is not read with kind = '{lifecycle.kind}', which takes no steps",
-            )
-    cohorts = config.task.clients // max(1, federation.cohort)
-    if not 1 <= federation.rounds <= max(1, cohorts):
-        problems.add(
-            "federation.rounds",
-            federation.rounds,
-            f"must be from 1 to {max(1, cohorts)} with kind = '{lifecycle.kind}': each round asks another "
-            "cohort, so that no owner answers twice",
-        )
-
-
-def _check_pretraining(lifecycle: Lifecycle, problems: Problems) -> None:
-    controller = lifecycle.controller
-    if bool(lifecycle.public_data) == (lifecycle.public_examples > 0):
-        problems.add(
-            "federation.lifecycle.public_data",
-            lifecycle.public_data,
-            "give public_data or public_examples, exactly one of them",
-        )
-    if not lifecycle.public_steps and not lifecycle.local_steps:
-        problems.add("federation.lifecycle.public_steps", 0, "must be above 0 where local_epochs is given")
-    if controller.kind == "fixed" and not controller.public and not controller.private:
-        problems.add("federation.lifecycle.controller.private", 0, "public and private cannot both be 0")
-
-
 __all__ = [
     "OBSERVERS",
     "TASKS",
@@ -572,6 +531,7 @@ __all__ = [
     "Controller",
     "Document",
     "Dropout",
+    "Evaluation",
     "Federation",
     "Lifecycle",
     "Model",

@@ -35,12 +35,24 @@ class SimulatedData:
     contents: str  # keyed digests of all rows the run reads
     bare_contents: str  # the same without the key, as older runs noted them
     owners: tuple[str, ...]  # as people call them
+    held_back: tuple[np.ndarray, ...] = ()  # row numbers of every owner that are only asked about
 
     def names(self) -> tuple[Records, ...]:
         """Return what a ledger knows every owner's rows by."""
         records = self.dataset.train.records
         assert records is not None
         return tuple(records.take(part) for part in self.parts)
+
+    def held_back_names(self) -> tuple[Records, ...]:
+        """Return what a ledger knows every owner's held-back rows by."""
+        records = self.dataset.train.records
+        assert records is not None
+        return tuple(records.take(part) for part in self.held_back)
+
+    def held_back_rows(self, owner: int) -> Examples:
+        """Return the rows of one owner that are never learned from."""
+        split, seed = self.config.task.split, self.config.seed
+        return partition.client_rows(self.dataset.train, self.held_back, owner, split=split, seed=seed)
 
     def rows(self, owner: int) -> Examples:
         """Return one owner's rows as it has them."""
@@ -67,6 +79,7 @@ def load(
     parts = partition.partition(dataset.train, clients=task.clients, split=task.split, seed=config.seed)
     if privacy.person_column:
         parts = reunited(dataset.train, parts, column=privacy.person_column)
+    parts, held_back = _hold_back(config, dataset.train, tuple(parts), key)
     account = dataset_fingerprint(
         dataset.name, whole.train, parts
     )  # of all rows: taking some out is no new account
@@ -83,7 +96,26 @@ def load(
         contents=keyed_fingerprint(bare, key),
         bare_contents=bare,
         owners=partition.owner_names(dataset.train, clients=task.clients, split=task.split, seed=config.seed),
+        held_back=held_back,
     )
+
+
+def _hold_back(
+    config: RunConfig, examples: Examples, parts: tuple[np.ndarray, ...], key: RecordKey
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Part every owner's rows into those learned from and those only asked about, where the run file says so.
+
+    A row's lot decides, and equal rows have one lot, so a row is on the same side in every run and no copy of
+    it on the other.
+    """
+    if config.evaluation.rows == "public":
+        return parts, ()
+    contents = examples.contents
+    assert contents is not None
+    lots = key.lots(b"held back" + int(value).to_bytes(8, "little") for value in contents)
+    chosen = lots < np.uint64(config.evaluation.share * 2**64)
+    learned = tuple(part[~chosen[part]] for part in parts)
+    return learned, tuple(part[chosen[part]] for part in parts)
 
 
 def part_in_public(config: RunConfig, dataset: Dataset, base: Path) -> tuple[Dataset, Examples | None]:

@@ -19,6 +19,7 @@ from defenses.random_source import RandomSource
 from defenses.secagg import Identity
 from ffm_secure import tasks, trainable
 from ffm_secure.config import compatibility
+from ffm_secure.config.run_file import Evaluation as EvaluationConfig
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.owners import numbered_names
 from ffm_secure.data.dataset import Dataset, Examples, for_evaluation
@@ -31,6 +32,7 @@ from ffm_secure.engines.simulated_data import Contents, SimulatedData, contents,
 from ffm_secure.errors import BudgetExhausted, DataError, PlanRefused, StoreError
 from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.protection.enrolment import enrol
+from ffm_secure.queries.base import Rows
 from ffm_secure.records import RoundRecord
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.server.context import ServerContext
@@ -334,7 +336,8 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
     path = ledger_path(config.privacy, folder)
     assert path is not None
     ledger = open_granted(prepared, path)
-    blocks = ledger.blocks_for(prepared.data.names())
+    names = (*prepared.data.names(), *prepared.data.held_back_names())
+    blocks = ledger.blocks_for(names)
     if spec.mechanism.noise_multiplier and folder.is_dir():
         content = json.dumps({"noise_multiplier": spec.mechanism.noise_multiplier}).encode()
         write_atomic(folder / "noise.json", content)
@@ -368,8 +371,8 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
     sites = tuple(
         Site(
             spec=spec,
-            data=SiteData(index=index, name=name, examples=prepared.task.encode(prepared.data.rows(index))),
-            ledger=_site_ledger(prepared, ledger, index, blocks[index]),
+            data=_site_data(prepared, index, name),
+            ledger=_site_ledger(prepared, ledger, index, blocks),
             protection=enrolment.sites[index],
             answers={name: halves.sites[index] for name, halves in answering.items()},
             broadcasts=broadcasts,
@@ -465,8 +468,37 @@ def _charged_as(config: RunConfig) -> tuple[str, float]:
     return config.privacy.unit, config.privacy.delta
 
 
-def _site_ledger(prepared: Prepared, ledger: Ledger, index: int, blocks: tuple[int, ...]) -> SiteLedger:
-    config = prepared.config
+def _site_data(prepared: Prepared, index: int, name: str) -> SiteData:
+    """Encode one owner's rows: those learned from, and those that are only asked about."""
+    task, data = prepared.task, prepared.data
+    held_back = None
+    if data.held_back:
+        examples = data.held_back_rows(index)
+        groups = group_numbers(examples, prepared.config.evaluation)
+        held_back = Rows(encoded=task.encode(examples), groups=groups)
+    return SiteData(index=index, name=name, examples=task.encode(data.rows(index)), held_back=held_back)
+
+
+def group_numbers(examples: Examples, evaluation: EvaluationConfig) -> np.ndarray | None:
+    """Return every row's place among the declared groups, -1 for any other; None without groups."""
+    if not evaluation.groups:
+        return None
+    if evaluation.group_column not in examples.columns:
+        raise DataError(
+            f"evaluation.group_column = {evaluation.group_column!r}: the data have no such column"
+        )
+    places = {name: place for place, name in enumerate(evaluation.groups)}
+    column = examples.column(evaluation.group_column)
+    return np.array([places.get(str(value), -1) for value in column], dtype=np.int64)
+
+
+def _site_ledger(
+    prepared: Prepared, ledger: Ledger, index: int, all_blocks: Sequence[tuple[int, ...]]
+) -> SiteLedger:
+    config, owners = prepared.config, len(prepared.owners)
+    blocks, apart = all_blocks[index], all_blocks[owners:]
+    questions = prepared.spec.questions
+    held_back = {name: item.item.epsilon for name, item in questions.items() if item.item.held_back}
     unit, delta = _charged_as(config)
     replay = hashlib.sha256(repr((config, prepared.account)).encode()).digest()
     return SiteLedger(
@@ -483,6 +515,8 @@ def _site_ledger(prepared: Prepared, ledger: Ledger, index: int, blocks: tuple[i
         answers={
             name: question.mechanism.event(release=name) for name, question in prepared.spec.questions.items()
         },
+        held_back=held_back,
+        held_back_blocks=apart[index] if apart else (),
         replay_key=replay if config.privacy.noise == "seeded" else b"",
     )
 

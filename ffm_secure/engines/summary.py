@@ -26,6 +26,8 @@ from ffm_secure.privacy.statements import SEEDED, statements
 from ffm_secure.site.allowance import composed
 from ffm_secure.protection.masked import sharing_graph
 from ffm_secure.quantities import size, small
+from ffm_secure.queries import evaluation
+from ffm_secure.queries.base import Setting, recall
 from ffm_secure.records import (
     AuditSummary,
     ClientOutcome,
@@ -33,6 +35,7 @@ from ffm_secure.records import (
     Observer,
     PlannedQuery,
     PlanSummary,
+    ReleasedEvaluation,
     RunSummary,
 )
 from ffm_secure.report.outcome import best_of
@@ -157,6 +160,7 @@ def summarise(
         ended=ended,
         digests=_digests(ready, trained),
         data=_data_release(prepared),
+        evaluation=_released(ready, trained),
     )
 
 
@@ -186,6 +190,17 @@ def _data_release(prepared: Prepared) -> DataRelease:
         max_length=0 if lengths is None else config.task.max_length,
         cut=cut,
     )
+
+
+def _released(ready: Simulation, trained: TrainingResult) -> ReleasedEvaluation | None:
+    """Read what a charged evaluation released; None where none was asked for, or none was opened."""
+    spec = ready.spec
+    opened = recall(trained.state, evaluation.NAME) if evaluation.NAME in spec.questions else None
+    if opened is None:
+        return None
+    names = ready.prepared.dataset.label_names or ()
+    setting = Setting(config=spec.config, trainable=ready.trainable, classes=ready.prepared.facts.classes)
+    return evaluation.released(opened, evaluation.cells_of(setting), class_names=names)
 
 
 def software() -> Mapping[str, str]:

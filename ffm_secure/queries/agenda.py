@@ -10,7 +10,8 @@ from ffm_secure.config.run_file import RunConfig
 from ffm_secure.records import LEARN, RoundRecord
 from ffm_secure.registry import LIFECYCLES
 
-QUARTER = 0.25  # of a run's epsilon goes to a start or a finish that names none of its own
+# of a run's epsilon, what a start or a finish may cost that names none of its own
+QUARTER, EIGHTH = 0.25, 0.125
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,15 +27,22 @@ class Item:
 def agenda(config: RunConfig) -> tuple[Item, ...]:
     """Return what is asked, in order."""
     lifecycle, privacy = config.federation.lifecycle, config.privacy
+    last: tuple[Item, ...] = ()
+    if config.evaluation.rows == "held_back":
+        epsilon = config.evaluation.epsilon
+        last = (Item(query="evaluation", asks=cohorts(config), epsilon=epsilon, held_back=True),)
     if LIFECYCLES.has(lifecycle.kind, "one_shot"):
         only = Item(query=lifecycle.kind, asks=config.federation.rounds, epsilon=privacy.epsilon)
-        return (only,)
+        return (only, *last)
     items = []
     if lifecycle.start != "none":
         epsilon = lifecycle.start_epsilon or QUARTER * privacy.epsilon
         items.append(Item(query=lifecycle.start, asks=cohorts(config), epsilon=epsilon))
     items.append(Item(query=LEARN, asks=config.federation.rounds))
-    return tuple(items)
+    if lifecycle.finish != "none":
+        epsilon = lifecycle.finish_epsilon or EIGHTH * privacy.epsilon
+        items.append(Item(query=lifecycle.finish, asks=cohorts(config), epsilon=epsilon))
+    return (*items, *last)
 
 
 def cohorts(config: RunConfig) -> int:

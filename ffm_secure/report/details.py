@@ -12,6 +12,7 @@ from ffm_secure.report.page import all_notices, masthead_line
 from ffm_secure.report.sections.attacks import attacks_body
 from ffm_secure.report.sections.audit import audit_body, curves_body
 from ffm_secure.report.sections.clients import clients_body
+from ffm_secure.report.sections.evaluation import evaluation_body
 from ffm_secure.report.sections.privacy import bounds_body, spent_body, statements_body
 from ffm_secure.report.sections.rounds import cost_body, participation_body, utility_body
 
@@ -28,6 +29,7 @@ def render_details_html(summary: RunSummary) -> str:
     sections = [
         Section(name="plan", heading="Plan", body=_plan_body(summary)),
         Section(name="utility", heading="What was learned", body=utility_body(summary)),
+        *_evaluated(summary),
         Section(name="spent", heading="What was spent", body=spent_body(summary)),
         Section(
             name="statements", heading="Every epsilon, in full", body=statements_body(summary.statements)
@@ -41,13 +43,21 @@ def render_details_html(summary: RunSummary) -> str:
         Section(name="ledger", heading="Ledger", body=_ledger_body(summary)),
     ]
     if summary.clients:
-        sections.insert(7, Section(name="clients", heading="Client by client", body=clients_body(summary)))
+        sections.insert(-4, Section(name="clients", heading="Client by client", body=clients_body(summary)))
     return render_page(
         Masthead(kind="ffm-secure report, details", name=summary.name, line=masthead_line(summary)),
         sections,
         footer=(*_BACK, ". The same figures, exact, are in report.json."),
         notices=all_notices(summary),
     )
+
+
+def _evaluated(summary: RunSummary) -> tuple[Section, ...]:
+    """Return the section on private rows, where the run released any figure of them."""
+    if summary.evaluation is None:
+        return ()
+    body = evaluation_body(summary.evaluation)
+    return (Section(name="evaluation", heading="What private rows say", body=body),)
 
 
 def render_internal_html(summary: RunSummary) -> str:

@@ -328,6 +328,8 @@ def extends(stored: RunConfig, asked: RunConfig) -> bool:
     """Tell whether a run is asked for more rounds and else the same, or with more epsilon beside."""
     if asked.federation.rounds <= stored.federation.rounds or asked.privacy.epsilon < stored.privacy.epsilon:
         return False
+    if asked.evaluation.rows != "public" or asked.federation.lifecycle.finish != "none":
+        return False  # what is asked of the last model was paid for, and would be of an earlier one
     federation = dataclasses.replace(asked.federation, rounds=stored.federation.rounds)
     privacy = dataclasses.replace(asked.privacy, epsilon=stored.privacy.epsilon)
     return _same_run(stored, dataclasses.replace(asked, federation=federation, privacy=privacy))

@@ -29,6 +29,7 @@ def _choices(kind: type, field: str) -> tuple[str, ...]:
         ("trainable", config.TrainableSpec, "kind"),
         ("lifecycle", config.Lifecycle, "kind"),
         ("start", config.Lifecycle, "start"),
+        ("finish", config.Lifecycle, "finish"),
         ("controller", config.Controller, "kind"),
         ("cost", config.Controller, "cost"),
         ("optimizer", config.Lifecycle, "optimizer"),
@@ -39,6 +40,7 @@ def _choices(kind: type, field: str) -> tuple[str, ...]:
         ("noise", config.Privacy, "noise"),
         ("noise_shares", config.Privacy, "noise_shares"),
         ("protection", config.Protection, "kind"),
+        ("evaluation", config.Evaluation, "rows"),
     ],
 )
 def test_every_option_of_the_run_file_was_reviewed(axis: str, kind: type, field: str) -> None:
