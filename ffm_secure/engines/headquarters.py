@@ -27,6 +27,7 @@ from ffm_secure.loaded_model import LoadedModel, load_model
 from ffm_secure.protection.halves import Terms, server_half
 from ffm_secure.queries import agenda
 from ffm_secure.server.context import ServerContext
+from ffm_secure.server.evidence import evidence_of
 from ffm_secure.server.coordinator import Coordinator
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.storage.status import StatusFile
@@ -115,11 +116,13 @@ def prepare_run(
     task = tasks.build_task(
         config.task.kind, backbone=loaded.backbone, dataset=dataset, max_length=config.task.max_length
     )
-    server = _server(config, base, dataset, loaded, task, roster)
     folder = quarters.run_folder(config.name)
+    server = _server(config, base, dataset, loaded, task, roster)
+    store = Store.open(folder, config)
+    server.evidence = evidence_of(loaded.spec, folder)
     coordinator = Coordinator(
         server=server,
-        store=Store.open(folder, config),
+        store=store,
         roster=roster,
         terms=terms_of(loaded, roster.digest),
         sign=key.sign,
@@ -141,7 +144,12 @@ def prepare_run(
 
 
 def _server(
-    config: RunConfig, base: Path, dataset: Dataset, loaded: LoadedModel, task: Task, roster: FederationRoster
+    config: RunConfig,
+    base: Path,
+    dataset: Dataset,
+    loaded: LoadedModel,
+    task: Task,
+    roster: FederationRoster,
 ) -> ServerContext:
     terms = Terms(config=config, codec=loaded.codec, roster=roster, binding=loaded.binding())
     evaluation = for_evaluation(dataset.validation, config.task.evaluation_examples, seed=config.seed)

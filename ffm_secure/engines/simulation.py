@@ -36,7 +36,7 @@ from ffm_secure.queries.base import Rows
 from ffm_secure.records import RoundRecord
 from ffm_secure.run_spec import RunSpec
 from ffm_secure.server.context import ServerContext
-from ffm_secure.server.evidence import Evidence
+from ffm_secure.server.evidence import evidence_of
 from ffm_secure.server.transcript import Transcript, recorded_rounds
 from ffm_secure.site.allowance import Outlook, grant_lifetime, look_ahead
 from ffm_secure.site.bound_probe import PROBED, probe_bound
@@ -364,7 +364,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         answers={name: halves.server for name, halves in answering.items()},
         run_id=os.urandom(16),
         transcript=_transcript(spec, folder, recorded) if recorded else None,
-        evidence=_evidence(spec, folder),
+        evidence=evidence_of(spec, folder),
     )
     pool = TrainerPool([_trainer(prepared, states, number) for number in range(config.speed.workers)])
     broadcasts = BroadcastReader(BroadcastGuard(prepared.trainable), prepared.trainable.size)
@@ -404,12 +404,6 @@ def _identities(prepared: Prepared, states: ClientStateStore, folder: Path) -> t
         return None
     source = RandomSource.system()
     return tuple(open_identity(states.place(index), source) for index in range(len(prepared.spec.owners)))
-
-
-def _evidence(spec: RunSpec, folder: Path) -> Evidence | None:
-    if spec.config.protection.kind == "none" or not folder.is_dir():
-        return None
-    return Evidence(folder=folder / "evidence", owners=spec.owners)
 
 
 def _transcript(spec: RunSpec, folder: Path, rounds: frozenset[int]) -> Transcript:

@@ -10,10 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ffm_secure.records import RoundPlan
+from ffm_secure.run_spec import RunSpec
 from ffm_secure.storage.durable import create_folder, remove, sync_folder, write_atomic
 
 FORMAT = 1
 LARGEST = 64 << 20  # bytes of one round's uploads that are kept whole; beyond that their digests are
+
+
+def evidence_of(spec: RunSpec, folder: Path) -> Evidence | None:
+    """Return where a run keeps its evidence; None without a protection, under which nothing is signed."""
+    if spec.config.protection.kind == "none" or not folder.is_dir():
+        return None
+    return Evidence(folder=folder / "evidence", owners=spec.owners)
 
 
 @dataclass(slots=True, kw_only=True)

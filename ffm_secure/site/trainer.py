@@ -15,7 +15,13 @@ from defenses.dp import PerSampleEngine
 from defenses.random_source import RandomSource
 from defenses.secagg.masks import RingVector
 from ffm_secure.lifecycle import ModelUpdate, SiteRound
-from ffm_secure.lifecycle.finetune import BoundedSum, GradientRule, PlainGradient, PrivateGradient
+from ffm_secure.lifecycle.finetune import (
+    BoundedSum,
+    GradientRule,
+    PlainGradient,
+    PrivateGradient,
+    one_by_one_if_needed,
+)
 from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.privacy.mechanism import MechanismOutput, SumNoise
 from ffm_secure.queries.base import Query, Rows, Viewed, by_length
@@ -91,7 +97,11 @@ class SiteTrainer:
         step = max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // query.size))
         order = by_length(rows.encoded)
         for first in range(0, len(rows), step):
-            yield query.answer(rows.take(order[first : first + step]), model)
+            chosen = order[first : first + step]
+            if self.spec.config.privacy.unit == "none":
+                yield query.answer(rows.take(chosen), model)
+            else:  # a row on which the query fails counts nowhere
+                yield from one_by_one_if_needed(lambda part: query.answer(rows.take(part), model), chosen)
 
     def learn(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> ModelUpdate:
         """Run the local steps and say what is sent of them; record-level noise is drawn here, inside every

@@ -16,10 +16,12 @@ from ffm_secure.data.dataset import Examples
 from ffm_secure.engines import simulation
 from ffm_secure.federation import TrainingResult
 from ffm_secure.lifecycle.finetune import one_by_one_if_needed
+from ffm_secure.queries.base import Rows
 from ffm_secure.site.trainer import SiteTrainer
 from ffm_secure.tasks.base import Classification
 from ffm_secure.tasks.encoded import readable
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, finish, first_plan, make, prepared, table
+from tests.queries.helpers import one_shot
 
 REAL = {**RECORD, "noise": "system"}
 POISON = 4242.0  # a value no pixel has
@@ -173,3 +175,26 @@ def test_the_trainer_contains_errors_only_under_a_unit(tmp_path: Path) -> None:
             site = built.sites[0]
             rule = trainer.rule(site.data, first_plan(built), site.source(first_plan(built)))
             assert rule.contained is contained  # type: ignore[attr-defined]
+
+
+def test_a_row_on_which_a_query_fails_counts_nowhere(tmp_path: Path) -> None:
+    built = simulation.build(prepared(one_shot(privacy=REAL, protection=SECAGG)), tmp_path)
+    question = built.spec.questions["class_sums"]
+    real, examples = question.query.answer, built.sites[0].data.examples
+    with built.courier.trainers.borrow() as trainer:
+        good = Rows(encoded=examples.take(np.array([0, 1, 3, 5])))
+        expected = torch.cat(list(trainer._answers(question.query, good)))
+
+    def answering(rows: Rows, model: Any) -> Tensor:
+        if bool((np.asarray(rows.encoded.labels) == -7).any()):
+            raise LookupError("no such token")
+        return real(rows, model)
+
+    poisoned(built, {2, 4})
+    object.__setattr__(question.query, "answer", answering)
+    with built.courier.trainers.borrow() as trainer:
+        found = torch.cat(list(trainer._answers(question.query, Rows(encoded=examples.take(np.arange(6))))))
+    torch.testing.assert_close(found.sum(0), expected.sum(0))
+    trained = finish(built, tmp_path)
+    assert (trained.status, [record.aborted for record in trained.records]) == ("complete", [""])
+    assert trained.records[0].survivors == (0, 1, 2, 3)
