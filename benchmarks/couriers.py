@@ -1,7 +1,7 @@
 """What carrying a secure round costs: its wall seconds less the computing of server and slowest site, side by
 side over the couriers.
 
-    python -m benchmarks.couriers [--sites 4] [--numbers 1000000] [--rounds 5] [--json]
+    python -m benchmarks.couriers [--sites 4] [--numbers 1000000] [--rounds 5] [--falls] [--json]
 
 A round is what a run sends: the model to every site, then ffm-secagg/2 in active mode, whose opened sum is
 compared with the plain one. Sites are threads of this process behind their couriers; over NVFlare every
@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import tempfile
 import threading
@@ -169,6 +170,52 @@ def over_nvflare(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineC
         yield courier
 
 
+def falls(sites: int) -> dict[str, float]:
+    """Kill what can fall over NVFlare; return the seconds until it is noticed and mended."""
+    names = [f"s{number}" for number in range(sites)]
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        machines = enrol(Path(place), names)
+        for name in names:
+            stack.callback(serve(machines.engine_folder(name), _slowly, RUN.__eq__).close)
+        stack.callback(machines.stop)
+        began = time.perf_counter()
+        machines.start()
+        courier = machines.courier(RUN)
+        stack.callback(courier.close)
+        courier.open(smallest=sites, seconds=300.0)
+        seconds = {"start": time.perf_counter() - began}
+
+        began = time.perf_counter()
+        waiting = courier.send("slow", {0: b"600"}, deadline=time.time() + 600.0)
+        threading.Timer(0.5, machines.kill, (names[0],)).start()
+        next(iter(waiting))
+        seconds["site's machine, noticed"] = time.perf_counter() - began - 0.5
+        machines.start_site(names[0])
+        seconds["site's machine, back"] = _until_all_answer(courier, sites)
+
+        assert machines.server is not None
+        os.kill(machines.server.number, signal.SIGKILL)
+        time.sleep(0.5)
+        seconds["server, back"] = _until_all_answer(courier, sites)
+        return seconds
+
+
+def _slowly(stage: str, message: bytes) -> bytes:
+    if stage == "slow":
+        time.sleep(float(message))
+    return bytes(message)
+
+
+def _until_all_answer(courier: MachineCourier, sites: int) -> float:
+    began = time.perf_counter()
+    while time.perf_counter() - began < 300.0:
+        replies = list(courier.send("echo", dict.fromkeys(range(sites), b"x"), deadline=time.time() + 5.0))
+        if not any(isinstance(reply.content, Lost) for reply in replies):
+            return time.perf_counter() - began
+        time.sleep(0.1)
+    raise RuntimeError("not all sites came back")
+
+
 def summary(name: str, rounds: Sequence[Round], load: float) -> dict[str, object]:
     """Return the figures of one courier."""
     return {
@@ -212,7 +259,13 @@ def main() -> None:
     parser.add_argument("--numbers", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print the JSON object alone")
+    parser.add_argument(
+        "--falls", action="store_true", help="kill relays and the server instead, and time it"
+    )
     words = parser.parse_args()
+    if words.falls:
+        print(json.dumps({"benchmark": "couriers, falls", "sites": words.sites, **falls(words.sites)}))
+        return
     rows = measure(words.sites, words.numbers, words.rounds)
     base = float(str(rows[0]["wall_seconds"]))
     for row in rows:

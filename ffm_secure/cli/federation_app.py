@@ -116,9 +116,15 @@ def site_allow(folder: Folder, run: RunFile) -> None:
 
 
 @site_app.command(name="start")
-def site_start(folder: Folder, engine: Engine = "nvflare") -> None:
+def site_start(
+    folder: Folder,
+    engine: Engine = "nvflare",
+    relay: Annotated[
+        bool, typer.Option(help="Run the engine's relay, too; without: another container does.")
+    ] = True,
+) -> None:
     """Serve a site until it is stopped."""
-    _site().start(folder, engine)
+    _site().start(folder, engine, relay=relay)
 
 
 @site_app.command(name="status")

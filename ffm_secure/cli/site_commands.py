@@ -171,7 +171,7 @@ def allow(folder: Path, run: Path) -> None:
     print_lines([*describe(config), f"allowed, once; try it offline with: ffm-secure site check {folder}"])
 
 
-def start(folder: Path, engine: str) -> None:
+def start(folder: Path, engine: str, *, relay: bool = True) -> None:
     """Serve the site until a signal."""
     from ffm_secure.site.service import open_session  # with the model libraries
 
@@ -187,7 +187,12 @@ def start(folder: Path, engine: str) -> None:
             session.prepare()
             print_lines([f"{session.name} is served; what it refuses, and why: ffm-secure site log {folder}"])
             carrier.serve_site(
-                folder.resolve(), session.name, session.handle, session.allows, should_stop=stop_signal()
+                folder.resolve(),
+                session.name,
+                session.handle,
+                session.allows,
+                should_stop=stop_signal(),
+                with_relay=relay,
             )
         finally:
             session.close()

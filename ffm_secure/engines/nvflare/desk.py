@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 _LOGIN_SECONDS = 10.0
+logging.getLogger("nvflare").addHandler(logging.NullHandler())  # what it says goes where logging was set up
 
 
 class Desk:
