@@ -33,6 +33,7 @@ SECTIONS: dict[str, list[str]] = {
     "Use": ["data.md", "models.md", "prompts.md", "lora.md", "pretraining.md", "experiments.md", "deploy.md"],
     "Trust": [
         "threat_model.md",
+        "evidence.md",
         "mistakes.md",
         "shared_noise.md",
         "queries.md",

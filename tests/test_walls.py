@@ -42,6 +42,7 @@ CLOSED_TO = {
     "models": ("data", "site", "server", "engines", "protection", "privacy"),
     "config": ("data", "site", "server", "engines", "protection", "privacy", "models", "tasks"),
     "data": ("site", "server", "engines", "protection", "privacy"),
+    "certificate": ("data", "server", "engines", "protection", "auditing"),
     "report": ("data", "site", "server", "engines", "protection", "auditing"),
 }
 # functions that only an engine which plays everybody may call

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from ffm_secure.cli import calculator, federation_app
+from ffm_secure.cli import calculator, certificate_app, federation_app
 from ffm_secure.cli.printable import printable
 from ffm_secure.config import compatibility, locate, run_file
 from ffm_secure.errors import FfmError
@@ -275,6 +275,9 @@ def predict(
     importlib.import_module("ffm_secure.cli.predict").predict(
         folder, texts=tuple(text or ()), file=file, json=json
     )
+
+
+certificate_app.add_to(app)
 
 
 @app.command()

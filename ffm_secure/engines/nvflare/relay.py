@@ -66,7 +66,7 @@ def main() -> int:
         return 0 if is_served(words.folder) else 1
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda given, _: asked.append(given))
+        signal.signal(number, lambda received, _: asked.append(received))
     try:
         serve_relay(words.folder.resolve(), should_stop=lambda: bool(asked))
     except StoreError as error:
