@@ -15,6 +15,7 @@ from torch import Tensor
 from defenses.dp import RecordMechanism, poisson_sample
 from defenses.random_source import RandomSource
 from ffm_secure.privacy.mechanism import ClientNoise, SumNoise
+from ffm_secure.privacy.query_noise import RecordAnswers
 
 
 class Coins(Protocol):
@@ -63,6 +64,28 @@ def sum_canaries(mechanism: SumNoise, coins: Coins, source: RandomSource) -> Ite
         for _ in range(inner.honest_survivors - 1):
             opened = opened + inner.share(zeros, source)
         total = total - torch.from_numpy(opened) / (inner.scale * mechanism.learning_rate)
+        yield total
+
+
+def answer_canaries(answers: RecordAnswers, coins: Coins, source: RandomSource) -> Iterator[Tensor]:
+    """Yield the sum of all opened answers to a query after each round: every canary is a record with
+    a cell of its own.
+
+    One site holds the canaries; the other honest survivors that are counted on add their shares and nothing
+    else, as in `sum_canaries`.
+    """
+    included = coins.included.nonzero().flatten()
+    directions = [coins.direction(int(index)).double() for index in included]
+    rows = torch.stack(directions) if directions else torch.zeros(0, coins.dimension)
+    inner = replace(answers.inner, dimension=coins.dimension, whole_numbers=False)
+    bounded = inner.bounded(rows.numpy()).sum(axis=0)
+    zeros = np.zeros(coins.dimension)
+    total = torch.zeros(coins.dimension, dtype=torch.float64)
+    while True:
+        opened = inner.share(bounded, source)
+        for _ in range(inner.honest_survivors - 1):
+            opened = opened + inner.share(zeros, source)
+        total = total + torch.from_numpy(opened) / inner.scale
         yield total
 
 

@@ -9,10 +9,16 @@ from torch import Tensor
 from attacks import canary
 from defenses.random_source import RandomSource
 from ffm_secure.auditing.budget import CANARIES
-from ffm_secure.auditing.canary_rounds import client_canaries, record_canaries, sum_canaries
+from ffm_secure.auditing.canary_rounds import (
+    answer_canaries,
+    client_canaries,
+    record_canaries,
+    sum_canaries,
+)
 from ffm_secure.config import compatibility
 from ffm_secure.engines import simulation
 from ffm_secure.privacy.mechanism import Mechanism
+from ffm_secure.privacy.query_noise import ClientAnswers, RecordAnswers
 from ffm_secure.records import (
     LeakCurve,
     RunSummary,
@@ -42,6 +48,10 @@ def _totals(mechanism: Mechanism, coins: canary.Canaries) -> Iterator[Tensor]:
         return record_canaries(mechanism.record_level, coins, source)
     if mechanism.sum_level is not None:
         return sum_canaries(mechanism.sum_level, coins, source)
+    if isinstance(mechanism, RecordAnswers):
+        return answer_canaries(mechanism, coins, source)
+    if isinstance(mechanism, ClientAnswers):
+        return client_canaries(mechanism.inner, coins, source)
     assert mechanism.client_level is not None
     return client_canaries(mechanism.client_level, coins, source)
 

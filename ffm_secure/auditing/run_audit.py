@@ -92,6 +92,12 @@ def _recorded(folder: Path, config: RunConfig, purse: AuditBudget) -> tuple[Audi
     return tuple(audit_recorded(model, folder, purse, wanted, decoder(model.backbone.tokenizer)))
 
 
+_NO_UPDATE = (
+    "No update of a model crosses the wire, so no attack that reads one applies: what is released is one "
+    "sum, whose noise the canaries put to the test."
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
     """What came of playing one step of one client again, or why it could not be played."""
@@ -117,6 +123,9 @@ def _replayed(
         if not any((folder / "observations").glob("round-*")):
             raise
         return Replay(note=f"The worst case of one step was not played again: {error}")
+    if not prepared.spec.learns:
+        bounds = bounds_over_rounds(prepared)
+        return Replay(bounds=bounds, curves=tuple(curve_over_rounds(bounds)), note=_NO_UPDATE)
     vector = client_replay.next_start(prepared, folder, *resumed)
     stages = []
     for records in (CANDIDATES, 1):
