@@ -224,7 +224,12 @@ def check(config: RunConfig) -> None:
     Raises:
       PlanRefused: at least one pair of choices, or one number, is unsound.
     """
-    reasons = [*_pair_reasons(choices(config)), *_number_reasons(config), *_sum_reasons(config)]
+    reasons = [
+        *_pair_reasons(choices(config)),
+        *_number_reasons(config),
+        *_sum_reasons(config),
+        *_average_reasons(config),
+    ]
     if reasons:
         raise PlanRefused(reasons)
 
@@ -304,6 +309,17 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
                 f"federation.dropout.stages: '{stage}' does not exist with protection "
                 f"'{protection.kind}'; remove it"
             )
+
+
+def _average_reasons(config: RunConfig) -> Iterator[str]:
+    """Refuse to average models whose numbers mean something else in every round."""
+    strategy = config.federation.strategy
+    if strategy.average_last > 1 and strategy.kind in LORA_RULES:
+        yield (
+            f"federation.strategy.average_last = {strategy.average_last} with kind = "
+            f"'{strategy.kind}': the rule turns or "
+            "folds factors between rounds, so their mean is no model; set it to 0"
+        )
 
 
 def _sum_reasons(config: RunConfig) -> Iterator[str]:

@@ -246,6 +246,12 @@ class Strategy:
     )
     beta2: float = option(0.99, minimum=0.0, maximum=0.99999, only_for=("adam", "yogi", "adam_debiased"))
     tau: float = option(1e-3, above=0.0, only_for=("adam", "yogi", "adagrad", "adam_debiased"))
+    average_last: int = option(
+        0,
+        minimum=0,
+        maximum=1_000_000,
+        help="rounds at the end whose models are averaged into the last one: less noise for free; 0: none",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

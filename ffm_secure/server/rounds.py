@@ -16,6 +16,7 @@ import torch
 from defenses.errors import ProtocolError
 from ffm_secure import record_codec
 from ffm_secure.aggregation import aggregate_of
+from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import FfmError, RecordError
 from ffm_secure.lifecycle.base import ServerPhase
 from ffm_secure.models.backbone import vector_fingerprint
@@ -28,6 +29,7 @@ from ffm_secure.run_spec import Question
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.sum_check import why_answer_too_large, why_too_large
 from ffm_secure.strategies import ServerState
+from ffm_secure.strategies.tail import average_tail
 from ffm_secure.tasks.base import Evaluation
 from ffm_secure.transport.courier import Courier, Lost
 from ffm_secure.transport.stages import (
@@ -264,7 +266,7 @@ def _step(server: ServerContext, plan: RoundPlan, state: ServerState, result: Ro
     if plan.phase == "public":
         after = _learn_in_public(server, plan, state)
     elif result.sum is None:
-        return state
+        return _with_tail(spec.config, state, state, plan)
     elif plan.query != LEARN:
         return _use_answer(spec.questions[plan.query], state, result.sum)
     else:
@@ -273,7 +275,20 @@ def _step(server: ServerContext, plan: RoundPlan, state: ServerState, result: Ro
         after = spec.strategy.step(state, aggregate)
         if server.transcript is not None:
             server.transcript.stepped(plan, result.sum, after.vector)
-    return keep_answers(state, spec.algorithm.remember(spec.strategy, state, after, plan.phase))
+    remembering = keep_answers(state, spec.algorithm.remember(spec.strategy, state, after, plan.phase))
+    return _with_tail(spec.config, state, remembering, plan)
+
+
+def _with_tail(config: RunConfig, before: ServerState, after: ServerState, plan: RoundPlan) -> ServerState:
+    """Average the models of the last rounds into the last one, where the run file asks for it."""
+    federation = config.federation
+    return average_tail(
+        before,
+        after,
+        last=federation.strategy.average_last,
+        round=plan.round,
+        rounds=federation.rounds,
+    )
 
 
 def _use_answer(question: Question, state: ServerState, opened: RoundSum) -> ServerState:
