@@ -417,7 +417,7 @@ def _client_noise(
         )
         return ClientNoise(inner=inner, scale=scale, dimension=size)
 
-    return mechanism(multiplier or _smallest(config, lambda noise: mechanism(noise), history, cap))
+    return mechanism(multiplier or _smallest(mechanism, privacy.epsilon, privacy.delta, history, cap))
 
 
 def _sum_noise(
@@ -456,7 +456,9 @@ def _sum_noise(
             expected_batch_size=batch,
         )
 
-    return mechanism(multiplier or _smallest(config, lambda noise: mechanism(noise), history, cap))
+    # Loss distributions, unlike Renyi moments, read a little higher when rounds are added one by one.
+    budget = privacy.epsilon * (1 - _HEADROOM)
+    return mechanism(multiplier or _smallest(mechanism, budget, privacy.delta, history, cap))
 
 
 def largest_records(batch_size: int) -> int:
@@ -470,12 +472,16 @@ def _levels(config: RunConfig) -> int:
 
 
 def _smallest(
-    config: RunConfig, mechanism: Callable[[float], Mechanism], history: Sequence[Event], cap: int
+    mechanism: Callable[[float], Mechanism],
+    epsilon: float,
+    delta: float,
+    history: Sequence[Event],
+    cap: int,
 ) -> float:
     return smallest_multiplier(
         lambda noise: mechanism(noise).event("calibration"),
-        epsilon=config.privacy.epsilon,
-        delta=config.privacy.delta,
+        epsilon=epsilon,
+        delta=delta,
         count=cap,
         history=history,
     )
