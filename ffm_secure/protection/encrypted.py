@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from defenses import he
-from defenses.errors import ProtocolError
+from defenses.errors import ParameterError, ProtocolError
 from defenses.he.wire import encode_parameters
 from defenses.random_source import RandomSource
 from defenses.secagg import Identity, ring
@@ -160,7 +160,10 @@ class EncryptedClientRound:
         values = ring.signed(vector, self._terms.codec.modulus_bits)
         # As under masks: an aborted round leaves the model as it is, and the next one is about it again.
         self._guard.spend(update, model=bytes.fromhex(self._plan.fingerprint), repeat=True)
-        return join_parts(self._client.encrypt(values))
+        try:
+            return join_parts(self._client.encrypt(values))
+        except ParameterError:  # no vector of the codec: this site is lost to the round, and nobody else
+            raise ProtocolError from None
 
 
 class EncryptedServerRound:

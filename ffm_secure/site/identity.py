@@ -15,7 +15,7 @@ from defenses.random_source import RandomSource
 from defenses.secagg import Identity, ReplayGuard
 from defenses.secagg.keys import KEY_BYTES
 from ffm_secure.errors import StoreError
-from ffm_secure.storage.durable import create_folder, write_atomic
+from ffm_secure.storage.durable import create_folder, require_own_folder, write_atomic
 
 KEY, MEMORY = "identity.key", "replay_guard.json"
 
@@ -29,6 +29,7 @@ def open_identity(folder: Path, source: RandomSource) -> Identity:
       StoreError: one of the two is missing, damaged, or readable by others.
     """
     create_folder(folder)
+    require_own_folder(folder)
     with _problems(folder):
         if os.path.lexists(folder / KEY):
             return _read(folder)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 ATTEMPT = "attempt.json"
+RUN_BYTES = 16
 _MAY_CHANGE = ("speed", "audit", "document")  # what shapes no result
 
 
@@ -182,8 +183,10 @@ class Store:
         try:
             if not isinstance(stored, dict) or stored["format"] != FORMAT:
                 raise ValueError
-            bytes.fromhex(stored["run"])
-            return str(stored["run"]), int(stored["round"]), int(stored["attempt"])
+            run, number, attempt = str(stored["run"]), int(stored["round"]), int(stored["attempt"])
+            if len(bytes.fromhex(run)) != RUN_BYTES or number < 1 or attempt < 0:
+                raise ValueError
+            return run, number, attempt
         except (KeyError, TypeError, ValueError):
             raise StoreError(f"{path}: is damaged") from None
 

@@ -184,3 +184,16 @@ def test_what_is_kept_bears_its_senders_name_and_signature(tmp_path: Path) -> No
         upload = (tmp_path / "evidence" / "round-000002" / f"{site}.upload").read_bytes()
         assert upload[2:34] == terms.members[site], "it bears its sender's name"
         assert any(upload[34:98]), "and its signature"
+
+
+def test_a_vector_that_encryption_cannot_hold_loses_its_site_and_no_round(tmp_path: Path) -> None:
+    pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+
+    def top_of_the_ring(vector: RingVector, bits: int) -> RingVector:
+        values = ring.signed(vector, bits)
+        values[2:] = (1 << (bits - 1)) - 1
+        return ring.from_signed(values, bits)
+
+    _, trained = run_with(top_of_the_ring, tmp_path, protection={"kind": "bfv", "threshold": 3})
+    assert [record.aborted for record in trained.records] == ["", "", ""]
+    assert [dict(record.dropped) for record in trained.records] == [{}, {LIAR: "upload"}, {}]

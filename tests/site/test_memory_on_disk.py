@@ -105,9 +105,16 @@ def test_attempts_are_counted_by_run_and_round(tmp_path: Path) -> None:
         assert counts == [0, 1, 0, 1, 2, 0]
         assert store.run_begun() == run
         assert store.begin_attempt(3, other) == 0
-        (tmp_path / "attempt.json").write_text("{}")
-        with pytest.raises(StoreError, match="damaged"):
-            store.begin_attempt(3, other)
+        for damaged in (
+            "{}",
+            "[" * 100_000,
+            '{"format": 1, "run": "00", "round": 3, "attempt": 0}',
+            f'{{"format": 1, "run": "{"00" * 16}", "round": 3, "attempt": -5}}',
+            f'{{"format": 1, "run": "{"00" * 16}", "round": {"9" * 6000}, "attempt": 0}}',
+        ):
+            (tmp_path / "attempt.json").write_text(damaged)
+            with pytest.raises(StoreError, match="damaged"):
+                store.begin_attempt(3, other)
 
 
 def people(folder: Path) -> list[Identity]:
@@ -194,4 +201,16 @@ def test_an_identity_that_others_can_read_is_refused(tmp_path: Path) -> None:
 def test_a_run_that_promises_nothing_keeps_no_identity(tmp_path: Path) -> None:
     """It plays a killed round again to the bit, on purpose."""
     simulation.build(prepared(make(privacy=RECORD, protection=SECAGG)), tmp_path)
+    assert not list(tmp_path.rglob(KEY))
+
+
+def test_no_identity_is_made_where_others_can_plant_one(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / "home").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="is a link"):
+        open_identity(tmp_path / "home", RandomSource.system())
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(StoreError, match="others may write"):
+        open_identity(tmp_path / "open", RandomSource.system())
     assert not list(tmp_path.rglob(KEY))
