@@ -5,15 +5,19 @@ from __future__ import annotations
 import datetime
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from ffm_secure.engines.nvflare import relay
+from ffm_secure.engines.nvflare.folders import SITE_SOCKET
+from ffm_secure.engines.nvflare.running import serve_site
 from ffm_secure.engines.nvflare.site_service import serve
 from ffm_secure.errors import StoreError
 from ffm_secure.engines.nvflare import enrolment
 from ffm_secure.engines.nvflare.enrolment import COORDINATOR
+from ffm_secure.transport.local_socket import ask, wait_until
 from tests.engines.nvflare_federation import identities
 
 
@@ -53,3 +57,27 @@ def test_a_folder_that_was_not_enrolled_is_named(tmp_path: Path) -> None:
     assert ended.returncode == 5
     assert "site enrol" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_service_without_a_relay_starts_none_and_answers(tmp_path: Path) -> None:
+    engine = tmp_path / "nvflare"
+    engine.mkdir()
+    stop = threading.Event()
+    serving = threading.Thread(
+        target=serve_site,
+        args=(tmp_path, "north", lambda stage, message: message + b"!", lambda run: run == "known"),
+        kwargs={"should_stop": stop.is_set, "with_relay": False},
+    )
+    serving.start()
+    try:
+        assert wait_until(lambda: relay.is_served(engine), 10.0)
+        words = {"ask": "answer", "stage": "any"}
+        assert ask(engine / SITE_SOCKET, words, b"heard", seconds=5.0) == ({"answered": True}, b"heard!")
+        for run, allowed in (("known", True), ("unknown", False)):
+            heading, _ = ask(engine / SITE_SOCKET, {"ask": "allowed", "run": run}, seconds=5.0)
+            assert heading == {"allowed": allowed}
+        assert not (engine / "output.txt").exists()
+    finally:
+        stop.set()
+        serving.join(10.0)
+    assert not relay.is_served(engine)
