@@ -30,7 +30,16 @@ FROM_ROOT = {
 }
 SECTIONS: dict[str, list[str]] = {
     "Start": ["index.md", "tutorial.md", "your_own_csv.md", "run_file.md"],
-    "Use": ["data.md", "models.md", "prompts.md", "lora.md", "pretraining.md", "experiments.md", "deploy.md"],
+    "Use": [
+        "data.md",
+        "models.md",
+        "prompts.md",
+        "lora.md",
+        "pretraining.md",
+        "experiments.md",
+        "tracking.md",
+        "deploy.md",
+    ],
     "Trust": [
         "threat_model.md",
         "evidence.md",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,13 +22,14 @@ from ffm_secure.data.memory import IN_MEMORY, from_memory
 from ffm_secure.engines import simulation, summary
 from ffm_secure.errors import StoreError
 from ffm_secure.models.in_memory import held_model
-from ffm_secure.records import PlanSummary, RunSummary
+from ffm_secure.records import PlanSummary, RoundRecord, RunSummary
 from ffm_secure.queries import agenda
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
 from ffm_secure.server import rounds
 from ffm_secure.site.ledger_place import IN_RUN
 from ffm_secure.storage.run_directory import Store
+from ffm_secure.tracking.trackers import Trackers, require_trackers
 from ffm_secure.trainable import exports
 
 
@@ -60,6 +61,14 @@ class Result:
         return notebook.table(
             [*notebook.summary_rows(self.summary), ("report", str(self.folder / "report.html"))]
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tracked:
+    """Say which trackers a start was asked for, and where they write."""
+
+    kinds: tuple[str, ...]
+    folder: Path
 
 
 class Run:
@@ -123,6 +132,8 @@ class Run:
         callback: federation.Callback | Sequence[federation.Callback] | None = None,
         fairness: bool = True,
         complete: bool = True,
+        track: Sequence[str] = (),
+        track_to: Path | str | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Result:
         """Train to the end of the rounds or of the budget; continue a run that was stopped.
@@ -133,22 +144,28 @@ class Run:
         Without `fairness` the report says nothing about single clients, and their evaluation is saved.
         `should_stop` is asked after every round; when it says yes, the run ends there as if it had been
         interrupted. Without `complete` the folder `adapter/` holds what was trained alone: no model of any
-        size lies beside it.
+        size lies beside it. `track` names trackers that show every round too: csv, tensorboard, mlflow; they
+        write below `track_to`, or below `tracking/` in the run directory, and a run that goes on continues
+        what they show.
         """
         began = time.perf_counter()
+        tracked = _Tracked(kinds=tuple(track), folder=Path(track_to or self.folder / "tracking"))
+        require_trackers(tracked.kinds)
         prepared = self.prepared()
         initial = prepared.trainable.flatten().cpu()
         with Store.open(self.folder, self.config) as store:
             store.require_contents(prepared.contents, bare=prepared.data.bare_contents)
             known = self._known(store)
             if known is not None:
-                return Result(folder=self.folder, summary=self._renamed(store, known), known=True)
+                with self._listening(None, tracked, store.run_begun() or b"", known.rounds):
+                    return Result(folder=self.folder, summary=self._renamed(store, known), known=True)
             ready = simulation.build(prepared, self.folder)
             store.adopt(self.config)
             zero = ready.server.evaluate(initial).metric
             try:
                 start = ready.begin(store)
-                with self._listening(callback) as listener:
+                run_id = ready.server.run_id
+                with self._listening(callback, tracked, run_id, start[1]) as listener:
                     trained = federation.run(
                         ready.server,
                         ready.courier,
@@ -203,18 +220,30 @@ class Run:
 
     @contextmanager
     def _listening(
-        self, callback: federation.Callback | Sequence[federation.Callback] | None
+        self,
+        callback: federation.Callback | Sequence[federation.Callback] | None,
+        tracked: _Tracked,
+        run_id: bytes,
+        records: Sequence[RoundRecord],
     ) -> Iterator[federation.Callback | None]:
         """Return the one callback of the loop, which may be several; a bar in a notebook without any."""
-        if isinstance(callback, Sequence):
-            yield notebook.Callbacks(callback)
-        elif callback is None and notebook.in_notebook():
-            with Bars(
-                rounds=agenda.rounds(self.config), budget=self.config.privacy.epsilon, quiet=False
-            ) as bars:
-                yield bars
-        else:
-            yield callback
+        with ExitStack() as stack:
+            if callback is None and notebook.in_notebook():
+                rounds, budget = agenda.rounds(self.config), self.config.privacy.epsilon
+                callback = stack.enter_context(Bars(rounds=rounds, budget=budget, quiet=False))
+            if not tracked.kinds and not isinstance(callback, Sequence):
+                yield callback
+                return
+            listeners: list[federation.Callback] = []
+            if isinstance(callback, Sequence):
+                listeners += callback
+            elif callback is not None:
+                listeners.append(callback)
+            if tracked.kinds:
+                trackers = Trackers(tracked.kinds, tracked.folder, name=self.config.name, run_id=run_id)
+                listeners.append(stack.enter_context(trackers))
+                trackers.begin(records)
+            yield notebook.Callbacks(listeners)
 
     def _release(
         self, ready: simulation.Simulation, trained: federation.TrainingResult, initial: Tensor

@@ -101,6 +101,7 @@ ENGINES = Axis("engine")
 QUERIES = Axis("query")
 STARTS = OrNone(axis=QUERIES, trait="start")
 FINISHES = OrNone(axis=QUERIES, trait="finish")
+TRACKERS = Axis("tracker")  # shows what is public already: it goes together with every choice
 AXES: Mapping[str, Axis] = MappingProxyType(
     {axis.name: axis for axis in (STRATEGIES, TRAINABLES, LIFECYCLES, ENGINES, QUERIES)}
 )
@@ -141,3 +142,7 @@ QUERIES.register("class_offsets", "ffm_secure.queries.class_offsets:build", trai
 QUERIES.register("evaluation", "ffm_secure.queries.evaluation:build")
 
 ENGINES.register("local", "ffm_secure.engines.local:LocalEngine")
+
+TRACKERS.register("csv", "ffm_secure.tracking.csv_file:CsvFile")
+TRACKERS.register("tensorboard", "ffm_secure.tracking.tensorboard:TensorBoard")
+TRACKERS.register("mlflow", "ffm_secure.tracking.mlflow_run:MlflowRun")

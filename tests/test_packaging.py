@@ -66,14 +66,14 @@ def undeclared(folders: Iterable[str], distributions: set[str]) -> list[str]:
 
 
 def test_what_is_imported_is_declared() -> None:
-    assert undeclared(OURS, declared("he", "demo", "nvflare")) == []
+    assert undeclared(OURS, declared("he", "demo", "nvflare", "tensorboard", "mlflow")) == []
 
 
 def test_what_tests_import_is_declared() -> None:
-    assert undeclared(("tests",), declared("he", "demo", "dev", "notebooks")) == []
+    assert undeclared(("tests",), declared("he", "demo", "dev", "notebooks", "tensorboard", "mlflow")) == []
 
 
-@pytest.mark.parametrize("extra", ["he", "notebooks", "dev", "docs", "nvflare"])
+@pytest.mark.parametrize("extra", ["he", "notebooks", "dev", "docs", "nvflare", "tensorboard", "mlflow"])
 def test_what_is_declared_is_pinned(extra: str) -> None:
     lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
     pinned = {distribution(line) for line in lines if "==" in line}

@@ -44,6 +44,7 @@ CLOSED_TO = {
     "data": ("site", "server", "engines", "protection", "privacy"),
     "certificate": ("data", "server", "engines", "protection", "auditing"),
     "report": ("data", "site", "server", "engines", "protection", "auditing"),
+    "tracking": ("data", "site", "server", "engines", "protection", "privacy", "models", "tasks", "auditing"),
 }
 # functions that only an engine which plays everybody may call
 ONLY_ENGINES = {"ffm_secure.protection.enrolment"}

@@ -104,11 +104,30 @@ def plan(file: RunFile, set_: Overrides = None, json: Json = False) -> None:
 
 @app.command()
 def run(
-    file: RunFile, set_: Overrides = None, runs: Runs = Path("runs"), json: Json = False, quiet: Quiet = False
+    file: RunFile,
+    set_: Overrides = None,
+    runs: Runs = Path("runs"),
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Show every round in csv, tensorboard or mlflow too, on this disk; may repeat."),
+    ] = None,
+    track_to: Annotated[
+        Path | None, typer.Option(help="Folder of the trackers; without it, tracking/ in the run directory.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train, or continue a stopped run. Writes everything to runs/<name>/."""
     overrides = tuple(set_ or ())
-    _checked(file, overrides).run(file, overrides, runs=runs, json=json, quiet=quiet)
+    _checked(file, overrides).run(
+        file,
+        overrides,
+        runs=runs,
+        json=json,
+        quiet=quiet,
+        track=tuple(track or ()),
+        track_to=track_to,
+    )
 
 
 @app.command()

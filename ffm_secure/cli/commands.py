@@ -26,6 +26,7 @@ from ffm_secure.queries import agenda
 from ffm_secure.records import PlannedQuery, PlanSummary, PrivacyStatement
 from ffm_secure.report import outcome
 from ffm_secure.storage.run_directory import Store
+from ffm_secure.tracking.trackers import require_trackers
 
 _KNOWN = (
     "this run is complete: {rounds} rounds; nothing was trained or charged. To go on: --set "
@@ -43,8 +44,18 @@ def plan(file: Path, overrides: tuple[str, ...], *, json: bool) -> None:
     say(answer, lines, json=json)
 
 
-def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet: bool) -> None:
+def run(
+    file: Path,
+    overrides: tuple[str, ...],
+    *,
+    runs: Path,
+    json: bool,
+    quiet: bool,
+    track: tuple[str, ...] = (),
+    track_to: Path | None = None,
+) -> None:
     """Train, audit if the run file asks for it, write the report."""
+    require_trackers(track)
     with clear_errors():
         started = load(file, overrides, runs=runs)
         silent = quiet or json
@@ -56,7 +67,7 @@ def run(file: Path, overrides: tuple[str, ...], *, runs: Path, json: bool, quiet
             patience() as should_stop,
             Bars(rounds=agenda.rounds(started.config), budget=budget, quiet=silent) as bars,
         ):
-            result = started.start(callback=bars, should_stop=should_stop)
+            result = started.start(callback=bars, should_stop=should_stop, track=track, track_to=track_to)
         if result.known and not silent:
             print_lines([_KNOWN.format(rounds=len(result.summary.rounds), folder=result.folder)])
         if started.config.audit.observers and result.summary.rounds and result.summary.audit is None:

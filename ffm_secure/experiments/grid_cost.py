@@ -18,7 +18,7 @@ from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines import simulation
 from ffm_secure.experiments.grid_file import Cell
-from ffm_secure.site.allowance import composed
+from ffm_secure.site.allowance import composed, run_epsilon
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -138,10 +138,11 @@ def _composed(private: Sequence[CellCost], without: tuple[str, ...]) -> GridCost
     delta = min(cost.delta for cost in private)
     counts: Counter[Event] = Counter()
     for cost in private:
-        counts[cost.event] += cost.rounds
+        if cost.rounds:  # a run that learns on public rows alone pays for no round
+            counts[cost.event] += cost.rounds
     alone = []
     for cost in private:
-        alone.append(composed(((cost.event, cost.rounds),), delta))
+        alone.append(run_epsilon(cost.event, cost.rounds, delta))
     alike = len({(cost.event, cost.rounds) for cost in private}) == 1
     return GridCost(
         runs=len(private),
@@ -149,7 +150,9 @@ def _composed(private: Sequence[CellCost], without: tuple[str, ...]) -> GridCost
         delta=delta,
         each=max(alone),
         together=composed(tuple(counts.items()), delta),
-        best_only=_best_only(private[0], len(private), delta) if alike and len(private) > 1 else None,
+        best_only=_best_only(private[0], len(private), delta)
+        if alike and len(private) > 1 and counts
+        else None,
         without=without,
     )
 

@@ -95,6 +95,17 @@ def test_the_best_of_a_random_number_of_equal_runs_is_priced() -> None:
     assert mixed.best_only is None
 
 
+def test_a_run_that_pays_for_no_round_costs_nothing() -> None:
+    """A baseline on public rows alone stands in a grid beside private runs on the same rows."""
+    baseline, private = cell("public", [1, 2], rounds=0), cell("private", [1, 2])
+    (cost,) = grid_costs([baseline, private])
+    truth = epsilon_of([event()] * 3, 1e-5).epsilon
+    assert cost.together == pytest.approx(truth, rel=1e-3)
+    assert cost.each == pytest.approx(truth, rel=1e-3)
+    (free,) = grid_costs([baseline, cell("seed-2", [1, 2], rounds=0)])
+    assert (free.each, free.together, free.best_only) == (0.0, 0.0, None)
+
+
 def test_a_grid_says_its_cost_before_the_first_run_and_in_its_report(tmp_path: Path) -> None:
     """Five seeds at epsilon 4 printed 4 in every row, and nowhere what they cost together."""
     path = tmp_path / "grid.toml"
