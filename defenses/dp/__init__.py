@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from defenses.dp.expanded import ExpandedParameter
     from defenses.dp.ledger import Ledger
     from defenses.dp.ledger_entries import Budget, Charge, Entry, Reservation
+    from defenses.dp.ledger_withdrawals import Withdrawal
     from defenses.dp.mechanism import ClientMechanism, RecordMechanism, RecordRun
     from defenses.dp.noise import add_gaussian, gaussian
     from defenses.dp.per_sample import ClippedSum, PerSampleEngine
@@ -62,6 +63,7 @@ __all__ = [
     "SkellamEvent",
     "SumMechanism",
     "TuningEvent",
+    "Withdrawal",
     "add_gaussian",
     "balanced_schedule",
     "clip_vector",
@@ -108,6 +110,7 @@ _HOMES = {
     "SkellamEvent": "events",
     "SumMechanism": "shared",
     "TuningEvent": "events",
+    "Withdrawal": "ledger_withdrawals",
     "add_gaussian": "noise",
     "balanced_schedule": "sampling",
     "clip_vector": "clip",

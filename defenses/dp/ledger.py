@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from defenses.dp.blocks import Arrangement, Indices, NewBlock, arrange
-from defenses.dp.events import UNITS, Event, NonPrivateEvent, from_dict, price_of, statement_of
+from defenses.dp.events import UNITS, Event, NonPrivateEvent, from_dict, price_of
 from defenses.dp.ledger_blocks import NAMED_ACCOUNTS, BlockBook, block_body, resolved, to_bytes
 from defenses.dp.ledger_books import Books, History
 from defenses.dp.ledger_entries import (
@@ -45,10 +45,13 @@ from defenses.dp.ledger_entries import (
     label,
     number,
     payers_of,
+    reservation_of,
     to_csv,
+    to_json,
     unit_of,
 )
 from defenses.dp.ledger_file import Head, LedgerFile, Row
+from defenses.dp.ledger_withdrawals import Withdrawal, WithdrawalBook, blocks_charged
 from defenses.dp.records import Keys, RecordKey, Records
 from defenses.errors import BudgetExceeded, ParameterError, TamperedError
 
@@ -70,12 +73,14 @@ class Ledger:
         self._clock = clock
         self._books = Books()
         self._blocks = BlockBook()
+        self._withdrawals = WithdrawalBook()
         self._forget()
 
     def _forget(self) -> None:
         """Start reading from the first row again."""
         self._books.forget()
         self._blocks.forget()
+        self._withdrawals.forget()
         self._budgets: dict[Account, Budget] = {}
         self._implied: set[Account] = set()
         self._commitments: dict[tuple[str, str, str], Row] = {}
@@ -223,8 +228,11 @@ class Ledger:
         return arrange(self._blocks.directory(self._file.load_block), requests, self._token)
 
     def _token(self, blocks: frozenset[int]) -> tuple[int, ...]:
-        """Return what is equal for sets of blocks with equal largest histories in every unit."""
-        return tuple(self._largest(blocks or {NAMED_ACCOUNTS}, unit).digest for unit in UNITS)
+        """Return what is equal for sets of blocks with equal largest histories in every unit, and equally
+        closed: rows that were withdrawn never share a block with others.
+        """
+        histories = [self._largest(blocks or {NAMED_ACCOUNTS}, unit).digest for unit in UNITS]
+        return (*histories, *(left.sequence for left in self._withdrawals.of_blocks(blocks)))
 
     def _open_block(self, block: NewBlock) -> int:
         keys, links = to_bytes(block.members)
@@ -318,8 +326,29 @@ class Ledger:
                 if row is None or is_new:
                     body = charge_body(charge, self._standing(charge.blocks))
                     row = self._append("reserve", account, body)
-                result.append(_reservation(row, account, replayed=not is_new))
+                result.append(reservation_of(row, account, replayed=not is_new))
         return tuple(result)
+
+    def withdraw(self, *, because: str, owner: str = "", blocks: Sequence[int] = ()) -> Withdrawal:
+        """Close blocks for every later charge; with `owner`, its name too and all it was ever charged for.
+
+        Guarantee: from the moment this returns `reserve` and `check` refuse them, in every unit and in every
+        block that rows of theirs move to; nothing opens them again. What was reserved before stays spent.
+        """
+        with self._change():
+            rows = self._file.rows(after=0, owner=owner) if owner else ()
+            charged = blocks_charged(json.loads(row.body) for row in rows)
+            body = self._withdrawals.new_body(owner, self._standing((*blocks, *charged)), because)
+            account = Account(owner or EVERYBODY, EVERYBODY, ANY_UNIT)
+            self._append("withdrawal", account, body)
+        return self._withdrawals.all()[-1]
+
+    def withdrawals(self, blocks: Sequence[int] | None = None) -> tuple[Withdrawal, ...]:
+        """Return every withdrawal, oldest first, or those that closed some of these blocks."""
+        self._refresh()
+        if blocks is None:
+            return self._withdrawals.all()
+        return self._withdrawals.of_blocks(self._standing(blocks))
 
     def check(self, entries: Sequence[Charge]) -> None:
         """Raise what `reserve` would raise for these charges now; nothing is written and nothing is promised.
@@ -417,16 +446,7 @@ class Ledger:
         self._refresh()
         rows = list(self._file.rows(after=0))
         if format == "json":
-            head = rows[-1]
-            document = {
-                "version": 1,
-                "head": {"sequence": head.sequence, "hash": head.hash.hex()},
-                "rows": [
-                    {"body": json.loads(row.body), "sequence": row.sequence, "hash": row.hash.hex()}
-                    for row in rows
-                ],
-            }
-            return json.dumps(document, indent=1, sort_keys=True)
+            return to_json(rows)
         if format == "csv":
             return to_csv([self._entry(row) for row in rows if row.kind != "genesis"])
         raise ParameterError(f"format = {format!r}: must be 'csv' or 'json'")
@@ -484,6 +504,8 @@ class Ledger:
             self._spent.add(body["reservation"])
         elif row.kind == "key":
             self._key_check = body["check"]
+        elif row.kind == "withdrawal":
+            self._withdrawals.apply(row, body)
         elif row.kind == "block":
             self._apply_block(row.sequence, body)
 
@@ -492,19 +514,23 @@ class Ledger:
         for unit in UNITS:
             self._books.inherit(account_of_block(sequence, unit), self._accounts_of(sources, unit))
         self._blocks.apply(sequence, body)
+        self._withdrawals.inherit(sequence, (*body["parents"], *body["closes"]))
 
     def _refuse_unpayable(self, entries: Sequence[Charge]) -> list[bool]:
         """Return which charges are new; raise when an account cannot pay for its new ones."""
         charges_by_key: dict[tuple[str, str, str], Charge] = {}
         fresh: list[bool] = []
         wanted: dict[Account, list[Event]] = {}
+        problems: dict[str, None] = {}
         for charge in entries:
             is_new = self._is_new(charge, charges_by_key)
             fresh.append(is_new)
             if is_new:
+                blocks = self._standing(charge.blocks)
+                problems |= dict.fromkeys(self._withdrawals.refusals(charge, blocks))
                 for payer in self._paying(charge):
                     wanted.setdefault(payer, []).append(charge.event)
-        problems = {
+        problems |= {
             problem: None for payer, events in wanted.items() if (problem := self._problem(payer, events))
         }
         if problems:
@@ -545,14 +571,14 @@ class Ledger:
         name = f"{account.owner!r} ({account.dataset!r}, {account.unit})"
         if budget is None:
             return f"{name} has set no budget"
-        return self._overdraft(name, account, events, budget)
+        return self._books.overdraft(name, account, events, budget)
 
     def _problem_of_block(self, account: Account, events: list[Event]) -> str:
         budget = self._budgets.get(Account(EVERYBODY, EVERYBODY, account.unit))
         if budget is None:
             bounded = not all(isinstance(event, NonPrivateEvent) for event in events)
             return f"the ledger holds no lifetime budget per {account.unit}; set one" if bounded else ""
-        overdraft = self._overdraft(f"some row (per {account.unit})", account, events, budget)
+        overdraft = self._books.overdraft(f"some row (per {account.unit})", account, events, budget)
         if overdraft or math.isinf(budget.epsilon):
             return overdraft
         for unit in UNITS:
@@ -562,36 +588,10 @@ class Ledger:
                 )
         return ""
 
-    def _overdraft(self, name: str, account: Account, events: list[Event], budget: Budget) -> str:
-        history = self._books.history(account)
-        statements = {*history.statements, *map(statement_of, events)} - {None}
-        if len(statements) > 1:
-            return f"{name} would mix {', '.join(sorted(map(str, statements)))}"
-        if math.isinf(budget.epsilon):
-            return ""
-        after = self._books.epsilon(history, events, budget.delta)
-        if after <= budget.epsilon:
-            return ""
-        now = self._books.epsilon(history, (), budget.delta)
-        return (
-            f"{name} has spent {now:.4g} and would reach {after:.4g} of epsilon {budget.epsilon:g} at "
-            f"delta {budget.delta:g}"
-        )
-
     def _entry(self, row: Row) -> Entry:
         body = json.loads(row.body)
         reserved = self._reserved[body["reservation"]] if "reservation" in body else row
         return entry_of(row, reserved, spent=reserved.sequence in self._spent)
-
-
-def _reservation(row: Row, account: Account, *, replayed: bool) -> Reservation:
-    return Reservation(
-        sequence=row.sequence,
-        owner=account.owner,
-        dataset=account.dataset,
-        unit=account.unit,
-        replayed=replayed,
-    )
 
 
 def _utc_now() -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from defenses.dp.accountant import Accountant
 from defenses.dp.events import Event, Statement, price_of, statement_of
-from defenses.dp.ledger_entries import Account
+from defenses.dp.ledger_entries import Account, Budget
 
 _REMEMBERED_ACCOUNTANTS = 64
 _REMEMBERED_EPSILONS = 4096
@@ -123,6 +123,23 @@ class Books:
             while len(self._epsilons) > _REMEMBERED_EPSILONS:
                 self._epsilons.popitem(last=False)
         return self._epsilons[key]
+
+    def overdraft(self, name: str, account: Account, events: Sequence[Event], budget: Budget) -> str:
+        """Say why an account cannot pay for more events within a budget; nothing where it can."""
+        history = self.history(account)
+        statements = {*history.statements, *map(statement_of, events)} - {None}
+        if len(statements) > 1:
+            return f"{name} would mix {', '.join(sorted(map(str, statements)))}"
+        if math.isinf(budget.epsilon):
+            return ""
+        after = self.epsilon(history, events, budget.delta)
+        if after <= budget.epsilon:
+            return ""
+        now = self.epsilon(history, (), budget.delta)
+        return (
+            f"{name} has spent {now:.4g} and would reach {after:.4g} of epsilon {budget.epsilon:g} at "
+            f"delta {budget.delta:g}"
+        )
 
     def _compute(self, history: History, events: Sequence[Event], delta: float) -> float:
         accountant = self._accountant(history)

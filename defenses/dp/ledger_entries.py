@@ -130,6 +130,17 @@ def charge_body(charge: Charge, blocks: Sequence[int]) -> dict[str, Any]:
     return {**body, "blocks": list(blocks)} if charge.blocks else body
 
 
+def reservation_of(row: Row, account: Account, *, replayed: bool) -> Reservation:
+    """Return a reservation as whoever paid for it holds it."""
+    return Reservation(
+        sequence=row.sequence,
+        owner=account.owner,
+        dataset=account.dataset,
+        unit=account.unit,
+        replayed=replayed,
+    )
+
+
 def check_charge(charge: Charge) -> None:
     """Refuse a malformed charge."""
     if not isinstance(charge, Charge) or not isinstance(charge.event, Event):
@@ -181,6 +192,8 @@ def entry_of(row: Row, reserved: Row, *, spent: bool) -> Entry:
     common |= {"dataset": row.dataset, "unit": row.unit}
     if row.kind == "budget":
         return Entry(**common, epsilon=float(body["epsilon"]), delta=body["delta"], reason=body["reason"])
+    if row.kind == "withdrawal":
+        return Entry(**common, blocks=tuple(body["blocks"]), reason=body["reason"])
     if row.kind == "key":
         return Entry(**common)
     if row.kind == "block":
@@ -196,6 +209,19 @@ def entry_of(row: Row, reserved: Row, *, spent: bool) -> Entry:
         spent=spent,
         blocks=tuple(charge.get("blocks", ())),
     )
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """Return all rows of a ledger with what is needed to recompute the chain."""
+    head = rows[-1]
+    document = {
+        "version": 1,
+        "head": {"sequence": head.sequence, "hash": head.hash.hex()},
+        "rows": [
+            {"body": json.loads(row.body), "sequence": row.sequence, "hash": row.hash.hex()} for row in rows
+        ],
+    }
+    return json.dumps(document, indent=1, sort_keys=True)
 
 
 def to_csv(entries: Sequence[Entry]) -> str:
