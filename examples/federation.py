@@ -8,7 +8,9 @@ the middle of a round, starts it again, and shows the report and every hospital'
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import io
 import json
 import shutil
 import signal
@@ -18,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+from ffm_secure.cli import app as cli
 from ffm_secure.config import run_file
 from ffm_secure.data.clinic_notes.notes import clinic_notes
 
@@ -30,16 +33,22 @@ def say(words: str) -> None:
 
 
 def ffm(*words: object) -> str:
-    """Run one command, show it, and return what it printed."""
+    """Run one command in this process, which spares its start; show it, and return what it printed."""
     shown = " ".join(map(str, words))
     say(f"ffm-secure {shown}")
-    done = subprocess.run(
-        [sys.executable, "-m", "ffm_secure", *map(str, words)], text=True, capture_output=True, check=False
-    )
-    sys.stdout.write(done.stdout)
-    if done.returncode:
-        raise SystemExit(f"{done.stderr}ffm-secure {shown} failed")
-    return done.stdout
+    printed, before, code = io.StringIO(), sys.argv, 0
+    try:
+        sys.argv = ["ffm-secure", *map(str, words)]
+        with contextlib.redirect_stdout(printed):
+            cli.main()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    finally:
+        sys.argv = before
+    sys.stdout.write(printed.getvalue())
+    if code:
+        raise SystemExit(f"ffm-secure {shown} failed")
+    return printed.getvalue()
 
 
 def key_in(printed: str) -> str:

@@ -146,11 +146,11 @@ class KeyedClient:
 
     def __init__(self, terms: EncryptedTerms, identity: Identity) -> None:
         self.kind = terms.config.protection.kind
-        self._terms, self._key = terms, RunKey(terms, identity)
+        self._terms, self.key = terms, RunKey(terms, identity)
 
     def join(self, plan: RoundPlan) -> KeyedClientRound:
         """Begin a round."""
-        return KeyedClientRound(plan, self._terms, self._key)
+        return KeyedClientRound(plan, self._terms, self.key)
 
 
 class KeyedServerRound:

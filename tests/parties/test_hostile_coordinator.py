@@ -168,6 +168,8 @@ def test_another_plan_is_declined_and_cannot_begin(wire: Wire, changes: dict[str
     assert not wire.accepts(answer)
     assert wire.send(BEGIN, b"") == REFUSAL
     assert words in wire.log()
+    honest = wire.send(PLAN, wire.plan_message(wire.plan))
+    assert wire.accepts(honest), "a round that never began was spent"
 
 
 def test_another_model_is_refused(wire: Wire) -> None:
