@@ -19,6 +19,7 @@ from ffm_secure.config import compatibility
 from ffm_secure.engines import simulation
 from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.privacy.query_noise import ClientAnswers, RecordAnswers
+from ffm_secure.quantities import small
 from ffm_secure.records import (
     LeakCurve,
     RunSummary,
@@ -122,5 +123,5 @@ def measured_how(bounds: Bounds, summary: RunSummary) -> str:
     )
     return (
         f"{bounds[0].canaries} canaries in one run of the mechanism: {each}; "
-        f"unit {promise.unit}, adjacency {promise.adjacency}, observer server, delta {promise.delta:g}"
+        f"unit {promise.unit}, adjacency {promise.adjacency}, observer server, delta {small(promise.delta)}"
     )

@@ -421,9 +421,12 @@ def test_an_update_of_another_system_has_its_page_its_numbers_and_its_pictures(t
     assert "their server" in text
     assert "module." in text
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "report.html", "report.json", "position_vision_1_truth.png", "position_vision_1_recovered.png",
+        "report.html", "report.json", "internal.html", "internal.json",
+        "internal_position_vision_1_truth.png", "internal_position_vision_1_recovered.png",
     }  # fmt: skip
-    assert (tmp_path / "out" / "position_vision_1_recovered.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png;base64," in (tmp_path / "out" / "internal.html").read_text(encoding="utf-8")
+    assert "data:image" not in text
+    assert (tmp_path / "out" / "internal_position_vision_1_recovered.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "out" / "report.json").read_text())["findings"][0]["verdict"] == "leaked"
     with pytest.raises(StoreError, match="exists"):
         write_audit(found, tmp_path / "out", name="seen")
