@@ -146,7 +146,10 @@ class SiteFolder:
         except ConfigError as error:
             raise StoreError(f"{path}: is damaged; allow the run again\n{error}") from None
         if run_digest(config) != path.stem:
-            raise StoreError(f"{path}: was changed after it was allowed; remove it and allow the run again")
+            raise StoreError(
+                f"{path}: was changed after it was allowed, or ffm-secure was upgraded since; "
+                "remove it and allow the run again"
+            )
         return config
 
     def allow(self, config: RunConfig) -> str:
