@@ -30,6 +30,10 @@ class Gone(ConnectionError):
     """The other process has gone, does not exist, or does not speak this protocol."""
 
 
+class Late(Gone):
+    """The other process is there, and has not answered in time."""
+
+
 class Frames:
     """One connection: frames in, frames out.
 
@@ -162,7 +166,8 @@ def ask(path: Path, words: Words, content: bytes = b"", *, seconds: float) -> tu
     """Ask the process behind a door one thing.
 
     Raises:
-      Gone: it does not exist, ends, or does not answer in time.
+      Late: it does not answer in time.
+      Gone: it does not exist, or ends.
     """
     frames = connect(path)
     try:
@@ -171,7 +176,7 @@ def ask(path: Path, words: Words, content: bytes = b"", *, seconds: float) -> tu
     finally:
         frames.close()
     if answer is None:
-        raise Gone
+        raise Late
     return answer
 
 

@@ -127,6 +127,8 @@ class CourierContract:
     def test_a_late_answer_is_no_answer_to_what_comes_next(self, federation: Federation) -> None:
         late = by_site(federation.courier, "slow", {2: b"00000002"}, deadline=time.time() + 0.5)
         assert isinstance(late[2].content, Lost)
+        time.sleep(0.2)  # whoever gives up at the deadline has done so
+        assert 2 in federation.courier.sites(), "a site that is slow is there"
         for number in range(8):
             mark = f"next {number}".encode()
             assert content(by_site(federation.courier, "echo", {2: mark})[2]) == mark

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ffm_secure.errors import StoreError
-from ffm_secure.transport.local_socket import Answering, Door, Gone, ask, connect
+from ffm_secure.transport.local_socket import Answering, Door, Gone, Late, ask, connect
 
 
 def test_a_frame_arrives_as_it_was_written(tmp_path: Path) -> None:
@@ -80,12 +80,13 @@ def received(end: socket.socket) -> bytes:
 def test_nobody_waits_longer_than_said(tmp_path: Path) -> None:
     answering = Answering(tmp_path / "door", lambda words, content: (time.sleep(3.0), (words, content))[1])
     began = time.monotonic()
-    with pytest.raises(Gone):
+    with pytest.raises(Late):
         ask(tmp_path / "door", {}, seconds=0.3)
     assert time.monotonic() - began < 2.0
     answering.close()
-    with pytest.raises(Gone):
+    with pytest.raises(Gone) as gone:
         ask(tmp_path / "door", {}, seconds=1.0)
+    assert not isinstance(gone.value, Late)
 
 
 def test_a_door_is_its_owners_alone_and_may_lie_deep(tmp_path: Path) -> None:

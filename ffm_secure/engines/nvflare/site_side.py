@@ -24,7 +24,7 @@ from nvflare.widgets.widget import Widget
 
 from ffm_secure.engines.nvflare import topics
 from ffm_secure.engines.nvflare.folders import SITE_SOCKET
-from ffm_secure.transport.local_socket import Gone, ask, connect
+from ffm_secure.transport.local_socket import Gone, Late, ask, connect
 
 _PLANNING = frozenset({"check_resources", "submit_job"})  # what the engine asks before a job's process
 
@@ -68,6 +68,8 @@ class RelayExecutor(Executor):  # type: ignore[misc]
             heading, content = ask(
                 self._socket, words, request[topics.CONTENT], seconds=float(request[topics.SECONDS])
             )
+        except Late:  # a service that is slow is there
+            return make_reply(ReturnCode.TIMEOUT)
         except Gone:
             return make_reply(ReturnCode.SERVICE_UNAVAILABLE)
         if not heading.get("answered"):
