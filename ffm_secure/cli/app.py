@@ -241,6 +241,21 @@ def ledger_verify(
     _ledger_commands().verify(path, anchor=anchor, json=json)
 
 
+@ledger_app.command(name="withdraw")
+def ledger_withdraw(
+    path: Annotated[Path | None, typer.Argument(help="Ledger file or run directory.")] = None,
+    owner: Annotated[str, typer.Option(help="An owner, with every row it was ever charged for.")] = "",
+    block: Annotated[
+        list[int] | None, typer.Option(help="A block of rows, as --export csv numbers it; may repeat.")
+    ] = None,
+    because: Annotated[str, typer.Option(help="Why; recorded for good.")] = "",
+    json: Json = False,
+) -> None:
+    """Close an owner or rows for every later run, and say what released models may still reveal."""
+    blocks = tuple(block or ())
+    _ledger_commands().withdraw(path, owner=owner, blocks=blocks, because=because, json=json)
+
+
 @budget_app.command(name="raise")
 def ledger_budget_raise(
     epsilon: Annotated[float, typer.Option(help="The new lifetime budget.")],

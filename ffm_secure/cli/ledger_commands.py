@@ -8,9 +8,11 @@ import json as json_format
 from pathlib import Path
 
 from defenses.dp import Ledger
+from defenses.dp.ledger_entries import EVERYBODY
 from defenses.dp.ledger_file import Head
 from defenses.errors import ParameterError
 from ffm_secure.cli.console import clear_errors, say
+from ffm_secure.cli.ledger_table import open_for_reading, withdrawal_line, withdrawals
 from ffm_secure.errors import ConfigError, StoreError
 from ffm_secure.site.ledger_place import FILE, data_home, open_ledger
 
@@ -62,6 +64,32 @@ def raise_budget(path: Path | None, *, epsilon: float, because: str, unit: str, 
     say(answer, [f"{place}: lifetime budget per {unit} was {known.epsilon:g}, is {epsilon:g}"], json=json)
 
 
+def withdraw(path: Path | None, *, owner: str, blocks: tuple[int, ...], because: str, json: bool) -> None:
+    """Close an owner, or some blocks, for every later charge; say what released models may still reveal."""
+    place = place_of(path)
+    with clear_errors():
+        if bool(owner) == bool(blocks):
+            raise ConfigError("ledger withdraw", ["give --owner NAME or --block N, one of the two"])
+        if not because.strip():
+            raise ConfigError("ledger withdraw", ["--because: missing; say why, it is recorded for good"])
+        with open_for_reading(place) as ledger:
+            if owner:
+                _require_owner(ledger, owner)
+            try:
+                sequence = ledger.withdraw(because=because, owner=owner, blocks=blocks).sequence
+            except ParameterError as error:
+                raise ConfigError("ledger withdraw", [str(error)]) from None
+            (entry,) = [item for item in withdrawals(ledger) if item["sequence"] == sequence]
+    say(entry, [f"{place}: {withdrawal_line(entry)}", "no later run is charged for them"], json=json)
+
+
+def _require_owner(ledger: Ledger, owner: str) -> None:
+    """Refuse a name the ledger does not know: a withdrawal is for good, so a slip must not become one."""
+    owners = sorted({entry.owner for entry in ledger.entries()} - {EVERYBODY})
+    if owner not in owners:
+        raise StoreError(f"--owner = {owner!r}: the ledger knows {', '.join(owners) or 'nobody'}")
+
+
 def verify(path: Path | None, *, anchor: str, json: bool) -> None:
     """Check every row; against an anchor kept elsewhere, also that nothing was taken back."""
     place = place_of(path)
@@ -74,10 +102,14 @@ def verify(path: Path | None, *, anchor: str, json: bool) -> None:
         with Ledger.open(place, create=False) as ledger:
             ledger.verify(held_against)
             head = ledger.head()
+            left = withdrawals(ledger)
     words = f"{head.sequence}:{head.hash}"
     lines = [f"{place}: {head.sequence} entries, authentic; keep this anchor elsewhere: {words}"]
     lines += [f"holds everything up to the anchor {held_against.sequence}"] if held_against else []
-    say({"ledger": str(place), "verified": True, "anchor": words}, lines, json=json)
+    for item in left:
+        lines.append(withdrawal_line(item))
+    answer = {"ledger": str(place), "verified": True, "anchor": words, "withdrawals": left}
+    say(answer, lines, json=json)
 
 
 def read_anchor(text: str) -> Head:

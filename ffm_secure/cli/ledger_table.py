@@ -58,6 +58,7 @@ def ledger_table(ledger: Ledger, *, owner: str) -> dict[str, Any]:
         "head": head.hash,
         "accounts": _accounts(ledger, chosen),
         "lifetime": _lifetimes(ledger),
+        "withdrawals": withdrawals(ledger, owner=owner),
         "charges": [
             {
                 "sequence": entry.sequence,
@@ -73,6 +74,54 @@ def ledger_table(ledger: Ledger, *, owner: str) -> dict[str, Any]:
             for entry in charges
         ],
     }
+
+
+def withdrawals(ledger: Ledger, *, owner: str = "") -> list[dict[str, Any]]:
+    """Return who left, and for each what released models may still reveal: the epsilon of the closed rows.
+
+    No later charge can raise it. An owner that was charged by name alone has the epsilon of its accounts.
+    """
+    lines = []
+    for withdrawal in ledger.withdrawals():
+        if owner and withdrawal.owner != owner:
+            continue
+        bounds = []
+        for unit in UNITS:
+            budget = ledger.lifetime(unit)
+            delta = 1e-5 if budget is None else budget.delta
+            if withdrawal.blocks and unit in ledger.charged_units(withdrawal.blocks):
+                spent = ledger.epsilon_of(withdrawal.blocks, unit, delta)
+                bounds.append({"unit": unit, "epsilon": spent, "delta": delta})
+        for name, dataset, unit in ledger.accounts():
+            if name == withdrawal.owner and ledger.events(name, dataset, unit):
+                delta = ledger.budget(name, dataset, unit).delta
+                spent = ledger.epsilon(name, dataset, unit, delta)
+                bounds.append({"unit": unit, "epsilon": spent, "delta": delta})
+        lines.append(
+            {
+                "sequence": withdrawal.sequence,
+                "time": withdrawal.time,
+                "owner": withdrawal.owner,
+                "because": withdrawal.because,
+                "blocks": list(withdrawal.blocks),
+                "bounds": bounds,
+            }
+        )
+    return lines
+
+
+def withdrawal_line(item: dict[str, Any]) -> str:
+    """Say who left, when and why, and what released models may still reveal."""
+    name = item["owner"] or "rows"
+    blocks = f"{len(item['blocks'])} block{'' if len(item['blocks']) == 1 else 's'}"
+    bounds = []
+    for stated in item["bounds"]:
+        size = bound(stated["epsilon"])
+        bounds.append(f"epsilon {size} at delta {stated['delta']:g} per {stated['unit']}")
+    still = "nothing was released from them"
+    if bounds:
+        still = f"released models may still reveal at most {', '.join(bounds)}"
+    return f"withdrawn {item['time'][:10]}: {name}, {blocks} ({item['because']}); {still}"
 
 
 def _lifetimes(ledger: Ledger) -> dict[str, dict[str, float]]:
@@ -165,6 +214,8 @@ def ledger_lines(table: dict[str, Any]) -> list[str]:
         f"lifetime budget of every row, per {unit}: {budget['epsilon']:g} at delta {small(budget['delta'])}"
         for unit, budget in table["lifetime"].items()
     ]
+    for item in table["withdrawals"]:
+        lines.append(withdrawal_line(item))
     return [*lines, f"verified: {table['entries']} entries, head {table['head'][:16]}"]
 
 

@@ -38,6 +38,7 @@ from ffm_secure.run_spec import RunSpec
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.evidence import evidence_of
 from ffm_secure.server.transcript import Transcript, recorded_rounds
+from ffm_secure.site import withdrawn
 from ffm_secure.site.allowance import Outlook, grant_lifetime, look_ahead
 from ffm_secure.site.bound_probe import PROBED, probe_bound
 from ffm_secure.site.broadcast import BroadcastReader
@@ -207,6 +208,20 @@ def _described(spec: RunSpec, data: SimulatedData) -> str:
     return spec.algorithm.describe(spec.config, len(data.public) if data.public is not None else 0)
 
 
+def _refuse_withdrawn(path: Path, data: SimulatedData, owners: Sequence[str]) -> None:
+    """Refuse a plan over rows or owners that have left; a run that has begun goes on without them.
+
+    Raises:
+      PlanRefused: with every withdrawal it meets.
+    """
+    if not path.is_file():
+        return
+    with open_ledger(path) as ledger:
+        problems = withdrawn.objections(ledger, path, data.names(), owners)
+    if problems:
+        raise PlanRefused(problems)
+
+
 def _outlook(
     config: RunConfig, data: SimulatedData, spec: RunSpec, folder: Path | None, *, begun: bool, turns: int
 ) -> Outlook | None:
@@ -218,7 +233,11 @@ def _outlook(
         must.
     """
     path = ledger_path(config.privacy, folder)
-    if path is None or not spec.has_dp_guarantee or config.privacy.ledger == IN_RUN:
+    if path is None or config.privacy.ledger == IN_RUN:
+        return None
+    if not begun:
+        _refuse_withdrawn(path, data, ledger_names(config, data, folder))
+    if not spec.has_dp_guarantee:
         return None
     with open_ledger(path) as ledger:
         event = spec.mechanism.event(release="update of one round")

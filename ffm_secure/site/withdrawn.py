@@ -11,6 +11,8 @@ from defenses.dp.records import Records
 
 def objections(ledger: Ledger, place: Path, rows: Sequence[Records], owners: Sequence[str]) -> list[str]:
     """Return why a run may not use these rows of these owners; nothing is written."""
+    if not ledger.withdrawals():
+        return []
     withdrawals = {}
     for withdrawal in ledger.withdrawals(ledger.known_blocks(rows)):
         withdrawals[withdrawal.sequence] = withdrawal
