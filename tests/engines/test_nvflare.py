@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -123,6 +124,24 @@ def test_everything_in_the_folders_is_its_owners_alone(federation: NVFlareFedera
     open_to_others = [path for path in federation.machines.folder.rglob("*") if path.stat().st_mode & 0o077]
     assert open_to_others == []
     assert len(list(federation.machines.folder.rglob("*"))) > 50
+
+
+def open_files(number: int) -> list[str]:
+    """Return what a process has open, by name."""
+    names = []
+    for place in Path(f"/proc/{number}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            names.append(os.readlink(place))
+    return names
+
+
+def test_no_process_of_the_coordinator_has_a_file_of_a_site_open(federation: NVFlareFederation) -> None:
+    folder = federation.machines.folder
+    of_coordinator = processes_naming(folder / "coordinator")
+    assert len(of_coordinator) >= 2  # the server and its job
+    files = [name for number in of_coordinator for name in open_files(number) if str(folder) in name]
+    assert files
+    assert all(name.startswith(str(folder / "coordinator")) for name in files)
 
 
 def test_nothing_of_a_message_stays_on_a_disk(federation: NVFlareFederation) -> None:
