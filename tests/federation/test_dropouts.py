@@ -31,7 +31,9 @@ from ffm_secure.protection.codec import VectorCodec, real_codec
 from ffm_secure.protection.enrolment import Enrolment, enrol
 from ffm_secure.protection.masked import MaskedClient, sharing_graph
 from ffm_secure.records import RoundPlan, RoundRecord, RunSummary
-from ffm_secure.report.document import render_html
+from ffm_secure.report.details import render_details_html
+from ffm_secure.report.page import render_html
+from ffm_secure.report.release import released
 from ffm_secure.quantities import size
 from ffm_secure.transport.courier import Reply
 from ffm_secure.transport.stages import PLAN, split_plan
@@ -204,12 +206,14 @@ def test_an_aborted_round_stays_spent_and_the_run_goes_on(tmp_path: Path) -> Non
         assert sum(entry.kind == "reserve" for entry in built.ledger.entries(owner=owner)) == 3
     spent = [record.epsilon_spent for record in trained.records]
     assert 0 < spent[0] < spent[1] < spent[2] <= 50.0
-    _check_report(summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=1.0))
+    _check_report(summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=1.0, ended=""))
 
 
 def _check_report(found: RunSummary) -> None:
     """Look for bytes, time, survivors, aborts and the collusion statement on the page."""
-    page = re.sub(r"<[^>]+>", "", html.unescape(render_html(found))).replace("\N{NO-BREAK SPACE}", " ")
+    public = released(found)
+    written = render_html(public) + render_details_html(public)
+    page = re.sub(r"<[^>]+>", "", html.unescape(written)).replace("\N{NO-BREAK SPACE}", " ")
     assert "Rounds aborted" in page
     assert "Round 1: fewer than 3 clients could open the sum" in page
     assert "Smallest sum opened" in page

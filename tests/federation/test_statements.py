@@ -112,7 +112,7 @@ def test_a_second_run_of_one_file_is_refused_and_never_given_more_noise(tmp_path
 def test_statements_come_from_the_events_that_were_charged(tmp_path: Path) -> None:
     made = make(privacy={**RECORD, "noise": "system"})
     built, trained = train(made, tmp_path)
-    result = summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=0.0)
+    result = summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=0.0, ended="")
     events = built.largest_history()
     again = epsilon(events, 1e-5)
     assert result.statements[0].epsilon == pytest.approx(again.epsilon)
@@ -129,7 +129,7 @@ def test_seeded_noise_is_never_a_number(tmp_path: Path) -> None:
     made = make(privacy=RECORD, federation=ONE)
     built, trained = train(made, tmp_path)
     outcomes = summary.outcomes(built, trained, built.trainable.flatten().cpu())
-    result = summary.summarise(built, trained, zero_metric=0.0, outcomes=outcomes, seconds=0.0)
+    result = summary.summarise(built, trained, zero_metric=0.0, outcomes=outcomes, seconds=0.0, ended="")
     assert result.stamps[0].startswith("NOT PRIVATE")
     assert all(math.isinf(statement.epsilon) for statement in result.statements)
     assert all(math.isinf(record.epsilon_spent) for record in result.rounds)
@@ -146,7 +146,7 @@ def test_client_noise_never_counts_the_curious_client(tmp_path: Path) -> None:
 def test_the_majority_is_the_public_one(tmp_path: Path) -> None:
     made = make(privacy={**RECORD, "noise": "system"}, federation=ONE)
     built, trained = train(made, tmp_path)
-    result = summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=0.0)
+    result = summary.summarise(built, trained, zero_metric=0.0, outcomes=(), seconds=0.0, ended="")
     validation = built.prepared.dataset.validation
     chosen = np.sort(np.random.default_rng(made.seed).permutation(len(validation))[:60])
     labels = built.task.labels(validation.take(chosen))  # the rows the accuracy is counted on
