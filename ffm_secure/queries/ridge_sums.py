@@ -56,12 +56,12 @@ def build(setting: Setting) -> Query:
 def ridge_head(moments: Tensor, targets: Tensor, *, deviation: float) -> Tensor:
     """Return the weights [classes, width] of ridge regression from noisy sums.
 
-    The penalty follows from the noise, which is public: about the largest singular value that noise of this
-    deviation alone has, so that no direction is divided by noise. Negative eigenvalues are noise and count as
-    0.
+    The penalty follows from the noise, which is public: half the largest singular value that noise of this
+    deviation alone has (the edge of its semicircle law), so that hardly any direction is divided by noise.
+    Which part of it was chosen on training rows alone. Negative eigenvalues are noise and count as 0.
     """
     width = moments.shape[0]
-    penalty = 1.0 + 2.0 * deviation * math.sqrt(width)
+    penalty = 1.0 + deviation * math.sqrt(width / 2.0)
     values, vectors = torch.linalg.eigh(moments)
     inverse = 1.0 / (values.clamp(min=0.0) + penalty)
     weight: Tensor = _SHARPNESS * (targets @ vectors * inverse) @ vectors.T
