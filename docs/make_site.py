@@ -38,6 +38,8 @@ SECTIONS: dict[str, list[str]] = {
         "pretraining.md",
         "experiments.md",
         "tracking.md",
+        "alone/dp_sgd.md",
+        "alone/ledger.md",
         "deploy.md",
     ],
     "Trust": [
