@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -151,6 +152,7 @@ def one_run_epsilon(canaries: int, guesses: int, correct: int, delta: float, sig
     )
 
 
+@lru_cache(maxsize=4_096)  # there are few counts, and many audits meet the same ones
 def fdp_epsilon(canaries: int, guesses: int, correct: int, delta: float, significance: float) -> float:
     """Return the epsilon at delta of the largest Gaussian trade-off curve that the guesses reject (0 at delta
     0).

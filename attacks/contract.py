@@ -18,6 +18,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from attacks import steps
 from attacks.observation import Knowledge, Observation
 
 Family = Literal[
@@ -54,38 +55,40 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Bound the effort of one attack: CPU seconds, iterations of its main loop, and restarts.
+    """Bound the effort of one attack: steps, iterations of its main loop, and restarts.
 
-    Guarantee: an attack stopped by `iterations` and `restarts` is deterministic by seed; one stopped by
-    `seconds` says so in its reason.
+    Steps are counted from what is computed (`attacks.steps`), about a thousand to a second of a quiet core.
+
+    Guarantee: an attack is deterministic by seed, whatever else the machine does; one stopped by `steps` says
+    so in its reason.
     """
 
-    seconds: float
+    steps: float
     iterations: int
     restarts: int
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        if self.seconds <= 0 or self.iterations < 1 or self.restarts < 1:
+        if self.steps <= 0 or self.iterations < 1 or self.restarts < 1:
             raise ValueError(
-                f"seconds {self.seconds}, iterations {self.iterations}, restarts "
+                f"steps {self.steps}, iterations {self.iterations}, restarts "
                 f"{self.restarts}: all must be positive"
             )
 
     @staticmethod
     def quick() -> Budget:
         """Return the budget for a first look: seconds per attack."""
-        return Budget(seconds=20.0, iterations=400, restarts=1, name="quick")
+        return Budget(steps=20_000, iterations=400, restarts=1, name="quick")
 
     @staticmethod
     def standard() -> Budget:
         """Return the budget of an ordinary audit: minutes per attack."""
-        return Budget(seconds=180.0, iterations=2_000, restarts=4, name="standard")
+        return Budget(steps=180_000, iterations=2_000, restarts=4, name="standard")
 
     @staticmethod
     def exhaustive() -> Budget:
         """Return the budget of the strongest attacker we simulate: up to an hour per attack."""
-        return Budget(seconds=3_600.0, iterations=20_000, restarts=16, name="exhaustive")
+        return Budget(steps=3_600_000, iterations=20_000, restarts=16, name="exhaustive")
 
     @staticmethod
     def named(name: str) -> Budget:
@@ -99,20 +102,20 @@ class Budget:
         return presets[name]()
 
     def start(self) -> Deadline:
-        """Start the clock of this budget."""
-        return Deadline(stop_at=time.process_time() + self.seconds)
+        """Start counting the steps of this budget."""
+        return Deadline(stop_at=steps.so_far() + self.steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deadline:
-    """The moment, in CPU seconds of this process, at which an attack has to stop."""
+    """The count of steps at which an attack has to stop."""
 
     stop_at: float
 
     @property
     def expired(self) -> bool:
-        """Say whether the budget's seconds are used up."""
-        return time.process_time() >= self.stop_at
+        """Say whether the budget's steps are used up."""
+        return steps.so_far() >= self.stop_at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +172,7 @@ class Reconstruction:
 
     Guarantee: `confidence` is the attack's own estimate in [0, 1], made without the truth; `knowledge_used`
     names the assumptions and priors that were read; `applicable=False` always comes with a reason and without
-    items.
+    items. `steps` depends on the attack and what it was given alone, `seconds` on the machine as well.
     """
 
     attack: str
@@ -180,6 +183,7 @@ class Reconstruction:
     applicable: bool
     reason: str = ""
     details: Mapping[str, float | int | str] = field(default_factory=dict)
+    steps: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.confidence <= 1.0:
@@ -230,6 +234,13 @@ class PlainAttack:
         self, observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
     ) -> Reconstruction:
         """Run the attack; never raises for an observation it does not fit."""
+        with steps.counted():
+            began = steps.so_far()
+            return replace(self._run(observation, model, prior, budget, seed), steps=steps.so_far() - began)
+
+    def _run(
+        self, observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+    ) -> Reconstruction:
         started = time.process_time()
         read: set[str] = set()
         watched, watched_prior = _watch(observation, prior, read)

@@ -8,7 +8,6 @@ Everything is invented data on the audited model: nothing private is read, and t
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,6 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from attacks import steps
 from attacks.contract import Attack, Budget, Prior
 from attacks.observation import Knowledge, Observation
 from attacks.rehearsal import rehearse
@@ -140,22 +140,22 @@ def curve(
     *,
     scale: float = 1.0,
 ) -> Curve:
-    """Run one attack along an axis until the budget's seconds are spent; `scale` turns places into the axis'
+    """Run one attack along an axis until the budget's steps are spent; `scale` turns places into the axis'
     unit.
 
     Guarantee: a point whose attack may have run out of time is left out, never drawn as a failure. An attack
     that finds nothing to say at a place scores what guessing scores.
     """
-    stop = time.process_time() + budget.seconds
+    stop = steps.so_far() + budget.steps
     points: list[tuple[float, Score | None]] = []
     reason = ""
     for place, observed, truth in rehearsals:
-        left = stop - time.process_time()
+        left = stop - steps.so_far()
         reconstruction = None
         if left > 0:
-            reconstruction = attack.run(observed, model, Prior(), replace(budget, seconds=left), 0)
-        if reconstruction is None or time.process_time() > stop:
-            reason = f"stopped after {budget.seconds:.0f} CPU seconds"
+            reconstruction = attack.run(observed, model, Prior(), replace(budget, steps=left), 0)
+        if reconstruction is None or steps.so_far() > stop:
+            reason = f"stopped after {budget.steps:.0f} steps"
             break
         points.append((scale * place, score(reconstruction, truth) if reconstruction.applicable else None))
     known = []
@@ -178,20 +178,20 @@ def curve(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Points:
-    """Say how many points a set of curves may have and what all of them together may cost in CPU seconds."""
+    """Say how many points a set of curves may have and what all of them together may cost in steps."""
 
-    seconds: float
+    steps: float
     sizes: tuple[int, ...]
     multipliers: tuple[float, ...]
 
 
 POINTS = {
-    "quick": Points(seconds=8.0, sizes=(1, 2, 4, 8, 16), multipliers=(0.0, 1e-3, 1e-2, 0.1, 1.0)),
+    "quick": Points(steps=8_000, sizes=(1, 2, 4, 8, 16), multipliers=(0.0, 1e-3, 1e-2, 0.1, 1.0)),
     "standard": Points(
-        seconds=120.0, sizes=(1, 2, 4, 8, 16, 32, 64), multipliers=(0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
+        steps=120_000, sizes=(1, 2, 4, 8, 16, 32, 64), multipliers=(0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0)
     ),
     "exhaustive": Points(
-        seconds=3_600.0,
+        steps=3_600_000,
         sizes=(1, 2, 4, 8, 16, 32, 64, 128, 256),
         multipliers=(0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0),
     ),
@@ -215,25 +215,25 @@ def draw(
     length: int,
     name: str,
 ) -> Iterator[Curve]:
-    """Yield a curve against the batch and one against noise for each attack, within the CPU seconds of budget
+    """Yield a curve against the batch and one against noise for each attack, within the steps of budget
     `name`.
 
-    `chosen` holds attacks with the CPU seconds one run of each has taken; one too dear for its share is
+    `chosen` holds attacks with the steps one run of each has taken; one too dear for its share is
     skipped with that reason. `length` is the number of tokens of a text.
     """
     points, budget = POINTS[name], Budget.named("quick")
-    stop, width = time.process_time() + points.seconds, width_of(observation, model)
+    stop, width = steps.so_far() + points.steps, width_of(observation, model)
     for place, (attack, cost) in enumerate(chosen):
         axes: tuple[tuple[Axis, float], ...] = (_against(attack, width, length), ("noise multiplier", 1.0))
         for half, (along, unit) in enumerate(axes):
-            share = (stop - time.process_time()) / (2 * (len(chosen) - place) - half)
+            share = (stop - steps.so_far()) / (2 * (len(chosen) - place) - half)
             if share < cost:
-                reason = f"one run takes {cost:.0f} CPU seconds, more than its share of the {name} budget"
+                reason = f"one run takes {cost:.0f} steps, more than its share of the {name} budget"
                 yield Curve(attack=attack.name, axis=along, measure="", reason=reason)
                 continue
             if half:
                 rehearsals = by_noise(observation, model, points.multipliers, length=length)
             else:
                 rehearsals = by_batch(observation, model, points.sizes, length=length)
-            allowed = replace(budget, seconds=share)
+            allowed = replace(budget, steps=share)
             yield curve(attack, model, along, rehearsals, allowed, scale=unit)

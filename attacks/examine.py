@@ -15,6 +15,7 @@ from attacks.contract import Attack, Budget, Prior
 from attacks.inversion.tokens import vocabulary_of
 from attacks.judge import (
     CONFIDENCE,
+    FILTERS,
     LEVEL,
     UNCRAFTED,
     Judgement,
@@ -24,6 +25,7 @@ from attacks.judge import (
     confidences,
     decide,
     dominated,
+    filtered,
     noise_scores,
     null_runs,
     tried,
@@ -60,7 +62,7 @@ class Study:
     truth: Truth | None
     rehearsals: tuple[tuple[Observation, Truth], ...]
     noise: nulls.Noise
-    null_seconds: float
+    null_steps: float
     drawn: dict[int, Observation] = field(default_factory=dict)
 
     def silence(self, number: int) -> Observation:
@@ -89,11 +91,11 @@ def study(
     truth: Truth | None,
     *,
     unused: Truth | None = None,
-    null_seconds: float,
+    null_steps: float,
 ) -> Study:
     """Prepare an observation; `unused` holds records of the same kind that nobody trained on.
 
-    `null_seconds` is the CPU time one attack may spend on noise.
+    `null_steps` is how many steps one attack may spend on noise.
     """
     if truth is not None and model is not None:
         truth = replace(truth, vocabulary=vocabulary_of(model))
@@ -109,35 +111,56 @@ def study(
         truth=truth,
         rehearsals=tuple(one for one in rehearsals if one is not None),
         noise=nulls.study(observation),
-        null_seconds=null_seconds,
+        null_steps=null_steps,
     )
 
 
 def examine(
-    scene: Study, allowance: Allowance, refusal: Callable[[Attack], str], attacks: Collection[Attack]
+    scene: Study,
+    allowance: Allowance,
+    refusal: Callable[[Attack], str],
+    attacks: Collection[Attack],
+    watch: Callable[[str, int, int], None] = lambda name, place, total: None,
 ) -> tuple[Examined, ...]:
     """Run attacks on an observation and judge them together, in their order.
 
     `allowance` says what an attack may spend, None for one that is not run; `refusal` says why. Closed forms
-    come first, so that a search for what they have read exactly is skipped.
+    come first, so that a search for what they have read exactly is skipped. `watch` is told which attack
+    comes next, its place and how many there are.
     """
     results: dict[str, Examined] = {}
     questions: dict[str, Question] = {}
-    for attack in sorted(attacks, key=lambda attack: attack.family not in CLOSED):
+    for place, attack in enumerate(sorted(attacks, key=lambda attack: attack.family not in CLOSED)):
         name = attack.name
+        watch(name, place, len(attacks))
         budget = allowance(attack)
-        better = _dominator(attack, questions)
-        if budget is None or better:
+        needless = _needless(attack, questions)
+        if budget is None or needless:
             if budget is None:
                 reason = refusal(attack)
             else:
-                reason = dominated(better)
+                reason = needless
             results[name] = Examined(attack=name, refused=reason)
             continue
         questions[name] = _question(attack, scene, budget)
     for name, judgement in zip(questions, _judged(questions, scene), strict=True):
         results[name] = Examined(attack=name, seen=questions[name].seen, judgement=judgement)
     return tuple(results[attack.name] for attack in attacks)
+
+
+def _needless(attack: Attack, questions: Mapping[str, Question]) -> str:
+    """Say why an attack need not be run beside those before it, nothing where it has to be."""
+    wider = questions.get(FILTERS.get(attack.name, ""))
+    if wider is not None and not _worked(wider.control) and not _worked(wider.seen):
+        return filtered(FILTERS[attack.name])
+    better = _dominator(attack, questions)
+    if better:
+        return dominated(better)
+    return ""
+
+
+def _worked(result: Result | None) -> bool:
+    return result is not None and result[1] is not None and result[1].proven
 
 
 def _dominator(attack: Attack, questions: Mapping[str, Question]) -> str:
@@ -164,7 +187,7 @@ def _question(attack: Attack, scene: Study, budget: Budget) -> Question:
         rehearsals = scene.rehearsals
     else:
         rehearsals = ()
-    if attempt[0].seconds * len(rehearsals) > scene.null_seconds:
+    if attempt[0].steps * len(rehearsals) > scene.null_steps:
         rehearsals = rehearsals[:1]
     controls = []
     for other, true in rehearsals:
@@ -187,7 +210,7 @@ def _question(attack: Attack, scene: Study, budget: Budget) -> Question:
     if scored is None:
         return blank
     if scored.luck <= LEVEL and scored.value > scored.baseline:
-        noise = noise_scores(silence, null_runs(attempt[0].seconds, scene.null_seconds), scored, scene.truth)
+        noise = noise_scores(silence, null_runs(attempt[0].steps, scene.null_steps), scored, scene.truth)
         scored = against_noise(scored, noise)
     notes: tuple[str, ...] = ()
     if weak and scored.measure == "token F1":
@@ -203,7 +226,7 @@ def _by_confidence(
     if not reading.applicable or not any(result is not None and result.proven for _, result in controls):
         return question
     first, _ = confidences(reading, controls, ())
-    noise = noise_scores(silence, max(null_runs(reading.seconds, scene.null_seconds), 1), first, None)
+    noise = noise_scores(silence, max(null_runs(reading.steps, scene.null_steps), 1), first, None)
     own, control = confidences(reading, controls, noise)
     return replace(question, seen=(reading, own), control=(controls[0][0], control))
 

@@ -12,4 +12,5 @@ Configuration: TypeAlias = Any  # of a transformers model: its attributes are th
 LibraryModel: TypeAlias = Any  # nn.Module types every attribute as a tensor or a module; these hold both
 Tokenizer: TypeAlias = Any  # slow and fast ones share no base class with the calls we make
 ModelOutput: TypeAlias = Any  # every architecture returns a class of its own
+Unknown: TypeAlias = Any  # what a call of torch takes and returns, where calls are only counted
 StatedFact: TypeAlias = Any  # a fact somebody stated in a file; `attacks.facts` says what it has to be

@@ -109,6 +109,16 @@ def tried(
     return reading, score(reading, truth) if reading.applicable and truth is not None else None
 
 
+FILTERS = {
+    "span_exact": "span"
+}  # attacks that accept nothing which another one does not accept by the same rule
+
+
+def filtered(wider: str) -> str:
+    """Say why an attack is not run that accepts less than one which read nothing undefended."""
+    return f"not run: it accepts less than {wider}, which read nothing on the undefended update"
+
+
 def dominated(better: str) -> str:
     """Say why a search is not run."""
     return f"not run: {better} has read everything exactly at this point"
@@ -159,11 +169,9 @@ def noise_scores(
     return tuple(scores)
 
 
-def null_runs(seconds: float, allowed: float) -> int:
-    """Return how often an attack of that cost is run on noise: in few steps, so that a slower core changes
-    little.
-    """
-    return next((count for count in NULL_RUNS if count * max(seconds, 1e-4) <= allowed), 0)
+def null_runs(cost: float, allowed: float) -> int:
+    """Return how often an attack that takes `cost` steps is run on noise, where all may take `allowed`."""
+    return next((count for count in NULL_RUNS if count * max(cost, 0.1) <= allowed), 0)
 
 
 def noise_values(readings: Sequence[Reconstruction], scored: Score, truth: Truth) -> tuple[float, ...]:

@@ -76,6 +76,7 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "lora_leak": active_adapters.lora_leak,
     "prompt_membership": active_adapters.prompt_membership,
     "decepticon": active_text.decepticon,
+    "encoder_bins": active_text.encoder_bins,
 }
 
 
@@ -206,7 +207,7 @@ TAXONOMY: tuple[Published, ...] = (
            "dummies stay in the hull of the vocabulary"),
     _entry(41, _TEXT, "FedSpy-LLM", "2604.06297", "partly", "span", "same subspace, adapters included"),
     _entry(42, _TEXT, "Decepticons, Panning for Gold", "2201.12675", "implemented", "decepticon",
-           "decoders; all bins in one block; no targeted phrases"),
+           "decoders; encoder_bins for encoders; no targeted phrases"),
     _entry(43, _PEFT, "PEFTLeak", "2506.04453", "implemented", "adapter_leak",
            "one round; more rounds would move the bins"),
     _entry(44, _PEFT, "MineGrad", "2608.01521", "implemented", "lora_leak", "text encoders, one example"),

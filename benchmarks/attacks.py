@@ -188,7 +188,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     for group in groups:
         sizes = tuple(size for size in group.sizes if size in (1, 4)) if options.quick else group.sizes
         seeds = min(2, group.seeds) if options.quick else group.seeds
-        budget = Budget(seconds=30.0, iterations=group.iterations, restarts=1)
+        budget = Budget(steps=30_000, iterations=group.iterations, restarts=1)
         for attack in group.attacks:
             for update in group.updates:
                 for count in sizes:
@@ -196,7 +196,7 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                     _print(line)
                     yield line
     for entry in special:
-        budget = Budget(seconds=60.0, iterations=entry.iterations, restarts=1)
+        budget = Budget(steps=60_000, iterations=entry.iterations, restarts=1)
         line = measured_cell(
             entry.setting,
             entry.attack,

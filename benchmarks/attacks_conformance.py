@@ -33,7 +33,7 @@ from attacks.scoring import auc_deviation
 from benchmarks.attacks_peer import crops
 from tests.attacks import models
 
-BUDGET = Budget(seconds=120.0, iterations=400, restarts=1)
+BUDGET = Budget(steps=120_000, iterations=400, restarts=1)
 EXACT_DB, Z99 = 60.0, 2.576
 ROWS = ("wte", "embed")  # token rows, hidden from the span so that it searches the whole vocabulary
 
@@ -62,7 +62,7 @@ def run(
     name: str, observation: Observation, model: nn.Module, prior: Prior | None = None, *, iterations: int = 0
 ) -> Reconstruction:
     """Run one attack with seed 0."""
-    budget = Budget(seconds=120.0, iterations=iterations, restarts=1) if iterations else BUDGET
+    budget = Budget(steps=120_000, iterations=iterations, restarts=1) if iterations else BUDGET
     return build(name).run(observation, model, prior or Prior(), budget, 0)
 
 

@@ -89,7 +89,7 @@ def ours(case: dict[str, Tensor], name: str, iterations: int, seed: int) -> tupl
     )
     observation = Observation(kind="gradient", tensors=gradients, knowledge=known)
     for count in (WARM_UP, iterations):
-        budget = Budget(seconds=600.0, iterations=count, restarts=1)
+        budget = Budget(steps=600_000, iterations=count, restarts=1)
         reconstruction = build(name).run(observation, network(), Prior(), budget, seed)
     return torch.stack(reconstruction.of("image")), reconstruction.seconds
 

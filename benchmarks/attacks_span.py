@@ -96,7 +96,7 @@ def published_tokens(how: Published, model: nn.Module, observation: Observation)
 def our_tokens(model: nn.Module, observation: Observation) -> tuple[Pairs, float]:
     """Return the tokens our span attack accepts at each position, and its CPU seconds."""
     began = time.process_time()
-    budget = Budget(seconds=600.0, iterations=1, restarts=1)
+    budget = Budget(steps=600_000, iterations=1, restarts=1)
     structure = study(observation, working_copy(model, observation).double(), context=False)
     present = present_tokens(observation, structure.model)
     candidates = find_candidates(

@@ -33,9 +33,9 @@ from attacks.truth import Truth
 from tests.attacks import models
 
 SEARCHES = frozenset({"matching", "text search", "fedavg", "learned", "aggregate"})
-NULL_SECONDS = 0.5
+NULL_STEPS = 500
 VOCABULARY, LENGTH, SIDE = 400, 8, 16
-KINDS = ("dense", "sparse", "row-sparse", "low-rank")
+KINDS = ("dense", "sparse", "row-sparse", "low-rank", "signs in rows")
 CLASSES, BATCHES = (2, 3, 5, 10, 77), (1, 2, 4, 8, 16)
 UPDATES = ("gradient", "SGD steps", "AdamW step", "sum")
 CANARIES, DELTA = 3_000, 1e-5
@@ -107,6 +107,9 @@ def _noise(tensor: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     if kind == "row-sparse" and tensor.ndim > 1:
         rows = torch.rand(len(tensor), generator=generator) < 0.1
         return dense * rows.reshape(-1, *[1] * (tensor.ndim - 1))
+    if kind == "signs in rows" and tensor.ndim > 1:  # what one step of AdamW looks like
+        rows = torch.rand(len(tensor), generator=generator) < 0.1
+        return dense.sign() * rows.reshape(-1, *[1] * (tensor.ndim - 1))
     if kind == "low-rank" and tensor.ndim == 2:
         rank = max(1, min(tensor.shape) // 8)
         left = torch.randn(len(tensor), rank, generator=generator)
@@ -115,16 +118,20 @@ def _noise(tensor: Tensor, kind: str, generator: torch.Generator) -> Tensor:
 
 
 def noise_audits(count: int) -> Iterator[Audit]:
-    """Yield audits of noise shaped like the gradient of a real model, half of them with the truth about other
-    records.
+    """Yield audits of noise shaped like the gradient of a real model or told to be a step of AdamW, half of
+    them with the truth about other records.
     """
     for seed in range(count):
-        kind, make = KINDS[seed % 4], ("encoder", "decoder", "vision")[seed // 4 % 3]
-        classes, size = CLASSES[seed // 12 % 5], BATCHES[seed // 2 % 5]
+        kind, make = KINDS[seed % 5], ("encoder", "decoder", "vision")[seed // 5 % 3]
+        classes, size = CLASSES[seed // 15 % 5], BATCHES[seed // 2 % 5]
         model, generator = classifier(make, classes, seed), torch.Generator().manual_seed(seed)
         shapes = dict(model.named_parameters())
         tensors = {name: 1e-3 * _noise(value, kind, generator) for name, value in shapes.items()}
         observation = Observation(kind="gradient", tensors=tensors, knowledge=granted(make, size))
+        if kind == "signs in rows" or seed % 7 == 6:
+            facts = {"optimiser": "adamw", "learning_rate": 1e-3, "local_steps": 1, "weight_decay": 0.0}
+            start = {name: value.detach() for name, value in shapes.items()}
+            observation = replace(observation, kind="delta", metadata=facts, broadcast=start)
         truth = truth_of(make, size, classes, seed) if seed % 2 else None
         unused = truth_of(make, 64, classes, seed + WARM) if seed % 3 == 0 else None
         yield Audit(name=f"{kind} noise, {make}", seen=observation, model=model, truth=truth, unused=unused)
@@ -348,7 +355,7 @@ def bound_rows(runs: int) -> Iterator[str]:
 def audited(audit: Audit, attacks: Sequence[Attack] = ()) -> tuple[Examined, ...]:
     """Return the findings of one audit; searches are left out, as in a quick one."""
     chosen = attacks or [build(name) for name in ATTACKS]
-    scene = study(audit.seen, audit.model, audit.truth, unused=audit.unused, null_seconds=NULL_SECONDS)
+    scene = study(audit.seen, audit.model, audit.truth, unused=audit.unused, null_steps=NULL_STEPS)
     return examine(
         scene,
         lambda attack: None if attack.family in SEARCHES else Budget.quick(),

@@ -26,6 +26,7 @@ _RESERVED = 8  # coordinates at the end: the last marks the first place, the oth
 _MARK = 10.0
 _GAIN = 1e4
 _SURE = 0.995
+_STEEP, _LOUD = 300.0, 3.0  # of an encoder's bins, and of what it adds to a state
 
 
 def _parts(model: nn.Module) -> tuple[nn.Embedding, nn.Embedding, Any]:
@@ -178,4 +179,111 @@ def decepticon() -> Attack:
         attempt=_read,
         requires=("model",),
         summary="sentences from a decoder whose first block a malicious server crafted",
+    )
+
+
+# --------------------------------------------------------------------------------------------------- encoders
+
+
+def _encoder_parts(model: nn.Module) -> tuple[LibraryModel, LibraryModel]:
+    """Return the embeddings and the first layer of an encoder with BERT's layout."""
+    for module in model.modules():
+        embeddings: LibraryModel = getattr(module, "embeddings", None)
+        layers: LibraryModel = getattr(module, "encoder", None)
+        if hasattr(embeddings, "word_embeddings") and hasattr(layers, "layer"):
+            return embeddings, layers.layer[0]
+    raise NotApplicable("written for encoders with BERT's layout")
+
+
+def craft_encoder_bins(model: nn.Module, public: Tensor, *, seed: int = 0) -> nn.Module:
+    """Return a copy of a BERT whose first block stores the states of private tokens, each in a bin.
+
+    The first attention adds nothing, so that a state is the token and its place alone. `public` are token ids
+    (n, t) on which the bins are set.
+
+    Assumes: an activation that is linear far from zero (GELU), absolute positions. Source: own, after Fowl et
+    al., "Decepticons", 2022.
+    """
+    crafted = copy.deepcopy(model)
+    embeddings, layer = _encoder_parts(crafted)
+    generator = torch.Generator().manual_seed(seed)
+    first, second = layer.intermediate.dense, layer.output.dense
+    with torch.no_grad():
+        for norm in (embeddings.LayerNorm, layer.attention.output.LayerNorm):
+            norm.weight.fill_(1.0)
+            norm.bias.zero_()
+        layer.attention.output.dense.weight.zero_()
+        layer.attention.output.dense.bias.zero_()
+        width = first.weight.shape[1]
+        states = capture_inputs({"states": first}, lambda: crafted(input_ids=public))["states"]
+        along = nn.functional.normalize(torch.randn(width, generator=generator), dim=0)
+        edges = bin_edges(states.reshape(-1, width) @ along, len(first.weight))
+        first.weight.copy_((_STEEP * along).expand_as(first.weight))
+        first.bias.copy_(-_STEEP * edges)
+        direction = torch.randn(len(second.weight), generator=generator)
+        # Loud enough for the answer to outlive the rounding of a sum, and of weights this large.
+        second.weight.copy_(
+            (_LOUD / _STEEP / len(first.weight) * direction)[:, None].expand_as(second.weight)
+        )
+        second.bias.zero_()
+    return crafted
+
+
+def _read_encoder(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
+    private = working_copy(model, observation)
+    embeddings, layer = _encoder_parts(private)
+    first = layer.intermediate.dense
+    name = next(label for label, module in private.named_modules() if module is first)
+    if not parallel_rows(first.weight.detach()):
+        raise NotApplicable("the first feed-forward layer has no parallel rows: it is not a crafted one")
+    view = observation.gradient().tensors
+    if f"{name}.weight" not in view or f"{name}.bias" not in view:
+        raise NotApplicable("the first feed-forward layer was not shared")
+    states = read_imprint(view[f"{name}.weight"], view[f"{name}.bias"], cumulative=True)
+    tokens, where, sure = _decode_plain(states, embeddings)
+    clear = sure > _SURE
+    if not bool(clear.any()):
+        return Finding(reason="every bin is empty or holds a mixture", details={"held": len(states)})
+    pairs = torch.unique(torch.stack([where[clear], tokens[clear]], dim=1), dim=0)
+    items = [
+        Item(kind="placed_tokens", value=pairs, confidence=0.95),
+        Item(kind="token_set", value=torch.unique(pairs[:, 1]), confidence=0.95),
+    ]
+    if len(torch.unique(pairs[:, 0])) == len(pairs):  # one text
+        text = torch.full((int(pairs[:, 0].max()) + 1,), -1)
+        text[pairs[:, 0]] = pairs[:, 1]
+        items.append(Item(kind="sequence", value=text, confidence=0.95))
+    return Finding(
+        items=tuple(items), confidence=0.95, details={"held": len(states), "decoded": int(clear.sum())}
+    )
+
+
+def _decode_plain(states: Tensor, embeddings: LibraryModel) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token, place and cosine of each state (n, d), which a norm without gain has centred."""
+    words, places = embeddings.word_embeddings.weight.detach(), embeddings.position_embeddings.weight.detach()
+    segment = embeddings.token_type_embeddings.weight.detach()[0]
+    ours = states.double() - states.double().mean(1, keepdim=True)
+    ours = nn.functional.normalize(ours, dim=1)
+    best = torch.full((len(states),), -2.0, dtype=torch.float64)
+    token, place = torch.zeros(len(states), dtype=torch.long), torch.zeros(len(states), dtype=torch.long)
+    for index, own in enumerate(places):
+        table = (words + own + segment).double()
+        table = nn.functional.normalize(table - table.mean(1, keepdim=True), dim=1)
+        value, chosen = (ours @ table.T).max(1)
+        better = value > best
+        best, token = torch.where(better, value, best), torch.where(better, chosen, token)
+        place = torch.where(better, torch.tensor(index), place)
+    return token, place, best
+
+
+def encoder_bins() -> Attack:
+    """Return the reader of crafted encoders."""
+    return PlainAttack(
+        name="encoder_bins",
+        family="active",
+        attempt=_read_encoder,
+        requires=("model",),
+        summary="tokens with their places from an encoder whose first block a malicious server crafted",
     )

@@ -86,12 +86,14 @@ def _attempt(
 def _tokens_of(model: nn.Module, channel: Channel, quotients: Tensor, vocabulary: int) -> set[int]:
     module = {channel.name: model.get_submodule(channel.name)}
     token_ids: set[int] = set()
+    first = torch.zeros(1, 1, dtype=torch.long)
+    probe = capture_inputs(module, partial(run_tokens, model, first))
+    if channel.name not in probe or probe[channel.name].ndim != 3:  # a head behind pooling, not an adapter
+        return set()
     longest = int(getattr(getattr(model, "config", None), "max_position_embeddings", 1) or 1)
     for place in range(min(longest, 8)):
         ids = torch.arange(vocabulary)[:, None].expand(-1, place + 1)
         captured = capture_inputs(module, partial(run_tokens, model, ids))
-        if channel.name not in captured or captured[channel.name].ndim != 3:
-            return set()
         nearest, distance = decode(quotients, captured[channel.name][:, -1])
         token_ids |= set(nearest[distance < _MATCH].tolist())
     return token_ids

@@ -409,7 +409,7 @@ def text_finding(
     }
     reason = ""
     if solution.stopped:
-        reason = "stopped by the clock"
+        reason = "stopped by its budget of steps"
     return Finding(
         items=as_sequences(tokens, frame, explained), confidence=explained, reason=reason, details=details
     )

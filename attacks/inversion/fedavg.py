@@ -312,7 +312,7 @@ def _finding(
     items.append(Item(kind="labels", value=labels, confidence=confidence))
     reason = ""
     if deadline.expired:
-        reason = "stopped by the clock"
+        reason = "stopped by its budget of steps"
     return Finding(
         items=tuple(items), confidence=confidence, reason=reason, details={"distance": distance, **details}
     )

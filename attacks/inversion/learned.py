@@ -192,7 +192,7 @@ def _attempt(
     return Finding(
         items=items,
         confidence=confidence,
-        reason="stopped by the clock" if deadline.expired else "",
+        reason="stopped by its budget of steps" if deadline.expired else "",
         details=details,
     )
 

@@ -253,7 +253,7 @@ def _spear(
     if recovered is None:
         reason = "too few sparse directions: no ReLU, or too many examples"
         if deadline.expired:
-            reason = "stopped by the clock"
+            reason = "stopped by its budget of steps"
         return Finding(reason=reason, details={"channel": channel.name})
     inputs, _, agreement = recovered
     confidence = max(0.0, 2.0 * agreement - 1.0)

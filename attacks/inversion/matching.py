@@ -241,7 +241,7 @@ def image_finding(solution: Match, problem: Problem) -> Finding:
     }
     reason = ""
     if solution.stopped:
-        reason = "stopped by the clock"
+        reason = "stopped by its budget of steps"
     return Finding(items=tuple(items), confidence=confidence, reason=reason, details=details)
 
 

@@ -260,7 +260,7 @@ def solve(
     """Run every restart of the budget and return the run that fits best.
 
     With a group prior, every restart but the first is also drawn to the mean of those before it. Guarantee:
-    deterministic by seed unless the clock stops it, which `stopped` reports.
+    deterministic by seed unless its steps run out, which `stopped` reports.
     """
     deadline = budget.start()
     runs: list[Match] = []

@@ -16,6 +16,7 @@ import re
 from typing import cast
 
 import torch
+from scipy.special import ndtr
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
@@ -33,6 +34,8 @@ from attacks.observation import Observation
 _SOLVED = 1e-3
 _RESIDUAL_SCALE = 0.01
 _RIDGE = 0.1  # of a row of length one
+_COINS = 2_000  # rows of them, for what chance does
+_SURE = 3.0  # deviations beyond chance at which agreement is as likely as not to be none
 _MOVED = 1e-3  # of the longest position row: shorter ones hold rounding
 
 
@@ -83,6 +86,19 @@ def likeness(positions: Tensor, rows: Tensor) -> Tensor:
     return solved
 
 
+def agreement(positions: Tensor, rows: Tensor) -> float:
+    """Return by how many deviations tokens' rows (n, d) agree in sign with a position's (p, d) beyond chance.
+
+    Each token's best position is held against the best of as many rows of coins. In a batch a position's sign
+    is that of the sum over several tokens, so that no token agrees much, but all of them somewhat.
+    """
+    width = rows.shape[1]
+    best = (rows.double().sign() @ positions.double().sign().T).amax(1) / width**0.5
+    coins = torch.randn(_COINS, len(positions), generator=torch.Generator().manual_seed(0), dtype=best.dtype)
+    chance = coins.amax(1)
+    return float((best.mean() - chance.mean()) / chance.std() * len(best) ** 0.5)
+
+
 def _by_signs(observation: Observation, model: nn.Module, tokens: Tensor, position_name: str) -> Finding:
     """Place tokens by the signs of their rows, where the optimiser left nothing else of the gradients.
 
@@ -94,13 +110,14 @@ def _by_signs(observation: Observation, model: nn.Module, tokens: Tensor, positi
     used = (lengths > _MOVED * lengths.max()).nonzero().flatten()
     shares = likeness(positions[used], rows)
     pairs = torch.stack([used[shares.argmax(0)] - int(used.min()), tokens], dim=1)
-    confidence = float(shares.amax(0).clamp(0.0, 1.0).mean())
+    placed = float(shares.amax(0).clamp(0.0, 1.0).mean())
+    confidence = max(placed, float(ndtr(agreement(positions[used], rows) - _SURE)))
     items = [
         Item(kind="token_set", value=tokens, confidence=1.0),
-        Item(kind="placed_tokens", value=pairs, confidence=confidence),
+        Item(kind="placed_tokens", value=pairs, confidence=placed),
     ]
     if len(tokens) <= len(used):  # no place needs to hold two
-        items.append(Item(kind="sequence", value=tokens[shares.argmax(1)], confidence=confidence))
+        items.append(Item(kind="sequence", value=tokens[shares.argmax(1)], confidence=placed))
     return Finding(
         items=tuple(items),
         confidence=confidence,

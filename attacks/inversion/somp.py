@@ -541,7 +541,7 @@ def _finding(pursuit: Pursuit) -> Finding:
         if weight > 0 and math.isfinite(weight):  # a client adds sentences up, it takes none away
             sure = confidence * min(1.0, weight / max(typical, 1e-30))
             items.append(Item(kind="sequence", value=ids[0], confidence=sure))
-    reason = "stopped by the clock"
+    reason = "stopped by its budget of steps"
     if not pursuit.deadline.expired:
         reason = "no sentence explains anything"
         if items:

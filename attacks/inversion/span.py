@@ -297,7 +297,7 @@ def _attempt(
     return Finding(
         items=tuple(items),
         confidence=certainty,
-        reason="stopped by the clock" if deadline.expired else "",
+        reason="stopped by its budget of steps" if deadline.expired else "",
         details=_facts(scene) | {"threshold": candidates.threshold, "gap": candidates.gap},
     )
 

@@ -204,7 +204,7 @@ def _finding(
     details = {"token_distance": residual, "start_distance": start, "surprise": surprise}
     reason = ""
     if deadline.expired:
-        reason = "stopped by the clock"
+        reason = "stopped by its budget of steps"
     return Finding(
         items=as_sequences(tokens, frame, explained), confidence=explained, reason=reason, details=details
     )
@@ -429,7 +429,7 @@ def _grab(
     return Finding(
         items=items,
         confidence=confidence,
-        reason="stopped by the clock" if deadline.expired else "",
+        reason="stopped by its budget of steps" if deadline.expired else "",
         details=details,
     )
 

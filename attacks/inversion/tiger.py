@@ -438,7 +438,7 @@ def _finding(
         for part, (_, ids) in zip(sure, solutions, strict=True)
     )
     facts = details | {"distance": solutions[0][0] if solutions else strangers, "strangers": strangers}
-    reason = "stopped by the clock"
+    reason = "stopped by its budget of steps"
     if not deadline.expired:
         reason = "no sentence is near the row spaces"
         if items:

@@ -4,7 +4,6 @@ held together.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,12 +11,14 @@ from typing import Literal
 import numpy as np
 from torch import Tensor, nn
 
+from attacks import steps
 from attacks.cohort import MEASURE, OpenedSum, attribution_score
 from attacks.contract import Budget, Prior, Reconstruction, not_applicable
 from attacks.judge import Question, Result
 from attacks.observation import Knowledge, Observation
 from attacks.registry import build
 from attacks.scoring import Score, read_tokens
+from defenses.random_source import RandomSource
 from ffm_secure.auditing import replayed
 from ffm_secure.auditing.step import tokens_of
 from ffm_secure.engines import simulation
@@ -27,7 +28,7 @@ NAME = "cohort_reader"
 READ_BY = "token_presence"  # what reads each sum
 _MOST = 64  # records of one client in one round; more would only make it slower
 ROUNDS = (5, 10, 20, 40)
-SECONDS = {"quick": 5.0, "standard": 60.0, "exhaustive": 1_200.0}
+STEPS = {"quick": 5_000, "standard": 60_000, "exhaustive": 1_200_000}
 WITNESSES: tuple[Observer, ...] = ("server", "colluding_server")  # who know which clients took part
 Content = Literal["sent", "raw"]
 
@@ -47,24 +48,31 @@ class ReadRounds:
 
 
 def read_rounds(
-    prepared: simulation.Prepared, model: nn.Module, records: Sequence[RoundRecord], budget: str
+    prepared: simulation.Prepared,
+    model: nn.Module,
+    records: Sequence[RoundRecord],
+    budget: str,
+    *,
+    seed: int = 0,
 ) -> ReadRounds:
-    """Replay the cohorts of a run, then more drawn like them, and read every sum, within the seconds of a
+    """Replay the cohorts of a run, then more drawn like them, and read every sum, within the steps of a
     budget.
 
     A client learns one step on a batch drawn from its own records, which is the worst case for it.
     """
-    stop = time.process_time() + SECONDS[budget]
+    stop, noise = steps.so_far() + STEPS[budget], RandomSource.seeded(seed).derive("cohorts")
     brought: dict[int, set[int]] = {}
     sums: dict[Content, list[OpenedSum]] = {"sent": [], "raw": []}
     recorded = []
     for record in records:
         if record.phase == "private" and not record.aborted:
             recorded.append(record.survivors)
+    if refusal := _refusal(prepared, model):
+        return ReadRounds(sent=(), raw=(), owners={}, clients=0, recorded=0, refused=refusal)
     for number, cohort in enumerate(_cohorts(prepared, recorded)):
-        if time.process_time() > stop and number >= min(len(recorded), ROUNDS[0]):
+        if steps.so_far() > stop and number >= min(len(recorded), ROUNDS[0]):
             break
-        totals = _totals(prepared, cohort, number, brought)
+        totals = _totals(prepared, cohort, number, brought, noise.derive(number))
         for content, tensors in totals.items():
             observation = _seen(prepared, tensors, len(cohort), content)
             reading = build(READ_BY).run(observation, model, Prior(), Budget.quick(), 0)
@@ -83,6 +91,17 @@ def read_rounds(
         clients=len(prepared.parts),
         recorded=len(recorded),
     )
+
+
+def _refusal(prepared: simulation.Prepared, model: nn.Module) -> str:
+    """Say why no sum of these tensors can be read, asked of one record's bare step; nothing where it can."""
+    client = replayed.largest(prepared)
+    batch = replayed.records_of(prepared, client, np.arange(1))
+    points = replayed.gradients(prepared, {name: value.to(prepared.device) for name, value in batch.items()})
+    reading = build(READ_BY).run(_seen(prepared, points["raw"], 1, "raw"), model, Prior(), Budget.quick(), 0)
+    if reading.applicable:
+        return ""
+    return reading.reason
 
 
 def _cohorts(prepared: simulation.Prepared, recorded: Sequence[Sequence[int]]) -> Iterator[Sequence[int]]:
@@ -111,7 +130,11 @@ def _cohorts(prepared: simulation.Prepared, recorded: Sequence[Sequence[int]]) -
 
 
 def _totals(
-    prepared: simulation.Prepared, cohort: Sequence[int], number: int, brought: dict[int, set[int]]
+    prepared: simulation.Prepared,
+    cohort: Sequence[int],
+    number: int,
+    brought: dict[int, set[int]],
+    noise: RandomSource,
 ) -> dict[Content, dict[str, Tensor]]:
     """Return the sum of one step of a cohort as it is sent, and undefended where that is another; note who
     brought which token.
@@ -121,7 +144,11 @@ def _totals(
         rows = order.permutation(len(prepared.parts[client]))[: _records(prepared)]
         batch = replayed.records_of(prepared, client, rows)
         brought.setdefault(client, set()).update(*tokens_of(batch))
-        points = replayed.gradients(prepared, {name: v.to(prepared.device) for name, v in batch.items()})
+        points = replayed.gradients(
+            prepared,
+            {name: value.to(prepared.device) for name, value in batch.items()},
+            source=noise.derive(client),
+        )
         shares: dict[Content, dict[str, Tensor]] = {"sent": points.get("noised", points["raw"])}
         if "noised" in points:
             shares["raw"] = points["raw"]
@@ -219,9 +246,7 @@ def attribution_curve(rounds: ReadRounds) -> LeakCurve:
     if rounds.clients:
         chance = 1 / rounds.clients
     values = tuple(chance or 0.0 if one is None else one.value for one in scores)
-    reason = rounds.refused or (
-        "" if len(places) == len(ROUNDS) else "the seconds of this budget were used up"
-    )
+    reason = rounds.refused or ("" if len(places) == len(ROUNDS) else "the steps of this budget were used up")
     return LeakCurve(
         attack=NAME,
         axis="rounds",

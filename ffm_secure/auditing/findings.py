@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from attacks import nulls
-from attacks.contract import Attack
+from attacks.contract import Attack, not_applicable
 from attacks.judge import (
+    FILTERS,
     LEVEL,
     UNCRAFTED,
     Judgement,
@@ -17,6 +18,7 @@ from attacks.judge import (
     against_noise,
     decide,
     dominated,
+    filtered,
     noise_values,
     null_runs,
     tried,
@@ -33,11 +35,12 @@ from ffm_secure.auditing.budget import (
     DRAWS_OF_ONE,
     HEAVY,
     LATE,
-    NULL_SECONDS,
+    NULL_STEPS,
     SHOWN_PICTURES,
     AuditBudget,
     not_run,
 )
+from ffm_secure.auditing.crafted import CRAFTERS, MaliciousServer, Played, honest, play
 from ffm_secure.auditing.png import side_by_side
 from ffm_secure.auditing.step import ObservationPoint, ReplayedStep
 from ffm_secure.auditing.wording import Decode
@@ -91,6 +94,7 @@ class Asked:
     stage: ReplayedStep
     question: Question | None
     refused: str = ""  # why the attack was not run
+    judged: Judgement | None = None  # where there is nothing to ask
 
 
 def run_attacks(
@@ -101,11 +105,13 @@ def run_attacks(
     decode: Decode,
     ran: Ran,
     whose: Mapping[Observer, Question],
+    server: MaliciousServer | None = None,
 ) -> tuple[tuple[AuditFinding, ...], int]:
     """Return the findings of all attacks, judged together, and the number of questions luck was corrected
     for.
 
-    `whose` asks, for each observer of sums, whether what they hold can be given to its client.
+    `whose` asks, for each observer of sums, whether what they hold can be given to its client. Attacks on
+    crafted broadcasts are played by `server`.
     """
     names = []
     for name in ATTACKS:
@@ -116,8 +122,21 @@ def run_attacks(
         attacks.append(ATTACKS[name]())
     asked: list[Asked] = []
     # Closed forms come first, so that a search for what they have read exactly is skipped.
-    for attack in sorted(attacks, key=lambda one: (one.family in HEAVY, one.name in LATE)):
+    ordered = sorted(attacks, key=lambda one: (one.family in HEAVY, one.name in LATE))
+    crafted = []
+    for attack in ordered:
+        if attack.family == "active" and server is not None:
+            crafted.append(attack)
+    for place, attack in enumerate(ordered):
+        purse.watch(attack.name, place, len(ordered))
+        if attack in crafted:
+            continue
         asked += _ask(attack, stages, observers, config, purse, ran, asked)
+    if server is not None and set(observers) & set(CRAFTERS):
+        for played in play(server, crafted, stages, purse):
+            asked.append(_from_a_malicious(played, observers, config))
+    for attack in crafted:
+        asked += _uncrafted(attack, stages[0], observers, config)
     put = [one for one in asked if one.question is not None]
     judgements = decide([*(one.question for one in put if one.question is not None), *whose.values()])
     verdicts = dict(zip(map(id, put), judgements[: len(put)], strict=True))
@@ -148,15 +167,15 @@ def _ask(
     places: dict[Point, list[Observer]] = {}
     for observer in observers:
         places.setdefault(client_replay.seen_by(observer, config, several[0].points), []).append(observer)
-    better = {}
+    needless = {}
     for point in places:
-        better[point] = _dominator(attack, point, before)
-    if all(better.values()):
+        needless[point] = _needless(attack, point, before)
+    if all(needless.values()):
         for point, who in places.items():
             if purse.budget(attack) is None:
                 reason = purse.refusal(attack)
             else:
-                reason = dominated(better[point])
+                reason = needless[point]
             yield Asked(
                 attack=attack,
                 point=point,
@@ -191,6 +210,19 @@ def _ask(
         )
 
 
+def _needless(attack: Attack, point: Point, before: Sequence[Asked]) -> str:
+    """Say why an attack need not be run beside those before it, nothing where it has to be."""
+    for one in before:
+        if one.attack.name == FILTERS.get(attack.name) and one.question is not None:
+            control = one.question.control
+            if control is None or control[1] is None or not control[1].proven:
+                return filtered(one.attack.name)
+    better = _dominator(attack, point, before)
+    if better:
+        return dominated(better)
+    return ""
+
+
 def _dominator(attack: Attack, point: Point, before: Sequence[Asked]) -> str:
     """Return an attack that has read exactly, at the same point, all that a search would look for."""
     if attack.family not in HEAVY:
@@ -208,6 +240,10 @@ def _findings_of(
     asked: Asked, judged: Judgement | None, purse: AuditBudget, decode: Decode, ran: Ran
 ) -> Iterator[AuditFinding]:
     for observer in asked.observers:
+        if asked.judged is not None:
+            silent = not_applicable(asked.judged.reason, attack=asked.attack.name), None
+            yield finding_of(observer, asked.point, silent, asked.judged, decode)
+            continue
         if asked.question is None or judged is None:
             yield not_run(observer, asked.attack.name, asked.point, asked.refused)
             continue
@@ -220,7 +256,45 @@ def _findings_of(
         pictures = side_by_side(shown[:SHOWN_PICTURES], prior.image_mean, prior.image_std)
         finding = finding_of(observer, asked.point, asked.question.seen, judged, decode)
         finding = replace(finding, granted=_granted_words(asked.stage), pictures=pictures)
-        yield _beside_the_wire(finding, asked.attack, asked.stage, purse, ran)
+        yield (
+            finding
+            if asked.attack.family == "active"
+            else _beside_the_wire(finding, asked.attack, asked.stage, purse, ran)
+        )
+
+
+def _from_a_malicious(played: Played, observers: Sequence[Observer], config: RunConfig) -> Asked:
+    """Put what a malicious server learned beside the other questions."""
+    who = tuple(observer for observer in observers if observer in CRAFTERS)
+    refused = ""
+    if played.question is None:
+        refused = "not tried: the steps of this audit were used up"
+    return Asked(
+        attack=played.attack,
+        point=client_replay.seen_by("server", config, played.stage.points),
+        observers=who,
+        stage=played.stage,
+        question=played.question,
+        refused=refused,
+        judged=played.judgement,
+    )
+
+
+def _uncrafted(
+    attack: Attack, stage: ReplayedStep, observers: Sequence[Observer], config: RunConfig
+) -> Iterator[Asked]:
+    """Say for those who craft no broadcast that nothing of the kind can be theirs."""
+    for observer in observers:
+        if observer not in CRAFTERS:
+            point = client_replay.seen_by(observer, config, stage.points)
+            yield Asked(
+                attack=attack,
+                point=point,
+                observers=(observer,),
+                stage=stage,
+                question=None,
+                judged=honest(attack),
+            )
 
 
 def _stage_for(attack: Attack, stages: Sequence[ReplayedStep], purse: AuditBudget, ran: Ran) -> ReplayedStep:
@@ -236,7 +310,7 @@ def _stage_for(attack: Attack, stages: Sequence[ReplayedStep], purse: AuditBudge
             several = stages[:1]
     for stage in several:
         control = run_once(attack, stage, stage.control, purse, ran)
-        if control is None or control[0].seconds > DEAR or (control[1] is not None and control[1].succeeded):
+        if control is None or control[0].steps > DEAR or (control[1] is not None and control[1].succeeded):
             if control is not None and control[1] is not None:
                 return stage
             return several[0]
@@ -282,7 +356,7 @@ def repeated(
         known, value=known.baseline, succeeded=False, luck=1.0, exact=False, pairs=(), pictures=()
     )
     draws = [(first[1] or guess, stage.at(point).truth)]
-    cheap = first[0].seconds <= CHEAP
+    cheap = first[0].steps <= CHEAP
     for number in range(1, (DRAWS_OF_ONE if stage.records == 1 else DRAWS) if cheap else 1):
         other = purse.draw(stage, number, point)
         place = f"{point}, draw {number}"
@@ -298,7 +372,7 @@ def repeated(
     if all(one is guess for one in scores):
         return first
     if noise and pooled(scores).luck <= LEVEL:
-        scores = _against_noise(attack, stage, point, purse, draws, first[0].seconds)
+        scores = _against_noise(attack, stage, point, purse, draws, first[0].steps)
     return first[0], pooled(scores)
 
 
@@ -308,12 +382,12 @@ def _against_noise(
     point: Point,
     purse: AuditBudget,
     draws: Sequence[tuple[Score, Truth]],
-    seconds: float,
+    cost: float,
 ) -> list[Score]:
     """Hold each draw's score against what the same attack makes of noise, whose readings all draws share."""
     shape = nulls.study(stage.at(point).observation)
     readings = []
-    for number in range(null_runs(seconds, NULL_SECONDS[purse.name])):
+    for number in range(null_runs(cost, NULL_STEPS[purse.name])):
         budget = purse.budget(attack)
         if budget is None:
             break

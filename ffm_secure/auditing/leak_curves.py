@@ -26,7 +26,7 @@ def leak_curves(stage: ReplayedStep, ran: Ran, budget: str) -> Iterator[curves.C
     for (name, records, point), (result, scored) in ran.items():
         attack = ATTACKS[name]()
         if point == "raw" and scored is not None and scored.succeeded and attack.family in CLOSED:
-            rated = (records, scored.value, -result.seconds)
+            rated = (records, scored.value, -result.steps)
             if attack.family not in best or rated > best[attack.family][0]:
                 best[attack.family] = rated, attack
     chosen = sorted(((attack, -rated[2]) for rated, attack in best.values()), key=lambda pair: pair[1])

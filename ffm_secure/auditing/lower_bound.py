@@ -42,9 +42,8 @@ def mechanism_lower_bound(prepared: simulation.Prepared, *, seed: int = 1) -> ca
     return None
 
 
-def _totals(mechanism: Mechanism, coins: canary.Canaries) -> Iterator[Tensor]:
+def _totals(mechanism: Mechanism, coins: canary.Canaries, source: RandomSource) -> Iterator[Tensor]:
     """Run the mechanism on canaries; yield the sum of all updates after each round."""
-    source = RandomSource.system()
     if mechanism.record_level is not None:
         return record_canaries(mechanism.record_level, coins, source)
     if mechanism.sum_level is not None:
@@ -62,7 +61,9 @@ def strongest(bounds: Bounds) -> canary.LowerBound:
     return max(bounds, key=lambda bound: bound.epsilon)
 
 
-def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[int, Bounds]:
+def bounds_over_rounds(
+    prepared: simulation.Prepared, *, seed: int = 1, source: RandomSource | None = None
+) -> dict[int, Bounds]:
     """Return the lower bounds that 1, 2, 4, ... rounds of one canary run prove, and all rounds; nothing
     without a mechanism.
     """
@@ -74,7 +75,7 @@ def bounds_over_rounds(prepared: simulation.Prepared, *, seed: int = 1) -> dict[
     coins = canary.Canaries(
         count=CANARIES, dimension=dimension, norm=mechanism.clip_norm, seed=seed, kind="dirac"
     )
-    totals, bounds = _totals(mechanism, coins), {}
+    totals, bounds = _totals(mechanism, coins, source or RandomSource.system()), {}
     for number in range(1, rounds + 1):
         total = next(totals)
         if number == rounds or number & (number - 1) == 0:

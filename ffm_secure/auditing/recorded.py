@@ -16,7 +16,7 @@ from attacks.contract import Attack
 from attacks.examine import Examined, examine, study
 from attacks.observation import Fact, Knowledge, Observation
 from attacks.truth import Truth, load_truth
-from ffm_secure.auditing.budget import NULL_SECONDS, AuditBudget, not_run
+from ffm_secure.auditing.budget import NULL_STEPS, AuditBudget, not_run
 from ffm_secure.auditing.findings import finding_of
 from ffm_secure.auditing.replayed import attackable, noise_facts, own_names, unflatten, wire_facts
 from ffm_secure.auditing.wording import Decode
@@ -153,7 +153,7 @@ def audit_recorded(
             continue
         asked.add(place)
         start = model.trainable.flatten()
-        scene = study(one.observation, attacker_model, one.truth, null_seconds=NULL_SECONDS[budget.name])
+        scene = study(one.observation, attacker_model, one.truth, null_steps=NULL_STEPS[budget.name])
         for result in examine(scene, budget.budget, budget.refusal, attacks):
             yield replace(_finding(result, description, decode), source="recorded", round=description.round)
         model.trainable.load_vector(start)

@@ -56,7 +56,11 @@ def next_start(
 
 
 def gradients(
-    prepared: simulation.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool = False
+    prepared: simulation.Prepared,
+    batch: Mapping[str, Tensor],
+    *,
+    sent_only: bool = False,
+    source: RandomSource | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Return one step's update at each point: raw, and under record-level privacy clipped and noised by the
     run's mechanism.
@@ -64,11 +68,11 @@ def gradients(
     Only what the run's strategy trains in a first step is clipped and noised, and only what it sends is
     returned. Where products are sent, their factors are returned: products are a function of them, so an
     observer is given no less. With `sent_only` the raw step is left out where a clipped and noised one is
-    sent.
+    sent. Noise comes from `source`, the system's where it is None.
     """
     strategy = prepared.strategy
     with prepared.trainable.training_only(strategy.trains(0)):
-        points = _points(prepared, batch, sent_only=sent_only)
+        points = _points(prepared, batch, sent_only=sent_only, source=source or RandomSource.system())
     sent = strategy.sends(0)
     gradients: dict[str, dict[str, Tensor]] = {}
     for point, tensors in points.items():
@@ -77,7 +81,7 @@ def gradients(
 
 
 def _points(
-    prepared: simulation.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool
+    prepared: simulation.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool, source: RandomSource
 ) -> dict[str, dict[str, Tensor]]:
     trained, task = prepared.trainable, prepared.task
     record_level, client_level = prepared.mechanism.record_level, prepared.mechanism.client_level
@@ -95,7 +99,7 @@ def _points(
         points["clipped"] = {
             name: value / record_level.expected_batch_size for name, value in clipped.items()
         }
-        points["noised"] = record_level.privatise(clipped, RandomSource.system())
+        points["noised"] = record_level.privatise(clipped, source)
     if shared is not None:
         with PerSampleEngine(trained.model, parameters=active) as engine:
             clipped = engine.clipped_sum(
@@ -104,13 +108,13 @@ def _points(
         points["clipped"] = {name: value / shared.expected_batch_size for name, value in clipped.items()}
         flat = torch.cat([clipped[name].reshape(-1).cpu().double() for name in active])
         inner = replace(shared.inner, dimension=len(flat))
-        levels = inner.share(shared.update_of(flat).numpy(), RandomSource.system())
+        levels = inner.share(shared.update_of(flat).numpy(), source)
         step = torch.from_numpy(levels / (-inner.scale * shared.learning_rate)).float()
         points["noised"] = unflatten(step, {name: clipped[name] for name in active})
     if client_level is not None:
         vector = torch.cat([value.reshape(-1) for value in points["raw"].values()])
         points["clipped"] = unflatten(client_level.inner.clip(vector.cpu()), points["raw"])
-        share = client_level.noisy_integers(vector, RandomSource.system()) / client_level.scale
+        share = client_level.noisy_integers(vector, source) / client_level.scale
         points["noised"] = unflatten(torch.from_numpy(share).float(), points["raw"])
     return points
 
@@ -149,7 +153,10 @@ def records_of(prepared: simulation.Prepared, client: int, rows: Ints) -> dict[s
 
 
 def aggregate(
-    prepared: simulation.Prepared, points: Mapping[str, Mapping[str, Tensor]], others: Sequence[Companion]
+    prepared: simulation.Prepared,
+    points: Mapping[str, Mapping[str, Tensor]],
+    others: Sequence[Companion],
+    source: RandomSource | None = None,
 ) -> dict[str, Tensor]:
     """Add what the other clients of a cohort send in the same step, each with its own records and its own
     noise.
@@ -163,7 +170,10 @@ def aggregate(
         batch = {}
         for name, value in own_batch.items():
             batch[name] = value.to(prepared.device)
-        sent = gradients(prepared, batch, sent_only=True)
+        own_noise = None
+        if source is not None:
+            own_noise = source.derive("companion", other.client)
+        sent = gradients(prepared, batch, sent_only=True, source=own_noise)
         for name, value in (sent.get("noised") or sent["raw"]).items():
             total[name] += value
     return total
@@ -201,6 +211,7 @@ def wire_change(
     members: Encoded,
     client: int,
     others: Sequence[Companion] = (),
+    source: RandomSource | None = None,
 ) -> dict[str, Tensor]:
     """Return the opened sum of what a cohort really sends in one round; its first client has nothing but
     `members`.
@@ -218,7 +229,7 @@ def wire_change(
     chosen = [client, *rows]
     trainer = SiteTrainer(spec=prepared.spec, trainable=prepared.trainable, task=prepared.task)
     plan = RoundPlan(run_id=bytes(16), round=1, cohort=tuple(chosen), fingerprint="", mechanism="")
-    total = None
+    total, source = None, source or RandomSource.system()
     for index in chosen:
         own = index == client
         if own:
@@ -226,7 +237,7 @@ def wire_change(
         else:
             examples = prepared.task.encode(prepared.data.rows(index).take(rows[index]))
         data = SiteData(index=index, name="", examples=examples)
-        sent = trainer.run_round(data, plan, vector.to(prepared.device), RandomSource.system())
+        sent = trainer.run_round(data, plan, vector.to(prepared.device), source.derive("site", index))
         if total is None:
             total = sent
         else:
@@ -314,6 +325,13 @@ def own_names(prepared: LoadedModel) -> dict[str, str]:
     for name, parameter in prepared.trainable.parameters.items():
         own_names[name] = own[id(parameter)]
     return own_names
+
+
+def named(prepared: LoadedModel, vector: Tensor) -> dict[str, Tensor]:
+    """Return a broadcast vector [d] as tensors by the names the model itself uses."""
+    names = own_names(prepared)
+    tensors = unflatten(vector.detach().cpu(), prepared.trainable.parameters)
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def attackable(prepared: LoadedModel) -> nn.Module:

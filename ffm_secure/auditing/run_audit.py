@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
-from attacks import canary
+from attacks import canary, steps
 from attacks.registry import ATTACKS
+from defenses.random_source import RandomSource
 from ffm_secure.auditing import cohorts
 from ffm_secure.auditing import replayed as client_replay
-from ffm_secure.auditing.budget import AuditBudget
+from ffm_secure.auditing.budget import AuditBudget, Watch, unwatched
+from ffm_secure.auditing.crafted import MaliciousServer
 from ffm_secure.auditing.findings import Ran, run_attacks
 from ffm_secure.auditing.leak_curves import leak_curves, place_on_curves
 from ffm_secure.auditing.lower_bound import bounds_over_rounds, curve_over_rounds, measured_how, strongest
@@ -35,13 +37,24 @@ from ffm_secure.records import (
     RunSummary,
 )
 from ffm_secure.report import document as report
+from ffm_secure.site.broadcast_guard import BroadcastGuard
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.strategies import ServerState
 
 
-def audit_run(folder: Path, *, budget: str = "quick", rows: Memory | None = None) -> RunSummary:
+def audit_run(
+    folder: Path,
+    *,
+    budget: str = "quick",
+    rows: Memory | None = None,
+    seed: int = 0,
+    watch: Watch = unwatched,
+) -> RunSummary:
     """Attack a finished run and write the findings into its report; `rows` are those a run was given from
     Python.
+
+    `watch` is told what comes next. Guarantee: the same `seed` tries the same attacks on the same records and
+    noise, whatever else the machine does.
 
     Raises:
       StoreError: the folder holds no finished run.
@@ -53,13 +66,14 @@ def audit_run(folder: Path, *, budget: str = "quick", rows: Memory | None = None
         raise ConfigError(
             "audit.attacks", [f"there is no attack {', '.join(unknown)}; `python -m attacks list` names them"]
         )
-    began = time.process_time()
     resumed = Store.read(folder).resume()
     if resumed is None:
         raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")
-    purse = AuditBudget(name=budget)
-    observed = _recorded(folder, config, purse)
-    replay = _replayed(folder, config, resumed, purse, rows)
+    began = time.process_time()
+    with steps.counted():
+        purse = AuditBudget(name=budget, watch=watch)
+        observed = _recorded(folder, config, purse)
+        replay = _replayed(folder, config, resumed, purse, _Chances(rows=rows, seed=seed))
     findings = (*observed, *replay.findings)
     if replay.bounds:
         last = replay.bounds[max(replay.bounds)]
@@ -99,6 +113,14 @@ _NO_UPDATE = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Chances:
+    """What records and noise are drawn from: rows given from Python, if any, and the seed of the audit."""
+
+    rows: Memory | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
     """What came of playing one step of one client again, or why it could not be played."""
 
@@ -114,11 +136,11 @@ def _replayed(
     config: RunConfig,
     resumed: tuple[ServerState, tuple[RoundRecord, ...], bytes],
     purse: AuditBudget,
-    rows: Memory | None,
+    chances: _Chances,
 ) -> Replay:
     """Play one step of one client again, at its worst; without the data folder nothing can be played."""
     try:
-        prepared = simulation.prepare(config, Path.cwd(), folder, rows)
+        prepared = simulation.prepare(config, Path.cwd(), folder, chances.rows)
     except DataError as error:
         if not any((folder / "observations").glob("round-*")):
             raise
@@ -126,10 +148,11 @@ def _replayed(
     if not prepared.spec.learns:
         bounds = bounds_over_rounds(prepared)
         return Replay(bounds=bounds, curves=tuple(curve_over_rounds(bounds)), note=_NO_UPDATE)
+    # Built while the model holds the start that all sites agreed on, as theirs was.
+    server = MaliciousServer(prepared=prepared, guard=BroadcastGuard(prepared.trainable))
     vector = client_replay.next_start(prepared, folder, *resumed)
-    stages = []
-    for records in (CANDIDATES, 1):
-        stages.append(with_draws(prepared, vector, records))
+    several = with_draws(prepared, vector, CANDIDATES, seed=chances.seed)
+    stages = [several, with_draws(prepared, vector, 1, seed=chances.seed, model=several.model)]
     observers = cast("tuple[Observer, ...]", config.audit.observers or ("server", "public"))
     decode, ran = decoder(prepared.backbone.tokenizer), Ran()
     witnesses = []
@@ -144,13 +167,16 @@ def _replayed(
     asked = bool(witnesses) and text
     read = None
     if asked:
-        read = cohorts.read_rounds(prepared, stages[0].model, resumed[1], purse.name)
+        purse.watch(cohorts.NAME, 0, len(ATTACKS))
+        read = cohorts.read_rounds(prepared, several.model, resumed[1], purse.name, seed=chances.seed)
     if read is not None:
         whose = dict.fromkeys(witnesses[:1], cohorts.attribution_question(read))
     else:
         whose = {}
-    findings, questions = run_attacks(stages, observers, config, purse, decode, ran, whose)
-    bounds = bounds_over_rounds(prepared)
+    findings, questions = run_attacks(stages, observers, config, purse, decode, ran, whose, server)
+    purse.watch("canaries", len(ATTACKS), len(ATTACKS))
+    bounds = bounds_over_rounds(prepared, seed=1 + chances.seed, source=RandomSource.seeded(chances.seed))
+    purse.watch("curves", len(ATTACKS), len(ATTACKS))
     curves = (
         *place_on_curves(leak_curves(stages[0], ran, purse.name), stages[0], prepared),
         *curve_over_rounds(bounds),

@@ -11,6 +11,7 @@ from typing import cast, get_args
 import torch
 from torch import nn
 
+from attacks import steps
 from attacks.command import load_model, load_tokenizer, normalisation
 from attacks.examine import Examined, examine, study
 from attacks.fitting import Fitted, fit
@@ -18,7 +19,7 @@ from attacks.observation import Observation, ObservationError, load_observation
 from attacks.registry import ATTACKS
 from attacks.scoring import Pictured
 from attacks.truth import load_truth
-from ffm_secure.auditing.budget import NULL_SECONDS, SHOWN_PICTURES, AuditBudget, not_run
+from ffm_secure.auditing.budget import NULL_STEPS, SHOWN_PICTURES, AuditBudget, Watch, not_run, unwatched
 from ffm_secure.auditing.findings import finding_of
 from ffm_secure.auditing.png import side_by_side
 from ffm_secure.auditing.wording import Decode, decoder, sentence
@@ -41,6 +42,7 @@ def audit_observation(
     unused: Path | None = None,
     budget: str = "quick",
     attacks: Collection[str] = ATTACKS,
+    watch: Watch = unwatched,
 ) -> AuditSummary:
     """Attack a stored observation of any system, each attack beside its control, beside itself on noise and
     beside guessing.
@@ -74,9 +76,11 @@ def audit_observation(
     fitted = _fitted(folder, observation, loaded)
     observation = fitted.observation
     decode = decoder(None if model is None else load_tokenizer(model))
-    purse = AuditBudget(name=budget)
-    scene = study(observation, loaded, known, unused=others, null_seconds=NULL_SECONDS[budget])
-    results = examine(scene, purse.budget, purse.refusal, [ATTACKS[name]() for name in attacks])
+    with steps.counted():
+        purse = AuditBudget(name=budget, watch=watch)
+        scene = study(observation, loaded, known, unused=others, null_steps=NULL_STEPS[budget])
+        chosen = [ATTACKS[name]() for name in attacks]
+        results = examine(scene, purse.budget, purse.refusal, chosen, purse.watch)
     shift: tuple[float, ...] = ()
     scale: tuple[float, ...] = ()
     if model is not None:

@@ -16,6 +16,7 @@ from attacks.foreign import StatedFact
 from attacks.inversion.tokens import vocabulary_of
 from attacks.observation import Knowledge, Observation
 from attacks.truth import Truth
+from defenses.random_source import RandomSource
 from ffm_secure.auditing import replayed as client_replay
 from ffm_secure.engines import simulation
 from ffm_secure.records import (
@@ -24,6 +25,7 @@ from ffm_secure.records import (
 from ffm_secure.tasks.encoded import Encoded
 
 CANDIDATES = 32  # members and as many outsiders in a membership test
+_DRAWS_OF_A_SEED = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class ReplayedStep:
     points: frozenset[Point]  # of one client's update
     at: Callable[[Point], ObservationPoint]
     wire: Callable[[int], ObservationPoint]  # what that many clients really send in a round, nothing granted
+    answer: Callable[[Tensor, int], ObservationPoint]  # the same to another broadcast; 0: one undefended step
     again: Callable[[int], ReplayedStep] | None = (
         None  # the same step with other records and other noise, by number
     )
@@ -64,6 +67,42 @@ def _some_rows(prepared: simulation.Prepared, client: int, rows: np.random.Gener
     return prepared.task.encode(own.take(chosen))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scenes:
+    """Turn tensors on their way into what an observer has, with the facts it is told of them."""
+
+    prepared: simulation.Prepared
+    truth: Truth
+    records: int
+
+    def scene(
+        self,
+        point: Point,
+        tensors: Mapping[str, Tensor],
+        clients: int = 1,
+        *,
+        content: str = "gradient",
+        whole: Truth | None = None,
+        **known_facts: StatedFact,
+    ) -> ObservationPoint:
+        """Return what is seen at a point; `known_facts` are those of a whole round, nothing of one step."""
+        config, names = self.prepared.config, client_replay.own_names(self.prepared)
+        facts = known_facts or {"learning_rate": config.federation.lifecycle.learning_rate}
+        public, knowledge = _assumed(config.task.kind, self.truth, self.records)
+        summed = {"summand": content} if clients > 1 else {}
+        hidden = client_replay.noise_facts(
+            self.prepared, point, clients, steps=known_facts.get("local_steps", 0)
+        )
+        observation = Observation(
+            kind="sum" if clients > 1 else cast(Literal["gradient", "delta"], content),
+            tensors={names[name]: tensor.detach().cpu() for name, tensor in tensors.items()},
+            contributors=clients,
+            metadata={"point": point, **facts, **summed, **hidden},
+            knowledge=public if known_facts else knowledge,
+        )
+        return ObservationPoint(point=point, observation=observation, truth=whole or self.truth)
+
+
 def build_stage(
     prepared: simulation.Prepared,
     vector: Tensor,
@@ -71,15 +110,17 @@ def build_stage(
     seed: int = 0,
     records: int = CANDIDATES,
     model: nn.Module | None = None,
+    source: RandomSource | None = None,
 ) -> ReplayedStep:
     """Replay one local step of a client from the broadcast model with known records, at every point of its
     way.
 
     One step is the worst case for the client; what a run sends after many steps tells an attacker less. A
     step on one record is the worst case of all: its length, label and the shape of a picture are granted as
-    well. `model` is the attacker's copy where there is one already.
+    well. `model` is the attacker's copy where there is one already. Noise comes from `source`, the system's
+    where it is None.
     """
-    config, trained = prepared.config, prepared.trainable
+    config, trained, noise = prepared.config, prepared.trainable, source or RandomSource.system()
     trained.load_vector(vector)
     rows = np.random.default_rng(seed)
     client = client_replay.largest(prepared)
@@ -89,48 +130,44 @@ def build_stage(
     members, others = order[:size], order[size : 2 * size]
     model = client_replay.attackable(prepared) if model is None else model
     batch = prepared.task.batch(encoded, members, device=prepared.device)
-    points = client_replay.gradients(prepared, batch)
-    names = client_replay.own_names(prepared)
-    facts = {"learning_rate": config.federation.lifecycle.learning_rate}
+    points = client_replay.gradients(prepared, batch, source=noise.derive("step"))
     # What guessing goes by.
     strangers = prepared.task.batch(encoded, order[size : size + CANDIDATES], device="cpu")
     truth = _truth(batch, members=size, strangers=strangers, vocabulary=vocabulary_of(model))
     prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
-    public, knowledge = _assumed(config.task.kind, truth, size)
-
-    def scene(
-        point: Point,
-        tensors: Mapping[str, Tensor],
-        clients: int = 1,
-        *,
-        content: str = "gradient",
-        whole: Truth | None = None,
-        **known_facts: StatedFact,
-    ) -> ObservationPoint:
-        summed = {"summand": content} if clients > 1 else {}
-        hidden = client_replay.noise_facts(prepared, point, clients, steps=known_facts.get("local_steps", 0))
-        observation = Observation(
-            kind="sum" if clients > 1 else cast(Literal["gradient", "delta"], content),
-            tensors={names[name]: tensor.detach().cpu() for name, tensor in tensors.items()},
-            contributors=clients,
-            metadata={"point": point, **(known_facts or facts), **summed, **hidden},
-            knowledge=public if known_facts else knowledge,
-        )
-        return ObservationPoint(point=point, observation=observation, truth=whole or truth)
+    scene = _Scenes(prepared=prepared, truth=truth, records=size).scene
 
     @cache
     def cohort(clients: int) -> tuple[tuple[client_replay.Companion, ...], Truth]:
         others = client_replay.companions(prepared, client, clients=clients, records=size, seed=seed)
         return others, _cohort_truth(prepared, truth, others)
 
-    @cache
-    def wire(clients: int) -> ObservationPoint:
+    def sent_from(start: Tensor, clients: int) -> ObservationPoint:
         others, whole = cohort(clients)
-        sent = client_replay.wire_change(prepared, vector, encoded.take(members), client, others)
+        sent = client_replay.wire_change(
+            prepared, start, encoded.take(members), client, others, noise.derive("wire")
+        )
         alone: Point = "noised" if prepared.mechanism.noise_multiplier else "raw"
         point: Point = "aggregated" if clients > 1 else alone
         facts = client_replay.wire_facts(prepared, size)
         return scene(point, sent, clients, content="delta", whole=whole, **facts)
+
+    @cache
+    def wire(clients: int) -> ObservationPoint:
+        return sent_from(vector, clients)
+
+    def answer(start: Tensor, clients: int) -> ObservationPoint:
+        trained.load_vector(start)
+        if clients:
+            view = sent_from(start, clients)
+        else:
+            view = scene(
+                "raw", client_replay.gradients(prepared, batch, source=noise.derive("answer"))["raw"]
+            )
+        trained.load_vector(vector)
+        return replace(
+            view, observation=replace(view.observation, broadcast=client_replay.named(prepared, start))
+        )
 
     @cache
     def at(point: Point) -> ObservationPoint:
@@ -138,7 +175,7 @@ def build_stage(
             return scene(point, points[point])
         clients = client_replay.smallest_sum(config)
         others, whole = cohort(clients)
-        total = client_replay.aggregate(prepared, points, others)
+        total = client_replay.aggregate(prepared, points, others, noise.derive("sum"))
         return scene("aggregated", total, clients, whole=whole)
 
     return ReplayedStep(
@@ -148,16 +185,36 @@ def build_stage(
         points=frozenset(cast("Collection[Point]", points)),
         at=at,
         wire=wire,
+        answer=answer,
     )
 
 
-def with_draws(prepared: simulation.Prepared, vector: Tensor, records: int) -> ReplayedStep:
-    """Build a stage that can be drawn anew."""
-    first = build_stage(prepared, vector, records=records)
-    again = cache(
-        lambda number: build_stage(prepared, vector, seed=number, records=records, model=first.model)
-    )
-    return replace(first, again=again)
+def with_draws(
+    prepared: simulation.Prepared,
+    vector: Tensor,
+    records: int,
+    *,
+    seed: int = 0,
+    model: nn.Module | None = None,
+) -> ReplayedStep:
+    """Build a stage that can be drawn anew; records and noise are the same for the same `seed`.
+
+    The noise of an audit hides nothing from the auditor, who holds the records: it may be replayed.
+    """
+    source = RandomSource.seeded(seed).derive("audit", records)
+
+    def drawn(number: int, copy: nn.Module | None) -> ReplayedStep:
+        return build_stage(
+            prepared,
+            vector,
+            seed=_DRAWS_OF_A_SEED * seed + number,
+            records=records,
+            model=copy,
+            source=source.derive(number),
+        )
+
+    first = drawn(0, model)
+    return replace(first, again=cache(lambda number: drawn(number, first.model)))
 
 
 def _candidates(prepared: simulation.Prepared, encoded: Encoded, rows: list[int]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from ffm_secure.cli.audit_table import audit_lines
 from ffm_secure.cli.console import clear_errors, console, print_json, print_lines, say
 from ffm_secure.cli.data_check import data_check
 from ffm_secure.cli.patience import patience
-from ffm_secure.cli.progress import Bars
+from ffm_secure.cli.progress import AuditBar, Bars
 from ffm_secure.data import checks
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound, StoreError
 from ffm_secure.privacy.statements import SEEDED
@@ -75,9 +75,9 @@ def run(
 
             if not silent:
                 console.print(f"auditing ({started.config.audit.budget}) ...")
-            result = dataclasses.replace(
-                result, summary=audit_run(result.folder, budget=started.config.audit.budget)
-            )
+            with AuditBar(quiet=silent) as bar:
+                summary = audit_run(result.folder, budget=started.config.audit.budget, watch=bar.watch)
+            result = dataclasses.replace(result, summary=summary)
     say(_result_table(result), _result_lines(result), json=json, quiet=quiet)
     if result.summary.status == "budget exhausted":
         raise BudgetExhausted(
@@ -143,9 +143,9 @@ def audit(
         raise ConfigError(
             "audit", [f"--budget = {budget!r}: must be one of 'quick', 'standard', 'exhaustive'"]
         )
-    with clear_errors():
+    with clear_errors(), AuditBar(quiet=quiet or json) as bar:
         if folder is not None:
-            summary = audit_run(folder, budget=budget).audit
+            summary = audit_run(folder, budget=budget, watch=bar.watch).audit
         else:
             assert observed.observation is not None
             summary = audit_observation(
@@ -155,6 +155,7 @@ def audit(
                 truth=observed.truth,
                 unused=observed.unused,
                 budget=budget,
+                watch=bar.watch,
             )
     assert summary is not None
     if observed.out is not None and observed.observation is not None:

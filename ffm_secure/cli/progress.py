@@ -1,4 +1,4 @@
-"""Progress for people: a bar with the time left, and one line a round."""
+"""Progress for people: a bar with the time left, one line a round, and the attack an audit tries."""
 
 from __future__ import annotations
 
@@ -81,3 +81,33 @@ class Bars:
         self.progress.update(self.of_rounds, completed=record.round)
         if not self.quiet:
             self.console.print(round_line(record, rounds=self.rounds, budget=self.budget), markup=False)
+
+
+class AuditBar:
+    """Show one bar over the attacks of an audit, named by the one that is tried, with the time left."""
+
+    def __init__(self, *, quiet: bool, console: SafeConsole | None = None) -> None:
+        console = console or SafeConsole(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("auditing: {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self.task = self.progress.add_task("looks at the update", total=None)
+
+    def __enter__(self) -> AuditBar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def watch(self, name: str, place: int, total: int) -> None:
+        """Name what is tried next, and how many were tried before it."""
+        self.progress.update(self.task, description=name, completed=place, total=total)

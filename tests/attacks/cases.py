@@ -22,7 +22,7 @@ from tests.attacks.test_optimise import sigmoid_lenet
 from tests.attacks.test_position import PlainBlocks
 from tests.attacks.test_text import chain, dropping, walk
 
-BUDGET = Budget(seconds=60.0, iterations=50, restarts=1)
+BUDGET = Budget(steps=60_000, iterations=50, restarts=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Case:
 
     def iterations(self, count: int, restarts: int = 1) -> Case:
         """Return the case with more or less effort."""
-        return replace(self, budget=Budget(seconds=300.0, iterations=count, restarts=restarts))
+        return replace(self, budget=Budget(steps=300_000, iterations=count, restarts=restarts))
 
 
 def run(name: str, case: Case) -> Reconstruction:
@@ -277,6 +277,16 @@ def deceived(count: int = 2, *, clients: int = 1) -> Case:
     return Case(seen=seen, model=model, truth=words(ids))
 
 
+def binned(count: int = 2, *, clients: int = 1) -> Case:
+    """Return texts behind a crafted encoder."""
+    public = torch.randint(3, 500, (64, 8), generator=torch.Generator().manual_seed(1))
+    model = active_text.craft_encoder_bins(encoder(), public)
+    ids = models.sentences(count, 8, 500)
+    batch = {"input_ids": ids, "labels": torch.arange(count) % 2}
+    seen = observed(model, batch, models.text_loss, Knowledge(), clients)
+    return Case(seen=seen, model=model, truth=words(ids))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "token_presence": text,
     "label_identity": lambda: labelled(4),
@@ -316,4 +326,5 @@ CASES: dict[str, Callable[[], Case]] = {
     "adapter_leak": adapter,
     "lora_leak": low_rank,
     "decepticon": deceived,
+    "encoder_bins": binned,
 }

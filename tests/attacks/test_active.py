@@ -13,7 +13,7 @@ from attacks.inversion import active
 from attacks.metrics import match_one_to_one, psnr, similarity_matrix
 from tests.attacks.models import cnn, digits, gradient, image_loss, mlp, noised, observe, observe_sum
 
-BUDGET = Budget(seconds=60.0, iterations=50, restarts=1)
+BUDGET = Budget(steps=60_000, iterations=50, restarts=1)
 SHAPE = Knowledge(image_shape=(1, 8, 8))
 
 

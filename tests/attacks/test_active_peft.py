@@ -23,7 +23,7 @@ from tests.attacks.models import (
     vit,
 )
 
-BUDGET = Budget(seconds=60.0, iterations=10, restarts=1)
+BUDGET = Budget(steps=60_000, iterations=10, restarts=1)
 
 
 class Adapted(nn.Module):
@@ -185,6 +185,22 @@ def test_crafted_decoder_hands_over_whole_sentences_of_a_batch() -> None:
     assert pairs <= true
     assert len(pairs) / len(true) >= 0.85
     assert exact_sequence_rate([text.tolist() for text in found.of("sequence")], ids.tolist()) >= 0.25
+
+
+def test_crafted_encoder_hands_over_tokens_with_their_places() -> None:
+    crafted = active_text.craft_encoder_bins(
+        encoder(), torch.randint(3, 500, (64, 8), generator=torch.Generator().manual_seed(1))
+    )
+    ids = sentences(4, 8, 500)
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 1, 0, 1])}
+    found = active_text.encoder_bins().run(observe(crafted, batch, text_loss), crafted, Prior(), BUDGET, 0)
+    assert found.applicable, found.reason
+    true = {(place, int(token)) for row in ids for place, token in enumerate(row)}
+    pairs = {tuple(pair) for pair in found.of("placed_tokens")[0].tolist()}
+    assert pairs <= true
+    assert len(pairs) / len(true) >= 0.7
+    honest = observe(encoder(), batch, text_loss)
+    assert not active_text.encoder_bins().run(honest, encoder(), Prior(), BUDGET, 0).applicable
 
 
 def test_honest_decoder_is_not_read() -> None:

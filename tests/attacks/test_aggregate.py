@@ -11,7 +11,7 @@ from attacks.inversion import aggregate
 from attacks.metrics import match_one_to_one, psnr, similarity_matrix
 from tests.attacks.models import digits, image_loss, mlp, observe, observe_sum
 
-BUDGET = Budget(seconds=120.0, iterations=200, restarts=2)
+BUDGET = Budget(steps=120_000, iterations=200, restarts=2)
 
 
 def batch(count: int) -> dict[str, Tensor]:

@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 import ffm_secure as ffm
 from attacks import Budget, Knowledge, Observation, Prior
+from attacks.steps import counted
 from attacks.registry import ATTACKS, build
 from attacks.nulls import study
 from attacks.rehearsal import rehearse
 from ffm_secure.auditing import replayed as client_replay
-from ffm_secure.auditing.budget import DRAWS, DRAWS_OF_ONE, HEAVY, SECONDS, AuditBudget
+from ffm_secure.auditing.budget import DRAWS, DRAWS_OF_ONE, HEAVY, STEPS, AuditBudget
 from ffm_secure.auditing.findings import Ran, repeated
 from ffm_secure.auditing.png import png_address
 from ffm_secure.auditing.run_audit import audit_run
@@ -161,12 +162,12 @@ def test_the_purse_keeps_a_quick_audit_short_and_says_what_was_left_out() -> Non
     assert "standard" in quick.refusal(matching)
     allowed = quick.budget(span)
     assert allowed is not None
-    assert allowed.seconds <= SECONDS["quick"][0]
+    assert allowed.steps <= STEPS["quick"][0]
     assert spent.budget(span) is None
     assert "used up" in spent.refusal(span)
     tried = AuditBudget(name="standard").budget(matching)
     assert tried is not None
-    assert tried.seconds <= 45.0
+    assert tried.steps <= 45_000
     assert {build(name).family for name in ATTACKS} >= HEAVY
 
 
@@ -390,11 +391,12 @@ def test_drawing_ends_when_it_has_had_its_share() -> None:
         ("task.data=builtin:clinic_notes?size=400&validation=40", "task.evaluation_examples=20"),
     ).prepared()
     stage, purse = with_draws(prepared, prepared.trainable.flatten(), 1), AuditBudget(name="quick")
-    other = purse.draw(stage, 1, "raw")
+    with counted():
+        other = purse.draw(stage, 1, "raw")
     assert other is not None
     assert other.model is stage.model  # a draw costs no second copy of the model
-    assert 0.0 < purse.drawing[1] < SECONDS["quick"][1] / 12
-    purse.drawing[1] = SECONDS["quick"][1] / 11
+    assert 0.0 < purse.drawing[1] < STEPS["quick"][1] / 24
+    purse.drawing[1] = STEPS["quick"][1] / 23
     assert purse.draw(stage, 2, "raw") is None
     several = Ran()
     found = repeated(build("idlg_label"), stage, "raw", purse, several)

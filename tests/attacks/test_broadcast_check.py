@@ -144,6 +144,11 @@ CRAFTED = {
         small_gpt2,
         "parallel rows",
     ),
+    "encoder bins": (
+        lambda: active_text.craft_encoder_bins(encoder(), torch.randint(3, 500, (32, 8))),
+        encoder,
+        "parallel rows",
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from attacks.rehearsal import invented_batch, rehearse
 from tests.attacks.models import bert, gradient, sentences, text_loss
 
 END = 5
-SMALL = Budget(seconds=5.0, iterations=5, restarts=1)
+SMALL = Budget(steps=5_000, iterations=5, restarts=1)
 
 
 def t5():

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attacks import nulls
 from attacks import Budget, Finding, Item, Knowledge, Observation, PlainAttack, Prior
 from attacks.contract import Attack
 from attacks.examine import Examined, examine, leaks, study
@@ -25,7 +26,7 @@ CHEAP = ("token_presence", "label_identity", "idlg_label", "ilrg", "position_tex
 def audited(
     audit: bench.Audit, names: Sequence[str] = CHEAP, attacks: Sequence[Attack] = ()
 ) -> dict[str, Examined]:
-    scene = study(audit.seen, audit.model, audit.truth, unused=audit.unused, null_seconds=0.5)
+    scene = study(audit.seen, audit.model, audit.truth, unused=audit.unused, null_steps=500)
     results = examine(
         scene, lambda attack: Budget.quick(), lambda attack: "", attacks or [build(name) for name in names]
     )
@@ -54,6 +55,18 @@ def test_undefended_updates_leak_with_truth_and_texts_without(seed: int) -> None
         silent = audited(replace(audit, truth=None))
         assert silent["token_presence"].judgement.verdict == "leaked"
         assert "names the words that" in silent["token_presence"].judgement.reason
+
+
+@pytest.mark.parametrize("seed", [8, 9])
+def test_one_step_of_adamw_on_several_texts_leaks_without_the_truth(seed: int) -> None:
+    """Signs of rows agree with those of places: noise in the same rows shows nothing of the kind."""
+    audit = replace(list(bench.undefended_audits(10))[seed], truth=None)
+    assert "AdamW step" in audit.name
+    assert audit.seen.known("batch_size") == 4
+    read = audited(audit, ("token_presence", "position_text"))
+    assert {one.judgement.verdict for one in read.values()} == {"leaked"}
+    silent = replace(audit, seen=nulls.study(audit.seen).draw(3))
+    assert not list(leaks(tuple(audited(silent, ("token_presence", "position_text")).values())))
 
 
 def test_rows_of_noise_are_no_words_without_another_reading_of_them() -> None:

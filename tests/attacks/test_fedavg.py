@@ -13,7 +13,7 @@ from attacks.inversion import fedavg, matching
 from attacks.metrics import match_one_to_one, psnr, similarity_matrix
 from tests.attacks.models import cnn, digits, image_loss, observe_delta
 
-BUDGET = Budget(seconds=300.0, iterations=150, restarts=1)
+BUDGET = Budget(steps=300_000, iterations=150, restarts=1)
 
 
 def client(

@@ -231,7 +231,7 @@ def test_a_gradient_of_another_scale_is_refused_at_once() -> None:
         {name: 65_536 * value for name, value in observation.tensors.items()}
     )
     found = build("label_identity").run(
-        scaled, models.mlp(width=32), Prior(), Budget(seconds=1, iterations=1, restarts=1), 0
+        scaled, models.mlp(width=32), Prior(), Budget(steps=1_000, iterations=1, restarts=1), 0
     )
     assert not found.applicable
     assert "scaled" in found.reason

@@ -15,7 +15,7 @@ from attacks.inversion import learned
 from attacks.metrics import psnr
 from tests.attacks.models import digits, gradient, image_loss, mlp
 
-BUDGET = Budget(seconds=120.0, iterations=250, restarts=1)
+BUDGET = Budget(steps=120_000, iterations=250, restarts=1)
 Defence = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
 
 

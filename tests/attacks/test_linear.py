@@ -12,7 +12,7 @@ from attacks.metrics import match_one_to_one, psnr, similarity_matrix
 from attacks.registry import build
 from tests.attacks import models
 
-BUDGET = Budget(seconds=60.0, iterations=200, restarts=1)
+BUDGET = Budget(steps=60_000, iterations=200, restarts=1)
 
 
 def network(width: int, *, double: bool = False) -> nn.Module:

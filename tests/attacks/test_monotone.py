@@ -22,7 +22,7 @@ from tests.attacks import cases, models
 from tests.attacks.cases import Case
 from tests.attacks.test_active_peft import Pool
 
-BUDGET = Budget(seconds=60.0, iterations=50, restarts=1)
+BUDGET = Budget(steps=60_000, iterations=50, restarts=1)
 SLACK = 0.15  # of the way from guessing to perfect: what luck may move a score between two points
 NOISE = (0.0, 1e-4, 1e-2, 1.0)
 TOKENS, WIDTH = 5, 32
@@ -278,6 +278,7 @@ DIRECTIONS = (
     "adapter_leak",
     "lora_leak",
     "decepticon",
+    "encoder_bins",
     "idlg_label",
     "llg",
     "inverting_gradients",
@@ -309,7 +310,7 @@ def test_a_curve_out_of_time_leaves_points_out_and_a_dear_attack_is_not_drawn() 
     model = vision()
     rehearsals = curves.by_batch(nothing(model), model, (1, 2), length=TOKENS)
     late = curves.curve(
-        build("label_identity"), model, "records", rehearsals, Budget(seconds=1e-9, iterations=1, restarts=1)
+        build("label_identity"), model, "records", rehearsals, Budget(steps=1e-06, iterations=1, restarts=1)
     )
     assert late.x == late.y == ()
     assert "stopped" in late.reason

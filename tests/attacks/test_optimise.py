@@ -31,7 +31,7 @@ from tests.attacks.models import (
 
 
 def budget(iterations: int, restarts: int = 1) -> Budget:
-    return Budget(seconds=300.0, iterations=iterations, restarts=restarts)
+    return Budget(steps=300_000, iterations=iterations, restarts=restarts)
 
 
 # -------------------------------------------------------------------------------------------------- distances

@@ -38,7 +38,7 @@ def granted(count: int) -> Knowledge:
 
 
 def pursue(seen: Observation, model: torch.nn.Module, *, iterations: int = 800) -> Reconstruction:
-    return build("somp").run(seen, model, Prior(), Budget(seconds=60.0, iterations=iterations, restarts=1), 0)
+    return build("somp").run(seen, model, Prior(), Budget(steps=60_000, iterations=iterations, restarts=1), 0)
 
 
 def exact(found: Reconstruction, ids: torch.Tensor) -> float:

@@ -18,7 +18,7 @@ from attacks.metrics import exact_sequence_rate, token_set_score
 from attacks.registry import build
 from tests.attacks import models
 
-QUICK = Budget(seconds=60.0, iterations=400, restarts=1)
+QUICK = Budget(steps=60_000, iterations=400, restarts=1)
 
 
 def without_embedding(observation: Observation) -> Observation:

@@ -93,7 +93,7 @@ def test_reorder_finds_the_order_of_known_tokens_by_the_update_alone() -> None:
     )
     generator = torch.Generator().manual_seed(0)
     shuffled = ids[:, torch.randperm(6, generator=generator)]
-    deadline = Budget(seconds=60.0, iterations=1, restarts=1).start()
+    deadline = Budget(steps=60_000, iterations=1, restarts=1).start()
     tokens, orders, score = text.reorder(judge, shuffled, moves=250, generator=generator, deadline=deadline)
     assert tokens.tolist() == ids.tolist()
     assert shuffled.gather(1, orders).tolist() == ids.tolist()
@@ -110,7 +110,7 @@ def test_lamp_reads_a_batch_without_embedding_gradients() -> None:
         seen,
         model,
         Prior(language_model=language_model),
-        Budget(seconds=120.0, iterations=150, restarts=1),
+        Budget(steps=120_000, iterations=150, restarts=1),
         0,
     )
     assert accuracy(found, ids) >= 0.5  # chance is 1 in 197
@@ -123,14 +123,14 @@ def test_film_reads_sentences_from_the_bag() -> None:
     model = bert(vocabulary=200)
     seen = observed(model, ids, keep_words=True)
     found = text.film().run(
-        seen, model, Prior(language_model=language_model), Budget(seconds=120.0, iterations=60, restarts=1), 0
+        seen, model, Prior(language_model=language_model), Budget(steps=120_000, iterations=60, restarts=1), 0
     )
     assert accuracy(found, ids) >= 0.5
     without = text.film().run(
         observed(model, ids, keep_words=False),
         model,
         Prior(language_model=language_model),
-        Budget(seconds=20.0, iterations=5, restarts=1),
+        Budget(steps=20_000, iterations=5, restarts=1),
         0,
     )
     assert not without.applicable
@@ -158,7 +158,7 @@ def dropping(rate: float) -> nn.Module:
 def test_grab_reads_text_through_dropout() -> None:
     model, ids = dropping(0.2), sentences(1, 6, 300)
     seen = observed(model, ids, keep_words=False, dropout=0.2, train=True)
-    found = text.grab().run(seen, model, Prior(), Budget(seconds=120.0, iterations=250, restarts=1), 0)
+    found = text.grab().run(seen, model, Prior(), Budget(steps=120_000, iterations=250, restarts=1), 0)
     assert accuracy(found, ids) >= 0.5
 
 
@@ -192,7 +192,7 @@ def test_grab_is_not_applicable_without_dropout() -> None:
         observed(model, ids, keep_words=False),
         model,
         Prior(),
-        Budget(seconds=5.0, iterations=2, restarts=1),
+        Budget(steps=5_000, iterations=2, restarts=1),
         0,
     )
     assert not found.applicable
@@ -205,6 +205,6 @@ def test_image_models_are_refused_not_crashed(attack) -> None:
     images, labels = digits()
     seen = observe(mlp(), {"images": images[:1], "labels": labels[:1]}, image_loss, batch_size=1)
     found = attack().run(
-        seen, mlp(), Prior(language_model=chain(10)[0]), Budget(seconds=5.0, iterations=2, restarts=1), 0
+        seen, mlp(), Prior(language_model=chain(10)[0]), Budget(steps=5_000, iterations=2, restarts=1), 0
     )
     assert not found.applicable

@@ -42,7 +42,7 @@ def client(kind: str, count: int = 1, seed: int = 1) -> tuple[torch.nn.Module, t
 
 
 def run(name: str, seen: Observation, model: torch.nn.Module, iterations: int = 400) -> Reconstruction:
-    return build(name).run(seen, model, Prior(), Budget(seconds=60.0, iterations=iterations, restarts=1), 0)
+    return build(name).run(seen, model, Prior(), Budget(steps=60_000, iterations=iterations, restarts=1), 0)
 
 
 def share(found: Reconstruction, ids: torch.Tensor) -> float:
