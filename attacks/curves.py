@@ -131,6 +131,7 @@ def _drawn(
     return replace(observed, knowledge=replace(observed.knowledge, image_shape=shape)), truth
 
 
+@steps.counted()
 def curve(
     attack: Attack,
     model: nn.Module,

@@ -318,4 +318,4 @@ def test_a_curve_out_of_time_leaves_points_out_and_a_dear_attack_is_not_drawn() 
         curves.draw([(build("label_identity"), 1e6)], nothing(model), model, length=TOKENS, name="quick")
     )
     assert {one.axis for one in dear} == {"records", "noise multiplier"}
-    assert all("CPU seconds" in one.reason and not one.x for one in dear)
+    assert all("steps, more than its share" in one.reason and not one.x for one in dear)
