@@ -64,17 +64,17 @@ def repeat(run: Path, budget: str, seed: int, busy: int) -> Repeat:
         began = time.process_time()
         audit = audit_run(copy, budget=budget, seed=seed).audit
     assert audit is not None
-    verdicts, tried = {}, set()
+    verdicts, attempted = {}, set()
     for finding in audit.findings:
         place = (finding.observer, finding.point, finding.attack)
         verdicts[place] = finding.verdict
         if finding.measure != "not run":
-            tried.add(place)
+            attempted.add(place)
     return Repeat(
         seed=seed,
         busy=busy,
         seconds=time.process_time() - began,
-        tried=frozenset(tried),
+        tried=frozenset(attempted),
         verdicts=verdicts,
     )
 
@@ -83,11 +83,11 @@ def differences(repeats: list[Repeat]) -> Iterator[str]:
     """Yield a line for every verdict that audits disagree on, and every attack that not all of them tried."""
     places = sorted({place for one in repeats for place in one.verdicts})
     for place in places:
-        said = Counter(one.verdicts.get(place, "missing") for one in repeats)
-        tried = sum(place in one.tried for one in repeats)
-        if len(said) > 1 or tried not in (0, len(repeats)):
-            words = ", ".join(f"{verdict} {count}" for verdict, count in said.most_common())
-            yield f"{' / '.join(place)}: {words}; tried in {tried} of {len(repeats)}"
+        verdicts = Counter(one.verdicts.get(place, "missing") for one in repeats)
+        attempted = sum(place in one.tried for one in repeats)
+        if len(verdicts) > 1 or attempted not in (0, len(repeats)):
+            words = ", ".join(f"{verdict} {count}" for verdict, count in verdicts.most_common())
+            yield f"{' / '.join(place)}: {words}; tried in {attempted} of {len(repeats)}"
 
 
 def main() -> None:
