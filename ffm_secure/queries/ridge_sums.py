@@ -58,7 +58,8 @@ def ridge_head(moments: Tensor, targets: Tensor, *, deviation: float) -> Tensor:
 
     The penalty follows from the noise, which is public: half the largest singular value that noise of this
     deviation alone has (the edge of its semicircle law), so that hardly any direction is divided by noise.
-    Which part of it was chosen on training rows and on the public rows of the demo. Negative eigenvalues are noise and count as 0.
+    Which part of it was chosen on training rows and on the public rows of the demo. Negative eigenvalues
+    are noise and count as 0.
     """
     width = moments.shape[0]
     penalty = 1.0 + deviation * math.sqrt(width / 2.0)
