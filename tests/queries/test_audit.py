@@ -17,7 +17,7 @@ from ffm_secure.auditing.lower_bound import bounds_over_rounds, strongest
 from ffm_secure.auditing.run_audit import audit_run
 from ffm_secure.privacy.query_noise import RecordAnswers
 from tests.federation.helpers import RECORD, SECAGG, prepared
-from tests.queries.helpers import one_shot
+from tests.queries.helpers import one_shot, with_start
 
 PRIVATE = {**RECORD, "noise": "system"}
 
@@ -80,6 +80,24 @@ def test_an_audit_of_a_head_from_sums_attacks_what_there_is(tmp_path: Path) -> N
     assert summary.audit.epsilon_lower is not None
     assert 0.0 <= summary.audit.epsilon_lower <= 8.0
     assert "No update of a model crosses the wire" in summary.audit.sentence
+
+
+def test_what_a_query_left_on_the_wire_is_no_change_that_steps_have_made(tmp_path: Path) -> None:
+    """An audit of recorded observations passes answers by, and attacks the updates beside them."""
+    watched = {"observers": ["public", "client", "server"], "attacks": ["label_identity"]}
+    alone = replace(one_shot("ridge_sums", privacy=PRIVATE, protection=SECAGG, audit=watched), name="alone")
+    ffm.Run(alone, runs=tmp_path).start(fairness=False, complete=False)
+    assert any((tmp_path / "alone" / "observations").glob("round-*"))
+    summary = audit_run(tmp_path / "alone")
+    assert summary.audit is not None
+    assert summary.audit.findings == ()
+    mixed = replace(with_start(privacy=PRIVATE, protection=SECAGG, audit=watched), name="mixed")
+    ffm.Run(mixed, runs=tmp_path).start(fairness=False, complete=False)
+    audited = audit_run(tmp_path / "mixed").audit
+    assert audited is not None
+    rounds = {finding.round for finding in audited.findings if finding.source == "recorded"}
+    assert 1 not in rounds
+    assert rounds
 
 
 def test_bounds_follow_the_mechanism_of_the_run() -> None:
