@@ -342,3 +342,9 @@ def test_planted_pages_are_caught() -> None:
     assert nests_per_100_statements([ast.parse("x = [a if b else c for a in d]")]) == 200
     assert bare_annotations(ast.parse("def f(a: Any, b: dict[str, Any]) -> Any | None: ...")) == [1, 1]
     assert not bare_annotations(ast.parse("def f(a: dict[str, Any]) -> None: ..."))
+
+
+def test_the_top_of_the_house_stays_small() -> None:
+    """A file that fits no room is a room that is missing."""
+    top = [path.name for path in (ROOT / "ffm_secure").glob("*.py") if not path.name.startswith("__")]
+    assert len(top) <= 10, sorted(top)

@@ -11,7 +11,7 @@ from ffm_secure import operator_desk
 from ffm_secure.cli.console import clear_errors, print_lines
 from ffm_secure.cli.machine_engines import enrolment
 from ffm_secure.errors import StoreError
-from ffm_secure.operator_desk import COORDINATOR, ROSTER, OperatorDesk
+from ffm_secure.cli.operator_desk import COORDINATOR, ROSTER, OperatorDesk
 from ffm_secure.storage.durable import write_atomic
 from ffm_secure.transport.roster import key_words
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ffm_secure import tasks
-from ffm_secure.agreement import public_facts, terms_of
+from ffm_secure.transport.agreement import public_facts, terms_of
 from ffm_secure.config import run_file
 from ffm_secure.config.federated import shared_objections
 from ffm_secure.config.run_file import RunConfig, Split

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ffm_secure import federation
-from ffm_secure.agreement import RunTerms
+from ffm_secure.transport.agreement import RunTerms
 from ffm_secure.errors import StoreError
 from ffm_secure.federation import Callback, TrainingResult
 from ffm_secure.records import RoundRecord

@@ -13,7 +13,7 @@ import torch
 from defenses.dp import Ledger
 from defenses.secagg import Identity
 from ffm_secure import tasks, trainable
-from ffm_secure.agreement import RunTerms, public_facts, terms_of
+from ffm_secure.transport.agreement import RunTerms, public_facts, terms_of
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.dataset import Dataset, for_evaluation
 from ffm_secure.errors import DataError, PlanRefused
