@@ -25,7 +25,7 @@ import ffm_secure as ffm
 from defenses.random_source import RandomSource
 from defenses.secagg import ring
 from ffm_secure.config import run_file
-from ffm_secure.loaded_model import LoadedModel, PublicFacts, load_model
+from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model
 from ffm_secure.queries.base import Opened, Rows, Viewed, head_of
 from ffm_secure.queries.class_sums import spread, unit_rows
 from ffm_secure.strategies.base import ServerState

@@ -45,10 +45,17 @@ def module_name(path: Path) -> str:
 
 
 def imports_of(path: Path, modules: Iterable[str]) -> frozenset[str]:
-    """Return the modules of the package that a file imports, wherever in the file."""
+    """Return the modules of the package that a file imports, wherever in it; not for annotations alone."""
     known = set(modules)
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    annotations_only = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            annotations_only |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if id(node) in annotations_only:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from ffm_secure import federation
-from ffm_secure.cli import notebook
-from ffm_secure.cli.progress import Bars
+from ffm_secure.display import notebook
+from ffm_secure.display.progress import Bars
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.schema import to_table

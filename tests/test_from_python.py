@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ffm_secure as ffm
-from ffm_secure.cli import notebook
+from ffm_secure.display import notebook
 from ffm_secure.api import Run
 from ffm_secure.federation import NullCallback
 from ffm_secure.models.backbone import load_backbone

@@ -70,12 +70,13 @@ def test_every_page_has_one_place_in_the_navigation(monkeypatch: pytest.MonkeyPa
     listed = [page for pages in site.SECTIONS.values() for page in pages]
     assert len(listed) == len(set(listed))
     written = {path.name for path in (ROOT / "docs").glob("*.md")}
+    written |= {f"alone/{path.name}" for path in (ROOT / "docs" / "alone").glob("*.md")}
     made = {"rooms.md", *site.FROM_ROOT.values()} - {
         "changelog.md"
     }  # the release notes have a tab of their own
     assert set(listed) == written | made
     folders = {path.name for path in (ROOT / "docs").iterdir() if path.is_dir() and any(path.glob("*.md"))}
-    assert folders == {"decisions", "results"}  # `navigation` lists what is in these two
+    assert folders == {"alone", "decisions", "results"}  # `navigation` lists what is in the last two
 
 
 def test_a_block_keeps_its_file_name_as_a_title(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from ffm_secure.auditing.budget import NULL_STEPS, AuditBudget, not_run
 from ffm_secure.auditing.findings import finding_of
 from ffm_secure.auditing.replayed import attackable, noise_facts, own_names, unflatten, wire_facts
 from ffm_secure.auditing.wording import Decode
-from ffm_secure.loaded_model import LoadedModel
+from ffm_secure.agreed.loaded_model import LoadedModel
 from ffm_secure.records import AuditFinding, RecordedObservation
 from ffm_secure.site.truth import truth_path, update_path
 from ffm_secure.storage.observations import read_observations

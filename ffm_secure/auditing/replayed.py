@@ -21,7 +21,7 @@ from defenses.secagg import ring
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines import simulation
-from ffm_secure.loaded_model import LoadedModel
+from ffm_secure.agreed.loaded_model import LoadedModel
 from ffm_secure.foreign import ModelOutput
 from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.records import Observer, Point, RoundPlan, RoundRecord

@@ -26,7 +26,7 @@ from ffm_secure.auditing.wording import decoder, sentence
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.memory import Memory
 from ffm_secure.engines import simulation
-from ffm_secure.loaded_model import load_model, read_facts, stored_noise
+from ffm_secure.agreed.loaded_model import load_model, read_facts, stored_noise
 from ffm_secure.errors import ConfigError, DataError, StoreError
 from ffm_secure.records import (
     AuditFinding,

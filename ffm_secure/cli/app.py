@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ffm_secure.cli import calculator, certificate_app, federation_app
-from ffm_secure.cli.printable import printable
+from ffm_secure.display.printable import printable
 from ffm_secure.config import compatibility, locate, run_file
 from ffm_secure.errors import FfmError
 from ffm_secure.foreign import LazyName

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from defenses.dp.calculator import epsilon_report, sigma_report, tuned_report
-from ffm_secure.cli.console import clear_errors, number, say
+from ffm_secure.display.console import clear_errors, number, say
 from ffm_secure.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ffm_secure.certificate.keys import read_key, read_public_keys
 from ffm_secure.certificate.verify import Materials, Verification, verify as check_certificate
-from ffm_secure.cli.console import say
+from ffm_secure.display.console import say
 from ffm_secure.errors import ConfigError, FfmError, PlanRefused, RecordError, StoreError
 from ffm_secure.foreign import LazyName
 from ffm_secure.record_codec import to_plain

@@ -14,10 +14,10 @@ from ffm_secure import record_codec
 from ffm_secure.api import Result, load
 from ffm_secure.cli import doctor as checkup
 from ffm_secure.cli.audit_table import audit_lines
-from ffm_secure.cli.console import clear_errors, console, print_json, print_lines, say
+from ffm_secure.display.console import clear_errors, console, print_json, print_lines, say
 from ffm_secure.cli.data_check import data_check
 from ffm_secure.cli.patience import patience
-from ffm_secure.cli.progress import AuditBar, Bars
+from ffm_secure.display.progress import AuditBar, Bars
 from ffm_secure.data import checks
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, LeakFound, StoreError
 from ffm_secure.privacy.statements import SEEDED

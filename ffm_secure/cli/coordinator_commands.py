@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from defenses.random_source import RandomSource
 from ffm_secure.config.federated import run_digest
-from ffm_secure.cli.console import clear_errors, print_lines, say
+from ffm_secure.display.console import clear_errors, print_lines, say
 from ffm_secure.cli.machine_engines import enrolment, running
 from ffm_secure.engines import coordinator_folder
 from ffm_secure.engines.coordinator_folder import Headquarters
 from ffm_secure.errors import BudgetExhausted, ConfigError, StoreError
-from ffm_secure.server.coordinator_file import CoordinatorFile
+from ffm_secure.coordinator.coordinator_file import CoordinatorFile
 from ffm_secure.storage.status import StatusFile, read_status
 from ffm_secure.transport.envelope import header_of
 from ffm_secure.transport.roster import key_words, read_key
@@ -97,7 +97,7 @@ def start(folder: Path, run: Path, engine: str, *, json: bool, quiet: bool) -> N
 
 
 def _train(folder: Path, ready: ReadyRun, carrier: ModuleType, *, quiet: bool) -> TrainingResult:
-    from ffm_secure.cli.progress import Bars
+    from ffm_secure.display.progress import Bars
 
     config, names = ready.loaded.config, ready.coordinator.roster.names
 

@@ -11,7 +11,7 @@ from defenses.dp import Ledger
 from defenses.dp.ledger_entries import EVERYBODY
 from defenses.dp.ledger_file import Head
 from defenses.errors import ParameterError
-from ffm_secure.cli.console import clear_errors, say
+from ffm_secure.display.console import clear_errors, say
 from ffm_secure.cli.ledger_table import open_for_reading, withdrawal_line, withdrawals
 from ffm_secure.errors import ConfigError, StoreError
 from ffm_secure.site.ledger_place import FILE, data_home, open_ledger

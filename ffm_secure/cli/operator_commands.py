@@ -8,7 +8,7 @@ from pathlib import Path
 
 from defenses.random_source import RandomSource
 from ffm_secure import operator_desk
-from ffm_secure.cli.console import clear_errors, print_lines
+from ffm_secure.display.console import clear_errors, print_lines
 from ffm_secure.cli.machine_engines import enrolment
 from ffm_secure.errors import StoreError
 from ffm_secure.cli.operator_desk import COORDINATOR, ROSTER, OperatorDesk

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffm_secure.cli.console import clear_errors, say
+from ffm_secure.display.console import clear_errors, say
 from ffm_secure.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:

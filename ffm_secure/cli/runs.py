@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ffm_secure.cli.console import console, print_json
+from ffm_secure.display.console import console, print_json
 from ffm_secure.config import run_file
 from ffm_secure.config.schema import to_table
 from ffm_secure.errors import ConfigError, StoreError

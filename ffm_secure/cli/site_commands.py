@@ -12,7 +12,7 @@ from defenses.dp import Ledger
 from defenses.errors import DefenseError
 from defenses.random_source import RandomSource
 from ffm_secure.config.federated import run_digest
-from ffm_secure.cli.console import clear_errors, print_lines, say
+from ffm_secure.display.console import clear_errors, print_lines, say
 from ffm_secure.cli.machine_engines import enrolment, running
 from ffm_secure.config import compatibility, run_file
 from ffm_secure.config.run_file import RunConfig

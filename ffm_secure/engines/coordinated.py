@@ -22,7 +22,7 @@ from ffm_secure.privacy.statements import SEEDED, statements
 from ffm_secure.records import DECLINED, Receipt, RunSummary
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
-from ffm_secure.server.sealed_courier import SignedReceipt
+from ffm_secure.coordinator.sealed_courier import SignedReceipt
 from ffm_secure.storage.durable import write_atomic
 from ffm_secure.trainable import exports
 

@@ -10,8 +10,8 @@ from typing import Final
 from defenses.random_source import RandomSource
 from defenses.secagg import Identity
 from ffm_secure.errors import StoreError
-from ffm_secure.server import coordinator_file
-from ffm_secure.server.coordinator_file import CoordinatorFile
+from ffm_secure.coordinator import coordinator_file
+from ffm_secure.coordinator.coordinator_file import CoordinatorFile
 from ffm_secure.storage.durable import create_folder, require_own_folder, write_atomic
 from ffm_secure.storage.key_file import create_key, read_key_file
 from ffm_secure.transport.roster import FederationRoster, expired, read_key

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from defenses.dp import Event, Ledger
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.loaded_model import schedule_of, stored_noise
+from ffm_secure.agreed.loaded_model import schedule_of, stored_noise
 from ffm_secure.site.allowance import composed
 from ffm_secure.site.ledger_place import ledger_path
 from ffm_secure.storage.run_directory import Store, extends

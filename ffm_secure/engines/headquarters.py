@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ffm_secure import tasks
-from ffm_secure.transport.agreement import public_facts, terms_of
+from ffm_secure.agreed.agreement import public_facts, terms_of
 from ffm_secure.config import run_file
 from ffm_secure.config.federated import shared_objections
 from ffm_secure.config.run_file import RunConfig, Split
@@ -23,12 +23,12 @@ from ffm_secure.data.table import Table
 from ffm_secure.engines.coordinator_folder import Headquarters
 from ffm_secure.errors import DataError, PlanRefused
 from ffm_secure.federation import Callback
-from ffm_secure.loaded_model import LoadedModel, load_model
+from ffm_secure.agreed.loaded_model import LoadedModel, load_model
 from ffm_secure.protection.halves import Terms, server_half
 from ffm_secure.queries import agenda
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.evidence import evidence_of
-from ffm_secure.server.coordinator import Coordinator
+from ffm_secure.coordinator.coordinator import Coordinator
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.storage.status import StatusFile
 from ffm_secure.tasks.base import Task

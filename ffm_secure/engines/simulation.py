@@ -26,7 +26,7 @@ from ffm_secure.data.dataset import Dataset, Examples, for_evaluation
 from ffm_secure.data.memory import Memory
 from ffm_secure.engines import simulated_data
 from ffm_secure.engines.extension import Extension, extension_of
-from ffm_secure.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
+from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
 from ffm_secure.engines.local import LocalEngine, TrainerPool
 from ffm_secure.engines.simulated_data import Contents, SimulatedData, contents, load_dataset, part_in_public
 from ffm_secure.errors import BudgetExhausted, DataError, PlanRefused, StoreError
@@ -34,7 +34,7 @@ from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.protection.enrolment import enrol
 from ffm_secure.queries.base import Rows
 from ffm_secure.records import RoundRecord
-from ffm_secure.run_spec import RunSpec
+from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.evidence import evidence_of
 from ffm_secure.server.transcript import Transcript, recorded_rounds

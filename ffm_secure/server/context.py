@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ffm_secure.protection.base import ServerSide
 from ffm_secure.records import Receipt
-from ffm_secure.run_spec import RunSpec
+from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.server.evidence import Evidence
 from ffm_secure.server.transcript import Transcript
 from ffm_secure.tasks.base import Evaluation, Task

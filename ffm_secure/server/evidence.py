@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ffm_secure.records import RoundPlan
-from ffm_secure.run_spec import RunSpec
+from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.storage.durable import create_folder, remove, sync_folder, write_atomic
 
 FORMAT = 1

@@ -25,7 +25,7 @@ from ffm_secure.protection.base import UPLOAD, AggregationResult, too_few
 from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Opened, keep_answers, remember
 from ffm_secure.records import DECLINED, LEARN, Acceptance, Receipt, RoundPlan, RoundRecord, RoundSum
-from ffm_secure.run_spec import Question
+from ffm_secure.agreed.run_spec import Question
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.sum_check import why_answer_too_large, why_too_large
 from ffm_secure.strategies import ServerState

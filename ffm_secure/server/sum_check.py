@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ffm_secure.privacy.mechanism import SumNoise
 from ffm_secure.records import RoundSum
-from ffm_secure.run_spec import Question, RunSpec
+from ffm_secure.agreed.run_spec import Question, RunSpec
 
 _TAIL = 8.0  # standard deviations; an honest sum exceeds it with probability below 1e-14
 _LARGEST_SITE = 16.0  # how many times the public size of a client an honest site's data may be

@@ -15,7 +15,7 @@ from defenses.secagg import ring
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.queries import agenda
 from ffm_secure.records import LEARN, Observer, Point, RecordedObservation, RoundPlan, RoundSum
-from ffm_secure.run_spec import RunSpec
+from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.storage.observations import ObservationStore
 
 OF_THE_SERVER: tuple[Observer, ...] = ("server", "colluding_server")

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from defenses.dp import Clipping, PerSampleEngine, probe_sensitivity
-from ffm_secure.run_spec import RunSpec
+from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.tasks.base import Task
 from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.trainable import TrainableModel

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ffm_secure.queries import agenda
 from ffm_secure.records import RoundPlan
-from ffm_secure.run_spec import RunSpec
+from ffm_secure.agreed.run_spec import RunSpec
 
 RUN_BYTES = 16
 MOST_ATTEMPTS = 1 << 32

@@ -11,7 +11,7 @@ from typing import Final
 from defenses.errors import DefenseError, ProtocolError
 from defenses.replay_guard import ReplayGuard
 from ffm_secure import record_codec
-from ffm_secure.transport.agreement import Proposal, SignedAcceptance, accept, check_acceptance, differences
+from ffm_secure.agreed.agreement import Proposal, SignedAcceptance, accept, check_acceptance, differences
 from ffm_secure.errors import FfmError, RecordError
 from ffm_secure.records import RoundPlan
 from ffm_secure.site.folder import SiteFolder

@@ -18,7 +18,7 @@ from defenses.secagg.masks import RingVector
 from ffm_secure import record_codec
 from ffm_secure.protection.base import UPLOAD, ClientRound, ClientSide, update_name
 from ffm_secure.records import LEARN, Acceptance, RoundPlan
-from ffm_secure.run_spec import RunSpec
+from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.site.broadcast import BroadcastReader
 from ffm_secure.site.plan_check import differences
 from ffm_secure.site.private_frames import without_locals

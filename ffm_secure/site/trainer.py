@@ -26,7 +26,7 @@ from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.privacy.mechanism import MechanismOutput, SumNoise
 from ffm_secure.queries.base import Query, Rows, Viewed, by_length
 from ffm_secure.records import LEARN, RoundPlan
-from ffm_secure.run_spec import RunSpec
+from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.tasks.base import Task
 from ffm_secure.tasks.encoded import Encoded

@@ -13,11 +13,11 @@ import torch
 from defenses.dp import Ledger
 from defenses.secagg import Identity
 from ffm_secure import tasks, trainable
-from ffm_secure.transport.agreement import RunTerms, public_facts, terms_of
+from ffm_secure.agreed.agreement import RunTerms, public_facts, terms_of
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.dataset import Dataset, for_evaluation
 from ffm_secure.errors import DataError, PlanRefused
-from ffm_secure.loaded_model import LoadedModel, load_model
+from ffm_secure.agreed.loaded_model import LoadedModel, load_model
 from ffm_secure.privacy.accounts import dataset_fingerprint
 from ffm_secure.protection.base import ClientSide
 from ffm_secure.protection.halves import Terms, site_half

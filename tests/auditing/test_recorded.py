@@ -23,7 +23,7 @@ from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines import simulation
 from ffm_secure.engines.local import LocalEngine
-from ffm_secure.loaded_model import load_model, read_facts
+from ffm_secure.agreed.loaded_model import load_model, read_facts
 from ffm_secure.protection.base import UPLOAD
 from ffm_secure.server.transcript import recorded_rounds
 from ffm_secure.storage.observations import read_observations

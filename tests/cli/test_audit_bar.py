@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from ffm_secure.cli.console import SafeConsole
-from ffm_secure.cli.progress import AuditBar
+from ffm_secure.display.console import SafeConsole
+from ffm_secure.display.progress import AuditBar
 
 
 def shown(*, quiet: bool, terminal: bool = True) -> str:

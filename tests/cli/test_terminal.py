@@ -17,8 +17,8 @@ from rich.table import Table
 from attacks.command import main as attacks_main
 from attacks.facts import printable as attacks_printable
 from ffm_secure.cli import app as cli
-from ffm_secure.cli.console import SafeConsole
-from ffm_secure.cli.printable import printable
+from ffm_secure.display.console import SafeConsole
+from ffm_secure.display.printable import printable
 from ffm_secure.config import run_file
 from tests.federation.helpers import call, make, table
 

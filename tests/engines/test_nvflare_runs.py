@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ffm_secure.transport.agreement import run_digest
+from ffm_secure.agreed.agreement import run_digest
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines.nvflare.courier import NVFlareCourier
 from ffm_secure.transport.envelope import header_of

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ffm_secure.cli.progress import round_line
+from ffm_secure.display.progress import round_line
 from ffm_secure.config import compatibility
 from ffm_secure.config import run_file as config
 from ffm_secure.config.run_file import Controller, Lifecycle, RunConfig

@@ -20,7 +20,7 @@ from ffm_secure.engines import coordinator_folder, headquarters, simulated_data
 from ffm_secure.engines.coordinator_folder import Headquarters
 from ffm_secure.engines.headquarters import ReadyRun
 from ffm_secure.federation import TrainingResult
-from ffm_secure.server.coordinator_file import CoordinatorFile
+from ffm_secure.coordinator.coordinator_file import CoordinatorFile
 from ffm_secure.server.timetable import Timetable
 from ffm_secure.site import folder as site_folder
 from ffm_secure.site.folder import SiteFolder

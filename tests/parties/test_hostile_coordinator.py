@@ -17,7 +17,7 @@ from defenses.dp import Ledger
 from defenses.random_source import RandomSource
 from defenses.secagg import Identity
 from ffm_secure import record_codec
-from ffm_secure.transport.agreement import Proposal, RunTerms, SignedAcceptance
+from ffm_secure.agreed.agreement import Proposal, RunTerms, SignedAcceptance
 from ffm_secure.engines.coordinator_folder import Headquarters
 from ffm_secure.records import Acceptance, RoundPlan
 from ffm_secure.server.rounds import plan_round

@@ -12,7 +12,7 @@ from defenses.signatures import verify_signature
 from ffm_secure import record_codec
 from ffm_secure.config.federated import release, run_digest
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.loaded_model import LoadedModel, PublicFacts
+from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts
 from ffm_secure.models.backbone import vector_fingerprint
 
 _ACCEPTS: Final = b"ffm-secure accepts 1"

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ffm_secure.cli.console import SafeConsole
+from ffm_secure.display.console import SafeConsole
 from ffm_secure.quantities import bound, metric, size
 from ffm_secure.records import RoundPlan, RoundRecord
 

@@ -29,7 +29,7 @@ from ffm_secure.protection.masked import SessionBinding
 from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Setting
 from ffm_secure.registry import LIFECYCLES, QUERIES
-from ffm_secure.run_spec import Question, RunSpec
+from ffm_secure.agreed.run_spec import Question, RunSpec
 from ffm_secure.storage.durable import write_atomic
 from ffm_secure.strategies import Strategy, merges_into_base
 from ffm_secure.strategies import build as build_strategy

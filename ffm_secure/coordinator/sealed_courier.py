@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from defenses.errors import ProtocolError
 from defenses.signatures import SIGNATURE_BYTES
 from ffm_secure import record_codec
-from ffm_secure.transport.agreement import Proposal, RunTerms, SignedAcceptance, check_acceptance
+from ffm_secure.agreed.agreement import Proposal, RunTerms, SignedAcceptance, check_acceptance
 from ffm_secure.config.federated import release
 from ffm_secure.errors import RecordError
 from ffm_secure.records import RoundPlan

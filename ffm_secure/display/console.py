@@ -12,7 +12,7 @@ from rich.text import Text
 
 from defenses.errors import BudgetExceeded, DefenseError, ParameterError, TamperedError
 from ffm_secure import record_codec
-from ffm_secure.cli.printable import printable
+from ffm_secure.display.printable import printable
 from ffm_secure.errors import BudgetExhausted, ConfigError, FfmError, StoreError
 from ffm_secure.foreign import LibraryObject
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ffm_secure import federation
-from ffm_secure.transport.agreement import RunTerms
+from ffm_secure.agreed.agreement import RunTerms
 from ffm_secure.errors import StoreError
 from ffm_secure.federation import Callback, TrainingResult
 from ffm_secure.records import RoundRecord
 from ffm_secure.server.context import ServerContext
-from ffm_secure.server.sealed_courier import Proposer, SealedCourier, SignedReceipt, Watch
+from ffm_secure.coordinator.sealed_courier import Proposer, SealedCourier, SignedReceipt, Watch
 from ffm_secure.server.timetable import Timetable
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.strategies import ServerState
