@@ -64,11 +64,11 @@ dist: .venv/.installed-test
 	@touch $@
 
 .venv/.installed-test: .venv/.installed-base
-	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,nvflare]'
+	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,nvflare,tensorboard,mlflow]'
 	@touch $@
 
 .venv/.installed-docs: .venv/.installed-test
-	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,nvflare,docs]'
+	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,nvflare,tensorboard,mlflow,docs]'
 	@touch $@
 
 clean:

@@ -10,6 +10,11 @@ from ffm_secure.display.console import SafeConsole
 from ffm_secure.display.progress import AuditBar
 
 
+@pytest.fixture(autouse=True)
+def terminal_that_can_move_its_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one shows no bar, whatever is forced
+
+
 def shown(*, quiet: bool, terminal: bool = True) -> str:
     screen = io.StringIO()
     with AuditBar(quiet=quiet, console=SafeConsole(file=screen, force_terminal=terminal, width=120)) as bar:
