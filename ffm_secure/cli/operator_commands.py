@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from defenses.random_source import RandomSource
-from ffm_secure import operator_desk
+from ffm_secure.cli import operator_desk
 from ffm_secure.display.console import clear_errors, print_lines
 from ffm_secure.cli.machine_engines import enrolment
 from ffm_secure.errors import StoreError
