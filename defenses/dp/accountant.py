@@ -430,6 +430,20 @@ def _check_delta(delta: float) -> None:
         raise ParameterError(f"delta = {delta!r}: must lie between {SMALLEST_DELTA:g} and {LARGEST_DELTA:g}")
 
 
+def composed(counts: Iterable[tuple[Event, int]], delta: float) -> float:
+    """Return the upper bound of epsilon at delta for events that came so often each; 0 for none.
+
+    >>> composed([], 1e-5)
+    0.0
+    """
+    accountant = Accountant()
+    for event, count in counts:
+        if isinstance(event, NonPrivateEvent):
+            return math.inf  # whatever unit the others are of
+        accountant.compose(event, count)
+    return accountant.epsilon(delta).epsilon
+
+
 def epsilon(events: Iterable[Event], delta: float) -> EpsilonBound:
     """Return the upper bound of epsilon at delta for all events together."""
     accountant = Accountant()

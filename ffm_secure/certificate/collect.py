@@ -7,14 +7,14 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TypeVar
 
 from defenses.dp import Entry, Ledger
+from defenses.dp.accountant import composed
 from defenses.dp.ledger_entries import EVERYBODY
 from defenses.errors import ParameterError, TamperedError
 from ffm_secure import record_codec
-from ffm_secure.certificate.recompute import composed, file_digest
 from ffm_secure.certificate.statement import (
     TENSORS,
     CountedEvent,
@@ -29,11 +29,10 @@ from ffm_secure.certificate.statement import (
 )
 from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.config.schema import to_table
 from ffm_secure.errors import PlanRefused, StoreError
-from ffm_secure.foreign import JsonValue
 from ffm_secure.records import ModelExport, PrivacyStatement, RunSummary
 from ffm_secure.site.ledger_place import ledger_path
+from ffm_secure.storage.durable import file_digest
 from ffm_secure.storage.run_directory import Store
 
 MODEL, LEDGER = "adapter", "ledger.csv"
@@ -59,7 +58,7 @@ def collect(folder: Path, signers: Sequence[Signer], *, kind: Kind) -> Statement
         run=summary.name,
         run_id=_run_id(store),
         status=summary.status,
-        run_file=run_file.dump(_without_folders(config)),
+        run_file=run_file.dump(run_file.from_table(dict(summary.config))),
         unit=config.privacy.unit,
         delta=_delta(config),
         statements=_statements(summary, owners),
@@ -99,19 +98,6 @@ def export_ledger(folder: Path) -> str:
     """Return the rows of a run's ledger as CSV, once every one of them was verified."""
     with _open_verified(folder, Store.read(folder).config()) as ledger:
         return ledger.export("csv")
-
-
-def _without_folders(config: RunConfig) -> RunConfig:
-    """Name files without the folders they lie in on this machine."""
-    return run_file.from_table(_bare(to_table(config)))
-
-
-def _bare(value: JsonValue) -> JsonValue:
-    if isinstance(value, dict):
-        return {key: _bare(item) for key, item in value.items()}
-    if isinstance(value, str) and "\n" not in value and (PurePath(value).is_absolute() or value[:1] == "~"):
-        return PurePath(value).name
-    return value
 
 
 def _run_id(store: Store) -> str:

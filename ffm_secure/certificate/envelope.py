@@ -7,12 +7,12 @@ import binascii
 import hashlib
 from dataclasses import dataclass, replace
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-
+from defenses.errors import ProtocolError
+from defenses.secagg import Identity
+from defenses.signatures import verify_signature
 from ffm_secure.certificate.statement import canonical, parse_object
 from ffm_secure.errors import RecordError
-from ffm_secure.foreign import JsonValue
+from ffm_secure.record_codec import Plain
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _LARGEST = 64 << 20  # bytes; a certificate of 1,000 owners and 1,000 rounds takes a few MiB
@@ -36,9 +36,9 @@ class Envelope:
     payload: bytes
     signatures: tuple[Signature, ...] = ()
 
-    def signed_by(self, key: Ed25519PrivateKey) -> Envelope:
+    def signed_by(self, key: Identity) -> Envelope:
         """Return the envelope with one more signature; a second one of the same key changes nothing."""
-        name = key_id(key.public_key().public_bytes_raw())
+        name = key_id(key.public_key)
         others = [signature for signature in self.signatures if signature.key_id != name]
         own = Signature(key_id=name, value=key.sign(signed_bytes(self.payload)))
         return replace(self, signatures=tuple(sorted([*others, own], key=lambda one: one.key_id)))
@@ -53,7 +53,7 @@ class Envelope:
 
     def to_bytes(self) -> bytes:
         """Return the canonical bytes of the file."""
-        signatures: list[JsonValue] = []
+        signatures: list[Plain] = []
         for signature in self.signatures:
             signatures.append({"keyid": signature.key_id, "sig": _encoded(signature.value)})
         whole = {
@@ -97,13 +97,13 @@ def key_id(public_key: bytes) -> str:
 
 def _valid(public_key: bytes, signature: bytes, payload: bytes) -> bool:
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, signed_bytes(payload))
-    except (InvalidSignature, ValueError):
+        verify_signature(public_key, signature, signed_bytes(payload))
+    except ProtocolError:
         return False
     return True
 
 
-def _signatures(value: JsonValue) -> tuple[Signature, ...]:
+def _signatures(value: Plain) -> tuple[Signature, ...]:
     if not isinstance(value, list):
         raise RecordError("certificate: signatures must be a list")
     signatures = []
@@ -121,7 +121,7 @@ def _encoded(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
-def _decoded(value: JsonValue) -> bytes:
+def _decoded(value: Plain) -> bytes:
     try:
         return base64.b64decode(str(value), validate=True)
     except (binascii.Error, ValueError):

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from defenses.dp import Ledger
 from defenses.dp.ledger_file import Head
 from defenses.errors import DefenseError
+from defenses.random_source import RandomSource
+from defenses.secagg import Identity
 from ffm_secure.certificate.collect import LEDGER, collect, export_ledger, owners_of
 from ffm_secure.certificate.envelope import Envelope
-from ffm_secure.certificate.keys import public_text
 from ffm_secure.certificate.statement import Kind, Signer, Statement
 from ffm_secure.errors import PlanRefused
 from ffm_secure.storage.durable import write_atomic
+from ffm_secure.transport.roster import key_words
 
 OPERATOR = "operator"
 
@@ -29,7 +29,7 @@ class Certified:
     waiting: tuple[str, ...]
 
 
-def certify(folder: Path, *, operator: Ed25519PrivateKey | None, owners: Mapping[str, str]) -> Certified:
+def certify(folder: Path, *, operator: Identity | None, owners: Mapping[str, str]) -> Certified:
     """Return the certificate of a run; its ledger is exported beside its report, as ledger.csv.
 
     `owners` gives the public key of every owner, who then signs by itself. Without it every owner is a
@@ -40,14 +40,16 @@ def certify(folder: Path, *, operator: Ed25519PrivateKey | None, owners: Mapping
     """
     names = owners_of(folder)
     _require_all(names, owners)
-    keys: dict[str, Ed25519PrivateKey] = {}
+    keys: dict[str, Identity] = {}
     signers = [_operator(operator, keys)]
     for name in names:
         if name in owners:
             signers.append(Signer(role="owner", name=name, public_key=owners[name]))
             continue
-        keys[name] = Ed25519PrivateKey.generate()
-        signers.append(Signer(role="owner", name=name, public_key=public_text(keys[name]), simulated=True))
+        keys[name] = Identity.generate(RandomSource.system())
+        signers.append(
+            Signer(role="owner", name=name, public_key=key_words(keys[name].public_key), simulated=True)
+        )
     write_atomic(folder / LEDGER, export_ledger(folder).encode())
     simulated = any(signer.simulated for signer in signers)
     kind: Kind = "simulation" if simulated else "federation"
@@ -60,7 +62,7 @@ def certify(folder: Path, *, operator: Ed25519PrivateKey | None, owners: Mapping
     return Certified(content=envelope.to_bytes(), waiting=tuple(waiting))
 
 
-def countersign(content: bytes, key: Ed25519PrivateKey, *, ledger: Path | None) -> tuple[bytes, str]:
+def countersign(content: bytes, key: Identity, *, ledger: Path | None) -> tuple[bytes, str]:
     """Return the certificate with one more signature, and the name of the party that signed.
 
     Guarantee: an owner with its ledger at hand signs only over a head that this ledger holds.
@@ -70,7 +72,7 @@ def countersign(content: bytes, key: Ed25519PrivateKey, *, ledger: Path | None) 
     """
     envelope = Envelope.from_bytes(content)
     statement = Statement.from_bytes(envelope.payload)
-    own = public_text(key)
+    own = key_words(key.public_key)
     signer = next((held for held in statement.predicate.signers if held.public_key == own), None)
     if signer is None:
         raise PlanRefused(["the certificate names no party with this key"])
@@ -79,11 +81,13 @@ def countersign(content: bytes, key: Ed25519PrivateKey, *, ledger: Path | None) 
     return envelope.signed_by(key).to_bytes(), signer.name
 
 
-def _operator(operator: Ed25519PrivateKey | None, keys: dict[str, Ed25519PrivateKey]) -> Signer:
+def _operator(operator: Identity | None, keys: dict[str, Identity]) -> Signer:
     if operator is not None:
-        return Signer(role="operator", name=OPERATOR, public_key=public_text(operator))
-    keys[OPERATOR] = Ed25519PrivateKey.generate()
-    return Signer(role="operator", name=OPERATOR, public_key=public_text(keys[OPERATOR]), simulated=True)
+        return Signer(role="operator", name=OPERATOR, public_key=key_words(operator.public_key))
+    keys[OPERATOR] = Identity.generate(RandomSource.system())
+    return Signer(
+        role="operator", name=OPERATOR, public_key=key_words(keys[OPERATOR].public_key), simulated=True
+    )
 
 
 def _require_all(names: tuple[str, ...], owners: Mapping[str, str]) -> None:

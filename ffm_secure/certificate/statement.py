@@ -9,7 +9,7 @@ from typing import Literal
 
 from ffm_secure import record_codec
 from ffm_secure.errors import RecordError
-from ffm_secure.foreign import JsonValue
+from ffm_secure.record_codec import Plain
 from ffm_secure.records import Observer, Point, PrivacyStatement, RunStatus, Verdict
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -85,7 +85,7 @@ class Signer:
 
     role: Literal["operator", "owner"]
     name: str
-    public_key: str  # Ed25519, hexadecimal
+    public_key: str  # as a roster writes it: ed25519: and 64 hexadecimal digits
     simulated: bool = False  # the key was made for this certificate alone, by whoever ran the simulation
 
 
@@ -124,9 +124,7 @@ class Statement:
 
     def to_bytes(self) -> bytes:
         """Return the canonical bytes that are signed."""
-        subjects: list[JsonValue] = []
-        for subject in self.subjects:
-            subjects.append({"name": subject.name, "digest": dict(sorted(subject.digest.items()))})
+        subjects = [record_codec.encode(subject, "subject") for subject in self.subjects]
         whole = {
             "_type": STATEMENT_TYPE,
             "subject": subjects,
@@ -142,7 +140,7 @@ class Statement:
         Raises:
           RecordError: the content is no statement of this version, or not in its canonical form.
         """
-        whole = _object(content, "statement")
+        whole = parse_object(content, "statement")
         if set(whole) != {"_type", "subject", "predicateType", "predicate"}:
             raise RecordError(
                 "statement: must hold _type, subject, predicateType and predicate, nothing else"
@@ -166,26 +164,19 @@ def canonical(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def parse_object(content: bytes, where: str) -> dict[str, JsonValue]:
-    """Read one JSON object.
+def parse_object(content: bytes, where: str) -> dict[str, Plain]:
+    """Read one JSON object, without a name twice.
 
     Raises:
       RecordError: it is none.
     """
-    return _object(content, where)
-
-
-def _object(content: bytes, where: str) -> dict[str, JsonValue]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        raise RecordError(f"{where}: is no JSON") from None
+    value = record_codec.parse_json(content, where)
     if not isinstance(value, dict):
         raise RecordError(f"{where}: must be a JSON object")
     return value
 
 
-def _subjects(value: JsonValue) -> tuple[Subject, ...]:
+def _subjects(value: Plain) -> tuple[Subject, ...]:
     if not isinstance(value, list):
         raise RecordError("statement: subject must be a list")
     return tuple(record_codec.decode(Subject, entry, "subject") for entry in value)

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from defenses.dp import Event, Ledger, from_json
+from defenses.dp.accountant import composed
 from defenses.dp.ledger_file import Head
 from defenses.errors import DefenseError
 from ffm_secure.certificate.envelope import Envelope, key_id
-from ffm_secure.certificate.recompute import composed, file_digest
 from ffm_secure.certificate.statement import TENSORS, CountedEvent, OwnerEvidence, Statement
 from ffm_secure.config import run_file
 from ffm_secure.errors import ConfigError, FfmError, StoreError
+from ffm_secure.storage.durable import file_digest
+from ffm_secure.transport.roster import read_key
 
 TOLERANCE = 1e-6  # of an epsilon computed anew
 MODEL = "adapter/"
@@ -124,9 +126,10 @@ def _everybody(statement: Statement) -> Check:
     return Check(claim="every owner signs", holds=True, detail=f"{len(owners)} owners and one operator")
 
 
-def _public_key(text: str) -> bytes:
+def _public_key(words: str) -> bytes:
+    """Return a key as bytes; none, under which nothing verifies, where nobody should use it."""
     try:
-        return bytes.fromhex(text)
+        return read_key(words)
     except ValueError:
         return b""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from ffm_secure.certificate.keys import read_key, read_public_keys
+from ffm_secure.certificate.known_keys import read_known_keys
 from ffm_secure.certificate.verify import Materials, Verification, verify as check_certificate
 from ffm_secure.display.console import say
 from ffm_secure.errors import ConfigError, FfmError, PlanRefused, RecordError, StoreError
 from ffm_secure.foreign import LazyName
 from ffm_secure.record_codec import to_plain
 from ffm_secure.storage.durable import write_atomic
+from ffm_secure.storage.key_file import read_key_file
 
 FILE = "certificate.json"
 
@@ -21,8 +22,8 @@ def certify(
 ) -> None:
     """Write the certificate of a finished run."""
     place = out or folder / FILE
-    operator = read_key(identity) if identity is not None else None
-    keys = {name: key for key, name in read_public_keys(owners).items()} if owners is not None else {}
+    operator = read_key_file(identity) if identity is not None else None
+    keys = {name: key for key, name in read_known_keys(owners).items()} if owners is not None else {}
     certified = _making().certify(folder, operator=operator, owners=keys)
     write_atomic(place, certified.content)
     lines = [f"{place}: written"]
@@ -40,7 +41,7 @@ def certify(
 
 def sign(certificate: Path, *, identity: Path, ledger: Path | None, json: bool) -> None:
     """Add one party's signature to a certificate."""
-    content, name = _making().countersign(_read(certificate), read_key(identity), ledger=ledger)
+    content, name = _making().countersign(_read(certificate), read_key_file(identity), ledger=ledger)
     write_atomic(certificate, content)
     lines = [f"{certificate}: signed by {name}"]
     if ledger is None and name != "operator":
@@ -99,7 +100,7 @@ def materials_for(
         raise ConfigError("verify", problems)
     beside = certificate.parent if (certificate.parent / "report.json").is_file() else None
     folder = files if files is not None or model is not None else beside
-    known = read_public_keys(trust) if trust is not None else {}
+    known = read_known_keys(trust) if trust is not None else {}
     return Materials(
         folder=folder, model=model, ledger=ledger, owner=owner, trust=known, cross_check=cross_check
     )

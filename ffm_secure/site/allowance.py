@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from defenses.dp import Accountant, Budget, Event, Ledger, NonPrivateEvent
+from defenses.dp import Budget, Event, Ledger, NonPrivateEvent, accountant
 from defenses.dp.records import Records
 from ffm_secure.config.run_file import Privacy
 
@@ -136,27 +136,17 @@ def grant_lifetime(ledger: Ledger, privacy: Privacy) -> None:
         ledger.grant(privacy.unit, budget.epsilon, budget.delta)
 
 
-@lru_cache(maxsize=4096)
 def run_epsilon(event: Event, rounds: int, delta: float) -> float:
     """Return what `rounds` rounds of one event cost alone."""
-    if isinstance(event, NonPrivateEvent):
-        return math.inf
-    if rounds < 1:
+    if rounds < 1 and not isinstance(event, NonPrivateEvent):
         return 0.0
     return composed(((event, rounds),), delta)
 
 
 @lru_cache(maxsize=4096)
 def composed(events: tuple[tuple[Event, int], ...], delta: float) -> float:
-    """Return what events cost together, each as often as it says."""
-    accountant = Accountant()
-    for event, count in events:
-        if isinstance(event, NonPrivateEvent):
-            return math.inf
-        accountant.compose(event, count)
-    if events:
-        return accountant.epsilon(delta).epsilon
-    return 0.0
+    """Return what events cost together, each as often as it says; remembered, for it is asked every round."""
+    return accountant.composed(events, delta)
 
 
 def within_run(

@@ -5,7 +5,6 @@ other.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from defenses.secagg import Identity, ReplayGuard
 from defenses.secagg.keys import KEY_BYTES
 from ffm_secure.errors import StoreError
 from ffm_secure.storage.durable import create_folder, require_own_folder, write_atomic
+from ffm_secure.storage.key_file import read_seed
 
 KEY, MEMORY = "identity.key", "replay_guard.json"
 
@@ -50,7 +50,7 @@ def read_identity(folder: Path) -> Identity:
 def _problems(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ParameterError, TamperedError) as error:
+    except (OSError, ParameterError, TamperedError, StoreError) as error:
         reason = str(error) or "is damaged"
         raise StoreError(
             f"{folder}: the site's identity or its memory of past rounds cannot be used ({reason}); "
@@ -69,14 +69,7 @@ def _create(folder: Path, source: RandomSource) -> Identity:
 
 
 def _read(folder: Path) -> Identity:
-    descriptor = os.open(folder / KEY, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        about = os.fstat(file.fileno())
-        if about.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or about.st_uid != os.geteuid():
-            raise ParameterError(f"{KEY} must belong to this user and be readable by nobody else (0600)")
-        seed = file.read(KEY_BYTES + 1)
-    if len(seed) != KEY_BYTES:
-        raise TamperedError
+    seed = read_seed(folder / KEY)
     guard = ReplayGuard.open(folder / MEMORY, owner=_name(seed))
     return Identity(seed, guard=guard)
 

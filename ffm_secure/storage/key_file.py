@@ -1,4 +1,4 @@
-"""A signing key in a file of its own, its owner's alone: the operator's, or a coordinator's."""
+"""A signing key in a file of its own, its owner's alone: the operator's, a coordinator's, a site's."""
 
 from __future__ import annotations
 
@@ -30,7 +30,16 @@ def create_key(path: Path, source: RandomSource) -> Identity:
 
 
 def read_key_file(path: Path) -> Identity:
-    """Read a key.
+    """Read a key that takes part in no protocol with a memory.
+
+    Raises:
+      StoreError: it is missing, damaged, or readable by others.
+    """
+    return Identity(read_seed(path), guard=ReplayGuard.in_memory())
+
+
+def read_seed(path: Path) -> bytes:
+    """Read the private half of a key.
 
     Raises:
       StoreError: it is missing, damaged, or readable by others.
@@ -46,4 +55,4 @@ def read_key_file(path: Path) -> Identity:
         raise StoreError(f"{path}: must belong to this user and be readable by nobody else (0600)")
     if len(seed) != _SEED_BYTES:
         raise StoreError(f"{path}: is damaged; restore it from your backup")
-    return Identity(seed, guard=ReplayGuard.in_memory())
+    return seed

@@ -11,19 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from defenses.dp import Event, Ledger, from_json
+from defenses.dp.accountant import composed
+from defenses.random_source import RandomSource
+from defenses.secagg import Identity
 from ffm_secure.api import Run
-from ffm_secure.certificate.envelope import Envelope, Signature
-from ffm_secure.certificate.keys import public_text
+from ffm_secure.certificate.envelope import Envelope, Signature, key_id
 from ffm_secure.certificate.make import certify, countersign
-from ffm_secure.certificate.recompute import composed
 from ffm_secure.certificate.statement import OwnerEvidence, Predicate, Statement
 from ffm_secure.certificate.verify import Materials, verify
 from ffm_secure.errors import PlanRefused, RecordError
+from ffm_secure.transport.roster import key_words, read_key
 from tests.certificate.conftest import PRIVATE
 from tests.federation.helpers import RECORD, SECAGG, call, make
 
@@ -53,10 +54,10 @@ def statement_of(content: bytes) -> Statement:
 
 def resigned(statement: Statement) -> bytes:
     """Sign a statement with fresh keys for everybody: what somebody can do who holds every key."""
-    keys = [Ed25519PrivateKey.generate() for _ in statement.predicate.signers]
+    keys = [Identity.generate(RandomSource.system()) for _ in statement.predicate.signers]
     signers = []
     for signer, key in zip(statement.predicate.signers, keys, strict=True):
-        signers.append(replace(signer, public_key=public_text(key)))
+        signers.append(replace(signer, public_key=key_words(key.public_key)))
     predicate = replace(statement.predicate, signers=tuple(signers))
     envelope = Envelope(payload=replace(statement, predicate=predicate).to_bytes())
     for key in keys:
@@ -108,7 +109,7 @@ def test_no_byte_of_a_certificate_can_be_flipped(finished: Path, data: st.DataOb
 def test_not_one_byte_parses_to_the_same_envelope_with_valid_signatures(finished: Path) -> None:
     """Every byte once: the form is canonical, so no change of spelling survives."""
     content = certificate(finished)
-    keys = [bytes.fromhex(signer.public_key) for signer in statement_of(content).predicate.signers]
+    keys = [read_key(signer.public_key) for signer in statement_of(content).predicate.signers]
     for place in range(len(content)):
         changed = bytearray(content)
         changed[place] ^= 1 << (place % 8)
@@ -175,8 +176,19 @@ def test_signatures_belong_to_their_owners(finished: Path) -> None:
     )
     assert len(broken(replace(envelope, signatures=swapped).to_bytes(), Materials())) == 2
     assert len(broken(replace(envelope, signatures=envelope.signatures[1:]).to_bytes(), Materials())) == 1
-    foreign = envelope.signed_by(Ed25519PrivateKey.generate())
+    foreign = envelope.signed_by(Identity.generate(RandomSource.system()))
     assert broken(foreign.to_bytes(), Materials()) == ["signers"]
+
+
+def test_a_key_under_which_anything_verifies_signs_nothing(finished: Path) -> None:
+    """Under a key of small order one signature fits many messages; no such key is a party."""
+    statement = statement_of(certificate(finished))
+    first = replace(statement.predicate.signers[1], public_key="ed25519:01" + "00" * 31)
+    signers = (statement.predicate.signers[0], first, *statement.predicate.signers[2:])
+    weak = replace(statement, predicate=replace(statement.predicate, signers=signers))
+    anything = Signature(key_id=key_id(bytes.fromhex("01" + "00" * 31)), value=bytes([1]) + bytes(63))
+    envelope = Envelope(payload=weak.to_bytes(), signatures=(anything,))
+    assert f"signature of owner {first.name}" in broken(envelope.to_bytes(), Materials())
 
 
 def test_an_owner_left_out_is_missed(finished: Path) -> None:
@@ -230,8 +242,8 @@ def test_without_its_ledger_nothing_is_certified(run: Path) -> None:
 
 def test_every_owner_signs_by_itself(run: Path, tmp_path: Path) -> None:
     names = [f"client-{number}" for number in range(1, 5)]
-    keys = {name: Ed25519PrivateKey.generate() for name in [*names, "operator"]}
-    public = {name: public_text(keys[name]) for name in names}
+    keys = {name: Identity.generate(RandomSource.system()) for name in [*names, "operator"]}
+    public = {name: key_words(keys[name].public_key) for name in names}
     with pytest.raises(PlanRefused, match="client-4"):
         certify(run, operator=keys["operator"], owners=dict(list(public.items())[:3]))
     content = certify(run, operator=keys["operator"], owners=public).content
@@ -241,19 +253,20 @@ def test_every_owner_signs_by_itself(run: Path, tmp_path: Path) -> None:
         assert signed == name
     assert broken(content, everything(run)) == []
     assert statement_of(content).kind == "federation"
-    trusted = {public_text(key): name for name, key in keys.items()}
+    trusted = {key_words(key.public_key): name for name, key in keys.items()}
     assert broken(content, Materials(trust=trusted)) == []
     trusted[public["client-2"]] = "client-3"
     assert broken(content, Materials(trust=trusted)) == ["signature of owner client-2"]
     with pytest.raises(PlanRefused, match="names no party"):
-        countersign(content, Ed25519PrivateKey.generate(), ledger=None)
+        countersign(content, Identity.generate(RandomSource.system()), ledger=None)
 
 
 def test_an_owner_does_not_sign_over_a_head_its_ledger_never_had(run: Path, tmp_path: Path) -> None:
     keys = {
-        name: Ed25519PrivateKey.generate() for name in ["operator", *(f"client-{i}" for i in range(1, 5))]
+        name: Identity.generate(RandomSource.system())
+        for name in ["operator", *(f"client-{i}" for i in range(1, 5))]
     }
-    public = {name: public_text(key) for name, key in keys.items() if name != "operator"}
+    public = {name: key_words(key.public_key) for name, key in keys.items() if name != "operator"}
     content = certify(run, operator=keys["operator"], owners=public).content
     with Ledger.open(tmp_path / "other.sqlite") as ledger:
         ledger.grant("record", 1.0, 1e-5)
