@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-ORDERS: npt.NDArray[np.floating[Any]] = np.geomspace(1e-3, 1e9, 120)
+ORDERS: npt.NDArray[np.float64] = np.geomspace(1e-3, 1e9, 120)

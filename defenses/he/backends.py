@@ -105,7 +105,7 @@ class _WordChunks:
         self._digest = agreement.digest(mechanism)
         self._count = -(-agreement.length // _WORDS_PER_CHUNK)
 
-    def write(self, words: npt.NDArray[Any], *, role: Role, party: bytes = NOBODY) -> Iterator[bytes]:
+    def write(self, words: Words, *, role: Role, party: bytes = NOBODY) -> Iterator[bytes]:
         parts = (words[start : start + _WORDS_PER_CHUNK] for start in range(0, len(words), _WORDS_PER_CHUNK))
         payloads = (part.astype("<u8").tobytes() for part in parts)
         return write_chunks(payloads, digest=self._digest, count=self._count, role=role, party=party)

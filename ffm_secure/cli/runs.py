@@ -14,6 +14,7 @@ from ffm_secure.display.console import console, print_json
 from ffm_secure.config import run_file
 from ffm_secure.config.schema import to_table
 from ffm_secure.errors import ConfigError, StoreError
+from ffm_secure.foreign import JsonValue
 from ffm_secure.quantities import bound, metric
 from ffm_secure.queries import agenda
 
@@ -141,14 +142,14 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return settings
 
 
-def differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def differences(settings: Sequence[Mapping[str, JsonValue]]) -> dict[str, list[JsonValue]]:
     """Return the settings that are not the same in all runs, with the value of each; names are no setting."""
     names = dict.fromkeys(name for run in settings for name in run)
     values = {}
     for name in names:
         if name != "name":
             values[name] = [run.get(name) for run in settings]
-    differences: dict[str, list[Any]] = {}
+    differences: dict[str, list[JsonValue]] = {}
     for name, each in values.items():
         if any(value != each[0] for value in each):
             differences[name] = each

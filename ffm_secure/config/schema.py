@@ -90,6 +90,19 @@ def parse_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), [f"is not TOML: {str(error)[:200]}"]) from None
 
 
+def load_file(kind: type[T], path: Path) -> T:
+    """Read a TOML file as one checked dataclass.
+
+    Raises:
+      ConfigError: with every problem at once.
+    """
+    problems = Problems()
+    value = read_table(kind, parse_toml(path), "", problems)
+    if problems or value is None:
+        raise ConfigError(str(path), list(problems))
+    return value
+
+
 def set_value(table: dict[str, Any], override: str, problems: Problems) -> None:
     """Apply one `section.key=value` override in place; the value is read as TOML, or as a plain string."""
     name, separator, text = override.partition("=")

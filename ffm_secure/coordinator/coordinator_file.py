@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table
-from ffm_secure.errors import ConfigError
+from ffm_secure.config.schema import dump_toml, load_file, option
 from ffm_secure.server.timetable import Timetable
 from ffm_secure.transport.roster import KEY_PATTERN
 
@@ -26,11 +25,7 @@ def load(path: Path) -> CoordinatorFile:
     Raises:
       ConfigError: with every problem at once.
     """
-    problems = Problems()
-    coordinator = read_table(CoordinatorFile, parse_toml(path), "", problems)
-    if problems or coordinator is None:
-        raise ConfigError(str(path), list(problems))
-    return coordinator
+    return load_file(CoordinatorFile, path)
 
 
 def dump(coordinator: CoordinatorFile) -> str:

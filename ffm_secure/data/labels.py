@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,7 +159,7 @@ def is_blank(value: object) -> bool:
     return isinstance(value, str) and not value.strip()
 
 
-def as_list(values: Cells) -> list[Any]:
+def as_list(values: Cells) -> list[object]:
     """Return a column as plain Python values."""
     return list(values.tolist() if isinstance(values, np.ndarray) else values)
 

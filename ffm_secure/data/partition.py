@@ -285,10 +285,7 @@ def _groups(examples: Examples, column: str) -> dict[Any, Indices]:
             blank.append(row)
             continue
         # a data frame's gap made it so
-        if isinstance(value, float) and value.is_integer():
-            name = int(value)
-        else:
-            name = value
+        name = int(value) if isinstance(value, float) and value.is_integer() else value
         if isinstance(name, bool) or not isinstance(name, (str, int)):
             raise DataError(
                 f"{examples.origin}: row {row} of column {column!r} holds "

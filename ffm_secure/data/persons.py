@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from defenses.dp.records import RecordKey, contents_of, person_content
-from ffm_secure.data.dataset import Examples
+from ffm_secure.config.run_file import Privacy
+from ffm_secure.data.dataset import Dataset, Examples
 from ffm_secure.errors import DataError
 
 Indices = NDArray[np.int64]
+
+
+def bounded_persons(dataset: Dataset, privacy: Privacy, key: RecordKey) -> Dataset:
+    """Return a data set with at most as many rows of every person as the run file says, and a note of it.
+
+    Raises:
+      DataError: somebody has more, and the run file does not say that rows may be left out.
+    """
+    if not privacy.person_column:
+        return dataset
+    train, note = bounded(
+        dataset.train,
+        column=privacy.person_column,
+        most=privacy.records_per_person,
+        key=key,
+        sample=privacy.over_bound == "sample",
+    )
+    return replace(dataset, train=train, notes=(*dataset.notes, *([note] if note else [])))
 
 
 def bounded(

@@ -37,6 +37,21 @@ def round_line(record: RoundRecord, *, rounds: int, budget: float) -> str:
     )
 
 
+def _progress(description: str, console: SafeConsole, *, quiet: bool) -> Progress:
+    """Return bars with count, time gone and time left; none where nobody sees them move."""
+    return Progress(
+        TextColumn(description),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+
+
 class Bars:
     """Show two bars, rounds and clients, and print a line as each round ends."""
 
@@ -46,17 +61,7 @@ class Bars:
             file=sys.stderr if not sys.stdout.isatty() else sys.stdout, highlight=False, soft_wrap=True
         )
         self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
+        self.progress = _progress("{task.description}", console, quiet=quiet)
         self.of_rounds = self.progress.add_task("rounds", total=rounds, completed=finished)
         self.of_clients = self.progress.add_task("clients", total=None)
 
@@ -88,17 +93,7 @@ class AuditBar:
 
     def __init__(self, *, quiet: bool, console: SafeConsole | None = None) -> None:
         console = console or SafeConsole(file=sys.stderr, highlight=False, soft_wrap=True)
-        self.progress = Progress(
-            TextColumn("auditing: {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=quiet or not console.is_terminal,
-        )
+        self.progress = _progress("auditing: {task.description}", console, quiet=quiet)
         self.task = self.progress.add_task("looks at the update", total=None)
 
     def __enter__(self) -> AuditBar:

@@ -6,19 +6,17 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from defenses.dp import Event
 from ffm_secure import record_codec
-from ffm_secure.config.schema import to_table
 from ffm_secure.engines.headquarters import ReadyRun
 from ffm_secure.engines.simulated_data import SimulatedData
 from ffm_secure.engines.simulation import Prepared
-from ffm_secure.engines.summary import describe, software
+from ffm_secure.engines.summary import public_summary
 from ffm_secure.federation import TrainingResult
-from ffm_secure.privacy.statements import SEEDED, statements
 from ffm_secure.records import DECLINED, Receipt, RunSummary
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
@@ -64,36 +62,17 @@ def finish(ready: ReadyRun, trained: TrainingResult) -> RunSummary:
 
 def summarise(ready: ReadyRun, trained: TrainingResult) -> RunSummary:
     """Collect a run as its coordinator saw it: no ledger, and of single sites nothing but receipts."""
-    loaded, config, server = ready.loaded, ready.loaded.config, ready.coordinator.server
-    zero = server.evaluate(ready.initial).metric
-    rows = ready.dataset.validation
-    prepared = _as_planned(ready)
-    charged = config.privacy.unit != "none"
-    last = trained.records[-1].metric if trained.records else zero
-    return RunSummary(
-        name=config.name,
-        status=trained.status,
-        stamps=(SEEDED,) if config.privacy.noise == "seeded" else (),
-        config=to_table(config),
-        plan=describe(prepared),
-        rounds=trained.records,
-        statements=statements(config, loaded.mechanism, _charged(ready, trained) if charged else ()),
-        budget_epsilon=config.privacy.epsilon if charged else math.inf,
-        metric_name=ready.task.metric_name,
-        metric_final=last,
-        metric_zero_round=zero,
-        metric_majority=ready.task.majority(rows, rows),
-        higher_is_better=ready.task.higher_is_better,
-        clients=(),
-        clients_source="every site's own; the coordinator has receipts alone",
-        audit=None,
-        ledger_entries=0,
-        ledger_head="",
-        software=software(),
+    private = ready.loaded.config.privacy.unit != "none"
+    known = public_summary(
+        _as_planned(ready),
+        trained,
+        zero_metric=ready.coordinator.server.evaluate(ready.initial).metric,
+        public=ready.dataset.validation,
+        spent=_charged(ready, trained) if private else (),
         seconds=time.time() - ready.began,
-        owners=loaded.owners,
         ended=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
+    return replace(known, owners=ready.loaded.owners)
 
 
 def _charged(ready: ReadyRun, trained: TrainingResult) -> tuple[Event, ...]:

@@ -14,7 +14,7 @@ from ffm_secure.coordinator import coordinator_file
 from ffm_secure.coordinator.coordinator_file import CoordinatorFile
 from ffm_secure.storage.durable import create_folder, require_own_folder, write_atomic
 from ffm_secure.storage.key_file import create_key, read_key_file
-from ffm_secure.transport.roster import FederationRoster, expired, read_key
+from ffm_secure.transport.roster import FederationRoster, read_roster
 
 FILE: Final = "coordinator.toml"
 KEY: Final = "coordinator.key"
@@ -53,15 +53,7 @@ class Headquarters:
           StoreError: there is none, it is not the operator's, has expired, or names another coordinator.
         """
         path = self.place / ROSTER
-        try:
-            content = path.read_bytes()
-        except OSError:
-            raise StoreError(
-                f"{path}: is missing; ask the operator for the roster and put it there"
-            ) from None
-        roster = FederationRoster.from_bytes(content, operator=read_key(file.operator))
-        if now >= roster.statement.expires:
-            raise StoreError(f"{path}: {expired(roster.statement.expires)}")
+        roster = read_roster(path, operator=file.operator, now=now)
         if roster.statement.coordinator != self.key().public_key:
             raise StoreError(
                 f"{path}: names another coordinator; send the operator this one's key and ask again"

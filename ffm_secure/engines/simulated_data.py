@@ -15,7 +15,7 @@ from ffm_secure.data import partition
 from ffm_secure.data.checks import require_sound
 from ffm_secure.data.dataset import Dataset, Examples, load_task
 from ffm_secure.data.memory import Memory
-from ffm_secure.data.persons import bounded, reunited
+from ffm_secure.data.persons import bounded_persons, reunited
 from ffm_secure.data.row_names import named, sayings
 from ffm_secure.errors import DataError
 from ffm_secure.privacy.accounts import contents_fingerprint, dataset_fingerprint, keyed_fingerprint
@@ -160,21 +160,8 @@ def _public_rows(examples: Examples, count: int, config: RunConfig) -> tuple[np.
 def _named_rows(config: RunConfig, base: Path, key: RecordKey, rows: Memory | None = None) -> Dataset:
     """Read the rows, name them, and leave out what is beyond the bound on a person."""
     loaded = load_dataset(config, base, rows, key=key)
-    return _bounded(named(loaded, key, person_column=config.privacy.person_column), config, key)
-
-
-def _bounded(dataset: Dataset, config: RunConfig, key: RecordKey) -> Dataset:
-    privacy = config.privacy
-    if not privacy.person_column:
-        return dataset
-    train, note = bounded(
-        dataset.train,
-        column=privacy.person_column,
-        most=privacy.records_per_person,
-        key=key,
-        sample=privacy.over_bound == "sample",
-    )
-    return replace(dataset, train=train, notes=(*dataset.notes, *([note] if note else [])))
+    dataset = named(loaded, key, person_column=config.privacy.person_column)
+    return bounded_persons(dataset, config.privacy, key)
 
 
 def _refuse_publishing(

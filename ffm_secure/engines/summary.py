@@ -7,7 +7,8 @@ import importlib.metadata
 import math
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +18,7 @@ from defenses.he.collusion import Kind, collusion
 from ffm_secure.config import compatibility, run_file
 from ffm_secure.config.run_file import OBSERVERS, RunConfig
 from ffm_secure.config.schema import to_table
+from ffm_secure.data.dataset import Examples
 from ffm_secure.engines.simulation import Prepared, Simulation, evaluation_examples
 from ffm_secure.federation import TrainingResult
 from ffm_secure.models.backbone import fingerprint, vector_fingerprint
@@ -123,16 +125,48 @@ def summarise(
 ) -> RunSummary:
     """Collect a run into what its report shows; `ended` is a time of day, ISO 8601, UTC."""
     prepared, config = ready.prepared, ready.config
-    if config.privacy.unit != "none":
-        spent = ready.largest_history()
-    else:
-        spent = ()
-    public = evaluation_examples(prepared)  # the commonest private label would be a release
-    majority = prepared.task.majority(public, public)
-    last = trained.records[-1].metric if trained.records else zero_metric
-    best = best_of(trained.records, higher_is_better=ready.task.higher_is_better)
-    named = config.task.split.kind == "natural"
     head = ready.ledger.head()
+    named = config.task.split.kind == "natural"
+    seen_by_all = public_summary(
+        prepared,
+        trained,
+        zero_metric=zero_metric,
+        public=evaluation_examples(prepared),
+        spent=ready.largest_history() if config.privacy.unit != "none" else (),
+        seconds=seconds,
+        ended=ended,
+    )
+    return replace(
+        seen_by_all,
+        clients=outcomes,
+        clients_source="simulation's own view, never released",
+        audit=audit,
+        ledger_entries=head.sequence,
+        ledger_head=head.hash,
+        owners=tuple(site.data.name for site in ready.sites) if named else (),
+        digests=_digests(ready, trained),
+        data=_data_release(prepared),
+        evaluation=_released(ready, trained),
+    )
+
+
+def public_summary(
+    prepared: Prepared,
+    trained: TrainingResult,
+    *,
+    zero_metric: float,
+    public: Examples,
+    spent: Sequence[Event],
+    seconds: float,
+    ended: str,
+) -> RunSummary:
+    """Collect what whoever runs the server knows of a run: nothing of single owners, no ledger.
+
+    `public` are the rows that accuracy was read on: the commonest private label would be a release.
+    """
+    config, task = prepared.config, prepared.task
+    private = config.privacy.unit != "none"
+    best = best_of(trained.records, higher_is_better=task.higher_is_better)
     return RunSummary(
         name=config.name,
         status=trained.status,
@@ -141,26 +175,22 @@ def summarise(
         plan=describe(prepared),
         rounds=trained.records,
         statements=statements(config, prepared.mechanism, spent),
-        budget_epsilon=config.privacy.epsilon if config.privacy.unit != "none" else math.inf,
-        metric_name=ready.task.metric_name,
-        metric_final=last,
+        budget_epsilon=config.privacy.epsilon if private else math.inf,
+        metric_name=task.metric_name,
+        metric_final=trained.records[-1].metric if trained.records else zero_metric,
         metric_zero_round=zero_metric,
-        metric_majority=majority,
-        higher_is_better=ready.task.higher_is_better,
-        clients=outcomes,
-        clients_source="simulation's own view, never released",
-        audit=audit,
-        ledger_entries=head.sequence,
-        ledger_head=head.hash,
+        metric_majority=task.majority(public, public),
+        higher_is_better=task.higher_is_better,
+        clients=(),
+        clients_source="every site's own; the coordinator has receipts alone",
+        audit=None,
+        ledger_entries=0,
+        ledger_head="",
         software=software(),
         seconds=seconds,
-        owners=tuple(site.data.name for site in ready.sites) if named else (),
         round_best=None if best is None else best.round,
         metric_best=None if best is None else best.metric,
         ended=ended,
-        digests=_digests(ready, trained),
-        data=_data_release(prepared),
-        evaluation=_released(ready, trained),
     )
 
 

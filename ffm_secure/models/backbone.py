@@ -287,7 +287,7 @@ _TEXT_PART = {
 }
 
 
-def _text_part(config: Configuration, kind: str) -> tuple[Any, dict[str, str]]:
+def _text_part(config: Configuration, kind: str) -> tuple[Configuration, dict[str, str]]:
     """Choose the text part of a model for texts and pictures where a text task asks for it, with the names of
     its tensors.
     """

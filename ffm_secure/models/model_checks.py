@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -56,9 +56,9 @@ def refuse_if_padding_matters(name: str, backbone: Backbone) -> None:
         )
 
 
-def _marks(config: Configuration) -> set[Any]:
+def _marks(config: Configuration) -> set[int | None]:
     """Collect the tokens that begin, end or pad a text."""
-    marks: set[Any] = set()
+    marks: set[int | None] = set()
     for part in ("pad", "bos", "eos", "sep", "cls"):
         token = getattr(config, f"{part}_token_id", None)
         marks |= set(token) if isinstance(token, list) else {token}

@@ -19,7 +19,7 @@ from defenses.dp import ClientMechanism, Event, NonPrivateEvent, SumMechanism, s
 from defenses.random_source import RandomSource
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.privacy.mechanism import ClientNoise, MechanismOutput
+from ffm_secure.privacy.mechanism import ClientNoise, Mechanism, MechanismOutput
 from ffm_secure.queries.base import Query
 
 _FINE = 64.0  # how many times longer than all rounding errors together one record's vector may be, in levels
@@ -39,25 +39,8 @@ class Total:
         return "Total(private)"
 
 
-class QueryNoise(Protocol):
+class QueryNoise(Mechanism, Protocol):
     """Own what decides epsilon of one answer: a mechanism with a door for rows, not for updates."""
-
-    record_level: None
-    client_level: None
-    sum_level: None
-    clips_records: bool
-
-    @property
-    def noise_multiplier(self) -> float:
-        """Return the noise of the opened sum over the bound; 0 without noise."""
-
-    @property
-    def clip_norm(self) -> float:
-        """Return the bound on one record's vector, or on one client's mean of them."""
-
-    @property
-    def adjacency(self) -> str:
-        """Say between which neighbours the guarantee holds."""
 
     @property
     def scale(self) -> float:
@@ -71,15 +54,6 @@ class QueryNoise(Protocol):
     def noise_bound(self) -> int:
         """Return what one site's noise on one coordinate practically never exceeds, in levels."""
 
-    def event(self, release: str) -> Event:
-        """Return what one answer is charged as."""
-
-    def digest(self) -> str:
-        """Return the hash of everything that decides epsilon."""
-
-    def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> MechanismOutput:
-        """Refuse: a query has no update."""
-
     def total(self, answers: Iterable[Tensor]) -> Total:
         """Bound every row of the answers [n, size] and add them up; private."""
 
@@ -88,9 +62,6 @@ class QueryNoise(Protocol):
 
     def deviation(self, survivors: int) -> float:
         """Return the standard deviation of the noise in the sum of so many honest sites, in real units."""
-
-    def words(self, rounds: int) -> str:
-        """Describe it in one line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,7 +287,7 @@ def honest_shares(config: RunConfig) -> int:
 def _client_answers(config: RunConfig, query: Query, epsilon: float) -> ClientAnswers:
     privacy, protection = config.privacy, config.protection
     scale = ((1 << (protection.value_bits - 1)) - 1) / query.bound
-    honest = compatibility.minimum_survivors(config) - max(1, protection.colluding)
+    honest = compatibility.honest_survivors(config)
 
     def noise(multiplier: float) -> ClientNoise:
         inner = ClientMechanism(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ffm_secure.quantities import bound, count
-from ffm_secure.records import PrivacyStatement
+from ffm_secure.records import DataRelease, PrivacyStatement
 
 COIN_SURVEY = math.log(3)  # epsilon of the survey in which a coin decides who answers at random
 _STRONG, _MODERATE = 1.0, 10.0
@@ -85,3 +85,8 @@ def _often(share: float) -> str:
         return f"{rounded:g}\N{NO-BREAK SPACE}% of the time"
     missed = math.floor(1 / (1 - share)) if share < 1 else 0
     return f"every time but one in {count(missed)}" if 0 < missed < 10**9 else "every time"
+
+
+def held_out_words(data: DataRelease) -> str:
+    """Say how many of the public rows were private ones before, as the end of a sentence about them."""
+    return f", {count(data.held_out)} of them taken from the owners' rows" if data.held_out else ""

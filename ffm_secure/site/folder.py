@@ -26,7 +26,7 @@ from ffm_secure.storage.durable import (
     require_own_folder,
     write_atomic,
 )
-from ffm_secure.transport.roster import FederationRoster, expired, key_words, read_key
+from ffm_secure.transport.roster import FederationRoster, key_words, read_roster
 
 FILE: Final = "site.toml"
 ROSTER: Final = "roster.json"
@@ -77,15 +77,7 @@ class SiteFolder:
           StoreError: there is none, it is not the operator's, has expired, or this site's key is not on it.
         """
         path = self.place / ROSTER
-        try:
-            content = path.read_bytes()
-        except OSError:
-            raise StoreError(
-                f"{path}: is missing; ask the operator for the roster and put it there"
-            ) from None
-        roster = FederationRoster.from_bytes(content, operator=read_key(site.operator))
-        if now >= roster.statement.expires:
-            raise StoreError(f"{path}: {expired(roster.statement.expires)}")
+        roster = read_roster(path, operator=site.operator, now=now)
         keys = dict(zip(roster.names, roster.keys, strict=True))
         if site.name not in keys:
             raise StoreError(

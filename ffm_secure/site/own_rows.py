@@ -11,7 +11,7 @@ from ffm_secure.data.checks import require_sound
 from ffm_secure.data.dataset import Dataset, builtin_table, load_task
 from ffm_secure.data.files import read_source
 from ffm_secure.data.memory import Memory
-from ffm_secure.data.persons import bounded
+from ffm_secure.data.persons import bounded_persons
 from ffm_secure.data.row_names import named
 from ffm_secure.data.table import Table
 from ffm_secure.errors import DataError
@@ -38,16 +38,7 @@ def load_rows(site: SiteFile, config: RunConfig, base: Path, key: RecordKey) -> 
     dataset = replace(
         read(_private(site, config, base)), validation=read(_public(site, config, base)).validation
     )
-    dataset = named(dataset, key, person_column=privacy.person_column)
-    if privacy.person_column:
-        train, note = bounded(
-            dataset.train,
-            column=privacy.person_column,
-            most=privacy.records_per_person,
-            key=key,
-            sample=privacy.over_bound == "sample",
-        )
-        dataset = replace(dataset, train=train, notes=(*dataset.notes, *([note] if note else [])))
+    dataset = bounded_persons(named(dataset, key, person_column=privacy.person_column), privacy, key)
     require_sound(dataset, replace(config, task=task))
     return dataset
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table
-from ffm_secure.errors import ConfigError
+from ffm_secure.config.schema import dump_toml, load_file, option
 from ffm_secure.transport.roster import KEY_PATTERN, NAME, NAME_HELP
 
 PROTECTIONS: Final = ("secagg", "bfv", "ckks", "none")
@@ -56,11 +55,7 @@ def load(path: Path) -> SiteFile:
     Raises:
       ConfigError: with every problem at once.
     """
-    problems = Problems()
-    site = read_table(SiteFile, parse_toml(path), "", problems)
-    if problems or site is None:
-        raise ConfigError(str(path), list(problems))
-    return site
+    return load_file(SiteFile, path)
 
 
 def dump(site: SiteFile) -> str:

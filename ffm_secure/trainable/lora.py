@@ -43,8 +43,8 @@ CORE = "lora_core.weight"
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter that only carries saved modules
 
 
-class PeftAdapter(TrainableModel):
-    """A trained part that PEFT loads back: names are those of PEFT's files."""
+class _Configured(TrainableModel):
+    """A trained part that PEFT's own configuration describes."""
 
     def __init__(
         self,
@@ -57,6 +57,10 @@ class PeftAdapter(TrainableModel):
     ) -> None:
         super().__init__(backbone=backbone, model=model, parameters=parameters, description=description)
         self.config = config
+
+
+class PeftAdapter(_Configured):
+    """A trained part that PEFT loads back: names are those of PEFT's files."""
 
     def export(self, folder: Path, base_model_name: str) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json` for `PeftModel.from_pretrained`.
@@ -97,22 +101,10 @@ class FoldedLora(TrainableModel):
         self.load_tensors(read_tensors(folder, OWN_TENSORS))
 
 
-class LoraXs(TrainableModel):
+class LoraXs(_Configured):
     """A core of rank x rank numbers between two frozen factors of each weight; the head is trained along."""
 
     kind = "lora_xs"
-
-    def __init__(
-        self,
-        *,
-        config: LoraConfig,
-        backbone: Backbone,
-        model: nn.Module,
-        parameters: dict[str, nn.Parameter],
-        description: Iterable[str],
-    ) -> None:
-        super().__init__(backbone=backbone, model=model, parameters=parameters, description=description)
-        self.config = config
 
     def export(self, folder: Path, base_model_name: str) -> None:
         """Write the cores in our own files, and B R beside A as a plain LoRA adapter for PEFT."""

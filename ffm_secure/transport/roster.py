@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from defenses import secagg
@@ -175,6 +176,22 @@ class FederationRoster:
         """Return the hash of names, keys, order, serial and expiry."""
         content = record_codec.canonical_bytes(self.statement)
         return secagg.rule_digest("roster", {"statement": content.decode()}).hex()
+
+
+def read_roster(path: Path, *, operator: str, now: float) -> FederationRoster:
+    """Read the roster a party was given, and check that it holds now.
+
+    Raises:
+      StoreError: there is none, it is not the operator's, or it has expired.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError:
+        raise StoreError(f"{path}: is missing; ask the operator for the roster and put it there") from None
+    roster = FederationRoster.from_bytes(content, operator=read_key(operator))
+    if now >= roster.statement.expires:
+        raise StoreError(f"{path}: {expired(roster.statement.expires)}")
+    return roster
 
 
 def _problems(sites: Sequence[Member]) -> list[str]:

@@ -132,7 +132,9 @@ def test_noise_in_shares_goes_with_masks_and_encryption_and_one_plain_step() -> 
         changed = table()
         changed["privacy"] |= {"noise_shares": "sum"}
         changed["protection"] = {"kind": kind}
-        compatibility.check(config.from_table(changed))
+        allowed = config.from_table(changed)
+        compatibility.check(allowed)
+        assert allowed.privacy.noise_shares == "sum"
 
 
 @pytest.mark.parametrize(

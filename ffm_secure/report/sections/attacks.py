@@ -9,7 +9,7 @@ from ffm_secure.records import AuditSummary, Observer
 from ffm_secure.report.attack_rows import AttackRow, Outcome, attack_rows, count_outcomes, observers_of
 from ffm_secure.report.markup import OBSERVERS, Html, number, tag
 
-_KIND: dict[Outcome, tuple[str, str]] = {
+KIND: dict[Outcome, tuple[str, str]] = {
     "leaked": ("bad", "✕"),
     "not leaked": ("good", "✓"),
     "inconclusive": ("unsure", "?"),
@@ -33,22 +33,27 @@ _MEANS = (
 )
 
 
+def no_attack() -> Html:
+    """Say that nothing was attacked, and how it would be."""
+    return tag(
+        "p",
+        "No attack was run. ",
+        tag("code", "ffm-secure audit"),
+        " attacks what each observer saw and adds the result here.",
+        class_="empty",
+    )
+
+
 def attacks_body(audit: AuditSummary | None, *, whole: bool = False) -> Html:
     """Tell how the attacks ended: those with an answer, those without, and by name alone the rest.
 
     With `whole` the rest has rows, too, with why.
     """
     if audit is None:
-        return tag(
-            "p",
-            "No attack was run. ",
-            tag("code", "ffm-secure audit"),
-            " attacks what each observer saw and adds the result here.",
-            class_="empty",
-        )
+        return no_attack()
     rows = attack_rows(audit.findings)
-    tried = [row for row in rows if row.outcome not in ("not tried", "not applicable")]
-    shown = rows if whole else tried
+    attempted = [row for row in rows if row.outcome not in ("not tried", "not applicable")]
+    shown = rows if whole else attempted
     return tag(
         "div",
         tag("p", audit.sentence, class_="lede") if audit.sentence and not whole else None,
@@ -72,7 +77,7 @@ def tally(audit: AuditSummary) -> Html | None:
 
 def badge(outcome: Outcome) -> Html:
     """Draw an outcome as a word with a sign, so that colour alone says nothing."""
-    kind, sign = _KIND[outcome]
+    kind, sign = KIND[outcome]
     return tag("span", tag("span", f"{sign} ", aria_hidden="true"), outcome, class_=f"badge {kind}")
 
 

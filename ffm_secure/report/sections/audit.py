@@ -9,18 +9,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ffm_secure.records import AuditFinding, AuditSummary, LeakCurve, RecoveredPair, RecoveredPicture, Verdict
-from ffm_secure.report.sections.attacks import badge, tally
+from ffm_secure.report.sections.attacks import KIND, badge, no_attack, tally
 from ffm_secure.report.charts import Axis, Bar, Level, Series, bars, line_chart
 from ffm_secure.quantities import metric, amount, bound, duration
 from ffm_secure.report.markup import OBSERVERS, Html, escape, facts, folded, join, number, tag
 
 _ORDER: tuple[Verdict, ...] = ("leaked", "not leaked", "inconclusive", "not applicable")
-_KIND: dict[Verdict, tuple[str, str]] = {
-    "leaked": ("bad", "✕"),
-    "inconclusive": ("unsure", "?"),
-    "not leaked": ("good", "✓"),
-    "not applicable": ("quiet", "–"),
-}
 _SHOWN_PAIRS = 3
 _PICTURE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}")
 _AXES = {
@@ -41,13 +35,7 @@ _POINTS = {
 def audit_body(audit: AuditSummary | None) -> Html:
     """List the findings, worst first."""
     if audit is None:
-        return tag(
-            "p",
-            "No attack was run. ",
-            tag("code", "ffm-secure audit"),
-            " attacks what each observer saw and adds the result here.",
-            class_="empty",
-        )
+        return no_attack()
     placed = sorted(enumerate(audit.findings), key=lambda item: (_ORDER.index(item[1].verdict), item[0]))
     ran = [_finding(place, finding) for place, finding in placed if finding.verdict != "not applicable"]
     skipped = [_skipped(finding) for _, finding in placed if finding.verdict == "not applicable"]
@@ -96,7 +84,7 @@ def _finding(place: int, finding: AuditFinding) -> Html:
         _gallery(finding, at) if finding.pictures else None,
     ]
     return tag(
-        "article", told, _scores(finding, at), *beside, class_=f"card finding {_KIND[finding.verdict][0]}"
+        "article", told, _scores(finding, at), *beside, class_=f"card finding {KIND[finding.verdict][0]}"
     )
 
 
@@ -139,7 +127,7 @@ def _scores(finding: AuditFinding, at: str) -> Html:
             label="this attack",
             value=finding.score,
             shown=shown,
-            role=_KIND[finding.verdict][0],
+            role=KIND[finding.verdict][0],
             low=finding.low,
             high=finding.high,
         )

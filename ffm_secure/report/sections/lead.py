@@ -58,18 +58,18 @@ def _learned(summary: RunSummary) -> str:
 def _kept(summary: RunSummary) -> str:
     if is_stamped(summary) and any(s.finite for s in summary.statements):
         return "this run is not private, and its epsilon promises nothing"
-    kept = [
+    protected = [
         OBSERVERS[s.observer] for s in summary.statements if s.finite and s.epsilon <= summary.budget_epsilon
     ]
     open_ = [OBSERVERS[s.observer] for s in summary.statements if not s.finite]
-    if not kept:
+    if not protected:
         return (
             "no privacy is guaranteed against anyone"
             if not any(s.finite for s in summary.statements)
             else "the privacy budget was overspent"
         )
-    everyone = len(kept) == len(summary.statements) and len(set(kept)) == len(OBSERVERS)
-    words = f"the privacy budget was kept against {'every observer' if everyone else listed(kept)}"
+    everyone = len(protected) == len(summary.statements) and len(set(protected)) == len(OBSERVERS)
+    words = f"the privacy budget was kept against {'every observer' if everyone else listed(protected)}"
     return words if not open_ else f"{words}, but nothing is guaranteed against {listed(open_)}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ffm_secure.quantities import count, duration
 from ffm_secure.records import DataRelease, RunSummary
+from ffm_secure.report.plain_words import held_out_words
 from ffm_secure.report.markup import Child, Html, facts, listed, number, tag
 from ffm_secure.report.sections.promise import owner_count, setting
 
@@ -44,13 +45,13 @@ def data_body(summary: RunSummary) -> Html:
 
 
 def _data_rows(summary: RunSummary, data: DataRelease) -> list[tuple[str, Child]]:
-    taken = f", {count(data.held_out)} of them taken from the owners' rows" if data.held_out else ""
+    held_out = held_out_words(data)
     rows: list[tuple[str, Child]] = [
         ("Data set", data.source),
         ("Data owners", count(owner_count(summary))),
         (
             "Public rows",
-            tag("span", number(data.public_rows, count(data.public_rows), "data.public_rows"), taken),
+            tag("span", number(data.public_rows, count(data.public_rows), "data.public_rows"), held_out),
         ),
     ]
     if data.classes:

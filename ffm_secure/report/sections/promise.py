@@ -20,7 +20,7 @@ from ffm_secure.report.markup import (
     promises,
     tag,
 )
-from ffm_secure.report.plain_words import meaning, strength
+from ffm_secure.report.plain_words import held_out_words, meaning, strength
 from ffm_secure.report.sections.lead import is_stamped
 from ffm_secure.report.sections.privacy import UNBOUNDED
 
@@ -105,9 +105,9 @@ def _limits(summary: RunSummary) -> Iterator[list[Child]]:
     ]
     data = summary.data
     if data is not None:
-        taken = f", {count(data.held_out)} of them taken from the owners" if data.held_out else ""
+        held_out = held_out_words(data)
         names = f", and the {count(len(data.classes))} class names" if data.classes else ""
-        yield [f"The {count(data.public_rows)} public rows{taken}{names}: no epsilon covers them."]
+        yield [f"The {count(data.public_rows)} public rows{held_out}{names}: no epsilon covers them."]
     if summary.plan.breaks:
         yield [tag("strong", "Who could break it: "), summary.plan.breaks]
     for warning in summary.plan.warnings:
