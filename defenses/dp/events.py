@@ -325,7 +325,7 @@ def from_json(text: str) -> Event:
     """Read an event back from `Event.to_json`."""
     try:
         values = json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise ParameterError("an event must be one JSON object") from None
     return from_dict(values)
 
@@ -390,7 +390,12 @@ def _choice(name: str, value: object, allowed: tuple[str, ...]) -> list[str]:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _positive(name: str, value: object, most: float = math.inf) -> list[str]:

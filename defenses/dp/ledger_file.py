@@ -75,11 +75,13 @@ class LedgerFile:
     """Append rows and read them back, checking the chain.
 
     Guarantee: an append is one atomic transaction with synchronous=FULL; the anchor is written after the
-    commit, so it may lag behind after a crash (and is repaired by the next change) but never leads.
+    commit, so it may lag behind after a crash (and is repaired by the next change) but never leads. With
+    `until` the rows are read as they stood when that one was the last, and none can be added.
     """
 
-    def __init__(self, path: Path, *, create: bool) -> None:
+    def __init__(self, path: Path, *, create: bool, until: int | None = None) -> None:
         self.path = path
+        self._until = until
         self.head_path = path.with_name(path.name + ".head")
         self.key_path = path.with_name(path.name + ".key")
         if not create and not path.exists():
@@ -145,6 +147,10 @@ class LedgerFile:
 
     def append(self, body: dict[str, Any]) -> Row:
         """Chain one row to the last; only inside a transaction."""
+        if self._until is not None:
+            raise ParameterError(
+                f"{self.path}: is read as it stood at row {self._until}; open it to change it"
+            )
         last = self._connection.execute(
             "SELECT sequence, hash FROM entries ORDER BY sequence DESC LIMIT 1"
         ).fetchone()
@@ -167,9 +173,10 @@ class LedgerFile:
         """Read rows in order, of one owner or data set if asked; the chain is not checked here."""
         query = (
             f"SELECT {_COLUMNS} FROM entries WHERE sequence > ? AND (?2 IS NULL OR owner = ?2)"
-            " AND (?3 IS NULL OR dataset = ?3) ORDER BY sequence"
+            " AND (?3 IS NULL OR dataset = ?3) AND (?4 IS NULL OR sequence <= ?4) ORDER BY sequence"
         )
-        for values in self._connection.execute(query.replace("> ?", "> ?1"), (after, owner, dataset)):
+        wanted = (after, owner, dataset, self._until)
+        for values in self._connection.execute(query.replace("> ?", "> ?1"), wanted):
             yield Row(*values)
 
     def new_rows(self, sequence: int) -> Iterator[Row]:
@@ -193,7 +200,9 @@ class LedgerFile:
         """Return number and hash of the last row."""
         try:
             sequence, digest = self._connection.execute(
-                "SELECT sequence, hash FROM entries ORDER BY sequence DESC LIMIT 1"
+                "SELECT sequence, hash FROM entries WHERE ?1 IS NULL OR sequence <= ?1"
+                " ORDER BY sequence DESC LIMIT 1",
+                (self._until,),
             ).fetchone()
             return Head(sequence=sequence, hash=bytes(digest).hex())
         except (TypeError, sqlite3.DatabaseError):

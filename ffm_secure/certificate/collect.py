@@ -1,89 +1,230 @@
-"""Collect what a certificate says from a run directory and the ledger it charged."""
+"""Collect what a certificate says from a run directory and the evidence of its owners."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections import Counter
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
-from defenses.dp import Entry, Ledger
-from defenses.dp.accountant import composed
-from defenses.dp.ledger_entries import EVERYBODY
-from defenses.errors import ParameterError, TamperedError
+from defenses.dp import Ledger
+from defenses.dp.ledger_copies import ledger_as_of
+from defenses.dp.ledger_file import Head
+from defenses.errors import DefenseError, TamperedError
 from ffm_secure import record_codec
+from ffm_secure.certificate.contents import (
+    TOLERANCE,
+    WITHOUT_UNIT,
+    check_contents,
+    number,
+    parsed,
+    worst_of,
+)
+from ffm_secure.certificate.documents import ANNEX, MAPPING, annex, mapping
+from ffm_secure.certificate.ledgers import charges_of, owner_evidence
+from ffm_secure.certificate.reported import (
+    REPORT,
+    Report,
+    declared_public,
+    differences,
+    finding_evidence,
+    not_protected,
+    read_report,
+    round_evidence,
+)
 from ffm_secure.certificate.statement import (
+    BASE,
+    FILE,
+    MODEL,
     TENSORS,
-    CountedEvent,
-    FindingEvidence,
     Kind,
     OwnerEvidence,
     Predicate,
-    RoundEvidence,
     Signer,
     Statement,
     Subject,
+    one_line,
 )
 from ffm_secure.config import run_file
-from ffm_secure.config.run_file import RunConfig
+from ffm_secure.config.run_file import Audit, Document, RunConfig, Speed
+from ffm_secure.config.schema import to_table
 from ffm_secure.errors import PlanRefused, StoreError
+from ffm_secure.privacy.statements import statements_of
 from ffm_secure.records import ModelExport, PrivacyStatement, RunSummary
+from ffm_secure.report.release import without_paths
 from ffm_secure.site.ledger_place import ledger_path
-from ffm_secure.storage.durable import file_digest
+from ffm_secure.storage.durable import file_digest, write_atomic
 from ffm_secure.storage.run_directory import Store
 
-MODEL, LEDGER = "adapter", "ledger.csv"
-REPORTS = ("report.html", "details.html", "report.json")
-R = TypeVar("R", RunSummary, ModelExport)
+LEDGER = "ledger.csv"
+REPORTS = ("report.html", "details.html", REPORT)
 
 
-def collect(folder: Path, signers: Sequence[Signer], *, kind: Kind) -> Statement:
-    """Return what a certificate of a finished run states; nothing is written.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRun:
+    """Hold what a run directory says of itself, every part of it held to the others."""
 
-    Guarantee: the ledger was verified, every owner of the run has an account in it, and the noise came from
-    no seed. The statements count what later runs took from the same rows, too.
+    folder: Path
+    config: RunConfig
+    run_id: str
+    report: Report
+
+    @property
+    def summary(self) -> RunSummary:
+        """Return what the report says."""
+        return self.report.summary
+
+    @property
+    def delta(self) -> float:
+        """Return the delta at which owners' events are composed."""
+        return WITHOUT_UNIT if self.config.privacy.unit == "none" else self.config.privacy.delta
+
+    @property
+    def answered(self) -> frozenset[int]:
+        """Return the owners, by number, whose updates or answers are in some sum."""
+        sites: set[int] = set()
+        for record in self.summary.rounds:
+            sites.update(record.survivors)
+        return frozenset(sites)
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """Read a finished run.
 
     Raises:
-      PlanRefused: the run cannot be certified; every reason is told.
+      PlanRefused: its report does not say what the directory holds, or its noise came from a seed.
       StoreError: the directory is no run, or is damaged.
     """
     store = Store.read(folder)
-    config = store.config()
-    summary = _read(RunSummary, folder / "report.json")
-    owners = _owners(folder, config, summary)
+    config, resumed = store.config(), store.resume()
+    if resumed is None:
+        raise StoreError(f"{folder}: no round of this run is finished; there is nothing to certify")
+    _, records, run_id = resumed
+    try:
+        report = read_report(folder / REPORT)
+    except OSError as error:
+        raise StoreError(
+            f"{folder / REPORT}: cannot be read: {error.strerror}; finish the run first"
+        ) from None
+    summary = report.summary
+    reasons = [f"{folder}: {stamp}" for stamp in summary.stamps]
+    if config.privacy.noise == "seeded" and not reasons:
+        reasons.append(f"{folder}: the privacy noise of this run came from a seed")
+    reported = run_file.from_table(dict(summary.config))
+    if shaping(config) != shaping(reported) or summary.rounds != records:
+        reasons.append(
+            f"{folder / REPORT}: does not say what the run directory holds; write it again: "
+            f"ffm-secure run {folder / 'run.toml'}"
+        )
+    if reasons:
+        raise PlanRefused(reasons)
+    return FinishedRun(folder=folder, config=config, run_id=run_id.hex(), report=report)
+
+
+def simulated_owners(run: FinishedRun) -> tuple[OwnerEvidence, ...]:
+    """Return what the ledger of a simulation says of each of its owners, in the order of their names.
+
+    Guarantee: the ledger was verified, holds what it held when the report was written, and knows every owner
+    that answered.
+
+    Raises:
+      PlanRefused: it is not so; every reason is told.
+    """
+    reasons = []
+    with open_verified(run) as ledger:
+        charges = charges_of(ledger, run.run_id)
+        if not charges:
+            reasons.append(f"{run.folder}: the ledger holds no charge of this run")
+        if len(charges) < len(run.answered):
+            reasons.append(
+                f"{run.folder}: {len(run.answered)} owners answered, and the ledger knows {len(charges)} "
+                "of this run"
+            )
+        if reasons:
+            raise PlanRefused(reasons)
+        owners = []
+        for name in sorted(charges):
+            owners.append(owner_evidence(ledger, name, charges[name], run.config.privacy.unit, run.delta))
+    _require_report_of_ledger(run)
+    return tuple(owners)
+
+
+def _require_report_of_ledger(run: FinishedRun) -> None:
+    """Refuse a report that states less than the ledger held when it was written."""
+    path, unit = _ledger_of(run), run.config.privacy.unit
+    head = Head(sequence=run.summary.ledger_entries, hash=run.summary.ledger_head)
+    try:
+        with ledger_as_of(path, head) as then:
+            charges = charges_of(then, run.run_id)
+            owners = [owner_evidence(then, name, charges[name], unit, run.delta) for name in sorted(charges)]
+    except DefenseError:
+        raise PlanRefused([f"{run.folder / REPORT}: names a head that the ledger never had"]) from None
+    spent = max((owner.epsilon for owner in owners), default=math.inf)
+    for statement in run.summary.statements:
+        if statement.epsilon < spent - TOLERANCE or statement.epsilon <= 0.0:
+            raise PlanRefused(
+                [
+                    f"{run.folder / REPORT}: states epsilon {number(statement.epsilon)} towards "
+                    f"{statement.observer}, and the ledger held {number(spent)} then"
+                ]
+            )
+
+
+def statement_of_run(
+    run: FinishedRun,
+    owners: Sequence[OwnerEvidence],
+    signers: Sequence[Signer],
+    *,
+    kind: Kind,
+    now: str,
+    roster: str = "",
+) -> Statement:
+    """Return what a certificate of a run states; annex and mapping are written beside its report.
+
+    Raises:
+      PlanRefused: what was collected does not hold together; every reason is told.
+      StoreError: a file of the run is missing.
+    """
+    summary = run.summary
     predicate = Predicate(
         run=summary.name,
-        run_id=_run_id(store),
+        run_id=run.run_id,
+        certified=now,
         status=summary.status,
         run_file=run_file.dump(run_file.from_table(dict(summary.config))),
-        unit=config.privacy.unit,
-        delta=_delta(config),
-        statements=_statements(summary, owners),
-        owners=owners,
-        rounds=_rounds(summary),
-        transcript=file_digest(folder / "rounds.jsonl"),
-        audit=_findings(summary),
-        audit_sentence=summary.audit.sentence if summary.audit else "",
+        unit=run.config.privacy.unit,
+        delta=run.delta,
+        statements=_statements(run, owners),
+        owners=tuple(owners),
+        rounds=round_evidence(summary.rounds),
+        transcript=run.report.transcript,
+        audit=finding_evidence(summary),
+        audit_sentence=one_line(summary.audit.sentence) if summary.audit else "",
         epsilon_lower=summary.audit.epsilon_lower if summary.audit else None,
-        declared_public=tuple(
-            text for text in summary.plan.warnings if text.startswith("taken to be public")
-        ),
-        not_protected=_not_protected(summary),
+        declared_public=declared_public(summary),
+        not_protected=not_protected(summary),
         software=dict(sorted(summary.software.items())),
         lock=lock_digest(),
+        roster=roster,
         signers=tuple(signers),
     )
-    return Statement(kind=kind, subjects=_subjects(folder), predicate=predicate)
+    write_atomic(run.folder / ANNEX, annex(kind, predicate).encode())
+    write_atomic(run.folder / MAPPING, mapping(predicate, run.folder / REPORT).encode())
+    statement = Statement(kind=kind, subjects=_subjects(run.folder), predicate=predicate)
+    _require_sound(statement, run.report)
+    return statement
 
 
-def owners_of(folder: Path) -> tuple[str, ...]:
-    """Return the owners that the ledger of a run knows from it, in order of their names."""
-    config = Store.read(folder).config()
-    with _open_verified(folder, config) as ledger:
-        return tuple(sorted(_charges_by_owner(ledger, _run_id(Store.read(folder)))))
+def _require_sound(statement: Statement, report: Report) -> None:
+    reasons = [f"{check.claim}: {check.detail}" for check in check_contents(statement) if not check.holds]
+    contradictions = differences(statement.predicate, report)
+    if contradictions:
+        reasons.append(f"report and certificate would differ in {', '.join(contradictions)}")
+    if reasons:
+        raise PlanRefused(reasons)
+    Statement.from_bytes(statement.to_bytes())
 
 
 def lock_digest() -> str:
@@ -94,31 +235,13 @@ def lock_digest() -> str:
     return hashlib.sha256("\n".join(sorted(versions)).encode()).hexdigest()
 
 
-def export_ledger(folder: Path) -> str:
-    """Return the rows of a run's ledger as CSV, once every one of them was verified."""
-    with _open_verified(folder, Store.read(folder).config()) as ledger:
-        return ledger.export("csv")
+def open_verified(run: FinishedRun) -> Ledger:
+    """Open the ledger that a simulation charged, once every row of it was verified.
 
-
-def _run_id(store: Store) -> str:
-    resumed = store.resume()
-    if resumed is None:
-        raise StoreError(f"{store.folder}: no round of this run is finished; there is nothing to certify")
-    return resumed[2].hex()
-
-
-def _delta(config: RunConfig) -> float:
-    return config.privacy.delta if config.privacy.unit != "none" else 1e-5
-
-
-def _account_unit(config: RunConfig) -> str:
-    return config.privacy.unit if config.privacy.unit != "none" else "record"
-
-
-def _open_verified(folder: Path, config: RunConfig) -> Ledger:
-    path = ledger_path(config.privacy, folder)
-    if path is None or not path.is_file():
-        raise PlanRefused([f"{folder}: its ledger is not there, and without it nothing can be stated"])
+    Raises:
+      PlanRefused: it is not there, or not authentic.
+    """
+    path = _ledger_of(run)
     try:
         ledger = Ledger.open(path, create=False)
         try:
@@ -131,115 +254,48 @@ def _open_verified(folder: Path, config: RunConfig) -> Ledger:
     return ledger
 
 
-def _charges_by_owner(ledger: Ledger, run_id: str) -> dict[str, list[Entry]]:
-    charges: dict[str, list[Entry]] = {}
-    for entry in ledger.entries():
-        if entry.kind == "reserve" and entry.run == run_id and entry.owner != EVERYBODY:
-            charges.setdefault(entry.owner, []).append(entry)
-    return charges
+def _ledger_of(run: FinishedRun) -> Path:
+    path = ledger_path(run.config.privacy, run.folder)
+    if path is None or not path.is_file():
+        raise PlanRefused([f"{run.folder}: its ledger is not there, and without it nothing can be stated"])
+    return path
 
 
-def _owners(folder: Path, config: RunConfig, summary: RunSummary) -> tuple[OwnerEvidence, ...]:
-    reasons = [f"{folder}: {stamp}" for stamp in summary.stamps]
-    if config.privacy.noise == "seeded" and not reasons:
-        reasons.append(f"{folder}: the privacy noise of this run came from a seed")
-    with _open_verified(folder, config) as ledger:
-        charges = _charges_by_owner(ledger, _run_id(Store.read(folder)))
-        if not charges:
-            reasons.append(f"{folder}: the ledger holds no charge of this run")
-        asked = max((len(record.survivors) for record in summary.rounds), default=0)
-        if len(charges) < asked:
-            reasons.append(
-                f"{folder}: {asked} owners answered a round, and the ledger knows {len(charges)} of this run"
-            )
-        if reasons:
-            raise PlanRefused(reasons)
-        return tuple(_owner(ledger, config, name, charges[name]) for name in sorted(charges))
+def shaping(config: RunConfig) -> RunConfig:
+    """Return a run file as a report holds it, without folders of a machine and what shapes no result."""
+    table = without_paths(to_table(config))
+    assert isinstance(table, dict)
+    return replace(run_file.from_table(table), speed=Speed(), audit=Audit(), document=Document())
 
 
-def _owner(ledger: Ledger, config: RunConfig, name: str, charges: Sequence[Entry]) -> OwnerEvidence:
-    blocks = sorted({block for charge in charges for block in charge.blocks})
-    try:
-        events = ledger.events_of(blocks, _account_unit(config), _delta(config))
-    except ParameterError as error:
-        raise StoreError(str(error)) from None
-    head = ledger.head()
-    counted = tuple(Counter(events).items())
-    return OwnerEvidence(
-        owner=name,
-        epsilon=composed(counted, _delta(config)),
-        events=tuple(CountedEvent(event=event.to_json(), count=count) for event, count in counted),
-        ledger_entries=head.sequence,
-        ledger_head=head.hash,
-    )
-
-
-def _statements(summary: RunSummary, owners: Sequence[OwnerEvidence]) -> tuple[PrivacyStatement, ...]:
-    """Return the statements of the report, with what the ledger holds by now where that is more."""
-    spent = max(owner.epsilon for owner in owners)
+def _statements(run: FinishedRun, owners: Sequence[OwnerEvidence]) -> tuple[PrivacyStatement, ...]:
+    """State epsilon from the events, with what the ledger holds by now where that is more than the report."""
+    if not owners:
+        return ()
+    worst = worst_of(owners)
+    reported = {statement.observer: statement.epsilon for statement in run.summary.statements}
     statements = []
-    for statement in summary.statements:
-        if not statement.finite or spent <= statement.epsilon:
-            statements.append(statement)
-            continue
-        note = f"{statement.epsilon:.4g} at the end of the run; later runs on the same rows are counted"
-        statements.append(
-            replace(statement, epsilon=spent, note="; ".join(filter(None, [statement.note, note])))
-        )
+    for statement in statements_of(run.config, parsed(worst.events), run.delta):
+        before = reported.get(statement.observer, math.inf)
+        if statement.finite and before < statement.epsilon - TOLERANCE:
+            note = f"{before:.4g} at the end of the run; later runs on the same rows are counted"
+            statement = replace(statement, note="; ".join(filter(None, [statement.note, note])))
+        statements.append(statement)
     return tuple(statements)
 
 
-def _rounds(summary: RunSummary) -> tuple[RoundEvidence, ...]:
-    rounds = []
-    for record in summary.rounds:
-        rounds.append(
-            RoundEvidence(
-                round=record.round,
-                cohort=len(record.cohort),
-                survivors=len(record.survivors),
-                aborted=record.aborted,
-            )
-        )
-    return tuple(rounds)
-
-
-def _findings(summary: RunSummary) -> tuple[FindingEvidence, ...]:
-    if summary.audit is None:
-        return ()
-    findings = []
-    for finding in summary.audit.findings:
-        findings.append(
-            FindingEvidence(
-                observer=finding.observer,
-                attack=finding.attack,
-                point=finding.point,
-                verdict=finding.verdict,
-                measure=finding.measure,
-                score=finding.score,
-                control=finding.control,
-                baseline=finding.baseline,
-                source=finding.source,
-                round=finding.round,
-            )
-        )
-    return tuple(findings)
-
-
-def _not_protected(summary: RunSummary) -> tuple[str, ...]:
-    lines = [f"{observer} sees {what}" for observer, what in sorted(summary.plan.reveals.items())]
-    return (*lines, summary.plan.breaks, *summary.stamps)
-
-
 def _subjects(folder: Path) -> tuple[Subject, ...]:
-    """Return every file of the exported model, the tensors of its base, and the report."""
+    """Return every file of the exported model, the tensors of its base, and what is written beside them."""
     model = folder / MODEL
     if not model.is_dir():
         raise StoreError(f"{folder}: holds no exported model ({MODEL}/); export it before it is certified")
     subjects = []
     for path in sorted(model.rglob("*")):
+        if path.is_symlink():
+            raise StoreError(f"{path}: is a link; put the file itself there")
         if path.is_file():
-            subjects.append(_file_subject(path, str(path.relative_to(folder).as_posix())))
-    for name in (*REPORTS, LEDGER):
+            subjects.append(_file_subject(path, path.relative_to(folder).as_posix()))
+    for name in (*REPORTS, LEDGER, ANNEX, MAPPING):
         if (folder / name).is_file():
             subjects.append(_file_subject(folder / name, name))
     base = _base(model)
@@ -249,20 +305,12 @@ def _subjects(folder: Path) -> tuple[Subject, ...]:
 
 
 def _file_subject(path: Path, name: str) -> Subject:
-    return Subject(name=name, digest={"sha256": file_digest(path)})
+    return Subject(name=name, digest={FILE: file_digest(path)})
 
 
 def _base(model: Path) -> Subject | None:
     path = model / "export.json"
     if not path.is_file():
         return None
-    export = _read(ModelExport, path)
-    return Subject(name=f"base:{export.base_model}", digest={TENSORS: export.base_fingerprint})
-
-
-def _read(kind: type[R], path: Path) -> R:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}; finish the run first") from None
-    return record_codec.from_json(kind, text, str(path))
+    export = record_codec.from_json(ModelExport, path.read_text(encoding="utf-8"), str(path))
+    return Subject(name=f"{BASE}{export.base_model}", digest={TENSORS: export.base_fingerprint})

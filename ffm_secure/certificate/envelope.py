@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from defenses.errors import ProtocolError
@@ -15,7 +16,7 @@ from ffm_secure.errors import RecordError
 from ffm_secure.record_codec import Plain
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
-_LARGEST = 64 << 20  # bytes; a certificate of 1,000 owners and 1,000 rounds takes a few MiB
+LARGEST = 64 << 20  # bytes; a certificate of 1,000 owners and 1,000 rounds takes a few MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +46,17 @@ class Envelope:
 
     def verifies(self, public_key: bytes) -> bool:
         """Tell whether a valid signature of this key is there."""
-        name = key_id(public_key)
-        for signature in self.signatures:
-            if signature.key_id == name:
-                return _valid(public_key, signature.value, self.payload)
-        return False
+        return self.valid([public_key])[0]
+
+    def valid(self, public_keys: Sequence[bytes]) -> tuple[bool, ...]:
+        """Tell of each key whether a valid signature of it is there."""
+        values = {signature.key_id: signature.value for signature in self.signatures}
+        message = signed_bytes(self.payload)
+        answers = []
+        for public_key in public_keys:
+            value = values.get(key_id(public_key))
+            answers.append(value is not None and _valid(public_key, value, message))
+        return tuple(answers)
 
     def to_bytes(self) -> bytes:
         """Return the canonical bytes of the file."""
@@ -70,8 +77,8 @@ class Envelope:
         Raises:
           RecordError: the content is no envelope, or not in its canonical form.
         """
-        if len(content) > _LARGEST:
-            raise RecordError(f"certificate: has {len(content):,} bytes, more than {_LARGEST:,}")
+        if len(content) > LARGEST:
+            raise RecordError(f"certificate: has {len(content):,} bytes, more than {LARGEST:,}")
         whole = parse_object(content, "certificate")
         if set(whole) != {"payload", "payloadType", "signatures"} or whole["payloadType"] != PAYLOAD_TYPE:
             raise RecordError("certificate: is no signed envelope of an in-toto statement")
@@ -95,9 +102,9 @@ def key_id(public_key: bytes) -> str:
     return hashlib.sha256(public_key).hexdigest()
 
 
-def _valid(public_key: bytes, signature: bytes, payload: bytes) -> bool:
+def _valid(public_key: bytes, signature: bytes, message: bytes) -> bool:
     try:
-        verify_signature(public_key, signature, signed_bytes(payload))
+        verify_signature(public_key, signature, message)
     except ProtocolError:
         return False
     return True

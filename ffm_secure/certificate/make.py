@@ -2,44 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from defenses.dp import Ledger
-from defenses.dp.ledger_file import Head
-from defenses.errors import DefenseError
 from defenses.random_source import RandomSource
 from defenses.secagg import Identity
-from ffm_secure.certificate.collect import LEDGER, collect, export_ledger, owners_of
+from ffm_secure.certificate.attested import collect_attestations
+from ffm_secure.certificate.collect import (
+    LEDGER,
+    FinishedRun,
+    open_verified,
+    read_run,
+    simulated_owners,
+    statement_of_run,
+)
+from ffm_secure.certificate.contents import check_contents
 from ffm_secure.certificate.envelope import Envelope
-from ffm_secure.certificate.statement import Kind, Signer, Statement
+from ffm_secure.certificate.ledgers import check_ledger
+from ffm_secure.certificate.statement import OPERATOR, Signer, Statement
 from ffm_secure.errors import PlanRefused
 from ffm_secure.storage.durable import write_atomic
-from ffm_secure.transport.roster import key_words
-
-OPERATOR = "operator"
+from ffm_secure.transport.receipts import RECEIPTS
+from ffm_secure.transport.roster import FederationRoster, key_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certified:
-    """Hold a new certificate and the names of the owners whose signatures are still to come."""
+    """Hold a new certificate and the names of the parties whose signatures are still to come."""
 
     content: bytes
+    kind: str
     waiting: tuple[str, ...]
 
 
-def certify(folder: Path, *, operator: Identity | None, owners: Mapping[str, str]) -> Certified:
-    """Return the certificate of a run; its ledger is exported beside its report, as ledger.csv.
+def certify(
+    folder: Path,
+    *,
+    operator: Identity | None,
+    owners: Mapping[str, str],
+    clock: Callable[[], float] = time.time,
+) -> Certified:
+    """Return the certificate of a run on one machine; what goes with it is written beside its report.
 
     `owners` gives the public key of every owner, who then signs by itself. Without it every owner is a
     simulated one: its key is made here, signs, is marked as simulated in what it signs, and is forgotten.
+    Guarantee: it says that it is of a simulation, whoever has the keys: one machine held every row.
 
     Raises:
       PlanRefused: the run cannot be certified; every reason is told.
     """
-    names = owners_of(folder)
-    _require_all(names, owners)
+    if is_federation(folder):
+        raise PlanRefused([f"{folder}: is a coordinator's run; its sites attest what their ledgers hold"])
+    run = read_run(folder)
+    evidence = simulated_owners(run)
+    names = tuple(owner.owner for owner in evidence)
+    _require_all(names, owners, operator)
     keys: dict[str, Identity] = {}
     signers = [_operator(operator, keys)]
     for name in names:
@@ -47,28 +66,66 @@ def certify(folder: Path, *, operator: Identity | None, owners: Mapping[str, str
             signers.append(Signer(role="owner", name=name, public_key=owners[name]))
             continue
         keys[name] = Identity.generate(RandomSource.system())
-        signers.append(
-            Signer(role="owner", name=name, public_key=key_words(keys[name].public_key), simulated=True)
-        )
-    write_atomic(folder / LEDGER, export_ledger(folder).encode())
-    simulated = any(signer.simulated for signer in signers)
-    kind: Kind = "simulation" if simulated else "federation"
-    envelope = Envelope(payload=collect(folder, signers, kind=kind).to_bytes())
-    if operator is not None:
-        envelope = envelope.signed_by(operator)
-    for key in keys.values():
+        public = key_words(keys[name].public_key)
+        signers.append(Signer(role="owner", name=name, public_key=public, simulated=True))
+    _export_ledger(run)
+    statement = statement_of_run(run, evidence, signers, kind="simulation", now=_day(clock))
+    envelope = Envelope(payload=statement.to_bytes())
+    for key in ([operator] if operator is not None else []) + list(keys.values()):
         envelope = envelope.signed_by(key)
     waiting = [name for name in names if name in owners]
-    return Certified(content=envelope.to_bytes(), waiting=tuple(waiting))
+    return Certified(content=envelope.to_bytes(), kind="simulation", waiting=tuple(waiting))
+
+
+def is_federation(folder: Path) -> bool:
+    """Tell whether a run directory is a coordinator's, whose sites were machines of their own."""
+    return (folder / RECEIPTS).is_file()
+
+
+def certify_federation(
+    folder: Path,
+    *,
+    attestations: Sequence[bytes],
+    roster: FederationRoster,
+    operator_key: bytes,
+    operator: Identity | None,
+    clock: Callable[[], float] = time.time,
+) -> Certified:
+    """Return the certificate of a coordinator's run from what its sites have attested; they sign it next.
+
+    Raises:
+      PlanRefused: the run cannot be certified; every reason is told.
+    """
+    if not is_federation(folder):
+        raise PlanRefused([f"{folder}: is no coordinator's run: it has no receipts of sites"])
+    if operator is not None and operator.public_key != operator_key:
+        raise PlanRefused(["the key that would sign is not the operator's, who signed the roster"])
+    run = read_run(folder)
+    evidence = collect_attestations(run, attestations, roster)
+    keys = dict(zip(roster.names, roster.keys, strict=True))
+    signers = [Signer(role="operator", name=OPERATOR, public_key=key_words(operator_key))]
+    for owner in evidence:
+        public = key_words(keys[owner.owner])
+        signers.append(Signer(role="owner", name=owner.owner, public_key=public))
+    now = _day(clock)
+    statement = statement_of_run(run, evidence, signers, kind="federation", now=now, roster=roster.digest)
+    envelope = Envelope(payload=statement.to_bytes())
+    waiting = [owner.owner for owner in evidence]
+    if operator is None:
+        waiting.insert(0, OPERATOR)
+    else:
+        envelope = envelope.signed_by(operator)
+    return Certified(content=envelope.to_bytes(), kind="federation", waiting=tuple(waiting))
 
 
 def countersign(content: bytes, key: Identity, *, ledger: Path | None) -> tuple[bytes, str]:
     """Return the certificate with one more signature, and the name of the party that signed.
 
-    Guarantee: an owner with its ledger at hand signs only over a head that this ledger holds.
+    Guarantee: nobody signs what contradicts itself, and an owner with its ledger at hand nothing that this
+    ledger does not say.
 
     Raises:
-      PlanRefused: the certificate names no such key, or its ledger says something else.
+      PlanRefused: the certificate names no such key, does not hold, or the ledger says something else.
     """
     envelope = Envelope.from_bytes(content)
     statement = Statement.from_bytes(envelope.payload)
@@ -76,36 +133,58 @@ def countersign(content: bytes, key: Identity, *, ledger: Path | None) -> tuple[
     signer = next((held for held in statement.predicate.signers if held.public_key == own), None)
     if signer is None:
         raise PlanRefused(["the certificate names no party with this key"])
-    if signer.role == "owner" and ledger is not None:
-        _require_head(statement, signer.name, ledger)
+    checks = check_contents(statement)
+    broken = [f"{check.claim}: {check.detail}" for check in checks if not check.holds]
+    if broken:
+        raise PlanRefused(["the certificate does not hold", *broken])
+    if ledger is not None:
+        owner = signer.name if signer.role == "owner" else ""
+        _require_ledger(statement, owner, ledger)
     return envelope.signed_by(key).to_bytes(), signer.name
+
+
+def _require_ledger(statement: Statement, owner: str, path: Path) -> None:
+    broken = []
+    for check in check_ledger(statement.predicate, path, owner, []):
+        if not check.holds:
+            broken.append(f"{path}: does not hold what the certificate says: {check.claim}: {check.detail}")
+    if broken:
+        raise PlanRefused(broken)
+
+
+def _day(clock: Callable[[], float]) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
+
+
+def _export_ledger(run: FinishedRun) -> None:
+    """Write the rows of a run's ledger beside its report, once every one of them was verified."""
+    with open_verified(run) as ledger:
+        write_atomic(run.folder / LEDGER, ledger.export("csv").encode())
 
 
 def _operator(operator: Identity | None, keys: dict[str, Identity]) -> Signer:
     if operator is not None:
         return Signer(role="operator", name=OPERATOR, public_key=key_words(operator.public_key))
     keys[OPERATOR] = Identity.generate(RandomSource.system())
-    return Signer(
-        role="operator", name=OPERATOR, public_key=key_words(keys[OPERATOR].public_key), simulated=True
-    )
+    public = key_words(keys[OPERATOR].public_key)
+    return Signer(role="operator", name=OPERATOR, public_key=public, simulated=True)
 
 
-def _require_all(names: tuple[str, ...], owners: Mapping[str, str]) -> None:
-    """Refuse keys of some owners only: a certificate is signed by all of them or simulated for all."""
+def _require_all(names: tuple[str, ...], owners: Mapping[str, str], operator: Identity | None) -> None:
+    """Refuse keys of some owners only, and one key for two parties."""
     if not owners:
         return
-    missing = [
-        f"owner {name!r}: has no key; a certificate needs every owner" for name in names if name not in owners
-    ]
-    foreign = [f"owner {name!r}: took no part in this run" for name in owners if name not in names]
-    if missing or foreign:
-        raise PlanRefused([*missing, *foreign])
-
-
-def _require_head(statement: Statement, name: str, path: Path) -> None:
-    evidence = next(held for held in statement.predicate.owners if held.owner == name)
-    try:
-        with Ledger.open(path, create=False) as ledger:
-            ledger.verify(Head(sequence=evidence.ledger_entries, hash=evidence.ledger_head))
-    except DefenseError:
-        raise PlanRefused([f"{path}: does not hold what the certificate says of {name}'s ledger"]) from None
+    problems = []
+    for name in names:
+        if name not in owners:
+            problems.append(f"owner {name!r}: has no key; a certificate needs every owner")
+    keys = list(owners.values())
+    if operator is not None:
+        keys.append(key_words(operator.public_key))
+    for name, key in owners.items():
+        if name not in names:
+            problems.append(f"owner {name!r}: took no part in this run")
+        if keys.count(key) > 1:
+            problems.append(f"owner {name!r}: its key is another party's, too")
+    if problems:
+        raise PlanRefused(problems)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 from defenses.dp import Event, GaussianEvent
 
 
+def is_there() -> bool:
+    """Tell whether dp-accounting is installed."""
+    return importlib.util.find_spec("dp_accounting") is not None
+
+
 def epsilon(events: Sequence[tuple[Event, int]], delta: float) -> float | None:
-    """Return what dp-accounting says of these events; None where it is not installed or has no such event.
+    """Return what dp-accounting says of these events; None where it has no such event.
 
     Assumes: add or remove one record, which is what its accountant is asked for.
     """
-    try:
-        from dp_accounting import dp_event, pld
-    except ImportError:
-        return None
+    from dp_accounting import dp_event, pld
+
     accountant = pld.PLDAccountant()
     for event, count in events:
         if not isinstance(event, GaussianEvent) or event.records_per_person != 1:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ffm_secure import record_codec
+from ffm_secure.display.printable import printable
 from ffm_secure.errors import RecordError
 from ffm_secure.record_codec import Plain
 from ffm_secure.records import Observer, Point, PrivacyStatement, RunStatus, Verdict
@@ -22,6 +23,10 @@ TYPES: Mapping[Kind, str] = {
 TENSORS = (
     "ffmTensorsSha256"  # over names, shapes, types and values of a model's tensors, whatever file holds them
 )
+FILE = "sha256"  # of a file's bytes
+MODEL = "adapter"  # the folder of the exported model
+BASE = "base:"  # begins the name of the base model, which is no file of the run
+OPERATOR = "operator"  # the one name of its role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,9 @@ class OwnerEvidence:
     events: tuple[CountedEvent, ...]
     ledger_entries: int
     ledger_head: str
+    withdrawn: str = (
+        ""  # the day from which nothing of it is used any more; `epsilon` bounds what was released
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +104,7 @@ class Predicate:
     format: int = FORMAT
     run: str
     run_id: str
+    certified: str  # when, ISO 8601, UTC
     status: RunStatus
     run_file: str  # the effective run file, as canonical TOML
     unit: str
@@ -111,6 +120,7 @@ class Predicate:
     not_protected: tuple[str, ...] = ()
     software: Mapping[str, str] = field(default_factory=dict)
     lock: str = ""  # SHA-256 over names and versions of every installed distribution
+    roster: str = ""  # digest of the operator's list of sites, in a federation
     signers: tuple[Signer, ...]
 
 
@@ -154,8 +164,11 @@ class Statement:
             subjects=_subjects(whole["subject"]),
             predicate=record_codec.decode(Predicate, whole["predicate"], "predicate"),
         )
-        if statement.to_bytes() != content:
+        if canonical(whole) != content:  # of what was read: a field that came later may be missing
             raise RecordError("statement: is not in its canonical form")
+        if statement.predicate.format != FORMAT:
+            raise RecordError(f"statement: this version reads format {FORMAT} only")
+        _require_printable(whole)
         return statement
 
 
@@ -174,6 +187,28 @@ def parse_object(content: bytes, where: str) -> dict[str, Plain]:
     if not isinstance(value, dict):
         raise RecordError(f"{where}: must be a JSON object")
     return value
+
+
+def one_line(text: str) -> str:
+    """Return free text as it may stand in a statement."""
+    return printable(" ".join(text.split()))
+
+
+def _require_printable(value: Plain) -> None:
+    """Refuse text that a terminal would obey, or that makes one line of a table two; a run file has lines.
+
+    Raises:
+      RecordError: some is there.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key != "run_file":
+                _require_printable([key, item])
+    elif isinstance(value, list):
+        for item in value:
+            _require_printable(item)
+    elif isinstance(value, str) and (printable(value) != value or "\n" in value or "\t" in value):
+        raise RecordError("statement: holds text that cannot be printed in one line")
 
 
 def _subjects(value: Plain) -> tuple[Subject, ...]:

@@ -34,10 +34,14 @@ def certify(
         Path | None,
         typer.Option(help="Public keys of the owners, one a line: name and hexadecimal key."),
     ] = None,
+    attested: Annotated[
+        list[Path] | None,
+        typer.Option(help="What a site attests, of a coordinator's run; once for every site."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Bind a run's model, statements, events and audit into a file that others can verify."""
-    _commands().certify(folder, out=out, identity=identity, owners=owners, json=json)
+    _commands().certify(folder, out=out, identity=identity, owners=owners, attested=attested or [], json=json)
 
 
 def sign(

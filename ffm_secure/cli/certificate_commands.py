@@ -3,45 +3,90 @@
 from __future__ import annotations
 
 import importlib
+import os
+import stat
+from collections.abc import Sequence
 from pathlib import Path
 
+from defenses.secagg import Identity
+from ffm_secure.certificate.envelope import LARGEST
+from ffm_secure.certificate.files import has_certified_files
 from ffm_secure.certificate.known_keys import read_known_keys
 from ffm_secure.certificate.verify import Materials, Verification, verify as check_certificate
-from ffm_secure.display.console import say
+from ffm_secure.display.console import clear_errors, say
 from ffm_secure.errors import ConfigError, FfmError, PlanRefused, RecordError, StoreError
-from ffm_secure.foreign import LazyName
+from ffm_secure.foreign import LazyName, LibraryObject
 from ffm_secure.record_codec import to_plain
 from ffm_secure.storage.durable import write_atomic
 from ffm_secure.storage.key_file import read_key_file
+from ffm_secure.transport.roster import read_key
 
 FILE = "certificate.json"
 
 
 def certify(
-    folder: Path, *, out: Path | None, identity: Path | None, owners: Path | None, json: bool
+    folder: Path,
+    *,
+    out: Path | None,
+    identity: Path | None,
+    owners: Path | None,
+    attested: Sequence[Path],
+    json: bool,
 ) -> None:
     """Write the certificate of a finished run."""
     place = out or folder / FILE
-    operator = read_key_file(identity) if identity is not None else None
-    keys = {name: key for key, name in read_known_keys(owners).items()} if owners is not None else {}
-    certified = _making().certify(folder, operator=operator, owners=keys)
+    making, operator = _making(), read_key_file(identity) if identity is not None else None
+    with clear_errors():
+        if making.is_federation(folder):
+            certified = _of_coordinator(folder, operator, owners, attested)
+        elif attested:
+            raise ConfigError("certify", ["--attested: for a coordinator's run; this one has no receipts"])
+        else:
+            keys = {name: key for key, name in read_known_keys(owners).items()} if owners is not None else {}
+            certified = making.certify(folder, operator=operator, owners=keys)
     write_atomic(place, certified.content)
     lines = [f"{place}: written"]
     if certified.waiting:
-        lines.append(
-            f"to be signed by {', '.join(certified.waiting)}: ffm-secure sign {place} --identity KEY"
-        )
+        lines.append(f"to be signed by {', '.join(certified.waiting)}: {_how_to_sign(certified.kind, place)}")
     else:
         lines.append(
             "owners' keys are simulated: this certificate shows what one looks like, and binds nobody"
         )
-    answer = {"certificate": str(place), "waiting": list(certified.waiting), "simulated": not keys}
+    answer = {"certificate": str(place), "waiting": list(certified.waiting), "kind": certified.kind}
     say(answer, lines, json=json)
+
+
+def _how_to_sign(kind: str, place: Path) -> str:
+    if kind == "federation":
+        return (
+            f"ffm-secure site sign FOLDER {place.name}; the operator: ffm-secure sign {place.name} --identity"
+        )
+    return f"ffm-secure sign {place} --identity KEY"
+
+
+def _of_coordinator(
+    folder: Path, operator: Identity | None, owners: Path | None, attested: Sequence[Path]
+) -> LibraryObject:
+    """Certify a coordinator's run, with operator and roster as its folder has them."""
+    module = importlib.import_module("ffm_secure.engines.coordinator_folder")
+    if owners is not None:
+        raise ConfigError("certify", ["--owners: the keys of a coordinator's run stand on its roster"])
+    quarters = module.Headquarters(place=folder.resolve().parent.parent)
+    file = quarters.read()
+    return _making().certify_federation(
+        folder,
+        attestations=[_read(path) for path in attested],
+        roster=quarters.roster(file, now=0.0),  # of the run; it may have expired since
+        operator_key=read_key(file.operator),
+        operator=operator,
+    )
 
 
 def sign(certificate: Path, *, identity: Path, ledger: Path | None, json: bool) -> None:
     """Add one party's signature to a certificate."""
-    content, name = _making().countersign(_read(certificate), read_key_file(identity), ledger=ledger)
+    making, key = _making(), read_key_file(identity)
+    with clear_errors():
+        content, name = making.countersign(_read(certificate), key, ledger=ledger)
     write_atomic(certificate, content)
     lines = [f"{certificate}: signed by {name}"]
     if ledger is None and name != "operator":
@@ -73,7 +118,9 @@ def evidence(folder: Path, *, out: Path | None, certificate: Path | None, json: 
     if not source.is_file():
         raise StoreError(f"{source}: is not there; first: ffm-secure certify {folder}")
     module = importlib.import_module("ffm_secure.certificate.evidence")
-    files = [str(path.relative_to(place)) for path in module.write_evidence(folder, source, place)]
+    with clear_errors():
+        written = module.write_evidence(run, _read(source), place)
+    files = [str(path.relative_to(place)) for path in written]
     say({"folder": str(place), "files": files}, [f"{place}: {len(files)} files", *files], json=json)
 
 
@@ -96,9 +143,11 @@ def materials_for(
     for name, path in (("--files", files), ("--model", model), ("--ledger", ledger), ("--trust", trust)):
         if path is not None and not path.exists():
             problems.append(f"{name} = {path}: is not there")
+    if owner and ledger is None:
+        problems.append(f"--owner = {owner!r}: says whose ledger it is; give the ledger, too (--ledger)")
     if problems:
         raise ConfigError("verify", problems)
-    beside = certificate.parent if (certificate.parent / "report.json").is_file() else None
+    beside = certificate.parent if has_certified_files(certificate.parent) else None
     folder = files if files is not None or model is not None else beside
     known = read_known_keys(trust) if trust is not None else {}
     return Materials(
@@ -112,8 +161,12 @@ def _making() -> LazyName:
 
 
 def _read(certificate: Path) -> bytes:
+    """Read a certificate or a part of one; of what is larger than any, no more than shows it."""
     try:
-        return certificate.read_bytes()
+        with open(os.open(certificate, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise StoreError(f"{certificate}: is no file")
+            return file.read(LARGEST + 1)
     except OSError as error:
         raise StoreError(f"{certificate}: cannot be read: {error.strerror}") from None
 
@@ -125,12 +178,13 @@ def _plain(result: Verification) -> dict[str, object]:
 
 
 def _lines(result: Verification) -> list[str]:
-    kind = "a simulation: keys of owners are simulated" if result.kind == "simulation" else "a federation"
+    kind = "a simulation: one machine held every party" if result.kind == "simulation" else "a federation"
     width = max(len(check.claim) for check in result.checks)
-    lines = [f"certificate of {result.run}, {kind}"]
+    lines = [f"certificate of {result.run}, {kind}, of {result.certified}"]
     for check in result.checks:
         mark = "holds " if check.holds else "BROKEN"
         lines.append(f"  {mark}  {check.claim.ljust(width)}  {check.detail}")
     lines += [f"  not checked  {text}" for text in result.not_given]
+    lines += [f"  note         {text}" for text in result.notes]
     lines.append("everything that was checked holds" if result.holds else "NOT VERIFIED")
     return lines

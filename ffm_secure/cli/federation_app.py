@@ -30,6 +30,10 @@ def _site() -> ModuleType:
     return importlib.import_module("ffm_secure.cli.site_commands")
 
 
+def _site_evidence() -> ModuleType:
+    return importlib.import_module("ffm_secure.cli.site_evidence")
+
+
 def _coordinator() -> ModuleType:
     return importlib.import_module("ffm_secure.cli.coordinator_commands")
 
@@ -131,6 +135,27 @@ def site_start(
 def site_status(folder: Folder, json: Json = False) -> None:
     """Say what the site is doing, what it has spent, and what it has allowed."""
     _site().status(folder, json=json)
+
+
+@site_app.command(name="attest")
+def site_attest(
+    folder: Folder,
+    run: RunFile,
+    out: Annotated[Path | None, typer.Option(help="File to write; by default in FOLDER.")] = None,
+    json: Json = False,
+) -> None:
+    """Sign what this site's ledger holds of a run, for its certificate. Needs no network."""
+    _site_evidence().attest(folder, run, out=out, json=json)
+
+
+@site_app.command(name="sign")
+def site_sign(
+    folder: Folder,
+    certificate: Annotated[Path, typer.Argument(help="Certificate file.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Sign a certificate if it says what this site's ledger, run file and roster say. Needs no network."""
+    _site_evidence().sign(folder, certificate, json=json)
 
 
 @site_app.command(name="log")

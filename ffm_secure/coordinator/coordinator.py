@@ -12,12 +12,13 @@ from ffm_secure.errors import StoreError
 from ffm_secure.federation import Callback, TrainingResult
 from ffm_secure.records import RoundRecord
 from ffm_secure.server.context import ServerContext
-from ffm_secure.coordinator.sealed_courier import Proposer, SealedCourier, SignedReceipt, Watch
+from ffm_secure.coordinator.sealed_courier import Proposer, SealedCourier, Watch
 from ffm_secure.server.timetable import Timetable
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.strategies import ServerState
 from ffm_secure.transport.courier import Courier
 from ffm_secure.transport.envelope import Sign
+from ffm_secure.transport.receipts import SignedReceipt
 from ffm_secure.transport.roster import FederationRoster
 
 

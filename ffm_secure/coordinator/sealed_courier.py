@@ -23,6 +23,7 @@ from ffm_secure.server.timetable import Timetable
 from ffm_secure.transport import envelope
 from ffm_secure.transport.courier import Courier, Lost, Reply
 from ffm_secure.transport.envelope import REFUSAL, Header, Sign
+from ffm_secure.transport.receipts import SignedReceipt
 from ffm_secure.transport.roster import FederationRoster
 from ffm_secure.transport.stages import FINISH, JOIN, PLAN, join_acceptances, split_plan
 
@@ -64,16 +65,6 @@ class Proposer:
     timetable: Timetable
     clock: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SignedReceipt:
-    """A site's receipt as it signed it; `envelope.unseal_answer` checks the three parts against its key."""
-
-    round: int
-    request: bytes  # digest of the message it answers
-    signature: bytes
-    content: bytes
 
 
 class _Sealed(Mapping[int, bytes]):

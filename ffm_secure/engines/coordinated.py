@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
 
 from defenses.dp import Event
 from ffm_secure import record_codec
@@ -20,19 +18,9 @@ from ffm_secure.federation import TrainingResult
 from ffm_secure.records import DECLINED, Receipt, RunSummary
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
-from ffm_secure.coordinator.sealed_courier import SignedReceipt
 from ffm_secure.storage.durable import write_atomic
 from ffm_secure.trainable import exports
-
-RECEIPTS: Final = "receipts.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Receipts:
-    """The newest receipt of every site, each under the site's own signature."""
-
-    format: int = 1
-    sites: Mapping[str, SignedReceipt]
+from ffm_secure.transport.receipts import RECEIPTS, Receipts
 
 
 def finish(ready: ReadyRun, trained: TrainingResult) -> RunSummary:

@@ -6,14 +6,23 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
-from defenses.dp import Accountant, EpsilonBound, Event
+from defenses.dp import Accountant, EpsilonBound, Event, NonPrivateEvent
 from ffm_secure.config import compatibility
-from ffm_secure.config.run_file import OBSERVERS, RunConfig
-from ffm_secure.privacy.mechanism import Mechanism
+from ffm_secure.config.run_file import OBSERVERS, Privacy, RunConfig
 from ffm_secure.records import Observer, PrivacyStatement
 
+if TYPE_CHECKING:  # a verifier states epsilon without a model library
+    from ffm_secure.privacy.mechanism import Mechanism
+
 SEEDED = "NOT PRIVATE: the privacy noise of this run came from a seed, which is for tests only"
+ADJACENCY: Final = {
+    "record": "add or remove one record",
+    "person": "add or remove one person",
+    "client": "zero out one client",
+    "none": "none",
+}
 _ACCOUNTANTS = {
     "pld": "PLD, tilted FFT, rounded up",
     "gaussian": "Gaussian, closed form",
@@ -30,19 +39,50 @@ def statements(
     `events` is what one owner has spent; without it the statement is the plan's: every round a client may
     take part in.
     """
-    privacy = config.privacy
-    if privacy.unit == "person":
-        unit = f"person with up to {privacy.records_per_person} records"
-    else:
-        unit = privacy.unit
     bound = _bound(config, mechanism, events)
+    if events is None:
+        bound = replace(bound, epsilon=config.privacy.epsilon)
+    words = _mechanism_words(config, mechanism, events)
+    return _for_everybody(config, bound, adjacency=mechanism.adjacency, mechanism=words)
+
+
+def statements_of(
+    config: RunConfig, events: Sequence[tuple[Event, int]], delta: float
+) -> tuple[PrivacyStatement, ...]:
+    """State epsilon for every observer from a run file and what one owner has paid for, each event as often
+    as it says: all that somebody needs who has no model.
+
+    Raises:
+      ParameterError: the events cannot be added up, or a count is none.
+    """
+    bound = EpsilonBound(epsilon=math.inf, delta=delta, accountant="none", slack=0.0)
+    if not any(isinstance(event, NonPrivateEvent) for event, _ in events):
+        accountant = Accountant()
+        for event, count in events:
+            accountant.compose(event, count=count)
+        bound = accountant.epsilon(delta)
+    words = tuple(f"{count} x {event.to_json()}" for event, count in events)
+    return _for_everybody(config, bound, adjacency=ADJACENCY[config.privacy.unit], mechanism=words)
+
+
+def unit_words(privacy: Privacy) -> str:
+    """Say whom an epsilon of a run protects."""
+    if privacy.unit == "person":
+        return f"person with up to {privacy.records_per_person} records"
+    return privacy.unit
+
+
+def _for_everybody(
+    config: RunConfig, bound: EpsilonBound, *, adjacency: str, mechanism: tuple[str, ...]
+) -> tuple[PrivacyStatement, ...]:
+    privacy = config.privacy
     common = PrivacyStatement(
         observer="public",
-        epsilon=privacy.epsilon if events is None else bound.epsilon,
+        epsilon=bound.epsilon,
         delta=privacy.delta,
-        unit=unit,
-        adjacency=mechanism.adjacency,
-        mechanism=_mechanism_words(config, mechanism, events),
+        unit=unit_words(privacy),
+        adjacency=adjacency,
+        mechanism=mechanism,
         slack=bound.slack,
         accountant=_ACCOUNTANTS[bound.accountant],
     )

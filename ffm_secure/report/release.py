@@ -28,7 +28,7 @@ def released(summary: RunSummary) -> RunSummary:
     return replace(
         summary,
         view="public",
-        config=_without_paths(summary.config),
+        config=without_paths(summary.config),
         plan=_released_plan(summary.plan, tuple(_strings(summary.config))),
         clients=summary.clients if summary.clients_source == CHARGED else (),
         clients_source=summary.clients_source if summary.clients_source == CHARGED else "not released",
@@ -98,11 +98,12 @@ def _strings(value: JsonValue) -> Iterator[str]:
         yield value
 
 
-def _without_paths(value: JsonValue) -> JsonValue:
+def without_paths(value: JsonValue) -> JsonValue:
+    """Return a table with every absolute path in it cut to its last name."""
     if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_without_paths(item) for item in value)
+        return type(value)(without_paths(item) for item in value)
     return _name(value) if isinstance(value, str) else value
 
 

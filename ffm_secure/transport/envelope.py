@@ -19,7 +19,7 @@ WIRE: Final = 1
 """Version of everything in this file; the two ends refuse each other's message where it differs."""
 REFUSAL: Final = b"\x00"
 """All that is sent by a party that refuses, whatever the reason."""
-_ANSWER: Final = b"\x01"
+ANSWER: Final = b"\x01"
 _MAGIC: Final = b"ffm-secure wire "
 _HEAD: Final = struct.Struct("<16sII")  # magic, version, bytes of the header
 _LARGEST_HEADER: Final = 1 << 16
@@ -109,7 +109,7 @@ def _read(message: bytes) -> tuple[Header, bytes, int]:
 def seal_answer(content: bytes | memoryview, request: bytes, sign: Sign) -> bytes:
     """Answer the request of a digest: the site's signature over both, then the content."""
     signature = sign(_REPLY + request + hashlib.sha256(content).digest())
-    return b"".join((_ANSWER, signature, content))
+    return b"".join((ANSWER, signature, content))
 
 
 def unseal_answer(answer: bytes | memoryview, request: bytes, site: bytes) -> memoryview:
@@ -120,7 +120,7 @@ def unseal_answer(answer: bytes | memoryview, request: bytes, site: bytes) -> me
     """
     view = memoryview(answer)
     start = 1 + SIGNATURE_BYTES
-    if len(view) < start or bytes(view[:1]) != _ANSWER:
+    if len(view) < start or bytes(view[:1]) != ANSWER:
         raise ProtocolError
     content = view[start:]
     verify_signature(site, bytes(view[1:start]), _REPLY + request + hashlib.sha256(content).digest())

@@ -21,52 +21,22 @@ from defenses.secagg import Identity
 from ffm_secure.api import Run
 from ffm_secure.certificate.envelope import Envelope, Signature, key_id
 from ffm_secure.certificate.make import certify, countersign
-from ffm_secure.certificate.statement import OwnerEvidence, Predicate, Statement
+from ffm_secure.certificate.statement import OwnerEvidence
 from ffm_secure.certificate.verify import Materials, verify
 from ffm_secure.errors import PlanRefused, RecordError
 from ffm_secure.transport.roster import key_words, read_key
 from tests.certificate.conftest import PRIVATE
+from tests.certificate.helpers import (
+    broken,
+    certificate,
+    everything,
+    resigned,
+    statement_of,
+    with_predicate,
+)
 from tests.federation.helpers import RECORD, SECAGG, call, make
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def certificate(folder: Path) -> bytes:
-    return (folder / "certificate.json").read_bytes()
-
-
-def everything(folder: Path) -> Materials:
-    return Materials(folder=folder, ledger=folder / "ledger.sqlite")
-
-
-def broken(content: bytes, beside: Materials) -> list[str]:
-    """Return the claims that do not hold; the bytes themselves where they are no certificate."""
-    try:
-        result = verify(content, beside)
-    except RecordError:
-        return ["certificate"]
-    return [check.claim for check in result.checks if not check.holds]
-
-
-def statement_of(content: bytes) -> Statement:
-    return Statement.from_bytes(Envelope.from_bytes(content).payload)
-
-
-def resigned(statement: Statement) -> bytes:
-    """Sign a statement with fresh keys for everybody: what somebody can do who holds every key."""
-    keys = [Identity.generate(RandomSource.system()) for _ in statement.predicate.signers]
-    signers = []
-    for signer, key in zip(statement.predicate.signers, keys, strict=True):
-        signers.append(replace(signer, public_key=key_words(key.public_key)))
-    predicate = replace(statement.predicate, signers=tuple(signers))
-    envelope = Envelope(payload=replace(statement, predicate=predicate).to_bytes())
-    for key in keys:
-        envelope = envelope.signed_by(key)
-    return envelope.to_bytes()
-
-
-def with_predicate(statement: Statement, predicate: Predicate) -> bytes:
-    return resigned(replace(statement, predicate=predicate))
 
 
 def test_a_certificate_of_a_run_holds_in_every_part(finished: Path) -> None:
@@ -252,7 +222,7 @@ def test_every_owner_signs_by_itself(run: Path, tmp_path: Path) -> None:
         content, signed = countersign(content, keys[name], ledger=run / "ledger.sqlite")
         assert signed == name
     assert broken(content, everything(run)) == []
-    assert statement_of(content).kind == "federation"
+    assert statement_of(content).kind == "simulation"  # whoever has the keys, one machine held every row
     trusted = {key_words(key.public_key): name for name, key in keys.items()}
     assert broken(content, Materials(trust=trusted)) == []
     trusted[public["client-2"]] = "client-3"

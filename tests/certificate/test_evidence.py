@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ffm_secure.certificate.evidence import TABLE, Support, values_at, write_evidence
+from ffm_secure.certificate.documents import TABLE, Support, values_at
+from ffm_secure.certificate.evidence import write_evidence
 from ffm_secure.certificate.verify import Materials, verify
 from ffm_secure.errors import StoreError
 from tests.federation.helpers import call
@@ -15,7 +16,7 @@ from tests.federation.helpers import call
 @pytest.fixture(scope="module")
 def folder(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("evidence") / "evidence"
-    write_evidence(finished, finished / "certificate.json", out)
+    write_evidence(finished, (finished / "certificate.json").read_bytes(), out)
     return out
 
 

@@ -1,0 +1,234 @@
+"""What is written beside a certificate for people: duties and what supports them, an assessment's annex."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ffm_secure import record_codec
+from ffm_secure.certificate.files import READABLE
+from ffm_secure.certificate.statement import Kind, OwnerEvidence, Predicate
+from ffm_secure.errors import StoreError
+from ffm_secure.foreign import JsonValue
+
+MAPPING, ANNEX = "mapping.md", "dpia_annex.md"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """Say which field of which file supports one duty; never that the duty is met."""
+
+    text: str  # where the duty stands
+    duty: str
+    file: str
+    field: str  # names joined by dots; a star is every entry of a list
+    what: str
+
+
+TABLE = (
+    Support(
+        text="GDPR Art. 5(2)",
+        duty="accountability",
+        file=READABLE,
+        field="predicate.owners.*.ledger_head",
+        what="the head of every owner's ledger, signed by its owner",
+    ),
+    Support(
+        text="GDPR Art. 25",
+        duty="data protection by design",
+        file=READABLE,
+        field="predicate.run_file",
+        what="protection, privacy unit, noise and budget, fixed before training",
+    ),
+    Support(
+        text="GDPR Art. 30",
+        duty="records of processing",
+        file=READABLE,
+        field="predicate.rounds.*.cohort",
+        what="every round, how many owners were asked and answered",
+    ),
+    Support(
+        text="GDPR Art. 32",
+        duty="security of processing",
+        file=READABLE,
+        field="predicate.not_protected.*",
+        what="what each observer sees, and which collusion breaks the protection",
+    ),
+    Support(
+        text="GDPR Art. 35",
+        duty="impact assessment",
+        file=READABLE,
+        field="predicate.statements.*.epsilon",
+        what="a bound on what the result reveals of one unit, for each observer",
+    ),
+    Support(
+        text="EDPB Opinion 28/2024",
+        duty="extraction shown to be unlikely by tests",
+        file=READABLE,
+        field="predicate.audit.*.verdict",
+        what="attacks that were run, each with its verdict",
+    ),
+    Support(
+        text="AI Act Annex IV",
+        duty="technical documentation",
+        file="report.json",
+        field="plan.trains",
+        what="what was trained, with which settings and software",
+    ),
+    Support(
+        text="AI Act Art. 10",
+        duty="data governance",
+        file=READABLE,
+        field="predicate.declared_public.*",
+        what="what was taken to be public",
+    ),
+    Support(
+        text="AI Act Art. 12",
+        duty="record keeping",
+        file=READABLE,
+        field="predicate.transcript",
+        what="a digest of the records of all rounds",
+    ),
+    Support(
+        text="AI Act Art. 15",
+        duty="accuracy and robustness",
+        file="report.json",
+        field="metric_final",
+        what="accuracy on public rows, beside that of guessing",
+    ),
+    Support(
+        text="NIST SP 800-226",
+        duty="stating a differential privacy guarantee",
+        file=READABLE,
+        field="predicate.statements.*.unit",
+        what="unit, neighbouring relation, mechanism and accountant beside every epsilon",
+    ),
+)
+
+
+def mapping(predicate: Predicate, report: Path) -> str:
+    """Write the table of duties and what supports them: how many entries each row leads to."""
+    wholes = {
+        READABLE: {"predicate": record_codec.encode(predicate, "predicate")},
+        report.name: json.loads(report.read_text(encoding="utf-8")),
+    }
+    lines = [
+        "# What supports which duty",
+        "",
+        "Each row points at a field of a file in this folder. It supports a duty; whether the duty is",
+        "met is for people to judge.",
+        "",
+        "| text | duty | file | field | what is there | entries |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in TABLE:
+        entries = len(tuple(_walk(wholes[row.file], row.field.split("."), f"{row.file}: {row.field}")))
+        count = str(entries) if entries else "none in this run"
+        lines.append(f"| {row.text} | {row.duty} | {row.file} | {row.field} | {row.what} | {count} |")
+    return "\n".join(lines) + "\n"
+
+
+def values_at(file: Path, field: str) -> tuple[JsonValue, ...]:
+    """Return every value a field of a JSON file leads to; a star stands for every entry of a list.
+
+    Raises:
+      StoreError: a name on the way is not there.
+    """
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    return tuple(_walk(whole, field.split("."), f"{file.name}: {field}"))
+
+
+def _walk(value: JsonValue, names: Sequence[str], where: str) -> Iterator[JsonValue]:
+    if not names:
+        yield value
+        return
+    first, *rest = names
+    if first == "*" and isinstance(value, list):
+        for entry in value:
+            yield from _walk(entry, rest, where)
+        return
+    if not isinstance(value, dict) or first not in value:
+        raise StoreError(f"{where}: is not there")
+    yield from _walk(value[first], rest, where)
+
+
+def annex(kind: Kind, predicate: Predicate) -> str:
+    """Write the annex of an impact assessment from what a certificate states."""
+    lines = [
+        f"# Annex to the impact assessment: {predicate.run}",
+        "",
+        f"Kind: {kind}. Status: {predicate.status}. Rounds: {len(predicate.rounds)}. "
+        f"Certified: {predicate.certified}.",
+        "",
+        "## What is promised, and to whom",
+        "",
+        *_promises(predicate),
+        "",
+        "## What is not protected",
+        "",
+        *_bullets(predicate.not_protected),
+        "",
+        "## What was taken to be public",
+        "",
+        *_bullets(predicate.declared_public or ("nothing was declared",)),
+        "",
+        "## What was attacked",
+        "",
+        *_attacks(predicate),
+        "",
+        "## Who has left",
+        "",
+        *_withdrawals(predicate),
+        "",
+        "## Who signs",
+        "",
+        *_signers(predicate),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _promises(predicate: Predicate) -> list[str]:
+    lines = ["| observer | epsilon | delta | unit | neighbouring | accountant |", "|---|---|---|---|---|---|"]
+    for one in predicate.statements:
+        row = (one.observer, f"{one.epsilon:.4g}", f"{one.delta:g}", one.unit, one.adjacency, one.accountant)
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def _attacks(predicate: Predicate) -> list[str]:
+    if not predicate.audit:
+        return ["This run was not audited."]
+    counts: dict[str, int] = {}
+    for finding in predicate.audit:
+        counts[finding.verdict] = counts.get(finding.verdict, 0) + 1
+    lines = [predicate.audit_sentence, ""] if predicate.audit_sentence else []
+    return [*lines, *_bullets([f"{verdict}: {count}" for verdict, count in sorted(counts.items())])]
+
+
+def _withdrawals(predicate: Predicate) -> list[str]:
+    """State the bound on what released models may still reveal of somebody who has left."""
+    left = [owner for owner in predicate.owners if owner.withdrawn]
+    if not left:
+        return ["Nobody."]
+    return _bullets([_bound_on(owner, predicate.delta) for owner in left])
+
+
+def _bound_on(owner: OwnerEvidence, delta: float) -> str:
+    return (
+        f"{owner.owner}: withdrawn on {owner.withdrawn}, and used for nothing since. What models released "
+        f"before may still reveal of its rows is bounded by epsilon {owner.epsilon:.4g} at delta {delta:g}."
+    )
+
+
+def _signers(predicate: Predicate) -> list[str]:
+    lines = []
+    for signer in predicate.signers:
+        mark = " (simulated key, binds nobody)" if signer.simulated else ""
+        lines.append(f"{signer.role} {signer.name}: {signer.public_key}{mark}")
+    return _bullets(lines)
+
+
+def _bullets(lines: Sequence[str]) -> list[str]:
+    return [f"- {line}" for line in lines]
