@@ -9,20 +9,59 @@ variant); RMIA, Zarifzadeh et al., 2024, equation 4 (offline).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
-from attacks.inversion.channels import capture_inputs, observed_channels, spectrum_of
+from attacks.inversion.channels import Span, capture_inputs, observed_channels, spectrum_of
 from attacks.inversion.tokens import noise_per_entry
 from attacks.observation import Observation
 
 Batch = Mapping[str, Tensor]
 
 _ROUNDING = 1e-5
+_TOGETHER = 16  # candidates in one forward pass
+_REMEMBERED = 50_000_000  # the most numbers of one kind that candidates remember
+
+Studied = dict[str, Tensor]
+
+
+class Candidates(dict[str, Tensor]):
+    """Hold candidates with what attacks computed of them: it depends on the model alone, not on the update.
+
+    One test asks of several updates which of the same candidates are in them; the passes of the model are the
+    dear part of it, and are made once.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(batch)
+        self._studied: dict[tuple[object, ...], tuple[nn.Module, Studied]] = {}
+
+    def study(self, key: tuple[object, ...], model: nn.Module, compute: Callable[[], Studied]) -> Studied:
+        """Return what was computed under a key for this very model, or compute it and remember it."""
+        place = (*key, id(model))
+        if place in self._studied:
+            return self._studied[place][1]
+        values = compute()
+        if sum(value.numel() for value in values.values()) <= _REMEMBERED:
+            self._studied[place] = (model, values)  # the model stays alive, so its id stays its own
+        return values
+
+
+def _studied(
+    candidates: Batch,
+    key: tuple[object, ...],
+    model: nn.Module,
+    observation: Observation,
+    compute: Callable[[], Studied],
+) -> Studied:
+    """Compute something of candidates, once for each model as it stands; a broadcast makes it another one."""
+    if isinstance(candidates, Candidates) and observation.broadcast is None:
+        return candidates.study(key, model, compute)
+    return compute()
 
 
 def batch_size(batch: Batch) -> int:
@@ -102,16 +141,22 @@ def _scored(scores: Tensor, confidence: float, **details: float | int | str) -> 
 def _matched(
     observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
 ) -> Finding:
-    private, candidates = working_copy(model, observation), _candidates(prior)
-    own = dict(private.named_parameters())
+    assert model is not None, "the contract asks for a model"
+    candidates, own = _candidates(prior), dict(model.named_parameters())
     view = observation.gradient().tensors
     names = tuple(name for name in view if name in own and own[name].shape == view[name].shape)
     if not names:
         raise NotApplicable("no observed tensor has the name and shape of a parameter")
     update = torch.cat([view[name].flatten() for name in names]).double()
-    gradients = example_gradients(private, candidates, names).double()
+
+    def compute() -> Studied:
+        private = working_copy(model, observation)
+        return {"gradients": example_gradients(private, candidates, names).double()}
+
+    gradients = _studied(candidates, ("gradients", names), model, observation, compute)["gradients"]
     expected = torch.zeros_like(update)
     if prior.examples:
+        private = working_copy(model, observation)
         expected = example_gradients(private, prior.examples, names).double().mean(0)
     centred = gradients - expected
     scale = update.new_zeros(())
@@ -140,13 +185,14 @@ def _spread(scores: Tensor) -> float:
     return 1.0 - min(within) / total
 
 
-def _residual(
-    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
-) -> Finding:
-    private, candidates = working_copy(model, observation).double(), _candidates(prior)
+def telling_spans(observation: Observation, model: nn.Module) -> list[Span]:
+    """Return up to four row spaces of the highest rank that still leaves something out.
+
+    Raises: NotApplicable when there is none.
+    """
     noise = noise_per_entry(observation)
     spans = []
-    for channel in observed_channels(observation, private).values():
+    for channel in observed_channels(observation, model).values():
         spans.append(spectrum_of(channel).span(noise=noise))
     spans = [span for span in spans if span.informative]
     if not spans:
@@ -154,29 +200,50 @@ def _residual(
             "every observed row space is full or empty: too many tokens, noise, or a foreign optimiser"
         )
     most = max(span.rank for span in spans)
-    spans = [span for span in spans if span.rank == most][:4]
-    modules = {}
+    return [span for span in spans if span.rank == most][:4]
+
+
+def _residual(
+    observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
+) -> Finding:
+    assert model is not None, "the contract asks for a model"
+    candidates = _candidates(prior)
+    spans = telling_spans(observation, model)
+    channels = tuple(span.channel for span in spans)
+
+    def compute() -> Studied:
+        return _states(working_copy(model, observation).double(), candidates, channels)
+
+    states = _studied(candidates, ("states", channels), model, observation, compute)
+    means = []
     for span in spans:
-        modules[span.channel] = private.get_submodule(span.channel)
-    scores = []
-    for index in range(batch_size(candidates)):
-        example = one(candidates, index)
-        captured = capture_inputs(modules, partial(logits_and_targets, private, example))
-        distances = []
-        for span in spans:
-            if span.channel in captured:
-                distances.append(span.distance(captured[span.channel].reshape(-1, span.shape[1])))
-        # The mean over all but the last place: a causal model's last token leaves no trace.
-        means = []
-        for entry in distances:
-            means.append(entry[:-1].mean() if len(entry) > 1 else entry.mean())
-        scores.append(-torch.stack(means).mean())
-    table = torch.stack(scores)
+        if span.channel in states:
+            distances = span.distance(states[span.channel])
+            # The mean over all but the last place: a causal model's last token leaves no trace.
+            means.append((distances[:, :-1] if distances.shape[1] > 1 else distances).mean(dim=1))
+    table = -torch.stack(means).mean(dim=0)
     if float(-table.min()) < _ROUNDING:
         return Finding(
             reason="every candidate lies in the row spaces: they are full, or all candidates are members"
         )
-    return _scored(table, _spread(table), rank=most, channels=len(spans))
+    return _scored(table, _spread(table), rank=spans[0].rank, channels=len(spans))
+
+
+def _states(model: nn.Module, candidates: Batch, channels: tuple[str, ...]) -> Studied:
+    """Return what each candidate feeds to channels: (n, places, width) by name, of those that are reached."""
+    modules = {name: model.get_submodule(name) for name in channels}
+    rows: dict[str, list[Tensor]] = {}
+    for start in range(0, batch_size(candidates), _TOGETHER):
+        some = {name: value[start : start + _TOGETHER] for name, value in candidates.items()}
+        captured = capture_inputs(modules, partial(logits_and_targets, model, some))
+        if any(len(state) != batch_size(some) for state in captured.values()):
+            alone = []
+            for index in range(batch_size(some)):
+                alone.append(capture_inputs(modules, partial(logits_and_targets, model, one(some, index))))
+            captured = {name: torch.stack([state[name] for state in alone]) for name in captured}
+        for name, state in captured.items():
+            rows.setdefault(name, []).append(state.reshape(batch_size(some), -1, state.shape[-1]))
+    return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 def _lira(

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, norm
 from torch import Tensor
 
 from attacks import luck, metrics
@@ -24,6 +24,7 @@ ADVANTAGE = 0.3  # share of the way from guessing to perfect that counts as a su
 # how likely guessing may do as well, for a success to be more than luck when it is the only question
 LUCK = 0.05
 EXACT_PICTURE = 60.0  # PSNR in dB from which a picture is read exactly
+LEAST_AUC = 0.55  # of the mean over many memberships, which is far surer than one
 _BATCHES = 99  # of texts that were not used, for guessing to be held against
 _Z99 = 2.576
 Floats = NDArray[np.float64]
@@ -126,6 +127,37 @@ def pooled(scores: Sequence[Score]) -> Score:
         succeeded=2 * sum(enough) > len(scores),
         luck=luck.majority(chances),
         exact=all(one.exact for one in scores),
+    )
+
+
+def regrouped(scores: Sequence[Score], members: int, others: int) -> Score:
+    """Return the mean of membership AUCs of the same candidates, of whom others were members each time.
+
+    Members are drawn anew for every score, so an observation that knows nothing of them gives AUCs that are
+    independent of each other and of known variance, whatever candidates they are: luck is that of their mean.
+    The interval is over memberships and noise, not over other candidates.
+
+    Raises: ValueError for no score, or one of another measure.
+    Source: Mann and Whitney, 1947, the variance of U under equal distributions.
+    """
+    if {one.measure for one in scores} != {"membership AUC"}:
+        raise ValueError(f"{len(scores)} scores, must be some of membership")
+    if len(scores) == 1:
+        return scores[0]
+    values = tuple(one.value for one in scores)
+    spread = luck.interval(values, bounded=False)
+    deviation = math.sqrt((members + others + 1) / (12 * members * others * len(values)))
+    low, high = spread.low, spread.high
+    return Score(
+        measure="membership AUC",
+        value=spread.mean,
+        baseline=0.5,
+        low=None if low is None else max(0.0, low),
+        high=None if high is None else min(1.0, high),
+        succeeded=low is not None and low > 0.5 and spread.mean >= LEAST_AUC,
+        luck=float(norm.sf((spread.mean - 0.5) / deviation)),
+        draws=len(values),
+        values=values,
     )
 
 

@@ -48,6 +48,14 @@ class ClippedSum:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSums:
+    """Hold the sums over one group of samples: as they are, and clipped. Both are private."""
+
+    plain: dict[str, Tensor]
+    clipped: ClippedSum
+
+
 class PerSampleEngine:
     """Compute sums of clipped per-sample gradients of a model's trainable parameters.
 
@@ -105,23 +113,58 @@ class PerSampleEngine:
         ):  # layer inputs still carry the forward pass's graph, which must not grow into the sums
             return self._clip(uses, values, clip)
 
+    def group_sums(self, losses: Losses, *, clip: Clipping, groups: Tensor) -> list[GroupSums]:
+        """Sum the gradients of several groups of samples of one batch, plain and clipped, in one pass.
+
+        `groups` is boolean `[groups, batch]`; a sample may be in many groups or none. For audits, which ask
+        what would have been sent had other samples of the batch been in the step.
+        """
+        uses, values = self._differentiate(losses, None)
+        with torch.no_grad():
+            squared = self._squared(uses, values)
+            factors = clip.factors(squared)
+            sums = []
+            for group in groups:
+                inside = group.to(values.device).float()
+                finite = dict.fromkeys(uses, inside * torch.isfinite(values))
+                weighted = {name: factors[name] * inside for name in uses}
+                own = {name: norms[group] for name, norms in squared.items()}
+                clipped = ClippedSum(
+                    gradients=self._weighted(uses, weighted),
+                    batch_size=int(group.sum()),
+                    clip=clip,
+                    within=clip.within(own) if clip.kind == "adaptive" else 0,
+                )
+                sums.append(GroupSums(plain=self._weighted(uses, finite), clipped=clipped))
+            return sums
+
     def _clip(self, uses: dict[str, list[Use]], values: Tensor, clip: Clipping) -> ClippedSum:
+        squared = self._squared(uses, values)
+        if not squared:
+            return self.empty(clip)
+        sums = self._weighted(uses, clip.factors(squared))
+        within = clip.within(squared) if clip.kind == "adaptive" else 0
+        return ClippedSum(gradients=sums, batch_size=len(values), clip=clip, within=within)
+
+    def _squared(self, uses: dict[str, list[Use]], values: Tensor) -> dict[str, Tensor]:
+        """Return the squared norm of every sample's gradient by parameter, infinite where its loss is no
+        number.
+        """
         poisoned = ~torch.isfinite(values)
         squared = {}
         for name, parts in uses.items():
-            squared[name] = _squared_norm(parts, self._parameters[name])
-        if not squared:
-            return self.empty(clip)
-        for name in squared:
-            squared[name] = torch.where(poisoned, torch.inf, squared[name])
-        factors = clip.factors(squared)
+            norms = _squared_norm(parts, self._parameters[name])
+            squared[name] = torch.where(poisoned, torch.inf, norms)
+        return squared
+
+    def _weighted(self, uses: dict[str, list[Use]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sum over samples of their gradients times their factors, in float64."""
         sums = self._zeros()
         for name, parts in uses.items():
             for part in parts:
                 for few, share in _few(part, factors[name]):
                     sums[name] += _widened(_weighted_sum(few, share, self._parameters[name].shape))
-        within = clip.within(squared) if clip.kind == "adaptive" else 0
-        return ClippedSum(gradients=sums, batch_size=len(values), clip=clip, within=within)
+        return sums
 
     def per_sample(self, losses: Losses, *, batch_size: int | None = None) -> dict[str, Tensor]:
         """Return every gradient as `[batch, *shape]`: for tests and small models, nothing is clipped."""

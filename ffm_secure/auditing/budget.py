@@ -37,6 +37,7 @@ NULL_STEPS = {
     "standard": 20_000,
     "exhaustive": 600_000,
 }  # of one attack on noise, at one place
+REGROUPING_STEPS = {"quick": 2_000, "standard": 20_000, "exhaustive": 200_000}  # of one attack at one point
 # Draws of records and noise, for attacks cheap enough that luck need not decide their verdict. Of a single
 # record's label
 # there are few outcomes, so it takes more of them.

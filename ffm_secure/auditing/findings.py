@@ -23,8 +23,9 @@ from attacks.judge import (
     null_runs,
     tried,
 )
+from attacks.luck import FEW_DRAWS
 from attacks.registry import ATTACKS
-from attacks.scoring import Score, pooled
+from attacks.scoring import Score, pooled, regrouped
 from attacks.truth import Truth
 from ffm_secure.auditing import replayed as client_replay
 from ffm_secure.auditing.budget import (
@@ -36,13 +37,14 @@ from ffm_secure.auditing.budget import (
     HEAVY,
     LATE,
     NULL_STEPS,
+    REGROUPING_STEPS,
     SHOWN_PICTURES,
     AuditBudget,
     not_run,
 )
 from ffm_secure.auditing.crafted import CRAFTERS, MaliciousServer, Played, honest, play
 from ffm_secure.auditing.png import side_by_side
-from ffm_secure.auditing.step import ObservationPoint, ReplayedStep
+from ffm_secure.auditing.step import REGROUPED, ObservationPoint, ReplayedStep
 from ffm_secure.auditing.wording import Decode
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.records import (
@@ -343,6 +345,10 @@ def repeated(
     is. With `noise` a score better than guessing also has to beat the same attack on noise in the shape of
     the update.
     """
+    if attack.family == "membership":
+        several = _memberships(attack, stage, point, purse, ran)
+        if several is not None:
+            return several
     first = run_once(attack, stage, stage.at(point), purse, ran)
     if first is not None and first[1] is not None:
         known = first[1]
@@ -374,6 +380,36 @@ def repeated(
     if noise and pooled(scores).luck <= LEVEL:
         scores = _against_noise(attack, stage, point, purse, draws, first[0].steps)
     return first[0], pooled(scores)
+
+
+def _memberships(
+    attack: Attack, stage: ReplayedStep, point: Point, purse: AuditBudget, ran: Ran
+) -> Result | None:
+    """Ask who was in the step, many times over the same candidates; None where it can be asked only once.
+
+    What one membership of 32 candidates says varies so much that its verdict would be a coin flip; the passes
+    of the model, which are what it costs, serve for all of them.
+    """
+    first: Result | None = None
+    scores: list[Score] = []
+    spent = 0.0
+    for number in range(REGROUPED):
+        scene = stage.regroup(point, number)
+        if scene is None or spent > REGROUPING_STEPS[purse.name]:
+            break
+        attempt = run_once(attack, stage, scene, purse, ran, key=f"{point}, members {number}")
+        if attempt is None:
+            break
+        if first is not None:
+            spent += attempt[0].steps  # the passes of the model were made for the first one
+        elif attempt[1] is None:  # nothing to score, and it would be so again
+            return attempt
+        first = first or attempt
+        scores.append(attempt[1] or replace(scores[0], value=0.5, succeeded=False, luck=1.0))
+    if first is None or len(scores) < FEW_DRAWS:
+        return None
+    # Luck needs no runs on noise: who was a member was drawn anew for every score, so of noise it is exact.
+    return first[0], regrouped(scores, stage.records, stage.records)
 
 
 def _against_noise(

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from defenses.dp import Clipping, PerSampleEngine
+from defenses.dp import ClippedSum, Clipping, PerSampleEngine
+from defenses.errors import NotPrivateError
 from defenses.random_source import RandomSource
 from defenses.secagg import ring
 from ffm_secure.config import compatibility
@@ -70,42 +71,106 @@ def gradients(
     observer is given no less. With `sent_only` the raw step is left out where a clipped and noised one is
     sent. Noise comes from `source`, the system's where it is None.
     """
-    strategy = prepared.strategy
-    with prepared.trainable.training_only(strategy.trains(0)):
-        points = _points(prepared, batch, sent_only=sent_only, source=source or RandomSource.system())
-    sent = strategy.sends(0)
-    gradients: dict[str, dict[str, Tensor]] = {}
-    for point, tensors in points.items():
-        gradients[point] = {name: value for name, value in tensors.items() if sent is None or name in sent}
-    return gradients
+    return released(
+        prepared, step_sums(prepared, batch, sent_only=sent_only), source or RandomSource.system()
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSums:
+    """Hold what the records of one client's step add up to before any noise.
+
+    `raw` is the gradient of their mean loss, `clipped` the sum of their bounded gradients where the run
+    bounds records.
+    """
+
+    raw: dict[str, Tensor] | None
+    clipped: ClippedSum | None
+
+
+def step_sums(prepared: simulation.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool) -> StepSums:
+    """Add up a batch; with `sent_only` the raw gradient is left out where a noised one is sent."""
+    trained, task, clipping = prepared.trainable, prepared.task, _clipping(prepared)
+    raw, clipped = None, None
+    with trained.training_only(prepared.strategy.trains(0)):
+        active = trained.active
+        if not (sent_only and prepared.mechanism.clips_records):
+            losses = task.losses(trained.model, batch)
+            slopes = torch.autograd.grad(losses.mean(), list(active.values()), allow_unused=True)
+            pairs = zip(active.items(), slopes, strict=True)
+            raw = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+        if clipping is not None:
+            with PerSampleEngine(trained.model, parameters=active) as engine:
+                clipped = engine.clipped_sum(lambda: task.losses(trained.model, batch), clip=clipping)
+    return StepSums(raw=raw, clipped=clipped)
+
+
+def regrouped(
+    prepared: simulation.Prepared, batch: Mapping[str, Tensor], groups: Tensor
+) -> tuple[StepSums, ...]:
+    """Add up several groups of one batch's records (boolean [groups, records]) in one pass over the model.
+
+    Nothing is returned where the model's gradients cannot be told apart by record.
+    """
+    trained, task = prepared.trainable, prepared.task
+    clipping = _clipping(prepared)
+    try:
+        with (
+            trained.training_only(prepared.strategy.trains(0)),
+            PerSampleEngine(trained.model, parameters=trained.active) as engine,
+        ):
+            sums = engine.group_sums(
+                lambda: task.losses(trained.model, batch),
+                clip=clipping or Clipping(clip_norm=1.0),
+                groups=groups,
+            )
+            kinds = {name: value.dtype for name, value in trained.active.items()}
+    except NotPrivateError:
+        return ()
+    steps = []
+    for group, one in zip(groups, sums, strict=True):
+        raw = {name: (value / int(group.sum())).to(kinds[name]) for name, value in one.plain.items()}
+        steps.append(StepSums(raw=raw, clipped=one.clipped if clipping is not None else None))
+    return tuple(steps)
+
+
+def _clipping(prepared: simulation.Prepared) -> Clipping | None:
+    """Return how the run bounds each record's gradient, None where it does not."""
+    record_level, shared = prepared.mechanism.record_level, prepared.mechanism.sum_level
+    if record_level is not None:
+        return Clipping(kind=prepared.config.privacy.clipping, clip_norm=record_level.clip_norm)
+    if shared is not None:
+        return shared.clipping
+    return None
+
+
+def released(
+    prepared: simulation.Prepared, sums: StepSums, source: RandomSource
+) -> dict[str, dict[str, Tensor]]:
+    """Return a step at each point of its way, with fresh noise; of what the run's strategy sends."""
+    with prepared.trainable.training_only(prepared.strategy.trains(0)):
+        points = _points(prepared, sums, source)
+    return {point: sent_by(prepared, tensors) for point, tensors in points.items()}
+
+
+def sent_by(prepared: simulation.Prepared, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of a first step's tensors that the run's strategy sends."""
+    sent = prepared.strategy.sends(0)
+    return {name: value for name, value in tensors.items() if sent is None or name in sent}
 
 
 def _points(
-    prepared: simulation.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool, source: RandomSource
+    prepared: simulation.Prepared, sums: StepSums, source: RandomSource
 ) -> dict[str, dict[str, Tensor]]:
-    trained, task = prepared.trainable, prepared.task
     record_level, client_level = prepared.mechanism.record_level, prepared.mechanism.client_level
-    shared = prepared.mechanism.sum_level
-    active, points = trained.active, {}
-    if not (sent_only and prepared.mechanism.clips_records):
-        losses = task.losses(trained.model, batch)
-        raw = torch.autograd.grad(losses.mean(), list(active.values()), allow_unused=True)
-        pairs = zip(active.items(), raw, strict=True)
-        points["raw"] = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
-    if record_level is not None:
-        with PerSampleEngine(trained.model, parameters=active) as engine:
-            clipping = Clipping(kind=prepared.config.privacy.clipping, clip_norm=record_level.clip_norm)
-            clipped = engine.clipped_sum(lambda: task.losses(trained.model, batch), clip=clipping).gradients
-        points["clipped"] = {
-            name: value / record_level.expected_batch_size for name, value in clipped.items()
-        }
-        points["noised"] = record_level.privatise(clipped, source)
-    if shared is not None:
-        with PerSampleEngine(trained.model, parameters=active) as engine:
-            clipped = engine.clipped_sum(
-                lambda: task.losses(trained.model, batch), clip=shared.clipping
-            ).gradients
-        points["clipped"] = {name: value / shared.expected_batch_size for name, value in clipped.items()}
+    shared, active = prepared.mechanism.sum_level, prepared.trainable.active
+    points = {} if sums.raw is None else {"raw": sums.raw}
+    if record_level is not None and sums.clipped is not None:
+        points["clipped"] = _mean(sums.clipped, record_level.expected_batch_size)
+        points["noised"] = record_level.privatise(sums.clipped, source)
+    if shared is not None and sums.clipped is not None:
+        points["clipped"] = _mean(sums.clipped, shared.expected_batch_size)
+        clipped = sums.clipped.gradients
         flat = torch.cat([clipped[name].reshape(-1).cpu().double() for name in active])
         inner = replace(shared.inner, dimension=len(flat))
         levels = inner.share(shared.update_of(flat).numpy(), source)
@@ -117,6 +182,11 @@ def _points(
         share = client_level.noisy_integers(vector, source) / client_level.scale
         points["noised"] = unflatten(torch.from_numpy(share).float(), points["raw"])
     return points
+
+
+def _mean(clipped: ClippedSum, expected: float) -> dict[str, Tensor]:
+    """Return a sum over records divided by their expected number."""
+    return {name: value / expected for name, value in clipped.gradients.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,28 +222,32 @@ def records_of(prepared: simulation.Prepared, client: int, rows: Ints) -> dict[s
     return dict(prepared.task.batch(encoded, np.arange(len(rows)), device="cpu"))
 
 
+def companion_sums(
+    prepared: simulation.Prepared, others: Sequence[Companion]
+) -> tuple[tuple[Companion, StepSums], ...]:
+    """Add up what the other clients of a cohort learn from in the same step, before their noise."""
+    sums = []
+    for other in others:
+        batch = {}
+        for name, value in records_of(prepared, other.client, other.rows).items():
+            batch[name] = value.to(prepared.device)
+        sums.append((other, step_sums(prepared, batch, sent_only=True)))
+    return tuple(sums)
+
+
 def aggregate(
     prepared: simulation.Prepared,
     points: Mapping[str, Mapping[str, Tensor]],
-    others: Sequence[Companion],
-    source: RandomSource | None = None,
+    others: Sequence[tuple[Companion, StepSums]],
+    source: RandomSource,
 ) -> dict[str, Tensor]:
-    """Add what the other clients of a cohort send in the same step, each with its own records and its own
-    noise.
-    """
+    """Add what the other clients of a cohort send in the same step, each with its own noise."""
     own = points.get("noised", points["raw"])
     total = {}
     for name, value in own.items():
         total[name] = value.clone()
-    for other in others:
-        own_batch = records_of(prepared, other.client, other.rows)
-        batch = {}
-        for name, value in own_batch.items():
-            batch[name] = value.to(prepared.device)
-        own_noise = None
-        if source is not None:
-            own_noise = source.derive("companion", other.client)
-        sent = gradients(prepared, batch, sent_only=True, source=own_noise)
+    for other, sums in others:
+        sent = released(prepared, sums, source.derive("companion", other.client))
         for name, value in (sent.get("noised") or sent["raw"]).items():
             total[name] += value
     return total

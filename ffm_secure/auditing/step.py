@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Prior
+from attacks.membership import Candidates
 from attacks.foreign import StatedFact
 from attacks.inversion.tokens import vocabulary_of
 from attacks.observation import Knowledge, Observation
@@ -25,7 +26,12 @@ from ffm_secure.records import (
 from ffm_secure.tasks.encoded import Encoded
 
 CANDIDATES = 32  # members and as many outsiders in a membership test
+REGROUPED = (
+    32  # memberships among the same candidates; each costs the noise of a step and no pass of the model
+)
 _DRAWS_OF_A_SEED = 1_000
+_REGROUPING = 40_213_001
+_GROUPABLE = 1_000_000  # trained numbers up to which the sums of all memberships are held at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +56,8 @@ class ReplayedStep:
     at: Callable[[Point], ObservationPoint]
     wire: Callable[[int], ObservationPoint]  # what that many clients really send in a round, nothing granted
     answer: Callable[[Tensor, int], ObservationPoint]  # the same to another broadcast; 0: one undefended step
+    # The same candidates, of whom others were members, and fresh noise; None where there are no more.
+    regroup: Callable[[Point, int], ObservationPoint | None]
     again: Callable[[int], ReplayedStep] | None = (
         None  # the same step with other records and other noise, by number
     )
@@ -127,14 +135,14 @@ def build_stage(
     encoded = _some_rows(prepared, client, rows)
     size = min(records, len(encoded) // 2)
     order = rows.permutation(len(encoded))
-    members, others = order[:size], order[size : 2 * size]
+    members, pool = order[:size], order[: 2 * size]
     model = client_replay.attackable(prepared) if model is None else model
     batch = prepared.task.batch(encoded, members, device=prepared.device)
     points = client_replay.gradients(prepared, batch, source=noise.derive("step"))
     # What guessing goes by.
     strangers = prepared.task.batch(encoded, order[size : size + CANDIDATES], device="cpu")
     truth = _truth(batch, members=size, strangers=strangers, vocabulary=vocabulary_of(model))
-    prior = Prior(candidates=_candidates(prepared, encoded, [*members, *others]), **_pixels(prepared))
+    prior = Prior(candidates=Candidates(_candidates(prepared, encoded, pool.tolist())), **_pixels(prepared))
     scene = _Scenes(prepared=prepared, truth=truth, records=size).scene
 
     @cache
@@ -147,36 +155,37 @@ def build_stage(
         sent = client_replay.wire_change(
             prepared, start, encoded.take(members), client, others, noise.derive("wire")
         )
-        alone: Point = "noised" if prepared.mechanism.noise_multiplier else "raw"
-        point: Point = "aggregated" if clients > 1 else alone
         facts = client_replay.wire_facts(prepared, size)
-        return scene(point, sent, clients, content="delta", whole=whole, **facts)
-
-    @cache
-    def wire(clients: int) -> ObservationPoint:
-        return sent_from(vector, clients)
+        return scene(_crossed(prepared, clients), sent, clients, content="delta", whole=whole, **facts)
 
     def answer(start: Tensor, clients: int) -> ObservationPoint:
         trained.load_vector(start)
         if clients:
             view = sent_from(start, clients)
         else:
-            view = scene(
-                "raw", client_replay.gradients(prepared, batch, source=noise.derive("answer"))["raw"]
-            )
+            bare = client_replay.gradients(prepared, batch, source=noise.derive("answer"))
+            view = scene("raw", bare["raw"])
         trained.load_vector(vector)
-        return replace(
-            view, observation=replace(view.observation, broadcast=client_replay.named(prepared, start))
-        )
+        crafted = client_replay.named(prepared, start)
+        return replace(view, observation=replace(view.observation, broadcast=crafted))
 
     @cache
     def at(point: Point) -> ObservationPoint:
         if point != "aggregated":
             return scene(point, points[point])
         clients = client_replay.smallest_sum(config)
-        others, whole = cohort(clients)
-        total = client_replay.aggregate(prepared, points, others, noise.derive("sum"))
-        return scene("aggregated", total, clients, whole=whole)
+        total = client_replay.aggregate(prepared, points, beside(clients), noise.derive("sum"))
+        return scene("aggregated", total, clients, whole=cohort(clients)[1])
+
+    @cache
+    def beside(clients: int) -> tuple[tuple[client_replay.Companion, client_replay.StepSums], ...]:
+        trained.load_vector(vector)
+        return client_replay.companion_sums(prepared, cohort(clients)[0])
+
+    def sums() -> tuple[client_replay.StepSums, ...]:
+        trained.load_vector(vector)
+        both = prepared.task.batch(encoded, pool, device=prepared.device)
+        return client_replay.regrouped(prepared, both, _memberships(len(pool), seed))
 
     return ReplayedStep(
         records=size,
@@ -184,9 +193,62 @@ def build_stage(
         prior=prior,
         points=frozenset(cast("Collection[Point]", points)),
         at=at,
-        wire=wire,
+        wire=cache(partial(sent_from, vector)),
         answer=answer,
+        regroup=_regrouping(prepared, scene, sums, beside, noise, _memberships(len(pool), seed)),
     )
+
+
+def _crossed(prepared: simulation.Prepared, clients: int) -> Point:
+    """Return the point at which an update of one client, or a sum, crosses the wire."""
+    if clients > 1:
+        return "aggregated"
+    return "noised" if prepared.mechanism.noise_multiplier else "raw"
+
+
+def _regrouping(
+    prepared: simulation.Prepared,
+    scene: Callable[..., ObservationPoint],
+    sums: Callable[[], tuple[client_replay.StepSums, ...]],
+    beside: Callable[[int], Sequence[tuple[client_replay.Companion, client_replay.StepSums]]],
+    noise: RandomSource,
+    inside: Tensor,
+) -> Callable[[Point, int], ObservationPoint | None]:
+    """Return what is seen of a step had the candidates marked in `inside` [times, candidates] been in it.
+
+    The others of a cohort stay the same; all noise is fresh every time.
+    """
+
+    @cache
+    def held() -> tuple[client_replay.StepSums, ...]:
+        trained = sum(value.numel() for value in prepared.trainable.parameters.values())
+        return sums() if trained <= _GROUPABLE else ()
+
+    @cache
+    def regroup(point: Point, number: int) -> ObservationPoint | None:
+        if number >= len(held()):
+            return None
+        own, fresh = held()[number], noise.derive("regrouped", number)
+        known = Truth(members=tuple(inside[number].tolist()))
+        if point == "raw" and own.raw is not None:  # no noise need be drawn
+            return scene(point, client_replay.sent_by(prepared, own.raw), whole=known)
+        sent = client_replay.released(prepared, own, fresh)
+        if point != "aggregated":
+            return scene(point, sent[point], whole=known)
+        clients = client_replay.smallest_sum(prepared.config)
+        total = client_replay.aggregate(prepared, sent, beside(clients), fresh)
+        return scene(point, total, clients, whole=known)
+
+    return regroup
+
+
+def _memberships(candidates: int, seed: int) -> Tensor:
+    """Return which candidates are members, half of them each time, at random: bool [times, candidates]."""
+    generator = torch.Generator().manual_seed(_REGROUPING + seed)
+    inside = torch.zeros(REGROUPED, candidates, dtype=torch.bool)
+    for row in inside:
+        row[torch.randperm(candidates, generator=generator)[: candidates // 2]] = True
+    return inside
 
 
 def with_draws(

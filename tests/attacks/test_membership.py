@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attacks import Budget, Observation, Prior
-from attacks.membership import example_gradients
+from attacks import Budget, Observation, Prior, membership
+from attacks import steps
+from attacks.inversion.channels import capture_inputs
+from attacks.membership import Candidates, example_gradients, logits_and_targets
 from attacks.metrics import auc
 from attacks.registry import build
 from tests.attacks import models
@@ -64,9 +66,43 @@ def test_the_projection_residual_says_so_at_the_width():
     assert result.reason
 
 
-def _train(model, data, steps):
+@pytest.mark.parametrize("name", ["matched_filter", "projection_residual"])
+def test_passes_over_candidates_are_made_once_for_a_model(name):
+    model, ids = models.gpt2(vocabulary=600), models.sentences(20, 8, 600)
+    batch = {"token_ids": ids, "labels": torch.arange(20) % 2}
+    remembered = Candidates(batch)
+    for first, model_of in ((0, model), (3, model), (0, models.gpt2(vocabulary=600, seed=5))):
+        rows = {"input_ids": ids[first : first + 6], "labels": batch["labels"][first : first + 6]}
+        observation = models.observe(model_of, rows, models.text_loss)
+        costs, scores = [], []
+        for candidates in (remembered, batch):
+            with steps.counted():
+                result = build(name).run(observation, model_of, Prior(candidates=candidates), QUICK, 0)
+                costs.append(steps.so_far())
+            scores.append(result.of("scores")[0])
+        assert torch.equal(*scores)
+        assert (costs[0] < costs[1]) == (first > 0)
+
+
+def test_what_candidates_feed_to_a_channel_is_the_same_one_by_one():
+    model, ids = models.gpt2(vocabulary=600).double(), models.sentences(20, 8, 600)
+    batch = {"token_ids": ids, "labels": torch.zeros(20, dtype=torch.long)}
+    observation = models.observe(
+        model, {"input_ids": ids[:3], "labels": batch["labels"][:3]}, models.text_loss
+    )
+    result = build("projection_residual").run(observation, model, Prior(candidates=batch), QUICK, 0)
+    spans = membership.telling_spans(observation, model)
+    modules = {span.channel: model.get_submodule(span.channel) for span in spans}
+    for index, score in enumerate(result.of("scores")[0].tolist()):
+        one = {key: value[index : index + 1] for key, value in batch.items()}
+        inputs = capture_inputs(modules, lambda one=one: logits_and_targets(model, one))
+        means = [span.distance(inputs[span.channel][0])[:-1].mean() for span in spans]
+        assert score == pytest.approx(-float(torch.stack(means).mean()), abs=1e-9)
+
+
+def _train(model, data, rounds):
     optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(steps):
+    for _ in range(rounds):
         optimiser.zero_grad()
         models.image_loss(model, data).backward()
         optimiser.step()

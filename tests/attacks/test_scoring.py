@@ -12,7 +12,7 @@ import torch
 
 from attacks.contract import Item, ItemKind, Reconstruction
 from attacks.metrics import psnr
-from attacks.scoring import Score, auc_deviation, pooled, score
+from attacks.scoring import Score, auc_deviation, pooled, regrouped, score
 from attacks.truth import Truth
 
 TEXT = Truth(sequences=((1, 10, 11, 2), (1, 12, 13, 2)), labels=(0, 3), classes=4)
@@ -170,3 +170,35 @@ def test_a_picture_that_is_no_number_is_no_success() -> None:
     assert broken is not None
     assert not broken.succeeded
     assert psnr(torch.full((1, 8, 8), float("nan")), truth.images[0]) == -200.0
+
+
+def _memberships(count: int, separation: float, seed: int) -> list[Score]:
+    """Return membership scores of 16 candidates, half of them members each time."""
+    rng, scores = np.random.default_rng(seed), []
+    template = score(found("scores", [1.0, 0.0]), Truth(members=(True, False)))
+    assert template is not None
+    for _ in range(count):
+        inside, outside = rng.normal(size=8) + separation, rng.normal(size=8)
+        area = float((inside[:, None] > outside[None, :]).mean())
+        low = area - 2.576 * auc_deviation(area, 8, 8)
+        scores.append(replace(template, value=area, succeeded=low > 0.5 and area >= 0.65))
+    return scores
+
+
+def test_the_luck_of_many_memberships_is_as_often_small_as_it_says() -> None:
+    lucks = [regrouped(_memberships(32, 0.0, seed), 8, 8).luck for seed in range(400)]
+    for level in (0.01, 0.05, 0.2):
+        share = float(np.mean([value <= level for value in lucks]))
+        assert abs(share - level) <= 4 * (level * (1 - level) / 400) ** 0.5
+
+
+def test_many_memberships_say_surely_what_one_cannot() -> None:
+    weak = [regrouped(_memberships(32, 0.6, seed), 8, 8) for seed in range(30)]
+    assert all(one.proven for one in weak)
+    alone = [_memberships(1, 1.2, seed)[0] for seed in range(30)]
+    assert 0 < sum(one.succeeded for one in alone) < 25
+    nothing = [regrouped(_memberships(32, 0.0, seed), 8, 8) for seed in range(30)]
+    assert not any(one.proven for one in nothing)
+    assert all(one.low is not None and one.low <= one.value <= one.high for one in weak)
+    with pytest.raises(ValueError, match="membership"):
+        regrouped([], 8, 8)

@@ -206,6 +206,28 @@ def test_micro_batches_add_up_to_the_whole_batch() -> None:
         torch.testing.assert_close(joined.gradients[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["flat", "adaptive"])
+def test_sums_of_groups_are_the_sums_of_their_samples_alone(kind: ClippingKind) -> None:
+    subject = case("bert", build("bert"))
+    clip = Clipping(kind=kind, clip_norm=0.5)
+    members = [[0, 1], [1, 3], [0, 1, 2, 3], [2]]
+    groups = torch.zeros(len(members), BATCH, dtype=torch.bool)
+    for row, chosen in zip(groups, members, strict=True):
+        row[chosen] = True
+    with PerSampleEngine(subject.model) as engine:
+        together = engine.group_sums(lambda: subject.losses([0, 1, 2, 3]), clip=clip, groups=groups)
+        rows = engine.per_sample(lambda: subject.losses([0, 1, 2, 3]))
+        for chosen, sums in zip(members, together, strict=True):
+            alone = engine.clipped_sum(lambda chosen=chosen: subject.losses(chosen), clip=clip)
+            assert sums.clipped.batch_size == alone.batch_size
+            assert sums.clipped.within == alone.within
+            assert sums.clipped.clip == clip
+            for name, value in alone.gradients.items():
+                torch.testing.assert_close(sums.clipped.gradients[name], value, rtol=1e-4, atol=1e-6)
+                plain = rows[name][chosen].double().sum(0)
+                torch.testing.assert_close(sums.plain[name], plain, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("trainable", ["lora", "full"])
 def test_a_non_finite_sample_contributes_exactly_zero(poison: float, trainable: str) -> None:

@@ -1,0 +1,96 @@
+"""Who was in a step is asked many times over the same candidates, so that its verdict is no coin flip."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ffm_secure as ffm
+from attacks.membership import candidate_loss
+from attacks.steps import counted
+from ffm_secure.auditing.budget import AuditBudget
+from ffm_secure.auditing.findings import run_attacks
+from ffm_secure.auditing.step import REGROUPED, ReplayedStep, with_draws
+from ffm_secure.engines import simulation
+
+RUN = Path(__file__).resolve().parents[2] / "examples" / "audit" / "text.toml"
+SMALL = (
+    "task.data=builtin:clinic_notes?size=400&validation=80",
+    "task.clients=4",
+    "federation.cohort=4",
+    "task.evaluation_examples=20",
+)
+NOISE = "privacy={unit='record',epsilon=8.0,delta=1e-5,clip_norm=0.5}"
+SHARED = (
+    "privacy={unit='record',epsilon=8.0,delta=1e-5,clip_norm=0.5,noise_shares='sum'}",
+    "protection={kind='secagg',threshold=3}",
+    "federation.lifecycle={kind='finetune',local_steps=1,batch_size=8,learning_rate=0.1}",
+)
+TESTS = ("matched_filter", "projection_residual")
+
+
+def prepared(*settings: str) -> simulation.Prepared:
+    return ffm.load(RUN, (*SMALL, *settings)).prepared()
+
+
+def stage_of(run: simulation.Prepared, seed: int = 0) -> ReplayedStep:
+    return with_draws(run, run.trainable.flatten(), 16, seed=seed)
+
+
+def verdicts(run: simulation.Prepared, seed: int, attacks: tuple[str, ...]) -> dict[str, str]:
+    config = replace(run.config, audit=replace(run.config.audit, attacks=attacks))
+    with counted():
+        purse = AuditBudget(name="quick")
+        stages = [stage_of(run, seed)]
+        findings, _ = run_attacks(stages, ("server",), config, purse, str, {}, {})
+    return {one.attack: one.verdict for one in findings}
+
+
+def test_the_update_of_other_members_is_theirs() -> None:
+    run = prepared()
+    stage = stage_of(run)
+    candidates = stage.prior.candidates
+    assert candidates is not None
+    memberships = set()
+    for number in (0, 1, REGROUPED - 1):
+        scene = stage.regroup("raw", number)
+        assert scene is not None
+        members = scene.truth.members
+        assert members is not None
+        assert sum(members) == 16
+        memberships.add(members)
+        own = {name: value[torch.tensor(members)] for name, value in candidates.items()}
+        trained = dict(stage.model.named_parameters())
+        wanted = [trained[name].requires_grad_(True) for name in scene.observation.tensors]
+        slopes = torch.autograd.grad(candidate_loss(stage.model, own), wanted)
+        for (name, value), slope in zip(scene.observation.tensors.items(), slopes, strict=True):
+            torch.testing.assert_close(value, slope, rtol=1e-3, atol=1e-6, msg=name)
+    assert len(memberships) == 3
+    assert stage.regroup("raw", REGROUPED) is None
+
+
+def test_a_sum_of_other_members_holds_fresh_noise_and_the_same_others() -> None:
+    run = prepared(*SHARED)
+    stage = stage_of(run)
+    first, again, second = (stage.regroup("aggregated", number) for number in (0, 0, 1))
+    assert first is not None
+    assert second is not None
+    assert first.observation.contributors == second.observation.contributors == 2
+    assert again is not None
+    name = max(first.observation.tensors, key=lambda one: first.observation.tensors[one].numel())
+    told = first.observation.known("noise_deviation")
+    assert told is not None
+    difference = first.observation.tensors[name] - second.observation.tensors[name]
+    assert float(difference.std()) == pytest.approx(2**0.5 * float(told), rel=0.1)
+    assert torch.equal(first.observation.tensors[name], again.observation.tensors[name])
+
+
+def test_membership_is_judged_alike_at_every_seed() -> None:
+    """One membership of each seed says now this, now that; many say the same."""
+    bare, shared = prepared(), prepared(*SHARED)
+    for seed in range(2):
+        assert verdicts(bare, seed, TESTS[:1]) == {TESTS[0]: "leaked"}
+    assert verdicts(shared, 0, TESTS[1:]) == {TESTS[1]: "not leaked"}
