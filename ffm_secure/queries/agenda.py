@@ -70,6 +70,15 @@ def before_learning(config: RunConfig) -> int:
     return asks
 
 
+def spread_rounds(config: RunConfig, wanted: int) -> frozenset[int]:
+    """Return so many rounds of learning: the first, the last, and others evenly between."""
+    learning = config.federation.rounds
+    first, count = 1 + before_learning(config), min(wanted, learning)
+    if count < 2:
+        return frozenset(range(first, first + count))
+    return frozenset(first + round(step * (learning - 1) / (count - 1)) for step in range(count))
+
+
 def last_round(config: RunConfig) -> int:
     """Return the highest number a round may have: spares pay for lost questions put again."""
     return rounds(config) + config.privacy.spare_rounds * len(queries(config))

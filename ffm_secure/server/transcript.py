@@ -24,14 +24,8 @@ OF_THE_SERVER: tuple[Observer, ...] = ("server", "colluding_server")
 
 def recorded_rounds(config: RunConfig) -> frozenset[int]:
     """Return the rounds that are kept: the first, the last, and others evenly between."""
-    rounds, wanted = config.federation.rounds, config.audit.record_rounds
-    if not config.audit.observers or wanted == 0:
-        return frozenset()
-    first = 1 + agenda.before_learning(config)
-    if wanted == 1 or rounds == 1:
-        return frozenset({first})
-    count = min(wanted, rounds)
-    return frozenset(first + round(step * (rounds - 1) / (count - 1)) for step in range(count))
+    wanted = config.audit.record_rounds if config.audit.observers else 0
+    return agenda.spread_rounds(config, wanted)
 
 
 @dataclass(slots=True, kw_only=True)

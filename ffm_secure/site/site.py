@@ -20,6 +20,7 @@ from ffm_secure.protection.base import UPLOAD, ClientRound, ClientSide, update_n
 from ffm_secure.records import LEARN, Acceptance, RoundPlan
 from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.site.broadcast import BroadcastReader
+from ffm_secure.site.own_record import OwnRecord
 from ffm_secure.site.plan_check import differences
 from ffm_secure.site.private_frames import without_locals
 from ffm_secure.site.site_ledger import SiteLedger
@@ -64,12 +65,13 @@ class Site:
         borrow_trainer: Callable[[], AbstractContextManager[SiteTrainer]],
         evaluation: Encoded | None = None,
         truth: TruthKeeper | None = None,
+        record: OwnRecord | None = None,
     ) -> None:
         self.spec, self.data, self.ledger = spec, data, ledger
         self._protection, self._broadcasts, self._borrow_trainer = protection, broadcasts, borrow_trainer
         self._answers = answers or {}  # the halves of the protection that queries travel by
         self._evaluation = evaluation  # public rows
-        self._truth = truth
+        self._truth, self._record = truth, record
         self._round: _Round | None = None
         self._run_id: bytes | None = None  # of the run this site takes part in, from its first acceptance on
 
@@ -124,6 +126,8 @@ class Site:
             return record_codec.canonical_bytes(Acceptance(accepted=False, affordable=False))
         self._run_id = plan.run_id
         self._round = _Round(plan=plan, start=broadcast.vector)
+        if self._record is not None:
+            self._record.broadcast(plan, broadcast.vector)
         return record_codec.canonical_bytes(Acceptance(accepted=True))
 
     def _begin(self, current: _Round) -> bytes:
@@ -157,6 +161,8 @@ class Site:
             update = update_name(current.plan, trainer.learned, fresh_noise=charged_anew)
         if self._truth is not None and current.plan.query == LEARN:
             self._keep(self._truth, current.plan, vector, rows)
+        if self._record is not None:
+            self._record.sent(current.plan, current.start, vector, self.data, rows)
         return client_round.seal(message, vector, update=update)
 
     def _keep(self, truth: TruthKeeper, plan: RoundPlan, vector: RingVector, rows: Collection[int]) -> None:

@@ -36,6 +36,16 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SelfAudit:
+    """What this site keeps of what left it, for `ffm-secure site audit`; it stays in the site's folder."""
+
+    rounds: int = option(
+        0, minimum=0, maximum=1000, help="rounds of a run to keep, with the rows behind them"
+    )
+    mebibytes: int = option(256, minimum=1, maximum=1 << 20, help="largest size of what is kept of a run")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteFile:
     """Everything `site.toml` says."""
 
@@ -47,6 +57,7 @@ class SiteFile:
     ledger: str = option("ledger.sqlite", help="this site's ledger; give the one of all runs on these rows")
     budget: LifetimeBudget
     policy: Policy
+    record: SelfAudit = option(SelfAudit())
 
 
 def load(path: Path) -> SiteFile:

@@ -28,6 +28,7 @@ from ffm_secure.site.broadcast_guard import BroadcastGuard
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.site.folder import HOME
 from ffm_secure.site.lifetime import grant
+from ffm_secure.site.own_record import open_record, record_folder
 from ffm_secure.site.own_rows import load_rows
 from ffm_secure.site.policy import objections
 from ffm_secure.site.site import Site
@@ -129,6 +130,7 @@ def _sites(
     data = SiteData(index=own.index, name=own.file.name, examples=task.encode(dataset.train))
     ledger, evaluation = _site_ledger(config, own, dataset, loaded), task.encode(chosen)
     broadcasts = BroadcastReader(BroadcastGuard(loaded.trainable), loaded.trainable.size)
+    record = open_record(config, loaded, task, own.file.record, record_folder(own.base, terms.run_file))
 
     def make() -> Site:
         return Site(
@@ -140,6 +142,7 @@ def _sites(
             broadcasts=broadcasts,
             borrow_trainer=borrow,
             evaluation=evaluation,
+            record=record,
         )
 
     return make

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ffm_secure.site import folder as site_folder
 from ffm_secure.site.folder import SiteFolder
 from ffm_secure.site.service import open_session
 from ffm_secure.site.session import SiteSession
-from ffm_secure.site.site_file import LifetimeBudget, Policy, SiteFile
+from ffm_secure.site.site_file import LifetimeBudget, Policy, SelfAudit, SiteFile
 from ffm_secure.transport.courier import Courier, Lost, Reply
 from ffm_secure.transport.roster import FederationRoster, Member, key_words
 from tests.federation.helpers import make
@@ -34,6 +34,7 @@ from tests.federation.helpers import make
 NAMES = ("north", "south", "east", "west")
 NOTES = "builtin:clinic_notes?size=160&validation=40&hospitals=4"
 STEPS = {"local_steps": 2, "batch_size": 8, "learning_rate": 0.1}
+NO_RECORD = SelfAudit()
 QUICK = Timetable(join=20.0, rejoin=1.0, train=20.0, other=10.0, gather=20.0, patience=20.0)
 PLAIN = {"unit": "none", "reason": "test data"}
 RECORD = {"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0, "ledger": "run"}
@@ -104,8 +105,8 @@ class Federation:
 
     def allow(self, config: RunConfig | None = None) -> None:
         """Let every site's person allow a run."""
-        for name in NAMES:
-            SiteFolder(place=self.site(name)).allow(config or self.config)
+        for member in self.members:
+            SiteFolder(place=self.site(member.name)).allow(config or self.config)
 
     def coordinator(self, **settings: Any) -> ReadyRun:
         return headquarters.prepare_run(self.place / "coordinator", self.run_file, **settings)
@@ -124,7 +125,13 @@ def rows_to_csv(path: Path, examples: Any) -> None:
 
 
 def found(
-    place: Path, config: RunConfig, *, policy: Mapping[str, Any] | None = None, timetable: Timetable = QUICK
+    place: Path,
+    config: RunConfig,
+    *,
+    policy: Mapping[str, Any] | None = None,
+    timetable: Timetable = QUICK,
+    names: Sequence[str] = NAMES,
+    record: SelfAudit = NO_RECORD,
 ) -> Federation:
     """Make everybody's folder, sign the roster, allow the run."""
     source = RandomSource.system()
@@ -142,7 +149,7 @@ def found(
         "protections": ("secagg", "none", "bfv", "ckks"),
         "without_guarantee": True,
     }
-    for index, name in enumerate(NAMES):
+    for index, name in enumerate(names):
         site = SiteFile(
             format=1,
             name=name,
@@ -150,6 +157,7 @@ def found(
             operator=key_words(operator.public_key),
             budget=LifetimeBudget(epsilon=8.0),
             policy=Policy(**{**settings, **(policy or {})}),
+            record=record,
         )
         made = site_folder.create(federation.site(name), site, source)
         rows_to_csv(made.place / "rows.csv", parts.rows(index))
@@ -193,7 +201,7 @@ class Direct:
 
 def open_all(federation: Federation) -> Direct:
     """Open every site in this process."""
-    opened = [open_session(federation.site(name)) for name in NAMES]
+    opened = [open_session(federation.site(member.name)) for member in federation.members]
     return Direct({session.number: session for session in opened})
 
 
