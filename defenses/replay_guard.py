@@ -4,6 +4,7 @@ sum again.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import hashlib
 import json
@@ -105,11 +106,15 @@ class ReplayGuard:
 
         Raises: ParameterError when it does.
         """
-        guard = cls(owner=owner, path=path, memory=_Memory())
+        return cls._start(path, owner, _Memory())
+
+    @classmethod
+    def _start(cls, path: Path, owner: bytes, memory: _Memory) -> ReplayGuard:
+        guard = cls(owner=owner, path=path, memory=memory)
         with guard._alone():
             if os.path.lexists(path):
                 raise ParameterError(f"{path}: exists; open it, or give a new identity a new file")
-            guard._write(_Memory())
+            guard._write(memory)
         return guard
 
     @classmethod
@@ -123,6 +128,17 @@ class ReplayGuard:
         with guard._alone():
             guard._memory = guard._read()
         return guard
+
+    def hand_over(self, path: Path, *, owner: bytes) -> ReplayGuard:
+        """Start the guard of the identity that takes this one's place, in a file that must not exist.
+
+        Guarantee: the new guard refuses everything this one refuses.
+
+        Raises: ParameterError when there is such a file.
+        """
+        with self._alone():
+            memory = copy.deepcopy(self._memory if self._path is None else self._read())
+        return self._start(path, owner, memory)
 
     @property
     def rounds(self) -> Mapping[bytes, tuple[int, int]]:

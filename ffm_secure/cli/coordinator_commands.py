@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from defenses.random_source import RandomSource
+from ffm_secure.cli.coordinator_watch import SpokenWatch
 from ffm_secure.config.federated import run_digest
 from ffm_secure.display.console import clear_errors, print_lines, say
 from ffm_secure.cli.machine_engines import enrolment, running
@@ -15,27 +20,32 @@ from ffm_secure.engines import coordinator_folder
 from ffm_secure.engines.coordinator_folder import Headquarters
 from ffm_secure.errors import BudgetExhausted, ConfigError, StoreError
 from ffm_secure.coordinator.coordinator_file import CoordinatorFile
+from ffm_secure.storage.key_file import replace_key
 from ffm_secure.storage.status import StatusFile, read_status
+from ffm_secure.tracking.trackers import Trackers, require_trackers
 from ffm_secure.transport.envelope import header_of
 from ffm_secure.transport.roster import key_words, read_key
 
 if TYPE_CHECKING:
     from ffm_secure.engines.headquarters import ReadyRun
-    from ffm_secure.federation import TrainingResult
+    from ffm_secure.federation import Callback, TrainingResult
 
 
 def init(folder: Path, *, operator: str, host: str, port: int) -> None:
     """Make a coordinator."""
     with clear_errors():
+        engine = enrolment()  # before anything is made: it may not be installed
+        problems = engine.endpoint_problems(host, port)
         try:
             read_key(operator)
         except ValueError as error:
-            advice = f"--operator = {operator[:80]!r}: {error}; ask the operator for its key"
-            raise ConfigError("coordinator init", [advice]) from None
+            problems.append(f"--operator = {operator[:80]!r}: {error}; ask the operator for its key")
+        if problems:
+            raise ConfigError("coordinator init", problems)
         key = coordinator_folder.create(
             folder, CoordinatorFile(format=1, operator=operator), RandomSource.system()
         )
-        request = enrolment().request_coordinator(folder, (host, port), key.sign)
+        request = engine.request_coordinator(folder, (host, port), key.sign)
     print_lines(
         [
             f"coordinator at {host}:{port}: that port must be reachable from every site, and no other",
@@ -65,11 +75,40 @@ def enrol(folder: Path, approval: Path) -> None:
     )
 
 
-def start(folder: Path, run: Path, engine: str, *, json: bool, quiet: bool) -> None:
+def rotate_key(folder: Path) -> None:
+    """Give the coordinator a new key."""
+    with clear_errors():
+        quarters = Headquarters(place=folder.resolve())
+        quarters.read()
+        key = replace_key(quarters.place / coordinator_folder.KEY, RandomSource.system())
+        request = enrolment().renew(quarters.place, key.sign)
+    print_lines(
+        [
+            "the coordinator has a new key, and the old one is gone",
+            "send the operator this line by a way you trust, and the file beside it:",
+            f"  coordinator {key_words(key.public_key)}",
+            f"  {request}",
+            "until everybody has the operator's next roster, no site answers",
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """Where a run shows its rounds: in the terminal, and in trackers."""
+
+    track: tuple[str, ...] = ()
+    track_to: Path | None = None
+    json: bool = False
+    quiet: bool = False
+
+
+def start(folder: Path, run: Path, engine: str, shown: Shown) -> None:
     """Run a run file among the sites."""
     from ffm_secure.engines import coordinated, headquarters  # with the model libraries
 
     with clear_errors():
+        require_trackers(shown.track)
         carrier = running(engine)
         if not enrolment(engine).is_enrolled(folder):
             raise StoreError(
@@ -78,7 +117,7 @@ def start(folder: Path, run: Path, engine: str, *, json: bool, quiet: bool) -> N
             )
         ready = headquarters.prepare_run(folder, run)
         try:
-            trained = _train(folder, ready, carrier, quiet=quiet or json)
+            trained = _train(folder, ready, carrier, shown)
             summary = coordinated.finish(ready, trained)
         finally:
             ready.close()
@@ -91,15 +130,17 @@ def start(folder: Path, run: Path, engine: str, *, json: bool, quiet: bool) -> N
         f"  report   {ready.folder / 'report.html'}",
     ]
     words = {"folder": str(ready.folder), "status": trained.status, "rounds": rounds, "metric": metric}
-    say(words, lines, json=json, quiet=quiet)
+    say(words, lines, json=shown.json, quiet=shown.quiet)
     if trained.status == "budget exhausted":
         raise BudgetExhausted(trained.reason)
 
 
-def _train(folder: Path, ready: ReadyRun, carrier: ModuleType, *, quiet: bool) -> TrainingResult:
+def _train(folder: Path, ready: ReadyRun, carrier: ModuleType, shown: Shown) -> TrainingResult:
+    from ffm_secure.display.notebook import Callbacks
     from ffm_secure.display.progress import Bars
 
     config, names = ready.loaded.config, ready.coordinator.roster.names
+    quiet = shown.quiet or shown.json
 
     def deadline(message: bytes) -> float:
         return header_of(message).deadline
@@ -107,9 +148,26 @@ def _train(folder: Path, ready: ReadyRun, carrier: ModuleType, *, quiet: bool) -
     with (
         carrier.open_courier(folder.resolve(), names, run_digest(config), deadline=deadline) as courier,
         Bars(rounds=config.federation.rounds, budget=config.privacy.epsilon, quiet=quiet) as bars,
+        tracked(ready, shown) as trackers,
     ):
-        ready.coordinator.callback = bars
+        ready.coordinator.callback = Callbacks([bars, *trackers])
+        if ready.coordinator.watch is not None and not quiet:
+            say_line = partial(bars.console.print, markup=False)
+            ready.coordinator.watch = SpokenWatch(inner=ready.coordinator.watch, say=say_line)
         return ready.coordinator.run(courier)
+
+
+@contextmanager
+def tracked(ready: ReadyRun, shown: Shown) -> Iterator[tuple[Callback, ...]]:
+    """Bring the trackers that were asked for to where the run is; they hear of published numbers alone."""
+    if not shown.track:
+        yield ()
+        return
+    _, records = ready.coordinator.begin()
+    place, name = shown.track_to or ready.folder / "tracking", ready.loaded.config.name
+    with Trackers(shown.track, place, name=name, run_id=ready.coordinator.server.run_id) as trackers:
+        trackers.begin(records)
+        yield (trackers,)
 
 
 def status(folder: Path, *, json: bool) -> None:

@@ -104,6 +104,12 @@ def site_enrol(
     _site().enrol(folder, approval)
 
 
+@site_app.command(name="rotate-key")
+def site_rotate_key(folder: Folder) -> None:
+    """Give the site a new key, and its memories to the new key; print the line for the operator."""
+    _site().rotate_key(folder)
+
+
 @site_app.command(name="check")
 def site_check(
     folder: Folder,
@@ -166,6 +172,20 @@ def site_log(
     _site().log(folder, lines)
 
 
+@site_app.command(name="audit")
+def site_audit(
+    folder: Folder,
+    run: Annotated[str, typer.Option(help="Name of a recorded run, where there are several.")] = "",
+    budget: Annotated[str, typer.Option(help="quick, standard or exhaustive.")] = "quick",
+    out: Annotated[Path | None, typer.Option(help="A new folder for the report.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Attack what left the site in recorded rounds; everything stays in its folder."""
+    module = importlib.import_module("ffm_secure.cli.site_audit")
+    module.audit(folder, run=run, budget=budget, out=out, json=json, quiet=quiet)
+
+
 @coordinator_app.command(name="init")
 def coordinator_init(
     folder: Folder,
@@ -186,12 +206,31 @@ def coordinator_enrol(
     _coordinator().enrol(folder, approval)
 
 
+@coordinator_app.command(name="rotate-key")
+def coordinator_rotate_key(folder: Folder) -> None:
+    """Give the coordinator a new key; print the line for the operator."""
+    _coordinator().rotate_key(folder)
+
+
 @coordinator_app.command(name="start")
 def coordinator_start(
-    folder: Folder, run: RunFile, engine: Engine = "nvflare", json: Json = False, quiet: Quiet = False
+    folder: Folder,
+    run: RunFile,
+    engine: Engine = "nvflare",
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Show every round in csv, tensorboard or mlflow too, on this disk; may repeat."),
+    ] = None,
+    track_to: Annotated[
+        Path | None, typer.Option(help="Folder of the trackers; without it, tracking/ beside the report.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a run file among the sites, or go on with one that was stopped."""
-    _coordinator().start(folder, run, engine, json=json, quiet=quiet)
+    commands = _coordinator()
+    shown = commands.Shown(track=tuple(track or ()), track_to=track_to, json=json, quiet=quiet)
+    commands.start(folder, run, engine, shown)
 
 
 @coordinator_app.command(name="status")

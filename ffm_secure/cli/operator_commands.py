@@ -19,8 +19,9 @@ from ffm_secure.transport.roster import key_words
 def init(folder: Path, federation: str) -> None:
     """Make the operator's key and root certificate."""
     with clear_errors():
+        engine = enrolment()  # before anything is made: it may not be installed
         desk = operator_desk.create(folder, federation, RandomSource.system())
-        enrolment().create_authority(folder, federation, now=datetime.datetime.now(datetime.UTC))
+        engine.create_authority(folder, federation, now=datetime.datetime.now(datetime.UTC))
         key = key_words(desk.key().public_key)
     print_lines(
         [
@@ -34,15 +35,28 @@ def init(folder: Path, federation: str) -> None:
 def add(folder: Path, name: str, key: str) -> None:
     """Put somebody on the list."""
     with clear_errors():
-        members = OperatorDesk(place=folder).add(name, key)
+        desk = OperatorDesk(place=folder)
+        before = desk.keys().get(name)
+        members = desk.add(name, key)
     known = ", ".join(member.name for member in members.sites) or "none"
     there = "with" if members.coordinator else "without"
     print_lines(
         [
+            *_changed(name, before, key),
             f"sites: {known}; {there} a coordinator",
             f"when all are there: ffm-secure operator roster sign {folder}",
         ]
     )
+
+
+def _changed(name: str, before: bytes | None, key: str) -> list[str]:
+    """Say that somebody known has another key now."""
+    if before is None or key_words(before) == key:
+        return []
+    return [
+        f"{name}: its new key takes the place of {key_words(before)}; be sure that the line came from "
+        f"{name}, by telephone or on paper. The old key is out once everybody has the next roster"
+    ]
 
 
 def revoke(folder: Path, name: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from defenses.dp import Ledger
 from defenses.errors import DefenseError
@@ -18,6 +20,7 @@ from ffm_secure.config import compatibility, run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import ConfigError, FfmError, StoreError
 from ffm_secure.site import folder as site_folder
+from ffm_secure.site import key_rotation
 from ffm_secure.site.folder import SiteFolder, line_for_operator
 from ffm_secure.site.policy import objections
 from ffm_secure.site.site_file import LifetimeBudget, Policy, SiteFile
@@ -25,12 +28,17 @@ from ffm_secure.storage.status import read_status
 from ffm_secure.transport.roster import NAME, NAME_HELP, FederationRoster, read_key
 
 
+_LEAST_FREE: Final = 64 << 20  # bytes
+
+
 def init(
     folder: Path, *, name: str, data: str, operator: str, epsilon: float, delta: float, public: str
 ) -> None:
     """Make a site."""
     with clear_errors():
+        engine = enrolment()  # before anything is made: it may not be installed
         _require_words(name, operator, epsilon, delta)
+        data, public = _from_here(data), _from_here(public)
         file = SiteFile(
             format=1,
             name=name,
@@ -42,10 +50,11 @@ def init(
         )
         place = site_folder.create(folder, file, RandomSource.system())
         identity = place.identity()
-        request = enrolment().request_site(folder, name, identity.sign)
+        request = engine.request_site(folder, name, identity.sign)
     print_lines(
         [
             f"site {name}: read {place.file}, it says what this site insists on",
+            *_missing_rows(data, public),
             "send the operator this line by a way you trust, and the file beside it:",
             f"  {line_for_operator(name, identity.public_key)}",
             f"  {request}",
@@ -53,6 +62,20 @@ def init(
             f"ffm-secure site enrol {folder} APPROVAL",
         ]
     )
+
+
+def _from_here(name: str) -> str:
+    """Return the whole path of what lies where the command is run: `site.toml` counts from its own folder."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name and path.exists() else name
+
+
+def _missing_rows(data: str, public: str) -> list[str]:
+    lines = []
+    for setting, name in (("data", data), ("public", public)):
+        if name and not Path(name).expanduser().exists():
+            lines.append(f"{setting}: there is no {name} yet; a name without / counts from the site's folder")
+    return lines
 
 
 def _require_words(name: str, operator: str, epsilon: float, delta: float) -> None:
@@ -81,6 +104,25 @@ def enrol(folder: Path, approval: Path) -> None:
         )
     print_lines(
         [f"{file.name} may connect to {endpoint.host}:{endpoint.port}; now: ffm-secure site check {folder}"]
+    )
+
+
+def rotate_key(folder: Path) -> None:
+    """Give the site a new key."""
+    with clear_errors():
+        place = SiteFolder(place=folder.resolve())
+        file = place.read()
+        identity = key_rotation.rotate_key(place, RandomSource.system())
+        request = enrolment().renew(place.place, identity.sign)
+    print_lines(
+        [
+            f"site {file.name}: has a new key; the old one is gone, and what it took part in is remembered",
+            "send the operator this line by a way you trust, and the file beside it:",
+            f"  {line_for_operator(file.name, identity.public_key)}",
+            f"  {request}",
+            "until everybody has the operator's next roster, this site takes no part; the runs it allowed "
+            "stay allowed",
+        ]
     )
 
 
@@ -216,7 +258,7 @@ def status(folder: Path, *, json: bool) -> None:
         if served:
             shown |= read_status(place.place)
         shown |= {"name": file.name, "served": served, "allowed": sorted(place.allowed())}
-        lines = [f"{file.name}: {_doing(shown)}", *_roster_lines(place, file)]
+        lines = [f"{file.name}: {_doing(shown)}", *_roster_lines(place, file), *_disk_lines(place)]
         lines += [
             f"allowed: {place.load_allowed(path).name} ({digest[:16]})"
             for digest, path in place.allowed().items()
@@ -231,7 +273,18 @@ def _doing(shown: dict[str, object]) -> str:
     for name in ("run", "round", "stage"):
         if shown.get(name):
             words.append(f"{name} {shown[name]}")
+    when = shown.get("when")
+    if isinstance(when, int):
+        words.append(f"since {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime(when))}")
     return ", ".join(words)
+
+
+def _disk_lines(place: SiteFolder) -> list[str]:
+    """Say that the disk is nearly full: a site that cannot write refuses every round."""
+    free = shutil.disk_usage(place.place).free
+    if free >= _LEAST_FREE:
+        return []
+    return [f"disk: {free >> 20} MiB are free at {place.place}; free space, or rounds will be refused"]
 
 
 def _roster_lines(place: SiteFolder, file: SiteFile) -> list[str]:

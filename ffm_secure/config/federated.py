@@ -7,15 +7,21 @@ import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ffm_secure.config import compatibility, run_file
+from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import Audit, RunConfig, Speed
+from ffm_secure.config.schema import chosen_table, dump_toml
 from ffm_secure.errors import PlanRefused
 
 
 def run_digest(config: RunConfig) -> str:
-    """Name a run file by everything in it that shapes a result; speed and audit are each party's own."""
+    """Name a run file by every choice in it that shapes a result; speed and audit are each party's own.
+
+    Guarantee: what stands at its default is left out, so a release that adds settings names a run as before;
+    one in which a default has another value names a file of old, which has all values in it, otherwise.
+    """
     shaping = replace(config, speed=Speed(), audit=Audit())
-    return hashlib.sha256(b"ffm-secure run 1" + run_file.dump(shaping).encode()).hexdigest()
+    choices = dump_toml(chosen_table(shaping))
+    return hashlib.sha256(b"ffm-secure run 2" + choices.encode()).hexdigest()
 
 
 def release() -> str:

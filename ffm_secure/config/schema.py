@@ -256,6 +256,27 @@ def to_table(config: DataclassInstance) -> dict[str, Any]:
     return {field.name: _to_plain(getattr(config, field.name)) for field in fields}
 
 
+def chosen_table(config: DataclassInstance) -> dict[str, Any]:
+    """Turn a config into plain dicts and lists, by name, without the keys that stand at their default.
+
+    Guarantee: a release that adds or moves a key with a default returns the same table for the same choices.
+    """
+    table = {}
+    for field in sorted(dataclasses.fields(config), key=lambda field: field.name):
+        value = getattr(config, field.name)
+        if value != field.default or type(value) is not type(field.default):
+            table[field.name] = _chosen(value)
+    return table
+
+
+def _chosen(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return chosen_table(value)
+    if isinstance(value, tuple):
+        return [_chosen(item) for item in value]
+    return _to_plain(value)
+
+
 def _to_plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_table(value)

@@ -6,6 +6,7 @@ import fcntl
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -134,15 +135,10 @@ class SiteFolder:
           StoreError: it is not the one that was allowed.
         """
         try:
-            config = run_file.load(path)
-        except ConfigError as error:
-            raise StoreError(f"{path}: is damaged; allow the run again\n{error}") from None
-        if run_digest(config) != path.stem:
-            raise StoreError(
-                f"{path}: was changed after it was allowed, or ffm-secure was upgraded since; "
-                "remove it and allow the run again"
-            )
-        return config
+            about = path.stat()
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}; allow the run again") from None
+        return _load_allowed(path, (about.st_ino, about.st_mtime_ns, about.st_size))
 
     def allow(self, config: RunConfig) -> str:
         """Keep a run file as allowed, for one run; return its digest."""
@@ -212,6 +208,25 @@ def create(place: Path, site: SiteFile, source: RandomSource) -> SiteFolder:
     except OSError as error:
         raise StoreError(f"{place}: cannot be written: {error.strerror}") from None
     return folder
+
+
+@lru_cache(maxsize=32)
+def _load_allowed(path: Path, version: tuple[int, int, int]) -> RunConfig:
+    """Read an allowed run file, once a version of it: a service needs it in every round.
+
+    Raises:
+      StoreError: it is not the one that was allowed.
+    """
+    try:
+        config = run_file.load(path)
+    except ConfigError as error:
+        raise StoreError(f"{path}: is damaged; allow the run again\n{error}") from None
+    if run_digest(config) != path.stem:
+        raise StoreError(
+            f"{path}: was changed after it was allowed, or since an upgrade of ffm-secure it means "
+            "something else; remove it and allow the run again"
+        )
+    return config
 
 
 def every_problem(checks: Mapping[str, Callable[[], object]]) -> list[str]:

@@ -18,6 +18,7 @@ from ffm_secure.storage.durable import create_folder, require_own_folder, write_
 from ffm_secure.storage.key_file import read_seed
 
 KEY, MEMORY = "identity.key", "replay_guard.json"
+ROTATION = ".rotation"  # holds the new files while a key is changed, and not a moment longer
 
 
 def open_identity(folder: Path, source: RandomSource) -> Identity:
@@ -40,8 +41,13 @@ def read_identity(folder: Path) -> Identity:
     """Return the identity kept in a site's folder, with its memory.
 
     Raises:
-      StoreError: one of the two is missing, damaged, or readable by others.
+      StoreError: one of the two is missing, damaged, or readable by others, or a change of keys was
+        interrupted.
     """
+    if (folder / ROTATION / KEY).exists():
+        raise StoreError(
+            f"{folder}: a change of keys was interrupted; finish it with: ffm-secure site rotate-key {folder}"
+        )
     with _problems(folder):
         return _read(folder)
 

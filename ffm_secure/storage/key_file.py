@@ -11,7 +11,7 @@ from defenses.random_source import RandomSource
 from defenses.replay_guard import ReplayGuard
 from defenses.secagg import Identity
 from ffm_secure.errors import StoreError
-from ffm_secure.storage.durable import write_synced
+from ffm_secure.storage.durable import write_atomic, write_synced
 
 _SEED_BYTES: Final = 32
 
@@ -26,6 +26,18 @@ def create_key(path: Path, source: RandomSource) -> Identity:
         raise StoreError(f"{path}: exists; a key is made once")
     seed = source.random_bytes(_SEED_BYTES)
     write_synced(path, seed)
+    return Identity(seed, guard=ReplayGuard.in_memory())
+
+
+def replace_key(path: Path, source: RandomSource) -> Identity:
+    """Make a new key in the place of the one in a file; the old one is gone.
+
+    Raises:
+      StoreError: there is none, or it cannot be read.
+    """
+    read_seed(path)
+    seed = source.random_bytes(_SEED_BYTES)
+    write_atomic(path, seed)
     return Identity(seed, guard=ReplayGuard.in_memory())
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
+from ffm_secure.cli import coordinator_commands, operator_commands, site_commands
 from ffm_secure.config import run_file
 from ffm_secure.engines import simulated_data
+from ffm_secure.engines.coordinator_folder import Headquarters
+from ffm_secure.errors import FfmError
 from ffm_secure.site.folder import SiteFolder
 from tests.federation.helpers import Done, call
 from tests.parties.helpers import NAMES, RECORD, notes_run, rows_to_csv
@@ -92,6 +96,43 @@ def test_a_site_is_told_all_mistakes_of_its_making_at_once(tmp_path: Path) -> No
     assert not (tmp_path / "north").exists()
 
 
+def test_a_coordinator_that_was_not_made_can_be_made(tmp_path: Path) -> None:
+    settings = ("--operator", "ed25519:zz", "--host", "two words", "--port", 70_000)
+    problems = refused("coordinator", "init", tmp_path / "coordinator", *settings)
+    for words in ("3 problems", "--operator = 'ed25519:zz'", "--host = 'two words'", "--port = 70000"):
+        assert words in problems
+    assert not (tmp_path / "coordinator").exists()
+
+
+def test_without_the_engine_nothing_is_half_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str = "nvflare") -> None:
+        raise FfmError("the engine nvflare needs cryptography")
+
+    for commands in (operator_commands, coordinator_commands, site_commands):
+        monkeypatch.setattr(commands, "enrolment", missing)
+    settings = ("--name", "north", "--data", "x.csv", "--operator", KEY, "--epsilon", 4)
+    assert "the engine nvflare needs" in call("site", "init", str(tmp_path / "a"), *map(str, settings)).stderr
+    assert (
+        "the engine nvflare needs"
+        in call("operator", "init", str(tmp_path / "b"), "--federation", "c").stderr
+    )
+    assert (
+        "the engine nvflare needs"
+        in call("coordinator", "init", str(tmp_path / "d"), "--operator", KEY).stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_are_looked_for_where_the_command_is_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text("text,label\n")
+    common = ("--operator", KEY, "--epsilon", "4")
+    words = ("--name", "north", "--data", "notes.csv", "--public", "later.csv")
+    ended = call("site", "init", "north", *words, *common, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "public: there is no later.csv yet" in ended.stdout
+    assert SiteFolder(place=tmp_path / "north").read().data == str(tmp_path / "notes.csv")
+
+
 def test_a_roster_needs_names_and_keys(tmp_path: Path) -> None:
     said("operator", "init", tmp_path / "operator", "--federation", "clinics")
     problems = refused("operator", "roster", "add", tmp_path / "operator", "a b", "12")
@@ -126,6 +167,36 @@ def test_nobody_starts_without_a_certificate_or_an_engine(place: Path) -> None:
     assert "must be one of nvflare" in refused("site", "start", place / "west", "--engine", "pigeons")
     problems = refused("coordinator", "start", place / "coordinator", place / "run.toml", "--engine", "x")
     assert "must be one of nvflare" in problems
+
+
+def test_a_site_and_a_coordinator_get_new_keys(place: Path, tmp_path: Path) -> None:
+    """The roster that follows holds both; everybody else's place on it is what it was."""
+    for name in ("operator", "coordinator", "north"):
+        shutil.copytree(place / name, tmp_path / name)
+    operator = tmp_path / "operator"
+    for name in ("coordinator", "north"):
+        whose = "coordinator" if name == "coordinator" else "site"
+        line = key_in(said(whose, "rotate-key", tmp_path / name))
+        request = tmp_path / name / "tls-request.json"
+        assert "signed with another key than the one that is known" in refused(
+            "operator", "approve", operator, request
+        )
+        changed = said("operator", "roster", "add", operator, name, line)
+        assert f"{name}: its new key takes the place of ed25519:" in changed
+        said("operator", "approve", operator, request)
+        said(whose, "enrol", tmp_path / name, operator / f"approval-{name}.json")
+    assert "holds another key for north" in refused("site", "check", tmp_path / "north")
+    assert "roster 2 of clinics" in said("operator", "roster", "sign", operator)
+    shutil.copy(operator / "roster.json", tmp_path / "north" / "roster.json")
+    assert "keys, roster and ledger are in order" in said("site", "check", tmp_path / "north")
+    shutil.copy(operator / "roster.json", tmp_path / "coordinator" / "roster.json")
+    quarters = Headquarters(place=tmp_path / "coordinator")
+    assert quarters.roster(quarters.read(), now=time.time()).names == NAMES
+
+
+def test_a_tracker_that_nobody_has_is_named(place: Path) -> None:
+    words = ("coordinator", "start", place / "coordinator", place / "run.toml", "--track", "wall")
+    assert "track = 'wall': must be one of" in refused(*words)
 
 
 def test_a_revoked_site_gets_a_roster_without_it(place: Path, tmp_path: Path) -> None:

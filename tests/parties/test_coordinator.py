@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from defenses.dp import Ledger
+from ffm_secure.cli.coordinator_commands import Shown, tracked
+from ffm_secure.display.notebook import Callbacks
 from ffm_secure.engines import coordinated
 from ffm_secure.federation import NullCallback
 from ffm_secure.records import Receipt, RoundRecord
@@ -108,9 +110,15 @@ def test_what_a_coordinator_leaves_behind(tmp_path: Path) -> None:
         def round_finished(self, record: RoundRecord) -> None:
             finished.append(record)
 
-    ready = federation.coordinator(callback=Keep())
+    ready = federation.coordinator()
+    shown = Shown(track=("csv",))
     try:
-        trained = ready.coordinator.run(sessions)
+        with tracked(ready, shown) as trackers:
+            ready.coordinator.callback = Callbacks([Keep(), *trackers])
+            trained = ready.coordinator.run(sessions)
+        curve = (ready.folder / "tracking" / "csv" / "test.csv").read_text()
+        with tracked(ready, shown):  # the same command again goes on with the same curve
+            pass
         summary = coordinated.finish(ready, trained)
     finally:
         ready.close()
@@ -119,6 +127,8 @@ def test_what_a_coordinator_leaves_behind(tmp_path: Path) -> None:
     for name in ("report.html", "report.json", "receipts.json", "adapter", "rounds.jsonl"):
         assert (folder / name).exists(), name
     assert tuple(finished) == summary.rounds
+    assert [line.split(",")[0] for line in curve.splitlines()] == ["round", "1", "2"]
+    assert (folder / "tracking" / "csv" / "test.csv").read_text() == curve
     assert summary.statements[0].epsilon <= 8.0
     stored = record_codec.from_bytes(
         coordinated.Receipts, (folder / "receipts.json").read_bytes().strip(), "receipts"

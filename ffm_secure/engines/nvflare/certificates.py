@@ -56,14 +56,15 @@ def create_authority(folder: Path, federation: str, *, now: datetime.datetime, d
     return digest(_pem(certificate))
 
 
-def request(folder: Path, name: str) -> bytes:
+def request(folder: Path, name: str, *, anew: bool = False) -> bytes:
     """Make a participant's key in its own folder and return what it sends to the operator.
 
-    Guarantee: the key stays in the folder, for its owner alone; asking again asks for the same key.
+    Guarantee: the key stays in the folder, for its owner alone; asking again asks for the same key, unless
+    it is to be made `anew`.
     """
     create_folder(folder)
-    if not (folder / KEY).exists():
-        write_synced(folder / KEY, _private(_new_key()))
+    if anew or not (folder / KEY).exists():
+        write_atomic(folder / KEY, _private(_new_key()))
     key = _load_key(folder / KEY)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     asked = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())

@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -94,6 +94,16 @@ def request_site(place: Path, name: str, sign: Sign) -> Path:
     return _write_request(place, Request(name=name, wanted=(_as_wanted(SITE, asked),)), sign)
 
 
+def endpoint_problems(host: str, port: int) -> list[str]:
+    """Return what is wrong with the address at which a coordinator wants to listen."""
+    problems = []
+    if not re.fullmatch(r"[A-Za-z0-9.-]{1,60}", host):
+        problems.append(f"--host = {host[:80]!r}: must be a name or address that every site can reach")
+    if not 1 <= port <= 65_535:
+        problems.append(f"--port = {port}: must be 1 to 65535")
+    return problems
+
+
 def request_coordinator(place: Path, endpoint: tuple[str, int], sign: Sign) -> Path:
     """Make a coordinator's keys, for its server and for itself, and write what it sends to the operator.
 
@@ -101,9 +111,7 @@ def request_coordinator(place: Path, endpoint: tuple[str, int], sign: Sign) -> P
       ConfigError: host or port cannot be used.
     """
     host, port = endpoint
-    problems = [] if re.fullmatch(r"[A-Za-z0-9.-]{1,60}", host) else [f"host = {host!r}: a name or address"]
-    if not 1 <= port <= 65_535:
-        problems.append(f"port = {port}: must be 1 to 65535")
+    problems = endpoint_problems(host, port)
     if problems:
         raise ConfigError("the coordinator's address", problems)
     names = {SERVER: host, SUBMITTER: SUBMITTER_NAME}
@@ -111,6 +119,32 @@ def request_coordinator(place: Path, endpoint: tuple[str, int], sign: Sign) -> P
         _as_wanted(kind, certificates.request(place / KEYS / kind, name)) for kind, name in names.items()
     )
     return _write_request(place, Request(name=COORDINATOR, wanted=wanted, host=host, port=port), sign)
+
+
+def renew(place: Path, sign: Sign) -> Path:
+    """Make new keys for the certificates that were asked for last, and write what asks for theirs.
+
+    The engine goes on with the old ones until `accept` has the new.
+
+    Raises:
+      StoreError: nothing was ever asked for here.
+    """
+    request = _own_request(place)
+    names = {SITE: relay_name(request.name), SERVER: request.host, SUBMITTER: SUBMITTER_NAME}
+    wanted = []
+    for item in request.wanted:
+        asked = certificates.request(place / KEYS / item.kind, names[item.kind], anew=True)
+        wanted.append(_as_wanted(item.kind, asked))
+    return _write_request(place, replace(request, wanted=tuple(wanted)), sign)
+
+
+def _own_request(place: Path) -> Request:
+    path = place / REQUEST
+    try:
+        signed = record_codec.from_bytes(_Signed, path.read_bytes().strip(), str(path))
+        return record_codec.from_bytes(Request, signed.words, str(path))
+    except (OSError, RecordError):
+        raise StoreError(f"{path}: is missing or damaged; it says which certificates are asked for") from None
 
 
 def approve(
