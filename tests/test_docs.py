@@ -107,6 +107,31 @@ def test_every_file_and_module_a_page_names_exists() -> None:
     assert wrong == []
 
 
+def test_every_test_a_page_names_exists() -> None:
+    known = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        known |= {path.stem, *re.findall(r"def (test_\w+)", path.read_text())}
+    wrong = {}
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        names = set(re.findall(r"\b(test_\w+)", page.read_text()))
+        # a name that ends in _ is the beginning of one, or of several
+        missing = [name for name in names - known if not _begins_one_of(name, known)]
+        if missing:
+            wrong[page.name] = missing
+    assert not wrong
+
+
+def _begins_one_of(name: str, known: set[str]) -> bool:
+    return name.endswith("_") and any(other.startswith(name) for other in known)
+
+
+def test_every_row_between_machines_names_its_test() -> None:
+    text = (ROOT / "docs" / "threat_model.md").read_text()
+    table = text[text.index("| who | tries |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) > 15
+    assert [row for row in table if "test_" not in row.rsplit("|", 2)[1]] == []
+
+
 def test_the_picture_of_the_rooms_names_every_room() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     package = ROOT / "ffm_secure"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final
 
 from defenses.errors import ProtocolError
@@ -17,7 +17,6 @@ from ffm_secure.models.backbone import vector_fingerprint
 
 _ACCEPTS: Final = b"ffm-secure accepts 1"
 _WORDS: Final = {
-    "software": "the release of ffm-secure; the coordinator and this site must run the same minor version",
     "run_file": "the run file",
     "backbone": "the frozen backbone; one of the two has another copy of the model",
     "start": "the numbers that training starts from",
@@ -79,10 +78,18 @@ def terms_of(loaded: LoadedModel, roster: str) -> RunTerms:
 
 def differences(own: RunTerms, proposed: RunTerms) -> tuple[str, ...]:
     """Return in words in what two parties' terms differ; empty when they agree."""
-    return tuple(
-        _WORDS[field.name]
-        for field in fields(RunTerms)
-        if getattr(own, field.name) != getattr(proposed, field.name)
+    words = [] if own.software == proposed.software else [other_release(proposed.software)]
+    for name in _WORDS:
+        if getattr(own, name) != getattr(proposed, name):
+            words.append(_WORDS[name])
+    return tuple(words)
+
+
+def other_release(software: str) -> str:
+    """Say that a coordinator has another release than this site, and who must do what."""
+    return (
+        f"ffm-secure is {release()} here and {software[:20]!r} at the coordinator; both must run the same "
+        "minor version, and whoever is behind upgrades"
     )
 
 

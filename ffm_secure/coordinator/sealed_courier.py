@@ -17,14 +17,14 @@ from defenses.signatures import SIGNATURE_BYTES
 from ffm_secure import record_codec
 from ffm_secure.agreed.agreement import Proposal, RunTerms, SignedAcceptance, check_acceptance
 from ffm_secure.config.federated import release
-from ffm_secure.errors import RecordError
+from ffm_secure.errors import RecordError, StoreError
 from ffm_secure.records import RoundPlan
 from ffm_secure.server.timetable import Timetable
 from ffm_secure.transport import envelope
 from ffm_secure.transport.courier import Courier, Lost, Reply
 from ffm_secure.transport.envelope import REFUSAL, Header, Sign
 from ffm_secure.transport.receipts import SignedReceipt
-from ffm_secure.transport.roster import FederationRoster
+from ffm_secure.transport.roster import FederationRoster, expired
 from ffm_secure.transport.stages import FINISH, JOIN, PLAN, join_acceptances, split_plan
 
 GRACE: Final = 1.0  # seconds after a deadline until an engine that keeps none is left behind
@@ -147,6 +147,7 @@ class SealedCourier:
         proposer = self._proposer
         began, self._accepted = proposer.clock(), {}
         while True:
+            self._require_roster()
             self._propose()
             there = sum(site in self._accepted for site in cohort)
             waited = proposer.clock() - began
@@ -157,6 +158,19 @@ class SealedCourier:
             proposer.sleep(_PAUSE)
         self._present = frozenset(self._accepted)
         self._gathered = True
+
+    def _require_roster(self) -> None:
+        """Refuse to go on when no site may answer any more.
+
+        Raises:
+          StoreError: the roster has expired.
+        """
+        expires = self._proposer.roster.statement.expires
+        if self._proposer.clock() >= expires:
+            raise StoreError(
+                f"{expired(expires)}, give it to everybody, then run the same command again: it goes on "
+                "after the last finished round"
+            )
 
     def _has_waited(self, waited: float) -> bool:
         return self._gathered or waited >= self._proposer.timetable.gather

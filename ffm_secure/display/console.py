@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json as json_module
+import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from rich.console import Console
 from rich.text import Text
@@ -25,6 +28,8 @@ class SafeConsole(Console):
         return super().render_str(printable(text), **options)
 
 
+OF_THE_DISK: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+_MEND: Final = "free space or mend the disk, then run the same command again: what was finished is not lost"
 console = SafeConsole(highlight=False, soft_wrap=True, markup=False)
 
 
@@ -44,6 +49,12 @@ def clear_errors() -> Iterator[None]:
         raise ConfigError("refused", str(error).split("; ")) from None
     except DefenseError as error:
         raise FfmError(str(error)) from None
+    except sqlite3.OperationalError as error:
+        raise StoreError(f"a ledger cannot be read or written ({error}); {_MEND}") from None
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        raise StoreError(f"{error.filename or 'a file'}: {error.strerror}; {_MEND}") from None
 
 
 def say(value: object, lines: list[str], *, json: bool, quiet: bool = False) -> None:

@@ -67,7 +67,9 @@ def _open(place: SiteFolder, site: SiteFile, lock: int, clock: Callable[[], floa
         log.close()
         os.close(lock)
 
-    log.note(f"started as {site.name} of {roster.statement.federation}")
+    statement = roster.statement
+    names = ", ".join(roster.names)
+    log.note(f"started as {site.name} of {statement.federation}; roster {statement.serial}: {names}")
     return SiteSession(place, own, rounds, log, clock=clock, release=release)
 
 

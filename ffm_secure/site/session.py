@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,15 @@ from typing import Final
 from defenses.errors import DefenseError, ProtocolError
 from defenses.replay_guard import ReplayGuard
 from ffm_secure import record_codec
-from ffm_secure.agreed.agreement import Proposal, SignedAcceptance, accept, check_acceptance, differences
+from ffm_secure.agreed.agreement import (
+    Proposal,
+    SignedAcceptance,
+    accept,
+    check_acceptance,
+    differences,
+    other_release,
+)
+from ffm_secure.config.federated import release
 from ffm_secure.errors import FfmError, RecordError
 from ffm_secure.records import RoundPlan
 from ffm_secure.site.folder import SiteFolder
@@ -26,6 +35,7 @@ from ffm_secure.transport.roster import expired
 from ffm_secure.transport.stages import BEGIN, EVALUATE, FINISH, JOIN, PLAN, split_acceptances
 
 LARGEST_BEFORE_JOINING: Final = 1 << 20
+_MEND: Final = "free space or mend it here, and nothing is lost"
 CLOCKS_APART: Final = 300.0  # seconds that the clocks of coordinator and site may differ
 
 
@@ -115,7 +125,9 @@ class SiteSession:
             except ProtocolError:
                 why = "the message is improper or out of turn"
             except OSError as error:
-                why = f"{error.strerror or 'the disk fails'}; free space or mend it here, and nothing is lost"
+                why = f"{error.strerror or 'the disk fails'}; {_MEND}"
+            except sqlite3.OperationalError as error:
+                why = f"the ledger cannot be written ({error}); {_MEND}"
             except (FfmError, DefenseError) as error:
                 why = str(error)
             except Exception as error:
@@ -161,7 +173,10 @@ class SiteSession:
                 "set both by a time service"
             )
         if now > header.deadline:
-            raise Refused(f"it came {now - header.deadline:.1f} s after its deadline")
+            raise Refused(
+                f"it came {now - header.deadline:.1f} s after its deadline, {apart:.0f} s after it was sent "
+                "by this machine's clock: the way or this service was too slow, or the clocks differ"
+            )
         if header.sent <= self._last_sent:
             raise Refused("a later message was answered before")
         if now >= self._own.roster.statement.expires:
@@ -172,6 +187,8 @@ class SiteSession:
         try:
             proposal = record_codec.from_bytes(Proposal, request.content, "the proposal")
         except RecordError:
+            if request.header.software != release():
+                raise Refused(other_release(request.header.software)) from None
             raise ProtocolError from None
         digest = proposal.terms.run_file
         if digest not in self._folder.allowed():

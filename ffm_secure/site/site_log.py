@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ class SiteLog:
 
     def __init__(self, path: Path) -> None:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE_FILE))
-        self._handler = RotatingFileHandler(path, maxBytes=_LARGEST, backupCount=_KEPT, encoding="utf-8")
+        self._handler = _File(path, maxBytes=_LARGEST, backupCount=_KEPT, encoding="utf-8")
         self._refused = ""
         self._handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(message)s"))
         self._handler.addFilter(lambda _: _speaking.get() is self)
@@ -63,6 +64,14 @@ class SiteLog:
         """Let go of the file."""
         self._logger.removeHandler(self._handler)
         self._handler.close()
+
+
+class _File(RotatingFileHandler):
+    """A log that a full disk does not silence: what it does not take, the service's own journal gets."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Write the line where the service's output goes."""
+        sys.stderr.write(f"{self.baseFilename} cannot be written; free space. {self.format(record)}\n")
 
 
 class _Lines(logging.Formatter):

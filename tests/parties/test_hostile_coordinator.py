@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from defenses.random_source import RandomSource
 from defenses.secagg import Identity
 from ffm_secure import record_codec
 from ffm_secure.agreed.agreement import Proposal, RunTerms, SignedAcceptance
+from ffm_secure.config.federated import release
 from ffm_secure.engines.coordinator_folder import Headquarters
 from ffm_secure.records import Acceptance, RoundPlan
 from ffm_secure.server.rounds import plan_round
@@ -200,6 +202,26 @@ def test_other_terms_than_the_site_computes_are_refused_by_name(wire: Wire, fiel
     refused(wire, wire.join(dataclasses.replace(wire.terms, **{field: "9" * 64})), words)
 
 
+def test_another_release_is_named_with_both_versions(wire: Wire) -> None:
+    words = f"ffm-secure is {release()} here and '0.9' at the coordinator"
+    refused(wire, wire.join(dataclasses.replace(wire.terms, software="0.9")), words)
+    unreadable = wire.send(JOIN, b'{"terms":"of a later release"}', round=0, software="0.9")
+    refused(wire, unreadable, words)
+
+
+def test_a_disk_that_is_full_is_named_whoever_notices(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = (OSError(28, "No space left on device"), sqlite3.OperationalError("database or disk is full"))
+    for fault in faults:
+
+        def fails(*_: object, fault: Exception = fault) -> bytes:
+            raise fault
+
+        monkeypatch.setattr(type(wire.session), "_join", fails)
+        words = "free space or mend it here, and nothing is lost"
+        refused(wire, wire.join(), words)
+    assert "the ledger cannot be written (database or disk is full)" in wire.log()
+
+
 def test_a_second_run_of_a_file_that_was_allowed_once(tmp_path: Path) -> None:
     config = notes_run(privacy=SEEDED, protection={"kind": "none", "threshold": 3}, federation={"rounds": 1})
     federation = found(tmp_path, config)
@@ -242,7 +264,8 @@ def test_a_message_is_good_for_its_stage_and_its_site_alone(wire: Wire) -> None:
 
 def test_time_is_kept(wire: Wire) -> None:
     content, now = wire.plan_message(wire.plan), time.time()
-    refused(wire, wire.send(PLAN, content, deadline=now - 1), "after its deadline")
+    late = "after its deadline, 120 s after it was sent by this machine's clock"
+    refused(wire, wire.send(PLAN, content, sent=now - 120, deadline=now - 60), late)
     refused(wire, wire.send(PLAN, content, sent=now - 600), "clock is 600 s ahead of the coordinator's")
     refused(wire, wire.send(PLAN, content, sent=now + 600), "s behind the coordinator's")
 
