@@ -24,11 +24,11 @@ def audit(folder: Path, *, run: str, budget: str, out: Path | None, json: bool, 
         )
     place = SiteFolder(place=folder.resolve())
     place.read()
-    name, kept = _chosen(place.place, run)
+    name, record = _chosen(place.place, run)
     if out is not None and out.exists():
         raise ConfigError("site audit", [f"--out = {out}: exists, must be a new folder"])
     with clear_errors(), AuditBar(quiet=quiet or json) as bar:
-        summary = audit_own_rounds(kept, place.place, budget=budget, watch=bar.watch)
+        summary = audit_own_rounds(record, place.place, budget=budget, watch=bar.watch)
         if out is not None:
             write_audit(summary, out, name=name, notes=())
     lines = [f"{name}: attacked is what left this site, with its own rows to score by", *audit_lines(summary)]

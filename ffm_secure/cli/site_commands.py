@@ -208,7 +208,7 @@ def allow(folder: Path, run: Path) -> None:
         config = run_file.load(run)
         refused = objections(config, file, sites=len(roster.names))
         if refused:
-            raise ConfigError(str(run), list(refused))
+            raise ConfigError(f"{run} against {place.file}", list(refused))
         place.allow(config)
     print_lines([*describe(config), f"allowed, once; try it offline with: ffm-secure site check {folder}"])
 

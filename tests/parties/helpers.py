@@ -35,7 +35,7 @@ NAMES = ("north", "south", "east", "west")
 NOTES = "builtin:clinic_notes?size=160&validation=40&hospitals=4"
 STEPS = {"local_steps": 2, "batch_size": 8, "learning_rate": 0.1}
 NO_RECORD = SelfAudit()
-QUICK = Timetable(join=20.0, rejoin=1.0, train=20.0, other=10.0, gather=20.0, patience=20.0)
+QUICK = Timetable(join=60.0, rejoin=5.0, train=60.0, other=30.0, gather=20.0, patience=20.0)
 PLAIN = {"unit": "none", "reason": "test data"}
 RECORD = {"unit": "record", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0, "ledger": "run"}
 SEEDED = {**RECORD, "noise": "seeded"}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,42 +17,17 @@ from ffm_secure.agreed.loaded_model import load_model, read_facts
 from ffm_secure.config.federated import run_digest
 from ffm_secure.engines.coordinator_folder import Headquarters
 from ffm_secure.protection.base import UPLOAD
-from ffm_secure.site.own_record import RECORDS, record_folder
+from ffm_secure.site.own_record import RECORDS, open_record, record_folder
 from ffm_secure.site.site_file import SelfAudit
 from ffm_secure.site.truth import truth_path
 from ffm_secure.storage.observations import read_observations
 from ffm_secure.transport import envelope
-from ffm_secure.transport.courier import Lost, Reply
 from ffm_secure.transport.stages import PLAN, split_acceptances, split_plan
 from tests.federation.helpers import call
-from tests.parties.helpers import NAMES, PLAIN, SEEDED, Direct, Federation, found, notes_run, open_all, run
+from tests.parties.helpers import NAMES, PLAIN, Federation
+from tests.parties.overheard import Overheard, recorded_run
 
-MASKS = {"kind": "secagg", "threshold": 3}
 OPEN = {"kind": "none", "threshold": 3}
-
-
-class Overheard(Direct):
-    """Note what every site answers, as the server gets it."""
-
-    def __init__(self, sessions: Direct) -> None:
-        super().__init__(sessions.sessions)
-        self.answers: dict[tuple[str, int], list[bytes]] = {}
-
-    def send(self, stage: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:
-        for reply in super().send(stage, messages):
-            if not isinstance(reply.content, Lost):
-                self.answers.setdefault((stage, reply.site), []).append(bytes(reply.content))
-            yield reply
-
-
-def recorded_run(place: Path, **sections: Any) -> tuple[Federation, Overheard]:
-    federation = found(place, notes_run(**sections), record=SelfAudit(rounds=2))
-    overheard = Overheard(open_all(federation))
-    try:
-        run(federation, overheard)
-    finally:
-        overheard.close()
-    return federation, overheard
 
 
 def kept_by(federation: Federation, name: str) -> Path:
@@ -120,8 +94,10 @@ def test_the_rows_behind_it_are_kept_at_home_alone(in_the_clear: tuple[Federatio
     assert not list((federation.place / "coordinator").rglob("round-*-server*"))
 
 
-def test_masked_updates_are_kept_as_everybody_together_could_see_them(tmp_path: Path) -> None:
-    federation, _ = recorded_run(tmp_path, privacy=SEEDED, protection=MASKS)
+def test_masked_updates_are_kept_as_everybody_together_could_see_them(
+    masked_record: tuple[Federation, Overheard],
+) -> None:
+    federation, _ = masked_record
     everything = list(read_observations(kept_by(federation, "west") / "observations"))
     assert [(item.round, item.observer, item.point, item.sites) for item, _ in everything] == [
         (1, "client", "aggregated", (0, 1, 2, 3)),
@@ -130,19 +106,21 @@ def test_masked_updates_are_kept_as_everybody_together_could_see_them(tmp_path: 
     ]
 
 
-def test_without_being_asked_a_site_keeps_nothing(tmp_path: Path) -> None:
-    federation = found(tmp_path, notes_run(privacy=PLAIN, federation={"rounds": 1}))
-    sessions = open_all(federation)
-    try:
-        run(federation, sessions)
-    finally:
-        sessions.close()
-    assert not (federation.site("north") / RECORDS).exists()
-    ended = call("site", "audit", str(federation.site("north")))
+def test_without_being_asked_a_site_keeps_nothing(
+    in_the_clear: tuple[Federation, Overheard], tmp_path: Path
+) -> None:
+    federation, _ = in_the_clear
+    folder = kept_by(federation, "north")
+    model = load_model(federation.config, folder, read_facts(folder))
+    assert open_record(federation.config, model, None, SelfAudit(), tmp_path / "no") is None  # type: ignore[arg-type]
+    assert not (tmp_path / "no").exists()
+    shutil.copytree(federation.site("north"), tmp_path / "north", ignore=lambda *_: {RECORDS})
+    ended = call("site", "audit", str(tmp_path / "north"))
     assert ended.returncode == 5
     assert "say record.rounds = 3 in site.toml before a run begins" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_record_and_not_the_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
