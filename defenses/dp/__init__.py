@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from defenses.dp.records import RecordKey, Records, name_persons, name_records
     from defenses.dp.shared import SumMechanism, smallest_multiplier
     from defenses.dp.sampling import balanced_schedule, fixed_size_sample, participation_cap, poisson_sample
+    from defenses.dp.trainer import PrivateSteps
 
 __all__ = [
     "Accountant",
@@ -53,6 +54,7 @@ __all__ = [
     "MatrixFactorizationEvent",
     "NonPrivateEvent",
     "PerSampleEngine",
+    "PrivateSteps",
     "ProbeReport",
     "RecordKey",
     "RecordMechanism",
@@ -100,6 +102,7 @@ _HOMES = {
     "MatrixFactorizationEvent": "events",
     "NonPrivateEvent": "events",
     "PerSampleEngine": "per_sample",
+    "PrivateSteps": "trainer",
     "ProbeReport": "probe",
     "RecordKey": "records",
     "RecordMechanism": "mechanism",
