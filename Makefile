@@ -6,7 +6,7 @@ LOCK := requirements/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo federation test test-all lint doctest docs dist check clean
+.PHONY: demo federation test test-all lint doctest docs dist sbom check clean
 
 demo: .venv/.installed-demo
 	$(BIN)/ffm-secure run examples/demo.toml
@@ -46,6 +46,10 @@ dist: .venv/.installed-test
 	$(BIN)/python -m build --no-isolation --outdir build/dist
 	$(PIP) --no-deps --no-index --target build/installed build/dist/*.whl
 	cd build && PYTHONPATH=installed OMP_NUM_THREADS=1 ../$(BIN)/python -P ../tests/try_wheel.py
+
+# What the lock pins, as CycloneDX JSON; asks no index.
+sbom:
+	$(PYTHON) requirements/make_sbom.py build/sbom.json
 
 .venv/.installed-base: $(LOCK) requirements/minilm.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
