@@ -9,9 +9,11 @@ from pathlib import Path
 
 from ffm_secure import record_codec
 from ffm_secure.certificate.files import READABLE
-from ffm_secure.certificate.statement import Kind, OwnerEvidence, Predicate
+from ffm_secure.certificate.statement import OPERATOR, Kind, OwnerEvidence, Predicate
 from ffm_secure.errors import StoreError
 from ffm_secure.foreign import JsonValue
+from ffm_secure.quantities import bound
+from ffm_secure.report.release import NOT_TRIED
 
 MAPPING, ANNEX = "mapping.md", "dpia_annex.md"
 
@@ -68,14 +70,28 @@ TABLE = (
         duty="extraction shown to be unlikely by tests",
         file=READABLE,
         field="predicate.audit.*.verdict",
-        what="attacks that were run, each with its verdict",
+        what="every attack, observer and point with its verdict; not leaked only beside a control that read",
     ),
     Support(
         text="AI Act Annex IV",
         duty="technical documentation",
         file="report.json",
         field="plan.trains",
-        what="what was trained, with which settings and software",
+        what="what was trained",
+    ),
+    Support(
+        text="AI Act Annex IV",
+        duty="technical documentation",
+        file=READABLE,
+        field="predicate.run_file",
+        what="with which settings",
+    ),
+    Support(
+        text="AI Act Annex IV",
+        duty="technical documentation",
+        file=READABLE,
+        field="predicate.software",
+        what="with which software, and a digest of all that was installed beside it",
     ),
     Support(
         text="AI Act Art. 10",
@@ -96,14 +112,42 @@ TABLE = (
         duty="accuracy and robustness",
         file="report.json",
         field="metric_final",
-        what="accuracy on public rows, beside that of guessing",
+        what="accuracy (or loss) on public rows after the last round",
+    ),
+    Support(
+        text="AI Act Art. 15",
+        duty="accuracy and robustness",
+        file="report.json",
+        field="metric_zero_round",
+        what="the same before training",
     ),
     Support(
         text="NIST SP 800-226",
         duty="stating a differential privacy guarantee",
         file=READABLE,
         field="predicate.statements.*.unit",
-        what="unit, neighbouring relation, mechanism and accountant beside every epsilon",
+        what="whom every epsilon protects",
+    ),
+    Support(
+        text="NIST SP 800-226",
+        duty="stating a differential privacy guarantee",
+        file=READABLE,
+        field="predicate.statements.*.adjacency",
+        what="between which neighbours",
+    ),
+    Support(
+        text="NIST SP 800-226",
+        duty="stating a differential privacy guarantee",
+        file=READABLE,
+        field="predicate.statements.*.mechanism",
+        what="by which events, in full",
+    ),
+    Support(
+        text="NIST SP 800-226",
+        duty="stating a differential privacy guarantee",
+        file=READABLE,
+        field="predicate.statements.*.accountant",
+        what="added up by which accountant",
     ),
 )
 
@@ -192,9 +236,14 @@ def annex(kind: Kind, predicate: Predicate) -> str:
 def _promises(predicate: Predicate) -> list[str]:
     lines = ["| observer | epsilon | delta | unit | neighbouring | accountant |", "|---|---|---|---|---|---|"]
     for one in predicate.statements:
-        row = (one.observer, f"{one.epsilon:.4g}", f"{one.delta:g}", one.unit, one.adjacency, one.accountant)
+        observer, epsilon = one.observer.replace("_", " "), bound(one.epsilon)
+        row = (observer, epsilon, f"{one.delta:g}", one.unit, one.adjacency, one.accountant)
         lines.append(f"| {' | '.join(row)} |")
-    return lines
+    observers: dict[str, list[str]] = {}
+    for one in predicate.statements:
+        observers.setdefault(one.note, []).append(one.observer.replace("_", " "))
+    notes = [f"{', '.join(names)}: {note}" for note, names in observers.items() if note]
+    return [*lines, "", *_bullets(notes)] if notes else lines
 
 
 def _attacks(predicate: Predicate) -> list[str]:
@@ -202,8 +251,10 @@ def _attacks(predicate: Predicate) -> list[str]:
         return ["This run was not audited."]
     counts: dict[str, int] = {}
     for finding in predicate.audit:
-        counts[finding.verdict] = counts.get(finding.verdict, 0) + 1
+        verdict = "not tried under this budget" if finding.measure == NOT_TRIED else finding.verdict
+        counts[verdict] = counts.get(verdict, 0) + 1
     lines = [predicate.audit_sentence, ""] if predicate.audit_sentence else []
+    lines += ["Findings, one for each attack, observer, point and recorded round:", ""]
     return [*lines, *_bullets([f"{verdict}: {count}" for verdict, count in sorted(counts.items())])]
 
 
@@ -216,9 +267,10 @@ def _withdrawals(predicate: Predicate) -> list[str]:
 
 
 def _bound_on(owner: OwnerEvidence, delta: float) -> str:
+    most = f"epsilon {bound(owner.epsilon)} at delta {delta:g}"
     return (
         f"{owner.owner}: withdrawn on {owner.withdrawn}, and used for nothing since. What models released "
-        f"before may still reveal of its rows is bounded by epsilon {owner.epsilon:.4g} at delta {delta:g}."
+        f"before may still reveal of its rows is bounded by {most}."
     )
 
 
@@ -226,7 +278,8 @@ def _signers(predicate: Predicate) -> list[str]:
     lines = []
     for signer in predicate.signers:
         mark = " (simulated key, binds nobody)" if signer.simulated else ""
-        lines.append(f"{signer.role} {signer.name}: {signer.public_key}{mark}")
+        party = signer.role if signer.role == OPERATOR else f"owner {signer.name}"
+        lines.append(f"{party}: {signer.public_key}{mark}")
     return _bullets(lines)
 
 

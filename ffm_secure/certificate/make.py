@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,12 @@ from ffm_secure.errors import PlanRefused
 from ffm_secure.storage.durable import write_atomic
 from ffm_secure.transport.receipts import RECEIPTS
 from ffm_secure.transport.roster import FederationRoster, key_words
+
+
+_RELEASED = (  # columns of a ledger that leave with a certificate
+    "sequence", "kind", "time", "owner", "unit", "run", "round", "release", "event", "spent", "epsilon",
+    "delta",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,9 +165,18 @@ def _day(clock: Callable[[], float]) -> str:
 
 
 def _export_ledger(run: FinishedRun) -> None:
-    """Write the rows of a run's ledger beside its report, once every one of them was verified."""
+    """Write the rows of a run's ledger beside its report, once every one of them was verified.
+
+    Guarantee: no number of rows, digest of rows or reason that a person wrote is in it; those are in the
+    ledger, which stays with its owner.
+    """
     with open_verified(run) as ledger:
-        write_atomic(run.folder / LEDGER, ledger.export("csv").encode())
+        rows = csv.DictReader(io.StringIO(ledger.export("csv")))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _RELEASED, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_atomic(run.folder / LEDGER, text.getvalue().encode())
 
 
 def _operator(operator: Identity | None, keys: dict[str, Identity]) -> Signer:

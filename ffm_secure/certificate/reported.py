@@ -130,7 +130,9 @@ def finding_evidence(summary: RunSummary) -> tuple[FindingEvidence, ...]:
 
 def not_protected(summary: RunSummary) -> tuple[str, ...]:
     """Return what each observer sees, and what breaks the protection."""
-    lines = [f"{observer} sees {what}" for observer, what in sorted(summary.plan.reveals.items())]
+    lines = []
+    for observer, what in sorted(summary.plan.reveals.items()):
+        lines.append(f"{observer.replace('_', ' ')} sees {what}")
     return tuple(one_line(line) for line in (*lines, summary.plan.breaks, *summary.stamps))
 
 

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from defenses.dp import Accountant, EpsilonBound, Event, NonPrivateEvent
+from defenses.dp import (
+    Accountant,
+    EpsilonBound,
+    Event,
+    GaussianEvent,
+    NonPrivateEvent,
+    SampledSkellamEvent,
+)
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import OBSERVERS, Privacy, RunConfig
 from ffm_secure.records import Observer, PrivacyStatement
@@ -109,8 +116,32 @@ def _mechanism_words(
     config: RunConfig, mechanism: Mechanism, events: Sequence[Event] | None
 ) -> tuple[str, ...]:
     if events is not None and len(set(events)) > 1:
-        return tuple(f"{count} x {event.to_json()}" for event, count in Counter(events).items())
+        return tuple(_event_words(event, count) for event, count in Counter(events).items())
     return (mechanism.words(compatibility.paid_rounds(config)),)
+
+
+def _event_words(event: Event, count: int) -> str:
+    """Say one event of several in a line; one of a rare kind stands as it is charged."""
+    if isinstance(event, GaussianEvent):
+        sampled = _sampled(event.sampling, event.sampling_rate)
+        return (
+            f"{event.release}: {count} x {event.steps} {sampled} Gaussian steps, noise multiplier "
+            f"{event.noise_multiplier:.4f}, clip {event.clip_norm:g}"
+        )
+    if isinstance(event, SampledSkellamEvent):
+        sampling = "full" if event.sampling_rate == 1.0 else "poisson"
+        multiplier = math.sqrt(event.variance) / event.l2_sensitivity
+        return (
+            f"{event.release}: {count} x {event.steps} {_sampled(sampling, event.sampling_rate)} sum of "
+            f"{event.dimension:,} numbers with Skellam noise in shares, noise multiplier {multiplier:.4f}"
+        )
+    return f"{count} x {event.to_json()}"
+
+
+def _sampled(sampling: str, rate: float) -> str:
+    if sampling == "full":
+        return "unsampled"
+    return f"Poisson({rate:.6g}) sampled" if sampling == "poisson" else f"fixed-size({rate:.6g}) sampled"
 
 
 def _for_observer(common: PrivacyStatement, config: RunConfig, observer: Observer) -> PrivacyStatement:

@@ -162,8 +162,8 @@ def _asked(plan: PlanSummary) -> Html:
     """Show what is asked of the rows beside learning, and what each answer costs."""
     columns: list[Column] = [
         Column(heading="Question", cell=lambda item: item.query, field="query"),
-        Column(heading="Answer", cell=lambda item: item.words, field="words"),
-        Column(heading="Of rows", cell=lambda item: item.rows, field="rows"),
+        Column(heading="Answer", cell=lambda item: item.words, field="words", text=True),
+        Column(heading="Of rows", cell=lambda item: item.rows, field="rows", text=True),
         Column(heading="Numbers", cell=lambda item: f"{item.numbers:,}", field="numbers"),
         Column(
             heading="Noise over bound",
@@ -175,7 +175,7 @@ def _asked(plan: PlanSummary) -> Html:
     caption = (
         "What the run asks beside learning; learning is calibrated for what the answers leave of the budget."
     )
-    return table(columns, plan.queries, caption=caption, of="plan.queries")
+    return table(columns, plan.queries, caption=caption, of="plan.queries", kind="tight")
 
 
 def _plan_card(heading: str, words: str, under: Html) -> Html:

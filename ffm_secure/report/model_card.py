@@ -5,11 +5,13 @@ loads it.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path, PurePath
 
 from ffm_secure.foreign import JsonValue
 from ffm_secure.quantities import bound, metric, small
 from ffm_secure.records import ModelExport, PrivacyStatement, RunSummary
+from ffm_secure.report.release import without_paths
 
 _PIPELINES = {
     "text_classification": "text-classification",
@@ -26,7 +28,7 @@ def model_card(export: ModelExport, summary: RunSummary) -> str:
     are left out.
     """
     parts = [
-        _front_matter(export),
+        _front_matter(export, summary),
         f"# {summary.name}",
         _opening(export, summary),
         "## Load it",
@@ -93,13 +95,31 @@ def answering_code(export: ModelExport) -> str:
     return "\n".join(lines)
 
 
-def _front_matter(export: ModelExport) -> str:
+def _front_matter(export: ModelExport, summary: RunSummary) -> str:
     tags = ["federated-learning", "ffm-secure"]
     lines = ["---", f"library_name: {'peft' if export.form == 'adapter' else 'transformers'}"]
     if _is_hub_name(export.base_model):
         lines.append(f"base_model: {export.base_model}")
     lines.append(f"pipeline_tag: {_PIPELINES[export.task]}")
-    return "\n".join([*lines, f"tags: [{', '.join(tags)}]", "---"])
+    return "\n".join([*lines, f"tags: [{', '.join(tags)}]", *_model_index(export, summary), "---"])
+
+
+def _model_index(export: ModelExport, summary: RunSummary) -> list[str]:
+    """Write the result as the hub reads it; every text is a JSON string, which is one of YAML, too."""
+    if not math.isfinite(summary.metric_final):
+        return []
+    public = str(without_paths(_setting(summary, "task", "data")))
+    return [
+        "model-index:",
+        f"- name: {json.dumps(summary.name)}",
+        "  results:",
+        f"  - task: {{type: {_PIPELINES[export.task]}}}",
+        f"    dataset: {{name: {json.dumps(public)}, type: {json.dumps(public)}, split: validation}}",
+        "    metrics:",
+        f"    - type: {json.dumps(summary.metric_name)}",
+        f"      name: {json.dumps(f'{summary.metric_name} on public validation rows')}",
+        f"      value: {summary.metric_final!r}",
+    ]
 
 
 def _is_hub_name(name: str) -> bool:
@@ -166,11 +186,10 @@ def _metrics(summary: RunSummary) -> str:
 
 
 def _promise(summary: RunSummary) -> str:
-    lines = [
-        "| against | epsilon | delta | unit | adjacency | mechanism | accountant |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| against | epsilon | delta | unit | adjacency | accountant |", "|---|---|---|---|---|---|"]
     lines += [_statement(item) for item in summary.statements]
+    for words in dict.fromkeys(words for item in summary.statements for words in item.mechanism):
+        lines += ["", f"Mechanism: {words}."]
     note = (
         f"Ledger: {summary.ledger_entries} entries, head `{summary.ledger_head}`."
         if summary.ledger_head
@@ -181,14 +200,12 @@ def _promise(summary: RunSummary) -> str:
 
 def _statement(item: PrivacyStatement) -> str:
     amount = bound(item.epsilon)
-    mechanism = "; ".join(item.mechanism)
     cells = (
         item.observer.replace("_", " "),
         amount,
         small(item.delta),
         item.unit,
         item.adjacency,
-        mechanism,
         item.accountant,
     )
     return f"| {' | '.join(cells)} |"

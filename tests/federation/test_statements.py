@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from defenses.dp import epsilon
+from defenses.dp import SampledSkellamEvent, epsilon
 from ffm_secure.engines import simulation, summary
 from ffm_secure.errors import DataError, PlanRefused, StoreError
+from ffm_secure.privacy.mechanism import calibrate
+from ffm_secure.privacy.statements import statements
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, charge_everybody, finish, make, prepared, train
 
 ONE = {"rounds": 1}
@@ -166,3 +168,29 @@ def test_a_begun_run_keeps_its_noise(tmp_path: Path) -> None:
 def _new(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+def test_several_kinds_of_events_are_said_in_words() -> None:
+    """A head from noisy sums and rounds of learning: a reader gets sentences, each with its noise."""
+    config = make(privacy={**RECORD, "noise": "system"})
+    mechanism = calibrate(config, size=10, public_client_size=50)
+    learned = mechanism.event("update of one round")
+    sums = SampledSkellamEvent(
+        unit="record",
+        adjacency="add_remove",
+        sampling_rate=1.0,
+        l1_sensitivity=900.0,
+        l2_sensitivity=300.0,
+        variance=360_000.0,
+        dimension=77_760,
+        scale=100.0,
+        steps=1,
+        release="ridge_sums",
+    )
+    first = statements(config, mechanism, [sums, learned, learned])[0]
+    assert first.mechanism == (
+        "ridge_sums: 1 x 1 unsampled sum of 77,760 numbers with Skellam noise in shares, "
+        "noise multiplier 2.0000",
+        "update of one round: 2 x 2 Poisson(0.16) sampled Gaussian steps, noise multiplier "
+        f"{mechanism.noise_multiplier:.4f}, clip 1",
+    )
