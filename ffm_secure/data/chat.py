@@ -96,9 +96,14 @@ def _text(content: object) -> str:
         return content
     if isinstance(content, list):
         kinds = set()
+        texts = []
         for part in content:
+            if isinstance(part, str):
+                texts.append(part)
+                continue
             kinds.add(str(part.get("type", "text")) if isinstance(part, dict) else "unknown")
+            texts.append(str(part.get("text") or "") if isinstance(part, dict) else "")
         if kinds <= {"text"}:
-            return "".join(str(part.get("text") or "") for part in content)
+            return "".join(texts)
         raise ValueError(f"a message with parts other than text ({', '.join(sorted(kinds - {'text'}))})")
     raise ValueError(f"a message whose content is a {type(content).__name__}")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.dataset import Dataset, Examples
 from ffm_secure.data.images import LazyImages
-from ffm_secure.data.labels import as_list, is_blank
+from ffm_secure.data.labels import as_list, is_blank, visible
 from ffm_secure.errors import DataError
 
 Indices = NDArray[np.int64]
@@ -33,6 +33,9 @@ MOST_COMPARED = 300  # names that are compared with each other letter by letter
 # What a wrong encoding leaves behind: the replacement mark, UTF-8 read as Windows-1252, and control
 # characters.
 _TROUBLE = re.compile("\ufffd|[ÂÃ][\u0080-\u00bf]|â€|[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+_NUMBER = re.compile(r"[-+]?\d{1,15}([.]\d{1,15})?", re.ASCII)
+# Letters of other alphabets that look like Latin ones, as keyboards and recognised scans mix them.
+_LOOK_ALIKE = str.maketrans("аеорсухіјѕһԁԛԝѵгвкмнтαοιυκνρτχεβη", "aeopcyxijshdqwvrbkmhtaoiukvptxebn")
 _MISSING = frozenset(("nan", "n/a", "na", "none", "null", "nil", "?", "-", "--", "missing", "#n/a", "nat"))
 
 
@@ -355,7 +358,10 @@ def similar_names(counts: Sequence[NamedCount]) -> tuple[tuple[str, ...], ...]:
 
 
 def _bare(name: str) -> str:
-    letters = unicodedata.normalize("NFKD", name.casefold())
+    """Return what a name looks like to a person who reads it quickly; equal numbers look alike."""
+    if _NUMBER.fullmatch(name.strip()):
+        return f"{float(name):g}"
+    letters = unicodedata.normalize("NFKD", visible(name).casefold().translate(_LOOK_ALIKE))
     words = ""
     for letter in letters:
         if not unicodedata.combining(letter):

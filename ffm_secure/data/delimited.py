@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ffm_secure.data.table import Column, Table, count_more
+from ffm_secure.data.table import Column, Table, count_more, listed
 from ffm_secure.errors import DataError
 
 ENCODINGS = ("utf-8", "mixed", "cp1252", "iso-8859-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
@@ -28,8 +29,11 @@ _MARKS = (
 )
 _SAMPLE = 200  # records a separator and a header are judged by
 _LONGEST_HEADER, _MOST_WORDS = 60, 6
+LONGEST_FIELD = 2**24  # letters of one field; an open quote swallows the rest of its file
 _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?", re.ASCII)
-_WHOLE = re.compile(r"-?\d{1,18}", re.ASCII)
+_WHOLE = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)  # 007 is a name: read as 7 it would be somebody else's
+_SNIFFED = 2**16  # bytes by which the end of a line is known
+_OTHER_SEPARATOR = re.compile(r"\W+", re.ASCII)
 _KNOWN = frozenset(
     (
         *("text", "sentence", "note", "notes", "content", "document", "review", "body", "title", "abstract"),
@@ -55,6 +59,8 @@ def text_lines(path: Path, encoding: str = "") -> Iterator[tuple[int, str]]:
       DataError: the bytes are not of that encoding; the first line is named, the others are counted.
     """
     chosen = encoding or stated_encoding(path) or "utf-8"
+    if chosen in ("utf-8", "mixed"):
+        _refuse_zeros(path)
     if chosen == "utf-8":
         yield from _utf8_lines(path)
         return
@@ -74,28 +80,49 @@ def _unmarked(line: str) -> str:
     return line.removeprefix("\ufeff").removeprefix("ï»¿")
 
 
+def _refuse_zeros(path: Path) -> None:
+    """Refuse what was written in two or four bytes a letter without saying so; it would pass for UTF-8."""
+    with path.open("rb") as file:
+        head = file.read(_SNIFFED)
+    if head.count(0) * 8 > len(head):
+        raise DataError(
+            f"{path}: every other byte is zero, as in UTF-16; name what it is with task.encoding "
+            f"({guess_encoding(path)!r}), or save it as UTF-8"
+        )
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file; where no line feed is in sight, carriage returns end them as on old Macs."""
+    with path.open("rb") as file:
+        head = file.read(_SNIFFED)
+        file.seek(0)
+        if b"\n" in head or b"\r" not in head:
+            yield from file
+            return
+        yield from file.read().splitlines(keepends=True)
+
+
 def _mixed_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Read each line as UTF-8 where it is, and as Windows-1252 where it is not: tables put together from two
     sources.
     """
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            line = raw.decode("utf-8" if _is_utf8(raw) else "cp1252", errors="replace")
-            yield number, _unmarked(line) if number == 1 else line
+    for number, raw in enumerate(_raw_lines(path), start=1):
+        line = raw.decode("utf-8" if _is_utf8(raw) else "cp1252", errors="replace")
+        yield number, _unmarked(line) if number == 1 else line
 
 
 def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                others = sum(not _is_utf8(line) for line in file)
-                raise DataError(
-                    f"{path}: {count_more(f'line {number} is not UTF-8', others + 1, 'lines')}; save the "
-                    "file as UTF-8, or name what it is with task.encoding (files from Windows are often "
-                    "'cp1252', tables put together 'mixed')"
-                ) from None
+    lines = _raw_lines(path)
+    for number, raw in enumerate(lines, start=1):
+        try:
+            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            others = sum(not _is_utf8(line) for line in lines)
+            raise DataError(
+                f"{path}: {count_more(f'line {number} is not UTF-8', others + 1, 'lines')}; save the "
+                "file as UTF-8, or name what it is with task.encoding (files from Windows are often "
+                "'cp1252', tables put together 'mixed')"
+            ) from None
 
 
 def _is_utf8(raw: bytes) -> bool:
@@ -170,8 +197,9 @@ class _Dialect:
 
 
 def _read_delimited(path: Path, usual: str, encoding: str) -> Table:
-    dialect = _dialect(path, usual, encoding)
-    header, rows, lines = _records(path, dialect, encoding)
+    with _long_fields():
+        dialect = _dialect(path, usual, encoding)
+        header, rows, lines = _records(path, dialect, encoding)
     _check_header(path, header, rows)
     columns = {}
     for name, values in zip(header, zip(*rows), strict=False):
@@ -192,6 +220,16 @@ def _read_delimited(path: Path, usual: str, encoding: str) -> Table:
         notes=tuple(notes),
         folder=path.parent,
     )
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let a field hold a whole document; the library's own bound is that of a page or two."""
+    usual = csv.field_size_limit(LONGEST_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _dialect(path: Path, usual: str, encoding: str) -> _Dialect:
@@ -286,8 +324,18 @@ def _check_header(path: Path, header: list[str], rows: Sequence[Sequence[str]]) 
         )
     if header.count("") == 1 and len(header) > 1:
         header[header.index("")] = "(unnamed)"
-    if len(set(header)) != len(header):
-        raise DataError(f"{path}: two columns of the header have the same name; rename one")
+    twice = [place for place, name in enumerate(header, start=1) if header.count(name) > 1]
+    if twice:  # no name is quoted: the line may be a row
+        raise DataError(
+            f"{path}: two columns of the header have the same name (columns {twice[0]} and {twice[1]}); "
+            "rename one"
+        )
+    pieces = _OTHER_SEPARATOR.split(header[0].casefold()) if len(header) == 1 else []
+    if len(pieces) > 1 and all(piece in _KNOWN for piece in pieces):
+        raise DataError(
+            f"{path}: its only column is called {listed(header)}, so something else parts the fields; "
+            f"use {', '.join(SEPARATORS.values())}"
+        )
 
 
 def _row_not_header(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ import json
 import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,13 @@ from ffm_secure.data.delimited import read_csv, read_tsv
 from ffm_secure.data.images import SUFFIXES as PICTURES
 from ffm_secure.data.json_files import read_json, read_jsonl
 from ffm_secure.data.saved import is_saved, read_saved, saved_splits
-from ffm_secure.data.table import Column, Table
+from ffm_secure.data.table import Column, Table, listed
 from ffm_secure.errors import DataError
 
 MAX_BYTES = 16 * 2**30  # unpacked size of one table; more is a damaged header or a decompression bomb
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _SHEETS = (".xlsx", ".xls", ".ods")
+_PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z")
 _INDEXES = (
     "metadata.csv",
     "metadata.jsonl",
@@ -64,7 +66,9 @@ def read_source(path: Path, encoding: str = "") -> tuple[Table, Table | None]:
 
 def _advice(folder: Path) -> str:
     files = sorted(
-        file.name for file in folder.iterdir() if file.suffix.lower() in (*READERS, *TEXT_READERS, *_SHEETS)
+        file.name
+        for file in folder.iterdir()
+        if file.suffix.lower() in (*READERS, *TEXT_READERS, *_SHEETS, *_PACKED)
     )
     beside = ""
     if files:
@@ -85,6 +89,9 @@ def _read_saved(folder: Path) -> tuple[Table, Table | None]:
     if "train" not in splits:
         raise DataError(f"{folder}: has no part called train, only {', '.join(splits)}; save one")
     train = _saved_table(splits["train"])
+    unread = sorted(set(splits) - {"train", *VALIDATION_NAMES})
+    if unread:
+        train = replace(train, notes=(f"{folder.name}: the parts {', '.join(unread)} are not read",))
     return train, None if held_out is None else _saved_table(held_out)
 
 
@@ -153,6 +160,8 @@ def read_table(path: Path, encoding: str = "") -> Table:
         sheet = ""
         if suffix in _SHEETS:
             sheet = " (save the sheet as CSV)"
+        if suffix in _PACKED:
+            sheet = " (unpack it first)"
         raise DataError(f"{path}: unknown format {path.suffix!r}; use one of {known}{sheet}")
     try:
         if suffix in TEXT_READERS:
@@ -297,8 +306,31 @@ def read_pictures(folder: Path, names: tuple[str, ...]) -> Table:
         raise DataError(f"{folder}: holds no pictures; put them in one subfolder per class")
     labels = np.array([label for _, label in paths], dtype=np.int64)
     return Table(
-        origin=str(folder), columns={"image": [file for file, _ in paths], "label": labels}, label_names=names
+        origin=str(folder),
+        columns={"image": [file for file, _ in paths], "label": labels},
+        label_names=names,
+        notes=_left_out(folder, names),
     )
+
+
+def _left_out(folder: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Say what of a folder of pictures is not read: other files, and subfolders without a picture."""
+    notes = []
+    empty = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and sub.name not in names)
+    if empty:
+        notes.append(f"{folder.name}: {listed(empty)} hold no picture of a known kind and are no classes")
+    others: Counter[str] = Counter()
+    for name in names:
+        if (folder / name).is_dir():
+            others.update(
+                file.suffix.lower() or file.name
+                for file in (folder / name).iterdir()
+                if file.suffix.lower() not in PICTURES
+            )
+    if others:
+        kinds = ", ".join(f"{count:,} {listed([suffix])}" for suffix, count in sorted(others.items()))
+        notes.append(f"{folder.name}: files that are no pictures of a known kind are left out: {kinds}")
+    return tuple(notes)
 
 
 READERS: dict[str, Callable[[Path], Table]] = {".parquet": read_parquet, ".npz": read_npz}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ffm_secure.errors import DataError
 from ffm_secure.foreign import Cells, JsonValue
@@ -25,11 +25,17 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff",
 # Pillow's other readers start programs or run long; they stay closed.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_COLOURS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+_PAPER = (255, 255, 255, 255)  # what shows through a transparent picture, as in a browser
+_QUARTER_TURNS = (5, 6, 7, 8)  # orientations under which width and height change places
+_LONGEST_SHAPE = 16  # times as long as wide
 _FULL_RANGE = 65_535 // 255  # 257: takes 0 to 0 and the largest 16-bit value to 255
 
 
 def open_picture(encoded: bytes | Path, place: str) -> Image.Image:
     """Open one picture without unpacking it, or say which row is bad."""
+    if not (len(encoded) if isinstance(encoded, bytes) else _size(encoded)):
+        raise DataError(f"{place}: the picture is empty (0 bytes); write it again or remove it")
     try:
         picture = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS)
     except Exception as error:  # whatever the decoder throws at damaged input becomes one error of ours
@@ -43,6 +49,14 @@ def open_picture(encoded: bytes | Path, place: str) -> Image.Image:
             "shrink it first"
         )
     return picture
+
+
+def _size(file: Path) -> int:
+    """Return the bytes of a file, 1 where that cannot be told: opening it then says why."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 1
 
 
 def decode(encoded: bytes | Path, place: str, *, side: int | None = None) -> Pixels:
@@ -63,18 +77,20 @@ def decode(encoded: bytes | Path, place: str, *, side: int | None = None) -> Pix
         ) from error
 
 
-def _eight_bits(picture: Image.Image, place: str) -> Image.Image:
-    """Bring a picture to RGB; 16-bit grey is scaled by its full range, numbers without a known range are
-    refused.
+def _eight_bits(stored: Image.Image, place: str) -> Image.Image:
+    """Bring a picture to upright RGB on white paper; 16-bit grey is scaled by its full range, numbers without
+    a known range are refused.
 
-    Guarantee: no value is cut off. Pillow's own conversion of 16-bit grey makes every value above 255 white.
+    Guarantee: no value is cut off, and colours hidden under full transparency are never seen. Pillow's own
+    conversions make every 16-bit value above 255 white, and show what lies under transparent places.
     """
-    frames = int(getattr(picture, "n_frames", 1))
-    if frames > 1:
+    frames = int(getattr(stored, "n_frames", 1))
+    if frames > 1 and stored.format != "MPO":  # a camera's file: the picture, then previews of it
         raise DataError(
             f"{place}: holds {frames} frames or pages; save the one that counts as a picture of its own"
         )
-    if picture.mode in _SIXTEEN_BITS or (picture.mode == "I" and picture.format == "PNG"):
+    picture = ImageOps.exif_transpose(stored) if _orientation(stored) != 1 else stored
+    if picture.mode in _SIXTEEN_BITS or (picture.mode == "I" and stored.format == "PNG"):
         return Image.fromarray((np.asarray(picture) // _FULL_RANGE).astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
         kind = "floating-point numbers"
@@ -84,10 +100,37 @@ def _eight_bits(picture: Image.Image, place: str) -> Image.Image:
             f"{place}: its pixels are {kind}, whose range nobody states; save it "
             "with 8 bits (0 to 255) or 16 bits"
         )
+    if picture.mode not in _COLOURS:
+        raise DataError(f"{place}: its colours are {picture.mode}, which is not read; save it as RGB or grey")
+    if picture.has_transparency_data:
+        paper = Image.new("RGBA", picture.size, _PAPER)
+        return Image.alpha_composite(paper, picture.convert("RGBA")).convert("RGB")
     return picture.convert("RGB")
 
 
+def _orientation(picture: Image.Image) -> int:
+    """Return how a camera was held, 1 where upright or unknown; the reader of TIFF turns pictures itself."""
+    if picture.format == "TIFF" or "exif" not in picture.info:
+        return 1
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged notes beside a sound picture
+        return 1
+
+
+def _upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Return width and height as a viewer shows them: cameras store how they were held beside the pixels."""
+    width, height = picture.size
+    if _orientation(picture) in _QUARTER_TURNS:
+        return height, width
+    return width, height
+
+
 def _square(picture: Image.Image, side: int) -> Image.Image:
+    if max(picture.size) > _LONGEST_SHAPE * min(picture.size):  # scaling first would unpack far more pixels
+        shorter = min(picture.size)
+        left, top = ((length - shorter) // 2 for length in picture.size)
+        picture = picture.crop((left, top, left + shorter, top + shorter))
     scale = side / min(picture.size)
     width, height = (max(side, round(length * scale)) for length in picture.size)
     left, top = (width - side) // 2, (height - side) // 2
@@ -210,7 +253,7 @@ def _sizes(encoded: Sequence[bytes | Path], places: Sequence[str]) -> set[tuple[
     with _Problems() as problems:
         for item, at in zip(encoded, places, strict=True):
             with problems.noted(at), open_picture(item, at) as picture:
-                sizes.add(picture.size)
+                sizes.add(_upright_size(picture))
     return sizes
 
 
@@ -283,15 +326,20 @@ def _encoded(value: JsonValue, place: str, folder: Path | None) -> bytes | Path:
 def _named_file(name: str, place: str, folder: Path | None) -> Path:
     """Find the file that a table names, counted from the table's own folder."""
     file = (folder or Path()) / Path(name).expanduser()
-    try:
-        exists = folder is not None and file.is_file()
-    except (OSError, ValueError):
-        exists = False
-    if not exists:
+    if not _is_file(file) and "\\" in name:  # written on Windows
+        file = (folder or Path()) / name.replace("\\", "/")
+    if folder is None or not _is_file(file):
         raise DataError(
             f"{place}: holds no picture: there is no file {str(file)[-120:]!r}; names count from the table"
         )
     return file
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ffm_secure.data.delimited import text_lines
-from ffm_secure.data.table import Column, Table
+from ffm_secure.data.table import Column, Table, listed
 from ffm_secure.errors import DataError
 from ffm_secure.foreign import JsonValue
 
@@ -73,6 +73,11 @@ def _columns(value: object, origin: str) -> dict[str, Column]:
             tables[key] = item
     if len(tables) == 1:
         return _columns(next(iter(tables.values())), origin)
+    if len(tables) > 1:
+        raise DataError(
+            f"{origin}: holds {len(tables)} lists of rows ({listed(tables)}); write each into a file of "
+            "its own, train.json and validation.json"
+        )
     lengths = set()
     for item in lists.values():
         lengths.add(len(item))
@@ -114,8 +119,15 @@ def columns_of(rows: Sequence[object], *, name: Callable[[int], str], origin: st
 
 
 def parse(text: str) -> object:
-    """Parse JSON as the standard has it: NaN and Infinity are refused."""
-    return json.loads(text, parse_constant=_no_constant)
+    """Parse JSON as the standard has it: NaN and Infinity are refused, and so is a key named twice."""
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("an object names a key twice")
+    return table
 
 
 def _no_constant(name: str) -> JsonValue:

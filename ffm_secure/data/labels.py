@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -143,20 +144,27 @@ def _named(table: Table, name: str, numbers: Mapping[str, int], loose: bool) -> 
 
 
 def plain(value: object) -> str:
-    """Return a label without what people type differently by accident: case, and blanks at the ends or
-    doubled.
+    """Return a label without what people type differently by accident: case, blanks at the ends or doubled,
+    signs without width, and letters composed in another way.
 
     >>> plain("  Internal  Medicine ")
     'internal medicine'
     """
-    return " ".join(str(value).split()).casefold()
+    return " ".join(visible(unicodedata.normalize("NFC", str(value))).split()).casefold()
+
+
+def visible(text: str) -> str:
+    """Return a text without the signs that have no width, such as a byte order mark or a zero-width blank."""
+    if text.isascii():
+        return text
+    return "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
 
 
 def is_blank(value: object) -> bool:
     """Tell whether a cell holds nothing: no value, not a number, or blanks alone."""
     if value is None or (isinstance(value, float) and value != value):
         return True
-    return isinstance(value, str) and not value.strip()
+    return isinstance(value, str) and not visible(value).strip()
 
 
 def as_list(values: Cells) -> list[object]:
@@ -188,17 +196,17 @@ def _whole_labels(table: Table, name: str) -> Indices:
         if value is not None:
             kind = f"a {type(value).__name__}"
         first = f"label ({kind}) in column {name!r} is neither a whole number from 0 nor text throughout"
-        raise DataError(
-            f"{table.place(odd[0])}: {count_more(first, len(odd), 'rows')}; fill or remove the row, or let "
-            "task.clean leave out blank_rows"
-        )
+        remedy = "fill or remove the row, or let task.clean leave out blank_rows"
+        if not all(is_blank(values[row]) for row in odd):
+            remedy = "write all labels as text, or all as whole numbers from 0"
+        raise DataError(f"{table.place(odd[0])}: {count_more(first, len(odd), 'rows')}; {remedy}")
     return np.array([int(value) for value in values], dtype=np.int64)
 
 
 def _is_class_number(value: JsonValue) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return False
-    return float(value).is_integer() and 0 <= float(value) < MAX_LABELS
+    return bool(0 <= value < MAX_LABELS) and float(value).is_integer()  # numbers beyond any float come first
 
 
 def _names_beside(table: Table, labels: Indices, *, column: str, count: int) -> tuple[str, ...] | None:

@@ -45,6 +45,8 @@ def read_saved(folder: Path, most_bytes: int) -> pa.Table:
             f"{folder}: is a selection that was not written out; call flatten_indices() and {_REWRITE}"
         )
     entries = state.get("_data_files")
+    if entries == []:
+        raise DataError(f"{folder}: holds no rows; a data set needs at least one")
     if isinstance(entries, list):
         names = []
         for item in entries:
