@@ -23,5 +23,5 @@ def data_check(run: Run) -> DataCheck:
         lengths=task.full_lengths(sample),
         max_length=run.config.task.max_length,
         unanswered=task.unanswered(sample),
-        notes=task.notes,
+        notes=(*task.notes, *task.remarks(sample)),
     )

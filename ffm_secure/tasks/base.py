@@ -93,6 +93,10 @@ class Task:
         """Return the share of examples whose answer is cut off whole; None where all of a text is learned."""
         return None
 
+    def remarks(self, examples: Columns) -> tuple[str, ...]:
+        """Return what the owner of the examples should know of how they are read."""
+        return ()
+
     def batch(
         self, encoded: Encoded, indices: ArrayLike, *, device: str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ffm_secure.errors import ModelError
 from ffm_secure.foreign import ModelTokenizer
+from ffm_secure.tasks.marks import marks_of, stand_ins, without_stand_ins
 
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -20,6 +22,7 @@ class Rendered:
 
     text: str = field(repr=False)  # private
     answers: tuple[Span, ...]
+    quoted: tuple[Span, ...] = ()  # where somebody wrote what reads like a mark of the model
 
 
 def has_template(tokenizer: ModelTokenizer) -> bool:
@@ -30,17 +33,18 @@ def has_template(tokenizer: ModelTokenizer) -> bool:
 def render_all(tokenizer: ModelTokenizer, packed: Sequence[str]) -> list[Rendered]:
     """Write packed chats (JSON lists of [role, content]) as texts.
 
+    Guarantee: a mark of the model that stands in somebody's words is `quoted`, and moves neither roles nor
+    answers.
     Raises:
       ModelError: the template refuses some of them; they are counted, not shown.
     """
     rendered: list[Rendered] = []
     refused: list[str] = []
+    pattern = marks_of(tokenizer).pattern()
     for row in packed:
-        messages = []
-        for role, content in json.loads(row):
-            messages.append({"role": role, "content": content})
+        turns: list[tuple[str, str]] = json.loads(row)
         try:
-            rendered.append(_templated(tokenizer, messages) if has_template(tokenizer) else _plain(messages))
+            rendered.append(_quoting(tokenizer, turns, pattern))
         except Exception as error:  # a template is a program of the model's authors and raises what it likes
             refused.append((str(error).splitlines() or [type(error).__name__])[0][:120])
     if refused:
@@ -49,6 +53,29 @@ def render_all(tokenizer: ModelTokenizer, packed: Sequence[str]) -> list[Rendere
             "them into the order of roles it expects, or choose another model"
         )
     return rendered
+
+
+def _quoting(
+    tokenizer: ModelTokenizer, turns: Sequence[tuple[str, str]], pattern: re.Pattern[str] | None
+) -> Rendered:
+    """Write one chat; marks in what people wrote are kept from the template."""
+    words = [part for turn in turns for part in turn]
+    characters = stand_ins(words, pattern) if pattern is not None else {}
+    messages = []
+    for role, content in turns:
+        messages.append({"role": _stood_in(role, characters), "content": _stood_in(content, characters)})
+    chat = _templated(tokenizer, messages) if has_template(tokenizer) else _plain(messages)
+    if not characters:
+        return chat
+    text, quoted, places = without_stand_ins(chat.text, characters)
+    answers = tuple((places[first], places[end]) for first, end in chat.answers)
+    return Rendered(text=text, answers=answers, quoted=tuple(quoted))
+
+
+def _stood_in(text: str, characters: Mapping[str, str]) -> str:
+    for mark in sorted(characters, key=len, reverse=True):
+        text = text.replace(mark, characters[mark])
+    return text
 
 
 def _plain(messages: Sequence[Mapping[str, str]]) -> Rendered:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ffm_secure.foreign import ModelTokenizer
+from ffm_secure.tasks.marks import Marks, marks_of
 
 IGNORED = -100  # target of a position that is not predicted
 _CHUNK = 4096  # texts tokenised at a time: Python lists of token numbers never exist for the whole set
@@ -93,13 +94,17 @@ def encode_texts(
     *,
     max_length: int,
     labels: NDArray[np.int64] | None,
+    as_target: bool = False,
 ) -> EncodedText:
     """Tokenise one or two columns of text, cut to `max_length` tokens. An empty text becomes one unknown
     token.
+
+    `as_target` reads a single column as what a model is to write, which some tokenizers do in another way.
     """
     count = len(columns[0])
     # Only models that were trained with segments get them; GPT-2, for one, would read them as words.
     segmented = len(columns) == 2 and "token_type_ids" in tokenizer.model_input_names
+    marks = marks_of(tokenizer)
     tokens: list[NDArray[np.int32]] = []
     segments: list[NDArray[np.int8]] = []
     lengths = np.zeros(count, dtype=np.int64)
@@ -108,25 +113,23 @@ def encode_texts(
         for column in columns:
             texts.append([readable(str(text)) for text in column[start : start + _CHUNK]])
         out = tokenizer(
-            *texts,
+            *(() if as_target else texts),
+            text_target=texts[0] if as_target else None,
             truncation=True,
             max_length=max_length,
             padding=False,
             return_attention_mask=False,
             return_token_type_ids=segmented,
+            return_special_tokens_mask=True,
             split_special_tokens=True,  # "</s>" in somebody's text is text, not the end of it
             verbose=False,
         )
-        rows = []
-        for row in out["input_ids"]:
-            rows.append(row or [_spare(tokenizer)])
+        rows, kinds = _spelled_out(out, marks, max_length)
+        rows = [row or [_spare(tokenizer)] for row in rows]
         lengths[start : start + len(rows)] = [len(row) for row in rows]
         tokens.append(np.fromiter((t for row in rows for t in row), dtype=np.int32))
         if segmented:
-            kinds = []
-            for row in out["token_type_ids"]:
-                kinds.append(row or [0])
-            segments.append(np.fromiter((t for row in kinds for t in row), dtype=np.int8))
+            segments.append(np.fromiter((t for row in kinds for t in (row or [0])), dtype=np.int8))
     if not tokens:
         tokens.append(np.zeros(0, dtype=np.int32))
     return EncodedText(
@@ -137,6 +140,20 @@ def encode_texts(
     )
 
 
+def _spelled_out(
+    out: ModelTokenizer, marks: Marks, max_length: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return tokens and segments of every row, without marks that the tokenizer did not add itself."""
+    rows: list[list[int]] = list(out["input_ids"])
+    kinds: list[list[int]] = list(out.get("token_type_ids") or [[]] * len(rows))
+    for number, (row, own) in enumerate(zip(rows, out["special_tokens_mask"], strict=True)):
+        if any(token in marks.words and not added for token, added in zip(row, own, strict=True)):
+            rows[number], places = marks.replaced(row, own, max_length=max_length)
+            if kinds[number]:
+                kinds[number] = [kinds[number][place] for place in places]
+    return rows, kinds
+
+
 def encode_answered(
     tokenizer: ModelTokenizer,
     texts: Sequence[str],
@@ -144,13 +161,16 @@ def encode_answered(
     *,
     max_length: int,
     special: bool,
+    quoted: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> EncodedText:
     """Tokenise texts of which only some characters are to be learned; `special` adds the tokenizer's own
     tokens.
 
     `answers` holds, per text, spans of characters (first, one after the last). A token is learned where it
-    overlaps one.
+    overlaps one. `quoted` holds the spans whose marks somebody wrote; None says that a template wrote no part
+    of the texts, so that all marks in them are such.
     """
+    marks = marks_of(tokenizer)
     tokens: list[int] = []
     asked: list[bool] = []
     lengths: list[int] = []
@@ -162,10 +182,19 @@ def encode_answered(
             padding=False,
             add_special_tokens=special,
             return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            split_special_tokens=quoted is None,
             return_attention_mask=False,
             verbose=False,
         )
-        for row, places, spans in zip(out["input_ids"], out["offset_mapping"], answers[start:], strict=False):
+        for number, row in enumerate(out["input_ids"]):
+            spans, places = answers[start + number], out["offset_mapping"][number]
+            own = out["special_tokens_mask"][number]
+            if quoted is not None:
+                own = [not _overlaps(place, quoted[start + number]) for place in places]
+            if any(token in marks.words and not added for token, added in zip(row, own, strict=True)):
+                row, sources = marks.replaced(row, own, max_length=max_length)
+                places = [places[source] for source in sources]
             tokens += row or [_spare(tokenizer)]
             asked += [_overlaps(place, spans) for place in places] or [False]
             lengths.append(len(row) or 1)
