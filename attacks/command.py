@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from attacks.answering import answer_itself, writes
 from attacks.contract import Budget, Prior, Reconstruction
 from attacks.facts import printable
 from attacks.fitting import fit
@@ -154,10 +155,16 @@ def load_model(folder: Path, *, adapter: Path | None = None) -> nn.Module:
             f"{folder}: config.json names the architectures {names}, exactly one known name is needed"
         )
     loaded = getattr(transformers, names[0]).from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, attn_implementation="eager"
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        attn_implementation="eager",
+        dtype=torch.float32,  # attacks solve equations; half precision cannot
     )
     if not isinstance(loaded, nn.Module):
         raise ValueError(f"{folder}: {names[0]} is not a model")
+    if writes(loaded):
+        loaded = answer_itself(loaded)
     if adapter is None:
         return loaded.eval()
     return _adapted(loaded, adapter).eval()

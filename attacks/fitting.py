@@ -82,10 +82,15 @@ def fit(observation: Observation, model: nn.Module | None) -> Fitted:
             problems.append(f"{label}: {conflict}")
     if problems:
         raise ObservationError("; ".join(problems))
-    floating = {}
+    floating, cast = {}, set()
+    kinds = {name: value.dtype for name, value in model.named_parameters()}
     for name, value in fitted["tensors"].items():
         if value.is_floating_point():
-            floating[name] = value
+            floating[name] = value.to(kinds.get(name, torch.float32))
+            cast |= {value.dtype} - {floating[name].dtype}
+    if cast:
+        stored = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in cast))
+        notes.append(f"tensors: stored as {stored}, read in the precision of the model")
     left_out = sorted(set(fitted["tensors"]) - set(floating))
     if left_out:
         notes.append(f"tensors: {_list(left_out)} hold whole numbers and were left out")
@@ -110,6 +115,11 @@ def _unreadable(observation: Observation) -> list[str]:
         problems.append(
             f"tensors: {_list(sorted(broken))}: {len(broken)} of {len(observation.tensors)} hold NaN or "
             "infinity; record the update again, before the step that broke it"
+        )
+    if observation.tensors and not any(bool(value.any()) for value in observation.tensors.values()):
+        problems.append(
+            f"tensors: all of {len(observation.tensors)} are zero: nothing was learned, or nothing recorded; "
+            "record it after the backward pass and before zero_grad"
         )
     if odd:
         problems.append(f"tensors: {_list(sorted(odd))} hold no real numbers")
