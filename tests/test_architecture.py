@@ -43,6 +43,7 @@ NETWORK |= {"huggingface_hub", "websockets", "zmq"}
 NETWORK_DOORS = (  # what a run file names is fetched in two places; engines carry bytes between machines
     "ffm_secure/models/backbone.py",
     "ffm_secure/data/hub.py",
+    "ffm_secure/cli/publish.py",  # a command of its own, which names the one place it sends to
     "ffm_secure/engines/",
     "ffm_secure/transport/",
 )

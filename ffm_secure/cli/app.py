@@ -311,6 +311,20 @@ def predict(
     )
 
 
+@app.command()
+def publish(
+    folder: RunFolder,
+    repo: Annotated[str, typer.Option(help="OWNER/NAME on the hub you are logged in to.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be sent.")] = False,
+    json: Json = False,
+) -> None:
+    """Push the exported model of a finished run to a model hub."""
+    importlib.import_module("ffm_secure.cli.publish").publish(
+        folder, repo=repo, public=public, dry_run=dry_run, json=json
+    )
+
+
 certificate_app.add_to(app)
 
 
