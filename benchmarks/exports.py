@@ -32,6 +32,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "export.md"
 BOUND = 1e-5
 LENGTH = 24
 CLASSIFY, CAUSAL, MASKED, PICTURES = "text_classification", "causal_lm", "masked_lm", "image_classification"
+WRITE = "sequence_to_sequence"
 _SIZE = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -71,8 +72,8 @@ TEXT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "opt": (_SIZE | {"ffn_dim": 64, "word_embed_proj_dim": 32}, (CLASSIFY, CAUSAL)),
     "falcon": (_SIZE, (CLASSIFY, CAUSAL)),
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4}, (CLASSIFY, CAUSAL)),
-    "t5": ({"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}, (CLASSIFY,)),
-    "bart": (_BART, (CLASSIFY,)),
+    "t5": ({"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}, (CLASSIFY, WRITE)),
+    "bart": (_BART, (CLASSIFY, WRITE)),
 }
 _PATCHES = (
     {name: _SIZE[name] for name in _SIZE if name != "max_position_embeddings"} | _PICTURE | {"patch_size": 8}
@@ -193,6 +194,7 @@ def _checkpoint(case: Case, folder: Path) -> Path:
         CLASSIFY: transformers.AutoModelForSequenceClassification,
         CAUSAL: transformers.AutoModelForCausalLM,
         MASKED: transformers.AutoModelForMaskedLM,
+        WRITE: transformers.AutoModelForSeq2SeqLM,
         PICTURES: transformers.AutoModelForImageClassification,
     }[case.task]
     config = transformers.AutoConfig.for_model(case.model, num_labels=3, **options)
@@ -236,9 +238,11 @@ def _batch(backbone: Backbone) -> dict[str, torch.Tensor]:
     """Prepare inputs as a run does, padded to unequal lengths."""
     pictures = backbone.kind == PICTURES
     data = _Data(image_column="picture") if pictures else _Data(text_columns=("text",))
+    if backbone.kind == WRITE:
+        data = _Data(text_columns=("text", "answer"))
     task = build_task(backbone.kind, backbone=backbone, dataset=data, max_length=LENGTH)
     noise = np.random.default_rng(1).integers(0, 256, (len(TEXTS), 32, 32, 3), dtype=np.uint8)
-    table = _Table(text=TEXTS, picture=noise, label=np.zeros(len(TEXTS), dtype=np.int64))
+    table = _Table(text=TEXTS, answer=TEXTS[::-1], picture=noise, label=np.zeros(len(TEXTS), dtype=np.int64))
     batch = task.batch(task.encode(table), range(len(TEXTS)), device="cpu")
     return {name: value for name, value in batch.items() if name not in ("labels", "targets")}
 
@@ -265,7 +269,7 @@ def ask(place):
         logits = logits[:, record["virtual"]:]
     apart = (logits - wanted).abs() / wanted.abs().clamp(min=1.0)
     if apart.ndim == 3:
-        apart = apart[asked["attention_mask"].bool()]
+        apart = apart[asked.get("decoder_attention_mask", asked["attention_mask"]).bool()]
     names = model.config.id2label
     assert not record["labels"] or list(names.values()) == record["labels"], names
     return float(apart.max())

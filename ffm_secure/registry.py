@@ -94,6 +94,7 @@ class OrNone:
         return 1 + len(self.axis.with_trait(self.trait))
 
 
+TASKS = Axis("task")
 STRATEGIES = Axis("strategy")
 TRAINABLES = Axis("trainable")
 LIFECYCLES = Axis("lifecycle")
@@ -103,7 +104,15 @@ STARTS = OrNone(axis=QUERIES, trait="start")
 FINISHES = OrNone(axis=QUERIES, trait="finish")
 TRACKERS = Axis("tracker")  # shows what is public already: it goes together with every choice
 AXES: Mapping[str, Axis] = MappingProxyType(
-    {axis.name: axis for axis in (STRATEGIES, TRAINABLES, LIFECYCLES, ENGINES, QUERIES)}
+    {axis.name: axis for axis in (TASKS, STRATEGIES, TRAINABLES, LIFECYCLES, ENGINES, QUERIES)}
+)
+
+TASKS.register("text_classification", "ffm_secure.tasks.text:TextClassification", traits=("classifies",))
+TASKS.register("causal_lm", "ffm_secure.tasks.text:CausalLM", traits=("language",))
+TASKS.register("masked_lm", "ffm_secure.tasks.text:MaskedLM", traits=("language",))
+TASKS.register("image_classification", "ffm_secure.tasks.image:ImageClassification", traits=("classifies",))
+TASKS.register(
+    "sequence_to_sequence", "ffm_secure.tasks.sequence:SequenceToSequence", traits=("language", "answers")
 )
 
 STRATEGIES.register("average", "ffm_secure.strategies.average:Average")

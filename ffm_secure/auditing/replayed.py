@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from attacks.answering import answer_itself
 from defenses.dp import ClippedSum, Clipping, PerSampleEngine
 from defenses.errors import NotPrivateError
 from defenses.random_source import RandomSource
@@ -26,6 +27,7 @@ from ffm_secure.agreed.loaded_model import LoadedModel
 from ffm_secure.foreign import ModelOutput
 from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.records import Observer, Point, RoundPlan, RoundRecord
+from ffm_secure.registry import TASKS
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.strategies import ServerState
@@ -414,6 +416,8 @@ def attackable(prepared: LoadedModel) -> nn.Module:
     """
     model = copy.deepcopy(prepared.trainable.model).cpu()
     pad = getattr(prepared.backbone.tokenizer, "pad_token_id", None)
+    if TASKS.has(prepared.config.task.kind, "answers"):
+        model = answer_itself(model)
     if pad is None or prepared.config.task.kind == "image_classification":
         return model
     kind = type(model)

@@ -20,6 +20,7 @@ _TINY = {
     "masked_lm": "builtin:tiny-bert",
     "causal_lm": "builtin:tiny-gpt2",
     "image_classification": "builtin:tiny-vit",
+    "sequence_to_sequence": "builtin:tiny-t5",
 }
 _TINY_LENGTH = 256  # places of the tiny models, which cut words into more pieces
 # What stands in a run file may be shown to others: it says what is done, and counts nothing.

@@ -10,9 +10,10 @@ from ffm_secure.display.console import clear_errors, say
 from ffm_secure.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
+    from ffm_secure.data.table import Table
     from ffm_secure.trainable.predictor import Prediction, Predictor
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def predict(folder: Path, *, texts: Sequence[str], file: Path | None, json: bool) -> None:
@@ -53,7 +54,7 @@ def _answer_texts(predictor: Predictor, texts: Sequence[str]) -> list[Prediction
         raise ConfigError(
             "predict", ["the model reads pictures; give --file with a picture or a folder of them"]
         )
-    pairs = len(predictor.export.text_columns) == 2
+    pairs = len(predictor.reads) == 2
     if not pairs:
         return predictor.texts([list(texts)])
     parts = []
@@ -76,19 +77,30 @@ def _answer_file(predictor: Predictor, file: Path) -> list[Prediction]:
     from ffm_secure.data.files import read_table
 
     table = read_table(file)
-    absent = []
-    for name in predictor.export.text_columns:
-        if name not in table.columns:
-            absent.append(name)
+    columns = []
+    for name in predictor.reads:
+        columns.append(_column(table, name, file, answered=predictor.export.task == "causal_lm"))
+    return predictor.texts(columns)
+
+
+def _column(table: Table, name: str, file: Path, *, answered: bool) -> list[str]:
+    """Return a column the model reads, or put it together from those a run joined to it; the last of them is
+    the answer where the model is to give it.
+    """
+    parts = name.split("+")
+    if name in table.columns:
+        parts = [name]
+    elif answered and len(parts) > 1:
+        parts = parts[:-1]
+    absent = [part for part in parts if part not in table.columns]
     if absent:
         known = ", ".join(table.columns)
         raise ConfigError(
-            "predict", [f"{file}: has no column {absent[0]!r}, which the model reads; it has {known}"]
+            "predict",
+            [f"{file}: has no column {absent[0]!r}, which the model reads; it has {known}"],
         )
-    columns = []
-    for name in predictor.export.text_columns:
-        columns.append([str(text) for text in table.columns[name]])
-    return predictor.texts(columns)
+    rows = zip(*(table.columns[part] for part in parts), strict=True)
+    return ["\n".join(text for text in map(str, texts) if text) for texts in rows]
 
 
 def _answer_pictures(predictor: Predictor, file: Path) -> list[Prediction]:

@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterator, Mapping
 
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import PlanRefused
-from ffm_secure.registry import AXES, FINISHES, LIFECYCLES, STARTS, STRATEGIES, TRAINABLES
+from ffm_secure.registry import AXES, FINISHES, LIFECYCLES, STARTS, STRATEGIES, TASKS, TRAINABLES
 
 LORA_RULES = STRATEGIES.with_trait("lora")
 PROMPTS = TRAINABLES.with_trait("prompt")
 ONE_SHOT = LIFECYCLES.with_trait("one_shot")
+LANGUAGE = TASKS.with_trait("language")
+ANSWERS = TASKS.with_trait("answers")
 
 _PRIVATE = ("record", "person", "client")
 _WEIGHTS = (
@@ -27,6 +29,11 @@ _NO_HEAD = "a language model has no classification head to train alone: choose l
 _TELLS = (
     "its prompt is made of the whole text, so a causal model would be told the words it has to "
     "predict: use prompt or prefix"
+)
+_ONE_SIDED = ("prefix", "deep_prompt", "prompt_generator")
+_TWO_SIDES = (
+    "it stands in front of one text, and an encoder-decoder has two, the prompt and the answer: use prompt, "
+    "p_tuning or lora"
 )
 _NOT_FACTORS = (
     "the rule is about the factors B and A of LoRA, which this kind does not train: use average, or "
@@ -89,25 +96,18 @@ LARGEST_EPSILON = 1000.0
 # (axis, axis): refused pairs with the reason. Pairs that are absent were considered and are sound.
 REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("task", "trainable"): {
-        ("causal_lm", "head"): _NO_HEAD,
-        ("masked_lm", "head"): _NO_HEAD,
+        **{(task, "head"): _NO_HEAD for task in LANGUAGE},
+        **{(task, kind): _TWO_SIDES for task in ANSWERS for kind in _ONE_SIDED},
         ("causal_lm", "prompt_generator"): _TELLS,
         ("image_classification", "prefix"): _NO_CACHE,
     },
     ("trainable", "strategy"): {
         (kind, rule): _NOT_FACTORS for kind in ("full", "head", "lora_xs", *PROMPTS) for rule in LORA_RULES
     },
-    ("task", "lifecycle"): {
-        (task, kind): _NO_CLASSES for task in ("causal_lm", "masked_lm") for kind in ONE_SHOT
-    },
-    ("task", "start"): {
-        (task, kind): _NO_CLASSES for task in ("causal_lm", "masked_lm") for kind in STARTS if kind != "none"
-    },
+    ("task", "lifecycle"): {(task, kind): _NO_CLASSES for task in LANGUAGE for kind in ONE_SHOT},
+    ("task", "start"): {(task, kind): _NO_CLASSES for task in LANGUAGE for kind in STARTS if kind != "none"},
     ("task", "finish"): {
-        (task, kind): _NO_CLASSES
-        for task in ("causal_lm", "masked_lm")
-        for kind in FINISHES
-        if kind != "none"
+        (task, kind): _NO_CLASSES for task in LANGUAGE for kind in FINISHES if kind != "none"
     },
     ("lifecycle", "finish"): {
         (kind, finish): _NO_STEPS for kind in ONE_SHOT for finish in FINISHES if finish != "none"
@@ -123,7 +123,7 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("cost", "unit"): {("epsilon", "none"): _NO_EPSILON, **{("seconds", unit): _CLOCK for unit in _PRIVATE}},
     ("cost", "noise"): {("epsilon", "seeded"): _NO_EPSILON},
     ("weighting", "unit"): {("examples", unit): _WEIGHTS for unit in _PRIVATE},
-    ("task", "evaluation"): {(task, "held_back"): _NO_CELLS for task in ("causal_lm", "masked_lm")},
+    ("task", "evaluation"): {(task, "held_back"): _NO_CELLS for task in LANGUAGE},
     ("unit", "evaluation"): {
         ("client", "held_back"): _TABLE_OF_CLIENT,
         ("person", "held_back"): _PERSON_ON_BOTH_SIDES,
@@ -146,7 +146,7 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
 # file's schema, so that a
 # new option must take a position; `position` refuses to answer for anything newer.
 REVIEWED: Mapping[str, Collection[str]] = {
-    "task": ("text_classification", "causal_lm", "masked_lm", "image_classification"),
+    "task": TASKS,
     "trainable": TRAINABLES,
     "lifecycle": LIFECYCLES,
     "start": STARTS,
@@ -278,6 +278,11 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
             f"privacy.delta = {privacy.delta}: must be at most 1 / clients = "
             f"{1 / config.task.clients:g}, or the guarantee may "
             "give away one whole client"
+        )
+    if config.task.kind in ANSWERS and config.task.loss_on != "answer":
+        yield (
+            f"task.loss_on = {config.task.loss_on!r} with task.kind = {config.task.kind!r}: must be "
+            "'answer'; what the encoder reads is never predicted"
         )
     if privacy.unit in ("record", "person") and privacy.delta > LARGEST_RECORD_DELTA:
         yield (

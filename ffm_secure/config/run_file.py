@@ -10,9 +10,8 @@ from ffm_secure.config.lifecycle_checks import check_evaluation, check_lifecycle
 from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
 from ffm_secure.errors import ConfigError
 from ffm_secure.records import Observer
-from ffm_secure.registry import FINISHES, LIFECYCLES, STARTS, STRATEGIES, TRAINABLES
+from ffm_secure.registry import FINISHES, LIFECYCLES, STARTS, STRATEGIES, TASKS, TRAINABLES
 
-TASKS = ("text_classification", "causal_lm", "masked_lm", "image_classification")
 ClippingKind = Literal["flat", "per_layer", "automatic"]
 MaskingMode = Literal["semi_honest", "active"]
 OBSERVERS: tuple[Observer, ...] = ("public", "client", "server", "colluding_server")
@@ -123,7 +122,8 @@ class Model:
     """Which foundation model is adapted, and where."""
 
     name: str = option(
-        help="local folder, hub name, or builtin:minilm | tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit"
+        help="local folder, hub name, or builtin:minilm | tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit | "
+        "tiny-t5"
     )
     trainable: TrainableSpec
     dtype: str = option("float32", choices=("float32", "bfloat16"))

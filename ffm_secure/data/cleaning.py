@@ -14,6 +14,7 @@ from ffm_secure.data.columns import Choices
 from ffm_secure.data.labels import as_list, is_blank
 from ffm_secure.data.table import Table
 from ffm_secure.errors import DataError
+from ffm_secure.registry import TASKS
 
 CLEANERS = ("blank_rows", "repeated_rows", "label_spelling")
 
@@ -50,10 +51,12 @@ def _blank_rows(table: Table, choices: Choices, text: Sequence[str], label: str 
     if not text:
         return blank
     empty = np.array([[is_blank(value) for value in table.columns[name]] for name in text], dtype=bool)
-    joined = choices.kind.endswith(
-        "_lm"
-    )  # a language model reads its columns as one text: one of them may be empty
-    return blank | (empty.all(axis=0) if joined else empty.any(axis=0))
+    if TASKS.has(choices.kind, "answers"):  # the columns before the last are read as one text
+        blank |= empty[:-1].all(axis=0) | empty[-1]
+        return blank
+    if TASKS.has(choices.kind, "language"):  # all columns are read as one text: one of them may be empty
+        return blank | empty.all(axis=0)
+    return blank | empty.any(axis=0)
 
 
 def _repeated_rows(table: Table, stays: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TypeAlias
 
 from ffm_secure.data.table import Table, count_more, listed
 from ffm_secure.errors import DataError
+from ffm_secure.registry import TASKS
 
-Kind = Literal["text_classification", "causal_lm", "masked_lm", "image_classification"]
+Kind: TypeAlias = str  # one of the tasks of the registry
 
 TEXT_PAIRS = (
     ("sentence1", "sentence2"),
@@ -26,6 +27,16 @@ ANSWERED = (  # the last column is what a model is asked to say; the others are 
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "response"),
+)
+SOURCES = (  # what a model reads, and what it is to write
+    ("source", "target"),
+    ("input_text", "target_text"),
+    ("input", "output"),
+    ("document", "summary"),
+    ("article", "summary"),
+    ("article", "highlights"),
+    ("dialogue", "summary"),
+    ("text", "summary"),
 )
 CHAT_NAMES = ("messages", "conversations", "conversation")
 CORPUS_GROUPS = (
@@ -111,6 +122,8 @@ def text_columns(table: Table, choices: Choices) -> tuple[str, ...]:
     singles = tuple((name,) for name in TEXT_NAMES)
     if choices.kind == "text_classification":
         candidates = (*TEXT_PAIRS, *singles)
+    elif TASKS.has(choices.kind, "answers"):
+        return _source_and_answer(table)
     else:
         candidates = (*CORPUS_GROUPS, *TEXT_PAIRS, *singles)
     present = _by_plain_name(table)
@@ -119,6 +132,18 @@ def text_columns(table: Table, choices: Choices) -> tuple[str, ...]:
             return tuple(present[name] for name in names)
     raise DataError(
         f"{table.origin}: no text column among {listed(table.columns)}; set text_column to one of them"
+    )
+
+
+def _source_and_answer(table: Table) -> tuple[str, ...]:
+    """Return the columns a model reads and, last, the one it is to write."""
+    present = _by_plain_name(table)
+    for names in (*ANSWERED, *SOURCES):
+        if all(name in present for name in names):
+            return tuple(present[name] for name in names)
+    raise DataError(
+        f"{table.origin}: no column to read and column to write among {listed(table.columns)}; set "
+        "text_column to both, the one to write last, as in 'question, answer'"
     )
 
 
@@ -141,7 +166,9 @@ def check_text(table: Table, names: Sequence[str]) -> None:
                 shown = type(value).__name__
             first = f"column {name!r} holds {shown}, not text"
             chat = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-            advice = "fill or remove the row"
+            advice = "fill or remove the row, or name a column of texts"
+            if isinstance(value, dict) and {*value} & {"en", "de", "fr", "es", "zh"}:
+                advice = "write each language into a column of its own"
             if chat:
                 advice = "chats are read by causal_lm and masked_lm"
             raise DataError(f"{table.place(bad[0])}: {count_more(first, len(bad), 'rows')}; {advice}")

@@ -6,22 +6,18 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from defenses.dp.records import RecordKey, Records, canonical_text, person_content
 from ffm_secure.config.run_file import Task as TaskTable
-from ffm_secure.data import chat
 from ffm_secure.data.cleaning import kept_rows
 from ffm_secure.data.columns import (
-    ANSWERED,
     Choices,
     Kind,
-    check_text,
     image_column_name,
     require_columns,
     text_columns,
@@ -34,9 +30,12 @@ from ffm_secure.data.images import LazyImages, image_column
 from ffm_secure.data.labels import NameSource, encode_labels, is_text
 from ffm_secure.data.memory import IN_MEMORY, Memory
 from ffm_secure.data.table import Table, listed
+from ffm_secure.data.texts import ReadText, joined_text
 from ffm_secure.errors import DataError
 from ffm_secure.foreign import Cells
+from ffm_secure.registry import TASKS
 
+UNSTATED = "not stated"  # a licence
 Indices = NDArray[np.int64]
 
 
@@ -173,8 +172,8 @@ def load(
       DataError: the source cannot be found or read, a column is missing or malformed, or a value is out of
         bounds.
     """
-    if kind not in get_args(Kind):
-        raise DataError(f"kind = {kind!r}: must be one of {', '.join(get_args(Kind))}")
+    if kind not in TASKS:
+        raise DataError(f"kind = {kind!r}: must be one of {', '.join(TASKS)}")
     if not 0.0 < validation_fraction < 1.0:
         raise DataError(f"validation_fraction = {validation_fraction}: must lie between 0 and 1")
     if isinstance(text_column, str):
@@ -228,7 +227,7 @@ def load_task(
         owner_column = task.split.column
     loaded = load(
         task.data if rows is None else rows,
-        kind=cast(Kind, task.kind),  # the run file was checked against the kinds
+        kind=task.kind,
         base=base,
         seed=seed,
         text_column=task.text_column,
@@ -246,7 +245,7 @@ def load_task(
 
 def _load_source(source: str | Memory, base: Path, encoding: str) -> tuple[Table, Table | None, str]:
     if isinstance(source, Memory):
-        return source.train, source.validation, "not stated"
+        return source.train, source.validation, UNSTATED
     if source == IN_MEMORY:
         raise DataError(
             "data = 'memory': these rows were given from Python and lie in no "
@@ -300,7 +299,7 @@ def _license_note(path: Path) -> str:
         match = None
     if match:
         return match.group(1).strip()
-    return "not stated"
+    return UNSTATED
 
 
 def _load_hub(name: str, path: Path) -> tuple[Table, Table | None]:
@@ -468,6 +467,11 @@ def _dataset(source: str, train: Table, validation: Table, *, choices: Choices, 
         text = ()
     for table in tables:
         require_columns(table, (*text, *filter(None, (label, image))))
+    if label is not None and label in (*text, image):
+        raise DataError(
+            f"{source}: column {label!r} would be read as the label and as what it is told by; set "
+            "task.label_column and task.text_column (or task.image_column) to two columns"
+        )
     parts: list[dict[str, Any]] = []
     for table in tables:
         parts.append(dict(table.columns))
@@ -484,9 +488,9 @@ def _dataset(source: str, train: Table, validation: Table, *, choices: Choices, 
             )
     used = {*text, label, image}
     if text:
-        read = _joined_text(tables, parts, text, choices)
+        read = joined_text(tables, parts, text, choices)
     else:
-        read = _Text()
+        read = ReadText()
     examples = []
     for part, which in zip(parts, ("train", "validation"), strict=True):
         examples.append(
@@ -509,64 +513,6 @@ def _dataset(source: str, train: Table, validation: Table, *, choices: Choices, 
         is_chat=read.is_chat,
         notes=tuple(dict.fromkeys((*train.notes, *validation.notes))),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Text:
-    """Which columns a task reads as text, and what they are."""
-
-    columns: tuple[str, ...] = ()
-    answered: tuple[str, ...] = ()
-    is_chat: bool = False
-
-
-def _joined_text(
-    tables: Sequence[Table], parts: Sequence[dict[str, Any]], text: tuple[str, ...], choices: Choices
-) -> _Text:
-    """Check the text, and make one of it for a language model: chats packed, several columns joined line by
-    line.
-
-    The joined column is a new one such as `question+answer`.
-    """
-    language_model = choices.kind.endswith("_lm")
-    if language_model and all(_holds_chats(table, text) for table in tables):
-        return _packed_chats(tables, parts, text, choices)
-    for table in tables:
-        check_text(table, text)
-    if not language_model or len(text) == 1:
-        return _Text(columns=text)
-    joined = "+".join(text)
-    for part in parts:
-        rows = zip(*(part[name] for name in text), strict=True)
-        part[joined] = ["\n".join(filter(None, texts)) for texts in rows]
-    plain = tuple(name.casefold() for name in text)
-    if choices.kind == "causal_lm" and plain in ANSWERED:
-        answered = text
-    else:
-        answered = ()
-    return _Text(columns=(joined,), answered=answered)
-
-
-def _holds_chats(table: Table, text: Sequence[str]) -> bool:
-    return all(any(map(chat.is_chat, table.columns[name])) for name in text)
-
-
-def _packed_chats(
-    tables: Sequence[Table], parts: Sequence[dict[str, Any]], text: tuple[str, ...], choices: Choices
-) -> _Text:
-    name = "+".join(text)
-    for part, table in zip(parts, tables, strict=True):
-        columns = []
-        for column in text:
-            columns.append(chat.chat_column(table, column))
-        chats = []
-        for pieces in zip(*columns, strict=True):
-            chats.append(list(chain.from_iterable(map(chat.unpack, pieces))))
-        if choices.kind == "causal_lm":
-            part[name] = [chat.pack(turns) for turns in chats]
-        else:
-            part[name] = ["\n".join(filter(None, (content for _, content in turns))) for turns in chats]
-    return _Text(columns=(name,), is_chat=choices.kind == "causal_lm")
 
 
 def _natural_columns(examples: Examples, used: set[str | None]) -> tuple[str, ...]:

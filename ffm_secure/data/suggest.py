@@ -24,6 +24,7 @@ from ffm_secure.data.images import SUFFIXES
 from ffm_secure.data.labels import as_list, is_blank, is_text, plain
 from ffm_secure.data.table import Table, listed
 from ffm_secure.errors import DataError
+from ffm_secure.registry import TASKS
 
 LABEL_WORDS = (
     *known.LABEL_NAMES,
@@ -206,12 +207,9 @@ def _is_picture(value: object) -> bool:
 
 def _kind(table: Table, asked: Asked, image: str) -> Kind:
     if asked.kind:
-        if asked.kind not in ("text_classification", "causal_lm", "masked_lm", "image_classification"):
-            raise DataError(
-                f"--kind = {asked.kind!r}: must be text_classification, causal_lm, masked_lm or "
-                "image_classification"
-            )
-        return asked.kind  # type: ignore[return-value]
+        if asked.kind not in TASKS:
+            raise DataError(f"--kind = {asked.kind!r}: must be {', '.join(TASKS)}")
+        return asked.kind
     if image:
         return "image_classification"
     answered = any(all(_first_known(table, (name,)) for name in group) for group in known.ANSWERED)

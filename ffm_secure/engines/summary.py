@@ -18,7 +18,7 @@ from defenses.he.collusion import Kind, collusion
 from ffm_secure.config import compatibility, run_file
 from ffm_secure.config.run_file import OBSERVERS, RunConfig
 from ffm_secure.config.schema import to_table
-from ffm_secure.data.dataset import Examples
+from ffm_secure.data.dataset import UNSTATED, Examples
 from ffm_secure.engines.simulation import Prepared, Simulation, evaluation_examples
 from ffm_secure.federation import TrainingResult
 from ffm_secure.models.backbone import fingerprint, vector_fingerprint
@@ -390,12 +390,15 @@ def _warnings(prepared: Prepared) -> list[str]:
     warnings += sum_warnings(config, in_shares)
     if config.protection.kind != "none" and config.privacy.unit == "none":
         warnings.append("hiding single updates is not differential privacy: no epsilon is claimed")
-    warnings += (
-        [f"{config.task.data}: {prepared.dataset.license_note}"]
-        if getattr(prepared.dataset, "license_note", "")
-        else []
-    )
+    if licence := getattr(prepared.dataset, "license_note", ""):
+        warnings.append(f"{config.task.data}: {_licence_words(licence)}")
     return warnings
+
+
+def _licence_words(licence: str) -> str:
+    if licence == UNSTATED:
+        return "its licence is not stated; a README.md beside the data says it in a line '**Licence:** ...'"
+    return licence
 
 
 def outcomes(

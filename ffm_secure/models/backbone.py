@@ -33,13 +33,21 @@ from transformers.utils import logging as transformers_logging
 from ffm_secure.errors import ModelError
 from ffm_secure.foreign import Configuration, JsonValue, LibraryObject, ModelTokenizer
 from ffm_secure.models.builtin import TINY, MeanPoolClassifier, build_tiny, tiny_kinds
-from ffm_secure.models.model_checks import refuse_if_it_sees_the_future, refuse_if_padding_matters
+from ffm_secure.models.model_checks import (
+    advice_without_config,
+    refuse_broken_weights,
+    refuse_if_it_sees_the_future,
+    refuse_if_padding_matters,
+    refuse_quantised,
+)
 
-_AUTO = {
-    "text_classification": transformers.AutoModelForSequenceClassification,
-    "causal_lm": transformers.AutoModelForCausalLM,
-    "masked_lm": transformers.AutoModelForMaskedLM,
-    "image_classification": transformers.AutoModelForImageClassification,
+# Which class of transformers does a task.
+AUTO = {
+    "text_classification": "AutoModelForSequenceClassification",
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "image_classification": "AutoModelForImageClassification",
+    "sequence_to_sequence": "AutoModelForSeq2SeqLM",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -99,18 +107,18 @@ def load_backbone(
 ) -> Backbone:
     """Load the model `name` for a task.
 
-    `name` is `builtin:minilm`, `builtin:tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit`, a transformers folder
-    (relative ones are looked up under `base`), or a hub name. `labels` is the number of classes for the two
-    classification tasks and ignored otherwise; a head of another size is replaced by a fresh one drawn from
-    `seed`.
+    `name` is `builtin:minilm`, `builtin:tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit | tiny-t5`, a
+    transformers folder (relative ones are looked up under `base`), or a hub name. `labels` is the number of
+    classes for the two classification tasks and ignored otherwise; a head of another size is replaced by a
+    fresh one drawn from `seed`.
 
     Guarantee: weights are read from safetensors only, no code shipped with a model is run, the model is in
     eval mode.
     Raises:
       ModelError: nothing there, damaged or pickled weights, or an architecture that cannot do the task.
     """
-    if kind not in _AUTO:
-        raise ModelError(f"task.kind = {kind!r}: must be one of {', '.join(_AUTO)}")
+    if kind not in AUTO:
+        raise ModelError(f"task.kind = {kind!r}: must be one of {', '.join(AUTO)}")
     if dtype not in _DTYPES:
         raise ModelError(f"model.dtype = {dtype!r}: must be one of {', '.join(_DTYPES)}")
     classifies = kind.endswith("classification")
@@ -193,7 +201,7 @@ def _hub_answers(seconds: float = 5.0) -> bool:
 def _check_folder(name: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"model.name = {name!r}: the folder holds no config.json; point to a transformers model"
+            f"model.name = {name!r}: the folder holds no config.json; {advice_without_config(folder)}"
         )
     if any(folder.glob("*.safetensors")):
         return
@@ -215,7 +223,7 @@ def _tiny(name: str, *, kind: str, labels: int | None, seed: int, dtype: str, dr
         prepare = _without_dropout
     model, tokenizer = build_tiny(short, kind=kind, labels=labels, seed=seed, prepare=prepare)
     inside = f"{body_name(model)}."
-    if kind != "causal_lm":
+    if kind not in ("causal_lm", "sequence_to_sequence"):
         fresh = tuple(f for f, _ in model.named_parameters() if not f.startswith(inside))
     else:
         fresh = ()
@@ -237,6 +245,7 @@ def _pretrained(
     options: dict[str, Any] = {"local_files_only": local or not _hub_answers(), "trust_remote_code": False}
     try:
         config, renamed = _text_part(transformers.AutoConfig.from_pretrained(folder, **options), kind)
+        refuse_quantised(name, config)
         if labels is not None and config.num_labels != labels:
             config.num_labels = labels
         if not dropout:
@@ -261,6 +270,7 @@ def _pretrained(
     except Exception as error:  # whatever a damaged checkpoint makes the library throw is one error of ours
         raise ModelError(_explain(name, kind, local, error)) from error
     fresh = _fresh(name, kind, model, report)
+    refuse_broken_weights(name, model)
     notes: tuple[str, ...] = ()
     if renamed:
         notes = ("of a model for texts and pictures, the part for texts",)
@@ -329,10 +339,10 @@ def _model_class(folder: str, config: Configuration, kind: str) -> LibraryObject
     """Choose the class: a sentence encoder of BERT layout gets the mean-pooling head it was trained with."""
     pooling = Path(folder) / "1_Pooling" / "config.json"
     if kind != "text_classification" or config.model_type != "bert" or not pooling.is_file():
-        return _AUTO[kind]
+        return getattr(transformers, AUTO[kind])
     if json.loads(pooling.read_text()).get("pooling_mode_mean_tokens"):
         return MeanPoolClassifier
-    return _AUTO[kind]
+    return getattr(transformers, AUTO[kind])
 
 
 def _explain(name: str, kind: str, local: bool, error: Exception) -> str:
@@ -340,6 +350,11 @@ def _explain(name: str, kind: str, local: bool, error: Exception) -> str:
     if "Unrecognized configuration class" in first:
         return (
             f"model.name = {name!r}: its architecture cannot do {kind} ({first.split(' for this kind')[0]})"
+        )
+    if "trust_remote_code" in first or "custom code" in first:
+        return (
+            f"model.name = {name!r}: it needs code that lies beside it, and no code of a model is ever run; "
+            "choose a model whose architecture transformers itself has"
         )
     if local:
         return f"model.name = {name!r}: the folder cannot be loaded ({type(error).__name__}: {first})"
@@ -365,7 +380,7 @@ def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) ->
             f"(first: {lost[0]}); the weights do not belong to this config.json"
         )
     fresh = tuple(key for key, _ in model.named_parameters() if key in absent)
-    if fresh and kind == "causal_lm":
+    if fresh and kind in ("causal_lm", "sequence_to_sequence"):
         raise ModelError(
             f"model.name = {name!r}: the checkpoint has no language-model head ({fresh[0]} is missing)"
         )

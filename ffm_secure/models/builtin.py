@@ -25,6 +25,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -184,11 +186,26 @@ def _vit(_: PreTrainedTokenizerFast) -> PretrainedConfig:
     )
 
 
+def _t5(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    return T5Config(
+        vocab_size=len(tokenizer),
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,  # type: ignore[call-arg]
+    )
+
+
 _CONFIGS: dict[str, Callable[[PreTrainedTokenizerFast], PretrainedConfig]] = {
     "tiny-bert": _bert,
     "tiny-gpt2": _gpt2,
     "tiny-llama": _llama,
     "tiny-vit": _vit,
+    "tiny-t5": _t5,
 }
 _CLASSES: dict[tuple[str, str], type[PreTrainedModel]] = {
     ("tiny-bert", "text_classification"): BertForSequenceClassification,
@@ -198,6 +215,7 @@ _CLASSES: dict[tuple[str, str], type[PreTrainedModel]] = {
     ("tiny-llama", "text_classification"): LlamaForSequenceClassification,
     ("tiny-llama", "causal_lm"): LlamaForCausalLM,
     ("tiny-vit", "image_classification"): ViTForImageClassification,
+    ("tiny-t5", "sequence_to_sequence"): T5ForConditionalGeneration,
 }
 TINY = tuple(_CONFIGS)
 

@@ -18,6 +18,7 @@ _PIPELINES = {
     "causal_lm": "text-generation",
     "masked_lm": "fill-mask",
     "image_classification": "image-classification",
+    "sequence_to_sequence": "text2text-generation",
 }
 
 
@@ -82,6 +83,15 @@ def answering_code(export: ModelExport) -> str:
     else:
         text = '"Two plus " + tokenizer.mask_token' if export.task == "masked_lm" else '"A text to judge."'
         batch = f'tokenizer([{text}], padding=True, truncation=True, return_tensors="pt")'
+    if export.task == "sequence_to_sequence":
+        return "\n".join(
+            [
+                f"batch = {batch}",
+                "with torch.inference_mode():",
+                "    written = model.generate(**batch, max_new_tokens=32)",
+                "print(tokenizer.batch_decode(written, skip_special_tokens=True))",
+            ]
+        )
     picture = ["from PIL import Image", ""] if export.task == "image_classification" else []
     cut = f"[:, {export.virtual}:]" if export.virtual else ""
     lines = [

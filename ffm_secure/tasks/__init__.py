@@ -5,17 +5,11 @@ from __future__ import annotations
 
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
+from ffm_secure.registry import TASKS
 from ffm_secure.tasks.base import Evaluation, Task, TaskData
 from ffm_secure.tasks.encoded import Encoded, EncodedImages, EncodedText
 from ffm_secure.tasks.image import ImageClassification
 from ffm_secure.tasks.text import CausalLM, MaskedLM, TextClassification
-
-TASKS: dict[str, type[Task]] = {
-    "text_classification": TextClassification,
-    "causal_lm": CausalLM,
-    "masked_lm": MaskedLM,
-    "image_classification": ImageClassification,
-}
 
 
 def build_task(
@@ -35,7 +29,8 @@ def build_task(
         is_chat=bool(getattr(dataset, "is_chat", False)),
         answers_only=bool(getattr(dataset, "answers_only", True)),
     )
-    return TASKS[kind](backbone, data, max_length=max_length, fixed_length=fixed_length)
+    task: type[Task] = TASKS.load(kind)
+    return task(backbone, data, max_length=max_length, fixed_length=fixed_length)
 
 
 __all__ = [

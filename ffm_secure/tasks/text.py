@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,10 +24,13 @@ from ffm_secure.tasks.encoded import (
     pad_texts,
     readable,
 )
+from ffm_secure.tasks.marks import marks_of
 
 
-class _Text(Task):
+class TextTask(Task):
     """What the text tasks share: the tokenizer and padding."""
+
+    columns_read: ClassVar[tuple[int, int]] = (1, 1)  # fewest, most
 
     def __init__(
         self, backbone: Backbone, data: TaskData, *, max_length: int = 64, fixed_length: bool = False
@@ -34,7 +38,8 @@ class _Text(Task):
         super().__init__(backbone, data, max_length=max_length, fixed_length=fixed_length)
         if backbone.tokenizer is None:
             raise ModelError(f"{self.kind}: the model {backbone.source} has no tokenizer")
-        if not 1 <= len(data.text_columns) <= (2 if self.kind == "text_classification" else 1):
+        fewest, most = self.columns_read
+        if not fewest <= len(data.text_columns) <= most:
             raise ModelError(
                 f"{self.kind}: cannot read text columns {list(data.text_columns)}; set task.text_column"
             )
@@ -51,9 +56,31 @@ class _Text(Task):
         """Count the tokens of each text before it is cut, int64 [n]."""
         columns = [[readable(text) for text in column] for column in self.written(examples)]
         out = self.tokenizer(
-            *columns, truncation=False, padding=False, return_attention_mask=False, verbose=False
+            *columns,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            split_special_tokens=not self.data.is_chat,
+            verbose=False,
         )
         return np.array([len(row) for row in out["input_ids"]], dtype=np.int64)
+
+    def remarks(self, examples: Columns) -> tuple[str, ...]:
+        """Say how many texts hold a mark of the model, which is read as plain words."""
+        pattern = marks_of(self.tokenizer).pattern()
+        if pattern is None:
+            return ()
+        marked = []
+        for texts in zip(*text_columns(examples, self.data.text_columns), strict=True):
+            mark = next(filter(None, (pattern.search(str(text)) for text in texts)), None)
+            marked.append(mark.group() if mark is not None else "")
+        holding = [mark for mark in marked if mark]
+        if not holding:
+            return ()
+        return (
+            f"{len(holding):,} of {len(marked):,} texts hold marks of the model, such as {holding[0]!r}; "
+            "they are read as plain words, and end or open nothing",
+        )
 
     def written(self, examples: Columns) -> list[list[str]]:
         """Return the texts as the tokenizer reads them, one list per column."""
@@ -71,16 +98,17 @@ class _Text(Task):
         return None
 
 
-class TextClassification(Classification, _Text):
+class TextClassification(Classification, TextTask):
     """Assign one of a fixed set of labels to a text or a pair of texts."""
 
     kind = "text_classification"
+    columns_read = (1, 2)
 
     def _labels(self, examples: Columns) -> NDArray[np.int64] | None:
         return self.labels(examples)
 
 
-class CausalLM(_Text):
+class CausalLM(TextTask):
     """Predict each token from those before it. One example is one sequence; longer texts are cut, not split.
 
     Of a prompt with its answer, and of a chat, only the answers are learned and counted, unless the data says
@@ -107,13 +135,20 @@ class CausalLM(_Text):
         """Tokenise the texts or chats, cut to `max_length` tokens."""
         if not self.data.is_chat and not (self.data.answered and self.data.answers_only):
             return super().encode(examples)
-        texts, answers = self.answered_texts(examples)
+        texts, answers, quoted = self.answered_texts(examples)
         if not self.data.answers_only:
             answers = []
             for text in texts:
                 answers.append([(0, len(text))])
-        special = not (self.data.is_chat and has_template(self.tokenizer))  # a template writes its own
-        return encode_answered(self.tokenizer, texts, answers, max_length=self.max_length, special=special)
+        templated = self.data.is_chat and has_template(self.tokenizer)  # a template writes its own marks
+        return encode_answered(
+            self.tokenizer,
+            texts,
+            answers,
+            max_length=self.max_length,
+            special=not templated,
+            quoted=quoted if templated else None,
+        )
 
     def written(self, examples: Columns) -> list[list[str]]:
         """Return the texts as the tokenizer reads them; chats in the words of their template."""
@@ -129,15 +164,24 @@ class CausalLM(_Text):
         asked = np.concatenate([[0], np.cumsum(encoded.asked)])
         return float(np.mean(asked[encoded.offsets[1:]] == asked[encoded.offsets[:-1]]))
 
-    def answered_texts(self, examples: Columns) -> tuple[list[str], list[Sequence[tuple[int, int]]]]:
-        """Return each example as text, and the characters of its answers."""
+    def answered_texts(
+        self, examples: Columns
+    ) -> tuple[list[str], list[Sequence[tuple[int, int]]], list[Sequence[tuple[int, int]]]]:
+        """Return each example as text, the characters of its answers, and those of marks somebody wrote."""
         column = examples.column(self.data.text_columns[0])
         if self.data.is_chat:
             chats = render_all(self.tokenizer, column)
-            return [chat.text for chat in chats], [chat.answers for chat in chats]
+            return (
+                [chat.text for chat in chats],
+                [chat.answers for chat in chats],
+                [chat.quoted for chat in chats],
+            )
         last = examples.column(self.data.answered[-1])
         texts = list(map(str, column))
-        return texts, [_answer_span(text, answer) for text, answer in zip(texts, last, strict=True)]
+        spans: list[Sequence[tuple[int, int]]] = []
+        for text, answer in zip(texts, last, strict=True):
+            spans.append(_answer_span(text, answer))
+        return texts, spans, [()] * len(texts)
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return each sample's mean token cross-entropy; a sample with nothing to predict has loss 0."""
@@ -170,7 +214,7 @@ def _answer_span(text: str, answer: str) -> list[tuple[int, int]]:
     return [(start, len(text))]
 
 
-class MaskedLM(_Text):
+class MaskedLM(TextTask):
     """Restore hidden tokens: 15 % of each text, at least one; 80 % of these masked, 10 % replaced, 10 % kept.
 
     Training masks come from the caller's generator, evaluation masks from a fixed seed and the row, so that

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ffm_secure.errors import ModelError
 from ffm_secure.foreign import LibraryModel, ModelOutput
-from ffm_secure.models.backbone import Backbone, fingerprint, quiet
+from ffm_secure.models.backbone import AUTO, Backbone, fingerprint, quiet
 from ffm_secure.records import ModelExport
 from ffm_secure.trainable.base import TrainableModel
 from ffm_secure.trainable.complete import SOFT, complete_model, soft_prompt, with_prompt_words
@@ -25,12 +25,6 @@ from ffm_secure.trainable.prefix import attending, cache_shape
 from ffm_secure.trainable.prompt import PROMPT, peft_sizes
 from ffm_secure.trainable.targets import has_own_head
 
-AUTO = {
-    "text_classification": "AutoModelForSequenceClassification",
-    "causal_lm": "AutoModelForCausalLM",
-    "masked_lm": "AutoModelForMaskedLM",
-    "image_classification": "AutoModelForImageClassification",
-}
 # PEFT's only kind of model that takes prompts and leaves the output as it is serves masked language models.
 PROMPTED_TASKS = {**TASK_TYPES, "masked_lm": TaskType.FEATURE_EXTRACTION}
 FORMAT = 1
@@ -140,6 +134,8 @@ def _write_prompt_adapter(trainable: TrainableModel, folder: Path, base_model: s
     if kind == "prefix" and task == "masked_lm":
         write_prefix(trainable, trainable.parameters[PROMPT], folder, base_model)
     if kind not in SOFT or task == "text_classification":
+        return 0
+    if task == "sequence_to_sequence":  # what goes in front of the prompt adds nothing to the answer
         return 0
     prompt = soft_prompt(trainable)
     length, width = prompt.shape

@@ -27,7 +27,11 @@ from ffm_secure.trainable.base import (
 from ffm_secure.trainable.batch_axis import restore_batch_axis
 from ffm_secure.trainable.targets import has_own_head, head_modules, is_conv1d, lora_targets, matches
 
-TASK_TYPES = {"text_classification": TaskType.SEQ_CLS, "causal_lm": TaskType.CAUSAL_LM}
+TASK_TYPES = {
+    "text_classification": TaskType.SEQ_CLS,
+    "causal_lm": TaskType.CAUSAL_LM,
+    "sequence_to_sequence": TaskType.SEQ_2_SEQ_LM,
+}
 
 
 def peft_task(backbone: Backbone) -> TaskType | None:

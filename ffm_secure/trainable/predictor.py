@@ -15,8 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from ffm_secure.errors import ModelError
 from ffm_secure.foreign import Cells
 from ffm_secure.models.backbone import load_backbone
+from ffm_secure.models.model_checks import start_token
 from ffm_secure.records import ModelExport
+from ffm_secure.registry import TASKS
 from ffm_secure.tasks import Task, build_task
+from ffm_secure.tasks.encoded import encode_texts
 from ffm_secure.trainable import TrainableModel, attach
 from ffm_secure.trainable.exports import read_record
 
@@ -98,11 +101,20 @@ class Predictor:
         trainable.import_(folder)
         return cls(trainable=trainable, task=task, export=record)
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Name the columns the model reads; one it writes is none of them."""
+        if TASKS.has(self.export.task, "answers"):
+            return self.export.text_columns[:-1]
+        return self.export.text_columns
+
     def texts(self, columns: Sequence[Sequence[str]]) -> list[Prediction]:
         """Answer texts, given as one column, or as two for pairs."""
-        wanted = len(self.export.text_columns)
+        wanted = len(self.reads)
         if len(columns) != wanted:
             raise ModelError(f"the model reads {wanted} texts a row, these are {len(columns)}")
+        if self.export.task == "sequence_to_sequence":
+            return [self._write(text) for text in columns[0]]
         if self.export.task == "causal_lm":
             return [self._continue(text) for text in columns[0]]
         named = dict(zip(self.export.text_columns, columns, strict=True))
@@ -157,6 +169,26 @@ class Predictor:
                 break
             tokens.append(token)
         return Prediction(answer=str(tokenizer.decode(tokens, skip_special_tokens=True)))
+
+    def _write(self, text: str) -> Prediction:
+        """Write the likeliest answer to a prompt, one token at a time."""
+        tokenizer, backbone = self._tokenizer(), self.trainable.backbone
+        prompt = encode_texts(tokenizer, [[text]], max_length=self.export.max_length, labels=None)
+        ids = torch.from_numpy(prompt.tokens.astype(np.int64))[None]
+        answer = [start_token(backbone.source, backbone.config)]
+        limit = min(NEW_TOKENS, backbone.max_positions or NEW_TOKENS)
+        while len(answer) <= limit:
+            with torch.inference_mode():
+                scores: Tensor = self.trainable.model(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    decoder_input_ids=torch.tensor([answer]),
+                ).logits
+            token = int(scores[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            answer.append(token)
+        return Prediction(answer=str(tokenizer.decode(answer[1:], skip_special_tokens=True)))
 
     def _restore(self, text: str) -> Prediction:
         """Replace every mask token by the likeliest one."""

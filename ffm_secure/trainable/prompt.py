@@ -76,6 +76,9 @@ class PromptedModel(nn.Module):
             inputs["token_type_ids"] = torch.cat((segments.new_zeros(count, length), segments), dim=1)
         if self.kind == "text_classification" and hasattr(self.model, "score"):
             return self._last_token(inputs)
+        if self.kind == "sequence_to_sequence":  # the prompt stands before what is read
+            sides = ("decoder_input_ids", "decoder_attention_mask")
+            return self.model(**inputs, **{name: batch[name] for name in sides if name in batch})
         out = self.model(**inputs)
         if self.kind != "text_classification":
             out.logits = out.logits[:, length:]

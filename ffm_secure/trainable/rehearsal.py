@@ -101,7 +101,10 @@ def tiny_batch(backbone: Backbone, model: LibraryModel) -> dict[str, Tensor] | N
         }
     words, end = _words(backbone.config)
     tokens = torch.tensor([[*words, end], [*reversed(words), end]], device=device)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if backbone.kind == "sequence_to_sequence":
+        batch["decoder_input_ids"] = tokens.flip(1)
+    return batch
 
 
 def _words(config: Configuration) -> tuple[tuple[int, int], int]:

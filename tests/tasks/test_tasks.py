@@ -387,13 +387,15 @@ def test_unfitting_models_and_columns_are_refused() -> None:
 
 
 def test_every_kind_states_its_metric() -> None:
-    assert {kind: (c.metric_name, c.higher_is_better) for kind, c in TASKS.items()} == {
+    tasks = {kind: TASKS.load(kind) for kind in TASKS}
+    assert {kind: (c.metric_name, c.higher_is_better) for kind, c in tasks.items()} == {
         "text_classification": ("accuracy", True),
         "causal_lm": ("perplexity", False),
         "masked_lm": ("masked-token accuracy", True),
         "image_classification": ("accuracy", True),
+        "sequence_to_sequence": ("perplexity", False),
     }
-    assert all(kind == c.kind for kind, c in TASKS.items())
+    assert all(kind == c.kind for kind, c in tasks.items())
 
 
 def test_a_tiny_model_learns_a_rule_it_was_not_built_with() -> None:

@@ -30,6 +30,8 @@ QUICK = (
     ("gpt2", "causal_lm", "deep_prompt"),
     ("gemma", "causal_lm", "prefix"),
     ("t5", "text_classification", "lora"),
+    ("t5", "sequence_to_sequence", "lora"),
+    ("bart", "sequence_to_sequence", "prompt"),
     ("vit", "image_classification", "lora"),
     ("vit", "image_classification", "prompt"),
 )
@@ -52,7 +54,7 @@ def test_stock_libraries_answer_what_the_run_answers(tmp_path: Path) -> None:
     table = page(
         outcomes + [Outcome(case=case, refusal="not run") for case in all_cases() if case not in cases]
     )
-    assert "12 exports loaded" in table
+    assert "14 exports loaded" in table
 
 
 @pytest.mark.slow
