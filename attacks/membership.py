@@ -154,7 +154,8 @@ def _matched(
         return {"gradients": example_gradients(private, candidates, names).double()}
 
     gradients = _studied(candidates, ("gradients", names), model, observation, compute)["gradients"]
-    expected = torch.zeros_like(update)
+    # What all candidates share says nothing of any: public examples give it, else the candidates themselves.
+    expected = gradients.mean(0)
     if prior.examples:
         private = working_copy(model, observation)
         expected = example_gradients(private, prior.examples, names).double().mean(0)
@@ -209,12 +210,7 @@ def _residual(
     assert model is not None, "the contract asks for a model"
     candidates = _candidates(prior)
     spans = telling_spans(observation, model)
-    channels = tuple(span.channel for span in spans)
-
-    def compute() -> Studied:
-        return _states(working_copy(model, observation).double(), candidates, channels)
-
-    states = _studied(candidates, ("states", channels), model, observation, compute)
+    states = _all_states(observation, model, candidates, tuple(span.channel for span in spans))
     means = []
     for span in spans:
         if span.channel in states:
@@ -227,6 +223,36 @@ def _residual(
             reason="every candidate lies in the row spaces: they are full, or all candidates are members"
         )
     return _scored(table, _spread(table), rank=spans[0].rank, channels=len(spans))
+
+
+def _all_states(
+    observation: Observation, model: nn.Module, candidates: Batch, wanted: tuple[str, ...]
+) -> Studied:
+    """Return what candidates feed to the wanted channels, or to all that are observed.
+
+    Which channels tell most differs from update to update, and one pass reaches them all: so all are taken
+    where they can be remembered.
+    """
+    everything = tuple(observed_channels(observation, model))
+    names = (
+        everything if isinstance(candidates, Candidates) and _fits(candidates, model, everything) else wanted
+    )
+
+    def compute() -> Studied:
+        return _states(working_copy(model, observation).double(), candidates, names)
+
+    return _studied(candidates, ("states", names), model, observation, compute)
+
+
+def _fits(candidates: Batch, model: nn.Module, names: tuple[str, ...]) -> bool:
+    """Say whether what candidates feed to channels is little enough to be remembered."""
+    places = max(value[0].numel() for value in candidates.values())
+    widths = 0
+    for name in names:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        widths += max(weight.shape)
+    return batch_size(candidates) * places * widths <= _REMEMBERED
 
 
 def _states(model: nn.Module, candidates: Batch, channels: tuple[str, ...]) -> Studied:

@@ -84,6 +84,7 @@ def forbidden(path: Path, module: str) -> str:
         return "only ffm_secure/auditing imports attacks"
     importers = (
         "ffm_secure/cli/commands.py",
+        "ffm_secure/cli/released_commands.py",
         "ffm_secure/cli/app.py",
         "ffm_secure/cli/site_audit.py",
         "ffm_secure/__init__.py",

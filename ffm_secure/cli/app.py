@@ -170,15 +170,44 @@ def audit(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="New folder for the report of --observation; files named internal* must not leave."
+            help="New folder for what --observation or --members finds; files named internal* must not leave."
         ),
+    ] = None,
+    members: Annotated[
+        Path | None,
+        typer.Option(help="Records the released --model was trained on: a table or safetensors."),
+    ] = None,
+    non_members: Annotated[
+        Path | None, typer.Option(help="Records of the same kind it was not trained on.")
+    ] = None,
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of a model trained on none of these records; may repeat."),
+    ] = None,
+    secrets: Annotated[
+        Path | None, typer.Option(help="Secrets that were planted in the training texts (JSON).")
     ] = None,
     budget: Annotated[str, typer.Option(help="quick, standard or exhaustive.")] = "quick",
     fail_on_leak: Annotated[bool, typer.Option(help="Exit with 6 if anything leaked.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Attack what each observer of a finished run saw."""
+    """Attack what each observer of a finished run saw, an update of any system, or a released model."""
+    released_commands = importlib.import_module("ffm_secure.cli.released_commands")
+    released_commands = importlib.import_module("ffm_secure.cli.released_commands")
+    files = released_commands.ReleasedFiles(
+        model=model,
+        adapter=adapter,
+        members=members,
+        others=non_members,
+        references=tuple(reference or ()),
+        secrets=secrets,
+        out=out,
+    )
+    if files.asked:
+        named = bool(folder or observation or truth or unused)
+        released_commands.audit(files, other=named, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
+        return
     commands = _commands()
     observed = commands.Seen(
         observation=observation, model=model, adapter=adapter, truth=truth, unused=unused, out=out
