@@ -7,6 +7,8 @@ import importlib
 import importlib.metadata
 import pkgutil
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 import warnings
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.environments import START, laid_out
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -120,3 +124,38 @@ def test_every_module_can_be_imported() -> None:
         if not name.endswith("__main__"):
             importlib.import_module(name)
     assert len(names) > 200
+
+
+ALONE = (
+    START
+    + """
+from importlib.util import find_spec
+extras = [name for name in {extras!r} if find_spec(name)]
+assert not extras, extras
+from ffm_secure.cli import main
+main()
+"""
+)
+
+
+@pytest.mark.slow
+def test_the_package_alone_runs_the_tiny_example(tmp_path: Path) -> None:
+    """What `pip install ffm-secure` installs, without an extra, a checkout or make."""
+    place = tmp_path / "alone"
+    place.mkdir()
+    laid_out(place, PROJECT["dependencies"])
+    (place / "ffm_secure-0.dist-info").mkdir()
+    own = f"Metadata-Version: 2.1\nName: ffm-secure\nVersion: {PROJECT['version']}\n"
+    (place / "ffm_secure-0.dist-info" / "METADATA").write_text(own)
+    shutil.copy(ROOT / "examples" / "tiny.toml", tmp_path)
+    extras = ("tenseal", "nvflare", "opacus", "mlflow", "tensorboardX", "dp_accounting", "pytest")
+    program = ALONE.format(paths=[str(place)], extras=extras)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program, "run", "tiny.toml", "--json"],
+        cwd=tmp_path,
+        env={"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "runs" / "tiny" / "report.html").is_file()

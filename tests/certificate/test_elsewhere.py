@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import re
 import resource
 import subprocess
 import sys
@@ -12,63 +10,28 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.environments import ROOT, START, laid_out
+
 VERIFY = ROOT / "requirements" / "verify.txt"
 NAMESPACE = ("unshare", "-rn")
-PROGRAM = """
-import sys
-sys.path[:] = {paths!r} + [place for place in sys.path if "site-packages" not in place]
+PROGRAM = (
+    START
+    + """
 from importlib.util import find_spec
 heavy = [name for name in ("torch", "transformers", "peft", "datasets", "safetensors") if find_spec(name)]
 assert not heavy, heavy
 from ffm_secure.cli import main
 main()
 """
-
-
-def distribution(requirement: str) -> str:
-    match = re.match(r"[A-Za-z0-9._-]+", requirement)
-    assert match is not None
-    return match[0]
-
-
-def is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def closure(names: list[str]) -> set[str]:
-    """Return the distributions that some need, themselves included, without their extras."""
-    waiting, known = list(names), set[str]()
-    while waiting:
-        name = waiting.pop().lower().replace("_", "-")
-        if name in known or not is_installed(name):
-            continue
-        known.add(name)
-        for requirement in importlib.metadata.requires(name) or []:
-            if "extra ==" not in requirement:
-                waiting.append(distribution(requirement))
-    return known
+)
 
 
 @pytest.fixture(scope="module")
 def light(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Lay out what requirements/verify.txt installs, and nothing else, with this package beside it."""
     lines = VERIFY.read_text().splitlines()
-    names = [distribution(line) for line in lines if line.strip() and not line.startswith("#")]
-    place = tmp_path_factory.mktemp("light")
-    for name in closure(names):
-        files = importlib.metadata.files(name) or []
-        root = Path(str(importlib.metadata.distribution(name).locate_file("")))
-        for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
-            if not (place / top).exists():
-                (place / top).symlink_to(root / top)
-    for package in ("ffm_secure", "defenses"):
-        (place / package).symlink_to(ROOT / package)
-    return place
+    needed = [line for line in lines if line.strip() and not line.startswith("#")]
+    return laid_out(tmp_path_factory.mktemp("light"), needed)
 
 
 def can_unshare() -> bool:
