@@ -68,11 +68,11 @@ sbom:
 	@touch $@
 
 .venv/.installed-test: .venv/.installed-base
-	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,nvflare,tensorboard,mlflow]'
+	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,nvflare,tensorboard,mlflow,wandb]'
 	@touch $@
 
 .venv/.installed-docs: .venv/.installed-test
-	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,nvflare,tensorboard,mlflow,docs]'
+	$(PIP) -c $(LOCK) -e '.[he,dev,notebooks,nvflare,tensorboard,mlflow,wandb,docs]'
 	@touch $@
 
 clean:

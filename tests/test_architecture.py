@@ -16,6 +16,7 @@ HEAVY = {  # optional or heavy packages and the only places that may import them
     "tenseal": ("defenses/he/",),
     "nvflare": ("ffm_secure/engines/nvflare/",),
     "mlflow": ("ffm_secure/tracking/mlflow_run.py",),
+    "wandb": ("ffm_secure/tracking/wandb_run.py",),
     "tensorboardX": ("ffm_secure/tracking/tensorboard.py",),
     "opacus": (),  # tests and benchmarks compare with it; nothing here runs on it
     "peft": ("ffm_secure/trainable/", "ffm_secure/models/backbone.py", "attacks/command.py"),

@@ -72,14 +72,21 @@ def undeclared(folders: Iterable[str], distributions: set[str]) -> list[str]:
 
 
 def test_what_is_imported_is_declared() -> None:
-    assert undeclared(OURS, declared("he", "demo", "nvflare", "tensorboard", "mlflow", "verify")) == []
+    assert (
+        undeclared(OURS, declared("he", "demo", "nvflare", "tensorboard", "mlflow", "wandb", "verify")) == []
+    )
 
 
 def test_what_tests_import_is_declared() -> None:
-    assert undeclared(("tests",), declared("he", "demo", "dev", "notebooks", "tensorboard", "mlflow")) == []
+    assert (
+        undeclared(("tests",), declared("he", "demo", "dev", "notebooks", "tensorboard", "mlflow", "wandb"))
+        == []
+    )
 
 
-@pytest.mark.parametrize("extra", ["he", "notebooks", "dev", "docs", "nvflare", "tensorboard", "mlflow"])
+@pytest.mark.parametrize(
+    "extra", ["he", "notebooks", "dev", "docs", "nvflare", "tensorboard", "mlflow", "wandb"]
+)
 def test_what_is_declared_is_pinned(extra: str) -> None:
     lines = (ROOT / "requirements" / "constraints.txt").read_text().splitlines()
     pinned = {distribution(line) for line in lines if "==" in line}
@@ -148,7 +155,7 @@ def test_the_package_alone_runs_the_tiny_example(tmp_path: Path) -> None:
     own = f"Metadata-Version: 2.1\nName: ffm-secure\nVersion: {PROJECT['version']}\n"
     (place / "ffm_secure-0.dist-info" / "METADATA").write_text(own)
     shutil.copy(ROOT / "examples" / "tiny.toml", tmp_path)
-    extras = ("tenseal", "nvflare", "opacus", "mlflow", "tensorboardX", "dp_accounting", "pytest")
+    extras = ("tenseal", "nvflare", "opacus", "mlflow", "tensorboardX", "wandb", "dp_accounting", "pytest")
     program = ALONE.format(paths=[str(place)], extras=extras)
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program, "run", "tiny.toml", "--json"],

@@ -109,7 +109,7 @@ def run(
     runs: Runs = Path("runs"),
     track: Annotated[
         list[str] | None,
-        typer.Option(help="Show every round in csv, tensorboard or mlflow too, on this disk; may repeat."),
+        typer.Option(help="Show rounds in csv, tensorboard, mlflow or wandb too, on this disk; may repeat."),
     ] = None,
     track_to: Annotated[
         Path | None, typer.Option(help="Folder of the trackers; without it, tracking/ in the run directory.")

@@ -16,7 +16,11 @@ from ffm_secure.storage.durable import create_folder
 from ffm_secure.tracking.base import TrackedRun, Tracker
 
 _LOG = logging.getLogger(__name__)
-_LIBRARIES: Final = {"tensorboard": "tensorboardX", "mlflow": "mlflow"}  # kind and extra -> package
+_LIBRARIES: Final = {  # kind and extra -> package
+    "tensorboard": "tensorboardX",
+    "mlflow": "mlflow",
+    "wandb": "wandb",
+}
 
 
 def require_trackers(kinds: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ffm_secure.records import RoundRecord
 from ffm_secure.tracking.tensorboard import events
 
-KINDS = ("csv", "tensorboard", "mlflow")
+KINDS = ("csv", "tensorboard", "mlflow", "wandb")
 RUN_ID = bytes(range(16))
 Curve = list[tuple[int, float]]
 
@@ -73,10 +73,18 @@ def mlflow_curve(folder: Path, name: str) -> Curve:
     return sorted((metric.step, metric.value) for metric in history)
 
 
+def wandb_curve(folder: Path, name: str) -> Curve:
+    """Read the offline records of every start; a sync adds them up under the run's one id."""
+    from ffm_secure.tracking.wandb_run import histories
+
+    return sorted((step, float(values["loss"])) for step, values in histories(folder / "wandb" / name))
+
+
 CURVES: dict[str, Callable[[Path, str], Curve]] = {
     "csv": csv_curve,
     "tensorboard": tensorboard_curve,
     "mlflow": mlflow_curve,
+    "wandb": wandb_curve,
 }
 
 

@@ -22,7 +22,7 @@ def after(rounds: int) -> Callable[[], bool]:
 
 
 def test_a_stopped_run_goes_on_in_the_same_curves(tmp_path: Path) -> None:
-    kinds = ("csv", "tensorboard", "mlflow")
+    kinds = ("csv", "tensorboard", "mlflow", "wandb")
     config = make()
     with pytest.raises(Interrupted):
         Run(config, runs=tmp_path / "runs").start(track=kinds, should_stop=after(2))
@@ -59,7 +59,7 @@ def test_an_unknown_tracker_is_refused_before_anything_is_written(tmp_path: Path
     (tmp_path / "run.toml").write_text(run_file.dump(make()))
     refused = call("run", "run.toml", "--track", "tensorflow", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "track = 'tensorflow': must be one of 'csv', 'tensorboard', 'mlflow'" in refused.stderr
+    assert "track = 'tensorflow': must be one of 'csv', 'tensorboard', 'mlflow', 'wandb'" in refused.stderr
     assert not (tmp_path / "runs").exists()
 
 

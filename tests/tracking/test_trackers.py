@@ -97,6 +97,54 @@ def test_no_tracker_reaches_another_machine(kind: str, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "attempts []"
 
 
+# everything that this program and its children send goes out through a loopback that is listened to
+LISTENED = """
+import socket, subprocess, sys
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+subprocess.run(["ip", "route", "add", "default", "dev", "lo"], check=True)
+wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+wire.settimeout(0.5)
+process, packets = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL), 0
+while True:
+    try:
+        wire.recv(2000)
+        packets += 1
+    except TimeoutError:
+        if process.poll() is not None:
+            break
+print(process.returncode, packets)
+"""
+
+
+def packets_of(command: list[str]) -> list[str]:
+    """Return the exit code of a program and how many packets it and its children tried to send anywhere."""
+    listened = ["unshare", "-rn", sys.executable, "-c", LISTENED]
+    if subprocess.run(["unshare", "-rn", "ip", "link", "set", "lo", "up"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody make a network namespace")
+    done = subprocess.run(
+        [*listened, *command], cwd=ROOT, env=plain_environment(), capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+BY_A_CHILD = "wandb"  # writes by a process of its own; the others are listened to in the slow suite
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == BY_A_CHILD else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+def test_no_child_of_a_tracker_sends_a_packet(kind: str, tmp_path: Path) -> None:
+    """A library may write by a process of its own, which no hook inside this one sees."""
+    assert packets_of(outside(kind, tmp_path, 1, 3, 1.0)) == ["0", "0"]
+
+
+def test_a_packet_would_be_counted() -> None:
+    ask = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 9))"
+    code, packets = packets_of([sys.executable, "-c", ask])
+    assert code == "0"
+    assert int(packets) > 0
+
+
 def test_an_attempt_would_be_noted() -> None:
     """The positive control: one line that asks for a name, in a process that watches."""
     script = (
