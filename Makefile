@@ -18,7 +18,7 @@ federation: .venv/.installed-nvflare
 	$(BIN)/python examples/federation.py runs/federation
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # as many workers as cores: what a test starts must not take them twice
 
 test-all: .venv/.installed-test
 	$(BIN)/python -m pytest -m "slow or not slow"

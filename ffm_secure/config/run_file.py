@@ -31,6 +31,19 @@ class Split:
     )
     column: str = option("", help="column of a natural split, for instance hospital", only_for=("natural",))
     shards_per_client: int = option(2, minimum=1, maximum=1000, only_for=("shards",))
+    transform: str = option(
+        "noise",
+        choices=("noise", "rotation", "brightness", "token_dropout"),
+        help="what the last client's features have gone through in full, the first one's not at all",
+        only_for=("feature_shift",),
+    )
+    strength: float = option(
+        32.0,
+        minimum=0.0,
+        maximum=360.0,
+        help="grey levels of 255, degrees, a factor of brightness, or the share of words left out",
+        only_for=("feature_shift",),
+    )
     min_size: int = option(1, minimum=0, help="fewest examples a client may get")
 
 

@@ -16,7 +16,8 @@ from ffm_secure.agreed.agreement import public_facts, terms_of
 from ffm_secure.config import run_file
 from ffm_secure.config.federated import shared_objections
 from ffm_secure.config.run_file import RunConfig, Split
-from ffm_secure.data.dataset import Dataset, builtin_table, for_evaluation, load_task
+from ffm_secure.data.builtin_sets import builtin_table
+from ffm_secure.data.dataset import Dataset, for_evaluation, load_task
 from ffm_secure.data.files import read_source
 from ffm_secure.data.memory import Memory
 from ffm_secure.data.table import Table

@@ -8,7 +8,8 @@ from pathlib import Path
 from defenses.dp.records import RecordKey
 from ffm_secure.config.run_file import RunConfig, Split
 from ffm_secure.data.checks import require_sound
-from ffm_secure.data.dataset import Dataset, builtin_table, load_task
+from ffm_secure.data.builtin_sets import builtin_table
+from ffm_secure.data.dataset import Dataset, load_task
 from ffm_secure.data.files import read_source
 from ffm_secure.data.memory import Memory
 from ffm_secure.data.persons import bounded_persons

@@ -87,8 +87,15 @@ class Killed(NullCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("kind", ["secagg", "bfv"])
-@pytest.mark.parametrize("rate", [0.0, 0.25])
+@pytest.mark.parametrize(
+    ("kind", "rate"),
+    [
+        ("secagg", 0.25),
+        ("bfv", 0.0),
+        pytest.param("secagg", 0.0, marks=pytest.mark.slow),
+        pytest.param("bfv", 0.25, marks=pytest.mark.slow),
+    ],
+)
 def test_the_opened_sum_holds_the_charged_deviation(kind: str, rate: float, tmp_path: Path) -> None:
     """Within 1 % per share counted on, with and without losses; never below the charged one."""
     dropout = {"rate": rate, "stages": ["train"]}

@@ -48,6 +48,7 @@ from ffm_secure.data.clinic_notes.hospitals import (
     make_house,
     writer,
 )
+from ffm_secure.data.generated.options import SEED, Bounds, checked_options
 from ffm_secure.errors import DataError
 
 SPECIALTIES: Mapping[str, tuple[Condition, ...]] = {
@@ -63,12 +64,12 @@ SPECIALTIES: Mapping[str, tuple[Condition, ...]] = {
     "rheumatology": RHEUMATOLOGY,
 }
 
-OPTIONS = {  # default, least, most
+OPTIONS: Mapping[str, Bounds] = {
     "hospitals": (8, 1, 64),
     "size": (24_000, 10, 500_000),
     "validation": (2_400, 1, 100_000),
     "facts": (15, 0, 100),  # notes with planted facts, percent
-    "seed": (0, 0, 2**31 - 1),
+    "seed": SEED,
 }
 
 # How clear a note is: share, own and shared complaints, own findings, own drugs, named impression, own plan,
@@ -154,7 +155,7 @@ def clinic_notes(options: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, 
     Guarantee: all notes of both parts are distinct, no patient is in both parts, and the same options give
     the same notes. Hospitals differ in size, in their mix of specialties, and in how they write.
     """
-    chosen = _checked(options)
+    chosen = checked_options("clinic_notes", options, OPTIONS)
     seed = chosen["seed"]
     rng = np.random.Generator(np.random.PCG64([seed, 0xC11C]))
     houses = []
@@ -172,20 +173,6 @@ def clinic_notes(options: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, 
             labels[here] = rng.choice(len(SPECIALTIES), size=int(here.sum()), p=mix)
         parts.append(_write_part(houses, homes, labels, prefix=prefix, chosen=chosen, written=written))
     return parts[0], parts[1], tuple(SPECIALTIES)
-
-
-def _checked(options: Mapping[str, int]) -> dict[str, int]:
-    chosen = {}
-    for name, (default, _, _) in OPTIONS.items():
-        chosen[name] = default
-    for name, value in options.items():
-        if name not in OPTIONS:
-            raise DataError(f"builtin:clinic_notes has no option {name!r}; it has {', '.join(OPTIONS)}")
-        _, least, most = OPTIONS[name]
-        if not least <= value <= most:
-            raise DataError(f"builtin:clinic_notes: {name} = {value}: must lie between {least} and {most}")
-        chosen[name] = value
-    return chosen
 
 
 def _pick(items: Sequence[Item], unit: Unit) -> Item:
