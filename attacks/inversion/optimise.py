@@ -202,14 +202,22 @@ def misfit(
     if not pairs:
         raise NotApplicable("the shared parameters do not depend on the inputs")
     if kind == "cosine per tensor":
-        return torch.stack([_angle([own], [observed]) for own, observed in pairs]).mean()
+        angles = []
+        for own, observed in pairs:
+            angles.append(_angle([own], [observed]))
+        return torch.stack(angles).mean()
     if kind == "cosine":
         own_tensors, observed_tensors = zip(*pairs, strict=True)
         return _angle(list(own_tensors), list(observed_tensors))
-    inner = torch.stack([_inner(own, observed) for own, observed in pairs]).sum()
-    own_square = torch.stack([own.square().sum() for own, _ in pairs]).sum()
-    seen_square = torch.stack([observed.square().sum() for _, observed in pairs]).sum()
-    factor = torch.ones(()) if scaled else (inner / own_square.clamp_min(1e-30)).detach()
+    inner, own_squares, seen_squares = [], [], []
+    for own, observed in pairs:
+        inner.append((own * observed).sum())
+        own_squares.append(own.square().sum())
+        seen_squares.append(observed.square().sum())
+    factor = torch.ones(())
+    if not scaled:
+        own_square = torch.stack(own_squares).sum()
+        factor = (torch.stack(inner).sum() / own_square.clamp_min(1e-30)).detach()
     if kind == "whitened":
         parts = []
         for own, observed in pairs:
@@ -218,20 +226,15 @@ def misfit(
                 / (observed.square().mean() + noise**2).clamp_min(1e-30)
             )
         return torch.stack(parts).mean()
-    squares = (
-        torch.stack([(factor * own - observed).square().sum() for own, observed in pairs]).sum() / seen_square
-    )
+    square_gaps, gaps, seen_lengths = [], [], []
+    for own, observed in pairs:
+        square_gaps.append((factor * own - observed).square().sum())
+        gaps.append((factor * own - observed).abs().sum())
+        seen_lengths.append(observed.abs().sum())
+    squares = torch.stack(square_gaps).sum() / torch.stack(seen_squares).sum()
     if kind == "squared":
         return squares
-    seen_length = torch.stack([observed.abs().sum() for _, observed in pairs]).sum()
-    lengths = (
-        torch.stack([(factor * own - observed).abs().sum() for own, observed in pairs]).sum() / seen_length
-    )
-    return squares + absolute * lengths
-
-
-def _inner(first: Tensor, second: Tensor) -> Tensor:
-    return (first * second).sum()
+    return squares + absolute * torch.stack(gaps).sum() / torch.stack(seen_lengths).sum()
 
 
 def _angle(ours: list[Tensor], observed: list[Tensor]) -> Tensor:
@@ -315,11 +318,9 @@ def match(
     depends on the inputs. With noise of known size the run ends once the fit is better than noise allows.
     Starts from `start` when given.
     """
-    inputs = (
-        (start if start is not None else draw_start(problem, settings, generator))
-        .clone()
-        .requires_grad_(True)
-    )
+    if start is None:
+        start = draw_start(problem, settings, generator)
+    inputs = start.clone().requires_grad_(True)
     logits = _start_logits(problem, settings, generator)
     if settings.optimiser == "lbfgs":
         return _quasi_newton(
@@ -403,7 +404,9 @@ class _Descent:
             rest = self.penalty(inputs, taps)
         else:
             rest = torch.zeros(())
-        rough = self.smoother(inputs) if self.smoother is not None else torch.zeros(())
+        rough = torch.zeros(())
+        if self.smoother is not None:
+            rough = self.smoother(inputs)
         if self.unit is None:
             self.unit = max(float(distance.detach()), 1e-12)
         relative = distance / self.unit

@@ -92,13 +92,17 @@ def _line(recipe: _Recipe, bank: int, rng: np.random.Generator) -> str:
     goods, entries, devices, places, (first, last), (least, most) = recipe
     amount = float(np.exp(rng.uniform(np.log(least), np.log(most))))
     words = [
-        f"{goods[rng.integers(len(goods))]}",
-        f"{entries[rng.integers(len(entries))]}",
-        f"{devices[rng.integers(len(devices))]}",
-        f"in {places[rng.integers(len(places))]}",
+        _one_of(goods, rng),
+        _one_of(entries, rng),
+        _one_of(devices, rng),
+        f"in {_one_of(places, rng)}",
         f"at {rng.integers(first, last + 1)} hours",
         f"{amount:.2f}",
     ]
     if bank % 2:  # every other bank begins with the sum
         words = words[::-1]
     return ", ".join(words)
+
+
+def _one_of(words: Sequence[str], rng: np.random.Generator) -> str:
+    return words[int(rng.integers(len(words)))]
