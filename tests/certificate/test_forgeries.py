@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from defenses.dp import Charge, Ledger, from_json
 from defenses.dp.accountant import composed
@@ -482,6 +484,30 @@ def test_every_file_of_an_evidence_folder_is_held(finished: Path, tmp_path: Path
         path.write_bytes(content)
         assert wrong == [path.relative_to(out).as_posix()]
     assert broken(certificate(out), Materials(folder=out)) == []
+
+
+@pytest.fixture(scope="module")
+def evidence(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("bytes") / "evidence"
+    write_evidence(finished, certificate(finished), out)
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_byte_of_model_ledger_or_report_can_be_flipped(evidence: Path, data: st.DataObject) -> None:
+    """Any bit of any byte of any file that stands beside the certificate; the file is named."""
+    files = sorted(path for path in evidence.rglob("*") if path.is_file() and path.name != "certificate.json")
+    path = data.draw(st.sampled_from(files))
+    stored = path.read_bytes()
+    place = data.draw(st.integers(0, len(stored) - 1))
+    changed = bytes([stored[place] ^ data.draw(st.integers(1, 255))])
+    path.write_bytes(stored[:place] + changed + stored[place + 1 :])
+    try:
+        wrong = broken(certificate(evidence), Materials(folder=evidence))
+    finally:
+        path.write_bytes(stored)
+    assert wrong == [path.relative_to(evidence).as_posix()]
 
 
 def test_evidence_is_written_of_what_holds_alone(run: Path, tmp_path: Path) -> None:
