@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+BY_FOLDER = ("decisions", "results")  # whose pages the site lists by themselves
 BLOCK = re.compile(r"^```(?P<kind>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -138,6 +139,14 @@ def test_the_picture_of_the_rooms_names_every_room() -> None:
     rooms = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
     rooms += [path.name for path in package.glob("*.py") if not path.name.startswith("__")]
     assert [room for room in rooms if room not in text] == []
+
+
+def test_every_page_stands_in_the_navigation_of_the_site() -> None:
+    """The site's build ends at a page that nothing leads to; this is seen without a build."""
+    script = (ROOT / "docs" / "make_site.py").read_text()
+    docs = ROOT / "docs"
+    pages = [path.relative_to(docs) for path in docs.rglob("*.md") if path.parent.name not in BY_FOLDER]
+    assert [str(page) for page in pages if f'"{page}"' not in script] == []
 
 
 def test_every_decision_has_a_number_of_its_own() -> None:
