@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,7 +55,7 @@ from ffm_secure.privacy.statements import statements_of
 from ffm_secure.records import ModelExport, PrivacyStatement, RunSummary
 from ffm_secure.report.release import without_paths
 from ffm_secure.site.ledger_place import ledger_path
-from ffm_secure.storage.durable import file_digest, write_atomic
+from ffm_secure.storage.durable import file_digest
 from ffm_secure.storage.run_directory import Store
 
 LEDGER = "ledger.csv"
@@ -180,8 +180,10 @@ def statement_of_run(
     kind: Kind,
     now: str,
     roster: str = "",
-) -> Statement:
-    """Return what a certificate of a run states; annex and mapping are written beside its report.
+    documents: Mapping[str, bytes] | None = None,
+) -> tuple[Statement, Mapping[str, bytes]]:
+    """Return what a certificate of a run states, and the documents that stand beside it, by name; nothing is
+    written. `documents` are certified, too.
 
     Raises:
       PlanRefused: what was collected does not hold together; every reason is told.
@@ -210,11 +212,14 @@ def statement_of_run(
         roster=roster,
         signers=tuple(signers),
     )
-    write_atomic(run.folder / ANNEX, annex(kind, predicate).encode())
-    write_atomic(run.folder / MAPPING, mapping(predicate, run.folder / REPORT).encode())
-    statement = Statement(kind=kind, subjects=_subjects(run.folder), predicate=predicate)
+    beside = {
+        **(documents or {}),
+        ANNEX: annex(kind, predicate).encode(),
+        MAPPING: mapping(predicate, run.folder / REPORT).encode(),
+    }
+    statement = Statement(kind=kind, subjects=_subjects(run.folder, beside), predicate=predicate)
     _require_sound(statement, run.report)
-    return statement
+    return statement, beside
 
 
 def _require_sound(statement: Statement, report: Report) -> None:
@@ -284,7 +289,7 @@ def _statements(run: FinishedRun, owners: Sequence[OwnerEvidence]) -> tuple[Priv
     return tuple(statements)
 
 
-def _subjects(folder: Path) -> tuple[Subject, ...]:
+def _subjects(folder: Path, documents: Mapping[str, bytes]) -> tuple[Subject, ...]:
     """Return every file of the exported model, the tensors of its base, and what is written beside them."""
     model = folder / MODEL
     if not model.is_dir():
@@ -295,9 +300,11 @@ def _subjects(folder: Path) -> tuple[Subject, ...]:
             raise StoreError(f"{path}: is a link; put the file itself there")
         if path.is_file():
             subjects.append(_file_subject(path, path.relative_to(folder).as_posix()))
-    for name in (*REPORTS, LEDGER, ANNEX, MAPPING):
+    for name in REPORTS:
         if (folder / name).is_file():
             subjects.append(_file_subject(folder / name, name))
+    for name, content in documents.items():
+        subjects.append(Subject(name=name, digest={FILE: hashlib.sha256(content).hexdigest()}))
     base = _base(model)
     if base is not None:
         subjects.append(base)

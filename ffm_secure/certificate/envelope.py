@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from defenses.errors import ProtocolError
 from defenses.secagg import Identity
 from defenses.signatures import verify_signature
 from ffm_secure.certificate.statement import canonical, parse_object
-from ffm_secure.errors import RecordError
+from ffm_secure.errors import RecordError, StoreError
 from ffm_secure.record_codec import Plain
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -86,6 +89,22 @@ class Envelope:
         if envelope.to_bytes() != content:
             raise RecordError("certificate: is not in its canonical form")
         return envelope
+
+
+def read_file(path: Path) -> bytes:
+    """Read a certificate or a part of one; of a file larger than any, no more than shows it.
+
+    Raises:
+      StoreError: it is no file, or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise StoreError(f"{path}: is no file")
+            return file.read(LARGEST + 1)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def signed_bytes(payload: bytes) -> bytes:

@@ -76,8 +76,11 @@ def certify(
         keys[name] = Identity.generate(RandomSource.system())
         public = key_words(keys[name].public_key)
         signers.append(Signer(role="owner", name=name, public_key=public, simulated=True))
-    _export_ledger(run)
-    statement = statement_of_run(run, evidence, signers, kind="simulation", now=_day(clock))
+    documents = {LEDGER: _exported_ledger(run)}
+    statement, beside = statement_of_run(
+        run, evidence, signers, kind="simulation", now=_day(clock), documents=documents
+    )
+    _write(folder, beside)
     envelope = Envelope(payload=statement.to_bytes())
     for key in ([operator] if operator is not None else []) + list(keys.values()):
         envelope = envelope.signed_by(key)
@@ -116,7 +119,10 @@ def certify_federation(
         public = key_words(keys[owner.owner])
         signers.append(Signer(role="owner", name=owner.owner, public_key=public))
     now = _day(clock)
-    statement = statement_of_run(run, evidence, signers, kind="federation", now=now, roster=roster.digest)
+    statement, beside = statement_of_run(
+        run, evidence, signers, kind="federation", now=now, roster=roster.digest
+    )
+    _write(folder, beside)
     envelope = Envelope(payload=statement.to_bytes())
     waiting = [owner.owner for owner in evidence]
     if operator is None:
@@ -164,8 +170,13 @@ def _day(clock: Callable[[], float]) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
 
 
-def _export_ledger(run: FinishedRun) -> None:
-    """Write the rows of a run's ledger beside its report, once every one of them was verified.
+def _write(folder: Path, documents: Mapping[str, bytes]) -> None:
+    for name, content in documents.items():
+        write_atomic(folder / name, content)
+
+
+def _exported_ledger(run: FinishedRun) -> bytes:
+    """Return the rows of a run's ledger as they may leave, once every one of them was verified.
 
     Guarantee: no number of rows, digest of rows or reason that a person wrote is in it; those are in the
     ledger, which stays with its owner.
@@ -176,7 +187,7 @@ def _export_ledger(run: FinishedRun) -> None:
         writer = csv.DictWriter(text, _RELEASED, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    write_atomic(run.folder / LEDGER, text.getvalue().encode())
+    return text.getvalue().encode()
 
 
 def _operator(operator: Identity | None, keys: dict[str, Identity]) -> Signer:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 from defenses.secagg import Identity
-from ffm_secure.certificate.envelope import LARGEST
+from ffm_secure.certificate.envelope import read_file
 from ffm_secure.certificate.files import has_certified_files
 from ffm_secure.certificate.known_keys import read_known_keys
 from ffm_secure.certificate.verify import Materials, Verification, verify as check_certificate
@@ -75,7 +73,7 @@ def _of_coordinator(
     file = quarters.read()
     return _making().certify_federation(
         folder,
-        attestations=[_read(path) for path in attested],
+        attestations=[read_file(path) for path in attested],
         roster=quarters.roster(file, now=0.0),  # of the run; it may have expired since
         operator_key=read_key(file.operator),
         operator=operator,
@@ -86,7 +84,7 @@ def sign(certificate: Path, *, identity: Path, ledger: Path | None, json: bool) 
     """Add one party's signature to a certificate."""
     making, key = _making(), read_key_file(identity)
     with clear_errors():
-        content, name = making.countersign(_read(certificate), key, ledger=ledger)
+        content, name = making.countersign(read_file(certificate), key, ledger=ledger)
     write_atomic(certificate, content)
     lines = [f"{certificate}: signed by {name}"]
     if ledger is None and name != "operator":
@@ -101,7 +99,7 @@ def verify(certificate: Path, materials: Materials, *, json: bool) -> None:
       FfmError: something does not hold.
     """
     try:
-        result = check_certificate(_read(certificate), materials)
+        result = check_certificate(read_file(certificate), materials)
     except RecordError as error:
         raise PlanRefused([f"{certificate}: {error}"]) from None
     answer = {"holds": result.holds, **_plain(result)}
@@ -119,7 +117,7 @@ def evidence(folder: Path, *, out: Path | None, certificate: Path | None, json: 
         raise StoreError(f"{source}: is not there; first: ffm-secure certify {folder}")
     module = importlib.import_module("ffm_secure.certificate.evidence")
     with clear_errors():
-        written = module.write_evidence(run, _read(source), place)
+        written = module.write_evidence(run, read_file(source), place)
     files = [str(path.relative_to(place)) for path in written]
     say({"folder": str(place), "files": files}, [f"{place}: {len(files)} files", *files], json=json)
 
@@ -158,17 +156,6 @@ def materials_for(
 def _making() -> LazyName:
     """Load what reads runs only where a run or a ledger is read: a verifier needs no model library."""
     return importlib.import_module("ffm_secure.certificate.make")
-
-
-def _read(certificate: Path) -> bytes:
-    """Read a certificate or a part of one; of what is larger than any, no more than shows it."""
-    try:
-        with open(os.open(certificate, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise StoreError(f"{certificate}: is no file")
-            return file.read(LARGEST + 1)
-    except OSError as error:
-        raise StoreError(f"{certificate}: cannot be read: {error.strerror}") from None
 
 
 def _plain(result: Verification) -> dict[str, object]:

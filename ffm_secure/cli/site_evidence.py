@@ -8,7 +8,7 @@ from defenses.dp import Ledger
 from ffm_secure.certificate.attested import attest as attest_run
 from ffm_secure.certificate.collect import shaping
 from ffm_secure.certificate.contents import WITHOUT_UNIT, read_run_file
-from ffm_secure.certificate.envelope import Envelope
+from ffm_secure.certificate.envelope import Envelope, read_file
 from ffm_secure.certificate.make import countersign
 from ffm_secure.certificate.statement import Statement
 from ffm_secure.config import run_file
@@ -55,10 +55,7 @@ def sign(folder: Path, certificate: Path, *, json: bool) -> None:
     with clear_errors():
         place = SiteFolder(place=folder.resolve())
         file = place.read()
-        try:
-            content = certificate.read_bytes()
-        except OSError as error:
-            raise StoreError(f"{certificate}: cannot be read: {error.strerror}") from None
+        content = read_file(certificate)
         statement = Statement.from_bytes(Envelope.from_bytes(content).payload)
         problems = _problems(place, file, statement)
         if problems:

@@ -345,6 +345,22 @@ def test_a_report_that_its_run_does_not_bear_out_is_not_certified(name: str, run
         certify(_edited(run, REPORTS[name]), operator=None, owners={})
 
 
+def test_what_is_refused_leaves_nothing_behind(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before[run / "ledger.csv"] = b"older"
+    (run / "ledger.csv").write_bytes(b"older")
+    edited = json.loads((run / "report.json").read_text())
+    edited["rounds"][0]["survivors"] = [0, 0, 0, 0, 0]  # more answers than owners
+    (run / "report.json").write_text(json.dumps(edited))
+    records = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    records[0]["survivors"] = [0, 0, 0, 0, 0]
+    (run / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(PlanRefused, match="round 1"):
+        certify(run, operator=None, owners={})
+    changed = [path.name for path, content in before.items() if path.read_bytes() != content]
+    assert sorted(changed) == ["report.json", "rounds.jsonl"]
+
+
 def _waiting(run: Path, **changes: Any) -> tuple[bytes, Identity]:
     """Return an unsigned certificate with changes, and the key of client-1."""
     statement, keys = statement_of(certificate(run)), {}
