@@ -179,7 +179,7 @@ def show(folder: Path, hospitals: list[str]) -> None:
         ffm("site", "status", folder / hospital)
     report = json.loads((folder / "coordinator" / "runs" / "clinics" / "report.json").read_text())
     for item in report["rounds"]:
-        lost = ", ".join(f"{hospitals[int(site)]} at {stage}" for site, stage in item["dropped"].items())
+        lost = ", ".join(f"{hospitals[int(site)]} ({stage})" for site, stage in item["dropped"].items())
         outcome = item["aborted"] or f"{len(item['survivors'])} hospitals in the sum"
         print(f"round {item['round']}: {outcome}; lost: {lost or 'nobody'}; accuracy {item['metric']:.3f}")
     print(f"report: {folder / 'coordinator' / 'runs' / 'clinics' / 'report.html'}")

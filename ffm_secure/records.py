@@ -17,6 +17,9 @@ RunStatus = Literal["complete", "interrupted", "budget exhausted"]
 View = Literal["internal", "public"]  # of a report: everything there is, or releases alone
 # in `RoundRecord.dropped`: the site refused the plan, or its ledger does not pay; it was not charged
 DECLINED = "declined"
+# the site gave no answer before the round began: down, or cut off; no update of it is in any sum
+ABSENT = "absent"
+NOT_BEGUN = frozenset({DECLINED, ABSENT})
 # in `RoundPlan.query` and `RoundRecord.query`: the round learns; anything else is a query of the registry
 LEARN = "learn"
 

@@ -15,7 +15,7 @@ from ffm_secure.engines.simulated_data import SimulatedData
 from ffm_secure.engines.simulation import Prepared
 from ffm_secure.engines.summary import public_summary
 from ffm_secure.federation import TrainingResult
-from ffm_secure.records import DECLINED, Receipt, RunSummary
+from ffm_secure.records import NOT_BEGUN, Receipt, RunSummary
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
 from ffm_secure.storage.durable import write_atomic
@@ -68,7 +68,7 @@ def _charged(ready: ReadyRun, trained: TrainingResult) -> tuple[Event, ...]:
     turns: Counter[int] = Counter()
     for record in trained.records:
         for site in record.cohort:
-            turns[site] += record.dropped.get(site) != DECLINED
+            turns[site] += record.dropped.get(site) not in NOT_BEGUN
     event = ready.loaded.mechanism.event(release="update of one round")
     return (event,) * max(turns.values(), default=0)
 

@@ -24,7 +24,17 @@ from ffm_secure.privacy.expectations import site_noise_variance
 from ffm_secure.protection.base import UPLOAD, AggregationResult, too_few
 from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Opened, keep_answers, remember
-from ffm_secure.records import DECLINED, LEARN, Acceptance, Receipt, RoundPlan, RoundRecord, RoundSum
+from ffm_secure.records import (
+    ABSENT,
+    DECLINED,
+    LEARN,
+    NOT_BEGUN,
+    Acceptance,
+    Receipt,
+    RoundPlan,
+    RoundRecord,
+    RoundSum,
+)
 from ffm_secure.agreed.run_spec import Question
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.sum_check import why_answer_too_large, why_too_large
@@ -144,7 +154,7 @@ def _ask(
     cannot_pay: list[int] = []
     for reply in courier.send(stage, messages):
         if isinstance(reply.content, Lost):
-            lost[reply.site] = DECLINED
+            lost[reply.site] = ABSENT
             continue
         answer = _read(Acceptance, reply.content)
         if answer is None:
@@ -219,7 +229,7 @@ def _finish(
     """Tell every site that paid how the round ended, and keep its receipt."""
     paid = []
     for site in plan.cohort:
-        if lost.get(site) != DECLINED:
+        if lost.get(site) not in NOT_BEGUN:
             paid.append(site)
     messages = dict.fromkeys(paid, OPENED if opened else CLOSED)
     receipts: dict[int, Receipt] = {}

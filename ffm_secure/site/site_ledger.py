@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from defenses.dp import Charge, Event, Ledger, Reservation
 from defenses.errors import BudgetExceeded
 from ffm_secure.config.run_file import Privacy
-from ffm_secure.records import DECLINED, LEARN, Receipt, RoundPlan, RoundRecord
+from ffm_secure.records import LEARN, NOT_BEGUN, Receipt, RoundPlan, RoundRecord
 from ffm_secure.site.allowance import within_run
 
 
@@ -110,7 +110,7 @@ class SiteLedger:
         taken_part = (
             record.round
             for record in records
-            if self.index in record.cohort and record.dropped.get(self.index) != DECLINED
+            if self.index in record.cohort and record.dropped.get(self.index) not in NOT_BEGUN
         )
         return tuple(number for number in taken_part if number not in charged)
 

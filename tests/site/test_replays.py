@@ -194,6 +194,24 @@ def test_one_site_that_confirms_nothing_ends_no_encrypted_round(stage: str, tmp_
     assert all(record.dropped == {1: stage} for record in trained.records)
 
 
+def test_a_site_that_is_away_and_one_that_declines_are_told_apart(tmp_path: Path) -> None:
+    """A report said of a site that was down that its owner had declined."""
+    built = ready(tmp_path, privacy=REAL, protection=SECAGG)
+
+    class Away(LocalEngine):
+        def send(self, asked: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:
+            for reply in super().send(asked, messages):
+                away = asked == PLAN and reply.site == 1
+                yield Reply(site=1, content=Lost(stage=asked)) if away else reply
+
+    away = finish(built, tmp_path, courier=Away(built.config, built.sites, built.courier.trainers))
+    assert all(record.dropped == {1: "absent"} for record in away.records)
+    other = ready(tmp_path / "b", privacy=REAL, protection=SECAGG)
+    refusal = record_codec.canonical_bytes(Acceptance(accepted=False, affordable=True))
+    declined = finish(other, tmp_path / "b", courier=Lying(other, PLAN, refusal))
+    assert all(record.dropped == {1: "declined"} for record in declined.records)
+
+
 def test_a_confirmation_in_anothers_name_is_none(tmp_path: Path) -> None:
     pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
     built = ready(tmp_path, protection={"kind": "bfv", "threshold": 3})
