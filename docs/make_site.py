@@ -33,6 +33,7 @@ SECTIONS: dict[str, list[str]] = {
     "Use": [
         "data.md",
         "models.md",
+        "inputs.md",
         "prompts.md",
         "lora.md",
         "pretraining.md",

@@ -63,10 +63,14 @@ def chat_column(table: Table, name: str) -> list[str]:
 
 
 def _turns(value: object) -> list[Turn]:
+    messages = value
     if isinstance(value, str):
-        messages = json.loads(value)
-    else:
-        messages = value
+        try:
+            messages = json.loads(value)
+        except ValueError:
+            raise ValueError(
+                "a text that is no JSON (names and words stand between double quotes there)"
+            ) from None
     if not isinstance(messages, list) or not messages:
         raise ValueError("no messages")
     turns: list[Turn] = []
@@ -78,8 +82,10 @@ def _turns(value: object) -> list[Turn]:
 def _turn(message: object) -> Turn:
     if not isinstance(message, dict):
         raise ValueError(f"a message that is a {type(message).__name__}")
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
+    role = message.get("role") or message.get("from")  # tables put together hold both, one of them empty
+    content = message.get("content")
+    if content is None:
+        content = message.get("value")
     if not isinstance(role, str) or not role.strip():
         raise ValueError("a message without a role")
     plain = role.strip().casefold()

@@ -22,7 +22,12 @@ from ffm_secure.data.dataset import UNSTATED, Examples
 from ffm_secure.engines.simulation import Prepared, Simulation, evaluation_examples
 from ffm_secure.federation import TrainingResult
 from ffm_secure.models.backbone import fingerprint, vector_fingerprint
-from ffm_secure.privacy.expectations import bound_warnings, noise_warnings, sum_warnings
+from ffm_secure.privacy.expectations import (
+    bound_warnings,
+    client_warnings,
+    noise_warnings,
+    sum_warnings,
+)
 from ffm_secure.privacy.query_noise import answers_paid
 from ffm_secure.privacy.statements import SEEDED, statements
 from ffm_secure.site.allowance import composed
@@ -388,6 +393,7 @@ def _warnings(prepared: Prepared) -> list[str]:
     warnings += bound_warnings(config, record_level)
     warnings += noise_warnings(config, record_level, size=prepared.trainable.size)
     warnings += sum_warnings(config, in_shares)
+    warnings += client_warnings(config, prepared.mechanism.client_level)
     if config.protection.kind != "none" and config.privacy.unit == "none":
         warnings.append("hiding single updates is not differential privacy: no epsilon is claimed")
     if licence := getattr(prepared.dataset, "license_note", ""):

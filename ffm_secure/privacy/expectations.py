@@ -10,7 +10,7 @@ import numpy as np
 
 from defenses.dp import RecordMechanism
 from ffm_secure.config.run_file import Lifecycle, Protection, RunConfig
-from ffm_secure.privacy.mechanism import Mechanism, SumNoise
+from ffm_secure.privacy.mechanism import ClientNoise, Mechanism, SumNoise
 
 ROOM = 4.0  # standard deviations of noise that a bound should leave room for
 
@@ -136,6 +136,22 @@ def noise_warnings(config: RunConfig, mechanism: RecordMechanism | None, *, size
             f"{ratio:.2g} x as far as all records could if every one agreed: expect to learn nothing; "
             "train fewer numbers, in larger batches or cohorts, or give privacy.epsilon more"
         )
+    ]
+
+
+def client_warnings(config: RunConfig, noise: ClientNoise | None) -> list[str]:
+    """Warn where the noise of whole clients carries the model further than the clients ever could."""
+    if noise is None or noise.noise_multiplier == 0:
+        return []
+    rounds, cohort = config.federation.rounds, config.federation.cohort
+    walk = noise.share_deviation * math.sqrt(noise.dimension * rounds * cohort)
+    ratio = walk / (noise.clip_norm * cohort * rounds)
+    if ratio <= 1.0:
+        return []
+    return [
+        f"noise of {noise.noise_multiplier:.3g} x clip carries the {noise.dimension:,} trained numbers "
+        f"{ratio:.2g} x as far as all clients could if every one agreed: expect to learn nothing; train "
+        "fewer numbers, with larger cohorts, or give privacy.epsilon more"
     ]
 
 

@@ -185,6 +185,19 @@ def attach_prompt(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str
     )
 
 
+def refuse_two_sided(backbone: Backbone, kind: str) -> None:
+    """Refuse what stands in front of one text where a model reads one and writes another.
+
+    Raises:
+      ModelError: with what to use instead.
+    """
+    if backbone.kind == "sequence_to_sequence":
+        raise ModelError(
+            f"model.trainable.kind = {kind!r}: {backbone.architecture} reads one text and writes another; "
+            "use prompt, p_tuning or lora"
+        )
+
+
 def checked_length(backbone: Backbone, spec: Mapping[str, Any]) -> int:
     """Return the number of virtual tokens, checked against the positions of the model."""
     length, limit = int(spec.get("length", 16)), backbone.max_positions

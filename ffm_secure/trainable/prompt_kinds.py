@@ -28,6 +28,7 @@ from ffm_secure.trainable.prompt import (
     head_lines,
     head_parameters,
     peft_sizes,
+    refuse_two_sided,
     start_prompt,
     with_own_head,
 )
@@ -182,6 +183,7 @@ def attach_deep_prompt(
     Source: Jia et al. 2022, arXiv:2203.12119, section 3.2 (deep form); Liu et al. 2022, arXiv:2110.07602, for
     text.
     """
+    refuse_two_sided(backbone, "deep_prompt")
     length, model = checked_length(backbone, spec), with_own_head(backbone)
     count = len(layers_of(model))
     stream = torch.Generator().manual_seed(seed + 1)
@@ -281,6 +283,7 @@ def attach_prompt_generator(
     Source: Wu et al. 2022, arXiv:2204.04497, section 3 (instance-dependent prompts from a frozen
     representation); the tokens share one up-projection here, to keep what travels small.
     """
+    refuse_two_sided(backbone, "prompt_generator")
     if task_kind == "causal_lm":
         raise ModelError(
             "model.trainable.kind = 'prompt_generator': its prompt is made of the whole text, so a causal "

@@ -419,6 +419,19 @@ CHATS = {
         chats({"role": "user", "content": SECRET}), "not text|messages", kind=CAUSAL
     ),
     "pairs of strings are refused": refuses(chats([["user", SECRET]]), ";", kind=CAUSAL),
+    "two dialects in one table are read": reads(
+        chats(
+            [
+                {"role": None, "from": "human", "content": None, "value": "a"},
+                *turns("b", roles=("assistant",)),
+            ]
+        ),
+        lambda d: chat.unpack(every(d, "messages")[0]) == [("user", "a"), ("assistant", "b")],
+        kind=CAUSAL,
+    ),
+    "texts of Python are told what to be": refuses(
+        chats(str(turns(SECRET, "b"))), "no JSON .*double quotes.*rows in all", kind=CAUSAL
+    ),
     "texts of JSON are chats": reads(chats(json.dumps(turns("a", "b"))), lambda d: d.is_chat, kind=CAUSAL),
     "a chat that says nothing of an assistant is said": reads(
         chats(turns("a", "b", roles=("user",))), kind=CAUSAL

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,19 @@ def test_a_run_spends_its_own_epsilon_at_most(tmp_path: Path) -> None:
     site.ledger.reserve(plan)
     assert not site.ledger.affords(plan)
     assert ready.ledger.lifetime("record").epsilon == 50.0
+
+
+def test_many_rounds_of_a_small_budget_are_all_run(tmp_path: Path) -> None:
+    """A plan that is accepted pays for every round it says, and for none beyond."""
+    changes = {"federation": {"rounds": 40}, "privacy": {"epsilon": 1.0}}
+    made = config(write(tmp_path / "x", plain()), tmp_path / "owner.sqlite", **changes)
+    ready = simulation.build(prepared(made), tmp_path / "run")
+    plan, site = first_plan(ready), ready.sites[0]
+    for number in range(1, 41):
+        assert site.ledger.affords(replace(plan, round=number)), number
+        site.ledger.reserve(replace(plan, round=number))
+    assert not site.ledger.affords(replace(plan, round=41))
+    assert 0.9 < site.ledger.epsilon() <= 1.0
 
 
 def test_the_default_ledger_outlives_every_run(tmp_path: Path, data_home: Path) -> None:

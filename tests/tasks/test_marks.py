@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ffm_secure.data.dataset import Examples
+from ffm_secure.models.backbone import load_backbone
+from ffm_secure.tasks import TaskData, build_task
 from ffm_secure.tasks.chat import render_all
 from ffm_secure.tasks.encoded import encode_answered, encode_texts
 from ffm_secure.tasks.marks import marks_of
@@ -130,3 +135,11 @@ def test_a_chat_without_a_template_keeps_its_places() -> None:
     chat = render_all(tokenizer, [pack([("user", "a</s>"), ("assistant", "b</s>c")])])[0]
     assert chat.text == "user: a</s>\nassistant: b</s>c\n"
     assert [chat.text[first:end] for first, end in chat.answers] == ["b</s>c\n"]
+
+
+def test_the_data_check_counts_texts_that_hold_marks() -> None:
+    backbone = load_backbone("builtin:tiny-gpt2", kind="causal_lm", labels=None, base=Path(), seed=0)
+    task = build_task("causal_lm", backbone=backbone, dataset=TaskData(text_columns=("text",)))
+    (remark,) = task.remarks(Examples(columns={"text": ["a [SEP] b", "b", "[PAD]", "[sep]"]}))
+    assert remark.startswith("2 of 4 texts hold marks of the model, such as '[SEP]'; they are read as plain")
+    assert task.remarks(Examples(columns={"text": ["a", "b"]})) == ()

@@ -129,6 +129,12 @@ def test_what_stands_before_one_text_alone_is_refused(kind: str) -> None:
     assert not position(("task", WRITE), ("trainable", "prompt"))
 
 
+@pytest.mark.parametrize("kind", ["head", "prefix", "deep_prompt", "prompt_generator"])
+def test_the_model_itself_refuses_them_too(backbone: Backbone, kind: str) -> None:
+    with pytest.raises(ModelError, match=f"kind = '{kind}'"):
+        attach(backbone, {"kind": kind, "length": 3}, task_kind=WRITE, seed=1)
+
+
 def test_answers_are_counted_and_cut(backbone: Backbone) -> None:
     task = task_of(backbone, max_length=4)
     lengths = [
