@@ -225,9 +225,8 @@ LONGEST_LINE = 110
 # words for what happened to a value; a local name says what the value is
 SAID_OF_EVERYTHING = {"done", "drawn", "found", "given", "got", "kept", "made", "obj"}
 SAID_OF_EVERYTHING |= {"res", "ret", "said", "seen", "taken", "tmp", "told", "tried"}
-NAMED_LATER = "ffm_secure/report/"  # being taken apart into pages; its names follow
 # nests per 100 statements; the page builders of report/ are expressions by nature: a bound of their own
-DENSEST = {"ffm_secure": 5.0, "attacks": 5.0, "defenses": 5.0, "ffm_secure/report": 24.0}
+DENSEST = {"ffm_secure": 5.0, "attacks": 5.0, "defenses": 5.0, "ffm_secure/report": 21.0}
 NESTS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.IfExp
 
 
@@ -297,7 +296,7 @@ def test_a_local_name_says_what_its_value_is(package: str) -> None:
     for path in files(package):
         place = path.relative_to(ROOT).as_posix()
         names = empty_names(ast.parse(path.read_text()))
-        if names and not place.startswith(NAMED_LATER):
+        if names:
             wrong[place] = names
     assert not wrong
 

@@ -385,9 +385,9 @@ def histogram(
         counts[min(slots - 1, max(0, int(slots * (value - start) / span)))] += 1
     width, base, most = (WIDTH - left - right) / slots, height - 26, max(counts)
     parts = []
-    for slot, found in enumerate(counts):
-        tall = (base - 26) * found / most
-        where = f"{start + slot * span / slots:.4g} to {start + (slot + 1) * span / slots:.4g}: {found:,}"
+    for slot, members in enumerate(counts):
+        tall = (base - 26) * members / most
+        where = f"{start + slot * span / slots:.4g} to {start + (slot + 1) * span / slots:.4g}: {members:,}"
         x, y = left + slot * width + 0.75, base - tall
         parts.append(
             tag(

@@ -97,18 +97,18 @@ def promises(statements: Sequence[PrivacyStatement]) -> list[Promise]:
     groups: dict[PrivacyStatement, list[int]] = {}
     for place, statement in enumerate(statements):
         groups.setdefault(replace(statement, observer="public"), []).append(place)
-    found = []
+    merged = []
     for places in groups.values():
         names = listed([OBSERVERS[statements[place].observer] for place in places])
         everyone = len(places) >= len(OBSERVERS) and len(places) == len(statements)
-        found.append(
+        merged.append(
             Promise(
                 statement=statements[places[0]],
                 places=tuple(places),
                 against=f"every observer: {names}" if everyone else names,
             )
         )
-    return found
+    return merged
 
 
 def listed(words: Sequence[str]) -> str:

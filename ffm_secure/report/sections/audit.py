@@ -71,7 +71,7 @@ def _finding(place: int, finding: AuditFinding) -> Html:
         ("Time", number(finding.seconds, duration(finding.seconds), f"{at}.seconds"))
     ]
     rows = [*_ledger(finding), *rows]
-    told = tag(
+    outcome = tag(
         "div",
         tag("p", badge(finding.verdict), class_="verdict"),
         tag("h3", finding.attack),
@@ -84,7 +84,7 @@ def _finding(place: int, finding: AuditFinding) -> Html:
         _gallery(finding, at) if finding.pictures else None,
     ]
     return tag(
-        "article", told, _scores(finding, at), *beside, class_=f"card finding {KIND[finding.verdict][0]}"
+        "article", outcome, _scores(finding, at), *beside, class_=f"card finding {KIND[finding.verdict][0]}"
     )
 
 
@@ -226,7 +226,7 @@ def _picture(address: str, words: str) -> Html:
 
 def curves_body(curves: Sequence[LeakCurve]) -> Html:
     """Draw how each leak grows and falls; one point alone is no audit."""
-    drawn = [_curve(place, one) for place, one in enumerate(curves) if one.x]
+    panels = [_curve(place, one) for place, one in enumerate(curves) if one.x]
     missing = [
         tag("li", tag("strong", one.attack), f", {_AXES[one.axis]}: {one.reason}")
         for one in curves
@@ -241,7 +241,7 @@ def curves_body(curves: Sequence[LeakCurve]) -> Html:
         "div",
         tag("h3", "How the leak grows"),
         tag("p", about, class_="under"),
-        tag("div", *drawn, class_="figures") if drawn else None,
+        tag("div", *panels, class_="figures") if panels else None,
         folded(f"{amount(len(missing), 'curve')} not drawn, and why", tag("ul", *missing, class_="plain"))
         if missing
         else None,

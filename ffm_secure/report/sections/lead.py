@@ -37,8 +37,9 @@ def _learned(summary: RunSummary) -> str:
     name = summary.metric_name[:1].upper() + summary.metric_name[1:]
     if not summary.rounds:
         return "No round has finished, so nothing was learned yet"
-    done, lost = len(opened(summary.rounds)), len(summary.rounds) - len(opened(summary.rounds))
-    rounds = f"{count(done)} of {amount(done + lost, 'round')}" if lost else amount(done, "round")
+    finished = len(opened(summary.rounds))
+    lost = len(summary.rounds) - finished
+    rounds = f"{count(finished)} of {amount(finished + lost, 'round')}" if lost else amount(finished, "round")
     before, after = summary.metric_zero_round, summary.metric_final
     if not math.isfinite(after):
         return f"After {rounds} the {summary.metric_name} is {figure(after)}: training diverged"

@@ -79,9 +79,11 @@ def _data_rows(summary: RunSummary, data: DataRelease) -> list[tuple[str, Child]
 def people_body(summary: RunSummary) -> Html:
     """Say who answers for the run, when it was, what it ran with, and what tells it from any other."""
     document = summary.config.get("document")
-    said: Mapping[str, object] = document if isinstance(document, Mapping) else {}
-    who: list[tuple[str, Child]] = [(heading, str(said[key])) for heading, key in _PEOPLE if said.get(key)]
-    silent = [heading.lower() for heading, key in _PEOPLE if not said.get(key)]
+    stated: Mapping[str, object] = document if isinstance(document, Mapping) else {}
+    who: list[tuple[str, Child]] = [
+        (heading, str(stated[key])) for heading, key in _PEOPLE if stated.get(key)
+    ]
+    silent = [heading.lower() for heading, key in _PEOPLE if not stated.get(key)]
     if silent:
         who.append(("Not stated", f"{listed(silent)}; [document] in the run file says it"))
     when = summary.ended.replace("T", " ").replace("+00:00", " UTC") or "not recorded"

@@ -88,18 +88,18 @@ def _panel(summary: RunSummary, promise: Promise) -> Html:
     statement, note = promise.statement, None
     traced = [record for record in summary.rounds if math.isfinite(record.epsilon_spent)]
     if not statement.finite:
-        drawn = tag("p", INFINITE, class_="big bad")
+        chart = tag("p", INFINITE, class_="big bad")
         note = tag("p", statement.note or UNBOUNDED)
     elif not traced or not math.isclose(traced[-1].epsilon_spent, statement.epsilon, rel_tol=SAME):
-        drawn = _budget_bars(summary, statement)
+        chart = _budget_bars(summary, statement)
         note = tag(
             "p",
             "Only the largest epsilon is recorded round by round; this is the value at the end.",
             class_="under",
         )
     else:
-        drawn = _epsilon_chart(summary, promise, traced)
-    figure_ = tag("div", tag("h3", promise.heading), drawn, note)
+        chart = _epsilon_chart(summary, promise, traced)
+    figure_ = tag("div", tag("h3", promise.heading), chart, note)
     return tag("figure", figure_, five_facts(statement, promise.against), class_="split")
 
 
@@ -185,13 +185,13 @@ def bounds_body(summary: RunSummary) -> Html:
     audit = summary.audit
     lower = audit.epsilon_lower if audit is not None else None
     if audit is None or lower is None:
-        said = tag(
+        summary_line = tag(
             "p",
             "No lower bound was measured: no canary audit ran. The promises below are untested.",
             class_="lede",
         )
     else:
-        said = tag(
+        summary_line = tag(
             "p",
             "By planting canaries and looking for them, the audit proved that epsilon is at least ",
             tag("strong", number(lower, bound(lower, upper=False), "audit.epsilon_lower")),
@@ -200,7 +200,7 @@ def bounds_body(summary: RunSummary) -> Html:
             class_="lede",
         )
     panels = [_bounds(summary, promise, lower) for promise in promises(summary.statements)]
-    return tag("div", said, *panels)
+    return tag("div", summary_line, *panels)
 
 
 def _bounds(summary: RunSummary, promise: Promise, lower: float | None) -> Html:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from ffm_secure.records import RoundRecord, RunSummary
 from ffm_secure.report.charts import Level, Series, line_chart, seconds
@@ -18,12 +20,21 @@ def opened(rounds: Sequence[RoundRecord]) -> list[RoundRecord]:
     return [record for record in rounds if not record.aborted]
 
 
+def _numbers(rounds: Sequence[RoundRecord]) -> list[int]:
+    return [record.round for record in rounds]
+
+
+def _over(rounds: Sequence[RoundRecord], value: Callable[[RoundRecord], float]) -> list[float]:
+    """Return one figure of every round, as a line of a chart wants them."""
+    return [float(value(record)) for record in rounds]
+
+
 def _figure(heading: str, chart: Html, caption: str = "") -> Html:
     return tag("figure", tag("h3", heading), chart, tag("figcaption", caption) if caption else None)
 
 
 def _aborted(rounds: Sequence[RoundRecord]) -> list[int]:
-    return [record.round for record in rounds if record.aborted]
+    return _numbers([record for record in rounds if record.aborted])
 
 
 def _described(name: str, rounds: Sequence[RoundRecord], values: Sequence[float]) -> str:
@@ -42,18 +53,13 @@ def utility_body(summary: RunSummary) -> Html:
     rounds = summary.rounds
     if not rounds:
         return tag("p", _NO_ROUNDS, class_="empty")
-    x = [record.round for record in rounds]
-    scores, loss = [record.metric for record in rounds], [record.loss for record in rounds]
-    levels = (
-        [Level(label="before", value=summary.metric_zero_round)]
-        if math.isfinite(summary.metric_zero_round)
-        else []
-    )
+    x = _numbers(rounds)
+    scores, loss = _over(rounds, lambda r: r.metric), _over(rounds, lambda r: r.loss)
+    levels = []
+    if math.isfinite(summary.metric_zero_round):
+        levels.append(Level(label="before", value=summary.metric_zero_round))
     if summary.metric_majority is not None and math.isfinite(summary.metric_majority):
         levels.append(Level(label="majority", value=summary.metric_majority, role="second"))
-    direction = "Higher is better." if summary.higher_is_better else "Lower is better."
-    lost = sum(not math.isfinite(value) for value in scores)
-    gaps = f" Not a finite number in {amount(lost, 'round')}: gaps in the line." if lost else ""
     metric_chart = line_chart(
         [Series(label="after", x=x, y=scores)],
         description=_described(summary.metric_name, rounds, scores),
@@ -73,9 +79,6 @@ def utility_body(summary: RunSummary) -> Html:
         caption="Global model on the public evaluation set, after each round",
         of="rounds",
     )
-    baseline = "Dashed: the model before training" + (
-        ", and always guessing the most common class." if summary.metric_majority is not None else "."
-    )
     return tag(
         "div",
         tag(
@@ -83,7 +86,7 @@ def utility_body(summary: RunSummary) -> Html:
             _figure(
                 summary.metric_name[:1].upper() + summary.metric_name[1:],
                 metric_chart,
-                f"{direction} {baseline}{gaps}",
+                _reading(summary, scores),
             ),
             _figure("Loss", loss_chart, "Nats per sample on the public evaluation set. Lower is better."),
             class_="figures",
@@ -92,14 +95,29 @@ def utility_body(summary: RunSummary) -> Html:
     )
 
 
+def _reading(summary: RunSummary, scores: Sequence[float]) -> str:
+    """Say how the chart of the metric is read."""
+    words = "Lower is better."
+    if summary.higher_is_better:
+        words = "Higher is better."
+    words += " Dashed: the model before training"
+    if summary.metric_majority is not None:
+        words += ", and always guessing the most common class"
+    words += "."
+    lost = len(scores) - int(np.isfinite(scores).sum())
+    if lost:
+        words += f" Not a finite number in {amount(lost, 'round')}: gaps in the line."
+    return words
+
+
 def cost_body(summary: RunSummary) -> Html:
     """Draw bytes and seconds per round, with their totals."""
     rounds = summary.rounds
     if not rounds:
         return tag("p", _NO_ROUNDS, class_="empty")
-    x, lost = [record.round for record in rounds], _aborted(rounds)
-    up, down = [float(record.bytes_up) for record in rounds], [float(record.bytes_down) for record in rounds]
-    whole, inside = [record.seconds for record in rounds], [record.client_seconds for record in rounds]
+    x, lost = _numbers(rounds), _aborted(rounds)
+    up, down = _over(rounds, lambda r: r.bytes_up), _over(rounds, lambda r: r.bytes_down)
+    whole, inside = _over(rounds, lambda r: r.seconds), _over(rounds, lambda r: r.client_seconds)
     traffic = line_chart(
         [Series(label="up", x=x, y=up), Series(label="down", x=x, y=down, role="second")],
         description=(
@@ -166,8 +184,8 @@ def participation_body(summary: RunSummary) -> Html:
     rounds = summary.rounds
     if not rounds:
         return tag("p", _NO_ROUNDS, class_="empty")
-    x, lost = [record.round for record in rounds], _aborted(rounds)
-    asked, arrived = [float(len(r.cohort)) for r in rounds], [float(len(r.survivors)) for r in rounds]
+    x, lost = _numbers(rounds), _aborted(rounds)
+    asked, arrived = _over(rounds, lambda r: len(r.cohort)), _over(rounds, lambda r: len(r.survivors))
     words = (
         f"{amount(int(sum(arrived)), 'update')} arrived of {int(sum(asked)):,} asked for; "
         f"{amount(len(lost), 'round')} aborted."
@@ -210,12 +228,16 @@ def participation_body(summary: RunSummary) -> Html:
 
 
 def _turnout(rounds: Sequence[RoundRecord]) -> Html:
-    asked, arrived = sum(len(r.cohort) for r in rounds), sum(len(r.survivors) for r in rounds)
-    smallest = min((len(r.survivors) for r in opened(rounds)), default=0)
+    asked = int(sum(_over(rounds, lambda r: len(r.cohort))))
+    arrived = int(sum(_over(rounds, lambda r: len(r.survivors))))
+    turnout = f"{arrived:,}"
+    if asked:
+        turnout += f" ({100 * arrived / asked:.3g} %)"
+    smallest = int(min(_over(opened(rounds), lambda r: len(r.survivors)), default=0))
     return facts(
         [
             ("Updates asked for", f"{asked:,}"),
-            ("Updates that arrived", f"{arrived:,}" + (f" ({100 * arrived / asked:.3g} %)" if asked else "")),
+            ("Updates that arrived", turnout),
             ("Smallest sum opened", f"over {amount(smallest, 'client')}" if smallest else "none"),
             ("Rounds aborted", f"{len(rounds) - len(opened(rounds)):,}"),
         ]
@@ -227,10 +249,11 @@ def _dropped(record: RoundRecord) -> str:
 
 
 def _aborts(rounds: Sequence[RoundRecord]) -> Html:
-    items = [tag("li", tag("strong", f"Round {r.round}: "), r.aborted) for r in rounds if r.aborted]
-    more = (
-        folded(f"and {len(items) - 6} more", tag("ul", *items[6:], class_="plain"))
-        if len(items) > 6
-        else None
-    )
+    items = []
+    for record in rounds:
+        if record.aborted:
+            items.append(tag("li", tag("strong", f"Round {record.round}: "), record.aborted))
+    more = None
+    if len(items) > 6:
+        more = folded(f"and {len(items) - 6} more", tag("ul", *items[6:], class_="plain"))
     return tag("div", tag("h3", "Aborted rounds"), tag("ul", *items[:6], class_="plain"), more)
