@@ -10,9 +10,11 @@ history of any.
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 from typing import NoReturn
 
 import numpy as np
@@ -144,12 +146,57 @@ def contents_of(keys: Keys) -> Keys:
     return keys & _CONTENT
 
 
+_BLANKS = {0x2800: " "}  # what shows as a blank and is no white space to Unicode
+_QUOTES = dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u2032\u2039\u203a\u0060\u00b4"), "'")
+_DOUBLE_QUOTES = dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb"), '"')
+_LOOKS = {**_BLANKS, **_QUOTES, **_DOUBLE_QUOTES}
+# Default_Ignorable_Code_Point of DerivedCoreProperties.txt (Unicode 16), beside those of category Cf, and
+# code points that are no characters.
+_UNSEEN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2065\u3164\ufe00-\ufe0f\uffa0\ufff0-\ufff8"
+    "\U000e0000-\U000e0fff\ufdd0-\ufdef\ufffe\uffff]"
+)
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # those that are no white space
+
+
 def canonical_text(text: str) -> bytes:
-    """Return a text as it is compared: compatibility forms, case, white space and invisible characters do not
-    matter.
+    """Return a text as it is compared: compatibility forms, case, white space, invisible characters, kinds of
+    quotes, dashes and digits do not matter, nor that UTF-8 was read as an encoding of Windows or Latin-1.
 
     >>> canonical_text(" The  same\\n row ") == canonical_text("the same row")
     True
+    """
+    if text.isascii():
+        return " ".join(_CONTROLS.sub("", text.replace("`", "'")).lower().split()).encode()
+    text = _CONTROLS.sub("", _UNSEEN.sub("", _decoded_rightly(text).translate(_LOOKS)))
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    visible = "".join(map(_plain, folded)).replace("i\u0307", "i")  # a capital I with a dot, in lower case
+    return " ".join(visible.split()).encode("utf-8", "surrogatepass")
+
+
+def _plain(letter: str) -> str:
+    """Return a letter without what nobody sees: nothing for a format character, a digit for any digit."""
+    if letter.isascii():
+        return letter
+    kind = unicodedata.category(letter)
+    if kind == "Nd":
+        return str(unicodedata.decimal(letter))
+    return {"Cf": "", "Pd": "-"}.get(kind, letter)
+
+
+def _decoded_rightly(text: str) -> str:
+    """Return a text whose UTF-8 bytes were taken for another encoding as it was meant."""
+    for encoding in ("cp1252", "latin-1"):
+        try:
+            return text.encode(encoding).decode()
+        except UnicodeError:
+            continue
+    return text
+
+
+def earlier_text(text: str) -> bytes:
+    """Return a text as ledgers compared it before quotes, dashes and further invisible characters were left
+    out: rows that were charged then are still known.
     """
     if text.isascii():
         return " ".join(text.lower().split()).encode()
@@ -158,9 +205,36 @@ def canonical_text(text: str) -> bytes:
     return " ".join(visible.split()).encode("utf-8", "surrogatepass")
 
 
+def earlier_form(text: str) -> bytes:
+    """Return `earlier_text` where it differs from `canonical_text`, else nothing."""
+    earlier = earlier_text(text)
+    return b"" if earlier == canonical_text(text) else earlier
+
+
 def person_content(value: object) -> bytes:
-    """Return what a person is known by; the prefix keeps it apart from a text that says the same."""
-    return b"person\x00" + canonical_text(str(value))
+    """Return what a person is known by; the prefix keeps it apart from a text that says the same.
+
+    A number is the same in any way of writing it: 7, 7.0, 007 and 7e0 are one person.
+    """
+    return _PERSON + _plain_number(canonical_text(str(value)))
+
+
+def earlier_person(value: object) -> bytes:
+    """Return what ledgers knew a person by before numbers were read as such; nothing where it is the same."""
+    earlier = _PERSON + earlier_text(str(value))
+    return b"" if earlier == person_content(value) else earlier
+
+
+_PERSON = b"person\x00"
+_NUMBER = re.compile(rb"[+-]?[0-9]{1,100}(\.[0-9]{0,100})?(e[+-]?[0-9]{1,2})?")
+
+
+def _plain_number(text: bytes) -> bytes:
+    if _NUMBER.fullmatch(text) is None:
+        return text
+    with localcontext(prec=400):
+        plain = Decimal(text.decode()).normalize()
+    return b"0" if plain.is_zero() else format(plain, "f").encode()
 
 
 def canonical_pixels(pixels: npt.NDArray[np.uint8]) -> bytes:

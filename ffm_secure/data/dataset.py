@@ -27,7 +27,7 @@ from ffm_secure.data.columns import (
     label_column as choose_label_column,
 )
 from ffm_secure.data.files import arrow_table, read_source
-from ffm_secure.data.images import LazyImages, image_column
+from ffm_secure.data.images import LazyImages, StoredPictures, image_column
 from ffm_secure.data.labels import NameSource, encode_labels, is_text
 from ffm_secure.data.memory import IN_MEMORY, Memory
 from ffm_secure.data.table import Table, listed
@@ -53,6 +53,7 @@ class Examples:
     origin: str = "examples"
     records: Records | None = None  # what a ledger knows the rows by, where they were named
     contents: NDArray[np.uint64] | None = None  # a keyed digest of what each row says, where they were named
+    stored: StoredPictures | None = field(default=None, repr=False)  # pictures as their files hold them
 
     def __post_init__(self) -> None:
         lengths = {}
@@ -97,7 +98,10 @@ class Examples:
         contents = None
         if self.contents is not None:
             contents = self.contents[chosen]
-        return replace(self, columns=columns, records=records, contents=contents)
+        stored = None
+        if self.stored is not None:
+            stored = self.stored.take(chosen)
+        return replace(self, columns=columns, records=records, contents=contents, stored=stored)
 
 
 def for_evaluation(public: Examples, count: int, *, seed: int) -> Examples:
@@ -407,9 +411,10 @@ def _dataset(source: str, train: Table, validation: Table, *, choices: Choices, 
         labels = encode_labels(tables, label, declared=choices.class_names, loose=loose)
         for part, values in zip(parts, labels.parts, strict=True):
             part[label] = values
+    stored: list[StoredPictures | None] = [None] * len(tables)
     if image:
-        for part, table in zip(parts, tables, strict=True):
-            part[image] = image_column(
+        for number, (part, table) in enumerate(zip(parts, tables, strict=True)):
+            part[image], stored[number] = image_column(
                 table.columns[image], place=table.place, image_size=choices.image_size, folder=table.folder
             )
     used = {*text, label, image}
@@ -418,10 +423,14 @@ def _dataset(source: str, train: Table, validation: Table, *, choices: Choices, 
     else:
         read = ReadText()
     examples = []
-    for part, which in zip(parts, ("train", "validation"), strict=True):
+    for part, pictures, which in zip(parts, stored, ("train", "validation"), strict=True):
         examples.append(
             Examples(
-                columns=part, label_column=label, text_columns=read.columns, origin=f"{source} ({which})"
+                columns=part,
+                label_column=label,
+                text_columns=read.columns,
+                origin=f"{source} ({which})",
+                stored=pictures,
             )
         )
     return Dataset(

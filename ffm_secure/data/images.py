@@ -187,10 +187,62 @@ class LazyImages(Sequence[Any]):
         )
 
 
+class StoredPictures(Sequence[Pixels]):
+    """Hold the pictures of a column as they were before they were brought to one size, and what turns them
+    upright: by both a ledger knows them again, whatever the others measure and whatever wrote them.
+    """
+
+    def __init__(self, encoded: Sequence[bytes | Path], places: Sequence[str], *, resized: bool) -> None:
+        self._encoded, self._places, self.resized = encoded, places, resized
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    def __getitem__(self, index: int) -> Pixels:  # type: ignore[override]
+        """Decode one picture uint8 [height, width, 3] as it was stored."""
+        return decode(self._encoded[index], self._places[index])
+
+    def upright(self, index: int) -> Pixels | None:
+        """Decode a picture as its orientation tag shows it; None where it bears none."""
+        with open_picture(self._encoded[index], self._places[index]) as stored:
+            turn = _TURNS.get(_orientation(stored))
+            if turn is None:
+                return None
+            return np.asarray(_eight_bits(stored, self._places[index]).transpose(turn), dtype=np.uint8)
+
+    def take(self, indices: NDArray[np.int64]) -> StoredPictures:
+        """Choose rows without decoding them."""
+        return StoredPictures(
+            [self._encoded[i] for i in indices], [self._places[i] for i in indices], resized=self.resized
+        )
+
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # Exif 2.32, table of tag 0x0112, as Pillow turns it
+
+
+def _orientation(picture: Image.Image) -> int:
+    if picture.format == "PNG" and "exif" not in picture.info:
+        return 1  # asking would decode the whole picture
+    try:
+        return int(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever a damaged tag raises: such a picture bears none
+        return 1
+
+
 def image_column(
     values: Cells, *, place: Callable[[int], str], image_size: int | None, folder: Path | None = None
-) -> Pixels | LazyImages:
-    """Turn a raw column into pictures of one size.
+) -> tuple[Pixels | LazyImages, StoredPictures | None]:
+    """Turn a raw column into pictures of one size; beside them return the pictures as they were stored, where
+    they come from files.
 
     Takes pixel arrays uint8 or uint16 [n, H, W] or [n, H, W, 1 or 3], encoded bytes, {"bytes": ...} records,
     paths, or names of files that count from `folder`. Pictures of different sizes are brought to squares of
@@ -201,7 +253,7 @@ def image_column(
         others counted.
     """
     if isinstance(values, np.ndarray):
-        return _pixel_array(values, place(0))
+        return _pixel_array(values, place(0)), None
     encoded, places = _located(values, place, folder)
     sizes = _sizes(encoded, places)
     if image_size is not None:
@@ -224,9 +276,8 @@ def image_column(
                 picture = images[row]  # a damaged file must show now, not in the round that draws it
                 if pixels is not None:
                     pixels[row] = picture
-    if pixels is None:
-        return images
-    return pixels
+    stored = StoredPictures(encoded, places, resized=side is not None)
+    return images if pixels is None else pixels, stored
 
 
 def _fits(images: LazyImages) -> bool:

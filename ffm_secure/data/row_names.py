@@ -11,15 +11,21 @@ from defenses.dp.records import (
     RecordKey,
     canonical_pixels,
     canonical_text,
+    earlier_form,
+    earlier_person,
+    earlier_text,
     name_persons,
     name_records,
     person_content,
 )
+from ffm_secure.data.chat import unpack
 from ffm_secure.data.dataset import Dataset, Examples
+from ffm_secure.data.images import StoredPictures
 from ffm_secure.foreign import Cells
 
 TELLING_LENGTH = 24  # a cell as long as this says which row it is, if it stands in few rows
 TELLING_ROWS = 16
+_MOST_TURNS = 32  # of a chat that are known each by itself
 
 
 def named(dataset: Dataset, key: RecordKey, *, person_column: str = "") -> Dataset:
@@ -35,9 +41,15 @@ def named(dataset: Dataset, key: RecordKey, *, person_column: str = "") -> Datas
 
 def _named(examples: Examples, dataset: Dataset, key: RecordKey, person_column: str) -> Examples:
     contents = _contents(examples, dataset, key)
-    cells = _cells(examples, dataset, key)
+    cells = [
+        *_cells(examples, dataset, key),
+        *_as_stored(examples.stored, key),
+        *_earlier(examples, dataset, key),
+    ]
     if person_column:
-        persons = key.contents(person_content(value) for value in examples.column(person_column))
+        people = examples.column(person_column)
+        persons = key.contents(person_content(value) for value in people)
+        cells += _digests([earlier_person(value) for value in people], key)
         return replace(examples, records=name_persons(persons, [contents, *cells]), contents=contents)
     return replace(examples, records=name_records(contents, cells), contents=contents)
 
@@ -46,50 +58,108 @@ def sayings(examples: Examples, dataset: Dataset, key: RecordKey, *, person_colu
     """Return what rows say, in every way a run may read them: as this one does, each text column alone where
     its cells tell rows apart, and the person.
 
-    Each is one digest a row, `[n]`, as a ledger knows records by; 0 for none.
+    Each is one digest a row, `[n]`, as a ledger knows records by; 0 for none. A blank row says nothing.
     """
+    together = _contents(examples, dataset, key)
+    together[together == key.contents([b""])] = 0
     alone = []
-    for values in examples.columns.values():
-        if _is_text(values):
-            texts = _telling([canonical_text(value) for value in values])
-            contents = key.contents(texts)
-            contents[[not text for text in texts]] = 0
-            alone.append(contents)
+    for texts in _columns_of_text(examples, dataset).values():
+        alone += _digests(_telling([canonical_text(text) for text in texts]), key)
     if person_column and person_column in examples.columns:
-        alone.append(key.contents(person_content(value) for value in examples.column(person_column)))
-    return [_contents(examples, dataset, key), *alone]
+        people = examples.column(person_column)
+        alone.append(key.contents(person_content(value) for value in people))
+        alone += _digests([earlier_person(value) for value in people], key)
+    return [together, *alone, *_as_stored(examples.stored, key), *_earlier(examples, dataset, key)]
 
 
 def row_contents(columns: Sequence[Sequence[str]]) -> list[bytes]:
     """Return what each row says in these text columns together."""
-    row_contents: list[bytes] = []
-    for cells in zip(*columns, strict=True):
-        row_contents.append(canonical_text(" ".join(cells)))
-    return row_contents
+    return [canonical_text(text) for text in _joined(columns)]
+
+
+def _joined(columns: Sequence[Sequence[str]]) -> list[str]:
+    return [" ".join(cells) for cells in zip(*columns, strict=True)]
+
+
+def _columns_of_text(examples: Examples, dataset: Dataset) -> dict[str, list[str]]:
+    """Return the text of every column that holds any; of chats, every turn as a column of its own."""
+    columns = {}
+    for name, values in examples.columns.items():
+        if not _is_text(values):
+            continue
+        if dataset.is_chat and name in dataset.text_columns:
+            chats = _spoken(list(values))
+            for turn in range(min(_MOST_TURNS, max(map(len, chats), default=0))):
+                columns[f"{name} {turn}"] = [chat[turn] if turn < len(chat) else "" for chat in chats]
+        else:
+            columns[name] = list(values)
+    return columns
+
+
+def _spoken(packed: Sequence[str]) -> list[list[str]]:
+    """Return what is said in each chat, without who says it: a prompt and its answer in two columns say the
+    same.
+    """
+    return [[words for _, words in unpack(chat)] for chat in packed]
+
+
+def _earlier(examples: Examples, dataset: Dataset, key: RecordKey) -> list[Keys]:
+    """Return what rows say as ledgers compared it before, where that is something else: together, and every
+    text cell alone that says which row it is.
+    """
+    digests = []
+    if dataset.is_chat:
+        packed = _joined([examples.column(name) for name in dataset.text_columns])
+        digests += _digests([earlier_text(text) for text in packed], key)
+    elif not dataset.image_column:
+        together = _joined([examples.column(name) for name in dataset.text_columns])
+        digests += _digests([earlier_form(text) for text in together], key)
+    for texts in _columns_of_text(examples, dataset).values():
+        digests += _digests(_telling([earlier_form(text) for text in texts]), key)
+    return digests
+
+
+def _digests(texts: list[bytes], key: RecordKey) -> list[Keys]:
+    """Return one digest a row, 0 for no text; no column where no row has any."""
+    if not any(texts):
+        return []
+    contents = key.contents(texts)
+    contents[[not text for text in texts]] = 0
+    return [contents]
+
+
+def _as_stored(pictures: StoredPictures | None, key: RecordKey) -> list[Keys]:
+    """Return what pictures show in their own size, where all were brought to one, and turned upright, where
+    their files say how they are to be held.
+    """
+    if pictures is None:
+        return []
+    digests = []
+    if pictures.resized:
+        digests.append(key.contents(canonical_pixels(picture) for picture in pictures))
+    upright = (pictures.upright(row) for row in range(len(pictures)))
+    digests += _digests([b"" if turned is None else canonical_pixels(turned) for turned in upright], key)
+    return digests
 
 
 def _contents(examples: Examples, dataset: Dataset, key: RecordKey) -> Keys:
     if dataset.image_column:
         pictures = examples.column(dataset.image_column)
         return key.contents(canonical_pixels(pictures[row]) for row in range(len(examples)))
-    return key.contents(row_contents([examples.column(name) for name in dataset.text_columns]))
+    columns: list[Sequence[str]] = [examples.column(name) for name in dataset.text_columns]
+    if dataset.is_chat:
+        columns = [[" ".join(turns) for turns in _spoken(chats)] for chats in columns]
+    return key.contents(row_contents(columns))
 
 
 def _cells(examples: Examples, dataset: Dataset, key: RecordKey) -> list[Keys]:
     read = set(dataset.text_columns)
     cells = []
-    for name, values in examples.columns.items():
-        if not _is_text(values) or (read == {name}):
+    for name, values in _columns_of_text(examples, dataset).items():
+        if read == {name}:
             continue
-        texts = []
-        for value in values:
-            texts.append(canonical_text(value))
-        if name not in read:
-            texts = _telling(texts)
-        contents = key.contents(texts)
-        contents[[not text for text in texts]] = 0
-        if contents.any():
-            cells.append(contents)
+        texts = [canonical_text(value) for value in values]
+        cells += _digests(texts if name in read else _telling(texts), key)
     return cells
 
 
