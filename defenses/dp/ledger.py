@@ -19,7 +19,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from defenses.dp.blocks import Arrangement, Indices, NewBlock, arrange
 from defenses.dp.events import UNITS, Event, NonPrivateEvent, from_dict, price_of
 from defenses.dp.ledger_blocks import NAMED_ACCOUNTS, BlockBook, block_body, resolved, to_bytes
 from defenses.dp.ledger_books import Books, History
+from defenses.dp.ledger_budgets import BudgetBook
 from defenses.dp.ledger_entries import (
     IMPLIED,
     ANY_UNIT,
@@ -43,16 +43,17 @@ from defenses.dp.ledger_entries import (
     commitment_key,
     entry_of,
     label,
-    number,
     payers_of,
     reservation_of,
     to_csv,
     to_json,
     unit_of,
+    utc_now,
 )
 from defenses.dp.ledger_file import Head, LedgerFile, Row
+from defenses.dp.ledger_public import PublicBook, public_body
 from defenses.dp.ledger_withdrawals import Withdrawal, WithdrawalBook, blocks_charged
-from defenses.dp.records import Keys, RecordKey, Records
+from defenses.dp.records import Flags, Keys, RecordKey, Records
 from defenses.errors import BudgetExceeded, ParameterError, TamperedError
 
 
@@ -74,6 +75,8 @@ class Ledger:
         self._books = Books()
         self._blocks = BlockBook()
         self._withdrawals = WithdrawalBook()
+        self._budgets = BudgetBook()
+        self._public = PublicBook()
         self._forget()
 
     def _forget(self) -> None:
@@ -81,8 +84,8 @@ class Ledger:
         self._books.forget()
         self._blocks.forget()
         self._withdrawals.forget()
-        self._budgets: dict[Account, Budget] = {}
-        self._implied: set[Account] = set()
+        self._budgets.forget()
+        self._public.forget()
         self._commitments: dict[tuple[str, str, str], Row] = {}
         self._spent: set[int] = set()
         self._paid: dict[tuple[str, str], Counter[Event]] = {}
@@ -98,7 +101,7 @@ class Ledger:
         authentic.
         """
         file = LedgerFile(Path(path), create=create)
-        ledger = cls(file, clock or _utc_now)
+        ledger = cls(file, clock or utc_now)
         try:
             with file.transaction():
                 ledger._catch_up()
@@ -153,7 +156,7 @@ class Ledger:
     def lifetime(self, unit: str) -> Budget | None:
         """Return the lifetime budget of every record in this ledger, if its owner has set one."""
         self._refresh()
-        return self._budgets.get(Account(EVERYBODY, EVERYBODY, unit))
+        return self._budgets.lifetime(unit)
 
     def imply(self, unit: str, epsilon: float, delta: float) -> None:
         """Give every record the lifetime budget a run asks for, where no owner has set one.
@@ -169,20 +172,12 @@ class Ledger:
     def is_implied(self, unit: str) -> bool:
         """Tell whether the lifetime budget for a unit was asked for by a run and set by no owner."""
         self._refresh()
-        return Account(EVERYBODY, EVERYBODY, unit) in self._implied
+        return self._budgets.is_implied(unit)
 
     def _set_budget(self, account: Account, budget: Budget, reason: str) -> None:
-        old = self._budgets.get(account)
-        if old == budget and (account in self._implied) == (reason == IMPLIED):
-            return
-        raised = old is not None and (budget.epsilon > old.epsilon or budget.delta > old.delta)
-        if raised and not reason.strip():
-            raise ParameterError(
-                f"budget of {account.owner!r} for {account.dataset!r}: {old} can only be raised with "
-                "raise_because, which is recorded"
-            )
-        body = {"epsilon": number(budget.epsilon), "delta": budget.delta, "raised": raised, "reason": reason}
-        self._append("budget", account, body)
+        body = self._budgets.new_body(account, budget, reason)
+        if body is not None:
+            self._append("budget", account, body)
 
     def record_key(self) -> RecordKey:
         """Return the secret this ledger names records with; made when it is first asked for.
@@ -239,6 +234,21 @@ class Ledger:
         row = self._append("block", Account(EVERYBODY, EVERYBODY, ANY_UNIT), block_body(block, keys, links))
         self._file.store_block(row.sequence, keys, links)
         return row.sequence
+
+    def publish(self, contents: Keys) -> None:
+        """Note what rows say, `[n]`, that a run uses as public ones; what was noted before writes nothing."""
+        if self.are_published(contents).all():
+            return
+        with self._change():
+            keys = self._public.fresh(contents, self._file.load_block)
+            self._file.prepare_blocks()
+            row = self._append("public", Account(EVERYBODY, EVERYBODY, ANY_UNIT), public_body(keys))
+            self._file.store_block(row.sequence, keys, b"")
+
+    def are_published(self, contents: Keys) -> Flags:
+        """Mark the contents, `[n]`, that some run has used as public rows."""
+        self._refresh()
+        return self._public.hold(contents, self._file.load_block)
 
     def blocks(self) -> tuple[int, ...]:
         """Return the numbers of all blocks that stand."""
@@ -377,13 +387,8 @@ class Ledger:
         """Return the epsilon of everything this owner paid for, confirmed or not; infinity after a release
         without bound.
         """
-        self._refresh()
-        account = Account(owner, dataset, unit)
-        if account not in self._budgets:
-            raise ParameterError(
-                f"owner = {owner!r}, dataset = {dataset!r}, unit = {unit!r}: no such account"
-            )
-        return self._books.epsilon(self._books.history(account), (), delta)
+        self.budget(owner, dataset, unit)  # refuses where there is no such account
+        return self._books.epsilon(self._books.history(Account(owner, dataset, unit)), (), delta)
 
     def budget(self, owner: str, dataset: str, unit: str) -> Budget:
         """Return the budget in force."""
@@ -398,7 +403,7 @@ class Ledger:
     def accounts(self) -> tuple[tuple[str, str, str], ...]:
         """Return every (owner, dataset, unit) that has a budget, in order."""
         self._refresh()
-        named = [account for account in self._budgets if account.owner != EVERYBODY]
+        named = self._budgets.named()
         return tuple(sorted((account.owner, account.dataset, account.unit) for account in named))
 
     def events(self, owner: str, dataset: str, unit: str) -> tuple[Event, ...]:
@@ -440,6 +445,7 @@ class Ledger:
                 raise TamperedError
             self._catch_up()
             self._blocks.verify(self._file.load_block)
+            self._public.verify(self._file.load_block)
 
     def export(self, format: Literal["csv", "json"]) -> str:
         """Return all rows as text; JSON holds everything needed to recompute the chain."""
@@ -488,10 +494,7 @@ class Ledger:
         account = Account(row.owner, row.dataset, row.unit)
         body = json.loads(row.body)
         if row.kind == "budget":
-            self._budgets[account] = Budget(epsilon=float(body["epsilon"]), delta=body["delta"])
-            self._implied.discard(account)
-            if body["reason"] == IMPLIED:
-                self._implied.add(account)
+            self._budgets.apply(account, body)
         elif row.kind == "reserve":
             event = from_dict(body["event"])
             self._reserved[row.sequence] = row
@@ -508,6 +511,8 @@ class Ledger:
             self._withdrawals.apply(row, body)
         elif row.kind == "block":
             self._apply_block(row.sequence, body)
+        elif row.kind == "public":
+            self._public.apply(row.sequence, body)
 
     def _apply_block(self, sequence: int, body: dict[str, Any]) -> None:
         sources = set(body["parents"]) or {NAMED_ACCOUNTS}
@@ -543,7 +548,7 @@ class Ledger:
         payers = payers_of(account, self._standing(charge.blocks))
         if charge.blocks:
             return payers
-        return [payer for payer in payers if payer in self._budgets] or [account]
+        return [payer for payer in payers if self._budgets.get(payer) is not None] or [account]
 
     def _is_new(self, charge: Charge, charges_by_key: dict[tuple[str, str, str], Charge]) -> bool:
         if not charge.commitment:
@@ -574,7 +579,7 @@ class Ledger:
         return self._books.overdraft(name, account, events, budget)
 
     def _problem_of_block(self, account: Account, events: list[Event]) -> str:
-        budget = self._budgets.get(Account(EVERYBODY, EVERYBODY, account.unit))
+        budget = self._budgets.lifetime(account.unit)
         if budget is None:
             bounded = not all(isinstance(event, NonPrivateEvent) for event in events)
             return f"the ledger holds no lifetime budget per {account.unit}; set one" if bounded else ""
@@ -592,7 +597,3 @@ class Ledger:
         body = json.loads(row.body)
         reserved = self._reserved[body["reservation"]] if "reservation" in body else row
         return entry_of(row, reserved, spent=reserved.sequence in self._spent)
-
-
-def _utc_now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

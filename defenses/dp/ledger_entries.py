@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from defenses.dp.accountant import LARGEST_DELTA, SMALLEST_DELTA
@@ -180,6 +181,11 @@ def label(name: str, value: object) -> str:
     return value
 
 
+def utc_now() -> str:
+    """Return the time as rows bear it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def number(value: float) -> float | str:
     """Return a number as JSON can hold it."""
     return "inf" if math.isinf(value) else float(value)
@@ -196,6 +202,8 @@ def entry_of(row: Row, reserved: Row, *, spent: bool) -> Entry:
         return Entry(**common, blocks=tuple(body["blocks"]), reason=body["reason"])
     if row.kind == "key":
         return Entry(**common)
+    if row.kind == "public":
+        return Entry(**common, records=body["records"])
     if row.kind == "block":
         return Entry(**common, blocks=tuple(body["parents"]), records=body["records"])
     charge = json.loads(reserved.body)

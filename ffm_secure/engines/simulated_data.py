@@ -16,11 +16,12 @@ from ffm_secure.data.checks import require_sound
 from ffm_secure.data.dataset import Dataset, Examples, load_task
 from ffm_secure.data.memory import Memory
 from ffm_secure.data.persons import bounded_persons, reunited
-from ffm_secure.data.row_names import named, sayings
+from ffm_secure.data.row_names import named
 from ffm_secure.errors import DataError
 from ffm_secure.privacy.accounts import contents_fingerprint, dataset_fingerprint, keyed_fingerprint
 from ffm_secure.registry import LIFECYCLES
 from ffm_secure.site.ledger_place import IN_RUN, ledger_path, open_ledger, record_key
+from ffm_secure.site.published import refuse_private, refuse_public
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ def load(
     whole = _named_rows(config, base, key, rows)
     require_sound(whole, config)
     dataset, public = part_in_public(config, whole, base)
-    _refuse_publishing(config, dataset, public, key, folder)
+    _refuse_other_uses(config, dataset, public, key, folder)
     task = config.task
     parts = partition.partition(dataset.train, clients=task.clients, split=task.split, seed=config.seed)
     if privacy.person_column:
@@ -164,39 +165,21 @@ def _named_rows(config: RunConfig, base: Path, key: RecordKey, rows: Memory | No
     return bounded_persons(dataset, config.privacy, key)
 
 
-def _refuse_publishing(
+def _refuse_other_uses(
     config: RunConfig, dataset: Dataset, public: Examples | None, key: RecordKey, folder: Path | None
 ) -> None:
-    """Refuse to use as public what a ledger charged for as private: a lot or a file follows what is read of a
-    row, a promise follows the row.
+    """Refuse to publish what a ledger charged for as private, and to promise anything for what was public.
 
-    Rows that say the same as a private row of this run count as that one.
     Raises:
-      DataError: with their number, and what to do.
+      DataError: with the number of such rows, and what to do.
     """
     privacy = config.privacy
-    path, person = ledger_path(privacy, folder), privacy.person_column
+    path = ledger_path(privacy, folder)
     if privacy.unit == "none" or privacy.ledger == IN_RUN or path is None or not path.is_file():
         return
-    parts = {"as validation rows": dataset.validation}
-    if public is not None:
-        parts["as rows of public phases"] = public
-    for use, rows in parts.items():
-        ways = sayings(rows, dataset, key, person_column=person)
-        with open_ledger(path) as ledger:
-            blocks = np.stack([ledger.blocks_of_contents(keys) for keys in ways])
-            known = [block for block in np.unique(blocks).tolist() if block]
-            charged = [block for block in known if ledger.charged_units((block,))]
-        published = np.isin(blocks, charged).any(axis=0)
-        if published.any():
-            ways_now = np.concatenate(sayings(dataset.train, dataset, key, person_column=person))
-            published &= ~np.isin(np.stack(ways), ways_now[ways_now != 0]).any(axis=0)
-        if published.any():
-            raise DataError(
-                f"{config.task.data}: {int(published.sum()):,} of the rows that would become public ({use}) "
-                f"were used as private ones before ({path}); read the columns and parts that were read then, "
-                "give other public rows, or say privacy.ledger = 'run' if all are fictitious or public"
-            )
+    with open_ledger(path) as ledger:
+        refuse_public(ledger, path, dataset, public, key, person=privacy.person_column)
+        refuse_private(ledger, path, dataset, key)
 
 
 def _other_set(config: RunConfig, base: Path) -> Dataset:

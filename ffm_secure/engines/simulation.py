@@ -46,6 +46,7 @@ from ffm_secure.site.broadcast_guard import BroadcastGuard
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.site.identity import open_identity
 from ffm_secure.site.ledger_place import IN_RUN, ledger_path, open_ledger
+from ffm_secure.site.published import note_public
 from ffm_secure.site.site import Site
 from ffm_secure.site.site_ledger import SiteLedger
 from ffm_secure.site.trainer import SiteData, SiteTrainer
@@ -300,6 +301,7 @@ class Simulation:
           StoreError: what is stored does not fit this model, or a ledger or a site's own numbers lack its
             past.
         """
+        self._note_public_rows()
         resumed = store.resume()
         if resumed is None:
             self.server.run_id = store.run_begun() or self.server.run_id
@@ -313,6 +315,12 @@ class Simulation:
         self._require_charges(records, run_id)
         self.states.require(records, run_id)
         return state, records
+
+    def _note_public_rows(self) -> None:
+        """Write what this run publishes into a ledger that outlives it: no later run makes it private."""
+        if self.config.privacy.ledger != IN_RUN:
+            data = self.prepared.data
+            note_public(self.ledger, data.dataset, data.public, self.ledger.record_key())
 
     def _require_charges(self, records: Sequence[RoundRecord], run_id: bytes) -> None:
         missing = []

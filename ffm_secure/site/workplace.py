@@ -31,6 +31,7 @@ from ffm_secure.site.lifetime import grant
 from ffm_secure.site.own_record import open_record, record_folder
 from ffm_secure.site.own_rows import load_rows
 from ffm_secure.site.policy import objections
+from ffm_secure.site.published import note_public, refuse_private
 from ffm_secure.site.site import Site
 from ffm_secure.site.site_file import SiteFile
 from ffm_secure.site.site_ledger import SiteLedger
@@ -90,6 +91,8 @@ def open_workplace(config: RunConfig, own: Belongings) -> Workplace:
     if config.privacy.unit != "none":
         grant(own.ledger, own.file)
     dataset = load_rows(own.file, config, own.base, own.ledger.record_key())
+    if config.privacy.unit != "none":
+        refuse_private(own.ledger, own.base / own.file.ledger, dataset, own.ledger.record_key())
     loaded = load_model(config, own.base, public_facts(config, own.roster.names))
     terms = terms_of(loaded, own.roster.digest)
     backbones = own.file.policy.backbones
@@ -133,6 +136,7 @@ def _sites(
     record = open_record(config, loaded, task, own.file.record, record_folder(own.base, terms.run_file))
 
     def make() -> Site:
+        note_public(own.ledger, dataset, None, own.ledger.record_key())
         return Site(
             spec=loaded.spec,
             data=data,

@@ -116,7 +116,59 @@ def test_rows_that_were_private_are_no_public_rows_of_another_kind(tmp_path: Pat
     (folder / "validation.jsonl").write_text("".join(lines[:40]))
     with pytest.raises(DataError, match=r"40 of the rows .* \(as validation rows\)"):
         prepared(first)
-    (folder / "train.jsonl").write_text(
-        "".join(lines)
-    )  # what is private in the same run is not published by it
-    prepared(first)
+    (folder / "train.jsonl").write_text("".join(lines[:200]))
+    prepared(first)  # what is private in the same run is not published by it
+
+
+def parted(
+    tmp_path: Path, private: list[dict[str, Any]], public: list[dict[str, Any]], ledger: str
+) -> RunConfig:
+    """Write a training and a validation part."""
+    folder = tmp_path / "parts"
+    folder.mkdir(exist_ok=True)
+    for part, rows in (("train", private), ("validation", public)):
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = config(tmp_path, ledger)
+    return replace(made, task=replace(made.task, data=str(folder), validation=""))
+
+
+def test_a_row_that_was_public_once_is_never_private(tmp_path: Path) -> None:
+    """Forty rows were evaluated on without noise; the next run promised epsilon 2 for them."""
+    ledger = str(tmp_path / "owner.sqlite")
+    first = parted(tmp_path, ROWS[:160], ROWS[200:], ledger)
+    simulation.build(prepared(first), tmp_path / "built")  # built, never begun: nothing is public yet
+    prepared(parted(tmp_path, ROWS[160:], ROWS[:40], ledger))
+    train(parted(tmp_path, ROWS[:160], ROWS[200:], ledger), tmp_path / "run")
+    with Ledger.open(Path(ledger), create=False) as opened:
+        before = opened.head()
+        opened.grant("record", 8.0, 1e-5, raise_because="a second run")
+
+    again = parted(tmp_path, ROWS[:160], ROWS[200:], ledger)
+    train(again, tmp_path / "again")  # the same parts again: nothing to note
+    with Ledger.open(Path(ledger), create=False) as opened:
+        assert [e.records for e in opened.entries() if e.kind == "public"] == [40 * 2]  # note and summary
+        opened.verify(before)
+
+    others = [{name: f"another {text}" for name, text in row.items()} for row in ROWS[:40]]
+    others = [{**other, "label": row["label"]} for other, row in zip(others, ROWS, strict=False)]
+    swapped = parted(tmp_path, ROWS[160:], others, ledger)
+    with pytest.raises(DataError, match="40 of the private rows were used as public ones by an earlier run"):
+        prepared(swapped)
+    summary = replace(swapped, task=replace(swapped.task, text_column="summary"))
+    with pytest.raises(DataError, match="40 of the private rows"):
+        prepared(summary)  # whichever column is read
+    prepared(replace(swapped, privacy=replace(swapped.privacy, ledger="run")))  # said to be fictitious
+    prepared(parted(tmp_path, ROWS[160:200], ROWS[200:], ledger))  # rows that never were public
+
+
+def test_rows_of_public_phases_are_never_private(tmp_path: Path) -> None:
+    ledger = str(tmp_path / "owner.sqlite")
+    first = parted(tmp_path, ROWS[:200], ROWS[200:], ledger)
+    lifecycle = replace(
+        first.federation.lifecycle, kind="pretrain", public_examples=60, local_steps=1, public_steps=1
+    )
+    train(replace(first, federation=replace(first.federation, lifecycle=lifecycle)), tmp_path / "run")
+    with Ledger.open(Path(ledger), create=False) as opened:
+        opened.grant("record", 8.0, 1e-5, raise_because="a second run")
+    with pytest.raises(DataError, match="60 of the private rows were used as public ones"):
+        prepared(parted(tmp_path, ROWS[:200], ROWS[200:], ledger))
