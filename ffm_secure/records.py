@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +21,8 @@ DECLINED = "declined"
 # the site gave no answer before the round began: down, or cut off; no update of it is in any sum
 ABSENT = "absent"
 NOT_BEGUN = frozenset({DECLINED, ABSENT})
+# in `RoundRecord.dropped`: updates are visible, and the site's was one that no honest site sends
+REFUSED = "refused"
 # in `RoundPlan.query` and `RoundRecord.query`: the round learns; anything else is a query of the registry
 LEARN = "learn"
 
@@ -77,6 +80,14 @@ class Receipt:
     epsilon: float  # spent so far; infinity without a guarantee
     entries: int
     head: str  # hash of the ledger's last row
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.epsilon) or self.epsilon < 0.0:
+            raise ValueError(f"epsilon = {self.epsilon!r}: must be 0 or more")
+        if not 0 <= self.entries < 2**53 or re.fullmatch("[0-9a-f]{0,64}", self.head) is None:
+            raise ValueError(
+                "entries and head must be those of a ledger: a number, and a hash in hexadecimal"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

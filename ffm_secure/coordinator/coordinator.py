@@ -10,6 +10,7 @@ from ffm_secure import federation
 from ffm_secure.agreed.agreement import RunTerms
 from ffm_secure.errors import StoreError
 from ffm_secure.federation import Callback, TrainingResult
+from ffm_secure.protection.masked import fewest_to_open
 from ffm_secure.records import RoundRecord
 from ffm_secure.server.context import ServerContext
 from ffm_secure.coordinator.sealed_courier import Proposer, SealedCourier, Watch
@@ -85,7 +86,7 @@ class Coordinator:
             terms=self.terms,
             roster=self.roster,
             sign=self.sign,
-            fewest=self.server.spec.minimum_survivors,
+            fewest=fewest_to_open(self.server.spec.config),
             timetable=self.timetable,
             clock=self.clock,
         )

@@ -18,6 +18,7 @@ from defenses.errors import ProtocolError
 from defenses.random_source import RandomSource
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.protection.base import UPLOAD
+from ffm_secure.site.broadcast import plan_of
 from ffm_secure.site.site import Site
 from ffm_secure.site.trainer import SiteTrainer
 from ffm_secure.transport.courier import Lost, Reply
@@ -98,7 +99,7 @@ class LocalEngine:
         message = next(iter(messages.values()), b"")
         plan = None
         if message:
-            plan = self._sites[0].read_plan(message)
+            plan = plan_of(message)
         self._lost = {} if plan is None else lost_clients(self._config, plan.round, plan.cohort)
 
     def _ask(self, stage: str, site: int, message: bytes) -> Reply:

@@ -31,7 +31,7 @@ from ffm_secure.privacy.expectations import (
 from ffm_secure.privacy.query_noise import answers_paid
 from ffm_secure.privacy.statements import SEEDED, statements
 from ffm_secure.site.allowance import composed
-from ffm_secure.protection.masked import sharing_graph
+from ffm_secure.protection.masked import fewest_to_open, sharing_graph
 from ffm_secure.quantities import size, small
 from ffm_secure.queries import evaluation
 from ffm_secure.queries.base import Setting, recall
@@ -373,10 +373,11 @@ def _warnings(prepared: Prepared) -> list[str]:
                 "leave the clients, are taken to be public and are not protected by any epsilon; give "
                 "validation rows that may be public"
             )
-    if compatibility.minimum_survivors(config) == config.federation.cohort > 1:
+    if fewest_to_open(config) == config.federation.cohort > 1:
         warnings.append(
             f"a sum needs all {config.federation.cohort} clients of a cohort: any one that is lost gives up "
-            "the round, and one that says its budget does not pay ends the run; lower protection.threshold"
+            "the round, and one that says its budget does not pay ends the run; take more clients, or lower "
+            "protection.threshold or protection.colluding"
         )
     if (
         config.privacy.unit in ("record", "person")

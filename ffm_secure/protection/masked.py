@@ -53,6 +53,18 @@ def sharing_graph(config: RunConfig) -> secagg.GraphParameters:
     )
 
 
+def fewest_to_open(config: RunConfig) -> int:
+    """Return the fewest clients of a cohort with whom a sum can be opened at all.
+
+    Under masks everybody needs so many holders of shares beside herself, and that may be more than the fewest
+    a sum may cover.
+    """
+    fewest = compatibility.minimum_survivors(config)
+    if config.protection.kind == "secagg":
+        return max(fewest, sharing_graph(config).threshold + 1)
+    return fewest
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionBinding:
     """What a party computes of its own copy before it takes part; a session about anything else is refused.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from defenses.errors import ProtocolError
+from defenses.secagg import ring
 from ffm_secure import record_codec
 from ffm_secure.aggregation import aggregate_of
 from ffm_secure.config.run_file import RunConfig
@@ -22,6 +23,7 @@ from ffm_secure.lifecycle.base import ServerPhase
 from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.privacy.expectations import site_noise_variance
 from ffm_secure.protection.base import UPLOAD, AggregationResult, too_few
+from ffm_secure.protection.masked import fewest_to_open
 from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Opened, keep_answers, remember
 from ffm_secure.records import (
@@ -29,6 +31,7 @@ from ffm_secure.records import (
     DECLINED,
     LEARN,
     NOT_BEGUN,
+    REFUSED,
     Acceptance,
     Receipt,
     RoundPlan,
@@ -40,8 +43,8 @@ from ffm_secure.server.context import ServerContext
 from ffm_secure.server.sum_check import why_answer_too_large, why_too_large
 from ffm_secure.strategies import ServerState
 from ffm_secure.strategies.tail import average_tail
-from ffm_secure.tasks.base import Evaluation
-from ffm_secure.transport.courier import Courier, Lost
+from ffm_secure.tasks.base import Evaluation, Task
+from ffm_secure.transport.courier import Courier, Lost, Reply
 from ffm_secure.transport.stages import (
     BEGIN,
     CLOSED,
@@ -52,6 +55,8 @@ from ffm_secure.transport.stages import (
     encode_vector,
     join_plan,
 )
+
+_LARGEST_MEASURE = 1e6  # of a mean loss or a perplexity; whoever states more counts as no answer
 
 ClientFinished = Callable[[int, int], None]
 
@@ -121,13 +126,14 @@ def collect(
     lost: dict[int, str] = {}
     cannot_pay = _ask(server, courier, PLAN, dict.fromkeys(plan.cohort, message), lost)
     members = tuple(site for site in plan.cohort if site not in lost)
-    if len(members) < server.spec.minimum_survivors:  # nobody has paid yet, so nothing is lost
-        reason = too_few(len(members), server.spec.minimum_survivors)
+    fewest = fewest_to_open(server.spec.config)
+    if len(members) < fewest:  # nobody has paid yet, so nothing is lost
+        reason = too_few(len(members), fewest)
         return RoundResult(
             sum=None, dropped=lost, aborted=reason, cannot_pay=cannot_pay, bytes_down=broadcast_bytes
         )
     _ask(server, courier, BEGIN, dict.fromkeys(members, b""), lost)
-    result = _aggregate(server, plan, courier, lost, finished)
+    result = _aggregate(server, plan, state, courier, lost, finished)
     opened, reason = _decode_sum(server, plan, state, result)
     impossible = opened is None and result.ring_sum is not None
     _finish(server, courier, plan, lost, opened=opened is not None)
@@ -169,7 +175,12 @@ def _ask(
 
 
 def _aggregate(
-    server: ServerContext, plan: RoundPlan, courier: Courier, lost: dict[int, str], finished: ClientFinished
+    server: ServerContext,
+    plan: RoundPlan,
+    state: ServerState,
+    courier: Courier,
+    lost: dict[int, str],
+    finished: ClientFinished,
 ) -> AggregationResult:
     """Carry the protocol of one round, stage by stage."""
     session = server.protection_of(plan.query).open_round(plan)
@@ -189,7 +200,10 @@ def _aggregate(
                 lost[reply.site] = reply.content.stage
                 continue
             try:
-                session.receive(stage, reply.site, reply.content)
+                if stage == UPLOAD and not _is_honest(server, plan, state, reply):
+                    lost[reply.site] = REFUSED
+                else:
+                    session.receive(stage, reply.site, reply.content)
             except ProtocolError:
                 lost[reply.site] = stage
             if stage == UPLOAD:
@@ -201,10 +215,37 @@ def _aggregate(
     return session.open_sum(lost)
 
 
+def _is_honest(server: ServerContext, plan: RoundPlan, state: ServerState, reply: Reply) -> bool:
+    """Tell whether an honest site can have sent an update; where updates are sealed, nobody can tell.
+
+    Raises:
+      ProtocolError: it is malformed.
+    """
+    if server.protection_of(plan.query).kind != "none":
+        return True
+    assert not isinstance(reply.content, Lost)
+    codec = server.spec.message(plan.query).codec
+    if len(reply.content) != ring.packed_bytes(codec.length, codec.modulus_bits):
+        raise ProtocolError
+    vector = ring.unpack(reply.content, codec.modulus_bits)
+    alone = AggregationResult(ring_sum=vector, survivors=(reply.site,))
+    return not _judge_sum(server, plan, state, alone)[1]
+
+
 def _decode_sum(
     server: ServerContext, plan: RoundPlan, state: ServerState, result: AggregationResult
 ) -> tuple[RoundSum | None, str]:
     """Decode the opened sum; one that no honest cohort can have sent counts as closed."""
+    opened, reason = _judge_sum(server, plan, state, result)
+    if opened is not None and server.transcript is not None:
+        server.transcript.opened(plan, opened)
+    return opened, reason
+
+
+def _judge_sum(
+    server: ServerContext, plan: RoundPlan, state: ServerState, result: AggregationResult
+) -> tuple[RoundSum | None, str]:
+    """Return what a sum says, or why no honest survivors can have sent it."""
     if result.ring_sum is None:
         return None, result.aborted
     try:
@@ -216,11 +257,7 @@ def _decode_sum(
         too_large = why_too_large(opened, server.spec, state.vector)
     else:
         too_large = why_answer_too_large(opened, server.spec.questions[plan.query], server.spec)
-    if too_large:
-        return None, too_large
-    if server.transcript is not None:
-        server.transcript.opened(plan, opened)
-    return opened, ""
+    return (None, too_large) if too_large else (opened, "")
 
 
 def _finish(
@@ -394,17 +431,19 @@ def evaluate(server: ServerContext, plan: RoundPlan, state: ServerState, courier
     message = join_plan(record_codec.canonical_bytes(after), encode_vector(state.vector))
     everybody = dict.fromkeys(range(len(server.spec.owners)), message)
     answers = list(_evaluations(courier, everybody))
-    finite = []
-    for item in answers:
-        if math.isfinite(item.loss) and math.isfinite(item.metric):
-            finite.append(item)
-    evaluations = finite or answers  # one site's nonsense must not stand for all
+    evaluations = [item for item in answers if _is_possible(item, server.task)] or answers
     if not evaluations:
         raise FfmError("no site answered the evaluation")
     return Evaluation(
         loss=sum(item.loss for item in evaluations) / len(evaluations),
         metric=sum(item.metric for item in evaluations) / len(evaluations),
     )
+
+
+def _is_possible(item: Evaluation, task: Task) -> bool:
+    """Tell whether a site can have measured this: one site's nonsense must not stand for all."""
+    largest = 1.0 if task.higher_is_better else _LARGEST_MEASURE
+    return 0.0 <= item.loss <= _LARGEST_MEASURE and 0.0 <= item.metric <= largest
 
 
 def _evaluations(courier: Courier, messages: Mapping[int, bytes]) -> Iterator[Evaluation]:

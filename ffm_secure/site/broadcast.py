@@ -26,6 +26,18 @@ class Broadcast:
     fingerprint: str  # of the vector as it came, whatever the plan says
 
 
+def plan_of(message: bytes) -> RoundPlan:
+    """Return the plan in a message of `stages.join_plan`, whatever model comes with it.
+
+    Raises:
+      ProtocolError: it holds none.
+    """
+    try:
+        return record_codec.from_bytes(RoundPlan, split_plan(message)[0], "the plan of a round")
+    except RecordError:
+        raise ProtocolError from None
+
+
 class BroadcastReader:
     """Decode, fingerprint and judge broadcasts; the same bytes object is read once.
 
@@ -45,11 +57,7 @@ class BroadcastReader:
         return self._last[1]
 
     def _decode(self, message: bytes) -> Broadcast:
-        plan_bytes, payload = split_plan(message)
-        try:
-            plan = record_codec.from_bytes(RoundPlan, plan_bytes, "the plan of a round")
-        except RecordError:
-            raise ProtocolError from None
+        plan, payload = plan_of(message), split_plan(message)[1]
         if len(payload) != 4 * self._size:
             raise ProtocolError
         vector = torch.from_numpy(np.frombuffer(payload, dtype="<f4").astype(np.float32))

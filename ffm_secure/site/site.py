@@ -19,7 +19,8 @@ from ffm_secure import record_codec
 from ffm_secure.protection.base import UPLOAD, ClientRound, ClientSide, update_name
 from ffm_secure.records import LEARN, Acceptance, RoundPlan
 from ffm_secure.agreed.run_spec import RunSpec
-from ffm_secure.site.broadcast import BroadcastReader
+from ffm_secure.errors import BroadcastRefused
+from ffm_secure.site.broadcast import BroadcastReader, plan_of
 from ffm_secure.site.own_record import OwnRecord
 from ffm_secure.site.plan_check import differences
 from ffm_secure.site.private_frames import without_locals
@@ -29,6 +30,7 @@ from ffm_secure.site.truth import TruthKeeper
 from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.transport.stages import BEGIN, EVALUATE, FINISH, OPENED, PLAN
 
+_MOST_REASONS = 3  # of a crafted broadcast that one line names
 _LOG = logging.getLogger(__name__)  # a site's own log: nothing of it is sent
 
 
@@ -85,7 +87,7 @@ class Site:
 
     def read_plan(self, message: bytes) -> RoundPlan:
         """Return the plan in a message, without acting on it."""
-        return self._broadcasts.read(message).plan
+        return plan_of(message)
 
     @without_locals
     def handle(self, stage: str, message: bytes) -> bytes | memoryview:
@@ -113,7 +115,18 @@ class Site:
     def _consider(self, message: bytes) -> bytes:
         """Take part or not: plan, model, mechanism and budget are looked at; nothing is charged yet."""
         self._round = None
-        broadcast = self._broadcasts.read(message)
+        try:
+            broadcast = self._broadcasts.read(message)
+        except BroadcastRefused as crafted:
+            reasons = "; ".join(crafted.reasons[:_MOST_REASONS])
+            more = len(crafted.reasons) - _MOST_REASONS
+            _LOG.warning(
+                "%s takes no part in a round: its broadcast looks crafted: %s%s",
+                self.data.name,
+                reasons,
+                f"; and {more} more reasons" if more > 0 else "",
+            )
+            return record_codec.canonical_bytes(Acceptance(accepted=False))
         plan = broadcast.plan
         refused = differences(plan, self.spec, site=self.data.index, fingerprint=broadcast.fingerprint)
         if self._run_id not in (None, plan.run_id):

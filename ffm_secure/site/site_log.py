@@ -75,13 +75,14 @@ class _File(RotatingFileHandler):
 
 
 class _Lines(logging.Formatter):
-    """One entry is one line, in UTC."""
+    """One entry is one line, in UTC; no character that a terminal obeys is in it, whoever sent it."""
 
     converter = staticmethod(time.gmtime)
     default_msec_format = "%s.%03dZ"
 
     def format(self, record: logging.LogRecord) -> str:
-        return " | ".join(super().format(record).splitlines())
+        line = " | ".join(super().format(record).splitlines())
+        return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def unforeseen(error: BaseException) -> str:

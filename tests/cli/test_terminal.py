@@ -20,6 +20,7 @@ from ffm_secure.cli import app as cli
 from ffm_secure.display.console import SafeConsole
 from ffm_secure.display.printable import printable
 from ffm_secure.config import run_file
+from ffm_secure.site.site_log import SiteLog
 from tests.federation.helpers import call, make, table
 
 CLEAR = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202ehidden\u2028\r"
@@ -103,3 +104,14 @@ def test_an_unforeseen_error_shows_where_it_arose_and_not_what_it_holds(
     assert "in broken" in message
     assert "private note" not in message
     assert not sys.flags.dev_mode
+
+
+def test_a_line_of_a_sites_log_is_safe(tmp_path: Path) -> None:
+    """A coordinator names what it proposes, and whoever reads the file reads it in a terminal."""
+    log = SiteLog(tmp_path / "site.log")
+    log.note(f"joined {CLEAR}")
+    log.refuse(f"refused {CLEAR}\nand forged a second line")
+    log.close()
+    written = (tmp_path / "site.log").read_text()
+    assert not OBEYED & set(written)
+    assert len(written.splitlines()) == 2

@@ -19,7 +19,7 @@ from defenses.secagg import ring
 from defenses.secagg.masks import RingVector
 from ffm_secure.engines import simulation
 from ffm_secure.federation import TrainingResult
-from ffm_secure.records import RoundPlan, RoundSum
+from ffm_secure.records import REFUSED, RoundPlan, RoundSum
 from ffm_secure.server import rounds
 from ffm_secure.server.evidence import Evidence
 from ffm_secure.server.rounds import NOT_FINITE, RoundResult
@@ -78,12 +78,12 @@ def run_with(lie: Lie, folder: Path, **sections: Any) -> tuple[simulation.Simula
     return ready, finish(ready, folder)
 
 
-def check_evidence(folder: Path, trained: TrainingResult, protection: str) -> None:
+def check_evidence(folder: Path, trained: TrainingResult) -> None:
     """The signed uploads of the refused round, and of no other, are named and kept."""
     named = [set(record.evidence) for record in trained.records]
-    assert named == [set(), set() if protection == "none" else {0, 1, 2, 3}, set()]
+    assert named == [set(), {0, 1, 2, 3}, set()]
     kept = sorted(path.name for path in (folder / "evidence").glob("*"))
-    assert kept == ([] if protection == "none" else ["round-000002"])
+    assert kept == ["round-000002"]
     for site, digest in trained.records[1].evidence.items():
         upload = (folder / "evidence" / "round-000002" / f"{site}.upload").read_bytes()
         assert hashlib.sha256(upload).hexdigest() == digest
@@ -92,7 +92,7 @@ def check_evidence(folder: Path, trained: TrainingResult, protection: str) -> No
         assert index["reason"] == trained.records[1].aborted
 
 
-@pytest.mark.parametrize("protection", ["none", "secagg", "bfv"])
+@pytest.mark.parametrize("protection", ["secagg", "bfv"])
 @pytest.mark.parametrize("lie", [counted(-3), counted(-2), counted(2), two_of_itself])
 def test_a_false_count_or_weight_ends_the_round_alone(lie: Lie, protection: str, tmp_path: Path) -> None:
     """At four clients -3 made the divisor 0 and -2 multiplied the mean by four, unnoticed."""
@@ -101,10 +101,26 @@ def test_a_false_count_or_weight_ends_the_round_alone(lie: Lie, protection: str,
     kind = SECAGG if protection == "secagg" else {"kind": protection, "threshold": 3}
     _, trained = run_with(lie, tmp_path, privacy=RECORD, protection=kind)
     assert trained.status == "complete"
-    check_evidence(tmp_path, trained, protection)
+    check_evidence(tmp_path, trained)
     reasons = [record.aborted for record in trained.records]
     assert reasons == ["", "the opened sum is impossible for its survivors", ""]
     assert bool(torch.isfinite(trained.state.vector).all())
+
+
+@pytest.mark.parametrize("lie", [counted(-3), counted(2), two_of_itself, everything])
+def test_where_updates_are_visible_a_liar_is_left_out_and_named(lie: Lie, tmp_path: Path) -> None:
+    """One liar ended the round, and with it the work of everybody."""
+    _, trained = run_with(lie, tmp_path / "lied", privacy=RECORD, protection={"kind": "none", "threshold": 3})
+    assert [record.aborted for record in trained.records] == ["", "", ""]
+    assert [dict(record.dropped) for record in trained.records] == [{}, {LIAR: REFUSED}, {}]
+    assert [record.survivors for record in trained.records] == [(0, 1, 2, 3), (0, 2, 3), (0, 1, 2, 3)]
+    assert bool(torch.isfinite(trained.state.vector).all())
+
+
+def test_a_liar_that_is_left_out_counts_as_missing(tmp_path: Path) -> None:
+    _, trained = run_with(everything, tmp_path, privacy=RECORD, protection={"kind": "none", "threshold": 4})
+    assert [record.aborted for record in trained.records] == ["", "3 of at least 4 clients answered", ""]
+    assert [dict(record.dropped) for record in trained.records] == [{}, {LIAR: REFUSED}, {}]
 
 
 @pytest.mark.parametrize(

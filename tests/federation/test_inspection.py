@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from ffm_secure.engines import simulation
 from ffm_secure.errors import BroadcastRefused
+from ffm_secure.records import DECLINED
 from ffm_secure.server.rounds import collect, plan_round
+from ffm_secure.site.broadcast import BroadcastReader
 from ffm_secure.site.broadcast_guard import BroadcastGuard
 from ffm_secure.strategies import build
-from tests.federation.helpers import make, prepared
+from tests.federation.helpers import RECORD, finish, make, prepared
 
 FULL = {"model": {"name": "builtin:tiny-vit", "trainable": {"kind": "full"}}}
 
@@ -49,11 +53,36 @@ def test_crafted_weights_are_refused_with_every_reason() -> None:
         assert any(rows in reason for reason in refusal.value.reasons)
 
 
-def test_a_simulated_client_looks_before_it_trains(tmp_path) -> None:
-    made = make()
+def test_a_crafted_broadcast_loses_its_sites_and_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended a simulation, where between machines it is one site that stays away."""
+    made = make(privacy={**RECORD, "noise": "system"})
     ready = simulation.build(prepared(made), tmp_path)
     vector = torch.full_like(ready.trainable.flatten(), float("inf"))
     state = build(made.federation.strategy).start(vector)
     plan = plan_round(ready.server, 1, state)
-    with pytest.raises(BroadcastRefused, match="not finite"):
-        collect(ready.server, plan, state, ready.courier, lambda done, total: None)
+    result = collect(ready.server, plan, state, ready.courier, lambda done, total: None)
+    assert result.sum is None
+    assert result.dropped == dict.fromkeys(range(4), DECLINED)
+    assert result.aborted == "0 of at least 1 clients answered"
+    assert not any(entry.kind == "reserve" for entry in ready.ledger.entries()), "nobody paid"
+    assert caplog.text.count("its broadcast looks crafted") == 4
+    assert "not finite" in caplog.text
+    assert "; and 7 more reasons" in caplog.text
+
+
+def test_one_site_that_takes_a_broadcast_for_crafted_is_one_site_less(tmp_path: Path) -> None:
+    ready = simulation.build(prepared(make()), tmp_path)
+    wary = BroadcastReader(WaryGuard(ready.trainable), ready.trainable.size)
+    ready.sites[2]._broadcasts = wary
+    trained = finish(ready, tmp_path)
+    assert trained.status == "complete"
+    assert [dict(record.dropped) for record in trained.records] == [{2: DECLINED}] * 3
+
+
+class WaryGuard(BroadcastGuard):
+    """Refuse whatever comes."""
+
+    def accept(self, vector: torch.Tensor) -> None:
+        raise BroadcastRefused(["of a bad feeling"])

@@ -4,6 +4,7 @@ nothing is released or paid twice.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -126,7 +127,11 @@ class Lying(LocalEngine):
             yield Reply(site=reply.site, content=self.content) if lie else reply
 
 
-NAN_RECEIPT = record_codec.canonical_bytes(Receipt(epsilon=float("nan"), entries=1, head="ab"))
+RECEIPT = record_codec.canonical_bytes(Receipt(epsilon=2.0, entries=1, head="ab"))
+NAN_RECEIPT = RECEIPT.replace(b"2.0", b'"nan"')
+LESS_THAN_NOTHING = RECEIPT.replace(b"2.0", b"-2.0")
+A_TERMINALS_RECEIPT = RECEIPT.replace(b"ab", b"\\u001b[2J")
+FAR_TOO_GOOD = record_codec.canonical_bytes(Evaluation(loss=-1e300, metric=1e300))
 NAN_EVALUATION = record_codec.canonical_bytes(Evaluation(loss=float("nan"), metric=float("nan")))
 
 
@@ -137,8 +142,11 @@ NAN_EVALUATION = record_codec.canonical_bytes(Evaluation(loss=float("nan"), metr
         (BEGIN, b"no"),
         (FINISH, b"no"),
         (FINISH, NAN_RECEIPT),
+        (FINISH, LESS_THAN_NOTHING),
+        (FINISH, A_TERMINALS_RECEIPT),
         (EVALUATE, b"no"),
         (EVALUATE, NAN_EVALUATION),
+        (EVALUATE, FAR_TOO_GOOD),
     ],
 )
 def test_one_sites_nonsense_ends_no_run(stage: str, content: bytes, tmp_path: Path) -> None:
@@ -148,6 +156,8 @@ def test_one_sites_nonsense_ends_no_run(stage: str, content: bytes, tmp_path: Pa
     assert trained.status == "complete"
     assert len(trained.records) == 3
     assert all(record.epsilon_spent >= 0 and record.loss == record.loss for record in trained.records)
+    assert all(0 <= record.metric <= 1 for record in trained.records)
+    assert all(re.fullmatch("[0-9a-f]*", receipt.head) for receipt in built.server.receipts.values())
     spent = [record.epsilon_spent for record in trained.records]
     assert spent == sorted(spent)
 
@@ -171,8 +181,23 @@ def test_a_run_that_budgets_end_says_who_said_so(tmp_path: Path) -> None:
     assert trained.reason.endswith(f"by what they say: {built.spec.owners[1]}")
     assert reservations(built) == 0
     assert any("a sum needs all 4 clients" in line for line in summary.describe(built.prepared).warnings)
-    other = ready(tmp_path / "b", privacy=REAL, protection=SECAGG)
+    other = ready(tmp_path / "b", privacy=REAL, protection={**SECAGG, "colluding": 0})
     assert finish(other, tmp_path / "b", courier=Lying(other, PLAN, refusal)).status == "complete"
+
+
+def test_a_round_that_cannot_be_opened_costs_nobody_anything(tmp_path: Path) -> None:
+    """A sum may cover three of four, but unmasking needs all four: one that declined had the others pay for
+    every round, and none was opened.
+    """
+    built = ready(tmp_path, privacy=REAL, protection=SECAGG)
+    refusal = record_codec.canonical_bytes(Acceptance(accepted=False))
+    trained = finish(built, tmp_path, courier=Lying(built, PLAN, refusal))
+    assert {record.aborted for record in trained.records} == {"3 of at least 4 clients answered"}
+    assert reservations(built) == 0
+    assert any("a sum needs all 4 clients" in line for line in summary.describe(built.prepared).warnings)
+    other = ready(tmp_path / "b", privacy=REAL, protection={**SECAGG, "colluding": 0})
+    trained = finish(other, tmp_path / "b", courier=Lying(other, PLAN, refusal))
+    assert [record.survivors for record in trained.records] == [(0, 2, 3)] * 3
 
 
 @pytest.mark.parametrize("stage", ["open", "confirm"])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ffm_secure.foreign import JsonValue
 from ffm_secure.quantities import INFINITE, amount, bound, count
-from ffm_secure.records import ABSENT, DECLINED, RoundRecord, RunSummary
+from ffm_secure.records import ABSENT, DECLINED, REFUSED, RoundRecord, RunSummary
 from ffm_secure.report.markup import (
     OBSERVERS,
     Child,
@@ -143,7 +143,7 @@ def refused_body(summary: RunSummary) -> Html:
         return tag("p", "No round has finished yet.", class_="empty")
     asked, arrived = sum(len(r.cohort) for r in rounds), sum(len(r.survivors) for r in rounds)
     stages = Counter(stage for record in rounds for stage in record.dropped.values())
-    declined, absent = stages.pop(DECLINED, 0), stages.pop(ABSENT, 0)
+    declined, absent, refused = (stages.pop(stage, 0) for stage in (DECLINED, ABSENT, REFUSED))
     lost = ", ".join(f"{count(number_)} while {stage}" for stage, number_ in sorted(stages.items()))
     aborted = [record for record in rounds if record.aborted]
     rows: list[tuple[str, Child]] = [
@@ -153,6 +153,10 @@ def refused_body(summary: RunSummary) -> Html:
             f"{count(declined)}; nothing was charged for them" if declined else "none",
         ),
         ("Not there when a round began", count(absent) if absent else "none"),
+        (
+            "Left out by the server",
+            f"{count(refused)}; no honest owner sends such an update" if refused else "none",
+        ),
         ("Lost on the way", lost or "none"),
         ("Rounds given up", _aborts(aborted) if aborted else "none"),
     ]
