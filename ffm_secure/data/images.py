@@ -188,8 +188,8 @@ class LazyImages(Sequence[Any]):
 
 
 class StoredPictures(Sequence[Pixels]):
-    """Hold the pictures of a column as they were before they were brought to one size, and what turns them
-    upright: by both a ledger knows them again, whatever the others measure and whatever wrote them.
+    """Hold the pictures of a column as they were before they were brought to one size: by that a ledger knows
+    them again, whatever the others measure.
     """
 
     def __init__(self, encoded: Sequence[bytes | Path], places: Sequence[str], *, resized: bool) -> None:
@@ -202,40 +202,20 @@ class StoredPictures(Sequence[Pixels]):
         """Decode one picture uint8 [height, width, 3] as it was stored."""
         return decode(self._encoded[index], self._places[index])
 
-    def upright(self, index: int) -> Pixels | None:
-        """Decode a picture as its orientation tag shows it; None where it bears none."""
+    def as_read_before(self, index: int) -> Pixels | None:
+        """Decode a picture as earlier versions did, lying as the camera was held and without paper behind it;
+        None where that shows the same.
+        """
         with open_picture(self._encoded[index], self._places[index]) as stored:
-            turn = _TURNS.get(_orientation(stored))
-            if turn is None:
+            if _orientation(stored) == 1 and not stored.has_transparency_data:
                 return None
-            return np.asarray(_eight_bits(stored, self._places[index]).transpose(turn), dtype=np.uint8)
+            return np.asarray(stored.convert("RGB"), dtype=np.uint8)
 
     def take(self, indices: NDArray[np.int64]) -> StoredPictures:
         """Choose rows without decoding them."""
         return StoredPictures(
             [self._encoded[i] for i in indices], [self._places[i] for i in indices], resized=self.resized
         )
-
-
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # Exif 2.32, table of tag 0x0112, as Pillow turns it
-
-
-def _orientation(picture: Image.Image) -> int:
-    if picture.format == "PNG" and "exif" not in picture.info:
-        return 1  # asking would decode the whole picture
-    try:
-        return int(picture.getexif().get(_ORIENTATION, 1))
-    except Exception:  # whatever a damaged tag raises: such a picture bears none
-        return 1
 
 
 def image_column(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice, zip_longest
 
 from defenses.dp.records import (
     Keys,
@@ -78,7 +79,7 @@ def row_contents(columns: Sequence[Sequence[str]]) -> list[bytes]:
 
 
 def _joined(columns: Sequence[Sequence[str]]) -> list[str]:
-    return [" ".join(cells) for cells in zip(*columns, strict=True)]
+    return list(map(" ".join, zip(*columns, strict=True)))
 
 
 def _columns_of_text(examples: Examples, dataset: Dataset) -> dict[str, list[str]]:
@@ -89,8 +90,9 @@ def _columns_of_text(examples: Examples, dataset: Dataset) -> dict[str, list[str
             continue
         if dataset.is_chat and name in dataset.text_columns:
             chats = _spoken(list(values))
-            for turn in range(min(_MOST_TURNS, max(map(len, chats), default=0))):
-                columns[f"{name} {turn}"] = [chat[turn] if turn < len(chat) else "" for chat in chats]
+            turns = zip_longest(*chats, fillvalue="")
+            for number, words in enumerate(islice(turns, _MOST_TURNS)):
+                columns[f"{name} {number}"] = list(words)
         else:
             columns[name] = list(values)
     return columns
@@ -100,7 +102,10 @@ def _spoken(packed: Sequence[str]) -> list[list[str]]:
     """Return what is said in each chat, without who says it: a prompt and its answer in two columns say the
     same.
     """
-    return [[words for _, words in unpack(chat)] for chat in packed]
+    spoken = []
+    for chat in packed:
+        spoken.append([words for _, words in unpack(chat)])
+    return spoken
 
 
 def _earlier(examples: Examples, dataset: Dataset, key: RecordKey) -> list[Keys]:
@@ -129,17 +134,19 @@ def _digests(texts: list[bytes], key: RecordKey) -> list[Keys]:
 
 
 def _as_stored(pictures: StoredPictures | None, key: RecordKey) -> list[Keys]:
-    """Return what pictures show in their own size, where all were brought to one, and turned upright, where
-    their files say how they are to be held.
+    """Return what pictures show in their own size, where all were brought to one, and what ledgers knew them
+    by before cameras' notes and transparency were read.
     """
     if pictures is None:
         return []
     digests = []
     if pictures.resized:
-        digests.append(key.contents(canonical_pixels(picture) for picture in pictures))
-    upright = (pictures.upright(row) for row in range(len(pictures)))
-    digests += _digests([b"" if turned is None else canonical_pixels(turned) for turned in upright], key)
-    return digests
+        digests.append(key.contents(map(canonical_pixels, pictures)))
+    earlier = []
+    for row in range(len(pictures)):
+        picture = pictures.as_read_before(row)
+        earlier.append(b"" if picture is None else canonical_pixels(picture))
+    return digests + _digests(earlier, key)
 
 
 def _contents(examples: Examples, dataset: Dataset, key: RecordKey) -> Keys:
@@ -148,7 +155,7 @@ def _contents(examples: Examples, dataset: Dataset, key: RecordKey) -> Keys:
         return key.contents(canonical_pixels(pictures[row]) for row in range(len(examples)))
     columns: list[Sequence[str]] = [examples.column(name) for name in dataset.text_columns]
     if dataset.is_chat:
-        columns = [[" ".join(turns) for turns in _spoken(chats)] for chats in columns]
+        columns = [list(map(" ".join, _spoken(chats))) for chats in columns]
     return key.contents(row_contents(columns))
 
 

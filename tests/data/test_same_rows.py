@@ -21,6 +21,7 @@ from defenses.dp.events import GaussianEvent
 from defenses.dp.records import (
     RecordKey,
     Records,
+    canonical_pixels,
     canonical_text,
     earlier_person,
     earlier_text,
@@ -209,6 +210,14 @@ def test_a_picture_that_was_turned_upright_is_the_same(
     charge(ledger, names(gallery(tmp_path / "one", PICTURES, turned=turned_first), kind, key))
     again = names(gallery(tmp_path / "two", PICTURES, turned=not turned_first), kind, key)
     assert known(ledger, again) == len(PICTURES)
+
+
+def test_pictures_that_an_older_ledger_charged_lying_are_known(ledger: Ledger, tmp_path: Path) -> None:
+    key = ledger.record_key()
+    lying = [canonical_pixels(np.rot90(pixels)) for pixels in PICTURES]
+    charge(ledger, name_records(key.contents(lying)))
+    records = names(gallery(tmp_path / "one", PICTURES, turned=True), "image_classification", key)
+    assert known(ledger, records) == len(PICTURES)
 
 
 @pytest.mark.parametrize(
