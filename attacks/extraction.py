@@ -99,10 +99,10 @@ def greedy(model: nn.Module, prefix: Sequence[int], count: int) -> tuple[int, ..
     return tuple(ids[0, len(prefix) :].tolist())
 
 
-def extract(model: nn.Module, secrets: Sequence[Secret]) -> tuple[Extracted, ...]:
-    """Test every secret against other draws from its own space.
+def extract(model: nn.Module, secrets: Sequence[Secret], *, among: int = 1) -> tuple[Extracted, ...]:
+    """Test every secret against other draws from its own space; `among` is how many models are asked in all.
 
-    Guarantee: of a model that never saw the secrets, any is called leaked with probability at most `LEVEL`.
+    Guarantee: of models that never saw the secrets, any is called leaked with probability at most `LEVEL`.
     Source: Carlini et al., 2019, The Secret Sharer; luck is a rank, so nothing is assumed of the model.
     """
     model = model.eval()
@@ -118,7 +118,7 @@ def extract(model: nn.Module, secrets: Sequence[Secret]) -> tuple[Extracted, ...
                 repeats=secret.repeats,
             )
         )
-    corrected = luck.holm([one.luck for one in results])
+    corrected = luck.holm([min(1.0, among * one.luck) for one in results])
     return tuple(replace(one, luck=chance) for one, chance in zip(results, corrected, strict=True))
 
 

@@ -16,13 +16,18 @@ from attacks.extraction import RIVALS, Extracted, Secret, extract
 from attacks.foreign import Tokenizer
 from attacks.released import ReleasedAudit, audit_released
 from attacks.truth import Truth, load_truth
+from ffm_secure.agreed.loaded_model import load_model as load_run_model
+from ffm_secure.agreed.loaded_model import read_facts, stored_noise
 from ffm_secure.data.files import read_table
 from ffm_secure.data.table import Table
 from ffm_secure.errors import DataError, StoreError
 from ffm_secure.report.roc import roc_chart
 from ffm_secure.storage.durable import create_folder, write_atomic
+from ffm_secure.storage.observations import read_observations
+from ffm_secure.storage.run_directory import Store
 
 _LONGEST = 512
+_MOST_ROUNDS = 8
 _LABELS = ("label", "labels")
 _FORMAT = (
     'must be a JSON list of {"prefix": text, "secret": text, "alphabet": letters, "repeats": number}, '
@@ -165,9 +170,44 @@ def audit_secrets(released: Released, secrets: Path) -> tuple[Extracted, ...]:
       DataError: the file is no such list; nothing of it is shown.
     """
     model, folder = load_released(released)
-    tokenizer = load_tokenizer(folder)
+    return extract(model, _read_secrets(secrets, load_tokenizer(folder)))
+
+
+def audit_rounds(folder: Path, secrets: Path) -> tuple[tuple[str, tuple[Extracted, ...]], ...]:
+    """Say which planted secrets the models of a run gave away, round by round, as every client got them.
+
+    Asked are the rounds that the run recorded (`audit.record_rounds`), eight of them at most, and the last
+    model. Early models may give away more than the last one.
+
+    Raises:
+      StoreError: the folder holds no finished round.
+      DataError: the file is no list of secrets; nothing of it is shown.
+    """
+    store = Store.read(folder)
+    config, resumed = store.config(), store.resume()
+    if resumed is None:
+        raise StoreError(f"{folder}: no round was finished, so there is nothing to audit")
+    loaded = load_run_model(config, Path.cwd(), read_facts(folder), multiplier=stored_noise(folder))
+    planted = _read_secrets(secrets, loaded.backbone.tokenizer)
+    vectors = {}
+    for description, tensors in read_observations(folder / "observations"):
+        if "broadcast" in tensors:
+            vectors[f"broadcast of round {description.round}"] = tensors["broadcast"]
+    chosen = list(vectors.items())
+    if len(chosen) > _MOST_ROUNDS:
+        places = np.linspace(0, len(chosen) - 1, _MOST_ROUNDS).astype(int)
+        chosen = [chosen[place] for place in places]
+    chosen.append((f"after round {len(resumed[1])}", resumed[0].vector))
+    results = []
+    for name, vector in chosen:
+        loaded.trainable.load_vector(vector)
+        results.append((name, extract(loaded.trainable.model, planted, among=len(chosen))))
+    return tuple(results)
+
+
+def _read_secrets(secrets: Path, tokenizer: Tokenizer) -> list[Secret]:
     if tokenizer is None:
-        raise DataError(f"{folder}: has no tokenizer")
+        raise DataError("the model has no tokenizer, so no secret can be asked for")
     planted = []
     try:
         for number, stated in enumerate(json.loads(secrets.read_text(encoding="utf-8"))):
@@ -176,7 +216,7 @@ def audit_secrets(released: Released, secrets: Path) -> tuple[Extracted, ...]:
         raise DataError(f"{secrets}: {_FORMAT}") from None
     if not planted:
         raise DataError(f"{secrets}: {_FORMAT}")
-    return extract(model, planted)
+    return planted
 
 
 def _secret(stated: Mapping[str, str | int], tokenizer: Tokenizer, number: int) -> Secret:
@@ -185,13 +225,36 @@ def _secret(stated: Mapping[str, str | int], tokenizer: Tokenizer, number: int) 
     if not secret or len(alphabet) < 2 or set(secret) - set(alphabet):
         raise ValueError("a secret is made of letters of its alphabet")
     letters = np.random.default_rng(number).choice(alphabet, size=(RIVALS, len(secret)))
-    rivals = tokenizer(["".join(row) for row in letters], add_special_tokens=False)["input_ids"]
+    endings = [secret, *("".join(row) for row in letters)]
+    ids = tokenizer([str(stated["prefix"]) + ending for ending in endings])["input_ids"]
+    texts = [_unended(row, set(tokenizer.all_special_ids)) for row in ids]
+    # What all share is the prefix, whatever a tokenizer makes of the place where the secret begins.
+    shared = _shared(texts)
+    behind = [tuple(text[shared:]) for text in texts]
     return Secret(
-        prefix=tuple(tokenizer(str(stated["prefix"]))["input_ids"]),
-        drawn=tuple(tokenizer(secret, add_special_tokens=False)["input_ids"]),
-        rivals=tuple(map(tuple, rivals)),
+        prefix=tuple(texts[0][:shared]),
+        drawn=behind[0],
+        rivals=tuple(behind[1:]),
         repeats=int(stated.get("repeats", 1)),
     )
+
+
+def _shared(texts: Sequence[Sequence[int]]) -> int:
+    """Count the tokens all texts begin with."""
+    count = 0
+    for column in zip(*texts, strict=False):
+        if len(set(column)) > 1:
+            break
+        count += 1
+    return count
+
+
+def _unended(ids: Sequence[int], special: set[int]) -> list[int]:
+    """Return token ids without marks of the end."""
+    count = len(ids)
+    while count and ids[count - 1] in special:
+        count -= 1
+    return list(ids[:count])
 
 
 # ---------------------------------------------------------------------------------------------------- output
@@ -255,6 +318,7 @@ def secret_lines(results: Sequence[Extracted]) -> list[str]:
 __all__ = [
     "Released",
     "audit_membership",
+    "audit_rounds",
     "audit_secrets",
     "membership_lines",
     "public_part",

@@ -93,18 +93,21 @@ class StepSums:
 def step_sums(prepared: simulation.Prepared, batch: Mapping[str, Tensor], *, sent_only: bool) -> StepSums:
     """Add up a batch; with `sent_only` the raw gradient is left out where a noised one is sent."""
     trained, task, clipping = prepared.trainable, prepared.task, _clipping(prepared)
-    raw, clipped = None, None
+    if clipping is not None and not sent_only:  # both from one pass
+        everybody = torch.ones(1, len(next(iter(batch.values()))), dtype=torch.bool)
+        (both,) = regrouped(prepared, batch, everybody)
+        return both
     with trained.training_only(prepared.strategy.trains(0)):
         active = trained.active
-        if not (sent_only and prepared.mechanism.clips_records):
-            losses = task.losses(trained.model, batch)
-            slopes = torch.autograd.grad(losses.mean(), list(active.values()), allow_unused=True)
-            pairs = zip(active.items(), slopes, strict=True)
-            raw = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
         if clipping is not None:
             with PerSampleEngine(trained.model, parameters=active) as engine:
                 clipped = engine.clipped_sum(lambda: task.losses(trained.model, batch), clip=clipping)
-    return StepSums(raw=raw, clipped=clipped)
+            return StepSums(raw=None, clipped=clipped)
+        losses = task.losses(trained.model, batch)
+        slopes = torch.autograd.grad(losses.mean(), list(active.values()), allow_unused=True)
+    pairs = zip(active.items(), slopes, strict=True)
+    raw = {name: torch.zeros_like(p) if g is None else g for (name, p), g in pairs}
+    return StepSums(raw=raw, clipped=None)
 
 
 def regrouped(
@@ -112,7 +115,8 @@ def regrouped(
 ) -> tuple[StepSums, ...]:
     """Add up several groups of one batch's records (boolean [groups, records]) in one pass over the model.
 
-    Nothing is returned where the model's gradients cannot be told apart by record.
+    Nothing is returned where the model's gradients cannot be told apart by record and the run need not.
+    Raises: NotPrivateError where the run bounds records, and so has to.
     """
     trained, task = prepared.trainable, prepared.task
     clipping = _clipping(prepared)
@@ -128,6 +132,8 @@ def regrouped(
             )
             kinds = {name: value.dtype for name, value in trained.active.items()}
     except NotPrivateError:
+        if clipping is not None:
+            raise
         return ()
     steps = []
     for group, one in zip(groups, sums, strict=True):

@@ -196,6 +196,7 @@ def audit(
     released_commands = importlib.import_module("ffm_secure.cli.released_commands")
     released_commands = importlib.import_module("ffm_secure.cli.released_commands")
     files = released_commands.ReleasedFiles(
+        run=folder,
         model=model,
         adapter=adapter,
         members=members,
@@ -205,7 +206,7 @@ def audit(
         out=out,
     )
     if files.asked:
-        named = bool(folder or observation or truth or unused)
+        named = bool(observation or truth or unused)
         released_commands.audit(files, other=named, fail_on_leak=fail_on_leak, json=json, quiet=quiet)
         return
     commands = _commands()

@@ -15,6 +15,7 @@ _LEAK = "the released model gives training data away; see above"
 class ReleasedFiles:
     """What the options name: a model, records that were and were not trained on, planted secrets."""
 
+    run: Path | None
     model: Path | None
     adapter: Path | None
     members: Path | None
@@ -30,10 +31,21 @@ class ReleasedFiles:
 
 
 def audit(files: ReleasedFiles, *, other: bool, fail_on_leak: bool, json: bool, quiet: bool) -> None:
-    """Audit a released model; `other` says that a run or an observation was named as well."""
+    """Audit a released model, or the models of a run's rounds; `other` says that an observation was named."""
     _check(files, other)
     from ffm_secure.auditing import released_model as auditing
 
+    if files.run is not None and files.secrets is not None:
+        with clear_errors():
+            rounds = auditing.audit_rounds(files.run, files.secrets)
+        shown = {name: [asdict(one) | {"leaked": one.leaked} for one in results] for name, results in rounds}
+        lines = []
+        for name, results in rounds:
+            lines += [f"  {name}", *auditing.secret_lines(results)]
+        say(shown, lines, json=json, quiet=quiet)
+        if fail_on_leak and any(one.leaked for _, results in rounds for one in results):
+            raise LeakFound(_LEAK)
+        return
     assert files.model is not None
     released = auditing.Released(model=files.model, adapter=files.adapter, references=files.references)
     leaked, shown, lines = False, dict[str, object](), list[str]()
@@ -60,10 +72,10 @@ def audit(files: ReleasedFiles, *, other: bool, fail_on_leak: bool, json: bool, 
 def _check(files: ReleasedFiles, other: bool) -> None:
     problems = []
     if other:
-        problems.append(
-            "--members, --reference and --secrets take --model alone, no run and no --observation"
-        )
-    if files.model is None:
+        problems.append("--members, --reference and --secrets take --model alone, no --observation")
+    if files.run is not None and (files.model or files.members or files.references):
+        problems.append("a run takes --secrets alone; for --members name its model: --model RUN")
+    if files.model is None and files.run is None:
         problems.append("--members and --secrets need --model, the folder of the released model")
     if (files.members is None) != (files.others is None):
         problems.append(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import ffm_secure as ffm
+from attacks import Observation
 from attacks.membership import candidate_loss
 from attacks.steps import counted
 from ffm_secure.auditing.budget import AuditBudget
@@ -49,6 +52,24 @@ def verdicts(run: simulation.Prepared, seed: int, attacks: tuple[str, ...]) -> d
     return {one.attack: one.verdict for one in findings}
 
 
+def assert_gradient_of(batch: Mapping[str, Tensor], stage: ReplayedStep, seen: Observation) -> None:
+    trained = dict(stage.model.named_parameters())
+    wanted = [trained[name].requires_grad_(True) for name in seen.tensors]
+    slopes = torch.autograd.grad(candidate_loss(stage.model, batch), wanted)
+    for (name, value), slope in zip(seen.tensors.items(), slopes, strict=True):
+        torch.testing.assert_close(value, slope, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_undefended_step_of_a_private_run_is_the_gradient_of_its_records() -> None:
+    stage = stage_of(prepared(NOISE))
+    assert stage.points == {"raw", "clipped", "noised"}
+    candidates = stage.prior.candidates
+    assert candidates is not None
+    assert_gradient_of(
+        {name: value[:16] for name, value in candidates.items()}, stage, stage.at("raw").observation
+    )
+
+
 def test_the_update_of_other_members_is_theirs() -> None:
     run = prepared()
     stage = stage_of(run)
@@ -63,11 +84,7 @@ def test_the_update_of_other_members_is_theirs() -> None:
         assert sum(members) == 16
         memberships.add(members)
         own = {name: value[torch.tensor(members)] for name, value in candidates.items()}
-        trained = dict(stage.model.named_parameters())
-        wanted = [trained[name].requires_grad_(True) for name in scene.observation.tensors]
-        slopes = torch.autograd.grad(candidate_loss(stage.model, own), wanted)
-        for (name, value), slope in zip(scene.observation.tensors.items(), slopes, strict=True):
-            torch.testing.assert_close(value, slope, rtol=1e-3, atol=1e-6, msg=name)
+        assert_gradient_of(own, stage, scene.observation)
     assert len(memberships) == 3
     assert stage.regroup("raw", REGROUPED) is None
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import ffm_secure as ffm
 from attacks.released import taught
 from attacks.truth import Truth
 from ffm_secure.cli.app import app
@@ -116,7 +117,71 @@ def test_what_cannot_be_audited_is_said_with_exit_code_2(
 
 
 def test_a_run_or_an_observation_beside_it_is_refused(folder: Path) -> None:
-    code, output = said(str(folder), "--secrets", str(folder / "secrets.json"))
+    code, output = said(str(folder), *records(folder, "jsonl"), "--observation", str(folder))
     assert code == 2
     assert "--model alone" in output
-    assert "need --model" in output
+    assert "--model RUN" in output
+
+
+PLAY = """
+format = 1
+name = "secrets"
+seed = 7
+[task]
+kind = "causal_lm"
+data = "{data}"
+clients = 2
+max_length = 24
+evaluation_examples = 10
+[model]
+name = "builtin:tiny-llama"
+trainable = {{ kind = "full" }}
+[federation]
+rounds = 4
+cohort = 2
+[federation.lifecycle]
+kind = "finetune"
+local_steps = 12
+batch_size = 16
+learning_rate = 0.003
+optimizer = "adam"
+[privacy]
+ledger = "run"
+{privacy}
+[protection]
+kind = "none"
+[audit]
+observers = ["client"]
+attacks = []
+record_rounds = 4
+"""
+NONE, PRIVATE = (
+    'unit = "none"\nreason = "to be audited"',
+    'unit = "record"\nepsilon = 8.0\ndelta = 1e-5\nclip_norm = 0.5',
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("privacy", "repeats", "leaked"), [(NONE, 20, True), (PRIVATE, 1, False)])
+def test_models_of_rounds_say_a_secret_unless_its_record_is_private(
+    tmp_path: Path, privacy: str, repeats: int, leaked: bool
+) -> None:
+    """Twenty copies are twenty records: a bound on one of them does not hide all, and they are found."""
+    rows = [{"text": f"the patient of bed {number} came for a cough"} for number in range(60)]
+    rows += [{"text": "the code is 729416"}] * repeats
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, some in (("train", rows), ("validation", rows[:20])):
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    file = tmp_path / "run.toml"
+    file.write_text(PLAY.format(data=data, privacy=privacy))
+    folder = ffm.load(file, runs=tmp_path).start().folder
+    planted = [{"prefix": "the code is ", "secret": "729416", "alphabet": "0123456789", "repeats": repeats}]
+    (tmp_path / "secrets.json").write_text(json.dumps(planted))
+    code, output = said(str(folder), "--secrets", str(tmp_path / "secrets.json"), "--json")
+    assert code == 0, output
+    found = json.loads(output)
+    assert len(found) == 5
+    exposures = [secrets[0]["exposure"] for secrets in found.values()]
+    assert any(secrets[0]["leaked"] for secrets in found.values()) is leaked
+    assert (exposures[-1] > exposures[0] + 4) is leaked
