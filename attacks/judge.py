@@ -28,6 +28,7 @@ LEVEL = (
     0.01  # how often an audit of nothing but noise and guesses may hold a leak, all its questions together
 )
 NEAR = 0.3  # of the way from luck to the control: up to here an attack is near luck
+CLEAR_AUC = 0.6  # of membership: below it next to nobody is told apart, however surely
 EFFECT = 0.1  # of the way from guessing to perfect: below it nobody learned anything, however surely
 TELLING = (
     0.1  # how much surer an attack must be on a rehearsal than on noise for its confidence to tell them apart
@@ -336,6 +337,8 @@ def _matters(scored: Score) -> bool:
     """Say whether a score lies far enough above guessing for anybody to have learned something."""
     if scored.measure in ("PSNR dB", CONFIDENCE):
         return scored.succeeded
+    if scored.measure == "membership AUC":
+        return scored.value >= CLEAR_AUC
     return scored.value - scored.baseline >= EFFECT * (1.0 - scored.baseline)
 
 

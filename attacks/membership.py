@@ -23,6 +23,7 @@ from attacks.observation import Observation
 Batch = Mapping[str, Tensor]
 
 _ROUNDING = 1e-5
+_RIDGE = 1e-6  # of unit gradients that are combined without noise
 _TOGETHER = 16  # candidates in one forward pass
 _REMEMBERED = 50_000_000  # the most numbers of one kind that candidates remember
 
@@ -163,8 +164,24 @@ def _matched(
     scale = update.new_zeros(())
     if bool(expected.any()):
         scale = update @ expected / expected.square().sum()
-    scores = centred @ (update - scale * expected) / centred.norm(dim=1).clamp_min(1e-30)
+    units = centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    scores = _weights(units, update - scale * expected, noise_per_entry(observation))
     return _scored(scores, _spread(scores), parameters=len(update))
+
+
+def _weights(units: Tensor, update: Tensor, noise: float) -> Tensor:
+    """Return how much of each unit gradient (n, parameters) is in an update, taken together: (n,).
+
+    Records of one class have gradients that point one way, so that each alone finds them all. The least
+    squares of all together tell them apart; noise of that deviation per entry is their ridge, and where it is
+    all there is, what is left is each one's own component.
+    """
+    together = units @ units.T
+    along = units @ update
+    signal = float(update.square().sum()) - noise**2 * len(update)
+    power = max(signal, 1e-6 * float(update.square().sum()), 1e-300) / len(units)
+    ridge = max(noise**2 / power, _RIDGE)
+    return torch.linalg.solve(together + ridge * torch.eye(len(units), dtype=units.dtype), along)
 
 
 def _spread(scores: Tensor) -> float:

@@ -35,12 +35,12 @@ def audit(files: ReleasedFiles, *, other: bool, fail_on_leak: bool, json: bool, 
     _check(files, other)
     from ffm_secure.auditing import released_model as auditing
 
+    shown, lines = dict[str, object](), list[str]()
     if files.run is not None and files.secrets is not None:
         with clear_errors():
             rounds = auditing.audit_rounds(files.run, files.secrets)
-        shown = {name: [asdict(one) | {"leaked": one.leaked} for one in results] for name, results in rounds}
-        lines = []
         for name, results in rounds:
+            shown[name] = [asdict(one) | {"leaked": one.leaked} for one in results]
             lines += [f"  {name}", *auditing.secret_lines(results)]
         say(shown, lines, json=json, quiet=quiet)
         if fail_on_leak and any(one.leaked for _, results in rounds for one in results):
@@ -48,7 +48,7 @@ def audit(files: ReleasedFiles, *, other: bool, fail_on_leak: bool, json: bool, 
         return
     assert files.model is not None
     released = auditing.Released(model=files.model, adapter=files.adapter, references=files.references)
-    leaked, shown, lines = False, dict[str, object](), list[str]()
+    leaked = False
     with clear_errors():
         if files.members is not None and files.others is not None:
             result = auditing.audit_membership(released, files.members, files.others)
