@@ -181,7 +181,8 @@ def _weights(units: Tensor, update: Tensor, noise: float) -> Tensor:
     signal = float(update.square().sum()) - noise**2 * len(update)
     power = max(signal, 1e-6 * float(update.square().sum()), 1e-300) / len(units)
     ridge = max(noise**2 / power, _RIDGE)
-    return torch.linalg.solve(together + ridge * torch.eye(len(units), dtype=units.dtype), along)
+    weights: Tensor = torch.linalg.solve(together + ridge * torch.eye(len(units), dtype=units.dtype), along)
+    return weights
 
 
 def _spread(scores: Tensor) -> float:

@@ -26,9 +26,7 @@ from ffm_secure.records import (
 from ffm_secure.tasks.encoded import Encoded
 
 CANDIDATES = 32  # members and as many outsiders in a membership test
-REGROUPED = (
-    32  # memberships among the same candidates; each costs the noise of a step and no pass of the model
-)
+REGROUPED = 32  # memberships among the same candidates; each costs the noise of a step, no pass of the model
 _DRAWS_OF_A_SEED = 1_000
 _REGROUPING = 40_213_001
 _GROUPABLE = 1_000_000  # trained numbers up to which the sums of all memberships are held at once
