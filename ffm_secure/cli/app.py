@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from ffm_secure.cli import calculator, certificate_app, federation_app
 from ffm_secure.display.printable import printable
 from ffm_secure.config import compatibility, locate, run_file
-from ffm_secure.errors import FfmError
+from ffm_secure.errors import FfmError, StoreError
 from ffm_secure.foreign import LazyName
 
 app = typer.Typer(
@@ -44,7 +44,19 @@ def _options(
 
 
 RunFile = Annotated[Path, typer.Argument(help="Run file (TOML).", show_default=False)]
-RunFolder = Annotated[Path, typer.Argument(help="Run directory, for instance runs/demo.", show_default=False)]
+
+
+def _is_run(folder: Path | None) -> Path | None:
+    """Say that a folder is none of a run before anything heavy is imported."""
+    if folder is not None and not (folder / "run.toml").is_file():
+        raise StoreError(f"{folder}: is not a run directory (no run.toml)")
+    return folder
+
+
+RunFolder = Annotated[
+    Path,
+    typer.Argument(help="Run directory, for instance runs/demo.", show_default=False, callback=_is_run),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value; checked like the file."),
@@ -149,7 +161,9 @@ def experiment(
 
 @app.command()
 def audit(
-    folder: Annotated[Path | None, typer.Argument(help="Run directory.", show_default=False)] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Run directory.", show_default=False, callback=_is_run)
+    ] = None,
     observation: Annotated[
         Path | None, typer.Option(help="Audit a stored observation of any system instead of a run.")
     ] = None,
@@ -193,7 +207,6 @@ def audit(
     quiet: Quiet = False,
 ) -> None:
     """Attack what each observer of a finished run saw, an update of any system, or a released model."""
-    released_commands = importlib.import_module("ffm_secure.cli.released_commands")
     released_commands = importlib.import_module("ffm_secure.cli.released_commands")
     files = released_commands.ReleasedFiles(
         run=folder,

@@ -174,6 +174,8 @@ def seconds(*words: str, cwd: Path) -> tuple[float, subprocess.CompletedProcess[
             "at least 3",
         ),
         (("plan", "rnu.toml"), 2, "cannot be read"),
+        (("predict", "runs/none", "--text", "a"), 5, "is not a run directory"),
+        (("audit", "runs/none"), 5, "is not a run directory"),
     ],
 )
 def test_a_typo_is_said_within_a_second(words, code, message, tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def run(tmp_path: Path) -> Path:
         path = tmp_path / "run" / "adapter" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
-    (tmp_path / "run" / "config.toml").write_text("secret")
-    (tmp_path / "run" / "adapter" / "link.json").symlink_to(tmp_path / "run" / "config.toml")
+    (tmp_path / "run" / "run.toml").write_text("secret")
+    (tmp_path / "run" / "adapter" / "link.json").symlink_to(tmp_path / "run" / "run.toml")
     return tmp_path / "run"
 
 
