@@ -56,6 +56,8 @@ def bound_warnings(config: RunConfig, mechanism: RecordMechanism | None) -> list
     """Warn of a coordinate bound that noise alone fills,
     and of one so wide that rounding drowns the update.
     """
+    if config.privacy.unit == "none":
+        return _step_warnings(config)
     if mechanism is None or mechanism.noise_multiplier == 0:
         return []
     protection = config.protection
@@ -81,6 +83,18 @@ def bound_warnings(config: RunConfig, mechanism: RecordMechanism | None) -> list
             )
         ]
     return []
+
+
+def _step_warnings(config: RunConfig) -> list[str]:
+    """Warn of a coordinate bound below one step of an optimizer whose steps have the size of its rate."""
+    lifecycle, bound = config.federation.lifecycle, config.protection.coordinate_bound
+    if lifecycle.optimizer == "sgd" or lifecycle.learning_rate <= bound:
+        return []
+    return [
+        f"protection.coordinate_bound = {bound:g}: one step of {lifecycle.optimizer} moves a coordinate by "
+        f"about its learning rate of {lifecycle.learning_rate:g}, so updates are cut at the bound and little or "
+        f"nothing can be learned; raise it to {ROOM * lifecycle.learning_rate:.2g} or more"
+    ]
 
 
 def sum_warnings(config: RunConfig, noise: SumNoise | None) -> list[str]:

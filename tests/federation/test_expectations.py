@@ -89,6 +89,22 @@ def test_a_bound_whose_levels_are_coarser_than_the_noise_is_warned_of() -> None:
     assert "lost in rounding" in said
 
 
+@pytest.mark.parametrize(
+    ("bound", "optimizer", "count"), [(1e-3, "adam", 1), (1.0, "adam", 0), (1e-3, "sgd", 0)]
+)
+def test_a_bound_below_one_step_is_warned_of_without_any_noise(
+    bound: float, optimizer: str, count: int
+) -> None:
+    lifecycle = {"kind": "finetune", "local_steps": 2, "batch_size": 8, "learning_rate": 0.1}
+    chosen = make(
+        protection={"kind": "none", "coordinate_bound": bound},
+        federation={"lifecycle": {**lifecycle, "optimizer": optimizer}},
+    )
+    warnings = bound_warnings(chosen, None)
+    assert len(warnings) == count
+    assert all("learning rate of 0.1" in warning and "0.4 or more" in warning for warning in warnings)
+
+
 def test_the_plan_says_so(tmp_path: Path) -> None:
     from ffm_secure.engines.summary import describe
 
