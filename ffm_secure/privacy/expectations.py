@@ -92,8 +92,8 @@ def _step_warnings(config: RunConfig) -> list[str]:
         return []
     return [
         f"protection.coordinate_bound = {bound:g}: one step of {lifecycle.optimizer} moves a coordinate by "
-        f"about its learning rate of {lifecycle.learning_rate:g}, so updates are cut at the bound and little or "
-        f"nothing can be learned; raise it to {ROOM * lifecycle.learning_rate:.2g} or more"
+        f"about its learning rate of {lifecycle.learning_rate:g}, so updates are cut at the bound and little "
+        f"or nothing can be learned; raise it to {ROOM * lifecycle.learning_rate:.2g} or more"
     ]
 
 

@@ -19,6 +19,7 @@ from ffm_secure.models.model_checks import start_token
 from ffm_secure.records import ModelExport
 from ffm_secure.registry import TASKS
 from ffm_secure.tasks import Task, build_task
+from ffm_secure.tasks.chat import has_template
 from ffm_secure.tasks.encoded import encode_texts
 from ffm_secure.trainable import TrainableModel, attach
 from ffm_secure.trainable.exports import read_record
@@ -206,9 +207,15 @@ class Predictor:
         return Prediction(answer=str(tokenizer.decode(tokens, skip_special_tokens=True)))
 
     def _tokens(self, text: str) -> list[int]:
-        """Return the tokens a text is continued from; the token that ends a text is left out."""
-        tokenizer = self._tokenizer()
-        tokens = list(tokenizer(text, truncation=True, max_length=self.export.max_length)["input_ids"])
+        """Return the tokens a text is continued from; the token that ends a text is left out.
+
+        Marks in a text are words, as in training; of a model for chats people write them themselves.
+        """
+        tokenizer, length = self._tokenizer(), self.export.max_length
+        if has_template(tokenizer):
+            tokens = list(tokenizer(text, truncation=True, max_length=length)["input_ids"])
+        else:
+            tokens = encode_texts(tokenizer, [[text]], max_length=length, labels=None).tokens.tolist()
         if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
             tokens.pop()
         return tokens or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]

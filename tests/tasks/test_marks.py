@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from ffm_secure.tasks import TaskData, build_task
 from ffm_secure.tasks.chat import render_all
 from ffm_secure.tasks.encoded import encode_answered, encode_texts
 from ffm_secure.tasks.marks import marks_of
+from ffm_secure.trainable.predictor import Predictor
 from ffm_secure.data.chat import pack
 
 TEMPLATE = (
@@ -143,3 +146,14 @@ def test_the_data_check_counts_texts_that_hold_marks() -> None:
     (remark,) = task.remarks(Examples(columns={"text": ["a [SEP] b", "b", "[PAD]", "[sep]"]}))
     assert remark.startswith("2 of 4 texts hold marks of the model, such as '[SEP]'; they are read as plain")
     assert task.remarks(Examples(columns={"text": ["a", "b"]})) == ()
+
+
+def test_a_question_is_read_as_the_texts_of_training_were() -> None:
+    backbone = load_backbone("builtin:tiny-gpt2", kind="causal_lm", labels=None, base=Path(), seed=0)
+    trained: Any = SimpleNamespace(backbone=backbone)
+    export: Any = SimpleNamespace(max_length=32)
+    task = build_task("causal_lm", backbone=backbone, dataset=TaskData(text_columns=("text",)))
+    tokens = Predictor(trainable=trained, task=task, export=export)._tokens("a [SEP] b")
+    learned = task.encode(Examples(columns={"text": ["a [SEP] b"]})).tokens.tolist()
+    assert tokens == learned[:-1], "all but the end"
+    assert backbone.tokenizer.eos_token_id not in tokens
