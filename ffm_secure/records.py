@@ -20,7 +20,9 @@ View = Literal["internal", "public"]  # of a report: everything there is, or rel
 DECLINED = "declined"
 # the site gave no answer before the round began: down, or cut off; no update of it is in any sum
 ABSENT = "absent"
-NOT_BEGUN = frozenset({DECLINED, ABSENT})
+# too few of the site's group took part for the group's sum, so it was not asked to pay
+NOT_ASKED = "not asked"
+NOT_BEGUN = frozenset({DECLINED, ABSENT, NOT_ASKED})
 # in `RoundRecord.dropped`: updates are visible, and the site's was one that no honest site sends
 REFUSED = "refused"
 # in `RoundPlan.query` and `RoundRecord.query`: the round learns; anything else is a query of the registry
@@ -136,6 +138,8 @@ class RoundRecord:
     # SHA-256 of the signed uploads behind a sum that was refused, by client; they lie in evidence/
     evidence: Mapping[int, str] = field(default_factory=dict)
     query: str = LEARN  # what was asked
+    groups: tuple[tuple[int, ...], ...] = ()  # survivors of every sum, where a round opens several
+    closed: tuple[str, ...] = ()  # why sums of further groups stayed closed, or were refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +155,7 @@ class RecordedObservation:
     step: int = 0  # steps the broadcast model had taken; says which tensors were sent
     named: bool = True  # False: what was sent is no change of named tensors (products, for instance)
     own: int = -1  # the site whose own update this is; -1 for a sum
+    group: int = -1  # which group's sum it is, where a round opens several; -1 for the only one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ffm_secure.config.groups import group_size
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.records import RoundSum
 
@@ -21,6 +22,8 @@ class GroupMean:
 
     survivors: tuple[int, ...]
     mean: Tensor  # float64 [d]
+    weight: float = 1.0  # what its sum was divided by: how much it counts in the mean over everybody
+    noise_variance: float = 0.0  # of the noise in one coordinate of this mean, where it is known; else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,19 +34,22 @@ class Aggregate:
 
     groups: tuple[GroupMean, ...]
     noise_variance: float = 0.0  # of the noise in one coordinate of the mean, where it is known; else 0
+    reference: Tensor | None = None  # float64 [d], what the server learned from root rows; for `root_trust`
+
+    @property
+    def points(self) -> Tensor:
+        """Return the groups' means, float64 [groups, d]."""
+        return torch.stack([group.mean for group in self.groups])
 
     @property
     def mean(self) -> Tensor:
-        """Return the mean over everybody, float64 [d]: groups count by their members."""
+        """Return the mean over everybody, float64 [d]: the sum of all sums over all divisors."""
         if len(self.groups) == 1:
             return self.groups[0].mean
-        counts = []
-        for group in self.groups:
-            counts.append(len(group.survivors))
         weighted = []
-        for count, group in zip(counts, self.groups, strict=True):
-            weighted.append(count * group.mean)
-        return torch.stack(weighted).sum(dim=0) / sum(counts)
+        for group in self.groups:
+            weighted.append(group.weight * group.mean)
+        return torch.stack(weighted).sum(dim=0) / sum(group.weight for group in self.groups)
 
     @classmethod
     def of_mean(cls, mean: Tensor, survivors: tuple[int, ...] = ()) -> Aggregate:
@@ -52,25 +58,35 @@ class Aggregate:
 
 
 def aggregate_of(
-    config: RunConfig, sums: Sequence[RoundSum], *, site_noise_variance: float = 0.0
+    config: RunConfig,
+    sums: Sequence[RoundSum],
+    *,
+    site_noise_variance: float = 0.0,
+    reference: Tensor | None = None,
 ) -> Aggregate:
     """Divide each opened sum by what may be divided by.
 
-    `site_noise_variance` is the variance of the noise that every site's update holds in each coordinate.
+    `site_noise_variance` is the variance of the noise that every site's update holds in each coordinate;
+    `reference` what the server learned itself, for a strategy that compares groups with it.
 
-    Guarantee: with a client unit the divisor is the public cohort size, never the number that answered;
-    otherwise it is the public number of survivors, or the summed public weights of a run without privacy
-    unit.
+    Guarantee: with a client unit the divisor is the public size of what was summed over, a cohort or a
+    group, never the number that answered; otherwise it is the public number of survivors, or the summed
+    public weights of a run without privacy unit.
     """
     groups, sites, divided_by = [], 0, 0.0
     for opened in sums:
-        cohort = float(config.federation.cohort)
+        divisor = opened.weight_sum
         if config.privacy.unit == "client":
-            divisor = cohort
-        else:
-            divisor = opened.weight_sum
-        mean = torch.from_numpy(opened.values) / divisor
-        groups.append(GroupMean(survivors=opened.survivors, mean=mean))
+            divisor = float(group_size(config))
+        members = len(opened.survivors)
+        groups.append(
+            GroupMean(
+                survivors=opened.survivors,
+                mean=torch.from_numpy(opened.values) / divisor,
+                weight=divisor,
+                noise_variance=site_noise_variance * members / divisor**2 if divisor else 0.0,
+            )
+        )
         sites, divided_by = sites + len(opened.survivors), divided_by + divisor
     variance = site_noise_variance * sites / divided_by**2 if divided_by else 0.0
-    return Aggregate(groups=tuple(groups), noise_variance=variance)
+    return Aggregate(groups=tuple(groups), noise_variance=variance, reference=reference)

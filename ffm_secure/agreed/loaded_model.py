@@ -15,6 +15,7 @@ from defenses.dp import Event, balanced_schedule
 from defenses.random_source import RandomSource
 from ffm_secure import record_codec, trainable
 from ffm_secure.config import compatibility
+from ffm_secure.config.groups import group_size
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.schema import to_table
 from ffm_secure.config.owners import numbered_names
@@ -173,7 +174,7 @@ def _question(config: RunConfig, item: agenda.Item, trained: TrainableModel, fac
     noise = calibrate_query(config, query, epsilon=item.epsilon, public_client_size=facts.public_client_size)
     codec = grid_codec(
         size=query.size,
-        clients=config.federation.cohort,
+        clients=group_size(config),
         value_bits=noise.value_bits,
         bound=((1 << (noise.value_bits - 1)) - 1) / noise.scale,
         grid_scale=noise.scale,

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from defenses.errors import ProtocolError
 from ffm_secure.config import compatibility
+from ffm_secure.config.groups import fewest_groups, groups_of
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.lifecycle.base import Algorithm
 from ffm_secure.privacy.mechanism import Mechanism
@@ -17,7 +19,7 @@ from ffm_secure.privacy.query_noise import QueryNoise, answers_paid
 from ffm_secure.protection.codec import VectorCodec
 from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Query
-from ffm_secure.records import LEARN
+from ffm_secure.records import LEARN, RoundPlan
 from ffm_secure.strategies import Strategy
 
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -126,6 +128,23 @@ class RunSpec:
     def minimum_survivors(self) -> int:
         """Return the fewest clients whose sum may be opened."""
         return compatibility.minimum_survivors(self.config)
+
+    def groups_of(self, plan: RoundPlan) -> tuple[tuple[int, ...], ...]:
+        """Return the groups whose sums a round opens; the whole cohort where there is one sum."""
+        return groups_of(self.config, plan.cohort, query=plan.query, turn=plan.turn)
+
+    def own_part(self, plan: RoundPlan, site: int) -> RoundPlan:
+        """Return a plan as it is about the one group a site of its cohort is in."""
+        for group in self.groups_of(plan):
+            if site in group:
+                return replace(plan, cohort=group)
+        raise ProtocolError
+
+    def fewest_groups(self, query: str) -> int:
+        """Return how many sums a round must open to be one."""
+        if query == LEARN:
+            return fewest_groups(self.config)
+        return max(1, -(-2 * self.config.protection.groups // 3))
 
     @property
     def layout_digest(self) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 
+from ffm_secure.config.groups import group_reasons, group_size
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import PlanRefused
 from ffm_secure.registry import AXES, FINISHES, LIFECYCLES, STARTS, STRATEGIES, TASKS, TRAINABLES
 
+GROUP_RULES = STRATEGIES.with_trait("groups")
 LORA_RULES = STRATEGIES.with_trait("lora")
 PROMPTS = TRAINABLES.with_trait("prompt")
 ONE_SHOT = LIFECYCLES.with_trait("one_shot")
@@ -90,6 +92,14 @@ _SUM_RULE = (
     "server optimizer"
 )
 
+_RULE_NEEDS_GROUPS = (
+    "the rule compares sums over groups, and one sum is nothing to compare: set protection.groups"
+)
+_OWN_WEIGHT = (
+    "a client says itself how much it counts, and an attacker would count for as much as it may: use "
+    "weighting = 'uniform'"
+)
+
 LARGEST_RECORD_DELTA = 1e-2
 LARGEST_EPSILON = 1000.0
 
@@ -122,6 +132,8 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("strategy", "unit"): {("fedsa", "client"): _HOME_CLIENT},
     ("cost", "unit"): {("epsilon", "none"): _NO_EPSILON, **{("seconds", unit): _CLOCK for unit in _PRIVATE}},
     ("cost", "noise"): {("epsilon", "seeded"): _NO_EPSILON},
+    ("strategy", "groups"): {(rule, "one"): _RULE_NEEDS_GROUPS for rule in GROUP_RULES},
+    ("strategy", "weighting"): {(rule, "examples"): _OWN_WEIGHT for rule in GROUP_RULES},
     ("weighting", "unit"): {("examples", unit): _WEIGHTS for unit in _PRIVATE},
     ("task", "evaluation"): {(task, "held_back"): _NO_CELLS for task in LANGUAGE},
     ("unit", "evaluation"): {
@@ -163,6 +175,7 @@ REVIEWED: Mapping[str, Collection[str]] = {
     "noise": ("system", "seeded"),
     "noise_shares": ("site", "sum"),
     "protection": ("none", "secagg", "bfv", "ckks"),
+    "groups": ("one", "several"),
     "evaluation": ("public", "held_back"),
 }
 
@@ -214,6 +227,7 @@ def choices(config: RunConfig) -> dict[str, str]:
         "noise": config.privacy.noise,
         "noise_shares": config.privacy.noise_shares,
         "protection": config.protection.kind,
+        "groups": "one" if config.protection.groups == 1 else "several",
         "evaluation": config.evaluation.rows,
     }
 
@@ -229,6 +243,7 @@ def check(config: RunConfig) -> None:
         *_number_reasons(config),
         *_sum_reasons(config),
         *_average_reasons(config),
+        *group_reasons(config),
     ]
     if reasons:
         raise PlanRefused(reasons)
@@ -263,7 +278,7 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
         if protection.kind == "secagg" and needed > threshold:
             yield (
                 f"protection.threshold = {threshold}: unmasking needs {needed} of "
-                f"{federation.cohort} clients in mode "
+                f"{group_size(config)} clients in mode "
                 f"'{protection.mode}' with {protection.colluding} colluding; raise threshold to "
                 f"{needed} or lower colluding"
             )
@@ -358,12 +373,17 @@ def honest_survivors(config: RunConfig) -> int:
 
 
 def minimum_survivors(config: RunConfig) -> int:
-    """Return the fewest clients whose sum may be opened: the threshold, or two thirds of the cohort."""
+    """Return the fewest clients whose sum may be opened: the threshold, or two thirds of those it is over.
+
+    Guarantee: with groups it is of each group; whatever is calibrated to it, shares of noise too, holds in
+    every group's own sum.
+    """
     if config.protection.threshold:
         return config.protection.threshold
     if config.protection.kind == "none":
         return 1
-    return max(min(3, config.federation.cohort), -(-2 * config.federation.cohort // 3))
+    size = group_size(config)
+    return max(min(3, size), -(-2 * size // 3))
 
 
 def shamir_threshold(config: RunConfig) -> int:
@@ -371,7 +391,7 @@ def shamir_threshold(config: RunConfig) -> int:
 
     Source: ffm-secagg/1, section 1.5: semi-honest t > c; active 2t > k + c, with no share dealt to oneself.
     """
-    neighbours, corrupt = config.federation.cohort - 1, config.protection.colluding
+    neighbours, corrupt = group_size(config) - 1, config.protection.colluding
     if config.protection.mode == "semi_honest":
         return corrupt + 1
     return (neighbours + corrupt) // 2 + 1

@@ -259,6 +259,20 @@ class Strategy:
     )
     beta2: float = option(0.99, minimum=0.0, maximum=0.99999, only_for=("adam", "yogi", "adam_debiased"))
     tau: float = option(1e-3, above=0.0, only_for=("adam", "yogi", "adagrad", "adam_debiased"))
+    attackers: int = option(
+        1,
+        minimum=1,
+        maximum=100_000,
+        help="most clients of a cohort that a rule over groups is to withstand; each may spoil one group",
+        only_for=("geometric_median", "coordinate_median", "trimmed_mean", "krum", "multi_krum", "bulyan"),
+    )
+    root_examples: int = option(
+        100,
+        minimum=1,
+        maximum=1_000_000,
+        help="public rows the server learns from itself, to compare groups with; none is evaluated on",
+        only_for=("root_trust",),
+    )
     average_last: int = option(
         0,
         minimum=0,
@@ -345,6 +359,13 @@ class Protection:
     kind: str = option(choices=("secagg", "bfv", "ckks", "none"))
     threshold: int = option(
         0, minimum=0, help="fewest clients whose sum may be opened; 0: a two-thirds majority"
+    )
+    groups: int = option(
+        1,
+        minimum=1,
+        maximum=100_000,
+        help="sums over this many random groups of equal size instead of one over the cohort, each with its "
+        "own threshold; for strategies that compare groups",
     )
     mode: MaskingMode = option("active", choices=("semi_honest", "active"), only_for=("secagg",))
     colluding: int = option(
@@ -478,11 +499,20 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
         problems.add("federation.cohort", federation.cohort, f"must be at most task.clients = {task.clients}")
     check_lifecycle(config, problems)
     check_evaluation(config, problems)
-    if protection.threshold > federation.cohort:
+    if federation.cohort % protection.groups:
+        problems.add(
+            "protection.groups",
+            protection.groups,
+            f"must divide federation.cohort = {federation.cohort}: groups have one size",
+        )
+    elif protection.threshold > federation.cohort // protection.groups:
         problems.add(
             "protection.threshold",
             protection.threshold,
-            f"must be at most federation.cohort = {federation.cohort}, or no round could ever be opened",
+            f"must be at most federation.cohort = {federation.cohort}, or no round could ever be opened"
+            if protection.groups == 1
+            else f"must be at most the size of a group, {federation.cohort // protection.groups}, or no sum "
+            "could ever be opened",
         )
     if "label_spelling" in task.clean and not task.class_names:
         problems.add(

@@ -11,7 +11,7 @@ from ffm_secure.agreed.agreement import RunTerms
 from ffm_secure.errors import StoreError
 from ffm_secure.federation import Callback, TrainingResult
 from ffm_secure.protection.masked import fewest_to_open
-from ffm_secure.records import RoundRecord
+from ffm_secure.records import LEARN, RoundRecord
 from ffm_secure.server.context import ServerContext
 from ffm_secure.coordinator.sealed_courier import Proposer, SealedCourier, Watch
 from ffm_secure.server.timetable import Timetable
@@ -86,7 +86,7 @@ class Coordinator:
             terms=self.terms,
             roster=self.roster,
             sign=self.sign,
-            fewest=fewest_to_open(self.server.spec.config),
+            fewest=fewest_to_open(self.server.spec.config) * self.server.spec.fewest_groups(LEARN),
             timetable=self.timetable,
             clock=self.clock,
         )

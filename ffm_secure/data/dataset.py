@@ -104,10 +104,13 @@ class Examples:
         return replace(self, columns=columns, records=records, contents=contents, stored=stored)
 
 
-def for_evaluation(public: Examples, count: int, *, seed: int) -> Examples:
-    """Return the `count` public rows that a run is evaluated on: the same for everybody who has them all."""
+def for_evaluation(public: Examples, count: int, *, seed: int, apart: int = 0) -> Examples:
+    """Return the `count` public rows that a run is evaluated on: the same for everybody who has them all.
+
+    None of them is among the `apart` rows that `root_rows` returns.
+    """
     order = np.random.default_rng(seed).permutation(len(public))
-    return public.take(np.sort(order[: min(count, len(public))]))
+    return public.take(np.sort(order[: max(0, min(count, len(public) - apart))]))
 
 
 def _take(values: Cells, chosen: Indices) -> Cells:

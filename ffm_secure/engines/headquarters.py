@@ -15,11 +15,13 @@ from ffm_secure import tasks
 from ffm_secure.agreed.agreement import public_facts, terms_of
 from ffm_secure.config import run_file
 from ffm_secure.config.federated import shared_objections
+from ffm_secure.config.groups import root_examples
 from ffm_secure.config.run_file import RunConfig, Split
 from ffm_secure.data.builtin_sets import builtin_table
 from ffm_secure.data.dataset import Dataset, for_evaluation, load_task
 from ffm_secure.data.files import read_source
 from ffm_secure.data.memory import Memory
+from ffm_secure.data.root_rows import root_rows
 from ffm_secure.data.table import Table
 from ffm_secure.engines.coordinator_folder import Headquarters
 from ffm_secure.errors import DataError, PlanRefused
@@ -153,7 +155,12 @@ def _server(
     roster: FederationRoster,
 ) -> ServerContext:
     terms = Terms(config=config, codec=loaded.codec, roster=roster, binding=loaded.binding())
-    evaluation = for_evaluation(dataset.validation, config.task.evaluation_examples, seed=config.seed)
+    evaluation = for_evaluation(
+        dataset.validation, config.task.evaluation_examples, seed=config.seed, apart=root_examples(config)
+    )
+    root = None
+    if root_examples(config):
+        root = root_rows(dataset.validation, root_examples(config), seed=config.seed)
     other = config.federation.lifecycle.public_data
     public = None
     if other:
@@ -169,6 +176,7 @@ def _server(
         task=task,
         evaluation=task.encode(evaluation),
         public=public,
+        root=task.encode(root) if root is not None else None,
         protection=server_half(terms),
         answers=answers,
         run_id=os.urandom(16),

@@ -19,11 +19,13 @@ from defenses.random_source import RandomSource
 from defenses.secagg import Identity
 from ffm_secure import tasks, trainable
 from ffm_secure.config import compatibility
+from ffm_secure.config.groups import root_examples
 from ffm_secure.config.run_file import Evaluation as EvaluationConfig
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.owners import numbered_names
 from ffm_secure.data.dataset import Dataset, Examples, for_evaluation
 from ffm_secure.data.memory import Memory
+from ffm_secure.data.root_rows import root_rows
 from ffm_secure.engines import simulated_data
 from ffm_secure.engines.extension import Extension, extension_of
 from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
@@ -387,6 +389,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         task=prepared.task,
         evaluation=evaluation,
         public=prepared.task.encode(prepared.data.public) if prepared.data.public is not None else None,
+        root=_root(prepared),
         protection=enrolment.server,
         answers={name: halves.server for name, halves in answering.items()},
         run_id=os.urandom(16),
@@ -461,7 +464,17 @@ def evaluation_examples(prepared: Prepared) -> Examples:
         raise DataError(
             f"{config.task.data}: has no validation rows; a run is evaluated on public rows after each round"
         )
-    return for_evaluation(validation, config.task.evaluation_examples, seed=config.seed)
+    return for_evaluation(
+        validation, config.task.evaluation_examples, seed=config.seed, apart=root_examples(config)
+    )
+
+
+def _root(prepared: Prepared) -> Encoded | None:
+    """Return the public rows a server learns from to compare groups with; None where it compares none."""
+    count = root_examples(prepared.config)
+    if not count:
+        return None
+    return prepared.task.encode(root_rows(prepared.dataset.validation, count, seed=prepared.config.seed))
 
 
 def open_granted(prepared: Prepared, path: Path) -> Ledger:

@@ -16,6 +16,7 @@ from torch import Tensor
 from defenses.dp import Event
 from defenses.he.collusion import Kind, collusion
 from ffm_secure.config import compatibility, run_file
+from ffm_secure.config.groups import compares_groups, fewest_groups, group_size
 from ffm_secure.config.run_file import OBSERVERS, RunConfig
 from ffm_secure.config.schema import to_table
 from ffm_secure.data.dataset import UNSTATED, Examples
@@ -33,7 +34,7 @@ from ffm_secure.privacy.statements import SEEDED, statements
 from ffm_secure.site.allowance import composed
 from ffm_secure.protection.masked import fewest_to_open, sharing_graph
 from ffm_secure.quantities import size, small
-from ffm_secure.queries import evaluation
+from ffm_secure.queries import agenda, evaluation
 from ffm_secure.queries.base import Setting, recall
 from ffm_secure.records import (
     AuditSummary,
@@ -75,7 +76,7 @@ def describe(prepared: Prepared) -> PlanSummary:
     }[config.protection.kind]
     return PlanSummary(
         headline=f"{config.name}: {federation.rounds} rounds, {config.task.clients} clients, "
-        f"{federation.cohort} a round, each at most "
+        f"{federation.cohort} a round{_in_groups(config)}, each at most "
         f"{compatibility.participation_cap(config)} times",
         trains=f"{'; '.join(trained.description)}: {trained.size:,} of "
         f"{prepared.backbone.total_parameters:,} numbers ({share:.2%})",
@@ -93,6 +94,11 @@ def describe(prepared: Prepared) -> PlanSummary:
         warnings=tuple(_warnings(prepared)),
         queries=_planned_queries(prepared),
     )
+
+
+def _in_groups(config: RunConfig) -> str:
+    groups = config.protection.groups
+    return f" in {groups} random groups of {group_size(config)}" if groups > 1 else ""
 
 
 def _planned_queries(prepared: Prepared) -> tuple[PlannedQuery, ...]:
@@ -309,7 +315,9 @@ def _reveals(config: RunConfig, observer: Observer) -> str:
         noised = "with a share of the noise"
     elif config.privacy.unit in ("record", "person"):
         noised = "already noised"
-    least = compatibility.minimum_survivors(config)
+    least, sums = compatibility.minimum_survivors(config), "sums"
+    if config.protection.groups > 1:
+        sums = f"{config.protection.groups} sums a round, each"
     if observer == "public":
         return "the final model"
     if observer == "client":
@@ -320,7 +328,7 @@ def _reveals(config: RunConfig, observer: Observer) -> str:
     if observer == "server":
         return {
             "none": f"every client's update, {noised}, and the global model of every round",
-            "secagg": f"sums of at least {least} clients"
+            "secagg": f"{sums} of at least {least} clients"
             + (", noised as a whole" if whole else f", {noised}"),
             "bfv": "ciphertexts, and the sum the key holders return",
             "ckks": "ciphertexts, and the rounded sum the key holders return",
@@ -337,7 +345,7 @@ def _breaks(config: RunConfig) -> str:
     """State who can decrypt, and which collusion breaks it."""
     kind, cohort, fewest = (
         config.protection.kind,
-        config.federation.cohort,
+        group_size(config) if config.protection.kind == "secagg" else config.federation.cohort,
         compatibility.minimum_survivors(config),
     )
     tolerated, lies = 0, ""
@@ -353,6 +361,32 @@ def _breaks(config: RunConfig) -> str:
         lies = f" {answer} the server lies about who dropped out."
     stated = collusion(_BACKENDS[kind], parties=cohort, fewest=min(fewest, cohort), tolerated=tolerated)
     return f"{stated.who_can_decrypt} {stated.broken_by}{lies}"
+
+
+def _group_warnings(config: RunConfig) -> list[str]:
+    """Say what sums over groups cost, and what they do not do."""
+    groups, warnings = config.protection.groups, []
+    if groups == 1:
+        return []
+    size, needed = group_size(config), fewest_groups(config)
+    if fewest_to_open(config) == size > 1:
+        warnings.append(
+            f"a group's sum needs all its {size} clients: any one that is lost closes its group, and with "
+            f"fewer than {needed} of {groups} groups a round is given up; lower protection.threshold"
+        )
+    if config.privacy.unit == "client" or config.privacy.noise_shares == "sum":
+        warnings.append(
+            f"every group's sum carries its own whole noise, so the mean over all has {groups**0.5:.2g} x "
+            "the noise of one sum over the cohort"
+        )
+    if not compares_groups(config):
+        warnings.append(
+            f"federation.strategy.kind = '{config.federation.strategy.kind}' adds the groups up: only the "
+            "check of every group's sum keeps a malicious client out"
+        )
+    elif agenda.queries(config):
+        warnings.append("answers to queries are added over the groups: no rule compares them")
+    return warnings
 
 
 def _warnings(prepared: Prepared) -> list[str]:
@@ -373,6 +407,7 @@ def _warnings(prepared: Prepared) -> list[str]:
                 "leave the clients, are taken to be public and are not protected by any epsilon; give "
                 "validation rows that may be public"
             )
+    warnings += _group_warnings(config)
     if fewest_to_open(config) == config.federation.cohort > 1:
         warnings.append(
             f"a sum needs all {config.federation.cohort} clients of a cohort: any one that is lost gives up "

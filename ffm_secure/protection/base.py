@@ -28,6 +28,12 @@ class AggregationResult:
     aborted: str = ""
     bytes_up: int = 0
     bytes_down: int = 0
+    groups: tuple[AggregationResult, ...] = ()  # one result a group, where sums are over groups
+
+    @property
+    def parts(self) -> tuple[AggregationResult, ...]:
+        """Return one result for every sum that the round was to open."""
+        return self.groups or (self,)
 
 
 class ClientRound(Protocol):
@@ -99,6 +105,9 @@ class ServerSide(Protocol):
 
     def open_round(self, plan: RoundPlan) -> ServerRound:
         """Begin a round among the cohort of a plan."""
+
+    def open_groups(self, plan: RoundPlan, groups: Sequence[tuple[int, ...]]) -> ServerRound:
+        """Begin a round with a sum of its own for every group of the cohort."""
 
 
 def update_name(plan: RoundPlan, learned: bytes, *, fresh_noise: bool) -> bytes:

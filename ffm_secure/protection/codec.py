@@ -14,6 +14,7 @@ from defenses.errors import ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import ring
 from defenses.secagg.masks import RingVector
+from ffm_secure.config.groups import group_size
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.privacy.mechanism import Mechanism, MechanismOutput, largest_records
 from ffm_secure.records import RoundSum
@@ -118,7 +119,7 @@ class VectorCodec:
 
 def codec_for(config: RunConfig, mechanism: Mechanism, *, size: int, largest_weight: int = 1) -> VectorCodec:
     """Return the codec of a run for updates of `size` numbers, in the smallest ring that cannot overflow."""
-    clients, protection = config.federation.cohort, config.protection
+    clients, protection = group_size(config), config.protection
     noise = mechanism.client_level or mechanism.sum_level
     if noise is not None:
         one_site = (

@@ -20,9 +20,11 @@ from defenses.random_source import RandomSource
 from defenses.secagg import Identity, ring
 from defenses.secagg.masks import RingVector
 from ffm_secure.config import compatibility
+from ffm_secure.config.groups import group_size
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.protection.base import UPLOAD, AggregationResult, ClientRound, ServerRound, too_few
 from ffm_secure.protection.codec import VectorCodec
+from ffm_secure.protection.groups import OpensGroups
 from ffm_secure.records import RoundPlan
 
 _LENGTH = struct.Struct("<I")
@@ -74,7 +76,7 @@ def encrypted_terms(config: RunConfig, codec: VectorCodec, roster: Sequence[byte
     """
     parameters = he.choose(
         "bfv" if config.protection.kind == "bfv" else "ckks",
-        parties=config.federation.cohort,
+        parties=group_size(config),
         value_bound=value_bound(codec),
     )
     return EncryptedTerms(config=config, codec=codec, parameters=parameters, roster=tuple(roster))
@@ -268,7 +270,7 @@ class EncryptedClient:
         return EncryptedClientRound(plan, self._terms, self._key, self._identity)
 
 
-class EncryptedServer:
+class EncryptedServer(OpensGroups):
     """The server's half: parameters, no key of any kind."""
 
     def __init__(self, terms: EncryptedTerms) -> None:

@@ -16,8 +16,10 @@ from defenses.random_source import RandomSource
 from defenses.secagg.graph import COMPLETE_UP_TO
 from defenses.secagg.masks import RingVector
 from ffm_secure.config import compatibility
+from ffm_secure.config.groups import group_size
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.protection.base import UPLOAD, AggregationResult, ClientRound, ServerRound
+from ffm_secure.protection.groups import OpensGroups
 from ffm_secure.protection.codec import VectorCodec
 from ffm_secure.records import RoundPlan
 
@@ -40,7 +42,7 @@ def sharing_graph(config: RunConfig) -> secagg.GraphParameters:
     Raises:
       ParameterError: no ring fits, and on the complete graph too few clients would remain.
     """
-    cohort, protection = config.federation.cohort, config.protection
+    cohort, protection = group_size(config), config.protection
     if cohort <= COMPLETE_UP_TO[protection.mode]:
         threshold = max(2, compatibility.shamir_threshold(config))
         return secagg.GraphParameters(kind="complete", neighbours=cohort - 1, threshold=threshold)
@@ -305,20 +307,24 @@ class MaskedClient:
         return MaskedClientRound(session, plan)
 
 
-class MaskedServer:
+class MaskedServer(OpensGroups):
     """The server's half: the roster and the terms, no key; and who was caught spoiling rounds of this run."""
 
     kind = "secagg"
 
     def __init__(self, terms: MaskedTerms) -> None:
         self.terms = terms
-        self._rounds: list[MaskedServerRound] = []
+        self._attempt = (b"", 0, 0)
+        self._rounds: list[MaskedServerRound] = []  # one for every group of the newest attempt
         self._complaints: list[secagg.Complaint] = []
 
     def open_round(self, plan: RoundPlan) -> ServerRound:
         """Begin a session without those whom complaints of earlier rounds point at."""
-        for earlier in self._rounds:
-            self._complaints += earlier.complaints
+        attempt = (plan.run_id, plan.round, plan.attempt)
+        if attempt != self._attempt:
+            for earlier in self._rounds:
+                self._complaints += earlier.complaints
+            self._attempt, self._rounds = attempt, []
         opened = MaskedServerRound(plan, self.terms, self._complaints)
-        self._rounds = [opened]
+        self._rounds.append(opened)
         return opened

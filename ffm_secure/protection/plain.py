@@ -13,6 +13,7 @@ from defenses.secagg import ring
 from defenses.secagg.masks import RingVector
 from ffm_secure.protection.base import UPLOAD, AggregationResult, ClientRound, ServerRound, too_few
 from ffm_secure.protection.codec import VectorCodec
+from ffm_secure.protection.groups import OpensGroups
 from ffm_secure.records import RoundPlan
 
 
@@ -78,7 +79,7 @@ class PlainClient:
         return PlainClientRound(self._codec)
 
 
-class PlainServer:
+class PlainServer(OpensGroups):
     """The server's half."""
 
     kind = "none"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -17,9 +18,10 @@ from defenses.errors import ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import Identity
 from defenses.secagg.masks import RingVector
-from ffm_secure.protection.base import AggregationResult
+from ffm_secure.protection.base import AggregationResult, ServerRound
 from ffm_secure.protection.encrypted import (
     EncryptedClientRound,
+    EncryptedServer,
     EncryptedServerRound,
     EncryptedTerms,
     join_parts,
@@ -156,9 +158,8 @@ class KeyedClient:
 class KeyedServerRound:
     """Carry offers and sealed keys between the sites, then add what they encrypt."""
 
-    def __init__(self, plan: RoundPlan, terms: EncryptedTerms) -> None:
-        self._plan, self._terms = plan, terms
-        self._inner = EncryptedServerRound(plan, terms)
+    def __init__(self, plan: RoundPlan, terms: EncryptedTerms, inner: ServerRound) -> None:
+        self._plan, self._terms, self._inner = plan, terms, inner
         self._holders: list[int] = []
         self._offers: dict[int, bytes] = {}
         self._wrapped: dict[int, bytes] = {}
@@ -213,14 +214,7 @@ class KeyedServerRound:
     def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
         """Return the sum the sites opened."""
         result = self._inner.open_sum(lost)
-        return AggregationResult(
-            ring_sum=result.ring_sum,
-            survivors=result.survivors,
-            dropped=result.dropped,
-            aborted=result.aborted,
-            bytes_up=result.bytes_up + self._up,
-            bytes_down=result.bytes_down + self._down,
-        )
+        return replace(result, bytes_up=result.bytes_up + self._up, bytes_down=result.bytes_down + self._down)
 
 
 class KeyedServer:
@@ -232,4 +226,9 @@ class KeyedServer:
 
     def open_round(self, plan: RoundPlan) -> KeyedServerRound:
         """Begin a round."""
-        return KeyedServerRound(plan, self.terms)
+        return KeyedServerRound(plan, self.terms, EncryptedServerRound(plan, self.terms))
+
+    def open_groups(self, plan: RoundPlan, groups: Sequence[tuple[int, ...]]) -> KeyedServerRound:
+        """Begin a round with a sum for every group; the key is one, handed on in the whole cohort."""
+        sums = EncryptedServer(self.terms).open_groups(plan, groups)
+        return KeyedServerRound(plan, self.terms, sums)

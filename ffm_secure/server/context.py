@@ -35,6 +35,7 @@ class ServerContext:
     public: Encoded | None  # public rows of phases of the server's own
     protection: ServerSide
     run_id: bytes
+    root: Encoded | None = None  # public rows that sums over groups are compared by
     answers: Mapping[str, ServerSide] = field(default_factory=dict)  # what queries travel by
     transcript: Transcript | None = None  # what observers see, where the run file asks for it
     evidence: Evidence | None = None  # uploads of rounds whose sum is impossible, where uploads are signed

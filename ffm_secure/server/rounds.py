@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ from ffm_secure.records import (
     ABSENT,
     DECLINED,
     LEARN,
+    NOT_ASKED,
     NOT_BEGUN,
     REFUSED,
     Acceptance,
@@ -40,6 +41,7 @@ from ffm_secure.records import (
 )
 from ffm_secure.agreed.run_spec import Question
 from ffm_secure.server.context import ServerContext
+from ffm_secure.server.root_trust import root_update
 from ffm_secure.server.sum_check import why_answer_too_large, why_too_large
 from ffm_secure.strategies import ServerState
 from ffm_secure.strategies.tail import average_tail
@@ -65,7 +67,9 @@ ClientFinished = Callable[[int, int], None]
 class RoundResult:
     """What came of a round: the open sum, or why there is none."""
 
-    sum: RoundSum | None
+    sum: RoundSum | None  # over everybody: the sum of the groups' sums where there are several
+    groups: tuple[RoundSum, ...] = ()  # of every group that was opened, where a round opens several
+    closed: tuple[str, ...] = ()  # why further groups' sums stayed closed, or were refused
     dropped: Mapping[int, str] = field(default_factory=dict)
     aborted: str = ""
     cannot_pay: tuple[int, ...] = ()  # who says so, where that left too few to begin the round
@@ -73,6 +77,11 @@ class RoundResult:
     bytes_down: int = 0
     client_seconds: float = 0.0
     evidence: Mapping[int, str] = field(default_factory=dict)  # site -> SHA-256 of the upload that is kept
+
+    @property
+    def opened(self) -> tuple[RoundSum, ...]:
+        """Return every sum that was opened."""
+        return self.groups or (() if self.sum is None else (self.sum,))
 
 
 def plan_round(
@@ -125,27 +134,46 @@ def collect(
         server.transcript.begin(plan, state.vector)
     lost: dict[int, str] = {}
     cannot_pay = _ask(server, courier, PLAN, dict.fromkeys(plan.cohort, message), lost)
-    members = tuple(site for site in plan.cohort if site not in lost)
-    fewest = fewest_to_open(server.spec.config)
-    if len(members) < fewest:  # nobody has paid yet, so nothing is lost
-        reason = too_few(len(members), fewest)
+    members, reason = _who_begins(server, plan, lost)
+    if reason:  # nobody has paid yet, so nothing is lost
         return RoundResult(
             sum=None, dropped=lost, aborted=reason, cannot_pay=cannot_pay, bytes_down=broadcast_bytes
         )
     _ask(server, courier, BEGIN, dict.fromkeys(members, b""), lost)
-    result = _aggregate(server, plan, state, courier, lost, finished)
-    opened, reason = _decode_sum(server, plan, state, result)
-    impossible = opened is None and result.ring_sum is not None
-    _finish(server, courier, plan, lost, opened=opened is not None)
-    return RoundResult(
-        sum=opened,
-        dropped=result.dropped,
-        aborted=reason,
-        bytes_up=result.bytes_up,
-        bytes_down=result.bytes_down + broadcast_bytes,
+    aggregation = _aggregate(server, plan, state, courier, lost, finished)
+    result = _open_sums(server, plan, state, aggregation)
+    counted = {site for opened in result.opened for site in opened.survivors}
+    _finish(server, courier, plan, lost, counted)
+    return replace(
+        result,
+        bytes_up=aggregation.bytes_up,
+        bytes_down=aggregation.bytes_down + broadcast_bytes,
         client_seconds=courier.seconds_at_sites(),
-        evidence=_kept(server, plan, reason) if impossible else {},
     )
+
+
+def _who_begins(server: ServerContext, plan: RoundPlan, lost: dict[int, str]) -> tuple[tuple[int, ...], str]:
+    """Return who is asked to pay, and why nobody is where too few have accepted.
+
+    Of a group with too few the others are not asked either: their sum could not be opened.
+    """
+    spec = server.spec
+    groups, minimum = spec.groups_of(plan), fewest_to_open(spec.config)
+    willing, complete = {site for site in plan.cohort if site not in lost}, 0
+    beginning: set[int] = set()
+    for group in groups:
+        members = willing & set(group)
+        if len(members) >= minimum:
+            complete += 1
+            beginning |= members
+    needed = spec.fewest_groups(plan.query)
+    if complete < needed:
+        if len(groups) == 1:
+            return (), too_few(len(willing), minimum)
+        return (), f"{complete} of at least {needed} groups have {minimum} clients that answered"
+    for site in willing - beginning:
+        lost[site] = NOT_ASKED
+    return tuple(site for site in plan.cohort if site in beginning), ""
 
 
 def _kept(server: ServerContext, plan: RoundPlan, reason: str) -> Mapping[int, str]:
@@ -183,7 +211,8 @@ def _aggregate(
     finished: ClientFinished,
 ) -> AggregationResult:
     """Carry the protocol of one round, stage by stage."""
-    session = server.protection_of(plan.query).open_round(plan)
+    side, groups = server.protection_of(plan.query), server.spec.groups_of(plan)
+    session = side.open_round(plan) if len(groups) == 1 else side.open_groups(plan, groups)
     if server.evidence is not None:
         server.evidence.begin()
     for stage in session.stages:
@@ -232,14 +261,57 @@ def _is_honest(server: ServerContext, plan: RoundPlan, state: ServerState, reply
     return not _judge_sum(server, plan, state, alone)[1]
 
 
-def _decode_sum(
-    server: ServerContext, plan: RoundPlan, state: ServerState, result: AggregationResult
-) -> tuple[RoundSum | None, str]:
-    """Decode the opened sum; one that no honest cohort can have sent counts as closed."""
-    opened, reason = _judge_sum(server, plan, state, result)
-    if opened is not None and server.transcript is not None:
-        server.transcript.opened(plan, opened)
-    return opened, reason
+def _open_sums(
+    server: ServerContext, plan: RoundPlan, state: ServerState, aggregation: AggregationResult
+) -> RoundResult:
+    """Decode and check every sum; one that no honest clients can have sent counts as closed.
+
+    Guarantee: where a round opens several sums, a refused one closes its own group alone; with too few left
+    for the strategy the round is given up.
+    """
+    opened, closed, impossible = [], [], []
+    for number, part in enumerate(aggregation.parts):
+        group = number if aggregation.groups else -1
+        one, reason = _judge_sum(server, plan, state, part)
+        if one is not None:
+            opened.append((group, one))
+            continue
+        closed.append(reason)
+        impossible += [reason] if part.ring_sum is not None else []
+    evidence = _kept(server, plan, "; ".join(impossible)) if impossible else {}
+    needed = server.spec.fewest_groups(plan.query)
+    if len(opened) < needed:
+        reason = closed[0]
+        if aggregation.groups:
+            reason = (
+                f"{len(opened)} of at least {needed} groups were opened: {'; '.join(sorted(set(closed)))}"
+            )
+        return RoundResult(sum=None, dropped=aggregation.dropped, aborted=reason, evidence=evidence)
+    if server.transcript is not None:
+        for group, one in opened:
+            server.transcript.opened(plan, one, group=group)
+    sums = tuple(one for _, one in opened)
+    return RoundResult(
+        sum=added(sums),
+        groups=sums if aggregation.groups else (),
+        closed=tuple(closed),
+        dropped=aggregation.dropped,
+        evidence=evidence,
+    )
+
+
+def added(sums: Sequence[RoundSum]) -> RoundSum:
+    """Return the sum over several groups as one; of a single one, itself."""
+    if len(sums) == 1:
+        return sums[0]
+    losses = [one.loss_sum for one in sums if one.loss_sum is not None]
+    return RoundSum(
+        round=sums[0].round,
+        survivors=tuple(sorted(site for one in sums for site in one.survivors)),
+        values=np.sum([one.values for one in sums], axis=0),
+        loss_sum=sum(losses) if losses else None,
+        weight_sum=sum(one.weight_sum for one in sums),
+    )
 
 
 def _judge_sum(
@@ -261,14 +333,21 @@ def _judge_sum(
 
 
 def _finish(
-    server: ServerContext, courier: Courier, plan: RoundPlan, lost: Mapping[int, str], *, opened: bool
+    server: ServerContext,
+    courier: Courier,
+    plan: RoundPlan,
+    lost: Mapping[int, str],
+    counted: Collection[int],
 ) -> None:
-    """Tell every site that paid how the round ended, and keep its receipt."""
-    paid = []
+    """Tell every site that paid whether the sum it belongs to was opened, and keep its receipt."""
+    opened = set()
+    for group in server.spec.groups_of(plan):
+        if not set(group).isdisjoint(counted):
+            opened |= set(group)
+    messages = {}
     for site in plan.cohort:
         if lost.get(site) not in NOT_BEGUN:
-            paid.append(site)
-    messages = dict.fromkeys(paid, OPENED if opened else CLOSED)
+            messages[site] = OPENED if site in opened else CLOSED
     receipts: dict[int, Receipt] = {}
     for reply in courier.send(FINISH, messages):
         if not isinstance(reply.content, Lost):
@@ -301,7 +380,7 @@ def advance(
             server.evidence.begin()
         return after, result
     evidence = _kept(server, plan, NOT_FINITE) if plan.phase == "private" else {}
-    return state, replace(result, sum=None, aborted=NOT_FINITE, evidence=evidence)
+    return state, replace(result, sum=None, groups=(), aborted=NOT_FINITE, evidence=evidence)
 
 
 NOT_FINITE = "the new model would hold numbers that are not finite"
@@ -318,7 +397,12 @@ def _step(server: ServerContext, plan: RoundPlan, state: ServerState, result: Ro
         return _use_answer(spec.questions[plan.query], state, result.sum)
     else:
         known = site_noise_variance(spec.mechanism, spec.config.federation.lifecycle)
-        aggregate = aggregate_of(spec.config, [result.sum], site_noise_variance=known)
+        aggregate = aggregate_of(
+            spec.config,
+            result.opened,
+            site_noise_variance=known,
+            reference=root_update(server, plan, state),
+        )
         after = spec.strategy.step(state, aggregate)
         if server.transcript is not None:
             server.transcript.stepped(plan, result.sum, after.vector)
@@ -409,6 +493,8 @@ def record(
         query=plan.query,
         seconds=time.perf_counter() - began,
         evidence=result.evidence,
+        groups=tuple(one.survivors for one in result.groups),
+        closed=result.closed,
     )
 
 

@@ -5,7 +5,7 @@ file asks for it.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -60,11 +60,11 @@ class Transcript:
         for observer in OF_THE_SERVER:
             self._keep(plan, observer, opened, point=self._own_point(), own=site)
 
-    def opened(self, plan: RoundPlan, opened: RoundSum) -> None:
+    def opened(self, plan: RoundPlan, opened: RoundSum, *, group: int = -1) -> None:
         """Keep an opened sum; in the clear it adds nothing to the uploads."""
         if self._start is not None and self.spec.config.protection.kind != "none":
             for observer in OF_THE_SERVER:
-                self._keep(plan, observer, opened, point="aggregated")
+                self._keep(plan, observer, opened, point="aggregated", group=group)
 
     def stepped(self, plan: RoundPlan, opened: RoundSum, after: Tensor) -> None:
         """Keep the change from one broadcast model to the next: what another client sees."""
@@ -85,11 +85,19 @@ class Transcript:
         return "raw"
 
     def _keep(
-        self, plan: RoundPlan, observer: Observer, opened: RoundSum, *, point: Point, own: int = -1
+        self,
+        plan: RoundPlan,
+        observer: Observer,
+        opened: RoundSum,
+        *,
+        point: Point,
+        own: int = -1,
+        group: int = -1,
     ) -> None:
         if observer not in self.observers:
             return
         description = self._description(plan, observer, point, opened.survivors, own=own)
+        description = replace(description, group=group)
         self.store.write(description, torch.from_numpy(opened.values), broadcast=self._start)
 
     def _description(

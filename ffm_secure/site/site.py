@@ -150,7 +150,7 @@ class Site:
         current.begun = True
         try:
             side = self._answers.get(current.plan.query, self._protection)
-            client_round = side.join(current.plan)
+            client_round = side.join(self.spec.own_part(current.plan, self.data.index))
         except ParameterError:
             raise ProtocolError from None
         try:

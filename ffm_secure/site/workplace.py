@@ -14,6 +14,7 @@ from defenses.dp import Ledger
 from defenses.secagg import Identity
 from ffm_secure import tasks, trainable
 from ffm_secure.agreed.agreement import RunTerms, public_facts, terms_of
+from ffm_secure.config.groups import root_examples
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.dataset import Dataset, for_evaluation
 from ffm_secure.errors import DataError, PlanRefused
@@ -129,7 +130,9 @@ def _sites(
     def borrow() -> Iterator[SiteTrainer]:
         yield trainer
 
-    chosen = for_evaluation(dataset.validation, config.task.evaluation_examples, seed=config.seed)
+    chosen = for_evaluation(
+        dataset.validation, config.task.evaluation_examples, seed=config.seed, apart=root_examples(config)
+    )
     data = SiteData(index=own.index, name=own.file.name, examples=task.encode(dataset.train))
     ledger, evaluation = _site_ledger(config, own, dataset, loaded), task.encode(chosen)
     broadcasts = BroadcastReader(BroadcastGuard(loaded.trainable), loaded.trainable.size)

@@ -60,6 +60,8 @@ def _name(description: RecordedObservation) -> str:
     whose = ""
     if description.own >= 0:
         whose = f"-site-{description.own:05d}"
+    if description.group >= 0:
+        whose += f"-group-{description.group:05d}"
     return f"round-{description.round:06d}-{description.observer}{whose}"
 
 

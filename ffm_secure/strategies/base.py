@@ -40,7 +40,7 @@ class Strategy:
         False  # needs the weights beside the adapters as part of the global vector
     )
     home: Sequence[slice] = ()  # places of the numbers that stay with each client between rounds
-    note: ClassVar[str] = ""  # one line for the plan
+    note: str = ""  # one line for the plan
 
     def __init__(self, config: StrategyConfig) -> None:
         self.config = config

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ffm_secure.foreign import JsonValue
 from ffm_secure.quantities import INFINITE, amount, bound, count
-from ffm_secure.records import ABSENT, DECLINED, REFUSED, RoundRecord, RunSummary
+from ffm_secure.records import ABSENT, DECLINED, NOT_ASKED, REFUSED, RoundRecord, RunSummary
 from ffm_secure.report.markup import (
     OBSERVERS,
     Child,
@@ -144,6 +144,8 @@ def refused_body(summary: RunSummary) -> Html:
     asked, arrived = sum(len(r.cohort) for r in rounds), sum(len(r.survivors) for r in rounds)
     stages = Counter(stage for record in rounds for stage in record.dropped.values())
     declined, absent, refused = (stages.pop(stage, 0) for stage in (DECLINED, ABSENT, REFUSED))
+    not_asked = stages.pop(NOT_ASKED, 0)
+    closed = [reason for record in rounds for reason in record.closed]
     lost = ", ".join(f"{count(number_)} while {stage}" for stage, number_ in sorted(stages.items()))
     aborted = [record for record in rounds if record.aborted]
     rows: list[tuple[str, Child]] = [
@@ -158,11 +160,24 @@ def refused_body(summary: RunSummary) -> Html:
             f"{count(refused)}; no honest owner sends such an update" if refused else "none",
         ),
         ("Lost on the way", lost or "none"),
+        *_group_rows(not_asked, closed),
         ("Rounds given up", _aborts(aborted) if aborted else "none"),
     ]
     if summary.status == "budget exhausted":
         rows.append(("Not started", "the round after the last: no budget was left to pay for it"))
     return facts(rows)
+
+
+def _group_rows(not_asked: int, closed: Sequence[str]) -> list[tuple[str, Child]]:
+    """Return rows about sums over groups, where any stayed closed."""
+    group_rows: list[tuple[str, Child]] = []
+    if not_asked:
+        words = f"{count(not_asked)}; too few of their group answered, and nothing was charged for them"
+        group_rows.append(("Not asked to pay", words))
+    if closed:
+        reasons = ", ".join(f"{count(number_)}: {why}" for why, number_ in sorted(Counter(closed).items()))
+        group_rows.append(("Sums of single groups left out", reasons))
+    return group_rows
 
 
 def _aborts(aborted: Sequence[RoundRecord]) -> Html:
