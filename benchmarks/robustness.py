@@ -1,11 +1,11 @@
 """Malicious clients against every rule: 24 sites, a head on AG News features, one command.
 
     python -m benchmarks.robustness ../shared --out docs/results/robustness.md
- Features of every row are computed once (`--cache FOLDER` keeps them). Bound, noise, code, groups, the check
-of every opened sum and the rule are the product's own; local steps of the head are taken for all sites at
-once, in closed form, and the Gaussian noise of record-level steps is chances by torch at the size the mechanism
-states. Masks take nothing off and add nothing (sums agree bit for bit under every protection, which the tests
-hold), so they are left out here.
+ Features of every row are computed once (`--cache FOLDER` keeps them). Bound, noise, code, groups, the
+check of every opened sum and the rule are the product's own; local steps of the head are taken for all
+sites at once, in closed form, and the Gaussian noise of record-level steps comes from torch at the
+size the mechanism states. Masks take nothing off and add nothing (sums agree bit for bit under every
+protection, which the tests hold), so they are left out here.
 """
 
 from __future__ import annotations
