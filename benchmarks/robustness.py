@@ -397,12 +397,12 @@ def promised(unit: str) -> tuple[tuple[Cell, Cell, float], ...]:
     return tuple(pairs)
 
 
-def promises(world: World, models: Models) -> str:
+def promises(world: World, models: Models, units: Sequence[str]) -> str:
     """Return the section of promised figures, over five draws."""
     lines = ["\n## Promised, over five draws of rows, batches and noise\n"]
     lines.append("| unit | rule | sign flip x 10 by | without | with | lost | at most | worst draw |")
     lines.append("|---|---|---|---|---|---|---|---|")
-    for unit in UNITS:
+    for unit in units:
         for calm, attacked, most in promised(unit):
             pair = measure(world, models, iter((calm, attacked)), range(1, 6))
             before = [figures.accuracy for figures in pair[calm]]
@@ -465,7 +465,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--attackers", type=int, nargs="+", default=[2, 3, 6])
     parser.add_argument("--units", nargs="+", default=list(UNITS))
-    parser.add_argument("--attacks", nargs="+", default=list(ATTACKS))
+    parser.add_argument("--attacks", nargs="*", default=list(ATTACKS))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     began, seeds = time.perf_counter(), range(1, asked.seeds + 1)
@@ -476,7 +476,7 @@ def main() -> None:
     )
     world = world_of(asked.shared, asked.cache, attackers=max(asked.attackers), seeds=seeds)
     models = Models()
-    first = promises(world, models)
+    first = promises(world, models, asked.units)
     results = measure(world, models, wanted, seeds)
     asked.out.write_text(page(results, asked.attackers, seeds, first) + "\n")
     print(f"{len(results)} cells in {time.perf_counter() - began:.0f} s")
