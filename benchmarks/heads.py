@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -43,6 +44,8 @@ class Case:
     rows: int
     classes: int
     expected: tuple[float, float]
+    text: str = "text"  # the column of texts
+    most: int = 0  # rows whose features are computed at most; 0: all
 
 
 CASES = (
@@ -60,33 +63,36 @@ class Part:
     labels: np.ndarray
 
 
-def config_of(case: Case, *, epsilon: float, shares: str) -> run_file.RunConfig:
-    """Return the run file: ten clients, one round, at least nine of them in the sum."""
-    return run_file.from_table(
-        {
-            "format": 1,
-            "name": f"heads-{case.folder}",
-            "seed": 1,
-            "task": {
-                "kind": "text_classification",
-                "data": case.folder,
-                "clients": CLIENTS,
-                "max_length": 64,
-                "nominal_examples": case.rows // CLIENTS,
-            },
-            "model": {"name": "builtin:minilm", "trainable": {"kind": "head"}},
-            "federation": {"rounds": 1, "cohort": CLIENTS, "lifecycle": {"kind": "class_sums"}},
-            "privacy": {
-                "unit": "record",
-                "epsilon": epsilon,
-                "delta": 1e-5,
-                "clip_norm": 1.0,
-                "noise_shares": shares,
-                "ledger": "run",
-            },
-            "protection": {"kind": "secagg", "threshold": CLIENTS - 1},
-        }
-    )
+def config_of(case: Case, *, epsilon: float, shares: str, clients: int = CLIENTS) -> run_file.RunConfig:
+    """Return the run file of one round."""
+    return run_file.from_table(table_of(case, epsilon=epsilon, shares=shares, clients=clients))
+
+
+def table_of(case: Case, *, epsilon: float, shares: str, clients: int) -> dict[str, Any]:
+    """Return the table of a run file: one round, at most one client may be missing from the sum."""
+    return {
+        "format": 1,
+        "name": f"heads-{case.folder}",
+        "seed": 1,
+        "task": {
+            "kind": "text_classification",
+            "data": case.folder,
+            "clients": clients,
+            "max_length": 64,
+            "nominal_examples": case.rows // clients,
+        },
+        "model": {"name": "builtin:minilm", "trainable": {"kind": "head"}},
+        "federation": {"rounds": 1, "cohort": clients, "lifecycle": {"kind": "class_sums"}},
+        "privacy": {
+            "unit": "record",
+            "epsilon": epsilon,
+            "delta": 1e-5,
+            "clip_norm": 1.0,
+            "noise_shares": shares,
+            "ledger": "run",
+        },
+        "protection": {"kind": "secagg", "threshold": clients - 1},
+    }
 
 
 def part_of(shared: Path, case: Case, part: str, cache: Path | None) -> Part:
@@ -104,8 +110,10 @@ def part_of(shared: Path, case: Case, part: str, cache: Path | None) -> Part:
 
 
 def _encoded(shared: Path, case: Case, part: str) -> tuple[np.ndarray, np.ndarray]:
-    table = pq.read_table(shared / "data" / case.folder / f"{part}.parquet").select(["text", "label"])
-    rows = {"text": table["text"].to_pylist(), "label": table["label"].to_pylist()}
+    table = pq.read_table(shared / "data" / case.folder / f"{part}.parquet").select([case.text, "label"])
+    if case.most and case.most < table.num_rows:
+        table = table.take(np.random.default_rng(0).permutation(table.num_rows)[: case.most])
+    rows = {"text": table[case.text].to_pylist(), "label": table["label"].to_pylist()}
     config = config_of(case, epsilon=8.0, shares="site")
     config = replace(
         config, federation=replace(config.federation, cohort=3), task=replace(config.task, clients=3)
@@ -117,13 +125,25 @@ def _encoded(shared: Path, case: Case, part: str) -> tuple[np.ndarray, np.ndarra
 
 
 def one_round(model: LoadedModel, rows: Part, seed: int) -> Tensor:
-    """Return the weights [classes, width] of the head that one round makes, noise included."""
+    """Return the weights [classes, width] of the head that one round over even parts makes."""
+    parts = []
+    for chosen in np.array_split(np.random.default_rng(seed).permutation(len(rows.labels)), CLIENTS):
+        parts.append(Part(features=rows.features[chosen], labels=rows.labels[chosen]))
+    return summed_head(model, parts)
+
+
+def summed_head(model: LoadedModel, parts: Sequence[Part]) -> Tensor:
+    """Return the weights [classes, width] of the head that one round over these owners makes, noise
+    included.
+    """
     question, head = model.spec.questions["class_sums"], head_of(model.trainable)
     total, source = None, RandomSource.system()
-    for chosen in np.array_split(np.random.default_rng(seed).permutation(len(rows.labels)), CLIENTS):
+    for part in parts:
         answers = (
-            spread(unit_rows(rows.features[piece]), rows.labels[piece], head.classes)
-            for piece in np.array_split(chosen, max(1, math.ceil(len(chosen) / 100)))
+            spread(unit_rows(part.features[piece]), part.labels[piece], head.classes)
+            for piece in np.array_split(
+                np.arange(len(part.labels)), max(1, math.ceil(len(part.labels) / 100))
+            )
         )
         protected = question.mechanism.protect_total(question.mechanism.total(answers), source)
         sent = question.codec.quantise(protected, source=source)
@@ -133,8 +153,10 @@ def one_round(model: LoadedModel, rows: Part, seed: int) -> Tensor:
             ring.add_into(total, sent)
     assert total is not None
     whole = ring.reduce(total, question.codec.modulus_bits)
-    opened = question.codec.open(whole, round=1, survivors=tuple(range(CLIENTS)))
-    answer = Opened(values=opened.values, deviation=question.mechanism.deviation(CLIENTS), sites=CLIENTS)
+    opened = question.codec.open(whole, round=1, survivors=tuple(range(len(parts))))
+    answer = Opened(
+        values=opened.values, deviation=question.mechanism.deviation(len(parts)), sites=len(parts)
+    )
     start = ServerState(round=0, vector=model.trainable.flatten())
     return question.query.use(start, answer).vector[head.weight].view(head.classes, head.width)
 

@@ -37,6 +37,8 @@ SECTIONS: dict[str, list[str]] = {
         "prompts.md",
         "lora.md",
         "pretraining.md",
+        "streams.md",
+        "personal.md",
         "experiments.md",
         "tracking.md",
         "alone/dp_sgd.md",

@@ -19,7 +19,7 @@ from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.schema import to_table
 from ffm_secure.data.memory import IN_MEMORY, from_memory
-from ffm_secure.engines import simulation, summary
+from ffm_secure.engines import own_models, simulation, summary
 from ffm_secure.errors import StoreError
 from ffm_secure.models.in_memory import held_model
 from ffm_secure.records import PlanSummary, RoundRecord, RunSummary
@@ -181,12 +181,15 @@ class Run:
                 outcomes = summary.outcomes(ready, trained, initial)
             else:
                 outcomes = ()
+            personal = own_models.make_own_models(ready, trained, initial)
             seconds = time.perf_counter() - began
             result = summary.summarise(
                 ready,
                 trained,
+                start=initial,
                 zero_metric=zero,
                 outcomes=outcomes,
+                personal=personal,
                 seconds=seconds,
                 ended=datetime.now(UTC).isoformat(timespec="seconds"),
             )

@@ -113,6 +113,16 @@ class RoundSum:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageScore:
+    """State how a model does on the public rows of one stage of a stream."""
+
+    stage: str
+    rows: int
+    unknown: float  # share right among all classes
+    known: float  # among the classes of this stage alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundRecord:
     """Record one finished or aborted round; everything in it may be published."""
 
@@ -140,6 +150,8 @@ class RoundRecord:
     query: str = LEARN  # what was asked
     groups: tuple[tuple[int, ...], ...] = ()  # survivors of every sum, where a round opens several
     closed: tuple[str, ...] = ()  # why sums of further groups stayed closed, or were refused
+    stage: str = ""  # of a stream, whose rows were asked
+    stages: tuple[StageScore, ...] = ()  # of every stage's public rows, after the last round of one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +181,19 @@ class ClientOutcome:
     metric_before: float
     epsilon: float
     budget: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PersonalOutcome:
+    """Show how one owner's own model does on its own rows, beside two others: the owner's own figures, never
+    released.
+    """
+
+    client: str
+    rows: int  # that were tested
+    local: float  # metric of a model that the owner made alone
+    shared: float  # of the last shared model
+    own: float  # of the own model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,6 +351,27 @@ class ReleasedEvaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamMeasures:
+    """State what a stream of stages did to a model; `lifecycle.stream_measures` says how each is read."""
+
+    average: float
+    forgetting: float
+    backward: float
+    forward: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSummary:
+    """Hold accuracies on public rows of every stage, before the first stage and after each."""
+
+    stages: tuple[str, ...]
+    unknown: tuple[tuple[float, ...], ...]  # [stages + 1, stages], among all classes
+    known: tuple[tuple[float, ...], ...]  # among the classes of the row's own stage
+    measures_unknown: StreamMeasures
+    measures_known: StreamMeasures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
     """Hold everything a report shows; a pure function turns it into a page.
 
@@ -362,6 +408,8 @@ class RunSummary:
     digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of what was run and what came of it
     data: DataRelease | None = None
     evaluation: ReleasedEvaluation | None = None  # of held-back private rows, where the run file asks for it
+    stream: StreamSummary | None = None  # where rows arrived in stages, once all of them are over
+    personal: tuple[PersonalOutcome, ...] = ()  # internal: own models at home, where the run file asks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,9 +102,11 @@ ENGINES = Axis("engine")
 QUERIES = Axis("query")
 STARTS = OrNone(axis=QUERIES, trait="start")
 FINISHES = OrNone(axis=QUERIES, trait="finish")
+PERSONALS = Axis("personal")
+PERSONAL = OrNone(axis=PERSONALS, trait="at_home")
 TRACKERS = Axis("tracker")  # shows what is public already: it goes together with every choice
 AXES: Mapping[str, Axis] = MappingProxyType(
-    {axis.name: axis for axis in (TASKS, STRATEGIES, TRAINABLES, LIFECYCLES, ENGINES, QUERIES)}
+    {axis.name: axis for axis in (TASKS, STRATEGIES, TRAINABLES, LIFECYCLES, ENGINES, QUERIES, PERSONALS)}
 )
 
 TASKS.register("text_classification", "ffm_secure.tasks.text:TextClassification", traits=("classifies",))
@@ -160,6 +162,25 @@ QUERIES.register("class_sums", "ffm_secure.queries.class_sums:build", traits=("s
 QUERIES.register("ridge_sums", "ffm_secure.queries.ridge_sums:build", traits=("start",))
 QUERIES.register("class_offsets", "ffm_secure.queries.class_offsets:build", traits=("finish",))
 QUERIES.register("evaluation", "ffm_secure.queries.evaluation:build")
+
+_NO_HEAD_AT_HOME = "a language model has no head over classes: choose mean_regularised or few_steps"
+_NO_CLASSES_AT_HOME = "an offset a class needs classes: choose mean_regularised or few_steps"
+PERSONALS.register(
+    "mean_regularised", "ffm_secure.lifecycle.personal_steps:mean_regularised", traits=("at_home", "steps")
+)
+PERSONALS.register("few_steps", "ffm_secure.lifecycle.personal_steps:few_steps", traits=("at_home", "steps"))
+PERSONALS.register(
+    "head",
+    "ffm_secure.lifecycle.personal_steps:head_at_home",
+    traits=("at_home", "steps"),
+    refuses={("task", task): _NO_HEAD_AT_HOME for task in TASKS.with_trait("language")},
+)
+PERSONALS.register(
+    "prior",
+    "ffm_secure.lifecycle.personal_prior:prior_at_home",
+    traits=("at_home",),
+    refuses={("task", task): _NO_CLASSES_AT_HOME for task in TASKS.with_trait("language")},
+)
 
 ENGINES.register("local", "ffm_secure.engines.local:LocalEngine")
 

@@ -205,9 +205,13 @@ def smallest_multiplier(
     delta: float,
     count: int = 1,
     history: Sequence[Event] = (),
+    beside: Callable[[float], Event] | None = None,
+    beside_count: int = 0,
 ) -> float:
     """Return the smallest noise multiplier, rounded up, with which `count` events keep epsilon on top of a
     history.
+
+    `beside` is another event of the same noise that one unit goes through, `beside_count` times.
 
     Raises:
       BudgetExceeded: the history leaves nothing.
@@ -219,6 +223,8 @@ def smallest_multiplier(
     def spent(multiplier: float) -> float:
         accountant = past.copy()
         accountant.compose(event_of(multiplier), count=count)
+        if beside is not None and beside_count:
+            accountant.compose(beside(multiplier), count=beside_count)
         return accountant.epsilon(delta).epsilon
 
     low, high = 1e-3, 1.0

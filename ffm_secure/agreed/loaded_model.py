@@ -197,14 +197,25 @@ def _asked(config: RunConfig, questions: Mapping[str, Question]) -> tuple[Event,
 
 
 def question_schedule(config: RunConfig, item: agenda.Item) -> tuple[tuple[int, ...], ...]:
-    """Return the cohort of every time a question is put; no owner is in two of them."""
-    schedule = balanced_schedule(
-        config.task.clients,
-        rounds=item.asks,
-        cohort=config.federation.cohort,
-        source=RandomSource.seeded(config.seed).derive("schedule", item.query),
-    )
-    return tuple(tuple(int(client) for client in cohort) for cohort in schedule)
+    """Return the cohort of every time a question is put; no owner is in two of them, of one stage."""
+    return _by_stage(config, item.asks, item.query)
+
+
+def _by_stage(config: RunConfig, rounds: int, *names: str) -> tuple[tuple[int, ...], ...]:
+    """Return a balanced schedule, which begins anew with every stage of a stream."""
+    stages = compatibility.stages(config)
+    cohorts: list[tuple[int, ...]] = []
+    for stage in range(stages):
+        later = (f"stage {stage}",) if stage else ()
+        schedule = balanced_schedule(
+            config.task.clients,
+            rounds=rounds // stages,
+            cohort=config.federation.cohort,
+            source=RandomSource.seeded(config.seed).derive("schedule", *names, *later),
+        )
+        for cohort in schedule:
+            cohorts.append(tuple(int(client) for client in cohort))
+    return tuple(cohorts)
 
 
 def _agree(
@@ -270,13 +281,7 @@ def schedule_of(config: RunConfig) -> tuple[tuple[int, ...], ...]:
 
     Guarantee: a run of more rounds begins with the cohorts of one of fewer.
     """
-    schedule = balanced_schedule(
-        config.task.clients,
-        rounds=compatibility.private_rounds(config),
-        cohort=config.federation.cohort,
-        source=RandomSource.seeded(config.seed).derive("schedule"),
-    )
-    return tuple(tuple(int(client) for client in cohort) for cohort in schedule)
+    return _by_stage(config, compatibility.private_rounds(config))
 
 
 def _largest_weight(config: RunConfig, public_client_size: int) -> int:

@@ -8,7 +8,16 @@ from collections.abc import Collection, Iterator, Mapping
 from ffm_secure.config.groups import group_reasons, group_size
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import PlanRefused
-from ffm_secure.registry import AXES, FINISHES, LIFECYCLES, STARTS, STRATEGIES, TASKS, TRAINABLES
+from ffm_secure.registry import (
+    AXES,
+    FINISHES,
+    LIFECYCLES,
+    PERSONAL,
+    STARTS,
+    STRATEGIES,
+    TASKS,
+    TRAINABLES,
+)
 
 GROUP_RULES = STRATEGIES.with_trait("groups")
 LORA_RULES = STRATEGIES.with_trait("lora")
@@ -99,6 +108,19 @@ _OWN_WEIGHT = (
     "a client says itself how much it counts, and an attacker would count for as much as it may: use "
     "weighting = 'uniform'"
 )
+_STREAM_UNIT = (
+    "blocks of rows that arrived together pay on their own, and {who} stands in several of them: use the "
+    "record unit"
+)
+_STREAM_START = (
+    "the head would be made anew for every stage, over what was learned: use lifecycle class_sums or "
+    "ridge_sums, or learn without it"
+)
+_STREAM_FINISH = "counts of all stages after the last one are not built: use finish = 'none'"
+_STREAM_HELD_BACK = "counts of private rows by stage are not built: evaluate on public rows"
+_STREAM_PUBLIC = "public phases have no stages: use lifecycle finetune"
+_STREAM_CLASSES = "stages are compared by their classes: choose a classification task"
+_REPLAY_SUMS = "sums forget nothing, so nothing is to be replayed: set task.stream.replay to 0"
 
 LARGEST_RECORD_DELTA = 1e-2
 LARGEST_EPSILON = 1000.0
@@ -152,6 +174,16 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("unit", "noise_shares"): {("client", "sum"): _SUM_CLIENT, ("none", "sum"): _SUM_NONE},
     ("noise_shares", "protection"): {("sum", "none"): _SUM_NEEDS_RING, ("sum", "ckks"): _CKKS_DISCRETE},
     ("unit", "noise"): {("none", "seeded"): _SEEDED_NONE},
+    ("task", "stream"): {(task, "on"): _STREAM_CLASSES for task in LANGUAGE},
+    ("lifecycle", "stream"): {("pretrain", "on"): _STREAM_PUBLIC},
+    ("start", "stream"): {(kind, "on"): _STREAM_START for kind in STARTS if kind != "none"},
+    ("finish", "stream"): {(kind, "on"): _STREAM_FINISH for kind in FINISHES if kind != "none"},
+    ("unit", "stream"): {
+        ("person", "on"): _STREAM_UNIT.format(who="a person"),
+        ("client", "on"): _STREAM_UNIT.format(who="a client"),
+    },
+    ("evaluation", "stream"): {("held_back", "on"): _STREAM_HELD_BACK},
+    ("lifecycle", "replay"): {(kind, "on"): _REPLAY_SUMS for kind in ONE_SHOT},
 }
 
 # Every axis of choice with the values its pairs were reviewed with. A test compares this with the run
@@ -177,6 +209,9 @@ REVIEWED: Mapping[str, Collection[str]] = {
     "protection": ("none", "secagg", "bfv", "ckks"),
     "groups": ("one", "several"),
     "evaluation": ("public", "held_back"),
+    "personal": PERSONAL,
+    "stream": ("off", "on"),
+    "replay": ("off", "on"),
 }
 
 
@@ -229,6 +264,9 @@ def choices(config: RunConfig) -> dict[str, str]:
         "protection": config.protection.kind,
         "groups": "one" if config.protection.groups == 1 else "several",
         "evaluation": config.evaluation.rows,
+        "personal": config.personal.kind,
+        "stream": "on" if config.task.stream.order else "off",
+        "replay": "on" if config.task.stream.replay else "off",
     }
 
 
@@ -397,18 +435,36 @@ def shamir_threshold(config: RunConfig) -> int:
     return (neighbours + corrupt) // 2 + 1
 
 
+def stages(config: RunConfig) -> int:
+    """Return how many stages a run has: one, where all rows are there from the beginning."""
+    return max(1, len(config.task.stream.order))
+
+
+def stage_cap(config: RunConfig) -> int:
+    """Return the largest number of rounds of one stage that any one client takes part in."""
+    rounds = private_rounds(config) // stages(config)
+    return math.ceil(rounds * config.federation.cohort / config.task.clients)
+
+
 def participation_cap(config: RunConfig) -> int:
     """Return the largest number of rounds any one client takes part in under the balanced schedule."""
-    return math.ceil(private_rounds(config) * config.federation.cohort / config.task.clients)
+    return stages(config) * stage_cap(config)
 
 
 def paid_rounds(config: RunConfig, turns: int = 0) -> int:
-    """Return the most rounds one owner pays for: those it takes part in, and the spare attempts the run file
-    asks for.
+    """Return the most rounds one owner pays for with a row while it is new: those it takes part in, and the
+    spare attempts the run file asks for.
 
     `turns` is how often it may still take part, where that is not the whole run.
     """
-    return (turns or participation_cap(config)) + config.privacy.spare_rounds
+    return (turns or stage_cap(config)) + config.privacy.spare_rounds
+
+
+def replay_rounds(config: RunConfig) -> int:
+    """Return the most rounds one owner pays for with a row of its reservoir: those of all later stages."""
+    if not config.task.stream.replay:
+        return 0
+    return (stages(config) - 1) * stage_cap(config) + config.privacy.spare_rounds
 
 
 def private_rounds(config: RunConfig) -> int:
@@ -426,9 +482,24 @@ def private_rounds(config: RunConfig) -> int:
 def local_steps(config: RunConfig, nominal: int) -> int:
     """Return the steps of one round as a public constant."""
     lifecycle = config.federation.lifecycle
-    return lifecycle.local_steps or lifecycle.local_epochs * -(-nominal // lifecycle.batch_size)
+    return lifecycle.local_steps or lifecycle.local_epochs * -(
+        -stage_size(config, nominal) // lifecycle.batch_size
+    )
 
 
 def sampling_rate(config: RunConfig, nominal: int) -> float:
     """Return the Poisson rate of one local step from public constants only."""
-    return min(1.0, config.federation.lifecycle.batch_size / nominal)
+    return min(1.0, config.federation.lifecycle.batch_size / stage_size(config, nominal))
+
+
+def replay_rate(config: RunConfig, nominal: int) -> float:
+    """Return the Poisson rate at which a step draws rows of the reservoir; 0 without one."""
+    stream = config.task.stream
+    if not stream.replay:
+        return 0.0
+    return min(1.0, stream.replay_rate * sampling_rate(config, nominal))
+
+
+def stage_size(config: RunConfig, nominal: int) -> int:
+    """Return the public size of what one stage brings to one client, whose data are `nominal` rows."""
+    return max(1, nominal // stages(config))

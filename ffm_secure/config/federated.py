@@ -57,6 +57,13 @@ def _shared(config: RunConfig, sites: int) -> Iterator[str]:
         yield "task.text_column = '': name it, so that every site reads the same column"
     if config.evaluation.rows != "public":
         yield "evaluation.rows = 'held_back': sites of their own hold no rows back yet; use public rows"
+    if config.personal.kind != "none":
+        yield (
+            f"personal.kind = '{config.personal.kind}': sites of their own make no model of their own yet; "
+            "leave it at 'none'"
+        )
+    if task.stream.order:
+        yield "task.stream.order: sites of their own have no stages yet; leave the stream out"
     if task.validation == "hold_out":
         yield "task.validation = 'hold_out': a site parts nothing off; public rows are the coordinator's"
     if config.federation.dropout.rate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ffm_secure.config.schema import Problems
-from ffm_secure.registry import LIFECYCLES
+from ffm_secure.registry import LIFECYCLES, PERSONALS
 
 if TYPE_CHECKING:
     from ffm_secure.config.run_file import Lifecycle, RunConfig
@@ -59,6 +59,42 @@ def check_evaluation(config: RunConfig, problems: Problems) -> None:
         )
 
 
+def check_personal(config: RunConfig, problems: Problems) -> None:
+    """Check what a model of each owner's own needs, and that nothing is said that it does not read."""
+    personal = config.personal
+    steps = PERSONALS.has(personal.kind, "steps")
+    for name, least in (("steps", "at least 1"), ("batch_size", "at least 1"), ("learning_rate", "above 0")):
+        value = getattr(personal, name)
+        if steps and not value:
+            problems.add(f"personal.{name}", value, f"must be {least} with kind = '{personal.kind}'")
+        elif value and not steps:
+            problems.add(f"personal.{name}", value, f"is not read with kind = '{personal.kind}'")
+    if personal.kind == "mean_regularised" and not personal.pull:
+        problems.add("personal.pull", personal.pull, "must be above 0; without a pull say 'few_steps'")
+
+
+def check_stream(config: RunConfig, problems: Problems) -> None:
+    """Check that a stream has its stages, and that the rounds can be dealt to them."""
+    stream, rounds = config.task.stream, config.federation.rounds
+    if bool(stream.column) != bool(stream.order):
+        problems.add("task.stream.order", stream.order, "belongs to task.stream.column: give both, or none")
+    if not stream.order:
+        if stream.replay:
+            problems.add("task.stream.replay", stream.replay, "is not read without a stream")
+        return
+    values = [value for stage in stream.order for value in stage.split("|")]
+    if len(set(values)) < len(values) or not all(values):
+        problems.add("task.stream.order", stream.order, "every value must be there once, and none be empty")
+    if len(stream.order) < 2:
+        problems.add("task.stream.order", stream.order, "a stream has at least two stages")
+    if rounds < 1 or rounds % len(stream.order):
+        problems.add(
+            "federation.rounds",
+            rounds,
+            f"must be a multiple of the {len(stream.order)} stages of task.stream: each has as many",
+        )
+
+
 def _check_steps(lifecycle: Lifecycle, problems: Problems) -> None:
     """Check what a run needs that learns by steps."""
     if (lifecycle.local_steps > 0) == (lifecycle.local_epochs > 0):
@@ -85,11 +121,12 @@ def _check_one_shot(config: RunConfig, problems: Problems) -> None:
                 f"is not read with kind = '{lifecycle.kind}', which takes no steps",
             )
     cohorts = config.task.clients // max(1, federation.cohort)
-    if not 1 <= federation.rounds <= max(1, cohorts):
+    most = max(1, cohorts) * max(1, len(config.task.stream.order))
+    if not 1 <= federation.rounds <= most:
         problems.add(
             "federation.rounds",
             federation.rounds,
-            f"must be from 1 to {max(1, cohorts)} with kind = '{lifecycle.kind}': each round asks another "
+            f"must be from 1 to {most} with kind = '{lifecycle.kind}': each round asks another "
             "cohort, so that no owner answers twice",
         )
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ffm_secure.config.lifecycle_checks import check_evaluation, check_lifecycle
+from ffm_secure.config.lifecycle_checks import check_evaluation, check_lifecycle, check_personal, check_stream
 from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
+from ffm_secure.config.tables import Document, Personal, Stream
 from ffm_secure.errors import ConfigError
 from ffm_secure.records import Observer
 from ffm_secure.registry import FINISHES, LIFECYCLES, STARTS, STRATEGIES, TASKS, TRAINABLES
@@ -55,6 +56,7 @@ class Task:
     data: str = option(help="folder or file, Hugging Face name, or builtin:<name>")
     clients: int = option(minimum=1, maximum=100_000)
     split: Split = option(Split())
+    stream: Stream = option(Stream())
     text_column: str = option("")
     label_column: str = option("")
     image_column: str = option("", help="column of pictures, or of their file names")
@@ -430,18 +432,6 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
-    """What the report says of the people behind a run; nothing is computed from it."""
-
-    controller: str = option("", help="who answers for the processing")
-    purpose: str = option("", help="what the model is for")
-    contact: str = option(
-        "", help="whom a person may ask, for instance an address of the data protection officer"
-    )
-    legal_basis: str = option("", help="why the rows may be used, for instance the article of a law")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One run, complete: two equal values describe the same run."""
 
@@ -457,6 +447,7 @@ class RunConfig:
     protection: Protection
     audit: Audit = option(Audit())
     evaluation: Evaluation = option(Evaluation())
+    personal: Personal = option(Personal())
     speed: Speed = option(Speed())
     document: Document = option(Document())
 
@@ -499,6 +490,8 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
         problems.add("federation.cohort", federation.cohort, f"must be at most task.clients = {task.clients}")
     check_lifecycle(config, problems)
     check_evaluation(config, problems)
+    check_personal(config, problems)
+    check_stream(config, problems)
     if federation.cohort % protection.groups:
         problems.add(
             "protection.groups",
@@ -584,12 +577,14 @@ __all__ = [
     "Federation",
     "Lifecycle",
     "Model",
+    "Personal",
     "Privacy",
     "Protection",
     "RunConfig",
     "Speed",
     "Split",
     "Strategy",
+    "Stream",
     "Task",
     "TrainableSpec",
     "dump",

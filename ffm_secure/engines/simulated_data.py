@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from defenses.dp.records import RecordKey, Records
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.data import partition
+from ffm_secure.data import partition, stream
 from ffm_secure.data.checks import require_sound
 from ffm_secure.data.dataset import Dataset, Examples, load_task
 from ffm_secure.data.memory import Memory
 from ffm_secure.data.persons import bounded_persons, reunited
 from ffm_secure.data.row_names import named
 from ffm_secure.errors import DataError
+from ffm_secure.lifecycle.finetune import Arrived
 from ffm_secure.privacy.accounts import contents_fingerprint, dataset_fingerprint, keyed_fingerprint
 from ffm_secure.registry import LIFECYCLES
 from ffm_secure.site.ledger_place import IN_RUN, ledger_path, open_ledger, record_key
@@ -37,6 +39,8 @@ class SimulatedData:
     bare_contents: str  # the same without the key, as older runs noted them
     owners: tuple[str, ...]  # as people call them
     held_back: tuple[np.ndarray, ...] = ()  # row numbers of every owner that are only asked about
+    stages: NDArray[np.int64] | None = None  # of every private row, where they arrive in a stream
+    staying: NDArray[np.bool_] | None = None  # which of them stay in their owner's reservoir
 
     def names(self) -> tuple[Records, ...]:
         """Return what a ledger knows every owner's rows by."""
@@ -49,6 +53,35 @@ class SimulatedData:
         records = self.dataset.train.records
         assert records is not None
         return tuple(records.take(part) for part in self.held_back)
+
+    def arrivals(self, owner: int) -> tuple[Arrived, ...]:
+        """Return what each stage may draw of one owner's rows; nothing without a stream."""
+        if self.stages is None or self.staying is None:
+            return ()
+        stages, staying = self.stages[self.parts[owner]], self.staying[self.parts[owner]]
+        return tuple(
+            Arrived(
+                new=np.flatnonzero(stages == stage).astype(np.int64),
+                reservoir=np.flatnonzero((stages < stage) & staying).astype(np.int64),
+            )
+            for stage in range(len(self.config.task.stream.order))
+        )
+
+    def stage_names(self) -> tuple[Records, ...]:
+        """Return what a ledger knows rows by, for every owner and stage: those that pass, then those that
+        stay.
+        """
+        records = self.dataset.train.records
+        assert records is not None
+        assert self.stages is not None
+        assert self.staying is not None
+        names = []
+        for part in self.parts:
+            for stage in range(len(self.config.task.stream.order)):
+                here = self.stages[part] == stage
+                for chosen in (here & ~self.staying[part], here & self.staying[part]):
+                    names.append(records.take(part[chosen]))
+        return tuple(names)
 
     def held_back_rows(self, owner: int) -> Examples:
         """Return the rows of one owner that are never learned from."""
@@ -81,6 +114,10 @@ def load(
     if privacy.person_column:
         parts = reunited(dataset.train, parts, column=privacy.person_column)
     parts, held_back = _hold_back(config, dataset.train, tuple(parts), key)
+    stages = None
+    if task.stream.order:
+        stages = stream.stages_of(dataset.train, task.stream, dataset)
+        parts = tuple(part[stages[part] != stream.NO_STAGE] for part in parts)
     account = dataset_fingerprint(
         dataset.name, whole.train, parts
     )  # of all rows: taking some out is no new account
@@ -98,6 +135,8 @@ def load(
         bare_contents=bare,
         owners=partition.owner_names(dataset.train, clients=task.clients, split=task.split, seed=config.seed),
         held_back=held_back,
+        stages=stages,
+        staying=None if stages is None else stream.staying_rows(dataset.train, task.stream, key),
     )
 
 

@@ -26,13 +26,13 @@ from ffm_secure.config.owners import numbered_names
 from ffm_secure.data.dataset import Dataset, Examples, for_evaluation
 from ffm_secure.data.memory import Memory
 from ffm_secure.data.root_rows import root_rows
-from ffm_secure.engines import simulated_data
+from ffm_secure.engines import simulated_data, simulated_stream
 from ffm_secure.engines.extension import Extension, extension_of
 from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
 from ffm_secure.engines.local import LocalEngine, TrainerPool
 from ffm_secure.engines.simulated_data import Contents, SimulatedData, contents, load_dataset, part_in_public
 from ffm_secure.errors import BudgetExhausted, DataError, PlanRefused, StoreError
-from ffm_secure.privacy.mechanism import Mechanism
+from ffm_secure.privacy.mechanism import Mechanism, replay_events
 from ffm_secure.protection.enrolment import enrol
 from ffm_secure.queries.base import Rows
 from ffm_secure.records import RoundRecord
@@ -245,7 +245,7 @@ def _outlook(
     with open_ledger(path) as ledger:
         event = spec.mechanism.event(release="update of one round")
         rounds = compatibility.paid_rounds(config, turns) if spec.learns else 0
-        answers = spec.answers_planned(held_back=False)
+        answers = (*spec.answers_planned(held_back=False), *replay_events(spec.mechanism, config))
         outlook = look_ahead(ledger, path, data.names(), config.privacy, event, rounds, answers)
     if not outlook.pays and not begun:
         raise PlanRefused([outlook.refusal(config.privacy.unit)])
@@ -365,7 +365,10 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
     path = ledger_path(config.privacy, folder)
     assert path is not None
     ledger = open_granted(prepared, path)
-    names = (*prepared.data.names(), *prepared.data.held_back_names())
+    if prepared.data.stages is None:
+        names = (*prepared.data.names(), *prepared.data.held_back_names())
+    else:
+        names = prepared.data.stage_names()
     blocks = ledger.blocks_for(names)
     if spec.mechanism.noise_multiplier and folder.is_dir():
         content = json.dumps({"noise_multiplier": spec.mechanism.noise_multiplier}).encode()
@@ -395,6 +398,9 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         run_id=os.urandom(16),
         transcript=_transcript(spec, folder, recorded) if recorded else None,
         evidence=evidence_of(spec, folder),
+        stages=simulated_stream.public_stages(
+            config, prepared.dataset, evaluation_examples(prepared), classes=prepared.facts.classes or 0
+        ),
     )
     pool = TrainerPool([_trainer(prepared, states, number) for number in range(config.speed.workers)])
     broadcasts = BroadcastReader(BroadcastGuard(prepared.trainable), prepared.trainable.size)
@@ -510,7 +516,13 @@ def _site_data(prepared: Prepared, index: int, name: str) -> SiteData:
         examples = data.held_back_rows(index)
         groups = group_numbers(examples, prepared.config.evaluation)
         held_back = Rows(encoded=task.encode(examples), groups=groups)
-    return SiteData(index=index, name=name, examples=task.encode(data.rows(index)), held_back=held_back)
+    return SiteData(
+        index=index,
+        name=name,
+        examples=task.encode(data.rows(index)),
+        held_back=held_back,
+        stages=data.arrivals(index),
+    )
 
 
 def group_numbers(examples: Examples, evaluation: EvaluationConfig) -> np.ndarray | None:
@@ -530,7 +542,10 @@ def _site_ledger(
     prepared: Prepared, ledger: Ledger, index: int, all_blocks: Sequence[tuple[int, ...]]
 ) -> SiteLedger:
     config, owners = prepared.config, len(prepared.owners)
+    stages = simulated_stream.stage_accounts(prepared.data, prepared.mechanism, index, all_blocks)
     blocks, apart = all_blocks[index], all_blocks[owners:]
+    if stages is not None:
+        blocks, apart = stages.blocks, ()
     questions = prepared.spec.questions
     held_back = {name: item.item.epsilon for name, item in questions.items() if item.item.held_back}
     unit, delta = _charged_as(config)
@@ -551,6 +566,7 @@ def _site_ledger(
         },
         held_back=held_back,
         held_back_blocks=apart[index] if apart else (),
+        stages=stages,
         replay_key=replay if config.privacy.noise == "seeded" else b"",
     )
 

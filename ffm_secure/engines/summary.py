@@ -22,6 +22,7 @@ from ffm_secure.config.schema import to_table
 from ffm_secure.data.dataset import UNSTATED, Examples
 from ffm_secure.engines.simulation import Prepared, Simulation, evaluation_examples
 from ffm_secure.federation import TrainingResult
+from ffm_secure.lifecycle.stream_measures import summary_of
 from ffm_secure.models.backbone import fingerprint, vector_fingerprint
 from ffm_secure.privacy.expectations import (
     bound_warnings,
@@ -29,6 +30,7 @@ from ffm_secure.privacy.expectations import (
     noise_warnings,
     sum_warnings,
 )
+from ffm_secure.privacy.mechanism import replay_events
 from ffm_secure.privacy.query_noise import answers_paid
 from ffm_secure.privacy.statements import SEEDED, statements
 from ffm_secure.site.allowance import composed
@@ -41,12 +43,16 @@ from ffm_secure.records import (
     ClientOutcome,
     DataRelease,
     Observer,
+    PersonalOutcome,
     PlannedQuery,
     PlanSummary,
     ReleasedEvaluation,
     RunSummary,
+    StreamSummary,
 )
 from ffm_secure.report.outcome import best_of
+from ffm_secure.server.rounds import stage_scores
+from ffm_secure.strategies import ServerState
 
 _BACKENDS: Mapping[str, Kind] = {"none": "plain", "secagg": "masking", "bfv": "bfv", "ckks": "ckks"}
 _PACKAGES = (
@@ -132,9 +138,14 @@ def summarise(
     outcomes: tuple[ClientOutcome, ...],
     seconds: float,
     ended: str,
+    start: Tensor | None = None,
+    personal: tuple[PersonalOutcome, ...] = (),
     audit: AuditSummary | None = None,
 ) -> RunSummary:
-    """Collect a run into what its report shows; `ended` is a time of day, ISO 8601, UTC."""
+    """Collect a run into what its report shows; `ended` is a time of day, ISO 8601, UTC.
+
+    `start` is the vector [d] it began with, which a stream is compared with.
+    """
     prepared, config = ready.prepared, ready.config
     head = ready.ledger.head()
     named = config.task.split.kind == "natural"
@@ -158,6 +169,8 @@ def summarise(
         digests=_digests(ready, trained),
         data=_data_release(prepared),
         evaluation=_released(ready, trained),
+        stream=_stream(ready, trained, start),
+        personal=personal,
     )
 
 
@@ -244,6 +257,14 @@ def _released(ready: Simulation, trained: TrainingResult) -> ReleasedEvaluation 
     return evaluation.released(opened, evaluation.cells_of(setting), class_names=names)
 
 
+def _stream(ready: Simulation, trained: TrainingResult, start: Tensor | None) -> StreamSummary | None:
+    """Read how the stages of a stream went on public rows; None without a stream."""
+    if ready.server.stages is None or start is None:
+        return None
+    before = ServerState(round=0, vector=start)
+    return summary_of(stage_scores(ready.server, before), trained.records)
+
+
 def software() -> Mapping[str, str]:
     """Return the versions a figure depends on."""
     versions = {"python": platform.python_version(), "system": platform.system()}
@@ -295,12 +316,13 @@ def _planned(prepared: Prepared) -> tuple[Event, ...] | None:
     """
     extension, spec = prepared.extension, prepared.spec
     answers = spec.answers_planned(held_back=False)
-    if not spec.has_dp_guarantee or (extension is None and not answers):
+    replays = replay_events(prepared.mechanism, prepared.config)
+    if not spec.has_dp_guarantee or (extension is None and not answers and not replays):
         return None
     event = prepared.mechanism.event(release="update of one round")
     if extension is None:
         rounds = compatibility.paid_rounds(prepared.config) if spec.learns else 0
-        return (*answers, *(event for _ in range(rounds)))
+        return (*answers, *(event for _ in range(rounds)), *replays)
     return (
         *extension.history,
         *(event for _ in range(compatibility.paid_rounds(prepared.config, extension.turns))),

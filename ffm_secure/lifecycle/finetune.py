@@ -5,12 +5,13 @@ private.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from defenses.dp import ClippedSum, Clipping, PerSampleEngine, RecordMechanism, poisson_sample
@@ -23,6 +24,32 @@ from ffm_secure.trainable.base import TrainableModel
 
 MACHINE_ERRORS = (MemoryError, torch.OutOfMemoryError)
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    """Which rows a round may draw: new ones, and those of a reservoir, at a rate of their own."""
+
+    new: NDArray[np.int64]
+    reservoir: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    replay_rate: float = 0.0
+
+    @classmethod
+    def everything(cls, count: int) -> Arrived:
+        """Return all of so many rows as new ones."""
+        return cls(new=np.arange(count, dtype=np.int64))
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Return all rows that may be drawn."""
+        return np.concatenate([self.new, self.reservoir])
+
+    def drawn(self, new: NDArray[np.int64], source: RandomSource) -> NDArray[np.int64]:
+        """Return the rows of one step: drawn places of new rows, and a Poisson sample of the reservoir."""
+        if not self.replay_rate:
+            return self.new[new]
+        again = poisson_sample(len(self.reservoir), rate=self.replay_rate, source=source)
+        return np.concatenate([self.new[new], self.reservoir[again]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +170,9 @@ class PrivateGradient:
         source: RandomSource,
         device: str,
         microbatch: int,
+        arrived: Arrived | None = None,
     ) -> None:
+        self.arrived = arrived or Arrived.everything(len(encoded))
         self.trainable, self.task, self.encoded = trainable, task, encoded
         self.mechanism, self.engine = mechanism, engine
         self.sampling, self.noise = source.derive("sampling"), source.derive("noise")
@@ -155,7 +184,8 @@ class PrivateGradient:
         """Iterate over the steps the mechanism was charged for, no more and no fewer."""
         run = self.mechanism.start()
         for _ in range(self.mechanism.steps):
-            indices = run.sample(len(self.encoded), self.sampling)
+            new = run.sample(len(self.arrived.new), self.sampling)
+            indices = self.arrived.drawn(new, self.sampling)
             self.rows_used.update(indices.tolist())
             yield run.privatise(self._clipped_sum(indices, run.bound), self.noise)
 
@@ -196,7 +226,9 @@ class BoundedSum:
         source: RandomSource,
         device: str,
         microbatch: int,
+        arrived: Arrived | None = None,
     ) -> None:
+        self.arrived = arrived or Arrived.everything(len(encoded))
         self.trainable, self.task, self.encoded = trainable, task, encoded
         self.sampling_rate, self.clipping, self.engine = sampling_rate, clipping, engine
         self.sampling = source.derive("sampling")
@@ -208,7 +240,8 @@ class BoundedSum:
         """Return the sum [d] in the order of the vector, float64 on the processor; 0 for what is not
         trained.
         """
-        indices = poisson_sample(len(self.encoded), rate=self.sampling_rate, source=self.sampling)
+        new = poisson_sample(len(self.arrived.new), rate=self.sampling_rate, source=self.sampling)
+        indices = self.arrived.drawn(new, self.sampling)
         self.rows_used.update(indices.tolist())
         total = self.engine.empty(self.clipping)
         for part in similar_lengths(self.encoded, indices, self.microbatch):

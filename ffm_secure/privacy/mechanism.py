@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -133,6 +133,7 @@ class RecordNoise:
 
     inner: RecordMechanism
     unit: str = "record"
+    replay: RecordMechanism | None = None  # the same steps as a row of a stream's reservoir goes through them
 
     client_level = None
     sum_level = None
@@ -164,7 +165,7 @@ class RecordNoise:
 
     def digest(self) -> str:
         """Return the hash of everything that decides epsilon."""
-        return self.inner.digest()
+        return _with_replay(self.inner.digest(), self.replay)
 
     def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> MechanismOutput:
         """Pass on what is private already; loss and count would be releases of their own and stay."""
@@ -176,7 +177,7 @@ class RecordNoise:
         return (
             f"up to {rounds} rounds x {inner.steps} steps of Poisson({inner.sampling_rate:.6g}) sampled "
             f"Gaussian, noise multiplier {inner.noise_multiplier:.4f}, clip {inner.clip_norm:g}, "
-            f"{inner.clipping} clipping"
+            f"{inner.clipping} clipping{_replay_words(self.replay)}"
         )
 
 
@@ -265,6 +266,7 @@ class SumNoise:
     clipping: Clipping
     learning_rate: float
     expected_batch_size: float
+    replay: SumMechanism | None = None  # the same sum as a row of a stream's reservoir goes through it
 
     record_level = None
     client_level = None
@@ -316,7 +318,7 @@ class SumNoise:
     def digest(self) -> str:
         """Return the hash of everything that decides epsilon."""
         text = f"{self.inner.digest()}|{self.clipping!r}|{self.learning_rate!r}|{self.expected_batch_size!r}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _with_replay(hashlib.sha256(text.encode()).hexdigest(), self.replay)
 
     def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> MechanismOutput:
         """Round the site's sum to the grid and add this site's share of the noise."""
@@ -330,8 +332,35 @@ class SumNoise:
             "Skellam noise in shares of "
             f"{inner.honest_survivors} honest survivors, noise multiplier "
             f"{inner.noise_multiplier:.4f}, clip {self.clip_norm:g}, "
-            f"{self.clipping.kind} clipping"
+            f"{self.clipping.kind} clipping{_replay_words(self.replay)}"
         )
+
+
+def replay_of(mechanism: Mechanism) -> RecordMechanism | SumMechanism | None:
+    """Return what a row of a stream's reservoir goes through in one round; None without a reservoir."""
+    if isinstance(mechanism, RecordNoise | SumNoise):
+        return mechanism.replay
+    return None
+
+
+def replay_events(mechanism: Mechanism, config: RunConfig) -> tuple[Event, ...]:
+    """Return what a row pays at most in later stages, beside its own stage's rounds."""
+    replay = replay_of(mechanism)
+    if replay is None:
+        return ()
+    return (replay.event(release="replay of one round"),) * compatibility.replay_rounds(config)
+
+
+def _with_replay(digest: str, replay: RecordMechanism | SumMechanism | None) -> str:
+    if replay is None:
+        return digest
+    return hashlib.sha256(f"{digest}|replay|{replay.digest()}".encode()).hexdigest()
+
+
+def _replay_words(replay: RecordMechanism | SumMechanism | None) -> str:
+    if replay is None:
+        return ""
+    return f", and in later stages by rows of the reservoir at Poisson({replay.sampling_rate:.6g})"
 
 
 def _float64(update: Tensor) -> npt.NDArray[np.float64]:
@@ -376,8 +405,32 @@ def _record_noise(
     privacy = config.privacy
     steps = compatibility.local_steps(config, public_client_size)
     rate = compatibility.sampling_rate(config, public_client_size)
-    sigma = multiplier or noise_multiplier(
-        epsilon=privacy.epsilon * (1 - _HEADROOM),
+    again = compatibility.replay_rate(config, public_client_size)
+
+    def mechanism(multiplier: float) -> RecordNoise:
+        inner = RecordMechanism(
+            sampling_rate=rate,
+            noise_multiplier=multiplier,
+            clip_norm=privacy.clip_norm,
+            expected_batch_size=float(config.federation.lifecycle.batch_size),
+            steps=steps,
+            records_per_person=privacy.records_per_person,
+            adjacency="add_remove",
+            clipping=privacy.clipping,
+        )
+        return RecordNoise(
+            inner=inner,
+            unit="person" if privacy.unit == "person" else "record",
+            replay=replace(inner, sampling_rate=again) if again else None,
+        )
+
+    if multiplier:
+        return mechanism(multiplier)
+    budget = privacy.epsilon * (1 - _HEADROOM)
+    if again:
+        return mechanism(_smallest(config, mechanism, budget, history, cap))
+    sigma = noise_multiplier(
+        epsilon=budget,
         delta=privacy.delta,
         sampling_rate=rate,
         steps=steps * cap,
@@ -386,17 +439,7 @@ def _record_noise(
         records_per_person=privacy.records_per_person,
         history=history,
     )
-    inner = RecordMechanism(
-        sampling_rate=rate,
-        noise_multiplier=sigma,
-        clip_norm=privacy.clip_norm,
-        expected_batch_size=float(config.federation.lifecycle.batch_size),
-        steps=steps,
-        records_per_person=privacy.records_per_person,
-        adjacency="add_remove",
-        clipping=privacy.clipping,
-    )
-    return RecordNoise(inner=inner, unit="person" if privacy.unit == "person" else "record")
+    return mechanism(sigma)
 
 
 def _client_noise(
@@ -417,7 +460,7 @@ def _client_noise(
         )
         return ClientNoise(inner=inner, scale=scale, dimension=size)
 
-    return mechanism(multiplier or _smallest(mechanism, privacy.epsilon, privacy.delta, history, cap))
+    return mechanism(multiplier or _smallest(config, mechanism, privacy.epsilon, history, cap))
 
 
 def _sum_noise(
@@ -436,6 +479,7 @@ def _sum_noise(
     batch = float(lifecycle.batch_size)
     bound = lifecycle.learning_rate * privacy.clip_norm / batch
     levels = _levels(config)
+    again = compatibility.replay_rate(config, public_client_size)
 
     def mechanism(multiplier: float) -> SumNoise:
         inner = SumMechanism(
@@ -447,23 +491,31 @@ def _sum_noise(
             sampling_rate=rate,
             unit="person" if privacy.unit == "person" else "record",
             records_per_person=privacy.records_per_person,
-            largest=levels * largest_records(lifecycle.batch_size),
+            largest=levels * largest_records(_drawn_at_once(config)),
         )
         return SumNoise(
             inner=inner,
             clipping=Clipping(kind=privacy.clipping, clip_norm=privacy.clip_norm),
             learning_rate=lifecycle.learning_rate,
             expected_batch_size=batch,
+            replay=replace(inner, sampling_rate=again) if again else None,
         )
 
     # Loss distributions, unlike Renyi moments, read a little higher when rounds are added one by one.
     budget = privacy.epsilon * (1 - _HEADROOM)
-    return mechanism(multiplier or _smallest(mechanism, budget, privacy.delta, history, cap))
+    return mechanism(multiplier or _smallest(config, mechanism, budget, history, cap))
 
 
 def largest_records(batch_size: int) -> int:
     """Return how many records may push one coordinate of a site's sum all the way; beyond it is cut."""
     return math.ceil(batch_size + 8 * math.sqrt(batch_size))
+
+
+def _drawn_at_once(config: RunConfig) -> int:
+    """Return how many records a step of the last stage expects, those of the reservoir among them."""
+    stream = config.task.stream
+    earlier = (compatibility.stages(config) - 1) * stream.replay * stream.replay_rate
+    return math.ceil(config.federation.lifecycle.batch_size * (1 + earlier))
 
 
 def _levels(config: RunConfig) -> int:
@@ -472,16 +524,24 @@ def _levels(config: RunConfig) -> int:
 
 
 def _smallest(
+    config: RunConfig,
     mechanism: Callable[[float], Mechanism],
     epsilon: float,
-    delta: float,
     history: Sequence[Event],
     cap: int,
 ) -> float:
+    def replayed(noise: float) -> Event:
+        replay = replay_of(mechanism(noise))
+        assert replay is not None, "asked for where there is a reservoir alone"
+        return replay.event("calibration")
+
+    replays = compatibility.replay_rounds(config)
     return smallest_multiplier(
         lambda noise: mechanism(noise).event("calibration"),
         epsilon=epsilon,
-        delta=delta,
+        delta=config.privacy.delta,
         count=cap,
         history=history,
+        beside=replayed if replays else None,
+        beside_count=replays,
     )

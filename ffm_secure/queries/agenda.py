@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.records import LEARN, RoundRecord
 from ffm_secure.registry import LIFECYCLES
@@ -82,6 +83,15 @@ def spread_rounds(config: RunConfig, wanted: int) -> frozenset[int]:
 def last_round(config: RunConfig) -> int:
     """Return the highest number a round may have: spares pay for lost questions put again."""
     return rounds(config) + config.privacy.spare_rounds * len(queries(config))
+
+
+def stage_of(config: RunConfig, turn: int) -> int:
+    """Return the stage of a stream that a cohort's turn falls into; 0 where all rows are there at once.
+
+    Every stage has as many turns, of learning or of a head's question.
+    """
+    stages = compatibility.stages(config)
+    return min(stages - 1, turn * stages // max(1, config.federation.rounds))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

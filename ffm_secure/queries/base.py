@@ -111,6 +111,7 @@ class Opened:
     values: NDArray[np.float64]  # [size]
     deviation: float  # of the noise of every coordinate; 0 where nothing is guaranteed
     sites: int  # that answered
+    by_class: NDArray[np.float64] | None = None  # deviation of every class's part, where stages ask for some
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +142,7 @@ class Query:
     use: Callable[[ServerState, Opened], ServerState]
     words: str = ""  # for the plan: what is summed
     whole_numbers: bool = False  # every answer consists of whole numbers: counts, votes
+    by_class: int | None = None  # from this place on the answer is a table with one row a class
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0.0 < self.bound < math.inf:
@@ -200,6 +202,17 @@ def with_head(state: ServerState, head: Head, weight: Tensor, bias: Tensor | Non
     return ServerState(round=state.round, vector=vector, optimizer_state=state.optimizer_state)
 
 
+def keep_absent(state: ServerState, head: Head, weight: Tensor, opened: Opened) -> Tensor:
+    """Return weights [classes, width] of a head in which classes that no stage has had yet keep what they
+    have: a row of the pooled mean would be the same for all of them, as in a crafted model.
+    """
+    if opened.by_class is None:
+        return weight
+    current = state.vector[head.weight].view(head.classes, head.width).to(weight.dtype)
+    absent = torch.from_numpy(opened.by_class == 0.0)
+    return torch.where(absent[:, None], current, weight)
+
+
 def remember(state: ServerState, name: str, opened: Opened) -> tuple[ServerState, Opened]:
     """Add an opened sum to what a query's earlier cohorts answered; return the state that keeps it, and the
     total.
@@ -212,6 +225,8 @@ def remember(state: ServerState, name: str, opened: Opened) -> tuple[ServerState
         f"{_PREFIX}{name}": torch.from_numpy(total.values.copy()),
         f"{_PREFIX}{name}.facts": facts,
     }
+    if total.by_class is not None:
+        slots[f"{_PREFIX}{name}.classes"] = torch.from_numpy(total.by_class.copy())
     return ServerState(round=state.round, vector=state.vector, optimizer_state=slots), total
 
 
@@ -221,7 +236,13 @@ def recall(state: ServerState, name: str) -> Opened | None:
     facts = state.optimizer_state.get(f"{_PREFIX}{name}.facts")
     if values is None or facts is None:
         return None
-    return Opened(values=values.numpy(), deviation=float(facts[0]), sites=round(float(facts[1])))
+    by_class = state.optimizer_state.get(f"{_PREFIX}{name}.classes")
+    return Opened(
+        values=values.numpy(),
+        deviation=float(facts[0]),
+        sites=round(float(facts[1])),
+        by_class=None if by_class is None else by_class.numpy(),
+    )
 
 
 def keep_answers(before: ServerState, after: ServerState) -> ServerState:
@@ -240,4 +261,20 @@ def _added(first: Opened, second: Opened) -> Opened:
         values=first.values + second.values,
         deviation=math.hypot(first.deviation, second.deviation),
         sites=first.sites + second.sites,
+        by_class=None
+        if first.by_class is None or second.by_class is None
+        else np.hypot(first.by_class, second.by_class),
     )
+
+
+def of_classes(query: Query, opened: Opened, present: NDArray[np.bool_]) -> Opened:
+    """Return an answer without the parts of classes that nobody was asked about: they are noise alone.
+
+    `present` [classes] is public, so this is post-processing. The deviation of every class's part goes along.
+    """
+    if query.by_class is None:
+        return opened
+    values = opened.values.copy()
+    values[query.by_class :].reshape(len(present), -1)[~present] = 0.0
+    deviations = np.where(present, opened.deviation, 0.0)
+    return Opened(values=values, deviation=opened.deviation, sites=opened.sites, by_class=deviations)

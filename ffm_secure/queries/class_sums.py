@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffm_secure.queries.base import Opened, Query, Rows, Setting, Viewed, head_of, with_head
+from ffm_secure.queries.base import Opened, Query, Rows, Setting, Viewed, head_of, keep_absent, with_head
 from ffm_secure.strategies.base import ServerState
 
 NAME = "class_sums"
@@ -30,7 +30,11 @@ def build(setting: Setting) -> Query:
 
     def use(state: ServerState, opened: Opened) -> ServerState:
         sums = torch.from_numpy(opened.values).view(head.classes, head.width)
-        return with_head(state, head, class_head(sums, deviation=opened.deviation))
+        deviation: float | Tensor = opened.deviation
+        if opened.by_class is not None:
+            deviation = torch.from_numpy(opened.by_class)[:, None]
+        weight = class_head(sums, deviation=deviation)
+        return with_head(state, head, keep_absent(state, head, weight, opened))
 
     return Query(
         name=NAME,
@@ -38,6 +42,7 @@ def build(setting: Setting) -> Query:
         bound=1.0,
         answer=answer,
         use=use,
+        by_class=0,
         words=f"one unit vector of {head.width} numbers a record, summed by class",
     )
 
@@ -59,8 +64,9 @@ def spread(features: Tensor, labels: np.ndarray, classes: int) -> Tensor:
     return table.view(count, classes * width)
 
 
-def class_head(sums: Tensor, *, deviation: float) -> Tensor:
-    """Return the weights [classes, width] of a head from noisy sums by class.
+def class_head(sums: Tensor, *, deviation: float | Tensor) -> Tensor:
+    """Return the weights [classes, width] of a head from noisy sums by class; `deviation` may be one a class,
+    [classes, 1].
 
     What all classes share is taken off their means, and of what is left far classes are shortened by the
     square root of their length, which lies between a mean and a direction.
@@ -72,7 +78,7 @@ def class_head(sums: Tensor, *, deviation: float) -> Tensor:
     return _SHARPNESS * weight
 
 
-def lengths_without_noise(sums: Tensor, *, deviation: float) -> Tensor:
+def lengths_without_noise(sums: Tensor, *, deviation: float | Tensor) -> Tensor:
     """Return how long each sum [classes, width] would be without its noise, [classes, 1]: it grows with the
     records.
 

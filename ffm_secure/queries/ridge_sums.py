@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ffm_secure.queries.base import Opened, Query, Rows, Setting, Viewed, head_of, with_head
+from ffm_secure.queries.base import Opened, Query, Rows, Setting, Viewed, head_of, keep_absent, with_head
 from ffm_secure.queries.class_sums import spread, unit_rows
 from ffm_secure.strategies.base import ServerState
 
@@ -41,7 +41,8 @@ def build(setting: Setting) -> Query:
         moments[corners[0], corners[1]] = values[: corners.shape[1]] / scale
         moments = moments + moments.triu(1).T
         targets = values[corners.shape[1] :].view(head.classes, head.width)
-        return with_head(state, head, ridge_head(moments, targets, deviation=opened.deviation))
+        weight = ridge_head(moments, targets, deviation=opened.deviation)
+        return with_head(state, head, keep_absent(state, head, weight, opened))
 
     return Query(
         name=NAME,
@@ -49,6 +50,7 @@ def build(setting: Setting) -> Query:
         bound=math.sqrt(2.0),
         answer=answer,
         use=use,
+        by_class=int(corners.shape[1]),
         words=f"second moments of {head.width} features and their sums by class",
     )
 

@@ -13,8 +13,10 @@ from ffm_secure.report.sections.attacks import attacks_body
 from ffm_secure.report.sections.audit import audit_body, curves_body
 from ffm_secure.report.sections.clients import clients_body
 from ffm_secure.report.sections.evaluation import evaluation_body
+from ffm_secure.report.sections.personal import personal_body
 from ffm_secure.report.sections.privacy import bounds_body, spent_body, statements_body
 from ffm_secure.report.sections.rounds import cost_body, participation_body, utility_body
+from ffm_secure.report.sections.stream import stream_body
 
 _CONFIG_ORDER = ("document", "task", "model", "federation", "privacy", "protection", "audit", "speed")
 _BACK = ("Written by ffm-secure. The page to begin with is ", tag("a", "report.html", href="report.html"))
@@ -29,6 +31,7 @@ def render_details_html(summary: RunSummary) -> str:
     sections = [
         Section(name="plan", heading="Plan", body=_plan_body(summary)),
         Section(name="utility", heading="What was learned", body=utility_body(summary)),
+        *_staged(summary),
         *_evaluated(summary),
         Section(name="spent", heading="What was spent", body=spent_body(summary)),
         Section(
@@ -60,6 +63,20 @@ def _evaluated(summary: RunSummary) -> tuple[Section, ...]:
     return (Section(name="evaluation", heading="What private rows say", body=body),)
 
 
+def _staged(summary: RunSummary) -> tuple[Section, ...]:
+    """Return the section on the stages of a stream, where there is one."""
+    if summary.stream is None:
+        return ()
+    return (Section(name="stream", heading="Stage by stage", body=stream_body(summary.stream)),)
+
+
+def _personal(summary: RunSummary) -> tuple[Section, ...]:
+    """Return the section on models that never left home, where the run made any."""
+    if not summary.personal:
+        return ()
+    return (Section(name="personal", heading="Models that stay at home", body=personal_body(summary)),)
+
+
 def render_internal_html(summary: RunSummary) -> str:
     """Draw what must not leave: figures per owner, scores of attacks on private rows, what they recovered.
 
@@ -68,6 +85,7 @@ def render_internal_html(summary: RunSummary) -> str:
     sections = (
         Section(name="audit", heading="What was exposed", body=audit_body(summary.audit)),
         Section(name="clients", heading="Client by client", body=clients_body(summary)),
+        *_personal(summary),
     )
     return render_page(
         Masthead(

@@ -32,6 +32,7 @@ def released(summary: RunSummary) -> RunSummary:
         plan=_released_plan(summary.plan, tuple(_strings(summary.config))),
         clients=summary.clients if summary.clients_source == CHARGED else (),
         clients_source=summary.clients_source if summary.clients_source == CHARGED else "not released",
+        personal=(),
         owners=_named(summary),
         audit=None if summary.audit is None else released_audit(summary.audit),
         data=None if summary.data is None else replace(summary.data, source=_name(summary.data.source)),

@@ -14,6 +14,7 @@ from ffm_secure.protection.base import ServerSide
 from ffm_secure.records import Receipt
 from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.server.evidence import Evidence
+from ffm_secure.server.public_stages import PublicStages
 from ffm_secure.server.transcript import Transcript
 from ffm_secure.tasks.base import Evaluation, Task
 from ffm_secure.tasks.encoded import Encoded
@@ -39,6 +40,7 @@ class ServerContext:
     answers: Mapping[str, ServerSide] = field(default_factory=dict)  # what queries travel by
     transcript: Transcript | None = None  # what observers see, where the run file asks for it
     evidence: Evidence | None = None  # uploads of rounds whose sum is impossible, where uploads are signed
+    stages: PublicStages | None = None  # of a stream, as far as public rows tell
     receipts: dict[int, Receipt] = field(default_factory=dict)  # the newest of every site that sent one
 
     def protection_of(self, query: str) -> ServerSide:

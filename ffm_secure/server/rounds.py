@@ -25,7 +25,7 @@ from ffm_secure.privacy.expectations import site_noise_variance
 from ffm_secure.protection.base import UPLOAD, AggregationResult, too_few
 from ffm_secure.protection.masked import fewest_to_open
 from ffm_secure.queries import agenda
-from ffm_secure.queries.base import Opened, keep_answers, remember
+from ffm_secure.queries.base import Opened, Rows, Viewed, keep_answers, of_classes, remember
 from ffm_secure.records import (
     ABSENT,
     DECLINED,
@@ -38,8 +38,8 @@ from ffm_secure.records import (
     RoundPlan,
     RoundRecord,
     RoundSum,
+    StageScore,
 )
-from ffm_secure.agreed.run_spec import Question
 from ffm_secure.server.context import ServerContext
 from ffm_secure.server.root_trust import root_update
 from ffm_secure.server.sum_check import why_answer_too_large, why_too_large
@@ -394,7 +394,7 @@ def _step(server: ServerContext, plan: RoundPlan, state: ServerState, result: Ro
     elif result.sum is None:
         return _with_tail(spec.config, state, state, plan)
     elif plan.query != LEARN:
-        return _use_answer(spec.questions[plan.query], state, result.sum)
+        return _use_answer(server, plan, state, result.sum)
     else:
         known = site_noise_variance(spec.mechanism, spec.config.federation.lifecycle)
         aggregate = aggregate_of(
@@ -422,14 +422,20 @@ def _with_tail(config: RunConfig, before: ServerState, after: ServerState, plan:
     )
 
 
-def _use_answer(question: Question, state: ServerState, opened: RoundSum) -> ServerState:
-    """Add an opened answer to those of earlier cohorts, and let the query make something of the whole."""
+def _use_answer(server: ServerContext, plan: RoundPlan, state: ServerState, opened: RoundSum) -> ServerState:
+    """Add an opened answer to those of earlier cohorts and stages, and let the query make something of the
+    whole.
+    """
+    question = server.spec.questions[plan.query]
     survivors = len(opened.survivors)
     answer = Opened(
         values=opened.values,
         deviation=question.mechanism.deviation(survivors),
         sites=survivors,
     )
+    if server.stages is not None:
+        stage = agenda.stage_of(server.spec.config, plan.turn)
+        answer = of_classes(question.query, answer, server.stages.classes[stage])
     remembering, whole = remember(state, question.query.name, answer)
     return question.query.use(remembering, whole)
 
@@ -472,6 +478,9 @@ def record(
     else:
         evaluation = evaluate(server, plan, state, courier)
         loss, metric = evaluation.loss, evaluation.metric
+    stages: tuple[StageScore, ...] = ()
+    if server.stages is not None and _stage_ends(spec.config, plan, (*earlier, this)):
+        stages = stage_scores(server, state)
     evaluated = time.perf_counter() - evaluation_began
     return RoundRecord(
         round=plan.round,
@@ -495,7 +504,26 @@ def record(
         evidence=result.evidence,
         groups=tuple(one.survivors for one in result.groups),
         closed=result.closed,
+        stage="" if server.stages is None else server.stages.names[agenda.stage_of(spec.config, plan.turn)],
+        stages=stages,
     )
+
+
+def _stage_ends(config: RunConfig, plan: RoundPlan, records: Sequence[agenda.Done]) -> bool:
+    """Tell whether the next round is of another stage, or there is none."""
+    following = agenda.next_turn(config, records)
+    if following is None:
+        return True
+    return agenda.stage_of(config, following.turn) != agenda.stage_of(config, plan.turn)
+
+
+def stage_scores(server: ServerContext, state: ServerState) -> tuple[StageScore, ...]:
+    """Return how the model does on the public rows of every stage of a stream."""
+    assert server.stages is not None, "asked for where there is a stream alone"
+    server.trainable.load_vector(state.vector)
+    view = Viewed(trainable=server.trainable, task=server.task, device=server.spec.device)
+    rows = Rows(encoded=server.evaluation)
+    return server.stages.scores(view.scores(rows).numpy(), rows.labels())
 
 
 def _norm(result: RoundResult) -> float | None:

@@ -14,6 +14,7 @@ from defenses.errors import BudgetExceeded
 from ffm_secure.config.run_file import Privacy
 from ffm_secure.records import LEARN, NOT_BEGUN, Receipt, RoundPlan, RoundRecord
 from ffm_secure.site.allowance import within_run
+from ffm_secure.site.stage_accounts import Payment, StageAccounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +43,19 @@ class SiteLedger:
         default_factory=dict
     )  # queries of rows never learned from: their epsilon
     held_back_blocks: tuple[int, ...] = ()
+    stages: StageAccounts | None = None  # of a stream, whose rounds charge what has arrived alone
 
     def __repr__(self) -> str:
         return f"SiteLedger(owner={self.owner!r})"
 
     def affords(self, plan: RoundPlan) -> bool:
         """Tell whether the budget pays for a round; nothing is written."""
-        if not self._blocks_of(plan):
+        charges = self._charges(plan)
+        if not charges:
             return True
         try:
             self._check_run(plan)
-            self.ledger.check([self._charge(plan)])
+            self.ledger.check(charges)
         except BudgetExceeded:
             return False
         return True
@@ -63,14 +66,18 @@ class SiteLedger:
         Raises:
           BudgetExceeded: the owner cannot pay; nothing was charged.
         """
-        if not self._blocks_of(plan):
+        charges = self._charges(plan)
+        if not charges:
             return ()
         self._check_run(plan)
-        return self.ledger.reserve([self._charge(plan)])
+        return self.ledger.reserve(charges)
 
     def _check_run(self, plan: RoundPlan) -> None:
         """Refuse a round beyond this run's own epsilon; aborted attempts count."""
         if self.replay_key:
+            return
+        if self.stages is not None:
+            self._check_stages(self.stages, plan)
             return
         apart = {self.answers[query] for query in self.held_back}
         there = plan.query in self.held_back
@@ -85,6 +92,16 @@ class SiteLedger:
             raise BudgetExceeded(
                 f"{self.owner}: {rounds} rounds of this run cost more than its epsilon {epsilon:g}"
             )
+
+    def _check_stages(self, stages: StageAccounts, plan: RoundPlan) -> None:
+        """Refuse a round beyond this run's own epsilon for any kind of row it may draw."""
+        charged = self.ledger.charged(self.owner, plan.run_id.hex())
+        for due in stages.due(plan.turn, self._event_of(plan), charged):
+            if not within_run(due.before, due.event, self.privacy):
+                raise BudgetExceeded(
+                    f"{self.owner}: a round of stage {stages.stage(plan.turn) + 1} costs some rows more than "
+                    f"the run's epsilon {self.privacy.epsilon:g}"
+                )
 
     def _event_of(self, plan: RoundPlan) -> Event:
         return self.event if plan.query == LEARN else self.answers[plan.query]
@@ -133,20 +150,31 @@ class SiteLedger:
             epsilon = self.epsilon()
         return Receipt(epsilon=epsilon, entries=head.sequence, head=head.hash)
 
-    def _charge(self, plan: RoundPlan) -> Charge:
-        return Charge(
-            owner=self.owner,
-            dataset=self.dataset,
-            event=self._event_of(plan),
-            run=plan.run_id.hex(),
-            round=plan.round,
-            release="update" if plan.query == LEARN else plan.query,
-            commitment=self._commitment(plan),
-            blocks=self._blocks_of(plan),
-        )
+    def _charges(self, plan: RoundPlan) -> list[Charge]:
+        """Return who pays what for a round; nothing where it draws from none of this owner's rows."""
+        event, blocks = self._event_of(plan), self._blocks_of(plan)
+        payments: tuple[Payment, ...] = (Payment(event=event, blocks=blocks),)
+        if self.stages is not None:
+            payments = self.stages.payments(plan.turn, event)
+        return [
+            Charge(
+                owner=self.owner,
+                dataset=self.dataset,
+                event=payment.event,
+                run=plan.run_id.hex(),
+                round=plan.round,
+                release="update" if plan.query == LEARN else plan.query,
+                commitment=self._commitment(plan, place),
+                blocks=payment.blocks,
+            )
+            for place, payment in enumerate(payments)
+            if payment.blocks
+        ]
 
-    def _commitment(self, plan: RoundPlan) -> bytes:
+    def _commitment(self, plan: RoundPlan, place: int) -> bytes:
         if not self.replay_key:
             return b""
-        text = f"{plan.round}|{self.index}|{plan.fingerprint}|{plan.mechanism}".encode()
-        return hashlib.sha256(self.replay_key + text).digest()
+        text = f"{plan.round}|{self.index}|{plan.fingerprint}|{plan.mechanism}"
+        if place:
+            text += f"|{place}"
+        return hashlib.sha256(self.replay_key + text.encode()).digest()

@@ -16,6 +16,7 @@ from defenses.random_source import RandomSource
 from defenses.secagg.masks import RingVector
 from ffm_secure.lifecycle import ModelUpdate, SiteRound
 from ffm_secure.lifecycle.finetune import (
+    Arrived,
     BoundedSum,
     GradientRule,
     PlainGradient,
@@ -23,7 +24,8 @@ from ffm_secure.lifecycle.finetune import (
     one_by_one_if_needed,
 )
 from ffm_secure.models.backbone import vector_fingerprint
-from ffm_secure.privacy.mechanism import MechanismOutput, SumNoise
+from ffm_secure.privacy.mechanism import MechanismOutput, SumNoise, replay_of
+from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Query, Rows, Viewed, by_length
 from ffm_secure.records import LEARN, RoundPlan
 from ffm_secure.agreed.run_spec import RunSpec
@@ -44,6 +46,13 @@ class SiteData:
     name: str
     examples: Encoded
     held_back: Rows | None = None  # rows that are never learned from, only asked about
+    stages: tuple[Arrived, ...] = ()  # what each stage of a stream may draw; none where all is there at once
+
+    def arrived(self, stage: int) -> Arrived:
+        """Return the rows that a round of a stage may draw."""
+        if not self.stages:
+            return Arrived.everything(len(self.examples))
+        return self.stages[stage]
 
     def __repr__(self) -> str:
         return f"SiteData(index={self.index}, name={self.name!r})"
@@ -77,6 +86,8 @@ class SiteTrainer:
         """Return this site's noisy answer to a query about the broadcast model, as integers modulo 2^m."""
         question = self.spec.questions[plan.query]
         rows = Rows(encoded=data.examples)
+        if data.stages and not question.item.held_back:
+            rows = rows.take(self._arrived(data, plan).new)
         if question.item.held_back:
             rows = data.held_back or Rows(encoded=data.examples.take([]))
         self.trainable.load_vector(start)
@@ -102,6 +113,12 @@ class SiteTrainer:
                 yield query.answer(rows.take(chosen), model)
             else:  # a row on which the query fails counts nowhere
                 yield from one_by_one_if_needed(lambda part: query.answer(rows.take(part), model), chosen)
+
+    def _arrived(self, data: SiteData, plan: RoundPlan) -> Arrived:
+        """Return the rows of a round's stage; the reservoir's rate is that of the event it is charged as."""
+        arrived = data.arrived(agenda.stage_of(self.spec.config, plan.turn))
+        replay = replay_of(self.spec.mechanism)
+        return arrived if replay is None else replace(arrived, replay_rate=replay.sampling_rate)
 
     def learn(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> ModelUpdate:
         """Run the local steps and say what is sent of them; record-level noise is drawn here, inside every
@@ -149,6 +166,7 @@ class SiteTrainer:
                 source=source,
                 device=self.spec.device,
                 microbatch=self.spec.config.speed.microbatch,
+                arrived=self._arrived(data, plan),
             )
             update = mechanism.update_of(rule.gradient_sum())
         self.rows_used = frozenset(rule.rows_used)
@@ -167,11 +185,15 @@ class SiteTrainer:
                 source=source,
                 device=self.spec.device,
                 microbatch=config.speed.microbatch,
+                arrived=self._arrived(data, plan),
             )
+        examples = data.examples
+        if data.stages:
+            examples = examples.take(self._arrived(data, plan).rows)
         return PlainGradient(
             trainable=self.trainable,
             task=self.task,
-            encoded=data.examples,
+            encoded=examples,
             spec=config.federation.lifecycle,
             seed=(config.seed, plan.round, data.index),
             device=self.spec.device,

@@ -333,6 +333,8 @@ def extends(stored: RunConfig, asked: RunConfig) -> bool:
         return False
     if asked.evaluation.rows != "public" or asked.federation.lifecycle.finish != "none":
         return False  # what is asked of the last model was paid for, and would be of an earlier one
+    if asked.task.stream.order:
+        return False  # the rounds are dealt to the stages, so more of them would move every stage's end
     federation = dataclasses.replace(asked.federation, rounds=stored.federation.rounds)
     privacy = dataclasses.replace(asked.privacy, epsilon=stored.privacy.epsilon)
     return _same_run(stored, dataclasses.replace(asked, federation=federation, privacy=privacy))

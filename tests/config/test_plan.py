@@ -41,6 +41,7 @@ def _choices(kind: type, field: str) -> tuple[str, ...]:
         ("noise_shares", config.Privacy, "noise_shares"),
         ("protection", config.Protection, "kind"),
         ("evaluation", config.Evaluation, "rows"),
+        ("personal", config.Personal, "kind"),
     ],
 )
 def test_every_option_of_the_run_file_was_reviewed(axis: str, kind: type, field: str) -> None:

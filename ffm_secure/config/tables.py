@@ -1,0 +1,73 @@
+"""Tables of the run file that stand for themselves: stages, what stays at home, who answers for a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ffm_secure.config.schema import option
+from ffm_secure.registry import PERSONAL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """When rows arrive: in stages, one after the other, each learned from while the earlier ones are gone."""
+
+    column: str = option(
+        "", help="column that says when a row arrives: a domain, a month, the class itself; it stays at home"
+    )
+    order: tuple[str, ...] = option(
+        (),
+        help="its values in the order of the stages, declared public; several of one stage with | between. "
+        "A row of no declared value is never read",
+    )
+    replay: float = option(
+        0.0,
+        minimum=0.0,
+        below=1.0,
+        help="share of every stage's rows that stay in a reservoir at home and are learned from in all later "
+        "stages; which ones, the rows decide",
+    )
+    replay_rate: float = option(
+        1.0,
+        above=0.0,
+        maximum=100.0,
+        help="how often a step draws a row of the reservoir, as a multiple of a new row",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Personal:
+    """A model of each owner's own, made at home from the last shared one; nothing of it leaves."""
+
+    kind: str = option("none", choices=PERSONAL)
+    steps: int = option(
+        0, minimum=0, maximum=1_000_000, help="at home, after the last round; a model without federation too"
+    )
+    batch_size: int = option(0, minimum=0, maximum=1_000_000)
+    learning_rate: float = option(0.0, minimum=0.0, maximum=1e3)
+    pull: float = option(
+        0.0,
+        minimum=0.0,
+        maximum=1e6,
+        help="how strongly the own model is drawn to the shared one",
+        only_for=("mean_regularised",),
+    )
+    tested: float = option(
+        0.2,
+        above=0.0,
+        below=1.0,
+        help="share of the owner's rows that own models are compared on, not made from; unread where rows "
+        "are held back",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """What the report says of the people behind a run; nothing is computed from it."""
+
+    controller: str = option("", help="who answers for the processing")
+    purpose: str = option("", help="what the model is for")
+    contact: str = option(
+        "", help="whom a person may ask, for instance an address of the data protection officer"
+    )
+    legal_basis: str = option("", help="why the rows may be used, for instance the article of a law")
