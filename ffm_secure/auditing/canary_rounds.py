@@ -5,7 +5,8 @@ what an auditor scores is the running sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Protocol
 
 import numpy as np
@@ -29,23 +30,42 @@ class Coins(Protocol):
     def contribution(self, bound: Callable[[Tensor], Tensor] | None = None) -> Tensor: ...
 
 
-def record_canaries(mechanism: RecordMechanism, coins: Coins, source: RandomSource) -> Iterator[Tensor]:
-    """Yield the sum of all updates after each round."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stays:
+    """Say when canaries of a stream's first stage pass into the reservoir, and at which rate it is drawn."""
+
+    after: int  # rounds of their own stage
+    sampling_rate: float
+
+
+def _rate(own: float, stays: Stays | None, round: int) -> float:
+    if stays is None or round < stays.after:
+        return own
+    return stays.sampling_rate
+
+
+def record_canaries(
+    mechanism: RecordMechanism, coins: Coins, source: RandomSource, stays: Stays | None = None
+) -> Iterator[Tensor]:
+    """Yield the sum of all updates after each round; with `stays`, canaries are replayed in later stages."""
     included = coins.included.nonzero().flatten()
     vectors = []
     for index in included:
         vectors.append(coins.direction(int(index)))
     total = torch.zeros(coins.dimension)
-    while True:
+    for round in count():
+        here = replace(mechanism, sampling_rate=_rate(mechanism.sampling_rate, stays, round))
         for _ in range(mechanism.steps):
             clipped = torch.zeros(coins.dimension)
-            for row in mechanism.sample(len(vectors), source):
+            for row in here.sample(len(vectors), source):
                 clipped += vectors[int(row)]
-            total += mechanism.privatise({"canary": clipped}, source)["canary"]
+            total += here.privatise({"canary": clipped}, source)["canary"]
         yield total
 
 
-def sum_canaries(mechanism: SumNoise, coins: Coins, source: RandomSource) -> Iterator[Tensor]:
+def sum_canaries(
+    mechanism: SumNoise, coins: Coins, source: RandomSource, stays: Stays | None = None
+) -> Iterator[Tensor]:
     """Yield the sum of all opened sums after each round, in gradients over the expected batch.
 
     One site holds the canaries; the other honest survivors that are counted on add their shares and nothing
@@ -56,9 +76,10 @@ def sum_canaries(mechanism: SumNoise, coins: Coins, source: RandomSource) -> Ite
     inner = replace(mechanism.inner, dimension=coins.dimension)
     zeros = np.zeros(coins.dimension)
     total = torch.zeros(coins.dimension, dtype=torch.float64)
-    while True:
+    for round in count():
+        rate = _rate(inner.sampling_rate, stays, round)
         gradients = torch.zeros(coins.dimension, dtype=torch.float64)
-        for row in poisson_sample(len(vectors), rate=inner.sampling_rate, source=source):
+        for row in poisson_sample(len(vectors), rate=rate, source=source):
             gradients += vectors[int(row)].double()
         opened = inner.share(mechanism.update_of(gradients).numpy(), source)
         for _ in range(inner.honest_survivors - 1):

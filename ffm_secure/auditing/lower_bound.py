@@ -10,6 +10,7 @@ from attacks import canary
 from defenses.random_source import RandomSource
 from ffm_secure.auditing.budget import CANARIES
 from ffm_secure.auditing.canary_rounds import (
+    Stays,
     answer_canaries,
     client_canaries,
     record_canaries,
@@ -17,7 +18,7 @@ from ffm_secure.auditing.canary_rounds import (
 )
 from ffm_secure.config import compatibility
 from ffm_secure.engines import simulation
-from ffm_secure.privacy.mechanism import Mechanism
+from ffm_secure.privacy.mechanism import Mechanism, replay_of
 from ffm_secure.privacy.query_noise import ClientAnswers, RecordAnswers
 from ffm_secure.quantities import small
 from ffm_secure.records import (
@@ -42,12 +43,19 @@ def mechanism_lower_bound(prepared: simulation.Prepared, *, seed: int = 1) -> ca
     return None
 
 
-def _totals(mechanism: Mechanism, coins: canary.Canaries, source: RandomSource) -> Iterator[Tensor]:
-    """Run the mechanism on canaries; yield the sum of all updates after each round."""
+def _totals(
+    mechanism: Mechanism, coins: canary.Canaries, source: RandomSource, *, new_rounds: int
+) -> Iterator[Tensor]:
+    """Run the mechanism on canaries; yield the sum of all updates after each round.
+
+    In a stream with a reservoir they are rows of the first stage that stay: the dearest there are.
+    """
+    replay = replay_of(mechanism)
+    stays = None if replay is None else Stays(after=new_rounds, sampling_rate=replay.sampling_rate)
     if mechanism.record_level is not None:
-        return record_canaries(mechanism.record_level, coins, source)
+        return record_canaries(mechanism.record_level, coins, source, stays)
     if mechanism.sum_level is not None:
-        return sum_canaries(mechanism.sum_level, coins, source)
+        return sum_canaries(mechanism.sum_level, coins, source, stays)
     if isinstance(mechanism, RecordAnswers):
         return answer_canaries(mechanism, coins, source)
     if isinstance(mechanism, ClientAnswers):
@@ -70,12 +78,14 @@ def bounds_over_rounds(
     mechanism, config = prepared.mechanism, prepared.config
     if mechanism.noise_multiplier == 0.0:
         return {}
-    rounds = max(1, compatibility.paid_rounds(config))
+    new_rounds = max(1, compatibility.paid_rounds(config))
+    rounds = new_rounds + (compatibility.replay_rounds(config) if replay_of(mechanism) is not None else 0)
     dimension = max(2 * CANARIES, min(prepared.trainable.size, 20_000))
     coins = canary.Canaries(
         count=CANARIES, dimension=dimension, norm=mechanism.clip_norm, seed=seed, kind="dirac"
     )
-    totals, bounds = _totals(mechanism, coins, source or RandomSource.system()), {}
+    drawn_from = source or RandomSource.system()
+    totals, bounds = _totals(mechanism, coins, drawn_from, new_rounds=new_rounds), {}
     for number in range(1, rounds + 1):
         total = next(totals)
         if number == rounds or number & (number - 1) == 0:

@@ -18,6 +18,7 @@ from defenses.dp import Event, GaussianEvent, Ledger, accountant
 from defenses.dp.records import RecordKey, canonical_text, name_records
 from defenses.random_source import RandomSource
 from ffm_secure import api
+from ffm_secure.auditing.lower_bound import bounds_over_rounds, strongest
 from ffm_secure.config.federated import shared_objections
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.stream import stages_of
@@ -104,6 +105,18 @@ def test_the_plan_composes_a_new_row_that_stays(replayed: tuple[api.Run, api.Res
     (statement, *_) = describe(ready).statements
     assert statement.epsilon == pytest.approx(epsilon, rel=1e-3)
     assert any("replay" in words for words in statement.mechanism)
+
+
+def test_canaries_of_the_first_stage_are_audited_after_the_last() -> None:
+    """A ledger that forgot the replay would be below what they prove; the one there is stays above."""
+    often = staged(replay=0.5, replay_rate=100.0)
+    federation = {"rounds": 6, "lifecycle": {**STEPS, "local_steps": 2, "batch_size": 1}}
+    ready = prepared(make(task=often, model=HEAD, federation=federation, privacy=PRIVATE))
+    bounds = bounds_over_rounds(ready, source=RandomSource.seeded(11))
+    assert max(bounds) == 6, "three rounds of the first stage, three of the second"
+    forgetful = accountant.composed(((ready.mechanism.event("learn"), 3),), DELTA)
+    proven = strongest(bounds[6]).epsilon
+    assert forgetful < proven <= 8.0
 
 
 def test_a_report_shows_every_stage(replayed: tuple[api.Run, api.Result]) -> None:
