@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 import ffm_secure as ffm
 from benchmarks import heads
@@ -34,7 +33,9 @@ from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model
 from ffm_secure.agreed.run_spec import Question
 from ffm_secure.config import run_file
 from ffm_secure.lifecycle.stream_measures import measures
-from ffm_secure.queries.base import Head, Opened, Rows, head_of, of_classes, remember
+from ffm_secure.privacy.query_noise import Total
+from ffm_secure.queries.base import Head, Opened, head_of, of_classes, remember
+from ffm_secure.queries.class_sums import unit_rows
 from ffm_secure.server.public_stages import PublicStages
 from ffm_secure.strategies.base import ServerState
 
@@ -107,9 +108,7 @@ def summed(question: Question, model: LoadedModel, parts: Sequence[Part], stage:
     head, source = head_of(model.trainable), RandomSource.system()
     total = None
     for part in parts:
-        protected = question.mechanism.protect_total(
-            question.mechanism.total(answers(question, head, part)), source
-        )
+        protected = question.mechanism.protect_total(total_of(question, head, part), source)
         sent = question.codec.quantise(protected, source=source)
         if total is None:
             total = sent
@@ -122,35 +121,20 @@ def summed(question: Question, model: LoadedModel, parts: Sequence[Part], stage:
     return Opened(values=opened.values, deviation=deviation, sites=len(parts))
 
 
-class _View:
-    """Features that were computed before, where a query asks the model for them."""
-
-    def features(self, rows: _Labelled) -> Tensor:
-        """Return the features of the rows."""
-        return rows.part.features
-
-
-class _Labelled(Rows):
-    """Rows whose features are known."""
-
-    __slots__ = ("part",)
-
-    def __init__(self, part: Part) -> None:
-        object.__setattr__(self, "part", part)
-
-    def __len__(self) -> int:
-        return len(self.part.labels)
-
-    def labels(self) -> NDArray[np.int64]:
-        return self.part.labels
-
-
-def answers(question: Question, head: Head, part: Part) -> Iterator[Tensor]:
-    """Yield the query's own answers to an owner's rows, some at a time."""
-    view: Any = _View()
-    for piece in np.array_split(np.arange(len(part.labels)), max(1, math.ceil(len(part.labels) / 50))):
-        rows = _Labelled(Part(features=part.features[piece], labels=part.labels[piece]))
-        yield question.query.answer(rows, view)
+def total_of(question: Question, head: Head, part: Part) -> Total:
+    """Return the sum of an owner's answers: those of `queries.class_sums` and `queries.ridge_sums`, whose
+    rows have unit length and are within the bound, added up by matrix products instead of one by one.
+    """
+    features = unit_rows(part.features)
+    sums = torch.zeros(head.classes, head.width, dtype=torch.float64)
+    sums.index_add_(0, torch.from_numpy(part.labels), features)
+    values = sums.reshape(-1)
+    if question.query.by_class:
+        corners = torch.triu_indices(head.width, head.width)
+        scale = torch.where(corners[0] == corners[1], 1.0, math.sqrt(2.0)).double()
+        moments = features.T @ features
+        values = torch.cat((moments[corners[0], corners[1]] * scale, values))
+    return Total(values=values.numpy(), rows=len(part.labels))
 
 
 def stream_of_sums(

@@ -36,7 +36,7 @@ from ffm_secure.queries.base import Head, head_of
 OWNERS, ROWS, EPSILON = 20, 3000, 8.0
 ALPHAS, SEEDS = (0.1, 0.5), range(1, 6)
 BATCH, CHOOSING = 32, (99, 100)
-STEPS, RATES, PULLS = (100, 400), (0.1,), (0.1, 0.3, 1.0)
+STEPS, RATES, PULLS = (200,), (0.1,), (0.1, 0.3, 1.0)
 STEPS_ALONE, RATES_ALONE = (400, 1600), (0.3, 1.0)
 KINDS = ("made alone", "shared", "own model", "few steps", "prior at home")
 
