@@ -1,7 +1,4 @@
-"""The processes of `benchmarks.faults`: a coordinator, and sites forked from one that imported the package.
-
-    python -m benchmarks.fault_parties sites            # a line `FOLDER DOOR` on its input forks a site
-    python -m benchmarks.fault_parties coordinator PLACE ENGINE
+"""The coordinator's process of `benchmarks.faults`: `python -m benchmarks.fault_parties PLACE ENGINE`.
 
 What every site sealed and what the coordinator opened is recorded with the product's own means: the record of
 a site for its audit of itself, and the transcript of a server.
@@ -10,9 +7,7 @@ a site for its audit of itself, and the transcript of a server.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -26,10 +21,8 @@ from ffm_secure.engines import headquarters
 from ffm_secure.engines.headquarters import ReadyRun
 from ffm_secure.engines.nvflare import running
 from ffm_secure.engines.nvflare.folders import SITE_SOCKET
-from ffm_secure.engines.nvflare.site_service import serve
 from ffm_secure.engines.nvflare.courier import Patience
 from ffm_secure.server.transcript import Transcript
-from ffm_secure.site.service import open_session
 from ffm_secure.storage.observations import ObservationStore
 from ffm_secure.transport.courier import Courier, Lost, Reply
 from ffm_secure.transport.envelope import header_of
@@ -71,34 +64,6 @@ class DoorCourier:
         """Nothing is open between two messages."""
 
 
-def live(place: Path, door: Path) -> None:
-    """Serve one site until this process is killed."""
-    session = open_session(place)
-    session.prepare()
-    serve(door, session.handle, session.allows)
-    threading.Event().wait()
-
-
-def nursery() -> None:
-    """Fork a site for every line of the input; with its end, end them all."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    children = []
-    for line in sys.stdin:
-        place, _, door = line.strip().partition(" ")
-        child = os.fork()
-        if child == 0:
-            try:
-                live(Path(place), Path(door))
-            finally:
-                os._exit(1)
-        children.append(child)
-        print(child, flush=True)
-    for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-
-
 def coordinate(place: Path, engine: str) -> None:
     """Run the coordinator of a federation to its end, from where an earlier one was killed."""
     torch.set_num_threads(1)
@@ -134,11 +99,8 @@ def _courier(place: Path, ready: ReadyRun, engine: str) -> Iterator[Courier]:
 
 
 def main() -> None:
-    """Be one of the processes."""
-    if sys.argv[1] == "sites":
-        nursery()
-    else:
-        coordinate(Path(sys.argv[2]), sys.argv[3])
+    """Be the coordinator."""
+    coordinate(Path(sys.argv[1]), sys.argv[2])
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from ffm_secure.site.own_record import OBSERVATIONS, record_folder
 from ffm_secure.site.site_file import SelfAudit
 from ffm_secure.storage.observations import read_observations
 from ffm_secure.storage.status import read_status
+from tests.engines.site_processes import SiteProcesses
 from tests.parties.helpers import Federation, found, notes_run
 
 STAGES = ("plan", "begin", "advertise", "share", "upload", "confirm", "unmask", "finish")
@@ -86,40 +87,31 @@ class Processes:
     federation: Federation
     names: Sequence[str]
     engine: str
-    sites: dict[int, int] = field(default_factory=dict)  # process numbers
-    services: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
+    forked: SiteProcesses | None = None  # over `plain`
+    services: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)  # over the engine
     coordinator: subprocess.Popen[bytes] | None = None
-    nursery: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         """Start the sites, then the coordinator."""
+        places = [self.federation.site(name) for name in self.names]
         if self.engine == "plain":
-            words = [sys.executable, "-m", "benchmarks.fault_parties", "sites"]
-            pipe = subprocess.PIPE
-            self.nursery = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True)
-        for site in range(len(self.names)):
-            self.start_site(site)
+            self.forked = SiteProcesses({place: place for place in places})
+        else:
+            for site in range(len(places)):
+                self.start_service(site)
         self.start_coordinator()
 
-    def start_site(self, site: int) -> None:
-        """Start one site's service."""
+    def start_service(self, site: int) -> None:
+        """Start one site's service as its people do."""
         place = self.federation.site(self.names[site])
-        if self.nursery is not None:
-            assert self.nursery.stdin is not None
-            assert self.nursery.stdout is not None
-            self.nursery.stdin.write(f"{place} {place}\n")
-            self.nursery.stdin.flush()
-            self.sites[site] = int(self.nursery.stdout.readline())
-            return
         with (place / "service.out").open("ab") as out:
             words = [sys.executable, "-m", "ffm_secure", "site", "start", str(place)]
             self.services[site] = subprocess.Popen(words, stdout=out, stderr=out)
-        self.sites[site] = self.services[site].pid
 
     def start_coordinator(self) -> None:
         """Start the coordinator."""
         place = str(self.federation.place)
-        words = [sys.executable, "-m", "benchmarks.fault_parties", "coordinator", place, self.engine]
+        words = [sys.executable, "-m", "benchmarks.fault_parties", place, self.engine]
         with (self.federation.place / COORDINATOR / "output.txt").open("ab") as out:
             self.coordinator = subprocess.Popen(words, stdout=out, stderr=out)
 
@@ -135,24 +127,26 @@ class Processes:
                 if str(self.federation.place) in command_of(number):
                     os.kill(number, signal.SIGKILL)
         else:
-            os.kill(self.sites[fall.site], signal.SIGKILL)
-            if fall.site in self.services:
-                self.services.pop(fall.site).wait()
-            while self.nursery is not None and Path(f"/proc/{self.sites[fall.site]}").exists():
-                time.sleep(0.005)
-            self.start_site(fall.site)
+            self.kill_site(fall.site)
+
+    def kill_site(self, site: int) -> None:
+        """End one site's service, and start it again."""
+        if self.forked is not None:
+            place = self.federation.site(self.names[site])
+            self.forked.kill(place)
+            self.forked.start(place)
+        else:
+            self.services[site].kill()
+            self.services[site].wait()
+            self.start_service(site)
 
     def close(self) -> None:
         """End everybody, in order."""
         if self.coordinator is not None:
             self.coordinator.kill()
             self.coordinator.wait()
-        if self.nursery is not None:
-            assert self.nursery.stdin is not None
-            self.nursery.stdin.close()
-            self.nursery.wait(30)
-            assert self.nursery.stdout is not None
-            self.nursery.stdout.close()
+        if self.forked is not None:
+            self.forked.close()
         for service in self.services.values():
             service.terminate()
         for service in self.services.values():

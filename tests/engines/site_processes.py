@@ -1,23 +1,25 @@
 """The services of sites as processes of their own, forked from one that has imported the package.
 
-`python -m tests.engines.site_processes FOLDER=DOOR ...` serves every site's folder at the folder of its relay
-until its input ends.
+`python -m tests.engines.site_processes` serves, for every line `FOLDER DOOR` it reads, a site's folder at the
+folder of its relay, says its number when it is ready, and ends all of them with its input.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ffm_secure.engines.nvflare.site_service import serve
-from ffm_secure.site.folder import SiteFolder
 from ffm_secure.site.service import open_session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,45 +29,79 @@ class SiteProcesses:
     """Serve the folders of sites, by folder, at the folders of their relays."""
 
     def __init__(self, places: Mapping[Path, Path]) -> None:
+        self._doors = dict(places)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, *(f"{place}={door}" for place, door in places.items())],
+            [sys.executable, "-m", __name__],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert self._process.stdout is not None
-        self.numbers = [int(self._process.stdout.readline()) for _ in places]
+        self.numbers: dict[Path, int] = {}
+        for place in places:
+            self._ask(place)
+        while len(self.numbers) < len(places):
+            self._note()
+
+    def start(self, place: Path) -> None:
+        """Start one that was killed, and wait until it is ready."""
+        self._ask(place)
+        while place not in self.numbers:
+            self._note()
+
+    def kill(self, place: Path) -> None:
+        """End one as a power cut does."""
+        number = self.numbers.pop(place)
+        os.kill(number, signal.SIGKILL)
+        while Path(f"/proc/{number}").exists():
+            time.sleep(0.005)
 
     def close(self) -> None:
+        """End all of them."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
         assert self._process.stdout is not None
         self._process.stdout.close()
 
+    def _ask(self, place: Path) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{place} {self._doors[place]}\n")
+        self._process.stdin.flush()
 
-def live(place: Path, door: Path, ready: int) -> None:
+    def _note(self) -> None:
+        assert self._process.stdout is not None
+        number, _, place = self._process.stdout.readline().strip().partition(" ")
+        self.numbers[Path(place)] = int(number)
+
+
+def live(place: Path, door: Path) -> None:
     session = open_session(place)
     session.prepare()
-    serve(door, session.handle, lambda run: run in SiteFolder(place=place).allowed())
-    os.write(ready, f"{os.getpid()}\n".encode())
+    serve(door, session.handle, session.allows)
+    os.write(sys.stdout.fileno(), f"{os.getpid()} {place}\n".encode())
     threading.Event().wait()
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     children = []
-    for words in sys.argv[1:]:
-        place, _, door = words.partition("=")
+    for line in sys.stdin:
+        place, _, door = line.strip().partition(" ")
         child = os.fork()
         if child == 0:
-            live(Path(place), Path(door), sys.stdout.fileno())
+            try:
+                live(Path(place), Path(door))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
         children.append(child)
-    sys.stdin.read()
     for child in children:
-        os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ffm_secure.federation import NullCallback
 from ffm_secure.records import RoundRecord
 from tests.federation.helpers import train
 from tests.parties.helpers import NAMES, PLAIN, SEEDED, Federation, found, notes_run, run
+from tests.parties.kills import Killing, Kills, runs_with_losses
 from tests.parties.machines import Machines
 from tests.parties.test_parity import protection
 
@@ -64,6 +65,28 @@ def test_every_protection_in_four_processes(kind: str, privacy: dict[str, Any], 
     if kind in ("bfv", "ckks"):
         pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
     test_four_processes_equal_the_local_engine(kind, privacy, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("privacy", [PLAIN, SEEDED], ids=["no unit", "seeded noise"])
+@pytest.mark.parametrize("kind", ["none", "secagg", "bfv", "ckks"])
+def test_kills_where_the_local_engine_loses_sites(kind: str, privacy: dict[str, Any], tmp_path: Path) -> None:
+    if kind in ("bfv", "ckks"):
+        pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+    settings = {**protection(kind), **({"colluding": 0} if kind == "secagg" else {})}
+    losing, config = runs_with_losses(settings, privacy)
+    local = train(losing, tmp_path / "local")[1]
+    federation = found(tmp_path, config, policy={"colluders": 0})
+    with four_machines(federation) as machines:
+        kills = Kills(
+            losing=losing,
+            kill=lambda site: machines.machines[site].kill(),
+            start=lambda site: machines.machines[site].start(),
+        )
+        there = run(federation, Killing(machines, kills), callback=kills)
+    assert kills.killed >= 3
+    assert torch.equal(there.state.vector, local.state.vector)
+    assert [item.survivors for item in there.records] == [item.survivors for item in local.records]
 
 
 def test_a_killed_site_is_lost_to_its_round_and_takes_part_in_the_next(tmp_path: Path) -> None:
