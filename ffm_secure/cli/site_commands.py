@@ -263,7 +263,7 @@ def status(folder: Path, *, json: bool) -> None:
             f"allowed: {place.load_allowed(path).name} ({digest[:16]})"
             for digest, path in place.allowed().items()
         ]
-        lines += _budget_lines(place, file)
+        lines += [*_coordinator_lines(place), *_budget_lines(place, file)]
         lines.append(f"line for the operator: {line_for_operator(file.name, place.identity().public_key)}")
     say(shown, lines, json=json)
 
@@ -285,6 +285,13 @@ def _disk_lines(place: SiteFolder) -> list[str]:
     if free >= _LEAST_FREE:
         return []
     return [f"disk: {free >> 20} MiB are free at {place.place}; free space, or rounds will be refused"]
+
+
+def _coordinator_lines(place: SiteFolder) -> list[str]:
+    """Say whether the coordinator answers, once this site knows where it is."""
+    if not enrolment().is_enrolled(place.place):
+        return ["coordinator: not known yet; enrol with the approval that the operator sends back"]
+    return [str(running("nvflare").coordinator_words(place.place))]
 
 
 def _roster_lines(place: SiteFolder, file: SiteFile) -> list[str]:

@@ -10,10 +10,12 @@ from pathlib import Path
 from ffm_secure.engines.nvflare import processes
 from ffm_secure.engines.nvflare.courier import NVFlareCourier, Patience
 from ffm_secure.engines.nvflare.enrolment import ENGINE, SUBMITTER_NAME
+from ffm_secure.engines.nvflare.reach import coordinator_words, require_port
 from ffm_secure.engines.nvflare.relay import serve_relay
 from ffm_secure.engines.nvflare.site_service import Allows, Handle, serve
 from ffm_secure.transport.courier import Deadline
 
+__all__ = ["coordinator_words", "open_courier", "serve_site"]
 _LOOK_EVERY = 1.0  # seconds
 
 
@@ -50,7 +52,12 @@ def open_courier(
     deadline: Deadline,
     patience: Patience | None = None,
 ) -> Iterator[NVFlareCourier]:
-    """Start a coordinator's server and carry for one run, by the digest that sites have allowed."""
+    """Start a coordinator's server and carry for one run, by the digest that sites have allowed.
+
+    Raises:
+      StoreError: another program has the port.
+    """
+    require_port(place / ENGINE / "server")
     server = processes.start_server(place / ENGINE / "server")
     try:
         courier = NVFlareCourier(

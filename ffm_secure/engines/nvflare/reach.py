@@ -1,0 +1,71 @@
+"""Whether the federation's one port can be listened at, and whether it answers: said before anybody waits."""
+
+from __future__ import annotations
+
+import errno
+import json
+import socket
+from pathlib import Path
+from typing import Final
+
+from ffm_secure.engines.nvflare.enrolment import ENGINE
+from ffm_secure.errors import StoreError
+from ffm_secure.transport.local_socket import wait_until
+
+_FREED: Final = 10.0  # seconds that the port of a server that was killed may take to be free
+_ANSWERS: Final = 3.0  # seconds
+
+
+def require_port(server: Path) -> None:
+    """Refuse to start a server whose port another program of this machine has.
+
+    Raises:
+      StoreError: with who may have it, and what to do.
+    """
+    _, port = _address(server / "startup" / "fed_server.json")
+    if not wait_until(lambda: _is_free(port), _FREED, 0.2):
+        raise StoreError(
+            f"port {port} of this machine is in use: another run of this coordinator, or another program; "
+            "stop that one first, or make a coordinator with another --port"
+        )
+
+
+def coordinator_words(place: Path) -> str:
+    """Say whether the coordinator of a site answers, and who can do what where it does not."""
+    host, port = _address(place / ENGINE / "startup" / "fed_client.json")
+    try:
+        socket.create_connection((host, port), timeout=_ANSWERS).close()
+    except OSError as error:
+        return (
+            f"coordinator: {host}:{port} does not answer ({_reason(error)}); it does while a run is under "
+            "way, unless something between blocks the port"
+        )
+    return f"coordinator: {host}:{port} answers"
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, socket.gaierror):
+        return "its name is unknown here"
+    if isinstance(error, TimeoutError):
+        return f"not within {_ANSWERS:.0f} s"
+    return error.strerror or "cannot be reached"
+
+
+def _address(path: Path) -> tuple[str, int]:
+    try:
+        target = str(json.loads(path.read_bytes())["servers"][0]["service"]["target"])
+        host, _, port = target.rpartition(":")
+        return host, int(port)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        raise StoreError(f"{path}: is missing or damaged; enrol again with the operator's approval") from None
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+            listener.listen(1)
+        except OSError as error:
+            return error.errno not in (errno.EADDRINUSE, errno.EACCES)
+    return True
