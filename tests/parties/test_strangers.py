@@ -128,7 +128,7 @@ def limit_files(process: int, size: int) -> None:
 
 @pytest.mark.slow
 def test_a_full_disk_refuses_a_round_and_loses_nothing(
-    machines: tuple[Federation, Machines], capfd: pytest.CaptureFixture[str]
+    capfd: pytest.CaptureFixture[str], machines: tuple[Federation, Machines]
 ) -> None:
     """West can write nothing in round 2, not even its log: its words go where its service's output goes."""
     federation, started = machines
