@@ -154,6 +154,35 @@ def parties_of(sites: int, numbers: int) -> list[SecureSite]:
     return [SecureSite(parties, number, values[number]) for number in range(sites)]
 
 
+JOBS = {"runner_process": "server", "worker_process": "site"}  # words of a job's command, and whose it is
+
+
+def job_memory(folder: Path, word: str) -> dict[str, list[int]]:
+    """Return what the engine's job processes below a folder hold, in bytes: `VmRSS` now, `VmHWM` at most."""
+    held: dict[str, list[int]] = {whose: [] for whose in JOBS.values()}
+    for place in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            command = (
+                (place / "cmdline").read_bytes().decode(errors="replace") if place.name.isdigit() else ""
+            )
+            for words, whose in JOBS.items():
+                if words in command and str(folder) in command:
+                    status = (place / "status").read_text()
+                    held[whose].append(1024 * int(status.split(f"{word}:")[1].split()[0]))
+    return held
+
+
+def vectors_held(
+    before: Mapping[str, list[int]], after: Mapping[str, list[int]], size: int
+) -> dict[str, float]:
+    """Return how many vectors of so many bytes a job process held at most, beyond what it began with."""
+    vectors = {}
+    for whose in before:
+        if before[whose] and after[whose]:
+            vectors[whose] = (max(after[whose]) - min(before[whose])) / size
+    return vectors
+
+
 @contextlib.contextmanager
 def over_nvflare(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCourier]:
     """Start a federation of machines on loopback whose services are these sites."""
@@ -241,6 +270,7 @@ def measure(sites: int, numbers: int, rounds: int) -> list[dict[str, object]]:
     results: dict[str, list[Round]] = {"local": [], "nvflare": []}
     with tempfile.TemporaryDirectory() as folder, over_nvflare(parties, Path(folder)) as nvflare:
         couriers: dict[str, MachineCourier] = {"local": local, "nvflare": nvflare}
+        idle = job_memory(Path(folder), "VmRSS")
         number = 0
         for turn in range(rounds + 1):
             for name, courier in couriers.items():
@@ -248,8 +278,11 @@ def measure(sites: int, numbers: int, rounds: int) -> list[dict[str, object]]:
                 result = secure_round(courier, parties, number)
                 if turn:  # the first warms up
                     results[name].append(result)
+        busiest = job_memory(Path(folder), "VmHWM")
     load = os.getloadavg()[0]
-    return [summary(name, items, load) for name, items in results.items()]
+    rows = [summary(name, items, load) for name, items in results.items()]
+    rows[-1]["vectors_held"] = vectors_held(idle, busiest, 4 * numbers)
+    return rows
 
 
 def main() -> None:
@@ -279,6 +312,7 @@ def main() -> None:
             figures = ("wall_seconds", "site_seconds", "server_seconds", "overhead_seconds")
             cells = [f"{row[name]:>9.3f}" for name in (*figures, "overhead_least", "wall_over_local")]
             print(f"{row['courier']:>9}", *cells)
+        print(f"vectors that a job of the engine held at most: {rows[-1]['vectors_held']}")
     print(
         json.dumps(
             {

@@ -44,7 +44,7 @@ class Frames:
         self._connection = connection
         self._writing = threading.Lock()
 
-    def write(self, words: Words, content: bytes | memoryview = b"") -> None:
+    def write(self, words: Words, content: bytes | bytearray | memoryview = b"") -> None:
         """Send one frame.
 
         Raises:
@@ -71,8 +71,8 @@ class Frames:
             magic, header, content = _HEAD.unpack(self._exactly(_HEAD.size))
             if magic != _MAGIC or header > _LARGEST_HEADER or content > _LARGEST_CONTENT:
                 raise Gone
-            words = json.loads(bytes(self._exactly(header)))
-            return words, bytes(self._exactly(content))
+            words = json.loads(self._exactly(header))
+            return words, self._exactly(content)
         except (OSError, ValueError):
             raise Gone from None
 
@@ -82,16 +82,18 @@ class Frames:
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
-    def _exactly(self, size: int) -> bytearray:
-        buffer = bytearray(size)
-        view = memoryview(buffer)
-        filled = 0
-        while filled < size:
-            count = self._connection.recv_into(view[filled:])
-            if count == 0:
+    def _exactly(self, size: int) -> bytes:
+        """Read so many bytes; the system fills them in place, so that a large frame exists once."""
+        content = self._connection.recv(size, socket.MSG_WAITALL) if size else b""
+        if len(content) == size:
+            return content
+        buffer = bytearray(content)
+        while len(buffer) < size:
+            piece = self._connection.recv(size - len(buffer), socket.MSG_WAITALL)
+            if not piece:
                 raise Gone
-            filled += count
-        return buffer
+            buffer += piece
+        return bytes(buffer)
 
 
 class Door:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import queue
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +88,15 @@ class NVFlareCourier:
 
         `deadline` is in seconds since 1970; without one, the messages' own deadlines hold.
         """
-        arrived: Arrived = queue.SimpleQueue()
+        arrived = Arrived()
+        try:
+            yield from self._send(stage, messages, deadline, arrived)
+        finally:
+            arrived.leave()
+
+    def _send(
+        self, stage: str, messages: Mapping[int, bytes], deadline: float | None, arrived: Arrived
+    ) -> Iterator[Reply]:
         asked: dict[int, _Asked] = {}
         job: Job | None = None
         for site in messages:
@@ -153,7 +160,7 @@ def _collect(job: Job, stage: str, asked: dict[int, _Asked], arrived: Arrived) -
     """Yield what comes back, then who is lost."""
     while asked:
         latest = max(item.closes for item in asked.values())
-        answer = _next(arrived, latest + _GRACE - time.time())
+        answer = arrived.get(latest + _GRACE - time.time())
         if answer is None:
             break
         words, content = answer
@@ -164,11 +171,3 @@ def _collect(job: Job, stage: str, asked: dict[int, _Asked], arrived: Arrived) -
     for number, item in asked.items():
         job.forget(number)
         yield Reply(site=item.site, content=Lost(stage=stage))
-
-
-def _next(arrived: Arrived, seconds: float) -> tuple[Words, bytes] | None:
-    """Return the next answer; nothing when the time is over or the job has ended."""
-    try:
-        return arrived.get(timeout=max(0.0, seconds))
-    except queue.Empty:
-        return None

@@ -16,7 +16,36 @@ from ffm_secure.transport.local_socket import Door, Frames, Gone, Words
 
 _LOG = logging.getLogger(__name__)
 _FRESH = 3 * HEARTBEAT_SECONDS  # a relay that was silent for longer is not counted on
-Arrived = queue.SimpleQueue[tuple[Words, bytes] | None]
+_AHEAD = 2  # answers that may wait to be read
+Answer = tuple[Words, bytes] | None
+
+
+class Arrived:
+    """Answers on their way to one reader; few wait, so that memory does not grow with the sites."""
+
+    def __init__(self) -> None:
+        self._answers: queue.Queue[Answer] = queue.Queue(_AHEAD)
+        self._left = threading.Event()
+
+    def put(self, answer: Answer) -> None:
+        """Hand over an answer, when there is room or the reader has left."""
+        while not self._left.is_set():
+            try:
+                self._answers.put(answer, timeout=0.2)
+            except queue.Full:
+                continue
+            return
+
+    def get(self, seconds: float) -> Answer:
+        """Return the next answer; None when the time is over or the job has ended."""
+        try:
+            return self._answers.get(timeout=max(0.0, seconds))
+        except queue.Empty:
+            return None
+
+    def leave(self) -> None:
+        """Read no more."""
+        self._left.set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

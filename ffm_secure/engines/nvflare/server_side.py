@@ -19,6 +19,7 @@ from nvflare.apis.workspace import Workspace
 
 from ffm_secure.engines.nvflare import topics
 from ffm_secure.engines.nvflare.folders import COURIER_SOCKET
+from ffm_secure.engines.nvflare.pieces import LARGEST, Parcel, Room
 from ffm_secure.transport.local_socket import Frames, Gone, Words, connect
 
 _LOOK_EVERY = 0.25  # seconds between looks at whether the job was ended
@@ -61,6 +62,7 @@ class _Relay:
     def __init__(self, engine: object, frames: Frames) -> None:
         self._engine, self._frames = engine, frames
         self._over = threading.Event()
+        self._sending, self._fetching = Room(), Room()
 
     def announce(self, job: str) -> None:
         """Say which job this is and begin to greet the sites that are in it."""
@@ -75,8 +77,11 @@ class _Relay:
             while not abort_signal.triggered:
                 asked = self._frames.read(_LOOK_EVERY)
                 if asked is not None:
-                    words, content = asked
-                    self._start(self._carry, words, content)
+                    words, parcel = asked[0], Parcel(asked[1])
+                    del asked
+                    self._sending.enter(parcel.size, self._over)  # while it waits, the coordinator does
+                    self._start(self._carry, words, parcel)
+                    del parcel
         finally:
             self._over.set()
             self._frames.close()
@@ -103,19 +108,74 @@ class _Relay:
                 reported = True
             self._over.wait(0.2)
 
-    def _carry(self, words: Words, content: bytes) -> None:
+    def _carry(self, words: Words, parcel: Parcel) -> None:
+        """Bring a message to its site, piece by piece, and the answer back."""
         name, number = str(words["site"]), int(str(words["number"]))
-        request = Shareable()
-        request[topics.STAGE], request[topics.CONTENT] = str(words["stage"]), content
-        code, answer = self._exchange(name, request, float(str(words["deadline"])))
-        answered = code == ReturnCode.OK and answer is not None
+        stage, deadline = str(words["stage"]), float(str(words["deadline"]))
+        try:
+            code = self._deliver(name, number, parcel, deadline)
+        finally:
+            self._sending.leave(parcel.size)
+        reply = None
+        if code == ReturnCode.OK:
+            request = Shareable()
+            request[topics.STAGE], request[topics.NUMBER] = stage, number
+            request[topics.CONTENT] = parcel.last
+            code, reply = self._exchange(name, topics.MESSAGE, request, deadline)
+        if code != ReturnCode.OK or reply is None:
+            self._report(name, number, code, None)
+            return
+        length = int(reply[topics.LENGTH])
+        if not 0 <= length <= LARGEST:
+            self._report(name, number, ReturnCode.EXECUTION_EXCEPTION, None)
+            return
+        self._fetching.enter(length, self._over)
+        try:
+            code, answer = self._fetch(name, number, reply, deadline)
+            del reply
+            self._report(name, number, code, answer)
+        finally:
+            self._fetching.leave(length)
+
+    def _deliver(self, name: str, number: int, parcel: Parcel, deadline: float) -> str:
+        """Send every piece of a message but its last."""
+        for piece in parcel.before_last():
+            request = Shareable()
+            request[topics.NUMBER], request[topics.CONTENT] = number, piece
+            code, _ = self._exchange(name, topics.PIECE, request, deadline)
+            if code != ReturnCode.OK:
+                return code
+        return str(ReturnCode.OK)
+
+    def _fetch(
+        self, name: str, number: int, first: Shareable, deadline: float
+    ) -> tuple[str, bytes | bytearray | None]:
+        """Return an answer whole, whose first piece has come."""
+        length, content = int(first[topics.LENGTH]), first[topics.CONTENT]
+        if len(content) == length:
+            return str(ReturnCode.OK), content
+        answer = bytearray(content)
+        while len(answer) < length:
+            request = Shareable()
+            request[topics.NUMBER], request[topics.PLACE] = number, len(answer)
+            code, reply = self._exchange(name, topics.MORE, request, deadline)
+            if code != ReturnCode.OK or reply is None:
+                return code, None
+            answer += reply[topics.CONTENT]
+        return str(ReturnCode.OK), answer if len(answer) == length else None
+
+    def _report(self, name: str, number: int, code: str, answer: bytes | bytearray | None) -> None:
+        """Tell the coordinator's process what came of a message."""
         away = _AWAY.get(code, "")
+        answered = code == ReturnCode.OK and answer is not None
         heading = {"say": "answer", "number": number, "site": name, "answered": answered, "away": away}
         self._frames.write(heading, answer if answered and answer is not None else b"")
         if away:
             self._start(self._greet, name)
 
-    def _exchange(self, name: str, request: Shareable, deadline: float) -> tuple[str, bytes | None]:
+    def _exchange(
+        self, name: str, topic: str, request: Shareable, deadline: float
+    ) -> tuple[str, Shareable | None]:
         """Wait for one answer until the deadline, and no longer than the site is alive."""
         seconds = deadline - time.time()
         if seconds <= 0:
@@ -123,7 +183,7 @@ class _Relay:
         request[topics.SECONDS] = seconds
         arrived: queue.SimpleQueue[Shareable | None] = queue.SimpleQueue()
         waiting = threading.Thread(
-            target=lambda: arrived.put(self._ask(name, topics.MESSAGE, request, seconds)), daemon=True
+            target=lambda: arrived.put(self._ask(name, topic, request, seconds)), daemon=True
         )
         waiting.start()
         silences = 0
@@ -132,7 +192,7 @@ class _Relay:
                 reply = arrived.get(timeout=_ALIVE_EVERY)
                 if reply is None:
                     return ReturnCode.COMMUNICATION_ERROR, None
-                return str(reply.get_return_code()), reply.get(topics.CONTENT)
+                return str(reply.get_return_code()), reply
             except queue.Empty:
                 alive = self._hello(name, topics.HELLO_SECONDS) in _ALIVE
                 silences = 0 if alive else silences + 1

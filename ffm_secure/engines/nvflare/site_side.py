@@ -24,7 +24,8 @@ from nvflare.widgets.widget import Widget
 
 from ffm_secure.engines.nvflare import topics
 from ffm_secure.engines.nvflare.folders import SITE_SOCKET
-from ffm_secure.transport.local_socket import Gone, Late, ask, connect
+from ffm_secure.engines.nvflare.pieces import PIECE, Shelf
+from ffm_secure.transport.local_socket import Gone, Late, Words, ask, connect
 
 _PLANNING = frozenset({"check_resources", "submit_job"})  # what the engine asks before a job's process
 
@@ -35,6 +36,7 @@ class RelayExecutor(Executor):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._socket: Path | None = None
+        self._coming, self._leaving = Shelf(), Shelf()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Begin to answer when a job starts."""
@@ -44,6 +46,8 @@ class RelayExecutor(Executor):  # type: ignore[misc]
         self._socket = Path(workspace.get_root_dir()) / SITE_SOCKET
         engine = fl_ctx.get_engine()
         engine.register_aux_message_handler(topics.MESSAGE, self._message)
+        engine.register_aux_message_handler(topics.PIECE, self._piece)
+        engine.register_aux_message_handler(topics.MORE, self._more)
         engine.register_aux_message_handler(topics.HELLO, self._hello)
 
     def execute(
@@ -61,13 +65,18 @@ class RelayExecutor(Executor):  # type: ignore[misc]
             return make_reply(ReturnCode.SERVICE_UNAVAILABLE)
         return make_reply(ReturnCode.OK)
 
+    def _piece(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
+        """Keep a piece of a message whose last piece is to come."""
+        seconds = float(request[topics.SECONDS])
+        self._coming.add(int(request[topics.NUMBER]), request[topics.CONTENT], seconds)
+        return make_reply(ReturnCode.OK)
+
     def _message(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
-        assert self._socket is not None
-        words = {"ask": "answer", "stage": str(request[topics.STAGE])}
+        """Hand a whole message to the service; answer with its answer, or the first piece of it."""
+        number, seconds = int(request[topics.NUMBER]), float(request[topics.SECONDS])
+        self._coming.add(number, request[topics.CONTENT], seconds)
         try:
-            heading, content = ask(
-                self._socket, words, request[topics.CONTENT], seconds=float(request[topics.SECONDS])
-            )
+            heading, content = self._ask_service(number, str(request[topics.STAGE]), seconds)
         except Late:  # a service that is slow is there
             return make_reply(ReturnCode.TIMEOUT)
         except Gone:
@@ -75,7 +84,35 @@ class RelayExecutor(Executor):  # type: ignore[misc]
         if not heading.get("answered"):
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         reply = make_reply(ReturnCode.OK)
-        reply[topics.CONTENT] = content
+        reply[topics.LENGTH], reply[topics.CONTENT] = len(content), content[:PIECE]
+        if len(content) > PIECE:
+            self._leaving.keep(number, content, seconds)
+        return reply
+
+    def _ask_service(self, number: int, stage: str, seconds: float) -> tuple[Words, bytes]:
+        """Write a message and let go of it before its answer comes.
+
+        Raises:
+          Late, Gone: the service does not answer in time, or at all.
+        """
+        assert self._socket is not None
+        frames = connect(self._socket)
+        try:
+            frames.write({"ask": "answer", "stage": stage}, self._coming.take(number))
+            answer = frames.read(seconds)
+        finally:
+            frames.close()
+        if answer is None:
+            raise Late
+        return answer
+
+    def _more(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
+        """Answer with another piece of an answer."""
+        piece = self._leaving.piece(int(request[topics.NUMBER]), int(request[topics.PLACE]))
+        if not piece:
+            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
+        reply = make_reply(ReturnCode.OK)
+        reply[topics.CONTENT] = piece
         return reply
 
 

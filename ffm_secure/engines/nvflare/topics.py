@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Final
 
 MESSAGE: Final = "ffm-secure message 1"
+PIECE: Final = "ffm-secure piece 1"
+MORE: Final = "ffm-secure more 1"
 HELLO: Final = "ffm-secure hello 1"
+NUMBER: Final = "number"
+PLACE: Final = "place"
+LENGTH: Final = "length"
 STAGE: Final = "stage"
 CONTENT: Final = "content"
 SECONDS: Final = "seconds"
