@@ -57,6 +57,7 @@ SECTIONS: dict[str, list[str]] = {
         "queries.md",
         "attacks.md",
         "secagg.md",
+        "malicious_clients.md",
         "he.md",
         "security.md",
     ],
