@@ -18,7 +18,7 @@ from ffm_secure.auditing.canary_rounds import (
 )
 from ffm_secure.config import compatibility
 from ffm_secure.engines import simulation
-from ffm_secure.privacy.mechanism import Mechanism, replay_of
+from ffm_secure.privacy.mechanism import Mechanism, replay_events, replay_of
 from ffm_secure.privacy.query_noise import ClientAnswers, RecordAnswers
 from ffm_secure.quantities import small
 from ffm_secure.records import (
@@ -51,7 +51,9 @@ def _totals(
     In a stream with a reservoir they are rows of the first stage that stay: the dearest there are.
     """
     replay = replay_of(mechanism)
-    stays = None if replay is None else Stays(after=new_rounds, sampling_rate=replay.sampling_rate)
+    stays = None
+    if replay is not None:
+        stays = Stays(after=new_rounds, sampling_rate=replay.sampling_rate)
     if mechanism.record_level is not None:
         return record_canaries(mechanism.record_level, coins, source, stays)
     if mechanism.sum_level is not None:
@@ -79,7 +81,7 @@ def bounds_over_rounds(
     if mechanism.noise_multiplier == 0.0:
         return {}
     new_rounds = max(1, compatibility.paid_rounds(config))
-    rounds = new_rounds + (compatibility.replay_rounds(config) if replay_of(mechanism) is not None else 0)
+    rounds = new_rounds + len(replay_events(mechanism, config))
     dimension = max(2 * CANARIES, min(prepared.trainable.size, 20_000))
     coins = canary.Canaries(
         count=CANARIES, dimension=dimension, norm=mechanism.clip_norm, seed=seed, kind="dirac"

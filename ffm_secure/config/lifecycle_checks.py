@@ -82,7 +82,9 @@ def check_stream(config: RunConfig, problems: Problems) -> None:
         if stream.replay:
             problems.add("task.stream.replay", stream.replay, "is not read without a stream")
         return
-    values = [value for stage in stream.order for value in stage.split("|")]
+    values: list[str] = []
+    for stage in stream.order:
+        values += stage.split("|")
     if len(set(values)) < len(values) or not all(values):
         problems.add("task.stream.order", stream.order, "every value must be there once, and none be empty")
     if len(stream.order) < 2:

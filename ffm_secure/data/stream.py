@@ -27,11 +27,16 @@ def stages_of(examples: Examples, stream: Stream, dataset: Dataset) -> NDArray[n
             f"task.stream.column = {stream.column!r}: {examples.origin} has no such column; there are "
             f"{listed(examples.columns)}"
         )
-    places = {value: stage for stage, values in enumerate(stream.order) for value in values.split("|")}
+    places: dict[str, int] = {}
+    for stage, values in enumerate(stream.order):
+        places |= dict.fromkeys(values.split("|"), stage)
     cells: Sequence[object] = examples.column(stream.column)
     if stream.column == dataset.label_column and dataset.label_names:
-        cells = [dataset.label_names[int(label)] for label in examples.labels]
-    return np.array([places.get(str(cell), NO_STAGE) for cell in cells], dtype=np.int64)
+        cells = list(np.array(dataset.label_names, dtype=object)[examples.labels])
+    stages = np.full(len(examples), NO_STAGE, dtype=np.int64)
+    for row, cell in enumerate(cells):
+        stages[row] = places.get(str(cell), NO_STAGE)
+    return stages
 
 
 def staying_rows(examples: Examples, stream: Stream, key: RecordKey) -> NDArray[np.bool_]:

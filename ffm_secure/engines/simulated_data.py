@@ -59,13 +59,12 @@ class SimulatedData:
         if self.stages is None or self.staying is None:
             return ()
         stages, staying = self.stages[self.parts[owner]], self.staying[self.parts[owner]]
-        return tuple(
-            Arrived(
-                new=np.flatnonzero(stages == stage).astype(np.int64),
-                reservoir=np.flatnonzero((stages < stage) & staying).astype(np.int64),
-            )
-            for stage in range(len(self.config.task.stream.order))
-        )
+        arrivals = []
+        for stage in range(len(self.config.task.stream.order)):
+            new = np.flatnonzero(stages == stage).astype(np.int64)
+            reservoir = np.flatnonzero((stages < stage) & staying).astype(np.int64)
+            arrivals.append(Arrived(new=new, reservoir=reservoir))
+        return tuple(arrivals)
 
     def stage_names(self) -> tuple[Records, ...]:
         """Return what a ledger knows rows by, for every owner and stage: those that pass, then those that
@@ -114,9 +113,10 @@ def load(
     if privacy.person_column:
         parts = reunited(dataset.train, parts, column=privacy.person_column)
     parts, held_back = _hold_back(config, dataset.train, tuple(parts), key)
-    stages = None
+    stages, staying = None, None
     if task.stream.order:
         stages = stream.stages_of(dataset.train, task.stream, dataset)
+        staying = stream.staying_rows(dataset.train, task.stream, key)
         parts = tuple(part[stages[part] != stream.NO_STAGE] for part in parts)
     account = dataset_fingerprint(
         dataset.name, whole.train, parts
@@ -136,7 +136,7 @@ def load(
         owners=partition.owner_names(dataset.train, clients=task.clients, split=task.split, seed=config.seed),
         held_back=held_back,
         stages=stages,
-        staying=None if stages is None else stream.staying_rows(dataset.train, task.stream, key),
+        staying=staying,
     )
 
 

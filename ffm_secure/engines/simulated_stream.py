@@ -48,10 +48,12 @@ def stage_accounts(
         return None
     config, count = data.config, compatibility.stages(data.config)
     own = blocks[2 * count * owner : 2 * count * (owner + 1)]
-    replay = replay_of(mechanism)
+    replay, event = replay_of(mechanism), None
+    if replay is not None:
+        event = replay.event(release="replay of one round")
     return StageAccounts(
         passing=tuple(own[0::2]),
         staying=tuple(own[1::2]),
         turns=config.federation.rounds // count,
-        replay=None if replay is None else replay.event(release="replay of one round"),
+        replay=event,
     )

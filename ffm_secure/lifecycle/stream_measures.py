@@ -22,13 +22,15 @@ def measures(table: Table) -> StreamMeasures:
     (transfer).
     """
     before, last = table[0], table[-1]
-    stages = range(len(last))
-    earlier = stages[:-1]
+    lost, changed, gained = [], [], []
+    for stage, end in enumerate(last[:-1]):
+        later = [row[stage] for row in table[stage + 1 : -1]]
+        lost.append(max(later) - end)
+        changed.append(end - later[0])
+    for stage in range(1, len(last)):
+        gained.append(table[stage][stage] - before[stage])
     return StreamMeasures(
-        average=fmean(last),
-        forgetting=fmean(max(row[j] for row in table[j + 1 : -1]) - last[j] for j in earlier),
-        backward=fmean(last[j] - table[j + 1][j] for j in earlier),
-        forward=fmean(table[j][j] - before[j] for j in stages[1:]),
+        average=fmean(last), forgetting=fmean(lost), backward=fmean(changed), forward=fmean(gained)
     )
 
 
@@ -40,13 +42,14 @@ def summary_of(before: Sequence[StageScore], records: Sequence[RoundRecord]) -> 
     after = [record.stages for record in records if record.stages]
     if len(after) != len(before):
         return None
-    rows = [tuple(before), *after]
-    unknown = tuple(tuple(score.unknown for score in scores) for scores in rows)
-    known = tuple(tuple(score.known for score in scores) for scores in rows)
+    unknown, known = [], []
+    for scores in (before, *after):
+        unknown.append(tuple(score.unknown for score in scores))
+        known.append(tuple(score.known for score in scores))
     return StreamSummary(
         stages=tuple(score.stage for score in before),
-        unknown=unknown,
-        known=known,
+        unknown=tuple(unknown),
+        known=tuple(known),
         measures_unknown=measures(unknown),
         measures_known=measures(known),
     )

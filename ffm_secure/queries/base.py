@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -236,13 +236,11 @@ def recall(state: ServerState, name: str) -> Opened | None:
     facts = state.optimizer_state.get(f"{_PREFIX}{name}.facts")
     if values is None or facts is None:
         return None
+    opened = Opened(values=values.numpy(), deviation=float(facts[0]), sites=round(float(facts[1])))
     by_class = state.optimizer_state.get(f"{_PREFIX}{name}.classes")
-    return Opened(
-        values=values.numpy(),
-        deviation=float(facts[0]),
-        sites=round(float(facts[1])),
-        by_class=None if by_class is None else by_class.numpy(),
-    )
+    if by_class is not None:
+        opened = replace(opened, by_class=by_class.numpy())
+    return opened
 
 
 def keep_answers(before: ServerState, after: ServerState) -> ServerState:
@@ -257,14 +255,14 @@ def keep_answers(before: ServerState, after: ServerState) -> ServerState:
 
 
 def _added(first: Opened, second: Opened) -> Opened:
-    return Opened(
+    total = Opened(
         values=first.values + second.values,
         deviation=math.hypot(first.deviation, second.deviation),
         sites=first.sites + second.sites,
-        by_class=None
-        if first.by_class is None or second.by_class is None
-        else np.hypot(first.by_class, second.by_class),
     )
+    if first.by_class is not None and second.by_class is not None:
+        total = replace(total, by_class=np.hypot(first.by_class, second.by_class))
+    return total
 
 
 def of_classes(query: Query, opened: Opened, present: NDArray[np.bool_]) -> Opened:

@@ -478,7 +478,9 @@ def record(
     else:
         evaluation = evaluate(server, plan, state, courier)
         loss, metric = evaluation.loss, evaluation.metric
-    stages: tuple[StageScore, ...] = ()
+    stage, stages = "", tuple[StageScore, ...]()
+    if server.stages is not None:
+        stage = server.stages.names[agenda.stage_of(spec.config, plan.turn)]
     if server.stages is not None and _stage_ends(spec.config, plan, (*earlier, this)):
         stages = stage_scores(server, state)
     evaluated = time.perf_counter() - evaluation_began
@@ -504,7 +506,7 @@ def record(
         evidence=result.evidence,
         groups=tuple(one.survivors for one in result.groups),
         closed=result.closed,
-        stage="" if server.stages is None else server.stages.names[agenda.stage_of(spec.config, plan.turn)],
+        stage=stage,
         stages=stages,
     )
 

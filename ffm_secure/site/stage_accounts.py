@@ -4,7 +4,7 @@ ones too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from defenses.dp import Event, GaussianEvent, SampledSkellamEvent
@@ -44,7 +44,7 @@ class StageAccounts:
     @property
     def blocks(self) -> tuple[int, ...]:
         """Return the blocks of all stages."""
-        return tuple(block for blocks in (*self.passing, *self.staying) for block in blocks)
+        return _joined((*self.passing, *self.staying))
 
     def stage(self, turn: int) -> int:
         """Return the stage a turn falls into."""
@@ -55,7 +55,7 @@ class StageAccounts:
         stage = self.stage(turn)
         due = [Payment(event=_of_stage(event, stage), blocks=self.passing[stage] + self.staying[stage])]
         if self.replay is not None:
-            reservoir = tuple(block for blocks in self.staying[:stage] for block in blocks)
+            reservoir = _joined(self.staying[:stage])
             due.append(Payment(event=_of_stage(self.replay, stage), blocks=reservoir))
         return tuple(payment for payment in due if payment.blocks)
 
@@ -66,9 +66,10 @@ class StageAccounts:
         """
         stage, counts = self.stage(turn), dict(charged)
         yield Due(before=self._history(stage, event, counts), event=event)
-        for earlier in range(stage if self.replay is not None else 0):
+        if self.replay is None:
+            return
+        for earlier in range(stage):
             if self.staying[earlier]:
-                assert self.replay is not None
                 yield Due(before=self._history(earlier, event, counts), event=self.replay)
 
     def _history(self, arrived: int, event: Event, counts: dict[Event, int]) -> Charged:
@@ -77,10 +78,18 @@ class StageAccounts:
         """
         history = [(event, counts.get(_of_stage(event, arrived), 0))]
         if self.replay is not None:
-            places = range(arrived + 1, len(self.passing))
-            later = (counts.get(_of_stage(self.replay, place), 0) for place in places)
-            history.append((self.replay, sum(later)))
+            replays = 0
+            for place in range(arrived + 1, len(self.passing)):
+                replays += counts.get(_of_stage(self.replay, place), 0)
+            history.append((self.replay, replays))
         return [(paid, count) for paid, count in history if count]
+
+
+def _joined(parts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    blocks: list[int] = []
+    for part in parts:
+        blocks += part
+    return tuple(blocks)
 
 
 def _of_stage(event: Event, stage: int) -> Event:
