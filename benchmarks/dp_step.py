@@ -2,11 +2,11 @@
 
     python -m benchmarks.dp_step [--quick] [--json]
 
-MiniLM (6 layers, width 384), batch 32 x 64 tokens, rank-8 LoRA and a classifier head, or 16 soft-prompt
-tokens; every step is forward, backward, clipping, noise and an SGD update. CPU seconds of one thread; methods
-take turns within each repeat, and a ratio is the median over repeats of that method's time over the plain
-step's in the same repeat. Peak memory is what a fresh process needs beyond the loaded model. The last line is
-one JSON object.
+MiniLM (6 layers, width 384), batch 32 x 64 tokens, rank-8 LoRA and a classifier head, 16 soft-prompt
+tokens, or all weights; every step is forward, backward, clipping, noise and an SGD update. CPU seconds of
+one thread; methods take turns within each repeat, and a ratio is the median over repeats of that method's
+time over the plain step's in the same repeat. Peak memory is what a fresh process needs beyond the loaded
+model. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ QUERY_VALUE, ALL_LINEAR = ["query", "value"], ["query", "key", "value", "dense"]
 MECHANISM = RecordMechanism(
     sampling_rate=0.01, noise_multiplier=1.0, clip_norm=0.5, expected_batch_size=BATCH, steps=1_000_000
 )
-SETTINGS = ["LoRA query+value", "LoRA all linear", "soft prompt"]
+SETTINGS = ["LoRA query+value", "LoRA all linear", "soft prompt", "all weights"]
 Step = Callable[[], None]
 
 
@@ -78,6 +78,8 @@ def build(setting: str) -> nn.Module:
     """Return the trainable model of a setting."""
     if setting == "soft prompt":
         return SoftPrompt(backbone()).train()
+    if setting == "all weights":
+        return backbone().train()
     targets = QUERY_VALUE if setting == "LoRA query+value" else ALL_LINEAR
     config = peft.LoraConfig(
         task_type="SEQ_CLS", r=RANK, lora_dropout=0.0, target_modules=targets, modules_to_save=["classifier"]

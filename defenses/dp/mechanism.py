@@ -136,8 +136,8 @@ class RecordMechanism:
         std = self.gradient_noise_multiplier() * bound * WIDENING
         noisy = {}
         for name, value in sorted(gradients.items()):
-            noisy[name] = add_gaussian(value, std=std, source=source)
-        return {name: noisy[name] / self.expected_batch_size for name in gradients}
+            noisy[name] = add_gaussian(value, std=std, source=source).div_(self.expected_batch_size)
+        return {name: noisy[name] for name in gradients}
 
     def start(self) -> RecordRun:
         """Open the run that draws, bounds and releases at most `steps` steps."""

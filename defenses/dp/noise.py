@@ -41,8 +41,8 @@ class _Sampler:
         self._radius = torch.empty(_PAIRS, dtype=torch.float64)
         self._angle = torch.empty(_PAIRS, dtype=torch.float64)
 
-    def block(self) -> Tensor:
-        """Return 2 * _PAIRS standard normals; the buffer is overwritten by the next call.
+    def block(self, std: float = 1.0) -> Tensor:
+        """Return 2 * _PAIRS samples of N(0, std^2); the buffer is overwritten by the next call.
 
         The radius uses |w + 1/2| / 2^63 with w a uniform signed 64-bit integer, so it is never zero and the
         tail reaches 9.4 standard deviations (mass beyond: 5e-21 a sample).
@@ -51,7 +51,7 @@ class _Sampler:
         values, radius, angle = self._values, self._radius, self._angle
         values.copy_(self._integers)
         torch.add(values[:_PAIRS], 0.5, out=radius)
-        radius.abs_().mul_(2.0**-63).log_().mul_(-2.0).clamp_min_(0.0).sqrt_()
+        radius.abs_().mul_(2.0**-63).log_().mul_(-2.0).clamp_min_(0.0).sqrt_().mul_(std)
         torch.mul(values[_PAIRS:], math.pi * 2.0**-63, out=angle)
         torch.cos(angle, out=values[:_PAIRS])
         torch.sin(angle, out=values[_PAIRS:])
@@ -70,7 +70,7 @@ def gaussian(count: int, *, std: float, source: RandomSource) -> npt.NDArray[np.
     sampler = _Sampler(source)
     for start in range(0, count, 2 * _PAIRS):
         part = out[start : start + 2 * _PAIRS]
-        torch.mul(sampler.block()[: len(part)], std, out=part)
+        part.copy_(sampler.block(std)[: len(part)])
     result: npt.NDArray[np.float64] = out.numpy()
     return result
 
@@ -89,11 +89,11 @@ def add_gaussian(values: Tensor, *, std: float, source: RandomSource) -> Tensor:
     flat = values.detach().to("cpu", precision).reshape(-1)
     out = torch.empty(len(flat), dtype=torch.float32)
     sampler, grid = _Sampler(source), grid_of(std)
-    wide = torch.empty(2 * _PAIRS, dtype=torch.float64)
     for start in range(0, len(flat), 2 * _PAIRS):
         part = flat[start : start + 2 * _PAIRS]
-        noisy = wide[: len(part)].copy_(part)
-        noisy.add_(sampler.block()[: len(part)], alpha=std).mul_(1.0 / grid).round_().mul_(grid)
+        # in units of the grid, a power of two, so scaling rounds nothing
+        noisy = sampler.block(std / grid)[: len(part)]
+        noisy.add_(part, alpha=1.0 / grid).round_().mul_(grid)
         out[start : start + len(part)] = noisy
     return out.reshape(values.shape).to(values.device)
 

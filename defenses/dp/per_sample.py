@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -151,19 +152,17 @@ class PerSampleEngine:
         number.
         """
         poisoned = ~torch.isfinite(values)
-        squared = {}
+        squared, grams = {}, Grams()
         for name, parts in uses.items():
-            norms = _squared_norm(parts, self._parameters[name])
+            norms = _squared_norm(parts, self._parameters[name], grams)
             squared[name] = torch.where(poisoned, torch.inf, norms)
         return squared
 
     def _weighted(self, uses: dict[str, list[Use]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the sum over samples of their gradients times their factors, in float64."""
-        sums = self._zeros()
-        for name, parts in uses.items():
-            for part in parts:
-                for few, share in _few(part, factors[name]):
-                    sums[name] += _widened(_weighted_sum(few, share, self._parameters[name].shape))
+        sums = {}
+        for name, parameter in self._parameters.items():
+            sums[name] = _summed(uses.get(name, []), factors.get(name), parameter)
         return sums
 
     def per_sample(self, losses: Losses, *, batch_size: int | None = None) -> dict[str, Tensor]:
@@ -183,10 +182,7 @@ class PerSampleEngine:
         return ClippedSum(gradients=self._zeros(), batch_size=0, clip=clip)
 
     def _zeros(self) -> dict[str, Tensor]:
-        zeros: dict[str, Tensor] = {}
-        for name, value in self._parameters.items():
-            zeros[name] = torch.zeros(value.shape, dtype=torch.float64, device=_wide_device(value))
-        return zeros
+        return {name: _nothing(value) for name, value in self._parameters.items()}
 
     def close(self) -> None:
         """Let go of the model."""
@@ -403,7 +399,40 @@ def _dense(use: Use, shape: torch.Size) -> Dense:
     return use if isinstance(use, Dense) else use.dense(shape)
 
 
-def _squared_norm(parts: list[Use], parameter: nn.Parameter) -> Tensor:
+class Grams:
+    """Inner products of all pairs of tokens, `[batch, t, t]`, of tensors that several layers share: the
+    query, key and value of attention read one input. Only the newest are kept.
+    """
+
+    def __init__(self) -> None:
+        self._newest: deque[tuple[Tensor, Tensor]] = deque(maxlen=_GRAMS)
+
+    def of(self, factor: Tensor) -> Tensor:
+        """Return the products of one tensor with itself."""
+        for known, products in self._newest:
+            if _one_and_the_same(known, factor):
+                return products
+        values = factor.float()
+        products = torch.bmm(values, values.transpose(1, 2))
+        self._newest.append((factor, products))  # which holds the storage, so its address is not used anew
+        return products
+
+
+_GRAMS = 4
+
+
+def _one_and_the_same(left: Tensor, right: Tensor) -> bool:
+    """Tell whether two tensors are views of the same numbers."""
+    return (
+        left.data_ptr() == right.data_ptr()
+        and left.shape == right.shape
+        and left.stride() == right.stride()
+        and left.dtype == right.dtype
+        and left.device == right.device
+    )
+
+
+def _squared_norm(parts: list[Use], parameter: nn.Parameter, grams: Grams) -> Tensor:
     """Return the squared norm `[batch]` of the sum of all uses of one parameter, and merge what must be
     merged.
 
@@ -415,13 +444,12 @@ def _squared_norm(parts: list[Use], parameter: nn.Parameter) -> Tensor:
         total = torch.stack([_dense(part, parameter.shape).values for part in parts]).sum(0)
         parts[:] = [Dense(total)]
     result = torch.zeros(parts[0].batch, device=parameter.device)
+    size = torch.zeros_like(result)
     for i, left in enumerate(parts):
-        result = result + _inner(left, left)
+        own, terms = _own_norm(left, grams)
+        result, size = result + own, size + terms
         for right in parts[i + 1 :]:
             result = result + 2.0 * _inner(left, right)
-    size = torch.zeros_like(result)
-    for part in parts:
-        size = size + _factored_size(part)
     return result.clamp_min(0.0) + _ROUNDING * size.square()
 
 
@@ -429,27 +457,44 @@ def _squared_norm(parts: list[Use], parameter: nn.Parameter) -> Tensor:
 _ROUNDING = 2.0**-22
 
 
-def _factored_size(use: Use) -> Tensor:
-    """Return the sum over tokens of the norms of their terms, `[batch]`; nothing to add for a gradient held
-    whole.
+def _own_norm(use: Use, grams: Grams) -> tuple[Tensor, Tensor]:
+    """Return the squared norm of one use, and the sum over tokens of the norms of their terms, each
+    `[batch]`; of a gradient held whole there are no terms.
     """
     if isinstance(use, Dense):
-        return use.values.new_zeros(use.batch)
+        return use.values.flatten(1).square().sum(1), use.values.new_zeros(use.batch)
     if isinstance(use, Rows):
-        terms: Tensor = torch.linalg.vector_norm(use.values.float(), dim=2)
-    else:
-        rows, columns = use.rows.float(), use.columns.float()
-        terms = torch.linalg.vector_norm(rows, dim=2) * torch.linalg.vector_norm(columns, dim=2)
-    return terms.sum(1)
+        products = grams.of(use.values)
+        same = use.indices[:, :, None] == use.indices[:, None, :]
+        return (products * same).sum((1, 2)), _token_norms(products).sum(1)
+    rows, columns = grams.of(use.rows), grams.of(use.columns)
+    return (rows * columns).sum((1, 2)), (_token_norms(rows) * _token_norms(columns)).sum(1)
+
+
+def _token_norms(products: Tensor) -> Tensor:
+    """Return the norm of every token, `[batch, t]`, from the products of all pairs."""
+    return products.diagonal(dim1=1, dim2=2).clamp_min(0.0).sqrt()
+
+
+def _nothing(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros(parameter.shape, dtype=torch.float64, device=_wide_device(parameter))
+
+
+def _summed(parts: list[Use], factors: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    """Return the sum over samples of all uses of one parameter, scaled by the factors, in float64."""
+    total: Tensor | None = None
+    for part in parts:
+        assert factors is not None, "whatever has a gradient has factors"
+        for few, share in _few(part, factors):
+            wide = _widened(_weighted_sum(few, share, parameter.shape))
+            total = wide if total is None else total.add_(wide)
+    return _nothing(parameter) if total is None else total
 
 
 def _inner(left: Use, right: Use) -> Tensor:
     """Return the inner product `[batch]` of two per-sample gradients without forming them."""
     if isinstance(left, Dense) and isinstance(right, Dense):
-        flat = left.values.flatten(1)
-        if left is not right:
-            return torch.einsum("bn,bn->b", flat, right.values.flatten(1))
-        return flat.square().sum(1)
+        return torch.einsum("bn,bn->b", left.values.flatten(1), right.values.flatten(1))
     if isinstance(left, Outer) and isinstance(right, Outer):
         rows = torch.bmm(left.rows.float(), right.rows.float().transpose(1, 2))
         return (rows * torch.bmm(left.columns.float(), right.columns.float().transpose(1, 2))).sum((1, 2))

@@ -165,13 +165,30 @@ class SumMechanism:
         rounded = (exact + dither) >> _FINE_BITS
         return self._noised(np.clip(rounded, -self.largest, self.largest), source)
 
+    def bounded_sum(self, rows: Reals) -> Reals:
+        """Return the sum [d] of the rows [n, d] within the bound, as `bounded` has them, in two passes."""
+        if self.whole_numbers:
+            return np.asarray(self.bounded(rows).sum(axis=0), dtype=np.float64)
+        values = self._checked(rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.sqrt(np.einsum("nd,nd->n", values, values))
+        finite = np.isfinite(norms)
+        if not finite.all():
+            values, norms = values[finite], norms[finite]
+        factors = np.where(norms > self.bound, self.bound / np.maximum(norms, 1e-300), 1.0)
+        return np.asarray(factors @ values, dtype=np.float64)
+
+    def _checked(self, rows: Reals) -> Reals:
+        values = np.asarray(rows, dtype=np.float64)
+        if values.ndim != 2 or values.shape[1] != self.dimension:
+            raise ParameterError(f"rows: shape {values.shape}, must be [n, {self.dimension}]")
+        return values
+
     def bounded(self, rows: Reals) -> Reals:
         """Return the rows [n, d] within the bound:
         scaled down, or left out where whole numbers are beyond it.
         """
-        values = np.asarray(rows, dtype=np.float64)
-        if values.ndim != 2 or values.shape[1] != self.dimension:
-            raise ParameterError(f"rows: shape {values.shape}, must be [n, {self.dimension}]")
+        values = self._checked(rows)
         with np.errstate(over="ignore", invalid="ignore"):
             norms = np.sqrt(np.square(values).sum(axis=1))
         finite = np.isfinite(norms)

@@ -220,7 +220,7 @@ def _bounded_total(answers: Iterable[Tensor], inner: SumMechanism) -> Total:
     values, count = np.zeros(inner.dimension), 0
     for part in answers:
         rows = part.detach().to("cpu", torch.float64).numpy()
-        values += inner.bounded(rows).sum(axis=0)
+        values += inner.bounded_sum(rows)
         count += len(rows)
     return Total(values=values, rows=count)
 
