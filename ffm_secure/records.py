@@ -348,6 +348,8 @@ class ReleasedEvaluation:
     gap: Estimate | None  # between the best and the worst group
     deviation: float  # of the noise of one count
     level: float  # of every interval
+    owners: tuple[Estimate, ...] = ()  # where the run file asks for counts by owner
+    worst: tuple[Estimate, ...] = ()  # worst class, group and owner, each with an interval for the true worst
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,7 +44,7 @@ def check_evaluation(config: RunConfig, problems: Problems) -> None:
             "evaluation.groups", evaluation.groups, "belongs to evaluation.group_column: give both, or none"
         )
     if evaluation.rows == "public":
-        for name in ("epsilon", "group_column"):
+        for name in ("epsilon", "group_column", "by_owner"):
             if getattr(evaluation, name):
                 problems.add(
                     f"evaluation.{name}", getattr(evaluation, name), "is read with rows = 'held_back' alone"

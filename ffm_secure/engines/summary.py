@@ -254,7 +254,9 @@ def _released(ready: Simulation, trained: TrainingResult) -> ReleasedEvaluation 
         return None
     names = ready.prepared.dataset.label_names or ()
     setting = Setting(config=spec.config, trainable=ready.trainable, classes=ready.prepared.facts.classes)
-    return evaluation.released(opened, evaluation.cells_of(setting), class_names=names)
+    return evaluation.released(
+        opened, evaluation.cells_of(setting), class_names=names, owner_names=spec.owners
+    )
 
 
 def _stream(ready: Simulation, trained: TrainingResult, start: Tensor | None) -> StreamSummary | None:

@@ -27,6 +27,7 @@ class Rows:
 
     encoded: Encoded
     groups: NDArray[np.int64] | None = None  # [n], index into the declared groups; -1 for none of them
+    owner: int = 0  # whose rows these are, by number
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -40,7 +41,7 @@ class Rows:
     def take(self, places: NDArray[np.int64]) -> Rows:
         """Return some of the rows."""
         groups = None if self.groups is None else self.groups[places]
-        return Rows(encoded=self.encoded.take(places), groups=groups)
+        return Rows(encoded=self.encoded.take(places), groups=groups, owner=self.owner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

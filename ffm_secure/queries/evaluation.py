@@ -23,10 +23,13 @@ EVERYBODY = "everybody"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cells:
-    """Say where each count stands: group x class x wrong or right, then confidence x wrong or right."""
+    """Say where each count stands: group x class x wrong or right, then confidence x wrong or right, then
+    owner x wrong or right.
+    """
 
     groups: tuple[str, ...]
     classes: int
+    owners: int = 0  # 0: nothing is counted by owner
 
     @property
     def first(self) -> int:
@@ -36,7 +39,12 @@ class Cells:
     @property
     def size(self) -> int:
         """Return how many cells there are."""
-        return self.first + 2 * BINS
+        return self.first + 2 * BINS + 2 * self.owners
+
+    @property
+    def tables(self) -> int:
+        """Return in how many cells one record counts."""
+        return 3 if self.owners else 2
 
     def answer(self, scores: Tensor, rows: Rows) -> Tensor:
         """Return the cells of every row, 0 or 1, [n, size]; a row of no declared group counts in none.
@@ -55,23 +63,35 @@ class Cells:
         cells[here, places] = (known >= 0).double()
         bins = (top.double() * BINS).long().clamp(max=BINS - 1)
         cells[here, self.first + 2 * bins + right] = 1.0
+        if self.owners:
+            cells[here, self.first + 2 * BINS + 2 * rows.owner + right] = 1.0
         return cells
 
-    def split(self, values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the counts as [groups, classes, 2] and [bins, 2]; the last place is wrong, then right."""
+    def split(
+        self, values: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Return the counts as [groups, classes, 2], [bins, 2] and [owners, 2]; the last place is wrong, then
+        right.
+        """
         table = values[: self.first].reshape(len(self.groups), self.classes, 2)
-        return table, values[self.first :].reshape(BINS, 2)
+        rest = values[self.first :].reshape(BINS + self.owners, 2)
+        return table, rest[:BINS], rest[BINS:]
 
 
 def cells_of(setting: Setting) -> Cells:
     """Return the cells of a run: its declared groups, or everybody as one."""
     assert setting.classes is not None, "the plan refuses evaluations by class where there are none"
-    return Cells(groups=setting.config.evaluation.groups or (EVERYBODY,), classes=setting.classes)
+    evaluation = setting.config.evaluation
+    owners = setting.config.task.clients if evaluation.by_owner else 0
+    return Cells(groups=evaluation.groups or (EVERYBODY,), classes=setting.classes, owners=owners)
 
 
 def build(setting: Setting) -> Query:
-    """Return the query. One record adds 1 to one cell of each of two tables: bound sqrt(2), whole numbers."""
+    """Return the query. One record adds 1 to one cell of each table: bound sqrt(2), or sqrt(3) with counts by
+    owner; whole numbers.
+    """
     cells = cells_of(setting)
+    owners = f", and of {cells.owners} owners" if cells.owners else ""
 
     def answer(rows: Rows, model: Viewed) -> Tensor:
         if len(rows) == 0:
@@ -84,24 +104,31 @@ def build(setting: Setting) -> Query:
     return Query(
         name=NAME,
         size=cells.size,
-        bound=math.sqrt(2.0),
+        bound=math.sqrt(cells.tables),
         answer=answer,
         use=use,
-        words=f"counts of {len(cells.groups)} x {cells.classes} x right or wrong, and of {BINS} confidences",
+        words=f"counts of {len(cells.groups)} x {cells.classes} x right or wrong, and of {BINS} confidences"
+        + owners,
         whole_numbers=True,
     )
 
 
 def released(
-    opened: Opened, cells: Cells, *, class_names: Sequence[str] = (), level: float = 0.95
+    opened: Opened,
+    cells: Cells,
+    *,
+    class_names: Sequence[str] = (),
+    owner_names: Sequence[str] = (),
+    level: float = 0.95,
 ) -> ReleasedEvaluation:
     """Read accuracies from noisy counts, each with a normal interval for noise and for chance together.
 
     Guarantee: a function of the opened sum alone, so nothing more is spent however often it is read.
     """
-    table, histogram = cells.split(opened.values)
+    table, histogram, owned = cells.split(opened.values)
     deviation, quantile = opened.deviation, float(norm.ppf((1 + level) / 2))
     names = tuple(class_names) or tuple(map(str, range(cells.classes)))
+    owners = tuple(owner_names) or tuple(map(str, range(cells.owners)))
 
     def estimate(name: str, counts: NDArray[np.float64]) -> Estimate:
         return share_right(
@@ -110,6 +137,8 @@ def released(
 
     by_class = [estimate(name, table[:, number]) for number, name in enumerate(names)]
     by_group = [estimate(name, table[number]) for number, name in enumerate(cells.groups)]
+    by_owner = [estimate(name, owned[number]) for number, name in enumerate(owners[: cells.owners])]
+    kinds = (("class", by_class), ("group", by_group), ("owner", by_owner))
     bins = [estimate(f"{low / BINS:.1f}", histogram[low]) for low in range(BINS)]
     return ReleasedEvaluation(
         accuracy=estimate("accuracy", table),
@@ -119,6 +148,26 @@ def released(
         gap=gap_between(by_group, quantile),
         deviation=deviation,
         level=level,
+        owners=tuple(by_owner),
+        worst=tuple(worst_of(kind, items, level) for kind, items in kinds if len(items) > 1),
+    )
+
+
+def worst_of(kind: str, estimates: Sequence[Estimate], level: float) -> Estimate:
+    """Return the smallest of several shares, with an interval for the smallest true one.
+
+    The smallest noisy share is too small on average, so each interval is widened until all hold together
+    (Bonferroni): then the true smallest lies between the smallest lower and the smallest upper end.
+    """
+    quantile = float(norm.ppf(1 - (1 - level) / (2 * len(estimates))))
+    least = min(estimates, key=lambda item: item.value)
+    return Estimate(
+        name=f"worst {kind}: {least.name}",
+        value=least.value,
+        low=max(0.0, min(item.value - quantile * item.deviation for item in estimates)),
+        high=min(1.0, min(item.value + quantile * item.deviation for item in estimates)),
+        rows=least.rows,
+        deviation=least.deviation,
     )
 
 

@@ -98,6 +98,39 @@ def test_intervals_cover_the_truth_of_the_population(deviation: float) -> None:
     assert (covered / 1000 <= 0.995).all(), "an interval that always covers says nothing"
 
 
+def test_with_owners_a_record_counts_in_one_more_cell() -> None:
+    scores, rows, answered = drawn(200, 3, 2, seed=6)
+    cells = Cells(groups=("a", "b"), classes=3, owners=4)
+    answers = cells.answer(scores, replace(rows, owner=2))
+    assert torch.equal(answers.square().sum(dim=1), torch.full((200,), 3.0).double()), "the bound is sqrt(3)"
+    _, _, owned = cells.split(answers.sum(dim=0).numpy())
+    right = int((answered == rows.labels()).sum())
+    assert owned.tolist() == [[0, 0], [0, 0], [200 - right, right], [0, 0]]
+    assert replace(rows, owner=2).take(np.arange(3)).owner == 2
+
+
+def test_the_interval_of_the_worst_owner_covers_the_truly_worst() -> None:
+    """With ten owners alike, the smallest share alone lies far too low."""
+    owners, count, deviation = 10, 120, 4.0
+    cells = Cells(groups=("all",), classes=2, owners=owners)
+    truth = np.full(owners, 0.8)
+    truth[3] = 0.7
+    draw = np.random.default_rng(7)
+    covered, too_low = 0, 0
+    for _ in range(400):
+        right = draw.binomial(count, truth)
+        values = np.zeros(cells.size)
+        values[cells.first + 20 :] = np.stack([count - right, right], axis=1).reshape(-1)
+        values += draw.normal(size=cells.size) * deviation
+        found = released(Opened(values=values, deviation=deviation, sites=1), cells)
+        worst = found.worst[-1]
+        assert worst.name.startswith("worst owner")
+        covered += worst.low <= 0.7 <= worst.high
+        too_low += worst.value + 1.96 * worst.deviation < 0.7
+    assert covered >= 0.93 * 400
+    assert too_low > 0.05 * 400, "an interval of the chosen one alone would do, and this test shows nothing"
+
+
 def test_held_back_rows_have_an_account_of_their_own(tmp_path: Path) -> None:
     config = make(federation={"rounds": 2}, privacy=PRIVATE, protection=SECAGG, evaluation=HELD_BACK)
     ready, result = train(config, tmp_path / "run")
@@ -119,7 +152,8 @@ def test_held_back_rows_have_an_account_of_their_own(tmp_path: Path) -> None:
 
 
 def test_the_released_counts_are_those_of_the_rows_held_back(tmp_path: Path) -> None:
-    config = make(federation={"rounds": 1}, evaluation={"rows": "held_back", "share": 0.3})
+    evaluation = {"rows": "held_back", "share": 0.3, "by_owner": True}
+    config = make(federation={"rounds": 1}, evaluation=evaluation)
     ready, result = train(config, tmp_path / "run")
     found = summarise(ready, result, zero_metric=0.0, outcomes=(), seconds=0.0, ended="").evaluation
     assert found is not None
@@ -128,7 +162,9 @@ def test_the_released_counts_are_those_of_the_rows_held_back(tmp_path: Path) -> 
     for site in ready.sites:
         assert site.data.held_back is not None
         encoded = site.data.held_back.encoded
-        right += ready.evaluate(result.state.vector, encoded).metric * len(encoded)
+        own = ready.evaluate(result.state.vector, encoded).metric
+        assert found.owners[site.data.index].value == pytest.approx(own, abs=1e-9)
+        right += own * len(encoded)
         count += len(encoded)
     assert found.accuracy.value == pytest.approx(right / count, abs=1e-9)
     assert found.accuracy.rows == count
@@ -159,6 +195,7 @@ def test_a_head_from_sums_is_evaluated_too(tmp_path: Path) -> None:
         ({"evaluation": {"rows": "held_back"}, "privacy": PRIVATE}, "evaluation.epsilon = 0.0"),
         ({"evaluation": {**HELD_BACK, "epsilon": 9.0}, "privacy": PRIVATE}, "at most privacy.epsilon = 8"),
         ({"evaluation": {"epsilon": 1.0}}, "rows = 'held_back' alone"),
+        ({"evaluation": {"by_owner": True}}, "rows = 'held_back' alone"),
         ({"evaluation": {**HELD_BACK, "group_column": "sex"}}, "evaluation.groups"),
     ],
 )

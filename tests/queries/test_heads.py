@@ -13,8 +13,8 @@ from ffm_secure.queries.base import Rows, Viewed, head_of, recall
 from ffm_secure.queries.class_sums import class_head, lengths_without_noise, spread, unit_rows
 from ffm_secure.queries.ridge_sums import ridge_head
 from ffm_secure.tasks.base import logits
-from tests.federation.helpers import SECAGG, make, prepared, train
-from tests.queries.helpers import STEPS, one_shot
+from tests.federation.helpers import RECORD, SECAGG, make, prepared, train
+from tests.queries.helpers import HEAD, STEPS, one_shot
 
 
 def viewed(ready: object) -> tuple[Viewed, Rows]:
@@ -58,6 +58,42 @@ def test_the_opened_sums_are_those_added_up_row_by_row(tmp_path: Path) -> None:
     assert float((sums - expected).abs().max()) < 1e-2  # rounding of four sites to the grid
     weight = result.state.vector[head.weight].view(head.classes, head.width)
     assert torch.allclose(weight.double(), class_head(sums, deviation=answer.deviation), atol=1e-6)
+
+
+def test_a_head_comes_out_of_the_secure_sum_with_noise_in_shares_and_a_site_lost(tmp_path: Path) -> None:
+    """The whole way: bound, sum, grid, shares, masks, a lost site, the opened sum, the head, the ledger."""
+    dropout = {"rate": 0.3, "stages": ["upload"]}
+    privacy = {**RECORD, "noise": "system", "noise_shares": "sum"}
+    federation = {"rounds": 1, "cohort": 6, "lifecycle": {"kind": "class_sums"}, "dropout": dropout}
+    config = make(
+        seed=1,
+        task={"clients": 6},
+        model=HEAD,
+        federation=federation,
+        privacy=privacy,
+        protection={"kind": "secagg", "threshold": 4},
+    )
+    ready, result = train(config, tmp_path / "run")
+    record = result.records[0]
+    assert record.aborted == ""
+    assert 4 <= len(record.survivors) < 6, "the seed loses nobody, and this test shows nothing"
+    head = head_of(ready.trainable)
+    start = prepared(config)
+    model = Viewed(trainable=start.trainable, task=start.task)
+    exact = torch.zeros(head.classes * head.width, dtype=torch.float64)
+    for owner in record.survivors:
+        rows = Rows(encoded=start.task.encode(start.data.rows(owner)))
+        exact += spread(unit_rows(model.features(rows)), rows.labels(), head.classes).sum(dim=0)
+    answer = recall(result.state, "class_sums")
+    assert answer is not None
+    noise = torch.from_numpy(answer.values) - exact
+    assert float(noise.std()) == pytest.approx(answer.deviation, rel=0.12)
+    assert float(noise.mean()) == pytest.approx(0.0, abs=5 * answer.deviation / len(noise) ** 0.5)
+    weight = result.state.vector[head.weight].view(head.classes, head.width).double()
+    opened = torch.from_numpy(answer.values).view(head.classes, head.width)
+    assert torch.allclose(weight, class_head(opened, deviation=answer.deviation), atol=1e-5)
+    assert 7.5 < ready.epsilon() <= 8.0
+    assert result.records[0].metric > 0.3, "tiny random features still tell some digits apart"
 
 
 def test_a_head_from_sums_answers_with_the_nearest_class() -> None:

@@ -7,10 +7,13 @@ from ffm_secure.report.markup import Column, Html, table
 
 
 def evaluation_body(released: ReleasedEvaluation) -> Html:
-    """Tabulate accuracy, over all and by class; by group, with the gap, where groups were declared."""
+    """Tabulate accuracy, over all and by class; by group, with the gap, where groups were declared; by owner
+    where that was asked; and the worst of each.
+    """
     estimates = [released.accuracy, *released.classes]
     if released.gap is not None:
         estimates += [*released.groups, released.gap]
+    estimates += [*released.owners, *released.worst]
     columns = [
         Column(heading="Of", cell=lambda item: item.name, field="name"),
         Column(heading="Share right", cell=lambda item: f"{item.value:.3f}", field="value"),
@@ -20,6 +23,7 @@ def evaluation_body(released: ReleasedEvaluation) -> Html:
     ]
     caption = (
         "Private rows that were never learned from, counted once with noise of "
-        f"{released.deviation:.2f} a count. Intervals hold noise and chance, at {released.level:.0%}."
+        f"{released.deviation:.2f} a count. Intervals hold noise and chance, at {released.level:.0%}; that "
+        "of a worst one holds for the truly worst, whichever it is."
     )
     return table(columns, estimates, caption=caption)
