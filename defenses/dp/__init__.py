@@ -11,6 +11,7 @@ from defenses.foreign import LazyName
 
 if TYPE_CHECKING:
     from defenses.dp.accountant import Accountant, EpsilonBound, epsilon
+    from defenses.dp.correlated import BandedShares, NoiseStream
     from defenses.dp.clip import AdaptiveCount, Clipping, clip_vector
     from defenses.dp.discrete import discrete_gaussian, skellam
     from defenses.dp.events import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Accountant",
     "AdaptiveCount",
+    "BandedShares",
     "Budget",
     "Charge",
     "ClientMechanism",
@@ -52,6 +54,7 @@ __all__ = [
     "GaussianEvent",
     "Ledger",
     "MatrixFactorizationEvent",
+    "NoiseStream",
     "NonPrivateEvent",
     "PerSampleEngine",
     "PrivateSteps",
@@ -88,6 +91,7 @@ __all__ = [
 _HOMES = {
     "Accountant": "accountant",
     "AdaptiveCount": "clip",
+    "BandedShares": "correlated",
     "Budget": "ledger_entries",
     "Charge": "ledger_entries",
     "ClientMechanism": "mechanism",
@@ -100,6 +104,7 @@ _HOMES = {
     "GaussianEvent": "events",
     "Ledger": "ledger",
     "MatrixFactorizationEvent": "events",
+    "NoiseStream": "correlated",
     "NonPrivateEvent": "events",
     "PerSampleEngine": "per_sample",
     "PrivateSteps": "trainer",

@@ -23,6 +23,7 @@ from defenses.dp.events import Adjacency, MatrixFactorizationEvent, Unit
 from defenses.errors import ParameterError
 
 Coefficients = npt.NDArray[np.float64]
+_REACH = 50  # times the bands: what an inverse reaches back; the rest is below any rounding
 
 
 def square_root_coefficients(bands: int) -> Coefficients:
@@ -70,6 +71,16 @@ def root_mean_square_error(
     # Entry (t, s) of A C^-1 depends on t - s alone; its square appears steps - (t - s) times.
     total = float(((steps - np.arange(steps)) * rows**2).sum())
     return math.sqrt(total / steps * participations * float(column @ column))
+
+
+def deviation_over_fresh(coefficients: Sequence[float] | Coefficients) -> float:
+    """Return the deviation of one round's noise over that of its fresh part, once the memory is full.
+
+    Coefficients that fall keep the zeros of their polynomial outside the unit circle, so the inverse dies
+    out and the value is finite.
+    """
+    column = np.asarray(coefficients, dtype=np.float64)
+    return float(np.linalg.norm(_inverse(column, _REACH * len(column))))
 
 
 def best_bands(*, steps: int, min_separation: int) -> int:

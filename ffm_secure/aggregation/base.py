@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ffm_secure.config import compatibility
 from ffm_secure.config.groups import group_size
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.records import RoundSum
@@ -69,15 +70,15 @@ def aggregate_of(
     `site_noise_variance` is the variance of the noise that every site's update holds in each coordinate;
     `reference` what the server learned itself, for a strategy that compares groups with it.
 
-    Guarantee: with a client unit the divisor is the public size of what was summed over, a cohort or a
-    group, never the number that answered; otherwise it is the public number of survivors, or the summed
-    public weights of a run without privacy unit.
+    Guarantee: with a client unit the divisor is the public size of what was summed over, a cohort, a group,
+    or the part of a cohort whose turn it is, never the number that answered; otherwise it is the public
+    number of survivors, or the summed public weights of a run without privacy unit.
     """
     groups, sites, divided_by = [], 0, 0.0
     for opened in sums:
         divisor = opened.weight_sum
         if config.privacy.unit == "client":
-            divisor = float(group_size(config))
+            divisor = group_size(config) / compatibility.turns_apart(config)
         members = len(opened.survivors)
         groups.append(
             GroupMean(

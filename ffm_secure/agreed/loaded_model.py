@@ -25,7 +25,7 @@ from ffm_secure.models import backbone as models
 from ffm_secure.models.backbone import Backbone, fingerprint
 from ffm_secure.privacy.mechanism import Mechanism, calibrate
 from ffm_secure.privacy.query_noise import answers_paid, calibrate_query
-from ffm_secure.protection.codec import VectorCodec, codec_for, grid_codec
+from ffm_secure.protection.codec import FAIR_LEVELS, VectorCodec, codec_for, grid_codec
 from ffm_secure.protection.masked import SessionBinding
 from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Setting
@@ -286,6 +286,8 @@ def schedule_of(config: RunConfig) -> tuple[tuple[int, ...], ...]:
 
 def _largest_weight(config: RunConfig, public_client_size: int) -> int:
     """Return the most one client may count for: a public bound, never the largest client there is."""
+    if config.federation.weighting == "q_fair":
+        return FAIR_LEVELS
     if config.federation.weighting != "examples":
         return 1
     return config.federation.largest_weight or 16 * public_client_size

@@ -5,7 +5,7 @@ no data is in it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from defenses.errors import ProtocolError
@@ -113,6 +113,15 @@ class RunSpec:
     def learns(self) -> bool:
         """Tell whether the run takes steps at all."""
         return any(item.query == LEARN for item in agenda.agenda(self.config))
+
+    def learns_in(self, site: int) -> Callable[[int], bool]:
+        """Return what tells whether a site's rows are read in a round of learning."""
+        by_turns = self.mechanism.client_level
+
+        def tell(round: int) -> bool:
+            return by_turns is None or by_turns.learns(site, round)
+
+        return tell
 
     @property
     def kinds(self) -> tuple[str, ...]:

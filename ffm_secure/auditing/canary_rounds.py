@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from defenses.dp import RecordMechanism, poisson_sample
+from defenses.dp import NoiseStream, RecordMechanism, poisson_sample
 from defenses.random_source import RandomSource
 from ffm_secure.privacy.mechanism import ClientNoise, SumNoise
 from ffm_secure.privacy.query_noise import RecordAnswers
@@ -110,9 +110,36 @@ def answer_canaries(answers: RecordAnswers, coins: Coins, source: RandomSource) 
         yield total
 
 
+def _turn_canaries(mechanism: ClientNoise, coins: Coins, source: RandomSource) -> Iterator[Tensor]:
+    """Yield the sum of all turns, each read with the whole memory of the noise: an attacker weighs the rounds
+    in which a turn's own noise comes back.
+    """
+    shares = mechanism.correlated
+    assert shares is not None
+    column = shares.coefficients
+    levels = coins.contribution(mechanism.inner.clip).double().numpy() * mechanism.scale
+    total, turn = torch.zeros(coins.dimension, dtype=torch.float64), 0
+    while True:
+        turn += 1
+        opened = np.zeros((shares.separation, coins.dimension))
+        opened[0] = np.rint(levels)
+        for site in range(shares.honest_survivors):
+            stream = NoiseStream(shares, source.derive("turn", turn, site))
+            for place in range(shares.separation):
+                opened[place] += np.rint(stream.row(place + 1))
+        weighed = np.zeros(coins.dimension)
+        for place in range(shares.separation):
+            encoded = column[place::-1] @ opened[: place + 1]
+            weighed += column[place] * encoded
+        total = total + torch.from_numpy(weighed / float(column @ column) / mechanism.scale)
+        yield total
+
+
 def client_canaries(mechanism: ClientNoise, coins: Coins, source: RandomSource) -> Iterator[Tensor]:
-    """Yield the sum of all updates after each round."""
+    """Yield the sum of all updates after each round; of noise with a memory, after each turn."""
     grid = replace(mechanism, dimension=coins.dimension)
+    if grid.correlated is not None:
+        yield from _turn_canaries(grid, coins, source)
     total = torch.zeros(coins.dimension, dtype=torch.float64)
     signal = coins.contribution(grid.inner.clip)
     while True:

@@ -31,6 +31,11 @@ _WEIGHTS = (
     "weights from example counts are private data, and the divisor must be a public constant: use "
     "weighting = 'uniform'"
 )
+_FAIR = (
+    "a weight that follows from a client's loss is private data, and no event charges for it: use weighting "
+    "= 'uniform', and evaluate by owner and class with noise"
+)
+_FAIR_ONCE = "a run that takes no step has no loss to weigh by: use weighting = 'uniform'"
 _CLIENT_NEEDS_RING = (
     "noise of the client unit is whole only in the secure sum; in the clear the server sees each "
     "client with a share of it"
@@ -122,6 +127,29 @@ _STREAM_PUBLIC = "public phases have no stages: use lifecycle finetune"
 _STREAM_CLASSES = "stages are compared by their classes: choose a classification task"
 _REPLAY_SUMS = "sums forget nothing, so nothing is to be replayed: set task.stream.replay to 0"
 
+_BANDED_RECORD = (
+    "noise with a memory is sound where turns are a known number of rounds apart; a record joins by chance, "
+    "so none of its turns are, and what it changes in two rounds would overlap: use the client unit"
+)
+_BANDED_NONE = "without a privacy unit there is no noise to correlate: leave correlation at 'none'"
+_BANDED_ONCE = "a run of one release has no earlier noise to take back: leave correlation at 'none'"
+_BANDED_PUBLIC = (
+    "phases of the server's own between the rounds were not thought through: use lifecycle finetune, or "
+    "correlation = 'none'"
+)
+_BANDED_FACTORS = (
+    "the rule turns or folds factors between rounds, so noise that is taken back later belongs to other "
+    "numbers: use average or a server optimizer"
+)
+_BANDED_LOSSES = (
+    "the noise is whole only where everybody's share is in every sum, so a round with a lost client stays "
+    "closed: simulate no losses, or use correlation = 'none'"
+)
+_BANDED_GROUPS = (
+    "a sum over a group lacks the noise of all others, which earlier rounds rely on: use one group, or "
+    "correlation = 'none'"
+)
+
 LARGEST_RECORD_DELTA = 1e-2
 LARGEST_EPSILON = 1000.0
 
@@ -155,8 +183,14 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("cost", "unit"): {("epsilon", "none"): _NO_EPSILON, **{("seconds", unit): _CLOCK for unit in _PRIVATE}},
     ("cost", "noise"): {("epsilon", "seeded"): _NO_EPSILON},
     ("strategy", "groups"): {(rule, "one"): _RULE_NEEDS_GROUPS for rule in GROUP_RULES},
-    ("strategy", "weighting"): {(rule, "examples"): _OWN_WEIGHT for rule in GROUP_RULES},
-    ("weighting", "unit"): {("examples", unit): _WEIGHTS for unit in _PRIVATE},
+    ("strategy", "weighting"): {
+        (rule, kind): _OWN_WEIGHT for rule in GROUP_RULES for kind in ("examples", "q_fair")
+    },
+    ("weighting", "unit"): {
+        **{("examples", unit): _WEIGHTS for unit in _PRIVATE},
+        **{("q_fair", unit): _FAIR for unit in _PRIVATE},
+    },
+    ("lifecycle", "weighting"): {(kind, "q_fair"): _FAIR_ONCE for kind in ONE_SHOT},
     ("task", "evaluation"): {(task, "held_back"): _NO_CELLS for task in LANGUAGE},
     ("unit", "evaluation"): {
         ("client", "held_back"): _TABLE_OF_CLIENT,
@@ -184,6 +218,18 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     },
     ("evaluation", "stream"): {("held_back", "on"): _STREAM_HELD_BACK},
     ("lifecycle", "replay"): {(kind, "on"): _REPLAY_SUMS for kind in ONE_SHOT},
+    ("unit", "correlation"): {
+        ("record", "banded"): _BANDED_RECORD,
+        ("person", "banded"): _BANDED_RECORD,
+        ("none", "banded"): _BANDED_NONE,
+    },
+    ("lifecycle", "correlation"): {
+        ("pretrain", "banded"): _BANDED_PUBLIC,
+        **{(kind, "banded"): _BANDED_ONCE for kind in ONE_SHOT},
+    },
+    ("strategy", "correlation"): {(rule, "banded"): _BANDED_FACTORS for rule in LORA_RULES},
+    ("dropout", "correlation"): {("some", "banded"): _BANDED_LOSSES},
+    ("correlation", "groups"): {("banded", "several"): _BANDED_GROUPS},
 }
 
 # Every axis of choice with the values its pairs were reviewed with. A test compares this with the run
@@ -200,12 +246,13 @@ REVIEWED: Mapping[str, Collection[str]] = {
     "optimizer": ("sgd", "adam", "adamw"),
     "proximal": ("off", "on"),
     "strategy": STRATEGIES,
-    "weighting": ("uniform", "examples"),
+    "weighting": ("uniform", "examples", "q_fair"),
     "dropout": ("none", "some"),
     "unit": ("record", "person", "client", "none"),
     "clipping": ("flat", "per_layer", "automatic"),
     "noise": ("system", "seeded"),
     "noise_shares": ("site", "sum"),
+    "correlation": ("none", "banded"),
     "protection": ("none", "secagg", "bfv", "ckks"),
     "groups": ("one", "several"),
     "evaluation": ("public", "held_back"),
@@ -261,6 +308,7 @@ def choices(config: RunConfig) -> dict[str, str]:
         "clipping": config.privacy.clipping,
         "noise": config.privacy.noise,
         "noise_shares": config.privacy.noise_shares,
+        "correlation": config.privacy.correlation,
         "protection": config.protection.kind,
         "groups": "one" if config.protection.groups == 1 else "several",
         "evaluation": config.evaluation.rows,
@@ -280,6 +328,7 @@ def check(config: RunConfig) -> None:
         *_pair_reasons(choices(config)),
         *_number_reasons(config),
         *_sum_reasons(config),
+        *_banded_reasons(config),
         *_average_reasons(config),
         *group_reasons(config),
     ]
@@ -403,6 +452,39 @@ def _sum_reasons(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _banded_reasons(config: RunConfig) -> Iterator[str]:
+    """Refuse numbers with which noise with a memory is not whole, or turns are not apart."""
+    separation, clients = config.privacy.separation, config.task.clients
+    if config.privacy.correlation != "banded":
+        if separation:
+            yield (
+                f"privacy.separation = {separation}: belongs to correlation = 'banded'; leave it out, or "
+                "choose that"
+            )
+        return
+    if not 2 <= separation <= clients:
+        yield (
+            f"privacy.separation = {separation} with correlation = 'banded': must be from 2 to task.clients "
+            f"= {clients}; every client learns in one round of so many"
+        )
+    if config.federation.cohort != clients:
+        yield (
+            f"federation.cohort = {config.federation.cohort} with privacy.correlation = 'banded': must be "
+            f"task.clients = {clients}; noise is taken back by the site that added it, so all are in every "
+            "round"
+        )
+    if minimum_survivors(config) != clients:
+        yield (
+            f"protection.threshold = {minimum_survivors(config)} with privacy.correlation = 'banded': must "
+            f"be task.clients = {clients}; a sum without one site's share lacks noise that others rely on"
+        )
+
+
+def turns_apart(config: RunConfig) -> int:
+    """Return how many rounds lie between two turns of a client, at least; 1 where all learn at once."""
+    return config.privacy.separation if config.privacy.correlation == "banded" else 1
+
+
 def honest_survivors(config: RunConfig) -> int:
     """Return how many shares of the noise count in every opened sum: a curious client knows its own, at
     least.
@@ -447,7 +529,11 @@ def stage_cap(config: RunConfig) -> int:
 
 
 def participation_cap(config: RunConfig) -> int:
-    """Return the largest number of rounds any one client takes part in under the balanced schedule."""
+    """Return the largest number of rounds any one client learns in: under the balanced schedule, or by turns
+    where the noise has a memory.
+    """
+    if config.privacy.correlation == "banded":
+        return math.ceil(private_rounds(config) / config.privacy.separation)
     return stages(config) * stage_cap(config)
 
 

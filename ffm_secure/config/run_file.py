@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from ffm_secure.config.lifecycle_checks import check_evaluation, check_lifecycle, check_personal, check_stream
 from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
-from ffm_secure.config.tables import Document, Personal, Stream
+from ffm_secure.config.tables import Document, Evaluation, Personal, Stream
 from ffm_secure.errors import ConfigError
 from ffm_secure.records import Observer
 from ffm_secure.registry import FINISHES, LIFECYCLES, STARTS, STRATEGIES, TASKS, TRAINABLES
@@ -303,7 +303,13 @@ class Federation:
     cohort: int = option(minimum=1, maximum=100_000, help="clients a round")
     lifecycle: Lifecycle
     strategy: Strategy = option(Strategy())
-    weighting: str = option("uniform", choices=("uniform", "examples"))
+    weighting: str = option(
+        "uniform",
+        choices=("uniform", "examples", "q_fair"),
+        help="q_fair: a client counts by its mean loss to the power of `fairness`; two sums are opened, of "
+        "weighted changes and of weights",
+    )
+    fairness: float = option(1.0, minimum=0.0, maximum=10.0, help="the power; 0 weighs all alike")
     largest_weight: int = option(
         0,
         minimum=0,
@@ -347,6 +353,15 @@ class Privacy:
         choices=("site", "sum"),
         help="sum: every site adds a share of the noise and the opened sum holds the whole; for records and "
         "persons, one local step a round, under masks or bfv",
+    )
+    correlation: str = option(
+        "none",
+        choices=("none", "banded"),
+        help="banded: a site's noise takes back a part of its noise of earlier rounds (client unit); every "
+        "client adds noise in every round and learns in one of `separation`",
+    )
+    separation: int = option(
+        0, minimum=0, maximum=1000, help="rounds between two turns of a client; with correlation = 'banded'"
     )
     noise: str = option(
         "system", choices=("system", "seeded"), help="seeded is for tests and stamps the run not private"
@@ -402,23 +417,6 @@ class Audit:
     record_mebibytes: int = option(
         256, minimum=1, help="most that is kept of them; what would exceed it is left out"
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """What the last model is evaluated on: public rows alone, or private rows that are never learned from."""
-
-    rows: str = option(
-        "public",
-        choices=("public", "held_back"),
-        help="held_back: counts of private rows are released once, with noise",
-    )
-    share: float = option(0.1, above=0.0, below=1.0, help="of each owner's rows that is held back")
-    epsilon: float = option(
-        0.0, minimum=0.0, maximum=1e6, help="of the rows held back, whose account is their own"
-    )
-    group_column: str = option("", help="column of the groups to compare; it stays with its owner")
-    groups: tuple[str, ...] = option((), help="the groups, declared public")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,6 @@
-"""Tables of the run file that stand for themselves: stages, what stays at home, who answers for a run."""
+"""Tables of the run file that stand for themselves: stages, what stays at home, what is evaluated on, who
+answers for a run.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +60,26 @@ class Personal:
         below=1.0,
         help="share of the owner's rows that own models are compared on, not made from; unread where rows "
         "are held back",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What the last model is evaluated on: public rows alone, or private rows that are never learned from."""
+
+    rows: str = option(
+        "public",
+        choices=("public", "held_back"),
+        help="held_back: counts of private rows are released once, with noise",
+    )
+    share: float = option(0.1, above=0.0, below=1.0, help="of each owner's rows that is held back")
+    epsilon: float = option(
+        0.0, minimum=0.0, maximum=1e6, help="of the rows held back, whose account is their own"
+    )
+    group_column: str = option("", help="column of the groups to compare; it stays with its owner")
+    groups: tuple[str, ...] = option((), help="the groups, declared public")
+    by_owner: bool = option(
+        False, help="count by owner too, so that the worst one is known, with its interval"
     )
 
 

@@ -20,7 +20,7 @@ from defenses.secagg import Identity
 from ffm_secure import tasks, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.groups import root_examples
-from ffm_secure.config.run_file import Evaluation as EvaluationConfig
+from ffm_secure.config.tables import Evaluation as EvaluationConfig
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.owners import numbered_names
 from ffm_secure.data.dataset import Dataset, Examples, for_evaluation
@@ -47,6 +47,7 @@ from ffm_secure.site.broadcast import BroadcastReader
 from ffm_secure.site.broadcast_guard import BroadcastGuard
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.site.identity import open_identity
+from ffm_secure.site.noise_memory import noise_of
 from ffm_secure.site.ledger_place import IN_RUN, ledger_path, open_ledger
 from ffm_secure.site.published import note_public
 from ffm_secure.site.site import Site
@@ -415,6 +416,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
             borrow_trainer=pool.borrow,
             evaluation=evaluation,
             truth=truth,
+            noise=noise_of(spec, index, states.place(index) if folder.is_dir() else None),
         )
         for index, name in enumerate(spec.owners)
     )
@@ -515,7 +517,7 @@ def _site_data(prepared: Prepared, index: int, name: str) -> SiteData:
     if data.held_back:
         examples = data.held_back_rows(index)
         groups = group_numbers(examples, prepared.config.evaluation)
-        held_back = Rows(encoded=task.encode(examples), groups=groups)
+        held_back = Rows(encoded=task.encode(examples), groups=groups, owner=index)
     return SiteData(
         index=index,
         name=name,
@@ -567,6 +569,7 @@ def _site_ledger(
         held_back=held_back,
         held_back_blocks=apart[index] if apart else (),
         stages=stages,
+        learns=prepared.spec.learns_in(index),
         replay_key=replay if config.privacy.noise == "seeded" else b"",
     )
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from defenses.dp import (
+    BandedShares,
     ClientMechanism,
     Clipping,
     Event,
@@ -190,6 +191,7 @@ class ClientNoise:
     inner: ClientMechanism  # of one participation
     scale: float  # integer levels in 1.0
     dimension: int
+    separation: int = 1  # rounds between two turns of a client to learn; above 1 the noise has a memory
 
     record_level = None
     sum_level = None
@@ -216,18 +218,37 @@ class ClientNoise:
         """Return what one client's noise on one coordinate exceeds with probability below 1e-30 (12 standard
         deviations).
         """
-        sensitivity = self.inner.integer_sensitivity(scale=self.scale, dimension=self.dimension)
-        deviation = self.noise_multiplier * sensitivity
-        return 2 + math.ceil(12 * deviation / math.sqrt(self.inner.honest_survivors))
+        return 2 + math.ceil(12 * self.share_deviation * self.scale)
 
     @property
     def share_deviation(self) -> float:
         """Return the deviation of one client's share on one coordinate, in units of an update."""
+        if self.correlated is not None:
+            return self.correlated.share_deviation / self.scale
         levels = self.inner.integer_sensitivity(scale=self.scale, dimension=self.dimension)
         return self.noise_multiplier * levels / self.scale / math.sqrt(self.inner.honest_survivors)
 
+    @property
+    def correlated(self) -> BandedShares | None:
+        """Return the noise with a memory, where a run has it."""
+        if self.separation == 1:
+            return None
+        return BandedShares(
+            noise_multiplier=self.noise_multiplier,
+            l2_sensitivity=self.inner.integer_sensitivity(scale=self.scale, dimension=self.dimension),
+            honest_survivors=self.inner.honest_survivors,
+            separation=self.separation,
+            dimension=self.dimension,
+        )
+
+    def learns(self, client: int, round: int) -> bool:
+        """Tell whether a client learns in a round; in the others it adds noise and reads no row."""
+        return (client + round) % self.separation == 0
+
     def event(self, release: str) -> Event:
-        """Return the event of one round."""
+        """Return the event of one round in which a client learns."""
+        if self.correlated is not None:
+            return self.correlated.event(release, clip_norm=self.clip_norm)
         return self.inner.integer_event(release, scale=self.scale, dimension=self.dimension)
 
     def noisy_integers(self, update: Tensor, source: RandomSource) -> npt.NDArray[np.int64]:
@@ -236,14 +257,38 @@ class ClientNoise:
 
     def digest(self) -> str:
         """Return the hash of everything that decides epsilon."""
-        return hashlib.sha256(f"{self.inner.digest()}|{self.scale!r}|{self.dimension}".encode()).hexdigest()
+        text = f"{self.inner.digest()}|{self.scale!r}|{self.dimension}"
+        if self.separation > 1:
+            text += f"|banded {self.separation}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def protect_with(
+        self, update: Tensor, noise: npt.NDArray[np.float64], source: RandomSource
+    ) -> MechanismOutput:
+        """Bound and round the whole update, and add this site's noise of the round [d], in levels.
+
+        Assumes: `noise` is a row of this site's `NoiseStream`, released once.
+        """
+        bounded = replace(self.inner, noise_multiplier=0.0)
+        rounded = bounded.integer_share(update, scale=self.scale, source=source)
+        return MechanismOutput(values=rounded + np.rint(noise).astype(np.int64), loss=0.0, weight=1)
 
     def protect(self, update: Tensor, *, loss: float, weight: int, source: RandomSource) -> MechanismOutput:
         """Bound and noise the whole update on the integer grid."""
+        if self.separation > 1:
+            raise TypeError("noise with a memory comes from the site's stream, not from a fresh source")
         return MechanismOutput(values=self.noisy_integers(update, source), loss=0.0, weight=1)
 
     def words(self, rounds: int) -> str:
         """Describe the noise of the opened sum."""
+        if self.separation > 1:
+            return (
+                f"up to {rounds} turns of Gaussian noise with a memory over "
+                f"{self.inner.honest_survivors} honest sites, banded matrix factorisation with "
+                f"{self.separation} bands, fresh noise multiplier "
+                f"{self.noise_multiplier:.4f}, clip {self.clip_norm:g}, every client's turns "
+                f"{self.separation} rounds apart"
+            )
         return (
             f"up to {rounds} rounds of Skellam noise over the honest survivors, noise multiplier "
             f"{self.noise_multiplier:.4f}, clip {self.clip_norm:g}, every client of "
@@ -458,7 +503,9 @@ def _client_noise(
             honest_survivors=compatibility.honest_survivors(config),
             participations=1,
         )
-        return ClientNoise(inner=inner, scale=scale, dimension=size)
+        return ClientNoise(
+            inner=inner, scale=scale, dimension=size, separation=compatibility.turns_apart(config)
+        )
 
     return mechanism(multiplier or _smallest(config, mechanism, privacy.epsilon, history, cap))
 

@@ -152,6 +152,8 @@ def _for_observer(common: PrivacyStatement, config: RunConfig, observer: Observe
         common = replace(common, note=_rests_on(config))
     elif config.privacy.unit != "client":
         return common
+    elif config.privacy.correlation == "banded":
+        common = replace(common, note=_rests_on_everybody(config))
     if observer != "colluding_server":
         return common
     if config.protection.kind == "bfv":
@@ -162,11 +164,23 @@ def _for_observer(common: PrivacyStatement, config: RunConfig, observer: Observe
             "noise protects nobody",
         )
     known = f"noise of up to {config.protection.colluding} colluding clients is not counted"
+    if config.privacy.correlation == "banded":
+        known = f"{common.note}; {known}"
     if config.privacy.noise_shares != "sum":
         return replace(common, note=known)
     return replace(
         common,
         note=f"{known}; with more of them epsilon is infinite, for a site's share alone protects nobody",
+    )
+
+
+def _rests_on_everybody(config: RunConfig) -> str:
+    """Say what an epsilon of noise with a memory rests on."""
+    hidden = "masks" if config.protection.kind == "secagg" else "encryption"
+    honest = compatibility.honest_survivors(config)
+    return (
+        f"rests on the {hidden} and on the noise of {honest} honest clients in every round (no sum that "
+        "lacks a client is opened); what a client adds in a round takes back a part of what it added before"
     )
 
 

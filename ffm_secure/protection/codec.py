@@ -20,6 +20,7 @@ from ffm_secure.privacy.mechanism import Mechanism, MechanismOutput, largest_rec
 from ffm_secure.records import RoundSum
 
 _LARGEST_LOSS = 64.0  # nats; a larger mean loss is reported as this
+FAIR_LEVELS, _LARGEST_FAIR_LOSS = 4095, 4.0  # of a weight by loss, and the nats at which it is largest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,17 @@ class VectorCodec:
             loss_sum=loss,
             weight_sum=float(opened.total_weight),
         )
+
+
+def fair_weight(loss: float, *, power: float) -> int:
+    """Return the whole weight of a client from its mean loss: the loss to a power, at least 1.
+
+    With the sums of weighted changes and of weights the server divides one by the other, and learns no
+    client's loss.
+    Source: Li, Sanjabi, Beirami, Smith 2020, arXiv:1905.10497 (q-FFL), with one global step size.
+    """
+    share = min(max(loss, 0.0), _LARGEST_FAIR_LOSS) / _LARGEST_FAIR_LOSS
+    return max(1, round(FAIR_LEVELS * share**power))
 
 
 def codec_for(config: RunConfig, mechanism: Mechanism, *, size: int, largest_weight: int = 1) -> VectorCodec:

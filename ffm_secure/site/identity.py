@@ -19,6 +19,7 @@ from ffm_secure.storage.key_file import read_seed
 
 KEY, MEMORY = "identity.key", "replay_guard.json"
 ROTATION = ".rotation"  # holds the new files while a key is changed, and not a moment longer
+NOISE_KEY, NOISE_MEMORY = "noise.key", "noise_guard.json"
 
 
 def open_identity(folder: Path, source: RandomSource) -> Identity:
@@ -64,20 +65,43 @@ def _problems(folder: Path) -> Iterator[None]:
         ) from None
 
 
+def open_noise(folder: Path, source: RandomSource) -> tuple[bytes, ReplayGuard]:
+    """Return the secret that a site's noise with a memory comes from, and which rounds it was drawn for; the
+    first time, new ones. The guarantee of `open_identity` holds for the pair.
+
+    Raises:
+      StoreError: one of the two is missing, damaged, or readable by others.
+    """
+    create_folder(folder)
+    require_own_folder(folder)
+    with _problems(folder):
+        if os.path.lexists(folder / NOISE_KEY):
+            return _read_pair(folder, NOISE_KEY, NOISE_MEMORY)
+        return _create_pair(folder, source, NOISE_KEY, NOISE_MEMORY)
+
+
 def _create(folder: Path, source: RandomSource) -> Identity:
-    """Make the memory first: an identity exists from the moment its key is on the disk."""
-    seed = source.random_bytes(KEY_BYTES)
-    memory = folder / MEMORY
-    memory.unlink(missing_ok=True)  # of an identity that never came to be
-    guard = ReplayGuard.create(memory, owner=_name(seed))
-    write_atomic(folder / KEY, seed)
+    seed, guard = _create_pair(folder, source, KEY, MEMORY)
     return Identity(seed, guard=guard)
 
 
 def _read(folder: Path) -> Identity:
-    seed = read_seed(folder / KEY)
-    guard = ReplayGuard.open(folder / MEMORY, owner=_name(seed))
+    seed, guard = _read_pair(folder, KEY, MEMORY)
     return Identity(seed, guard=guard)
+
+
+def _create_pair(folder: Path, source: RandomSource, key: str, memory: str) -> tuple[bytes, ReplayGuard]:
+    """Make the memory first: a secret exists from the moment its key is on the disk."""
+    seed = source.random_bytes(KEY_BYTES)
+    (folder / memory).unlink(missing_ok=True)  # of a secret that never came to be
+    guard = ReplayGuard.create(folder / memory, owner=_name(seed))
+    write_atomic(folder / key, seed)
+    return seed, guard
+
+
+def _read_pair(folder: Path, key: str, memory: str) -> tuple[bytes, ReplayGuard]:
+    seed = read_seed(folder / key)
+    return seed, ReplayGuard.open(folder / memory, owner=_name(seed))
 
 
 def _name(seed: bytes) -> bytes:

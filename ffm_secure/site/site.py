@@ -23,6 +23,7 @@ from ffm_secure.errors import BroadcastRefused
 from ffm_secure.site.broadcast import BroadcastReader, plan_of
 from ffm_secure.site.own_record import OwnRecord
 from ffm_secure.site.plan_check import differences
+from ffm_secure.site.noise_memory import NoiseMemory
 from ffm_secure.site.private_frames import without_locals
 from ffm_secure.site.site_ledger import SiteLedger
 from ffm_secure.site.trainer import SiteData, SiteTrainer
@@ -68,12 +69,14 @@ class Site:
         evaluation: Encoded | None = None,
         truth: TruthKeeper | None = None,
         record: OwnRecord | None = None,
+        noise: NoiseMemory | None = None,
     ) -> None:
         self.spec, self.data, self.ledger = spec, data, ledger
         self._protection, self._broadcasts, self._borrow_trainer = protection, broadcasts, borrow_trainer
         self._answers = answers or {}  # the halves of the protection that queries travel by
         self._evaluation = evaluation  # public rows
         self._truth, self._record = truth, record
+        self._noise = noise  # this site's own, where the noise of a run has a memory
         self._round: _Round | None = None
         self._run_id: bytes | None = None  # of the run this site takes part in, from its first acceptance on
 
@@ -168,7 +171,7 @@ class Site:
         current.uploaded = True
         with self._borrow_trainer() as trainer:
             source = self.source(current.plan)
-            vector = trainer.run_round(self.data, current.plan, current.start, source)
+            vector = trainer.run_round(self.data, current.plan, current.start, source, self._noise)
             rows = trainer.rows_used
             charged_anew = self.spec.config.privacy.unit != "none"
             update = update_name(current.plan, trainer.learned, fresh_noise=charged_anew)

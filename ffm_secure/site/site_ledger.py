@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from defenses.dp import Charge, Event, Ledger, Reservation
@@ -15,6 +15,11 @@ from ffm_secure.config.run_file import Privacy
 from ffm_secure.records import LEARN, NOT_BEGUN, Receipt, RoundPlan, RoundRecord
 from ffm_secure.site.allowance import within_run
 from ffm_secure.site.stage_accounts import Payment, StageAccounts
+
+
+def always(round: int) -> bool:
+    """Tell that an owner's rows are read in every round it takes part in."""
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +49,7 @@ class SiteLedger:
     )  # queries of rows never learned from: their epsilon
     held_back_blocks: tuple[int, ...] = ()
     stages: StageAccounts | None = None  # of a stream, whose rounds charge what has arrived alone
+    learns: Callable[[int], bool] = always  # whether this owner's rows are read in a round of learning
 
     def __repr__(self) -> str:
         return f"SiteLedger(owner={self.owner!r})"
@@ -107,6 +113,8 @@ class SiteLedger:
         return self.event if plan.query == LEARN else self.answers[plan.query]
 
     def _blocks_of(self, plan: RoundPlan) -> tuple[int, ...]:
+        if plan.query == LEARN and not self.learns(plan.round):
+            return ()  # the site adds noise and reads no row
         return self.held_back_blocks if plan.query in self.held_back else self.blocks
 
     def spend(self, reservations: Sequence[Reservation]) -> None:
@@ -127,7 +135,9 @@ class SiteLedger:
         taken_part = (
             record.round
             for record in records
-            if self.index in record.cohort and record.dropped.get(self.index) not in NOT_BEGUN
+            if self.index in record.cohort
+            and record.dropped.get(self.index) not in NOT_BEGUN
+            and (record.query != LEARN or self.learns(record.round))
         )
         return tuple(number for number in taken_part if number not in charged)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from defenses.dp import PerSampleEngine
@@ -25,11 +26,13 @@ from ffm_secure.lifecycle.finetune import (
 )
 from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.privacy.mechanism import MechanismOutput, SumNoise, replay_of
+from ffm_secure.protection.codec import fair_weight
 from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Query, Rows, Viewed, by_length
 from ffm_secure.records import LEARN, RoundPlan
 from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.site.client_state import ClientStateStore
+from ffm_secure.site.noise_memory import NoiseMemory
 from ffm_secure.tasks.base import Task
 from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.trainable import TrainableModel
@@ -70,17 +73,48 @@ class SiteTrainer:
     rows_used: frozenset[int] = frozenset()  # private: rows the newest round was learned from
     learned: bytes = b""  # private: digest of what the newest round taught, before bound, noise and rounding
 
-    def run_round(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> RingVector:
-        """Return what this site adds to the round's sum, as integers modulo 2^m.
+    def run_round(
+        self,
+        data: SiteData,
+        plan: RoundPlan,
+        start: Tensor,
+        source: RandomSource,
+        noise: NoiseMemory | None = None,
+    ) -> RingVector:
+        """Return what this site adds to the round's sum, as integers modulo 2^m; `noise` is its own, where
+        noise has a memory.
 
         Assumes: the site's ledger has reserved the round's event, before this call touches its rows.
         """
         if plan.query != LEARN:
             return self.answer(data, plan, start, source)
-        update = self.learn(data, plan, start, source.derive("learn"))
+        update = self._update(data, plan, start, source.derive("learn"))
         self.learned = bytes.fromhex(vector_fingerprint(update.vector))
-        protected = self.protect(update, data, source.derive("protect"))
+        protected = self._protected(update, data, plan, source.derive("protect"), noise)
         return self.spec.codec.quantise(protected, source=source.derive("round"))
+
+    def _update(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> ModelUpdate:
+        """Learn, or send zeros where it is not this site's turn: no row is read then."""
+        by_turns = self.spec.mechanism.client_level
+        if by_turns is None or by_turns.learns(data.index, plan.round):
+            return self.learn(data, plan, start, source)
+        self.rows_used = frozenset()
+        zeros = torch.zeros(self.spec.strategy.size(start.numel()))
+        return ModelUpdate(vector=zeros, loss=float("nan"), steps=0)
+
+    def _protected(
+        self,
+        update: ModelUpdate,
+        data: SiteData,
+        plan: RoundPlan,
+        source: RandomSource,
+        noise: NoiseMemory | None,
+    ) -> MechanismOutput:
+        by_turns = self.spec.mechanism.client_level
+        if by_turns is None or by_turns.correlated is None:
+            return self.protect(update, data, source)
+        assert noise is not None, "whoever makes a site opens its noise"
+        return by_turns.protect_with(update.vector.detach(), noise.row(plan), source)
 
     def answer(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> RingVector:
         """Return this site's noisy answer to a query about the broadcast model, as integers modulo 2^m."""
@@ -211,8 +245,11 @@ class SiteTrainer:
     def protect(self, update: ModelUpdate, data: SiteData, source: RandomSource) -> MechanismOutput:
         """Bound and noise the update as the mechanism says."""
         weight = 1
-        if self.spec.config.federation.weighting == "examples":
+        federation = self.spec.config.federation
+        if federation.weighting == "examples":
             weight = max(1, len(data.examples))
+        if federation.weighting == "q_fair" and not np.isnan(update.loss):
+            weight = fair_weight(float(update.loss), power=federation.fairness)
         loss = 0.0
         if not np.isnan(update.loss):
             loss = float(update.loss)

@@ -30,6 +30,7 @@ from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.site.folder import HOME
 from ffm_secure.site.lifetime import grant
 from ffm_secure.site.own_record import open_record, record_folder
+from ffm_secure.site.noise_memory import noise_of
 from ffm_secure.site.own_rows import load_rows
 from ffm_secure.site.policy import objections
 from ffm_secure.site.published import note_public, refuse_private
@@ -135,6 +136,7 @@ def _sites(
     )
     data = SiteData(index=own.index, name=own.file.name, examples=task.encode(dataset.train))
     ledger, evaluation = _site_ledger(config, own, dataset, loaded), task.encode(chosen)
+    noise = noise_of(loaded.spec, own.index, states.place(own.index))
     broadcasts = BroadcastReader(BroadcastGuard(loaded.trainable), loaded.trainable.size)
     record = open_record(config, loaded, task, own.file.record, record_folder(own.base, terms.run_file))
 
@@ -150,6 +152,7 @@ def _sites(
             borrow_trainer=borrow,
             evaluation=evaluation,
             record=record,
+            noise=noise,
         )
 
     return make
@@ -208,4 +211,5 @@ def _site_ledger(config: RunConfig, own: Belongings, dataset: Dataset, loaded: L
         guaranteed=loaded.spec.has_dp_guarantee,
         answers=loaded.spec.answer_events(),
         replay_key=replay if privacy.noise == "seeded" else b"",
+        learns=loaded.spec.learns_in(own.index),
     )

@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from ffm_secure.config import compatibility
+from ffm_secure.config import compatibility, tables
 from ffm_secure.config import run_file as config
 from ffm_secure.errors import PlanRefused
 from tests.config.test_config import table
@@ -39,8 +39,9 @@ def _choices(kind: type, field: str) -> tuple[str, ...]:
         ("clipping", config.Privacy, "clipping"),
         ("noise", config.Privacy, "noise"),
         ("noise_shares", config.Privacy, "noise_shares"),
+        ("correlation", config.Privacy, "correlation"),
         ("protection", config.Protection, "kind"),
-        ("evaluation", config.Evaluation, "rows"),
+        ("evaluation", tables.Evaluation, "rows"),
         ("personal", config.Personal, "kind"),
     ],
 )
@@ -172,3 +173,32 @@ def test_without_a_unit_there_is_no_noise_to_share() -> None:
     changed["protection"] = {"kind": "secagg"}
     with pytest.raises(PlanRefused, match="no noise to share"):
         compatibility.check(config.from_table(changed))
+
+
+BANDED = {
+    "task": {"clients": 4},
+    "federation": {"cohort": 4},
+    "privacy": {"unit": "client", "delta": 1e-3, "correlation": "banded", "separation": 2},
+    "protection": {"kind": "secagg", "threshold": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "words"),
+    [
+        ("privacy", {"unit": "record"}, "a record joins by chance"),
+        ("privacy", {"separation": 0}, "from 2 to task.clients"),
+        ("privacy", {"separation": 5}, "from 2 to task.clients"),
+        ("privacy", {"correlation": "none"}, "belongs to correlation = 'banded'"),
+        ("task", {"clients": 5}, "all are in every round"),
+        ("protection", {"threshold": 3}, "lacks noise that others rely on"),
+        ("federation", {"dropout": {"rate": 0.1, "stages": ["upload"]}}, "stays closed"),
+        ("federation", {"strategy": {"kind": "ffa"}}, "belongs to other"),
+    ],
+)
+def test_noise_with_a_memory_that_would_not_be_whole_is_refused(
+    section: str, values: dict[str, object], words: str
+) -> None:
+    changed = {name: dict(given) for name, given in BANDED.items()}
+    changed[section] = {**changed[section], **values}
+    assert words in refused(**changed)
