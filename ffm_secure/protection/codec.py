@@ -5,6 +5,7 @@ modulo 2^m.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -126,7 +127,7 @@ def fair_weight(loss: float, *, power: float) -> int:
     Source: Li, Sanjabi, Beirami, Smith 2020, arXiv:1905.10497 (q-FFL), with one global step size.
     """
     share = min(max(loss, 0.0), _LARGEST_FAIR_LOSS) / _LARGEST_FAIR_LOSS
-    return max(1, round(FAIR_LEVELS * share**power))
+    return max(1, round(FAIR_LEVELS * math.pow(share, power)))
 
 
 def codec_for(config: RunConfig, mechanism: Mechanism, *, size: int, largest_weight: int = 1) -> VectorCodec:
