@@ -136,7 +136,7 @@ class RecordMechanism:
         std = self.gradient_noise_multiplier() * bound * WIDENING
         noisy = {}
         for name, value in sorted(gradients.items()):
-            noisy[name] = add_gaussian(value, std=std, source=source).div_(self.expected_batch_size)
+            noisy[name] = add_gaussian(value, std=std, source=source, divisor=self.expected_batch_size)
         return {name: noisy[name] for name in gradients}
 
     def start(self) -> RecordRun:

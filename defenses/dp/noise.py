@@ -75,16 +75,16 @@ def gaussian(count: int, *, std: float, source: RandomSource) -> npt.NDArray[np.
     return result
 
 
-def add_gaussian(values: Tensor, *, std: float, source: RandomSource) -> Tensor:
-    """Return values + N(0, std^2) rounded to a public power-of-two grid, in float32.
+def add_gaussian(values: Tensor, *, std: float, source: RandomSource, divisor: float = 1.0) -> Tensor:
+    """Return values + N(0, std^2) rounded to a public power-of-two grid, in float32, over a divisor.
 
-    Guarantee: the output is a multiple of `grid_of(std)` (or a float32 rounding of one); the noise is
-    independent in every coordinate and uses the source alone; std 0 returns the values unchanged.
-    Assumes: `std` is a public constant.
+    Guarantee: before it is divided the output is a multiple of `grid_of(std)` (or a float32 rounding of one);
+    the noise is independent in every coordinate and uses the source alone; std 0 adds none.
+    Assumes: `std` and `divisor` are public constants.
     """
     _check(std)
     if std == 0:
-        return values.detach().to(torch.float32).clone()
+        return values.detach().to(torch.float32).clone().div_(divisor)
     precision = torch.float64 if values.dtype == torch.float64 else torch.float32
     flat = values.detach().to("cpu", precision).reshape(-1)
     out = torch.empty(len(flat), dtype=torch.float32)
@@ -94,7 +94,7 @@ def add_gaussian(values: Tensor, *, std: float, source: RandomSource) -> Tensor:
         # in units of the grid, a power of two, so scaling rounds nothing
         noisy = sampler.block(std / grid)[: len(part)]
         noisy.add_(part, alpha=1.0 / grid).round_().mul_(grid)
-        out[start : start + len(part)] = noisy
+        out[start : start + len(part)].copy_(noisy).div_(divisor)  # while it is in the cache
     return out.reshape(values.shape).to(values.device)
 
 
