@@ -93,7 +93,6 @@ def test_a_head_comes_out_of_the_secure_sum_with_noise_in_shares_and_a_site_lost
     opened = torch.from_numpy(answer.values).view(head.classes, head.width)
     assert torch.allclose(weight, class_head(opened, deviation=answer.deviation), atol=1e-5)
     assert 7.5 < ready.epsilon() <= 8.0
-    assert result.records[0].metric > 0.3, "tiny random features still tell some digits apart"
 
 
 def test_a_head_from_sums_answers_with_the_nearest_class() -> None:
