@@ -523,17 +523,17 @@ def stages(config: RunConfig) -> int:
 
 
 def stage_cap(config: RunConfig) -> int:
-    """Return the largest number of rounds of one stage that any one client takes part in."""
+    """Return the largest number of rounds of one stage that any one client learns in; by turns where the
+    noise has a memory.
+    """
+    if config.privacy.correlation == "banded":
+        return math.ceil(private_rounds(config) / config.privacy.separation)
     rounds = private_rounds(config) // stages(config)
     return math.ceil(rounds * config.federation.cohort / config.task.clients)
 
 
 def participation_cap(config: RunConfig) -> int:
-    """Return the largest number of rounds any one client learns in: under the balanced schedule, or by turns
-    where the noise has a memory.
-    """
-    if config.privacy.correlation == "banded":
-        return math.ceil(private_rounds(config) / config.privacy.separation)
+    """Return the largest number of rounds any one client learns in under the balanced schedule."""
     return stages(config) * stage_cap(config)
 
 
