@@ -11,9 +11,12 @@ protection, which the tests hold), so they are left out here.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -357,12 +360,44 @@ def cells(attackers: Sequence[int]) -> Iterator[Cell]:
 Results = dict[Cell, list[Figures]]
 
 
-def measure(world: World, models: Models, wanted: Iterator[Cell], seeds: Sequence[int]) -> Results:
+class Memory:
+    """Figures of cells that were run before, in a file of one line each: a run that was stopped goes on."""
+
+    def __init__(self, folder: Path | None, *, seconds: float) -> None:
+        self._path = folder / "robustness.jsonl" if folder is not None else None
+        self._until = time.process_time() + seconds
+        self._figures: dict[str, Figures] = {}
+        lines = self._path.read_text().splitlines() if self._path is not None and self._path.is_file() else []
+        for line in lines:
+            name, values = json.loads(line)
+            self._figures[name] = Figures(**values)
+
+    def figures(self, cell: Cell, seed: int, work: Callable[[], Figures]) -> Figures | None:
+        """Return what a cell came to, run now where it was not before; None where the time is over."""
+        name = f"{cell!r} {seed}"
+        if name not in self._figures:
+            if time.process_time() > self._until:
+                return None
+            self._figures[name] = work()
+            if self._path is not None:
+                with self._path.open("a") as file:
+                    file.write(json.dumps([name, dataclasses.asdict(self._figures[name])]) + "\n")
+        return self._figures[name]
+
+
+def measure(
+    world: World, models: Models, memory: Memory, wanted: Iterator[Cell], seeds: Sequence[int]
+) -> Results:
     """Run every cell once a seed."""
     results: Results = {}
     for cell in wanted:
-        results[cell] = [run(cell, world, models, seed=seed) for seed in seeds]
-        shown = results[cell]
+        shown = []
+        for seed in seeds:
+            figures = memory.figures(cell, seed, partial(run, cell, world, models, seed=seed))
+            shown += [figures] if figures is not None else []
+        if len(shown) < len(seeds):
+            continue
+        results[cell] = shown
         print(
             cell, f"{fmean(f.accuracy for f in shown):.3f} {fmean(f.trigger for f in shown):.2f}", flush=True
         )
@@ -397,14 +432,16 @@ def promised(unit: str) -> tuple[tuple[Cell, Cell, float], ...]:
     return tuple(pairs)
 
 
-def promises(world: World, models: Models, units: Sequence[str]) -> str:
+def promises(world: World, models: Models, memory: Memory, units: Sequence[str]) -> str:
     """Return the section of promised figures, over five draws."""
     lines = ["\n## Promised, over five draws of rows, batches and noise\n"]
     lines.append("| unit | rule | sign flip x 10 by | without | with | lost | at most | worst draw |")
     lines.append("|---|---|---|---|---|---|---|---|")
     for unit in units:
         for calm, attacked, most in promised(unit):
-            pair = measure(world, models, iter((calm, attacked)), range(1, 6))
+            pair = measure(world, models, memory, iter((calm, attacked)), range(1, 6))
+            if len(pair) < 2:
+                continue
             before = [figures.accuracy for figures in pair[calm]]
             after = [figures.accuracy for figures in pair[attacked]]
             worst = max(one - other for one, other in zip(before, after, strict=True))
@@ -436,6 +473,9 @@ def _section(results: Results, unit: str, masked: bool, attackers: Sequence[int]
     for rule in MASKED if masked else VISIBLE:
         calm = Cell(unit=unit, masked=masked, rule=rule, attack="", attackers=0)
         for attack in ATTACKS:
+            wanted = [calm, *(replace(calm, attack=attack, attackers=count) for count in attackers)]
+            if not all(cell in results for cell in wanted):
+                continue
             shown = [_cell(results, replace(calm, attack=attack, attackers=count)) for count in attackers]
             without = f"{fmean(f.accuracy for f in results[calm]):.3f}"
             if "backdoor" in attack:
@@ -462,8 +502,9 @@ def main() -> None:
     parser.add_argument("shared", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=None)
+    parser.add_argument("--seconds", type=float, default=1e9, help="of CPU; the same command goes on")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--attackers", type=int, nargs="+", default=[2, 3, 6])
+    parser.add_argument("--attackers", type=int, nargs="+", default=[3, 6])
     parser.add_argument("--units", nargs="+", default=list(UNITS))
     parser.add_argument("--attacks", nargs="*", default=list(ATTACKS))
     asked = parser.parse_args()
@@ -475,9 +516,9 @@ def main() -> None:
         if cell.unit in asked.units and cell.attack in ("", *asked.attacks)
     )
     world = world_of(asked.shared, asked.cache, attackers=max(asked.attackers), seeds=seeds)
-    models = Models()
-    first = promises(world, models, asked.units)
-    results = measure(world, models, wanted, seeds)
+    models, memory = Models(), Memory(asked.cache, seconds=asked.seconds)
+    first = promises(world, models, memory, asked.units)
+    results = measure(world, models, memory, wanted, seeds)
     asked.out.write_text(page(results, asked.attackers, seeds, first) + "\n")
     print(f"{len(results)} cells in {time.perf_counter() - began:.0f} s")
 

@@ -53,6 +53,7 @@ SECTIONS: dict[str, list[str]] = {
         "evidence.md",
         "formats.md",
         "mistakes.md",
+        "malicious_clients.md",
         "shared_noise.md",
         "queries.md",
         "attacks.md",
