@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ffm_secure.aggregation import Aggregate, GroupMean
 from ffm_secure.config.run_file import Strategy
 from ffm_secure.strategies import STRATEGIES, build
 
@@ -62,7 +63,12 @@ def test_adaptive_strategies_follow_algorithm_2(kind: str) -> None:
 def test_every_strategy_is_pure_and_moves_with_the_change(kind: str) -> None:
     strategy = build(Strategy(kind=kind))
     state = strategy.start(START)
-    first, second = strategy.step_by_mean(state, CHANGES[0]), strategy.step_by_mean(state, CHANGES[0])
+    aggregate = Aggregate.of_mean(CHANGES[0])
+    if strategy.needs == "groups":  # seven groups, one of which says the opposite
+        groups = [GroupMean(survivors=(site,), mean=CHANGES[0]) for site in range(6)]
+        groups.append(GroupMean(survivors=(6,), mean=-100 * CHANGES[0]))
+        aggregate = Aggregate(groups=tuple(groups), reference=CHANGES[0])
+    first, second = strategy.step(state, aggregate), strategy.step(state, aggregate)
     assert torch.equal(first.vector, second.vector)
     assert torch.equal(state.vector, START)
     assert (first.vector - START)[0] > 0 > (first.vector - START)[1]
