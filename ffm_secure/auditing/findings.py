@@ -356,7 +356,7 @@ def repeated(
         known = None
         if like is not None:
             known = like[1]
-    if first is None or known is None:
+    if first is None or known is None or not first[0].applicable:  # what does not fit, fits no draw
         return first
     guess = replace(
         known, value=known.baseline, succeeded=False, luck=1.0, exact=False, pairs=(), pictures=()

@@ -13,9 +13,10 @@ from torch import Tensor
 import ffm_secure as ffm
 from attacks import Observation
 from attacks.membership import candidate_loss
+from attacks.registry import build
 from attacks.steps import counted
 from ffm_secure.auditing.budget import AuditBudget
-from ffm_secure.auditing.findings import run_attacks
+from ffm_secure.auditing.findings import Ran, repeated, run_attacks
 from ffm_secure.auditing.step import REGROUPED, ReplayedStep, with_draws
 from ffm_secure.engines import simulation
 
@@ -111,3 +112,23 @@ def test_membership_is_judged_alike_at_every_seed() -> None:
     for seed in range(2):
         assert verdicts(bare, seed, TESTS[:1]) == {TESTS[0]: "leaked"}
     assert verdicts(shared, 0, TESTS[1:]) == {TESTS[1]: "not leaked"}
+
+
+def test_what_does_not_fit_a_sum_is_not_drawn_again() -> None:
+    run, attack = prepared(*SHARED), build("idlg_label")
+    numbers: list[int] = []
+    stage = with_draws(run, run.trainable.flatten(), 1)
+
+    def again(number: int) -> ReplayedStep:
+        numbers.append(number)
+        return with_draws(run, run.trainable.flatten(), 1, seed=number)
+
+    with counted():
+        purse, ran = AuditBudget(name="quick"), Ran()
+        control = repeated(attack, replace(stage, again=None), "raw", purse, ran)
+        assert control is not None
+        assert control[1] is not None
+        seen = repeated(attack, replace(stage, again=again), "aggregated", purse, ran, like=control)
+    assert seen is not None
+    assert not seen[0].applicable
+    assert numbers == []
