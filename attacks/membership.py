@@ -24,6 +24,7 @@ Batch = Mapping[str, Tensor]
 
 _ROUNDING = 1e-5
 _RIDGE = 1e-6  # of unit gradients that are combined without noise
+_SHARED = 16.0  # most of an update's power is what records share, which tells none of them apart
 _TOGETHER = 16  # candidates in one forward pass
 _REMEMBERED = 50_000_000  # the most numbers of one kind that candidates remember
 
@@ -180,7 +181,7 @@ def _weights(units: Tensor, update: Tensor, noise: float) -> Tensor:
     along = units @ update
     signal = float(update.square().sum()) - noise**2 * len(update)
     power = max(signal, 1e-6 * float(update.square().sum()), 1e-300) / len(units)
-    ridge = max(noise**2 / power, _RIDGE)
+    ridge = max(_SHARED * noise**2 / power, _RIDGE)
     weights: Tensor = torch.linalg.solve(together + ridge * torch.eye(len(units), dtype=units.dtype), along)
     return weights
 
