@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
 import os
@@ -70,8 +71,9 @@ class _File(RotatingFileHandler):
     """A log that a full disk does not silence: what it does not take, the service's own journal gets."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Write the line where the service's output goes."""
-        sys.stderr.write(f"{self.baseFilename} cannot be written; free space. {self.format(record)}\n")
+        """Write the line where the service's output goes; if that is the same full disk, nobody hears it."""
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{self.baseFilename} cannot be written; free space. {self.format(record)}\n")
 
 
 class _Lines(logging.Formatter):

