@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -138,6 +139,22 @@ def as_json(result: Reconstruction) -> dict[str, object]:
     }
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and advice of transformers: an audit's own words are few."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def load_model(folder: Path, *, adapter: Path | None = None) -> nn.Module:
     """Load a model folder in the Hugging Face layout, from disk alone, with eager attention and safetensors
     weights.
@@ -146,6 +163,14 @@ def load_model(folder: Path, *, adapter: Path | None = None) -> nn.Module:
 
     Raises: OSError or ValueError when a folder does not hold one.
     """
+    with _quiet():
+        loaded = _loaded(folder)
+        if adapter is not None:
+            loaded = _adapted(loaded, adapter)
+    return loaded.eval()
+
+
+def _loaded(folder: Path) -> nn.Module:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -163,11 +188,7 @@ def load_model(folder: Path, *, adapter: Path | None = None) -> nn.Module:
     )
     if not isinstance(loaded, nn.Module):
         raise ValueError(f"{folder}: {names[0]} is not a model")
-    if writes(loaded):
-        loaded = answer_itself(loaded)
-    if adapter is None:
-        return loaded.eval()
-    return _adapted(loaded, adapter).eval()
+    return answer_itself(loaded) if writes(loaded) else loaded
 
 
 def _adapted(model: nn.Module, folder: Path) -> nn.Module:

@@ -13,7 +13,7 @@ from ffm_secure.errors import ConfigError, StoreError
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # What an export consists of; anything else in its folder was put there by somebody, and stays.
 _NAMES = re.compile(r"(README\.md|LICENSE|[\w.-]+\.(json|safetensors|txt|model|jinja))", re.ASCII)
-_FOLDERS = ("", "base", "model")
+_FOLDERS = (".", "base", "model")
 
 
 class Hub(Protocol):
@@ -48,8 +48,11 @@ def publish(
     if not dry_run:
         _push(hub or _real_hub(), exported, names, repo=repo, public=public)
     size = sum((exported / name).stat().st_size for name in names)
-    what = "would send" if dry_run else "sent"
-    seen_by = "public" if public else "private"
+    what, seen_by = "sent", "private"
+    if dry_run:
+        what = "would send"
+    if public:
+        seen_by = "public"
     line = f"{what} {len(names)} files, {size:,} bytes, to {repo} ({seen_by})"
     say({"repo": repo, "files": names, "bytes": size, "sent": not dry_run}, [line, *names], json=json)
 
@@ -59,7 +62,7 @@ def files_of(exported: Path) -> list[str]:
     names = []
     for path in sorted(exported.rglob("*")):
         inside = path.relative_to(exported)
-        parent = "" if inside.parent == Path() else str(inside.parent)
+        parent = inside.parent.as_posix()
         plain = path.is_file() and not path.is_symlink() and not path.parent.is_symlink()
         if plain and parent in _FOLDERS and _NAMES.fullmatch(path.name):
             names.append(inside.as_posix())

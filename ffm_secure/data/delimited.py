@@ -324,14 +324,17 @@ def _check_header(path: Path, header: list[str], rows: Sequence[Sequence[str]]) 
         )
     if header.count("") == 1 and len(header) > 1:
         header[header.index("")] = "(unnamed)"
-    twice = [place for place, name in enumerate(header, start=1) if header.count(name) > 1]
+    twice = []
+    for place, name in enumerate(header, start=1):
+        if header.count(name) > 1:
+            twice.append(place)
     if twice:  # no name is quoted: the line may be a row
         raise DataError(
             f"{path}: two columns of the header have the same name (columns {twice[0]} and {twice[1]}); "
             "rename one"
         )
-    pieces = _OTHER_SEPARATOR.split(header[0].casefold()) if len(header) == 1 else []
-    if len(pieces) > 1 and all(piece in _KNOWN for piece in pieces):
+    pieces = _OTHER_SEPARATOR.split("".join(header).casefold())
+    if len(header) == 1 and len(pieces) > 1 and _KNOWN.issuperset(pieces):
         raise DataError(
             f"{path}: its only column is called {listed(header)}, so something else parts the fields; "
             f"use {', '.join(SEPARATORS.values())}"

@@ -71,10 +71,14 @@ def refuse_quantised(name: str, config: Configuration) -> None:
     stated = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
     if stated is None:
         return
-    table = stated if isinstance(stated, dict) else stated.to_dict()
-    bits = [bits for bits in ("4", "8") if table.get(f"load_in_{bits}bit")]
+    table = stated
+    if not isinstance(stated, dict):
+        table = stated.to_dict()
     method = str(table.get("quant_method") or "bitsandbytes")
-    width = f", {bits[0]} bits" if bits else ""
+    width = ""
+    for bits in (4, 8):
+        if table.get(f"load_in_{bits}bit"):
+            width = f", {bits} bits"
     raise ModelError(
         f"model.name = {name!r}: its weights are quantised ({method}{width}), which is not trained here; "
         "choose the model it was made from, or write its weights out with model.dequantize() and "
@@ -88,7 +92,10 @@ def refuse_broken_weights(name: str, model: nn.Module) -> None:
     Raises:
       ModelError: the first such tensor is named, the others are counted.
     """
-    broken = [key for key, value in model.named_parameters() if not bool(torch.isfinite(value.sum()))]
+    broken = []
+    for key, value in model.named_parameters():
+        if not bool(torch.isfinite(value.sum())):
+            broken.append(key)
     if broken:
         raise ModelError(
             f"model.name = {name!r}: {len(broken)} tensors hold NaN or infinity (first: {broken[0]}); write "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -59,8 +60,10 @@ def _quoting(
     tokenizer: ModelTokenizer, turns: Sequence[tuple[str, str]], pattern: re.Pattern[str] | None
 ) -> Rendered:
     """Write one chat; marks in what people wrote are kept from the template."""
-    words = [part for turn in turns for part in turn]
-    characters = stand_ins(words, pattern) if pattern is not None else {}
+    words = list(chain.from_iterable(turns))
+    characters: dict[str, str] = {}
+    if pattern is not None:
+        characters = stand_ins(words, pattern)
     messages = []
     for role, content in turns:
         messages.append({"role": _stood_in(role, characters), "content": _stood_in(content, characters)})

@@ -125,8 +125,9 @@ def encode_texts(
             verbose=False,
         )
         rows, kinds = _spelled_out(out, marks, max_length)
-        rows = [row or [_spare(tokenizer)] for row in rows]
-        lengths[start : start + len(rows)] = [len(row) for row in rows]
+        for number, row in enumerate(rows):
+            rows[number] = row or [_spare(tokenizer)]
+        lengths[start : start + len(rows)] = list(map(len, rows))
         tokens.append(np.fromiter((t for row in rows for t in row), dtype=np.int32))
         if segmented:
             segments.append(np.fromiter((t for row in kinds for t in (row or [0])), dtype=np.int8))

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from ffm_secure.foreign import ModelTokenizer
 
 _PRIVATE_USE = 0xE000  # the first of 6,400 characters that no standard gives a meaning
-_LAST_PRIVATE_USE = 0xF8FF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +33,15 @@ class Marks:
         """Return tokens that read like a mark and are none."""
         word = self.words[token]
         pieces = self._plain(word)
-        if any(piece in self.words for piece in pieces):
-            pieces = [piece for letter in word for piece in self._plain(letter)]
-        return [piece for piece in pieces if piece not in self.words] or [_spare(self)]
+        if not self.words.keys().isdisjoint(pieces):
+            pieces = []
+            for letter in word:
+                pieces += self._plain(letter)
+        spelling = []
+        for piece in pieces:
+            if piece not in self.words:
+                spelling.append(piece)
+        return spelling or [_spare(self)]
 
     def _plain(self, text: str) -> list[int]:
         out = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
@@ -83,7 +88,10 @@ def marks_of(tokenizer: ModelTokenizer) -> Marks:
     for token, word in zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False):
         words[int(token)] = str(word)
     words.pop(tokenizer.unk_token_id, None)
-    return Marks(tokenizer=tokenizer, words={token: word for token, word in words.items() if word.strip()})
+    for token in list(words):
+        if not words[token].strip():
+            del words[token]
+    return Marks(tokenizer=tokenizer, words=words)
 
 
 def stand_ins(texts: Sequence[str], pattern: re.Pattern[str]) -> dict[str, str]:
@@ -93,9 +101,16 @@ def stand_ins(texts: Sequence[str], pattern: re.Pattern[str]) -> dict[str, str]:
     have written it.
     """
     letters = set("".join(texts))
-    free = (chr(code) for code in range(_PRIVATE_USE, _LAST_PRIVATE_USE) if chr(code) not in letters)
-    marks = dict.fromkeys(mark for text in texts for mark in pattern.findall(text))
-    return {mark: next(free) for mark in marks}
+    marks: dict[str, str] = {}
+    code = _PRIVATE_USE
+    for text in texts:
+        for mark in pattern.findall(text):
+            while mark not in marks and chr(code) in letters:
+                code += 1
+            if mark not in marks:
+                marks[mark] = chr(code)
+                code += 1
+    return marks
 
 
 def without_stand_ins(
@@ -105,7 +120,7 @@ def without_stand_ins(
 
     Return the text, the span of every mark in it, and the new place of each old character and of the end.
     """
-    marks = {character: mark for mark, character in characters.items()}
+    marks = dict(zip(characters.values(), characters.keys(), strict=True))
     pieces: list[str] = []
     spans: list[tuple[int, int]] = []
     places: list[int] = []

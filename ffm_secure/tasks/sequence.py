@@ -50,7 +50,7 @@ class SequenceToSequence(TextTask):
         lengths = []
         for column in self.written(examples):
             out = self.tokenizer(column, truncation=False, split_special_tokens=True, verbose=False)
-            lengths.append([len(row) for row in out["input_ids"]])
+            lengths.append(list(map(len, out["input_ids"])))
         longest: NDArray[np.int64] = np.array(lengths, dtype=np.int64).max(axis=0)
         return longest
 
@@ -104,8 +104,10 @@ class SequenceToSequence(TextTask):
         ended = []
         for row in rows:
             open_end = row[-1] != end and len(row) < self.max_length
-            ended.append(np.append(row, np.int32(end)) if open_end else row)
-        lengths = [len(row) for row in ended]
+            if open_end:
+                row = np.append(row, np.int32(end))
+            ended.append(row)
+        lengths = list(map(len, ended))
         return EncodedText(
             tokens=np.concatenate(ended).astype(np.int32),
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),

@@ -70,15 +70,15 @@ class TextTask(Task):
         pattern = marks_of(self.tokenizer).pattern()
         if pattern is None:
             return ()
-        marked = []
+        holding: list[str] = []
         for texts in zip(*text_columns(examples, self.data.text_columns), strict=True):
-            mark = next(filter(None, (pattern.search(str(text)) for text in texts)), None)
-            marked.append(mark.group() if mark is not None else "")
-        holding = [mark for mark in marked if mark]
+            mark = pattern.search("\n".join(map(str, texts)))
+            if mark is not None:
+                holding.append(mark.group())
         if not holding:
             return ()
         return (
-            f"{len(holding):,} of {len(marked):,} texts hold marks of the model, such as {holding[0]!r}; "
+            f"{len(holding):,} of {len(examples):,} texts hold marks of the model, such as {holding[0]!r}; "
             "they are read as plain words, and end or open nothing",
         )
 
@@ -171,11 +171,14 @@ class CausalLM(TextTask):
         column = examples.column(self.data.text_columns[0])
         if self.data.is_chat:
             chats = render_all(self.tokenizer, column)
-            return (
-                [chat.text for chat in chats],
-                [chat.answers for chat in chats],
-                [chat.quoted for chat in chats],
-            )
+            written: list[str] = []
+            answers: list[Sequence[tuple[int, int]]] = []
+            quoted: list[Sequence[tuple[int, int]]] = []
+            for chat in chats:
+                written.append(chat.text)
+                answers.append(chat.answers)
+                quoted.append(chat.quoted)
+            return written, answers, quoted
         last = examples.column(self.data.answered[-1])
         texts = list(map(str, column))
         spans: list[Sequence[tuple[int, int]]] = []

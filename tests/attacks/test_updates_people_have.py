@@ -59,8 +59,11 @@ def seen(tensors: dict[str, Tensor]) -> Observation:
     )
 
 
-def test_a_stored_half_precision_model_is_attacked_in_single(model: nn.Module) -> None:
-    assert {value.dtype for value in model.parameters()} == {torch.float32}
+def test_a_stored_half_precision_model_is_attacked_in_single_and_loads_without_a_word(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert {value.dtype for value in load_model(folder).parameters()} == {torch.float32}
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -14,7 +14,7 @@ from ffm_secure.cli.publish import files_of, publish
 from ffm_secure.errors import ConfigError, StoreError
 
 EXPORT = ("README.md", "export.json", "adapter_config.json", "adapter_model.safetensors", "base/config.json")
-STRANGE = ("rows.csv", ".secret.json.swp", "notes/rows.json", "base/rows.parquet")
+STRANGE = ("rows.csv", ".secret.json.swp", "notes/rows.json", ".base/rows.json", "base/rows.parquet")
 
 
 class FolderHub:
