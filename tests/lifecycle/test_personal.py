@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
+from attacks.membership import confidences
 from defenses.dp import Ledger
 from defenses.random_source import RandomSource
 from defenses.secagg.masks import RingVector
@@ -27,7 +29,8 @@ from ffm_secure.records import RoundPlan
 from ffm_secure.report.release import released
 from ffm_secure.site.personal import MARK
 from ffm_secure.site.trainer import SiteData, SiteTrainer
-from tests.federation.helpers import RECORD, SECAGG, finish, make, prepared, table
+from ffm_secure.tasks.encoded import Encoded
+from tests.federation.helpers import RECORD, SECAGG, finish, make, prepared, table, train
 
 OWN = {"kind": "mean_regularised", "steps": 3, "batch_size": 16, "learning_rate": 0.1, "pull": 0.5}
 STEP = {"kind": "finetune", "local_steps": 1, "batch_size": 8, "learning_rate": 0.1}
@@ -235,3 +238,33 @@ def test_sites_of_their_own_say_that_they_make_none_yet() -> None:
     config = make(personal=OWN)
     assert any("personal.kind" in reason for reason in shared_objections(config, sites=4))
     assert "personal" not in table()
+
+
+@pytest.mark.slow
+def test_membership_is_found_on_an_own_model_and_not_on_the_shared_one(tmp_path: Path) -> None:
+    """The own model is the control: it holds its rows without noise, and the attack has to see them."""
+    sections = {"federation": {"rounds": 2, "lifecycle": STEP}, "privacy": PRIVATE, "protection": SECAGG}
+    ready, result = train(make(**sections), tmp_path / "run")
+    site, public = ready.sites[0], ready.server.evaluation
+    members, others = site.data.examples.take(range(40)), public.take(range(40))
+    spec = replace(make(personal=OWN).personal, kind="few_steps", steps=400, batch_size=40, learning_rate=0.5)
+    shared = result.state.vector
+    home = AtHome(
+        trainable=ready.trainable, task=ready.task, rows=members, start=shared,
+        spec=spec, seed=(1,), device="cpu", microbatch=64,
+    )  # fmt: skip
+
+    def separation(vector: torch.Tensor) -> float:
+        ready.trainable.load_vector(vector)
+        scores = [membership(ready, rows) for rows in (members, others)]
+        return float(roc_auc_score([1] * 40 + [0] * 40, np.concatenate(scores)))
+
+    assert separation(few_steps(home)) > 0.75
+    assert 0.3 < separation(shared) < 0.7
+
+
+def membership(ready: simulation.Simulation, rows: Encoded) -> np.ndarray:
+    """Return how sure the model is of the right answer, for every row: the plainest membership score."""
+    batch = ready.task.evaluation_batch(rows, np.arange(len(rows)), "cpu")
+    candidates = {"images": batch["pixel_values"], "labels": batch["labels"]}
+    return confidences(ready.trainable.model, candidates).numpy()
