@@ -125,6 +125,9 @@ _STREAM_FINISH = "counts of all stages after the last one are not built: use fin
 _STREAM_HELD_BACK = "counts of private rows by stage are not built: evaluate on public rows"
 _STREAM_PUBLIC = "public phases have no stages: use lifecycle finetune"
 _STREAM_CLASSES = "stages are compared by their classes: choose a classification task"
+_STREAM_BANDED = (
+    "noise with a memory would reach from one stage's rows into the next: use correlation = 'none'"
+)
 _REPLAY_SUMS = "sums forget nothing, so nothing is to be replayed: set task.stream.replay to 0"
 
 _BANDED_RECORD = (
@@ -229,6 +232,7 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     },
     ("strategy", "correlation"): {(rule, "banded"): _BANDED_FACTORS for rule in LORA_RULES},
     ("dropout", "correlation"): {("some", "banded"): _BANDED_LOSSES},
+    ("correlation", "stream"): {("banded", "on"): _STREAM_BANDED},
     ("correlation", "groups"): {("banded", "several"): _BANDED_GROUPS},
 }
 

@@ -28,6 +28,7 @@ from ffm_secure.queries.base import head_of
 from ffm_secure.records import RoundPlan
 from ffm_secure.report.release import released
 from ffm_secure.site.personal import MARK
+from ffm_secure.site.noise_memory import NoiseMemory
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.tasks.encoded import Encoded
 from tests.federation.helpers import RECORD, SECAGG, finish, make, prepared, table, train
@@ -43,9 +44,14 @@ class Recording(SiteTrainer):
     __slots__ = ("sealed",)
 
     def run_round(
-        self, data: SiteData, plan: RoundPlan, start: torch.Tensor, source: RandomSource
+        self,
+        data: SiteData,
+        plan: RoundPlan,
+        start: torch.Tensor,
+        source: RandomSource,
+        noise: NoiseMemory | None = None,
     ) -> RingVector:
-        vector = super().run_round(data, plan, start, source)
+        vector = super().run_round(data, plan, start, source, noise)
         self.sealed.append((plan.round, data.index, np.asarray(vector).tobytes()))
         return vector
 
