@@ -116,8 +116,9 @@ def test_what_cannot_be_audited_is_said_with_exit_code_2(
     assert "7294" not in output
 
 
-def test_a_run_or_an_observation_beside_it_is_refused(folder: Path) -> None:
-    code, output = said(str(folder), *records(folder, "jsonl"), "--observation", str(folder))
+def test_a_run_or_an_observation_beside_it_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("")
+    code, output = said(str(tmp_path), *records(folder, "jsonl"), "--observation", str(folder))
     assert code == 2
     assert "--model alone" in output
     assert "--model RUN" in output
