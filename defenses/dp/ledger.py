@@ -39,6 +39,7 @@ from defenses.dp.ledger_entries import (
     account_of_block,
     charge_body,
     check_charge,
+    check_reason,
     checked_budget,
     commitment_key,
     entry_of,
@@ -151,6 +152,7 @@ class Ledger:
         """Set the lifetime budget of every record in this ledger, for one unit; raising it needs a reason, as
         in `set_budget`.
         """
+        check_reason(raise_because)
         self.set_budget(EVERYBODY, EVERYBODY, unit, epsilon, delta, raise_because=raise_because)
 
     def lifetime(self, unit: str) -> Budget | None:
@@ -159,15 +161,12 @@ class Ledger:
         return self._budgets.lifetime(unit)
 
     def imply(self, unit: str, epsilon: float, delta: float) -> None:
-        """Give every record the lifetime budget a run asks for, where no owner has set one.
-
-        An implied budget grows to the largest that a run has asked for; one that an owner has set by `grant`
-        stays as it is.
-        """
+        """Give every record the largest lifetime budget that a run has asked for, where no owner set one."""
         known = self.lifetime(unit)
         if known is not None and (not self.is_implied(unit) or epsilon <= known.epsilon):
             return
-        self.grant(unit, epsilon, delta if known is None else known.delta, raise_because=IMPLIED)
+        delta = delta if known is None else known.delta
+        self.set_budget(EVERYBODY, EVERYBODY, unit, epsilon, delta, raise_because=IMPLIED)
 
     def is_implied(self, unit: str) -> bool:
         """Tell whether the lifetime budget for a unit was asked for by a run and set by no owner."""

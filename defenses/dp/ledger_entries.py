@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ ANY_UNIT = "*"
 EVERYBODY = "*"  # owner and data set of the lifetime budget of all records in a ledger
 IMPLIED = "implied by a run"  # the reason of a lifetime budget that no owner has set
 _LONGEST_LABEL = 300
+_LONGEST_REASON = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,13 +162,30 @@ def checked_budget(unit: str, epsilon: float, delta: float) -> Budget:
         problems = [f"unit = {unit!r}: must be one of {', '.join(UNITS)}"]
     else:
         problems = []
-    if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or not epsilon > 0:
+    if not _is_amount(epsilon):
         problems.append(f"epsilon = {epsilon!r}: must be above 0 (math.inf for a run without a bound)")
     if not isinstance(delta, float) or not SMALLEST_DELTA <= delta <= LARGEST_DELTA:
         problems.append(f"delta = {delta!r}: must lie between {SMALLEST_DELTA:g} and {LARGEST_DELTA:g}")
     if problems:
         raise ParameterError("; ".join(problems))
     return Budget(epsilon=float(epsilon), delta=delta)
+
+
+def _is_amount(value: object) -> bool:
+    """Tell whether a value is a number above 0 that a float can hold, or infinity."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return 0 < value <= sys.float_info.max or value == math.inf
+
+
+def check_reason(reason: str) -> None:
+    """Refuse a reason that an owner cannot give: one that a terminal obeys, or the one that runs give."""
+    if reason.strip() == IMPLIED:
+        raise ParameterError(f"raise_because = {reason!r}: is what a run says; say why its owner sets it")
+    if not reason.isprintable() or len(reason) > _LONGEST_REASON:
+        raise ParameterError(
+            f"raise_because: must be one line of at most {_LONGEST_REASON} printable characters"
+        )
 
 
 def label(name: str, value: object) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class LedgerFile:
     """
 
     def __init__(self, path: Path, *, create: bool, until: int | None = None) -> None:
+        if path.is_symlink():  # its anchor and its key would lie elsewhere
+            raise ParameterError(f"path = {str(path)!r}: is a link; name the ledger itself")
         self.path = path
         self._until = until
         self.head_path = path.with_name(path.name + ".head")
@@ -107,7 +110,7 @@ class LedgerFile:
         self._connection.execute("PRAGMA trusted_schema = OFF")
         with self.transaction():
             if not self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                if self.head_path.exists():
+                if self.head_path.exists() or self.key_path.exists():  # what was here is gone
                     raise TamperedError
                 for statement in _SCHEMA:
                     self._connection.execute(statement)
@@ -271,10 +274,10 @@ class LedgerFile:
     def read_key(self) -> bytes:
         """Return the ledger's key.
 
-        Raises: ParameterError when it is missing or is not a key.
+        Raises: ParameterError when it is missing, a link, not a key, or readable by others.
         """
         try:
-            secret = self.key_path.read_bytes()
+            secret = _read_private(self.key_path)
         except OSError:
             secret = b""
         if len(secret) != KEY_BYTES:
@@ -307,7 +310,7 @@ class LedgerFile:
             if values["version"] != FORMAT_VERSION:
                 raise TamperedError
             return Head(sequence=int(values["sequence"]), hash=str(values["hash"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise TamperedError from None
 
 
@@ -317,6 +320,23 @@ def _create_private(path: Path) -> None:
     """
     with suppress(OSError):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def _read_private(path: Path) -> bytes:
+    """Read a secret of 32 bytes; a link, a pipe or a device is none.
+
+    Raises: ParameterError when others may read it.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size != KEY_BYTES:
+            return b""
+        if status.st_mode & 0o077:
+            raise ParameterError(
+                f"{path}: others may read or write it, and with it tell who is in the ledger; run: "
+                f"chmod 600 {path}"
+            )
+        return stream.read()
 
 
 def _is_damage(error: BaseException) -> bool:

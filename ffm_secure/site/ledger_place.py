@@ -5,11 +5,13 @@ it.
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from defenses.dp import Ledger
 from defenses.dp.records import RecordKey
 from ffm_secure.config.run_file import Privacy
+from ffm_secure.errors import StoreError
 
 IN_RUN = "run"
 FILE = "ledger.sqlite"
@@ -42,8 +44,18 @@ def ledger_path(privacy: Privacy, folder: Path | None) -> Path | None:
 
 
 def open_ledger(path: Path) -> Ledger:
-    """Open a ledger, made when there is none, in a folder nobody else may read."""
+    """Open a ledger, made when there is none, in a folder nobody else may read.
+
+    Raises:
+      StoreError: everybody may write into its folder, and put another in its place.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    mode = path.parent.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise StoreError(
+            f"{path.parent}: everybody may write here and put another ledger in the place of this one; check "
+            f"what it holds, then run: chmod o-w {path.parent}"
+        )
     return Ledger.open(path, create=True)
 
 
