@@ -257,7 +257,9 @@ def image_column(
                 if pixels is not None:
                     pixels[row] = picture
     stored = StoredPictures(encoded, places, resized=side is not None)
-    return images if pixels is None else pixels, stored
+    if pixels is None:
+        return images, stored
+    return pixels, stored
 
 
 def _fits(images: LazyImages) -> bool:

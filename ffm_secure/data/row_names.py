@@ -50,7 +50,7 @@ def _named(examples: Examples, dataset: Dataset, key: RecordKey, person_column: 
     if person_column:
         people = examples.column(person_column)
         persons = key.contents(person_content(value) for value in people)
-        cells += _digests([earlier_person(value) for value in people], key)
+        cells += _digests(list(map(earlier_person, people)), key)
         return replace(examples, records=name_persons(persons, [contents, *cells]), contents=contents)
     return replace(examples, records=name_records(contents, cells), contents=contents)
 
@@ -65,17 +65,17 @@ def sayings(examples: Examples, dataset: Dataset, key: RecordKey, *, person_colu
     together[together == key.contents([b""])] = 0
     alone = []
     for texts in _columns_of_text(examples, dataset).values():
-        alone += _digests(_telling([canonical_text(text) for text in texts]), key)
+        alone += _digests(_telling(list(map(canonical_text, texts))), key)
     if person_column and person_column in examples.columns:
         people = examples.column(person_column)
         alone.append(key.contents(person_content(value) for value in people))
-        alone += _digests([earlier_person(value) for value in people], key)
+        alone += _digests(list(map(earlier_person, people)), key)
     return [together, *alone, *_as_stored(examples.stored, key), *_earlier(examples, dataset, key)]
 
 
 def row_contents(columns: Sequence[Sequence[str]]) -> list[bytes]:
     """Return what each row says in these text columns together."""
-    return [canonical_text(text) for text in _joined(columns)]
+    return list(map(canonical_text, _joined(columns)))
 
 
 def _joined(columns: Sequence[Sequence[str]]) -> list[str]:
@@ -115,12 +115,12 @@ def _earlier(examples: Examples, dataset: Dataset, key: RecordKey) -> list[Keys]
     digests = []
     if dataset.is_chat:
         packed = _joined([examples.column(name) for name in dataset.text_columns])
-        digests += _digests([earlier_text(text) for text in packed], key)
+        digests += _digests(list(map(earlier_text, packed)), key)
     elif not dataset.image_column:
         together = _joined([examples.column(name) for name in dataset.text_columns])
-        digests += _digests([earlier_form(text) for text in together], key)
+        digests += _digests(list(map(earlier_form, together)), key)
     for texts in _columns_of_text(examples, dataset).values():
-        digests += _digests(_telling([earlier_form(text) for text in texts]), key)
+        digests += _digests(_telling(list(map(earlier_form, texts))), key)
     return digests
 
 
@@ -165,7 +165,7 @@ def _cells(examples: Examples, dataset: Dataset, key: RecordKey) -> list[Keys]:
     for name, values in _columns_of_text(examples, dataset).items():
         if read == {name}:
             continue
-        texts = [canonical_text(value) for value in values]
+        texts = list(map(canonical_text, values))
         cells += _digests(texts if name in read else _telling(texts), key)
     return cells
 

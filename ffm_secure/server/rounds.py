@@ -329,7 +329,9 @@ def _judge_sum(
         too_large = why_too_large(opened, server.spec, state.vector)
     else:
         too_large = why_answer_too_large(opened, server.spec.questions[plan.query], server.spec)
-    return (None, too_large) if too_large else (opened, "")
+    if too_large:
+        return None, too_large
+    return opened, ""
 
 
 def _finish(

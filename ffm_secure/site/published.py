@@ -31,7 +31,7 @@ def note_public(ledger: Ledger, dataset: Dataset, public: Examples | None, key: 
     for rows in public_parts(dataset, public).values():
         ways = sayings(rows, dataset, key)
         apart = ~_say_any(ways, private_now)
-        ledger.publish(_all_contents([contents[apart] for contents in ways]))
+        ledger.publish(_all_contents(list(np.stack(ways)[:, apart])))
 
 
 def refuse_public(
@@ -47,9 +47,11 @@ def refuse_public(
     private_now = None
     for use, rows in public_parts(dataset, public).items():
         ways = sayings(rows, dataset, key, person_column=person)
-        blocks = np.stack([ledger.blocks_of_contents(keys) for keys in ways])
-        known = [block for block in np.unique(blocks).tolist() if block]
-        charged = [block for block in known if ledger.charged_units((block,))]
+        blocks = np.stack(list(map(ledger.blocks_of_contents, ways)))
+        charged = []
+        for block in np.unique(blocks).tolist():
+            if block and ledger.charged_units((block,)):
+                charged.append(block)
         published = np.isin(blocks, charged).any(axis=0)
         if published.any():
             if private_now is None:
