@@ -12,6 +12,8 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
+import stat
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,8 +24,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from ffm_secure.errors import RecordError
-from ffm_secure.foreign import Value
+from ffm_secure.foreign import JsonValue, Value
 
+LARGEST_JSON = 64 << 20  # bytes
 FORMAT = 1  # of lines and bytes; a record without it is of format 1
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 Hint: TypeAlias = Any  # an annotation as `typing.get_type_hints` returns it; typing has no name for it
@@ -128,6 +131,22 @@ def parse_json(text: str | bytes, where: str) -> Plain:
             reason = str(error)
         raise RecordError(f"{where}: is not JSON: {reason[:200]}") from None
     return plain
+
+
+def read_json(path: Path) -> JsonValue:
+    """Read a small JSON file that somebody else may have written.
+
+    Raises:
+      OSError: it cannot be read. ValueError: it is no JSON, nested too deeply, too large or no regular file.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_JSON:
+            raise ValueError(f"it is no file of at most {LARGEST_JSON >> 20} MiB")
+        try:
+            return json.loads(stream.read())
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
 
 
 def _read(kind: type[T], plain: Plain, where: str) -> T:

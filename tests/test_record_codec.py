@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffm_secure import record_codec
-from ffm_secure.errors import RecordError
+from ffm_secure.config.schema import parse_toml
+from ffm_secure.errors import ConfigError, RecordError
+from ffm_secure.record_codec import read_json
 
 ANY_FLOAT = st.floats(allow_nan=False)
 TEXT = st.text(max_size=5)
@@ -266,3 +270,25 @@ def test_numbers_of_other_libraries_become_plain_ones() -> None:
     assert record_codec.to_plain(table) == {"a": 0.5, "b": [3, "-infinity"], "c": {"rounds": 2}}
     with pytest.raises(RecordError, match=r"value\.a = 'set'"):
         record_codec.to_plain({"a": {1}})
+
+
+@pytest.mark.parametrize("planted", ["nested", "pipe", "device", "folder", "no JSON"])
+def test_a_small_json_file_is_read_or_refused_at_once(planted: str, tmp_path: Path) -> None:
+    """Nesting was a traceback, a pipe waited for ever, and a device filled the memory."""
+    path = tmp_path / "file.json"
+    if planted == "pipe":
+        os.mkfifo(path)
+    elif planted == "device":
+        path.symlink_to("/dev/zero")
+    elif planted == "folder":
+        path.mkdir()
+    else:
+        path.write_text("[" * 200_000 if planted == "nested" else "{")
+    with pytest.raises((ValueError, OSError)):
+        read_json(path)
+
+
+def test_a_run_file_without_end_is_refused_at_once() -> None:
+    """It filled the memory of the machine."""
+    with pytest.raises(ConfigError, match="must be at most"):
+        parse_toml(Path("/dev/zero"))

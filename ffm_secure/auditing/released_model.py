@@ -25,6 +25,7 @@ from ffm_secure.report.roc import roc_chart
 from ffm_secure.storage.durable import create_folder, write_atomic
 from ffm_secure.storage.observations import read_observations
 from ffm_secure.storage.run_directory import Store
+from ffm_secure.record_codec import read_json
 
 _LONGEST = 512
 _MOST_ROUNDS = 8
@@ -110,7 +111,7 @@ class _Reader:
 def _stated(folder: Path, key: str) -> list[str] | int | None:
     """Return what the export of a run says beside its model, nothing for other models."""
     try:
-        value = json.loads((folder.parent / "export.json").read_text(encoding="utf-8")).get(key)
+        value = read_json(folder.parent / "export.json").get(key)
     except (OSError, ValueError, AttributeError):
         return None
     return value if isinstance(value, (list, int)) else None

@@ -4,7 +4,6 @@ elsewhere.
 
 from __future__ import annotations
 
-import json as json_format
 from pathlib import Path
 
 from defenses.dp import Ledger
@@ -15,6 +14,7 @@ from ffm_secure.display.console import clear_errors, say
 from ffm_secure.cli.ledger_table import open_for_reading, withdrawal_line, withdrawals
 from ffm_secure.errors import ConfigError, StoreError
 from ffm_secure.site.ledger_place import FILE, data_home, open_ledger
+from ffm_secure.record_codec import read_json
 
 
 def place_of(path: Path | None) -> Path:
@@ -117,9 +117,9 @@ def read_anchor(text: str) -> Head:
     file = Path(text)
     if file.is_file():
         try:
-            report = json_format.loads(file.read_text(encoding="utf-8"))
+            report = read_json(file)
             return Head(sequence=int(report["ledger_entries"]), hash=str(report["ledger_head"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             raise StoreError(
                 f"{file}: holds no anchor; give number:hash, or the report.json of a run"
             ) from None

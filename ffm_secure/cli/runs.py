@@ -15,6 +15,7 @@ from ffm_secure.config import run_file
 from ffm_secure.config.schema import to_table
 from ffm_secure.errors import ConfigError, StoreError
 from ffm_secure.foreign import JsonValue
+from ffm_secure.record_codec import read_json
 from ffm_secure.quantities import bound, metric
 from ffm_secure.queries import agenda
 
@@ -107,7 +108,7 @@ def _rounds(path: Path) -> list[dict[str, Any]]:
             if line.strip():
                 rounds.append(json_module.loads(line))
         return rounds
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise StoreError(f"{path}: is damaged") from None
 
 
@@ -115,7 +116,7 @@ def _report(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json_module.loads(path.read_text())
+        value = read_json(path)
     except (OSError, ValueError):
         raise StoreError(f"{path}: is damaged; write it anew with ffm-secure report") from None
     if isinstance(value, dict):

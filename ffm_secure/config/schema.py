@@ -83,7 +83,11 @@ def parse_toml(path: Path) -> dict[str, Any]:
             raise ConfigError(
                 str(path), [f"file size = {path.stat().st_size} bytes: must be at most {_LARGEST_FILE}"]
             )
-        return tomllib.loads(path.read_bytes().decode("utf-8"))
+        with path.open("rb") as stream:
+            content = stream.read(_LARGEST_FILE + 1)  # a device says that it is empty, and never ends
+        if len(content) > _LARGEST_FILE:
+            raise ConfigError(str(path), [f"file size: must be at most {_LARGEST_FILE} bytes"])
+        return tomllib.loads(content.decode("utf-8"))
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror or error}"]) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import socket
@@ -32,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from ffm_secure.errors import ModelError
 from ffm_secure.foreign import Configuration, JsonValue, LibraryObject, ModelTokenizer
+from ffm_secure.record_codec import read_json
 from ffm_secure.models.builtin import TINY, MeanPoolClassifier, build_tiny, tiny_kinds
 from ffm_secure.models.model_checks import (
     advice_without_config,
@@ -340,7 +340,7 @@ def _model_class(folder: str, config: Configuration, kind: str) -> LibraryObject
     pooling = Path(folder) / "1_Pooling" / "config.json"
     if kind != "text_classification" or config.model_type != "bert" or not pooling.is_file():
         return getattr(transformers, AUTO[kind])
-    if json.loads(pooling.read_text()).get("pooling_mode_mean_tokens"):
+    if read_json(pooling).get("pooling_mode_mean_tokens"):
         return MeanPoolClassifier
     return getattr(transformers, AUTO[kind])
 
@@ -553,7 +553,12 @@ def _preparation(folder: str | None) -> dict[str, Any]:
         path = Path(folder, "preprocessor_config.json")
     table: dict[str, Any] = {}
     if path is not None and path.is_file():
-        table = json.loads(path.read_text())
+        try:
+            table = dict(read_json(path))
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"{path}: cannot be read ({str(error)[:160]}); restore it or remove it"
+            ) from error
     return table
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from ffm_secure.record_codec import read_json
+
 STATUS: Final = "status.json"
 _FORMAT: Final = 1
 
@@ -35,7 +37,7 @@ class StatusFile:
 def read_status(folder: Path) -> Mapping[str, Any]:
     """Return what was written last; nothing where there is none."""
     try:
-        content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+        content = read_json(folder / STATUS)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ffm_secure.errors import ModelError
 from ffm_secure.foreign import Configuration, LibraryModel
+from ffm_secure.record_codec import read_json
 from ffm_secure.models.backbone import Backbone
 
 FORMAT_VERSION = 1
@@ -213,7 +214,7 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 def _check_version(folder: Path) -> None:
     path = folder / OWN_CONFIG
     try:
-        version = json.loads(path.read_text()).get("format")
+        version = read_json(path).get("format")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path}: cannot be read; export it again") from error
     if version != FORMAT_VERSION:

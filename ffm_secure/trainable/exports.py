@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ffm_secure.errors import ModelError
 from ffm_secure.foreign import LibraryModel, ModelOutput
+from ffm_secure.record_codec import read_json
 from ffm_secure.models.backbone import AUTO, Backbone, fingerprint, quiet
 from ffm_secure.records import ModelExport
 from ffm_secure.trainable.base import TrainableModel
@@ -88,7 +89,7 @@ def read_record(folder: Path) -> ModelExport:
       ModelError: there is none, or it is damaged.
     """
     try:
-        table = json.loads((folder / RECORD).read_text())
+        table = read_json(folder / RECORD)
         lists = {}
         for name in ("labels", "text_columns"):
             lists[name] = tuple(table[name])

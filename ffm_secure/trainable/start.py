@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ffm_secure.errors import ModelError
+from ffm_secure.record_codec import read_json
 from ffm_secure.trainable.base import PEFT_CONFIG, TrainableModel
 
 # Variants of LoRA that compute something else from the same tensors.
@@ -41,8 +41,8 @@ def _differs(trainable: TrainableModel, folder: Path) -> str:
     if not path.is_file():
         return ""
     try:
-        table: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
+        table: dict[str, Any] = read_json(path)
+    except (OSError, ValueError) as error:
         return f"{PEFT_CONFIG} cannot be read ({error})"
     odd = []
     for name in _VARIANTS:
