@@ -235,7 +235,7 @@ class MaskedServerRound:
         """Take in one message; it must come from the site it claims to be from."""
         session = self._session
         if stage == UPLOAD:
-            self._receive_upload(reply)
+            self._require(site, self._receive_upload(reply))
             return
         receive: Mapping[str, Callable[[bytes], bytes]] = {
             "advertise": session.receive_advertisement,
@@ -243,14 +243,23 @@ class MaskedServerRound:
             "confirm": session.receive_confirmation,
             "unmask": session.receive_response,
         }
-        receive[stage](bytes(reply))
+        self._require(site, receive[stage](bytes(reply)))
 
-    def _receive_upload(self, reply: bytes | memoryview) -> None:
+    def _require(self, site: int, owner: bytes) -> None:
+        """Refuse another's message from a site: it is a repetition to the session, and no answer of its own.
+
+        Raises:
+          ProtocolError: it is one.
+        """
+        if self._sites.get(owner) != site:
+            raise ProtocolError
+
+    def _receive_upload(self, reply: bytes | memoryview) -> bytes:
         """Take in a masked vector, or note a complaint that comes in its place: its sender is out of this
         round.
         """
         try:
-            self._session.receive_masked_input(reply)
+            return self._session.receive_masked_input(reply)
         except ProtocolError:
             self._session.receive_complaint(reply)
             raise

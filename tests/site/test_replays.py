@@ -185,6 +185,24 @@ def test_a_run_that_budgets_end_says_who_said_so(tmp_path: Path) -> None:
     assert finish(other, tmp_path / "b", courier=Lying(other, PLAN, refusal)).status == "complete"
 
 
+@pytest.mark.parametrize("stage", ["advertise", "share", "upload", "confirm", "unmask"])
+def test_who_answers_with_anothers_message_is_named(stage: str, tmp_path: Path) -> None:
+    """The session took it for a repetition, and nobody was missed."""
+    built = ready(tmp_path, privacy=REAL, protection={**SECAGG, "colluding": 0})
+
+    class Parrot(LocalEngine):
+        def send(self, asked: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:
+            first: bytes | memoryview | Lost = b""
+            for reply in super().send(asked, messages):
+                first = reply.content if reply.site == 0 else first
+                copies = asked == stage and reply.site == 1
+                yield Reply(site=1, content=first) if copies else reply
+
+    parrot = Parrot(built.config, built.sites, built.courier.trainers)
+    trained = finish(built, tmp_path, courier=parrot)
+    assert {record.dropped.get(1) for record in trained.records} == {stage}
+
+
 def test_a_round_that_cannot_be_opened_costs_nobody_anything(tmp_path: Path) -> None:
     """A sum may cover three of four, but unmasking needs all four: one that declined had the others pay for
     every round, and none was opened.
