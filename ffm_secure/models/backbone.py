@@ -548,18 +548,13 @@ def _side(size: JsonValue) -> int:
 
 
 def _preparation(folder: str | None) -> dict[str, Any]:
-    path = None
-    if folder is not None:
-        path = Path(folder, "preprocessor_config.json")
-    table: dict[str, Any] = {}
-    if path is not None and path.is_file():
-        try:
-            table = dict(read_json(path))
-        except (OSError, ValueError, TypeError) as error:
-            raise ModelError(
-                f"{path}: cannot be read ({str(error)[:160]}); restore it or remove it"
-            ) from error
-    return table
+    path = Path(folder or "", "preprocessor_config.json")
+    if folder is None or not path.is_file():
+        return {}
+    try:
+        return dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path}: cannot be read ({str(error)[:160]}); restore it or remove it") from error
 
 
 def _normalisation(folder: str | None, channels: int) -> Normalisation:
