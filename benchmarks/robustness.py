@@ -411,9 +411,9 @@ HEAD = """# Malicious clients, by attack
 accuracy on 1,000 public rows. *Masked* rules see the sums of eight random groups of three
 (`protection.groups = 8`), *visible* ones every update (`protection.kind = "none"`, `groups = 24`), which
 the client unit does not allow. Every attack but those on rows is told what all its attackers learned, and
-stays inside the bound, code and check of an honest site; on rows: label flip, and a trigger phrase in
-front of half of an attacker's texts, shown as accuracy / success of the trigger. `root_trust` has {root}
-public rows. `average` is one sum over everybody.
+stays inside bound, code and check of an honest site (no unit: no bound); on rows: label flip, and a
+trigger phrase in front of half of an attacker's texts, shown as accuracy / success of the trigger.
+`root_trust` has {root} public rows. `average` is one sum over everybody.
 
 No rule here is robust as such: each cell is about the attack in its row. A dagger marks more attackers
 than the plan admits for the rule; the figure is then from outside its promise. *r* counts sums refused by
@@ -434,7 +434,7 @@ def promised(unit: str) -> tuple[tuple[Cell, Cell, float], ...]:
 
 def promises(world: World, models: Models, memory: Memory, units: Sequence[str]) -> str:
     """Return the section of promised figures, over five draws."""
-    lines = ["\n## Promised, over five draws of rows, batches and noise\n"]
+    lines = ["\n## What was asked for, over five draws of rows, batches and noise\n"]
     lines.append("| unit | rule | sign flip x 10 by | without | with | lost | at most | worst draw |")
     lines.append("|---|---|---|---|---|---|---|---|")
     for unit in units:
@@ -449,6 +449,10 @@ def promises(world: World, models: Models, memory: Memory, units: Sequence[str])
                 f"| {_TITLES[unit]} | {calm.rule} | {attacked.attackers} of {SITES} | {fmean(before):.3f} | "
                 f"{fmean(after):.3f} | {fmean(before) - fmean(after):+.3f} | {most:g} | {worst:+.3f} |"
             )
+    lines.append(
+        "\nWithout a unit both hold; under the record unit trust does, the geometric median loses 0.001 more;"
+        "\nunder the client unit every group bears its own whole noise, and with 24 sites neither holds."
+    )
     return "\n".join(lines)
 
 
