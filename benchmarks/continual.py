@@ -331,11 +331,11 @@ LORA = """## LoRA
 MiniLM, LoRA of rank 4 on query and value of the last two layers, and the head; {rounds} rounds a stage of one
 step of {batch} rows a client, {length} tokens, plain averaging, learning rate {rate:g}. It starts from the
 published weights and a random head, and the budget allows few steps: `alpha` is {alpha:g}, because at the
-rate the head needs a larger one drowns the layers in noise, and so does this one still. With replay, a fifth of every stage's rows stay at home and are drawn at the rate of a new row;
-noise is larger, so that a row of the first stage that stays costs epsilon 8 over all five. Rate and share
-were chosen on training rows outside these, by the head alone on fixed features
-(`benchmarks.continual_choice`, of AG News, medical abstracts and Banking77). 500 validation rows; one run
-each.
+rate the head needs a larger one drowns the layers in noise, and so does this one still. With replay, a fifth
+of every stage's rows stay at home and are drawn at the rate of a new row; noise is larger, so that a row of
+the first stage that stays costs epsilon 8 over all five. Rate and share were chosen on training rows outside
+these, by the head alone on fixed features (`benchmarks.continual_choice`, of AG News, medical abstracts and
+Banking77). 500 validation rows; one run each.
 
 """
 COLUMNS_SUMS = ("", "epsilon", "order", "unknown", "forgetting", "known", "forgetting, known")
