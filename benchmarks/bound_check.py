@@ -90,16 +90,16 @@ def detection(size: int = 20_000) -> dict[str, float]:
         counts["honest"] += _refused(true, sketch(honest.sum(axis=0), seed), bound)
         large = honest.copy()
         large[0] *= 1.5
-        told = [sketch(update, seed) for update in large]
+        claimed = [sketch(update, seed) for update in large]
         opened = sketch(large.sum(axis=0), seed)
-        counts["told true"] += _refused(told, opened, bound)
+        counts["told true"] += _refused(claimed, opened, bound)
         counts["lied about"] += _refused(true, opened, bound)
     return {name: count / TRIALS for name, count in counts.items()}
 
 
-def _refused(told: list[Vector], opened: Vector, bound: float) -> bool:
-    too_long = any(float(np.linalg.norm(one)) > 1.25 * bound for one in told)
-    return too_long or not np.allclose(np.sum(told, axis=0), opened, atol=1e-6)
+def _refused(claimed: list[Vector], opened: Vector, bound: float) -> bool:
+    too_long = any(float(np.linalg.norm(one)) > 1.25 * bound for one in claimed)
+    return too_long or not np.allclose(np.sum(claimed, axis=0), opened, atol=1e-6)
 
 
 PAGE = """# A bound on every client, under masks
