@@ -239,6 +239,7 @@ def test_what_crosses_the_wire_is_what_the_clients_learned() -> None:
         assert torch.allclose(value, alone[0][name] + alone[1][name], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_verdict_under_noise_is_the_mean_of_draws(tmp_path: Path) -> None:
     run = Path(__file__).resolve().parents[2] / "examples" / "audit" / "text.toml"
     noise = (

@@ -106,6 +106,7 @@ def test_a_sum_of_other_members_holds_fresh_noise_and_the_same_others() -> None:
     assert torch.equal(first.observation.tensors[name], again.observation.tensors[name])
 
 
+@pytest.mark.slow
 def test_membership_is_judged_alike_at_every_seed() -> None:
     """One membership of each seed says now this, now that; many say the same."""
     bare, shared = prepared(), prepared(*SHARED)

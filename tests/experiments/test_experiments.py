@@ -373,6 +373,7 @@ def test_cells_in_processes_of_their_own_give_the_same_table(tmp_path: Path) -> 
         experiments.run(file, out=tmp_path / "one", jobs=0)
 
 
+@pytest.mark.slow
 def test_what_stops_a_cell_in_another_process_is_said(tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
     file.write_text(GRID.replace("builtin:digits", "nowhere.parquet"))
