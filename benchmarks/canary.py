@@ -44,6 +44,7 @@ from ffm_secure.engines import simulation
 from ffm_secure.lifecycle.finetune import GradientRule, PrivateGradient
 from ffm_secure.records import RoundPlan, RoundRecord, RoundSum
 from ffm_secure.server import rounds
+from ffm_secure.site.noise_memory import NoiseMemory
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.storage.run_directory import Store
 
@@ -184,8 +185,15 @@ class CanaryTrainer(SiteTrainer):
     planted: Planted
     sent: dict[int, np.ndarray]
 
-    def run_round(self, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource) -> np.ndarray:
-        self.sent[data.index] = super().run_round(data, plan, start, source)
+    def run_round(
+        self,
+        data: SiteData,
+        plan: RoundPlan,
+        start: Tensor,
+        source: RandomSource,
+        noise: NoiseMemory | None = None,
+    ) -> np.ndarray:
+        self.sent[data.index] = super().run_round(data, plan, start, source, noise)
         return self.sent[data.index]
 
     def rule(self, data: SiteData, plan: RoundPlan, source: RandomSource) -> GradientRule:

@@ -58,7 +58,6 @@ SECTIONS: dict[str, list[str]] = {
         "queries.md",
         "attacks.md",
         "secagg.md",
-        "malicious_clients.md",
         "he.md",
         "security.md",
     ],

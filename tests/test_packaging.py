@@ -78,10 +78,8 @@ def test_what_is_imported_is_declared() -> None:
 
 
 def test_what_tests_import_is_declared() -> None:
-    assert (
-        undeclared(("tests",), declared("he", "demo", "dev", "notebooks", "tensorboard", "mlflow", "wandb"))
-        == []
-    )
+    extras = ("he", "demo", "dev", "notebooks", "nvflare", "tensorboard", "mlflow", "wandb")
+    assert undeclared(("tests",), declared(*extras)) == []
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,10 @@ def _imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_attack_can_reach_the_truth(path: Path) -> None:
     judging = ("truth.py", "scoring.py", "judge.py", "examine.py", "cohort.py", "rehearsal.py", "curves.py")
-    if path.name in (*judging, "result_folder.py"):
+    if path.name in (*judging, "released.py", "result_folder.py"):
         pytest.skip(
-            "the truth, what scores, judges and writes beside it, what invents its own and draws curves of it"
+            "the truth, what scores, judges and writes beside it, what invents its own, draws curves of it, "
+            "and what tells rows apart that an auditor holds anyway"
         )
     assert not {
         name

@@ -24,6 +24,7 @@ from ffm_secure.server import rounds
 from ffm_secure.server.evidence import Evidence
 from ffm_secure.server.rounds import NOT_FINITE, RoundResult
 from ffm_secure.server.sum_check import why_too_large
+from ffm_secure.site.noise_memory import NoiseMemory
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, finish, first_plan, make, prepared
 
@@ -38,9 +39,14 @@ class LyingTrainer(SiteTrainer):
     lie: Lie
 
     def run_round(
-        self, data: SiteData, plan: RoundPlan, start: torch.Tensor, source: RandomSource
+        self,
+        data: SiteData,
+        plan: RoundPlan,
+        start: torch.Tensor,
+        source: RandomSource,
+        noise: NoiseMemory | None = None,
     ) -> RingVector:
-        honest = super().run_round(data, plan, start, source)
+        honest = super().run_round(data, plan, start, source, noise)
         if data.index != LIAR or plan.round != 2:
             return honest
         return self.lie(honest.copy(), self.spec.codec.modulus_bits)

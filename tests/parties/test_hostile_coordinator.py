@@ -177,9 +177,9 @@ def test_another_plan_is_declined_and_cannot_begin(wire: Wire, changes: dict[str
 def test_another_model_is_refused(wire: Wire) -> None:
     crafted = wire.vector.clone()
     crafted[3] = torch.inf
-    assert wire.send(PLAN, wire.plan_message(wire.plan, crafted)) == REFUSAL
+    assert not wire.accepts(wire.send(PLAN, wire.plan_message(wire.plan, crafted)))
     longer = torch.cat([wire.vector, torch.zeros(1)])
-    assert wire.send(PLAN, wire.plan_message(wire.plan, longer)) == REFUSAL
+    assert not wire.accepts(wire.send(PLAN, wire.plan_message(wire.plan, longer)))
 
 
 def test_a_run_that_nobody_allowed_is_refused(wire: Wire) -> None:

@@ -246,7 +246,7 @@ def test_offsets_undo_the_prior_of_a_head_that_learned_it() -> None:
     assert after > 0.8
 
 
-def test_a_column_that_is_not_there_is_said() -> None:
+def test_a_column_that_is_not_there_is_said(tmp_path: Path) -> None:
     evaluation = {"rows": "held_back", "group_column": "sex", "groups": ["f", "m"]}
     with pytest.raises(simulation.DataError, match="no such column"):
-        simulation.build(prepared(make(evaluation=evaluation)), Path("never"))
+        simulation.build(prepared(make(evaluation=evaluation)), tmp_path)
