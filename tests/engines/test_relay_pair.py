@@ -18,6 +18,7 @@ from nvflare.apis.shareable import Shareable
 
 from ffm_secure.engines.nvflare import topics
 from ffm_secure.engines.nvflare.folders import SITE_SOCKET
+from ffm_secure.engines.nvflare.jobs import Job
 from ffm_secure.engines.nvflare.pieces import PIECE
 from ffm_secure.engines.nvflare.server_side import _Relay
 from ffm_secure.engines.nvflare.site_service import serve
@@ -31,7 +32,7 @@ class Wire:
     """Stands where the engine carries a message to a site's process; it notes the size of what it carries."""
 
     def __init__(self, executor: RelayExecutor) -> None:
-        self.largest = 0
+        self.largest, self.silent = 0, False
         self.topics: list[str] = []
         self._handlers: dict[str, Callable[[str, Shareable, object], Shareable]] = {
             topics.MESSAGE: executor._message,
@@ -49,6 +50,8 @@ class Wire:
     def send_aux_request(
         self, *, targets: list[str], topic: str, request: Shareable, **_: object
     ) -> dict[str, Shareable]:
+        if self.silent:
+            return {}
         reply = self._handlers[topic](topic, request, None)
         sizes = [len(item.get(topics.CONTENT, b"")) for item in (request, reply)]
         self.largest = max(self.largest, *sizes)
@@ -133,3 +136,31 @@ def test_refusals_and_delays_are_told_apart_and_leave_nothing(pair: Pair) -> Non
     assert (words["answered"], words["away"], reply) == (False, "", b"")
     words, reply = pair.ask(10, "echo", b"on")
     assert reply == b"no"
+
+
+def test_a_relay_that_dies_after_its_service_is_lost_and_not_waited_for(tmp_path: Path) -> None:
+    """The service was killed and its relay a moment later: no second job began, the site stayed away."""
+    executor = RelayExecutor()
+    executor._socket = tmp_path / SITE_SOCKET  # nobody listens: the service is gone
+    wire, door = Wire(executor), Door(tmp_path / "courier.sock")
+    relay = _Relay(wire, connect(tmp_path / "courier.sock"))
+    accepted = door.accept(10.0)
+    assert accepted is not None
+    relay.announce("a job")
+    accepted.read(10.0)
+    job = Job(accepted, frozenset({SITE}))
+    threading.Thread(target=job.listen, args=(threading.Event(),), daemon=True).start()
+    until(lambda: job.heard() == {SITE})
+    wire.silent = True
+    until(lambda: job.heard() == set())
+    assert SITE in job.lost
+    assert SITE not in job.members
+    job.close()
+    door.close()
+
+
+def until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
+    closes = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < closes
+        time.sleep(0.05)

@@ -127,15 +127,24 @@ class Job:
         if words["say"] == "waits":
             self._waits.add(name)
             return
+        if words["say"] == "lost":
+            self._lose(name)
+            return
         if words["away"]:
             self.joined.discard(name)
         if words["away"] == "lost":
-            self.members.discard(name)
-            self.lost[name] = time.time()
+            self._lose(name)
         with self._lock:
             arrived = self._waiting.pop(int(str(words["number"])), None)
         if arrived is not None:
             arrived.put((words, content))
+
+    def _lose(self, name: str) -> None:
+        """Count on a site no more; what its relay said before is no word of the one that comes back."""
+        self._waits.discard(name)
+        self.joined.discard(name)
+        self.members.discard(name)
+        self.lost[name] = time.time()
 
 
 @dataclass(slots=True, kw_only=True)

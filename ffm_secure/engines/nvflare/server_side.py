@@ -96,16 +96,24 @@ class _Relay:
             self._over.set()
 
     def _greet(self, name: str) -> None:
-        """Ask a site for a word until it answers, then say that it has joined."""
-        reported = False
+        """Ask a site for a word until it answers, then say that it has joined.
+
+        A relay that has waited for its service and falls silent itself is lost: it comes back in another job.
+        """
+        waits, heard = False, time.monotonic()
         while not self._over.is_set():
             code = self._hello(name, 1.0)
             if code == ReturnCode.OK:
                 self._frames.write({"say": "joined", "site": name})
                 return
-            if code == ReturnCode.SERVICE_UNAVAILABLE and not reported:
-                self._frames.write({"say": "waits", "site": name})
-                reported = True
+            if code == ReturnCode.SERVICE_UNAVAILABLE:
+                heard = time.monotonic()
+                if not waits:
+                    self._frames.write({"say": "waits", "site": name})
+                waits = True
+            elif waits and time.monotonic() - heard > _SILENCES * _ALIVE_EVERY:
+                self._frames.write({"say": "lost", "site": name})
+                waits = False
             self._over.wait(0.2)
 
     def _carry(self, words: Words, parcel: Parcel) -> None:
