@@ -14,10 +14,10 @@ SPACE = [range(10, 30)] * 4
 
 
 def secrets(*repeats: int, first: int = 0) -> list[Secret]:
-    drawn = []
+    planned = []
     for number, count in enumerate(repeats):
-        drawn.append(draw_secret((5, 6, 7 + number), SPACE, seed=first + number, repeats=count))
-    return drawn
+        planned.append(draw_secret((5, 6, 7 + number), SPACE, seed=first + number, repeats=count))
+    return planned
 
 
 def planted(chosen: list[Secret]) -> Truth:
@@ -29,8 +29,8 @@ def planted(chosen: list[Secret]) -> Truth:
 
 def test_a_secret_shows_the_more_the_more_often_it_was_repeated() -> None:
     chosen = secrets(0, 1, 16)
-    found = extract(taught(decoder(), planted(chosen), passes=5, rate=3e-3), chosen)
-    never, once, often = found
+    exposures = extract(taught(decoder(), planted(chosen), passes=5, rate=3e-3), chosen)
+    never, once, often = exposures
     assert never.exposure < once.exposure < often.exposure
     assert often.exposure > 10
     assert often.leaked
@@ -68,9 +68,9 @@ def test_endings_are_scored_as_each_alone_whatever_their_lengths() -> None:
 def test_a_curious_site_reads_on_in_texts_that_were_memorised_only() -> None:
     start, records = decoder(), texts(1, 12)
     model = taught(start, records, passes=40, rate=3e-3)
-    found = continued(model, start, records.sequences or (), known=4, length=4)
-    assert found.leaked
-    assert found.read > found.texts / 2
+    continuation = continued(model, start, records.sequences or (), known=4, length=4)
+    assert continuation.leaked
+    assert continuation.read > continuation.texts / 2
     others = continued(model, start, texts(2, 12).sequences or (), known=4, length=4)
     assert not others.leaked
     assert others.texts == 12

@@ -73,19 +73,19 @@ def audited(kind: str) -> ReleasedAudit:
 
 @pytest.mark.parametrize("kind", ["decoder taught", "encoder taught"])
 def test_what_was_memorised_is_found(kind: str) -> None:
-    found = audited(kind)
-    assert found.verdict == "leaked"
-    assert found.best.auc > 0.9
-    assert found.best.luck <= 0.01
+    audit = audited(kind)
+    assert audit.verdict == "leaked"
+    assert audit.best.auc > 0.9
+    assert audit.best.luck <= 0.01
 
 
 @pytest.mark.parametrize("kind", ["decoder new", "encoder new", "decoder privately"])
 def test_what_was_not_memorised_is_not_found_beside_a_memory_that_is(kind: str) -> None:
-    found = audited(kind)
-    assert found.verdict == "not leaked"
-    assert found.control is not None
-    assert found.control.proven
-    assert found.best.luck > 0.01
+    audit = audited(kind)
+    assert audit.verdict == "not leaked"
+    assert audit.control is not None
+    assert audit.control.proven
+    assert audit.best.luck > 0.01
 
 
 def test_files_that_differ_without_the_model_prove_nothing() -> None:
@@ -93,9 +93,9 @@ def test_files_that_differ_without_the_model_prove_nothing() -> None:
     marked = tuple((3, 4, 5, *text[3:]) for text in members.sequences or ())
     members = replace(members, sequences=marked)
     assert blind_test(members, others).auc > 0.9
-    found = audit_released(decoder(), members, others)
-    assert found.verdict == "inconclusive"
-    assert "without the model" in found.reason
+    audit = audit_released(decoder(), members, others)
+    assert audit.verdict == "inconclusive"
+    assert "without the model" in audit.reason
 
 
 def test_few_memorised_among_many_show_in_the_highest_scores_alone() -> None:

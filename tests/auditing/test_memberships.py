@@ -99,10 +99,10 @@ def test_a_sum_of_other_members_holds_fresh_noise_and_the_same_others() -> None:
     assert first.observation.contributors == second.observation.contributors == 2
     assert again is not None
     name = max(first.observation.tensors, key=lambda one: first.observation.tensors[one].numel())
-    told = first.observation.known("noise_deviation")
-    assert told is not None
+    noise_deviation = first.observation.known("noise_deviation")
+    assert noise_deviation is not None
     difference = first.observation.tensors[name] - second.observation.tensors[name]
-    assert float(difference.std()) == pytest.approx(2**0.5 * float(told), rel=0.1)
+    assert float(difference.std()) == pytest.approx(2**0.5 * float(noise_deviation), rel=0.1)
     assert torch.equal(first.observation.tensors[name], again.observation.tensors[name])
 
 
