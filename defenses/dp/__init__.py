@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from defenses.dp.per_sample import ClippedSum, PerSampleEngine
     from defenses.dp.probe import ProbeReport, probe_sensitivity
     from defenses.dp.records import RecordKey, Records, name_persons, name_records
+    from defenses.dp.moments import MomentRows
     from defenses.dp.shared import SumMechanism, smallest_multiplier
     from defenses.dp.sampling import balanced_schedule, fixed_size_sample, participation_cap, poisson_sample
     from defenses.dp.trainer import PrivateSteps
@@ -54,6 +55,7 @@ __all__ = [
     "GaussianEvent",
     "Ledger",
     "MatrixFactorizationEvent",
+    "MomentRows",
     "NoiseStream",
     "NonPrivateEvent",
     "PerSampleEngine",
@@ -104,6 +106,7 @@ _HOMES = {
     "GaussianEvent": "events",
     "Ledger": "ledger",
     "MatrixFactorizationEvent": "events",
+    "MomentRows": "moments",
     "NoiseStream": "correlated",
     "NonPrivateEvent": "events",
     "PerSampleEngine": "per_sample",

@@ -15,6 +15,7 @@ from defenses.dp.accountant import Accountant
 from defenses.dp.discrete import Integers, skellam
 from defenses.dp.events import Adjacency, Event, NonPrivateEvent, SampledSkellamEvent, Unit
 from defenses.dp.mechanism_digest import digest_of
+from defenses.dp.moments import MomentRows
 from defenses.errors import BudgetExceeded, ParameterError
 from defenses.random_source import RandomSource
 
@@ -165,8 +166,10 @@ class SumMechanism:
         rounded = (exact + dither) >> _FINE_BITS
         return self._noised(np.clip(rounded, -self.largest, self.largest), source)
 
-    def bounded_sum(self, rows: Reals) -> Reals:
+    def bounded_sum(self, rows: Reals | MomentRows) -> Reals:
         """Return the sum [d] of the rows [n, d] within the bound, as `bounded` has them, in two passes."""
+        if isinstance(rows, MomentRows):
+            return self._bounded_moments(rows)
         if self.whole_numbers:
             return np.asarray(self.bounded(rows).sum(axis=0), dtype=np.float64)
         values = self._checked(rows)
@@ -177,6 +180,16 @@ class SumMechanism:
             values, norms = values[finite], norms[finite]
         factors = np.where(norms > self.bound, self.bound / np.maximum(norms, 1e-300), 1.0)
         return np.asarray(factors @ values, dtype=np.float64)
+
+    def _bounded_moments(self, rows: MomentRows) -> Reals:
+        if self.whole_numbers:
+            raise ParameterError("second moments are no whole numbers")
+        if rows.dimension != self.dimension:
+            raise ParameterError(f"rows: {rows.dimension} numbers long, must be {self.dimension}")
+        norms = rows.norms()
+        finite = np.isfinite(norms)
+        factors = np.minimum(1.0, self.bound / np.maximum(np.where(finite, norms, 1.0), 1e-300))
+        return rows.weighted_sum(np.where(finite, factors, 0.0))
 
     def _checked(self, rows: Reals) -> Reals:
         values = np.asarray(rows, dtype=np.float64)

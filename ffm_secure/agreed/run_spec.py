@@ -19,7 +19,7 @@ from ffm_secure.privacy.query_noise import QueryNoise, answers_paid
 from ffm_secure.protection.codec import VectorCodec
 from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Query
-from ffm_secure.records import LEARN, RoundPlan
+from ffm_secure.records import LEARN, Observer, Point, RecordedObservation, RoundPlan
 from ffm_secure.strategies import Strategy
 
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -148,6 +148,20 @@ class RunSpec:
             if site in group:
                 return replace(plan, cohort=group)
         raise ProtocolError
+
+    def observed(
+        self, plan: RoundPlan, observer: Observer, point: Point, sites: tuple[int, ...], *, own: int = -1
+    ) -> RecordedObservation:
+        """Describe what an observer saw of a round; `own` is the site whose own update it is, or -1."""
+        return RecordedObservation(
+            round=plan.round,
+            observer=observer,
+            point=point,
+            sites=sites,
+            step=plan.step,
+            named=not self.strategy.merges_into_base,
+            own=own,
+        )
 
     def fewest_groups(self, query: str) -> int:
         """Return how many sums a round must open to be one."""

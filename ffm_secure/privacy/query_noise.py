@@ -15,12 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from defenses.dp import ClientMechanism, Event, NonPrivateEvent, SumMechanism, smallest_multiplier
+from defenses.dp import ClientMechanism, Event, MomentRows, NonPrivateEvent, SumMechanism, smallest_multiplier
 from defenses.random_source import RandomSource
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.privacy.mechanism import ClientNoise, Mechanism, MechanismOutput
-from ffm_secure.queries.base import Query
+from ffm_secure.queries.base import Answers, Query
 
 _FINE = 64.0  # how many times longer than all rounding errors together one record's vector may be, in levels
 _LARGEST_SITE = 16  # how many times the public size of a client an honest site's data may be
@@ -54,7 +54,7 @@ class QueryNoise(Mechanism, Protocol):
     def noise_bound(self) -> int:
         """Return what one site's noise on one coordinate practically never exceeds, in levels."""
 
-    def total(self, answers: Iterable[Tensor]) -> Total:
+    def total(self, answers: Iterable[Answers]) -> Total:
         """Bound every row of the answers [n, size] and add them up; private."""
 
     def protect_total(self, total: Total, source: RandomSource) -> MechanismOutput:
@@ -119,7 +119,7 @@ class RecordAnswers:
         """Refuse: a query has no update."""
         raise TypeError("a query is answered by rows, not by an update")
 
-    def total(self, answers: Iterable[Tensor]) -> Total:
+    def total(self, answers: Iterable[Answers]) -> Total:
         """Bound every row and add them up."""
         return _bounded_total(answers, self.inner)
 
@@ -194,7 +194,7 @@ class ClientAnswers:
         """Refuse: a query has no update."""
         raise TypeError("a query is answered by rows, not by an update")
 
-    def total(self, answers: Iterable[Tensor]) -> Total:
+    def total(self, answers: Iterable[Answers]) -> Total:
         """Bound every row and add them up."""
         return _bounded_total(answers, self.rows)
 
@@ -215,11 +215,11 @@ class ClientAnswers:
         return f"{self.query}: {self.inner.words(rounds)}"
 
 
-def _bounded_total(answers: Iterable[Tensor], inner: SumMechanism) -> Total:
+def _bounded_total(answers: Iterable[Answers], inner: SumMechanism) -> Total:
     """Add up bounded rows part by part."""
     values, count = np.zeros(inner.dimension), 0
     for part in answers:
-        rows = part.detach().to("cpu", torch.float64).numpy()
+        rows = part if isinstance(part, MomentRows) else part.detach().to("cpu", torch.float64).numpy()
         values += inner.bounded_sum(rows)
         count += len(rows)
     return Total(values=values, rows=count)

@@ -11,12 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from defenses.dp import MomentRows
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import ModelError
 from ffm_secure.strategies.base import ServerState
 from ffm_secure.tasks.base import Task, logits
 from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.trainable.base import TrainableModel
+
+Answers = Tensor | MomentRows
+"""One bounded vector a record: written out as [n, size], or where that is long, as what it is made of."""
 
 _PREFIX = "answer."  # of the slots of a server's state that hold what was opened
 
@@ -139,7 +143,7 @@ class Query:
     name: str
     size: int
     bound: float
-    answer: Callable[[Rows, Viewed], Tensor]
+    answer: Callable[[Rows, Viewed], Answers]
     use: Callable[[ServerState, Opened], ServerState]
     words: str = ""  # for the plan: what is summed
     whole_numbers: bool = False  # every answer consists of whole numbers: counts, votes

@@ -9,8 +9,9 @@ import math
 import torch
 from torch import Tensor
 
+from defenses.dp import MomentRows
 from ffm_secure.queries.base import Opened, Query, Rows, Setting, Viewed, head_of, keep_absent, with_head
-from ffm_secure.queries.class_sums import spread, unit_rows
+from ffm_secure.queries.class_sums import unit_rows
 from ffm_secure.strategies.base import ServerState
 
 NAME = "ridge_sums"
@@ -28,12 +29,11 @@ def build(setting: Setting) -> Query:
     corners = torch.triu_indices(head.width, head.width)
     scale = torch.where(corners[0] == corners[1], 1.0, math.sqrt(2.0)).double()
 
-    def answer(rows: Rows, model: Viewed) -> Tensor:
+    def answer(rows: Rows, model: Viewed) -> MomentRows:
         features = unit_rows(model.features(rows))
-        if not len(features):
-            return torch.zeros((0, 1), dtype=torch.float64)
-        moments = features[:, corners[0]] * features[:, corners[1]] * scale
-        return torch.cat((moments, spread(features, rows.labels(), head.classes)), dim=1)
+        if not len(rows):
+            features = torch.zeros((0, head.width), dtype=torch.float64)
+        return MomentRows(features=features.numpy(), labels=rows.labels(), classes=head.classes)
 
     def use(state: ServerState, opened: Opened) -> ServerState:
         values = torch.from_numpy(opened.values)

@@ -14,7 +14,7 @@ from defenses.errors import ProtocolError
 from defenses.secagg import ring
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.queries import agenda
-from ffm_secure.records import LEARN, Observer, Point, RecordedObservation, RoundPlan, RoundSum
+from ffm_secure.records import LEARN, Observer, Point, RoundPlan, RoundSum
 from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.storage.observations import ObservationStore
 
@@ -70,13 +70,13 @@ class Transcript:
         """Keep the change from one broadcast model to the next: what another client sees."""
         if self._start is None or "client" not in self.observers:
             return
-        description = self._description(plan, "client", "aggregated", opened.survivors)
+        description = self.spec.observed(plan, "client", "aggregated", opened.survivors)
         self.store.write(description, after - self._start, broadcast=self._start)
 
     def released(self, start: Tensor, final: Tensor, survivors: tuple[int, ...], last: RoundPlan) -> None:
         """Keep the change from the public start to the released model: what the public sees."""
         if "public" in self.observers and self.rounds:
-            description = self._description(last, "public", "aggregated", survivors)
+            description = self.spec.observed(last, "public", "aggregated", survivors)
             self.store.write(description, final - start, broadcast=start)
 
     def _own_point(self) -> Point:
@@ -96,19 +96,6 @@ class Transcript:
     ) -> None:
         if observer not in self.observers:
             return
-        description = self._description(plan, observer, point, opened.survivors, own=own)
+        description = self.spec.observed(plan, observer, point, opened.survivors, own=own)
         description = replace(description, group=group)
         self.store.write(description, torch.from_numpy(opened.values), broadcast=self._start)
-
-    def _description(
-        self, plan: RoundPlan, observer: Observer, point: Point, sites: tuple[int, ...], *, own: int = -1
-    ) -> RecordedObservation:
-        return RecordedObservation(
-            round=plan.round,
-            observer=observer,
-            point=point,
-            sites=sites,
-            step=plan.step,
-            named=not self.spec.strategy.merges_into_base,
-            own=own,
-        )

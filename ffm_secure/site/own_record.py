@@ -52,7 +52,7 @@ class OwnRecord:
         before, self._before = self._before, None
         if before is not None and not torch.equal(before[1], vector):
             earlier, start = before
-            description = self._description(earlier, "client", "aggregated", earlier.cohort)
+            description = self.spec.observed(earlier, "client", "aggregated", earlier.cohort)
             self._write(description, vector - start, start)
         if plan.round in self.rounds and plan.query == LEARN:
             self._before = (plan, vector)
@@ -67,25 +67,12 @@ class OwnRecord:
         in_the_clear = self.spec.config.protection.kind == "none"
         observer: Observer = "server" if in_the_clear else "colluding_server"
         point: Point = "noised" if self.spec.mechanism.noise_multiplier else "raw"
-        description = self._description(plan, observer, point, (data.index,), own=data.index)
+        description = self.spec.observed(plan, observer, point, (data.index,), own=data.index)
         self._write(description, torch.from_numpy(opened.values), start)
         try:
             self.truth.keep(data.name, plan.round, data.examples, rows)
         except OSError as error:
             _LOG.warning("the rows of round %d were not kept for an audit: %s", plan.round, error.strerror)
-
-    def _description(
-        self, plan: RoundPlan, observer: Observer, point: Point, sites: tuple[int, ...], *, own: int = -1
-    ) -> RecordedObservation:
-        return RecordedObservation(
-            round=plan.round,
-            observer=observer,
-            point=point,
-            sites=sites,
-            step=plan.step,
-            named=not self.spec.strategy.merges_into_base,
-            own=own,
-        )
 
     def _write(self, description: RecordedObservation, values: Tensor, start: Tensor) -> None:
         try:

@@ -28,7 +28,7 @@ from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.privacy.mechanism import MechanismOutput, SumNoise, replay_of
 from ffm_secure.protection.codec import fair_weight
 from ffm_secure.queries import agenda
-from ffm_secure.queries.base import Query, Rows, Viewed, by_length
+from ffm_secure.queries.base import Answers, Query, Rows, Viewed, by_length
 from ffm_secure.records import LEARN, RoundPlan
 from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.site.client_state import ClientStateStore
@@ -131,7 +131,7 @@ class SiteTrainer:
         self.rows_used = frozenset() if question.item.held_back else frozenset(range(len(rows)))
         return question.codec.quantise(protected, source=source.derive("round"))
 
-    def _answers(self, query: Query, rows: Rows) -> Iterator[Tensor]:
+    def _answers(self, query: Query, rows: Rows) -> Iterator[Answers]:
         """Answer part by part, so that no more than some million numbers exist at a time."""
         model = Viewed(
             trainable=self.trainable,
