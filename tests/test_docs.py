@@ -164,14 +164,27 @@ def test_a_file_that_moved_is_caught() -> None:
     assert gone(text) == ["defenses/dp/clop.py", "defenses.dp.clip.clop"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebooks_run_and_are_stored_without_output(path: Path, tmp_path: Path) -> None:
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+EXECUTED = [
+    pytest.param(path, marks=[pytest.mark.slow] if number else []) for number, path in enumerate(NOTEBOOKS)
+]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_short_and_stored_without_output(path: Path) -> None:
     nbformat = pytest.importorskip("nbformat")
-    client = pytest.importorskip("nbclient")
     book = nbformat.read(path, as_version=4)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert sum(len([line for line in cell.source.splitlines() if line.strip()]) for cell in code) < 60
+
+
+@pytest.mark.parametrize("path", EXECUTED, ids=lambda path: path.stem)
+def test_notebooks_run(path: Path, tmp_path: Path) -> None:
+    """The first by default; building the documentation executes all of them too."""
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient")
+    book = nbformat.read(path, as_version=4)
     client.NotebookClient(
         book, timeout=500, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
