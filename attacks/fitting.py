@@ -60,7 +60,12 @@ def fit(observation: Observation, model: nn.Module | None) -> Fitted:
 
     Raises: ObservationError naming every reason: names, prefix, shapes, values that are no finite numbers.
     """
-    problems, notes = _unreadable(observation), list[str]()
+    observation = _widened(observation)
+    if model is not None:
+        observation, notes = _without_strangers(observation, names_of(model))
+    else:
+        notes = []
+    problems = _unreadable(observation)
     if model is None:
         if problems:
             raise ObservationError("; ".join(problems))
@@ -78,6 +83,7 @@ def fit(observation: Observation, model: nn.Module | None) -> Fitted:
         for note in matching.notes:
             notes.append(f"{label}: {note}")
         fitted[label], conflicts = _placed(tensors, matching)
+        conflicts += _rounded(fitted[label], names)
         for conflict in conflicts:
             problems.append(f"{label}: {conflict}")
     if problems:
@@ -98,6 +104,54 @@ def fit(observation: Observation, model: nn.Module | None) -> Fitted:
         raise ObservationError("tensors: all hold whole numbers, there is no update to read")
     changed = replace(observation, tensors=floating, broadcast=fitted.get("broadcast"))
     return Fitted(observation=changed, notes=tuple(notes))
+
+
+def _widened(observation: Observation) -> Observation:
+    """Read numbers of eight bits as those of 32: nothing is computed with the former."""
+    narrow = {}
+    for name, value in observation.tensors.items():
+        if value.is_floating_point() and value.element_size() == 1:
+            narrow[name] = value.float()
+    if not narrow:
+        return observation
+    return replace(observation, tensors={**observation.tensors, **narrow})
+
+
+def _without_strangers(observation: Observation, names: ModelNames) -> tuple[Observation, list[str]]:
+    """Leave out whole numbers and truth values that have no place in the model: masks and places of words,
+    which older versions of a library kept beside the weights.
+    """
+    shapes = _shapes(observation.tensors)
+    if isinstance(match_names(shapes, names), Matching):
+        return observation, []
+    real = {name: shapes[name] for name, value in observation.tensors.items() if value.is_floating_point()}
+    strangers = []
+    for name in sorted(set(shapes) - set(real)):
+        if not isinstance(match_names({**real, name: shapes[name]}, names), Matching):
+            strangers.append(name)
+    if not real or not strangers or isinstance(match_names(real, names), Mismatch):
+        return observation, []
+    stay = {name: value for name, value in observation.tensors.items() if name not in strangers}
+    verbs = "holds no real numbers, has" if len(strangers) == 1 else "hold no real numbers, have"
+    note = f"tensors: {_list(strangers)} {verbs} no place in the model and was left out"
+    if len(strangers) > 1:
+        note = note.replace(" was left", " were left")
+    return replace(observation, tensors=stay), [note]
+
+
+def _rounded(placed: Mapping[str, Tensor], names: ModelNames) -> list[str]:
+    """Name the parameters that were observed as whole numbers: an update that was quantised and not turned
+    back.
+    """
+    whole = sorted(
+        name for name, value in placed.items() if name in names.parameters and not value.is_floating_point()
+    )
+    if not whole:
+        return []
+    return [
+        f"{_list(whole)}: {len(whole)} of {len(placed)} hold whole numbers where the model has real ones; "
+        "turn a quantised update back (its numbers times their scale) and record it again"
+    ]
 
 
 def _unreadable(observation: Observation) -> list[str]:
@@ -122,7 +176,7 @@ def _unreadable(observation: Observation) -> list[str]:
             "record it after the backward pass and before zero_grad"
         )
     if odd:
-        problems.append(f"tensors: {_list(sorted(odd))} hold no real numbers")
+        problems.append(f"tensors: {_list(sorted(odd))} hold no real numbers; record the update itself")
     return problems
 
 

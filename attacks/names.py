@@ -10,6 +10,7 @@ store matrices transposed.
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -394,7 +395,7 @@ def _with_shapes(
         if not _fits(observed[listed], own[name]):
             wrong.append(
                 f"{listed} is {observed[listed]}, the model holds {name} as "
-                f"{own[name]}: another model was trained"
+                f"{own[name]}: {_why(observed[listed], own[name])}"
             )
     if wrong:
         return Mismatch(reasons=tuple(_shortened(wrong)))
@@ -426,6 +427,17 @@ def _with_shapes(
     if count:
         notes = (*notes, f"{count} matrices are stored transposed and were turned")
     return Matching(places=places, notes=tuple(notes))
+
+
+def _why(observed: Shape, own: Shape) -> str:
+    """Say how a tensor most likely got a shape that is not the model's."""
+    if observed[1:] == own:
+        return "it has one axis more, as gradients of single samples do; record their mean"
+    if len(observed) == 1 and observed[0] == math.prod(own):
+        return "it was laid flat; record it in its own shape"
+    if len(observed) == len(own) == 2 and observed[1] == own[1]:
+        return "it has another number of rows, as a vocabulary that grew; name the model it was trained on"
+    return "another model was trained"
 
 
 def _relatives(name: str, evidence: Mapping[str, bool]) -> set[bool]:

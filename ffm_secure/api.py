@@ -300,7 +300,12 @@ class Run:
             ready.trainable.export(folder, name)
             return
         written = exports.export(
-            ready.trainable, folder, name, max_length=task.max_length, text_columns=task.data.text_columns
+            ready.trainable,
+            folder,
+            name,
+            max_length=task.max_length,
+            text_columns=task.data.text_columns,
+            layout=task.layout,
         )
         model_card.write_card(folder, written, result)
 

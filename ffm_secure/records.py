@@ -374,6 +374,21 @@ class StreamSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClassMeasures:
+    """Hold how a classifier answers the public rows it is evaluated on.
+
+    `confusion[i][j]` counts rows of class i that were answered with class j; empty for very many classes.
+    """
+
+    names: tuple[str, ...]
+    rows: int
+    macro_f1: float
+    balanced_accuracy: float
+    calibration_error: float  # mean distance between confidence and share right, from 0 to 1
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
     """Hold everything a report shows; a pure function turns it into a page.
 
@@ -412,6 +427,11 @@ class RunSummary:
     evaluation: ReleasedEvaluation | None = None  # of held-back private rows, where the run file asks for it
     stream: StreamSummary | None = None  # where rows arrived in stages, once all of them are over
     personal: tuple[PersonalOutcome, ...] = ()  # internal: own models at home, where the run file asks
+    classes: ClassMeasures | None = None  # of the last round's model on public rows, where it classifies
+
+
+# A text; a prompt with a line break behind it; turns as lines 'role: words'; turns by the chat template.
+Layout = Literal["text", "answered", "lines", "template"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -420,7 +440,7 @@ class ModelExport:
 
     `form` is `adapter` (PEFT, on the base), `model` (complete, in the folder `model/`), `whole` (complete,
     the folder itself) or `own` (`ffm-secure predict` alone). `virtual` counts the outputs of virtual tokens
-    in front of a language model's own.
+    in front of a language model's own. `layout` says how a causal model was given what it continues.
     """
 
     format: int = 1
@@ -436,6 +456,7 @@ class ModelExport:
     virtual: int = 0
     labels: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ()
+    layout: Layout = "text"
     key_mapping: Mapping[str, str] = field(
         default_factory=dict
     )  # renames the base's tensors, where a part is used

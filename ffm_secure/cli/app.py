@@ -87,10 +87,11 @@ def init(
     text: Annotated[str, typer.Option(help="Column of the text.")] = "",
     label: Annotated[str, typer.Option(help="Column of the label.")] = "",
     owner: Annotated[str, typer.Option(help="Column that names the data owners.")] = "",
+    encoding: Annotated[str, typer.Option(help="Encoding of text files that are no UTF-8.")] = "",
 ) -> None:
     """Look at some data and write a commented run file for it."""
     module = importlib.import_module("ffm_secure.cli.init")
-    asked = module.Asked(kind=kind, text=text, label=label, owner=owner)
+    asked = module.Asked(kind=kind, text=text, label=label, owner=owner, encoding=encoding)
     for line in module.init(data, out, asked):
         typer.echo(printable(line))
 

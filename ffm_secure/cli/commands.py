@@ -284,6 +284,7 @@ def _result_table(result: Result) -> dict[str, Any]:
         "metric": summary.metric_final,
         "metric_zero_round": summary.metric_zero_round,
         "metric_majority": summary.metric_majority,
+        "classes": summary.classes,
         "loss": summary.rounds[-1].loss if summary.rounds else math.nan,
         "epsilon": summary.statements[0].epsilon,
         "delta": summary.statements[0].delta,
@@ -311,6 +312,8 @@ def _result_lines(result: Result) -> list[str]:
         f"{metric(summary.metric_zero_round)}{majority})",
         f"  {_statement_line(summary.statements[0])}",
     ]
+    if summary.classes is not None:
+        lines.insert(-1, f"  {outcome.class_line(summary.classes)}")
     best = outcome.best_round(summary)
     if best is not None:
         place = f"kept in {result.folder / 'best' / 'adapter'}; adapter/ holds the last"

@@ -74,7 +74,11 @@ def _seen(suggestion: Suggestion) -> list[str]:
         + f", {suggestion.classes:,} classes" * bool(suggestion.classes),
         f"owners   {owners}",
     ]
-    return lines + [f"clean    {cleaner}: {reason}" for cleaner, reason in suggestion.reasons.items()]
+    lines += [f"clean    {cleaner}: {reason}" for cleaner, reason in suggestion.reasons.items()]
+    if suggestion.gaps:
+        named = ", ".join(map(repr, suggestion.gaps))
+        lines.append(f"look     {named}: declared as classes; empty those cells if nothing was entered there")
+    return lines
 
 
 def write(suggestion: Suggestion, *, data: str, name: str) -> str:

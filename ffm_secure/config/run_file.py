@@ -18,6 +18,13 @@ MaskingMode = Literal["semi_honest", "active"]
 OBSERVERS: tuple[Observer, ...] = ("public", "client", "server", "colluding_server")
 
 
+ENCODINGS = (
+    *("", "utf-8", "mixed", "cp1252", "iso-8859-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32"),
+    *("cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "iso-8859-2", "iso-8859-15", "koi8-r"),
+    *("mac-roman", "cp850", "shift_jis", "cp932", "euc-jp", "gb18030", "big5", "euc-kr"),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
     """How the training examples are dealt to the clients."""
@@ -62,7 +69,7 @@ class Task:
     image_column: str = option("", help="column of pictures, or of their file names")
     encoding: str = option(
         "",
-        choices=("", "utf-8", "mixed", "cp1252", "iso-8859-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32"),
+        choices=ENCODINGS,
         help="of text files; empty: UTF-8, or what a byte order mark says; "
         "mixed: UTF-8 or cp1252, line by line",
     )

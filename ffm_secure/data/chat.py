@@ -15,9 +15,12 @@ _ROLES = {
     "gpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
+    "system prompt": "system",
     "chatgpt": "assistant",
 }
-_EXPECTED = (
+_ROLE_NAMES, _WORD_NAMES = frozenset(("role", "from")), frozenset(("content", "value"))
+EXPECTED = (
     'a chat is a list such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
 )
 
@@ -26,7 +29,15 @@ def is_chat(value: object) -> bool:
     """Tell whether a cell holds a list of messages, or its JSON."""
     if isinstance(value, str):
         return value.lstrip().startswith("[{")
+    if isinstance(value, dict):
+        return _is_two_lists(value)
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _is_two_lists(value: dict[str, object]) -> bool:
+    """Tell whether a chat is kept as a list of roles beside a list of words."""
+    names = _ROLE_NAMES & value.keys(), _WORD_NAMES & value.keys()
+    return all(names) and all(isinstance(value[name], list) for group in names for name in group)
 
 
 def pack(turns: Sequence[Turn]) -> str:
@@ -53,16 +64,21 @@ def chat_column(table: Table, name: str) -> list[str]:
     odd: list[tuple[int, str]] = []
     for row, value in enumerate(table.columns[name]):
         try:
-            packed.append(pack(_turns(value)))
+            packed.append(pack(turns_of(value)))
         except (ValueError, RecursionError) as error:
             odd.append((row, str(error)))
     if odd:
         first = count_more(f"column {name!r} holds {odd[0][1]}", len(odd), "rows")
-        raise DataError(f"{table.place(odd[0][0])}: {first}; {_EXPECTED}")
+        raise DataError(f"{table.place(odd[0][0])}: {first}; {EXPECTED}")
     return packed
 
 
-def _turns(value: object) -> list[Turn]:
+def turns_of(value: object) -> list[Turn]:
+    """Read a list of messages, or its JSON.
+
+    Raises:
+      ValueError: says what the value is instead.
+    """
     messages = value
     if isinstance(value, str):
         try:
@@ -71,6 +87,11 @@ def _turns(value: object) -> list[Turn]:
             raise ValueError(
                 "a text that is no JSON (names and words stand between double quotes there)"
             ) from None
+    if isinstance(messages, dict) and _is_two_lists(messages):
+        roles, words = (messages[min(names & messages.keys())] for names in (_ROLE_NAMES, _WORD_NAMES))
+        if len(roles) != len(words):
+            raise ValueError("lists of roles and words that differ in length")
+        messages = [{"role": role, "content": text} for role, text in zip(roles, words, strict=True)]
     if not isinstance(messages, list) or not messages:
         raise ValueError("no messages")
     turns: list[Turn] = []

@@ -6,6 +6,7 @@ stand in no report, no record and no file.
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import unicodedata
@@ -30,9 +31,10 @@ FEWEST_NOTES = 10  # classes below which a small table is not suspected
 LONGEST_CLASS_NAME = 80
 MOST_COMPARED = 300  # names that are compared with each other letter by letter
 
-# What a wrong encoding leaves behind: the replacement mark, UTF-8 read as Windows-1252, and control
-# characters.
-_TROUBLE = re.compile("\ufffd|[ÂÃ][\u0080-\u00bf]|â€|[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+# What a wrong encoding leaves behind: the replacement mark, UTF-8 read as Windows-1252, words of accented
+# letters alone (other alphabets read as Western), and control characters.
+_TROUBLE = re.compile("\ufffd|[À-ÖØ-öø-ÿ]{4}|[ÂÃ][\u0080-\u00bf]|â€|[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+_DATE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}([ T].*)?", re.ASCII)
 _NUMBER = re.compile(r"[-+]?\d{1,15}([.]\d{1,15})?", re.ASCII)
 # Letters of other alphabets that look like Latin ones, as keyboards and recognised scans mix them.
 _LOOK_ALIKE = str.maketrans("аеорсухіјѕһԁԛԝѵгвкмнтαοιυκνρτχεβη", "aeopcyxijshdqwvrbkmhtaoiukvptxebn")
@@ -69,6 +71,7 @@ class DataCheck:
     garbled: int = 0  # rows with traces of a wrong encoding
     max_length: int = 0
     cut: float | None = None  # share of texts cut at max_length; None where there is no text
+    answerless: int = 0  # prompts or chats without an answer
     unanswered: float | None = None  # share of prompts or chats whose answer is cut off whole
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -139,6 +142,7 @@ def examine(
         garbled=sum(bool(_TROUBLE.search(text)) for text in texts),
         max_length=max_length,
         cut=cut,
+        answerless=_answerless(dataset),
         unanswered=unanswered,
         notes=(*dataset.notes, *notes),
         problems=find_problems(dataset, owner_column=owner_column, claims=claims),
@@ -152,6 +156,11 @@ def find_problems(dataset: Dataset, *, owner_column: str = "", claims: bool = Tr
     if dataset.label_names is not None:
         problems += _label_problems(dataset, claims=claims)
     texts = _texts(dataset, dataset.train)
+    if texts and _answerless(dataset) == len(texts):
+        problems.append(
+            f"text: none of {len(texts):,} prompts or chats holds an answer, so nothing would be learned; "
+            "name the column of the answers, give chats turns of an assistant, or set task.loss_on = 'all'"
+        )
     if texts and all(map(is_blank, texts)):
         problems.append(f"text: all {len(texts):,} private rows are blank; name another text_column")
     return tuple(problems)
@@ -244,10 +253,9 @@ def _warnings(check: DataCheck, dataset: Dataset, *, claims: bool) -> Iterator[s
         )
     for names in check.similar_owners:
         yield f"owners that differ in spelling alone: {_quoted(names)}; each would get a budget of its own"
-    missing = []
-    for item in check.classes:
-        if item.name.strip().casefold() in _MISSING:
-            missing.append(item)
+    yield from _shape_warnings(check)
+    gaps = gap_names([item.name for item in check.classes])
+    missing = [item for item in check.classes if item.name in gaps]
     if missing:
         yield (
             f"{_quoted([item.name for item in missing])} is a class of "
@@ -279,11 +287,48 @@ def _warnings(check: DataCheck, dataset: Dataset, *, claims: bool) -> Iterator[s
         )
     if check.cut is not None and check.cut > 0.5:
         yield f"{check.cut:.0%} of the texts are cut at task.max_length = {check.max_length}; raise it"
-    if check.unanswered:
+    if check.answerless:
+        yield (
+            f"{check.answerless:,} of {check.rows:,} prompts or chats hold no answer, and nothing is learned "
+            "from them; fill it, or leave them out"
+        )
+    if check.unanswered and check.unanswered > check.answerless / max(1, check.rows) + 0.005:
         yield (
             f"{check.unanswered:.0%} of the answers lie beyond task.max_length = {check.max_length}, and "
             "nothing is learned from them; raise it"
         )
+
+
+def _shape_warnings(check: DataCheck) -> Iterator[str]:
+    """Warn of names that are no single class: several in one cell, lists, dates."""
+    names = [item.name for item in check.classes]
+    plain = {name.strip().casefold() for name in names}
+    several = [name for name in names if _parts(name) and any(part in plain for part in _parts(name))]
+    lists = [name for name in names if name.strip().startswith(("[", "{")) and len(name.strip()) > 1]
+    if several or lists:
+        yield (
+            f"{_some([*several, *lists])}: several labels in one cell count as a class of their own; give "
+            "every row one label, or a column for each"
+        )
+    if names and all(_DATE.fullmatch(name.strip()) for name in names):
+        yield "all classes are dates; does task.label_column name the column of the classes?"
+
+
+def _parts(name: str) -> list[str]:
+    """Return the pieces of a name that holds several, an empty list for one."""
+    pieces = [piece.strip().casefold() for piece in re.split(r"[;,|/+]", name)]
+    if len(pieces) > 1 and all(pieces):
+        return pieces
+    return []
+
+
+def gap_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names that usually say that nothing was entered, such as nan.
+
+    >>> gap_names(["good", "NaN", "n/a"])
+    ('NaN', 'n/a')
+    """
+    return tuple(name for name in names if name.strip().casefold() in _MISSING)
 
 
 def lines(check: DataCheck) -> list[str]:
@@ -361,12 +406,15 @@ def _bare(name: str) -> str:
     """Return what a name looks like to a person who reads it quickly; equal numbers look alike."""
     if _NUMBER.fullmatch(name.strip()):
         return f"{float(name):g}"
-    letters = unicodedata.normalize("NFKD", visible(name).casefold().translate(_LOOK_ALIKE))
+    unescaped = html.unescape(visible(name)).casefold()
+    letters = unicodedata.normalize("NFKD", unescaped.translate(_LOOK_ALIKE))
     words = ""
     for letter in letters:
         if not unicodedata.combining(letter):
             words += letter if letter.isalnum() else " "
-    return " ".join(words.split()) or name
+    if any(map(str.isdigit, words)):  # 1 2 is not 12
+        return " ".join(words.split()) or name
+    return "".join(words.split()) or name
 
 
 def _misspelt(counts: Sequence[NamedCount]) -> Iterator[tuple[str, ...]]:
@@ -405,6 +453,20 @@ def _texts(dataset: Dataset, examples: Examples) -> list[str]:
     for parts in zip(*columns, strict=True):
         texts.append("\n".join(map(str, parts)))
     return texts
+
+
+def _answerless(dataset: Dataset) -> int:
+    """Count the private prompts or chats without an answer, where the answers alone are learned."""
+    if not dataset.answers_only:
+        return 0
+    if dataset.is_chat:
+        chats = map(json.loads, dataset.train.columns[dataset.text_columns[0]])
+        return sum(
+            not any(role == "assistant" and not is_blank(words) for role, words in chat) for chat in chats
+        )
+    if dataset.answered:
+        return sum(map(is_blank, dataset.train.columns[dataset.answered[-1]]))
+    return 0
 
 
 def _contents(dataset: Dataset, examples: Examples) -> list[Hashable]:
@@ -455,10 +517,19 @@ def _quoted(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
+def _quoted_for_toml(name: str) -> str:
+    """Write a name as a string of TOML, with blanks and signs that nobody sees as numbers."""
+    shown = ""
+    for letter in name:
+        written = json.dumps(letter, ensure_ascii=not (letter == " " or letter.isprintable()))
+        shown += written[1:-1]
+    return f'"{shown}"'
+
+
 def _toml(present: Sequence[NamedCount]) -> str:
     """Write the line that declares the classes, or its beginning where there are many."""
     names = []
     for item in present:
         if not is_blank(item.name):
-            names.append(json.dumps(item.name, ensure_ascii=False))
+            names.append(_quoted_for_toml(item.name))
     return f"[{', '.join(names[:MOST_SHOWN])}{', ...' if len(names) > MOST_SHOWN else ''}]"

@@ -23,10 +23,16 @@ TEXT_NAMES = ("text", "sentence", "note", "content", "document", "review", "ques
 ANSWERED = (  # the last column is what a model is asked to say; the others are what it is told
     ("instruction", "input", "output"),
     ("instruction", "output"),
+    ("instruction", "context", "response"),
+    ("context", "question", "answer"),
     ("question", "answer"),
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "response"),
+    ("question", "response"),
+    ("query", "answer"),
+    ("query", "response"),
+    ("inputs", "targets"),
 )
 SOURCES = (  # what a model reads, and what it is to write
     ("source", "target"),
@@ -38,7 +44,7 @@ SOURCES = (  # what a model reads, and what it is to write
     ("dialogue", "summary"),
     ("text", "summary"),
 )
-CHAT_NAMES = ("messages", "conversations", "conversation")
+CHAT_NAMES = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
 CORPUS_GROUPS = (
     ("text",),
     *((name,) for name in CHAT_NAMES),
@@ -61,6 +67,7 @@ class Choices:
     label: str = ""
     image: str = ""
     owner: str = ""  # names the data owners; read by a natural split and by cleaning
+    person: str = ""  # names the people behind rows
     image_size: int | None = None
     class_names: tuple[str, ...] = ()
     clean: tuple[str, ...] = ()
@@ -130,6 +137,12 @@ def text_columns(table: Table, choices: Choices) -> tuple[str, ...]:
     for names in candidates:
         if all(name in present for name in names):
             return tuple(present[name] for name in names)
+    sides = " and ".join(present[name] for name in ("chosen", "rejected") if name in present)
+    if sides:
+        raise DataError(
+            f"{table.origin}: holds preferences ({sides}), which no task learns from; set text_column to the "
+            f"side that is to be learned, {present.get('chosen', sides)!r}"
+        )
     raise DataError(
         f"{table.origin}: no text column among {listed(table.columns)}; set text_column to one of them"
     )

@@ -27,7 +27,7 @@ from ffm_secure.data.columns import (
     label_column as choose_label_column,
 )
 from ffm_secure.data.files import arrow_table, read_source
-from ffm_secure.data.images import LazyImages, StoredPictures, image_column
+from ffm_secure.data.images import LazyImages, StoredPictures, image_column, range_note
 from ffm_secure.data.labels import NameSource, encode_labels, is_text
 from ffm_secure.data.memory import IN_MEMORY, Memory
 from ffm_secure.data.table import Table, listed
@@ -37,6 +37,9 @@ from ffm_secure.foreign import Cells
 from ffm_secure.registry import TASKS
 
 UNSTATED = "not stated"  # a licence
+_SAMPLE = 200  # cells of a column by which it is told what it holds
+_SPOKEN = ("system", "system_prompt", "context", "history")  # what a model would be told, too
+_FEWEST_WORDS = 3.0  # mean words of a column from which on it is text
 Indices = NDArray[np.int64]
 
 
@@ -197,6 +200,7 @@ def load(
         image_size=image_size,
         class_names=tuple(class_names),
         clean=tuple(clean),
+        person=person_column,
     )
     train, validation, license_note = _load_source(source, base, encoding)
     train = _cleaned(train, choices)
@@ -421,6 +425,11 @@ def _dataset(source: str, train: Table, validation: Table, *, choices: Choices, 
                 table.columns[image], place=table.place, image_size=choices.image_size, folder=table.folder
             )
     used = {*text, label, image}
+    notes = [*train.notes, *validation.notes]
+    if image:
+        notes += filter(None, [range_note(train.columns[image], stored[0])])
+    if not source.startswith("builtin:"):
+        notes += _unread_columns(train, {*used, choices.owner, choices.person, f"{label}_name"})
     if text:
         read = joined_text(tables, parts, text, choices)
     else:
@@ -449,8 +458,33 @@ def _dataset(source: str, train: Table, validation: Table, *, choices: Choices, 
         names_from=labels.source if labels else "stored",
         answered=read.answered,
         is_chat=read.is_chat,
-        notes=tuple(dict.fromkeys((*train.notes, *validation.notes))),
+        notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _holds_words(values: Cells) -> bool:
+    """Tell whether a column holds sentences or lists, and not names, numbers or dates."""
+    if isinstance(values, np.ndarray):
+        return False
+    sample = [value for value in values[:_SAMPLE] if value is not None]
+    if any(isinstance(value, list | dict) for value in sample):
+        return True
+    words = [len(value.split()) for value in sample if isinstance(value, str)]
+    return bool(words) and float(np.mean(words)) >= _FEWEST_WORDS
+
+
+def _unread_columns(table: Table, used: set[str | None]) -> list[str]:
+    """Say which columns of words are not read: a context or a system prompt that a model never sees."""
+    unread = []
+    for name, values in table.columns.items():
+        if name not in used and (name.casefold() in _SPOKEN or _holds_words(values)):
+            unread.append(name)
+    if not unread:
+        return []
+    return [
+        f"{Path(table.origin).name}: not read: {listed(unread)}; task.text_column names what is, as in "
+        "'first, second'"
+    ]
 
 
 def _natural_columns(examples: Examples, used: set[str | None]) -> tuple[str, ...]:

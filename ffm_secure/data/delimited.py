@@ -18,7 +18,6 @@ import numpy as np
 from ffm_secure.data.table import Column, Table, count_more, listed
 from ffm_secure.errors import DataError
 
-ENCODINGS = ("utf-8", "mixed", "cp1252", "iso-8859-1", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 _MARKS = (
@@ -31,6 +30,7 @@ _SAMPLE = 200  # records a separator and a header are judged by
 _LONGEST_HEADER, _MOST_WORDS = 60, 6
 LONGEST_FIELD = 2**24  # letters of one field; an open quote swallows the rest of its file
 _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?", re.ASCII)
+_VALUE = re.compile(r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}\b.*|\S+@\S+[.]\S+|\w+://.*", re.ASCII)
 _WHOLE = re.compile(r"0|-?[1-9]\d{0,17}", re.ASCII)  # 007 is a name: read as 7 it would be somebody else's
 _SNIFFED = 2**16  # bytes by which the end of a line is known
 _OTHER_SEPARATOR = re.compile(r"\W+", re.ASCII)
@@ -120,8 +120,7 @@ def _utf8_lines(path: Path) -> Iterator[tuple[int, str]]:
             others = sum(not _is_utf8(line) for line in lines)
             raise DataError(
                 f"{path}: {count_more(f'line {number} is not UTF-8', others + 1, 'lines')}; save the "
-                "file as UTF-8, or name what it is with task.encoding (files from Windows are often "
-                "'cp1252', tables put together 'mixed')"
+                f"file as UTF-8, or name what it is with task.encoding ({_likely(path)})"
             ) from None
 
 
@@ -139,7 +138,7 @@ def guess_encoding(path: Path) -> str:
         return ""
     with path.open("rb") as file:
         head = file.read(4096)
-        if b"\0" in head:
+        if head.count(0) * 8 > len(head):
             if head[1:2] == b"\0":
                 return "utf-16-le"
             return "utf-16-be"
@@ -153,7 +152,29 @@ def guess_encoding(path: Path) -> str:
     beyond_the_mark = letters[head.startswith(b"\xef\xbb\xbf") :]
     if any(beyond_the_mark):
         return "mixed"
+    if not _is_western(path):
+        raise DataError(
+            f"{path}: is neither UTF-8 nor in a Western encoding; save it as UTF-8, or name what it is with "
+            f"--encoding (task.encoding): {_likely(path)}"
+        )
     return "cp1252"
+
+
+def _is_western(path: Path) -> bool:
+    """Tell whether the letters beyond ASCII stand alone or by twos, as accents do; other alphabets fill words
+    with them.
+    """
+    with path.open("rb") as file:
+        runs = re.findall(rb"[\x80-\xff]+", file.read(_SNIFFED))
+    long = sum(len(run) for run in runs if len(run) > 3)
+    return long * 4 <= sum(map(len, runs))
+
+
+def _likely(path: Path) -> str:
+    """Name the encodings that a file which is no UTF-8 may be in."""
+    if _is_western(path):
+        return "files from Windows are often 'cp1252', tables put together 'mixed'"
+    return "Cyrillic is often 'cp1251', Greek 'cp1253', others 'shift_jis', 'gb18030', 'big5' or 'euc-kr'"
 
 
 def read_csv(path: Path, encoding: str = "") -> Table:
@@ -200,6 +221,7 @@ def _read_delimited(path: Path, usual: str, encoding: str) -> Table:
     with _long_fields():
         dialect = _dialect(path, usual, encoding)
         header, rows, lines = _records(path, dialect, encoding)
+    header, rows, empty = _without_empty_columns(header, rows)
     _check_header(path, header, rows)
     columns = {}
     for name, values in zip(header, zip(*rows), strict=False):
@@ -212,6 +234,8 @@ def _read_delimited(path: Path, usual: str, encoding: str) -> Table:
     if read_as != "mixed":
         shown = read_as
     notes += [f"{path.name}: read as {shown}"] * bool(read_as)
+    if empty:
+        notes.append(f"{path.name}: left out {empty:,} column{'s' * (empty > 1)} without a name and a value")
     return Table(
         origin=str(path),
         columns=columns,
@@ -289,27 +313,59 @@ def _records(path: Path, dialect: _Dialect, encoding: str) -> tuple[list[str], l
     rows: list[list[str]] = []
     starts: list[int] = []
     ragged: list[str] = []
+    widths: set[int] = set()
+    beyond = False  # whether something stands in the last field of such a line
     start = 1 + dialect.skipped
     try:
         for record in reader:
             if header is None:
-                header = []
-                for name in record:
-                    header.append(name.strip())
+                if any(map(str.strip, record)):  # blank lines may stand before it
+                    header = [name.strip() for name in record]
             elif record and len(record) != len(header):
-                ragged.append(f"line {start} has {len(record)} fields, the header {len(header)}")
+                ragged.append(f"line {start} has {_fields(record)}, the header {len(header)}")
+                widths.add(len(record))
+                beyond |= bool(record[-1].strip())
             elif record:
                 rows.append(record)
                 starts.append(start)
             start = reader.line_num + 1 + dialect.skipped
     except csv.Error as error:
-        raise DataError(f"{path}: line {start} is not valid ({error}); check its quotes") from None
+        raise DataError(
+            f"{path}: line {start} is not valid ({error}); check its quotes: one inside a quoted field is "
+            "written twice"
+        ) from None
     if ragged:
+        remedy = f"quote fields that hold {dialect.separator!r}"
+        if not rows and widths == {len(header or []) + 1} and not beyond:
+            remedy = (
+                f"every line but the first ends with {dialect.separator!r}: take it off, or name that column"
+            )
+        elif not rows and len(header or []) == 1:
+            remedy = "the first line seems to be a title: take it off, so that the column names come first"
         raise DataError(
             f"{path}: {count_more(ragged[0], len(ragged), 'such lines')}; fields are parted by "
-            f"{SEPARATORS[dialect.separator]}: quote fields that hold {dialect.separator!r}"
+            f"{SEPARATORS[dialect.separator]}: {remedy}"
         )
     return header or [], rows, starts
+
+
+def _fields(record: Sequence[str]) -> str:
+    return f"{len(record)} field{'s' * (len(record) != 1)}"
+
+
+def _without_empty_columns(
+    header: list[str], rows: list[list[str]]
+) -> tuple[list[str], list[list[str]], int]:
+    """Leave out columns that have neither a name nor a value, which spreadsheets write; count them."""
+    empty = []
+    for place, name in enumerate(header):
+        if not name and not any(row[place].strip() for row in rows):
+            empty.append(place)
+    if not empty or len(empty) == len(header):
+        return header, rows, 0
+    places = [place for place in range(len(header)) if place not in empty]
+    shorter = [[row[place] for place in places] for row in rows]
+    return [header[place] for place in places], shorter, len(empty)
 
 
 def _check_header(path: Path, header: list[str], rows: Sequence[Sequence[str]]) -> None:
@@ -353,11 +409,31 @@ def _row_not_header(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str
         field = f"field {position + 1} of the first line"
         if _NUMBER.fullmatch(name):
             return f"{field} is a number"
+        if _VALUE.fullmatch(name):
+            return f"{field} is a date or an address"
+        if any(map(str.isdigit, name)) and _shapes(rows, position) == {_shape(name)}:
+            return f"{field} is written like those below it"
         if len(name) > _LONGEST_HEADER or len(name.split()) > _MOST_WORDS:
             return f"{field} is a sentence"
         if name and any(row[position].strip() == name for row in rows):
             return f"{field} comes again further down"
     return ""
+
+
+def _shapes(rows: Sequence[Sequence[str]], position: int) -> set[str]:
+    shapes = set()
+    for row in rows:
+        shapes.add(_shape(row[position].strip()))
+    return shapes
+
+
+def _shape(value: str) -> str:
+    """Return how a value is written: every run of letters is an a, every run of digits a 9.
+
+    >>> _shape("P-00123")
+    'a-9'
+    """
+    return re.sub(r"\d+", "9", re.sub(r"[^\W\d_]+", "a", value))
 
 
 def _whole_numbers(values: list[str]) -> Column:

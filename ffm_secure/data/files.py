@@ -26,6 +26,8 @@ from ffm_secure.errors import DataError
 
 MAX_BYTES = 16 * 2**30  # unpacked size of one table; more is a damaged header or a decompression bomb
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_OTHER_PARTS = ("test", "testing", "eval", "evaluation", "holdout", "unlabelled", "unlabeled", "extra")
+_LEFTOVERS = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")
 _SHEETS = (".xlsx", ".xls", ".ods")
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z")
 _INDEXES = (
@@ -45,34 +47,71 @@ def read_source(path: Path, encoding: str = "") -> tuple[Table, Table | None]:
         return _read_saved(path)
     train, validation = _split_files(path, ("train",)), _split_files(path, VALIDATION_NAMES)
     if train:
-        return _joined(train, encoding), _joined(validation, encoding) if validation else None
-    held_out = next((path / name for name in VALIDATION_NAMES if (path / name).is_dir()), None)
-    index = _index(path / "train")
-    if index is not None:
-        beside = None
-        if held_out is not None:
-            beside = _index(held_out)
-        return read_table(index, encoding), None if beside is None else read_table(beside, encoding)
-    if (path / "train").is_dir():
-        names = class_folders(path / "train")
-        shown = None
-        if held_out is not None:
-            shown = read_pictures(held_out, names)
-        return read_pictures(path / "train", names), shown
+        first = _joined(train, encoding)
+        held_out = _joined(validation, encoding) if validation else None
+        return _with_notes(first, _unread_parts(path, bool(validation))), held_out
+    folders = _folders(path)
+    held_out_folder = next((folders[name] for name in VALIDATION_NAMES if name in folders), None)
+    if "train" in folders:
+        first, held_out = _folder_parts(folders["train"], held_out_folder, encoding)
+        return _with_notes(first, _unread_parts(path, held_out is not None)), held_out
     if class_folders(path):
         return read_pictures(path, class_folders(path)), None
     raise DataError(f"{path}: no data found; {_advice(path)}")
 
 
+def _folders(path: Path) -> dict[str, Path]:
+    """Return the subfolders by their names in small letters; the one that is written so wins."""
+    folders = {}
+    for sub in sorted(path.iterdir()):
+        if sub.is_dir() and (sub.name.casefold() not in folders or sub.name.islower()):
+            folders[sub.name.casefold()] = sub
+    return folders
+
+
+def _folder_parts(train: Path, held_out: Path | None, encoding: str) -> tuple[Table, Table | None]:
+    """Read the pictures of two folders, by the table that names them or by their class folders."""
+    index = _index(train)
+    if index is not None:
+        beside = None
+        if held_out is not None:
+            beside = _index(held_out)
+        return read_table(index, encoding), None if beside is None else read_table(beside, encoding)
+    names = class_folders(train)
+    shown = None
+    if held_out is not None:
+        shown = read_pictures(held_out, names)
+    return read_pictures(train, names), shown
+
+
+def _with_notes(table: Table, notes: tuple[str, ...]) -> Table:
+    return replace(table, notes=(*table.notes, *notes))
+
+
+def _unread_parts(path: Path, validated: bool) -> tuple[str, ...]:
+    """Say which files or folders beside the train part look like parts of the data and are not read."""
+    unread = []
+    for item in sorted(path.iterdir()):
+        part = re.split(r"[-_.]", item.name.casefold())[0]
+        known = item.is_dir() or item.suffix.lower() in (*READERS, *TEXT_READERS)
+        if known and part in _OTHER_PARTS:
+            unread.append(item.name)
+    if not unread:
+        return ()
+    more = "" if validated else "; a part called validation is read for the public rows"
+    verb = "is" if len(unread) == 1 else "are"
+    return (f"{path.name}: {listed(unread)} {verb} not read{more}",)
+
+
 def _advice(folder: Path) -> str:
-    files = sorted(
-        file.name
-        for file in folder.iterdir()
-        if file.suffix.lower() in (*READERS, *TEXT_READERS, *_SHEETS, *_PACKED)
-    )
+    files = []
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not _is_hidden(file):
+            files.append(file.name)
     beside = ""
     if files:
-        beside = f" (it holds {', '.join(files[:5])}; a file can also be named itself)"
+        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        beside = f" (it holds {', '.join(files[:5])}{more}; a file can also be named itself)"
     return (
         "put train.parquet (or .jsonl, .json, .csv, .tsv, .npz) there, or train/<class>/<picture>, or "
         f"what save_to_disk writes{beside}"
@@ -104,7 +143,7 @@ def _saved_table(folder: Path) -> Table:
 
 def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """Find `train.parquet` or its pieces `train-*.parquet`; two formats at once are ambiguous."""
-    pattern = re.compile(rf"({'|'.join(names)})(-.*)?", re.ASCII)
+    pattern = re.compile(rf"({'|'.join(names)})(-.*)?", re.ASCII | re.IGNORECASE)
     paths = sorted(
         path
         for path in folder.iterdir()
@@ -114,7 +153,7 @@ def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
     )
     bases = set()
     for path in paths:
-        bases.add((path.suffix, path.stem.split("-")[0]))
+        bases.add((path.suffix.lower(), path.stem.split("-")[0].casefold()))
     if len(bases) > 1:
         listed = ", ".join(path.name for path in paths)
         raise DataError(f"{folder}: {listed} compete for the same part; keep one of them")
@@ -279,14 +318,21 @@ _HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """List the subfolders that hold pictures, in sorted order."""
-    return tuple(
-        sorted(
-            sub.name
-            for sub in folder.iterdir()
-            if sub.is_dir() and any(f.suffix.lower() in PICTURES for f in sub.iterdir())
-        )
-    )
+    """List the subfolders that hold pictures, in sorted order; what programs leave behind is none."""
+    names = []
+    for sub in folder.iterdir():
+        if sub.is_dir() and not _is_hidden(sub) and any(map(_is_picture, sub.iterdir())):
+            names.append(sub.name)
+    return tuple(sorted(names))
+
+
+def _is_hidden(path: Path) -> bool:
+    """Tell whether a program put a file or folder there for itself: notebooks, finders, archives."""
+    return path.name.startswith((".", "~$")) or path.name in _LEFTOVERS
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES and not _is_hidden(path)
 
 
 def read_pictures(folder: Path, names: tuple[str, ...]) -> Table:
@@ -300,10 +346,10 @@ def read_pictures(folder: Path, names: tuple[str, ...]) -> Table:
     for label, name in enumerate(names):
         if (folder / name).is_dir():
             for file in sorted((folder / name).iterdir()):
-                if file.suffix.lower() in PICTURES:
+                if _is_picture(file):
                     paths.append((file, label))
     if not paths:
-        raise DataError(f"{folder}: holds no pictures; put them in one subfolder per class")
+        raise DataError(f"{folder}: holds no pictures; put them in one subfolder per class{_deeper(folder)}")
     labels = np.array([label for _, label in paths], dtype=np.int64)
     return Table(
         origin=str(folder),
@@ -313,23 +359,48 @@ def read_pictures(folder: Path, names: tuple[str, ...]) -> Table:
     )
 
 
+def _deeper(folder: Path) -> str:
+    """Say where else pictures lie, if anywhere: beside the class folders, or a level below them."""
+    for sub in sorted(folder.iterdir()):
+        if sub.is_dir() and any(
+            _is_picture(file) for inner in sub.iterdir() if inner.is_dir() for file in inner.iterdir()
+        ):
+            return f": there are some in folders inside {listed([sub.name])}; move them up"
+    if any(map(_is_picture, folder.iterdir())):
+        return ": there are some beside where such subfolders belong"
+    return ""
+
+
 def _left_out(folder: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     """Say what of a folder of pictures is not read: other files, and subfolders without a picture."""
     notes = []
-    empty = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and sub.name not in names)
+    empty = sorted(
+        sub.name for sub in folder.iterdir() if sub.is_dir() and sub.name not in names and not _is_hidden(sub)
+    )
     if empty:
-        notes.append(f"{folder.name}: {listed(empty)} hold no picture of a known kind and are no classes")
+        verbs = "holds no picture of a known kind and is no class"
+        if len(empty) > 1:
+            verbs = "hold no picture of a known kind and are no classes"
+        notes.append(f"{folder.name}: {listed(empty)} {verbs}")
+    outside = sum(map(_is_picture, folder.iterdir()))
+    if outside:
+        lie = "picture lies" if outside == 1 else "pictures lie"
+        left = "is" if outside == 1 else "are"
+        notes.append(f"{folder.name}: {outside:,} {lie} in no class folder and {left} left out")
     others: Counter[str] = Counter()
+    deeper: list[str] = []
     for name in names:
         if (folder / name).is_dir():
-            others.update(
-                file.suffix.lower() or file.name
-                for file in (folder / name).iterdir()
-                if file.suffix.lower() not in PICTURES
-            )
+            for file in (folder / name).iterdir():
+                if file.is_dir() and not _is_hidden(file):
+                    deeper.append(f"{name}/{file.name}")
+                elif not _is_picture(file):
+                    others[file.name if _is_hidden(file) else file.suffix.lower() or file.name] += 1
     if others:
         kinds = ", ".join(f"{count:,} {listed([suffix])}" for suffix, count in sorted(others.items()))
         notes.append(f"{folder.name}: files that are no pictures of a known kind are left out: {kinds}")
+    if deeper:
+        notes.append(f"{folder.name}: folders inside class folders are not read: {listed(sorted(deeper))}")
     return tuple(notes)
 
 

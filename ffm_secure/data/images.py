@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +22,16 @@ MAX_PIXELS = 64 * 2**20  # one picture; more is a damaged header or a decompress
 EAGER_BYTES = 512 * 2**20  # a decoded column above this stays encoded until rows are asked for
 MIXED_SIDE = 224  # common side when pictures differ in size and none was asked for
 MOST_NAMED = 5  # bad pictures an error names; the others are counted
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 # Pillow's other readers start programs or run long; they stay closed.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _COLOURS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _PAPER = (255, 255, 255, 255)  # what shows through a transparent picture, as in a browser
 _QUARTER_TURNS = (5, 6, 7, 8)  # orientations under which width and height change places
+_LONGEST_NAME = 60  # letters of a name without a known suffix
+_DARK = 65_535 // 8  # what a camera of 13 bits or fewer stores in 16
+_MEASURED = 100  # pictures whose range is looked at
 _LONGEST_SHAPE = 16  # times as long as wide
 _FULL_RANGE = 65_535 // 255  # 257: takes 0 to 0 and the largest 16-bit value to 255
 
@@ -211,6 +215,15 @@ class StoredPictures(Sequence[Pixels]):
                 return None
             return np.asarray(stored.convert("RGB"), dtype=np.uint8)
 
+    def highest_of_sixteen_bits(self) -> int:
+        """Return the highest value among the first pictures of 16-bit grey, -1 where there is none."""
+        highest = -1
+        for encoded, place in zip(self._encoded[:_MEASURED], self._places[:_MEASURED], strict=True):
+            with open_picture(encoded, place) as stored:
+                if stored.mode in _SIXTEEN_BITS or (stored.mode == "I" and stored.format == "PNG"):
+                    highest = max(highest, int(np.asarray(stored).max(initial=0)))
+        return highest
+
     def take(self, indices: NDArray[np.int64]) -> StoredPictures:
         """Choose rows without decoding them."""
         return StoredPictures(
@@ -260,6 +273,23 @@ def image_column(
     if pixels is None:
         return images, stored
     return pixels, stored
+
+
+def range_note(values: Cells, stored: StoredPictures | None) -> str:
+    """Say that pictures of 16 bits use the darkest part of their range alone, as those of scanners and
+    cameras of 12 bits do; an empty text where they do not.
+    """
+    highest = -1
+    if stored is not None:
+        highest = stored.highest_of_sixteen_bits()
+    elif isinstance(values, np.ndarray) and values.dtype == np.uint16:
+        highest = int(values[:_MEASURED].max(initial=0))
+    if not 0 <= highest <= _DARK:
+        return ""
+    return (
+        f"pictures of 16 bits whose brightest value is {highest:,} of 65,535 become nearly black "
+        f"(divided by {_FULL_RANGE}); stretch them to the whole range, or save them with 8 bits"
+    )
 
 
 def _fits(images: LazyImages) -> bool:
@@ -358,6 +388,15 @@ def _encoded(value: JsonValue, place: str, folder: Path | None) -> bytes | Path:
 
 def _named_file(name: str, place: str, folder: Path | None) -> Path:
     """Find the file that a table names, counted from the table's own folder."""
+    if re.match(r"[a-z]{2,8}://", name, re.IGNORECASE):
+        raise DataError(
+            f"{place}: names an address of the network, and nothing is fetched; name a file of yours"
+        )
+    if name.startswith("data:") or (len(name) > _LONGEST_NAME and Path(name).suffix.lower() not in SUFFIXES):
+        raise DataError(
+            f"{place}: holds {len(name):,} letters and no name of a file; write pictures that are text "
+            "(base64) into files, or as bytes into parquet"
+        )
     file = (folder or Path()) / Path(name).expanduser()
     if not _is_file(file) and "\\" in name:  # written on Windows
         file = (folder or Path()) / name.replace("\\", "/")

@@ -28,7 +28,8 @@ def read_jsonl(path: Path, encoding: str = "") -> Table:
             row = parse(line)
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{path}: line {number} is not JSON ({json_reason(error)}); repair or remove the line"
+                f"{path}: line {number} is not JSON ({json_reason(error)}); repair or remove the "
+                f"line{_hint(path, line)}"
             ) from None
         if not isinstance(row, dict):
             hint = ""
@@ -43,11 +44,24 @@ def read_jsonl(path: Path, encoding: str = "") -> Table:
     return Table(origin=str(path), columns=columns, numbers=lines, counted="line", folder=path.parent)
 
 
+def _hint(path: Path, line: str) -> str:
+    """Say what a line that is no JSON most likely is."""
+    if line.rstrip().endswith(","):
+        return "; a comma stands behind it, which belongs into lists alone"
+    if line.strip() in ("{", "["):
+        return "; write each object on one line, or all of them as one list in a file called .json"
+    if line.lstrip().startswith("{'"):
+        return "; it looks like Python: write it with json.dumps"
+    return ""
+
+
 def read_json(path: Path, encoding: str = "") -> Table:
     """Read one list of objects, one object that holds such a list, one object of columns, or one object a
     line.
     """
     text = "".join(line for _, line in text_lines(path, encoding))
+    if not text.strip():
+        raise DataError(f"{path}: is empty; a data set needs at least one row")
     try:
         value = parse(text)
     except (ValueError, RecursionError) as error:
@@ -108,11 +122,8 @@ def columns_of(rows: Sequence[object], *, name: Callable[[int], str], origin: st
             for key in row:
                 columns[str(key)] = []
         if row.keys() != columns.keys():
-            odd = _other_keys(columns.keys(), row.keys())
-            raise DataError(
-                f"{origin}: {name(number)} differs from {name(0)} in the keys "
-                f"{odd}; give all of them the same"
-            )
+            odd = _other_keys(columns.keys(), row.keys(), name(0))
+            raise DataError(f"{origin}: {name(number)} {odd}; give all of them the same keys")
         for key, values in columns.items():
             values.append(row[key])
     return {key: typed(values) for key, values in columns.items()}
@@ -131,7 +142,7 @@ def _object(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
 
 
 def _no_constant(name: str) -> JsonValue:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not JSON, which writes null for it")
 
 
 def typed(values: list[Any]) -> Column:
@@ -158,8 +169,10 @@ def json_reason(error: Exception) -> str:
     return str(error)[:160]
 
 
-def _other_keys(known: Set[str], keys: Set[str]) -> str:
+def _other_keys(known: Set[str], keys: Set[str], first: str) -> str:
     """Name the keys a row lacks and count those it has beyond: a key that only one row has may be private."""
-    parts = sorted(known - keys)
+    lacking = sorted(known - keys)
     beyond = len(keys - known)
-    return ", ".join([*parts, *([f"{beyond} of its own"] if beyond else [])])
+    parts = [f"lacks {listed(lacking)}"] * bool(lacking)
+    parts += [f"has {beyond} more key{'s' * (beyond > 1)} than"] * bool(beyond)
+    return f"{' and '.join(parts)} {first}" if beyond else f"{parts[0]}, which {first} has"

@@ -101,7 +101,22 @@ def _declared(tables: tuple[Table, Table], name: str, names: tuple[str, ...], lo
 
 
 def _all_named(tables: Sequence[Table], name: str, numbers: Mapping[str, int]) -> bool:
-    return all(str(value) in numbers for table in tables for value in set(as_list(table.columns[name])))
+    for table in tables:
+        for value in as_list(table.columns[name]):
+            if written(value) not in numbers:
+                return False
+    return True
+
+
+def written(value: object) -> str:
+    """Return a label as a run file writes it: whole numbers that a table keeps as fractions without the dot.
+
+    >>> written(1.0), written("1.0"), written(1)
+    ('1', '1.0', '1')
+    """
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
 
 
 def _positions(table: Table, name: str, count: int) -> Indices:
@@ -119,7 +134,7 @@ def _named(table: Table, name: str, numbers: Mapping[str, int], loose: bool) -> 
     values = as_list(table.columns[name])
     spelled = []
     for value in values:
-        spelled.append(plain(value) if loose else str(value))
+        spelled.append(plain(written(value)) if loose else written(value))
     unknown = []
     for row, text in enumerate(spelled):
         if text not in numbers:
@@ -189,7 +204,12 @@ def _whole_labels(table: Table, name: str) -> Indices:
                 "classes from 0, write them as text, or declare them with task.class_names"
             )
         return numbers
+    if len(values) and all(isinstance(value, bool) for value in values):
+        return np.array(values, dtype=np.int64)
     odd = [row for row, value in enumerate(values) if not _is_class_number(value)]
+    answers = [row for row in odd if isinstance(values[row], bool)]
+    if len(answers) < len(odd) and all(is_blank(values[row]) for row in set(odd) - set(answers)):
+        odd = [row for row in odd if is_blank(values[row])]  # yes or no throughout, or nothing
     if odd:
         value = values[odd[0]]
         kind = "nothing"
@@ -206,6 +226,8 @@ def _whole_labels(table: Table, name: str) -> Indices:
 def _is_class_number(value: JsonValue) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         return False
+    if isinstance(value, np.floating):
+        value = float(value)
     return bool(0 <= value < MAX_LABELS) and float(value).is_integer()  # numbers beyond any float come first
 
 

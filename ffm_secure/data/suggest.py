@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ffm_secure.config.run_file import ENCODINGS
 from ffm_secure.data import columns as known
 from ffm_secure.data.chat import is_chat
+from ffm_secure.data.checks import FEWEST_NOTES, FEWEST_PER_CLASS, gap_names
 from ffm_secure.data.cleaning import kept_rows
 from ffm_secure.data.columns import Choices, Kind
 from ffm_secure.data.delimited import guess_encoding
@@ -82,6 +84,7 @@ class Asked:
     text: str = ""
     label: str = ""
     owner: str = ""
+    encoding: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +105,7 @@ class Suggestion:
     clean: tuple[str, ...]
     reasons: Mapping[str, str]  # for each cleaner: what it is for, with a count
     max_length: int
+    gaps: tuple[str, ...] = ()  # class names that usually mean that nothing was entered
 
 
 def suggest(path: Path, asked: Asked) -> Suggestion:
@@ -111,7 +115,9 @@ def suggest(path: Path, asked: Asked) -> Suggestion:
       DataError: it cannot be read, or a column cannot be told from the others; the message says how to name
         it.
     """
-    encoding = _encoding(path)
+    if asked.encoding not in ENCODINGS:
+        raise DataError(f"--encoding = {asked.encoding!r}: must be {', '.join(filter(None, ENCODINGS))}")
+    encoding = asked.encoding or _encoding(path)
     table, validation = read_source(path, encoding)
     image = _image(table)
     kind = _kind(table, asked, image)
@@ -128,7 +134,7 @@ def suggest(path: Path, asked: Asked) -> Suggestion:
     clean, reasons = _cleaning(table, choices)
     rows, _ = kept_rows(table, Choices(kind=kind, owner=owner, clean=clean), text=text, label=label or None)
     if label and table.label_names is None:
-        names, spelled = _class_names(table, label, rows)
+        names, spelled = _class_names(table, label, rows, validation)
     else:
         names, spelled = ((), 0)
     if spelled:
@@ -158,6 +164,7 @@ def suggest(path: Path, asked: Asked) -> Suggestion:
         clean=clean,
         reasons=reasons,
         max_length=_max_length(table, text, rows),
+        gaps=gap_names(names),
     )
 
 
@@ -337,14 +344,22 @@ def _cleaning(table: Table, choices: Choices) -> tuple[tuple[str, ...], dict[str
     return tuple(needed), reasons
 
 
-def _class_names(table: Table, label: str, rows: NDArray[np.int64]) -> tuple[tuple[str, ...], int]:
-    """Return the commonest spelling of every class, and how many labels are spelt otherwise; nothing for 0,
-    1, 2, ...
+def _class_names(
+    table: Table, label: str, rows: NDArray[np.int64], validation: Table | None
+) -> tuple[tuple[str, ...], int]:
+    """Return the commonest spelling of every class of both parts, and how many labels are spelt otherwise;
+    nothing for 0, 1, 2, ...
+
+    Raises:
+      DataError: the column holds notes or numbers of rows, not classes.
     """
     column = as_list(table.columns[label])
     values = []
     for row in rows:
         values.append(column[row])
+    _require_classes(table, label, values)
+    if validation is not None:
+        values += [value for value in as_list(validation.columns.get(label, [])) if not is_blank(value)]
     if not is_text(values):
         numbers = sorted(
             {int(value) for value in values if isinstance(value, int | float) and float(value).is_integer()}
@@ -361,10 +376,23 @@ def _class_names(table: Table, label: str, rows: NDArray[np.int64]) -> tuple[tup
     return tuple(sorted(name.strip() for name in names)), other
 
 
+def _require_classes(table: Table, label: str, values: Sequence[object]) -> None:
+    """Refuse to declare nearly as many classes as there are rows: they would be public."""
+    distinct = len({plain(value) for value in values})
+    if distinct >= FEWEST_NOTES and len(values) < FEWEST_PER_CLASS * distinct:
+        raise DataError(
+            f"{table.origin}: column {listed([label])} holds {distinct:,} different values in "
+            f"{len(values):,} rows, which are notes or numbers of rows, not classes; name the column of the "
+            "classes with --label, or a task without labels, --kind causal_lm"
+        )
+
+
 def _class_count(table: Table, label: str, names: Sequence[str]) -> int:
     if not label:
         return 0
-    return len(names or table.label_names or set(map(str, as_list(table.columns[label]))))
+    if names or table.label_names:
+        return len(names or table.label_names or ())
+    return len({str(value) for value in as_list(table.columns[label]) if not is_blank(value)})
 
 
 def _is_guessed(table: Table, kind: Kind, text: tuple[str, ...]) -> bool:

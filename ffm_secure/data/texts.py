@@ -34,7 +34,7 @@ def joined_text(
     language_model = TASKS.has(choices.kind, "language")
     if TASKS.has(choices.kind, "answers"):
         return _source_and_answer(tables, parts, text)
-    if language_model and all(_holds_chats(table, text) for table in tables):
+    if language_model and any(_holds_chats(table, text) for table in tables):
         return _packed_chats(tables, parts, text, choices)
     for table in tables:
         check_text(table, text)

@@ -37,6 +37,7 @@ def finish(ready: ReadyRun, trained: TrainingResult) -> RunSummary:
             name,
             max_length=task.max_length,
             text_columns=task.data.text_columns,
+            layout=task.layout,
         )
         model_card.write_card(folder, written, summary)
 

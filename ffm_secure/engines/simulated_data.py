@@ -247,6 +247,12 @@ def contents(config: RunConfig, base: Path) -> Contents:
     return Contents(account=account, digests=keyed_fingerprint(bare, key), bare=bare)
 
 
+def _how_read(loaded: Dataset) -> str:
+    """Say what a reader decided, for whoever sees nothing but the refusal."""
+    decided = ["as chats"] * loaded.is_chat + list(loaded.notes)
+    return f" ({'; '.join(decided)})" if decided else ""
+
+
 def load_dataset(
     config: RunConfig, base: Path, rows: Memory | None = None, *, key: RecordKey | None = None
 ) -> Dataset:
@@ -267,8 +273,8 @@ def load_dataset(
     if loaded.held_out and privacy.unit != "none" and config.task.validation != "hold_out":
         total = len(loaded.train) + len(loaded.validation)
         raise DataError(
-            f"{config.task.data}: its {total:,} rows were read; it has no public validation part; give one, "
-            f"or say task.validation = 'hold_out': then {loaded.held_out:,} of its rows leave the private "
-            "part and are public for good"
+            f"{config.task.data}: its {total:,} rows were read{_how_read(loaded)}; it has no public "
+            "validation part; give one, or say task.validation = 'hold_out': then "
+            f"{loaded.held_out:,} of its rows leave the private part and are public for good"
         )
     return loaded

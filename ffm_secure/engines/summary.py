@@ -40,6 +40,7 @@ from ffm_secure.queries import agenda, evaluation
 from ffm_secure.queries.base import Setting, recall
 from ffm_secure.records import (
     AuditSummary,
+    ClassMeasures,
     ClientOutcome,
     DataRelease,
     Observer,
@@ -53,6 +54,8 @@ from ffm_secure.records import (
 from ffm_secure.report.outcome import best_of
 from ffm_secure.server.rounds import stage_scores
 from ffm_secure.strategies import ServerState
+from ffm_secure.tasks.base import Classification
+from ffm_secure.tasks.measures import class_measures
 
 _BACKENDS: Mapping[str, Kind] = {"none": "plain", "secagg": "masking", "bfv": "bfv", "ckks": "ckks"}
 _PACKAGES = (
@@ -215,7 +218,24 @@ def public_summary(
         round_best=None if best is None else best.round,
         metric_best=None if best is None else best.metric,
         ended=ended,
+        classes=_class_measures(prepared, trained, public),
     )
+
+
+def _class_measures(prepared: Prepared, trained: TrainingResult, public: Examples) -> ClassMeasures | None:
+    """Measure the last round's model class by class on public rows; None where it does not classify, or where
+    owners keep a part of it.
+    """
+    task, trainable = prepared.task, prepared.trainable
+    if not isinstance(task, Classification) or prepared.spec.strategy.home or not trained.records:
+        return None
+    before = trainable.flatten()
+    trainable.load_vector(trained.state.vector)
+    try:
+        chances = task.chances(trainable.model, task.encode(public), device=prepared.spec.device)
+    finally:
+        trainable.load_vector(before)
+    return class_measures(chances, task.labels(public), task.data.label_names)
 
 
 def _digests(ready: Simulation, trained: TrainingResult) -> dict[str, str]:

@@ -11,6 +11,7 @@ from ffm_secure.report.markup import OBSERVERS, Column, Html, facts, folded, num
 from ffm_secure.report.page import all_notices, masthead_line
 from ffm_secure.report.sections.attacks import attacks_body
 from ffm_secure.report.sections.audit import audit_body, curves_body
+from ffm_secure.report.sections.classes import classes_body
 from ffm_secure.report.sections.clients import clients_body
 from ffm_secure.report.sections.evaluation import evaluation_body
 from ffm_secure.report.sections.personal import personal_body
@@ -31,6 +32,7 @@ def render_details_html(summary: RunSummary) -> str:
     sections = [
         Section(name="plan", heading="Plan", body=_plan_body(summary)),
         Section(name="utility", heading="What was learned", body=utility_body(summary)),
+        *_by_class(summary),
         *_staged(summary),
         *_evaluated(summary),
         Section(name="spent", heading="What was spent", body=spent_body(summary)),
@@ -53,6 +55,13 @@ def render_details_html(summary: RunSummary) -> str:
         footer=(*_BACK, ". The same figures, exact, are in report.json."),
         notices=all_notices(summary),
     )
+
+
+def _by_class(summary: RunSummary) -> tuple[Section, ...]:
+    """Return the section on the classes, where the model tells any apart."""
+    if summary.classes is None:
+        return ()
+    return (Section(name="classes", heading="Class by class", body=classes_body(summary.classes)),)
 
 
 def _evaluated(summary: RunSummary) -> tuple[Section, ...]:

@@ -20,6 +20,14 @@ _PIPELINES = {
     "image_classification": "image-classification",
     "sequence_to_sequence": "text2text-generation",
 }
+# Layouts of what a causal model goes on from, as a text that asks.
+_QUESTIONS = {"answered": r'"A prompt to answer.\n"', "lines": r'"user: A question.\nassistant: "'}
+_TEMPLATED = """tokenizer.apply_chat_template(
+    [[{"role": "user", "content": "A question."}]],
+    add_generation_prompt=True,
+    return_tensors="pt",
+    return_dict=True,
+)"""
 
 
 def model_card(export: ModelExport, summary: RunSummary) -> str:
@@ -81,8 +89,12 @@ def answering_code(export: ModelExport) -> str:
     if export.task == "image_classification":
         batch = 'processor(Image.open("picture.png"), return_tensors="pt")'
     else:
-        text = '"Two plus " + tokenizer.mask_token' if export.task == "masked_lm" else '"A text to judge."'
+        text = _QUESTIONS.get(export.layout, '"A text to judge."')
+        if export.task == "masked_lm":
+            text = '"Two plus " + tokenizer.mask_token'
         batch = f'tokenizer([{text}], padding=True, truncation=True, return_tensors="pt")'
+    if export.layout == "template":
+        batch = _TEMPLATED
     if export.task == "sequence_to_sequence":
         return "\n".join(
             [
@@ -189,6 +201,12 @@ def _metrics(summary: RunSummary) -> str:
         ("before training", summary.metric_zero_round),
         ("always the commonest label", summary.metric_majority),
     ]
+    if summary.classes is not None:
+        rows += [
+            ("macro F1", summary.classes.macro_f1),
+            ("balanced accuracy", summary.classes.balanced_accuracy),
+            ("calibration error", summary.classes.calibration_error),
+        ]
     lines = [f"| {summary.metric_name} on public validation rows | |", "|---|---|"]
     return "\n".join(
         [*lines, *(f"| {name} | {metric(value)} |" for name, value in rows if value is not None)]

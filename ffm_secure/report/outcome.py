@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ffm_secure.records import RoundRecord, RunSummary
-from ffm_secure.quantities import figure
+from ffm_secure.records import ClassMeasures, RoundRecord, RunSummary
+from ffm_secure.quantities import figure, metric
 
 
 def warnings(summary: RunSummary) -> list[str]:
@@ -63,3 +63,12 @@ def beats(summary: RunSummary, other: float) -> bool:
     if math.isnan(other):
         return True
     return summary.metric_final > other if summary.higher_is_better else summary.metric_final < other
+
+
+def class_line(measures: ClassMeasures) -> str:
+    """Say in a line how a classifier answers public rows, beyond the share it gets right."""
+    return (
+        f"classes  macro F1 {metric(measures.macro_f1)}, balanced accuracy "
+        f"{metric(measures.balanced_accuracy)}, calibration error "
+        f"{metric(measures.calibration_error)} on {measures.rows:,} public rows"
+    )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ffm_secure.errors import ModelError
 from ffm_secure.foreign import Cells
 from ffm_secure.models.backbone import Backbone
+from ffm_secure.records import Layout
 from ffm_secure.tasks.encoded import Encoded, EncodedText
 
 
@@ -88,6 +89,11 @@ class Task:
     def full_lengths(self, examples: Columns) -> NDArray[np.int64] | None:
         """Count the tokens of each text before it is cut, int64 [n]; None where there is no text."""
         return None
+
+    @property
+    def layout(self) -> Layout:
+        """Say how a model is given what it goes on from."""
+        return "text"
 
     def unanswered(self, examples: Columns) -> float | None:
         """Return the share of examples whose answer is cut off whole; None where all of a text is learned."""
@@ -174,6 +180,15 @@ class Classification(Task):
         if len(training_labels) == 0 or len(wanted) == 0:
             return None
         return float(np.mean(wanted == np.bincount(training_labels).argmax()))
+
+    def chances(self, model: nn.Module, encoded: Encoded, *, device: str = "cpu") -> NDArray[np.float64]:
+        """Return the probability of every class for every row, float64 [n, classes]."""
+        chances = np.zeros((len(encoded), int(self.backbone.config.num_labels)))
+        with _evaluating(model):
+            for indices in _by_length(encoded, 64):
+                scores = logits(model, self.evaluation_batch(encoded, indices, device))
+                chances[indices] = scores.double().softmax(dim=1).cpu().numpy()
+        return chances
 
     def labels(self, examples: Columns) -> NDArray[np.int64]:
         """Return the labels, checked against the number of classes of the model."""

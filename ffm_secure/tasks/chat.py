@@ -14,6 +14,9 @@ from ffm_secure.tasks.marks import marks_of, stand_ins, without_stand_ins
 
 Span = tuple[int, int]  # first character, and the one after the last
 
+Turn = tuple[str, str]  # role, content
+_ANSWER = 0xF8F0  # a private character that stands for an answer; stand-ins of marks are counted from below
+
 NO_TEMPLATE = "the tokenizer has no chat template: each turn is written as a line 'role: words'"
 
 
@@ -24,6 +27,17 @@ class Rendered:
     text: str = field(repr=False)  # private
     answers: tuple[Span, ...]
     quoted: tuple[Span, ...] = ()  # where somebody wrote what reads like a mark of the model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Hold a chat up to where the assistant is to speak, and what the model's template writes behind an
+    answer.
+    """
+
+    text: str = field(repr=False)
+    quoted: tuple[Span, ...] = ()
+    behind: str = ""
 
 
 def has_template(tokenizer: ModelTokenizer) -> bool:
@@ -54,6 +68,45 @@ def render_all(tokenizer: ModelTokenizer, packed: Sequence[str]) -> list[Rendere
             "them into the order of roles it expects, or choose another model"
         )
     return rendered
+
+
+def render_question(tokenizer: ModelTokenizer, turns: Sequence[Turn]) -> Question:
+    """Write a chat that the assistant is to go on with.
+
+    Guarantee: the text is what a chat of training begins with that has the same turns and one answer more.
+    Raises:
+      ModelError: the template refuses the chat.
+    """
+    pattern = marks_of(tokenizer).pattern()
+    letters = set("".join(chain.from_iterable(turns)))
+    answer = next(
+        chr(code) for code in range(_ANSWER, _ANSWER + len(letters) + 1) if chr(code) not in letters
+    )
+    try:
+        chat = _quoting(tokenizer, [*turns, ("assistant", answer)], pattern)
+    except Exception as error:  # as above
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ModelError(
+            f"the chat template refuses this chat ({reason}); bring its turns into the order of roles it "
+            "expects"
+        ) from None
+    place = chat.text.rfind(answer)
+    if place < 0:
+        raise ModelError(
+            "the chat template writes no word of an answer; answer with transformers and a template that does"
+        )
+    quoted = tuple(span for span in chat.quoted if span[1] <= place)
+    return Question(text=chat.text[:place], quoted=quoted, behind=chat.text[place + 1 :])
+
+
+def end_of_answer(tokenizer: ModelTokenizer, behind: str) -> tuple[int, ...]:
+    """Return the mark that ends an answer: the first one a template writes behind it."""
+    marks = marks_of(tokenizer)
+    pattern = marks.pattern()
+    mark = pattern.search(behind) if pattern is not None else None
+    if mark is None:
+        return ()
+    return tuple(token for token, word in marks.words.items() if word == mark.group())
 
 
 def _quoting(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ffm_secure.errors import ModelError
 from ffm_secure.models.backbone import Backbone
+from ffm_secure.records import Layout
 from ffm_secure.tasks.base import Classification, Columns, Task, TaskData, as_indices, logits, text_columns
 from ffm_secure.tasks.chat import NO_TEMPLATE, has_template, render_all
 from ffm_secure.tasks.encoded import (
@@ -130,6 +131,13 @@ class CausalLM(TextTask):
             )
         if data.is_chat and not has_template(self.tokenizer):
             self.notes = (NO_TEMPLATE,)
+
+    @property
+    def layout(self) -> Layout:
+        """Say how the model is given what it goes on from."""
+        if self.data.is_chat:
+            return "template" if has_template(self.tokenizer) else "lines"
+        return "answered" if self.data.answered else "text"
 
     def encode(self, examples: Columns) -> EncodedText:
         """Tokenise the texts or chats, cut to `max_length` tokens."""

@@ -18,7 +18,7 @@ from ffm_secure.errors import ModelError
 from ffm_secure.foreign import LibraryModel, ModelOutput
 from ffm_secure.record_codec import read_json
 from ffm_secure.models.backbone import AUTO, Backbone, fingerprint, quiet
-from ffm_secure.records import ModelExport
+from ffm_secure.records import Layout, ModelExport
 from ffm_secure.trainable.base import TrainableModel
 from ffm_secure.trainable.complete import SOFT, complete_model, soft_prompt, with_prompt_words
 from ffm_secure.trainable.lora import TASK_TYPES, FoldedLora
@@ -39,6 +39,7 @@ def export(
     *,
     max_length: int,
     text_columns: tuple[str, ...] = (),
+    layout: Layout = "text",
 ) -> ModelExport:
     """Write the trained part, and beside it whatever stock libraries need to compute what it computes.
 
@@ -76,6 +77,7 @@ def export(
         virtual=virtual,
         labels=_labels(backbone),
         text_columns=text_columns,
+        layout=layout,
         key_mapping=dict(backbone.key_mapping),
     )
     (folder / RECORD).write_text(json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n")

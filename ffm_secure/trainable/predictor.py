@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,19 +19,20 @@ from ffm_secure.models.model_checks import start_token
 from ffm_secure.records import ModelExport
 from ffm_secure.registry import TASKS
 from ffm_secure.tasks import Task, build_task
-from ffm_secure.tasks.chat import has_template
-from ffm_secure.tasks.encoded import encode_texts
+from ffm_secure.tasks.chat import Turn, end_of_answer, has_template, render_question
+from ffm_secure.tasks.encoded import encode_answered, encode_texts
 from ffm_secure.trainable import TrainableModel, attach
 from ffm_secure.trainable.exports import read_record
 
 NEW_TOKENS = 32  # how far a text is continued
 _AT_ONCE = 32
+_LONGEST = 10**6  # tokens of a text, for models that know no bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Hold one answer: a label with its probability, a continued text (score None), or a text with its hidden
-    words restored.
+    """Hold one answer: a label with its probability, a continued text or the answer to a prompt or a chat
+    (score None), or a text with its hidden words restored.
     """
 
     answer: str
@@ -158,18 +159,68 @@ class Predictor:
             ]
         return scores.float()
 
-    def _continue(self, text: str) -> Prediction:
-        """Continue a text with the likeliest token, one at a time."""
+    def chats(self, chats: Sequence[Sequence[Turn]]) -> list[Prediction]:
+        """Answer chats, each a list of (role, content), as the assistant; an answer at the end is left out.
+
+        Raises:
+          ModelError: the model learned no chats, or its template refuses one of these.
+        """
+        if not self.answers_chats:
+            raise ModelError("the model learned no chats; give it texts")
+        return [self._reply(_asked(turns)) for turns in chats]
+
+    @property
+    def answers_chats(self) -> bool:
+        """Tell whether the model learned chats."""
+        return self.export.layout in ("lines", "template")
+
+    def _reply(self, turns: Sequence[Turn]) -> Prediction:
+        """Answer a chat written as in training, up to the mark behind an answer."""
         tokenizer = self._tokenizer()
-        limit = self.trainable.backbone.max_positions or 10**9
-        tokens = self._tokens(text)
-        prompt_length = len(tokens)
-        while len(tokens) - prompt_length < NEW_TOKENS and len(tokens) + _room(self.trainable) < limit:
-            token = int(self._token_scores(tokens)[-1].argmax())
-            if token == tokenizer.eos_token_id:
+        question = render_question(tokenizer, turns)
+        templated = self.export.layout == "template"
+        limit = (self.trainable.backbone.max_positions or _LONGEST) - _room(self.trainable)
+        encoded = encode_answered(
+            tokenizer,
+            [question.text],
+            [()],
+            max_length=limit,
+            special=not templated,
+            quoted=[question.quoted] if templated else None,
+        )
+        tokens = self._without_end(encoded.tokens.tolist())
+        if len(tokens) >= limit:
+            raise ModelError(
+                f"a chat leaves no room for an answer within the {limit} places of the model; shorten it"
+            )
+        words = self._decoded(
+            self._grown(tokens, ends=end_of_answer(tokenizer, question.behind))[len(tokens) :]
+        )
+        if not templated:
+            words = words.split("\nuser: ")[0]
+        return Prediction(answer=words.strip())
+
+    def _continue(self, text: str) -> Prediction:
+        """Continue a text with the likeliest token, one at a time; of a prompt return the answer alone."""
+        if self.export.layout == "answered":
+            tokens = self._tokens(text + "\n")  # what parts a prompt from its answer in training
+            return Prediction(answer=self._decoded(self._grown(tokens)[len(tokens) :]).strip())
+        return Prediction(answer=self._decoded(self._grown(self._tokens(text))))
+
+    def _grown(self, tokens: Sequence[int], *, ends: Collection[int] = ()) -> list[int]:
+        """Return the tokens with the likeliest ones behind them, up to one that ends the answer."""
+        stops = {self._tokenizer().eos_token_id, *ends}
+        limit = self.trainable.backbone.max_positions or _LONGEST
+        grown = list(tokens)
+        while len(grown) - len(tokens) < NEW_TOKENS and len(grown) + _room(self.trainable) < limit:
+            token = int(self._token_scores(grown)[-1].argmax())
+            if token in stops:
                 break
-            tokens.append(token)
-        return Prediction(answer=str(tokenizer.decode(tokens, skip_special_tokens=True)))
+            grown.append(token)
+        return grown
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer().decode(list(tokens), skip_special_tokens=True))
 
     def _write(self, text: str) -> Prediction:
         """Write the likeliest answer to a prompt, one token at a time."""
@@ -216,15 +267,27 @@ class Predictor:
             tokens = list(tokenizer(text, truncation=True, max_length=length)["input_ids"])
         else:
             tokens = encode_texts(tokenizer, [[text]], max_length=length, labels=None).tokens.tolist()
-        if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
-            tokens.pop()
-        return tokens or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
+        return self._without_end(tokens) or [tokenizer.bos_token_id or tokenizer.eos_token_id or 0]
+
+    def _without_end(self, tokens: list[int]) -> list[int]:
+        if len(tokens) > 1 and tokens[-1] == self._tokenizer().eos_token_id:
+            return tokens[:-1]
+        return tokens
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer; a model of texts has one."""
         tokenizer = self.trainable.backbone.tokenizer
         assert tokenizer is not None, "a model of texts has a tokenizer"
         return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _asked(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Leave out an answer that a chat ends with: it is what the model is asked for."""
+    if turns and turns[-1][0] == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise ModelError("a chat without a turn before the answer asks nothing; give one")
+    return turns
 
 
 def _room(trainable: TrainableModel) -> int:

@@ -136,3 +136,50 @@ def test_a_model_that_writes_runs_on_one_text(model: nn.Module, folder: Path) ->
         told = model(input_ids=READ, labels=READ).logits
     torch.testing.assert_close(alone, told)
     assert not writes(nn.Linear(2, 2))
+
+
+LEFT_OVER = {
+    "places of words": ("encoder.embed_positions", torch.arange(4)),
+    "a mask": ("encoder.block.0.mask", torch.ones(4, 4, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OVER)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_what_older_libraries_keep_beside_weights_is_left_out_and_said(
+    case: str, prefix: str, model: nn.Module, gradient: dict[str, Tensor]
+) -> None:
+    name, value = LEFT_OVER[case]
+    fitted = fit(seen({prefix + key: tensor for key, tensor in {**gradient, name: value}.items()}), model)
+    assert set(fitted.observation.tensors) == set(gradient)
+    assert fitted.notes[0] == (
+        f"tensors: {prefix}{name} holds no real numbers, has no place in the model and was left out"
+    )
+
+
+SHAPED = {
+    "laid flat": (lambda value: value.flatten(), "laid flat; record it in its own shape"),
+    "of single samples": (lambda value: value[None].repeat(2, 1, 1), "single samples do; record their mean"),
+    "of a larger vocabulary": (lambda value: torch.cat([value, value[:3]]), "a vocabulary that grew"),
+    "of eight bits": (
+        lambda value: (value * 1000).to(torch.int8),
+        "1 of .* whole numbers .*times their scale",
+    ),
+    "of another model": (lambda value: value[:, :3, None], "another model was trained"),
+}
+
+
+@pytest.mark.parametrize("case", SHAPED)
+def test_a_tensor_of_another_kind_is_refused_with_how_it_came_about(
+    case: str, model: nn.Module, gradient: dict[str, Tensor]
+) -> None:
+    change, words = SHAPED[case]
+    changed = {**gradient, "shared.weight": change(gradient["shared.weight"])}
+    with pytest.raises(ObservationError, match=words):
+        fit(seen(changed), model)
+
+
+def test_numbers_of_eight_bits_are_read(model: nn.Module, gradient: dict[str, Tensor]) -> None:
+    scale = max(float(value.abs().max()) for value in gradient.values())
+    narrow = {name: (value / scale).to(torch.float8_e4m3fn) for name, value in gradient.items()}
+    assert set(fit(seen(narrow), model).observation.tensors) == set(gradient)

@@ -141,7 +141,7 @@ def test_json_comes_as_list_columns_or_lines(tmp_path):
     ("content", "message"),
     [
         ('[{"text": "a"}, 3]', "item 1 is a int"),
-        ('[{"text": "a"}, {"body": "b"}]', "item 1 differs from item 0 in the keys text, 1 of its own"),
+        ('[{"text": "a"}, {"body": "b"}]', "item 1 lacks 'text' and has 1 more key than item 0; give all"),
         ('{"a": [1], "b": {"c": 1}}', "without one list of rows"),
         ("[{", "is not JSON"),
         ("3", "is a int"),

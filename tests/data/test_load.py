@@ -333,7 +333,7 @@ BAD = {
     "other keys": (
         TEXT,
         file_with("train.jsonl", '{"text": "a"}\n\n{"label": 0}\n'),
-        "line 3 differs from line 1",
+        "line 3 lacks 'text' and has 1 more key than line 1",
     ),
     "NaN in JSON": (TEXT, file_with("train.jsonl", '{"text": "a", "label": NaN}\n'), "NaN is not JSON"),
     "deep JSON": (TEXT, file_with("train.jsonl", "[" * 100_000 + "\n"), "line 1 is not JSON"),

@@ -433,8 +433,8 @@ CHATS = {
         chats(str(turns(SECRET, "b"))), "no JSON .*double quotes.*rows in all", kind=CAUSAL
     ),
     "texts of JSON are chats": reads(chats(json.dumps(turns("a", "b"))), lambda d: d.is_chat, kind=CAUSAL),
-    "a chat that says nothing of an assistant is said": reads(
-        chats(turns("a", "b", roles=("user",))), kind=CAUSAL
+    "a chat that says nothing of an assistant is refused": refuses(
+        chats(turns("a", "b", roles=("user",))), "turns of an assistant", kind=CAUSAL
     ),
 }
 PICTURES = {
@@ -503,7 +503,7 @@ PICTURES = {
     "files of other kinds are said to be left out": reads(
         beside(pictures(image("L", 9)), ("train/cat/photo.heic", b"x"), ("train/fox/a.heic", b"x")),
         lambda d: d.label_names == ("cat", "dog"),
-        said="'fox' hold no picture",
+        said="'fox' holds no picture",
         kind=PICTURE,
     ),
 }

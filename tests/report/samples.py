@@ -11,6 +11,7 @@ from typing import Any
 from ffm_secure.records import (
     AuditFinding,
     AuditSummary,
+    ClassMeasures,
     ClientOutcome,
     DataRelease,
     LeakCurve,
@@ -440,6 +441,14 @@ def private(**changes: Any) -> RunSummary:
             max_length=64,
             cut=0.0317,
         ),
+        "classes": ClassMeasures(
+            names=("cardiology", "neurology", "nephrology"),
+            rows=100,
+            macro_f1=0.8312,
+            balanced_accuracy=0.8297,
+            calibration_error=0.0519,
+            confusion=((40, 3, 2), (4, 29, 2), (1, 3, 16)),
+        ),
     }
     values |= changes
     best = best_of(values["rounds"], higher_is_better=values["higher_is_better"])
@@ -555,6 +564,7 @@ def perplexity() -> RunSummary:
     )
     return private(
         name="shakespeare",
+        classes=None,
         rounds=records,
         clients=moved,
         metric_name="perplexity",

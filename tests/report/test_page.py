@@ -15,6 +15,7 @@ import pytest
 
 from ffm_secure.records import RunSummary
 from ffm_secure.report.details import render_details_html, render_internal_html
+from ffm_secure.report import outcome
 from ffm_secure.report.document import render_html, render_json
 from ffm_secure.report.release import released
 from ffm_secure.quantities import INFINITE, bound, figure, size, small
@@ -208,8 +209,8 @@ def test_sections_come_in_order_after_the_warnings() -> None:
         "data",
         "people",
     ]
-    beside = "plan utility spent statements bounds cost participation attacks configuration software ledger"
-    assert sections(details(summary)) == ["Warnings", *beside.split()]
+    beside = "plan utility classes spent statements bounds cost participation attacks"
+    assert sections(details(summary)) == ["Warnings", *beside.split(), "configuration", "software", "ledger"]
     assert sections(internal(summary)) == ["Warnings", "audit", "clients"]
 
 
@@ -441,3 +442,17 @@ def test_epsilon_is_drawn_over_rounds_where_accountants_agree(share: float, draw
     ]
     text = render_details_html(released(dataclasses.replace(whole, rounds=tuple(traced))))
     assert ("this is the value at the end" not in text) is drawn
+
+
+def test_classes_are_told_apart_in_the_details_and_in_a_line() -> None:
+    summary = samples.private()
+    page = render_details_html(summary)
+    for words in ("Macro F1", "0.8312", "Who is taken for whom", "Balanced accuracy", "0.0519"):
+        assert words in page
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page[page.index("Public rows by class") :])
+    assert cells[:4] == ["45", "0.8889", "0.8889", "0.8889"]  # 40 of 45 answered, 40 of 45 that are
+    assert summary.classes is not None
+    assert outcome.class_line(summary.classes) == (
+        "classes  macro F1 0.8312, balanced accuracy 0.8297, calibration error 0.0519 on 100 public rows"
+    )
+    assert "Macro F1" not in render_details_html(samples.perplexity())
