@@ -31,7 +31,7 @@ from attacks.judge import (
     tried,
 )
 from attacks.observation import Observation
-from attacks.rehearsal import cannot_rehearse, rehearse, unlike
+from attacks.rehearsal import Rehearsals, cannot_rehearse, unlike
 from attacks.scoring import read_tokens
 from attacks.truth import Truth
 
@@ -55,15 +55,35 @@ class Examined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """Hold what all attacks on one observation share: rehearsals and noise in its shape, made once."""
+    """Hold what all attacks on one observation share: rehearsals and noise in its shape, made once, and only
+    where an attack asks for them.
+    """
 
     observation: Observation
     model: nn.Module | None
     truth: Truth | None
-    rehearsals: tuple[tuple[Observation, Truth], ...]
+    stages: Rehearsals | None
     noise: nulls.Noise
     null_steps: float
     drawn: dict[int, Observation] = field(default_factory=dict)
+    controls: dict[int, tuple[Observation, Truth] | None] = field(default_factory=dict)
+
+    def rehearsals(self, cost: float) -> tuple[tuple[Observation, Truth], ...]:
+        """Return rehearsals for an attack that takes `cost` steps.
+
+        Without the truth there are several, for confidences to be calibrated on, unless making them or
+        attacking them takes more steps than one attack may spend on noise.
+        """
+        if self.stages is None:
+            return ()
+        several = REHEARSALS if self.truth is None else 1
+        if max(cost, self.stages.cost(self.observation)) * several > self.null_steps:
+            several = 1
+        for seed in range(several):
+            if seed not in self.controls:
+                self.controls[seed] = self.stages.of(self.observation, seed)
+        chosen = [self.controls[seed] for seed in range(several)]
+        return tuple(one for one in chosen if one is not None)
 
     def silence(self, number: int) -> Observation:
         """Return one noise: its zeros move where the truth is known, and stay where only confidence is."""
@@ -77,13 +97,6 @@ class Study:
         reason = "no control: no undefended step of this model could be rehearsed"
         return cannot_rehearse(self.observation) or reason
 
-    @property
-    def doubt(self) -> str:
-        """Say in what the control had to guess the setting."""
-        if self.rehearsals:
-            return unlike(self.observation, self.rehearsals[0][1])
-        return ""
-
 
 def study(
     observation: Observation,
@@ -91,25 +104,25 @@ def study(
     truth: Truth | None,
     *,
     unused: Truth | None = None,
+    stages: Rehearsals | None = None,
     null_steps: float,
 ) -> Study:
     """Prepare an observation; `unused` holds records of the same kind that nobody trained on.
 
+    `stages` rehearses this and other observations of the same model; a new one is taken where it is None.
     `null_steps` is how many steps one attack may spend on noise.
     """
     if truth is not None and model is not None:
         truth = replace(truth, vocabulary=vocabulary_of(model))
     if truth is not None and unused is not None:
         truth = replace(truth, others=unused.sequences or (), other_labels=unused.labels or ())
-    seeds = range(REHEARSALS if truth is None else 1)
-    rehearsals = []
-    for seed in seeds:
-        rehearsals.append(None if model is None else rehearse(observation, model, seed=seed, like=unused))
+    if stages is None and model is not None:
+        stages = Rehearsals(model=model, like=unused)
     return Study(
         observation=observation,
         model=model,
         truth=truth,
-        rehearsals=tuple(one for one in rehearsals if one is not None),
+        stages=stages,
         noise=nulls.study(observation),
         null_steps=null_steps,
     )
@@ -183,12 +196,12 @@ def _question(attack: Attack, scene: Study, budget: Budget) -> Question:
     """Run one attack on the observation, on rehearsals and on noise."""
     prior = Prior()
     attempt = tried(attack, scene.observation, scene.model, prior, budget, scene.truth)
+    rehearsals: tuple[tuple[Observation, Truth], ...] = ()
     if attempt[0].applicable:
-        rehearsals = scene.rehearsals
-    else:
-        rehearsals = ()
-    if attempt[0].steps * len(rehearsals) > scene.null_steps:
-        rehearsals = rehearsals[:1]
+        rehearsals = scene.rehearsals(attempt[0].steps)
+    doubt = ""
+    if rehearsals:
+        doubt = unlike(scene.observation, rehearsals[0][1])
     controls = []
     for other, true in rehearsals:
         controls.append(tried(attack, other, scene.model, prior, budget, true))
@@ -199,7 +212,7 @@ def _question(attack: Attack, scene: Study, budget: Budget) -> Question:
     never = ""
     if attack.family == "active":
         never = UNCRAFTED
-    blank = Question(seen=attempt, control=control, doubt=scene.doubt, missing=scene.missing, never=never)
+    blank = Question(seen=attempt, control=control, doubt=doubt, missing=scene.missing, never=never)
 
     def silence(number: int) -> Result:
         return tried(attack, scene.silence(number), scene.model, prior, budget, scene.truth)

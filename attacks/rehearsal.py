@@ -10,14 +10,15 @@ sparsifier dropped. Noise is the negative control.
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from attacks import nulls
+from attacks import nulls, steps
 from attacks.foreign import Configuration
 from attacks.inversion.channels import ended
 from attacks.observation import Observation
@@ -28,7 +29,13 @@ _PATCH = 4  # invented pictures are drawn at a fourth of their side and smoothed
 _REPEATS = 0.2  # of the words of a text were in it before
 _MOMENTUM = 0.9
 _IGNORED = -100  # the label of a position that no loss counts
+_HELD = 4  # changes at once: those of one round, each as large as what is trained
 OPTIMISERS = ("sgd", "adam", "adamw")  # and "sgd with momentum"
+# What a rehearsed change is made by, beside the broadcast and the names of what is trained.
+_REHEARSED_FACTS = (
+    "batch_size", "lengths", "sequence_length", "local_steps", "optimiser", "learning_rate", "weight_decay",
+    "dropout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,8 +162,105 @@ def rehearse(
     None when the model takes no batch that can be invented, does not train the observed tensors, or the
     optimiser is not known here.
     """
-    if cannot_rehearse(observation):
-        return None
+    return Rehearsals(model=model, like=like).of(observation, seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Setting:
+    """Hold all that a rehearsed change depends on, beside the model and the records it is made of."""
+
+    seed: int
+    content: str
+    contributors: int
+    names: tuple[str, ...]
+    broadcast: bytes
+    facts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Change:
+    """Hold what invented data changed, undefended, and the truth about them."""
+
+    tensors: dict[str, Tensor]
+    truth: Truth
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """Hold a change, None where none could be made, and the steps it took."""
+
+    change: _Change | None
+    cost: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsals:
+    """Rehearse observations of one model; those of the same setting share what training on invented data
+    cost.
+
+    Observers of one round see the same broadcast and the same local steps, so one rehearsal serves them all:
+    only the rounding and the zeros of what each of them saw are put on it anew. `like` holds records of the
+    same kind that nobody trained on. Assumes: nobody changes the model in between.
+    """
+
+    model: nn.Module
+    like: Truth | None = None
+    _made: dict[_Setting, _Made] = field(default_factory=dict)
+
+    def of(self, observation: Observation, seed: int) -> tuple[Observation, Truth] | None:
+        """Return what `rehearse` says of an observation."""
+        change = self._once(observation, seed).change
+        if change is None:
+            return None
+        tensors = {}
+        for name, value in change.tensors.items():
+            tensors[name] = _like_observed(value, observation.tensors[name])
+        return _undefended(observation, tensors), change.truth
+
+    def cost(self, observation: Observation) -> float:
+        """Return the steps that a rehearsal of an observation takes, whether or not it was made before."""
+        return self._once(observation, 0).cost
+
+    def _once(self, observation: Observation, seed: int) -> _Made:
+        if cannot_rehearse(observation):
+            return _Made(change=None, cost=0.0)
+        setting = _setting(observation, seed)
+        if setting not in self._made:
+            if len(self._made) >= _HELD:
+                del self._made[next(iter(self._made))]
+            began = steps.so_far()
+            change = _change(observation, self.model, seed, self.like)
+            self._made[setting] = _Made(change=change, cost=steps.so_far() - began)
+        return self._made[setting]
+
+
+def _setting(observation: Observation, seed: int) -> _Setting:
+    facts = []
+    for name in _REHEARSED_FACTS:
+        facts.append(repr(observation.known(name)))
+    facts.append(repr(observation.metadata.get("momentum")))
+    return _Setting(
+        seed=seed,
+        content=observation.content,
+        contributors=observation.contributors,
+        names=tuple(sorted(observation.tensors)),
+        broadcast=_digest(observation.broadcast or {}),
+        facts=tuple(facts),
+    )
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return what tells tensors with their names from all others."""
+    digest = hashlib.blake2b()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _change(observation: Observation, model: nn.Module, seed: int, like: Truth | None) -> _Change | None:
+    """Train on invented data as all contributors did; None where that cannot be."""
     client = _broadcast(observation, model)
     trained = {}
     for name, value in client.named_parameters():
@@ -174,9 +278,9 @@ def rehearse(
             again.add(name)
     if not trained or set(observation.tensors) - set(trained) - again - buffers:
         return None
-    steps = 1
+    count = 1
     if observation.content == "delta":
-        steps = int(observation.known("local_steps") or 1)
+        count = int(observation.known("local_steps") or 1)
     total = {}
     for name, value in trained.items():
         total[name] = torch.zeros_like(value)
@@ -184,7 +288,7 @@ def rehearse(
     try:
         for contributor in range(observation.contributors):
             batches = []
-            for step in range(steps):
+            for step in range(count):
                 batches.append(
                     invented_batch(
                         client,
@@ -206,10 +310,7 @@ def rehearse(
                 truths.append(truth)
     except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):  # a model of another make
         return None
-    tensors = {}
-    for name, change in total.items():
-        tensors[name] = _like_observed(change, observation.tensors[name])
-    return _undefended(observation, tensors), _together(truths)
+    return _Change(tensors=total, truth=_together(truths))
 
 
 def _broadcast(observation: Observation, model: nn.Module) -> nn.Module:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attacks.contract import Attack
 from attacks.examine import Examined, examine, study
+from attacks.rehearsal import Rehearsals
 from attacks.observation import Fact, Knowledge, Observation
 from attacks.truth import Truth, load_truth
 from ffm_secure.auditing.budget import NULL_STEPS, AuditBudget, not_run
@@ -147,6 +148,7 @@ def audit_recorded(
     of many clients in the clear the first one stands for all.
     """
     attacker_model = attackable(model)
+    stages = Rehearsals(model=attacker_model)  # of one round, for all its observers
     asked: set[tuple[str, int]] = set()
     for one in recorded(model, folder):
         description = one.description
@@ -155,7 +157,9 @@ def audit_recorded(
             continue
         asked.add(place)
         start = model.trainable.flatten()
-        scene = study(one.observation, attacker_model, one.truth, null_steps=NULL_STEPS[budget.name])
+        scene = study(
+            one.observation, attacker_model, one.truth, stages=stages, null_steps=NULL_STEPS[budget.name]
+        )
         for result in examine(scene, budget.budget, budget.refusal, attacks):
             yield replace(_finding(result, description, decode), source="recorded", round=description.round)
         model.trainable.load_vector(start)

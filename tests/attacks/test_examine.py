@@ -15,7 +15,8 @@ from attacks import Budget, Finding, Item, Knowledge, Observation, PlainAttack, 
 from attacks.contract import Attack
 from attacks.examine import Examined, examine, leaks, study
 from attacks.registry import ATTACKS, build
-from attacks.rehearsal import rehearse
+from attacks.rehearsal import Rehearsals, rehearse
+from attacks.steps import counted, so_far
 from attacks.truth import Truth
 from benchmarks import verdicts as bench
 from tests.attacks import models
@@ -167,3 +168,42 @@ def test_an_attack_as_sure_on_noise_proves_nothing_without_a_truth() -> None:
     attack = PlainAttack(name="sure", family="presence", attempt=sure)
     audit = replace(next(bench.undefended_audits(1)), truth=None)
     assert audited(audit, attacks=[attack])["sure"].judgement.verdict == "inconclusive"
+
+
+def test_observers_of_one_round_share_a_rehearsal_and_get_what_each_would_alone() -> None:
+    """Only what a rehearsed change depends on may be shared: any of its facts makes it another one."""
+    audit = list(bench.undefended_audits(10))[8]
+    server = audit.seen
+    assert server.broadcast is not None
+    rounded = {name: value.to(torch.bfloat16).float() for name, value in server.tensors.items()}
+    same = [replace(server, observer="client"), server.replace_tensors(rounded)]
+    others = [replace(server, broadcast={name: 2 * value for name, value in server.broadcast.items()})]
+    for facts in ({"learning_rate": 0.3}, {"weight_decay": 0.5}, {"local_steps": 2}, {"optimiser": "sgd"}):
+        others.append(server.replace_tensors(server.tensors, **facts))
+    others.append(replace(server, knowledge=replace(server.knowledge, batch_size=2)))
+    with counted():
+        stages = Rehearsals(model=audit.model)
+        assert stages.of(server, 0) is not None
+        dear = stages.cost(server)
+        for view, shared in (*((one, True) for one in same), *((one, False) for one in others)):
+            began = so_far()
+            rehearsed = stages.of(view, 0)
+            spent, began = so_far() - began, so_far()
+            alone = rehearse(view, audit.model, seed=0)
+            assert (spent < so_far() - began - 0.5 * dear) == shared
+            assert alone is not None
+            assert rehearsed is not None
+            assert alone[1].sequences == rehearsed[1].sequences
+            for name, value in alone[0].tensors.items():
+                assert torch.equal(value, rehearsed[0].tensors[name])
+            assert stages.of(server, 0) is not None  # the latest are held
+
+
+def test_nothing_is_rehearsed_for_attacks_that_do_not_fit() -> None:
+    audit = next(bench.undefended_audits(1))
+    scene = study(audit.seen, audit.model, audit.truth, null_steps=500)
+    for name, rehearsed in (("position_vision", False), ("token_presence", True)):
+        (one,) = examine(scene, lambda _: Budget.quick(), lambda _: "", [build(name)])
+        assert one.judgement is not None
+        assert (one.judgement.verdict == "not applicable") != rehearsed
+        assert bool(scene.controls) == rehearsed
