@@ -1,7 +1,10 @@
-"""What carrying a secure round costs: its wall seconds less the computing of server and slowest site, side by
-side over the couriers.
+"""What carrying a secure round costs: its wall seconds less the slowest site's computing, side by side over
+the couriers.
 
-    python -m benchmarks.couriers [--sites 4] [--numbers 1000000] [--rounds 5] [--falls] [--json]
+    python -m benchmarks.couriers [--sites 4] [--numbers 1000000] [--rounds 5] [--couriers NAMES] [--json]
+    python -m benchmarks.couriers --table [--gibibytes 8]     # every size, each in a process of its own
+    python -m benchmarks.couriers --falls
+    python -m benchmarks.couriers --echo 100000000            # one large message to a site and back
 
 A round is what a run sends: the model to every site, then ffm-secagg/2 in active mode, whose opened sum is
 compared with the plain one. Sites are threads of this process behind their couriers; over NVFlare every
@@ -18,6 +21,8 @@ import os
 import platform
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -97,7 +102,12 @@ class Round:
 
     @property
     def overhead(self) -> float:
-        """Return what carrying took."""
+        """Return what the slowest site did not take."""
+        return self.wall - self.sites
+
+    @property
+    def carrying(self) -> float:
+        """Return what neither the slowest site nor the server's own computing took."""
         return self.wall - self.sites - self.server
 
 
@@ -184,6 +194,14 @@ def vectors_held(
 
 
 @contextlib.contextmanager
+def over_local(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCourier]:
+    """Call the sites in this process."""
+    courier = InProcessCourier({site.number: site.handle for site in sites})
+    yield courier
+    courier.close()
+
+
+@contextlib.contextmanager
 def over_nvflare(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCourier]:
     """Start a federation of machines on loopback whose services are these sites."""
     names = [f"s{number}" for number in range(len(sites))]
@@ -197,6 +215,25 @@ def over_nvflare(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineC
         stack.callback(courier.close)
         courier.open(smallest=len(names), seconds=300.0)
         yield courier
+
+
+Opens = Callable[[Sequence[SecureSite], Path], contextlib.AbstractContextManager[MachineCourier]]
+COURIERS: Mapping[str, Opens] = {"local": over_local, "nvflare": over_nvflare}
+"""How a federation of these sites is opened over each engine; another engine adds its line."""
+
+
+def bytes_needed(names: Sequence[str], sites: int, numbers: int) -> int:
+    """Return about how many bytes of memory a measurement takes.
+
+    Everywhere every site's vector and one site's work on it; between processes also what every site's service
+    and job hold of a message at a time, what the server's job holds, and the processes themselves.
+    """
+    vector = 4 * numbers
+    needed = (sites + 3) * vector
+    if set(names) - {"local"}:
+        needed += sites * (3 * vector + 2 * vector + (300 << 20))
+        needed += 2 * min(sites * vector, 1 << 30) + (300 << 20)
+    return needed
 
 
 def falls(sites: int) -> dict[str, float]:
@@ -229,6 +266,27 @@ def falls(sites: int) -> dict[str, float]:
         return seconds
 
 
+def echo(size: int) -> dict[str, object]:
+    """Send one large message over NVFlare and get it back; return the seconds and what was held of it."""
+    names, content = ("s0", "s1"), np.random.default_rng(1).bytes(size)
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        machines = enrol(Path(place), names)
+        for name in names:
+            stack.callback(serve(machines.engine_folder(name), _slowly, RUN.__eq__).close)
+        stack.callback(machines.stop)
+        machines.start()
+        courier = machines.courier(RUN)
+        stack.callback(courier.close)
+        courier.open(smallest=len(names), seconds=300.0)
+        idle, began = job_memory(Path(place), "VmRSS"), time.perf_counter()
+        (reply,) = courier.send("echo", {0: content}, deadline=time.time() + 600.0)
+        seconds = time.perf_counter() - began
+        if isinstance(reply.content, Lost) or bytes(reply.content) != content:
+            raise AssertionError("it did not come back as it was sent")
+        busiest = job_memory(Path(place), "VmHWM")
+    return {"bytes": size, "seconds": seconds, "vectors_held": vectors_held(idle, busiest, size)}
+
+
 def _slowly(stage: str, message: bytes) -> bytes:
     if stage == "slow":
         time.sleep(float(message))
@@ -254,6 +312,7 @@ def summary(name: str, rounds: Sequence[Round], load: float) -> dict[str, object
         "site_seconds": statistics.median(item.sites for item in rounds),
         "server_seconds": statistics.median(item.server for item in rounds),
         "overhead_seconds": statistics.median(item.overhead for item in rounds),
+        "carrying_seconds": statistics.median(item.carrying for item in rounds),
         "overhead_least": min(item.overhead for item in rounds),
         "overhead_most": max(item.overhead for item in rounds),
         "stages": {
@@ -263,14 +322,17 @@ def summary(name: str, rounds: Sequence[Round], load: float) -> dict[str, object
     }
 
 
-def measure(sites: int, numbers: int, rounds: int) -> list[dict[str, object]]:
+def measure(sites: int, numbers: int, rounds: int, names: Sequence[str]) -> list[dict[str, object]]:
     """Carry rounds over every courier in turn."""
     parties = parties_of(sites, numbers)
-    local = InProcessCourier({site.number: site.handle for site in parties})
-    results: dict[str, list[Round]] = {"local": [], "nvflare": []}
-    with tempfile.TemporaryDirectory() as folder, over_nvflare(parties, Path(folder)) as nvflare:
-        couriers: dict[str, MachineCourier] = {"local": local, "nvflare": nvflare}
-        idle = job_memory(Path(folder), "VmRSS")
+    results: dict[str, list[Round]] = {name: [] for name in names}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        couriers = {}
+        for name in names:
+            (folder / name).mkdir()
+            couriers[name] = stack.enter_context(COURIERS[name](parties, folder / name))
+        idle = job_memory(folder, "VmRSS")
         number = 0
         for turn in range(rounds + 1):
             for name, courier in couriers.items():
@@ -278,11 +340,53 @@ def measure(sites: int, numbers: int, rounds: int) -> list[dict[str, object]]:
                 result = secure_round(courier, parties, number)
                 if turn:  # the first warms up
                     results[name].append(result)
-        busiest = job_memory(Path(folder), "VmHWM")
+        busiest = job_memory(folder, "VmHWM")
     load = os.getloadavg()[0]
     rows = [summary(name, items, load) for name, items in results.items()]
-    rows[-1]["vectors_held"] = vectors_held(idle, busiest, 4 * numbers)
+    for row in rows:
+        if row["courier"] == "nvflare":
+            row["vectors_held"] = vectors_held(idle, busiest, 4 * numbers)
     return rows
+
+
+SIZES = ((4, 1_000_000), (20, 1_000_000), (4, 25_000_000), (20, 25_000_000))
+
+
+def table(names: Sequence[str], rounds: int, gibibytes: float) -> None:
+    """Measure every size in a process of its own, those that fit; print one table."""
+    print("| sites | numbers | courier | round | less the slowest site | of that, the server's computing |")
+    print("|---|---|---|---|---|---|")
+    for sites, numbers in SIZES:
+        fitting = [name for name in names if bytes_needed([name], sites, numbers) <= gibibytes * (1 << 30)]
+        rows = _apart(fitting, sites, numbers, rounds if numbers < 10_000_000 else 2) if fitting else []
+        for row in rows:
+            seconds = [float(str(row[f"{kind}_seconds"])) for kind in ("wall", "overhead", "server")]
+            cells = " | ".join(f"{value:.2f} s" for value in seconds)
+            print(f"| {sites} | {numbers:,} | {row['courier']} | {cells} |", flush=True)
+        for name in names:
+            if name not in fitting:
+                needed = bytes_needed([name], sites, numbers) / (1 << 30)
+                print(f"| {sites} | {numbers:,} | {name} | needs about {needed:.0f} GiB | | |", flush=True)
+
+
+def _apart(names: Sequence[str], sites: int, numbers: int, rounds: int) -> list[dict[str, object]]:
+    """Measure one size in a process of its own, whose memory ends with it."""
+    words = ["--sites", str(sites), "--numbers", str(numbers), "--rounds", str(rounds), "--json"]
+    command = [sys.executable, "-m", "benchmarks.couriers", "--couriers", ",".join(names), *words]
+    ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return list(json.loads(ended.stdout.strip().splitlines()[-1])["rows"])
+
+
+def show(rows: Sequence[Mapping[str, object]], sites: int, numbers: int, rounds: int) -> None:
+    """Print the figures of one size."""
+    print(f"{sites} sites, {numbers:,} numbers; seconds, median of {rounds} rounds")
+    print(f"{'courier':>9} {'wall':>9} {'site':>9} {'server':>9} {'overhead':>9} {'least':>9} {'/first':>9}")
+    for row in rows:
+        figures = ("wall_seconds", "site_seconds", "server_seconds", "overhead_seconds")
+        cells = [f"{row[name]:>9.3f}" for name in (*figures, "overhead_least", "wall_over_first")]
+        print(f"{row['courier']:>9}", *cells)
+        if "vectors_held" in row:
+            print(f"vectors that a job of the engine held at most: {row['vectors_held']}")
 
 
 def main() -> None:
@@ -295,24 +399,27 @@ def main() -> None:
     parser.add_argument(
         "--falls", action="store_true", help="kill relays and the server instead, and time it"
     )
+    parser.add_argument("--couriers", default=",".join(COURIERS), help=f"some of {', '.join(COURIERS)}")
+    parser.add_argument("--table", action="store_true", help="4 and 20 sites, 1 and 25 million numbers")
+    parser.add_argument("--gibibytes", type=float, default=8.0, help="leave out what needs more memory")
+    parser.add_argument("--echo", type=int, default=0, help="one message of so many bytes to a site and back")
     words = parser.parse_args()
+    if words.echo:
+        print(json.dumps({"benchmark": "couriers, echo", **echo(words.echo)}))
+        return
+    names = words.couriers.split(",")
     if words.falls:
         print(json.dumps({"benchmark": "couriers, falls", "sites": words.sites, **falls(words.sites)}))
         return
-    rows = measure(words.sites, words.numbers, words.rounds)
+    if words.table:
+        table(names, words.rounds, words.gibibytes)
+        return
+    rows = measure(words.sites, words.numbers, words.rounds, names)
     base = float(str(rows[0]["wall_seconds"]))
     for row in rows:
-        row["wall_over_local"] = float(str(row["wall_seconds"])) / base
+        row["wall_over_first"] = float(str(row["wall_seconds"])) / base
     if not words.json:
-        print(f"{words.sites} sites, {words.numbers:,} numbers; seconds, median of {words.rounds} rounds")
-        print(
-            f"{'courier':>9} {'wall':>8} {'site':>8} {'server':>8} {'overhead':>9} {'least':>7} {'/local':>7}"
-        )
-        for row in rows:
-            figures = ("wall_seconds", "site_seconds", "server_seconds", "overhead_seconds")
-            cells = [f"{row[name]:>9.3f}" for name in (*figures, "overhead_least", "wall_over_local")]
-            print(f"{row['courier']:>9}", *cells)
-        print(f"vectors that a job of the engine held at most: {rows[-1]['vectors_held']}")
+        show(rows, words.sites, words.numbers, words.rounds)
     print(
         json.dumps(
             {

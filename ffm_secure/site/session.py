@@ -157,7 +157,17 @@ class SiteSession:
         content = self._join(request) if stage == JOIN else self._take_part(stage, request)
         answer = envelope.seal_answer(content, request.digest, self._own.identity.sign)
         self._answers[request.digest] = answer
+        self._mention_delay(stage, request)
         return answer
+
+    def _mention_delay(self, stage: str, request: Request) -> None:
+        """Tell this site's people of an answer that comes too late to count."""
+        late = self._clock() - request.header.deadline
+        if late > 0:
+            self._log.refuse(
+                f"answered {stage!r} {late:.1f} s after its deadline, which counts as no answer: this site "
+                "needs a faster machine, or the coordinator longer [deadlines]"
+            )
 
     def _check(self, stage: str, request: Request) -> None:
         """Refuse what is not for this site, of this moment."""

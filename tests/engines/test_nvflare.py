@@ -195,6 +195,26 @@ def test_rounds_go_on_while_relays_fall(federation: NVFlareFederation) -> None:
 
 
 @pytest.mark.slow
+def test_a_machine_that_freezes_costs_its_own_answer(federation: NVFlareFederation) -> None:
+    """Its connections stay open and nothing moves in them, as behind a dead link; then it thaws."""
+    frozen = processes_naming(federation.machines.engine_folder(NAMES[2]))
+    assert len(frozen) >= 2  # the relay and its job
+    messages = dict.fromkeys(ALL, b"00000002")
+    for number in frozen:
+        os.kill(number, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        replies = by_site(federation.courier, "slow", messages, deadline=time.time() + 120.0)
+    finally:
+        for number in frozen:
+            os.kill(number, signal.SIGCONT)
+    assert isinstance(replies[2].content, Lost)
+    assert all(content(replies[site]) == b"00000002" for site in ALL if site != 2)
+    assert time.monotonic() - began < 2.0 + federation.notice
+    wait_for(lambda: replies_of(federation, PLAN) == set(ALL), 90.0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trick", ["another class", "code"])
 def test_a_job_with_another_class_or_with_code_runs_nowhere(
     federation: NVFlareFederation, trick: str, monkeypatch: pytest.MonkeyPatch

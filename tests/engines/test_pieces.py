@@ -51,6 +51,16 @@ def test_what_nobody_asks_for_again_is_forgotten(monkeypatch: pytest.MonkeyPatch
     assert shelf.piece(2, 0) == b"new"
 
 
+def test_no_more_is_put_together_than_fits_whoever_sends_it() -> None:
+    shelf = Shelf(limit=10)
+    assert shelf.add(1, b"123456", 60.0)
+    assert not shelf.add(2, b"12345", 60.0), "two messages share the room"
+    assert shelf.add(1, b"7890", 60.0)
+    assert not shelf.add(1, b"!", 60.0)
+    assert bytes(shelf.take(1)) == b"", "nothing stays of what was too large"
+    assert shelf.add(3, b"1234567890", 60.0)
+
+
 def test_a_room_holds_what_fits_or_one_that_is_larger() -> None:
     room, over, entered = Room(limit=10), threading.Event(), []
 

@@ -26,7 +26,7 @@ from ffm_secure.server.rounds import plan_round
 from ffm_secure.site.service import open_session
 from ffm_secure.site.session import SiteSession
 from ffm_secure.transport import envelope
-from ffm_secure.transport.envelope import REFUSAL, Header
+from ffm_secure.transport.envelope import REFUSAL, Header, Request
 from ffm_secure.transport.stages import (
     BEGIN,
     FINISH,
@@ -37,7 +37,7 @@ from ffm_secure.transport.stages import (
     join_acceptances,
     join_plan,
 )
-from tests.parties.helpers import SEEDED, Direct, Federation, found, log_of, notes_run, open_all, run
+from tests.parties.helpers import RECORD, SEEDED, Direct, Federation, found, log_of, notes_run, open_all, run
 
 RUN = bytes(range(16))
 MASKS = {"kind": "secagg", "threshold": 3}
@@ -270,6 +270,20 @@ def test_time_is_kept(wire: Wire) -> None:
     refused(wire, wire.send(PLAN, content, sent=now + 600), "s behind the coordinator's")
 
 
+def test_a_site_that_is_too_slow_reads_so_in_its_own_log(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    late, real = [0.0], type(wire.session)._join
+
+    def slow(session: SiteSession, request: Request) -> bytes:
+        late[0] += 70.0
+        return real(session, request)
+
+    monkeypatch.setattr(wire.session, "_clock", lambda: time.time() + late[0])
+    monkeypatch.setattr(type(wire.session), "_join", slow)
+    assert wire.join() != REFUSAL
+    assert "answered 'join' 10." in wire.log()
+    assert "this site needs a faster machine, or the coordinator longer [deadlines]" in wire.log()
+
+
 def test_the_same_bytes_are_answered_with_the_same_bytes_and_older_ones_not(wire: Wire) -> None:
     first = wire.sealed(PLAN, wire.plan_message(wire.plan))
     answer = wire.session.handle(PLAN, first)
@@ -341,6 +355,26 @@ def test_no_round_is_begun_twice_whatever_a_restart_forgets(tmp_path: Path) -> N
         refused(wire, wire.send(PLAN, wire.plan_message(wire.plan)), "round 1 was begun before")
         assert wire.session.handle(BEGIN, begin) == REFUSAL
         assert wire.charges() == 1
+    finally:
+        sessions.close()
+
+
+def test_rounds_that_are_broken_off_cost_no_more_than_the_run_that_was_allowed(tmp_path: Path) -> None:
+    """It begins attempt after attempt and opens nothing: what a person here allowed is where it ends."""
+    federation = found(tmp_path, notes_run(privacy=RECORD, protection=MASKS))
+    sessions = open_all(federation)
+    try:
+        wire = wire_to(federation, sessions)
+        for attempt in range(2):  # the run has two rounds, and spares none
+            plan = dataclasses.replace(wire.plan, attempt=attempt)
+            assert wire.accepts(wire.send(PLAN, wire.plan_message(plan)))
+            assert wire.accepts(wire.send(BEGIN, b""))
+        assert wire.charges() == 2
+        again = dataclasses.replace(wire.plan, attempt=2)
+        assert not wire.accepts(wire.send(PLAN, wire.plan_message(again)))
+        assert wire.send(BEGIN, b"") == REFUSAL
+        assert wire.charges() == 2
+        assert "its budget does not pay" in wire.log()
     finally:
         sessions.close()
 

@@ -163,6 +163,7 @@ def test_a_site_that_hangs_or_is_slow_costs_its_own_part(machines: tuple[Federat
     assert [item.survivors for item in there.records] == [(0, 1, 2), (0, 1, 2, 3), (0, 1, 2, 3)]
     assert there.records[0].dropped == {3: "upload"}
     assert rounds_charged(federation, "west") == [1, 2, 3], "what was reserved stays reserved"
+    assert "after its deadline" in log_of(federation, "west")
 
 
 @pytest.mark.slow

@@ -62,19 +62,25 @@ class _Part:
 class Shelf:
     """What is put together, or taken away, piece by piece, by the number of its message.
 
-    Guarantee: what nobody asks for again is let go of after its deadline, with the next use.
+    Guarantee: what nobody asks for again is let go of after its deadline, with the next use; all that comes
+    together is never more than `limit` bytes, whoever sends it.
     """
 
+    limit: int = LARGEST
     _parts: dict[int, _Part] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, number: int, piece: bytes, seconds: float) -> None:
-        """Put a piece behind those that came before."""
+    def add(self, number: int, piece: bytes, seconds: float) -> bool:
+        """Put a piece behind those before it; keep nothing of a message that does not fit, and say so."""
         with self._lock:
             self._forget()
             part = self._parts.setdefault(number, _Part(bytearray(), 0.0))
+            if sum(len(other.content) for other in self._parts.values()) + len(piece) > self.limit:
+                del self._parts[number]
+                return False
             part.content += piece
             part.until = time.monotonic() + seconds
+            return True
 
     def keep(self, number: int, content: bytes, seconds: float) -> None:
         """Keep a whole message as it is, for `piece`; it is not copied."""

@@ -68,13 +68,14 @@ class RelayExecutor(Executor):  # type: ignore[misc]
     def _piece(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         """Keep a piece of a message whose last piece is to come."""
         seconds = float(request[topics.SECONDS])
-        self._coming.add(int(request[topics.NUMBER]), request[topics.CONTENT], seconds)
-        return make_reply(ReturnCode.OK)
+        fits = self._coming.add(int(request[topics.NUMBER]), request[topics.CONTENT], seconds)
+        return make_reply(ReturnCode.OK if fits else ReturnCode.EXECUTION_EXCEPTION)
 
     def _message(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         """Hand a whole message to the service; answer with its answer, or the first piece of it."""
         number, seconds = int(request[topics.NUMBER]), float(request[topics.SECONDS])
-        self._coming.add(number, request[topics.CONTENT], seconds)
+        if not self._coming.add(number, request[topics.CONTENT], seconds):
+            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         try:
             heading, content = self._ask_service(number, str(request[topics.STAGE]), seconds)
         except Late:  # a service that is slow is there
