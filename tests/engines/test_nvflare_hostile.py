@@ -17,7 +17,7 @@ from ffm_secure.transport.stages import BEGIN, JOIN, PLAN
 from defenses.random_source import RandomSource
 from defenses.secagg import Identity
 from tests.engines.nvflare_federation import NAMES, Machines
-from tests.engines.test_nvflare_runs import served
+from tests.engines.test_nvflare_runs import PATIENT, served
 from tests.parties.helpers import SEEDED, found, log_of, notes_run
 from tests.parties.lying import LIES, run_with_lies
 from tests.parties.test_hostile_coordinator import MASKS, refused, wire_to
@@ -42,7 +42,6 @@ class Distant:
 def test_what_it_signs_is_refused_and_charges_nothing(machines: Machines, tmp_path: Path) -> None:
     federation = found(tmp_path, notes_run(privacy=SEEDED, protection=MASKS))
     with served(federation, machines) as (courier, _):
-        courier.open(smallest=len(NAMES), seconds=90.0)
         sites = {number: Distant(courier, number) for number in range(len(NAMES))}
         wire = wire_to(federation, SimpleNamespace(sessions=sites))  # type: ignore[arg-type]
         honest = wire.sealed(PLAN, wire.plan_message(wire.plan))
@@ -78,7 +77,8 @@ def test_what_it_signs_is_refused_and_charges_nothing(machines: Machines, tmp_pa
 
 
 def test_every_lie_of_the_catalogue_costs_it_a_site(machines: Machines, tmp_path: Path) -> None:
-    federation = found(tmp_path, rounds_of_lies(len(LIES)), policy={"colluders": 0})
+    config = rounds_of_lies(len(LIES))
+    federation = found(tmp_path, config, policy={"colluders": 0}, timetable=PATIENT)
     with served(federation, machines) as (courier, _):
         lying, there = run_with_lies(federation, courier, LIES)
     for lie in LIES:

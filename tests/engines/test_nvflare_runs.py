@@ -13,6 +13,7 @@ import torch
 from ffm_secure.agreed.agreement import run_digest
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines.nvflare.courier import NVFlareCourier
+from ffm_secure.server.timetable import Timetable
 from ffm_secure.transport.envelope import header_of
 from ffm_secure.transport.local_socket import wait_until
 from tests.engines.nvflare_federation import NAMES, Machines
@@ -23,6 +24,10 @@ from tests.parties.kills import Killing, Kills, runs_with_losses
 from tests.parties.test_parity import protection
 
 
+# As long as a machine takes that does much else: who is late is lost, and then the numbers are others.
+PATIENT = Timetable(join=120.0, rejoin=60.0, train=180.0, other=120.0, gather=240.0, patience=240.0)
+
+
 @contextlib.contextmanager
 def served(federation: Federation, machines: Machines) -> Iterator[tuple[NVFlareCourier, SiteProcesses]]:
     """Let each site's process answer its relay, and open a courier for the run."""
@@ -31,12 +36,13 @@ def served(federation: Federation, machines: Machines) -> Iterator[tuple[NVFlare
         digest = run_digest(federation.config)
         courier = machines.courier(digest, deadline=lambda message: header_of(message).deadline)
         with contextlib.closing(courier):
+            courier.open(smallest=len(NAMES), seconds=240.0)  # a run that begins without one is another run
             yield courier, sites
 
 
 def same_as_local(config: RunConfig, machines: Machines, place: Path) -> None:
     local = train(config, place / "local")[1]
-    federation = found(place, config)
+    federation = found(place, config, timetable=PATIENT)
     with served(federation, machines) as (courier, _):
         there = run(federation, courier)
     assert torch.equal(there.state.vector, local.state.vector)
@@ -71,13 +77,13 @@ def test_kills_where_the_local_engine_loses_sites(
     settings = {**protection(kind), **({"colluding": 0} if kind == "secagg" else {})}
     losing, config = runs_with_losses(settings, privacy)
     local = train(losing, tmp_path / "local")[1]
-    federation = found(tmp_path, config, policy={"colluders": 0})
+    federation = found(tmp_path, config, policy={"colluders": 0}, timetable=PATIENT)
     with served(federation, machines) as (courier, sites):
         places = [federation.site(name) for name in NAMES]
 
         def start(site: int) -> None:
             sites.start(places[site])
-            assert wait_until(lambda: site in courier.sites(), 30.0), "the relay does not see its service"
+            assert wait_until(lambda: site in courier.sites(), 60.0), "the relay does not see its service"
 
         kills = Kills(losing=losing, kill=lambda site: sites.kill(places[site]), start=start)
         there = run(federation, Killing(courier, kills), callback=kills)
