@@ -167,6 +167,9 @@ def load_model(folder: Path, *, adapter: Path | None = None) -> nn.Module:
         loaded = _loaded(folder)
         if adapter is not None:
             loaded = _adapted(loaded, adapter)
+    for module in loaded.modules():  # a library says aloud that it takes its usual loss where none is named
+        if getattr(module, "loss_type", "named") is None:
+            module.loss_type = "ForCausalLM"  # type: ignore[assignment]
     return loaded.eval()
 
 

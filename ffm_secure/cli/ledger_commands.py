@@ -10,6 +10,7 @@ from defenses.dp import Ledger
 from defenses.dp.ledger_entries import EVERYBODY
 from defenses.dp.ledger_file import Head
 from defenses.errors import ParameterError
+from ffm_secure.quantities import small
 from ffm_secure.display.console import clear_errors, say
 from ffm_secure.cli.ledger_table import open_for_reading, withdrawal_line, withdrawals
 from ffm_secure.errors import ConfigError, StoreError
@@ -36,15 +37,15 @@ def init(path: Path | None, *, epsilon: float, delta: float, unit: str, json: bo
                 known = ledger.lifetime(unit)
             if known is not None:
                 raise StoreError(
-                    f"{place}: holds a lifetime budget of {known.epsilon:g} at delta {known.delta:g} per "
-                    f"{unit} already; raise it with: ffm-secure ledger budget raise"
+                    f"{place}: holds a lifetime budget of {known.epsilon:g} at delta "
+                    f"{small(known.delta)} per {unit} already; raise it with: ffm-secure ledger budget raise"
                 )
             _granting(ledger, unit, epsilon, delta, because="set by its owner" if implied else "")
             ledger.record_key()
     answer = {"ledger": str(place), "unit": unit, "epsilon": epsilon, "delta": delta}
     say(
         answer,
-        [f"{place}: lifetime budget of every row {epsilon:g} at delta {delta:g} per {unit}"],
+        [f"{place}: lifetime budget of every row {epsilon:g} at delta {small(delta)} per {unit}"],
         json=json,
     )
 

@@ -117,7 +117,7 @@ def withdrawal_line(item: dict[str, Any]) -> str:
     bounds = []
     for stated in item["bounds"]:
         size = bound(stated["epsilon"])
-        bounds.append(f"epsilon {size} at delta {stated['delta']:g} per {stated['unit']}")
+        bounds.append(f"epsilon {size} at delta {small(stated['delta'])} per {stated['unit']}")
     still = "nothing was released from them"
     if bounds:
         still = f"released models may still reveal at most {', '.join(bounds)}"

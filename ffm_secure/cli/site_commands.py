@@ -13,6 +13,7 @@ from typing import Final
 from defenses.dp import Ledger
 from defenses.errors import DefenseError
 from defenses.random_source import RandomSource
+from ffm_secure.quantities import small
 from ffm_secure.config.federated import run_digest
 from ffm_secure.display.console import clear_errors, print_lines, say
 from ffm_secure.cli.machine_engines import enrolment, running
@@ -89,7 +90,7 @@ def _require_words(name: str, operator: str, epsilon: float, delta: float) -> No
     if not 0.0 < epsilon <= 1e6:
         problems.append(f"--epsilon = {epsilon:g}: must be above 0 and at most 1000000")
     if not 0.0 < delta < 1.0:
-        problems.append(f"--delta = {delta:g}: must be above 0 and below 1")
+        problems.append(f"--delta = {small(delta)}: must be above 0 and below 1")
     if problems:
         raise ConfigError("site init", problems)
 
@@ -186,7 +187,7 @@ def describe(config: RunConfig) -> list[str]:
     promise = "nothing is promised"
     if privacy.unit != "none":
         promise = (
-            f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} per {privacy.unit}, "
+            f"epsilon {privacy.epsilon:g} at delta {small(privacy.delta)} per {privacy.unit}, "
             f"clip {privacy.clip_norm:g}"
         )
     fewest = compatibility.minimum_survivors(config)
@@ -306,10 +307,14 @@ def _roster_lines(place: SiteFolder, file: SiteFile) -> list[str]:
 def _budget_lines(place: SiteFolder, file: SiteFile) -> list[str]:
     path, budget = place.ledger_path(file), file.budget
     if not path.is_file():
-        return [f"ledger: nothing spent of {budget.epsilon:g} at delta {budget.delta:g} per {budget.unit}"]
+        return [
+            f"ledger: nothing spent of {budget.epsilon:g} at delta {small(budget.delta)} per {budget.unit}"
+        ]
     with Ledger.open(path, create=False) as ledger:
         spent = ledger.epsilon_of(ledger.blocks(), budget.unit, budget.delta) if ledger.blocks() else 0.0
-    return [f"ledger: {spent:.4g} spent of {budget.epsilon:g} at delta {budget.delta:g} per {budget.unit}"]
+    return [
+        f"ledger: {spent:.4g} spent of {budget.epsilon:g} at delta {small(budget.delta)} per {budget.unit}"
+    ]
 
 
 def log(folder: Path, lines: int) -> None:

@@ -29,6 +29,7 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _OTHER_PARTS = ("test", "testing", "eval", "evaluation", "holdout", "unlabelled", "unlabeled", "extra")
 _LEFTOVERS = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")
 _SHEETS = (".xlsx", ".xls", ".ods")
+_FRAMES = (".arrow", ".feather", ".orc", ".pkl", ".pickle", ".h5", ".hdf5", ".dta", ".sav", ".rds", ".pt")
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".7z")
 _INDEXES = (
     "metadata.csv",
@@ -201,6 +202,10 @@ def read_table(path: Path, encoding: str = "") -> Table:
             sheet = " (save the sheet as CSV)"
         if suffix in _PACKED:
             sheet = " (unpack it first)"
+        if suffix in _FRAMES:
+            sheet = " (write it with to_parquet)"
+        if suffix == ".txt":
+            sheet = " (give its columns names in a first line and call it .csv or .tsv)"
         raise DataError(f"{path}: unknown format {path.suffix!r}; use one of {known}{sheet}")
     try:
         if suffix in TEXT_READERS:

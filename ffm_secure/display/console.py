@@ -77,7 +77,15 @@ def print_json(value: object) -> None:
 
 
 def number(value: object) -> str:
-    """Return a value as people read it."""
+    """Return a value as people read it.
+
+    >>> number(1e-05), number([{"q": 0.01, "steps": 1000}])
+    ('1e-5', 'q 0.01, steps 1000')
+    """
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.6g}".replace("e-0", "e-").replace("e+0", "e+")
+    if isinstance(value, list | tuple):
+        return "; ".join(map(number, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number(item)}" for name, item in value.items())
     return str(value)

@@ -40,6 +40,7 @@ from ffm_secure.models.model_checks import (
     refuse_if_padding_matters,
     refuse_quantised,
 )
+from ffm_secure.models.tokenizers import load_tokenizer
 
 # Which class of transformers does a task.
 AUTO = {
@@ -264,7 +265,7 @@ def _pretrained(
             )
         tokenizer = None
         if not kind.startswith("image"):
-            tokenizer = _tokenizer(name, folder, options)
+            tokenizer = load_tokenizer(name, folder, options)
     except ModelError:
         raise
     except Exception as error:  # whatever a damaged checkpoint makes the library throw is one error of ours
@@ -305,23 +306,6 @@ def _text_part(config: Configuration, kind: str) -> tuple[Configuration, dict[st
     if kind.startswith("image") or part is None or getattr(config, "vision_config", None) is None:
         return config, {}
     return part, dict(_TEXT_PART)
-
-
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "*spm*", "added_tokens.json")
-
-
-def _tokenizer(name: str, folder: str, options: dict[str, Any]) -> ModelTokenizer:
-    """Load the tokenizer beside a model.
-
-    Raises:
-      ModelError: the folder holds none.
-    """
-    if Path(folder).is_dir() and not any(any(Path(folder).glob(pattern)) for pattern in _TOKENIZER_FILES):
-        raise ModelError(
-            f"model.name = {name!r}: the folder holds no tokenizer; write the model's own beside it: "
-            "AutoTokenizer.from_pretrained(ITS NAME).save_pretrained(FOLDER)"
-        )
-    return transformers.AutoTokenizer.from_pretrained(folder, **options)
 
 
 def _from_scratch(backbone: Backbone, seed: int) -> Backbone:
@@ -485,7 +469,8 @@ def _settle_padding(name: str, tokenizer: ModelTokenizer, config: Configuration,
     if len(tokenizer) > rows:
         raise ModelError(
             f"model.name = {name!r}: the tokenizer knows {len(tokenizer)} tokens but the model embeds "
-            f"{rows}; tokenizer and weights do not belong together"
+            f"{rows}; tokenizer and weights do not belong together: take the tokenizer the model came with, "
+            "or call model.resize_token_embeddings(len(tokenizer)) and save both again"
         )
 
 

@@ -36,7 +36,7 @@ def test_who_leaves_is_used_by_no_later_run(tmp_path: Path) -> None:
     assert (answer["owner"], answer["because"], bound["unit"]) == (owner, "contract ended", "record")
     assert 0 < bound["epsilon"] <= 4.0
     words = f"{owner}, 1 block (contract ended); released models may still reveal at most epsilon"
-    assert f"{words} {rounded_up(bound['epsilon'])} at delta 1e-05 per record" in call("ledger", file).stdout
+    assert f"{words} {rounded_up(bound['epsilon'])} at delta 1e-5 per record" in call("ledger", file).stdout
     assert words in call("ledger", "verify", file).stdout
     assert "contract ended" in call("ledger", file, "--export", "csv").stdout
     write(tmp_path, "second")

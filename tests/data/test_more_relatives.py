@@ -6,6 +6,7 @@ As in `test_relatives`: every key says what is right, and no error quotes a priv
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,9 @@ TABLES = {
     ),
     "a text of notes that no column name covers is said": reads(
         objects(text=TEXTS, label=[0, 1], context="what came before it"), said="not read: 'context'"
+    ),
+    "a file of a data frame is told how to be written": refuses(
+        lambda folder: (folder / "train.feather").write_bytes(b"x"), "it holds train.feather"
     ),
     "another file of the folder is named": refuses(raw(rows(), "train.txt"), "it holds train.txt"),
 }
@@ -310,3 +314,13 @@ def test_names_that_say_nothing_are_pointed_out(tmp_path: Path) -> None:
     labelled("good", "nan", "bad")(tmp_path)
     said = init(tmp_path, tmp_path / "run.toml", Asked())
     assert "look     'nan': declared as classes; empty those cells if nothing was entered there" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("a.feather", "to_parquet"), ("a.pkl", "to_parquet"), ("a.txt", "call it .csv"), ("a.gz", "unpack it")],
+)
+def test_a_file_that_is_named_itself_is_told_what_to_become(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=re.escape(words)):
+        load(name, kind=TEXT, base=tmp_path, seed=0)

@@ -133,6 +133,12 @@ def _cut_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def _grown_tokenizer(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<new{number}>" for number in range(40)])
+    tokenizer.save_pretrained(folder)
+
+
 def _config_of(**keys: object) -> Callable[[Path], None]:
     return lambda folder: change_config(folder, **keys)
 
@@ -157,6 +163,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         "cannot be loaded",
     ),
     "no tokenizer": (_drop("tokenizer*"), "holds no tokenizer; write the model's own"),
+    "half a tokenizer": (
+        _drop("tokenizer.json"),
+        r"cannot be loaded from tokenizer_config.json .*missing or damaged: write the model's own",
+    ),
+    "a tokenizer that grew": (_grown_tokenizer, "resize_token_embeddings"),
     "a task it cannot do": (_config_of(), "cannot do sequence_to_sequence"),
 }
 

@@ -67,7 +67,7 @@ def test_all_three_people_follow_the_runbook(place: Path) -> None:
         assert "8123" in said(whose, "enrol", place / name, operator / f"approval-{name}.json")
     allowed = said("site", "allow", place / "north", place / "run.toml")
     assert "sums of at least 3 sites, by secagg" in allowed
-    assert "epsilon 8 at delta 1e-05 per record, clip 1" in allowed
+    assert "epsilon 8 at delta 1e-5 per record, clip 1" in allowed
     checked = said("site", "check", place / "north")
     assert "nothing was charged" in checked
     assert "rows" in checked

@@ -15,6 +15,7 @@ from ffm_secure.records import AuditFinding, AuditSummary, Observer, RunSummary,
 from ffm_secure.report.attack_rows import ORDER, attack_rows, count_outcomes, observers_of
 from ffm_secure.report.page import render_html
 from ffm_secure.report.release import NOT_TRIED, released
+from ffm_secure.report.sections.attacks import attacks_body
 
 from . import samples
 from .test_page import Page
@@ -119,3 +120,10 @@ def test_an_audit_without_any_finding_is_drawn() -> None:
     assert base.audit is not None
     empty = dataclasses.replace(base, audit=dataclasses.replace(base.audit, findings=(), sentence=""))
     assert "0 of 0" in Page(render_html(released(empty))).text
+
+
+def test_an_attack_that_read_nothing_still_says_what_it_looks_for() -> None:
+    audit = samples.audit()
+    silent = dataclasses.replace(audit.findings[0], attack="span", verdict="inconclusive", measure="")
+    page = str(attacks_body(dataclasses.replace(audit, findings=(silent,))))
+    assert "what the records say" in page

@@ -27,6 +27,7 @@ _LOOKS_FOR = {
     "exact match": "records, exactly",
     "epsilon lower bound": "planted canaries",
 }
+_ANYTHING = "what the records say"  # of attacks that never got as far as a measure
 _MEANS = (
     "“Not leaked” stands only where the same attack succeeded with the defence off. “Inconclusive” proves "
     "nothing either way. Verdicts were reached on private rows; no epsilon counts them."
@@ -75,6 +76,13 @@ def tally(audit: AuditSummary) -> Html | None:
     return tag("p", *parts, class_="tallies") if parts else None
 
 
+def _looks_for(row: AttackRow) -> str:
+    """Say what an attack is after; one that read nothing, not even with the defence off, has no measure."""
+    if row.outcome == "not tried":
+        return _LOOKS_FOR.get(row.telling.measure, "")
+    return _LOOKS_FOR.get(row.telling.measure, row.telling.measure) or _ANYTHING
+
+
 def badge(outcome: Outcome) -> Html:
     """Draw an outcome as a word with a sign, so that colour alone says nothing."""
     kind, sign = KIND[outcome]
@@ -90,12 +98,11 @@ def _table(rows: Sequence[AttackRow], observers: Sequence[Observer], *, why: boo
 
 
 def _cells(row: AttackRow, observers: Sequence[Observer], *, why: bool) -> list[Html]:
-    measure = row.telling.measure
     cells = [
         tag("th", row.attack, scope="row"),
         tag(
             "td",
-            _LOOKS_FOR.get(measure, "" if row.outcome == "not tried" else measure),
+            _looks_for(row),
             data_label="looks for",
         ),
     ]

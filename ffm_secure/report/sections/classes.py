@@ -47,9 +47,9 @@ def classes_body(measures: ClassMeasures) -> Html:
         )
     )
     words = (
-        f"Of the last round's model, on {count(measures.rows)} public rows. Both count every class alike, "
-        "however rare. The calibration error is how far confidence lies from the share that is right; "
-        "0 is best."
+        f"Of the last round's model, on {count(measures.rows)} public rows. F1 and balanced accuracy "
+        "count every class alike, however rare. The calibration error is how far confidence lies from the "
+        "share that is right; 0 is best."
     )
     return tag("div", lead, tag("p", words), *_tables(measures))
 
@@ -75,7 +75,7 @@ def _tables(measures: ClassMeasures) -> tuple[Html, ...]:
     columns = [Column(heading="Is, answered", cell=lambda row: row.name, text=True)]
     columns += [_counted(name, place) for place, name in enumerate(measures.names)]
     confusion = table(columns, rows, caption="Rows of a class, by the class they were answered with")
-    return folded("Class by class", single), folded("Who is taken for whom", confusion)
+    return folded("Precision and recall", single), folded("Who is taken for whom", confusion)
 
 
 def _counted(name: str, place: int) -> Column:
