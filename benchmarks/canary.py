@@ -238,7 +238,7 @@ class ColludingServer:
             result = rounds.collect(server, plan, state, courier, lambda finished, total: None)
             assert result.sum is not None
             self.add(result.sum)
-            state, result = rounds.advance(server, plan, state, result)
+            state, result = rounds.advance(server, plan, state, result, records)
             record = rounds.record(server, plan, result, state, records, courier, began=began)
             store.commit(state, record, run_id=server.run_id)
             records = (*records, record)

@@ -35,7 +35,7 @@ from ffm_secure.strategies.base import ServerState
 CLIENTS, COMMON, RARE, DRAWS = 10, 700, 60, range(1, 13)
 CHOOSING = 3_000  # training rows at the end, from which settings were chosen and no draw takes any
 SETTINGS = {"rounds": 30, "batch": 32, "clip": 1.0, "momentum": 0.9}
-RATES = (1.0, 4.0)  # the first learns too little for the rare class ever to be answered
+RATES = (1.0, 2.0, 4.0)  # the first learns too little for the rare class ever to be answered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,7 +90,7 @@ def run(
                 names = ", ".join(server.spec.owners[site] for site in result.cannot_pay)
                 reason = f"{OVER_BUDGET}, by what they say: {names}"
                 return TrainingResult(state=state, records=records, status="budget exhausted", reason=reason)
-            state, result = rounds.advance(server, plan, state, result)
+            state, result = rounds.advance(server, plan, state, result, records)
             record = rounds.record(server, plan, result, state, records, courier, began=began)
             best = rounds.is_best(records, record, higher=server.task.higher_is_better)
             store.commit(state, record, run_id=server.run_id, best=best)

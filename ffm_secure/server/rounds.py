@@ -371,12 +371,18 @@ def _read(kind: type[T], content: bytes | memoryview) -> T | None:
 
 
 def advance(
-    server: ServerContext, plan: RoundPlan, state: ServerState, result: RoundResult
+    server: ServerContext,
+    plan: RoundPlan,
+    state: ServerState,
+    result: RoundResult,
+    earlier: tuple[RoundRecord, ...] = (),
 ) -> tuple[ServerState, RoundResult]:
     """Return the state after a round, and the result:
     an aborted one where the new model would not be finite.
     """
     after = _step(server, plan, state, result)
+    if plan.query == LEARN:
+        after = _with_tail(server.spec.config, state, after, 1 + len(agenda.learned(earlier)))
     if bool(torch.isfinite(after.vector).all()):
         if server.evidence is not None:
             server.evidence.begin()
@@ -394,7 +400,7 @@ def _step(server: ServerContext, plan: RoundPlan, state: ServerState, result: Ro
     if plan.phase == "public":
         after = _learn_in_public(server, plan, state)
     elif result.sum is None:
-        return _with_tail(spec.config, state, state, plan)
+        return state
     elif plan.query != LEARN:
         return _use_answer(server, plan, state, result.sum)
     else:
@@ -408,18 +414,19 @@ def _step(server: ServerContext, plan: RoundPlan, state: ServerState, result: Ro
         after = spec.strategy.step(state, aggregate)
         if server.transcript is not None:
             server.transcript.stepped(plan, result.sum, after.vector)
-    remembering = keep_answers(state, spec.algorithm.remember(spec.strategy, state, after, plan.phase))
-    return _with_tail(spec.config, state, remembering, plan)
+    return keep_answers(state, spec.algorithm.remember(spec.strategy, state, after, plan.phase))
 
 
-def _with_tail(config: RunConfig, before: ServerState, after: ServerState, plan: RoundPlan) -> ServerState:
-    """Average the models of the last rounds into the last one, where the run file asks for it."""
+def _with_tail(config: RunConfig, before: ServerState, after: ServerState, round: int) -> ServerState:
+    """Average the models of the last rounds of learning into the last one, where the run file asks for it;
+    questions asked before count for none.
+    """
     federation = config.federation
     return average_tail(
         before,
         after,
         last=federation.strategy.average_last,
-        round=plan.round,
+        round=round,
         rounds=federation.rounds,
     )
 

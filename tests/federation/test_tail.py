@@ -55,6 +55,27 @@ def test_a_run_ends_on_the_mean_and_learns_from_the_models_themselves(tmp_path: 
     assert "tail.sum" not in second.state.optimizer_state
 
 
+def test_a_question_asked_first_counts_as_no_round_of_learning(tmp_path: Path) -> None:
+    """The mean is over the last rounds of learning, whatever was asked before them."""
+
+    def final(rounds: int, last: int) -> torch.Tensor:
+        lifecycle = {
+            "kind": "finetune",
+            "local_steps": 2,
+            "batch_size": 8,
+            "learning_rate": 0.1,
+            "start": "class_sums",
+        }
+        strategy = {"kind": "average", "average_last": last}
+        config = make(federation={"rounds": rounds, "lifecycle": lifecycle, "strategy": strategy})
+        _, result = train(config, tmp_path / f"{rounds}-{last}")
+        assert [record.query for record in result.records] == ["class_sums"] + ["learn"] * rounds
+        return result.state.vector
+
+    mean = (final(2, 0).double() + final(3, 0).double()) / 2
+    torch.testing.assert_close(final(3, 2).double(), mean, atol=1e-6, rtol=0)
+
+
 def test_rules_that_turn_factors_are_refused() -> None:
     """Their numbers mean something else in every round."""
     made = make(federation={"rounds": 3, "strategy": {"kind": "rolora", "average_last": 2}})
