@@ -1,4 +1,4 @@
-"""Learn a head from a split in which one class is rare, with and without offsets from released counts.
+"""Learn a head from a split in which one class is rare, with and without released counts of classes.
 
     python -m benchmarks.fairness ../shared --out docs/results/fairness.md [--cache FOLDER]
 
@@ -35,6 +35,16 @@ from ffm_secure.strategies.base import ServerState
 CLIENTS, COMMON, RARE, DRAWS = 10, 700, 60, range(1, 13)
 CHOOSING = 3_000  # training rows at the end, from which settings were chosen and no draw takes any
 SETTINGS = {"rounds": 30, "batch": 32, "clip": 1.0, "momentum": 0.9}
+COUNTS: dict[str, dict[str, str | float]] = {
+    "": {},
+    "finish": {"finish": "class_offsets", "finish_epsilon": 1.0},
+    "start": {"start": "class_prior", "start_epsilon": 1.0},
+}
+WAYS = {
+    "": "epsilon 8",
+    "finish": "counts taken off at the end (`class_offsets`), epsilon 8 + 1",
+    "start": "counts there from the start (`class_prior`), epsilon 8 + 1",
+}
 RATES = (1.0, 2.0, 4.0)  # the first learns too little for the rare class ever to be answered
 
 
@@ -46,14 +56,16 @@ class Figures:
     mean: float
 
 
-def config_of(epsilon: float, *, rate: float, offsets: float) -> run_file.RunConfig:
-    """Return the run file: the head alone is learned, `offsets` of the epsilon is for the counts."""
+def config_of(epsilon: float, *, rate: float, counts: str = "") -> run_file.RunConfig:
+    """Return the run file: the head alone is learned; 1 of the epsilon is for the counts of a `start` or
+    `finish`, where there are any.
+    """
     lifecycle = {
         "kind": "finetune",
         "local_steps": 1,
         "batch_size": SETTINGS["batch"],
         "learning_rate": rate,
-        **({"finish": "class_offsets", "finish_epsilon": offsets} if offsets else {}),
+        **COUNTS[counts],
     }
     return run_file.from_table(
         {
@@ -117,11 +129,15 @@ def bounded_gradients(state: ServerState, model: LoadedModel, rows: Part, clip: 
     return total
 
 
-def learned(model: LoadedModel, parts: list[Part], source: RandomSource) -> ServerState:
+def untrained(model: LoadedModel) -> ServerState:
+    """Return the state before the first round: zeros."""
+    return model.spec.strategy.start(torch.zeros(model.trainable.size))
+
+
+def learned(model: LoadedModel, parts: list[Part], source: RandomSource, state: ServerState) -> ServerState:
     """Return the state after all rounds of learning, noise included."""
     spec, mechanism = model.spec, model.mechanism.sum_level
     assert mechanism is not None
-    state = spec.strategy.start(torch.zeros(model.trainable.size))
     variance = site_noise_variance(model.mechanism, spec.config.federation.lifecycle)
     for number in range(1, spec.config.federation.rounds + 1):
         total = None
@@ -143,9 +159,9 @@ def learned(model: LoadedModel, parts: list[Part], source: RandomSource) -> Serv
     return state
 
 
-def shifted(model: LoadedModel, state: ServerState, parts: list[Part], source: RandomSource) -> ServerState:
-    """Return the state with the offsets that noisy counts of classes give."""
-    question, head = model.spec.questions["class_offsets"], head_of(model.trainable)
+def counted(model: LoadedModel, query: str, parts: list[Part], source: RandomSource) -> Opened:
+    """Return noisy counts of classes, as a query of the run opens them."""
+    question, head = model.spec.questions[query], head_of(model.trainable)
     total = None
     for part in parts:
         answers = torch.nn.functional.one_hot(torch.from_numpy(part.labels), head.classes).double()
@@ -158,8 +174,19 @@ def shifted(model: LoadedModel, state: ServerState, parts: list[Part], source: R
     assert total is not None
     whole = ring.reduce(total, question.codec.modulus_bits)
     opened = question.codec.open(whole, round=1, survivors=tuple(range(CLIENTS)))
-    answer = Opened(values=opened.values, deviation=question.mechanism.deviation(CLIENTS), sites=CLIENTS)
-    return question.query.use(state, answer)
+    return Opened(values=opened.values, deviation=question.mechanism.deviation(CLIENTS), sites=CLIENTS)
+
+
+def after_learning(model: LoadedModel, counts: str, parts: list[Part], source: RandomSource) -> ServerState:
+    """Return what is released: learned without counts, corrected by them, or learned beside them."""
+    state = untrained(model)
+    if not counts:
+        return learned(model, parts, source, state)
+    name = str(COUNTS[counts][counts])
+    query, answer = model.spec.questions[name].query, counted(model, name, parts, source)
+    if query.settle is None:
+        return query.use(learned(model, parts, source, state), answer)
+    return query.settle(learned(model, parts, source, query.use(state, answer)), answer)
 
 
 def figures_of(model: LoadedModel, state: ServerState, rows: Part) -> Figures:
@@ -173,21 +200,17 @@ def figures_of(model: LoadedModel, state: ServerState, rows: Part) -> Figures:
     return Figures(worst=min(by_class), mean=fmean(by_class))
 
 
-def drawn_figures(
-    train: Part, validation: Part, draws: range, rate: float
-) -> Iterator[tuple[Figures, Figures]]:
-    """Yield what is right without and with offsets, for every draw."""
+def drawn_figures(train: Part, validation: Part, draws: range, rate: float, counts: str) -> Iterator[Figures]:
+    """Yield what is right, for every draw."""
     facts = PublicFacts(public_client_size=(3 * COMMON + RARE) // CLIENTS, classes=4)
-    alone = load_model(config_of(8.0, rate=rate, offsets=0.0), Path.cwd(), facts)
-    both = load_model(config_of(9.0, rate=rate, offsets=1.0), Path.cwd(), facts)
+    config = config_of(9.0 if counts else 8.0, rate=rate, counts=counts)
+    model = load_model(config, Path.cwd(), facts)
     for draw in draws:
         rows = skewed(train, draw % 4, draw)
         order = np.array_split(np.random.default_rng(draw).permutation(len(rows.labels)), CLIENTS)
         parts = [Part(features=rows.features[piece], labels=rows.labels[piece]) for piece in order]
-        source = RandomSource.system()
-        plain = figures_of(alone, learned(alone, parts, source), validation)
-        state = shifted(both, learned(both, parts, source), parts, source)
-        yield plain, figures_of(both, state, validation)
+        state = after_learning(model, counts, parts, RandomSource.system())
+        yield figures_of(model, state, validation)
 
 
 HEAD = """# A rare class, lifted by offsets
@@ -231,12 +254,11 @@ def main() -> None:
         used = apart[:half]
     train = Part(features=train.features[used], labels=train.labels[used])
     table = ""
+    draws = range(1, 5) if asked.choose else DRAWS
     for rate in RATES:
-        pairs = list(drawn_figures(train, validation, range(1, 5) if asked.choose else DRAWS, rate))
-        table += line(f"learning rate {rate:g}, epsilon 8", [first for first, _ in pairs])
-        table += line(
-            f"learning rate {rate:g}, offsets from counts, epsilon 8 + 1", [second for _, second in pairs]
-        )
+        for counts, words in WAYS.items():
+            figures = list(drawn_figures(train, validation, draws, rate, counts))
+            table += line(f"learning rate {rate:g}, {words}", figures)
     print(table)
     if asked.out:
         asked.out.write_text(HEAD + table)

@@ -160,6 +160,7 @@ LIFECYCLES.register("ridge_sums", "ffm_secure.lifecycle.one_shot:OneShot", trait
 
 QUERIES.register("class_sums", "ffm_secure.queries.class_sums:build", traits=("start",))
 QUERIES.register("ridge_sums", "ffm_secure.queries.ridge_sums:build", traits=("start",))
+QUERIES.register("class_prior", "ffm_secure.queries.class_prior:build", traits=("start", "settles"))
 QUERIES.register("class_offsets", "ffm_secure.queries.class_offsets:build", traits=("finish",))
 QUERIES.register("evaluation", "ffm_secure.queries.evaluation:build")
 

@@ -121,6 +121,7 @@ _STREAM_START = (
     "the head would be made anew for every stage, over what was learned: use lifecycle class_sums or "
     "ridge_sums, or learn without it"
 )
+_PRIOR_TWICE = "the shares of the classes are taken off at the end already: use one of the two"
 _STREAM_FINISH = "counts of all stages after the last one are not built: use finish = 'none'"
 _STREAM_HELD_BACK = "counts of private rows by stage are not built: evaluate on public rows"
 _STREAM_PUBLIC = "public phases have no stages: use lifecycle finetune"
@@ -182,6 +183,7 @@ REFUSED: Mapping[tuple[str, str], Mapping[tuple[str, str], str]] = {
     ("lifecycle", "start"): {
         (kind, start): _NO_STEPS for kind in ONE_SHOT for start in STARTS if start != "none"
     },
+    ("start", "finish"): {("class_prior", "class_offsets"): _PRIOR_TWICE},
     ("strategy", "unit"): {("fedsa", "client"): _HOME_CLIENT},
     ("cost", "unit"): {("epsilon", "none"): _NO_EPSILON, **{("seconds", unit): _CLOCK for unit in _PRIVATE}},
     ("cost", "noise"): {("epsilon", "seeded"): _NO_EPSILON},

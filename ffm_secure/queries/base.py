@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -136,8 +136,8 @@ class Query:
     `bound` is the largest L2 norm one record's vector has; longer ones are cut to it, whatever `answer`
     returns. `answer` maps rows [n] and the released model to [n, size]; it runs at the site, on private rows.
     `use` maps the server's state and the opened sum to the next state; it is pure, and runs on the server
-    alone. Guarantee: no other way leads from the rows to the server; what `use` does with the sum costs
-    nothing more.
+    alone; so does `settle`, once learning is over. Guarantee: no other way leads from the rows to the server;
+    what is done with the sum costs nothing more.
     """
 
     name: str
@@ -145,6 +145,7 @@ class Query:
     bound: float
     answer: Callable[[Rows, Viewed], Answers]
     use: Callable[[ServerState, Opened], ServerState]
+    settle: Callable[[ServerState, Opened], ServerState] | None = None  # of an answer asked before learning
     words: str = ""  # for the plan: what is summed
     whole_numbers: bool = False  # every answer consists of whole numbers: counts, votes
     by_class: int | None = None  # from this place on the answer is a table with one row a class
@@ -246,6 +247,15 @@ def recall(state: ServerState, name: str) -> Opened | None:
     if by_class is not None:
         opened = replace(opened, by_class=by_class.numpy())
     return opened
+
+
+def settled(state: ServerState, queries: Iterable[Query]) -> ServerState:
+    """Let every question asked before learning finish what it began, now that learning is over."""
+    for query in queries:
+        answer = recall(state, query.name)
+        if query.settle is not None and answer is not None:
+            state = query.settle(state, answer)
+    return state
 
 
 def keep_answers(before: ServerState, after: ServerState) -> ServerState:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ffm_secure.errors import ModelError
 from ffm_secure.queries.base import Opened, Query, Rows, Setting, Viewed, head_of
 from ffm_secure.strategies.base import ServerState
 
@@ -12,20 +13,25 @@ NAME = "class_offsets"
 
 
 def build(setting: Setting) -> Query:
-    """Return the query. One record adds 1 to the count of its class: bound 1, whole numbers, size classes."""
+    """Return the query. One record adds 1 to the count of its class: bound 1, whole numbers, size classes.
+
+    Raises:
+      ModelError: the head has no bias that is trained, so the counts would be paid for and not used.
+    """
     head = head_of(setting.trainable)
+    if head.bias is None:
+        raise ModelError("class_offsets and class_prior shift the bias of the head, and this one has none")
+    places = head.bias
 
     def answer(rows: Rows, model: Viewed) -> Tensor:
         labels = torch.from_numpy(rows.labels())
         return torch.nn.functional.one_hot(labels, head.classes).double()
 
     def use(state: ServerState, opened: Opened) -> ServerState:
-        if head.bias is None:
-            return state
         counts = torch.from_numpy(opened.values)
         vector = state.vector.clone()
-        shifted = vector[head.bias].double() + offsets(counts, deviation=opened.deviation)
-        vector[head.bias] = shifted.to(vector.dtype)
+        shifted = vector[places].double() + offsets(counts, deviation=opened.deviation)
+        vector[places] = shifted.to(vector.dtype)
         return ServerState(round=state.round, vector=vector, optimizer_state=state.optimizer_state)
 
     return Query(

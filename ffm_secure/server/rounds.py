@@ -25,7 +25,7 @@ from ffm_secure.privacy.expectations import site_noise_variance
 from ffm_secure.protection.base import UPLOAD, AggregationResult, too_few
 from ffm_secure.protection.masked import fewest_to_open
 from ffm_secure.queries import agenda
-from ffm_secure.queries.base import Opened, Rows, Viewed, keep_answers, of_classes, remember
+from ffm_secure.queries.base import Opened, Rows, Viewed, keep_answers, of_classes, remember, settled
 from ffm_secure.records import (
     ABSENT,
     DECLINED,
@@ -382,7 +382,10 @@ def advance(
     """
     after = _step(server, plan, state, result)
     if plan.query == LEARN:
-        after = _with_tail(server.spec.config, state, after, 1 + len(agenda.learned(earlier)))
+        learned = 1 + len(agenda.learned(earlier))
+        after = _with_tail(server.spec.config, state, after, learned)
+        if learned == server.spec.config.federation.rounds:
+            after = settled(after, [question.query for question in server.spec.questions.values()])
     if bool(torch.isfinite(after.vector).all()):
         if server.evidence is not None:
             server.evidence.begin()

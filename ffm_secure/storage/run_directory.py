@@ -20,6 +20,7 @@ from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import ConfigError, RecordError, StoreError
 from ffm_secure.records import RoundRecord
+from ffm_secure.registry import QUERIES
 from ffm_secure.storage.durable import (
     PRIVATE_FILE,
     append_synced,
@@ -333,6 +334,8 @@ def extends(stored: RunConfig, asked: RunConfig) -> bool:
         return False
     if asked.evaluation.rows != "public" or asked.federation.lifecycle.finish != "none":
         return False  # what is asked of the last model was paid for, and would be of an earlier one
+    if QUERIES.has(asked.federation.lifecycle.start, "settles"):
+        return False  # what it began was ended with the last round
     if asked.task.stream.order:
         return False  # the rounds are dealt to the stages, so more of them would move every stage's end
     federation = dataclasses.replace(asked.federation, rounds=stored.federation.rounds)

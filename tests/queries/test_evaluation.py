@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from ffm_secure.config import compatibility
 from ffm_secure.errors import ConfigError, PlanRefused, StoreError
 from ffm_secure.engines import simulation
 from ffm_secure.engines.summary import describe, summarise
-from ffm_secure.queries.base import Opened, Rows
+from ffm_secure.queries import agenda
+from ffm_secure.queries.base import Opened, Rows, head_of, recall
 from ffm_secure.queries.class_offsets import offsets
 from ffm_secure.queries.evaluation import BINS, Cells, released
 from ffm_secure.records import LEARN
-from ffm_secure.storage.run_directory import Store
+from ffm_secure.server import rounds
+from ffm_secure.storage.run_directory import Store, extends
 from ffm_secure.tasks.encoded import EncodedImages
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, make, prepared, train
 from tests.queries.helpers import STEPS, one_shot, queries
@@ -56,8 +59,8 @@ def test_without_noise_the_figures_are_those_of_fairlearn() -> None:
     assert found.gap is not None
     assert found.gap.value == pytest.approx(frame.difference(), abs=1e-9)
     recalls = recall_score(rows.labels(), answered, average=None)
-    for estimate, recall in zip(found.classes, recalls, strict=True):
-        assert estimate.value == pytest.approx(recall, abs=1e-9)
+    for estimate, share in zip(found.classes, recalls, strict=True):
+        assert estimate.value == pytest.approx(share, abs=1e-9)
 
 
 def test_a_record_falls_into_one_cell_of_either_table() -> None:
@@ -230,6 +233,46 @@ def test_offsets_lift_a_rare_class_and_the_plan_pays_for_them(tmp_path: Path) ->
     assert float(shifted[2] - shifted[0]) == pytest.approx(np.log(500.0)), (
         "a count below its noise is its noise"
     )
+
+
+def test_a_prior_is_there_while_the_head_learns_and_gone_at_the_end(tmp_path: Path) -> None:
+    lifecycle = {**STEPS, "start": "class_prior", "learning_rate": 1e-12}
+    config = make(federation={"rounds": 2, "cohort": 2, "lifecycle": lifecycle})
+    ready = simulation.build(prepared(config), tmp_path / "run")
+    bias = head_of(ready.trainable).bias
+    initial = ready.trainable.flatten()[bias]
+    assert float(initial.abs().max()) == 0.0
+    biases = []
+    with Store.open(tmp_path / "run", ready.config) as store:
+        state, records = ready.begin(store)
+        while agenda.next_turn(config, records) is not None:
+            plan = rounds.plan_round(ready.server, len(records) + 1, state, records)
+            result = rounds.collect(ready.server, plan, state, ready.courier, lambda finished, total: None)
+            state, result = rounds.advance(ready.server, plan, state, result, records)
+            record = rounds.record(ready.server, plan, result, state, records, ready.courier, began=0.0)
+            store.commit(state, record, run_id=ready.server.run_id)
+            records = (*records, record)
+            biases.append(state.vector[bias])
+    assert queries(records) == ["class_prior", "class_prior", LEARN, LEARN]
+    counts = np.zeros(10)
+    for site in ready.sites:
+        counts += np.bincount(site.data.examples.labels, minlength=10)
+    shares = torch.from_numpy(np.log(np.maximum(counts, 1.0)))
+    answer = recall(state, "class_prior")
+    assert answer is not None
+    np.testing.assert_array_equal(answer.values, counts)
+    for learning in biases[1:3]:
+        torch.testing.assert_close(learning.double(), shares - shares.mean(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(biases[3], initial, atol=1e-5, rtol=0)
+
+
+def test_a_prior_is_taken_off_once() -> None:
+    lifecycle = {**STEPS, "start": "class_prior", "finish": "class_offsets"}
+    with pytest.raises(PlanRefused, match="use one of the two"):
+        compatibility.check(make(federation={"lifecycle": lifecycle}))
+    first = make(federation={"rounds": 1, "lifecycle": {**STEPS, "start": "class_prior"}})
+    more = make(federation={"rounds": 2, "lifecycle": {**STEPS, "start": "class_prior"}})
+    assert not extends(first, more)
 
 
 def test_offsets_undo_the_prior_of_a_head_that_learned_it() -> None:
