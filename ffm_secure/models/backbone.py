@@ -40,6 +40,7 @@ from ffm_secure.models.model_checks import (
     refuse_if_padding_matters,
     refuse_quantised,
 )
+from ffm_secure.models.composite import text_part
 from ffm_secure.models.tokenizers import load_tokenizer
 
 # Which class of transformers does a task.
@@ -245,7 +246,7 @@ def _pretrained(
     local = Path(folder).is_dir()
     options: dict[str, Any] = {"local_files_only": local or not _hub_answers(), "trust_remote_code": False}
     try:
-        config, renamed = _text_part(transformers.AutoConfig.from_pretrained(folder, **options), kind)
+        config, renamed = text_part(transformers.AutoConfig.from_pretrained(folder, **options), kind, folder)
         refuse_quantised(name, config)
         if labels is not None and config.num_labels != labels:
             config.num_labels = labels
@@ -270,7 +271,7 @@ def _pretrained(
         raise
     except Exception as error:  # whatever a damaged checkpoint makes the library throw is one error of ours
         raise ModelError(_explain(name, kind, local, error)) from error
-    fresh = _fresh(name, kind, model, report)
+    fresh = _fresh(name, kind, model, report, part=bool(renamed))
     refuse_broken_weights(name, model)
     notes: tuple[str, ...] = ()
     if renamed:
@@ -288,24 +289,6 @@ def _pretrained(
     if tokenizer is not None:
         refuse_if_padding_matters(name, backbone)
     return backbone
-
-
-# Where the text part of a composite checkpoint keeps its tensors, and what the text model alone calls them.
-_TEXT_PART = {
-    "^model.language_model": "model",
-    "^language_model.model": "model",
-    "^language_model.lm_head": "lm_head",
-}
-
-
-def _text_part(config: Configuration, kind: str) -> tuple[Configuration, dict[str, str]]:
-    """Choose the text part of a model for texts and pictures where a text task asks for it, with the names of
-    its tensors.
-    """
-    part = getattr(config, "text_config", None)
-    if kind.startswith("image") or part is None or getattr(config, "vision_config", None) is None:
-        return config, {}
-    return part, dict(_TEXT_PART)
 
 
 def _from_scratch(backbone: Backbone, seed: int) -> Backbone:
@@ -348,7 +331,9 @@ def _explain(name: str, kind: str, local: bool, error: Exception) -> str:
     )
 
 
-def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) -> tuple[str, ...]:
+def _fresh(
+    name: str, kind: str, model: nn.Module, report: Mapping[str, Any], *, part: bool
+) -> tuple[str, ...]:
     """Name the parameters that were not in the checkpoint;
     refuse where that is more than a head or a pooler.
     """
@@ -358,6 +343,12 @@ def _fresh(name: str, kind: str, model: nn.Module, report: Mapping[str, Any]) ->
     absent = mismatched | set(report["missing_keys"])
     inside = f"{body_name(model)}."
     lost = sorted(key for key in absent if key.startswith(inside) and ".pooler." not in key)
+    if lost and part:
+        raise ModelError(
+            f"model.name = {name!r}: it is a model for texts and pictures, and {len(lost)} tensors of its "
+            f"text part lie under names that are not known here (first: {lost[0]}); save the text model "
+            "alone, as model.language_model.save_pretrained does"
+        )
     if lost:
         raise ModelError(
             f"model.name = {name!r}: {len(lost)} tensors of the model body are missing or of another shape "

@@ -31,6 +31,15 @@ QUERY_VALUE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("llama4_text", "qwen3_5_text", "gemma3n_text", "gemma4_text", "phi", "mbart"), ("q_proj", "v_proj")
     ),
+    **dict.fromkeys(
+        ("starcoder2", "cohere", "cohere2", "bitnet", "granite", "nemotron", "qwen3_moe", "gpt_oss"),
+        ("q_proj", "v_proj"),
+    ),
+    **dict.fromkeys(("xglm", "biogpt", "olmo", "glm", "m2m_100", "pegasus", "marian"), ("q_proj", "v_proj")),
+    **dict.fromkeys(("data2vec-vision", "data2vec-text", "pvt_v2", "rembert", "ernie"), ("query", "value")),
+    **dict.fromkeys(("gpt_bigcode", "openai-gpt"), ("c_attn",)),
+    **dict.fromkeys(("mpt", "modernbert"), ("Wqkv",)),
+    "codegen": ("qkv_proj",),
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
     **dict.fromkeys(("gpt_neox", "bloom", "falcon"), ("query_key_value",)),
     "distilbert": ("q_lin", "v_lin"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from benchmarks.exports import CAUSAL, CLASSIFY, TEXT, Case, _checkpoint
 from defenses.dp import PerSampleEngine
@@ -285,3 +286,83 @@ def test_the_text_part_of_a_composite_model_is_trained_and_exported(tmp_path: Pa
         loaded = space["model"](input_ids=tokens).logits
         torch.testing.assert_close(loaded, trainable.model(input_ids=tokens).logits, atol=1e-5, rtol=1e-5)
     assert (loaded - answer).abs().max() > 1e-3, "what was trained matters"
+
+
+TEXT_OF_TWO = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+TOWER = SMALL | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+MIXERS = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
+MIXERS |= {f"linear_num_{name}": 2 for name in ("key_heads", "value_heads")}
+COMPOSITES: dict[str, tuple[str, dict[str, Any]]] = {
+    "layers without attention": (
+        "Qwen3_5",
+        {
+            "text_config": TEXT_OF_TWO | MIXERS,
+            "vision_config": {"depth": 1, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 32},
+        },
+    ),
+    "a head that only the whole says is the embedding": (
+        "Mistral3",
+        {
+            "text_config": TEXT_OF_TWO | {"model_type": "mistral"},
+            "vision_config": TOWER | {"model_type": "pixtral", "head_dim": 8},
+        },
+    ),
+    "a text part under another name": (
+        "Idefics3",
+        {"text_config": TEXT_OF_TWO | {"model_type": "llama"}, "vision_config": TOWER},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPOSITES)
+def test_the_text_part_answers_as_the_whole_does(case: str, tmp_path: Path) -> None:
+    family, parts = COMPOSITES[case]
+    tokenizer = tiny_tokenizer()
+    parts = {**parts, "text_config": parts["text_config"] | {"vocab_size": len(tokenizer)}}
+    config = getattr(transformers, f"{family}Config")(**parts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        whole = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    backbone = load_backbone(str(tmp_path), kind=CAUSAL, labels=None, base=tmp_path, seed=1)
+    tokens = torch.tensor([[40, 51, 60, 70]])
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.model(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+    trainable = attach(backbone, {"kind": "lora", "rank": 2}, task_kind=CAUSAL, seed=1)
+    rehearse_per_sample(trainable, None, clipping="flat")
+
+
+def test_a_text_part_under_unknown_names_is_one_sentence(tmp_path: Path) -> None:
+    _, parts = COMPOSITES["a text part under another name"]
+    tokenizer = tiny_tokenizer()
+    config = transformers.Idefics3Config(
+        **{**parts, "text_config": parts["text_config"] | {"vocab_size": len(tokenizer)}}
+    )
+    transformers.Idefics3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    moved = {name.replace("text_model", "words"): value for name, value in stored.items()}
+    save_file(moved, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"its text part lie under names .*save the text model alone"):
+        load_backbone(str(tmp_path), kind=CAUSAL, labels=None, base=tmp_path, seed=1)
+
+
+def test_a_configuration_that_cannot_run_is_one_sentence(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    config = transformers.GPTJConfig(
+        n_embd=16, n_layer=1, n_head=2, rotary_dim=64, vocab_size=len(tokenizer), n_positions=32
+    )
+    transformers.GPTJForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="GPTJForCausalLM does not run on a plain text"):
+        load_backbone(str(tmp_path), kind=CAUSAL, labels=None, base=tmp_path, seed=1)

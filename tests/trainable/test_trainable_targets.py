@@ -64,6 +64,7 @@ PYRAMID = STAGES | {
     "num_attention_heads": [2],
     "mlp_ratios": [1],
 }
+NARROW = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40}
 FAMILIES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet"), SMALL),
     "albert": SMALL | {"embedding_size": 16},
@@ -87,7 +88,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_types": [[["global"], 1]],
         "vocab_size": 40,
     },
-    "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40},
+    **dict.fromkeys(("starcoder2", "cohere", "cohere2", "bitnet", "granite", "nemotron", "olmo"), DECODER),
+    "glm": DECODER | {"attention_bias": True},
+    **dict.fromkeys(
+        ("qwen3_moe", "gpt_oss"),
+        DECODER | {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "xglm": {"d_model": 16, "num_layers": 1, "attention_heads": 2, "ffn_dim": 16, "vocab_size": 40},
+    **dict.fromkeys(
+        ("biogpt", "rembert", "ernie", "data2vec-text", "modernbert"), SMALL | {"pad_token_id": 0}
+    ),
+    "codegen": {"n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "vocab_size": 40},
+    "mpt": {"d_model": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 40},
+    **dict.fromkeys(("m2m_100", "pegasus", "marian"), BOTH_WAYS | {"pad_token_id": 0}),
+    "data2vec-vision": PATCHES | {"use_auxiliary_head": False},
+    "pvt_v2": {
+        "hidden_sizes": [16],
+        "depths": [1],
+        "num_encoder_blocks": 1,
+        "patch_sizes": [3],
+        "strides": [2],
+        "num_attention_heads": [2],
+        "mlp_ratios": [1],
+        "sr_ratios": [2],
+        "image_size": 16,
+    },
+    **{
+        key: {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40}
+        for key in ("gpt2", "gpt_bigcode", "openai-gpt")
+    },
     "gpt_neox": SMALL,
     "bloom": {"hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40},
     "falcon": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40},
