@@ -365,7 +365,8 @@ def _require_file(path: Path) -> None:
         raise ObservationError(f"{path} is a link: an observation folder holds its own files")
     if not path.is_file():
         raise ObservationError(
-            f"{path} is missing: an observation folder holds {_DESCRIPTION} and {_TENSORS}"
+            f"{path} is missing: an observation folder holds {_DESCRIPTION} and {_TENSORS}, as "
+            "attacks.Observation(kind='gradient', tensors=UPDATE).save(FOLDER) writes them"
         )
 
 

@@ -90,6 +90,12 @@ def run(
         )
 
 
+_ONE_OF = (
+    "give a run directory, --observation FOLDER for somebody's update, or --model FOLDER with --members or "
+    "--secrets for a released model, exactly one of them"
+)
+
+
 def experiment(file: Path, *, out: Path, quick: bool, jobs: int, json: bool, quiet: bool) -> None:
     """Run what is missing of a grid; write its table and curves."""
     from ffm_secure.experiments import grid as experiments
@@ -129,7 +135,7 @@ def audit(
     from ffm_secure.report.document import write_audit
 
     if (folder is None) == (observed.observation is None):
-        raise ConfigError("audit", ["give a run directory or --observation FOLDER, exactly one of them"])
+        raise ConfigError("audit", [_ONE_OF])
     if folder is not None and (observed.model or observed.adapter or observed.truth or observed.unused):
         belong = "--model, --adapter, --truth and --unused belong to --observation; a run knows its own"
         raise ConfigError("audit", [belong])

@@ -33,6 +33,16 @@ class Problems(list[str]):
         self.append(f"{name} = {show(value)}: {advice}")
 
 
+_KINDS: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+}
+
+
 def show(value: object) -> str:
     """Return a value as a message shows it, at most 80 characters long."""
     try:
@@ -206,10 +216,15 @@ def _read_value(hint: Hint, value: object, name: str, rules: Rules, problems: Pr
             problems.add(name, value, "is too large")
             return None
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        problems.add(name, value, f"must be a {hint.__name__}, not a {type(value).__name__}")
+        problems.add(name, value, f"must be {_said(hint)}, not {_said(type(value))}")
         return None
     _check(value, name, rules, problems)
     return value
+
+
+def _said(kind: type) -> str:
+    """Say what kind of value a key holds, in words of a run file."""
+    return _KINDS.get(kind, f"a {kind.__name__}")
 
 
 def _check(value: Value, name: str, rules: Rules, problems: Problems) -> None:

@@ -63,7 +63,7 @@ def test_all_problems_are_reported_at_once() -> None:
     assert "privacy.epsilon = -1.0: must be at least 0" in text
     assert "protection.kind = 'secag'" in text
     assert "did you mean 'secagg'?" in text
-    assert "federation.cohort = '20': must be a int, not a str" in text
+    assert "federation.cohort = '20': must be a whole number, not a text" in text
     assert "task.data: missing" in text
 
 
@@ -91,7 +91,7 @@ def test_no_privacy_needs_a_reason() -> None:
         ("privacy", "clip_norm", float("nan"), "must be a finite number"),
         ("privacy", "records_per_person", 3, "only privacy.unit = 'person' reads it"),
         ("protection", "threshold", 9, "no round could ever be opened"),
-        ("task", "clients", True, "must be a int, not a bool"),
+        ("task", "clients", True, "must be a whole number, not true or false"),
         ("task", "split", {"kind": "natural"}, "needs the column"),
         ("task", "split", {"kind": "iid", "alpha": 0.1}, "is not read with kind = 'iid'"),
         ("model", "trainable", {"kind": "prompt", "rank": 4}, "is not read with kind = 'prompt'"),
@@ -113,7 +113,7 @@ def test_a_key_of_fixed_words_is_read_by_its_words() -> None:
     changed["protection"]["mode"] = 3
     text = refusal(changed)
     assert "did you mean 'per_layer'" in text
-    assert "protection.mode = 3: must be a str, not a int" in text
+    assert "protection.mode = 3: must be a text, not a whole number" in text
 
 
 def test_overrides_are_checked_like_the_file(tmp_path: Path) -> None:
