@@ -60,7 +60,7 @@ class PlainServerRound:
             return AggregationResult(ring_sum=None, dropped=lost, aborted=reason, bytes_up=self._received)
         return AggregationResult(
             ring_sum=ring.reduce(self._total, self._codec.modulus_bits),
-            survivors=tuple(self._arrived),
+            survivors=tuple(sorted(self._arrived)),
             dropped=lost,
             bytes_up=self._received,
         )
