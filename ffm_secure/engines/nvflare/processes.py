@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -33,8 +33,10 @@ class Process:
     the system watches the thread that did.
     """
 
-    def __init__(self, command: Sequence[str], folder: Path) -> None:
-        self._command, self._folder = tuple(command), folder
+    def __init__(
+        self, command: Sequence[str], folder: Path, *, settings: Mapping[str, str] | None = None
+    ) -> None:
+        self._command, self._folder, self._settings = tuple(command), folder, dict(settings or {})
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = threading.Event()
@@ -69,7 +71,12 @@ class Process:
 
     def _start(self) -> subprocess.Popen[bytes]:
         _sweep(self._folder)
-        environment = {**os.environ, "PYTHONPATH": _import_path(), "MALLOC_ARENA_MAX": "4"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": _import_path(),
+            "MALLOC_ARENA_MAX": "4",
+            **self._settings,
+        }
         with open(self._folder / "output.txt", "ab", opener=_private) as output:
             return subprocess.Popen(
                 self._command,

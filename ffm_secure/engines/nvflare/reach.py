@@ -22,7 +22,7 @@ def require_port(server: Path) -> None:
     Raises:
       StoreError: with who may have it, and what to do.
     """
-    _, port = _address(server / "startup" / "fed_server.json")
+    _, port = address_of(server / "startup" / "fed_server.json")
     if not wait_until(lambda: _is_free(port), _FREED, 0.2):
         raise StoreError(
             f"port {port} of this machine is in use: another run of this coordinator, or another program; "
@@ -32,7 +32,7 @@ def require_port(server: Path) -> None:
 
 def coordinator_words(place: Path) -> str:
     """Say whether the coordinator of a site answers, and who can do what where it does not."""
-    host, port = _address(place / ENGINE / "startup" / "fed_client.json")
+    host, port = address_of(place / ENGINE / "startup" / "fed_client.json")
     try:
         socket.create_connection((host, port), timeout=_ANSWERS).close()
     except OSError as error:
@@ -51,7 +51,12 @@ def _reason(error: OSError) -> str:
     return error.strerror or "cannot be reached"
 
 
-def _address(path: Path) -> tuple[str, int]:
+def address_of(path: Path) -> tuple[str, int]:
+    """Return the host and the port at which the federation meets, as an engine folder has them.
+
+    Raises:
+      StoreError: the file is missing or damaged.
+    """
     try:
         target = str(json.loads(path.read_bytes())["servers"][0]["service"]["target"])
         host, _, port = target.rpartition(":")
