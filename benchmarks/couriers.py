@@ -28,7 +28,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -41,6 +43,7 @@ from ffm_secure.transport.courier import Lost, MachineCourier
 from tests.engines.nvflare_federation import enrol
 
 RUN = "be" * 32
+_PACKAGES = {"nvflare": "nvflare", "flower": "flwr"}  # by what is installed a courier can be measured
 
 
 @dataclass(slots=True, kw_only=True)
@@ -193,6 +196,24 @@ def vectors_held(
     return vectors
 
 
+class WaitedFor(MachineCourier, Protocol):
+    """A courier that waits for its sites."""
+
+    def open(self, *, smallest: int, seconds: float) -> None: ...
+
+
+class Machines(Protocol):
+    """The processes of an engine on this machine."""
+
+    def engine_folder(self, name: str) -> Path: ...
+
+    def start(self) -> None: ...
+
+    def courier(self, run: str) -> WaitedFor: ...
+
+    def stop(self) -> None: ...
+
+
 @contextlib.contextmanager
 def over_local(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCourier]:
     """Call the sites in this process."""
@@ -204,9 +225,23 @@ def over_local(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCou
 @contextlib.contextmanager
 def over_nvflare(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCourier]:
     """Start a federation of machines on loopback whose services are these sites."""
-    names = [f"s{number}" for number in range(len(sites))]
+    with _over(enrol(folder, _names(sites)), sites) as courier:
+        yield courier
+
+
+@contextlib.contextmanager
+def over_flower(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCourier]:
+    """Do the same over the second engine, which is installed in an environment of its own."""
+    from tests.engines import flower_federation
+
+    with _over(flower_federation.enrol(folder, _names(sites)), sites) as courier:
+        yield courier
+
+
+@contextlib.contextmanager
+def _over(machines: Machines, sites: Sequence[SecureSite]) -> Iterator[MachineCourier]:
+    names = _names(sites)
     with contextlib.ExitStack() as stack:
-        machines = enrol(folder, names)
         for name, site in zip(names, sites, strict=True):
             stack.callback(serve(machines.engine_folder(name), site.handle, RUN.__eq__).close)
         stack.callback(machines.stop)
@@ -217,8 +252,12 @@ def over_nvflare(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineC
         yield courier
 
 
+def _names(sites: Sequence[SecureSite]) -> list[str]:
+    return [f"s{number}" for number in range(len(sites))]
+
+
 Opens = Callable[[Sequence[SecureSite], Path], contextlib.AbstractContextManager[MachineCourier]]
-COURIERS: Mapping[str, Opens] = {"local": over_local, "nvflare": over_nvflare}
+COURIERS: Mapping[str, Opens] = {"local": over_local, "nvflare": over_nvflare, "flower": over_flower}
 """How a federation of these sites is opened over each engine; another engine adds its line."""
 
 
@@ -399,7 +438,8 @@ def main() -> None:
     parser.add_argument(
         "--falls", action="store_true", help="kill relays and the server instead, and time it"
     )
-    parser.add_argument("--couriers", default=",".join(COURIERS), help=f"some of {', '.join(COURIERS)}")
+    here = ",".join(name for name in COURIERS if find_spec(_PACKAGES.get(name, "numpy")))
+    parser.add_argument("--couriers", default=here, help=f"some of {', '.join(COURIERS)}")
     parser.add_argument("--table", action="store_true", help="4 and 20 sites, 1 and 25 million numbers")
     parser.add_argument("--gibibytes", type=float, default=8.0, help="leave out what needs more memory")
     parser.add_argument("--echo", type=int, default=0, help="one message of so many bytes to a site and back")

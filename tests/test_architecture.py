@@ -15,6 +15,7 @@ SHARED = ("defenses.random_source", "defenses.errors")
 HEAVY = {  # optional or heavy packages and the only places that may import them
     "tenseal": ("defenses/he/",),
     "nvflare": ("ffm_secure/engines/nvflare/",),
+    "flwr": ("ffm_secure/engines/flower/",),
     "mlflow": ("ffm_secure/tracking/mlflow_run.py",),
     "wandb": ("ffm_secure/tracking/wandb_run.py",),
     "tensorboardX": ("ffm_secure/tracking/tensorboard.py",),

@@ -7,7 +7,15 @@ from types import ModuleType
 
 from ffm_secure.errors import ConfigError, FfmError
 
-_ENGINES = {"nvflare": ("ffm_secure.engines.nvflare.running", "ffm_secure.engines.nvflare.enrolment")}
+_ENROLMENT = "ffm_secure.engines.nvflare.enrolment"  # one for all engines: its certificates are ours
+_ENGINES = {
+    "nvflare": ("ffm_secure.engines.nvflare.running", _ENROLMENT),
+    "flower": ("ffm_secure.engines.flower.running", _ENROLMENT),
+}
+_INSTALL = {
+    "nvflare": "install it with: pip install 'ffm-secure[nvflare]'",
+    "flower": "install it, in an environment of its own, with: pip install 'ffm-secure[flower]'",
+}
 
 
 def running(name: str) -> ModuleType:
@@ -31,6 +39,4 @@ def _load(name: str, place: int) -> ModuleType:
     try:
         return importlib.import_module(_ENGINES[name][place])
     except ModuleNotFoundError as error:
-        raise FfmError(
-            f"the engine {name} needs {error.name}; install it with: pip install 'ffm-secure[nvflare]'"
-        ) from None
+        raise FfmError(f"the engine {name} needs {error.name}; {_INSTALL[name]}") from None

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
 
 from ffm_secure.agreed.agreement import run_digest
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.engines.nvflare.courier import NVFlareCourier
 from ffm_secure.server.timetable import Timetable
+from ffm_secure.transport.courier import Deadline, MachineCourier
 from ffm_secure.transport.envelope import header_of
 from ffm_secure.transport.local_socket import wait_until
-from tests.engines.nvflare_federation import NAMES, Machines
+from tests.engines.nvflare_federation import NAMES
 from tests.engines.site_processes import SiteProcesses
 from tests.federation.helpers import train
 from tests.parties.helpers import PLAIN, SEEDED, Federation, found, notes_run, run
@@ -28,8 +28,22 @@ from tests.parties.test_parity import protection
 PATIENT = Timetable(join=120.0, rejoin=60.0, train=180.0, other=120.0, gather=240.0, patience=240.0)
 
 
+class OpenCourier(MachineCourier, Protocol):
+    """A courier of whatever engine that is waited for."""
+
+    def open(self, *, smallest: int, seconds: float) -> None: ...
+
+
+class Machines(Protocol):
+    """A coordinator's processes and four relays, of whatever engine."""
+
+    def engine_folder(self, name: str) -> Path: ...
+
+    def courier(self, run: str, *, deadline: Deadline) -> OpenCourier: ...
+
+
 @contextlib.contextmanager
-def served(federation: Federation, machines: Machines) -> Iterator[tuple[NVFlareCourier, SiteProcesses]]:
+def served(federation: Federation, machines: Machines) -> Iterator[tuple[OpenCourier, SiteProcesses]]:
     """Let each site's process answer its relay, and open a courier for the run."""
     places = {federation.site(name): machines.engine_folder(name) for name in NAMES}
     with contextlib.closing(SiteProcesses(places)) as sites:
@@ -65,19 +79,14 @@ def test_every_protection(kind: str, privacy: dict[str, Any], machines: Machines
     same_as_local(notes_run(privacy=privacy, protection=protection(kind)), machines, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("privacy", [PLAIN, SEEDED], ids=["no unit", "seeded noise"])
-@pytest.mark.parametrize("kind", ["none", "secagg", "bfv", "ckks"])
-def test_kills_where_the_local_engine_loses_sites(
-    kind: str, privacy: dict[str, Any], machines: Machines, tmp_path: Path
-) -> None:
+def same_with_kills(kind: str, privacy: dict[str, Any], machines: Machines, place: Path) -> None:
     """A site's service is killed; its relay lives on and reaches the one that is started again."""
     if kind in ("bfv", "ckks"):
         pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
     settings = {**protection(kind), **({"colluding": 0} if kind == "secagg" else {})}
     losing, config = runs_with_losses(settings, privacy)
-    local = train(losing, tmp_path / "local")[1]
-    federation = found(tmp_path, config, policy={"colluders": 0}, timetable=PATIENT)
+    local = train(losing, place / "local")[1]
+    federation = found(place, config, policy={"colluders": 0}, timetable=PATIENT)
     with served(federation, machines) as (courier, sites):
         places = [federation.site(name) for name in NAMES]
 
@@ -90,3 +99,12 @@ def test_kills_where_the_local_engine_loses_sites(
     assert kills.killed >= 3
     assert torch.equal(there.state.vector, local.state.vector)
     assert [item.survivors for item in there.records] == [item.survivors for item in local.records]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("privacy", [PLAIN, SEEDED], ids=["no unit", "seeded noise"])
+@pytest.mark.parametrize("kind", ["none", "secagg", "bfv", "ckks"])
+def test_kills_where_the_local_engine_loses_sites(
+    kind: str, privacy: dict[str, Any], machines: Machines, tmp_path: Path
+) -> None:
+    same_with_kills(kind, privacy, machines, tmp_path)
