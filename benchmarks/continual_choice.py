@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.continual import CLASSES, CLIENTS, DOMAINS, SETTINGS_LORA, domains_of, lora_config
 from benchmarks.heads import Part
 from ffm_secure.lifecycle.stream_measures import measures
-from ffm_secure.privacy.mechanism import calibrate
+from ffm_secure.privacy.calibration import calibrate
 from ffm_secure.records import StreamMeasures
 
 RATES, REPLAYS, DRAWS = (30.0, 60.0), (0.0, 0.2), 3

@@ -39,6 +39,7 @@ SECTIONS: dict[str, list[str]] = {
         "pretraining.md",
         "streams.md",
         "personal.md",
+        "fewer_bytes.md",
         "experiments.md",
         "tracking.md",
         "alone/dp_sgd.md",

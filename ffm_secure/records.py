@@ -310,6 +310,7 @@ class PlanSummary:
     breaks: str  # the collusion statement
     warnings: tuple[str, ...] = ()
     queries: tuple[PlannedQuery, ...] = ()
+    bytes_up_uncompressed: int = 0  # what an upload would take without compression; 0: there is none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,5 @@
-"""Every kind of strategy, trainable, algorithm, query and engine by name, in one line each; nothing heavy is
-imported for it.
+"""Every kind of strategy, trainable, algorithm, query, compression and engine by name, in one line each;
+nothing heavy is imported for it.
 
 A line names the kind and where its class or function is; that module is imported when a run names the kind,
 so that a mistake in a run file costs no import of a model library. `refuses` is the kind's position towards
@@ -103,10 +103,14 @@ QUERIES = Axis("query")
 STARTS = OrNone(axis=QUERIES, trait="start")
 FINISHES = OrNone(axis=QUERIES, trait="finish")
 PERSONALS = Axis("personal")
+COMPRESSIONS = Axis("compression")
 PERSONAL = OrNone(axis=PERSONALS, trait="at_home")
 TRACKERS = Axis("tracker")  # shows what is public already: it goes together with every choice
 AXES: Mapping[str, Axis] = MappingProxyType(
-    {axis.name: axis for axis in (TASKS, STRATEGIES, TRAINABLES, LIFECYCLES, ENGINES, QUERIES, PERSONALS)}
+    {
+        axis.name: axis
+        for axis in (TASKS, STRATEGIES, TRAINABLES, LIFECYCLES, ENGINES, QUERIES, PERSONALS, COMPRESSIONS)
+    }
 )
 
 TASKS.register("text_classification", "ffm_secure.tasks.text:TextClassification", traits=("classifies",))
@@ -181,6 +185,37 @@ PERSONALS.register(
     "ffm_secure.lifecycle.personal_prior:prior_at_home",
     traits=("at_home",),
     refuses={("task", task): _NO_CLASSES_AT_HOME for task in TASKS.with_trait("language")},
+)
+
+_NO_UPDATE = "a run that takes no step sends no update to compress: its answers are sent whole"
+_OTHER_NUMBERS = (
+    "its messages are factors or products, not the changes of the broadcast numbers that a support is chosen "
+    "by: use projection, rotation or bits, or another strategy"
+)
+_UNEVEN_NOISE = (
+    "it takes one size of noise out of every number, and numbers off the support bear none: use adam, or "
+    "projection"
+)
+_OTHER_PLACES = (
+    "noise that is taken back in a later round must stand in the same numbers there: use bits, rotation or "
+    "projection, or correlation = 'none'"
+)
+_ONCE: dict[tuple[str, str], str] = {
+    ("lifecycle", kind): _NO_UPDATE for kind in LIFECYCLES.with_trait("one_shot")
+}
+COMPRESSIONS.register("none", "ffm_secure.compression.whole:build")
+COMPRESSIONS.register("bits", "ffm_secure.compression.whole:build", refuses=_ONCE)
+COMPRESSIONS.register("rotation", "ffm_secure.compression.rotation:build", refuses=_ONCE)
+COMPRESSIONS.register("projection", "ffm_secure.compression.projection:build", refuses=_ONCE)
+COMPRESSIONS.register(
+    "support",
+    "ffm_secure.compression.support:build",
+    refuses={
+        **_ONCE,
+        **{("strategy", rule): _OTHER_NUMBERS for rule in STRATEGIES.with_trait("lora")},
+        ("strategy", "adam_debiased"): _UNEVEN_NOISE,
+        ("correlation", "banded"): _OTHER_PLACES,
+    },
 )
 
 ENGINES.register("local", "ffm_secure.engines.local:LocalEngine")

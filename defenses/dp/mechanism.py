@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from defenses.errors import BudgetExceeded, NotPrivateError, ParameterError
 from defenses.random_source import RandomSource
 
 RecordSampling = Literal["poisson", "full", "fixed_size"]
+_MOST_REDRAWS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,8 +225,10 @@ class ClientMechanism:
 
     For the integer ring, `scale` is the number of integer steps in 1.0 and `dimension` the length of the
     vector: an update of norm C, scaled and rounded at random to a neighbouring integer in every coordinate,
-    has norm at most C * scale + sqrt(dimension), and that is the sensitivity noise and event are built on. No
-    rounding is redrawn.
+    has norm at most C * scale + sqrt(dimension), and that is the sensitivity noise and event are built on.
+    With `redraws`, a probability, the rounding is drawn again until the integers are within a smaller norm,
+    which a single draw exceeds at most that often and which then is the sensitivity (docs/fewer_bytes.md); at
+    0 no rounding is redrawn.
 
     Guarantee: with at least `honest_survivors` honest clients in every opened sum, the stated multiplier
     holds.
@@ -235,12 +239,15 @@ class ClientMechanism:
     honest_survivors: int
     participations: int
     adjacency: Adjacency = "zero_out"
+    redraws: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.noise_multiplier >= 0:
             raise ParameterError(f"noise_multiplier = {self.noise_multiplier}: must not be negative")
         if not self.clip_norm > 0:
             raise ParameterError(f"clip_norm = {self.clip_norm}: must be positive")
+        if not 0 <= self.redraws < 1:
+            raise ParameterError(f"redraws = {self.redraws}: must be a probability below 1")
         if self.honest_survivors < 1 or self.participations < 1:
             raise ParameterError(
                 f"honest_survivors = {self.honest_survivors}, participations = "
@@ -275,19 +282,36 @@ class ClientMechanism:
         """Return the L2 bound on one client's rounded vector, in integer steps."""
         if not scale > 0 or dimension < 1:
             raise ParameterError(f"scale = {scale}, dimension = {dimension}: both must be positive")
-        return self.clip_norm * scale + math.sqrt(dimension)
+        levels, root = self.clip_norm * scale, math.sqrt(dimension)
+        if not self.redraws:
+            return levels + root
+        # E |R|^2 <= levels^2 + d/4, and it is beyond that by `room` with probability `redraws` (Hoeffding)
+        room = math.sqrt(-2 * math.log(self.redraws)) * (levels + root / 2)
+        return min(levels + root, math.sqrt(levels**2 + dimension / 4 + room))
 
     def integer_share(self, update: Tensor, *, scale: float, source: RandomSource) -> Integers:
         """Clip the update, round it at random to the grid and add this client's Skellam share, as int64."""
         bounded = clip_vector(
             update.detach().to("cpu", torch.float64).reshape(-1), clip_norm=self.clip_norm
         ).numpy()
-        grid = np.floor(bounded * scale)
-        rounded = grid.astype(np.int64) + (source.uniform(len(grid)) < bounded * scale - grid)
+        rounded = self._rounded(bounded * scale, scale, source)
         if self.noise_multiplier == 0:
             return rounded
         variance = self._integer_variance(scale, len(rounded)) / self.honest_survivors
         return rounded + skellam(len(rounded), variance=variance, source=source)
+
+    def _rounded(self, levels: npt.NDArray[np.float64], scale: float, source: RandomSource) -> Integers:
+        """Round every number up or down at random, drawn again where redraws keep the norm in its bound."""
+        grid = np.floor(levels)
+        fraction, whole = levels - grid, grid.astype(np.int64)
+        if not self.redraws:
+            return whole + (source.uniform(len(grid)) < fraction)
+        longest = self.integer_sensitivity(scale=scale, dimension=len(grid)) ** 2
+        for _ in range(_MOST_REDRAWS):
+            rounded = whole + (source.uniform(len(grid)) < fraction)
+            if float(np.square(rounded, dtype=np.float64).sum()) <= longest:
+                return rounded
+        return np.zeros_like(whole)  # a bounded update too, with probability `redraws` to the power of 32
 
     def integer_event(self, release: str, *, scale: float, dimension: int) -> Event:
         """Return the event of Skellam shares over all participations, in integer steps."""
@@ -314,4 +338,7 @@ class ClientMechanism:
 
     def digest(self) -> str:
         """Return a hash of everything that decides epsilon."""
-        return digest_of("client", asdict(self))
+        values = asdict(self)
+        if not self.redraws:
+            del values["redraws"]  # as it was before there were any
+        return digest_of("client", values)

@@ -13,7 +13,7 @@ import torch
 
 from defenses.dp import Event, balanced_schedule
 from defenses.random_source import RandomSource
-from ffm_secure import record_codec, trainable
+from ffm_secure import compression, record_codec, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.groups import group_size
 from ffm_secure.config.run_file import RunConfig
@@ -23,7 +23,8 @@ from ffm_secure.errors import PlanRefused, StoreError
 from ffm_secure.lifecycle.base import Algorithm
 from ffm_secure.models import backbone as models
 from ffm_secure.models.backbone import Backbone, fingerprint
-from ffm_secure.privacy.mechanism import Mechanism, calibrate
+from ffm_secure.privacy.calibration import calibrate
+from ffm_secure.privacy.mechanism import Mechanism
 from ffm_secure.privacy.query_noise import answers_paid, calibrate_query
 from ffm_secure.protection.codec import FAIR_LEVELS, VectorCodec, codec_for, grid_codec
 from ffm_secure.protection.masked import SessionBinding
@@ -136,7 +137,7 @@ def load_model(
     )
     trained = _attach(config, backbone)
     strategy = build_strategy(config.federation.strategy, trained, seed=config.seed)
-    size = strategy.size(trained.size)
+    shortened = compression.build(config, strategy, trained.size)
     questions = {item.query: _question(config, item, trained, facts) for item in agenda.queries(config)}
     if LIFECYCLES.has(config.federation.lifecycle.kind, "one_shot"):
         mechanism: Mechanism = questions[config.federation.lifecycle.kind].mechanism
@@ -144,13 +145,13 @@ def load_model(
         asked = () if history else _asked(config, questions)
         mechanism = calibrate(
             config,
-            size=size,
+            size=shortened.length,
             public_client_size=facts.public_client_size,
             multiplier=multiplier,
             history=(*history, *asked),
             turns=turns,
         )
-    spec = _agree(config, trained, strategy, mechanism, facts, questions)
+    spec = _agree(config, trained, strategy, shortened, mechanism, facts, questions)
     trained.model.to(spec.device)
     return LoadedModel(config=config, backbone=backbone, trainable=trained, spec=spec, facts=facts)
 
@@ -222,12 +223,13 @@ def _agree(
     config: RunConfig,
     trained: TrainableModel,
     strategy: Strategy,
+    shortened: compression.Compression,
     mechanism: Mechanism,
     facts: PublicFacts,
     questions: Mapping[str, Question],
 ) -> RunSpec:
     """Work out what the server and every site agree on."""
-    size, public_client_size = strategy.size(trained.size), facts.public_client_size
+    size, public_client_size = shortened.length, facts.public_client_size
     algorithm = LIFECYCLES.load(config.federation.lifecycle.kind)()
     if mechanism.sum_level is not None:
         _require_plain_sums(config, strategy, algorithm)
@@ -246,6 +248,8 @@ def _agree(
         else codec_for(config, mechanism, size=size, largest_weight=largest_weight),
         schedule=only.schedule if only is not None else schedule_of(config),
         device=choose_device(config.speed.device),
+        compression=shortened,
+        first=compression.first_vector(shortened, trained.flatten()),
         questions=questions,
     )
 

@@ -8,18 +8,23 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
+from torch import Tensor
+
 from defenses.errors import ProtocolError
+from ffm_secure.compression import Compression, PublicState
 from ffm_secure.config import compatibility
 from ffm_secure.config.groups import fewest_groups, groups_of
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.lifecycle.base import Algorithm
+from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.privacy.mechanism import Mechanism
 from defenses.dp import Event
 from ffm_secure.privacy.query_noise import QueryNoise, answers_paid
 from ffm_secure.protection.codec import VectorCodec
 from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Query
-from ffm_secure.records import LEARN, Observer, Point, RecordedObservation, RoundPlan
+from ffm_secure.records import LEARN, Observer, Point, RecordedObservation, RoundPlan, RoundSum
 from ffm_secure.strategies import Strategy
 
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -73,6 +78,8 @@ class RunSpec:
     codec: VectorCodec
     schedule: tuple[tuple[int, ...], ...]  # the cohort of every private round
     device: str
+    compression: Compression
+    first: Tensor = field(compare=False, repr=False)  # float32 [d], where compression reads it; else empty
     questions: Mapping[str, Question] = field(default_factory=dict)  # by name; learning is none of them
 
     def message(self, query: str) -> Message:
@@ -171,8 +178,25 @@ class RunSpec:
 
     @property
     def layout_digest(self) -> str:
-        """Return the hash of names, shapes and codec of what is sent."""
-        return hashlib.sha256(repr(self.layout).encode() + self.codec.digest()).hexdigest()
+        """Return the hash of names, shapes and codec of what is sent, and of how it is compressed."""
+        content = repr(self.layout).encode() + self.codec.digest()
+        if self.config.compression.kind != "none":
+            content += self.compression.digest().encode() + vector_fingerprint(self.first).encode()
+        return hashlib.sha256(content).hexdigest()
+
+    def public_state(self, plan: RoundPlan, broadcast: Tensor) -> PublicState:
+        """Return what the compression of a round depends on; `broadcast` is float32 [d]."""
+        moved = self.first
+        if self.compression.follows:
+            moved = broadcast.detach().cpu() - self.first
+        return PublicState(round=plan.round, moved=moved)
+
+    def restored(self, opened: RoundSum, plan: RoundPlan, broadcast: Tensor) -> RoundSum:
+        """Return an opened sum of updates as what it stands for: a sum of changes, before compression."""
+        if self.config.compression.kind == "none":
+            return opened
+        values = self.compression.restore(torch.from_numpy(opened.values), self.public_state(plan, broadcast))
+        return replace(opened, values=values.numpy())
 
     @property
     def mechanism_digest(self) -> str:

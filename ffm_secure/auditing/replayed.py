@@ -327,7 +327,8 @@ def wire_change(
     assert total is not None, "no client takes part"
     total = ring.reduce(total, prepared.codec.modulus_bits)
     prepared.trainable.load_vector(vector)
-    values = torch.from_numpy(prepared.codec.open(total, round=1, survivors=chosen).values).float()
+    opened = prepared.codec.open(total, round=1, survivors=chosen)
+    values = torch.from_numpy(prepared.spec.restored(opened, plan, vector).values).float()
     parameters = prepared.trainable.parameters
     like = {}
     for name in prepared.strategy.sends(plan.step) or parameters:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 
-from ffm_secure.config.groups import group_reasons, group_size
+from ffm_secure.config.compressed import compression_reasons
+from ffm_secure.config.groups import average_reasons, group_reasons, group_size
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import PlanRefused
 from ffm_secure.registry import (
     AXES,
+    COMPRESSIONS,
     FINISHES,
     LIFECYCLES,
     PERSONAL,
@@ -263,6 +265,7 @@ REVIEWED: Mapping[str, Collection[str]] = {
     "groups": ("one", "several"),
     "evaluation": ("public", "held_back"),
     "personal": PERSONAL,
+    "compression": COMPRESSIONS,
     "stream": ("off", "on"),
     "replay": ("off", "on"),
 }
@@ -319,6 +322,7 @@ def choices(config: RunConfig) -> dict[str, str]:
         "groups": "one" if config.protection.groups == 1 else "several",
         "evaluation": config.evaluation.rows,
         "personal": config.personal.kind,
+        "compression": config.compression.kind,
         "stream": "on" if config.task.stream.order else "off",
         "replay": "on" if config.task.stream.replay else "off",
     }
@@ -335,8 +339,9 @@ def check(config: RunConfig) -> None:
         *_number_reasons(config),
         *_sum_reasons(config),
         *_banded_reasons(config),
-        *_average_reasons(config),
+        *average_reasons(config),
         *group_reasons(config),
+        *compression_reasons(config),
     ]
     if reasons:
         raise PlanRefused(reasons)
@@ -422,17 +427,6 @@ def _number_reasons(config: RunConfig) -> Iterator[str]:
                 f"federation.dropout.stages: '{stage}' does not exist with protection "
                 f"'{protection.kind}'; remove it"
             )
-
-
-def _average_reasons(config: RunConfig) -> Iterator[str]:
-    """Refuse to average models whose numbers mean something else in every round."""
-    strategy = config.federation.strategy
-    if strategy.average_last > 1 and strategy.kind in LORA_RULES:
-        yield (
-            f"federation.strategy.average_last = {strategy.average_last} with kind = "
-            f"'{strategy.kind}': the rule turns or "
-            "folds factors between rounds, so their mean is no model; set it to 0"
-        )
 
 
 def _sum_reasons(config: RunConfig) -> Iterator[str]:

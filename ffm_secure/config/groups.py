@@ -93,3 +93,14 @@ def group_reasons(config: RunConfig) -> Iterator[str]:
             f"at least {needed} groups for {against}; take more groups (protection.kind = 'none': as many as "
             "clients), or expect fewer attackers"
         )
+
+
+def average_reasons(config: RunConfig) -> Iterator[str]:
+    """Yield why models are not averaged whose numbers mean something else in every round."""
+    strategy = config.federation.strategy
+    if strategy.average_last > 1 and STRATEGIES.has(strategy.kind, "lora"):
+        yield (
+            f"federation.strategy.average_last = {strategy.average_last} with kind = "
+            f"'{strategy.kind}': the rule turns or "
+            "folds factors between rounds, so their mean is no model; set it to 0"
+        )

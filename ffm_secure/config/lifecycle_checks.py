@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ffm_secure.config.compressed import check_compression
 from ffm_secure.config.schema import Problems
 from ffm_secure.registry import LIFECYCLES, PERSONALS
 
@@ -34,6 +35,14 @@ def _check_part(config: RunConfig, part: str, problems: Problems) -> None:
         problems.add(
             name, epsilon, f"must be below privacy.epsilon = {privacy.epsilon:g}, of which it is a part"
         )
+
+
+def check_tables(config: RunConfig, problems: Problems) -> None:
+    """Check the tables that stand for themselves."""
+    check_evaluation(config, problems)
+    check_personal(config, problems)
+    check_stream(config, problems)
+    check_compression(config, problems)
 
 
 def check_evaluation(config: RunConfig, problems: Problems) -> None:

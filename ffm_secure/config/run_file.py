@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ffm_secure.config.lifecycle_checks import check_evaluation, check_lifecycle, check_personal, check_stream
+from ffm_secure.config.lifecycle_checks import check_lifecycle, check_tables
 from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
-from ffm_secure.config.tables import Document, Evaluation, Personal, Stream
+from ffm_secure.config.tables import Compression, Document, Evaluation, Personal, Speed, Stream
 from ffm_secure.errors import ConfigError
 from ffm_secure.records import Observer
 from ffm_secure.registry import FINISHES, LIFECYCLES, STARTS, STRATEGIES, TASKS, TRAINABLES
@@ -427,16 +427,6 @@ class Audit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
-    """What cannot change epsilon."""
-
-    device: str = option("auto", help="auto, cpu, cuda, cuda:1, mps")
-    workers: int = option(1, minimum=1, maximum=256)
-    microbatch: int = option(64, minimum=1, help="examples whose gradients are held at once")
-    threads: int = option(0, minimum=0, help="torch threads; 0: leave as is")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One run, complete: two equal values describe the same run."""
 
@@ -453,6 +443,7 @@ class RunConfig:
     audit: Audit = option(Audit())
     evaluation: Evaluation = option(Evaluation())
     personal: Personal = option(Personal())
+    compression: Compression = option(Compression())
     speed: Speed = option(Speed())
     document: Document = option(Document())
 
@@ -494,9 +485,7 @@ def _check_across(config: RunConfig, problems: Problems) -> None:
     if federation.cohort > task.clients:
         problems.add("federation.cohort", federation.cohort, f"must be at most task.clients = {task.clients}")
     check_lifecycle(config, problems)
-    check_evaluation(config, problems)
-    check_personal(config, problems)
-    check_stream(config, problems)
+    check_tables(config, problems)
     if federation.cohort % protection.groups:
         problems.add(
             "protection.groups",
@@ -575,6 +564,7 @@ __all__ = [
     "OBSERVERS",
     "TASKS",
     "Audit",
+    "Compression",
     "Controller",
     "Document",
     "Dropout",

@@ -1,5 +1,5 @@
-"""Tables of the run file that stand for themselves: stages, what stays at home, what is evaluated on, who
-answers for a run.
+"""Tables of the run file that stand for themselves: stages, what is sent of an update, what stays at home,
+what is evaluated on, how fast it goes, who answers for a run.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ffm_secure.config.schema import option
-from ffm_secure.registry import PERSONAL
+from ffm_secure.registry import COMPRESSIONS, PERSONAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +34,41 @@ class Stream:
         above=0.0,
         maximum=100.0,
         help="how often a step draws a row of the reservoir, as a multiple of a new row",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compression:
+    """What is sent of an update, decided before it is bounded, noised and protected."""
+
+    kind: str = option("none", choices=COMPRESSIONS)
+    share: float = option(
+        0.25, above=0.0, maximum=1.0, help="of its numbers that is sent", only_for=("support", "projection")
+    )
+    by_lot: float = option(
+        0.2,
+        minimum=0.0,
+        maximum=1.0,
+        help="of the support, how much is drawn anew every round; the rest are the numbers that opened sums "
+        "moved furthest",
+        only_for=("support",),
+    )
+    basis: str = option(
+        "fixed",
+        choices=("fixed", "fresh"),
+        help="fixed: the model moves in one random subspace; fresh: another one every round",
+        only_for=("projection",),
+    )
+    residual: bool = option(
+        False,
+        help="what was not sent stays at home and is added to the site's next update",
+        only_for=("support", "projection"),
+    )
+    field_bits: int = option(
+        0,
+        choices=(0, 16, 24, 32),
+        help="bits of one number on the wire: the grid is as fine as a sum of the cohort allows there; 0: as "
+        "many as protection.value_bits needs",
     )
 
 
@@ -81,6 +116,16 @@ class Evaluation:
     by_owner: bool = option(
         False, help="count by owner too, so that the worst one is known, with its interval"
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What cannot change epsilon."""
+
+    device: str = option("auto", help="auto, cpu, cuda, cuda:1, mps")
+    workers: int = option(1, minimum=1, maximum=256)
+    microbatch: int = option(64, minimum=1, help="examples whose gradients are held at once")
+    threads: int = option(0, minimum=0, help="torch threads; 0: leave as is")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

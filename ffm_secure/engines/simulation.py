@@ -45,7 +45,7 @@ from ffm_secure.site.allowance import Outlook, grant_lifetime, look_ahead
 from ffm_secure.site.bound_probe import PROBED, probe_bound
 from ffm_secure.site.broadcast import BroadcastReader
 from ffm_secure.site.broadcast_guard import BroadcastGuard
-from ffm_secure.site.client_state import ClientStateStore
+from ffm_secure.site.client_state import ClientStateStore, require_home
 from ffm_secure.site.identity import open_identity
 from ffm_secure.site.noise_memory import noise_of
 from ffm_secure.site.ledger_place import IN_RUN, ledger_path, open_ledger
@@ -316,7 +316,7 @@ class Simulation:
             )
         self.server.run_id = run_id
         self._require_charges(records, run_id)
-        self.states.require(records, run_id)
+        require_home(self.spec, self.states, records, run_id)
         return state, records
 
     def _note_public_rows(self) -> None:

@@ -33,6 +33,7 @@ from ffm_secure.privacy.expectations import (
 from ffm_secure.privacy.mechanism import replay_events
 from ffm_secure.privacy.query_noise import answers_paid
 from ffm_secure.privacy.statements import SEEDED, statements
+from ffm_secure.protection.codec import uncompressed_bytes
 from ffm_secure.site.allowance import composed
 from ffm_secure.protection.masked import fewest_to_open, sharing_graph
 from ffm_secure.quantities import size, small
@@ -77,6 +78,7 @@ def describe(prepared: Prepared) -> PlanSummary:
     federation, trained = config.federation, prepared.trainable
     share = trained.size / max(1, prepared.backbone.total_parameters)
     up = prepared.codec.length * prepared.codec.modulus_bits // 8
+    before = _uncompressed(prepared)
     sealed = {
         "none": "in the clear",
         "secagg": "masked",
@@ -92,7 +94,7 @@ def describe(prepared: Prepared) -> PlanSummary:
         trainable_parameters=trained.size,
         total_parameters=prepared.backbone.total_parameters,
         sends=f"{size(up)} per client and round, {sealed}, {prepared.codec.modulus_bits}-bit ring; "
-        f"{size(4 * trained.size)} down",
+        f"{size(4 * trained.size)} down{_compressed_words(prepared, before)}",
         bytes_up_per_client_round=up,
         bytes_down_per_client_round=4 * trained.size,
         spends=_spends(prepared),
@@ -102,7 +104,24 @@ def describe(prepared: Prepared) -> PlanSummary:
         breaks=_breaks(config),
         warnings=tuple(_warnings(prepared)),
         queries=_planned_queries(prepared),
+        bytes_up_uncompressed=before,
     )
+
+
+def _uncompressed(prepared: Prepared) -> int:
+    """Return what an upload would take without compression; 0 where nothing is compressed."""
+    config, spec = prepared.config, prepared.spec
+    if config.compression.kind == "none":
+        return 0
+    return uncompressed_bytes(
+        config, spec.mechanism, size=spec.compression.size, largest_weight=spec.codec.max_weight
+    )
+
+
+def _compressed_words(prepared: Prepared, before: int) -> str:
+    if not before:
+        return ""
+    return f"; {prepared.spec.compression.words()}; uncompressed {size(before)} up"
 
 
 def _in_groups(config: RunConfig) -> str:
@@ -471,7 +490,7 @@ def _warnings(prepared: Prepared) -> list[str]:
     if sampled is not None and sampled.sampling_rate == 1.0:
         warnings.append("batch_size reaches a client's whole data: sampling does not amplify privacy")
     warnings += bound_warnings(config, record_level)
-    warnings += noise_warnings(config, record_level, size=prepared.trainable.size)
+    warnings += noise_warnings(config, record_level, size=prepared.codec.size)
     warnings += sum_warnings(config, in_shares)
     warnings += client_warnings(config, prepared.mechanism.client_level)
     if config.protection.kind != "none" and config.privacy.unit == "none":

@@ -9,7 +9,8 @@ import math
 import numpy as np
 
 from defenses.dp import RecordMechanism
-from ffm_secure.config.run_file import Lifecycle, Protection, RunConfig
+from ffm_secure.config.compressed import value_bits
+from ffm_secure.config.run_file import Lifecycle, RunConfig
 from ffm_secure.privacy.mechanism import ClientNoise, Mechanism, SumNoise
 
 ROOM = 4.0  # standard deviations of noise that a bound should leave room for
@@ -72,12 +73,13 @@ def bound_warnings(config: RunConfig, mechanism: RecordMechanism | None) -> list
                 f"nothing can be learned; raise it to {ROOM * noise:.2g} or more"
             )
         ]
-    level = _level(protection)
+    bits = value_bits(config)
+    level = 2.0 * protection.coordinate_bound / 2**bits
     if level > noise:
         return [
             (
                 f"protection.coordinate_bound = {protection.coordinate_bound:g} with value_bits = "
-                f"{protection.value_bits}: one level is {level:.2g}, more than the noise of {noise:.2g}, "
+                f"{bits}: one level is {level:.2g}, more than the noise of {noise:.2g}, "
                 "so updates are lost in rounding; lower the bound to "
                 f"{max(ROOM * noise, 1e-9):.2g}, or raise value_bits"
             )
@@ -107,9 +109,9 @@ def sum_warnings(config: RunConfig, noise: SumNoise | None) -> list[str]:
     rounding = inner.l2_sensitivity / (inner.bound * inner.scale)
     if rounding > 1.05:
         warnings.append(
-            f"protection.value_bits = {config.protection.value_bits}: rounding {inner.dimension:,} "
-            "numbers makes the bound on one "
-            f"record {rounding:.2f} x as large, and the noise with it; raise value_bits"
+            f"a grid of {noise.levels:.0f} levels: rounding {inner.dimension:,} numbers makes the bound on "
+            f"one record {rounding:.2f} x as large, and the noise with it; raise protection.value_bits or "
+            "compression.field_bits, or send fewer numbers"
         )
     steps = config.federation.rounds
     signal = inner.bound * config.federation.lifecycle.batch_size * config.federation.cohort * steps
@@ -160,17 +162,22 @@ def client_warnings(config: RunConfig, noise: ClientNoise | None) -> list[str]:
     rounds, cohort = config.federation.rounds, config.federation.cohort
     walk = noise.share_deviation * math.sqrt(noise.dimension * rounds * cohort)
     ratio = walk / (noise.clip_norm * cohort * rounds)
+    warnings = []
+    rounding = noise.inner.integer_sensitivity(scale=noise.scale, dimension=noise.dimension) / noise.levels
+    if rounding > 1.05:
+        warnings.append(
+            f"a grid of {noise.levels:.0f} levels: rounding {noise.dimension:,} numbers makes the bound on "
+            f"one client {rounding:.2f} x as large, and the noise with it; raise protection.value_bits or "
+            "compression.field_bits, or send fewer numbers"
+        )
     if ratio <= 1.0:
-        return []
+        return warnings
     return [
+        *warnings,
         f"noise of {noise.noise_multiplier:.3g} x clip carries the {noise.dimension:,} trained numbers "
         f"{ratio:.2g} x as far as all clients could if every one agreed: expect to learn nothing; train "
-        "fewer numbers, with larger cohorts, or give privacy.epsilon more"
+        "fewer numbers, with larger cohorts, or give privacy.epsilon more",
     ]
-
-
-def _level(protection: Protection) -> float:
-    return float(2.0 * protection.coordinate_bound / 2**protection.value_bits)
 
 
 def _share(cut: float) -> str:

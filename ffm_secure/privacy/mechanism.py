@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,17 +21,11 @@ from defenses.dp import (
     NonPrivateEvent,
     RecordMechanism,
     SumMechanism,
-    smallest_multiplier,
 )
-from defenses.dp.calibration import noise_multiplier
 from defenses.random_source import RandomSource
 from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
-
-# The ledger adds round by round on the grid it has, which may read a little higher than all rounds at once:
-# without this
-# headroom it could refuse the very last round of a run that was calibrated to the edge.
-_HEADROOM = 1e-3
+from ffm_secure.privacy.field import Demand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +222,16 @@ class ClientNoise:
         return self.noise_multiplier * levels / self.scale / math.sqrt(self.inner.honest_survivors)
 
     @property
+    def levels(self) -> float:
+        """Return how many levels the bound on one client is cut into."""
+        return self.clip_norm * self.scale
+
+    @property
+    def demand(self) -> Demand:
+        """Return what one client puts into one coordinate."""
+        return Demand(largest=math.ceil(self.levels), variance=(self.share_deviation * self.scale) ** 2)
+
+    @property
     def correlated(self) -> BandedShares | None:
         """Return the noise with a memory, where a run has it."""
         if self.separation == 1:
@@ -348,6 +351,16 @@ class SumNoise:
         return math.sqrt(self.inner.share_variance) / self.scale
 
     @property
+    def levels(self) -> float:
+        """Return how many levels the bound on one record is cut into."""
+        return self.inner.bound * self.scale
+
+    @property
+    def demand(self) -> Demand:
+        """Return what one site puts into one coordinate."""
+        return Demand(largest=self.inner.largest, variance=self.inner.share_variance)
+
+    @property
     def adjacency(self) -> str:
         """Say between which neighbours the guarantee holds."""
         return f"add or remove one {self.inner.unit}"
@@ -410,185 +423,3 @@ def _replay_words(replay: RecordMechanism | SumMechanism | None) -> str:
 
 def _float64(update: Tensor) -> npt.NDArray[np.float64]:
     return update.detach().cpu().numpy().astype(np.float64)
-
-
-def calibrate(
-    config: RunConfig,
-    *,
-    size: int,
-    public_client_size: int,
-    history: Sequence[Event] = (),
-    multiplier: float = 0.0,
-    turns: int = 0,
-) -> Mechanism:
-    """Choose the smallest noise that keeps the budget over the whole run; updates have `size` numbers.
-
-    `multiplier` is the noise a run has begun with, and stays. A run that goes on beyond its last round gets
-    new noise for what is left: `history` is what an owner has paid for in it, `turns` how often one may still
-    take part.
-    Guarantee: `paid_rounds` rounds of the returned mechanism's event, on top of the history, cost at most
-    the budget; more are refused by the site. Divisors and rates come from the run file and public sizes only.
-    Raises:
-      BudgetExceeded: the history leaves nothing.
-    """
-    if config.privacy.unit == "none":
-        return NoMechanism(reason=config.privacy.reason)
-    if config.privacy.unit == "client":
-        return _client_noise(config, size, history, multiplier, _cap(config, turns))
-    if config.privacy.noise_shares == "sum":
-        return _sum_noise(config, size, public_client_size, history, multiplier, _cap(config, turns))
-    return _record_noise(config, public_client_size, history, multiplier, _cap(config, turns))
-
-
-def _cap(config: RunConfig, turns: int) -> int:
-    return max(1, compatibility.paid_rounds(config, turns))
-
-
-def _record_noise(
-    config: RunConfig, public_client_size: int, history: Sequence[Event], multiplier: float, cap: int
-) -> RecordNoise:
-    privacy = config.privacy
-    steps = compatibility.local_steps(config, public_client_size)
-    rate = compatibility.sampling_rate(config, public_client_size)
-    again = compatibility.replay_rate(config, public_client_size)
-
-    def mechanism(multiplier: float) -> RecordNoise:
-        inner = RecordMechanism(
-            sampling_rate=rate,
-            noise_multiplier=multiplier,
-            clip_norm=privacy.clip_norm,
-            expected_batch_size=float(config.federation.lifecycle.batch_size),
-            steps=steps,
-            records_per_person=privacy.records_per_person,
-            adjacency="add_remove",
-            clipping=privacy.clipping,
-        )
-        return RecordNoise(
-            inner=inner,
-            unit="person" if privacy.unit == "person" else "record",
-            replay=replace(inner, sampling_rate=again) if again else None,
-        )
-
-    if multiplier:
-        return mechanism(multiplier)
-    budget = privacy.epsilon * (1 - _HEADROOM)
-    if again:
-        return mechanism(_smallest(config, mechanism, budget, history, cap))
-    sigma = noise_multiplier(
-        epsilon=budget,
-        delta=privacy.delta,
-        sampling_rate=rate,
-        steps=steps * cap,
-        sampling="poisson" if rate < 1 else "full",
-        adjacency="add_remove",
-        records_per_person=privacy.records_per_person,
-        history=history,
-    )
-    return mechanism(sigma)
-
-
-def _client_noise(
-    config: RunConfig, size: int, history: Sequence[Event], multiplier: float, cap: int
-) -> ClientNoise:
-    """Find the smallest noise on the grid that keeps the budget
-    over every participation a client may have.
-    """
-    privacy = config.privacy
-    scale = _levels(config) / privacy.clip_norm
-
-    def mechanism(multiplier: float) -> ClientNoise:
-        inner = ClientMechanism(
-            noise_multiplier=multiplier,
-            clip_norm=privacy.clip_norm,
-            honest_survivors=compatibility.honest_survivors(config),
-            participations=1,
-        )
-        return ClientNoise(
-            inner=inner, scale=scale, dimension=size, separation=compatibility.turns_apart(config)
-        )
-
-    return mechanism(multiplier or _smallest(config, mechanism, privacy.epsilon, history, cap))
-
-
-def _sum_noise(
-    config: RunConfig,
-    size: int,
-    public_client_size: int,
-    history: Sequence[Event],
-    multiplier: float,
-    cap: int,
-) -> SumNoise:
-    """Find the smallest noise of the opened sum that keeps the budget over every round an owner may pay
-    for.
-    """
-    privacy, lifecycle = config.privacy, config.federation.lifecycle
-    rate = compatibility.sampling_rate(config, public_client_size)
-    batch = float(lifecycle.batch_size)
-    bound = lifecycle.learning_rate * privacy.clip_norm / batch
-    levels = _levels(config)
-    again = compatibility.replay_rate(config, public_client_size)
-
-    def mechanism(multiplier: float) -> SumNoise:
-        inner = SumMechanism(
-            noise_multiplier=multiplier,
-            bound=bound,
-            scale=levels / bound,
-            dimension=size,
-            honest_survivors=compatibility.honest_survivors(config),
-            sampling_rate=rate,
-            unit="person" if privacy.unit == "person" else "record",
-            records_per_person=privacy.records_per_person,
-            largest=levels * largest_records(_drawn_at_once(config)),
-        )
-        return SumNoise(
-            inner=inner,
-            clipping=Clipping(kind=privacy.clipping, clip_norm=privacy.clip_norm),
-            learning_rate=lifecycle.learning_rate,
-            expected_batch_size=batch,
-            replay=replace(inner, sampling_rate=again) if again else None,
-        )
-
-    # Loss distributions, unlike Renyi moments, read a little higher when rounds are added one by one.
-    budget = privacy.epsilon * (1 - _HEADROOM)
-    return mechanism(multiplier or _smallest(config, mechanism, budget, history, cap))
-
-
-def largest_records(batch_size: int) -> int:
-    """Return how many records may push one coordinate of a site's sum all the way; beyond it is cut."""
-    return math.ceil(batch_size + 8 * math.sqrt(batch_size))
-
-
-def _drawn_at_once(config: RunConfig) -> int:
-    """Return how many records a step of the last stage expects, those of the reservoir among them."""
-    stream = config.task.stream
-    earlier = (compatibility.stages(config) - 1) * stream.replay * stream.replay_rate
-    return math.ceil(config.federation.lifecycle.batch_size * (1 + earlier))
-
-
-def _levels(config: RunConfig) -> int:
-    """Return the integer levels that the bound on one unit is cut into."""
-    return (1 << (config.protection.value_bits - 1)) - 1
-
-
-def _smallest(
-    config: RunConfig,
-    mechanism: Callable[[float], Mechanism],
-    epsilon: float,
-    history: Sequence[Event],
-    cap: int,
-) -> float:
-    def replayed(noise: float) -> Event:
-        replay = replay_of(mechanism(noise))
-        assert replay is not None, "asked for where there is a reservoir alone"
-        return replay.event("calibration")
-
-    replays = compatibility.replay_rounds(config)
-    return smallest_multiplier(
-        lambda noise: mechanism(noise).event("calibration"),
-        epsilon=epsilon,
-        delta=config.privacy.delta,
-        count=cap,
-        history=history,
-        beside=replayed if replays else None,
-        beside_count=replays,
-    )

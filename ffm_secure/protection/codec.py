@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,9 +15,14 @@ from defenses.errors import ProtocolError
 from defenses.random_source import RandomSource
 from defenses.secagg import ring
 from defenses.secagg.masks import RingVector
+from ffm_secure.config.compressed import FEWEST_BITS, value_bits
 from ffm_secure.config.groups import group_size
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.privacy.mechanism import Mechanism, MechanismOutput, largest_records
+from ffm_secure.config.tables import Compression
+from ffm_secure.errors import PlanRefused
+from ffm_secure.privacy.field import FEWEST_LEVELS, fits
+from ffm_secure.privacy.calibration import largest_records
+from ffm_secure.privacy.mechanism import ClientNoise, Mechanism, MechanismOutput, SumNoise
 from ffm_secure.records import RoundSum
 
 _LARGEST_LOSS = 64.0  # nats; a larger mean loss is reported as this
@@ -29,8 +34,9 @@ class VectorCodec:
     """Encode changes of `size` numbers for sums of at most `clients`.
 
     Every protection carries the same integers, so their sums agree bit for bit.
-    Guarantee: `real_codec` and `grid_codec`, the only builders, prove that no sum can wrap around; `open`
-    refuses a sum whose count or weight coordinate is impossible.
+    Guarantee: `real_codec` and `grid_codec` prove that no sum can wrap around; in a field of few bits
+    (`compression.field_bits`) a coordinate of noise wraps with probability below 1e-18. `open` refuses a sum
+    whose count or weight coordinate is impossible.
     """
 
     size: int
@@ -134,6 +140,8 @@ def codec_for(config: RunConfig, mechanism: Mechanism, *, size: int, largest_wei
     """Return the codec of a run for updates of `size` numbers, in the smallest ring that cannot overflow."""
     clients, protection = group_size(config), config.protection
     noise = mechanism.client_level or mechanism.sum_level
+    if noise is not None and config.compression.field_bits:
+        return _narrow_codec(config, noise, size=size)
     if noise is not None:
         one_site = (
             1 if mechanism.sum_level is None else largest_records(config.federation.lifecycle.batch_size)
@@ -147,14 +155,73 @@ def codec_for(config: RunConfig, mechanism: Mechanism, *, size: int, largest_wei
             noise_bound=noise.noise_bound,
             one_site=one_site,
         )
+    bits = value_bits(config, largest_weight=largest_weight)
+    if bits < FEWEST_BITS:
+        raise PlanRefused(
+            [
+                f"compression.field_bits = {config.compression.field_bits}: {clients} clients that count for "
+                f"up to {largest_weight} each leave fewer than {FEWEST_BITS} bits for one number; take more "
+                "bits, or weighting = 'uniform'"
+            ]
+        )
     return real_codec(
         size=size,
         clients=clients,
-        value_bits=protection.value_bits,
+        value_bits=bits,
         bound=protection.coordinate_bound,
         max_weight=largest_weight,
         carries_loss=config.privacy.unit == "none",
     )
+
+
+def _narrow_codec(config: RunConfig, noise: ClientNoise | SumNoise, *, size: int) -> VectorCodec:
+    """Return the codec for changes on a grid that was chosen to fit the field.
+
+    Raises:
+      PlanRefused: not even the coarsest grid that is worth anything fits.
+    """
+    field_bits, demand = config.compression.field_bits, noise.demand
+    fitting = fits(demand, clients=group_size(config), field_bits=field_bits)
+    if noise.levels < FEWEST_LEVELS or not fitting:
+        raise PlanRefused(
+            [
+                f"compression.field_bits = {field_bits}: noise of {noise.noise_multiplier:.3g} x clip in a "
+                f"sum of {group_size(config)} sites leaves a grid of {noise.levels:.0f} levels, and at least "
+                f"{FEWEST_LEVELS} are needed; take more bits"
+            ]
+        )
+    quantizer = ring.Quantizer(
+        value_bits=max(2, demand.largest.bit_length() + 1),
+        coordinate_bound=config.privacy.clip_norm,
+        modulus_bits=field_bits,
+    )
+    return VectorCodec(
+        size=size,
+        clients=group_size(config),
+        quantizer=quantizer,
+        grid_scale=noise.scale,
+        noise_bound=noise.noise_bound,
+    )
+
+
+def uncompressed_bytes(config: RunConfig, mechanism: Mechanism, *, size: int, largest_weight: int = 1) -> int:
+    """Return what one upload of `size` numbers takes without compression, noise being as strong as it is."""
+    plain = replace(config, compression=Compression())
+    noise = mechanism.client_level or mechanism.sum_level
+    if noise is None:
+        codec = codec_for(plain, mechanism, size=size, largest_weight=largest_weight)
+        return codec.length * codec.modulus_bits // 8
+    levels = (1 << (config.protection.value_bits - 1)) - 1
+    one_site = 1
+    if mechanism.sum_level is not None:
+        one_site = largest_records(config.federation.lifecycle.batch_size)
+    bits = ring.modulus_for(
+        config.protection.value_bits,
+        group_size(config),
+        max_weight=one_site,
+        noise_bound=math.ceil(noise.noise_bound * levels / noise.levels),
+    )
+    return (ring.HEADER + size) * bits // 8
 
 
 def real_codec(

@@ -136,6 +136,13 @@ def _attacks(audit: AuditSummary | None) -> Html:
     return tag("div", attacks_body(audit, whole=True), curves)
 
 
+def _without_compression(uncompressed: int) -> Html | None:
+    if not uncompressed:
+        return None
+    figure_of = number(uncompressed, size(uncompressed), "plan.bytes_up_uncompressed")
+    return tag("span", "; ", figure_of, " up without compression")
+
+
 def _plan_body(summary: RunSummary) -> Html:
     plan = summary.plan
     share = plan.trainable_parameters / plan.total_parameters if plan.total_parameters else 0.0
@@ -153,6 +160,7 @@ def _plan_body(summary: RunSummary) -> Html:
         " up, ",
         number(down, size(down), "plan.bytes_down_per_client_round"),
         " down, per client and round",
+        _without_compression(plan.bytes_up_uncompressed),
     )
     noise = tag(
         "span",

@@ -40,7 +40,10 @@ def root_update(server: ServerContext, plan: RoundPlan, state: ServerState) -> T
     longest, length = longest_signal(spec), float(update.norm())
     if length > longest:
         update = update * (longest / length)
-    return update
+    if spec.config.compression.kind == "none":
+        return update
+    public = spec.public_state(plan, state.vector)  # compared on what is left of sites' updates
+    return spec.compression.restore(spec.compression.compress(update, public), public)
 
 
 def longest_signal(spec: RunSpec) -> float:

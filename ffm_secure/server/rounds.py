@@ -326,7 +326,7 @@ def _judge_sum(
     except ProtocolError:
         return None, "the opened sum is impossible for its survivors"
     if plan.query == LEARN:
-        too_large = why_too_large(opened, server.spec, state.vector)
+        too_large = why_too_large(opened, server.spec, state.vector, turns=plan.turn + 1)
     else:
         too_large = why_answer_too_large(opened, server.spec.questions[plan.query], server.spec)
     if too_large:
@@ -408,10 +408,13 @@ def _step(server: ServerContext, plan: RoundPlan, state: ServerState, result: Ro
         return _use_answer(server, plan, state, result.sum)
     else:
         known = site_noise_variance(spec.mechanism, spec.config.federation.lifecycle)
+        sums = []
+        for opened in result.opened:
+            sums.append(spec.restored(opened, plan, state.vector))
         aggregate = aggregate_of(
             spec.config,
-            result.opened,
-            site_noise_variance=known,
+            sums,
+            site_noise_variance=known * spec.compression.noise_share,
             reference=root_update(server, plan, state),
         )
         after = spec.strategy.step(state, aggregate)

@@ -26,14 +26,15 @@ class HonestBound:
     because: str = ""
 
 
-def why_too_large(opened: RoundSum, spec: RunSpec, start: Tensor) -> str:
-    """Return why a sum is refused, or an empty string. `start` is the broadcast vector [d].
+def why_too_large(opened: RoundSum, spec: RunSpec, start: Tensor, *, turns: int = 1) -> str:
+    """Return why a sum is refused, or an empty string. `start` is the broadcast vector [d], `turns` in how
+    many rounds an honest site may have learned so far.
 
     Guarantee: a sum of honest clients passes, except with probability below 1e-14. One dishonest client can
     still send as much as all honest ones together may: the bound is on the sum.
     """
     survivors = len(opened.survivors)
-    bound = honest_bound(spec, survivors, float(start.double().norm()))
+    bound = honest_bound(spec, survivors, float(start.double().norm()), turns=turns)
     norm = float(np.linalg.norm(opened.values))
     if not math.isfinite(norm):
         return "the opened sum is not finite"
@@ -59,14 +60,18 @@ def why_answer_too_large(opened: RoundSum, question: Question, spec: RunSpec) ->
     )
 
 
-def honest_bound(spec: RunSpec, survivors: int, start_norm: float) -> HonestBound:
-    """Return the bound for the sum over so many survivors of the run's mechanism, rule and learning rate."""
+def honest_bound(spec: RunSpec, survivors: int, start_norm: float, *, turns: int = 1) -> HonestBound:
+    """Return the bound for the sum over so many survivors of the run's mechanism, rule and learning rate.
+
+    A compression makes no update longer; with a residual an update may hold what all turns so far left out.
+    """
     config = spec.config
+    held = turns if config.compression.residual else 1
     declared = config.protection.norm_bound
     weight = spec.codec.max_weight
     if declared:
         rounding = _rounding(spec, survivors)
-        signal = survivors * weight * declared
+        signal = survivors * weight * declared * held
         norm = _with_noise(signal, _client_noise(spec, survivors), spec.codec.size)
         return HonestBound(norm=norm + rounding, because="protection.norm_bound")
     if spec.mechanism.client_level is not None:
@@ -78,7 +83,7 @@ def honest_bound(spec: RunSpec, survivors: int, start_norm: float) -> HonestBoun
     if spec.mechanism.sum_level is not None:
         return _shared_bound(spec, spec.mechanism.sum_level, survivors)
     if spec.mechanism.record_level is not None and not spec.strategy.merges_into_base:
-        norm = survivors * _record_update_norm(spec, start_norm) + _rounding(spec, survivors)
+        norm = survivors * held * _record_update_norm(spec, start_norm) + _rounding(spec, survivors)
         return HonestBound(norm=norm, because="clip, noise and learning rate of the record unit")
     return HonestBound(norm=math.inf)
 
@@ -134,6 +139,8 @@ def _record_update_norm(spec: RunSpec, start_norm: float) -> float:
     lifecycle, mechanism = spec.config.federation.lifecycle, spec.mechanism.record_level
     assert mechanism is not None
     size = spec.codec.size
+    if lifecycle.optimizer != "sgd" or spec.config.compression.residual:
+        size = spec.compression.size  # the bound is on what is not compressed yet
     rate, steps = lifecycle.learning_rate, mechanism.steps
     decay = rate * lifecycle.weight_decay * steps * start_norm
     if lifecycle.optimizer != "sgd":

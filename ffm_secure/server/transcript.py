@@ -57,12 +57,14 @@ class Transcript:
             opened = codec.open(vector, round=plan.round, survivors=(site,))
         except ProtocolError:
             return  # what is refused is no update
+        opened = self.spec.restored(opened, plan, self._start)
         for observer in OF_THE_SERVER:
             self._keep(plan, observer, opened, point=self._own_point(), own=site)
 
     def opened(self, plan: RoundPlan, opened: RoundSum, *, group: int = -1) -> None:
         """Keep an opened sum; in the clear it adds nothing to the uploads."""
         if self._start is not None and self.spec.config.protection.kind != "none":
+            opened = self.spec.restored(opened, plan, self._start)
             for observer in OF_THE_SERVER:
                 self._keep(plan, observer, opened, point="aggregated", group=group)
 

@@ -13,8 +13,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.errors import StoreError
-from ffm_secure.records import RoundRecord
+from ffm_secure.records import LEARN, RoundRecord
 from ffm_secure.storage.durable import write_atomic
 
 FORMAT = 1
@@ -101,6 +102,29 @@ class ClientStateStore:
         for place, part in zip(self.places, torch.split(stored, sizes), strict=True):
             own[place] = part.to(own.device)
         return own
+
+
+def residual_store(spec: RunSpec, states: ClientStateStore) -> ClientStateStore:
+    """Return where sites keep what a compression left out of their updates, beside what they keep anyway; a
+    store that keeps nothing where the run file asks for none, or nobody keeps anything.
+    """
+    places = []
+    if spec.config.compression.residual and states.owners:
+        places = [slice(0, spec.compression.size)]
+    return ClientStateStore(folder=states.folder / ".residual", owners=states.owners, places=places)
+
+
+def require_home(
+    spec: RunSpec, states: ClientStateStore, records: Sequence[RoundRecord], run_id: bytes
+) -> None:
+    """Refuse to continue a run when a client has lost what it kept, or what a compression left out.
+
+    Raises:
+      StoreError: something of a client's last round is missing.
+    """
+    states.require(records, run_id)
+    learned = [record for record in records if record.query == LEARN]
+    residual_store(spec, states).require(learned, run_id)
 
 
 def folder_name(owner: str) -> str:

@@ -64,6 +64,7 @@ class OwnRecord:
         if plan.round not in self.rounds or plan.query != LEARN:
             return
         opened = self.spec.codec.open(vector, round=plan.round, survivors=(data.index,))
+        opened = self.spec.restored(opened, plan, start)
         in_the_clear = self.spec.config.protection.kind == "none"
         observer: Observer = "server" if in_the_clear else "colluding_server"
         point: Point = "noised" if self.spec.mechanism.noise_multiplier else "raw"

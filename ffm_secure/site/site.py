@@ -176,20 +176,22 @@ class Site:
             charged_anew = self.spec.config.privacy.unit != "none"
             update = update_name(current.plan, trainer.learned, fresh_noise=charged_anew)
         if self._truth is not None and current.plan.query == LEARN:
-            self._keep(self._truth, current.plan, vector, rows)
+            self._keep(self._truth, current, vector, rows)
         if self._record is not None:
             self._record.sent(current.plan, current.start, vector, self.data, rows)
         return client_round.seal(message, vector, update=update)
 
-    def _keep(self, truth: TruthKeeper, plan: RoundPlan, vector: RingVector, rows: Collection[int]) -> None:
+    def _keep(self, truth: TruthKeeper, current: _Round, vector: RingVector, rows: Collection[int]) -> None:
         """Keep at home what a recorded round was learned from; a site that plays a colluder keeps what it
         sent, too.
         """
+        plan = current.plan
         truth.keep(self.data.name, plan.round, self.data.examples, rows)
         colluding = self.spec.config.protection.colluding
         if colluding and self.data.index in plan.cohort[-colluding:]:
             opened = self.spec.codec.open(vector, round=plan.round, survivors=(self.data.index,))
-            truth.keep_update(self.data.name, plan.round, opened.values)
+            restored = self.spec.restored(opened, plan, current.start)
+            truth.keep_update(self.data.name, plan.round, restored.values)
 
     def _finish(self, current: _Round, message: bytes) -> bytes:
         """Note in the ledger what was released, and say where it stands."""

@@ -31,7 +31,7 @@ from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Answers, Query, Rows, Viewed, by_length
 from ffm_secure.records import LEARN, RoundPlan
 from ffm_secure.agreed.run_spec import RunSpec
-from ffm_secure.site.client_state import ClientStateStore
+from ffm_secure.site.client_state import ClientStateStore, residual_store
 from ffm_secure.site.noise_memory import NoiseMemory
 from ffm_secure.tasks.base import Task
 from ffm_secure.tasks.encoded import Encoded
@@ -90,6 +90,7 @@ class SiteTrainer:
             return self.answer(data, plan, start, source)
         update = self._update(data, plan, start, source.derive("learn"))
         self.learned = bytes.fromhex(vector_fingerprint(update.vector))
+        update = self._compressed(update, data, plan, start)
         protected = self._protected(update, data, plan, source.derive("protect"), noise)
         return self.spec.codec.quantise(protected, source=source.derive("round"))
 
@@ -101,6 +102,25 @@ class SiteTrainer:
         self.rows_used = frozenset()
         zeros = torch.zeros(self.spec.strategy.size(start.numel()))
         return ModelUpdate(vector=zeros, loss=float("nan"), steps=0)
+
+    def _compressed(self, update: ModelUpdate, data: SiteData, plan: RoundPlan, start: Tensor) -> ModelUpdate:
+        """Return what is sent of an update, before any bound or noise on the whole of it.
+
+        With a residual, what earlier rounds left out is added first, and what this round leaves out is kept.
+        Nothing of it is sent but through the bound of a round that is paid.
+        """
+        compression = self.spec.compression
+        state = self.spec.public_state(plan, start)
+        if not self.spec.config.compression.residual:
+            return replace(update, vector=compression.compress(update.vector, state))
+        residuals = residual_store(self.spec, self.states)
+        nothing = torch.zeros(compression.size)
+        kept_out = residuals.load(data.index, nothing, run_id=plan.run_id, before=plan.round)
+        whole = update.vector.detach().cpu().double() + kept_out
+        sent = compression.compress(whole, state)
+        left = (whole - compression.restore(sent, state)).float()
+        residuals.save(data.index, left, run_id=plan.run_id, round=plan.round)
+        return replace(update, vector=sent)
 
     def _protected(
         self,

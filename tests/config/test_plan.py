@@ -43,6 +43,7 @@ def _choices(kind: type, field: str) -> tuple[str, ...]:
         ("protection", config.Protection, "kind"),
         ("evaluation", tables.Evaluation, "rows"),
         ("personal", config.Personal, "kind"),
+        ("compression", tables.Compression, "kind"),
     ],
 )
 def test_every_option_of_the_run_file_was_reviewed(axis: str, kind: type, field: str) -> None:

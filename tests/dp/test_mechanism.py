@@ -13,6 +13,7 @@ from torch import nn
 from defenses.dp.clip import Clipping
 from defenses.dp.events import GaussianEvent, NonPrivateEvent, SkellamEvent
 from defenses.dp.mechanism import ClientMechanism, RecordMechanism
+from defenses.dp.mechanism_digest import digest_of
 from defenses.dp.per_sample import ClippedSum, PerSampleEngine
 from defenses.errors import BudgetExceeded, NotPrivateError, ParameterError
 from defenses.random_source import RandomSource
@@ -245,3 +246,48 @@ def test_impossible_client_mechanisms_are_refused(changes: dict[str, object]) ->
 def test_impossible_record_mechanisms_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ParameterError):
         record(**changes)
+
+
+@pytest.mark.parametrize(("scale", "dimension"), [(5.0, 400), (20.0, 4000), (1e4, 64)])
+@pytest.mark.parametrize("redraws", [math.exp(-2.0), 0.95])
+def test_a_rounding_is_drawn_again_until_it_is_within_a_smaller_bound(
+    scale: float, dimension: int, redraws: float
+) -> None:
+    """Conditional rounding: never beyond its bound, which one draw exceeds no more often than is said."""
+    mechanism = client(noise_multiplier=0.0, redraws=redraws)
+    bound = mechanism.integer_sensitivity(scale=scale, dimension=dimension)
+    levels, root = 2.0 * scale, math.sqrt(dimension)
+    room = math.sqrt(-2 * math.log(redraws)) * (levels + root / 2)
+    assert bound == pytest.approx(min(levels + root, math.sqrt(levels**2 + dimension / 4 + room)))
+    assert bound < client(noise_multiplier=0.0).integer_sensitivity(scale=scale, dimension=dimension)
+    update = torch.full((dimension,), 2.0 / root, dtype=torch.float64)  # as long as an update may be
+    source, beyond = RandomSource.seeded(3), 0
+    single = client(noise_multiplier=0.0)
+    for _ in range(100):
+        rounded = mechanism.integer_share(update, scale=scale, source=source)
+        assert np.linalg.norm(rounded.astype(np.float64)) <= bound
+        once = single.integer_share(update, scale=scale, source=source)
+        beyond += int(np.linalg.norm(once.astype(np.float64)) > bound)
+    assert beyond <= 100 * redraws
+    event = client(redraws=redraws).integer_event("sum", scale=scale, dimension=dimension)
+    assert isinstance(event, SkellamEvent)
+    assert event.l2_sensitivity == pytest.approx(bound)
+
+
+def test_some_roundings_are_indeed_drawn_again() -> None:
+    source, bound = RandomSource.seeded(4), client(redraws=0.95).integer_sensitivity(scale=5.0, dimension=400)
+    update = torch.full((400,), 0.1)
+    norms = []
+    for _ in range(200):
+        rounded = client(noise_multiplier=0.0).integer_share(update, scale=5.0, source=source)
+        norms.append(float(np.linalg.norm(rounded.astype(np.float64))))
+    assert 10 < sum(norm > bound for norm in norms) < 190
+
+
+def test_mechanisms_without_redraws_keep_their_name() -> None:
+    values = dataclasses.asdict(client())
+    del values["redraws"]
+    assert client().digest() == digest_of("client", values)
+    assert client(redraws=0.1).digest() != client().digest()
+    with pytest.raises(ParameterError, match="redraws = 1"):
+        client(redraws=1.0)

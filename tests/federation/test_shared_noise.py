@@ -21,7 +21,8 @@ from ffm_secure.federation import NullCallback
 from ffm_secure.lifecycle.base import Algorithm, SiteRound
 from ffm_secure.lifecycle.finetune import BoundedSum, ModelUpdate
 from ffm_secure.privacy.expectations import site_noise_variance
-from ffm_secure.privacy.mechanism import SumNoise, calibrate
+from ffm_secure.privacy.calibration import calibrate
+from ffm_secure.privacy.mechanism import SumNoise
 from ffm_secure.records import RoundRecord
 from ffm_secure.registry import LIFECYCLES, STRATEGIES, Kind
 from ffm_secure.server.sum_check import honest_bound

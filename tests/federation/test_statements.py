@@ -14,7 +14,7 @@ import pytest
 from defenses.dp import SampledSkellamEvent, epsilon
 from ffm_secure.engines import simulation, summary
 from ffm_secure.errors import DataError, PlanRefused, StoreError
-from ffm_secure.privacy.mechanism import calibrate
+from ffm_secure.privacy.calibration import calibrate
 from ffm_secure.privacy.statements import statements
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, charge_everybody, finish, make, prepared, train
 
