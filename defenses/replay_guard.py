@@ -233,7 +233,7 @@ class ReplayGuard:
     def _read(self) -> _Memory:
         path = self._path
         try:
-            descriptor = os.open(str(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(str(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             raise ParameterError(
                 f"{path}: no such file. This identity's memory of past rounds is lost: make "
@@ -245,7 +245,7 @@ class ReplayGuard:
                 raise ParameterError(
                     f"{path}: must belong to this user and be readable by nobody else (0600)"
                 )
-            if about.st_size > _LARGEST_FILE:
+            if not stat.S_ISREG(about.st_mode) or about.st_size > _LARGEST_FILE:
                 raise TamperedError
             memory = _Memory.from_bytes(file.read(), self._owner)
         if memory.generation < self._memory.generation:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
-import stat
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -25,6 +23,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from ffm_secure.errors import RecordError
 from ffm_secure.foreign import JsonValue, Value
+from ffm_secure.storage.regular_file import read_regular
 
 LARGEST_JSON = 64 << 20  # bytes
 FORMAT = 1  # of lines and bytes; a record without it is of format 1
@@ -137,16 +136,13 @@ def read_json(path: Path) -> JsonValue:
     """Read a small JSON file that somebody else may have written.
 
     Raises:
-      OSError: it cannot be read. ValueError: it is no JSON, nested too deeply, too large or no regular file.
+      OSError: it cannot be read, is no regular file, or too large.
+      ValueError: it is no JSON, or nested too deeply.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
-        status = os.fstat(stream.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_JSON:
-            raise ValueError(f"it is no file of at most {LARGEST_JSON >> 20} MiB")
-        try:
-            return json.loads(stream.read())
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
+    try:
+        return json.loads(read_regular(path, LARGEST_JSON))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _read(kind: type[T], plain: Plain, where: str) -> T:

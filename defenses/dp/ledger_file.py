@@ -306,6 +306,8 @@ class LedgerFile:
 
     def _read_head(self) -> Head:
         try:
+            if not self.head_path.is_file():  # of a pipe nothing would ever come
+                raise TamperedError
             values = json.loads(self.head_path.read_text())
             if values["version"] != FORMAT_VERSION:
                 raise TamperedError

@@ -36,6 +36,7 @@ from ffm_secure.storage.durable import write_atomic
 from ffm_secure.strategies import Strategy, merges_into_base
 from ffm_secure.strategies import build as build_strategy
 from ffm_secure.trainable import TrainableModel
+from ffm_secure.storage.regular_file import read_regular
 
 _PUBLIC_FACTS = "public_facts.json"
 
@@ -310,7 +311,7 @@ def read_facts(folder: Path) -> PublicFacts:
     """
     path = folder / _PUBLIC_FACTS
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError:
         raise StoreError(f"{path}: is missing; only a run that recorded observations has it") from None
     return record_codec.from_bytes(PublicFacts, content, str(path))
@@ -324,7 +325,7 @@ def stored_noise(folder: Path | None) -> float:
     if path is None or not path.is_file():
         return 0.0
     try:
-        value = float(json.loads(path.read_bytes())["noise_multiplier"])
+        value = float(json.loads(read_regular(path))["noise_multiplier"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise StoreError(f"{path}: is damaged; start the run under another name") from None
     if not 0.0 < value < 1e9:

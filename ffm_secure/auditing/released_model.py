@@ -26,6 +26,7 @@ from ffm_secure.storage.durable import create_folder, write_atomic
 from ffm_secure.storage.observations import read_observations
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.record_codec import read_json
+from ffm_secure.storage.regular_file import read_regular
 
 _LONGEST = 512
 _MOST_ROUNDS = 8
@@ -211,7 +212,7 @@ def _read_secrets(secrets: Path, tokenizer: Tokenizer) -> list[Secret]:
         raise DataError("the model has no tokenizer, so no secret can be asked for")
     planted = []
     try:
-        for number, stated in enumerate(json.loads(secrets.read_text(encoding="utf-8"))):
+        for number, stated in enumerate(json.loads(read_regular(secrets))):
             planted.append(_secret(stated, tokenizer, number))
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{secrets}: {_FORMAT}") from None

@@ -21,6 +21,7 @@ from ffm_secure.transport import envelope
 from ffm_secure.transport.envelope import Sign
 from ffm_secure.transport.receipts import RECEIPTS, Receipts
 from ffm_secure.transport.roster import FederationRoster
+from ffm_secure.storage.regular_file import read_regular
 
 _WORDS: Final = b"ffm-secure attestation 1"
 _ROUND_BY_ROUND: Final = 1e-3  # a receipt is composed round by round, which reads a little higher
@@ -139,7 +140,7 @@ def _receipts(run: FinishedRun, keys: dict[str, bytes]) -> dict[str, Receipt]:
     path = run.folder / RECEIPTS
     receipts = {}
     try:
-        stored = record_codec.from_bytes(Receipts, path.read_bytes().strip(), str(path))
+        stored = record_codec.from_bytes(Receipts, read_regular(path).strip(), str(path))
         for name, signed in stored.sites.items():
             answer = envelope.ANSWER + signed.signature + signed.content
             content = envelope.unseal_answer(answer, signed.request, keys.get(name, b""))

@@ -57,6 +57,7 @@ from ffm_secure.report.release import without_paths
 from ffm_secure.site.ledger_place import ledger_path
 from ffm_secure.storage.durable import file_digest
 from ffm_secure.storage.run_directory import Store
+from ffm_secure.storage.regular_file import read_regular
 
 LEDGER = "ledger.csv"
 REPORTS = ("report.html", "details.html", REPORT)
@@ -319,5 +320,5 @@ def _base(model: Path) -> Subject | None:
     path = model / "export.json"
     if not path.is_file():
         return None
-    export = record_codec.from_json(ModelExport, path.read_text(encoding="utf-8"), str(path))
+    export = record_codec.from_json(ModelExport, read_regular(path), str(path))
     return Subject(name=f"{BASE}{export.base_model}", digest={TENSORS: export.base_fingerprint})

@@ -14,6 +14,7 @@ from ffm_secure.errors import StoreError
 from ffm_secure.foreign import JsonValue
 from ffm_secure.quantities import bound
 from ffm_secure.report.release import NOT_TRIED
+from ffm_secure.storage.regular_file import read_regular
 
 MAPPING, ANNEX = "mapping.md", "dpia_annex.md"
 
@@ -156,7 +157,7 @@ def mapping(predicate: Predicate, report: Path) -> str:
     """Write the table of duties and what supports them: how many entries each row leads to."""
     wholes = {
         READABLE: {"predicate": record_codec.encode(predicate, "predicate")},
-        report.name: json.loads(report.read_text(encoding="utf-8")),
+        report.name: json.loads(read_regular(report)),
     }
     lines = [
         "# What supports which duty",
@@ -180,7 +181,7 @@ def values_at(file: Path, field: str) -> tuple[JsonValue, ...]:
     Raises:
       StoreError: a name on the way is not there.
     """
-    whole = json.loads(file.read_text(encoding="utf-8"))
+    whole = json.loads(read_regular(file))
     return tuple(_walk(whole, field.split("."), f"{file.name}: {field}"))
 
 

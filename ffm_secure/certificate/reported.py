@@ -24,6 +24,7 @@ from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import FfmError
 from ffm_secure.records import PrivacyStatement, RoundRecord, RunSummary
+from ffm_secure.storage.regular_file import read_regular
 
 REPORT = "report.json"
 
@@ -57,7 +58,7 @@ def read_report(path: Path) -> Report:
     Raises:
       RecordError, OSError, UnicodeDecodeError: it is none.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_regular(path).decode()
     summary = record_codec.from_json(RunSummary, text, str(path))
     table = parse_object(text.encode(), str(path))
     digest, rounds = hashlib.sha256(), table["rounds"]

@@ -25,6 +25,7 @@ from ffm_secure.storage.status import StatusFile, read_status
 from ffm_secure.tracking.trackers import Trackers, require_trackers
 from ffm_secure.transport.envelope import header_of
 from ffm_secure.transport.roster import key_words, read_key
+from ffm_secure.storage.regular_file import read_regular
 
 if TYPE_CHECKING:
     from ffm_secure.engines.headquarters import ReadyRun
@@ -63,7 +64,7 @@ def enrol(folder: Path, approval: Path) -> None:
     with clear_errors():
         file = Headquarters(place=folder).read()
         try:
-            content = approval.read_bytes()
+            content = read_regular(approval)
         except OSError as error:
             raise StoreError(f"{approval}: cannot be read: {error.strerror}") from None
         endpoint = enrolment().accept(folder, content, name="coordinator", operator=read_key(file.operator))

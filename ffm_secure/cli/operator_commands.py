@@ -14,6 +14,7 @@ from ffm_secure.errors import StoreError
 from ffm_secure.cli.operator_desk import COORDINATOR, ROSTER, OperatorDesk
 from ffm_secure.storage.durable import write_atomic
 from ffm_secure.transport.roster import key_words
+from ffm_secure.storage.regular_file import read_regular
 
 
 def init(folder: Path, federation: str) -> None:
@@ -92,7 +93,7 @@ def approve(folder: Path, request: Path) -> None:
     with clear_errors():
         desk = OperatorDesk(place=folder)
         try:
-            asked = request.read_bytes()
+            asked = read_regular(request)
         except OSError as error:
             raise StoreError(f"{request}: cannot be read: {error.strerror}") from None
         name, approved = enrolment().approve(

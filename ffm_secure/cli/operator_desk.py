@@ -15,6 +15,7 @@ from ffm_secure.errors import ConfigError, RecordError, StoreError
 from ffm_secure.storage.durable import create_folder, require_own_folder, write_atomic
 from ffm_secure.storage.key_file import create_key, read_key_file
 from ffm_secure.transport.roster import NAME, NAME_HELP, FederationRoster, Member, read_key
+from ffm_secure.storage.regular_file import read_regular
 
 KEY: Final = "operator.key"
 MEMBERS: Final = "members.json"
@@ -51,7 +52,7 @@ class OperatorDesk:
         """
         path = self.place / MEMBERS
         try:
-            return record_codec.from_bytes(Members, path.read_bytes().strip(), str(path))
+            return record_codec.from_bytes(Members, read_regular(path).strip(), str(path))
         except (OSError, RecordError):
             raise StoreError(
                 f"{path}: is missing or damaged; make an operator with: ffm-secure operator init {self.place}"

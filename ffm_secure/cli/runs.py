@@ -18,6 +18,7 @@ from ffm_secure.foreign import JsonValue
 from ffm_secure.record_codec import read_json
 from ffm_secure.quantities import bound, metric
 from ffm_secure.queries import agenda
+from ffm_secure.storage.regular_file import read_regular
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,7 @@ def _rounds(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         rounds: list[dict[str, Any]] = []
-        for line in path.read_text().splitlines():
+        for line in read_regular(path).decode().splitlines():
             if line.strip():
                 rounds.append(json_module.loads(line))
         return rounds

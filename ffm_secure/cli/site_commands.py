@@ -27,6 +27,7 @@ from ffm_secure.site.policy import objections
 from ffm_secure.site.site_file import LifetimeBudget, Policy, SiteFile
 from ffm_secure.storage.status import read_status
 from ffm_secure.transport.roster import NAME, NAME_HELP, FederationRoster, read_key
+from ffm_secure.storage.regular_file import read_regular
 
 
 _LEAST_FREE: Final = 64 << 20  # bytes
@@ -329,6 +330,6 @@ def log(folder: Path, lines: int) -> None:
 
 def _bytes_of(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from None

@@ -35,6 +35,7 @@ from ffm_secure.data.texts import ReadText, joined_text
 from ffm_secure.errors import DataError
 from ffm_secure.foreign import Cells
 from ffm_secure.registry import TASKS
+from ffm_secure.storage.regular_file import read_regular
 
 UNSTATED = "not stated"  # a licence
 _SAMPLE = 200  # cells of a column by which it is told what it holds
@@ -306,7 +307,7 @@ def _license_note(path: Path) -> str:
     """Quote the licence line of a README beside the data; absent means not stated."""
     readme = (path if path.is_dir() else path.parent) / "README.md"
     try:
-        match = re.search(r"\*\*Licen[cs]e:?\*\*:?\s*(.+)", readme.read_text(encoding="utf-8"))
+        match = re.search(r"\*\*Licen[cs]e:?\*\*:?\s*(.+)", read_regular(readme).decode())
     except (OSError, ValueError):
         match = None
     if match:
@@ -379,7 +380,7 @@ def _picture_bytes(value: object, folder: Path | None) -> bytes:
     if isinstance(value, bytes):
         return value
     try:
-        return ((folder or Path()) / str(value)).read_bytes()
+        return read_regular((folder or Path()) / str(value))
     except (OSError, ValueError):
         return str(value).encode("utf-8", "surrogatepass")
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ffm_secure.data.table import Column, Table, count_more, listed
+from ffm_secure.data.table import Column, Table, count_more, listed, require_bounded
 from ffm_secure.errors import DataError
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -134,6 +134,7 @@ def _is_utf8(raw: bytes) -> bool:
 
 def guess_encoding(path: Path) -> str:
     """Return what a text file is most likely written in: empty for UTF-8 or a byte order mark."""
+    require_bounded(path)
     if stated_encoding(path):
         return ""
     with path.open("rb") as file:

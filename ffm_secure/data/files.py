@@ -21,10 +21,9 @@ from ffm_secure.data.delimited import read_csv, read_tsv
 from ffm_secure.data.images import SUFFIXES as PICTURES
 from ffm_secure.data.json_files import read_json, read_jsonl
 from ffm_secure.data.saved import is_saved, read_saved, saved_splits
-from ffm_secure.data.table import Column, Table, listed
+from ffm_secure.data.table import MAX_BYTES, Column, Table, listed, require_bounded
 from ffm_secure.errors import DataError
 
-MAX_BYTES = 16 * 2**30  # unpacked size of one table; more is a damaged header or a decompression bomb
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _OTHER_PARTS = ("test", "testing", "eval", "evaluation", "holdout", "unlabelled", "unlabeled", "extra")
 _LEFTOVERS = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")
@@ -208,6 +207,7 @@ def read_table(path: Path, encoding: str = "") -> Table:
             sheet = " (give its columns names in a first line and call it .csv or .tsv)"
         raise DataError(f"{path}: unknown format {path.suffix!r}; use one of {known}{sheet}")
     try:
+        require_bounded(path)
         if suffix in TEXT_READERS:
             table = TEXT_READERS[suffix](path, encoding)
         else:

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ffm_secure.errors import DataError
 from ffm_secure.foreign import Cells, JsonValue
+from ffm_secure.storage.regular_file import require_regular
 
 Pixels = NDArray[np.uint8]
 
@@ -41,6 +42,8 @@ def open_picture(encoded: bytes | Path, place: str) -> Image.Image:
     if not (len(encoded) if isinstance(encoded, bytes) else _size(encoded)):
         raise DataError(f"{place}: the picture is empty (0 bytes); write it again or remove it")
     try:
+        if isinstance(encoded, Path):
+            require_regular(encoded)
         picture = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS)
     except Exception as error:  # whatever the decoder throws at damaged input becomes one error of ours
         raise DataError(

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ffm_secure.errors import DataError
+from ffm_secure.storage.regular_file import read_regular, require_regular
 
 _SPLITS, _STATE = "dataset_dict.json", "state.json"
 _REWRITE = "write it again with save_to_disk, or with to_parquet"
@@ -67,6 +68,7 @@ def read_saved(folder: Path, most_bytes: int) -> pa.Table:
 
 def _stream(file: Path) -> pa.Table:
     try:
+        require_regular(file)
         with pa.OSFile(str(file), "rb") as source, pa.ipc.open_stream(source) as reader:
             table = reader.read_all()
         table.validate(full=True)  # offsets of a damaged file must not be followed blindly
@@ -80,7 +82,7 @@ def _stream(file: Path) -> pa.Table:
 
 def _description(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({str(error)[:160]}); {_REWRITE}") from error
     if not isinstance(value, dict):

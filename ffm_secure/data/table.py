@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ffm_secure.errors import DataError
+from ffm_secure.storage.regular_file import require_regular
+
+MAX_BYTES = 16 * 2**30  # unpacked size of one table; more is a damaged header or a decompression bomb
 Column = Any  # list of str, bytes, dict, list or None, or a numpy array with one row per example
 
 _LONGEST_NAME = 40
@@ -33,6 +37,19 @@ class Table:
     def place(self, row: int) -> str:
         """Name the file and the row as an editor or a data frame counts it."""
         return f"{self.origin}: {self.counted} {row if self.numbers is None else self.numbers[row]}"
+
+
+def require_bounded(path: Path) -> None:
+    """Refuse a file that could not be read whole; a pipe or a device is none.
+
+    Raises:
+      DataError: it is larger than any table.
+      OSError: it is not there, or no regular file.
+    """
+    require_regular(path)
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise DataError(f"{path}: has {size} bytes, more than the bound of {MAX_BYTES}; split it")
 
 
 def listed(names: Iterable[object]) -> str:

@@ -38,6 +38,7 @@ from ffm_secure.models.model_checks import (
     refuse_broken_weights,
     refuse_if_it_sees_the_future,
     refuse_if_padding_matters,
+    refuse_pipes,
     refuse_quantised,
 )
 from ffm_secure.models.composite import text_part
@@ -244,6 +245,7 @@ def _pretrained(
     name: str, folder: str, *, kind: str, labels: int | None, seed: int, dtype: str, dropout: bool
 ) -> Backbone:
     local = Path(folder).is_dir()
+    refuse_pipes(name, Path(folder))
     options: dict[str, Any] = {"local_files_only": local or not _hub_answers(), "trust_remote_code": False}
     try:
         config, renamed = text_part(transformers.AutoConfig.from_pretrained(folder, **options), kind, folder)

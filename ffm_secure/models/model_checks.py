@@ -149,3 +149,17 @@ def _marks(config: Configuration) -> set[int | None]:
         token = getattr(config, f"{part}_token_id", None)
         marks |= set(token) if isinstance(token, list) else {token}
     return marks
+
+
+def refuse_pipes(name: str, folder: Path) -> None:
+    """Refuse a folder in which a library would wait for a pipe, or read a device to its end.
+
+    Raises:
+      ModelError: with the names.
+    """
+    odd = []
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if entry.exists() and not (entry.is_file() or entry.is_dir()):
+            odd.append(entry.name)
+    if odd:
+        raise ModelError(f"model.name = {name!r}: {', '.join(odd)}: no regular files; put the files there")

@@ -15,6 +15,7 @@ from ffm_secure.report.page import render_html
 from ffm_secure.report.release import released, released_audit
 
 from ffm_secure.storage.durable import create_folder, write_atomic
+from ffm_secure.storage.regular_file import read_regular
 
 __all__ = ["from_json", "is_there", "read", "render_html", "render_json", "write", "write_audit"]
 
@@ -128,7 +129,7 @@ def read(folder: Path) -> RunSummary:
     """
     path = folder / (INTERNAL_DATA if (folder / INTERNAL_DATA).is_file() else PUBLIC_DATA)
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        return from_json(read_regular(path).decode())
     except OSError:
         raise StoreError(f"{folder}: has no report yet; finish the run first (ffm-secure run)") from None
     except ValueError as error:

@@ -17,6 +17,7 @@ from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.errors import StoreError
 from ffm_secure.records import LEARN, RoundRecord
 from ffm_secure.storage.durable import write_atomic
+from ffm_secure.storage.regular_file import require_regular
 
 FORMAT = 1
 KEPT = 3  # newest rounds: a run that continues from the checkpoint before its last still finds what it needs
@@ -151,6 +152,7 @@ def _round(path: Path) -> int:
 def _read(path: Path, run_id: bytes) -> Tensor | None:
     """Return what a file holds; None if another run left it there."""
     try:
+        require_regular(path)
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             own: Tensor = file.get_tensor("kept")

@@ -57,7 +57,7 @@ def read_seed(path: Path) -> bytes:
       StoreError: it is missing, damaged, or readable by others.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             about = os.fstat(file.fileno())
             seed = file.read(_SEED_BYTES + 1)

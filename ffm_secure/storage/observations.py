@@ -16,6 +16,7 @@ from ffm_secure import record_codec
 from ffm_secure.errors import StoreError
 from ffm_secure.records import RecordedObservation
 from ffm_secure.storage.durable import create_folder, replace_folder, write_synced
+from ffm_secure.storage.regular_file import read_regular, require_regular
 
 _DESCRIPTION, _TENSORS = "observation.json", "tensors.safetensors"
 _BROADCAST = "broadcast"
@@ -74,8 +75,9 @@ def read_observations(folder: Path) -> Iterator[tuple[RecordedObservation, Mappi
     for path in sorted(folder.glob("round-*")) if folder.is_dir() else ():
         try:
             description = record_codec.from_bytes(
-                RecordedObservation, (path / _DESCRIPTION).read_bytes(), str(path / _DESCRIPTION)
+                RecordedObservation, read_regular(path / _DESCRIPTION), str(path / _DESCRIPTION)
             )
+            require_regular(path / _TENSORS)
             tensors = safetensors.torch.load_file(path / _TENSORS)
             if "values" not in tensors or tensors["values"].dim() != 1:
                 raise ValueError("values")

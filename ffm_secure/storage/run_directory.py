@@ -31,6 +31,7 @@ from ffm_secure.storage.durable import (
     write_atomic,
     write_synced,
 )
+from ffm_secure.storage.regular_file import read_regular, require_regular
 from ffm_secure.strategies import ServerState
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ class Store:
         path = self.folder / "rounds.jsonl"
         try:
             if path.exists():
-                lines = path.read_bytes().split(b"\n")
+                lines = read_regular(path).split(b"\n")
             else:
                 lines = []
         except OSError as error:
@@ -376,6 +377,7 @@ def _checkpoint(state: ServerState, round: int, run_id: bytes) -> bytes:
 def _read_checkpoint(folder: Path) -> tuple[ServerState, int, bytes]:
     path = folder / "state.safetensors"
     try:
+        require_regular(path)
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -397,14 +399,14 @@ def _read_checkpoint(folder: Path) -> tuple[ServerState, int, bytes]:
 
 def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         raise StoreError(f"{path}: is damaged") from None
 
 
 def _read_record(path: Path) -> RoundRecord:
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
     return _decode_record(content, str(path))

@@ -21,6 +21,7 @@ from ffm_secure.errors import ModelError
 from ffm_secure.foreign import Configuration, LibraryModel
 from ffm_secure.record_codec import read_json
 from ffm_secure.models.backbone import Backbone
+from ffm_secure.storage.regular_file import require_regular
 
 FORMAT_VERSION = 1
 OWN_TENSORS, OWN_CONFIG = "trainable.safetensors", "trainable.json"
@@ -200,6 +201,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     if name == OWN_TENSORS:
         _check_version(folder)
     try:
+        require_regular(folder / name)
         return dict(load_file(folder / name))
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder / name}: cannot be read ({error}); export it again") from error

@@ -14,6 +14,7 @@ from defenses.errors import ParameterError, ProtocolError
 from defenses.signatures import PUBLIC_KEY_BYTES, is_sound_key, verify_signature
 from ffm_secure import record_codec
 from ffm_secure.errors import ConfigError, RecordError, StoreError
+from ffm_secure.storage.regular_file import read_regular
 
 NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 NAME_HELP: Final = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or digit"
@@ -185,7 +186,7 @@ def read_roster(path: Path, *, operator: str, now: float) -> FederationRoster:
       StoreError: there is none, it is not the operator's, or it has expired.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError:
         raise StoreError(f"{path}: is missing; ask the operator for the roster and put it there") from None
     roster = FederationRoster.from_bytes(content, operator=read_key(operator))

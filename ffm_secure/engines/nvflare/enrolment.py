@@ -18,6 +18,7 @@ from ffm_secure.engines.nvflare.certificates import SERVER, SITE, SUBMITTER
 from ffm_secure.engines.nvflare.folders import Endpoint
 from ffm_secure.errors import ConfigError, FfmError, RecordError, StoreError
 from ffm_secure.storage.durable import create_folder, write_atomic
+from ffm_secure.storage.regular_file import read_regular
 
 COORDINATOR: Final = "coordinator"
 SUBMITTER_NAME: Final = "coordinator@ffm-secure.invalid"
@@ -141,7 +142,7 @@ def renew(place: Path, sign: Sign) -> Path:
 def _own_request(place: Path) -> Request:
     path = place / REQUEST
     try:
-        signed = record_codec.from_bytes(_Signed, path.read_bytes().strip(), str(path))
+        signed = record_codec.from_bytes(_Signed, read_regular(path).strip(), str(path))
         return record_codec.from_bytes(Request, signed.words, str(path))
     except (OSError, RecordError):
         raise StoreError(f"{path}: is missing or damaged; it says which certificates are asked for") from None
@@ -246,7 +247,7 @@ def _endpoint(operator: Path, request: Request) -> Endpoint:
         write_atomic(path, record_codec.canonical_bytes(endpoint))
         return endpoint
     try:
-        return record_codec.from_bytes(Endpoint, path.read_bytes(), str(path))
+        return record_codec.from_bytes(Endpoint, read_regular(path), str(path))
     except OSError:
         raise StoreError("approve the coordinator's request first: sites are told where it listens") from None
 
