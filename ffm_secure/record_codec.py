@@ -10,8 +10,11 @@ are words, bytes are hexadecimal digits.
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import math
+import os
+import stat
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,9 +26,9 @@ from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from ffm_secure.errors import RecordError
 from ffm_secure.foreign import JsonValue, Value
-from ffm_secure.storage.regular_file import read_regular
 
 LARGEST_JSON = 64 << 20  # bytes
+LARGEST_FILE = 1 << 30  # bytes of a file that is read whole and is no table, picture or model
 FORMAT = 1  # of lines and bytes; a record without it is of format 1
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 Hint: TypeAlias = Any  # an annotation as `typing.get_type_hints` returns it; typing has no name for it
@@ -143,6 +146,36 @@ def read_json(path: Path) -> JsonValue:
         return json.loads(read_regular(path, LARGEST_JSON))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_regular(path: Path, most: int = LARGEST_FILE) -> bytes:
+    """Read a whole file.
+
+    Guarantee: returns for a pipe, too, and never reads more than `most` bytes.
+
+    Raises:
+      OSError: it cannot be read, is no regular file, or is larger; `strerror` says which.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        status = os.fstat(stream.fileno())
+        _require_mode(status.st_mode, path)
+        if status.st_size > most:
+            raise OSError(errno.EINVAL, f"is larger than {most:,} bytes, as no such file is", str(path))
+        return stream.read(most)
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what a library must not open by its name.
+
+    Raises:
+      OSError: it is not there, or no regular file.
+    """
+    _require_mode(path.stat().st_mode, path)
+
+
+def _require_mode(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
 
 
 def _read(kind: type[T], plain: Plain, where: str) -> T:

@@ -36,7 +36,7 @@ from ffm_secure.storage.durable import write_atomic
 from ffm_secure.strategies import Strategy, merges_into_base
 from ffm_secure.strategies import build as build_strategy
 from ffm_secure.trainable import TrainableModel
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 _PUBLIC_FACTS = "public_facts.json"
 

@@ -26,7 +26,7 @@ from ffm_secure.storage.durable import create_folder, write_atomic
 from ffm_secure.storage.observations import read_observations
 from ffm_secure.storage.run_directory import Store
 from ffm_secure.record_codec import read_json
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 _LONGEST = 512
 _MOST_ROUNDS = 8

@@ -21,7 +21,7 @@ from ffm_secure.transport import envelope
 from ffm_secure.transport.envelope import Sign
 from ffm_secure.transport.receipts import RECEIPTS, Receipts
 from ffm_secure.transport.roster import FederationRoster
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 _WORDS: Final = b"ffm-secure attestation 1"
 _ROUND_BY_ROUND: Final = 1e-3  # a receipt is composed round by round, which reads a little higher

@@ -57,7 +57,7 @@ from ffm_secure.report.release import without_paths
 from ffm_secure.site.ledger_place import ledger_path
 from ffm_secure.storage.durable import file_digest
 from ffm_secure.storage.run_directory import Store
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 LEDGER = "ledger.csv"
 REPORTS = ("report.html", "details.html", REPORT)

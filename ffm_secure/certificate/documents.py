@@ -14,7 +14,7 @@ from ffm_secure.errors import StoreError
 from ffm_secure.foreign import JsonValue
 from ffm_secure.quantities import bound
 from ffm_secure.report.release import NOT_TRIED
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 MAPPING, ANNEX = "mapping.md", "dpia_annex.md"
 

@@ -24,7 +24,7 @@ from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import FfmError
 from ffm_secure.records import PrivacyStatement, RoundRecord, RunSummary
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 REPORT = "report.json"
 

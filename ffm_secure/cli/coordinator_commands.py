@@ -25,7 +25,7 @@ from ffm_secure.storage.status import StatusFile, read_status
 from ffm_secure.tracking.trackers import Trackers, require_trackers
 from ffm_secure.transport.envelope import header_of
 from ffm_secure.transport.roster import key_words, read_key
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 if TYPE_CHECKING:
     from ffm_secure.engines.headquarters import ReadyRun

@@ -14,7 +14,7 @@ from ffm_secure.errors import StoreError
 from ffm_secure.cli.operator_desk import COORDINATOR, ROSTER, OperatorDesk
 from ffm_secure.storage.durable import write_atomic
 from ffm_secure.transport.roster import key_words
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 
 def init(folder: Path, federation: str) -> None:

@@ -15,7 +15,7 @@ from ffm_secure.errors import ConfigError, RecordError, StoreError
 from ffm_secure.storage.durable import create_folder, require_own_folder, write_atomic
 from ffm_secure.storage.key_file import create_key, read_key_file
 from ffm_secure.transport.roster import NAME, NAME_HELP, FederationRoster, Member, read_key
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 KEY: Final = "operator.key"
 MEMBERS: Final = "members.json"

@@ -18,7 +18,7 @@ from ffm_secure.foreign import JsonValue
 from ffm_secure.record_codec import read_json
 from ffm_secure.quantities import bound, metric
 from ffm_secure.queries import agenda
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from ffm_secure.site.policy import objections
 from ffm_secure.site.site_file import LifetimeBudget, Policy, SiteFile
 from ffm_secure.storage.status import read_status
 from ffm_secure.transport.roster import NAME, NAME_HELP, FederationRoster, read_key
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 
 _LEAST_FREE: Final = 64 << 20  # bytes

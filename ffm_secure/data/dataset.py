@@ -35,7 +35,7 @@ from ffm_secure.data.texts import ReadText, joined_text
 from ffm_secure.errors import DataError
 from ffm_secure.foreign import Cells
 from ffm_secure.registry import TASKS
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 UNSTATED = "not stated"  # a licence
 _SAMPLE = 200  # cells of a column by which it is told what it holds

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ffm_secure.errors import DataError
 from ffm_secure.foreign import Cells, JsonValue
-from ffm_secure.storage.regular_file import require_regular
+from ffm_secure.record_codec import require_regular
 
 Pixels = NDArray[np.uint8]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from ffm_secure.errors import DataError
-from ffm_secure.storage.regular_file import read_regular, require_regular
+from ffm_secure.record_codec import read_regular, require_regular
 
 _SPLITS, _STATE = "dataset_dict.json", "state.json"
 _REWRITE = "write it again with save_to_disk, or with to_parquet"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ffm_secure.errors import DataError
-from ffm_secure.storage.regular_file import require_regular
+from ffm_secure.record_codec import require_regular
 
 MAX_BYTES = 16 * 2**30  # unpacked size of one table; more is a damaged header or a decompression bomb
 Column = Any  # list of str, bytes, dict, list or None, or a numpy array with one row per example

@@ -15,7 +15,7 @@ from ffm_secure.report.page import render_html
 from ffm_secure.report.release import released, released_audit
 
 from ffm_secure.storage.durable import create_folder, write_atomic
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 __all__ = ["from_json", "is_there", "read", "render_html", "render_json", "write", "write_audit"]
 

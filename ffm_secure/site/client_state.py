@@ -17,7 +17,7 @@ from ffm_secure.agreed.run_spec import RunSpec
 from ffm_secure.errors import StoreError
 from ffm_secure.records import LEARN, RoundRecord
 from ffm_secure.storage.durable import write_atomic
-from ffm_secure.storage.regular_file import require_regular
+from ffm_secure.record_codec import require_regular
 
 FORMAT = 1
 KEPT = 3  # newest rounds: a run that continues from the checkpoint before its last still finds what it needs

@@ -16,7 +16,7 @@ from ffm_secure import record_codec
 from ffm_secure.errors import StoreError
 from ffm_secure.records import RecordedObservation
 from ffm_secure.storage.durable import create_folder, replace_folder, write_synced
-from ffm_secure.storage.regular_file import read_regular, require_regular
+from ffm_secure.record_codec import read_regular, require_regular
 
 _DESCRIPTION, _TENSORS = "observation.json", "tensors.safetensors"
 _BROADCAST = "broadcast"

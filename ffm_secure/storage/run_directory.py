@@ -31,7 +31,7 @@ from ffm_secure.storage.durable import (
     write_atomic,
     write_synced,
 )
-from ffm_secure.storage.regular_file import read_regular, require_regular
+from ffm_secure.record_codec import read_regular, require_regular
 from ffm_secure.strategies import ServerState
 
 if TYPE_CHECKING:

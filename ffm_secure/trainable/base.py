@@ -21,7 +21,7 @@ from ffm_secure.errors import ModelError
 from ffm_secure.foreign import Configuration, LibraryModel
 from ffm_secure.record_codec import read_json
 from ffm_secure.models.backbone import Backbone
-from ffm_secure.storage.regular_file import require_regular
+from ffm_secure.record_codec import require_regular
 
 FORMAT_VERSION = 1
 OWN_TENSORS, OWN_CONFIG = "trainable.safetensors", "trainable.json"

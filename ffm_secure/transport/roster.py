@@ -14,7 +14,7 @@ from defenses.errors import ParameterError, ProtocolError
 from defenses.signatures import PUBLIC_KEY_BYTES, is_sound_key, verify_signature
 from ffm_secure import record_codec
 from ffm_secure.errors import ConfigError, RecordError, StoreError
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 NAME_HELP: Final = "1 to 64 letters, digits, dots, dashes or underscores, the first a letter or digit"

@@ -34,7 +34,7 @@ from ffm_secure.record_codec import read_json
 from ffm_secure.report import document
 from ffm_secure.storage import key_file
 from ffm_secure.storage.observations import read_observations
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 from ffm_secure.storage.run_directory import Store
 from tests.federation.helpers import RECORD, make
 

@@ -18,7 +18,7 @@ from ffm_secure.engines.nvflare.certificates import SERVER, SITE, SUBMITTER
 from ffm_secure.engines.nvflare.folders import Endpoint
 from ffm_secure.errors import ConfigError, FfmError, RecordError, StoreError
 from ffm_secure.storage.durable import create_folder, write_atomic
-from ffm_secure.storage.regular_file import read_regular
+from ffm_secure.record_codec import read_regular
 
 COORDINATOR: Final = "coordinator"
 SUBMITTER_NAME: Final = "coordinator@ffm-secure.invalid"
