@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -59,6 +60,21 @@ class Frames:
             except OSError:
                 raise Gone from None
 
+    def write_pieces(self, words: Words, pieces: deque[bytes]) -> None:
+        """Send one frame whose content comes in pieces; each is let go of when it was sent.
+
+        Raises:
+          Gone: nobody reads.
+        """
+        header, size = json.dumps(words).encode(), sum(map(len, pieces))
+        with self._writing:
+            try:
+                self._connection.sendall(_HEAD.pack(_MAGIC, len(header), size) + header)
+                while pieces:
+                    self._connection.sendall(pieces.popleft())
+            except OSError:
+                raise Gone from None
+
     def read(self, seconds: float | None = None) -> tuple[Words, bytes] | None:
         """Return the next frame, or nothing when none begins within `seconds`.
 
@@ -66,15 +82,34 @@ class Frames:
           Gone: the connection has ended, or what comes is no frame.
         """
         try:
-            if seconds is not None and not select.select([self._connection], [], [], max(0.0, seconds))[0]:
-                return None
-            magic, header, content = _HEAD.unpack(self._exactly(_HEAD.size))
-            if magic != _MAGIC or header > _LARGEST_HEADER or content > _LARGEST_CONTENT:
-                raise Gone
-            words = json.loads(self._exactly(header))
-            return words, self._exactly(content)
+            begun = self._begin(seconds)
+            return None if begun is None else (begun[0], self._exactly(begun[1]))
         except (OSError, ValueError):
             raise Gone from None
+
+    def read_pieces(self, size: int, seconds: float | None = None) -> tuple[Words, deque[bytes]] | None:
+        """Return the next frame as `read` does, its content in pieces of `size` bytes and a last one."""
+        try:
+            begun = self._begin(seconds)
+            if begun is None:
+                return None
+            words, left = begun
+            pieces: deque[bytes] = deque()
+            while left:
+                pieces.append(self._exactly(min(size, left)))
+                left -= len(pieces[-1])
+            return words, pieces
+        except (OSError, ValueError):
+            raise Gone from None
+
+    def _begin(self, seconds: float | None) -> tuple[Words, int] | None:
+        """Return the header of the next frame and the bytes of its content."""
+        if seconds is not None and not select.select([self._connection], [], [], max(0.0, seconds))[0]:
+            return None
+        magic, header, content = _HEAD.unpack(self._exactly(_HEAD.size))
+        if magic != _MAGIC or header > _LARGEST_HEADER or content > _LARGEST_CONTENT:
+            raise Gone
+        return json.loads(self._exactly(header)), content
 
     def close(self) -> None:
         """End the connection; whoever waits at either end is woken."""

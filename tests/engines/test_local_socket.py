@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,26 @@ def test_a_frame_arrives_as_it_was_written(tmp_path: Path) -> None:
         other.read(5.0)
     door.close()
     assert not (tmp_path / "door").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 2500])
+def test_a_frame_in_pieces_is_a_frame_like_any_other(size: int, tmp_path: Path) -> None:
+    door = Door(tmp_path / "door")
+    one = connect(tmp_path / "door")
+    other = door.accept(5.0)
+    assert other is not None
+    content = os.urandom(size)
+    pieces = deque(content[place : place + 700] for place in range(0, size, 700))
+    one.write_pieces({"number": 1}, pieces)
+    assert not pieces, "what was sent is let go of"
+    assert other.read(5.0) == ({"number": 1}, content)
+    other.write({"number": 2}, content)
+    answer = one.read_pieces(1000, 5.0)
+    assert answer is not None
+    assert (answer[0], b"".join(answer[1])) == ({"number": 2}, content)
+    assert all(len(piece) == 1000 for piece in list(answer[1])[:-1])
+    assert one.read_pieces(1000, 0.05) is None
+    door.close()
 
 
 def test_frames_of_several_threads_do_not_mix(tmp_path: Path) -> None:

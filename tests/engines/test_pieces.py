@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 
 import numpy as np
 import pytest
@@ -24,16 +25,18 @@ def test_what_is_cut_is_put_together_again(size: int) -> None:
     assert len(parcel.last) <= PIECE
     assert parcel.size == size
     shelf.add(7, parcel.last, 60.0)
-    assert bytes(shelf.take(7)) == content
-    assert bytes(shelf.take(7)) == b"", "what was taken is gone"
+    assert b"".join(shelf.take(7)) == content
+    assert not shelf.take(7), "what was taken is gone"
 
 
 @pytest.mark.parametrize("size", SIZES[3:])
 def test_what_is_fetched_piece_by_piece_is_whole_and_then_gone(size: int) -> None:
     content, shelf = np.random.default_rng(size).bytes(size), Shelf()
-    shelf.keep(3, content, 60.0)
-    fetched = b""
+    pieces = [content[place : place + PIECE] for place in range(0, size, PIECE)]
+    shelf.keep(3, deque(pieces[1:]), PIECE, 60.0)
+    fetched = pieces[0]
     while len(fetched) < size:
+        assert shelf.piece(3, len(fetched) + 1) == b"", "from another place"
         piece = shelf.piece(3, len(fetched))
         assert 0 < len(piece) <= PIECE
         fetched += piece
@@ -57,7 +60,7 @@ def test_no_more_is_put_together_than_fits_whoever_sends_it() -> None:
     assert not shelf.add(2, b"12345", 60.0), "two messages share the room"
     assert shelf.add(1, b"7890", 60.0)
     assert not shelf.add(1, b"!", 60.0)
-    assert bytes(shelf.take(1)) == b"", "nothing stays of what was too large"
+    assert not shelf.take(1), "nothing stays of what was too large"
     assert shelf.add(3, b"1234567890", 60.0)
 
 

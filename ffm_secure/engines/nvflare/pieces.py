@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -54,8 +55,10 @@ class Room:
 
 @dataclass(slots=True)
 class _Part:
-    content: bytes | bytearray
     until: float
+    pieces: deque[bytes] = field(default_factory=deque)
+    size: int = 0
+    place: int = 0  # where the first of them begins
 
 
 @dataclass(slots=True)
@@ -74,38 +77,44 @@ class Shelf:
         """Put a piece behind those before it; keep nothing of a message that does not fit, and say so."""
         with self._lock:
             self._forget()
-            part = self._parts.setdefault(number, _Part(bytearray(), 0.0))
-            if sum(len(other.content) for other in self._parts.values()) + len(piece) > self.limit:
+            part = self._parts.setdefault(number, _Part(until=0.0))
+            if sum(other.size for other in self._parts.values()) + len(piece) > self.limit:
                 del self._parts[number]
                 return False
-            part.content += piece
+            part.pieces.append(piece)
+            part.size += len(piece)
             part.until = time.monotonic() + seconds
             return True
 
-    def keep(self, number: int, content: bytes, seconds: float) -> None:
-        """Keep a whole message as it is, for `piece`; it is not copied."""
+    def keep(self, number: int, pieces: deque[bytes], place: int, seconds: float) -> None:
+        """Keep the pieces of a message from a place on, for `piece`; they are not copied."""
         with self._lock:
             self._forget()
-            self._parts[number] = _Part(content, time.monotonic() + seconds)
+            size = sum(map(len, pieces))
+            self._parts[number] = _Part(
+                until=time.monotonic() + seconds, pieces=pieces, size=size, place=place
+            )
 
-    def take(self, number: int) -> bytes | bytearray:
-        """Return what has come, and keep nothing of it."""
+    def take(self, number: int) -> deque[bytes]:
+        """Return the pieces that have come, and keep nothing of them."""
         with self._lock:
             self._forget()
             part = self._parts.pop(number, None)
-            return b"" if part is None else part.content
+            return deque() if part is None else part.pieces
 
     def piece(self, number: int, place: int) -> bytes:
-        """Return the piece that begins at a place; with the last one the whole is let go of."""
+        """Return the piece that begins at a place, once: it is let go of."""
         with self._lock:
             self._forget()
             part = self._parts.get(number)
-            if part is None:
+            if part is None or part.place != place or not part.pieces:
                 return b""
-            content = bytes(part.content[place : place + PIECE])
-            if place + PIECE >= len(part.content):
+            piece = part.pieces.popleft()
+            part.place += len(piece)
+            part.size -= len(piece)
+            if not part.pieces:
                 del self._parts[number]
-            return content
+            return piece
 
     def _forget(self) -> None:
         now = time.monotonic()

@@ -6,6 +6,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -157,27 +158,29 @@ class _Relay:
 
     def _fetch(
         self, name: str, number: int, first: Shareable, deadline: float
-    ) -> tuple[str, bytes | bytearray | None]:
-        """Return an answer whole, whose first piece has come."""
-        length, content = int(first[topics.LENGTH]), first[topics.CONTENT]
-        if len(content) == length:
-            return str(ReturnCode.OK), content
-        answer = bytearray(content)
-        while len(answer) < length:
+    ) -> tuple[str, deque[bytes] | None]:
+        """Return every piece of an answer whose first piece has come."""
+        length, pieces = int(first[topics.LENGTH]), deque((first[topics.CONTENT],))
+        place = len(pieces[0])
+        while place < length:
             request = Shareable()
-            request[topics.NUMBER], request[topics.PLACE] = number, len(answer)
+            request[topics.NUMBER], request[topics.PLACE] = number, place
             code, reply = self._exchange(name, topics.MORE, request, deadline)
             if code != ReturnCode.OK or reply is None:
                 return code, None
-            answer += reply[topics.CONTENT]
-        return str(ReturnCode.OK), answer if len(answer) == length else None
+            piece = reply[topics.CONTENT]
+            if not piece:
+                return str(ReturnCode.EXECUTION_EXCEPTION), None
+            pieces.append(piece)
+            place += len(piece)
+        return str(ReturnCode.OK), pieces if place == length else None
 
-    def _report(self, name: str, number: int, code: str, answer: bytes | bytearray | None) -> None:
+    def _report(self, name: str, number: int, code: str, answer: deque[bytes] | None) -> None:
         """Tell the coordinator's process what came of a message."""
         away = _AWAY.get(code, "")
         answered = code == ReturnCode.OK and answer is not None
         heading = {"say": "answer", "number": number, "site": name, "answered": answered, "away": away}
-        self._frames.write(heading, answer if answered and answer is not None else b"")
+        self._frames.write_pieces(heading, answer if answered and answer is not None else deque())
         if away:
             self._start(self._greet, name)
 

@@ -6,6 +6,7 @@ the executor and can name nothing else.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,7 +78,7 @@ class RelayExecutor(Executor):  # type: ignore[misc]
         if not self._coming.add(number, request[topics.CONTENT], seconds):
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         try:
-            heading, content = self._ask_service(number, str(request[topics.STAGE]), seconds)
+            heading, pieces = self._ask_service(number, str(request[topics.STAGE]), seconds)
         except Late:  # a service that is slow is there
             return make_reply(ReturnCode.TIMEOUT)
         except Gone:
@@ -85,13 +86,14 @@ class RelayExecutor(Executor):  # type: ignore[misc]
         if not heading.get("answered"):
             return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         reply = make_reply(ReturnCode.OK)
-        reply[topics.LENGTH], reply[topics.CONTENT] = len(content), content[:PIECE]
-        if len(content) > PIECE:
-            self._leaving.keep(number, content, seconds)
+        reply[topics.LENGTH] = sum(map(len, pieces))
+        reply[topics.CONTENT] = first = pieces.popleft() if pieces else b""
+        if pieces:
+            self._leaving.keep(number, pieces, len(first), seconds)
         return reply
 
-    def _ask_service(self, number: int, stage: str, seconds: float) -> tuple[Words, bytes]:
-        """Write a message and let go of it before its answer comes.
+    def _ask_service(self, number: int, stage: str, seconds: float) -> tuple[Words, deque[bytes]]:
+        """Write a message, let go of it before its answer comes, and return that in pieces.
 
         Raises:
           Late, Gone: the service does not answer in time, or at all.
@@ -99,8 +101,8 @@ class RelayExecutor(Executor):  # type: ignore[misc]
         assert self._socket is not None
         frames = connect(self._socket)
         try:
-            frames.write({"ask": "answer", "stage": stage}, self._coming.take(number))
-            answer = frames.read(seconds)
+            frames.write_pieces({"ask": "answer", "stage": stage}, self._coming.take(number))
+            answer = frames.read_pieces(PIECE, seconds)
         finally:
             frames.close()
         if answer is None:
