@@ -38,12 +38,14 @@ from benchmarks.secagg import gather
 from defenses.random_source import RandomSource
 from defenses.secagg import ClientPolicy, ClientSession, Identity, ServerSession, SessionParameters
 from ffm_secure.engines.in_process import InProcessCourier
+from ffm_secure.engines.nvflare.courier import Patience
 from ffm_secure.engines.nvflare.site_service import serve
 from ffm_secure.transport.courier import Lost, MachineCourier
 from tests.engines.nvflare_federation import enrol
 
 RUN = "be" * 32
 _PACKAGES = {"nvflare": "nvflare", "flower": "flwr"}  # by what is installed a courier can be measured
+PATIENT = Patience(start=240.0, join=120.0)  # forty processes start at once
 
 
 @dataclass(slots=True, kw_only=True)
@@ -246,9 +248,9 @@ def _over(machines: Machines, sites: Sequence[SecureSite]) -> Iterator[MachineCo
             stack.callback(serve(machines.engine_folder(name), site.handle, RUN.__eq__).close)
         stack.callback(machines.stop)
         machines.start()
-        courier = machines.courier(RUN)
+        courier = machines.courier(RUN, PATIENT)
         stack.callback(courier.close)
-        courier.open(smallest=len(names), seconds=300.0)
+        courier.open(smallest=len(names), seconds=600.0)
         yield courier
 
 
@@ -317,13 +319,15 @@ def echo(size: int) -> dict[str, object]:
         courier = machines.courier(RUN)
         stack.callback(courier.close)
         courier.open(smallest=len(names), seconds=300.0)
-        idle, began = job_memory(Path(place), "VmRSS"), time.perf_counter()
-        (reply,) = courier.send("echo", {0: content}, deadline=time.time() + 600.0)
-        seconds = time.perf_counter() - began
-        if isinstance(reply.content, Lost) or bytes(reply.content) != content:
-            raise AssertionError("it did not come back as it was sent")
-        busiest = job_memory(Path(place), "VmHWM")
-    return {"bytes": size, "seconds": seconds, "vectors_held": vectors_held(idle, busiest, size)}
+        idle, seconds = job_memory(Path(place), "VmRSS"), []
+        for _ in range(3):  # what an earlier message leaves behind counts, too
+            began = time.perf_counter()
+            (reply,) = courier.send("echo", {0: content}, deadline=time.time() + 600.0)
+            seconds.append(time.perf_counter() - began)
+            if isinstance(reply.content, Lost) or bytes(reply.content) != content:
+                raise AssertionError("it did not come back as it was sent")
+        held = vectors_held(idle, job_memory(Path(place), "VmHWM"), size)
+    return {"bytes": size, "seconds": min(seconds), "vectors_held": held, "load": os.getloadavg()[0]}
 
 
 def _slowly(stage: str, message: bytes) -> bytes:

@@ -22,6 +22,8 @@ _SERVER: Final = "nvflare.private.fed.app.server.server_train"
 _CLIENT: Final = "nvflare.private.fed.app.client.client_train"
 _PAUSE: Final = 2.0  # seconds before a process that ended is started again
 _JOB: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# Pieces of messages go back to the system when they are let go of, whichever thread had them.
+_LET_GO: Final = {"MALLOC_ARENA_MAX": "4", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 _DIE_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 _CONTROL: Final = ctypes.CDLL(None, use_errno=True).prctl
 
@@ -71,12 +73,7 @@ class Process:
 
     def _start(self) -> subprocess.Popen[bytes]:
         _sweep(self._folder)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": _import_path(),
-            "MALLOC_ARENA_MAX": "4",
-            **self._settings,
-        }
+        environment = {**os.environ, **_LET_GO, "PYTHONPATH": _import_path(), **self._settings}
         with open(self._folder / "output.txt", "ab", opener=_private) as output:
             return subprocess.Popen(
                 self._command,
