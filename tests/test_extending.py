@@ -14,7 +14,15 @@ from tests.test_docs import BLOCK, ROOT
 
 PAGE = ROOT / "docs" / "extending.md"
 LONGEST = 40
-SECTIONS = ("An attack", "A strategy", "Something to train", "An algorithm", "A query", "An engine")
+SECTIONS = (
+    "An attack",
+    "A strategy",
+    "Something to train",
+    "An algorithm",
+    "A query",
+    "A compression",
+    "An engine",
+)
 
 
 def blocks() -> list[tuple[list[str], str]]:

@@ -51,6 +51,10 @@ STAGES: dict[str, dict[str, Any]] = {
     "prompt generator": {"trainable": {"kind": "prompt_generator", "length": 3, "hidden": 4}},
     "folding": {"trainable": {"kind": "lora", "ranks": [1, 2]}, "strategy": {"kind": "flora"}},
     "kept at home": {"trainable": {"kind": "lora", "rank": 2}, "strategy": {"kind": "fedsa"}},
+    "fewer bytes": {
+        "trainable": {"kind": "lora", "rank": 2},
+        "compression": {"kind": "support", "share": 0.25, "residual": True, "field_bits": 16},
+    },
 }
 
 
@@ -71,6 +75,7 @@ def stage(name: str, *, noise: str = "seeded") -> RunConfig:
         # calibration pay for that.
         privacy={**RECORD, "noise": noise, "spare_rounds": 4},
         protection=SECAGG,
+        compression=chosen.get("compression", {"kind": "none"}),
     )
 
 
@@ -145,7 +150,7 @@ def test_kill_and_resume(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("name", ["finetune", "pretrain", "prompt generator", "folding", "kept at home"])
+@pytest.mark.parametrize("name", sorted(STAGES))
 def test_kill_twenty_times(name: str, tmp_path: Path) -> None:
     assert check(name, tmp_path, kills=20, seed=11) >= 10
 
