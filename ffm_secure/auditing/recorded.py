@@ -4,6 +4,7 @@ is needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,6 +91,7 @@ def _observation(
     clients = max(1, len(description.sites))
     facts: dict[str, Fact] = {"point": description.point, **wire_facts(model, spec.public_client_size)}
     facts |= noise_facts(model, description.point, clients, steps=int(facts["local_steps"] or 0))
+    facts |= _spread_noise(model, facts)
     if clients > 1:
         facts["summand"] = "delta"
     start = None
@@ -108,6 +110,14 @@ def _observation(
         broadcast=start,
         knowledge=Knowledge(task=spec.config.task.kind),
     )
+
+
+def _spread_noise(model: LoadedModel, facts: dict[str, Fact]) -> dict[str, Fact]:
+    """Return the deviation of the noise in one number of an update that was restored from fewer of them."""
+    deviation = facts.get("noise_deviation")
+    if not isinstance(deviation, float):
+        return {}
+    return {"noise_deviation": deviation * math.sqrt(model.spec.compression.noise_share)}
 
 
 def _truth(model: LoadedModel, folder: Path, description: RecordedObservation) -> Truth | None:

@@ -326,7 +326,7 @@ def _judge_sum(
     except ProtocolError:
         return None, "the opened sum is impossible for its survivors"
     if plan.query == LEARN:
-        too_large = why_too_large(opened, server.spec, state.vector, turns=plan.turn + 1)
+        too_large = why_too_large(opened, server.spec, state.vector, turns=plan.round)
     else:
         too_large = why_answer_too_large(opened, server.spec.questions[plan.query], server.spec)
     if too_large:

@@ -28,7 +28,7 @@ class HonestBound:
 
 def why_too_large(opened: RoundSum, spec: RunSpec, start: Tensor, *, turns: int = 1) -> str:
     """Return why a sum is refused, or an empty string. `start` is the broadcast vector [d], `turns` in how
-    many rounds an honest site may have learned so far.
+    many rounds an honest site may have learned so far, those that stayed closed among them.
 
     Guarantee: a sum of honest clients passes, except with probability below 1e-14. One dishonest client can
     still send as much as all honest ones together may: the bound is on the sum.

@@ -13,6 +13,8 @@ import torch
 
 from defenses.random_source import RandomSource
 from defenses.secagg import ring
+from ffm_secure.agreed.loaded_model import load_model, read_facts
+from ffm_secure.auditing.recorded import recorded
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines import simulation, summary
 from ffm_secure.errors import ConfigError, PlanRefused
@@ -242,17 +244,24 @@ def test_what_cannot_hold_is_refused_with_its_reason() -> None:
             compressed(compression)
 
 
-def test_what_is_measured_on_the_wire_is_what_the_plan_says(tmp_path: Path) -> None:
-    made = compressed(SHORT, audit={"observers": ["server"], "attacks": ["label_identity"]})
+def test_the_wire_holds_what_the_plan_says_and_an_audit_reads_it_as_an_update(tmp_path: Path) -> None:
+    made = compressed(
+        SHORT,
+        privacy={**RECORD, "noise": "system"},
+        federation={"rounds": 1, "lifecycle": STEP},
+        audit={"observers": ["server"]},
+    )
     ready, trained = train(made, tmp_path)
     promised = summary.describe(ready.prepared).bytes_up_per_client_round
     assert promised == ring.packed_bytes(ready.spec.codec.length, 16)
-    assert [record.bytes_up for record in trained.records] == [4 * promised] * 2
-    kept = sorted((tmp_path / "observations").rglob("*.safetensors"))
-    assert kept  # what an audit reads is an update again, of as many numbers as are trained
-    import safetensors.torch
-
-    assert safetensors.torch.load_file(kept[0])["values"].numel() == ready.trainable.size
+    assert [record.bytes_up for record in trained.records] == [4 * promised]
+    model = load_model(made, Path.cwd(), read_facts(tmp_path))
+    upload = next(iter(recorded(model, tmp_path))).observation
+    numbers = torch.cat([tensor.reshape(-1) for tensor in upload.tensors.values()])
+    assert numbers.numel() == ready.trainable.size
+    deviation = upload.metadata["noise_deviation"]
+    assert isinstance(deviation, float)
+    assert float(numbers.double().square().mean()) ** 0.5 == pytest.approx(deviation, rel=0.4)
 
 
 def test_the_check_of_a_sum_knows_what_a_residual_may_hold() -> None:
