@@ -351,6 +351,11 @@ def _silent(question: Question, scored: Score, control: Score, chance: float) ->
     share = (scored.value - bottom) / max(control.value - bottom, 1e-12)
     if scored.luck > LUCK and scored.value > scored.baseline and share > NEAR:
         return _scored("inconclusive", scored, question.control, _lucky(scored))
+    if _may_be_a_leak(scored):
+        reason = (
+            f"the 99 % interval reaches {CLEAR_AUC}, from which membership is a leak: more draws would tell"
+        )
+        return _scored("inconclusive", scored, question.control, reason)
     if share > NEAR or control.value <= bottom:
         reason = "as good as on the undefended update"
         if share < 1 - NEAR:
@@ -358,6 +363,15 @@ def _silent(question: Question, scored: Score, control: Score, chance: float) ->
         number = f", but among all questions of this audit luck does as well in {chance:.1%} of cases"
         return _scored("inconclusive", scored, question.control, reason + number)
     return _doubted(_scored("not leaked", scored, question.control, "control passed"), question.doubt)
+
+
+def _may_be_a_leak(scored: Score) -> bool:
+    """Say whether many memberships leave open on which side of a leak their mean lies.
+
+    What lies at the edge is a leak at one seed and none at another; it must never be told not to be one.
+    """
+    several = scored.measure == "membership AUC" and scored.draws >= luck.FEW_DRAWS
+    return several and scored.high is not None and scored.high >= CLEAR_AUC
 
 
 def _doubted(judgement: Judgement, doubt: str) -> Judgement:

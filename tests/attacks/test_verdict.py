@@ -165,3 +165,24 @@ def test_what_needs_a_crafted_broadcast_is_not_applicable() -> None:
     question = Question(seen=(ran(), WRONG), control=(ran(), WRONG), never="not crafted")
     assert judge(question).verdict == "not applicable"
     assert judge(replace(question, control=(ran(), RIGHT))).verdict == "not leaked"
+
+
+@pytest.mark.parametrize(
+    ("value", "high", "draws", "verdict"),
+    [
+        (0.651, 0.684, 32, "leaked"),
+        (0.605, 0.650, 32, "leaked"),
+        (0.594, 0.642, 32, "inconclusive"),
+        (0.544, 0.575, 32, "not leaked"),
+        (0.544, 0.700, 1, "not leaked"),
+    ],
+)
+def test_what_may_be_a_leak_is_never_told_not_to_be_one(
+    value: float, high: float, draws: int, verdict: str
+) -> None:
+    """Seeds of one run lie on both sides of the edge: no two of them may contradict each other."""
+    control = Score(measure="membership AUC", value=0.99, baseline=0.5, succeeded=True)
+    seen = replace(control, value=value, low=2 * value - high, high=high, draws=draws, luck=1e-7)
+    judgement = judge(Question(seen=(ran(), seen), control=(ran(), control)))
+    assert judgement.verdict == verdict
+    assert ("more draws would tell" in judgement.reason) == (verdict == "inconclusive")
