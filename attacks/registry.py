@@ -13,6 +13,7 @@ from attacks.contract import Attack
 from attacks.inversion import (
     active,
     active_adapters,
+    active_neurons,
     active_text,
     adapters,
     aggregate,
@@ -77,6 +78,7 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "prompt_membership": active_adapters.prompt_membership,
     "decepticon": active_text.decepticon,
     "encoder_bins": active_text.encoder_bins,
+    "neuron_imprint": active_neurons.neuron_imprint,
 }
 
 
@@ -231,5 +233,7 @@ TAXONOMY: tuple[Published, ...] = (
            "needs a classifier trained on simulated updates"),
     _entry(55, _OTHER, "I2F risk estimate", "2309.13016", "not", "",
            "a bound for images, not an attack on an update"),
+    _entry(56, _PEFT, "NeuroImprint", "2606.20553", "implemented", "neuron_imprint",
+           "text encoders; a text is read from the state of its first place"),
 )
 # fmt: on

@@ -61,7 +61,9 @@ class Limits:
     is the same for tables of tokens, where tokens that were never trained stay alike. `sorted_run`: longest
     run of rising or falling biases. `zero_share`: largest share of exact zeros in a matrix.
     `attention_scale`: largest entry of query and key projections. `scale`: largest entry of anything. `jump`:
-    largest change of a matrix relative to its previous norm.
+    largest change of a matrix relative to its previous norm. `shrunk`: smallest norm of a matrix relative to
+    its previous one: training does not undo a matrix in a round, what stores texts below an optimiser's
+    epsilon has to.
     """
 
     parallel_share: float = 0.1
@@ -71,6 +73,7 @@ class Limits:
     attention_scale: float = 25.0
     scale: float = 500.0
     jump: float = 1.0
+    shrunk: float = 0.1
 
 
 _ATTENTION = re.compile(r"(^|[._])(query|key|q_proj|k_proj|q|k|c_attn|in_proj|qkv)([._]|$)")
@@ -230,6 +233,15 @@ def _memory(name: str, tensor: Tensor, before: Tensor, fixed: bool, limits: Limi
     size = float(before.double().norm())
     if tensor.ndim < 2 or size == 0.0:
         return []
+    left = float(tensor.double().norm()) / size
+    if left < limits.shrunk:
+        return [
+            Reason(
+                rule="large jump",
+                tensor=name,
+                detail=f"shrunk to {left:.3g} of its norm, at least {limits.shrunk:.3g}",
+            )
+        ]
     jump = float((tensor.double() - before.double()).norm()) / size
     if jump <= limits.jump:
         return []

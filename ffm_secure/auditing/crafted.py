@@ -45,6 +45,7 @@ _FOREIGN = "takes a layer that the site's own model does not have, so it cannot 
 _ELSEWHERE = {
     "imprint": _FOREIGN,
     "adapter_leak": "takes bottleneck adapters, which no run trains, so it cannot be sent",
+    "neuron_imprint": "takes bottleneck adapters, which no run trains, so it cannot be sent",
     "prompt_membership": "takes a pool of prompts with keys, which no run trains, so it cannot be sent",
     "trap_weights": "takes a ReLU behind a first layer that sees the inputs themselves",
     "model_inconsistency": "takes a ReLU behind a first layer that sees the inputs themselves",

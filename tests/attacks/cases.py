@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from attacks import Budget, Knowledge, Observation, Prior
 from attacks.contract import Reconstruction
-from attacks.inversion import active, active_adapters, active_text
+from attacks.inversion import active, active_adapters, active_neurons, active_text
 from attacks.registry import build
 from attacks.scoring import Score, score
 from attacks.truth import Truth
 from tests.attacks import models
+from tests.attacks.models import adapted_bert, framed_texts
 from tests.attacks.test_active_peft import DOWN, UP, adapted_vit, encoder
 from tests.attacks.test_linear import Bottleneck
 from tests.attacks.test_optimise import sigmoid_lenet
@@ -287,6 +288,19 @@ def binned(count: int = 2, *, clients: int = 1) -> Case:
     return Case(seen=seen, model=model, truth=words(ids))
 
 
+def remembered(count: int = 4, *, clients: int = 1) -> Case:
+    """Return texts behind a crafted adapter that keeps whole texts."""
+    public = framed_texts(1000, 0)
+    model = active_neurons.craft_neuron_imprint(
+        adapted_bert(), public, torch.arange(len(public)) % 2, texts=count
+    )
+    ids = framed_texts(count, 3)
+    seen = observed(
+        model, {"input_ids": ids, "labels": torch.arange(count) % 2}, models.text_loss, Knowledge(), clients
+    )
+    return Case(seen=seen, model=model, truth=words(ids), prior=Prior(examples={"token_ids": public}))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "token_presence": text,
     "label_identity": lambda: labelled(4),
@@ -327,4 +341,5 @@ CASES: dict[str, Callable[[], Case]] = {
     "lora_leak": low_rank,
     "decepticon": deceived,
     "encoder_bins": binned,
+    "neuron_imprint": remembered,
 }

@@ -88,6 +88,40 @@ def gpt2(
     return _plain(GPT2LMHeadModel(config) if classes is None else GPT2ForSequenceClassification(config))
 
 
+class Bottleneck(nn.Module):
+    """A layer with a ReLU bottleneck behind it, which starts as no change."""
+
+    def __init__(self, base: nn.Module, width: int, rank: int) -> None:
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(width, rank), nn.Linear(rank, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.base(inputs)
+        return hidden + self.up(torch.relu(self.down(hidden)))
+
+
+def adapted_bert(*, rank: int = 48) -> nn.Module:
+    """Return a frozen BERT of 60 words with one trained adapter behind its first attention.
+
+    Its first place is as unlike the others as in a trained one.
+    """
+    model = bert(vocabulary=60, length=12).requires_grad_(False)
+    attention = model.bert.encoder.layer[0].attention
+    model.bert.embeddings.position_embeddings.weight[0].mul_(8)
+    attention.output.dense = Bottleneck(attention.output.dense, 64, rank)
+    model.classifier.requires_grad_(True)
+    return model
+
+
+def framed_texts(count: int, seed: int) -> Tensor:
+    """Return texts of six tokens (count, 6) between a first and a last one that all have."""
+    ids = torch.randint(3, 60, (count, 6), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0], ids[:, -1] = 1, 2
+    return ids
+
+
 def llama(*, vocabulary: int = 500, width: int = 64, layers: int = 2, seed: int = 0, tied: bool = False):
     """Return a LLaMA language model: rotary positions, RMSNorm."""
     torch.manual_seed(seed)

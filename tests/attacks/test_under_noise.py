@@ -27,6 +27,7 @@ EXCEPTIONS = {
     "batch_statistics": "reads means over a batch, no record of it; under noise in test_batch_norm",
 }
 SLOW = {
+    "neuron_imprint",
     "somp",
     "grad_vit",
     "tag",
