@@ -284,12 +284,21 @@ def _pretrained(
             "no masked-LM head in the checkpoint: a new one, tied to the input embeddings, is trained along",
         )
         _start_as_identity(model, fresh)
-    backbone = _finish(model, tokenizer, name=name, kind=kind, folder=folder, fresh=fresh, notes=notes)
-    backbone = replace(backbone, key_mapping=renamed)
-    if kind == "causal_lm":
-        refuse_if_it_sees_the_future(name, backbone)
-    if tokenizer is not None:
-        refuse_if_padding_matters(name, backbone)
+    try:
+        backbone = _finish(model, tokenizer, name=name, kind=kind, folder=folder, fresh=fresh, notes=notes)
+        backbone = replace(backbone, key_mapping=renamed)
+        if kind == "causal_lm":
+            refuse_if_it_sees_the_future(name, backbone)
+        if tokenizer is not None:
+            refuse_if_padding_matters(name, backbone)
+    except ModelError:
+        raise
+    except Exception as error:  # an architecture that lacks what every other one has
+        reason = (str(error).strip().splitlines() or [""])[0][:160]
+        raise ModelError(
+            f"model.name = {name!r}: {type(model).__name__} is not trained here "
+            f"({type(error).__name__}: {reason}); choose another architecture"
+        ) from error
     return backbone
 
 
@@ -398,6 +407,7 @@ def _finish(
 ) -> Backbone:
     model.eval().requires_grad_(False)
     config: Configuration = model.config
+    _name_marks(config)
     if kind.endswith("classification") and fresh:
         notes = (*notes, f"new classification head for {config.num_labels} labels, drawn from the seed")
     if tokenizer is not None:
@@ -425,6 +435,13 @@ def _finish(
         fresh=fresh,
         notes=tuple(notes),
     )
+
+
+def _name_marks(config: Configuration) -> None:
+    """Say of the marks a configuration knows nothing of that there are none."""
+    for mark in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if not hasattr(config, mark):
+            setattr(config, mark, None)
 
 
 def _positions(config: Configuration) -> int | None:
@@ -458,13 +475,21 @@ def _settle_padding(name: str, tokenizer: ModelTokenizer, config: Configuration,
             padding_token = tokenizer.eos_token
         tokenizer.pad_token = next(choice for choice in choices if choice and choice != padding_token)
     config.pad_token_id = tokenizer.pad_token_id
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if len(tokenizer) > rows:
+    rows = _embedded(model)
+    if rows is not None and len(tokenizer) > rows:
         raise ModelError(
             f"model.name = {name!r}: the tokenizer knows {len(tokenizer)} tokens but the model embeds "
             f"{rows}; tokenizer and weights do not belong together: take the tokenizer the model came with, "
             "or call model.resize_token_embeddings(len(tokenizer)) and save both again"
         )
+
+
+def _embedded(model: nn.Module) -> int | None:
+    """Count the tokens a model has a vector for; None where it looks none up, as those that hash letters."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def end_once(

@@ -46,7 +46,8 @@ def refuse_if_padding_matters(name: str, backbone: Backbone) -> None:
     on its company.
     """
     pad, config = backbone.config.pad_token_id, backbone.config
-    words = [token for token in range(min(40, config.vocab_size)) if token not in _marks(config)][-4:]
+    size = min(40, getattr(config, "vocab_size", None) or 40)
+    words = [token for token in range(size) if token not in _marks(config)][-4:]
     if isinstance(config.eos_token_id, list):
         end = config.eos_token_id[0]
     else:

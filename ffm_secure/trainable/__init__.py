@@ -47,7 +47,14 @@ def attach(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed:
         )
     if task_kind != backbone.kind:
         raise ModelError(f"the model was loaded for {backbone.kind}, not for {task_kind}")
-    trainable: TrainableModel = TRAINABLES.load(str(kind))(backbone, spec, task_kind=task_kind, seed=seed)
+    try:
+        trainable: TrainableModel = TRAINABLES.load(str(kind))(backbone, spec, task_kind=task_kind, seed=seed)
+    except (AttributeError, NotImplementedError) as error:  # what this kind needs the architecture lacks
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise ModelError(
+            f"model.trainable.kind = {kind!r}: {backbone.architecture} has no place for it ({reason}); use "
+            "lora or full"
+        ) from error
     rehearse(trainable)
     return trainable
 

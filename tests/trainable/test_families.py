@@ -366,3 +366,30 @@ def test_a_configuration_that_cannot_run_is_one_sentence(tmp_path: Path) -> None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="GPTJForCausalLM does not run on a plain text"):
         load_backbone(str(tmp_path), kind=CAUSAL, labels=None, base=tmp_path, seed=1)
+
+
+WITHOUT_MARKS = {
+    "funnel": {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1]},
+    "canine": SMALL | {"num_hash_buckets": 64},
+}
+
+
+def without_marks(model: str, folder: Path) -> Backbone:
+    tokenizer = tiny_tokenizer()
+    config = transformers.AutoConfig.for_model(model, **WITHOUT_MARKS[model], num_labels=3)
+    config.vocab_size = len(tokenizer)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_backbone(str(folder), kind=CLASSIFY, labels=3, base=folder, seed=1)
+
+
+def test_a_configuration_that_names_no_end_of_a_text_is_trained(tmp_path: Path) -> None:
+    trainable = attach(without_marks("funnel", tmp_path), ALL, task_kind=CLASSIFY, seed=1)
+    assert trainable.backbone.config.eos_token_id is None
+    assert trainable.size > 0
+
+
+def test_a_model_that_looks_up_no_word_says_what_it_has_no_place_for(tmp_path: Path) -> None:
+    backbone = without_marks("canine", tmp_path)
+    with pytest.raises(ModelError, match="'prompt': Canine.* has no place for it .*; use lora or full"):
+        attach(backbone, {"kind": "prompt", "length": 2}, task_kind=CLASSIFY, seed=1)
