@@ -391,5 +391,5 @@ def test_a_configuration_that_names_no_end_of_a_text_is_trained(tmp_path: Path) 
 
 def test_a_model_that_looks_up_no_word_says_what_it_has_no_place_for(tmp_path: Path) -> None:
     backbone = without_marks("canine", tmp_path)
-    with pytest.raises(ModelError, match="'prompt': Canine.* has no place for it .*; use lora or full"):
+    with pytest.raises(ModelError, match=r"'prompt': Canine.* has no place for it .*; use lora or full"):
         attach(backbone, {"kind": "prompt", "length": 2}, task_kind=CLASSIFY, seed=1)
