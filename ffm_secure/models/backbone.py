@@ -42,7 +42,7 @@ from ffm_secure.models.model_checks import (
     refuse_quantised,
 )
 from ffm_secure.models.composite import text_part
-from ffm_secure.models.tokenizers import load_tokenizer
+from ffm_secure.models.tokenizers import load_tokenizer, name_marks, settle_padding
 
 # Which class of transformers does a task.
 AUTO = {
@@ -284,6 +284,27 @@ def _pretrained(
             "no masked-LM head in the checkpoint: a new one, tied to the input embeddings, is trained along",
         )
         _start_as_identity(model, fresh)
+    return _checked(
+        model, tokenizer, name=name, kind=kind, folder=folder, fresh=fresh, notes=notes, renamed=renamed
+    )
+
+
+def _checked(
+    model: nn.Module,
+    tokenizer: ModelTokenizer,
+    *,
+    name: str,
+    kind: str,
+    folder: str,
+    fresh: tuple[str, ...],
+    notes: tuple[str, ...],
+    renamed: Mapping[str, str],
+) -> Backbone:
+    """Finish a loaded model and look at what it does.
+
+    Raises:
+      ModelError: its answers depend on what they must not, or the architecture lacks what every other has.
+    """
     try:
         backbone = _finish(model, tokenizer, name=name, kind=kind, folder=folder, fresh=fresh, notes=notes)
         backbone = replace(backbone, key_mapping=renamed)
@@ -293,7 +314,7 @@ def _pretrained(
             refuse_if_padding_matters(name, backbone)
     except ModelError:
         raise
-    except Exception as error:  # an architecture that lacks what every other one has
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:160]
         raise ModelError(
             f"model.name = {name!r}: {type(model).__name__} is not trained here "
@@ -407,11 +428,11 @@ def _finish(
 ) -> Backbone:
     model.eval().requires_grad_(False)
     config: Configuration = model.config
-    _name_marks(config)
+    name_marks(config)
     if kind.endswith("classification") and fresh:
         notes = (*notes, f"new classification head for {config.num_labels} labels, drawn from the seed")
     if tokenizer is not None:
-        _settle_padding(name, tokenizer, config, model)
+        settle_padding(name, tokenizer, config, model)
     if kind == "text_classification" and config.is_encoder_decoder:
         model.register_forward_pre_hook(end_once, with_kwargs=True)
     images: dict[str, Any] = {}
@@ -437,13 +458,6 @@ def _finish(
     )
 
 
-def _name_marks(config: Configuration) -> None:
-    """Say of the marks a configuration knows nothing of that there are none."""
-    for mark in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if not hasattr(config, mark):
-            setattr(config, mark, None)
-
-
 def _positions(config: Configuration) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
@@ -453,43 +467,6 @@ def _positions(config: Configuration) -> int | None:
     if config.model_type in {"roberta", "xlm-roberta", "camembert"}:
         offset = config.pad_token_id + 1
     return int(positions) - offset
-
-
-def _settle_padding(name: str, tokenizer: ModelTokenizer, config: Configuration, model: nn.Module) -> None:
-    """Give tokenizer and model one padding token; padding is masked, so any token of the vocabulary will do.
-
-    The tokenizer's own wins, then a valid one of the configuration: a classifier that looks for the last word
-    before the padding would otherwise take padded places for words, and a text's answer would depend on its
-    company.
-    """
-    if tokenizer.pad_token_id is None:
-        stated = config.pad_token_id
-        valid = isinstance(stated, int) and 0 <= stated < len(tokenizer)
-        known = None
-        if valid:
-            known = tokenizer.convert_ids_to_tokens(stated)
-        choices = [known, tokenizer.eos_token, tokenizer.unk_token, *tokenizer.convert_ids_to_tokens([0, 1])]
-        # such classifiers look for the end of a text
-        padding_token = None
-        if config.is_encoder_decoder:
-            padding_token = tokenizer.eos_token
-        tokenizer.pad_token = next(choice for choice in choices if choice and choice != padding_token)
-    config.pad_token_id = tokenizer.pad_token_id
-    rows = _embedded(model)
-    if rows is not None and len(tokenizer) > rows:
-        raise ModelError(
-            f"model.name = {name!r}: the tokenizer knows {len(tokenizer)} tokens but the model embeds "
-            f"{rows}; tokenizer and weights do not belong together: take the tokenizer the model came with, "
-            "or call model.resize_token_embeddings(len(tokenizer)) and save both again"
-        )
-
-
-def _embedded(model: nn.Module) -> int | None:
-    """Count the tokens a model has a vector for; None where it looks none up, as those that hash letters."""
-    try:
-        return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-    except (NotImplementedError, AttributeError):
-        return None
 
 
 def end_once(
