@@ -100,7 +100,7 @@ async def stand(standing: Standing, opened: threading.Event, over: asyncio.Event
     gate_of_north = Gate(
         sites=frozenset({NORTH, "site-west"}),
         register=lambda key, name: standing.registered.append((key, name)),
-        upstream=lambda: Upstream(port, inside),
+        upstream=Upstream(port, inside),
     )
     outer = await asyncio.start_server(
         gate_of_north.talk, "127.0.0.1", 0, ssl=server_context(folder), limit=1 << 15

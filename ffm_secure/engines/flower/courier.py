@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,7 +22,9 @@ from ffm_secure.transport.local_socket import Words
 
 __all__ = ["FlowerCourier", "Patience"]
 _GRACE: Final = 0.5  # seconds an answer may be on its way
-_AT_A_TIME: Final = 4  # answers that may come with one look, so that memory does not grow with the sites
+_AT_A_TIME: Final = (
+    4  # messages that go at a time, and answers that come: memory does not grow with the sites
+)
 _SOONEST, _LATEST = 0.02, 1.0  # seconds between two looks for answers
 
 
@@ -91,13 +95,9 @@ class FlowerCourier:
         `deadline` is in seconds since 1970; without one, the messages' own deadlines hold.
         """
         asked: dict[str, _Asked] = {}
-        run: EngineRun | None = None
-        for site in messages:
-            message = messages[site]
-            closes = self._closes(message, deadline)
-            run = run or self._keeper.wait(closes)
-            if run is None or not self._post(run, site, stage, message, closes, asked):
-                yield Reply(site=site, content=Lost(stage=stage))
+        run = self._post_all(stage, messages, deadline, asked)
+        for site in set(messages) - {item.site for item in asked.values()}:
+            yield Reply(site=site, content=Lost(stage=stage))
         if run is not None:
             yield from self._collect(run, stage, asked)
 
@@ -118,6 +118,28 @@ class FlowerCourier:
             return self._deadline(message)
         return time.time() + self._patience.answer
 
+    def _post_all(
+        self,
+        stage: str,
+        messages: Mapping[int, bytes],
+        deadline: float | None,
+        asked: dict[str, _Asked],
+    ) -> EngineRun | None:
+        """Send every site its message, a few at a time; note those that were sent, and return the run."""
+        run: EngineRun | None = None
+        waiting: set[Future[None]] = set()
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            for site in messages:
+                message = messages[site]
+                closes = self._closes(message, deadline)
+                run = run or self._keeper.wait(closes)
+                if run is None:
+                    continue
+                if len(waiting) == _AT_A_TIME:
+                    waiting = set(wait(waiting, return_when=FIRST_COMPLETED).not_done)
+                waiting.add(pool.submit(self._post, run, site, stage, message, closes, asked))
+        return run
+
     def _post(
         self,
         run: EngineRun,
@@ -126,19 +148,18 @@ class FlowerCourier:
         message: bytes,
         closes: float,
         asked: dict[str, _Asked],
-    ) -> bool:
-        """Send one message; tell whether it was sent."""
+    ) -> None:
+        """Send one message, and note it where it was sent."""
         presence, left = self._keeper.joined.get(self._relays[site]), closes - time.time()
         if presence is None or left <= 0:
-            return False
+            return
         words: Words = {"stage": stage, "number": next(self._numbers), "speaks": wire.SPEAKS}
         try:
             name = run.send(presence, words, message, left)
         except BROKEN:
-            return False
+            return
         self._bell.ring(self._relays[site])
         asked[name] = _Asked(site=site, closes=closes, presence=presence)
-        return True
 
     def _collect(self, run: EngineRun, stage: str, asked: dict[str, _Asked]) -> Iterator[Reply]:
         """Yield what comes back, then who is lost."""
@@ -187,6 +208,7 @@ class FlowerCourier:
             words, content = run.fetch(answer.tree, item.closes + _GRACE)
         except BROKEN:
             return Lost(stage=stage)
+        threading.Thread(target=run.let_go, args=(answer.tree,), daemon=True).start()
         if words.get("why") == "service":
             self._keeper.away(self._relays[item.site], item.presence)
         on_time = words.get("answered") is True and time.time() <= item.closes + _GRACE

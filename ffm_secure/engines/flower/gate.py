@@ -43,7 +43,7 @@ _HELD: Final = 2.0  # seconds that a question for messages waits for one
 _KEY_HEADER: Final = "flwr-public-key"
 _LARGEST_HEAD, _LARGEST_BODY = 1 << 15, 8 << 20  # bytes; a piece of a message has 4 MiB
 _IDLE, _ANSWER = 120.0, 60.0  # seconds
-_REUSED: Final = 2.0  # seconds: the engine's server ends a connection that was idle for longer than 5
+_REUSED: Final = 3.0  # seconds: the engine's server ends a connection that was idle for longer than 5
 _HEADER: Final = re.compile(r"([A-Za-z0-9-]{1,80}):[ \t]*([\x20-\x7e]*)")
 
 Register = Callable[[bytes, str], None]
@@ -86,14 +86,16 @@ async def read_request(reader: asyncio.StreamReader) -> Request | None:
     return Request(path=path, headers=headers, body=await _body(reader, headers))
 
 
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
 @dataclass(slots=True)
 class Upstream:
-    """One connection to the engine's server, opened anew where it was idle for long."""
+    """Connections to the engine's server, for all sites; one that was idle for long is not used again."""
 
     port: int
     context: ssl.SSLContext
-    _streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-    _used: float = 0.0
+    _idle: list[tuple[float, Streams]] = field(default_factory=list)
 
     async def exchange(self, request: Request) -> bytes:
         """Return the whole answer to a request.
@@ -111,26 +113,24 @@ class Upstream:
             first, headers = head
             body = await _body(reader, headers)
         except BaseException:
-            self.close()
+            writer.close()
             raise
-        self._used = asyncio.get_running_loop().time()
+        self._idle.append((_now(), (reader, writer)))
         lines = [first, *(f"{name}: {value}" for name, value in headers.items() if name != "connection")]
         return "\r\n".join((*lines, "", "")).encode("ascii") + body
 
-    def close(self) -> None:
-        """End the connection."""
-        if self._streams is not None:
-            self._streams[1].close()
-            self._streams = None
+    async def _open(self) -> Streams:
+        """Return the connection that was used last, or a new one."""
+        while self._idle:
+            used, streams = self._idle.pop()
+            if _now() - used < _REUSED:
+                return streams
+            streams[1].close()
+        return await asyncio.open_connection("localhost", self.port, ssl=self.context, limit=_LARGEST_HEAD)
 
-    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self._streams is not None and asyncio.get_running_loop().time() - self._used > _REUSED:
-            self.close()
-        if self._streams is None:
-            self._streams = await asyncio.open_connection(
-                "localhost", self.port, ssl=self.context, limit=_LARGEST_HEAD
-            )
-        return self._streams
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,7 +144,7 @@ class Gate:
 
     sites: frozenset[str]
     register: Register
-    upstream: Callable[[], Upstream]
+    upstream: Upstream
     _keys: dict[str, bytes] = field(default_factory=dict)
     _waiting: dict[str, asyncio.Event] = field(default_factory=dict)
     _coordinators: set[asyncio.StreamWriter] = field(default_factory=set)
@@ -163,37 +163,36 @@ class Gate:
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection until it ends."""
-        name, upstream = _certified(writer), self.upstream()
+        name = _certified(writer)
         try:
             while (request := await asyncio.wait_for(read_request(reader), _IDLE)) is not None:
-                writer.write(await self._answer(name, request, upstream))
+                writer.write(await self._answer(name, request))
                 await writer.drain()
         except Refused:
             writer.write(_plain(400, "bad request"))
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
             pass
         finally:
-            upstream.close()
             with contextlib.suppress(OSError):
                 writer.close()
 
-    async def _answer(self, name: str, request: Request, upstream: Upstream) -> bytes:
+    async def _answer(self, name: str, request: Request) -> bytes:
         key = _public_key(request)
         if name not in self.sites or key is None or self._keys.setdefault(name, key) != key:
             _LOG.warning("refused: %s", name or "a certificate without a name")
             return _plain(403, "this certificate is for no site of this run, or its node has another key")
         try:
-            return await self._carry(name, key, request, upstream)
+            return await self._carry(name, key, request)
         except (OSError, ValueError, asyncio.IncompleteReadError, TimeoutError) as error:
             _LOG.info("the engine's server is away: %s", type(error).__name__)
             return _plain(503, "the coordinator's server is away")
 
-    async def _carry(self, name: str, key: bytes, request: Request, upstream: Upstream) -> bytes:
+    async def _carry(self, name: str, key: bytes, request: Request) -> bytes:
         if request.path == _ACTIVATE:
             await asyncio.to_thread(self.register, key, name)
         if request.path == _PULL and not await self._is_something_for(name):
             return _NOTHING
-        answer = await upstream.exchange(request)
+        answer = await self.upstream.exchange(request)
         if request.path == _PULL and not answer.endswith(b"\r\n\r\n"):
             self._something_for(name).set()  # there may be more
         if request.path == _PUSHED:
@@ -287,7 +286,7 @@ async def serve(folder: Path) -> None:
     gate = Gate(
         sites=frozenset(settings.sites),
         register=link.register,
-        upstream=lambda: Upstream(settings.inner, inside),
+        upstream=Upstream(settings.inner, inside),
     )
     server = await asyncio.start_server(
         gate.talk, None, settings.port, ssl=server_context(folder), limit=_LARGEST_HEAD

@@ -145,6 +145,7 @@ class Keeper:
             if greeting is None or answer.tree is None:
                 continue
             words, _ = run.fetch(answer.tree, greeting.until)
+            run.let_go(answer.tree)
             if words.get("answered") is True:
                 self.reasons.pop(greeting.name, None)
                 self.joined[greeting.name] = greeting.presence

@@ -126,7 +126,7 @@ class Node:
         return Announced(metadata=metadata, tree=response.message_object_trees[0])
 
     def fetch(self, announced: Announced) -> tuple[Words, bytes]:
-        """Return the words and the bytes of a message, and let the server forget it.
+        """Return the words and the bytes of a message.
 
         Raises:
           NotWhole: it does not come whole within its time.
@@ -136,13 +136,15 @@ class Node:
         def ask(name: str) -> PullObjectResponse:
             return self._client.PullObject(PullObjectRequest(node=node, run_id=run, object_id=name))
 
-        message = wire.pull(announced.tree, ask, time.time() + announced.metadata.ttl)
-        self._client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(
-                node=node, run_id=run, message_object_id=announced.metadata.message_id
-            )
+        return wire.opened(wire.pull(announced.tree, ask, time.time() + announced.metadata.ttl))
+
+    def let_go(self, announced: Announced) -> None:
+        """Let the server forget a message that was fetched."""
+        metadata = announced.metadata
+        asked = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=metadata.run_id, message_object_id=metadata.message_id
         )
-        return wire.opened(message)
+        self._client.ConfirmMessageReceived(asked)
 
     def answer(self, announced: Announced, words: Words, content: bytes | memoryview) -> None:
         """Send the answer to a message.

@@ -142,9 +142,12 @@ class Relay:
     def _carry(self, announced: Announced) -> None:
         try:
             words, content = self._node.fetch(announced)
-            reply, answer = self._reply(announced, words, content)
-            del content
-            self._node.answer(announced, reply, answer)
+            try:
+                reply, answer = self._reply(announced, words, content)
+                del content
+                self._node.answer(announced, reply, answer)
+            finally:
+                self._node.let_go(announced)  # last: whoever waits for the answer does not wait for this
         except Exception as error:
             if not isinstance(error, NotWhole):  # late: nobody waits for it any more
                 self._say(f"a message was lost: the coordinator {reason(error)}")

@@ -189,7 +189,7 @@ class EngineRun:
         return answers
 
     def fetch(self, tree: ObjectTree, until: float) -> tuple[Words, bytes]:
-        """Return the words and the bytes of an answer, and let the server forget it.
+        """Return the words and the bytes of an answer.
 
         Raises:
           NotWhole: it does not come whole in time.
@@ -198,11 +198,15 @@ class EngineRun:
         def ask(name: str) -> PullObjectResponse:
             return self._client.PullObject(PullObjectRequest(node=_HERE, run_id=self.number, object_id=name))
 
-        message = wire.pull(tree, ask, until)
-        self._client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=_HERE, run_id=self.number, message_object_id=tree.object_id)
+        return wire.opened(wire.pull(tree, ask, until))
+
+    def let_go(self, tree: ObjectTree) -> None:
+        """Let the server forget an answer that was fetched."""
+        asked = ConfirmMessageReceivedRequest(
+            node=_HERE, run_id=self.number, message_object_id=tree.object_id
         )
-        return wire.opened(message)
+        with contextlib.suppress(*BROKEN, RuntimeError):  # the last is what a closed connection raises
+            self._client.ConfirmMessageReceived(asked)
 
     def finish(self) -> None:
         """Say that the server's part is done."""

@@ -35,7 +35,7 @@ PIECE: Final = 4 << 20  # bytes: the engine holds an object several times over
 LARGEST: Final = 1 << 33  # bytes of one message
 _SOONEST, _LATEST = 0.02, 0.5  # seconds between two looks for an object that is still on its way
 _WORDS, _CONTENT = "words", "content"
-_AT_A_TIME: Final = 3  # objects on their way at a time
+_AT_A_TIME, _SMALL = 3, 3  # objects on their way at a time; so many are not worth it
 T = TypeVar("T")
 BROKEN: Final = (httpx.HTTPError, ValueError, OSError)
 """What a call of the engine raises when the other side is away, refuses, or answers nonsense."""
@@ -123,8 +123,8 @@ def opened(message: Message) -> tuple[Words, bytes]:
 
 
 def _few_at_a_time(work: Callable[[str], T], names: Sequence[str]) -> list[T]:
-    """Do the same for several objects, a few in parallel; what one raises is raised."""
-    if len(names) < 2:
+    """Do the same for several objects, many of them a few in parallel; what one raises is raised."""
+    if len(names) <= _SMALL:
         return [work(name) for name in names]
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         return list(pool.map(work, names))
