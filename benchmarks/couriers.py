@@ -3,7 +3,7 @@ the couriers.
 
     python -m benchmarks.couriers [--sites 4] [--numbers 1000000] [--rounds 5] [--couriers NAMES] [--json]
     python -m benchmarks.couriers --table [--gibibytes 8]     # every size, each in a process of its own
-    python -m benchmarks.couriers --falls
+    python -m benchmarks.couriers --falls                    # over the last of the couriers
     python -m benchmarks.couriers --echo 100000000            # one large message to a site and back
 
 A round is what a run sends: the model to every site, then ffm-secagg/2 in active mode, whose opened sum is
@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +40,7 @@ from defenses.random_source import RandomSource
 from defenses.secagg import ClientPolicy, ClientSession, Identity, ServerSession, SessionParameters
 from ffm_secure.engines.in_process import InProcessCourier
 from ffm_secure.engines.nvflare.courier import Patience
+from ffm_secure.engines.nvflare.processes import Process
 from ffm_secure.engines.nvflare.site_service import serve
 from ffm_secure.transport.courier import Lost, MachineCourier
 from tests.engines.nvflare_federation import enrol
@@ -207,11 +209,17 @@ class WaitedFor(MachineCourier, Protocol):
 class Machines(Protocol):
     """The processes of an engine on this machine."""
 
+    server: Process | None
+
     def engine_folder(self, name: str) -> Path: ...
 
     def start(self) -> None: ...
 
-    def courier(self, run: str) -> WaitedFor: ...
+    def start_site(self, name: str) -> None: ...
+
+    def kill(self, name: str) -> None: ...
+
+    def courier(self, run: str, patience: Patience | None = None) -> WaitedFor: ...
 
     def stop(self) -> None: ...
 
@@ -224,31 +232,27 @@ def over_local(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCou
     courier.close()
 
 
-@contextlib.contextmanager
-def over_nvflare(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCourier]:
-    """Start a federation of machines on loopback whose services are these sites."""
-    with _over(enrol(folder, _names(sites)), sites) as courier:
-        yield courier
-
-
-@contextlib.contextmanager
-def over_flower(sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCourier]:
-    """Do the same over the second engine, which is installed in an environment of its own."""
+def _enrol_flower(folder: Path, names: Sequence[str]) -> Machines:
+    """Make the folders of the second engine, which is installed in an environment of its own."""
     from tests.engines import flower_federation
 
-    with _over(flower_federation.enrol(folder, _names(sites)), sites) as courier:
-        yield courier
+    return flower_federation.enrol(folder, names)
+
+
+ENROL: Mapping[str, Callable[[Path, Sequence[str]], Machines]] = {"nvflare": enrol, "flower": _enrol_flower}
 
 
 @contextlib.contextmanager
-def _over(machines: Machines, sites: Sequence[SecureSite]) -> Iterator[MachineCourier]:
+def over_machines(engine: str, sites: Sequence[SecureSite], folder: Path) -> Iterator[MachineCourier]:
+    """Start a federation of machines on loopback whose services are these sites."""
     names = _names(sites)
     with contextlib.ExitStack() as stack:
+        machines = ENROL[engine](folder, names)
         for name, site in zip(names, sites, strict=True):
             stack.callback(serve(machines.engine_folder(name), site.handle, RUN.__eq__).close)
         stack.callback(machines.stop)
         machines.start()
-        courier = machines.courier(RUN, PATIENT)
+        courier = machines.courier(RUN, PATIENT if engine == "nvflare" else None)
         stack.callback(courier.close)
         courier.open(smallest=len(names), seconds=600.0)
         yield courier
@@ -259,7 +263,7 @@ def _names(sites: Sequence[SecureSite]) -> list[str]:
 
 
 Opens = Callable[[Sequence[SecureSite], Path], contextlib.AbstractContextManager[MachineCourier]]
-COURIERS: Mapping[str, Opens] = {"local": over_local, "nvflare": over_nvflare, "flower": over_flower}
+COURIERS: Mapping[str, Opens] = {"local": over_local} | {name: partial(over_machines, name) for name in ENROL}
 """How a federation of these sites is opened over each engine; another engine adds its line."""
 
 
@@ -277,11 +281,11 @@ def bytes_needed(names: Sequence[str], sites: int, numbers: int) -> int:
     return needed
 
 
-def falls(sites: int) -> dict[str, float]:
-    """Kill what can fall over NVFlare; return the seconds until it is noticed and mended."""
+def falls(sites: int, engine: str) -> dict[str, float]:
+    """Kill what can fall over an engine; return the seconds until it is noticed and mended."""
     names = [f"s{number}" for number in range(sites)]
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
-        machines = enrol(Path(place), names)
+        machines = ENROL[engine](Path(place), names)
         for name in names:
             stack.callback(serve(machines.engine_folder(name), _slowly, RUN.__eq__).close)
         stack.callback(machines.stop)
@@ -453,7 +457,8 @@ def main() -> None:
         return
     names = words.couriers.split(",")
     if words.falls:
-        print(json.dumps({"benchmark": "couriers, falls", "sites": words.sites, **falls(words.sites)}))
+        figures = {"sites": words.sites, "engine": names[-1], **falls(words.sites, names[-1])}
+        print(json.dumps({"benchmark": "couriers, falls", **figures}))
         return
     if words.table:
         table(names, words.rounds, words.gibibytes)
