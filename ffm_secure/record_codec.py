@@ -156,6 +156,7 @@ def read_regular(path: Path, most: int = LARGEST_FILE) -> bytes:
     Raises:
       OSError: it cannot be read, is no regular file, or is larger; `strerror` says which.
     """
+    require_regular(path)  # of a folder no file object is made, and its descriptor would stay open
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
         status = os.fstat(stream.fileno())
         _require_mode(status.st_mode, path)

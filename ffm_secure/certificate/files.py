@@ -62,7 +62,7 @@ def _file(name: str, stated: str, folder: Path, inside: str) -> Check:
 def _digest(folder: Path, inside: str) -> tuple[str, str]:
     """Return the SHA-256 of a regular file below a folder, or what is wrong with it; no link is followed.
 
-    Guarantee: returns for a pipe or a device, too.
+    Guarantee: returns for a pipe, a device or a folder, too.
     """
     parts = Path(inside).parts
     if not parts or Path(inside).is_absolute() or ".." in parts or "\0" in inside:
@@ -78,9 +78,10 @@ def _digest(folder: Path, inside: str) -> tuple[str, str]:
         return "", _ABSENT
     except (OSError, ValueError):
         return "", _NO_FILE
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # of a folder there is no file object at all
+        os.close(descriptor)
+        return "", _NO_FILE
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            return "", _NO_FILE
         return hashlib.file_digest(file, "sha256").hexdigest(), ""
 
 

@@ -98,6 +98,8 @@ def test_a_changed_file_is_named(run: Path, name: str) -> None:
     assert broken(certificate(run), everything(run)) == [name]
     (run / name).unlink()
     assert broken(certificate(run), everything(run)) == [name]
+    (run / name).mkdir()
+    assert broken(certificate(run), everything(run)) == [name], "a folder is no file"
 
 
 def test_a_file_nobody_certified_in_the_model_is_named(run: Path) -> None:
