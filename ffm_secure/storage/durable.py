@@ -114,8 +114,12 @@ def replace_folder(final: Path, fill: Callable[[Path], None]) -> None:
     temporary, old = final.with_name(f".{final.name}.new"), final.with_name(f".{final.name}.old")
     remove(temporary)
     temporary.mkdir(mode=PRIVATE_FOLDER)
-    fill(temporary)
-    _make_private(temporary)
+    try:
+        fill(temporary)
+        _make_private(temporary)
+    except BaseException:
+        remove(temporary)
+        raise
     remove(old)
     if os.path.lexists(final):
         os.replace(final, old)

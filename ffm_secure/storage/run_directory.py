@@ -267,8 +267,18 @@ class Store:
         return self.folder / name
 
     def replace_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
-        """Fill a new folder and swap it in whole."""
-        replace_folder(self.folder / name, fill)
+        """Fill a new folder and swap it in whole.
+
+        Raises:
+          StoreError: tensors cannot be written; what a library says then is no error of the disk to others.
+        """
+        try:
+            replace_folder(self.folder / name, fill)
+        except safetensors.SafetensorError as error:
+            raise StoreError(
+                f"{self.folder / name}: cannot be written ({str(error)[:160]}); free space or mend the disk, "
+                "then run the same command again: what was finished is not lost"
+            ) from None
         return self.folder / name
 
     def _newest(self) -> Path | None:

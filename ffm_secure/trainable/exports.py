@@ -14,17 +14,20 @@ import torch
 from peft import PrefixTuningConfig, PromptTuningConfig, TaskType
 from torch import Tensor
 
-from ffm_secure.errors import ModelError
+from ffm_secure import record_codec
+from ffm_secure.errors import ModelError, RecordError
 from ffm_secure.foreign import LibraryModel, ModelOutput
-from ffm_secure.record_codec import read_json
 from ffm_secure.models.backbone import AUTO, Backbone, fingerprint, quiet
 from ffm_secure.records import Layout, ModelExport
+from ffm_secure.registry import TASKS
 from ffm_secure.trainable.base import TrainableModel
 from ffm_secure.trainable.complete import SOFT, complete_model, soft_prompt, with_prompt_words
 from ffm_secure.trainable.lora import TASK_TYPES, FoldedLora
 from ffm_secure.trainable.prefix import attending, cache_shape
 from ffm_secure.trainable.prompt import PROMPT, peft_sizes
 from ffm_secure.trainable.targets import has_own_head
+
+_LONGEST = 8192  # tokens of a text, as in the run file
 
 # PEFT's only kind of model that takes prompts and leaves the output as it is serves masked language models.
 PROMPTED_TASKS = {**TASK_TYPES, "masked_lm": TaskType.FEATURE_EXTRACTION}
@@ -91,17 +94,15 @@ def read_record(folder: Path) -> ModelExport:
       ModelError: there is none, or it is damaged.
     """
     try:
-        table = read_json(folder / RECORD)
-        lists = {}
-        for name in ("labels", "text_columns"):
-            lists[name] = tuple(table[name])
-        record = ModelExport(**{**table, **lists})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        record = record_codec.from_json(ModelExport, record_codec.read_regular(folder / RECORD), RECORD)
+    except (OSError, RecordError) as error:
         raise ModelError(
             f"{folder / RECORD}: cannot be read; run `ffm-secure run` again to write it"
         ) from error
-    if record.format != FORMAT:
-        raise ModelError(f"{folder / RECORD}: format = {record.format!r}; this version reads {FORMAT}")
+    texts = 0 if record.task == "image_classification" else 1
+    sound = record.task in TASKS.kinds and len(record.text_columns) >= texts
+    if not sound or not 1 <= record.max_length <= _LONGEST:
+        raise ModelError(f"{folder / RECORD}: is damaged; run `ffm-secure run` again to write it")
     return record
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from ffm_secure.api import Run
@@ -267,3 +268,21 @@ def test_atomic_writes_leave_no_part_behind(tmp_path: Path) -> None:
         write_atomic(path, "not bytes")
     assert path.read_bytes() == b"old"
     assert [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_is_full_under_tensors_is_said_and_leaves_the_old_folder_alone(tmp_path: Path) -> None:
+    """The library of tensors has an error of its own for this, and a half-filled folder was left."""
+
+    def write(folder: Path) -> None:
+        (folder / "weights").write_text("old")
+
+    def fail(folder: Path) -> None:
+        (folder / "weights").write_text("new")
+        safetensors.torch.save_file({"weights": torch.zeros(10)}, folder)  # as on a full disk: its own error
+
+    with Store.open(tmp_path / "run", make()) as store:
+        store.replace_folder("adapter", write)
+        with pytest.raises(StoreError, match=r"cannot be written .*free space or mend the disk"):
+            store.replace_folder("adapter", fail)
+    assert (tmp_path / "run" / "adapter" / "weights").read_text() == "old"
+    assert not list((tmp_path / "run").glob(".adapter*"))

@@ -161,3 +161,47 @@ def test_a_damaged_record_is_one_clear_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "export.json").write_text(text)
     with pytest.raises(ModelError, match="cannot be read"):
         read_record(tmp_path)
+
+
+RECORD_OF_A_CLASSIFIER = {
+    "format": 1,
+    "form": "adapter",
+    "auto_class": "AutoModelForSequenceClassification",
+    "task": "text_classification",
+    "trainable": "head",
+    "base_model": "x",
+    "base_fingerprint": "0" * 64,
+    "base_inside": True,
+    "dtype": "float32",
+    "max_length": 16,
+    "labels": ["a", "b"],
+    "text_columns": ["text"],
+}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"labels": [{}, {}]},
+        {"labels": [None, "b"]},
+        {"labels": "ab"},
+        {"max_length": "16"},
+        {"max_length": -1},
+        {"max_length": 2**63},
+        {"text_columns": []},
+        {"text_columns": [["text"]]},
+        {"task": "x\x1b[2J"},
+        {"task": {}},
+        {"dtype": None},
+        {"virtual": "0"},
+    ],
+)
+def test_a_record_that_says_nonsense_is_refused_before_a_model_is_built(
+    wrong: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "export.json"
+    file.write_text(json.dumps(RECORD_OF_A_CLASSIFIER))
+    assert read_record(tmp_path).labels == ("a", "b")
+    file.write_text(json.dumps({**RECORD_OF_A_CLASSIFIER, **wrong}))
+    with pytest.raises(ModelError, match=r"cannot be read|is damaged"):
+        read_record(tmp_path)
