@@ -61,7 +61,7 @@ class SiteProcesses:
         """End all of them."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(120)
         assert self._process.stdout is not None
         self._process.stdout.close()
 
@@ -102,6 +102,7 @@ def main() -> None:
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
+    os._exit(0)  # taking libraries apart takes a busy machine longer than anybody waits
 
 
 if __name__ == "__main__":
