@@ -97,6 +97,9 @@ def write(summary: RunSummary, folder: Path, *, internal: bool = True) -> tuple[
 
     Guarantee: a reader, or a crash at any moment, sees the old file or the new one, never a part of one. A
     summary that is public already writes nothing internal.
+
+    Raises:
+      StoreError: a folder lies where a file belongs; nothing is written then.
     """
     create_folder(folder)
     public = released(summary)
@@ -111,6 +114,10 @@ def write(summary: RunSummary, folder: Path, *, internal: bool = True) -> tuple[
             "internal.html": render_internal_html(summary),
         }
         contents = everything | contents
+    in_the_way = [name for name in contents if (folder / name).is_dir()]
+    if in_the_way:
+        names = ", ".join(in_the_way)
+        raise StoreError(f"{folder}: {names}: a folder lies where the report is written; move it away")
     for name, text in contents.items():
         write_atomic(folder / name, text.encode("utf-8"))
     return tuple(folder / name for name in reversed(contents))

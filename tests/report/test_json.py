@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -214,6 +215,13 @@ def test_a_release_of_a_release_is_itself() -> None:
     for name in SMALL:
         once = released(samples.ALL[name]())
         assert render_json(released(once)) == render_json(once)
+
+
+def test_a_folder_in_the_way_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(StoreError, match=r"report\.json: a folder lies"):
+        write(samples.private(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_a_summary_that_cannot_be_written_leaves_the_old_files(tmp_path: Any) -> None:
