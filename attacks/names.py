@@ -436,7 +436,7 @@ def _why(observed: Shape, own: Shape) -> str:
     if len(observed) == 1 and observed[0] == math.prod(own):
         return "it was laid flat; record it in its own shape"
     if len(observed) == len(own) == 2 and observed[1] == own[1]:
-        return "it has another number of rows, as a vocabulary that grew; name the model it was trained on"
+        return "it has another number of rows, as a vocabulary that grew: another model was trained"
     return "another model was trained"
 
 

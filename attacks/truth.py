@@ -52,7 +52,7 @@ def load_truth(path: Path) -> Truth:
     Raises: ValueError naming the file and all that is wrong with it.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a safetensors file that can be read: it is no file")
     try:
         tensors = load_file(str(path))
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, AttributeError) as error:

@@ -39,7 +39,7 @@ def executed(page: Path) -> tuple[dict[str, object], list[str]]:
     return names, shown.getvalue().splitlines()
 
 
-COSTLY = {"trainer", "audit"}  # load most of a model library anew; the pages are executed below, too
+COSTLY = {"trainer", "audit", "dp_sgd"}  # load most of a model library anew; pages are executed below, too
 
 
 def marked(page: Path) -> object:

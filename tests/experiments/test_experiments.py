@@ -355,6 +355,7 @@ def test_a_finished_grid_reads_a_data_set_once(
     assert len(calls) == loads
 
 
+@pytest.mark.slow
 def test_cells_in_processes_of_their_own_give_the_same_table(tmp_path: Path) -> None:
     file = tmp_path / "grid.toml"
     file.write_text(GRID)

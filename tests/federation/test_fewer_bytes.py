@@ -49,7 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [name if "record" in name else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "name", [name if "support" in name else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_masked_equals_unmasked_bit_for_bit(name: str, tmp_path: Path) -> None:
     compression, privacy = CASES[name]

@@ -121,8 +121,9 @@ def test_twenty_parties_with_a_fifth_lost_at_random_stages(mode: Mode):
     check_losses(20, mode=mode, neighbours=None, threshold=None, length=1000)
 
 
-def test_two_hundred_parties_with_a_fifth_lost_at_random_stages():
-    check_losses(200, mode="semi_honest", neighbours=60, threshold=20, length=200)
+@pytest.mark.parametrize("parties", [80, pytest.param(200, marks=pytest.mark.slow)])
+def test_many_parties_with_sixty_neighbours_and_a_fifth_lost_at_random_stages(parties):
+    check_losses(parties, mode="semi_honest", neighbours=60, threshold=20, length=200)
 
 
 @pytest.mark.slow
