@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.heads import CASES, part_of
+from benchmarks.sums import opened_sum
 from defenses.random_source import RandomSource
 from defenses.secagg import ring
 from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model
@@ -210,7 +211,7 @@ def train(model: LoadedModel, world: World, seed: int) -> float:
     source, everybody = RandomSource.system(), tuple(range(SITES))
     for number in range(ROUNDS):
         plan = RoundPlan(run_id=bytes(16), round=number + 1, cohort=everybody, fingerprint="", mechanism="")
-        public, total = spec.public_state(plan, state.vector), None
+        public, vectors = spec.public_state(plan, state.vector), []
         for site, part in enumerate(parts):
             rows = torch.from_numpy(np.asarray(part))
             labels = torch.from_numpy(world.labels[part])
@@ -221,13 +222,8 @@ def train(model: LoadedModel, world: World, seed: int) -> float:
             left[site] = update - spec.compression.restore(sent.double(), public)
             protected = spec.mechanism.protect(sent, loss=0.0, weight=1, source=source)
             vector = spec.codec.quantise(protected, source=source)
-            if total is None:
-                total = vector
-            else:
-                ring.add_into(total, vector)
-        assert total is not None
-        whole = ring.reduce(total, spec.codec.modulus_bits)
-        opened = spec.codec.open(whole, round=number + 1, survivors=everybody)
+            vectors.append(vector)
+        opened = opened_sum(spec.codec, vectors, round=number + 1, survivors=everybody)
         refused = why_too_large(opened, spec, state.vector, turns=number + 1)
         assert not refused, refused
         known = site_noise_variance(spec.mechanism, spec.config.federation.lifecycle)

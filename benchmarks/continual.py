@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 import ffm_secure as ffm
 from benchmarks import heads
 from benchmarks.heads import Case, Part, part_of
+from benchmarks.sums import opened_sum
 from defenses.random_source import RandomSource
-from defenses.secagg import ring
 from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model
 from ffm_secure.agreed.run_spec import Question
 from ffm_secure.config import run_file
@@ -106,17 +106,12 @@ def table(kind: str, epsilon: float) -> dict[str, Any]:
 def summed(question: Question, model: LoadedModel, parts: Sequence[Part], stage: int) -> Opened:
     """Return what the server opens of one stage: every owner's answers, rounded, noised and added up."""
     head, source = head_of(model.trainable), RandomSource.system()
-    total = None
+    vectors = []
     for part in parts:
         protected = question.mechanism.protect_total(total_of(question, head, part), source)
         sent = question.codec.quantise(protected, source=source)
-        if total is None:
-            total = sent
-        else:
-            ring.add_into(total, sent)
-    assert total is not None
-    whole = ring.reduce(total, question.codec.modulus_bits)
-    opened = question.codec.open(whole, round=stage + 1, survivors=tuple(range(len(parts))))
+        vectors.append(sent)
+    opened = opened_sum(question.codec, vectors, round=stage + 1, survivors=tuple(range(len(parts))))
     deviation = question.mechanism.deviation(len(parts))
     return Opened(values=opened.values, deviation=deviation, sites=len(parts))
 

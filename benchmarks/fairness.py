@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.heads import CASES, Part, part_of
+from benchmarks.sums import opened_sum
 from defenses.dp import poisson_sample
 from defenses.random_source import RandomSource
-from defenses.secagg import ring
 from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model
 from ffm_secure.aggregation import aggregate_of
 from ffm_secure.config import run_file
@@ -140,7 +140,7 @@ def learned(model: LoadedModel, parts: list[Part], source: RandomSource, state: 
     assert mechanism is not None
     variance = site_noise_variance(model.mechanism, spec.config.federation.lifecycle)
     for number in range(1, spec.config.federation.rounds + 1):
-        total = None
+        vectors = []
         for part in parts:
             rows = poisson_sample(len(part.labels), rate=mechanism.inner.sampling_rate, source=source)
             drawn_rows = Part(features=part.features[rows], labels=part.labels[rows])
@@ -148,13 +148,8 @@ def learned(model: LoadedModel, parts: list[Part], source: RandomSource, state: 
             update = mechanism.update_of(gradients)
             protected = mechanism.protect(update, loss=0.0, weight=1, source=source)
             sent = spec.codec.quantise(protected, source=source)
-            if total is None:
-                total = sent
-            else:
-                ring.add_into(total, sent)
-        assert total is not None
-        whole = ring.reduce(total, spec.codec.modulus_bits)
-        opened = spec.codec.open(whole, round=number, survivors=tuple(range(CLIENTS)))
+            vectors.append(sent)
+        opened = opened_sum(spec.codec, vectors, round=number, survivors=tuple(range(CLIENTS)))
         state = spec.strategy.step(state, aggregate_of(spec.config, [opened], site_noise_variance=variance))
     return state
 
@@ -162,18 +157,13 @@ def learned(model: LoadedModel, parts: list[Part], source: RandomSource, state: 
 def counted(model: LoadedModel, query: str, parts: list[Part], source: RandomSource) -> Opened:
     """Return noisy counts of classes, as a query of the run opens them."""
     question, head = model.spec.questions[query], head_of(model.trainable)
-    total = None
+    vectors = []
     for part in parts:
         answers = torch.nn.functional.one_hot(torch.from_numpy(part.labels), head.classes).double()
         protected = question.mechanism.protect_total(question.mechanism.total([answers]), source)
         sent = question.codec.quantise(protected, source=source)
-        if total is None:
-            total = sent
-        else:
-            ring.add_into(total, sent)
-    assert total is not None
-    whole = ring.reduce(total, question.codec.modulus_bits)
-    opened = question.codec.open(whole, round=1, survivors=tuple(range(CLIENTS)))
+        vectors.append(sent)
+    opened = opened_sum(question.codec, vectors, round=1, survivors=tuple(range(CLIENTS)))
     return Opened(values=opened.values, deviation=question.mechanism.deviation(CLIENTS), sites=CLIENTS)
 
 

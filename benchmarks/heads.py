@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import ffm_secure as ffm
+from benchmarks.sums import opened_sum
 from defenses.random_source import RandomSource
-from defenses.secagg import ring
 from ffm_secure.config import run_file
 from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model
 from ffm_secure.queries.base import Opened, Rows, Viewed, head_of
@@ -137,7 +137,7 @@ def summed_head(model: LoadedModel, parts: Sequence[Part]) -> Tensor:
     included.
     """
     question, head = model.spec.questions["class_sums"], head_of(model.trainable)
-    total, source = None, RandomSource.system()
+    vectors, source = [], RandomSource.system()
     for part in parts:
         answers = (
             spread(unit_rows(part.features[piece]), part.labels[piece], head.classes)
@@ -147,13 +147,8 @@ def summed_head(model: LoadedModel, parts: Sequence[Part]) -> Tensor:
         )
         protected = question.mechanism.protect_total(question.mechanism.total(answers), source)
         sent = question.codec.quantise(protected, source=source)
-        if total is None:
-            total = sent
-        else:
-            ring.add_into(total, sent)
-    assert total is not None
-    whole = ring.reduce(total, question.codec.modulus_bits)
-    opened = question.codec.open(whole, round=1, survivors=tuple(range(len(parts))))
+        vectors.append(sent)
+    opened = opened_sum(question.codec, vectors, round=1, survivors=tuple(range(len(parts))))
     answer = Opened(
         values=opened.values, deviation=question.mechanism.deviation(len(parts)), sites=len(parts)
     )

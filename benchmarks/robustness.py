@@ -28,8 +28,8 @@ from torch import Tensor
 import ffm_secure as ffm
 from attacks.poisoning import backdoor, rows, updates
 from benchmarks.heads import CASES, part_of
+from benchmarks.sums import opened_sum
 from defenses.random_source import RandomSource
-from defenses.secagg import ring
 from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model
 from ffm_secure.aggregation import aggregate_of
 from ffm_secure.config import compatibility, run_file
@@ -260,17 +260,12 @@ def _opened(model: LoadedModel, sent: Tensor, state: ServerState, turn: int) -> 
     spec, source = model.spec, RandomSource.system()
     sums, refused = [], 0
     for group in groups_of(spec.config, tuple(range(SITES)), query="learn", turn=turn):
-        total = None
+        vectors = []
         for site in group:
             protected = spec.mechanism.protect(sent[site], loss=0.0, weight=1, source=source)
             vector = spec.codec.quantise(protected, source=source)
-            if total is None:
-                total = vector
-            else:
-                ring.add_into(total, vector)
-        assert total is not None
-        whole = ring.reduce(total, spec.codec.modulus_bits)
-        opened = spec.codec.open(whole, round=turn + 1, survivors=group)
+            vectors.append(vector)
+        opened = opened_sum(spec.codec, vectors, round=turn + 1, survivors=group)
         if why_too_large(opened, spec, state.vector):
             refused += 1
         else:

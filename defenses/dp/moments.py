@@ -56,6 +56,17 @@ class MomentRows:
         width = int(self.features.shape[1])
         return width * (width + 1) // 2 + self.classes * width
 
+    @staticmethod
+    def read(total: Reals, *, width: int, classes: int) -> tuple[Reals, Reals]:
+        """Return the whole symmetric matrix [width, width] and the sums by class [classes, width] that a sum
+        of rows, float64 [d], stands for.
+        """
+        upper, scale = _upper_half(width)
+        moments = np.zeros((width, width))
+        moments[upper] = total[: len(scale)] / scale
+        moments = moments + np.triu(moments, 1).T
+        return moments, total[len(scale) :].reshape(classes, width)
+
     def norms(self) -> Reals:
         """Return the L2 norm of every row, float64 [n]; not finite where a feature is not."""
         with np.errstate(over="ignore", invalid="ignore"):

@@ -26,8 +26,7 @@ def build(setting: Setting) -> Query:
     sqrt(2), so that the vector is as long as the matrix.
     """
     head = head_of(setting.trainable)
-    corners = torch.triu_indices(head.width, head.width)
-    scale = torch.where(corners[0] == corners[1], 1.0, math.sqrt(2.0)).double()
+    corner_count = head.width * (head.width + 1) // 2
 
     def answer(rows: Rows, model: Viewed) -> MomentRows:
         features = unit_rows(model.features(rows))
@@ -36,21 +35,19 @@ def build(setting: Setting) -> Query:
         return MomentRows(features=features.numpy(), labels=rows.labels(), classes=head.classes)
 
     def use(state: ServerState, opened: Opened) -> ServerState:
-        values = torch.from_numpy(opened.values)
-        moments = torch.zeros((head.width, head.width), dtype=torch.float64)
-        moments[corners[0], corners[1]] = values[: corners.shape[1]] / scale
-        moments = moments + moments.triu(1).T
-        targets = values[corners.shape[1] :].view(head.classes, head.width)
+        moments, targets = map(
+            torch.from_numpy, MomentRows.read(opened.values, width=head.width, classes=head.classes)
+        )
         weight = ridge_head(moments, targets, deviation=opened.deviation)
         return with_head(state, head, keep_absent(state, head, weight, opened))
 
     return Query(
         name=NAME,
-        size=int(corners.shape[1]) + head.classes * head.width,
+        size=corner_count + head.classes * head.width,
         bound=math.sqrt(2.0),
         answer=answer,
         use=use,
-        by_class=int(corners.shape[1]),
+        by_class=corner_count,
         words=f"second moments of {head.width} features and their sums by class",
     )
 

@@ -48,6 +48,15 @@ def test_no_row_moves_the_sum_by_more_than_the_bound(features: np.ndarray, bound
     assert np.linalg.norm(moved) <= bound * (1 + 1e-9)
 
 
+def test_a_sum_is_read_as_the_matrices_it_stands_for() -> None:
+    features = np.random.default_rng(0).normal(size=(5, WIDTH))
+    rows = rows_of(features)
+    moments, by_class = MomentRows.read(rows.weighted_sum(np.ones(5)), width=WIDTH, classes=CLASSES)
+    np.testing.assert_allclose(moments, features.T @ features, atol=1e-12)
+    for label in range(CLASSES):
+        np.testing.assert_allclose(by_class[label], features[rows.labels == label].sum(axis=0), atol=1e-12)
+
+
 def test_what_the_rows_cannot_be_is_refused() -> None:
     features = np.ones((2, WIDTH))
     with pytest.raises(ParameterError, match=r"\[n, width\]"):

@@ -15,15 +15,13 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
 from ffm_secure.engines.flower import superlink
 from ffm_secure.engines.flower.courier import FlowerCourier
-from ffm_secure.engines.nvflare.site_service import serve
 from ffm_secure.errors import FfmError
 from ffm_secure.transport.courier import Lost
-from ffm_secure.transport.local_socket import Answering
+from tests.engines.machine_federation import RUN, MachineFederation
 from tests.engines.courier_contract import (
     ALL,
     CourierContract,
     CourierLossContract,
-    EchoSite,
     by_site,
     content,
 )
@@ -31,42 +29,12 @@ from tests.engines.flower_federation import FlowerMachines, enrol
 from tests.engines.nvflare_federation import NAMES
 from tests.engines.test_nvflare import open_files, processes_naming, wait_for
 
-RUN = "ab" * 32
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class FlowerFederation:
+class FlowerFederation(MachineFederation[FlowerCourier]):
     notice = 40.0
-    rejoin = 60.0
-
-    def __init__(self, machines: FlowerMachines) -> None:
-        self.sites = {site: EchoSite() for site in ALL}
-        self.machines = machines
-        self.doors: dict[int, Answering] = {site: self.serve(site) for site in ALL}
-        self.courier: FlowerCourier = self.machines.courier(RUN)
-
-    def open(self) -> None:
-        self.courier.open(smallest=len(NAMES), seconds=90.0)
-
-    def serve(self, site: int) -> Answering:
-        folder = self.machines.engine_folder(NAMES[site])
-        return serve(folder, self.sites[site].handle, lambda run: run == RUN)
-
-    def kill(self, site: int) -> None:
-        self.machines.kill(NAMES[site])
-
-    def revive(self, site: int) -> None:
-        self.machines.start_site(NAMES[site])
-
-    def restart(self) -> None:
-        self.courier.close()
-        self.courier = self.machines.courier(RUN)
-        self.courier.open(smallest=len(NAMES), seconds=90.0)
-
-    def close(self) -> None:
-        self.courier.close()
-        for door in self.doors.values():
-            door.close()
+    machines: FlowerMachines
 
 
 @pytest.fixture(scope="module")

@@ -16,57 +16,26 @@ import pytest
 
 from ffm_secure.engines.nvflare import desk, folders
 from ffm_secure.engines.nvflare.courier import NVFlareCourier, Patience
-from ffm_secure.engines.nvflare.site_service import serve
 from ffm_secure.errors import FfmError
 from ffm_secure.transport.courier import Lost
 from ffm_secure.transport.stages import PLAN
-from ffm_secure.transport.local_socket import Answering, wait_until
+from ffm_secure.transport.local_socket import wait_until
+from tests.engines.machine_federation import RUN, MachineFederation
 from tests.engines.nvflare_federation import NAMES, Machines, enrol
 from tests.engines.courier_contract import (
     ALL,
     CourierContract,
     CourierLossContract,
-    EchoSite,
     by_site,
     content,
 )
 
-RUN = "ab" * 32
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class NVFlareFederation:
+class NVFlareFederation(MachineFederation[NVFlareCourier]):
     notice = 20.0
-    rejoin = 60.0
-
-    def __init__(self, machines: Machines) -> None:
-        self.sites = {site: EchoSite() for site in ALL}
-        self.machines = machines
-        self.doors: dict[int, Answering] = {site: self.serve(site) for site in ALL}
-        self.courier: NVFlareCourier = self.machines.courier(RUN)
-
-    def open(self) -> None:
-        self.courier.open(smallest=len(NAMES), seconds=90.0)
-
-    def serve(self, site: int) -> Answering:
-        folder = self.machines.engine_folder(NAMES[site])
-        return serve(folder, self.sites[site].handle, lambda run: run == RUN)
-
-    def kill(self, site: int) -> None:
-        self.machines.kill(NAMES[site])
-
-    def revive(self, site: int) -> None:
-        self.machines.start_site(NAMES[site])
-
-    def restart(self) -> None:
-        self.courier.close()
-        self.courier = self.machines.courier(RUN)
-        self.courier.open(smallest=len(NAMES), seconds=90.0)
-
-    def close(self) -> None:
-        self.courier.close()
-        for door in self.doors.values():
-            door.close()
+    machines: Machines
 
 
 @pytest.fixture(scope="module")

@@ -73,13 +73,13 @@ def test_encrypted_equals_masked_bit_for_bit(
     kinds = ("secagg", "bfv", "ckks") if privacy is RECORD else ("secagg", "bfv")
     results = []
     for kind in kinds:
-        made = compressed(
+        config = compressed(
             compression,
             privacy=privacy,
             protection={"kind": kind, "threshold": 3, "value_bits": 12},
             federation={"lifecycle": STEP},
         )
-        _, trained = train(made, tmp_path / kind)
+        _, trained = train(config, tmp_path / kind)
         assert not any(record.aborted for record in trained.records)
         results.append(trained.state.vector)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -93,8 +93,8 @@ def test_one_record_moves_what_is_sent_by_at_most_its_bound(
     at most, rounding aside, whatever the compression.
     """
     lifecycle = {**STEP, "batch_size": 1000}
-    made = compressed(compression, privacy=SHARED, protection=SECAGG, federation={"lifecycle": lifecycle})
-    ready = prepared(made)
+    config = compressed(compression, privacy=SHARED, protection=SECAGG, federation={"lifecycle": lifecycle})
+    ready = prepared(config)
     mechanism = ready.mechanism
     assert isinstance(mechanism, SumNoise)
     trainer = SiteTrainer(spec=ready.spec, trainable=ready.trainable, task=ready.task)
@@ -121,13 +121,13 @@ class Killed(NullCallback):
 
 
 def test_a_run_goes_on_with_what_sites_left_out(tmp_path: Path) -> None:
-    made = compressed({**SUPPORT, "residual": True}, federation={"rounds": 4})
-    _, whole = train(made, tmp_path / "whole")
-    first = simulation.build(prepared(made), tmp_path / "killed")
+    config = compressed({**SUPPORT, "residual": True}, federation={"rounds": 4})
+    _, whole = train(config, tmp_path / "whole")
+    first = simulation.build(prepared(config), tmp_path / "killed")
     with pytest.raises(RuntimeError, match="killed"):
         finish(first, tmp_path / "killed", callback=Killed())
     first.ledger.close()
-    again = simulation.build(simulation.prepare(made, Path.cwd(), tmp_path / "killed"), tmp_path / "killed")
+    again = simulation.build(simulation.prepare(config, Path.cwd(), tmp_path / "killed"), tmp_path / "killed")
     assert torch.equal(finish(again, tmp_path / "killed").state.vector, whole.state.vector)
     _, without = train(compressed(SUPPORT, federation={"rounds": 4}), tmp_path / "without")
     assert not torch.equal(without.state.vector, whole.state.vector)
@@ -245,17 +245,17 @@ def test_what_cannot_hold_is_refused_with_its_reason() -> None:
 
 
 def test_the_wire_holds_what_the_plan_says_and_an_audit_reads_it_as_an_update(tmp_path: Path) -> None:
-    made = compressed(
+    config = compressed(
         SHORT,
         privacy={**RECORD, "noise": "system"},
         federation={"rounds": 1, "lifecycle": STEP},
         audit={"observers": ["server"]},
     )
-    ready, trained = train(made, tmp_path)
+    ready, trained = train(config, tmp_path)
     promised = summary.describe(ready.prepared).bytes_up_per_client_round
     assert promised == ring.packed_bytes(ready.spec.codec.length, 16)
     assert [record.bytes_up for record in trained.records] == [4 * promised]
-    model = load_model(made, Path.cwd(), read_facts(tmp_path))
+    model = load_model(config, Path.cwd(), read_facts(tmp_path))
     upload = next(iter(recorded(model, tmp_path))).observation
     numbers = torch.cat([tensor.reshape(-1) for tensor in upload.tensors.values()])
     assert numbers.numel() == ready.trainable.size
