@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from ffm_secure.tasks.encoded import Encoded, EncodedText
 from ffm_secure.trainable.base import TrainableModel
 
 
+TOKENS_OF_A_PASS = 64  # what both passes of MiniLM cost besides their tokens, in tokens, on one or two cores
 MACHINE_ERRORS = (MemoryError, torch.OutOfMemoryError)
 Result = TypeVar("Result")
 
@@ -116,7 +118,9 @@ class PlainGradient:
         self.rows_used.update(indices.tolist())
         for parameter in parameters.values():
             parameter.grad = None
-        for part in similar_lengths(self.encoded, indices, self.microbatch):
+        for part in similar_lengths(
+            self.encoded, indices, self.microbatch, length=self.task.length, device=self.device
+        ):
             if self.contained:
                 one_by_one_if_needed(lambda rows: self._add_or_leave(rows, len(indices)), part)
             else:
@@ -191,7 +195,9 @@ class PrivateGradient:
 
     def _clipped_sum(self, indices: np.ndarray, bound: Clipping) -> ClippedSum:
         total = self.engine.empty(bound)
-        for part in similar_lengths(self.encoded, indices, self.microbatch):
+        for part in similar_lengths(
+            self.encoded, indices, self.microbatch, length=self.task.length, device=self.device
+        ):
             for clipped in one_by_one_if_needed(lambda rows: self._clipped(rows, bound), part):
                 total = total + clipped
         return total
@@ -244,7 +250,9 @@ class BoundedSum:
         indices = self.arrived.drawn(new, self.sampling)
         self.rows_used.update(indices.tolist())
         total = self.engine.empty(self.clipping)
-        for part in similar_lengths(self.encoded, indices, self.microbatch):
+        for part in similar_lengths(
+            self.encoded, indices, self.microbatch, length=self.task.length, device=self.device
+        ):
             for clipped in one_by_one_if_needed(self._clipped, part):
                 total = total + clipped
         parts = []
@@ -283,15 +291,41 @@ def one_by_one_if_needed(work: Callable[[np.ndarray], Result], rows: np.ndarray)
     return results
 
 
-def similar_lengths(encoded: Encoded, indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def similar_lengths(
+    encoded: Encoded, indices: np.ndarray, size: int, *, length: int | None = None, device: str = "cpu"
+) -> Iterator[np.ndarray]:
     """Cut one batch into parts of at most `size` samples of similar length, so that little is padded.
 
-    The parts are summed, so which sample is in which part changes nothing but speed and rounding.
+    Texts are padded to the longest of their part, or to `length` all of them. The parts are summed, so which
+    sample is in which part changes nothing but speed and rounding.
     """
-    if len(indices) > size and isinstance(encoded, EncodedText):
-        indices = indices[np.argsort(encoded.lengths()[indices], kind="stable")]
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
+    ends = [*range(size, len(indices), size), len(indices)]
+    if isinstance(encoded, EncodedText) and length is None:
+        lengths = encoded.lengths()[indices]
+        order = np.argsort(lengths, kind="stable")
+        indices = indices[order]
+        if device == "cpu":
+            ends = cheapest_ends(lengths[order], size)
+    for start, end in pairwise([0, *ends]):
+        if start < end:
+            yield indices[start:end]
+
+
+def cheapest_ends(lengths: np.ndarray, size: int) -> list[int]:
+    """Return where to cut texts of rising `lengths`, int64 [n], so that passes over the parts cost least.
+
+    A pass costs as its tokens do, those of padding among them, and `TOKENS_OF_A_PASS` besides.
+    """
+    least, begins = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, dtype=np.int64)
+    for end in range(1, len(lengths) + 1):
+        starts = np.arange(max(0, end - size), end)
+        costs = least[starts] + TOKENS_OF_A_PASS + (end - starts) * lengths[end - 1]
+        cheapest = int(np.argmin(costs))
+        least[end], begins[end] = costs[cheapest], starts[cheapest]
+    ends = [len(lengths)]
+    while begins[ends[-1]]:
+        ends.append(int(begins[ends[-1]]))
+    return ends[::-1]
 
 
 def finetune(

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn.functional import cross_entropy, log_softmax
 
 from ffm_secure.errors import ModelError
-from ffm_secure.lifecycle.finetune import similar_lengths
+from ffm_secure.lifecycle.finetune import TOKENS_OF_A_PASS, cheapest_ends, similar_lengths
 from ffm_secure.models.backbone import load_backbone
 from ffm_secure.tasks import TASKS, Encoded, EncodedText, MaskedLM, Task, build_task
 
@@ -234,6 +234,32 @@ def test_parts_hold_every_sample_once_and_alike_in_length(lengths: list[int], mo
     held = [[lengths[int(row)] for row in part] for part in parts]
     assert all(len(part) <= most for part in held)
     assert all(max(shorter) <= min(longer) for shorter, longer in pairwise(held))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=9), st.integers(1, 5))
+def test_no_other_cuts_cost_less(lengths: list[int], most: int) -> None:
+    rising, cheapest = np.sort(lengths), math.inf
+    for ways in range(2 ** (len(lengths) - 1)):
+        inner = [place + 1 for place in range(len(lengths) - 1) if ways >> place & 1]
+        cuts = [0, *inner, len(lengths)]
+        if all(end - start <= most for start, end in pairwise(cuts)):
+            cheapest = min(cheapest, cost_of(rising, cuts))
+    assert cost_of(rising, [0, *cheapest_ends(rising, most)]) == cheapest
+
+
+def cost_of(rising: np.ndarray, cuts: Sequence[int]) -> int:
+    return sum(TOKENS_OF_A_PASS + (end - start) * int(rising[end - 1]) for start, end in pairwise(cuts))
+
+
+def test_short_texts_are_not_padded_to_one_long_one() -> None:
+    lengths = [5] * 30 + [64] * 2
+    encoded = EncodedText(tokens=np.zeros(sum(lengths), dtype=np.int32), offsets=np.cumsum([0, *lengths]))
+    assert [len(part) for part in similar_lengths(encoded, np.arange(32), 64)] == [30, 2]
+    padded = similar_lengths(encoded, np.arange(32), 64, length=64)  # all cost the same: nothing to win
+    assert [len(part) for part in padded] == [32]
+    elsewhere = similar_lengths(encoded, np.arange(32), 64, device="cuda")  # there a pass costs much more
+    assert [len(part) for part in elsewhere] == [32]
 
 
 def test_parts_do_not_change_the_gradient() -> None:
