@@ -80,6 +80,9 @@ class Run:
     which is written under `runs` once so that the run can be continued and audited; `tokenizer` is what it
     reads texts with.
 
+    Raises:
+      ConfigError: what no run file could say, with every problem at once; nothing is written.
+
     >>> import ffm_secure as ffm
     >>> run = ffm.load("examples/tiny.toml")
     >>> run.config.federation.rounds
@@ -104,6 +107,7 @@ class Run:
         if self._model is not None:
             folder = self._model.folder((Path(runs) / ".models").resolve())
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=str(folder)))
+        run_file.from_table(to_table(config), where=config.name)  # what no run file could say is refused here
         self.config = config
         self._prepared: simulation.Prepared | None = None
 

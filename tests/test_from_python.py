@@ -11,6 +11,7 @@ import torch
 
 import ffm_secure as ffm
 from ffm_secure.display import notebook
+from ffm_secure.errors import ConfigError
 from ffm_secure.api import Run
 from ffm_secure.federation import NullCallback
 from ffm_secure.models.backbone import load_backbone
@@ -82,6 +83,19 @@ def test_a_model_in_memory_is_written_once_and_trained_as_it_is(tmp_path: Path) 
     again.prepared()
     assert (folder / "model.safetensors").stat().st_mtime_ns == changed
     assert "test" in call("runs", "--runs", str(tmp_path), cwd=tmp_path).stdout
+
+
+def test_a_config_that_no_file_could_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    wrong = dataclasses.replace(
+        config(),
+        speed=dataclasses.replace(config().speed, workers=0),
+        federation=dataclasses.replace(config().federation, rounds=-1, cohort=9),
+    )
+    with pytest.raises(ConfigError) as refused:
+        Run(wrong, runs=tmp_path, data=ROWS)
+    for named in ("speed.workers", "federation.rounds"):
+        assert named in str(refused.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("model", "tokenizer"), [(3, None), (torch.nn.Linear(2, 2), None)])
