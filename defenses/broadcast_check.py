@@ -195,6 +195,8 @@ def _content(name: str, tensor: Tensor, layout: TensorLayout, limits: Limits) ->
 
 def _as_matrix(tensor: Tensor) -> Tensor:
     squeezed = tensor.squeeze(0) if tensor.ndim > 2 and tensor.shape[0] == 1 else tensor
+    if squeezed.ndim == 0:  # a single number, such as the scale of a model's scores
+        return squeezed.reshape(1, 1).float()
     return squeezed.reshape(squeezed.shape[0], -1).float()
 
 

@@ -35,6 +35,7 @@ SECTIONS: dict[str, list[str]] = {
         "models.md",
         "inputs.md",
         "prompts.md",
+        "image_text.md",
         "lora.md",
         "pretraining.md",
         "streams.md",

@@ -458,6 +458,7 @@ class ModelExport:
     labels: tuple[str, ...] = ()
     text_columns: tuple[str, ...] = ()
     layout: Layout = "text"
+    class_text: str = ""  # the text of a class, where pictures are scored against texts
     key_mapping: Mapping[str, str] = field(
         default_factory=dict
     )  # renames the base's tensors, where a part is used

@@ -120,7 +120,6 @@ TASKS.register("image_classification", "ffm_secure.tasks.image:ImageClassificati
 TASKS.register(
     "sequence_to_sequence", "ffm_secure.tasks.sequence:SequenceToSequence", traits=("language", "answers")
 )
-
 STRATEGIES.register("average", "ffm_secure.strategies.average:Average")
 STRATEGIES.register("avgm", "ffm_secure.strategies.adaptive:ServerOptimizer")
 STRATEGIES.register("adam", "ffm_secure.strategies.adaptive:ServerOptimizer")
@@ -186,6 +185,51 @@ PERSONALS.register(
     traits=("at_home",),
     refuses={("task", task): _NO_CLASSES_AT_HOME for task in TASKS.with_trait("language")},
 )
+
+_WHOLE_BATCH = (
+    "what one picture contributes depends on the others of its batch, so nothing bounds a record: use task "
+    "image_text_classification, or the client unit"
+)
+_CONTEXT_INSTEAD = "class texts have a prompt of their own: use context or class_context"
+_TEXTS_ARE_HEAD = (
+    "the texts of the classes are the head, which is no linear map of features: learn with finetune, without "
+    "a start or a finish"
+)
+_TEXTS_AT_HOME = "the texts of the classes are the head: choose mean_regularised or few_steps"
+_STREAM_TEXTS = "which class texts a model knows at a stage was not thought through: use image_classification"
+_CLASS_TEXTS: dict[tuple[str, str], str] = {
+    ("stream", "on"): _STREAM_TEXTS,
+    **{("trainable", kind): _CONTEXT_INSTEAD for kind in TRAINABLES.with_trait("prompt")},
+    **{("lifecycle", kind): _TEXTS_ARE_HEAD for kind in LIFECYCLES.with_trait("one_shot")},
+    **{("start", kind): _TEXTS_ARE_HEAD for kind in STARTS if kind != "none"},
+    **{("finish", kind): _TEXTS_ARE_HEAD for kind in FINISHES if kind != "none"},
+    **{("personal", kind): _TEXTS_AT_HOME for kind in ("head", "prior")},
+}
+_NO_CLASS_TEXTS = "only models that score pictures against texts read class texts: use prompt"
+_NOT_SCORED: dict[tuple[str, str], str] = {("task", task): _NO_CLASS_TEXTS for task in TASKS}
+_NO_FACTORS = "the rule works on LoRA factors, and a context has none: use average"
+TASKS.register(
+    "image_text_classification",
+    "ffm_secure.tasks.image_text:ImageTextClassification",
+    refuses=_CLASS_TEXTS,
+    traits=("classifies", "class_texts"),
+)
+TASKS.register(
+    "image_text_contrastive_classification",
+    "ffm_secure.tasks.image_text:ImageTextContrastive",
+    refuses={**_CLASS_TEXTS, **{("unit", unit): _WHOLE_BATCH for unit in ("record", "person")}},
+    traits=("classifies", "class_texts"),
+)
+for _kind in ("context", "class_context"):
+    TRAINABLES.register(
+        _kind,
+        f"ffm_secure.trainable.context:attach_{_kind}",
+        refuses={
+            **_NOT_SCORED,
+            **{("strategy", rule): _NO_FACTORS for rule in STRATEGIES.with_trait("lora")},
+        },
+        traits=("context",),
+    )
 
 _NO_UPDATE = "a run that takes no step sends no update to compress: its answers are sent whole"
 _OTHER_NUMBERS = (

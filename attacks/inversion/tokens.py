@@ -29,7 +29,10 @@ def token_embedding(model: nn.Module) -> str:
     """
     getter = getattr(model, "get_input_embeddings", None)
     if getter is not None:
-        wanted = getter()
+        try:
+            wanted = getter()
+        except NotImplementedError:  # two towers: what is private are pictures, and the texts are public
+            raise NotApplicable("the model has no token embedding for what is private") from None
         for name, module in model.named_modules():
             if module is wanted and isinstance(module, nn.Embedding):
                 return str(name)

@@ -135,6 +135,7 @@ def load_model(
         seed=config.seed,
         dtype=config.model.dtype,
         random_weights=config.model.weights == "random",
+        class_text=config.task.class_text,
     )
     trained = _attach(config, backbone)
     strategy = build_strategy(config.federation.strategy, trained, seed=config.seed)

@@ -425,7 +425,7 @@ def attackable(prepared: LoadedModel) -> nn.Module:
     pad = getattr(prepared.backbone.tokenizer, "pad_token_id", None)
     if TASKS.has(prepared.config.task.kind, "answers"):
         model = answer_itself(model)
-    if pad is None or prepared.config.task.kind == "image_classification":
+    if pad is None or prepared.config.task.kind.startswith("image"):
         return model
     kind = type(model)
 

@@ -163,7 +163,7 @@ def _replayed(
         ):
             witnesses.append(observer)
     # Who sees each update alone needs no rounds to tell whose it is.
-    text = config.task.kind != "image_classification" and "all" in config.audit.attacks
+    text = not config.task.kind.startswith("image") and "all" in config.audit.attacks
     asked = bool(witnesses) and text
     read = None
     if asked:

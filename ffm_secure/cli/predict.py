@@ -70,7 +70,7 @@ def load_predictor(folder: Path) -> Predictor:
 
 
 def _answer_texts(predictor: Predictor, texts: Sequence[str]) -> list[Prediction]:
-    if predictor.export.task == "image_classification":
+    if predictor.export.task.startswith("image"):
         raise ConfigError(
             "predict", ["the model reads pictures; give --file with a picture or a folder of them"]
         )
@@ -92,7 +92,7 @@ def _answer_texts(predictor: Predictor, texts: Sequence[str]) -> list[Prediction
 def _answer_file(predictor: Predictor, file: Path, encoding: str) -> list[Prediction]:
     if not file.exists():
         raise ConfigError("predict", [f"--file = {str(file)!r}: does not exist"])
-    if predictor.export.task == "image_classification":
+    if predictor.export.task.startswith("image"):
         return _answer_pictures(predictor, file)
     if file.suffix == ".txt":
         return _answer_texts(predictor, file.read_text(encoding="utf-8-sig").splitlines())

@@ -51,9 +51,9 @@ def _shared(config: RunConfig, sites: int) -> Iterator[str]:
         )
     if task.kind.endswith("_classification") and not task.label_column:
         yield "task.label_column = '': name it, so that every site reads the same column"
-    if task.kind == "image_classification" and not task.image_column:
+    if task.kind.startswith("image") and not task.image_column:
         yield "task.image_column = '': name it, so that every site reads the same column"
-    if task.kind != "image_classification" and not task.text_column:
+    if not task.kind.startswith("image") and not task.text_column:
         yield "task.text_column = '': name it, so that every site reads the same column"
     if config.evaluation.rows != "public":
         yield "evaluation.rows = 'held_back': sites of their own hold no rows back yet; use public rows"

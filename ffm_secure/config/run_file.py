@@ -76,6 +76,10 @@ class Task:
     class_names: tuple[str, ...] = option(
         (), help="the classes in order, declared public; empty: numbers, or names that public rows carry"
     )
+    class_text: str = option(
+        "a photo of a {}.",
+        help="the text of a class for models that score pictures against texts; {} is its name",
+    )
     clean: tuple[str, ...] = option(
         (),
         choices=("blank_rows", "repeated_rows", "label_spelling"),
@@ -115,14 +119,16 @@ class TrainableSpec:
     )
     alpha: float = option(16.0, above=0.0, only_for=("lora", "lora_xs"))
     target_modules: tuple[str, ...] = option(
-        (), help="empty: chosen by architecture; ['all-linear'] for all", only_for=("lora", "lora_xs")
+        (),
+        help="empty: by architecture; ['all-linear'] for all; * stands for any part of a path",
+        only_for=("lora", "lora_xs"),
     )
     length: int = option(
         16,
         minimum=1,
         maximum=1024,
-        help="virtual tokens of a prompt or prefix",
-        only_for=TRAINABLES.with_trait("prompt"),
+        help="virtual tokens of a prompt or prefix, or vectors of a context",
+        only_for=(*TRAINABLES.with_trait("prompt"), *TRAINABLES.with_trait("context")),
     )
     hidden: int = option(
         64,
@@ -145,7 +151,7 @@ class Model:
 
     name: str = option(
         help="local folder, hub name, or builtin:minilm | tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit | "
-        "tiny-t5"
+        "tiny-t5 | tiny-clip"
     )
     trainable: TrainableSpec
     dtype: str = option("float32", choices=("float32", "bfloat16"))

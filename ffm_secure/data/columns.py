@@ -90,7 +90,7 @@ def image_column_name(table: Table, choices: Choices) -> str | None:
     Raises:
       DataError: no column is known to hold pictures.
     """
-    if choices.kind != "image_classification":
+    if not choices.kind.startswith("image"):
         return None
     return _one_of(table, choices.image, IMAGE_NAMES, "picture", "image_column")
 

@@ -42,6 +42,7 @@ from ffm_secure.models.model_checks import (
     refuse_quantised,
 )
 from ffm_secure.models.composite import text_part
+from ffm_secure.models.dual_encoder import as_picture_classifier, text_limit
 from ffm_secure.models.tokenizers import load_tokenizer, name_marks, settle_padding
 
 # Which class of transformers does a task.
@@ -51,6 +52,8 @@ AUTO = {
     "masked_lm": "AutoModelForMaskedLM",
     "image_classification": "AutoModelForImageClassification",
     "sequence_to_sequence": "AutoModelForSeq2SeqLM",
+    "image_text_classification": "AutoModelForZeroShotImageClassification",
+    "image_text_contrastive_classification": "AutoModelForZeroShotImageClassification",
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -73,7 +76,8 @@ class Backbone:
     `fresh` names parameters that the checkpoint did not hold; they were drawn from the seed and mean nothing
     until they are trained, so every trainable kind trains them along. `notes` are lines for the plan.
     `key_mapping` renames the tensors of a checkpoint of which only a part is loaded, as `from_pretrained`
-    wants it; empty where the whole is.
+    wants it; empty where the whole is. `class_text` is what a class is called before a model that scores
+    pictures against texts; {} stands for its name.
     """
 
     model: nn.Module
@@ -90,6 +94,7 @@ class Backbone:
     fresh: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     key_mapping: Mapping[str, str] = field(default_factory=dict)
+    class_text: str = "{}"
 
     @property
     def config(self) -> Configuration:
@@ -107,13 +112,14 @@ def load_backbone(
     dtype: str = "float32",
     dropout: bool = False,
     random_weights: bool = False,
+    class_text: str = "{}",
 ) -> Backbone:
     """Load the model `name` for a task.
 
-    `name` is `builtin:minilm`, `builtin:tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit | tiny-t5`, a
-    transformers folder (relative ones are looked up under `base`), or a hub name. `labels` is the number of
-    classes for the two classification tasks and ignored otherwise; a head of another size is replaced by a
-    fresh one drawn from `seed`.
+    `name` is `builtin:minilm`, `builtin:tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit | tiny-t5 |
+    tiny-clip`, a transformers folder (relative ones are looked up under `base`), or a hub name. `labels` is
+    the number of classes for the classification tasks and ignored otherwise; a head of another size is
+    replaced by a fresh one drawn from `seed`.
 
     Guarantee: weights are read from safetensors only, no code shipped with a model is run, the model is in
     eval mode.
@@ -131,14 +137,15 @@ def load_backbone(
         labels = None
     with quiet():
         if name.removeprefix("builtin:") in TINY and name.startswith("builtin:"):
-            return _tiny(name, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout)
+            tiny = _tiny(name, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout)
+            return replace(tiny, class_text=class_text)
         folder = _locate(name, base)
         backbone = _pretrained(
             name, folder, kind=kind, labels=labels, seed=seed, dtype=dtype, dropout=dropout
         )
         if random_weights:
-            return _from_scratch(backbone, seed)
-        return backbone
+            backbone = _from_scratch(backbone, seed)
+        return replace(backbone, class_text=class_text)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -226,7 +233,7 @@ def _tiny(name: str, *, kind: str, labels: int | None, seed: int, dtype: str, dr
         prepare = _without_dropout
     model, tokenizer = build_tiny(short, kind=kind, labels=labels, seed=seed, prepare=prepare)
     inside = f"{body_name(model)}."
-    if kind not in ("causal_lm", "sequence_to_sequence"):
+    if kind not in ("causal_lm", "sequence_to_sequence") and not kind.startswith("image_text"):
         fresh = tuple(f for f, _ in model.named_parameters() if not f.startswith(inside))
     else:
         fresh = ()
@@ -267,7 +274,7 @@ def _pretrained(
                 **({"key_mapping": renamed} if renamed else {}),
             )
         tokenizer = None
-        if not kind.startswith("image"):
+        if reads_texts(kind):
             tokenizer = load_tokenizer(name, folder, options)
     except ModelError:
         raise
@@ -310,7 +317,7 @@ def _checked(
         backbone = replace(backbone, key_mapping=renamed)
         if kind == "causal_lm":
             refuse_if_it_sees_the_future(name, backbone)
-        if tokenizer is not None:
+        if tokenizer is not None and not kind.startswith("image"):
             refuse_if_padding_matters(name, backbone)
     except ModelError:
         raise
@@ -394,6 +401,11 @@ def _fresh(
     return fresh
 
 
+def reads_texts(kind: str) -> bool:
+    """Tell whether a task gives a model texts, alone or beside pictures."""
+    return not kind.startswith("image") or kind.startswith("image_text")
+
+
 def body_name(model: nn.Module) -> str:
     """Name the child of a model that holds its body; picture towers of two-sided models have another name
     than they announce.
@@ -427,6 +439,8 @@ def _finish(
     notes: LibraryObject,
 ) -> Backbone:
     model.eval().requires_grad_(False)
+    if kind.startswith("image_text"):
+        model = as_picture_classifier(name, model)
     config: Configuration = model.config
     name_marks(config)
     if kind.endswith("classification") and fresh:
@@ -436,7 +450,7 @@ def _finish(
     if kind == "text_classification" and config.is_encoder_decoder:
         model.register_forward_pre_hook(end_once, with_kwargs=True)
     images: dict[str, Any] = {}
-    if kind == "image_classification":
+    if kind.startswith("image"):
         channels = int(_of_pictures(config, "num_channels", 3))
         images = {
             "image_size": _picture_side(config, folder),
@@ -451,7 +465,7 @@ def _finish(
         total_parameters=sum(p.numel() for p in model.parameters()),
         source=name,
         hidden_size=_width(config),
-        max_positions=_positions(config),
+        max_positions=text_limit(config) if kind.startswith("image_text") else _positions(config),
         kind=kind,
         fresh=fresh,
         notes=tuple(notes),

@@ -16,6 +16,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -200,12 +202,33 @@ def _t5(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
     )
 
 
+def _clip(tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    tower = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+        "projection_dim": 32,
+    }
+    text = {
+        **tower,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 77,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {**tower, "image_size": 32, "patch_size": 8}
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+
+
 _CONFIGS: dict[str, Callable[[PreTrainedTokenizerFast], PretrainedConfig]] = {
     "tiny-bert": _bert,
     "tiny-gpt2": _gpt2,
     "tiny-llama": _llama,
     "tiny-vit": _vit,
     "tiny-t5": _t5,
+    "tiny-clip": _clip,
 }
 _CLASSES: dict[tuple[str, str], type[PreTrainedModel]] = {
     ("tiny-bert", "text_classification"): BertForSequenceClassification,
@@ -216,6 +239,8 @@ _CLASSES: dict[tuple[str, str], type[PreTrainedModel]] = {
     ("tiny-llama", "causal_lm"): LlamaForCausalLM,
     ("tiny-vit", "image_classification"): ViTForImageClassification,
     ("tiny-t5", "sequence_to_sequence"): T5ForConditionalGeneration,
+    ("tiny-clip", "image_text_classification"): CLIPModel,
+    ("tiny-clip", "image_text_contrastive_classification"): CLIPModel,
 }
 TINY = tuple(_CONFIGS)
 

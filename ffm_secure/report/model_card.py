@@ -19,6 +19,8 @@ _PIPELINES = {
     "masked_lm": "fill-mask",
     "image_classification": "image-classification",
     "sequence_to_sequence": "text2text-generation",
+    "image_text_classification": "zero-shot-image-classification",
+    "image_text_contrastive_classification": "zero-shot-image-classification",
 }
 # Layouts of what a causal model goes on from, as a text that asks.
 _QUESTIONS = {"answered": r'"A prompt to answer.\n"', "lines": r'"user: A question.\nassistant: "'}
@@ -56,10 +58,10 @@ def model_card(export: ModelExport, summary: RunSummary) -> str:
 
 def loading_code(export: ModelExport, folder: str = ".") -> str:
     """Return Python that loads an export with stock libraries alone and leaves `model` and, for texts,
-    `tokenizer`.
+    `tokenizer`, for pictures `processor`.
     """
-    auto, pictures = export.auto_class, export.task == "image_classification"
-    prepare = "AutoImageProcessor" if pictures else "AutoTokenizer"
+    auto, names = export.auto_class, _preparations(export)
+    prepare = ", ".join(names.values())
     dtype = f"dtype=torch.{export.dtype}"
     lines = ["from pathlib import Path", "", "import torch"]
     if export.form == "adapter":
@@ -80,12 +82,24 @@ def loading_code(export: ModelExport, folder: str = ".") -> str:
         lines += [f"from transformers import {auto}, {prepare}", ""]
         lines += [f"folder = Path({json.dumps(folder)}){inside}"]
         lines += [f"model = {auto}.from_pretrained(folder, {dtype}).eval()"]
-    name = "processor" if pictures else "tokenizer"
-    return "\n".join([*lines, f"{name} = {prepare}.from_pretrained(folder)"])
+    prepared = [f"{name} = {kind}.from_pretrained(folder)" for name, kind in names.items()]
+    return "\n".join([*lines, *prepared])
+
+
+def _preparations(export: ModelExport) -> dict[str, str]:
+    """Return what prepares the input of a model: name in the code, and class of transformers."""
+    names = {}
+    if export.task.startswith("image"):
+        names["processor"] = "AutoImageProcessor"
+    if not export.task.startswith("image") or export.class_text:
+        names["tokenizer"] = "AutoTokenizer"
+    return names
 
 
 def answering_code(export: ModelExport) -> str:
     """Return Python that asks the loaded model something."""
+    if export.class_text:
+        return _scoring_code(export)
     if export.task == "image_classification":
         batch = 'processor(Image.open("picture.png"), return_tensors="pt")'
     else:
@@ -115,6 +129,25 @@ def answering_code(export: ModelExport) -> str:
     if export.labels:
         lines.append("print([model.config.id2label[number] for number in logits.argmax(dim=-1).tolist()])")
     return "\n".join(lines)
+
+
+def _scoring_code(export: ModelExport) -> str:
+    """Return Python that scores a picture against the texts of the classes."""
+    texts = [export.class_text.replace("{}", name) for name in export.labels]
+    return "\n".join(
+        [
+            "from PIL import Image",
+            "",
+            f"texts = {json.dumps(texts, ensure_ascii=False)}",
+            'pictures = processor(Image.open("picture.png"), return_tensors="pt")',
+            'full = model.config.model_type.startswith("siglip")  # which reads the last place of a text',
+            'padding = "max_length" if full else True',
+            'words = tokenizer(texts, padding=padding, return_tensors="pt")',
+            "with torch.inference_mode():",
+            '    logits = model(**pictures, input_ids=words["input_ids"]).logits_per_image',
+            "print([texts[number] for number in logits.argmax(dim=-1).tolist()])",
+        ]
+    )
 
 
 def _front_matter(export: ModelExport, summary: RunSummary) -> str:
@@ -177,9 +210,7 @@ def _loading(export: ModelExport) -> str:
             "model, so nothing loads it by mistake: `ffm-secure predict RUN --text '...'` answers with it."
         )
     folder = (
-        "folder"
-        if export.task == "image_classification"
-        else "folder, or `ffm-secure predict RUN --text '...'`"
+        "folder" if export.task.startswith("image") else "folder, or `ffm-secure predict RUN --text '...'`"
     )
     notes = [
         f"Run in this {folder}:",
@@ -267,7 +298,9 @@ def _data(export: ModelExport, summary: RunSummary) -> str:
         ),
         f"- labels: {labels}",
     ]
-    if export.task != "image_classification":
+    if export.class_text:
+        lines.append(f"- text of a class: `{export.class_text}`")
+    elif export.task != "image_classification":
         lines.append(f"- texts longer than {export.max_length} tokens were cut")
     return "\n".join([*lines, "- rows and sizes of single owners are not published here"])
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ffm_secure.foreign import Configuration
+from ffm_secure.models.dual_encoder import by_picture
 
 _FLAT = {
     "opt": ("OPTDecoderLayer", ("final_layer_norm", "fc1", "fc2"))
@@ -21,6 +22,7 @@ def restore_batch_axis(model: nn.Module) -> None:
 
     The hooks keep nothing but a number on each module, so that copies of the model work on their own.
     """
+    by_picture(model)
     config: Configuration = getattr(model, "config", None)
     kind, names = _FLAT.get(str(getattr(config, "model_type", "")), ("", ()))
     for layer in model.modules():

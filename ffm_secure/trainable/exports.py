@@ -81,6 +81,7 @@ def export(
         labels=_labels(backbone),
         text_columns=text_columns,
         layout=layout,
+        class_text=backbone.class_text if TASKS.has(backbone.kind, "class_texts") else "",
         key_mapping=dict(backbone.key_mapping),
     )
     (folder / RECORD).write_text(json.dumps(asdict(record), indent=2, ensure_ascii=False) + "\n")
@@ -99,7 +100,7 @@ def read_record(folder: Path) -> ModelExport:
         raise ModelError(
             f"{folder / RECORD}: cannot be read; run `ffm-secure run` again to write it"
         ) from error
-    texts = 0 if record.task == "image_classification" else 1
+    texts = 0 if record.task.startswith("image") else 1
     sound = record.task in TASKS.kinds and len(record.text_columns) >= texts
     if not sound or not 1 <= record.max_length <= _LONGEST:
         raise ModelError(f"{folder / RECORD}: is damaged; run `ffm-secure run` again to write it")
@@ -111,6 +112,8 @@ def _form(trainable: TrainableModel) -> Literal["adapter", "model", "whole", "ow
     backbone, kind = trainable.backbone, trainable.kind
     averages = has_own_head(backbone)
     reads_last = hasattr(backbone.model, "score") or backbone.kind == "causal_lm"
+    if backbone.kind.startswith("image_text") and kind in ("context", "class_context", "head"):
+        return "own"
     if kind == "prompt_generator" or (averages and kind in ("prefix", "deep_prompt")):
         return "own"
     if kind == "deep_prompt":
@@ -253,7 +256,7 @@ def picture_table(backbone: Backbone) -> dict[str, Any]:
 
 
 def _labels(backbone: Backbone) -> tuple[str, ...]:
-    if not backbone.kind.endswith("classification"):
+    if not TASKS.has(backbone.kind, "classifies"):
         return ()
     names = backbone.config.id2label
     return tuple(str(names[number]) for number in range(len(names)))

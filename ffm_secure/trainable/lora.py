@@ -25,6 +25,7 @@ from ffm_secure.trainable.base import (
     write_peft,
 )
 from ffm_secure.trainable.batch_axis import restore_batch_axis
+from ffm_secure.trainable.context import ClassResidual, attach_residual
 from ffm_secure.trainable.targets import has_own_head, head_modules, is_conv1d, lora_targets, matches
 
 TASK_TYPES = {
@@ -308,8 +309,12 @@ def _copy_for(
     return sharing_copy(model, own=[m.weight for m in chosen if isinstance(m.weight, nn.Parameter)])
 
 
-def attach_head(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> Head:
+def attach_head(
+    backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int
+) -> Head | ClassResidual:
     """Train the classification head and nothing else."""
+    if task_kind.startswith("image_text"):
+        return attach_residual(backbone)
     if not task_kind.endswith("classification"):
         raise ModelError(
             f"model.trainable.kind = 'head': {task_kind} has no head of its own; use lora, prompt or full"

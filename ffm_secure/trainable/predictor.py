@@ -93,8 +93,9 @@ class Predictor:
             seed=source.seed,
             dtype=source.dtype,
             random_weights=source.random_weights,
+            class_text=record.class_text or "{}",
         )
-        pictures = record.task == "image_classification"
+        pictures = record.task.startswith("image")
         data = _Data(text_columns=record.text_columns, label_column="label", label_names=record.labels)
         if pictures:
             data = replace(data, text_columns=(), image_column="picture")

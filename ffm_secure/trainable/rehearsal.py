@@ -14,7 +14,9 @@ from ffm_secure.config.run_file import ClippingKind
 from ffm_secure.errors import ModelError
 from ffm_secure.foreign import Configuration, LibraryModel
 from ffm_secure.models.backbone import Backbone
+from ffm_secure.models.dual_encoder import fills_places
 from ffm_secure.trainable.base import TrainableModel
+from ffm_secure.trainable.context import ContextModel
 
 # What to use where a kind does not work with a model.
 _INSTEAD = {
@@ -27,6 +29,8 @@ _INSTEAD = {
     "p_tuning": "lora",
     "deep_prompt": "prompt or lora",
     "prompt_generator": "prompt or lora",
+    "context": "lora",
+    "class_context": "lora",
 }
 _ROUTED = ".experts."  # two short texts reach few of a model's experts, which says nothing against the others
 
@@ -92,19 +96,34 @@ def tiny_batch(backbone: Backbone, model: LibraryModel) -> dict[str, Tensor] | N
     for neither.
     """
     device = next(model.parameters()).device
-    if backbone.kind == "image_classification":
+    if backbone.kind.startswith("image"):
         if backbone.image_size is None:
             return None
         shape = (2, backbone.channels, backbone.image_size, backbone.image_size)
-        return {
-            "pixel_values": torch.linspace(-1.0, 1.0, 2 * shape[1] * shape[2] ** 2, device=device).view(shape)
-        }
+        pictures = torch.linspace(-1.0, 1.0, 2 * shape[1] * shape[2] ** 2, device=device).view(shape)
+        if not backbone.kind.startswith("image_text"):
+            return {"pixel_values": pictures}
+        return {"pixel_values": pictures, "class_texts": _class_texts(backbone, model).to(device)}
     words, end = _words(backbone.config)
     tokens = torch.tensor([[*words, end], [*reversed(words), end]], device=device)
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if backbone.kind == "sequence_to_sequence":
         batch["decoder_input_ids"] = tokens.flip(1)
     return batch
+
+
+def _class_texts(backbone: Backbone, model: LibraryModel) -> Tensor:
+    """Invent the texts of the classes, which every picture shares, int64 [2, K, T]."""
+    words, end = _words(backbone.config.text_config)
+    classes, length = int(backbone.config.num_labels), 4
+    if isinstance(model, ContextModel):  # which replaces the first words
+        length += model.begins + model.replaced
+    if fills_places(backbone.config) and backbone.max_positions is not None:
+        length = backbone.max_positions
+    texts = torch.full((classes, length), words[0])
+    texts[1::2] = words[1]
+    texts[:, -1] = end
+    return texts.expand(2, classes, length)
 
 
 def _words(config: Configuration) -> tuple[tuple[int, int], int]:

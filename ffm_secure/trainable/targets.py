@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -56,6 +57,8 @@ def head_modules(backbone: Backbone) -> tuple[str, ...]:
 
     A module that also holds a tensor of the checkpoint (a decoder tied to the input embeddings) is left out.
     """
+    if backbone.kind.startswith("image_text"):  # the texts of the classes are the head
+        return ()
     model, fresh = backbone.model, set(backbone.fresh)
     names: list[str] = []
     if backbone.kind.endswith("classification"):
@@ -92,6 +95,7 @@ def lora_targets(backbone: Backbone, wanted: Sequence[str], *, outside: Iterable
     model_type = str(backbone.config.model_type)
     chosen = tuple(wanted) or QUERY_VALUE.get(model_type, ())
     linear += _convolutions(backbone.model, outside=tuple(outside))
+    chosen = tuple(dict.fromkeys(path for name in chosen for path in _written_out(name, linear)))
     missing = []
     for name in chosen:
         if not any(matches(path, name) for path in linear):
@@ -107,6 +111,13 @@ def lora_targets(backbone: Backbone, wanted: Sequence[str], *, outside: Iterable
             f"use {[ALL_LINEAR]} or some of {', '.join(leaves) or 'none: it has no linear modules'}"
         )
     return chosen
+
+
+def _written_out(target: str, paths: Sequence[str]) -> list[str]:
+    """Return the paths a target with * means, as `vision_model.*.q_proj` does; any other is itself."""
+    if "*" not in target:
+        return [target]
+    return [path for path in paths if fnmatchcase(path, target)] or [target]
 
 
 def matches(path: str, target: str) -> bool:
