@@ -169,23 +169,20 @@ def _read(
         raise NotApplicable("the first adapter's up-projection is not that quiet: it is not a crafted one")
     if f"{names.down}.weight" not in observation.tensors or f"{names.down}.bias" not in observation.tensors:
         raise NotApplicable("the first adapter's down-projection was not shared")
-    states = _single_states(observation, private, names.down)
+    states, precisions = _single_states(observation, private, names.down)
     if not len(states):
         return Finding(reason="no neuron fired")
     public = (prior.examples or {}).get("token_ids")
     if public is None:
         raise NotApplicable("public texts are needed: prior.examples has no token_ids")
     reader = _Reader.of(private, public)
-    deadline, texts, explained = budget.start(), set[tuple[int, ...]](), list[Tensor]()
-    for state in states:
+    deadline, texts = budget.start(), set[tuple[int, ...]]()
+    for state in _merged(states, precisions):
         if deadline.expired:
             break
-        if any(float((state - other).norm()) < _SAME * float(state.norm()) for other in explained):
-            continue  # another neuron that the same text moved
         text, miss = reader.read(state)
         if miss < _MET:
             texts.add(text)
-            explained.append(state)
     if not texts:
         return Finding(reason="no neuron was moved by one text alone", details={"fired": len(states)})
     items = [Item(kind="token_set", value=torch.tensor(sorted({word for text in texts for word in text})))]
@@ -194,8 +191,10 @@ def _read(
     return Finding(items=tuple(items), confidence=0.95, details={"fired": len(states), "texts": len(texts)})
 
 
-def _single_states(observation: Observation, model: nn.Module, down: str) -> Tensor:
-    """Return what moved every neuron that fired (n, d): the change of its row over that of its bias."""
+def _single_states(observation: Observation, model: nn.Module, down: str) -> tuple[Tensor, Tensor]:
+    """Return what moved every neuron that fired (n, d), the change of its row over that of its bias, and how
+    many roundings that change is long (n,); the best known come first.
+    """
     weight, bias = (
         observation.tensors[f"{down}.weight"].double(),
         observation.tensors[f"{down}.bias"].double(),
@@ -214,8 +213,23 @@ def _single_states(observation: Observation, model: nn.Module, down: str) -> Ten
     else:
         fired, rounding = bias != 0, torch.ones_like(bias)
     states = weight[fired] / bias[fired, None]
-    order = (rounding[fired] / bias[fired].abs()).argsort()
-    return states[order]
+    precisions = bias[fired].abs() / rounding[fired]
+    order = precisions.argsort(descending=True)
+    return states[order], precisions[order]
+
+
+def _merged(states: Tensor, precisions: Tensor) -> Iterator[Tensor]:
+    """Yield one state for each text, best known first: the mean of all neurons that it moved alone, each as
+    far as rounding lets it be known.
+    """
+    left = torch.ones(len(states), dtype=torch.bool)
+    for place, state in enumerate(states):
+        if not left[place]:
+            continue
+        same = left & ((states - state).norm(dim=1) < _SAME * state.norm())
+        left &= ~same
+        weights = precisions[same].square()
+        yield (weights[:, None] * states[same]).sum(0) / weights.sum()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

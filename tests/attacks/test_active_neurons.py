@@ -67,6 +67,19 @@ def test_a_neuron_that_one_text_moved_keeps_its_state_through_four_steps_of_adam
     assert exact(seen, model, public, ids) >= 2
 
 
+def test_what_several_neurons_keep_of_a_text_is_one_state_and_better_known() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(3, 200, generator=generator, dtype=torch.float64)
+    precisions = torch.tensor([400.0] * 12 + [100.0] * 12, dtype=torch.float64)
+    states = true.repeat(8, 1)
+    noise = torch.randn(states.shape, generator=generator, dtype=torch.float64)
+    states = states + noise / precisions[:, None]
+    merged = torch.stack(list(active_neurons._merged(states, precisions)))
+    assert merged.shape == true.shape
+    misses, alone = (merged - true).norm(dim=1), (states[:3] - true).norm(dim=1)
+    assert (misses < 0.65 * alone).all()
+
+
 def test_an_honest_adapter_is_not_read() -> None:
     public, ids, model = framed_texts(50, 0), framed_texts(TEXTS, 7), adapted_bert()
     reading = active_neurons.neuron_imprint().run(
@@ -111,13 +124,14 @@ def test_texts_of_a_trained_encoder_are_read_after_four_steps_of_adamw(shared: P
     rows = pyarrow.parquet.read_table(shared / "data" / "banking77" / "train.parquet")["text"].to_pylist()
     texts = torch.tensor([ids for ids in backbone.tokenizer(rows)["input_ids"] if len(ids) == 12])
     texts = texts[torch.randperm(len(texts), generator=torch.Generator().manual_seed(1))]
-    public, ids = texts[:800], texts[800 : 800 + TEXTS]
+    ids = texts[800 : 800 + TEXTS]
+    public = torch.cat([texts[:800], texts[800 + TEXTS :]])
     model = copy.deepcopy(backbone.model).eval().requires_grad_(False)
     torch.manual_seed(0)
     output = model.bert.encoder.layer[0].attention.output
-    output.dense = Bottleneck(output.dense, 384, 128)
+    output.dense = Bottleneck(output.dense, 384, 256)
     honest = trained(model)
     bad = crafted(model, public)
     read = exact(answered(bad, ids), bad, public, ids)
-    assert read >= 6, read  # 7 of 16 were read; chance reads none
+    assert read >= TEXTS // 2, read  # 12 were read; chance reads none
     assert check_broadcast(trained(bad), layout_of(honest), honest)
