@@ -7,7 +7,6 @@ really read is recorded, and global random state is left alone.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks import steps
+from attacks.copies import sharing_copy
 from attacks.observation import Knowledge, Observation
 
 Family = Literal[
@@ -320,21 +320,25 @@ def working_copy(model: nn.Module | None, observation: Observation) -> nn.Module
     """Return a private copy of the model in evaluation mode, holding the broadcast weights when they were
     observed.
 
-    Guarantee: the caller's model is not touched. Raises: NotApplicable when there is no model or the
+    Guarantee: the caller's model is not touched. Assumes: attacks write into no parameter of the copy, whose
+    numbers are those of the model and of the broadcast. Raises: NotApplicable when there is no model or the
     broadcast does not fit it.
     """
     if model is None:
         raise NotApplicable("the attack needs the broadcast model")
-    private = copy.deepcopy(model).eval()
+    private = sharing_copy(model).eval()
     if observation.broadcast is not None:
-        own = dict(private.named_parameters()) | dict(private.named_buffers())
+        parameters, buffers = dict(private.named_parameters()), dict(private.named_buffers())
         for name, value in observation.broadcast.items():
-            if name not in own or own[name].shape != value.shape:
+            own = parameters.get(name, buffers.get(name))
+            if own is None or own.shape != value.shape:
                 raise NotApplicable(
                     f"the broadcast holds {name!r}, which the model does not have in that shape"
                 )
-            with torch.no_grad():
-                own[name].copy_(value)
+            if name in parameters:
+                own.data = value.detach().to(own)
+            else:
+                own.copy_(value)  # an attack may correct a running statistic
     return private
 
 

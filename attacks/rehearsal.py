@@ -9,7 +9,6 @@ sparsifier dropped. Noise is the negative control.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from attacks import nulls, steps
+from attacks.copies import sharing_copy
 from attacks.foreign import Configuration
-from attacks.inversion.channels import ended
+from attacks.inversion.channels import end_token, ended
 from attacks.observation import Observation
 from attacks.truth import Truth
 
@@ -82,7 +82,8 @@ def invented_batch(
     texts = []
     for length in lengths:
         texts.append(_text(int(vocabulary), length, generator, like))
-    texts = [ended(model, torch.tensor([text]))[0].tolist() for text in texts]
+    if end_token(model) is not None:
+        texts = [ended(model, torch.tensor([text]))[0].tolist() for text in texts]
     ids, mask = _padded(texts, int(getattr(config, "pad_token_id", None) or 0))
     words = Truth(sequences=tuple(map(tuple, texts)), vocabulary=int(vocabulary))
     with torch.no_grad():
@@ -316,7 +317,8 @@ def _change(observation: Observation, model: nn.Module, seed: int, like: Truth |
 def _broadcast(observation: Observation, model: nn.Module) -> nn.Module:
     """Return a copy of the model as it was broadcast, in the mode the client is told to train in."""
     dropout = float(observation.known("dropout") or 0.0)
-    client = copy.deepcopy(model).requires_grad_(False).train(dropout > 0)
+    moving = {*observation.tensors, *(observation.broadcast or {})}
+    client = sharing_copy(model, own=moving).requires_grad_(False).train(dropout > 0)
     for module in client.modules() if dropout else ():
         if isinstance(module, nn.Dropout):
             module.p = dropout

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
+from attacks.copies import sharing_copy
 from attacks.inversion.channels import Channel, capture_inputs, observed_channels, run_tokens
 from attacks.inversion.linear import agreeing, bias_quotients
 from attacks.inversion.tokens import embedding_names, vocabulary_size
@@ -52,7 +53,7 @@ def decode(states: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 def _attempt(
     observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
 ) -> Finding:
-    private = working_copy(model, observation).double()
+    private = working_copy(model, observation)
     channels = narrow_channels(observation, private)
     items: list[Item] = []
     tokens: set[int] = set()
@@ -90,6 +91,8 @@ def _tokens_of(model: nn.Module, channel: Channel, quotients: Tensor, vocabulary
     probe = capture_inputs(module, partial(run_tokens, model, first))
     if channel.name not in probe or probe[channel.name].ndim != 3:  # a head behind pooling, not an adapter
         return set()
+    model = sharing_copy(model).double()
+    module = {channel.name: model.get_submodule(channel.name)}
     longest = int(getattr(getattr(model, "config", None), "max_position_embeddings", 1) or 1)
     for place in range(min(longest, 8)):
         ids = torch.arange(vocabulary)[:, None].expand(-1, place + 1)

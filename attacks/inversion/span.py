@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Deadline, Finding, Item, PlainAttack, Prior, working_copy
+from attacks.copies import sharing_copy
 from attacks.inversion.channels import capture_inputs
 from attacks.inversion.last_tokens import with_last_tokens
 from attacks.inversion.prefixes import (
@@ -266,7 +267,8 @@ def _attempt(
     outliers: bool,
 ) -> Finding:
     deadline = budget.start()
-    structure = study(observation, working_copy(model, observation).double())
+    private = working_copy(model, observation)
+    structure = study(observation, sharing_copy(private).double(), light=private)
     contexts = clean_contexts(structure)
     if contexts is not None and structure.vocabulary <= WHOLE_VOCABULARY:
         whole = _read_whole(observation, contexts, deadline=deadline)

@@ -8,9 +8,8 @@ factors included.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,6 +18,7 @@ from scipy.stats import beta, norm
 from torch import Tensor, nn
 
 from attacks.contract import Deadline, NotApplicable
+from attacks.copies import sharing_copy
 from attacks.inversion.channels import (
     Span,
     Spectrum,
@@ -49,7 +49,8 @@ class Structure:
     """What the model does with tokens.
 
     Which channels see one token alone, which see it mixed with others, and whether order counts. `light` is
-    the model in single precision, to screen whole vocabularies with.
+    the model in single precision, to screen whole vocabularies with. `feeds` names for every channel the
+    first one that is fed the same.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Structure:
     causal: bool
     noise: float
     limit: int
+    feeds: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -112,10 +114,13 @@ class Candidates:
 # ------------------------------------------------------------------------------------------------ preparation
 
 
-def study(observation: Observation, model: nn.Module, *, context: bool = True) -> Structure:
+def study(
+    observation: Observation, model: nn.Module, *, light: nn.Module | None = None, context: bool = True
+) -> Structure:
     """Find the channels of an observation and, by probing the model, what each of them sees.
 
     Without `context` the layers that see tokens mixed are left out: enough for tokens, not for sentences.
+    `light` is the model before it was brought to double precision, where the caller still has it.
 
     Raises: NotApplicable when no layer sees tokens before they are mixed, or every such row space is full.
     """
@@ -125,7 +130,7 @@ def study(observation: Observation, model: nn.Module, *, context: bool = True) -
     order = execution_order(
         {name: model.get_submodule(name) for name in channels}, lambda: call(model, probe)
     )
-    order, backward, forward = _probe(copy.deepcopy(model).double(), order, probe)
+    order, backward, forward = _probe(sharing_copy(model).double(), order, probe)
     alone = []
     for name in order:
         if not backward[name] and not forward[name]:
@@ -139,18 +144,36 @@ def study(observation: Observation, model: nn.Module, *, context: bool = True) -
     spectra = {}
     for name in (*alone, *mixed):
         spectra[name] = spectrum_of(channels[name])
+    noise = noise_per_entry(observation)
     return Structure(
         model=model,
-        light=copy.deepcopy(model).float(),
+        light=sharing_copy(light or model).float(),
         vocabulary=vocabulary,
         alone=tuple(spectra[name] for name in alone),
         mixed=tuple(spectra[name] for name in mixed),
-        ambient=_ambient(model, alone, vocabulary),
+        ambient=_ambient(model, alone, vocabulary) if _any_rank(spectra, alone, noise) else {},
         positional=not torch.allclose(same[0], same[-1], atol=1e-6 * float(same.abs().max())),
         causal=not any(forward.values()),
-        noise=noise_per_entry(observation),
+        noise=noise,
         limit=_longest(observation, model),
+        feeds=_feeds(model, (*alone, *mixed), probe),
     )
+
+
+def _any_rank(spectra: Mapping[str, Spectrum], names: Sequence[str], noise: float) -> bool:
+    """Say whether any channel holds a direction above the edge of the noise, at the lowest of all cuts."""
+    lowest = min(tolerance for tolerance in _TOLERANCES if tolerance is not None)
+    return any(spectra[name].span(tolerance=lowest, noise=noise).rank > 0 for name in names)
+
+
+def _feeds(model: nn.Module, names: Sequence[str], probe: Tensor) -> dict[str, str]:
+    """Return for every channel the first one that is fed the same: a pass that looks at it can stop there."""
+    captured = capture_inputs({name: model.get_submodule(name) for name in names}, lambda: call(model, probe))
+    feeds: dict[str, str] = {}
+    for name in names:
+        same = (one for one in (*feeds.values(), name) if torch.equal(captured[one], captured[name]))
+        feeds[name] = next(same)
+    return feeds
 
 
 def cut(structure: Structure, tolerance: float | None) -> Scene:
@@ -293,13 +316,9 @@ def _screened(scene: Scene, ids: Tensor) -> Tensor:
     """Return joint distances from the length of each projection alone: right to about 1e-3 where they are not
     small.
     """
-    modules = {}
-    for span in scene.alone:
-        modules[span.channel] = scene.structure.light.get_submodule(span.channel)
-    captured = capture_inputs(modules, lambda: call(scene.structure.light, ids))
+    captured = _inputs_of_spans(scene.structure, scene.structure.light, scene.alone, ids)
     outside = []
-    for span in scene.alone:
-        inputs = captured[span.channel]
+    for span, inputs in zip(scene.alone, captured, strict=True):
         inside = torch.linalg.vector_norm(inputs @ span.basis.to(inputs.dtype).T, dim=-1)
         whole = torch.linalg.vector_norm(inputs, dim=-1).clamp_min(1e-30)
         outside.append((1.0 - (inside / whole).square()).clamp_min(0.0))
@@ -451,8 +470,15 @@ def _passed(
 
 def joint_distance(scene: Scene, spans: tuple[Span, ...], ids: Tensor) -> Tensor:
     """Return the largest distance over some spans, per sequence and position."""
-    modules = {}
-    for span in spans:
-        modules[span.channel] = scene.structure.model.get_submodule(span.channel)
-    captured = capture_inputs(modules, lambda: call(scene.structure.model, ids))
-    return torch.stack([span.distance(captured[span.channel]) for span in spans]).amax(0)
+    captured = _inputs_of_spans(scene.structure, scene.structure.model, spans, ids)
+    distances = [span.distance(inputs) for span, inputs in zip(spans, captured, strict=True)]
+    return torch.stack(distances).amax(0)
+
+
+def _inputs_of_spans(
+    structure: Structure, model: nn.Module, spans: Sequence[Span], ids: Tensor
+) -> list[Tensor]:
+    """Return what the channel of each span is fed under sequences (n, t)."""
+    feeds = [structure.feeds[span.channel] for span in spans]
+    captured = capture_inputs({name: model.get_submodule(name) for name in feeds}, lambda: call(model, ids))
+    return [captured[name] for name in feeds]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Deadline, Finding, Item, PlainAttack, Prior, working_copy
+from attacks.copies import sharing_copy
 from attacks.inversion.channels import (
     Channel,
     Spectrum,
@@ -331,7 +332,8 @@ def _attempt(
     deadline, generator = budget.start(), torch.Generator().manual_seed(seed)
     refuse_rescaled(observation)
     known = observation.known("batch_size")
-    structure = study(observation, working_copy(model, observation).double())
+    private = working_copy(model, observation)
+    structure = study(observation, sharing_copy(private).double(), light=private)
     channels = observed_channels(observation, structure.model)
     details: dict[str, float | int | str] = {"noise": structure.noise}
     solutions: list[tuple[float, Tensor]] = []
