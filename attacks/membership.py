@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attacks.contract import Attack, Budget, Finding, Item, NotApplicable, PlainAttack, Prior, working_copy
 from attacks.inversion.channels import Span, capture_inputs, observed_channels, spectrum_of
+from attacks.inversion.example_gradients import gradients_of_each
 from attacks.inversion.tokens import noise_per_entry
 from attacks.observation import Observation
 
@@ -109,12 +110,32 @@ def confidences(model: nn.Module, batch: Batch) -> Tensor:
     return chosen.reshape(batch_size(batch), -1).mean(1)
 
 
+def _example_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the cross-entropy of each example, of a text the mean over its places: shape (n,)."""
+    logits, targets = logits_and_targets(model, batch)
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    return losses.reshape(batch_size(batch), -1).mean(1)
+
+
 def example_gradients(model: nn.Module, batch: Batch, names: tuple[str, ...]) -> Tensor:
-    """Return one flat gradient per example over the named parameters: shape (n, parameters)."""
+    """Return one flat gradient per example over the named parameters: shape (n, parameters).
+
+    Examples of which linear layers alone are asked share a pass of the model, the others take one each.
+    """
     parameters = dict(model.named_parameters())
-    wanted = []
-    for name in names:
-        wanted.append(parameters[name].requires_grad_(True))
+    rows = []
+    for start in range(0, batch_size(batch), _TOGETHER):
+        some = {name: value[start : start + _TOGETHER] for name, value in batch.items()}
+        losses = partial(_example_losses, model, some)
+        together = gradients_of_each(model, names, losses, batch_size(some))
+        if together is None:
+            wanted = [parameters[name].requires_grad_(True) for name in names]
+            together = _one_by_one(model, some, wanted)
+        rows.append(together)
+    return torch.cat(rows)
+
+
+def _one_by_one(model: nn.Module, batch: Batch, wanted: list[Tensor]) -> Tensor:
     rows = []
     for index in range(batch_size(batch)):
         with torch.enable_grad():
@@ -153,31 +174,38 @@ def _matched(
 
     def compute() -> Studied:
         private = working_copy(model, observation)
-        return {"gradients": example_gradients(private, candidates, names).double()}
+        gradients = example_gradients(private, candidates, names).double()
+        # What all candidates share says nothing of any: public examples give it, else the candidates
+        # themselves.
+        expected = gradients.mean(0)
+        if prior.examples:
+            expected = example_gradients(private, prior.examples, names).double().mean(0)
+        units = gradients - expected
+        units = units / units.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        return {"expected": expected, "units": units, "together": units @ units.T}
 
-    gradients = _studied(candidates, ("gradients", names), model, observation, compute)["gradients"]
-    # What all candidates share says nothing of any: public examples give it, else the candidates themselves.
-    expected = gradients.mean(0)
     if prior.examples:
-        private = working_copy(model, observation)
-        expected = example_gradients(private, prior.examples, names).double().mean(0)
-    centred = gradients - expected
+        studied = compute()
+    else:
+        studied = _studied(candidates, ("units", names), model, observation, compute)
+    expected, units = studied["expected"], studied["units"]
     scale = update.new_zeros(())
     if bool(expected.any()):
         scale = update @ expected / expected.square().sum()
-    units = centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    scores = _weights(units, update - scale * expected, noise_per_entry(observation))
+    left, noise = update - scale * expected, noise_per_entry(observation)
+    scores = _weights(units, studied["together"], left, noise)
     return _scored(scores, _spread(scores), parameters=len(update))
 
 
-def _weights(units: Tensor, update: Tensor, noise: float) -> Tensor:
+def _weights(units: Tensor, together: Tensor, update: Tensor, noise: float) -> Tensor:
     """Return how much of each unit gradient (n, parameters) is in an update, taken together: (n,).
+
+    `together` (n, n) holds their products with each other.
 
     Records of one class have gradients that point one way, so that each alone finds them all. The least
     squares of all together tell them apart; noise of that deviation per entry is their ridge, and where it is
     all there is, what is left is each one's own component.
     """
-    together = units @ units.T
     along = units @ update
     signal = float(update.square().sum()) - noise**2 * len(update)
     power = max(signal, 1e-6 * float(update.square().sum()), 1e-300) / len(units)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from attacks import Budget, Observation, Prior, membership
 from attacks import steps
 from attacks.inversion.channels import capture_inputs
-from attacks.membership import Candidates, example_gradients, logits_and_targets
+from attacks.inversion.example_gradients import gradients_of_each
+from attacks.membership import Candidates, candidate_loss, example_gradients, logits_and_targets
 from attacks.metrics import auc
 from attacks.registry import build
 from tests.attacks import models
@@ -27,6 +29,41 @@ def test_example_gradients_average_to_the_batch_gradient():
     rows = example_gradients(model, candidates(0, 5), names)
     batch = models.gradient(model, candidates(0, 5), models.image_loss)
     assert torch.allclose(rows.mean(0), torch.cat([batch[name].flatten() for name in names]), atol=1e-6)
+
+
+@pytest.mark.parametrize("asked", ["attention", "classifier", "embeddings"])
+def test_gradients_of_texts_in_one_pass_are_those_one_by_one(asked: str) -> None:
+    """Of embeddings no layer says what each text adds, so they take a pass each; the others share one."""
+    model, ids = models.bert().double(), models.sentences(6, 7, 1000)
+    names = tuple(name for name, _ in model.named_parameters() if asked in name and "LayerNorm" not in name)
+    batch = {"token_ids": ids, "labels": torch.arange(6) % 2}
+    rows = example_gradients(model, batch, names)
+    for index, row in enumerate(rows):
+        one = {key: value[index : index + 1] for key, value in batch.items()}
+        wanted = [model.get_parameter(name).requires_grad_(True) for name in names]
+        slopes = torch.autograd.grad(candidate_loss(model, one), wanted)
+        torch.testing.assert_close(row, torch.cat([slope.flatten() for slope in slopes]))
+
+
+class Twice(nn.Module):
+    """A model that goes through the weight of its one layer a second time, past the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(inputs) @ self.layer.weight
+
+
+def test_a_weight_that_is_used_past_its_layer_is_told_by_the_sum_of_all() -> None:
+    model, inputs = Twice(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+    def losses() -> torch.Tensor:
+        return model(inputs).square().sum(1)
+
+    assert gradients_of_each(model, ("layer.weight",), losses, 3) is None
+    assert gradients_of_each(model, ("layer.bias",), losses, 3) is not None
 
 
 @pytest.mark.parametrize(("multiplier", "low", "high"), [(0.0, 0.65, 1.0), (2.0, 0.0, 0.7)])
