@@ -130,6 +130,12 @@ def pooled(scores: Sequence[Score]) -> Score:
     )
 
 
+def hopeless(scores: Sequence[Score], most: int) -> bool:
+    """Say whether `pooled` can no longer succeed, whatever the draws still to come score, `most` in all."""
+    failed = sum(not (one.succeeded and _ENOUGH[one.measure](one.value, one.baseline)) for one in scores)
+    return 2 * failed >= most
+
+
 def regrouped(scores: Sequence[Score], members: int, others: int) -> Score:
     """Return the mean of membership AUCs of the same candidates, of whom others were members each time.
 

@@ -25,7 +25,7 @@ from attacks.judge import (
 )
 from attacks.luck import FEW_DRAWS
 from attacks.registry import ATTACKS
-from attacks.scoring import Score, pooled, regrouped
+from attacks.scoring import Score, hopeless, pooled, regrouped
 from attacks.truth import Truth
 from ffm_secure.auditing import replayed as client_replay
 from ffm_secure.auditing.budget import (
@@ -362,8 +362,13 @@ def repeated(
         known, value=known.baseline, succeeded=False, luck=1.0, exact=False, pairs=(), pictures=()
     )
     draws = [(first[1] or guess, stage.at(point).truth)]
-    cheap = first[0].steps <= CHEAP
-    for number in range(1, (DRAWS_OF_ONE if stage.records == 1 else DRAWS) if cheap else 1):
+    if first[0].steps > CHEAP:
+        most = 1
+    else:
+        most = DRAWS_OF_ONE if stage.records == 1 else DRAWS
+    for number in range(1, most):
+        if like is None and hopeless([scored for scored, _ in draws], most):
+            break  # a control that failed says nothing further, whatever the next draws do
         other = purse.draw(stage, number, point)
         place = f"{point}, draw {number}"
         attempt = None

@@ -35,6 +35,7 @@ from ffm_secure.tasks.encoded import Encoded
 
 Ints = NDArray[np.int64]
 _STRANGERS = 8  # records of each other client that guessing may go by
+_PASS = 32  # records of several clients in one pass of the model
 
 
 def largest(prepared: simulation.Prepared) -> int:
@@ -233,14 +234,48 @@ def records_of(prepared: simulation.Prepared, client: int, rows: Ints) -> dict[s
 def companion_sums(
     prepared: simulation.Prepared, others: Sequence[Companion]
 ) -> tuple[tuple[Companion, StepSums], ...]:
-    """Add up what the other clients of a cohort learn from in the same step, before their noise."""
-    sums = []
+    """Add up what the other clients of a cohort learn from in the same step, before their noise.
+
+    Clients of few records share a pass of the model, where the run tells its records apart anyway.
+    """
+    sums: dict[int, StepSums] = {}
+    for batches in _together(prepared, others):
+        if len(batches) == 1:
+            ((client, batch),) = batches.items()
+            sums[client] = step_sums(prepared, batch, sent_only=True)
+            continue
+        owners = torch.cat([torch.full((_records(one),), client) for client, one in batches.items()])
+        whole = {}
+        for name in next(iter(batches.values())):
+            whole[name] = torch.cat([one[name] for one in batches.values()])
+        groups = owners == torch.tensor(list(batches))[:, None]
+        for client, one in zip(batches, regrouped(prepared, whole, groups), strict=True):
+            sums[client] = replace(one, raw=None)
+    return tuple((other, sums[other.client]) for other in others)
+
+
+def _together(
+    prepared: simulation.Prepared, others: Sequence[Companion]
+) -> list[dict[int, dict[str, Tensor]]]:
+    """Return the batches of clients in groups of equal shapes, as many as one pass should hold."""
+    groups: list[dict[int, dict[str, Tensor]]] = []
+    last: dict[tuple[torch.Size, ...], dict[int, dict[str, Tensor]]] = {}
     for other in others:
         batch = {}
         for name, value in records_of(prepared, other.client, other.rows).items():
             batch[name] = value.to(prepared.device)
-        sums.append((other, step_sums(prepared, batch, sent_only=True)))
-    return tuple(sums)
+        shape = tuple(value.shape[1:] for value in batch.values())
+        group = last.get(shape, {})
+        size = sum(map(_records, group.values())) + _records(batch)
+        if not group or size > _PASS or _clipping(prepared) is None:
+            group = last[shape] = {}
+            groups.append(group)
+        group[other.client] = batch
+    return groups
+
+
+def _records(batch: Mapping[str, Tensor]) -> int:
+    return len(next(iter(batch.values())))
 
 
 def aggregate(

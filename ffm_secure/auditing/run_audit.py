@@ -26,7 +26,7 @@ from ffm_secure.auditing.wording import decoder, sentence
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.memory import Memory
 from ffm_secure.engines import simulation
-from ffm_secure.agreed.loaded_model import load_model, read_facts, stored_noise
+from ffm_secure.agreed.loaded_model import LoadedModel, load_model, read_facts, stored_noise
 from ffm_secure.errors import ConfigError, DataError, StoreError
 from ffm_secure.records import (
     AuditFinding,
@@ -72,8 +72,13 @@ def audit_run(
     began = time.process_time()
     with steps.counted():
         purse = AuditBudget(name=budget, watch=watch)
-        observed = _recorded(folder, config, purse)
-        replay = _replayed(folder, config, resumed, purse, _Chances(rows=rows, seed=seed))
+        chances = _Chances(rows=rows, seed=seed)
+        ready = _ready(folder, config, chances)
+        observed = _recorded(folder, config, purse, ready)
+        if isinstance(ready, str):
+            replay = Replay(note=ready)
+        else:
+            replay = _replayed(folder, ready, resumed, purse, chances)
     findings = (*observed, *replay.findings)
     if replay.bounds:
         last = replay.bounds[max(replay.bounds)]
@@ -94,11 +99,27 @@ def audit_run(
     return audited
 
 
-def _recorded(folder: Path, config: RunConfig, purse: AuditBudget) -> tuple[AuditFinding, ...]:
+def _ready(folder: Path, config: RunConfig, chances: _Chances) -> simulation.Prepared | str:
+    """Prepare the run once for all that is attacked; without its data say why no step can be played again."""
+    try:
+        return simulation.prepare(config, Path.cwd(), folder, chances.rows)
+    except DataError as error:
+        if not any((folder / "observations").glob("round-*")):
+            raise
+        return f"The worst case of one step was not played again: {error}"
+
+
+def _recorded(
+    folder: Path, config: RunConfig, purse: AuditBudget, ready: simulation.Prepared | str
+) -> tuple[AuditFinding, ...]:
     """Attack what crossed the wire, where the run recorded it; needs the model and no data."""
     if not (folder / "observations").is_dir() or not any((folder / "observations").iterdir()):
         return ()
-    model = load_model(config, Path.cwd(), read_facts(folder), multiplier=stored_noise(folder))
+    model: LoadedModel
+    if isinstance(ready, str):
+        model = load_model(config, Path.cwd(), read_facts(folder), multiplier=stored_noise(folder))
+    else:
+        model = ready
     wanted = []
     for name in ATTACKS:
         if {"all", name} & set(config.audit.attacks):
@@ -133,18 +154,13 @@ class Replay:
 
 def _replayed(
     folder: Path,
-    config: RunConfig,
+    prepared: simulation.Prepared,
     resumed: tuple[ServerState, tuple[RoundRecord, ...], bytes],
     purse: AuditBudget,
     chances: _Chances,
 ) -> Replay:
-    """Play one step of one client again, at its worst; without the data folder nothing can be played."""
-    try:
-        prepared = simulation.prepare(config, Path.cwd(), folder, chances.rows)
-    except DataError as error:
-        if not any((folder / "observations").glob("round-*")):
-            raise
-        return Replay(note=f"The worst case of one step was not played again: {error}")
+    """Play one step of one client again, at its worst."""
+    config = prepared.config
     if not prepared.spec.learns:
         bounds = bounds_over_rounds(prepared)
         return Replay(bounds=bounds, curves=tuple(curve_over_rounds(bounds)), note=_NO_UPDATE)

@@ -4,6 +4,7 @@ right ones succeed, guesses do not, and nothing is judged that cannot be.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from attacks.contract import Item, ItemKind, Reconstruction
 from attacks.metrics import psnr
-from attacks.scoring import Score, auc_deviation, pooled, regrouped, score
+from attacks.scoring import Score, auc_deviation, hopeless, pooled, regrouped, score
 from attacks.truth import Truth
 
 TEXT = Truth(sequences=((1, 10, 11, 2), (1, 12, 13, 2)), labels=(0, 3), classes=4)
@@ -116,6 +117,20 @@ def test_the_mean_of_draws_is_judged_and_not_its_luckiest() -> None:
     ).succeeded  # far apart: the interval reaches down to guessing
     assert drawn([30.0, 32.0], baseline=12.0, measure="PSNR dB").succeeded
     assert not drawn([17.0, 16.0], baseline=12.0, measure="PSNR dB").succeeded
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 6])
+def test_draws_are_given_up_exactly_when_no_draw_to_come_can_mend_them(most: int) -> None:
+    for marks in itertools.product((0.0, 0.9), repeat=most):
+        draws = [
+            Score(measure="token F1", value=v, baseline=0.1, succeeded=v > 0.4, luck=1e-6) for v in marks
+        ]
+        for seen in range(1, most):
+            best = replace(draws[0], value=0.9, succeeded=True)
+            mended = pooled([*draws[:seen], *[best] * (most - seen)]).succeeded
+            assert hopeless(draws[:seen], most) != mended
+            if hopeless(draws[:seen], most):
+                assert not pooled(draws[:seen]).succeeded
 
 
 def test_one_draw_stays_as_it_is_and_measures_are_not_mixed() -> None:

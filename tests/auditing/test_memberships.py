@@ -15,6 +15,7 @@ from attacks import Observation
 from attacks.membership import candidate_loss
 from attacks.registry import build
 from attacks.steps import counted
+from ffm_secure.auditing import replayed as client_replay
 from ffm_secure.auditing.budget import AuditBudget
 from ffm_secure.auditing.findings import Ran, repeated, run_attacks
 from ffm_secure.auditing.step import REGROUPED, ReplayedStep, with_draws
@@ -104,6 +105,19 @@ def test_a_sum_of_other_members_holds_fresh_noise_and_the_same_others() -> None:
     difference = first.observation.tensors[name] - second.observation.tensors[name]
     assert float(difference.std()) == pytest.approx(2**0.5 * float(noise_deviation), rel=0.1)
     assert torch.equal(first.observation.tensors[name], again.observation.tensors[name])
+
+
+def test_clients_of_a_cohort_add_up_the_same_alone_and_in_one_pass() -> None:
+    run = prepared(*SHARED)
+    others = client_replay.companions(run, 0, clients=4, records=5, seed=3)
+    assert len(others) == 3
+    for (other, sums), known in zip(client_replay.companion_sums(run, others), others, strict=True):
+        assert other is known
+        ((_, alone),) = client_replay.companion_sums(run, [other])
+        assert sums.clipped is not None
+        assert alone.clipped is not None
+        assert sums.raw is None
+        torch.testing.assert_close(sums.clipped.gradients, alone.clipped.gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
