@@ -41,6 +41,7 @@ SECTIONS: dict[str, list[str]] = {
         "streams.md",
         "personal.md",
         "fewer_bytes.md",
+        "synthetic.md",
         "experiments.md",
         "tracking.md",
         "alone/dp_sgd.md",

@@ -19,7 +19,7 @@ from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.schema import to_table
 from ffm_secure.data.memory import IN_MEMORY, from_memory
-from ffm_secure.engines import own_models, simulation, summary
+from ffm_secure.engines import own_models, simulation, summary, synthetic_set
 from ffm_secure.errors import StoreError
 from ffm_secure.models.in_memory import held_model
 from ffm_secure.records import PlanSummary, RoundRecord, RunSummary
@@ -277,6 +277,9 @@ class Run:
         """Export the model, and the own model of every site that keeps numbers at home; write the report."""
         ready.trainable.load_vector(trained.state.vector)
         store.replace_folder("adapter", lambda folder: self._export(folder, ready, result, complete))
+        synthetic = synthetic_set.chosen(ready, trained.state)
+        if synthetic is not None:
+            store.replace_folder("synthetic", lambda folder: synthetic_set.write(folder, synthetic, result))
         for site in ready.sites if ready.states.places else ():
             own = ready.own_vector(site.data.index, trained.state.vector, before=len(trained.records) + 1)
             ready.trainable.load_vector(own)
@@ -328,6 +331,9 @@ def place(config: RunConfig, *, base: Path, runs: Path) -> Run:
     lifecycle = config.federation.lifecycle
     if lifecycle.public_data:
         lifecycle = dataclasses.replace(lifecycle, public_data=_locate(lifecycle.public_data, base))
+    if lifecycle.votes.candidates:
+        votes = dataclasses.replace(lifecycle.votes, candidates=_locate(lifecycle.votes.candidates, base))
+        lifecycle = dataclasses.replace(lifecycle, votes=votes)
     federation_ = dataclasses.replace(config.federation, lifecycle=lifecycle)
     adapter = ""
     if config.model.adapter:

@@ -73,6 +73,7 @@ class RoundPlan:
     attempt: int = 0  # how often the round was begun before; grows when one that a kill ended is tried again
     layout: str = ""  # digest of names, shapes and codec of what is sent
     query: str = LEARN  # what is asked
+    asked: tuple[int, ...] = ()  # which of a question's public choices it is about, where not all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,6 +291,7 @@ class PlannedQuery:
     bytes_up: int  # one client, one round
     epsilon: float  # of this question alone, for one owner; infinity without a guarantee
     noise_multiplier: float
+    answers: int = 1  # most of one owner, without spare ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,7 +160,26 @@ LIFECYCLES.register("finetune", "ffm_secure.lifecycle.base:Algorithm")
 LIFECYCLES.register("pretrain", "ffm_secure.lifecycle.pretrain:PreTrain", traits=("public_phases",))
 LIFECYCLES.register("class_sums", "ffm_secure.lifecycle.one_shot:OneShot", traits=("one_shot",))
 LIFECYCLES.register("ridge_sums", "ffm_secure.lifecycle.one_shot:OneShot", traits=("one_shot",))
+_TEXTS_ALONE = "candidates are texts: choose text_classification"
+_FROZEN_FEATURES = (
+    "records vote in the features of the model as it was published, and votes make nothing but a head of it: "
+    "use trainable head"
+)
+_VOTES_BY_STAGE = "votes of rows that arrive in stages are not built: leave the stream out"
+_VOTES_AMONG_GROUPS = "votes are one sum over everybody, and no rule compares groups of it: use one group"
+LIFECYCLES.register(
+    "candidate_votes",
+    "ffm_secure.lifecycle.one_shot:Votes",
+    traits=("one_shot", "asks_again"),
+    refuses={
+        ("task", "image_classification"): _TEXTS_ALONE,
+        **{("trainable", kind): _FROZEN_FEATURES for kind in TRAINABLES if kind != "head"},
+        ("stream", "on"): _VOTES_BY_STAGE,
+        ("groups", "several"): _VOTES_AMONG_GROUPS,
+    },
+)
 
+QUERIES.register("candidate_votes", "ffm_secure.queries.candidate_votes:build")
 QUERIES.register("class_sums", "ffm_secure.queries.class_sums:build", traits=("start",))
 QUERIES.register("ridge_sums", "ffm_secure.queries.ridge_sums:build", traits=("start",))
 QUERIES.register("class_prior", "ffm_secure.queries.class_prior:build", traits=("start", "settles"))

@@ -51,6 +51,7 @@ class PublicFacts:
     public_client_size: int
     classes: int | None
     owners: tuple[str, ...] = ()  # empty: by number
+    candidates: tuple[str, ...] = ()  # public texts that private records vote on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,9 +173,15 @@ def _attach(config: RunConfig, backbone: Backbone) -> TrainableModel:
 
 def _question(config: RunConfig, item: agenda.Item, trained: TrainableModel, facts: PublicFacts) -> Question:
     """Build one query of a run, with the noise and the code of its answer."""
-    setting = Setting(config=config, trainable=trained, classes=facts.classes)
+    setting = Setting(config=config, trainable=trained, classes=facts.classes, candidates=facts.candidates)
     query = QUERIES.load(item.query)(setting)
-    noise = calibrate_query(config, query, epsilon=item.epsilon, public_client_size=facts.public_client_size)
+    noise = calibrate_query(
+        config,
+        query,
+        epsilon=item.epsilon,
+        public_client_size=facts.public_client_size,
+        answers=item.answers,
+    )
     codec = grid_codec(
         size=query.size,
         clients=group_size(config),
@@ -195,7 +202,7 @@ def _asked(config: RunConfig, questions: Mapping[str, Question]) -> tuple[Event,
         question.mechanism.event(release=name)
         for name, question in questions.items()
         if not question.item.held_back
-        for _ in range(answers_paid(config))
+        for _ in range(answers_paid(config, question.item.answers))
     )
 
 

@@ -25,7 +25,7 @@ from ffm_secure.protection.codec import VectorCodec
 from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Query
 from ffm_secure.records import LEARN, Observer, Point, RecordedObservation, RoundPlan, RoundSum
-from ffm_secure.strategies import Strategy
+from ffm_secure.strategies import ServerState, Strategy
 
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -46,7 +46,7 @@ class Question:
     @property
     def layout_digest(self) -> str:
         """Return the hash of what is sent."""
-        layout = repr((self.query.name, self.query.size)).encode()
+        layout = repr((self.query.name, self.query.size)).encode() + self.query.about.encode()
         return hashlib.sha256(layout + self.codec.digest()).hexdigest()
 
 
@@ -113,8 +113,15 @@ class RunSpec:
             question.mechanism.event(release=name)
             for name, question in self.questions.items()
             if question.item.held_back == held_back
-            for _ in range(answers_paid(self.config))
+            for _ in range(answers_paid(self.config, question.item.answers))
         )
+
+    def asked(self, query: str, state: ServerState) -> tuple[int, ...]:
+        """Return which of a question's choices the round after a state is about; nothing where it is all."""
+        question = self.questions.get(query)
+        if question is None or question.query.asks is None:
+            return ()
+        return question.query.asks(state)
 
     @property
     def learns(self) -> bool:

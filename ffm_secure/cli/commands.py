@@ -258,6 +258,8 @@ def asked_line(item: PlannedQuery) -> str:
     """Say what one question sends and costs."""
     cost = f"epsilon {bound(item.epsilon)}" if math.isfinite(item.epsilon) else "no guarantee"
     times = "once" if item.asks == 1 else f"of {item.asks} cohorts, each once"
+    if item.answers > 1:
+        times = f"in {item.asks} rounds, every owner {item.answers} times"
     return (
         f"{item.query} {times}: {item.words}; {item.numbers:,} numbers, {size(item.bytes_up)} up; "
         f"{cost}, noise {item.noise_multiplier:.3f} x bound, of rows {item.rows}"

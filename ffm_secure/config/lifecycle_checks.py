@@ -131,6 +131,9 @@ def _check_one_shot(config: RunConfig, problems: Problems) -> None:
                 getattr(lifecycle, name),
                 f"is not read with kind = '{lifecycle.kind}', which takes no steps",
             )
+    if LIFECYCLES.has(lifecycle.kind, "asks_again"):
+        _check_votes(config, problems)
+        return
     cohorts = config.task.clients // max(1, federation.cohort)
     most = max(1, cohorts) * max(1, len(config.task.stream.order))
     if not 1 <= federation.rounds <= most:
@@ -139,6 +142,31 @@ def _check_one_shot(config: RunConfig, problems: Problems) -> None:
             federation.rounds,
             f"must be from 1 to {most} with kind = '{lifecycle.kind}': each round asks another "
             "cohort, so that no owner answers twice",
+        )
+
+
+def _check_votes(config: RunConfig, problems: Problems) -> None:
+    """Check a run of votes: every question is put to all owners, cohort by cohort."""
+    federation, votes = config.federation, config.federation.lifecycle.votes
+    if not votes.candidates:
+        problems.add(
+            "federation.lifecycle.votes.candidates",
+            "",
+            "missing; name a public file of texts to vote on, or builtin:<name>",
+        )
+    if config.task.clients % max(1, federation.cohort):
+        problems.add(
+            "federation.cohort",
+            federation.cohort,
+            f"must divide task.clients = {config.task.clients}: every owner votes once in every question",
+        )
+        return
+    cohorts = config.task.clients // max(1, federation.cohort)
+    if federation.rounds < 1 or federation.rounds % cohorts:
+        problems.add(
+            "federation.rounds",
+            federation.rounds,
+            f"must be a multiple of {cohorts}, the rounds in which all owners have voted on one question",
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from ffm_secure.config.lifecycle_checks import check_lifecycle, check_tables
 from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
-from ffm_secure.config.tables import Compression, Document, Evaluation, Personal, Speed, Stream
+from ffm_secure.config.tables import Compression, Document, Evaluation, Personal, Speed, Stream, Votes
 from ffm_secure.errors import ConfigError
 from ffm_secure.records import Observer
 from ffm_secure.registry import FINISHES, LIFECYCLES, STARTS, STRATEGIES, TASKS, TRAINABLES
@@ -261,6 +261,7 @@ class Lifecycle:
         only_for=("pretrain",),
     )
     controller: Controller = option(Controller(), only_for=("pretrain",))
+    votes: Votes = option(Votes(), only_for=("candidate_votes",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -588,6 +589,7 @@ __all__ = [
     "Stream",
     "Task",
     "TrainableSpec",
+    "Votes",
     "dump",
     "from_table",
     "load",

@@ -38,6 +38,33 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Votes:
+    """Which public texts private records vote on, and how many of them a run keeps."""
+
+    candidates: str = option(
+        "",
+        help="public file of candidate texts (.csv, .tsv, .jsonl, .parquet), or builtin:<name>; nobody who "
+        "made or chose them may have looked at a private row",
+    )
+    nearest: int = option(
+        1, minimum=1, maximum=16, help="candidates that every record votes for; the bound is its square root"
+    )
+    keep: int = option(
+        100,
+        minimum=1,
+        maximum=100_000,
+        help="candidates kept in all, dealt to the classes by released counts",
+    )
+    asked: int = option(
+        0,
+        minimum=0,
+        maximum=100_000,
+        help="candidates asked about at once; 0: all. With fewer, every later question asks about those kept "
+        "and their neighbours among the rest",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Compression:
     """What is sent of an update, decided before it is bounded, noised and protected."""
 

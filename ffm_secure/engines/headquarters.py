@@ -18,6 +18,7 @@ from ffm_secure.config.federated import shared_objections
 from ffm_secure.config.groups import root_examples
 from ffm_secure.config.run_file import RunConfig, Split
 from ffm_secure.data.builtin_sets import builtin_table
+from ffm_secure.data.candidates import read_candidates
 from ffm_secure.data.dataset import Dataset, for_evaluation, load_task
 from ffm_secure.data.files import read_source
 from ffm_secure.data.memory import Memory
@@ -115,7 +116,8 @@ def prepare_run(
         torch.set_num_threads(config.speed.threads)
     base = file.resolve().parent
     dataset = public_rows(config, base)
-    loaded = load_model(config, base, public_facts(config, roster.names))
+    facts = replace(public_facts(config, roster.names), candidates=read_candidates(config, base))
+    loaded = load_model(config, base, facts)
     task = tasks.build_task(
         config.task.kind, backbone=loaded.backbone, dataset=dataset, max_length=config.task.max_length
     )

@@ -4,6 +4,7 @@ server's own.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from defenses.dp.records import RecordKey, Records
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data import partition, stream
+from ffm_secure.data.candidates import read_candidates, refuse_private_candidates
 from ffm_secure.data.checks import require_sound
 from ffm_secure.data.dataset import Dataset, Examples, load_task
 from ffm_secure.data.memory import Memory
@@ -41,6 +43,7 @@ class SimulatedData:
     held_back: tuple[np.ndarray, ...] = ()  # row numbers of every owner that are only asked about
     stages: NDArray[np.int64] | None = None  # of every private row, where they arrive in a stream
     staying: NDArray[np.bool_] | None = None  # which of them stay in their owner's reservoir
+    candidates: tuple[str, ...] = ()  # public texts that private records vote on
 
     def names(self) -> tuple[Records, ...]:
         """Return what a ledger knows every owner's rows by."""
@@ -125,6 +128,9 @@ def load(
     if config.federation.lifecycle.public_data:
         other = public
     bare = contents_fingerprint(account, whole, other)
+    candidates = _candidates(config, base, dataset)
+    if candidates:
+        bare = hashlib.sha256(f"{bare} {candidates!r}".encode("utf-8", "surrogatepass")).hexdigest()
     return SimulatedData(
         dataset=dataset,
         config=config,
@@ -137,7 +143,21 @@ def load(
         held_back=held_back,
         stages=stages,
         staying=staying,
+        candidates=candidates,
     )
+
+
+def _candidates(config: RunConfig, base: Path, dataset: Dataset) -> tuple[str, ...]:
+    """Read the candidates of a run that votes.
+
+    Raises:
+      DataError: they cannot be read, or are private rows of the run.
+    """
+    candidates = read_candidates(config, base)
+    if candidates:
+        for name in dataset.text_columns:
+            refuse_private_candidates(candidates, dataset.train.column(name))
+    return candidates
 
 
 def _hold_back(

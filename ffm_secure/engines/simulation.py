@@ -183,6 +183,7 @@ def _public_facts(config: RunConfig, data: SimulatedData, folder: Path | None) -
         public_client_size=config.task.nominal_examples or max(1, rows // config.task.clients),
         classes=len(label_names) if label_names else None,
         owners=ledger_names(config, data, folder),
+        candidates=data.candidates,
     )
 
 

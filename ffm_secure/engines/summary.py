@@ -37,7 +37,7 @@ from ffm_secure.protection.codec import uncompressed_bytes
 from ffm_secure.site.allowance import composed
 from ffm_secure.protection.masked import fewest_to_open, sharing_graph
 from ffm_secure.quantities import size, small
-from ffm_secure.queries import agenda, evaluation
+from ffm_secure.queries import agenda, candidate_votes, evaluation
 from ffm_secure.queries.base import Setting, recall
 from ffm_secure.records import (
     AuditSummary,
@@ -135,7 +135,9 @@ def _planned_queries(prepared: Prepared) -> tuple[PlannedQuery, ...]:
     planned = []
     for name, question in spec.questions.items():
         codec, noise = question.codec, question.mechanism
-        events = tuple(noise.event(release=name) for _ in range(answers_paid(spec.config)))
+        events = tuple(
+            noise.event(release=name) for _ in range(answers_paid(spec.config, question.item.answers))
+        )
         epsilon = composed(tuple(Counter(events).items()), spec.config.privacy.delta or 1e-5)
         planned.append(
             PlannedQuery(
@@ -147,6 +149,7 @@ def _planned_queries(prepared: Prepared) -> tuple[PlannedQuery, ...]:
                 bytes_up=codec.length * codec.modulus_bits // 8,
                 epsilon=epsilon if spec.has_dp_guarantee else math.inf,
                 noise_multiplier=noise.noise_multiplier,
+                answers=question.item.answers,
             )
         )
     return tuple(planned)
@@ -382,7 +385,8 @@ def _reveals(config: RunConfig, observer: Observer) -> str:
     if config.protection.groups > 1:
         sums = f"{config.protection.groups} sums a round, each"
     if observer == "public":
-        return "the final model"
+        votes = config.federation.lifecycle.kind == candidate_votes.NAME
+        return "the final model" + (", and the candidates kept with their noisy votes" if votes else "")
     if observer == "client":
         extra = ""
         if config.protection.kind in ("bfv", "ckks"):
@@ -471,6 +475,7 @@ def _warnings(prepared: Prepared) -> list[str]:
                 "validation rows that may be public"
             )
     warnings += _group_warnings(config)
+    warnings += _vote_warnings(prepared)
     if fewest_to_open(config) == config.federation.cohort > 1:
         warnings.append(
             f"a sum needs all {config.federation.cohort} clients of a cohort: any one that is lost gives up "
@@ -498,6 +503,18 @@ def _warnings(prepared: Prepared) -> list[str]:
     if licence := getattr(prepared.dataset, "license_note", ""):
         warnings.append(f"{config.task.data}: {_licence_words(licence)}")
     return warnings
+
+
+def _vote_warnings(prepared: Prepared) -> list[str]:
+    """Say where there are more candidates than votes can tell apart."""
+    question = prepared.spec.questions.get(candidate_votes.NAME)
+    records = prepared.spec.public_client_size * prepared.config.task.clients
+    if question is None or 3 * question.query.room <= records:
+        return []
+    return [
+        f"{question.query.room:,} candidates for about {records:,} records: with more than a third as many, "
+        "the votes of each drown in noise; name fewer, or set federation.lifecycle.votes.asked"
+    ]
 
 
 def _licence_words(licence: str) -> str:

@@ -19,3 +19,15 @@ class OneShot(Algorithm):
     def describe(self, config: RunConfig, public_rows: int) -> str:
         """Say where the head comes from."""
         return f"the head is made from {config.federation.lifecycle.kind}; no gradient is taken"
+
+
+class Votes(OneShot):
+    """Learn nothing by gradients: private records vote on public candidates, and the best are kept."""
+
+    def describe(self, config: RunConfig, public_rows: int) -> str:
+        """Say what comes of the votes."""
+        keep = config.federation.lifecycle.votes.keep
+        return (
+            f"votes of private records choose up to {keep} public candidates with their labels; the head is "
+            "made from those, and no gradient is taken"
+        )

@@ -226,21 +226,25 @@ def _bounded_total(answers: Iterable[Answers], inner: SumMechanism) -> Total:
 
 
 def calibrate_query(
-    config: RunConfig, query: Query, *, epsilon: float, public_client_size: int
+    config: RunConfig, query: Query, *, epsilon: float, public_client_size: int, answers: int = 1
 ) -> QueryNoise:
-    """Choose the smallest noise with which all answers of one owner, spare ones included, cost `epsilon`."""
+    """Choose the smallest noise with which all answers of one owner, spare ones included, cost `epsilon`.
+
+    `answers` is how often one owner answers where no attempt is lost.
+    """
+    paid = answers_paid(config, answers)
     if config.privacy.unit == "client":
-        return _client_answers(config, query, epsilon)
-    return _record_answers(config, query, epsilon, public_client_size)
+        return _client_answers(config, query, epsilon, paid)
+    return _record_answers(config, query, epsilon, public_client_size, paid)
 
 
-def answers_paid(config: RunConfig) -> int:
-    """Return the most answers to one query an owner pays for: one, and the spare attempts."""
-    return 1 + config.privacy.spare_rounds
+def answers_paid(config: RunConfig, answers: int = 1) -> int:
+    """Return the most answers to one query an owner pays for: those of the plan, and the spare attempts."""
+    return answers + config.privacy.spare_rounds
 
 
 def _record_answers(
-    config: RunConfig, query: Query, epsilon: float, public_client_size: int
+    config: RunConfig, query: Query, epsilon: float, public_client_size: int, paid: int
 ) -> RecordAnswers:
     privacy = config.privacy
     rows = _LARGEST_SITE * public_client_size
@@ -266,7 +270,7 @@ def _record_answers(
         lambda noise: mechanism(noise).event("calibration"),
         epsilon=epsilon * (1 - _HEADROOM),
         delta=privacy.delta,
-        count=answers_paid(config),
+        count=paid,
     )
     return RecordAnswers(query=query.name, inner=mechanism(multiplier), value_bits=bits)
 
@@ -284,7 +288,7 @@ def honest_shares(config: RunConfig) -> int:
     return max(1, compatibility.honest_survivors(config))
 
 
-def _client_answers(config: RunConfig, query: Query, epsilon: float) -> ClientAnswers:
+def _client_answers(config: RunConfig, query: Query, epsilon: float, paid: int) -> ClientAnswers:
     privacy, protection = config.privacy, config.protection
     scale = ((1 << (protection.value_bits - 1)) - 1) / query.bound
     honest = compatibility.honest_survivors(config)
@@ -299,7 +303,7 @@ def _client_answers(config: RunConfig, query: Query, epsilon: float) -> ClientAn
         lambda value: noise(value).event("calibration"),
         epsilon=epsilon * (1 - _HEADROOM),
         delta=privacy.delta,
-        count=answers_paid(config),
+        count=paid,
     )
     rows = SumMechanism(
         noise_multiplier=0.0, bound=query.bound, scale=1.0, dimension=query.size, honest_survivors=1

@@ -23,6 +23,7 @@ class Item:
     asks: int  # cohorts that are asked, one a round
     epsilon: float = 0.0  # most that all asks of one owner cost, spare ones included; 0 for learning
     held_back: bool = False  # asked of the rows that are never learned from
+    answers: int = 1  # most answers of one owner, without spare ones
 
 
 def agenda(config: RunConfig) -> tuple[Item, ...]:
@@ -33,7 +34,13 @@ def agenda(config: RunConfig) -> tuple[Item, ...]:
         epsilon = config.evaluation.epsilon
         last = (Item(query="evaluation", asks=cohorts(config), epsilon=epsilon, held_back=True),)
     if LIFECYCLES.has(lifecycle.kind, "one_shot"):
-        only = Item(query=lifecycle.kind, asks=config.federation.rounds, epsilon=privacy.epsilon)
+        again = LIFECYCLES.has(lifecycle.kind, "asks_again")
+        only = Item(
+            query=lifecycle.kind,
+            asks=config.federation.rounds,
+            epsilon=privacy.epsilon,
+            answers=compatibility.participation_cap(config) if again else 1,
+        )
         return (only, *last)
     items = []
     if lifecycle.start != "none":

@@ -56,6 +56,7 @@ class Viewed:
     task: Task
     device: str = "cpu"
     batch_size: int = 64
+    asked: tuple[int, ...] = ()  # which of its choices a round's question is about; all where it says none
 
     def scores(self, rows: Rows) -> Tensor:
         """Return the logits of every row, float32 [n, classes]."""
@@ -127,6 +128,7 @@ class Setting:
     trainable: TrainableModel
     classes: int | None
     groups: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()  # public texts that records vote on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +151,10 @@ class Query:
     words: str = ""  # for the plan: what is summed
     whole_numbers: bool = False  # every answer consists of whole numbers: counts, votes
     by_class: int | None = None  # from this place on the answer is a table with one row a class
+    about: str = ""  # digest of public things an answer compares rows with: all parties must have the same
+    choices: int = 0  # of so many public things some are asked about in a round
+    room: int = 0  # how many of them at once
+    asks: Callable[[ServerState], tuple[int, ...]] | None = None  # which of them, in the round after a state
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0.0 < self.bound < math.inf:
@@ -234,6 +240,18 @@ def remember(state: ServerState, name: str, opened: Opened) -> tuple[ServerState
     if total.by_class is not None:
         slots[f"{_PREFIX}{name}.classes"] = torch.from_numpy(total.by_class.copy())
     return ServerState(round=state.round, vector=state.vector, optimizer_state=slots), total
+
+
+def slot(name: str, part: str) -> str:
+    """Return where a query keeps something of its own beside the server's state."""
+    return f"{_PREFIX}{name}.{part}"
+
+
+def forget(state: ServerState, name: str) -> ServerState:
+    """Return a state without a query's answers so far: the next one stands for itself."""
+    answers = {f"{_PREFIX}{name}", slot(name, "facts"), slot(name, "classes")}
+    slots = {key: value for key, value in state.optimizer_state.items() if key not in answers}
+    return replace(state, optimizer_state=slots)
 
 
 def recall(state: ServerState, name: str) -> Opened | None:

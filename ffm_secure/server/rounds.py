@@ -115,6 +115,7 @@ def plan_round(
         layout=agreed.layout,
         attempt=attempt,
         query=query,
+        asked=spec.asked(query, state),
     )
 
 

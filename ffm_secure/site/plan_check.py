@@ -49,5 +49,18 @@ def _differences(plan: RoundPlan, spec: RunSpec, site: int, fingerprint: str) ->
         yield "the broadcast model is not the one the plan names"
     if plan.mechanism != agreed.mechanism:
         yield "the mechanism is not the one that was agreed on"
+    if not _choosable(plan, spec):
+        yield "what is asked about is not a choice that this run has"
     if plan.layout != agreed.layout:
         yield "names, shapes or codec of what is sent are not those that were agreed on"
+
+
+def _choosable(plan: RoundPlan, spec: RunSpec) -> bool:
+    """Tell whether a plan asks about as many choices as the answer has room for, each once and in order."""
+    question = spec.questions.get(plan.query)
+    if question is None or question.query.asks is None:
+        return plan.asked == ()
+    choices, room = question.query.choices, question.query.room
+    if len(plan.asked) != room or sorted(set(plan.asked)) != list(plan.asked):
+        return False
+    return plan.asked[0] >= 0 and plan.asked[-1] < choices

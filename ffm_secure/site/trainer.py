@@ -145,19 +145,20 @@ class SiteTrainer:
         if question.item.held_back:
             rows = data.held_back or Rows(encoded=data.examples.take([]))
         self.trainable.load_vector(start)
-        total = question.mechanism.total(self._answers(question.query, rows))
+        total = question.mechanism.total(self._answers(question.query, rows, plan.asked))
         self.learned = hashlib.sha256(question.query.name.encode() + total.values.tobytes()).digest()
         protected = question.mechanism.protect_total(total, source.derive("protect"))
         self.rows_used = frozenset() if question.item.held_back else frozenset(range(len(rows)))
         return question.codec.quantise(protected, source=source.derive("round"))
 
-    def _answers(self, query: Query, rows: Rows) -> Iterator[Answers]:
+    def _answers(self, query: Query, rows: Rows, asked: tuple[int, ...]) -> Iterator[Answers]:
         """Answer part by part, so that no more than some million numbers exist at a time."""
         model = Viewed(
             trainable=self.trainable,
             task=self.task,
             device=self.spec.device,
             batch_size=self.spec.config.speed.microbatch,
+            asked=asked,
         )
         step = max(1, min(_ROWS_AT_ONCE, _NUMBERS_AT_ONCE // query.size))
         order = by_length(rows.encoded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from ffm_secure import tasks, trainable
 from ffm_secure.agreed.agreement import RunTerms, public_facts, terms_of
 from ffm_secure.config.groups import root_examples
 from ffm_secure.config.run_file import RunConfig
+from ffm_secure.data.candidates import read_candidates
 from ffm_secure.data.dataset import Dataset, for_evaluation
 from ffm_secure.errors import DataError, PlanRefused
 from ffm_secure.agreed.loaded_model import LoadedModel, load_model
@@ -95,7 +96,8 @@ def open_workplace(config: RunConfig, own: Belongings) -> Workplace:
     dataset = load_rows(own.file, config, own.base, own.ledger.record_key())
     if config.privacy.unit != "none":
         refuse_private(own.ledger, own.base / own.file.ledger, dataset, own.ledger.record_key())
-    loaded = load_model(config, own.base, public_facts(config, own.roster.names))
+    facts = replace(public_facts(config, own.roster.names), candidates=read_candidates(config, own.base))
+    loaded = load_model(config, own.base, facts)
     terms = terms_of(loaded, own.roster.digest)
     backbones = own.file.policy.backbones
     if backbones and terms.backbone not in backbones:
