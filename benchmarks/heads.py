@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -114,10 +114,7 @@ def _encoded(shared: Path, case: Case, part: str) -> tuple[np.ndarray, np.ndarra
     if case.most and case.most < table.num_rows:
         table = table.take(np.random.default_rng(0).permutation(table.num_rows)[: case.most])
     rows = {"text": table[case.text].to_pylist(), "label": table["label"].to_pylist()}
-    config = config_of(case, epsilon=8.0, shares="site")
-    config = replace(
-        config, federation=replace(config.federation, cohort=3), task=replace(config.task, clients=3)
-    )
+    config = config_of(case, epsilon=8.0, shares="site", clients=4)
     ready = ffm.Run(config, data={"train": rows, "validation": rows}).prepared()
     encoded = ready.task.encode(ready.dataset.validation)
     view = Viewed(trainable=ready.trainable, task=ready.task)
