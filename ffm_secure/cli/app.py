@@ -356,6 +356,34 @@ def predict(
 
 
 @app.command()
+def generate(
+    folder: RunFolder,
+    out: Annotated[Path, typer.Option(help="An empty or new folder for data.jsonl and croissant.json.")],
+    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="Texts in all, dealt evenly to labels.")],
+    labels: Annotated[
+        str, typer.Option(help="Labels, with commas between: the prompts the model learned texts behind.")
+    ] = "",
+    longest: Annotated[int, typer.Option(min=1, max=100_000, help="Most tokens of a text.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.01, max=10.0, help="Below 1 texts are likelier and more alike.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same texts.")] = 0,
+    json: Json = False,
+) -> None:
+    """Draw a data set from the language model of a finished run, described with what it cost."""
+    importlib.import_module("ffm_secure.cli.generate").generate(
+        folder,
+        out,
+        labels=labels,
+        count=count,
+        longest=longest,
+        temperature=temperature,
+        seed=seed,
+        json=json,
+    )
+
+
+@app.command()
 def publish(
     folder: RunFolder,
     repo: Annotated[str, typer.Option(help="OWNER/NAME on the hub you are logged in to.")],

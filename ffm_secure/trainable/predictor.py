@@ -201,6 +201,28 @@ class Predictor:
             words = words.split("\nuser: ")[0]
         return Prediction(answer=words.strip())
 
+    def prompt_tokens(self, text: str) -> list[int]:
+        """Return the tokens a text is grown from; of a prompt, with what parts it from its answer."""
+        return self._tokens(text + "\n" if self.export.layout == "answered" else text)
+
+    def words_of(self, tokens: Sequence[int]) -> str:
+        """Return the words of tokens up to the first that ends a text."""
+        whole = list(tokens)
+        if self.end_token in whole:
+            whole = whole[: whole.index(self.end_token)]
+        return self._decoded(whole).strip()
+
+    @property
+    def end_token(self) -> int:
+        """Return the token that ends a text; -1 where the model has none."""
+        end = self._tokenizer().eos_token_id
+        return end if isinstance(end, int) else -1
+
+    def room_behind(self, text: str) -> int:
+        """Return how many tokens the model has positions for behind a prompt."""
+        limit = self.trainable.backbone.max_positions or _LONGEST
+        return limit - _room(self.trainable) - len(self.prompt_tokens(text))
+
     def _continue(self, text: str) -> Prediction:
         """Continue a text with the likeliest token, one at a time; of a prompt return the answer alone."""
         if self.export.layout == "answered":
