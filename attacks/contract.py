@@ -221,7 +221,8 @@ class PlainAttack:
     """Wrap an attack function into the contract.
 
     `requires` names facts that must be known (from the protocol or granted), "model", or "prior.<field>";
-    when one is missing the result is not applicable and names it.
+    when one is missing the result is not applicable and names it. One that `reads` answers fits no update,
+    and the other way round.
     """
 
     name: str
@@ -229,6 +230,7 @@ class PlainAttack:
     attempt: Attempt
     requires: tuple[str, ...] = ()
     summary: str = ""
+    reads: Literal["updates", "answers"] = "updates"
 
     def run(
         self, observation: Observation, model: nn.Module | None, prior: Prior, budget: Budget, seed: int
@@ -245,6 +247,8 @@ class PlainAttack:
         read: set[str] = set()
         watched, watched_prior = _watch(observation, prior, read)
         try:
+            if (observation.kind == "answers") != (self.reads == "answers"):
+                raise NotApplicable(f"the attack reads {self.reads}, what was observed is {observation.kind}")
             _require(self.requires, watched, model, watched_prior)
             _readable(watched, model)
             with torch.random.fork_rng(devices=[]):

@@ -30,7 +30,7 @@ from attacks.foreign import StatedFact
 
 FORMAT_VERSION = 1
 
-Kind = Literal["gradient", "delta", "sum"]
+Kind = Literal["gradient", "delta", "sum", "answers"]
 Point = Literal["raw", "clipped", "noised", "aggregated"]
 Fact = str | int | float | bool | None
 
@@ -111,7 +111,8 @@ class Observation:
     """Hold exactly what crossed the wire for one observer in one round.
 
     `tensors` are named as in `model.named_parameters()`. A "gradient" is the mean gradient of a batch; a
-    "delta" is new weights minus broadcast weights; a "sum" is the plain sum over `contributors` of either,
+    "delta" is new weights minus broadcast weights; "answers" are probabilities a model gives to known rows,
+    [rows, classes] under that name, and of no update; a "sum" is the plain sum over `contributors` of either,
     and `metadata["summand"]` says which. `metadata` holds only what the protocol reveals: learning_rate,
     local_steps, optimiser, weight_decay, clip_norm, noise_multiplier, noise_deviation (of each entry as it
     crossed the wire; without it multiplier times bound), batch_size, point ("raw", "clipped", "noised",
@@ -563,7 +564,8 @@ def _fact_problems(facts: Mapping[str, Any]) -> list[str]:
         problems.append(f"kind is {show(kind)}, must be one of {get_args(Kind)}")
     for name in [name for name in COUNTS if name in facts]:
         problems += COUNTS[name].problems(name, facts[name])
-    if kind in ("gradient", "delta") and COUNTS["contributors"].fits(contributors) and contributors != 1:
+    several = COUNTS["contributors"].fits(contributors) and contributors != 1
+    if several and kind in ("gradient", "delta", "answers"):
         problems.append(f"a {kind} has one contributor, not {contributors}: use kind 'sum'")
     if "observer" in facts and not (is_text(facts["observer"]) and facts["observer"]):
         shown = show(facts["observer"])
