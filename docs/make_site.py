@@ -40,6 +40,7 @@ SECTIONS: dict[str, list[str]] = {
         "pretraining.md",
         "streams.md",
         "personal.md",
+        "distillation.md",
         "fewer_bytes.md",
         "synthetic.md",
         "experiments.md",

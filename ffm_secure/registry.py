@@ -157,7 +157,9 @@ TRAINABLES.register(
 )
 
 LIFECYCLES.register("finetune", "ffm_secure.lifecycle.base:Algorithm")
-LIFECYCLES.register("pretrain", "ffm_secure.lifecycle.pretrain:PreTrain", traits=("public_phases",))
+LIFECYCLES.register(
+    "pretrain", "ffm_secure.lifecycle.pretrain:PreTrain", traits=("public_phases", "public_rows")
+)
 LIFECYCLES.register("class_sums", "ffm_secure.lifecycle.one_shot:OneShot", traits=("one_shot",))
 LIFECYCLES.register("ridge_sums", "ffm_secure.lifecycle.one_shot:OneShot", traits=("one_shot",))
 _TEXTS_ALONE = "candidates are texts: choose text_classification"
@@ -278,6 +280,54 @@ COMPRESSIONS.register(
         **{("strategy", rule): _OTHER_NUMBERS for rule in STRATEGIES.with_trait("lora")},
         ("strategy", "adam_debiased"): _UNEVEN_NOISE,
         ("correlation", "banded"): _OTHER_PLACES,
+    },
+)
+
+_ASKS_THE_STUDENT = (
+    "it asks the student about private rows, and no owner holds the student: leave it out, or fine-tune one "
+    "model"
+)
+_MEAN_OF_ANSWERS = (
+    "the server trains the student on the mean of the owners' answers; what another rule makes of them was "
+    "not tried: use average"
+)
+_NO_CHANGE = (
+    "probabilities on public rows are sent, no change of a model: leave it at 'none', or take fewer public "
+    "rows"
+)
+_TEXTS_OF_CLASSES = (
+    "owners whose models read the classes' texts differently were not tried: use text_classification or "
+    "image_classification"
+)
+_OWN_ALREADY = "every owner has a model of its own already: let it learn from the student by back_steps"
+LIFECYCLES.register(
+    "distillation",
+    "ffm_secure.lifecycle.distillation:Distil",
+    traits=("public_rows", "distils"),
+    refuses={
+        **{
+            ("task", task): "answers are probabilities of classes: choose a classification task"
+            for task in TASKS.with_trait("language")
+        },
+        **{("task", task): _TEXTS_OF_CLASSES for task in TASKS if task.startswith("image_text")},
+        **{("start", kind): _ASKS_THE_STUDENT for kind in QUERIES.with_trait("start")},
+        **{("finish", kind): _ASKS_THE_STUDENT for kind in QUERIES.with_trait("finish")},
+        ("evaluation", "held_back"): _ASKS_THE_STUDENT,
+        **{("strategy", rule): _MEAN_OF_ANSWERS for rule in STRATEGIES if rule != "average"},
+        **{("compression", kind): _NO_CHANGE for kind in COMPRESSIONS if kind != "none"},
+        **{("personal", kind): _OWN_ALREADY for kind in PERSONALS},
+        ("weighting", "q_fair"): "no loss of the student at an owner is known: use weighting = 'uniform'",
+        ("proximal", "on"): "an own model has no broadcast model to be pulled to: set proximal to 0",
+        ("noise_shares", "sum"): (
+            "an own model learns at home, where a share of the noise protects no record: use noise_shares = "
+            "'site'"
+        ),
+        ("correlation", "banded"): (
+            "votes of one owner in two rounds are nearly the same, and noise that is taken back was not "
+            "thought through for them: use correlation = 'none'"
+        ),
+        ("groups", "several"): "no rule compares means of answers, so groups only add noise: use one group",
+        ("stream", "on"): "what an own model keeps of rows that are gone was not thought through",
     },
 )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +52,8 @@ class PublicFacts:
     classes: int | None
     owners: tuple[str, ...] = ()  # empty: by number
     candidates: tuple[str, ...] = ()  # public texts that private records vote on
+    texts: int = 0  # public rows that a lifecycle reads
+    texts_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +142,9 @@ def load_model(
     )
     trained = _attach(config, backbone)
     strategy = build_strategy(config.federation.strategy, trained, seed=config.seed)
-    shortened = compression.build(config, strategy, trained.size)
+    algorithm: Algorithm = LIFECYCLES.load(config.federation.lifecycle.kind)()
+    sheet = algorithm.sheet(facts.texts, facts.classes, facts.texts_digest)
+    shortened = compression.build(config, strategy, trained.size if sheet is None else sheet.size)
     questions = {item.query: _question(config, item, trained, facts) for item in agenda.queries(config)}
     if LIFECYCLES.has(config.federation.lifecycle.kind, "one_shot"):
         mechanism: Mechanism = questions[config.federation.lifecycle.kind].mechanism
@@ -154,7 +158,8 @@ def load_model(
             history=(*history, *asked),
             turns=turns,
         )
-    spec = _agree(config, trained, strategy, shortened, mechanism, facts, questions)
+    spec = _agree(config, trained, strategy, shortened, mechanism, facts, questions, algorithm)
+    spec = replace(spec, sheet=sheet)
     trained.model.to(spec.device)
     return LoadedModel(config=config, backbone=backbone, trainable=trained, spec=spec, facts=facts)
 
@@ -236,10 +241,10 @@ def _agree(
     mechanism: Mechanism,
     facts: PublicFacts,
     questions: Mapping[str, Question],
+    algorithm: Algorithm,
 ) -> RunSpec:
     """Work out what the server and every site agree on."""
     size, public_client_size = shortened.length, facts.public_client_size
-    algorithm = LIFECYCLES.load(config.federation.lifecycle.kind)()
     if mechanism.sum_level is not None:
         _require_plain_sums(config, strategy, algorithm)
     largest_weight = _largest_weight(config, public_client_size)

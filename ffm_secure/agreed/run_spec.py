@@ -16,7 +16,7 @@ from ffm_secure.compression import Compression, PublicState
 from ffm_secure.config import compatibility
 from ffm_secure.config.groups import fewest_groups, groups_of
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.lifecycle.base import Algorithm
+from ffm_secure.lifecycle.base import Algorithm, AnswerSheet
 from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.privacy.mechanism import Mechanism
 from defenses.dp import Event
@@ -81,6 +81,7 @@ class RunSpec:
     compression: Compression
     first: Tensor = field(compare=False, repr=False)  # float32 [d], where compression reads it; else empty
     questions: Mapping[str, Question] = field(default_factory=dict)  # by name; learning is none of them
+    sheet: AnswerSheet | None = None  # where owners send answers on public rows, no change of a model
 
     def message(self, query: str) -> Message:
         """Return what a kind of message is under: learning, or a question of this run.
@@ -173,7 +174,7 @@ class RunSpec:
             point=point,
             sites=sites,
             step=plan.step,
-            named=not self.strategy.merges_into_base,
+            named=not self.strategy.merges_into_base and self.sheet is None,
             own=own,
         )
 
@@ -187,6 +188,8 @@ class RunSpec:
     def layout_digest(self) -> str:
         """Return the hash of names, shapes and codec of what is sent, and of how it is compressed."""
         content = repr(self.layout).encode() + self.codec.digest()
+        if self.sheet is not None:
+            content += repr(self.sheet).encode()
         if self.config.compression.kind != "none":
             content += self.compression.digest().encode() + vector_fingerprint(self.first).encode()
         return hashlib.sha256(content).hexdigest()

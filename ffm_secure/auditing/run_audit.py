@@ -131,6 +131,11 @@ _NO_UPDATE = (
     "No update of a model crosses the wire, so no attack that reads one applies: what is released is one "
     "sum, whose noise the canaries put to the test."
 )
+_ANSWERS = (
+    "No update of a model crosses the wire, so no attack that reads one applies: what is released are sums "
+    "of answers to public rows. The canaries put the noise that the owners' own models learn through to the "
+    "test, as if every step of it were seen; docs/distillation.md says what attacks on answers found."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,9 +166,10 @@ def _replayed(
 ) -> Replay:
     """Play one step of one client again, at its worst."""
     config = prepared.config
-    if not prepared.spec.learns:
+    if not prepared.spec.learns or prepared.spec.sheet is not None:
         bounds = bounds_over_rounds(prepared)
-        return Replay(bounds=bounds, curves=tuple(curve_over_rounds(bounds)), note=_NO_UPDATE)
+        note = _NO_UPDATE if prepared.spec.sheet is None else _ANSWERS
+        return Replay(bounds=bounds, curves=tuple(curve_over_rounds(bounds)), note=note)
     # Built while the model holds the start that all sites agreed on, as theirs was.
     server = MaliciousServer(prepared=prepared, guard=BroadcastGuard(prepared.trainable))
     vector = client_replay.next_start(prepared, folder, *resumed)

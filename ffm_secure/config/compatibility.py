@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 
 from ffm_secure.config.compressed import compression_reasons
+from ffm_secure.config.distilled import distillation_reasons
 from ffm_secure.config.groups import average_reasons, group_reasons, group_size
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import PlanRefused
@@ -342,6 +343,7 @@ def check(config: RunConfig) -> None:
         *average_reasons(config),
         *group_reasons(config),
         *compression_reasons(config),
+        *distillation_reasons(config, position),
     ]
     if reasons:
         raise PlanRefused(reasons)

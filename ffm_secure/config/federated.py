@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ffm_secure.config import compatibility
+from ffm_secure.config.distilled import distils
 from ffm_secure.config.run_file import Audit, RunConfig, Speed
 from ffm_secure.config.schema import chosen_table, dump_toml
 from ffm_secure.errors import PlanRefused
@@ -61,6 +62,11 @@ def _shared(config: RunConfig, sites: int) -> Iterator[str]:
         yield (
             f"personal.kind = '{config.personal.kind}': sites of their own make no model of their own yet; "
             "leave it at 'none'"
+        )
+    if distils(config):
+        yield (
+            "federation.lifecycle.kind = 'distillation': sites of their own have no public rows in common "
+            "yet; run it in one place"
         )
     if task.stream.order:
         yield "task.stream.order: sites of their own have no stages yet; leave the stream out"

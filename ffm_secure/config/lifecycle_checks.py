@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ffm_secure.config.compressed import check_compression
+from ffm_secure.config.distilled import check_distillation
 from ffm_secure.config.schema import Problems
 from ffm_secure.registry import LIFECYCLES, PERSONALS
 
@@ -21,6 +22,8 @@ def check_lifecycle(config: RunConfig, problems: Problems) -> None:
         _check_steps(lifecycle, problems)
     for part in ("start", "finish"):
         _check_part(config, part, problems)
+    if LIFECYCLES.has(lifecycle.kind, "public_rows"):
+        _check_public_rows(lifecycle, problems)
     if LIFECYCLES.has(lifecycle.kind, "public_phases"):
         _check_pretraining(lifecycle, problems)
 
@@ -43,6 +46,7 @@ def check_tables(config: RunConfig, problems: Problems) -> None:
     check_personal(config, problems)
     check_stream(config, problems)
     check_compression(config, problems)
+    check_distillation(config, problems)
 
 
 def check_evaluation(config: RunConfig, problems: Problems) -> None:
@@ -170,14 +174,17 @@ def _check_votes(config: RunConfig, problems: Problems) -> None:
         )
 
 
-def _check_pretraining(lifecycle: Lifecycle, problems: Problems) -> None:
-    controller = lifecycle.controller
+def _check_public_rows(lifecycle: Lifecycle, problems: Problems) -> None:
     if bool(lifecycle.public_data) == (lifecycle.public_examples > 0):
         problems.add(
             "federation.lifecycle.public_data",
             lifecycle.public_data,
             "give public_data or public_examples, exactly one of them",
         )
+
+
+def _check_pretraining(lifecycle: Lifecycle, problems: Problems) -> None:
+    controller = lifecycle.controller
     if not lifecycle.public_steps and not lifecycle.local_steps:
         problems.add("federation.lifecycle.public_steps", 0, "must be above 0 where local_epochs is given")
     if controller.kind == "fixed" and not controller.public and not controller.private:

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ffm_secure.config.lifecycle_checks import check_lifecycle, check_tables
+from ffm_secure.config.models import Distillation, Model, OwnModel, TrainableSpec
 from ffm_secure.config.schema import Problems, dump_toml, option, parse_toml, read_table, set_value
 from ffm_secure.config.tables import Compression, Document, Evaluation, Personal, Speed, Stream, Votes
 from ffm_secure.errors import ConfigError
 from ffm_secure.records import Observer
-from ffm_secure.registry import FINISHES, LIFECYCLES, STARTS, STRATEGIES, TASKS, TRAINABLES
+from ffm_secure.registry import FINISHES, LIFECYCLES, STARTS, STRATEGIES, TASKS
 
 ClippingKind = Literal["flat", "per_layer", "automatic"]
 MaskingMode = Literal["semi_honest", "active"]
 OBSERVERS: tuple[Observer, ...] = ("public", "client", "server", "colluding_server")
+_PUBLIC_ROWS = LIFECYCLES.with_trait("public_rows")
 
 
 ENCODINGS = (
@@ -105,65 +107,6 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainableSpec:
-    """Which numbers are trained and sent."""
-
-    kind: str = option(choices=TRAINABLES)
-    rank: int = option(8, minimum=1, maximum=1024, only_for=("lora", "lora_xs"))
-    ranks: tuple[int, ...] = option(
-        (),
-        minimum=1,
-        maximum=1024,
-        help="ranks dealt to the clients in turn, with strategy flora",
-        only_for=("lora",),
-    )
-    alpha: float = option(16.0, above=0.0, only_for=("lora", "lora_xs"))
-    target_modules: tuple[str, ...] = option(
-        (),
-        help="empty: by architecture; ['all-linear'] for all; * stands for any part of a path",
-        only_for=("lora", "lora_xs"),
-    )
-    length: int = option(
-        16,
-        minimum=1,
-        maximum=1024,
-        help="virtual tokens of a prompt or prefix, or vectors of a context",
-        only_for=(*TRAINABLES.with_trait("prompt"), *TRAINABLES.with_trait("context")),
-    )
-    hidden: int = option(
-        64,
-        minimum=1,
-        maximum=8192,
-        help="width of the network that makes a prompt",
-        only_for=("p_tuning", "prompt_generator"),
-    )
-    representation: str = option(
-        "model",
-        choices=("model", "embedding"),
-        help="what a prompt is made from: the frozen model's mean output, or that of its input embeddings",
-        only_for=("prompt_generator",),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """Which foundation model is adapted, and where."""
-
-    name: str = option(
-        help="local folder, hub name, or builtin:minilm | tiny-bert | tiny-gpt2 | tiny-llama | tiny-vit | "
-        "tiny-t5 | tiny-clip"
-    )
-    trainable: TrainableSpec
-    dtype: str = option("float32", choices=("float32", "bfloat16"))
-    weights: str = option(
-        "checkpoint",
-        choices=("checkpoint", "random"),
-        help="random: only the architecture, to pre-train from scratch",
-    )
-    adapter: str = option("", help="start from this adapter: the adapter/ of a run, or a folder PEFT wrote")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Controller:
     """Which source a round of pre-training learns from: public data, or clients' private data."""
 
@@ -235,10 +178,10 @@ class Lifecycle:
         help="what the finish may cost, of privacy.epsilon; 0: an eighth of it",
     )
     public_data: str = option(
-        "", help="as task.data; empty: public_examples rows of task.data", only_for=("pretrain",)
+        "", help="as task.data; empty: public_examples rows of task.data", only_for=_PUBLIC_ROWS
     )
     public_examples: int = option(
-        0, minimum=0, help="rows taken out of the private data and declared public", only_for=("pretrain",)
+        0, minimum=0, help="rows taken out of the private data and declared public", only_for=_PUBLIC_ROWS
     )
     public_steps: int = option(
         0,
@@ -450,6 +393,7 @@ class RunConfig:
     audit: Audit = option(Audit())
     evaluation: Evaluation = option(Evaluation())
     personal: Personal = option(Personal())
+    distillation: Distillation = option(Distillation())
     compression: Compression = option(Compression())
     speed: Speed = option(Speed())
     document: Document = option(Document())
@@ -573,12 +517,14 @@ __all__ = [
     "Audit",
     "Compression",
     "Controller",
+    "Distillation",
     "Document",
     "Dropout",
     "Evaluation",
     "Federation",
     "Lifecycle",
     "Model",
+    "OwnModel",
     "Personal",
     "Privacy",
     "Protection",

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from defenses.dp.records import RecordKey, Records
 from ffm_secure.config.run_file import RunConfig
+from ffm_secure.config.tables import Evaluation as EvaluationConfig
 from ffm_secure.data import partition, stream
 from ffm_secure.data.candidates import read_candidates, refuse_private_candidates
 from ffm_secure.data.checks import require_sound
@@ -186,7 +187,7 @@ def part_in_public(config: RunConfig, dataset: Dataset, base: Path) -> tuple[Dat
       DataError: the public set answers another question, or too many rows are taken out.
     """
     spec = config.federation.lifecycle
-    if not LIFECYCLES.has(spec.kind, "public_phases"):
+    if not LIFECYCLES.has(spec.kind, "public_rows"):
         return dataset, None
     if spec.public_data:
         public = _other_set(config, base)
@@ -298,3 +299,16 @@ def load_dataset(
             f"{loaded.held_out:,} of its rows leave the private part and are public for good"
         )
     return loaded
+
+
+def group_numbers(examples: Examples, evaluation: EvaluationConfig) -> np.ndarray | None:
+    """Return every row's place among the declared groups, -1 for any other; None without groups."""
+    if not evaluation.groups:
+        return None
+    if evaluation.group_column not in examples.columns:
+        raise DataError(
+            f"evaluation.group_column = {evaluation.group_column!r}: the data have no such column"
+        )
+    places = {name: place for place, name in enumerate(evaluation.groups)}
+    column = examples.column(evaluation.group_column)
+    return np.array([places.get(str(value), -1) for value in column], dtype=np.int64)

@@ -20,17 +20,23 @@ from defenses.secagg import Identity
 from ffm_secure import tasks, trainable
 from ffm_secure.config import compatibility
 from ffm_secure.config.groups import root_examples
-from ffm_secure.config.tables import Evaluation as EvaluationConfig
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.config.owners import numbered_names
 from ffm_secure.data.dataset import Dataset, Examples, for_evaluation
 from ffm_secure.data.memory import Memory
 from ffm_secure.data.root_rows import root_rows
-from ffm_secure.engines import simulated_data, simulated_stream
+from ffm_secure.engines import simulated_data, simulated_stream, simulated_teachers
 from ffm_secure.engines.extension import Extension, extension_of
 from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model, stored_noise, write_facts
 from ffm_secure.engines.local import LocalEngine, TrainerPool
-from ffm_secure.engines.simulated_data import Contents, SimulatedData, contents, load_dataset, part_in_public
+from ffm_secure.engines.simulated_data import (
+    Contents,
+    SimulatedData,
+    contents,
+    group_numbers,
+    load_dataset,
+    part_in_public,
+)
 from ffm_secure.errors import BudgetExhausted, DataError, PlanRefused, StoreError
 from ffm_secure.privacy.mechanism import Mechanism, replay_events
 from ffm_secure.protection.enrolment import enrol
@@ -43,8 +49,7 @@ from ffm_secure.server.transcript import Transcript, recorded_rounds
 from ffm_secure.site import withdrawn
 from ffm_secure.site.allowance import Outlook, grant_lifetime, look_ahead
 from ffm_secure.site.bound_probe import PROBED, probe_bound
-from ffm_secure.site.broadcast import BroadcastReader
-from ffm_secure.site.broadcast_guard import BroadcastGuard
+from ffm_secure.site.broadcast import reader_of
 from ffm_secure.site.client_state import ClientStateStore, require_home
 from ffm_secure.site.identity import open_identity
 from ffm_secure.site.noise_memory import noise_of
@@ -52,6 +57,7 @@ from ffm_secure.site.ledger_place import IN_RUN, ledger_path, open_ledger
 from ffm_secure.site.published import note_public
 from ffm_secure.site.site import Site
 from ffm_secure.site.site_ledger import SiteLedger
+from ffm_secure.site.teaching import Architecture
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.site.truth import TruthKeeper
 from ffm_secure.storage.durable import write_atomic
@@ -83,6 +89,7 @@ class Prepared(LoadedModel):
     task: Task
     extension: Extension | None = None  # what a run has behind it that is asked for more rounds
     outlook: Outlook | None = None  # none where no ledger that outlives the run is charged
+    owned: tuple[Architecture, ...] = ()  # of every owner's own model, where owners have some
 
     @property
     def dataset(self) -> Dataset:
@@ -129,8 +136,9 @@ def prepare(
     trained, spec = loaded.trainable, loaded.spec
     notes = (spec.strategy.note, _described(spec, data))
     trained.description += tuple(note for note in notes if note)
+    owned = simulated_teachers.load(config, base, data, loaded.facts)
     outlook = _outlook(config, data, spec, folder, begun=begun > 0, turns=extension.turns if extension else 0)
-    if spec.mechanism.clips_records:
+    if spec.mechanism.clips_records and not owned:
         trainable.rehearse_per_sample(trained, spec.strategy.trains(0), clipping=config.privacy.clipping)
     return Prepared(
         config=config,
@@ -142,6 +150,7 @@ def prepare(
         facts=loaded.facts,
         outlook=outlook,
         extension=extension,
+        owned=owned,
     )
 
 
@@ -184,6 +193,7 @@ def _public_facts(config: RunConfig, data: SimulatedData, folder: Path | None) -
         classes=len(label_names) if label_names else None,
         owners=ledger_names(config, data, folder),
         candidates=data.candidates,
+        **simulated_teachers.public_facts(config, data),
     )
 
 
@@ -363,7 +373,8 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
     """Encode the owners' rows, open the ledger, enrol everybody; after this the run can start."""
     config, spec = prepared.config, prepared.spec
     evaluation = prepared.task.encode(evaluation_examples(prepared))
-    probe(prepared, _probe_rows(prepared))
+    probe(prepared, prepared.task.encode(_probe_rows(prepared)))
+    simulated_teachers.probe(prepared.spec, prepared.owned, _probe_rows(prepared))
     path = ledger_path(config.privacy, folder)
     assert path is not None
     ledger = open_granted(prepared, path)
@@ -405,7 +416,7 @@ def build(prepared: Prepared, folder: Path) -> Simulation:
         ),
     )
     pool = TrainerPool([_trainer(prepared, states, number) for number in range(config.speed.workers)])
-    broadcasts = BroadcastReader(BroadcastGuard(prepared.trainable), prepared.trainable.size)
+    broadcasts = reader_of(spec, prepared.trainable)
     sites = tuple(
         Site(
             spec=spec,
@@ -513,11 +524,11 @@ def _charged_as(config: RunConfig) -> tuple[str, float]:
 
 def _site_data(prepared: Prepared, index: int, name: str) -> SiteData:
     """Encode one owner's rows: those learned from, and those that are only asked about."""
-    task, data = prepared.task, prepared.data
+    config, task, data = prepared.config, prepared.task, prepared.data
     held_back = None
     if data.held_back:
         examples = data.held_back_rows(index)
-        groups = group_numbers(examples, prepared.config.evaluation)
+        groups = group_numbers(examples, config.evaluation)
         held_back = Rows(encoded=task.encode(examples), groups=groups, owner=index)
     return SiteData(
         index=index,
@@ -525,20 +536,8 @@ def _site_data(prepared: Prepared, index: int, name: str) -> SiteData:
         examples=task.encode(data.rows(index)),
         held_back=held_back,
         stages=data.arrivals(index),
+        teacher=simulated_teachers.teacher(prepared.owned, config, data, index, prepared.device),
     )
-
-
-def group_numbers(examples: Examples, evaluation: EvaluationConfig) -> np.ndarray | None:
-    """Return every row's place among the declared groups, -1 for any other; None without groups."""
-    if not evaluation.groups:
-        return None
-    if evaluation.group_column not in examples.columns:
-        raise DataError(
-            f"evaluation.group_column = {evaluation.group_column!r}: the data have no such column"
-        )
-    places = {name: place for place, name in enumerate(evaluation.groups)}
-    column = examples.column(evaluation.group_column)
-    return np.array([places.get(str(value), -1) for value in column], dtype=np.int64)
 
 
 def _site_ledger(
@@ -575,7 +574,7 @@ def _site_ledger(
     )
 
 
-def _probe_rows(prepared: Prepared) -> Encoded:
+def _probe_rows(prepared: Prepared) -> Examples:
     """Return the public rows the bound is tried on, however few of them a run is evaluated on.
 
     Raises:
@@ -587,7 +586,7 @@ def _probe_rows(prepared: Prepared) -> Encoded:
             f"{prepared.config.task.data}: has {len(validation)} validation rows, and the bound on one "
             f"record is tried on {PROBED} before any private row is read; add public rows"
         )
-    return prepared.task.encode(validation.take(range(min(PROBED, len(validation)))))
+    return validation.take(range(min(PROBED, len(validation))))
 
 
 def probe(prepared: Prepared, public: Encoded, *, samples: int = PROBED) -> None:
@@ -597,4 +596,5 @@ def probe(prepared: Prepared, public: Encoded, *, samples: int = PROBED) -> None
     Raises:
       NotPrivateError: it does, or samples are coupled; the message names the module or the loss at fault.
     """
-    probe_bound(prepared.spec, prepared.trainable, prepared.task, public, samples=samples)
+    if not prepared.owned:
+        probe_bound(prepared.spec, prepared.trainable, prepared.task, public, samples=samples)

@@ -16,6 +16,7 @@ from torch import Tensor
 from defenses.dp import Event
 from defenses.he.collusion import Kind, collusion
 from ffm_secure.config import compatibility, run_file
+from ffm_secure.config.distilled import distils
 from ffm_secure.config.groups import compares_groups, fewest_groups, group_size
 from ffm_secure.config.run_file import OBSERVERS, RunConfig
 from ffm_secure.config.schema import to_table
@@ -79,6 +80,7 @@ def describe(prepared: Prepared) -> PlanSummary:
     share = trained.size / max(1, prepared.backbone.total_parameters)
     up = prepared.codec.length * prepared.codec.modulus_bits // 8
     before = _uncompressed(prepared)
+    down = 4 * (trained.size if prepared.spec.sheet is None else prepared.spec.sheet.size)
     sealed = {
         "none": "in the clear",
         "secagg": "masked",
@@ -94,9 +96,9 @@ def describe(prepared: Prepared) -> PlanSummary:
         trainable_parameters=trained.size,
         total_parameters=prepared.backbone.total_parameters,
         sends=f"{size(up)} per client and round, {sealed}, {prepared.codec.modulus_bits}-bit ring; "
-        f"{size(4 * trained.size)} down{_compressed_words(prepared, before)}",
+        f"{size(down)} down{_compressed_words(prepared, before)}",
         bytes_up_per_client_round=up,
-        bytes_down_per_client_round=4 * trained.size,
+        bytes_down_per_client_round=down,
         spends=_spends(prepared),
         noise_multiplier=prepared.mechanism.noise_multiplier,
         statements=statements(config, prepared.mechanism, _planned(prepared)),
@@ -391,6 +393,8 @@ def _reveals(config: RunConfig, observer: Observer) -> str:
         extra = ""
         if config.protection.kind in ("bfv", "ckks"):
             extra = " and, as a key holder, every sum"
+        if distils(config):
+            return f"the student's answers to the public rows after every round{extra}"
         return f"the global model of every round{extra}"
     if observer == "server":
         return {

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ffm_secure.aggregation.base import Aggregate
 from ffm_secure.config.run_file import Lifecycle, RunConfig
 from ffm_secure.lifecycle.finetune import GradientRule, ModelUpdate, finetune
 from ffm_secure.records import RoundRecord
@@ -31,6 +32,20 @@ class SiteRound:
     spec: Lifecycle
     rule: GradientRule
     mask: Tensor | None = None  # [d]; 0 where this site's numbers stay at zero
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerSheet:
+    """What owners send where they send no change of a model: a probability a class for every public row."""
+
+    rows: int
+    classes: int
+    digest: str  # of the public rows
+
+    @property
+    def size(self) -> int:
+        """Return how many numbers are sent."""
+        return self.rows * self.classes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +85,20 @@ class Algorithm:
             rule=site_round.rule,
             mask=site_round.mask,
         )
+
+    def sheet(self, rows: int, classes: int | None, digest: str) -> AnswerSheet | None:
+        """Return what is answered about so many public rows, where answers are sent instead of changes."""
+        return None
+
+    def broadcast(self, state: ServerState) -> Tensor:
+        """Return the vector that goes down to the sites, float32: the global one."""
+        return state.vector
+
+    def step(
+        self, phase: ServerPhase, strategy: Strategy, state: ServerState, aggregate: Aggregate
+    ) -> ServerState:
+        """Return the state after a round whose sums were opened: what the strategy makes of it."""
+        return strategy.step(state, aggregate)
 
     def learn_in_public(self, phase: ServerPhase, state: ServerState) -> Tensor:
         """Do the server's own phase: return the vector [d] after it."""

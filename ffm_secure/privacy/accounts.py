@@ -34,6 +34,11 @@ class RowSet(Protocol):
         """Return the rows that a run is evaluated on."""
 
 
+def rows_digest(examples: Rows) -> str:
+    """Return a digest of public rows, which whoever has them computes alike."""
+    return _data_digest(examples)
+
+
 def dataset_fingerprint(name: str, examples: Rows, parts: Sequence[np.ndarray]) -> str:
     """Return the ledger's name for these training rows dealt in this way.
 

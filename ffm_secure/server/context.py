@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ffm_secure.lifecycle.base import ServerPhase
 from ffm_secure.protection.base import ServerSide
 from ffm_secure.records import Receipt
 from ffm_secure.agreed.run_spec import RunSpec
@@ -46,6 +47,17 @@ class ServerContext:
     def protection_of(self, query: str) -> ServerSide:
         """Return the server's half of what a kind of message travels by."""
         return self.answers.get(query, self.protection)
+
+    def phase(self, round: int) -> ServerPhase:
+        """Return what the server brings to what it learns itself in a round."""
+        return ServerPhase(
+            config=self.spec.config,
+            trainable=self.trainable,
+            task=self.task,
+            public=self.public,
+            round=round,
+            device=self.spec.device,
+        )
 
     def epsilon(self) -> float:
         """Return the largest epsilon any receipt states, 0 before the first; infinity without a guarantee."""

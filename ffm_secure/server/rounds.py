@@ -19,7 +19,6 @@ from ffm_secure import record_codec
 from ffm_secure.aggregation import aggregate_of
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.errors import FfmError, RecordError
-from ffm_secure.lifecycle.base import ServerPhase
 from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.privacy.expectations import site_noise_variance
 from ffm_secure.protection.base import UPLOAD, AggregationResult, too_few
@@ -108,7 +107,7 @@ def plan_round(
         round=number,
         cohort=agreed.schedule[turn.turn] if phase == "private" else (),
         phase=phase,
-        fingerprint=vector_fingerprint(state.vector),
+        fingerprint=vector_fingerprint(spec.algorithm.broadcast(state)),
         mechanism=agreed.mechanism,
         step=state.round,
         turn=turn.turn,
@@ -129,10 +128,11 @@ def collect(
     """
     if plan.phase == "public":
         return RoundResult(sum=None)
-    message = join_plan(record_codec.canonical_bytes(plan), encode_vector(state.vector))
+    broadcast = server.spec.algorithm.broadcast(state)
+    message = join_plan(record_codec.canonical_bytes(plan), encode_vector(broadcast))
     broadcast_bytes = len(message) * len(plan.cohort)
     if server.transcript is not None:
-        server.transcript.begin(plan, state.vector)
+        server.transcript.begin(plan, broadcast)
     lost: dict[int, str] = {}
     cannot_pay = _ask(server, courier, PLAN, dict.fromkeys(plan.cohort, message), lost)
     members, reason = _who_begins(server, plan, lost)
@@ -418,9 +418,9 @@ def _step(server: ServerContext, plan: RoundPlan, state: ServerState, result: Ro
             site_noise_variance=known * spec.compression.noise_share,
             reference=root_update(server, plan, state),
         )
-        after = spec.strategy.step(state, aggregate)
+        after = spec.algorithm.step(server.phase(plan.round), spec.strategy, state, aggregate)
         if server.transcript is not None:
-            server.transcript.stepped(plan, result.sum, after.vector)
+            server.transcript.stepped(plan, result.sum, spec.algorithm.broadcast(after))
     return keep_answers(state, spec.algorithm.remember(spec.strategy, state, after, plan.phase))
 
 
@@ -457,15 +457,7 @@ def _use_answer(server: ServerContext, plan: RoundPlan, state: ServerState, open
 
 
 def _learn_in_public(server: ServerContext, plan: RoundPlan, state: ServerState) -> ServerState:
-    spec = server.spec
-    phase = ServerPhase(
-        config=spec.config,
-        trainable=server.trainable,
-        task=server.task,
-        public=server.public,
-        round=plan.round,
-        device=spec.device,
-    )
+    spec, phase = server.spec, server.phase(plan.round)
     with server.trainable.training_only(spec.strategy.trains(state.round)):
         vector = spec.algorithm.learn_in_public(phase, state)
     return replace(state, vector=spec.strategy.after_public(vector, plan.round))

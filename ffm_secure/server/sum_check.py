@@ -34,6 +34,8 @@ def why_too_large(opened: RoundSum, spec: RunSpec, start: Tensor, *, turns: int 
     still send as much as all honest ones together may: the bound is on the sum.
     """
     survivors = len(opened.survivors)
+    if spec.sheet is not None and spec.mechanism.client_level is None:
+        return why_no_answers(opened, spec)
     bound = honest_bound(spec, survivors, float(start.double().norm()), turns=turns)
     norm = float(np.linalg.norm(opened.values))
     if not math.isfinite(norm):
@@ -44,6 +46,25 @@ def why_too_large(opened: RoundSum, spec: RunSpec, start: Tensor, *, turns: int 
         f"the opened sum has norm {norm:.4g}; {survivors} honest clients send at most "
         f"{bound.norm:.4g} ({bound.because})"
     )
+
+
+def why_no_answers(opened: RoundSum, spec: RunSpec) -> str:
+    """Return why a sum is none of probabilities, or an empty string: every number is from 0 to the weight of
+    the survivors, and those of one public row add up to it, up to rounding.
+    """
+    assert spec.sheet is not None, "asked where answers are sent"
+    values = opened.values.reshape(spec.sheet.rows, spec.sheet.classes)
+    weight, slack = opened.weight_sum, _rounding(spec, len(opened.survivors)) / math.sqrt(spec.codec.size)
+    apart = float(np.abs(values.sum(axis=1) - weight).max())
+    if not math.isfinite(apart):
+        return "the opened sum is not finite"
+    if values.min() < -slack or values.max() > weight + slack:
+        return (
+            f"the opened answers are from {values.min():.4g} to {values.max():.4g}, not from 0 to {weight:g}"
+        )
+    if apart > slack * spec.sheet.classes:
+        return f"the answers to one public row add up to {apart:.4g} more or less than {weight:g}"
+    return ""
 
 
 def why_answer_too_large(opened: RoundSum, question: Question, spec: RunSpec) -> str:

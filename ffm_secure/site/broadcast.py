@@ -13,7 +13,9 @@ from ffm_secure import record_codec
 from ffm_secure.errors import RecordError
 from ffm_secure.models.backbone import vector_fingerprint
 from ffm_secure.records import RoundPlan
-from ffm_secure.site.broadcast_guard import BroadcastGuard
+from ffm_secure.agreed.run_spec import RunSpec
+from ffm_secure.site.broadcast_guard import AnswersGuard, BroadcastGuard
+from ffm_secure.trainable import TrainableModel
 from ffm_secure.transport.stages import split_plan
 
 
@@ -46,8 +48,8 @@ class BroadcastReader:
     model.
     """
 
-    def __init__(self, guard: BroadcastGuard, size: int) -> None:
-        self._guard, self._size = guard, size
+    def __init__(self, guard: BroadcastGuard | AnswersGuard, *sizes: int) -> None:
+        self._guard, self._sizes = guard, sizes
         self._last: tuple[bytes, Broadcast] | None = None
 
     def read(self, message: bytes) -> Broadcast:
@@ -58,8 +60,19 @@ class BroadcastReader:
 
     def _decode(self, message: bytes) -> Broadcast:
         plan, payload = plan_of(message), split_plan(message)[1]
-        if len(payload) != 4 * self._size:
+        if len(payload) not in [4 * size for size in self._sizes]:
             raise ProtocolError
-        vector = torch.from_numpy(np.frombuffer(payload, dtype="<f4").astype(np.float32))
+        vector = torch.zeros(0)
+        if payload:
+            vector = torch.from_numpy(np.frombuffer(payload, dtype="<f4").astype(np.float32))
         self._guard.accept(vector)
         return Broadcast(plan=plan, vector=vector, fingerprint=vector_fingerprint(vector))
+
+
+def reader_of(spec: RunSpec, trainable: TrainableModel) -> BroadcastReader:
+    """Return what reads the broadcasts of a run: of a model, or of a student's answers, which come once it
+    has learned.
+    """
+    if spec.sheet is None:
+        return BroadcastReader(BroadcastGuard(trainable), trainable.size)
+    return BroadcastReader(AnswersGuard(spec.sheet), 0, spec.sheet.size)

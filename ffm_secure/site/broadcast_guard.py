@@ -11,10 +11,33 @@ from torch import Tensor
 
 from defenses.broadcast_check import Reason, TensorLayout, check_broadcast, layout_of
 from ffm_secure.errors import BroadcastRefused
+from ffm_secure.lifecycle.base import AnswerSheet
 from ffm_secure.trainable import TrainableModel
 
 # What starts at zero and has seen a few examples is sparse and of low rank without anybody's intent.
 _OF_LITTLE_TRAINING = ("zeroed block", "parallel rows")
+
+
+_APART = 1e-3  # that probabilities of one row may add up to more or less than 1
+
+
+class AnswersGuard:
+    """Judge broadcasts of a student's answers: probabilities, and nothing else, ever reach an own model."""
+
+    def __init__(self, sheet: AnswerSheet) -> None:
+        self.sheet = sheet
+
+    def accept(self, vector: Tensor) -> None:
+        """Check a broadcast vector: empty, or [rows * classes].
+
+        Raises: BroadcastRefused with the reason.
+        """
+        if not vector.numel():
+            return
+        answers = vector.view(self.sheet.rows, self.sheet.classes)
+        apart = float((answers.sum(dim=1) - 1.0).abs().max())
+        if not math.isfinite(apart) or apart > _APART or float(answers.min()) < 0.0:
+            raise BroadcastRefused(["what the student is said to answer are no probabilities"])
 
 
 class BroadcastGuard:

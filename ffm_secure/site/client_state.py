@@ -115,6 +115,14 @@ def residual_store(spec: RunSpec, states: ClientStateStore) -> ClientStateStore:
     return ClientStateStore(folder=states.folder / ".residual", owners=states.owners, places=places)
 
 
+def own_models(spec: RunSpec, states: ClientStateStore, *, size: int = 1) -> ClientStateStore:
+    """Return where owners of a distillation keep their own models of `size` numbers; a store that keeps
+    nothing in any other run, or where nobody keeps anything.
+    """
+    places = [slice(0, size)] if spec.sheet is not None and states.owners else []
+    return ClientStateStore(folder=states.folder / ".own", owners=states.owners, places=places)
+
+
 def require_home(
     spec: RunSpec, states: ClientStateStore, records: Sequence[RoundRecord], run_id: bytes
 ) -> None:
@@ -126,6 +134,7 @@ def require_home(
     states.require(records, run_id)
     learned = [record for record in records if record.query == LEARN]
     residual_store(spec, states).require(learned, run_id)
+    own_models(spec, states).require(learned, run_id)
 
 
 def folder_name(owner: str) -> str:

@@ -16,6 +16,7 @@ from defenses.dp import PerSampleEngine
 from defenses.random_source import RandomSource
 from defenses.secagg.masks import RingVector
 from ffm_secure.lifecycle import ModelUpdate, SiteRound
+from ffm_secure.lifecycle.distillation import Distil, Lesson
 from ffm_secure.lifecycle.finetune import (
     Arrived,
     BoundedSum,
@@ -31,8 +32,9 @@ from ffm_secure.queries import agenda
 from ffm_secure.queries.base import Answers, Query, Rows, Viewed, by_length
 from ffm_secure.records import LEARN, RoundPlan
 from ffm_secure.agreed.run_spec import RunSpec
-from ffm_secure.site.client_state import ClientStateStore, residual_store
+from ffm_secure.site.client_state import ClientStateStore, own_models, residual_store
 from ffm_secure.site.noise_memory import NoiseMemory
+from ffm_secure.site.teaching import Teacher, own_spec
 from ffm_secure.tasks.base import Task
 from ffm_secure.tasks.encoded import Encoded
 from ffm_secure.trainable import TrainableModel
@@ -50,6 +52,7 @@ class SiteData:
     examples: Encoded
     held_back: Rows | None = None  # rows that are never learned from, only asked about
     stages: tuple[Arrived, ...] = ()  # what each stage of a stream may draw; none where all is there at once
+    teacher: Teacher | None = None  # the owner's own model, where it answers public rows
 
     def arrived(self, stage: int) -> Arrived:
         """Return the rows that a round of a stage may draw."""
@@ -180,6 +183,8 @@ class SiteTrainer:
         step.
         """
         spec, strategy = self.spec, self.spec.strategy
+        if data.teacher is not None:
+            return self.teach(data, data.teacher, plan, start, source)
         if spec.mechanism.sum_level is not None:
             return self.add_up(spec.mechanism.sum_level, data, plan, start, source)
         mask = strategy.mask(data.index)
@@ -201,6 +206,36 @@ class SiteTrainer:
         learned = update.vector.cpu()
         self.states.save(data.index, start + learned, run_id=plan.run_id, round=plan.round)
         return replace(update, vector=strategy.message(start, learned, plan.step))
+
+    def teach(
+        self, data: SiteData, teacher: Teacher, plan: RoundPlan, guide: Tensor, source: RandomSource
+    ) -> ModelUpdate:
+        """Let the owner's own model learn, keep it at home, and return its answers to the public rows.
+
+        `guide` is what the student answers, float32 [rows * classes]; empty before it has learned.
+        """
+        spec = self.spec
+        assert isinstance(spec.algorithm, Distil), "the plan gives no other lifecycle a teacher"
+        own_store = own_models(spec, self.states, size=teacher.trainable.size)
+        own = replace(self, trainable=teacher.trainable, task=teacher.task, engines=teacher.engines)
+        own_data = replace(data, examples=teacher.examples, teacher=None)
+        rule = own.rule(own_data, plan, source)
+        lesson = Lesson(
+            trainable=teacher.trainable,
+            task=teacher.task,
+            start=own_store.load(data.index, teacher.start, run_id=plan.run_id, before=plan.round),
+            spec=own_spec(spec.config, teacher),
+            rule=rule,
+            public=teacher.public,
+            guide=guide,
+            seed=(spec.config.seed, plan.round, data.index, 0xBAC),
+            device=spec.device,
+            config=spec.config,
+        )
+        taught = spec.algorithm.teach(lesson)
+        self.rows_used = frozenset(rule.rows_used)
+        own_store.save(data.index, taught.own, run_id=plan.run_id, round=plan.round)
+        return ModelUpdate(vector=taught.answers, loss=taught.loss, steps=taught.steps)
 
     def add_up(
         self, mechanism: SumNoise, data: SiteData, plan: RoundPlan, start: Tensor, source: RandomSource

@@ -25,8 +25,7 @@ from ffm_secure.protection.base import ClientSide
 from ffm_secure.protection.halves import Terms, site_half
 from ffm_secure.protection.masked import SessionBinding
 from ffm_secure.site.bound_probe import PROBED, probe_bound
-from ffm_secure.site.broadcast import BroadcastReader
-from ffm_secure.site.broadcast_guard import BroadcastGuard
+from ffm_secure.site.broadcast import reader_of
 from ffm_secure.site.client_state import ClientStateStore
 from ffm_secure.site.folder import HOME
 from ffm_secure.site.lifetime import grant
@@ -139,7 +138,7 @@ def _sites(
     data = SiteData(index=own.index, name=own.file.name, examples=task.encode(dataset.train))
     ledger, evaluation = _site_ledger(config, own, dataset, loaded), task.encode(chosen)
     noise = noise_of(loaded.spec, own.index, states.place(own.index))
-    broadcasts = BroadcastReader(BroadcastGuard(loaded.trainable), loaded.trainable.size)
+    broadcasts = reader_of(loaded.spec, loaded.trainable)
     record = open_record(config, loaded, task, own.file.record, record_folder(own.base, terms.run_file))
 
     def make() -> Site:

@@ -50,6 +50,19 @@ STAGES: dict[str, dict[str, Any]] = {
     "pretrain": {"trainable": {"kind": "lora", "rank": 2}, "task": "masked_lm", "lifecycle": SWITCHED},
     "prompt generator": {"trainable": {"kind": "prompt_generator", "length": 3, "hidden": 4}},
     "folding": {"trainable": {"kind": "lora", "ranks": [1, 2]}, "strategy": {"kind": "flora"}},
+    "distillation": {
+        "trainable": {"kind": "head"},
+        "lifecycle": {"kind": "distillation", **STEPS, "public_examples": 40},
+        "distillation": {
+            "steps": 2,
+            "learning_rate": 0.01,
+            "back_steps": 1,
+            "models": [
+                {"name": "builtin:tiny-bert", "trainable": {"kind": "head"}},
+                {"name": "builtin:tiny-gpt2", "trainable": {"kind": "lora", "rank": 2}},
+            ],
+        },
+    },
     "kept at home": {"trainable": {"kind": "lora", "rank": 2}, "strategy": {"kind": "fedsa"}},
     "fewer bytes": {
         "trainable": {"kind": "lora", "rank": 2},
@@ -76,6 +89,7 @@ def stage(name: str, *, noise: str = "seeded") -> RunConfig:
         privacy={**RECORD, "noise": noise, "spare_rounds": 4},
         protection=SECAGG,
         compression=chosen.get("compression", {"kind": "none"}),
+        distillation=chosen.get("distillation", {}),
     )
 
 
