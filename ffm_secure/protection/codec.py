@@ -63,6 +63,14 @@ class VectorCodec:
         """Bind everything that shapes the integers; both ends of a secure session must agree on it."""
         return hashlib.sha256(f"ffm-secure vector 1 {self!r}".encode()).digest()
 
+    def holds(self, vector: object) -> bool:
+        """Tell whether something is a vector of this code: [length] words, in the machine's byte order.
+
+        What is not is sealed by no protection: the site that made it is lost to the round, and nobody else.
+        """
+        word = ring.word_type(self.modulus_bits)
+        return isinstance(vector, np.ndarray) and vector.dtype == word and vector.shape == (self.length,)
+
     def quantise(self, update: MechanismOutput, *, source: RandomSource) -> RingVector:
         """Return the ring vector of one client; real values are rounded at random, without bias.
 

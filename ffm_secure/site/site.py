@@ -175,6 +175,13 @@ class Site:
             rows = trainer.rows_used
             charged_anew = self.spec.config.privacy.unit != "none"
             update = update_name(current.plan, trainer.learned, fresh_noise=charged_anew)
+        if not self.spec.message(current.plan.query).codec.holds(vector):
+            _LOG.warning(
+                "%s sends nothing in round %d: what it made does not have the form of an update",
+                self.data.name,
+                current.plan.round,
+            )
+            raise ProtocolError
         if self._truth is not None and current.plan.query == LEARN:
             self._keep(self._truth, current, vector, rows)
         if self._record is not None:

@@ -18,7 +18,9 @@ from defenses.random_source import RandomSource
 from defenses.secagg import ring
 from defenses.secagg.masks import RingVector
 from ffm_secure.engines import simulation
+from ffm_secure.engines.own_models import make_own_models
 from ffm_secure.federation import TrainingResult
+from ffm_secure.protection.codec import real_codec
 from ffm_secure.records import REFUSED, RoundPlan, RoundSum
 from ffm_secure.server import rounds
 from ffm_secure.server.evidence import Evidence
@@ -27,6 +29,7 @@ from ffm_secure.server.sum_check import why_too_large
 from ffm_secure.site.noise_memory import NoiseMemory
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from tests.federation.helpers import CLIENT, RECORD, SECAGG, finish, first_plan, make, prepared
+from tests.queries.helpers import HEAD
 
 LIAR = 1
 NONE = {"unit": "none", "reason": "test data"}
@@ -219,3 +222,79 @@ def test_a_vector_that_encryption_cannot_hold_loses_its_site_and_no_round(tmp_pa
     _, trained = run_with(top_of_the_ring, tmp_path, protection={"kind": "bfv", "threshold": 3})
     assert [record.aborted for record in trained.records] == ["", "", ""]
     assert [dict(record.dropped) for record in trained.records] == [{}, {LIAR: "upload"}, {}]
+
+
+NO_UPDATES: tuple[Callable[[RingVector], Any], ...] = (
+    lambda vector: vector[:-1],
+    lambda vector: np.append(vector, vector),
+    lambda vector: vector.astype(np.uint64),
+    lambda vector: vector.astype(vector.dtype.newbyteorder(">")),
+    lambda vector: np.full(len(vector), np.nan),
+    lambda vector: vector.reshape(1, -1),
+    lambda vector: vector.astype(object),
+    lambda vector: None,
+)
+"""What a site may try to seal that is no update of its run."""
+
+
+class ShapelessTrainer(SiteTrainer):
+    """Make something else than an update at one site, in every round but the last."""
+
+    made: tuple[Callable[[RingVector], Any], ...]
+
+    def run_round(
+        self,
+        data: SiteData,
+        plan: RoundPlan,
+        start: torch.Tensor,
+        source: RandomSource,
+        noise: NoiseMemory | None = None,
+    ) -> RingVector:
+        honest = super().run_round(data, plan, start, source, noise)
+        if data.index != LIAR or plan.round > len(self.made):
+            return honest
+        vector: RingVector = self.made[plan.round - 1](honest)
+        return vector
+
+
+@pytest.mark.parametrize("kind", ["none", "secagg", pytest.param("bfv", marks=pytest.mark.slow)])
+def test_what_is_no_update_loses_its_site_and_ends_no_run(kind: str, tmp_path: Path) -> None:
+    """Under masks, a vector of another length ended a simulation with an error of its own code."""
+    if kind == "bfv":
+        pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+    lifecycle = {
+        "kind": "finetune",
+        "local_steps": 1,
+        "batch_size": 8,
+        "learning_rate": 0.1,
+        "start": "class_sums",
+    }
+    made = make(
+        model=HEAD,
+        privacy={**RECORD, "spare_rounds": 1},
+        federation={"rounds": 3, "lifecycle": lifecycle},
+        protection={"kind": kind, "threshold": 3},
+        personal={"kind": "few_steps", "steps": 1, "batch_size": 8, "learning_rate": 0.1},
+    )
+    ready = simulation.build(prepared(made), tmp_path)
+    trainer = ShapelessTrainer(
+        spec=ready.spec, trainable=ready.trainable, task=ready.task, states=ready.states
+    )
+    trainer.made = NO_UPDATES[:3]
+    ready.courier.trainers.replace([trainer])
+    untrained = ready.trainable.flatten().cpu().clone()
+    trained = finish(ready, tmp_path)
+    assert trained.status == "complete"
+    assert [record.dropped.get(LIAR) for record in trained.records[:3]] == ["upload"] * 3, "it is named"
+    assert not any(record.dropped or record.aborted for record in trained.records[3:])
+    closed = [bool(record.aborted) for record in trained.records[:3]]
+    assert closed == [kind == "secagg"] * 3, "four sites under masks need all four, the others three"
+    assert len(make_own_models(ready, trained, untrained)) == 4
+
+
+def test_a_code_holds_vectors_of_its_own_form_alone() -> None:
+    codec = real_codec(size=5, clients=3, value_bits=8, bound=1.0, max_weight=1, carries_loss=False)
+    vector = np.zeros(codec.length, dtype=np.uint32)
+    assert codec.modulus_bits <= 32
+    assert codec.holds(vector)
+    assert [codec.holds(made(vector)) for made in NO_UPDATES] == [False] * len(NO_UPDATES)
