@@ -4,6 +4,7 @@ sum.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,7 +181,8 @@ class EncryptedServerRound:
         self._arrived: list[int] = []
         self._confirmations: dict[int, bytes] = {}
         self._agreed: list[int] = []
-        self._total: RingVector | None = None
+        self._totals: dict[bytes, RingVector] = {}  # each different sum that some site says it opened
+        self._said: dict[int, bytes] = {}  # by which site: its key among them
         self._failed = ""
         self._up = self._down = 0
 
@@ -224,30 +226,47 @@ class EncryptedServerRound:
         elif stage == "confirm":
             self._agreed.append(site)
         else:
-            codec = self._terms.codec
-            total = ring.unpack(reply, codec.modulus_bits)
-            if len(total) != codec.length:
-                raise ProtocolError
-            if self._total is not None and not np.array_equal(self._total, total):
-                self._failed = "the sites say they opened different sums"
-            self._total = total
+            self._keep_total(site, reply)
+
+    def _keep_total(self, site: int, reply: bytes | memoryview) -> None:
+        codec = self._terms.codec
+        if len(reply) != ring.packed_bytes(codec.length, codec.modulus_bits):
+            raise ProtocolError
+        digest = hashlib.sha256(reply).digest()
+        self._said[site] = digest
+        if digest not in self._totals:
+            self._totals[digest] = ring.unpack(reply, codec.modulus_bits)
+
+    def _common_total(self) -> tuple[RingVector | None, tuple[int, ...]]:
+        """Return the sum that as many sites hand on as must have opened the same, and who hands on another.
+
+        Clients have compared what they opened before; here one that says something else afterwards is told
+        from the others, and ends no round.
+        """
+        for digest, total in self._totals.items():
+            others = tuple(site for site, another in self._said.items() if another != digest)
+            if len(self._said) - len(others) >= self._needed:
+                return total, others
+        return None, ()
 
     def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
-        """Return the sum the sites opened."""
-        if self._total is not None and not self._failed:
+        """Return the sum the sites opened; who handed on another is named as lost there."""
+        total, liars = self._common_total()
+        if total is not None and not self._failed:
             return AggregationResult(
-                ring_sum=self._total,
+                ring_sum=total,
                 survivors=tuple(sorted(self._arrived)),
-                dropped=lost,
+                dropped={**lost, **dict.fromkeys(liars, _TOTAL)},
                 aborted="",
                 bytes_up=self._up,
                 bytes_down=self._down,
             )
+        different = "the sites say they opened different sums" if len(self._totals) > 1 else ""
         return AggregationResult(
             ring_sum=None,
             survivors=(),
             dropped=lost,
-            aborted=self._failed or "protocol aborted",
+            aborted=self._failed or different or "protocol aborted",
             bytes_up=self._up,
             bytes_down=self._down,
         )

@@ -65,14 +65,15 @@ class GroupedServerRound:
 
     def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
         """Open the sum of every group that is left."""
-        groups = []
+        groups, dropped = [], dict(lost)
         for group in self._rounds:
             groups.append(group.open_sum(lost))
+            dropped.update(groups[-1].dropped)
         reasons = sorted({group.aborted for group in groups if group.aborted})
         return AggregationResult(
             ring_sum=None,
             survivors=tuple(sorted(site for group in groups for site in group.survivors)),
-            dropped=lost,
+            dropped=dropped,
             aborted="; ".join(reasons),
             bytes_up=sum(group.bytes_up for group in groups),
             bytes_down=sum(group.bytes_down for group in groups),

@@ -158,8 +158,11 @@ class KeyedClient:
 class KeyedServerRound:
     """Carry offers and sealed keys between the sites, then add what they encrypt."""
 
-    def __init__(self, plan: RoundPlan, terms: EncryptedTerms, inner: ServerRound) -> None:
+    def __init__(
+        self, plan: RoundPlan, terms: EncryptedTerms, inner: ServerRound, suspects: set[int] | None = None
+    ) -> None:
         self._plan, self._terms, self._inner = plan, terms, inner
+        self._suspects = set() if suspects is None else suspects  # of the run: they hand on no key that fits
         self._holders: list[int] = []
         self._offers: dict[int, bytes] = {}
         self._wrapped: dict[int, bytes] = {}
@@ -168,7 +171,13 @@ class KeyedServerRound:
 
     @property
     def _holder(self) -> int:
-        """Return the site that hands the key on: one that has it, or the first to make one."""
+        """Return the site that hands the key on: one that has it, or the first to make one.
+
+        Whoever failed at it is asked again where nobody else is left.
+        """
+        for candidates in (set(self._holders), set(self._offers)):
+            if candidates - self._suspects:
+                return min(candidates - self._suspects)
         return min(self._holders or self._offers)
 
     def messages(self, stage: str) -> Mapping[int, bytes]:
@@ -214,6 +223,10 @@ class KeyedServerRound:
     def open_sum(self, lost: Mapping[int, str]) -> AggregationResult:
         """Return the sum the sites opened."""
         result = self._inner.open_sum(lost)
+        if self._offers and self._holder not in self._suspects:
+            kept_waiting = any(lost.get(site) == UNWRAP for site in self._wrapped)
+            if kept_waiting or lost.get(self._holder) == WRAP:
+                self._suspects.add(self._holder)
         return replace(result, bytes_up=result.bytes_up + self._up, bytes_down=result.bytes_down + self._down)
 
 
@@ -223,12 +236,13 @@ class KeyedServer:
     def __init__(self, terms: EncryptedTerms) -> None:
         self.kind = terms.config.protection.kind
         self.terms = terms
+        self._suspects: set[int] = set()
 
     def open_round(self, plan: RoundPlan) -> KeyedServerRound:
         """Begin a round."""
-        return KeyedServerRound(plan, self.terms, EncryptedServerRound(plan, self.terms))
+        return KeyedServerRound(plan, self.terms, EncryptedServerRound(plan, self.terms), self._suspects)
 
     def open_groups(self, plan: RoundPlan, groups: Sequence[tuple[int, ...]]) -> KeyedServerRound:
         """Begin a round with a sum for every group; the key is one, handed on in the whole cohort."""
         sums = EncryptedServer(self.terms).open_groups(plan, groups)
-        return KeyedServerRound(plan, self.terms, sums)
+        return KeyedServerRound(plan, self.terms, sums, self._suspects)

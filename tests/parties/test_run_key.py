@@ -16,7 +16,7 @@ from defenses.secagg.masks import RingVector
 from ffm_secure.protection.base import UPLOAD
 from ffm_secure.protection.codec import real_codec
 from ffm_secure.protection.encrypted import EncryptedTerms, encrypted_terms
-from ffm_secure.protection.run_key import OFFER, UNWRAP, WRAP, KeyedClient, KeyedServer
+from ffm_secure.protection.run_key import OFFER, UNWRAP, WRAP, KeyedClient, KeyedClientRound, KeyedServer
 from ffm_secure.records import RoundPlan
 from tests.parties.helpers import notes_run
 
@@ -40,16 +40,20 @@ def plan(number: int) -> RoundPlan:
 
 
 def play(
-    terms: EncryptedTerms, sites: list[KeyedClient], number: int
+    terms: EncryptedTerms, sites: list[KeyedClient], number: int, side: KeyedServer | None = None
 ) -> tuple[RingVector | None, dict[int, str], list[bytes]]:
     """Play one round; return the opened sum, who was lost where, and every byte the server saw."""
-    server = KeyedServer(terms).open_round(plan(number))
+    server = (side or KeyedServer(terms)).open_round(plan(number))
     rounds = [site.join(plan(number)) for site in sites]
     lost: dict[int, str] = {}
     carried: list[bytes] = []
     bits = terms.codec.modulus_bits
     for stage in server.stages:
-        for site, message in server.messages(stage).items():
+        try:
+            going_out = server.messages(stage)
+        except ProtocolError:
+            break
+        for site, message in going_out.items():
             if site in lost:
                 continue
             carried.append(message)
@@ -104,6 +108,41 @@ def test_a_burnt_key_is_never_taken_again(identities: list[Identity]) -> None:
     total, lost, _ = play(terms, sites, 2)
     assert lost == {0: UNWRAP}
     assert values_of(terms, total) == expected(terms, (1, 2, 3))
+
+
+class Miser(KeyedClient):
+    """Say that one has the key, and hand on what is none."""
+
+    handed_on = b""
+
+    def join(self, plan: RoundPlan) -> KeyedClientRound:
+        own, handed_on = super().join(plan), self.handed_on
+
+        class Round(KeyedClientRound):
+            def respond(self, stage: str, message: bytes) -> bytes:
+                if stage == WRAP:
+                    return handed_on
+                return b"\x01" if stage == OFFER else own.respond(stage, message)
+
+        return Round(plan, self._terms, self.key)
+
+
+@pytest.mark.parametrize("handed_on", [b"", (SITES - 1) * b"\x02\x00\x00\x00no"], ids=["none", "no key"])
+def test_one_that_hands_on_no_key_costs_a_round_and_no_run(
+    handed_on: bytes, identities: list[Identity]
+) -> None:
+    """The first who said it had the key was asked again in every round, and none was ever opened."""
+    terms = terms_for("bfv", identities)
+    miser = Miser(terms, identities[0])
+    miser.handed_on = handed_on
+    sites: list[KeyedClient] = [miser, *(KeyedClient(terms, identity) for identity in identities[1:])]
+    server = KeyedServer(terms)
+    total, lost, _ = play(terms, sites, 1, server)
+    assert total is None
+    assert len(lost) == SITES
+    total, lost, _ = play(terms, sites, 2, server)
+    assert values_of(terms, total) == expected(terms, (1, 2, 3))
+    assert lost == {0: UPLOAD}
 
 
 def test_who_is_not_on_the_roster_gets_and_gives_no_key(identities: list[Identity]) -> None:

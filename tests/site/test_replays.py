@@ -162,14 +162,40 @@ def test_one_sites_nonsense_ends_no_run(stage: str, content: bytes, tmp_path: Pa
     assert spent == sorted(spent)
 
 
-def test_one_site_does_not_dictate_an_encrypted_sum(tmp_path: Path) -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_site_does_not_dictate_an_encrypted_sum(groups: int, tmp_path: Path) -> None:
+    """Nor does it end the round: it closed every round, at the cost of everybody, and had no name."""
     pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
-    built = ready(tmp_path, protection={"kind": "bfv", "threshold": 3})
-    codec = built.spec.codec
-    trained = finish(
-        built, tmp_path, courier=Lying(built, "total", bytes(codec.length * codec.modulus_bits // 8))
+    built = ready(
+        tmp_path,
+        task={"clients": 3 * groups},
+        federation={"cohort": 3 * groups, "rounds": 2},
+        protection={"kind": "bfv", "threshold": 3, "groups": groups},
     )
-    assert {record.aborted for record in trained.records} == {"the sites say they opened different sums"}
+    codec = built.spec.codec
+    false = bytes(codec.length * codec.modulus_bits // 8)
+    trained = finish(built, tmp_path, courier=Lying(built, "total", false))
+    assert [record.aborted for record in trained.records] == [""] * 2
+    assert [record.survivors for record in trained.records] == [tuple(range(3 * groups))] * 2
+    assert [dict(record.dropped) for record in trained.records] == [{1: "total"}] * 2, "it is named"
+    assert all(record.norm for record in trained.records), "no sum of zeros"
+
+
+def test_a_sum_that_no_majority_hands_on_stays_closed(tmp_path: Path) -> None:
+    pytest.importorskip("tenseal", reason="the extra 'he' is not installed")
+    built = ready(tmp_path, federation={"rounds": 1}, protection={"kind": "bfv", "threshold": 3})
+    codec = built.spec.codec
+
+    class Torn(LocalEngine):
+        def send(self, asked: str, messages: Mapping[int, bytes]) -> Iterator[Reply]:
+            for reply in super().send(asked, messages):
+                lie = asked == "total" and reply.site < 2
+                false = bytes(codec.length * codec.modulus_bits // 8)
+                yield Reply(site=reply.site, content=false) if lie else reply
+
+    torn = Torn(built.config, built.sites, built.courier.trainers)
+    (record,) = finish(built, tmp_path, courier=torn).records
+    assert record.aborted == "the sites say they opened different sums"
 
 
 def test_a_run_that_budgets_end_says_who_said_so(tmp_path: Path) -> None:
