@@ -216,7 +216,7 @@ class LedgerFile:
         with self.transaction():
             head = self.last()
             text = json.dumps({"version": FORMAT_VERSION, "sequence": head.sequence, "hash": head.hash})
-            _write_durably(self.head_path, text)
+            _write_durably(self.head_path, text.encode())
 
     def verify(self, anchor: Head | None) -> None:
         """Check the whole file; raises TamperedError."""
@@ -256,19 +256,16 @@ class LedgerFile:
 
     def create_key(self) -> bytes:
         """Make the ledger's key, readable by its owner only; an older one that no row was written with is
-        kept.
+        kept. Only inside a transaction.
 
+        Guarantee: the key is there whole or not at all, whatever the disk or the process does meanwhile: half
+        of one would be refused for ever, and no backup holds the other half.
         Raises: ParameterError when a file of that name is not a key.
         """
-        try:
-            handle = os.open(self.key_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
+        if os.path.lexists(self.key_path):
             return self.read_key()
-        with os.fdopen(handle, "wb") as stream:
-            secret = os.urandom(KEY_BYTES)
-            stream.write(secret)
-            stream.flush()
-            os.fsync(stream.fileno())
+        secret = os.urandom(KEY_BYTES)
+        _write_durably(self.key_path, secret)
         return secret
 
     def read_key(self) -> bytes:
@@ -369,14 +366,18 @@ def _check_row(row: Row, sequence: int, previous: bytes) -> None:
         raise TamperedError
 
 
-def _write_durably(path: Path, text: str) -> None:
+def _write_durably(path: Path, content: bytes) -> None:
     """Replace a small file atomically, on disk before this returns."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
     if hasattr(os, "O_DIRECTORY"):
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)

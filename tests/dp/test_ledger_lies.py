@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from defenses.dp import Ledger
 from defenses.dp.ledger_entries import IMPLIED
-from defenses.dp.records import RecordKey, canonical_text
+from defenses.dp.records import KEY_BYTES, RecordKey, canonical_text
 from defenses.errors import ParameterError, TamperedError
 from ffm_secure.errors import StoreError
 from ffm_secure.site.ledger_place import open_ledger
@@ -139,3 +140,20 @@ def test_what_was_noted_as_public_is_checked_like_every_row(place: Path) -> None
         ledger._file._connection.execute("UPDATE blocks SET keys = zeroblob(96)")
     with pytest.raises(TamperedError):
         Ledger.open(place, create=False)
+
+
+def test_a_full_disk_leaves_no_half_of_a_key(tmp_path: Path) -> None:
+    """What was left of it was refused for ever as a damaged key, and there was no backup to restore."""
+    with Ledger.open(tmp_path / "ledger") as ledger:
+        ledger.grant("record", 4.0, 1e-5)
+        limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (KEY_BYTES // 2, most))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                ledger.record_key()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["ledger", "ledger.head"]
+        made = ledger.record_key()
+    with Ledger.open(tmp_path / "ledger") as again:
+        assert again.record_key().check() == made.check()
