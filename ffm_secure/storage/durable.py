@@ -13,6 +13,8 @@ from ffm_secure.errors import StoreError
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+LARGEST_DIGESTED = 64 << 30
+"""Bytes of the largest file that a certificate may name; one that merely claims more takes hours to read."""
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -34,13 +36,21 @@ def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal.
 
     Raises:
-      StoreError: it cannot be read.
+      StoreError: it cannot be read, or is larger than any file of a model that is exported here.
     """
     try:
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LARGEST_DIGESTED:
+                raise StoreError(f"{path}: {too_large(size)}")
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def too_large(size: int) -> str:
+    """Say that a file is larger than any that is certified."""
+    return f"has {size:,} bytes, and no certified file more than {LARGEST_DIGESTED:,}; it was not read"
 
 
 def write_synced(path: Path, content: bytes) -> None:
