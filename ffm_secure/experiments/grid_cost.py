@@ -18,7 +18,8 @@ from ffm_secure.config import compatibility
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines import simulation
 from ffm_secure.experiments.grid_file import Cell
-from ffm_secure.site.allowance import composed, run_epsilon
+from ffm_secure.privacy.mechanism import replay_events
+from ffm_secure.site.allowance import composed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,6 +34,15 @@ class CellCost:
     event: Event
     rounds: int  # most rounds one row is charged for
     guaranteed: bool
+    answers: tuple[Event, ...] = ()  # what a row is charged for beside: questions, and rounds of a reservoir
+    held_back: tuple[Event, ...] = ()  # what a row is charged for that is not learned from, only asked about
+
+    def paid(self) -> Counter[Event]:
+        """Return what one row of those that are learned from is charged for."""
+        counts = Counter(self.answers)
+        if self.rounds:  # a run that learns on public rows alone pays for no round
+            counts[self.event] += self.rounds
+        return counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +114,7 @@ def _cost_of(config: RunConfig, base: Path) -> CellCost:
     data, spec = simulation.agree(config, base)
     records = data.dataset.train.records
     assert records is not None
+    learned = compatibility.paid_rounds(config) if spec.learns else 0
     return CellCost(
         run=config.name,
         data=config.task.data,
@@ -111,8 +122,10 @@ def _cost_of(config: RunConfig, base: Path) -> CellCost:
         unit=config.privacy.unit,
         delta=config.privacy.delta,
         event=spec.mechanism.event(release="update of one round"),
-        rounds=compatibility.paid_rounds(config),
+        rounds=learned,
         guaranteed=spec.has_dp_guarantee,
+        answers=(*spec.answers_planned(held_back=False), *replay_events(spec.mechanism, config)),
+        held_back=spec.answers_planned(held_back=True),
     )
 
 
@@ -135,29 +148,37 @@ def grid_costs(costs: Sequence[CellCost]) -> tuple[GridCost, ...]:
 
 
 def _composed(private: Sequence[CellCost], without: tuple[str, ...]) -> GridCost:
+    """Compose the private runs of one unit.
+
+    In one run a row is learned from or held back. In several it may be one here and the other there, so it
+    is counted as both.
+    """
     delta = min(cost.delta for cost in private)
     counts: Counter[Event] = Counter()
-    for cost in private:
-        if cost.rounds:  # a run that learns on public rows alone pays for no round
-            counts[cost.event] += cost.rounds
     alone = []
     for cost in private:
-        alone.append(run_epsilon(cost.event, cost.rounds, delta))
-    alike = len({(cost.event, cost.rounds) for cost in private}) == 1
+        counts += cost.paid() + Counter(cost.held_back)
+        alone.append(max(_epsilon(cost.paid(), delta), _epsilon(Counter(cost.held_back), delta)))
+    first = private[0].paid(), Counter(private[0].held_back)
+    alike = all((cost.paid(), Counter(cost.held_back)) == first for cost in private)
     return GridCost(
         runs=len(private),
         unit=private[0].unit,
         delta=delta,
         each=max(alone),
-        together=composed(tuple(counts.items()), delta),
-        best_only=_best_only(private[0], len(private), delta)
+        together=_epsilon(counts, delta) if len(private) > 1 else max(alone),
+        best_only=_best_only(sum(first, Counter()), len(private), delta)
         if alike and len(private) > 1 and counts
         else None,
         without=without,
     )
 
 
-def _best_only(cost: CellCost, runs: int, delta: float) -> float:
+def _epsilon(counts: Counter[Event], delta: float) -> float:
+    return composed(tuple(counts.items()), delta) if counts else 0.0
+
+
+def _best_only(run: Counter[Event], runs: int, delta: float) -> float:
     """Return what the best of a Poisson number of runs costs.
 
     Source: Papernot, Steinke, arXiv 2110.03620, theorem 6.
@@ -165,7 +186,7 @@ def _best_only(cost: CellCost, runs: int, delta: float) -> float:
     accountant = Accountant()
     accountant.compose(
         TuningEvent(
-            base=(cost.event,) * cost.rounds,
+            base=tuple(run.elements()),
             distribution="poisson",
             stopping=float(runs),
             release="the best run",

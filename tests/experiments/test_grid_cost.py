@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from defenses.dp import Accountant, Event, GaussianEvent, NonPrivateEvent, TuningEvent
 from defenses.dp import epsilon as epsilon_of
 from ffm_secure.experiments import grid as experiments
-from ffm_secure.experiments.grid_cost import CellCost, grid_costs
+from ffm_secure.experiments.grid_cost import CellCost, _cost_of, grid_costs
 from tests.experiments.test_experiments import GRID
+from tests.federation.helpers import RECORD, make
+from tests.queries.helpers import HEAD, STEPS, one_shot
 
 PRIVATE = 'privacy = { ledger = "run", unit = "record", epsilon = 4.0, delta = 1e-5, clip_norm = 1.0 }'
 OPEN = 'privacy = { ledger = "run", unit = "none", reason = "test data" }'
@@ -93,6 +95,39 @@ def test_the_best_of_a_random_number_of_equal_runs_is_priced() -> None:
     assert cost.each < cost.best_only < cost.together
     (mixed,) = grid_costs([cell("a", [1], data="same"), cell("b", [1], data="same", sigma=2.0)])
     assert mixed.best_only is None
+
+
+def test_answers_and_rows_held_back_are_counted_too() -> None:
+    """A grid stated what its rounds of learning cost, and nothing of what its runs ask beside."""
+    asked = replace(cell("a", [1]), answers=(event(3.0),) * 2, held_back=(event(0.9),))
+    (alone,) = grid_costs([asked])
+    learned = epsilon_of([event()] * 3 + [event(3.0)] * 2, 1e-5).epsilon
+    assert alone.each == alone.together == pytest.approx(learned, rel=1e-3)
+    (both,) = grid_costs([asked, replace(cell("b", [1]), held_back=(event(0.9),))])
+    one_side = epsilon_of([event()] * 6 + [event(3.0)] * 2, 1e-5).epsilon
+    other_side = epsilon_of([event(0.9), *[event()] * 3], 1e-5).epsilon
+    assert both.together >= max(one_side, other_side) * (1 - 1e-3)
+    assert both.best_only is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"start": "class_sums", "start_epsilon": 4.0}, {"finish": "class_offsets", "finish_epsilon": 4.0}],
+    ids=["start", "finish"],
+)
+def test_a_run_of_a_grid_costs_what_its_plan_says(asked: dict[str, object]) -> None:
+    """Of a run whose start costs half of epsilon 8 the learning alone was stated."""
+    config = make(
+        model=HEAD, privacy={**RECORD, "noise": "system"}, federation={"lifecycle": {**STEPS, **asked}}
+    )
+    (cost,) = grid_costs([_cost_of(config, Path.cwd())])
+    assert 8.0 * 0.99 < cost.each <= 8.0
+
+
+def test_a_head_from_sums_costs_its_answers_in_a_grid() -> None:
+    config = one_shot(privacy={**RECORD, "noise": "system", "epsilon": 2.0})
+    (cost,) = grid_costs([_cost_of(config, Path.cwd())])
+    assert 2.0 * 0.99 < cost.each <= 2.0
 
 
 def test_a_run_that_pays_for_no_round_costs_nothing() -> None:
