@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from ffm_secure.engines.simulated_data import SimulatedData
 from ffm_secure.engines.simulation import Prepared
 from ffm_secure.engines.summary import public_summary
 from ffm_secure.federation import TrainingResult
-from ffm_secure.records import NOT_BEGUN, Receipt, RunSummary
+from ffm_secure.records import LEARN, NOT_BEGUN, Receipt, RoundRecord, RunSummary
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
+from ffm_secure.site.allowance import composed
 from ffm_secure.storage.durable import write_atomic
 from ffm_secure.trainable import exports
 from ffm_secure.transport.receipts import RECEIPTS, Receipts
@@ -66,12 +68,30 @@ def summarise(ready: ReadyRun, trained: TrainingResult) -> RunSummary:
 
 def _charged(ready: ReadyRun, trained: TrainingResult) -> tuple[Event, ...]:
     """Return the events of the site that can have paid most, by the public schedule."""
-    turns: Counter[int] = Counter()
-    for record in trained.records:
+    loaded = ready.loaded
+    events = {
+        LEARN: loaded.mechanism.event(release="update of one round"),
+        **loaded.spec.answer_events(),
+    }
+    return most_charged(trained.records, events, loaded.config.privacy.delta)
+
+
+def most_charged(
+    records: Sequence[RoundRecord], events: Mapping[str, Event], delta: float
+) -> tuple[Event, ...]:
+    """Return what the site that paid most was charged for; `events` by what a round asks.
+
+    A site pays from the moment it begins a round, whatever becomes of it.
+    """
+    paid: dict[int, Counter[Event]] = {}
+    for record in records:
         for site in record.cohort:
-            turns[site] += record.dropped.get(site) not in NOT_BEGUN
-    event = ready.loaded.mechanism.event(release="update of one round")
-    return (event,) * max(turns.values(), default=0)
+            if record.dropped.get(site) not in NOT_BEGUN:
+                paid.setdefault(site, Counter())[events[record.query]] += 1
+    if not paid:
+        return ()
+    most = max(paid.values(), key=lambda counts: composed(tuple(counts.items()), delta))
+    return tuple(most.elements())
 
 
 def _as_planned(ready: ReadyRun) -> Prepared:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from defenses.dp import Ledger
+from defenses.dp import GaussianEvent, Ledger
 from ffm_secure.cli.coordinator_commands import Shown, tracked
 from ffm_secure.display.notebook import Callbacks
 from ffm_secure.engines import coordinated
 from ffm_secure.federation import NullCallback
-from ffm_secure.records import Receipt, RoundRecord
+from ffm_secure.records import LEARN, Receipt, RoundRecord
 from ffm_secure import record_codec
 from ffm_secure.server.timetable import Timetable
 from ffm_secure.transport import envelope
 from ffm_secure.transport.courier import Reply
 from tests.parties.helpers import NAMES, RECORD, SEEDED, Direct, Federation, found, notes_run, open_all, run
+from tests.tracking.helpers import record
 
+SURE: dict[str, Any] = {
+    "unit": "record", "adjacency": "add_remove", "sampling": "full", "sampling_rate": 1.0, "steps": 1,
+    "clip_norm": 1.0, "release": "test",
+}  # fmt: skip
 MASKS = {"kind": "secagg", "threshold": 3}
 
 
@@ -142,3 +149,18 @@ def test_what_a_coordinator_leaves_behind(tmp_path: Path) -> None:
         with Ledger.open(federation.site(name) / "ledger.sqlite", create=False) as ledger:
             assert receipt.head == ledger.head().hash
         assert 0 < receipt.epsilon <= 8.0
+
+
+def test_a_coordinators_report_counts_questions_as_what_they_cost() -> None:
+    """Every round was counted as one of learning, also those that asked for a start at half the budget."""
+    learning, asking = (
+        GaussianEvent(**SURE, noise_multiplier=9.0),
+        GaussianEvent(**SURE, noise_multiplier=1.0),
+    )
+    events = {LEARN: learning, "class_sums": asking}
+    everybody = record(1, query="class_sums", dropped={1: "declined", 2: "upload"})
+    rounds = (everybody, record(2, dropped={}), record(3, cohort=(0, 1), dropped={}))
+    charged = coordinated.most_charged(rounds, events, 1e-5)
+    assert Counter(charged) == {asking: 1, learning: 2}, "the first site; the second declined to be asked"
+    assert Counter(coordinated.most_charged(rounds[1:], events, 1e-5)) == {learning: 2}
+    assert coordinated.most_charged((), events, 1e-5) == ()
