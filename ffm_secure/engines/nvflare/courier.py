@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from ffm_secure.engines.nvflare.desk import Desk
 from ffm_secure.engines.nvflare.enrolment import relay_name
@@ -26,13 +27,16 @@ class _Asked:
 
     site: int
     closes: float  # seconds since 1970
+    job: Job
 
 
 class NVFlareCourier:
     """Carry messages to sites by their number in `sites`, in as many jobs as it takes.
 
+    `hosts` says of a site whose relay carries for it, where that is another's: several sites in one process.
+
     A job is begun with the sites that are connected. A site that lost its process, or came late, is lost
-    until another job has been begun for it, which happens by itself; so it does after a fall of the server.
+    until a job has been begun beside it, which happens by itself; so it does after a fall of the server.
 
     Guarantee: every site that was written to is answered for once, with its bytes or as lost; an answer that
     comes after the deadline is dropped, by the engine and by its number. Safe to call from several threads.
@@ -45,17 +49,22 @@ class NVFlareCourier:
         submitter: Path,
         submitter_name: str,
         sites: Sequence[str],
+        hosts: Mapping[str, str] = MappingProxyType({}),
         run: str,
         patience: Patience | None = None,
         deadline: Deadline | None = None,
     ) -> None:
         self._sites = tuple(sites)
-        self._relays = tuple(relay_name(name) for name in sites)
+        self._relays = tuple(relay_name(hosts.get(name, name)) for name in sites)
         self._patience = patience or Patience()
         self._deadline = deadline
         self._numbers = itertools.count(1)
         self._keeper = JobKeeper(
-            Desk(submitter, submitter_name), Door(server / COURIER_SOCKET), self._relays, run, self._patience
+            Desk(submitter, submitter_name),
+            Door(server / COURIER_SOCKET),
+            tuple(dict.fromkeys(self._relays)),
+            run,
+            self._patience,
         )
 
     @property
@@ -65,8 +74,7 @@ class NVFlareCourier:
 
     def sites(self) -> frozenset[int]:
         """Return the sites that can be written to now."""
-        job = self._keeper.current
-        joined = set() if job is None or job.over else job.joined
+        joined = self._keeper.joined()
         return frozenset(number for number, name in enumerate(self._relays) if name in joined)
 
     def open(self, *, smallest: int, seconds: float) -> None:
@@ -98,18 +106,16 @@ class NVFlareCourier:
         self, stage: str, messages: Mapping[int, bytes], deadline: float | None, arrived: Arrived
     ) -> Iterator[Reply]:
         asked: dict[int, _Asked] = {}
-        job: Job | None = None
         for site in messages:
             message = messages[site]
             closes = self._closes(message, deadline)
-            job = job or self._keeper.wait(closes)
-            number = next(self._numbers)
+            self._keeper.wait(closes)
+            job, number = self._keeper.job_of(self._relays[site]), next(self._numbers)
             if job is not None and self._post(job, number, site, stage, message, closes, arrived):
-                asked[number] = _Asked(site=site, closes=closes)
+                asked[number] = _Asked(site=site, closes=closes, job=job)
             else:
                 yield Reply(site=site, content=Lost(stage=stage))
-        if job is not None:
-            yield from _collect(job, stage, asked, arrived)
+        yield from _collect(stage, asked, arrived)
 
     def seconds_at_sites(self) -> float:
         """Return 0: what sites spend is theirs to know."""
@@ -156,7 +162,7 @@ class NVFlareCourier:
         )
 
 
-def _collect(job: Job, stage: str, asked: dict[int, _Asked], arrived: Arrived) -> Iterator[Reply]:
+def _collect(stage: str, asked: dict[int, _Asked], arrived: Arrived) -> Iterator[Reply]:
     """Yield what comes back, then who is lost."""
     while asked:
         latest = max(item.closes for item in asked.values())
@@ -169,5 +175,5 @@ def _collect(job: Job, stage: str, asked: dict[int, _Asked], arrived: Arrived) -
             on_time = bool(words["answered"]) and time.time() <= item.closes + _GRACE
             yield Reply(site=item.site, content=content if on_time else Lost(stage=stage))
     for number, item in asked.items():
-        job.forget(number)
+        item.job.forget(number)
         yield Reply(site=item.site, content=Lost(stage=stage))

@@ -18,6 +18,7 @@ LAUNCHER: Final = "ffm_secure.engines.nvflare.site_side.SiteLauncher"
 APPROVAL: Final = "ffm_secure.engines.nvflare.site_side.RunApproval"
 COURIER_SOCKET, SITE_SOCKET = "courier.sock", "site.sock"
 HEARTBEAT_SECONDS: Final = 5.0
+MOST_JOBS: Final = 8  # at a time, each a process of the coordinator
 _LOG_BYTES, _LOGS_KEPT = 5_000_000, 5
 
 Json = Mapping[str, object]
@@ -186,7 +187,7 @@ def _server_resources(folder: Path) -> Json:
             _component(
                 "job_scheduler",
                 "nvflare.app_common.job_schedulers.job_scheduler.DefaultJobScheduler",
-                max_jobs=4,
+                max_jobs=MOST_JOBS,
                 min_schedule_interval=1.0,
                 max_schedule_interval=5.0,
             ),

@@ -1,4 +1,4 @@
-"""One job of the engine after another, so that who comes late or comes back is reached by the next."""
+"""The jobs of the engine that reach the sites: who comes late or comes back is reached by another."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ffm_secure.engines.nvflare.desk import Desk
-from ffm_secure.engines.nvflare.folders import HEARTBEAT_SECONDS
+from ffm_secure.engines.nvflare.folders import HEARTBEAT_SECONDS, MOST_JOBS
 from ffm_secure.transport.local_socket import Door, Frames, Gone, Words
 
 _LOG = logging.getLogger(__name__)
 _FRESH = 3 * HEARTBEAT_SECONDS  # a relay that was silent for longer is not counted on
 _AHEAD = 2  # answers that may wait to be read
+_MOST = MOST_JOBS - 1  # beside each other: one more takes their place
 Answer = tuple[Words, bytes] | None
 
 
@@ -37,7 +38,7 @@ class Arrived:
             return
 
     def get(self, seconds: float) -> Answer:
-        """Return the next answer; None when the time is over or the job has ended."""
+        """Return the next answer; None when the time is over."""
         try:
             return self._answers.get(timeout=max(0.0, seconds))
         except queue.Empty:
@@ -60,7 +61,10 @@ class Patience:
 
 
 class Job:
-    """One job, as this process sees it: who is in it, who can be written to, who waits for an answer."""
+    """One job, as this process sees it: who is in it, who can be written to, who waits for an answer.
+
+    Guarantee: whoever waits is answered for, with `answered` false where the job ends before.
+    """
 
     def __init__(self, frames: Frames, members: frozenset[str]) -> None:
         self._frames = frames
@@ -96,6 +100,11 @@ class Job:
         return set(self._waits)
 
     @property
+    def reaches_nobody(self) -> bool:
+        """Tell whether everybody has fallen out of it."""
+        return not self.members | self.joined
+
+    @property
     def is_idle(self) -> bool:
         """Tell whether nobody waits for an answer."""
         with self._lock:
@@ -106,17 +115,17 @@ class Job:
         self._frames.close()
 
     def listen(self, changed: threading.Event) -> None:
-        """Sort what the job says until it ends; then tell everybody who waits."""
+        """Sort what the job says until it ends; then answer everybody who waits."""
         with contextlib.suppress(Gone):
             while (frame := self._frames.read()) is not None:
                 self._sort(*frame)
                 changed.set()
         with self._lock:
             self.over = True
-            everybody, self._waiting = tuple(self._waiting.values()), {}
-        for arrived in everybody:
-            arrived.put(None)
+            everybody, self._waiting = self._waiting, {}
         changed.set()
+        for number, arrived in everybody.items():
+            arrived.put(({"number": number, "answered": False}, b""))
 
     def _sort(self, words: Words, content: bytes) -> None:
         name = str(words["site"])
@@ -163,42 +172,57 @@ class _Looks:
 
 
 class JobKeeper:
-    """Keep a job that reaches every site that is connected, in a thread of its own.
+    """Keep jobs that together reach every site that is connected, in a thread of its own.
 
-    Guarantee: a job that works goes on until the next has taken over, and until its last answer has come.
+    A site that comes back is reached by a job of its own, and nobody else starts a process for it; when that
+    would be one job too many, one for everybody takes the place of all.
+
+    Guarantee: a job that works goes on until another has taken over, and until its last answer has come.
     """
 
     def __init__(self, desk: Desk, door: Door, sites: Sequence[str], run: str, patience: Patience) -> None:
         self._desk, self._door, self._sites, self._run = desk, door, tuple(sites), run
         self._patience = patience
         self._missing, self._looks = _Missing(), _Looks()
+        self._jobs: tuple[Job, ...] = ()  # the newest last; replaced as a whole, so that any thread may read
         self._retired: list[Job] = []
         self._closing = threading.Event()
         self.changed = threading.Event()
-        self.current: Job | None = None
         self.begun = 0
         self._thread = threading.Thread(target=self._keep, name="jobs", daemon=True)
         self._thread.start()
 
-    def wait(self, until: float) -> Job | None:
-        """Return the job that runs; wait for one until a time, in seconds since 1970."""
-        while not self._closing.is_set():
-            job = self.current
-            if job is not None and not job.over:
+    def joined(self) -> frozenset[str]:
+        """Return the sites that can be written to."""
+        return frozenset().union(*(job.joined for job in self._running()))
+
+    def job_of(self, site: str) -> Job | None:
+        """Return the newest job by which a site can be written to."""
+        for job in reversed(self._running()):
+            if site in job.joined:
                 return job
-            if time.time() >= until:
-                return None
-            time.sleep(0.05)
         return None
+
+    def wait(self, until: float) -> bool:
+        """Wait for a job that runs until a time, in seconds since 1970; tell whether there is one."""
+        while not self._closing.is_set():
+            if self._running():
+                return True
+            if time.time() >= until:
+                return False
+            time.sleep(0.05)
+        return False
 
     def close(self) -> None:
         """End every job and log out."""
         self._closing.set()
         self._door.close()
-        for job in (self.current, *self._retired):
-            if job is not None:
-                job.close()
+        for job in (*self._jobs, *self._retired):
+            job.close()
         self._thread.join(2 * self._patience.look + 15.0)
+
+    def _running(self) -> tuple[Job, ...]:
+        return tuple(job for job in self._jobs if not job.over)
 
     def _keep(self) -> None:
         while not self._closing.is_set():
@@ -211,24 +235,28 @@ class JobKeeper:
         self._desk.close()
 
     def _tend(self) -> None:
-        """Begin another job where it would reach somebody who is connected and whom this one does not."""
-        job = self.current
-        alive = job is not None and not job.over
+        """Begin another job where it would reach somebody who is connected and whom no other does."""
+        jobs = self._running()
         everybody = frozenset(self._sites)
-        if job is not None and alive and everybody <= job.joined:
+        if everybody <= self.joined():
             return
-        connected = self._connected(job if alive else None)
+        connected = self._connected(jobs)
         settled, self._looks.before = connected == self._looks.before, connected
         if not connected or (not settled and connected != everybody):
             return
-        missing = connected - self._held(job) if job is not None and alive else connected
+        held = frozenset[str]().union(*(self._held(job) for job in jobs))
+        missing = connected - held
         again = (
             missing <= self._missing.names and time.monotonic() - self._missing.when < self._patience.renew
         )
-        if not missing or (alive and again):
+        if not missing or (jobs and again):
             return
         self._missing = _Missing(names=missing, when=time.monotonic())
-        self._begin(connected)
+        useful = tuple(job for job in jobs if not job.reaches_nobody)
+        if useful and len(useful) < _MOST:
+            self._begin_beside(missing)
+        else:
+            self._begin_anew(connected)
 
     def _held(self, job: Job) -> frozenset[str]:
         """Return who is in a job: who has joined it, and for a while who may still."""
@@ -236,31 +264,43 @@ class JobKeeper:
             return frozenset(job.joined | job.members)
         return frozenset(job.joined | (job.members & job.heard()))
 
-    def _connected(self, job: Job | None) -> frozenset[str]:
+    def _connected(self, jobs: Sequence[Job]) -> frozenset[str]:
         """Return the sites whose relay has spoken just now, and since it was lost."""
         spoke = self._desk.connected()
-        lost = job.lost if job is not None else {}
         oldest = time.time() - _FRESH
+        lost: dict[str, float] = {}
+        for job in jobs:
+            for name, when in job.lost.items():
+                lost[name] = max(when, lost.get(name, 0.0))
         return frozenset(
-            name
-            for name in self._sites
-            if spoke.get(name, 0.0) >= max(oldest, lost.get(name, 0.0)) and name in spoke
+            name for name in self._sites if name in spoke and spoke[name] >= max(oldest, lost.get(name, 0.0))
         )
 
-    def _begin(self, expected: frozenset[str]) -> None:
-        identifier = self._desk.submit(self._sites, self._run)
+    def _begin_beside(self, missing: frozenset[str]) -> None:
+        """Begin a job for those whom no other reaches; the others go on as they are."""
+        job = self._begin([name for name in self._sites if name in missing])
+        if job is not None:
+            self._jobs = (*self._running(), job)
+
+    def _begin_anew(self, expected: frozenset[str]) -> None:
+        """Begin a job for everybody; it takes the place of all others when they have joined it."""
+        job = self._begin(self._sites)
+        if job is not None:
+            self._await_sites(job, expected)
+            before, self._jobs = self._jobs, (job,)
+            self._retired += before
+
+    def _begin(self, sites: Sequence[str]) -> Job | None:
+        identifier = self._desk.submit(sites, self._run)
         if identifier is None:
-            return
+            return None
         job = self._accept(identifier)
         if job is None:
             self._desk.abort(identifier)
-            return
-        self._await_sites(job, expected)
-        before, self.current = self.current, job
+            return None
         self.begun += 1
         self.changed.set()
-        if before is not None:
-            self._retired.append(before)
+        return job
 
     def _accept(self, identifier: str) -> Job | None:
         """Wait for the process of a job."""
@@ -287,6 +327,11 @@ class JobKeeper:
             time.sleep(0.02)
 
     def _retire(self) -> None:
+        """End the jobs that nobody needs any more."""
+        idle = tuple(job for job in self._running() if job.reaches_nobody and len(self._jobs) > 1)
+        if idle:
+            self._jobs = tuple(job for job in self._running() if job not in idle)
+            self._retired += idle
         for job in tuple(self._retired):
             if job.is_idle or job.over:
                 job.close()
