@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,7 @@ class Desk:
 
     def _open(self) -> Session | None:
         if self._session is None:
+            os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # a child becomes another program at once
             from nvflare.fuel.flare_api.flare_api import new_secure_session
 
             try:

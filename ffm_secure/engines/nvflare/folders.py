@@ -52,8 +52,13 @@ def write_server_folder(folder: Path, keys: Path, endpoint: Endpoint) -> None:
         "connection_security": "mtls",
     }
     _write_json(folder / "startup" / "fed_server.json", {"format_version": 2, "servers": [server]})
-    _write_json(folder / "local" / "resources.json", _server_resources(folder))
+    write_server_resources(folder)
     _write_policies(folder)
+
+
+def write_server_resources(folder: Path) -> None:
+    """Write what the server loads and where it keeps it; anew at every start, for a folder may be moved."""
+    _write_json(folder / "local" / "resources.json", _server_resources(folder.resolve()))
 
 
 def write_site_folder(folder: Path, keys: Path, endpoint: Endpoint, *, name: str) -> None:

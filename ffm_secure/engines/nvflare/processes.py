@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import ffm_secure
-from ffm_secure.engines.nvflare.folders import HEARTBEAT_SECONDS
+from ffm_secure.engines.nvflare.folders import HEARTBEAT_SECONDS, write_server_resources
 
 _SERVER: Final = "nvflare.private.fed.app.server.server_train"
 _CLIENT: Final = "nvflare.private.fed.app.client.client_train"
@@ -42,6 +42,7 @@ class Process:
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = threading.Event()
+        self.falls = 0  # how often it has ended by itself
         self._guard = threading.Thread(target=self._keep, name=f"process in {folder.name}", daemon=True)
         self._guard.start()
         self._begun.wait()
@@ -67,6 +68,7 @@ class Process:
                 self._process = self._start()
                 self._begun.set()
                 self._process.wait()
+                self.falls += 1
                 self._stopping.wait(_PAUSE)
         finally:
             self._begun.set()
@@ -90,6 +92,7 @@ class Process:
 
 def start_server(folder: Path) -> Process:
     """Start the coordinator's server, which listens on the federation's port."""
+    write_server_resources(folder)
     return Process(_command(_SERVER, folder, "fed_server.json", "org=ffm-secure"), folder)
 
 

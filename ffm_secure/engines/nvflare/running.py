@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from ffm_secure.engines.nvflare import processes
 from ffm_secure.engines.nvflare.courier import NVFlareCourier, Patience
 from ffm_secure.engines.nvflare.enrolment import ENGINE, SUBMITTER_NAME
-from ffm_secure.engines.nvflare.reach import coordinator_words, require_port
+from ffm_secure.engines.nvflare.reach import coordinator_words, require_listening, require_port
 from ffm_secure.engines.nvflare.relay import serve_relay
 from ffm_secure.engines.nvflare.site_service import Allows, Handle, serve
 from ffm_secure.transport.courier import Deadline
@@ -50,21 +51,26 @@ def open_courier(
     run: str,
     *,
     deadline: Deadline,
+    hosts: Mapping[str, str] = MappingProxyType({}),
     patience: Patience | None = None,
 ) -> Iterator[NVFlareCourier]:
     """Start a coordinator's server and carry for one run, by the digest that sites have allowed.
 
+    `hosts` names the site whose relay carries for another.
+
     Raises:
-      StoreError: another program has the port.
+      StoreError: another program has the port, or the server does not start.
     """
     require_port(place / ENGINE / "server")
     server = processes.start_server(place / ENGINE / "server")
     try:
+        require_listening(place / ENGINE / "server", lambda: server.falls)
         courier = NVFlareCourier(
             server=place / ENGINE / "server",
             submitter=place / ENGINE / "submitter",
             submitter_name=SUBMITTER_NAME,
             sites=sites,
+            hosts=hosts,
             run=run,
             patience=patience,
             deadline=deadline,
