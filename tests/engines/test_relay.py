@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ffm_secure.engines.nvflare import relay
+from ffm_secure.engines.nvflare import relay, worker_process
 from ffm_secure.engines.nvflare.folders import SITE_SOCKET
 from ffm_secure.engines.nvflare.running import serve_site
 from ffm_secure.engines.nvflare.site_service import serve
@@ -81,3 +81,42 @@ def test_a_service_without_a_relay_starts_none_and_answers(tmp_path: Path) -> No
         stop.set()
         serving.join(10.0)
     assert not relay.is_served(engine)
+
+
+def test_a_jobs_process_ends_with_its_relay_however_early_that_is_killed(tmp_path: Path) -> None:
+    number = tmp_path / "number"
+    child = (
+        "import os, sys, time; from ffm_secure.engines.nvflare.worker_process import end_with; "
+        "end_with(int(sys.argv[1])); open(sys.argv[2], 'w').write(str(os.getpid())); time.sleep(99)"
+    )
+    parent = (
+        "import os, subprocess, sys, time; "
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid()), sys.argv[2]]); time.sleep(99)"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent, child, str(number)]) as left:
+        assert wait_until(lambda: number.is_file() and bool(number.read_text()), 60.0)
+        left.kill()
+    orphan = Path("/proc") / number.read_text()
+    assert wait_until(lambda: _has_ended(orphan), 30.0)
+
+
+def test_a_site_starts_its_jobs_that_way() -> None:
+    constants = pytest.importorskip("nvflare.apis.fl_constant", reason="the extra 'nvflare' is not installed")
+    from nvflare.apis.fl_context import FLContext
+    from nvflare.apis.job_launcher_spec import JobProcessArgs
+    from nvflare.utils.job_launcher_utils import get_client_job_args
+
+    from ffm_secure.engines.nvflare.site_side import SiteLauncher
+
+    context, told = FLContext(), dict.fromkeys(get_client_job_args(), ("-x", "y"))
+    told[JobProcessArgs.EXE_MODULE] = ("-m", worker_process.ENGINES)
+    context.set_prop(constants.FLContextKey.JOB_PROCESS_ARGS, told)
+    words = SiteLauncher().get_command({}, context).split()
+    assert words[:3] == [sys.executable, "-m", "ffm_secure.engines.nvflare.worker_process"]
+
+
+def _has_ended(process: Path) -> bool:
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True

@@ -6,6 +6,7 @@ the executor and can name nothing else.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from nvflare.apis.workspace import Workspace
 from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
 from nvflare.widgets.widget import Widget
 
-from ffm_secure.engines.nvflare import topics
+from ffm_secure.engines.nvflare import topics, worker_process
 from ffm_secure.engines.nvflare.folders import SITE_SOCKET
 from ffm_secure.engines.nvflare.pieces import PIECE, Shelf
 from ffm_secure.transport.local_socket import Gone, Late, Words, ask, connect
@@ -139,7 +140,13 @@ class SiteLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
         code = Path(workspace.get_app_custom_dir(str(job_meta.get(JobMetaKey.JOB_ID.value, ""))))
         if code.exists() or not _is_allowed(job_meta, workspace):
             raise NotAuthorized(topics.NOT_ALLOWED)
+        os.environ[worker_process.RELAY] = str(os.getpid())
         return _QuietHandle(super().launch_job(job_meta, fl_ctx))
+
+    def get_command(self, job_meta: Mapping[str, object], fl_ctx: FLContext) -> str:
+        """Return the engine's command, by way of what lets the process end with this one."""
+        command = str(super().get_command(job_meta, fl_ctx))
+        return command.replace(worker_process.ENGINES, worker_process.__name__)
 
 
 class _QuietHandle(JobHandleSpec):  # type: ignore[misc]
