@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,8 @@ from ffm_secure.tracking.trackers import Trackers, require_trackers
 from ffm_secure.transport.envelope import header_of
 from ffm_secure.transport.roster import key_words, read_key
 from ffm_secure.record_codec import read_regular
+
+_NOT_KNOWN = 0.0  # receipts state what rows have spent in all runs, and their budget is the site's own
 
 if TYPE_CHECKING:
     from ffm_secure.engines.headquarters import ReadyRun
@@ -104,28 +106,32 @@ class Shown:
     quiet: bool = False
 
 
-def start(folder: Path, run: Path, engine: str, shown: Shown) -> None:
-    """Run a run file among the sites."""
-    from ffm_secure.engines import coordinated, headquarters  # with the model libraries
-
+def start(folder: Path, run: Path, engine: str, shown: Shown, *, workers: Sequence[str] = ()) -> None:
+    """Run a run file among the sites; each of `workers` names those that one process serves."""
     with clear_errors():
         require_trackers(shown.track)
         carrier = running(engine)
+        Headquarters(place=folder).read()
         if not enrolment(engine).is_enrolled(folder):
             raise StoreError(
                 f"{folder}: has no certificates yet; send the operator tls-request.json, then: "
                 f"ffm-secure coordinator enrol {folder} APPROVAL"
             )
+        from ffm_secure.engines import coordinated, headquarters  # the model libraries, when they are needed
+
         ready = headquarters.prepare_run(folder, run)
         try:
-            trained = _train(folder, ready, carrier, shown)
+            hosts = hosts_of(workers, ready.coordinator.roster.names, engine)
+            trained = _train(folder, ready, carrier, shown, hosts)
             summary = coordinated.finish(ready, trained)
         finally:
             ready.close()
             StatusFile(folder).write(state="stopped", run=ready.loaded.config.name)
     rounds, metric = len(trained.records), summary.metric_final
+    given_up = sum(bool(record.aborted) for record in trained.records)
+    without = f", {given_up} of them given up and nothing learned in those" if given_up else ""
     lines = [
-        f"{summary.name}: {trained.status} after {rounds} rounds",
+        f"{summary.name}: {trained.status} after {rounds} rounds{without}",
         f"  {summary.metric_name} {metric:.4f} (before training {summary.metric_zero_round:.4f})",
         *coordinated.receipt_lines(ready),
         f"  report   {ready.folder / 'report.html'}",
@@ -136,7 +142,35 @@ def start(folder: Path, run: Path, engine: str, shown: Shown) -> None:
         raise BudgetExhausted(trained.reason)
 
 
-def _train(folder: Path, ready: ReadyRun, carrier: ModuleType, shown: Shown) -> TrainingResult:
+def hosts_of(workers: Sequence[str], roster: Collection[str], engine: str) -> dict[str, str]:
+    """Return of every site that shares a process whose relay carries for it: the first's of its worker.
+
+    Raises:
+      ConfigError: with every name that is not on the roster, or is named twice.
+    """
+    if not workers:
+        return {}
+    problems, hosts = [], dict[str, str]()
+    if engine != "nvflare":
+        problems.append(
+            f"--worker with --engine {engine}: only nvflare carries for several sites of a process"
+        )
+    for worker in workers:
+        names = [name.strip() for name in worker.split(",")]
+        for name in names:
+            if name not in roster:
+                problems.append(f"--worker {worker}: {name[:80]!r} is not on the roster: {', '.join(roster)}")
+            if name in hosts:
+                problems.append(f"--worker {worker}: {name[:80]!r} is named twice; one process serves a site")
+            hosts[name] = names[0]
+    if problems:
+        raise ConfigError("coordinator start", problems)
+    return hosts
+
+
+def _train(
+    folder: Path, ready: ReadyRun, carrier: ModuleType, shown: Shown, hosts: Mapping[str, str]
+) -> TrainingResult:
     from ffm_secure.display.notebook import Callbacks
     from ffm_secure.display.progress import Bars
 
@@ -146,9 +180,13 @@ def _train(folder: Path, ready: ReadyRun, carrier: ModuleType, shown: Shown) -> 
     def deadline(message: bytes) -> float:
         return header_of(message).deadline
 
+    # Which process serves a site is a matter of this engine alone, so only it is asked.
+    options = {"hosts": hosts} if hosts else {}
     with (
-        carrier.open_courier(folder.resolve(), names, run_digest(config), deadline=deadline) as courier,
-        Bars(rounds=config.federation.rounds, budget=config.privacy.epsilon, quiet=quiet) as bars,
+        carrier.open_courier(
+            folder.resolve(), names, run_digest(config), deadline=deadline, **options
+        ) as courier,
+        Bars(rounds=config.federation.rounds, budget=_NOT_KNOWN, quiet=quiet) as bars,
         tracked(ready, shown) as trackers,
     ):
         ready.coordinator.callback = Callbacks([bars, *trackers])

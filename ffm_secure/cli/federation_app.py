@@ -127,14 +127,21 @@ def site_allow(folder: Folder, run: RunFile) -> None:
 
 @site_app.command(name="start")
 def site_start(
-    folder: Folder,
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="Your own folder; of a simulation, those of several sites.",
+            show_default=False,
+        ),
+    ],
     engine: Engine = "nvflare",
     relay: Annotated[
         bool, typer.Option(help="Run the engine's relay, too; without: another container does.")
     ] = True,
 ) -> None:
-    """Serve a site until it is stopped."""
-    _site().start(folder, engine, relay=relay)
+    """Serve a site until it is stopped; several in one process, behind the relay of the first."""
+    _site().start(folders, engine, relay=relay)
 
 
 @site_app.command(name="status")
@@ -217,6 +224,10 @@ def coordinator_start(
     folder: Folder,
     run: RunFile,
     engine: Engine = "nvflare",
+    worker: Annotated[
+        list[str] | None,
+        typer.Option(help="Sites that one process serves, north,south: in its order; may repeat."),
+    ] = None,
     track: Annotated[
         list[str] | None,
         typer.Option(help="Show rounds in csv, tensorboard, mlflow or wandb too, on this disk; may repeat."),
@@ -230,7 +241,7 @@ def coordinator_start(
     """Run a run file among the sites, or go on with one that was stopped."""
     commands = _coordinator()
     shown = commands.Shown(track=tuple(track or ()), track_to=track_to, json=json, quiet=quiet)
-    commands.start(folder, run, engine, shown)
+    commands.start(folder, run, engine, shown, workers=tuple(worker or ()))
 
 
 @coordinator_app.command(name="status")

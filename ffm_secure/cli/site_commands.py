@@ -6,7 +6,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -215,31 +215,35 @@ def allow(folder: Path, run: Path) -> None:
     print_lines([*describe(config), f"allowed, once; try it offline with: ffm-secure site check {folder}"])
 
 
-def start(folder: Path, engine: str, *, relay: bool = True) -> None:
-    """Serve the site until a signal."""
-    from ffm_secure.site.service import open_session  # with the model libraries
-
+def start(folders: Sequence[Path], engine: str, *, relay: bool = True) -> None:
+    """Serve a site, or several of a simulation, until a signal; the relay is that of the first."""
+    folder = folders[0]
     with clear_errors():
         carrier = running(engine)
+        for place in folders:
+            SiteFolder(place=place).read()
         if not enrolment(engine).is_enrolled(folder):
             raise StoreError(
                 f"{folder}: has no certificate yet; send the operator tls-request.json, then: "
                 f"ffm-secure site enrol {folder} APPROVAL"
             )
-        session = open_session(folder)
+        from ffm_secure.engines.worker import open_worker  # the model libraries, when they are needed
+
+        worker = open_worker(folders)
         try:
-            session.prepare()
-            print_lines([f"{session.name} is served; what it refuses, and why: ffm-secure site log {folder}"])
+            worker.prepare()
+            for name, place in zip(worker.names, folders, strict=True):
+                print_lines([f"{name} is served; what it refuses, and why: ffm-secure site log {place}"])
             carrier.serve_site(
                 folder.resolve(),
-                session.name,
-                session.handle,
-                session.allows,
+                worker.names[0],
+                worker.handle,
+                worker.allows,
                 should_stop=stop_signal(),
                 with_relay=relay,
             )
         finally:
-            session.close()
+            worker.close()
 
 
 def stop_signal() -> Callable[[], bool]:

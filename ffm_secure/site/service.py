@@ -9,13 +9,14 @@ from pathlib import Path
 
 from defenses.dp import Ledger
 from defenses.errors import ProtocolError, TamperedError
+from ffm_secure.agreed.loaded_model import load_model
 from ffm_secure.errors import ConfigError, StoreError
 from ffm_secure.site.folder import LOG, SiteFolder, every_problem
 from ffm_secure.site.lifetime import require_budget
 from ffm_secure.site.session import SiteSession
 from ffm_secure.site.site_file import SiteFile
 from ffm_secure.site.site_log import SiteLog
-from ffm_secure.site.workplace import Belongings
+from ffm_secure.site.workplace import Belongings, LoadModel
 
 _NOT_AUTHENTIC = (
     "is an older copy, or was changed; a ledger never goes back: put the newest one in its place, "
@@ -23,7 +24,9 @@ _NOT_AUTHENTIC = (
 )
 
 
-def open_session(folder: Path, *, clock: Callable[[], float] = time.time) -> SiteSession:
+def open_session(
+    folder: Path, *, clock: Callable[[], float] = time.time, load: LoadModel = load_model
+) -> SiteSession:
     """Open the folder that `ffm-secure site init` made, and answer for it from now on; one process at a time.
 
     Raises:
@@ -34,13 +37,15 @@ def open_session(folder: Path, *, clock: Callable[[], float] = time.time) -> Sit
     site = place.read()
     lock = place.lock()
     try:
-        return _open(place, site, lock, clock)
+        return _open(place, site, lock, clock, load)
     except BaseException:
         os.close(lock)
         raise
 
 
-def _open(place: SiteFolder, site: SiteFile, lock: int, clock: Callable[[], float]) -> SiteSession:
+def _open(
+    place: SiteFolder, site: SiteFile, lock: int, clock: Callable[[], float], load: LoadModel
+) -> SiteSession:
     require_ready(place, site, now=clock())
     roster, identity, rounds = place.roster(site, now=clock()), place.identity(), place.rounds()
     try:
@@ -59,6 +64,7 @@ def _open(place: SiteFolder, site: SiteFile, lock: int, clock: Callable[[], floa
         roster=roster,
         ledger=ledger,
         clock=clock,
+        load=load,
     )
 
     def release() -> None:

@@ -19,7 +19,7 @@ from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.candidates import read_candidates
 from ffm_secure.data.dataset import Dataset, for_evaluation
 from ffm_secure.errors import DataError, PlanRefused
-from ffm_secure.agreed.loaded_model import LoadedModel, load_model
+from ffm_secure.agreed.loaded_model import LoadedModel, PublicFacts, load_model
 from ffm_secure.privacy.accounts import dataset_fingerprint
 from ffm_secure.protection.base import ClientSide
 from ffm_secure.protection.halves import Terms, site_half
@@ -40,6 +40,10 @@ from ffm_secure.site.site_ledger import SiteLedger
 from ffm_secure.site.trainer import SiteData, SiteTrainer
 from ffm_secure.tasks.base import Task
 from ffm_secure.transport.roster import FederationRoster
+
+
+LoadModel = Callable[[RunConfig, Path, PublicFacts], LoadedModel]
+"""How a site gets the model of a run: as it is at the start, and to be changed by nobody else."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -63,6 +67,7 @@ class Belongings:
     roster: FederationRoster
     ledger: Ledger
     clock: Callable[[], float]
+    load: LoadModel = load_model
 
     @property
     def index(self) -> int:
@@ -96,7 +101,7 @@ def open_workplace(config: RunConfig, own: Belongings) -> Workplace:
     if config.privacy.unit != "none":
         refuse_private(own.ledger, own.base / own.file.ledger, dataset, own.ledger.record_key())
     facts = replace(public_facts(config, own.roster.names), candidates=read_candidates(config, own.base))
-    loaded = load_model(config, own.base, facts)
+    loaded = own.load(config, own.base, facts)
     terms = terms_of(loaded, own.roster.digest)
     backbones = own.file.policy.backbones
     if backbones and terms.backbone not in backbones:

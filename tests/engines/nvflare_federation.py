@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,13 +44,18 @@ class Machines:
         self.relays.pop(name).kill()
 
     def courier(
-        self, run: str, patience: Patience | None = None, deadline: Deadline | None = None
+        self,
+        run: str,
+        patience: Patience | None = None,
+        deadline: Deadline | None = None,
+        hosts: Mapping[str, str] | None = None,
     ) -> NVFlareCourier:
         return NVFlareCourier(
             server=self.engine_folder(COORDINATOR) / "server",
             submitter=self.engine_folder(COORDINATOR) / "submitter",
             submitter_name=SUBMITTER_NAME,
             sites=self.sites,
+            hosts=hosts or {},
             run=run,
             patience=patience,
             deadline=deadline,
