@@ -87,7 +87,7 @@ def _courier(place: Path, ready: ReadyRun, engine: str) -> Iterator[Courier]:
         yield DoorCourier([place / name for name in names])
         return
     digest = run_digest(ready.loaded.config)
-    patience = Patience(renew=10.0)
+    patience = Patience(start=240.0, join=120.0, renew=10.0)  # many processes start on few cores
     with running.open_courier(
         place / COORDINATOR,
         names,

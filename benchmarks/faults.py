@@ -1,54 +1,53 @@
 """A run of many rounds among processes of their own, one of which is killed -9 every few rounds.
 
-    python -m benchmarks.faults [--engine plain|nvflare] [--sites 20] [--rounds 200] [--every 5] [--json]
+    python -m benchmarks.faults [--engine plain|nvflare] [--sites 20] [--rounds 200] [--every 5]
+    python -m benchmarks.faults --check FOLDER      # what a run that was cut off left in the folder it kept
 
 Sites hold rows, ledgers, memories and keys in folders of their own, and a tiny model: what is tried is who
 pays, remembers and sums, not how fast. Over `plain` a site is a process behind a socket, forked from one that
 has imported the package; over `nvflare` it is `ffm-secure site start`, relay and all, with mutual TLS on
-loopback, and the engine's server is killed, too. Whoever was killed is started again at once.
+loopback, and the engine's server is killed, too. With `--forked` the services there are forked as well, so
+that twenty of them fit on a small machine: what is killed and started again is the same, but for the import
+of the libraries. Whoever was killed is started again at once.
 
 At the end every opened sum is compared, number by number, with what the survivors sealed; every ledger with
 what was released; and the machine is searched for processes that should be gone. The last line is one JSON
-object. The victims and the stages are drawn from `--seed`.
+object. The victims and the stages are drawn from `--seed`. SIGTERM ends a run early, with what was done; what
+was seen is in the folder after every round, so that one that is cut off is not lost, either.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
-import hashlib
 import json
 import os
 import random
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.fault_parties import COORDINATOR, OBSERVED
-from defenses.dp import Ledger
+from benchmarks.fault_checks import NAME, check_ledgers, check_sums, records_of, summary
+from benchmarks.fault_parties import COORDINATOR
 from defenses.secagg import Identity
-from ffm_secure import record_codec
-from ffm_secure.config.federated import run_digest
+from ffm_secure.config import run_file
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.engines.coordinator_folder import Headquarters
 from ffm_secure.engines.nvflare import enrolment
 from ffm_secure.records import RoundRecord
 from ffm_secure.server.timetable import Timetable
 from ffm_secure.site.folder import SiteFolder
-from ffm_secure.site.own_record import OBSERVATIONS, record_folder
 from ffm_secure.site.site_file import SelfAudit
-from ffm_secure.storage.observations import read_observations
+from ffm_secure.storage.durable import write_atomic
 from ffm_secure.storage.status import read_status
 from tests.engines.site_processes import SiteProcesses
 from tests.parties.helpers import Federation, found, notes_run
@@ -56,7 +55,7 @@ from tests.parties.helpers import Federation, found, notes_run
 STAGES = ("plan", "begin", "advertise", "share", "upload", "confirm", "unmask", "finish")
 TIMES = Timetable(join=20.0, rejoin=1.0, train=60.0, other=30.0, gather=120.0, patience=300.0)
 LONGEST = 600.0  # seconds until a run that does not move counts as stuck
-NAME = "test"
+SEEN = "seen.json"  # beside the folders of the parties: what was seen up to now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +86,9 @@ class Processes:
     federation: Federation
     names: Sequence[str]
     engine: str
-    forked: SiteProcesses | None = None  # over `plain`
-    services: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)  # over the engine
+    fork: bool = True
+    forked: SiteProcesses | None = None
+    services: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)  # where nothing is forked
     coordinator: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -96,6 +96,8 @@ class Processes:
         places = [self.federation.site(name) for name in self.names]
         if self.engine == "plain":
             self.forked = SiteProcesses({place: place for place in places})
+        elif self.fork:
+            self.forked = SiteProcesses({place: place for place in places}, relay=True)
         else:
             for site in range(len(places)):
                 self.start_service(site)
@@ -134,7 +136,7 @@ class Processes:
         if self.forked is not None:
             place = self.federation.site(self.names[site])
             self.forked.kill(place)
-            self.forked.start(place)
+            self.forked.start(place, wait=False)
         else:
             self.services[site].kill()
             self.services[site].wait()
@@ -258,11 +260,13 @@ class Referee:
         self.run_folder = self.folder / "runs" / NAME
         self.recoveries: list[Recovery] = []
         self.finished: dict[int, float] = {}
-        self.moved = time.monotonic()
+        self.began = self.moved = time.monotonic()
+        self.stopped = False
+        self.size = 0  # of the file of finished rounds when it was read last
 
     def watch(self, longest: float) -> float:
         """Return the seconds the whole run took; one that takes longer than `longest` ends there."""
-        began = time.monotonic()
+        self.began = time.monotonic()
         while True:
             coordinator = self.processes.coordinator
             assert coordinator is not None
@@ -271,17 +275,26 @@ class Referee:
             if over is not None:
                 if over:
                     raise SystemExit(f"the coordinator ended with {over}; see {self.folder / 'output.txt'}")
-                return time.monotonic() - began
-            if time.monotonic() - began > longest:
-                return time.monotonic() - began
+                return self.seconds()
+            if self.stopped or self.seconds() > longest:
+                return self.seconds()
             if time.monotonic() - self.moved > LONGEST:
                 raise SystemExit(f"nothing moved for {LONGEST:.0f} s: {read_status(self.folder)}")
-            time.sleep(0.01)
+            time.sleep(0.02)
+
+    def stop(self, *_: object) -> None:
+        """End early."""
+        self.stopped = True
+
+    def seconds(self) -> float:
+        """Return how long it has been watching."""
+        return time.monotonic() - self.began
 
     def _look(self) -> None:
         for record in self._new_records():
             self.finished[record.round] = self.moved = time.monotonic()
             self._settle(record)
+            self._note()
         if self.waiting and self._is_time(self.waiting[0]):
             fall = self.waiting.pop(0)
             shown = read_status(self.folder)
@@ -289,7 +302,14 @@ class Referee:
             when = time.monotonic()
             self.recoveries.append(Recovery(fall=fall, when=when, at_stage=stage, at_round=number))
             self.processes.kill(fall)
+            self._note()
             print(f"round {fall.round}, {stage}: {fall.kind} {max(fall.site, 0) or ''}", flush=True)
+
+    def _note(self) -> None:
+        """Leave what was seen where a look at the folder finds it."""
+        recoveries = [dataclasses.asdict(recovery) for recovery in self.recoveries]
+        words = {"seconds": self.seconds(), "load": os.getloadavg()[0], "recoveries": recoveries}
+        write_atomic(self.folder.parent / SEEN, json.dumps(words).encode())
 
     def _is_time(self, fall: Fall) -> bool:
         shown = read_status(self.folder)
@@ -298,6 +318,11 @@ class Referee:
         return shown.get("round") == fall.round and shown.get("stage") == fall.stage
 
     def _new_records(self) -> Iterator[RoundRecord]:
+        path = self.run_folder / "rounds.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
+        if size == self.size:
+            return
+        self.size = size
         for record in records_of(self.run_folder):
             if record.round not in self.finished:
                 yield record
@@ -313,96 +338,6 @@ class Referee:
                 recovery.seconds = time.monotonic() - recovery.when
 
 
-def records_of(folder: Path) -> tuple[RoundRecord, ...]:
-    """Read the finished rounds of a run; a torn last line is one that is being written."""
-    path = folder / "rounds.jsonl"
-    if not path.is_file():
-        return ()
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return tuple(record_codec.from_bytes(RoundRecord, line, "a record") for line in lines)
-
-
-def sealed_by(federation: Federation, names: Sequence[str]) -> dict[tuple[int, int], np.ndarray]:
-    """Return what every site put into every round, as it kept it itself."""
-    digest, sealed = run_digest(federation.config), {}
-    for site, name in enumerate(names):
-        folder = record_folder(federation.site(name), digest) / OBSERVATIONS
-        for description, tensors in read_observations(folder):
-            if description.own == site:
-                sealed[(description.round, site)] = tensors["values"].numpy()
-    return sealed
-
-
-def check_sums(
-    federation: Federation, names: Sequence[str], records: Sequence[RoundRecord]
-) -> dict[str, int]:
-    """Compare every opened sum with what its survivors sealed, in whole steps of the grid."""
-    config = federation.config
-    sealed = sealed_by(federation, names)
-    opened = {}
-    run_folder = federation.place / COORDINATOR / "runs" / NAME
-    for description, tensors in read_observations(run_folder / OBSERVED):
-        opened[description.round] = tensors["values"].numpy()
-    step = config.protection.coordinate_bound / ((1 << (config.protection.value_bits - 1)) - 1)
-    exact, wrong = 0, []
-    for record in records:
-        if record.aborted:
-            continue
-        total = np.sum([sealed[(record.round, site)] for site in record.survivors], axis=0)
-        apart = np.abs(total - opened[record.round]).max() / step
-        exact += apart < 1e-3
-        if apart >= 1e-3:
-            wrong.append((record.round, float(apart)))
-    if wrong:
-        raise AssertionError(f"sums that are not the sum: {wrong[:5]}")
-    updates = Counter(hashlib.sha256(values.tobytes()).digest() for values in sealed.values())
-    if max(updates.values()) > 1:
-        raise AssertionError("an update was sealed twice")
-    return {"sums_exact": int(exact), "updates": len(updates), "numbers": len(next(iter(opened.values())))}
-
-
-def check_ledgers(
-    federation: Federation, names: Sequence[str], records: Sequence[RoundRecord], attempts: Mapping[int, int]
-) -> dict[str, float]:
-    """Compare every ledger with what was released: each round once an attempt, no more and no less."""
-    released = {site: set() for site in range(len(names))}  # type: dict[int, set[int]]
-    for record in records:
-        for site in record.survivors:
-            released[site].add(record.round)
-    entries, largest, runs = 0, 0.0, set()
-    for site, name in enumerate(names):
-        with Ledger.open(federation.site(name) / "ledger.sqlite", create=False) as ledger:
-            ledger.verify()
-            charged = Counter[int]()
-            for entry in ledger.entries():
-                if entry.kind == "reserve":
-                    charged[entry.round] += 1
-                    runs.add(entry.run)
-            epsilon = ledger.epsilon_of(ledger.blocks(), "record", 1e-5)
-        if not released[site] <= set(charged):
-            raise AssertionError(f"{name}: released and not charged: {sorted(released[site] - set(charged))}")
-        too_often = {number for number, times in charged.items() if times > 1 + attempts.get(number, 0)}
-        if too_often:
-            raise AssertionError(f"{name}: charged more often than it was tried: {sorted(too_often)}")
-        entries += sum(charged.values())
-        largest = max(largest, epsilon)
-    if len(runs) != 1:
-        raise AssertionError(f"{len(runs)} runs where there was one")
-    return {"charges": entries, "largest_epsilon": largest}
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Return how long something took."""
-    if not values:
-        return {"count": 0}
-    return {
-        "count": len(values),
-        "median": statistics.median(values),
-        "least": min(values),
-        "most": max(values),
-    }
-
-
 def measure(words: argparse.Namespace) -> dict[str, object]:
     """Run, kill, compare; return the figures."""
     kinds = ("site", "coordinator") if words.engine == "plain" else ("site", "server", "coordinator")
@@ -413,44 +348,65 @@ def measure(words: argparse.Namespace) -> dict[str, object]:
         federation, names = prepare(place, words.sites, words.rounds, spare)
         if words.engine == "nvflare":
             enrol(federation, names)
-        processes = Processes(federation=federation, names=names, engine=words.engine)
+        processes = Processes(federation=federation, names=names, engine=words.engine, fork=words.forked)
         referee = Referee(processes, falls)
+        signal.signal(signal.SIGTERM, referee.stop)
         try:
             processes.start()
-            seconds = referee.watch(60 * words.minutes)
+            referee.watch(60 * words.minutes)
         finally:
             processes.close()
-        time.sleep(2.0)
-        orphans = [command_of(number) for number in processes_of(f"{place}/")]
-        records = records_of(referee.run_folder)
-        numbers = [record.round for record in records]
-        if numbers != list(range(1, len(numbers) + 1)):
-            raise AssertionError(f"rounds are missing, or there twice: {numbers}")
-        attempts = Counter[int]()
-        for recovery in referee.recoveries:  # between two rounds the one that follows may be begun twice
-            attempts.update((recovery.at_round, recovery.at_round + 1))
-        figures = check_sums(federation, names, records) | check_ledgers(federation, names, records, attempts)
-    lengths = [record.seconds for record in records]
-    back: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for recovery in referee.recoveries:
+        orphans = still_there(place)
+        figures = check(place)
+    return {"benchmark": "faults", "engine": words.engine, **figures, "orphans": orphans}
+
+
+def still_there(place: Path) -> list[str]:
+    """Return the commands of processes of a folder that do not end by themselves in a little while."""
+    left: list[str] = []
+    for _ in range(20):
+        left = [command_of(number) for number in processes_of(f"{place}/")]
+        if not left:
+            break
+        time.sleep(1.0)
+    return left
+
+
+def check(place: Path) -> dict[str, object]:
+    """Compare what a run left in its folder, with what was seen of it; return the figures.
+
+    Raises:
+      AssertionError: a sum, a ledger or a number of a round is not as it must be.
+    """
+    config = run_file.load(place / COORDINATOR / "run.toml")
+    names = sorted(folder.name for folder in place.glob("site-*"))
+    records = records_of(place / COORDINATOR / "runs" / NAME)
+    notes = json.loads((place / SEEN).read_bytes())
+    recoveries = [Recovery(**{**item, "fall": Fall(**item["fall"])}) for item in notes["recoveries"]]
+    numbers = [record.round for record in records]
+    if numbers != list(range(1, len(numbers) + 1)):
+        raise AssertionError(f"rounds are missing, or there twice: {numbers}")
+    attempts = Counter[int]()
+    for recovery in recoveries:  # between two rounds the one that follows may be begun twice
+        attempts.update((recovery.at_round, recovery.at_round + 1))
+    back: dict[str, list[float]] = {recovery.fall.kind: [] for recovery in recoveries}
+    for recovery in recoveries:
         if recovery.seconds is not None:
             back[recovery.fall.kind].append(recovery.seconds)
     return {
-        "benchmark": "faults",
-        "engine": words.engine,
-        "sites": words.sites,
+        "sites": len(names),
         "rounds": len(records),
-        "rounds_planned": words.rounds,
-        "falls": dict(Counter(recovery.fall.kind for recovery in referee.recoveries)),
-        "met_at_their_stage": sum(item.at_stage == item.fall.stage for item in referee.recoveries),
+        "rounds_planned": config.federation.rounds,
+        "falls": dict(Counter(recovery.fall.kind for recovery in recoveries)),
+        "met_at_their_stage": sum(item.at_stage == item.fall.stage for item in recoveries),
         "aborted": sum(bool(record.aborted) for record in records),
         "rounds_with_losses": sum(bool(record.dropped) for record in records),
-        **figures,
-        "orphans": orphans,
-        "seconds": seconds,
-        "round_seconds": summary(lengths),
+        **check_sums(place, config, names, records),
+        **check_ledgers(place, names, records, attempts),
+        "seconds": notes["seconds"],
+        "round_seconds": summary([record.seconds for record in records]),
         "back_seconds": {kind: summary(values) for kind, values in back.items()},
-        "load": os.getloadavg()[0],
+        "load": notes["load"],
     }
 
 
@@ -463,8 +419,11 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=240.0, help="end after so long, with what was done")
+    parser.add_argument("--forked", action="store_true", help="fork the services, also over an engine")
     parser.add_argument("--keep", default="", help="a new folder that is kept; else a temporary one")
-    figures = measure(parser.parse_args())
+    parser.add_argument("--check", default="", help="run nothing: compare what is in a folder that was kept")
+    words = parser.parse_args()
+    figures = check(Path(words.check)) if words.check else measure(words)
     for name, value in figures.items():
         print(f"{name:>20}  {value}")
     print(json.dumps(figures))
