@@ -20,9 +20,9 @@ from ffm_secure.records import RoundPlan, RoundRecord
 
 
 def round_line(record: RoundRecord, *, rounds: int, budget: float) -> str:
-    """Say one round in one line."""
+    """Say one round in one line; a budget of 0 is one that is not known here."""
     spent = bound(record.epsilon_spent)
-    if math.isfinite(record.epsilon_spent):
+    if math.isfinite(record.epsilon_spent) and budget:
         spent = f"{spent:<5} / {budget:g}"
     answered = (
         f"{len(record.survivors)}/{len(record.cohort)}" if record.phase == "private" else "none, public phase"

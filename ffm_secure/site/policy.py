@@ -24,9 +24,15 @@ def _own_objections(config: RunConfig, site: SiteFile) -> Iterator[str]:
         )
     fewest = compatibility.minimum_survivors(config)
     if fewest < policy.smallest_cohort:
-        yield f"a sum of {fewest} sites could be opened: policy.smallest_cohort = {policy.smallest_cohort}"
+        yield (
+            f"a sum of {fewest} sites could be opened: policy.smallest_cohort = {policy.smallest_cohort}; "
+            "ask the coordinator for a larger protection.threshold"
+        )
     if protection.kind == "secagg" and protection.colluding < policy.colluders:
-        yield f"protection.colluding = {protection.colluding}: policy.colluders = {policy.colluders}"
+        yield (
+            f"protection.colluding = {protection.colluding}: policy.colluders = {policy.colluders}; ask the "
+            "coordinator for more, or count on fewer in site.toml"
+        )
     if privacy.unit == "none" or privacy.noise == "seeded":
         if not policy.without_guarantee:
             yield "the run promises nothing about rows, and policy.without_guarantee is not true"

@@ -108,6 +108,7 @@ class SiteSession:
         with self._lock, self._log.speaking():
             for path in self._folder.allowed().values():
                 self._workplace(path.stem)
+            self._status.write(state="waiting")
 
     @without_locals
     def handle(self, stage: str, message: bytes) -> bytes:

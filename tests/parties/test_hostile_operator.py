@@ -56,6 +56,7 @@ def test_a_policy_counts_with_strangers(masked_record: tuple[Federation, Overhea
     """A site that counts with one stranger refuses a run in which two would be left alone with it."""
     own = SiteFolder(place=masked_record[0].site("north")).read()
     config = notes_run(privacy=SEEDED, protection={**MASKS, "colluding": 0})
-    assert objections(config, own, sites=4) == ("protection.colluding = 0: policy.colluders = 1",)
+    (objection,) = objections(config, own, sites=4)
+    assert objection.startswith("protection.colluding = 0: policy.colluders = 1")
     counting = notes_run(privacy=SEEDED, protection=MASKS)
     assert objections(counting, own, sites=4) == ()
