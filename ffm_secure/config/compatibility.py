@@ -251,7 +251,7 @@ REVIEWED: Mapping[str, Collection[str]] = {
     "start": STARTS,
     "finish": FINISHES,
     "controller": ("fixed", "plateau", "gain_per_cost"),
-    "cost": ("epsilon", "bytes", "seconds"),
+    "cost": ("epsilon", "bytes", "seconds", "phases"),
     "optimizer": ("sgd", "adam", "adamw"),
     "proximal": ("off", "on"),
     "strategy": STRATEGIES,

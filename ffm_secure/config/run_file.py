@@ -121,7 +121,9 @@ class Controller:
         help="relative fall of the loss that counts as progress",
         only_for=("plateau",),
     )
-    cost: str = option("bytes", choices=("epsilon", "bytes", "seconds"), only_for=("gain_per_cost",))
+    cost: str = option(
+        "bytes", choices=("epsilon", "bytes", "seconds", "phases"), only_for=("gain_per_cost",)
+    )
     window: int = option(
         2, minimum=1, maximum=1000, help="phases a gain is taken over", only_for=("gain_per_cost",)
     )

@@ -99,6 +99,7 @@ COSTS: Mapping[str, Callable[[RoundRecord], float]] = {
     "epsilon": lambda record: float(record.phase == "private"),
     "bytes": lambda record: float(record.bytes_up + record.bytes_down),
     "seconds": lambda record: record.seconds - record.evaluation_seconds,
+    "phases": lambda record: 1.0,
 }
 CONTROLLERS: Mapping[str, Callable[[History, Controller], Phase]] = {
     "fixed": fixed,

@@ -98,6 +98,15 @@ def test_gain_per_cost_takes_what_helps_most_for_its_price() -> None:
     )
 
 
+def test_gain_per_phase_takes_what_gained_most_whatever_it_sends_or_spends() -> None:
+    spec = Controller(kind="gain_per_cost", cost="phases", window=1, retry=3)
+    past = history("uru", [2.0, 1.8, 1.7])
+    assert gain_per_cost(past, spec) == "private"
+    dear = (past[0], replace(past[1], seconds=10.0, bytes_up=10**9, epsilon_spent=7.0), past[2])
+    assert gain_per_cost(dear, spec) == "private"
+    assert gain_per_cost(history("uru", [2.0, 2.1, 1.9]), spec) == "public", "what rose is repaired"
+
+
 def test_gain_per_epsilon_prefers_what_spends_nothing_while_it_gains() -> None:
     spec = Controller(kind="gain_per_cost", cost="epsilon", window=1)
     past = (
