@@ -238,8 +238,8 @@ Dirichlet shares of every class, two of them in a private round; *public* rows a
 comes from the product's controllers and the noise from its plan (epsilon 8, delta 1e-5, record unit, bound 1,
 the whole noise at every site). A simulation of the head alone, in one place; eight seeds, mean accuracy on up
 to 1,000 validation rows, among which the 100 that adaptive controllers look at are not. Steps, rate and
-cohort are those of [the shipped grid](ffm-vs-single-source.md); window and retry of *gain a phase* are the best
-of three tried on four of these seeds and four of these sets, so its column is flattered.
+cohort are those of [the shipped grid](ffm-vs-single-source.md); window and retry of *gain a phase* are
+the best of three tried on four of these seeds and four of these sets, so its column is flattered.
 
 Made by `python -m benchmarks.questions ../shared --cache FOLDER --out docs/results/questions-phases.md`
 
