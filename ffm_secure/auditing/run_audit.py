@@ -134,7 +134,7 @@ _NO_UPDATE = (
 _ANSWERS = (
     "No update of a model crosses the wire, so no attack that reads one applies: what is released are sums "
     "of answers to public rows. The canaries put the noise that the owners' own models learn through to the "
-    "test, as if every step of it were seen; docs/distillation.md says what attacks on answers found."
+    "test, as if every step of it were seen; docs/distillation.md names the attacks on answers."
 )
 
 
