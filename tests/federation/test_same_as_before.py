@@ -6,7 +6,8 @@ private set are drawn by lot.
 
 The fixture holds the run file, the digest of the final vector, every n-th number of it and the losses. On the
 machine that made it the rebuild was equal bit for bit; elsewhere, and since sums are taken in float64, equal
-means close.
+means close. A server that divides by a second moment makes more of the last places: on a processor of another
+make the code of abb556a itself ended 7.5e-4 from its own fixture there, and today's code equals it bit for bit.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ QUICK = {
     "drop-confirm", "feature-shift", "server-adam", "lora-rolora",
 }  # fmt: skip
 OTHER_TODAY = {"person", "pretrain", "pretrain-record"}
+CLOSE, CLOSE_AFTER_DIVISION = 2e-4, {"server-adam": 1e-3}  # relative to the largest number
 
 
 def of_today(table: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +56,8 @@ def test_a_seeded_run_ends_where_it_did(name: str, tmp_path: Path) -> None:
     assert [list(record.survivors) for record in trained.records] == case["survivors"]
     assert [record.loss for record in trained.records] == pytest.approx(case["losses"], rel=1e-3)
     picked = vector[:: max(1, vector.size // 24)][:24]
-    assert np.allclose(picked, case["values"], atol=2e-4 * max(1.0, abs(vector).max()))
+    close = CLOSE_AFTER_DIVISION.get(name, CLOSE)
+    assert np.allclose(picked, case["values"], atol=close * max(1.0, abs(vector).max()))
     assert np.linalg.norm(vector) == pytest.approx(case["norm"], rel=1e-3)
 
 
@@ -62,4 +65,4 @@ def test_another_seed_ends_elsewhere(tmp_path: Path) -> None:
     case = CASES["tiny-none-none"]
     _, trained = train(run_file.from_table({**of_today(case["run"]), "seed": 8}), tmp_path)
     picked = trained.state.vector.double().numpy()[:: max(1, case["size"] // 24)][:24]
-    assert not np.allclose(picked, case["values"], atol=2e-4)
+    assert not np.allclose(picked, case["values"], atol=CLOSE_AFTER_DIVISION["server-adam"])
