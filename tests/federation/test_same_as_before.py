@@ -6,8 +6,9 @@ private set are drawn by lot.
 
 The fixture holds the run file, the digest of the final vector, every n-th number of it and the losses. On the
 machine that made it the rebuild was equal bit for bit; elsewhere, and since sums are taken in float64, equal
-means close. A server that divides by a second moment makes more of the last places: on a processor of another
-make the code of abb556a itself ended 7.5e-4 from its own fixture there, and today's code equals it bit for bit.
+means close. A server that divides by a second moment makes more of the last places: on a processor of
+another make the code of abb556a itself ended 7.5e-4 from its own fixture, and today's code equals it bit for
+bit.
 """
 
 from __future__ import annotations
