@@ -26,7 +26,7 @@ from ffm_secure.lifecycle.finetune import Arrived
 from ffm_secure.privacy.accounts import contents_fingerprint, dataset_fingerprint, keyed_fingerprint
 from ffm_secure.registry import LIFECYCLES
 from ffm_secure.site.ledger_place import IN_RUN, ledger_path, open_ledger, record_key
-from ffm_secure.site.published import refuse_private, refuse_public
+from ffm_secure.site.published import refuse_private, refuse_public, refuse_shared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +184,8 @@ def part_in_public(config: RunConfig, dataset: Dataset, base: Path) -> tuple[Dat
     of this one.
 
     Raises:
-      DataError: the public set answers another question, or too many rows are taken out.
+      DataError: the public set answers another question or holds private rows, or too many rows are taken
+        out.
     """
     spec = config.federation.lifecycle
     if not LIFECYCLES.has(spec.kind, "public_rows"):
@@ -195,6 +196,8 @@ def part_in_public(config: RunConfig, dataset: Dataset, base: Path) -> tuple[Dat
             raise DataError(
                 f"{spec.public_data}: its labels are not those of {config.task.data}; they must be the same"
             )
+        if config.privacy.unit != "none":
+            refuse_shared(dataset, public, record_key(config.privacy, None), name=spec.public_data)
         return dataset, public.train
     left = len(dataset.train) - spec.public_examples
     if left < config.task.clients:

@@ -127,7 +127,11 @@ class Distil(Algorithm):
         return AnswerSheet(rows=rows, classes=classes or 0, digest=digest)
 
     def teach(self, lesson: Lesson) -> Taught:
-        """Let the own model learn from the student, then from its owner's rows, then answer."""
+        """Let the own model learn from the student, then from its owner's rows, then answer.
+
+        Guarantee: one that has run off answers evenly, and stands afterwards where it stood before the round;
+        so no owner stays away from a later round because of what its rows did to its model.
+        """
         start = lesson.start
         if lesson.config.distillation.back_steps and lesson.guide.numel():
             start = self._learned_back(lesson)
@@ -139,6 +143,8 @@ class Distil(Algorithm):
             answers = balanced(answers)
         if lesson.config.privacy.unit == "client":
             answers = votes_of(answers) * vote_length(lesson.config, rows=len(answers))
+        if not bool(own.isfinite().all()):  # kept as it is, its owner would be lost to every later round
+            own = lesson.start.cpu()
         return Taught(own=own, answers=answers.reshape(-1), loss=update.loss, steps=update.steps)
 
     def _learned_back(self, lesson: Lesson) -> Tensor:
@@ -197,6 +203,9 @@ class Distil(Algorithm):
         table = config.distillation
         models = ", ".join(f"{own.name} ({own.trainable.kind})" for own in table.models)
         back = f"; its answers go back, {table.back_steps} steps a round" if table.back_steps else ""
+        brought = [own.name for own in table.models if not own.name.startswith("builtin:")]
+        if brought and config.privacy.unit in ("record", "person"):
+            back += f"; what {', '.join(brought)} learned from before this run is not counted here"
         return (
             f"a student, by {table.steps} steps a round on the owners' mean answer to {public_rows:,} public "
             f"rows; owners learn at home: {models or 'the same model'}, never sent{back}"

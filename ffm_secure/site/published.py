@@ -10,7 +10,7 @@ import numpy as np
 from defenses.dp import Ledger
 from defenses.dp.records import Flags, Keys, RecordKey
 from ffm_secure.data.dataset import Dataset, Examples
-from ffm_secure.data.row_names import sayings
+from ffm_secure.data.row_names import named, sayings
 from ffm_secure.errors import DataError
 
 
@@ -79,6 +79,27 @@ def refuse_private(ledger: Ledger, place: Path, dataset: Dataset, key: RecordKey
             f"{dataset.name}: {int(spoiled.sum()):,} of the private rows were used as public ones by an "
             f"earlier run ({place}): no promise holds for them; keep them public, take them out of the "
             "private part, or say privacy.ledger = 'run' if all are fictitious or public"
+        )
+
+
+def refuse_shared(dataset: Dataset, public: Dataset, key: RecordKey, *, name: str) -> None:
+    """Refuse another set as public rows where some of it are private rows of the same run: what is said about
+    a public row is charged to nobody.
+
+    Blank rows say nothing and are not compared.
+    Raises:
+      DataError: with their number, and what to do.
+    """
+    private_now = dataset.train.contents
+    public_contents = named(public, key).train.contents
+    assert private_now is not None
+    assert public_contents is not None
+    shared = np.isin(public_contents, private_now) & (public_contents != key.contents([b""]))
+    if shared.any():
+        raise DataError(
+            f"federation.lifecycle.public_data = {name!r}: {int(shared.sum()):,} of its {len(shared):,} rows "
+            "are private rows of this run, and nothing protects what is public; give other public rows, or "
+            "take these out of either set"
         )
 
 

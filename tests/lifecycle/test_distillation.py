@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,16 +17,17 @@ from ffm_secure.config import compatibility
 from ffm_secure.config.distilled import models_of
 from ffm_secure.config.models import OwnModel, TrainableSpec
 from ffm_secure.config.run_file import RunConfig
-from ffm_secure.engines import simulation
-from ffm_secure.errors import BroadcastRefused, ConfigError, Interrupted, PlanRefused
+from ffm_secure.engines import simulated_data, simulation
+from ffm_secure.errors import BroadcastRefused, ConfigError, DataError, Interrupted, PlanRefused
 from ffm_secure.federation import NullCallback
 from ffm_secure.lifecycle.base import AnswerSheet
-from ffm_secure.lifecycle.distillation import as_chances, balanced, vote_length, votes_of
+from ffm_secure.lifecycle.distillation import Distil, Lesson, as_chances, balanced, vote_length, votes_of
 from ffm_secure.records import RoundRecord, RoundSum
 from ffm_secure.server.sum_check import why_no_answers
 from ffm_secure.site.broadcast_guard import AnswersGuard
 from ffm_secure.site.client_state import own_models
 from ffm_secure.site.trainer import SiteTrainer
+from ffm_secure.trainable import TrainableModel
 from tests.federation.helpers import RECORD, SECAGG, finish, first_plan, make, prepared, train
 
 HEAD = {"name": "builtin:tiny-bert", "trainable": {"kind": "head"}}
@@ -116,6 +118,70 @@ def test_rows_that_no_step_drew_change_no_bit_of_what_is_sent(tmp_path: Path) ->
     fewer = replace(data.teacher, examples=data.teacher.examples.take([first] * rows))
     changed = trainer.learn(replace(data, teacher=fewer), plan, told, RandomSource.seeded(1)).vector
     assert not torch.equal(sent, changed), "rows that were drawn do count"
+
+
+class _RunsOff:
+    """Steps without a number, as plain steps at a far too large rate take them under the client unit."""
+
+    rows_used: ClassVar[set[int]] = set()
+
+    def __init__(self, trainable: TrainableModel) -> None:
+        self.trainable = trainable
+
+    def steps(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        yield {name: torch.full_like(value, math.nan) for name, value in self.trainable.active.items()}
+
+    def loss(self) -> float:
+        return math.nan
+
+
+def test_a_model_that_has_run_off_answers_evenly_and_comes_back(tmp_path: Path) -> None:
+    """Kept, it could not be read again, and its owner's rows would decide who takes part in later rounds."""
+    built = simulation.build(prepared(three(distillation={"models": [HEAD]})), tmp_path)
+    site, plan = built.sites[0], first_plan(built)
+    teacher = site.data.teacher
+    assert teacher is not None
+    lesson = Lesson(
+        trainable=teacher.trainable,
+        task=teacher.task,
+        start=teacher.start,
+        spec=built.config.federation.lifecycle,
+        rule=_RunsOff(teacher.trainable),
+        public=teacher.public,
+        guide=torch.zeros(0),
+        seed=(0,),
+        device="cpu",
+        config=built.config,
+    )
+    taught = Distil().teach(lesson)
+    assert taught.answers.numpy() == pytest.approx(np.full(20 * 10, 0.1))
+    store = own_models(built.spec, built.states, size=teacher.trainable.size)
+    store.save(site.data.index, taught.own, run_id=plan.run_id, round=1)
+    kept = store.load(site.data.index, torch.zeros_like(teacher.start), run_id=plan.run_id, before=2)
+    assert torch.equal(kept, teacher.start)
+
+
+def test_private_rows_are_not_taken_for_public_ones() -> None:
+    def loaded(public: str, **sections: Any) -> simulated_data.SimulatedData:
+        made = three(**sections)
+        lifecycle = replace(made.federation.lifecycle, public_examples=0, public_data=public)
+        made = replace(made, federation=replace(made.federation, lifecycle=lifecycle))
+        return simulated_data.load(made, Path.cwd())
+
+    with pytest.raises(DataError, match=r"public_data = .*: 120 of its 120 rows are private rows"):
+        loaded(NOTES["data"])
+    other = loaded("builtin:clinic_notes?seed=9&size=30&validation=40")
+    assert other.public is not None
+    assert len(other.public) == 30
+    assert loaded(NOTES["data"], privacy={"unit": "none", "reason": "nothing is promised"}).public is not None
+
+
+def test_what_a_model_learned_before_the_run_is_said_not_to_be_counted() -> None:
+    made = three()
+    brought = replace(made.distillation.models[0], name="north-s-own-folder")
+    made = replace(made, distillation=replace(made.distillation, models=(brought,)))
+    assert "north-s-own-folder learned from before" in Distil().describe(made, 20)
+    assert "learned from before" not in Distil().describe(three(), 20)
 
 
 def test_votes_of_one_owner_are_never_longer_than_the_bound() -> None:
