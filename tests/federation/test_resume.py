@@ -157,7 +157,7 @@ def check(name: str, tmp_path: Path, *, kills: int, seed: int) -> int:
     return hits
 
 
-@pytest.mark.parametrize("name", ["finetune", "pretrain"])
+@pytest.mark.parametrize("name", ["finetune", pytest.param("pretrain", marks=pytest.mark.slow)])
 def test_kill_and_resume(name: str, tmp_path: Path) -> None:
     assert check(name, tmp_path, kills=4, seed=5) >= 1
 

@@ -43,7 +43,7 @@ def rounds_charged(federation: Federation, name: str) -> list[int]:
 
 @pytest.mark.parametrize(
     ("kind", "privacy"),
-    [("secagg", SEEDED), ("none", PLAIN)],
+    [("secagg", SEEDED), pytest.param("none", PLAIN, marks=pytest.mark.slow)],
     ids=["masks and seeded noise", "in the clear without a unit"],
 )
 def test_four_processes_equal_the_local_engine(kind: str, privacy: dict[str, Any], tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_a_row_on_which_a_query_fails_counts_nowhere(tmp_path: Path) -> None:
     real, examples = question.query.answer, built.sites[0].data.examples
     with built.courier.trainers.borrow() as trainer:
         good = Rows(encoded=examples.take(np.array([0, 1, 3, 5])))
-        expected = torch.cat(list(trainer._answers(question.query, good)))
+        expected = torch.cat(list(trainer._answers(question.query, good, ())))
 
     def answering(rows: Rows, model: Any) -> Tensor:
         if bool((np.asarray(rows.encoded.labels) == -7).any()):
@@ -193,7 +193,8 @@ def test_a_row_on_which_a_query_fails_counts_nowhere(tmp_path: Path) -> None:
     poisoned(built, {2, 4})
     object.__setattr__(question.query, "answer", answering)
     with built.courier.trainers.borrow() as trainer:
-        found = torch.cat(list(trainer._answers(question.query, Rows(encoded=examples.take(np.arange(6))))))
+        six = Rows(encoded=examples.take(np.arange(6)))
+        found = torch.cat(list(trainer._answers(question.query, six, ())))
     torch.testing.assert_close(found.sum(0), expected.sum(0))
     trained = finish(built, tmp_path)
     assert (trained.status, [record.aborted for record in trained.records]) == ("complete", [""])

@@ -420,6 +420,8 @@ def test_every_kind_states_its_metric() -> None:
         "masked_lm": ("masked-token accuracy", True),
         "image_classification": ("accuracy", True),
         "sequence_to_sequence": ("perplexity", False),
+        "image_text_classification": ("accuracy", True),
+        "image_text_contrastive_classification": ("accuracy", True),
     }
     assert all(kind == c.kind for kind, c in tasks.items())
 
