@@ -127,8 +127,15 @@ class Run:
         )
 
     def plan(self) -> PlanSummary:
-        """Say what the run would train, send, spend and reveal; trains nothing."""
-        return summary.describe(self.prepared())
+        """Say what the run would train, send, spend and reveal; trains nothing.
+
+        Raises:
+          StoreError: the run's folder holds a run with other settings, whose noise is none of this one.
+        """
+        prepared = self.prepared()
+        if (self.folder / "noise.json").is_file():
+            Store.read(self.folder).refuse_other_settings(self.config)
+        return summary.describe(prepared)
 
     def start(
         self,

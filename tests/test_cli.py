@@ -150,6 +150,7 @@ def test_epsilon_matches_the_published_reference() -> None:
         (("plan", "run.toml", "--set", "task.data=no/such/folder"), 2, "no/such/folder"),
         (("plan", "run.toml", "--set", "model.name=no/such/model/at/all"), 2, "no/such/model"),
         (("run", "run.toml", "--set", "federation.cohort=3"), 5, "other settings"),
+        (("plan", "run.toml", "--set", "privacy.epsilon=0.5"), 5, "other settings (privacy.epsilon"),
         (("report", "nowhere"), 5, "not a run directory"),
         (("audit",), 2, "exactly one"),
         (("audit", "runs/test", "--budget", "huge"), 2, "--budget"),

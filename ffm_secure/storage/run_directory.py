@@ -100,16 +100,21 @@ class Store:
     def _claim(self, config: RunConfig) -> None:
         path = self.folder / "run.toml"
         if path.exists():
-            stored = self.config()
-            if _same_run(stored, config) or extends(stored, config):
-                return
-            changed = ", ".join(_differences(stored, config)) or "its contents"
-            raise StoreError(
-                f"{self.folder}: holds a run with other settings ({changed}); choose another name or folder"
-            )
+            self.refuse_other_settings(config)
+            return
         for name in ("checkpoints", "observations"):
             create_folder(self.folder / name)
         write_atomic(path, run_file.dump(config).encode())
+
+    def refuse_other_settings(self, config: RunConfig) -> None:
+        """Refuse a run file that does not go on with the run in this folder, naming what differs."""
+        stored = self.config()
+        if _same_run(stored, config) or extends(stored, config):
+            return
+        changed = ", ".join(_differences(stored, config)) or "its contents"
+        raise StoreError(
+            f"{self.folder}: holds a run with other settings ({changed}); choose another name or folder"
+        )
 
     def adopt(self, config: RunConfig) -> None:
         """Note that the run goes on beyond its last round, once the noise for the rest is on disk, or that
