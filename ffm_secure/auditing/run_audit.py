@@ -128,8 +128,8 @@ def _recorded(
 
 
 _NO_UPDATE = (
-    "No update of a model crosses the wire, so no attack that reads one applies: what is released is one "
-    "sum, whose noise the canaries put to the test."
+    "No update of a model crosses the wire, so no attack that reads one applies: what is released are sums "
+    "of answers, whose noise the canaries put to the test."
 )
 _ANSWERS = (
     "No update of a model crosses the wire, so no attack that reads one applies: what is released are sums "

@@ -50,6 +50,8 @@ def sentence(findings: Sequence[AuditFinding]) -> str:
         return (
             f"Private data leaked: {shown} ({leaked} of {_attacks(leaked + passed)} with a passed control)."
         )
+    if not passed and not open_ and not untried:
+        return "Nothing was proven: no attack on updates applies here."
     if not passed:
         return "Nothing was proven: no attack worked even on the undefended update."
     rest = ""

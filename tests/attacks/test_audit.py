@@ -200,7 +200,11 @@ def test_one_line_says_who_can_learn_what() -> None:
         "No leak found: 1 attack that read the undefended update failed on what observers see; 0 were "
         "inconclusive, 1 was not tried under this budget."
     )
-    assert sentence([found("span", "server", "inconclusive", "")]).startswith("Nothing was proven")
+    assert sentence([found("span", "server", "inconclusive", "")]) == (
+        "Nothing was proven: no attack worked even on the undefended update."
+    )
+    inapplicable = "Nothing was proven: no attack on updates applies here."
+    assert sentence([]) == sentence([found("span", "server", "not applicable", "")]) == inapplicable
 
 
 def test_a_picture_survives_its_address_and_a_large_one_is_shrunk() -> None:
