@@ -206,7 +206,9 @@ def _require_enough(setting: Setting, candidates: int, room: int, classes: int) 
     where = "federation.lifecycle.votes"
     problems = []
     if candidates < 2 * classes:
-        problems.append(f"{where}.candidates: has {candidates} texts, must have at least {2 * classes}")
+        problems.append(
+            f"{where}.candidates: has {candidates} different texts, must have at least {2 * classes}"
+        )
     if room > candidates:
         problems.append(f"{where}.asked = {votes.asked}: there are {candidates} candidates only")
     if votes.nearest >= room:
