@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).resolve().parents[1] / "fixtures" / "abb556a" / "tensors.json").read_text()
 )
 QUICK = {
-    "tiny-record-secagg", "tiny-client-secagg", "tiny-none-none", "lora-fedex", "lora-ffa",
+    "tiny-record-secagg", "tiny-client-secagg", "lora-fedex", "lora-ffa",
     "drop-confirm", "feature-shift", "server-adam", "lora-rolora",
 }  # fmt: skip
 OTHER_TODAY = {"person", "pretrain", "pretrain-record"}

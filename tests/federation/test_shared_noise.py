@@ -92,7 +92,7 @@ class Killed(NullCallback):
     ("kind", "rate"),
     [
         ("secagg", 0.25),
-        ("bfv", 0.0),
+        pytest.param("bfv", 0.0, marks=pytest.mark.slow),
         pytest.param("secagg", 0.0, marks=pytest.mark.slow),
         pytest.param("bfv", 0.25, marks=pytest.mark.slow),
     ],
