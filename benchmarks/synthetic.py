@@ -230,7 +230,7 @@ def voted(draw: Draw, noise: QueryNoise | None, *, nearest: int, keep: int) -> P
     table = election.opened(noise)
     everybody = tuple(range(len(draw.candidates)))
     standing = after_votes(table, draw.candidates, Standing(), first=everybody, keep=keep)
-    places = np.asarray(standing.kept, dtype=np.int64)
+    places = np.asarray(standing.chosen, dtype=np.int64)
     return Part(features=draw.candidates[places], labels=np.asarray(standing.labels, dtype=np.int64))
 
 

@@ -138,7 +138,7 @@ def kept_texts(
     noise = noise_or_none(5 * len(candidates), epsilon)
     opened = Election(rows=rows, candidates=candidates, classes=5, nearest=NEAREST).opened(noise)
     standing = after_votes(opened, candidates, Standing(), first=tuple(range(len(candidates))), keep=KEEP)
-    return [plant.tokens(named[place]) for place in standing.kept]
+    return [plant.tokens(named[place]) for place in standing.chosen]
 
 
 # --------------------------------------------------------------------------- who was asked, from a model

@@ -24,6 +24,7 @@ from ffm_secure.errors import StoreError
 from ffm_secure.models.in_memory import held_model
 from ffm_secure.records import PlanSummary, RoundRecord, RunSummary
 from ffm_secure.queries import agenda
+from ffm_secure.report import croissant
 from ffm_secure.report import document as report
 from ffm_secure.report import model_card
 from ffm_secure.server import rounds
@@ -286,7 +287,7 @@ class Run:
         store.replace_folder("adapter", lambda folder: self._export(folder, ready, result, complete))
         synthetic = synthetic_set.chosen(ready, trained.state)
         if synthetic is not None:
-            store.replace_folder("synthetic", lambda folder: synthetic_set.write(folder, synthetic, result))
+            store.replace_folder("synthetic", lambda folder: croissant.write(folder, synthetic, result))
         for site in ready.sites if ready.states.places else ():
             own = ready.own_vector(site.data.index, trained.state.vector, before=len(trained.records) + 1)
             ready.trainable.load_vector(own)

@@ -59,9 +59,11 @@ def generate(
             f"{seed}, at most {longest} tokens) that learned from the rows of private data owners.",
             released=("the trained model", "no label count: texts are dealt evenly to the labels asked for"),
         )
-        public = next((one for one in summary.statements if one.observer == "public"), None)
-        croissant.write(out, described, statement=public, ended=summary.ended)
-    lines = [f"{len(rows)} texts in {out / croissant.ROWS}", croissant.promise(public)]
+        croissant.write(out, described, summary)
+    lines = [
+        f"{len(rows)} texts in {out / croissant.ROWS}",
+        croissant.promise(croissant.public_statement(summary)),
+    ]
     say({"folder": str(out), "texts": len(rows)}, lines, json=json)
 
 

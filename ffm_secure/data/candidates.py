@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from defenses.dp.records import canonical_text
 from ffm_secure.config.run_file import RunConfig
 from ffm_secure.data.builtin_sets import builtin_table
 from ffm_secure.data.columns import Choices, check_text, require_columns, text_columns
@@ -49,14 +50,15 @@ def _table(name: str, base: Path) -> Table:
 
 
 def refuse_private_candidates(candidates: Sequence[str], texts: Sequence[str]) -> None:
-    """Refuse candidates that say, letter by letter, what a private row says.
+    """Refuse candidates that say what a private row says, as ledgers compare rows.
 
     Raises:
       DataError: how many do; which ones is not said.
     """
-    shared = set(candidates) & set(texts)
+    private_now = set(map(canonical_text, texts))
+    shared = sum(canonical_text(text) in private_now for text in candidates)
     if shared:
         raise DataError(
-            f"federation.lifecycle.votes.candidates: {len(shared):,} of {len(candidates):,} candidates are "
+            f"federation.lifecycle.votes.candidates: {shared:,} of {len(candidates):,} candidates are "
             "private rows of this run, and what is kept is published; give public texts"
         )

@@ -1,14 +1,9 @@
-"""Write the candidates that private records voted for as a data set with its description."""
+"""The candidates that private records voted for, as a data set with what must be said beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from ffm_secure.engines.simulation import Simulation
 from ffm_secure.queries import candidate_votes
-from ffm_secure.records import PrivacyStatement, RunSummary
-from ffm_secure.report import croissant
 from ffm_secure.report.croissant import Row, SyntheticSet
 from ffm_secure.strategies import ServerState
 
@@ -20,11 +15,11 @@ def chosen(ready: Simulation, state: ServerState) -> SyntheticSet | None:
     """
     question = ready.spec.questions.get(candidate_votes.NAME)
     standing = candidate_votes.standing_of(state)
-    if question is None or not standing.kept:
+    if question is None or not standing.chosen:
         return None
     candidates, names = ready.prepared.facts.candidates, ready.prepared.dataset.label_names or ()
     rows: list[Row] = []
-    for place, label, votes in zip(standing.kept, standing.labels, standing.votes, strict=True):
+    for place, label, votes in zip(standing.chosen, standing.labels, standing.votes, strict=True):
         rows.append({"text": candidates[place], "label": names[label], "votes": round(votes, 2)})
     settings = ready.config.federation.lifecycle.votes
     counts = ", ".join(
@@ -47,13 +42,3 @@ def chosen(ready: Simulation, state: ServerState) -> SyntheticSet | None:
             f"with them the label counts ({counts}), as sums of votes",
         ),
     )
-
-
-def write(folder: Path, synthetic: SyntheticSet, summary: RunSummary) -> None:
-    """Write a run's kept candidates and their description into an empty folder."""
-    croissant.write(folder, synthetic, statement=public(summary.statements), ended=summary.ended)
-
-
-def public(statements: Sequence[PrivacyStatement]) -> PrivacyStatement | None:
-    """Return what holds towards the public, who sees what is released alone."""
-    return next((statement for statement in statements if statement.observer == "public"), None)

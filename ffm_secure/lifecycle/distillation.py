@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ffm_secure.aggregation.base import Aggregate
 from ffm_secure.config.run_file import Lifecycle, RunConfig
 from ffm_secure.lifecycle.base import AnswerSheet, Algorithm, ServerPhase, SiteRound
-from ffm_secure.lifecycle.finetune import GradientRule, ModelUpdate, finetune, similar_lengths
+from ffm_secure.lifecycle.finetune import GradientRule, ModelUpdate, PlainGradient, finetune
 from ffm_secure.strategies.base import ServerState, Strategy
 from ffm_secure.tasks.base import Classification, Task, logits
 from ffm_secure.tasks.encoded import Encoded
@@ -27,8 +27,8 @@ TOLD = "student.answers"  # slot of a server's state: what the student answers, 
 _LEAST = 1e-12
 
 
-class SoftTargets:
-    """Plain steps on public rows towards given probabilities: nothing here is private."""
+class SoftTargets(PlainGradient):
+    """Plain steps on public rows towards given probabilities, every batch of one size: nothing is private."""
 
     def __init__(
         self,
@@ -42,41 +42,32 @@ class SoftTargets:
         device: str,
         microbatch: int,
     ) -> None:
-        self.trainable, self.task, self.public, self.targets = trainable, task, public, targets
-        self.spec, self.device, self.microbatch = spec, device, microbatch
-        self.order = np.random.default_rng(list(seed))
-        self.rows_used: set[int] = set()
+        super().__init__(
+            trainable=trainable,
+            task=task,
+            encoded=public,
+            spec=spec,
+            seed=seed,
+            device=device,
+            microbatch=microbatch,
+        )
+        self.targets = targets
+        self.order = np.random.default_rng(list(seed))  # public rows are read without a draw of the task
 
     def steps(self) -> Iterator[Mapping[str, Tensor]]:
-        """Iterate over minibatches of reshuffled epochs."""
+        """Iterate over minibatches of reshuffled epochs, one going on where the last ends."""
         places = np.zeros(0, dtype=np.int64)
         for _ in range(self.spec.local_steps):
-            while len(places) < min(self.spec.batch_size, len(self.public)):
-                places = np.concatenate([places, self.order.permutation(len(self.public))])
+            while len(places) < min(self.spec.batch_size, len(self.encoded)):
+                places = np.concatenate([places, self.order.permutation(len(self.encoded))])
             chosen, places = places[: self.spec.batch_size], places[self.spec.batch_size :]
             yield self._gradient(chosen)
 
-    def _gradient(self, chosen: np.ndarray) -> dict[str, Tensor]:
-        parameters = self.trainable.active
-        for parameter in parameters.values():
-            parameter.grad = None
-        parts = similar_lengths(
-            self.public, chosen, self.microbatch, length=self.task.length, device=self.device
-        )
-        for part in parts:
-            batch = self.task.evaluation_batch(self.public, part, self.device)
-            scores = logits(self.trainable.model, batch).float()
-            targets = self.targets[torch.from_numpy(part)].to(scores)
-            loss = nn.functional.cross_entropy(scores, targets, reduction="sum") / len(chosen)
-            torch.autograd.backward(loss)
-        gradients = {}
-        for name, parameter in parameters.items():
-            gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        return gradients
-
-    def loss(self) -> float:
-        """Return nan: nobody asks."""
-        return float("nan")
+    def _add(self, rows: np.ndarray, divisor: int) -> None:
+        batch = self.task.evaluation_batch(self.encoded, rows, self.device)
+        scores = logits(self.trainable.model, batch).float()
+        targets = self.targets[torch.from_numpy(rows)].to(scores)
+        torch.autograd.backward(nn.functional.cross_entropy(scores, targets, reduction="sum") / divisor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

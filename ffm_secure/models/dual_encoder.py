@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ def _texts_together(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor
     return (hidden.reshape(samples, -1, hidden.shape[-1]), *rest)
 
 
-def _texts_apart(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _texts_apart(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output.reshape(*module.__dict__["was_shape"][:-1], output.shape[-1])
 
 

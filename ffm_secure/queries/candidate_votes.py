@@ -96,15 +96,15 @@ class Standing:
     answers: int = 0  # opened, of this question and all before
     asked: tuple[int, ...] = ()  # candidates of the next question
     before: tuple[int, ...] = ()  # candidates that were asked about already
-    kept: tuple[int, ...] = ()  # candidates, class by class, the best first
-    labels: tuple[int, ...] = ()  # of those kept
+    chosen: tuple[int, ...] = ()  # candidates, class by class, the best first
+    labels: tuple[int, ...] = ()  # of those chosen
     votes: tuple[float, ...] = ()  # for each under its label, with noise
     counts: tuple[float, ...] = ()  # votes by label, with noise: `nearest` times the label counts
     deviation: float = 0.0  # of the noise of one candidate's votes
 
     def slots(self) -> dict[str, Tensor]:
         """Return this as tensors beside the server's state."""
-        whole = ("asked", "before", "kept", "labels")
+        whole = ("asked", "before", "chosen", "labels")
         tensors = {slot(NAME, part): torch.tensor(getattr(self, part), dtype=torch.int64) for part in whole}
         for part in ("votes", "counts"):
             tensors[slot(NAME, part)] = torch.tensor(getattr(self, part), dtype=torch.float64)
@@ -126,7 +126,7 @@ def standing_of(state: ServerState) -> Standing:
         answers=round(float(facts[0])),
         asked=tuple(map(int, part("asked"))),
         before=tuple(map(int, part("before"))),
-        kept=tuple(map(int, part("kept"))),
+        chosen=tuple(map(int, part("chosen"))),
         labels=tuple(map(int, part("labels"))),
         votes=tuple(part("votes")),
         counts=tuple(part("counts")),
@@ -279,7 +279,7 @@ def after_votes(
         answers=before.answers,
         asked=varied(chosen, features, before=known, room=len(asked)),
         before=tuple(sorted(known)),
-        kept=tuple(map(int, chosen)),
+        chosen=tuple(map(int, chosen)),
         labels=tuple(map(int, labels)),
         votes=tuple(map(float, table[labels, places])),
         counts=tuple(map(float, counts)),
@@ -347,9 +347,9 @@ def head_of_kept(state: ServerState, head: Head, features: Tensor, standing: Sta
 
     A class of which none is kept stays as it was.
     """
-    if not standing.kept:
+    if not standing.chosen:
         return state
-    labels, places = torch.tensor(standing.labels), torch.tensor(standing.kept)
+    labels, places = torch.tensor(standing.labels), torch.tensor(standing.chosen)
     weighted = features[places] * torch.tensor(standing.votes, dtype=torch.float64)[:, None]
     sums = torch.zeros((head.classes, head.width), dtype=torch.float64).index_add(0, labels, weighted)
     weight = class_head(sums, deviation=0.0)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from ffm_secure.quantities import bound, small
 from ffm_secure.record_codec import Plain
-from ffm_secure.records import PrivacyStatement
+from ffm_secure.records import PrivacyStatement, RunSummary
 from ffm_secure.storage.durable import write_atomic
 
 ROWS, DESCRIPTION = "data.jsonl", "croissant.json"
@@ -70,14 +70,20 @@ class SyntheticSet:
     released: Sequence[str]  # what was opened on the way, in words
 
 
-def write(folder: Path, synthetic: SyntheticSet, *, statement: PrivacyStatement | None, ended: str) -> None:
-    """Write rows and description into an empty folder; `ended` is a time, ISO 8601."""
+def public_statement(summary: RunSummary) -> PrivacyStatement | None:
+    """Return what holds towards the public, who sees what is released alone."""
+    return next((statement for statement in summary.statements if statement.observer == "public"), None)
+
+
+def write(folder: Path, synthetic: SyntheticSet, summary: RunSummary) -> None:
+    """Write the rows that a run made, and their description, into an empty folder."""
     lines = []
     for row in synthetic.rows:
         lines.append(json.dumps(dict(row), ensure_ascii=False) + "\n")
     content = "".join(lines).encode("utf-8", "surrogatepass")
     write_atomic(folder / ROWS, content)
-    described = describe(synthetic, content, statement=statement, ended=ended)
+    statement = public_statement(summary)
+    described = describe(synthetic, content, statement=statement, ended=summary.ended)
     text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
     write_atomic(folder / DESCRIPTION, text.encode("utf-8", "surrogatepass"))
 

@@ -50,7 +50,7 @@ class ContextModel(nn.Module):
         """Return logits [B, K] of pictures [B, C, S, S] and class texts [B, K, T]."""
         classes = class_texts.shape[1]
 
-        def insert(module: nn.Module, args: tuple[Any, ...], words: Tensor) -> Tensor:
+        def insert(module: nn.Module, args: tuple[Tensor, ...], words: Tensor) -> Tensor:
             vectors = self.context(len(words) // classes)
             if vectors.dim() == 3:  # one context for all classes
                 vectors = vectors.unsqueeze(1).expand(-1, classes, -1, -1)
@@ -122,32 +122,29 @@ class ClassResidual(Context):
 
 def attach_context(backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int) -> Context:
     """Train `length` context vectors that all classes share; they start as the words of `task.class_text`."""
-    start, begins, replaced, lines = _start(backbone, spec, seed)
-    model = ContextModel(sharing_copy(backbone.model), start, begins=begins, replaced=replaced)
-    return Context(
-        backbone=backbone,
-        model=model,
-        parameters={CONTEXT: model.context.value},
-        description=[f"{len(start)} context vectors for all classes: {start.numel():,} numbers", *lines],
-    )
+    return _attached(Context, backbone, spec, seed, classes=0)
 
 
 def attach_class_context(
     backbone: Backbone, spec: Mapping[str, Any], *, task_kind: str, seed: int
-) -> ClassContext:
+) -> Context:
     """Train `length` context vectors for every class; all start as the words of `task.class_text`."""
-    start, begins, replaced, lines = _start(backbone, spec, seed)
-    classes = int(backbone.config.num_labels)
-    own = start.unsqueeze(0).repeat(classes, 1, 1)
-    model = ContextModel(sharing_copy(backbone.model), own, begins=begins, replaced=replaced)
-    return ClassContext(
+    return _attached(ClassContext, backbone, spec, seed, classes=int(backbone.config.num_labels))
+
+
+def _attached(
+    kind: type[Context], backbone: Backbone, spec: Mapping[str, Any], seed: int, *, classes: int
+) -> Context:
+    """Put context vectors before the class names: [length, d], or [classes, length, d] for each its own."""
+    start, begins, replaced, line = _start(backbone, spec, seed)
+    whose = f"each of {classes} classes" if classes else "all classes"
+    context = start.repeat(classes, 1, 1) if classes else start
+    model = ContextModel(sharing_copy(backbone.model), context, begins=begins, replaced=replaced)
+    return kind(
         backbone=backbone,
         model=model,
         parameters={CONTEXT: model.context.value},
-        description=[
-            f"{len(start)} context vectors for each of {classes} classes: {own.numel():,} numbers",
-            *lines,
-        ],
+        description=[f"{len(start)} context vectors for {whose}: {context.numel():,} numbers", line],
     )
 
 
@@ -168,10 +165,10 @@ def attach_residual(backbone: Backbone) -> ClassResidual:
     )
 
 
-def _start(
-    backbone: Backbone, spec: Mapping[str, Any], seed: int
-) -> tuple[Tensor, int, int, tuple[str, ...]]:
-    """Return where context vectors start [length, d], where they begin and how many tokens they replace."""
+def _start(backbone: Backbone, spec: Mapping[str, Any], seed: int) -> tuple[Tensor, int, int, str]:
+    """Return where context vectors start [length, d], where they begin, how many tokens they replace, and a
+    line that says so.
+    """
     tokenizer = backbone.tokenizer
     assert tokenizer is not None, "a model that reads texts has a tokenizer"
     before = backbone.class_text.partition("{}")[0]
@@ -189,7 +186,7 @@ def _start(
     if used:
         start[length - len(used) :] = table[torch.tensor(used)].float()
     description = f"the last {len(used)} start as words of task.class_text" if used else "drawn at random"
-    return start, begins, len(words), (description,)
+    return start, begins, len(words), description
 
 
 def _words_before(tokenizer: ModelTokenizer, before: str) -> tuple[int, list[int]]:

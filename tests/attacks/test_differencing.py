@@ -55,11 +55,11 @@ def played(share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
             metadata={"summand": "delta"},
             contributors=4,
         )
-        found = differencing().run(
+        finding = differencing().run(
             observation, None, Prior(candidates={"answers": suspected}), Budget.quick(), 0
         )
-        assert found.applicable, found.reason
-        (scores,) = found.of("scores")
+        assert finding.applicable, finding.reason
+        (scores,) = finding.of("scores")
         (inside if took_part else outside).append(float(scores[0]))
     return np.array(inside), np.array(outside)
 
@@ -84,6 +84,6 @@ def test_an_owner_is_read_without_noise_and_stays_below_the_ledger_with_it() -> 
 )
 def test_what_is_missing_is_said(tensors: dict[str, torch.Tensor], answers: torch.Tensor, words: str) -> None:
     observation = Observation(kind="delta", tensors=tensors)
-    found = differencing().run(observation, None, Prior(candidates={"answers": answers}), Budget.quick(), 0)
-    assert not found.applicable
-    assert words in found.reason
+    finding = differencing().run(observation, None, Prior(candidates={"answers": answers}), Budget.quick(), 0)
+    assert not finding.applicable
+    assert words in finding.reason

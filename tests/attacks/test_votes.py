@@ -43,8 +43,8 @@ def test_secrets_are_read_from_texts_that_hold_them_and_from_no_others() -> None
 
 
 def test_ties_among_texts_that_say_nothing_are_no_find() -> None:
-    found = extract_from_texts(secrets(5), [(1, 2, 3)])
-    assert [one.exposure for one in found] == [0.0] * 5
+    extracted = extract_from_texts(secrets(5), [(1, 2, 3)])
+    assert [one.exposure for one in extracted] == [0.0] * 5
 
 
 def played(noise_multiplier: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -74,9 +74,9 @@ def played(noise_multiplier: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         kind="sum", tensors={"votes": opened.view(2, COUNT)}, metadata={"summand": "delta"}, contributors=4
     )
     prior = Prior(candidates={"places": torch.arange(COUNT), "labels": labels})
-    found = crafted_candidates().run(observation, None, prior, Budget.quick(), 0)
-    assert found.applicable, found.reason
-    (scores,) = found.of("scores")
+    finding = crafted_candidates().run(observation, None, prior, Budget.quick(), 0)
+    assert finding.applicable, finding.reason
+    (scores,) = finding.of("scores")
     return scores[torch.from_numpy(coins)].numpy(), scores[torch.from_numpy(~coins)].numpy()
 
 
@@ -100,6 +100,6 @@ def test_crafted_candidates_single_out_records_without_noise_and_stay_below_the_
 )
 def test_what_is_missing_is_said(prior: Prior, words: str) -> None:
     observation = Observation(kind="delta", tensors={"votes": torch.zeros(2, 3)})
-    found = crafted_candidates().run(observation, None, prior, Budget.quick(), 0)
-    assert not found.applicable
-    assert words in found.reason
+    finding = crafted_candidates().run(observation, None, prior, Budget.quick(), 0)
+    assert not finding.applicable
+    assert words in finding.reason

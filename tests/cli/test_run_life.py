@@ -196,17 +196,17 @@ def test_the_best_round_is_kept_beside_the_last(tmp_path: Path) -> None:
     Where rounds swing, the last places decide which is best, and they are the processor's: several rates.
     """
     for rate in (3.0, 10.0, 30.0):
-        tried = tmp_path / f"{rate:g}"
-        tried.mkdir()
+        workplace = tmp_path / f"{rate:g}"
+        workplace.mkdir()
         lifecycle = {"kind": "finetune", "local_steps": 2, "batch_size": 8, "learning_rate": rate}
-        outcome = start(tried, federation={"rounds": 6, "cohort": 4, "lifecycle": lifecycle})
+        outcome = start(workplace, federation={"rounds": 6, "cohort": 4, "lifecycle": lifecycle})
         assert outcome.returncode == 0, outcome.stderr
-        measured = [item["metric"] for item in rounds(tried)]
+        measured = [item["metric"] for item in rounds(workplace)]
         best = measured.index(max(measured)) + 1
         if best < 6:
             break
     assert best < 6, "or this test shows nothing"
-    folder = tried / "runs" / "test"
+    folder = workplace / "runs" / "test"
     assert f"best     accuracy {max(measured):.4f} after round {best}, kept in" in outcome.stdout
     kept, best_record = Store.read(folder).best() or pytest.fail("none is kept")
     assert best_record.round == best

@@ -154,6 +154,6 @@ def test_a_full_disk_leaves_no_half_of_a_key(tmp_path: Path) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["ledger", "ledger.head"]
-        made = ledger.record_key()
+        key = ledger.record_key()
     with Ledger.open(tmp_path / "ledger") as again:
-        assert again.record_key().check() == made.check()
+        assert again.record_key().check() == key.check()

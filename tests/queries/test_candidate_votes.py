@@ -193,8 +193,8 @@ def test_a_run_asks_twice_pays_twice_and_keeps_what_the_second_question_says(fin
     assert [record.query for record in records] == [NAME, NAME]
     standing = standing_of(state)
     assert standing.answers == 2
-    assert 0 < len(standing.kept) <= 12
-    assert set(standing.kept) <= set(standing.before)
+    assert 0 < len(standing.chosen) <= 12
+    assert set(standing.chosen) <= set(standing.before)
     assert 30 < len(standing.before) <= 50, "the second question was about others, too"
     charged = [entry.release for entry in ready.ledger.entries(owner=ready.sites[0].ledger.owner)]
     assert charged.count(NAME) == 4, "reserved and spent, twice"
@@ -259,7 +259,7 @@ def test_cohorts_vote_on_one_question_before_anything_is_kept(tmp_path: Path) ->
     _, parts = train(voting(rounds=2, cohort=2), tmp_path / "parts")
     _, whole = train(voting(), tmp_path / "whole")
     assert torch.equal(parts.state.optimizer_state[TABLE], whole.state.optimizer_state[TABLE])
-    assert standing_of(parts.state).kept == standing_of(whole.state).kept
+    assert standing_of(parts.state).chosen == standing_of(whole.state).chosen
 
 
 def test_a_run_that_is_cut_between_two_questions_goes_on_to_the_same_set(tmp_path: Path) -> None:
@@ -335,6 +335,7 @@ def test_a_run_file_that_cannot_vote_is_refused_with_the_reason(tmp_path: Path) 
         prepared(replace(voting(), model=lora))
     texts = prepared(voting()).dataset.train.column("text")
     file = tmp_path / "candidates.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:30]))
+    disguised = [f" {text.upper()}\u200b" for text in texts[:30]]  # as ledgers compare rows, the same
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in disguised))
     with pytest.raises(DataError, match="30 of 30 candidates are private rows of this run"):
         prepared(voting(votes={"candidates": str(file)}))
